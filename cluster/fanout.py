@@ -1,0 +1,280 @@
+"""The fan-out: bring every shard of a stage to a valid result, whatever happens to jobs, nodes and drivers.
+
+Truth lies on disk: manifests say what is done, the ledger says which jobs may still be at work. A driver that starts over
+reads both, waits for jobs that run on, and submits only what is missing.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.backends import Backend, Task, log_files, open_backend
+from cluster.stage import Stage
+from montessori_core.atomic import read_json, write_json
+from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
+from montessori_core.program import Row
+
+log = logging.getLogger(__name__)
+
+_LONGEST_BACKOFF = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is, in rows and shards."""
+
+    rows_done: int
+    rows: int
+    shards_done: int
+    shards: int
+    jobs_running: int
+
+
+@dataclass(frozen=True)
+class ShardFailure:
+    """A shard that is not retried: why, and where to read more."""
+
+    shard: int
+    kind: str
+    error: str
+    log: str
+
+
+class ShardsFailed(UserError):
+    """Shards of a stage failed for good; all others are done and kept."""
+
+    def __init__(self, stage: Stage, failures: list[ShardFailure], shards: int) -> None:
+        self.failures = failures
+        lines = [f"stage {stage.name}: {len(failures)} of {shards} shards failed, the others are kept:"]
+        lines += [f"  shard {f.shard} ({f.kind}): {f.error}\n    log: {f.log}" for f in failures[:5]]
+        lines += [f"  and {len(failures) - 5} more"] if len(failures) > 5 else []
+        lines.append("Mend the cause, then resume the run: only the missing shards are computed.")
+        super().__init__("\n".join(lines))
+
+
+@dataclass
+class Submission:
+    """Jobs that were started together, as the ledger has them; `ids` is None until the scheduler has answered."""
+
+    name: str
+    tasks: list[Task]
+    ids: list[str] | None = None
+    missed: dict[str, int] = field(default_factory=dict)
+    closed: bool = False
+
+
+class Ledger:
+    """The submissions of a stage, on disk before and after each is made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # submitit keeps pickles here
+        self._file = folder / "ledger.json"
+        self.submissions = [Submission(**entry) for entry in read_json(self._file) or []]
+
+    def save(self) -> None:
+        """Write the ledger."""
+        write_json([vars(submission) for submission in self.submissions], self._file)
+
+    def open_submissions(self) -> list[Submission]:
+        """Submissions that may still have jobs."""
+        return [submission for submission in self.submissions if not submission.closed]
+
+
+def fan_out(
+    stage: Stage,
+    shards: list[list[Row]],
+    resources: Resources,
+    cluster: Cluster,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    python: str | None = None,
+) -> list[Path]:
+    """Compute every shard of `stage` that is not done; return the results in the order of the shards.
+
+    When the caller is interrupted, the stage's jobs are cancelled; when it is killed, they go on, and the next call
+    waits for them.
+
+    Args:
+        stage: what to run.
+        shards: [shards][rows]; the cut may differ from an earlier call, results whose rows are the same are kept.
+        resources: what a job gets.
+        cluster: where jobs run.
+        on_progress: called at every look.
+        python: Python of another environment for these jobs.
+
+    Raises:
+        ShardsFailed: some shards failed for good, after all others were done.
+    """
+    stage.write(shards)
+    keys = [stage.key(rows) for rows in shards]
+    done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
+    driver = _Driver(stage, shards, keys, done, resources, cluster, on_progress, python)
+    if len(done) < len(shards) or driver.ledger.open_submissions():
+        driver.run()
+    else:
+        driver.report()
+    return [stage.part(index) for index in range(len(shards))]
+
+
+def cancel_jobs(folder: Path, cluster: Cluster, resources: Resources) -> int:
+    """Cancel all jobs that the stage in `folder` may still have; return how many submissions had any."""
+    ledger = Ledger(folder / "jobs")
+    backend = open_backend(cluster, resources, None)
+    submissions = ledger.open_submissions()
+    for submission in submissions:
+        _close(submission, backend, ledger)
+    return len(submissions)
+
+
+class _Driver:
+    def __init__(
+        self,
+        stage: Stage,
+        shards: list[list[Row]],
+        keys: list[str],
+        done: set[int],
+        resources: Resources,
+        cluster: Cluster,
+        on_progress: Callable[[Progress], None],
+        python: str | None,
+    ) -> None:
+        self.ledger = Ledger(stage.folder / "jobs")
+        self._stage, self._shards, self._keys, self._done = stage, shards, keys, done
+        self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
+        self._backend = open_backend(cluster, resources, python)
+        self._failed: dict[int, ShardFailure] = {}
+        self._losses: dict[int, int] = {}
+        self._not_before = 0.0
+        self._running = 0
+
+    def run(self) -> None:
+        self._adopt()
+        try:
+            while True:
+                busy = self._look()
+                self.report()
+                if len(self._done) + len(self._failed) == len(self._shards):
+                    break
+                self._submit_missing(busy)
+                time.sleep(self._cluster.poll_seconds)
+        finally:
+            for submission in self.ledger.open_submissions():
+                _close(submission, self._backend, self.ledger)
+        if self._failed:
+            raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
+
+    def report(self) -> None:
+        rows = sum(len(shard) for shard in self._shards)
+        done = 0
+        for index, shard in enumerate(self._shards):
+            if index in self._done:
+                done += len(shard)
+            else:
+                noted = read_json(self._stage.progress_file(index)) or {"done": 0}
+                done += min(len(shard), noted["done"])
+        self._on_progress(Progress(done, rows, len(self._done), len(self._shards), self._running))
+
+    def _adopt(self) -> None:
+        """Take over what an earlier driver left: jobs at work on these shards are kept, all others are ended."""
+        for submission in self.ledger.open_submissions():
+            shards = [index for task in submission.tasks for index in task]
+            if submission.ids is None or max(shards) >= len(self._shards):
+                # Never noted (the driver died while it submitted), or of another cut of the work.
+                _close(submission, self._backend, self.ledger)
+            else:
+                log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
+        for index in set(range(len(self._shards))) - self._done:
+            self._stage.progress_file(index).unlink(missing_ok=True)
+
+    def _look(self) -> set[int]:
+        """Update what is done and what failed; return the shards that some job is at work on."""
+        self._collect_done()
+        busy: set[int] = set()
+        self._running = 0
+        for submission in self.ledger.open_submissions():
+            ids = submission.ids or []
+            alive = self._backend.alive(submission.name, ids)
+            # A job may commit its last shard between the two looks.
+            self._collect_done()
+            waiting = False
+            for job_id, task in zip(ids, submission.tasks, strict=True):
+                missed = submission.missed.get(job_id, 0)
+                if alive is None or job_id in alive:
+                    submission.missed[job_id] = missed if alive is None else 0
+                elif missed < self._backend.polls_until_lost:
+                    submission.missed[job_id] = missed + 1
+                if submission.missed[job_id] < self._backend.polls_until_lost:
+                    waiting = True
+                    self._running += 1
+                    busy.update(task)
+                elif missed < self._backend.polls_until_lost:
+                    self._bury(submission.name, job_id, task)
+            if not waiting:
+                submission.closed = True
+                self.ledger.save()
+        return busy - self._done
+
+    def _collect_done(self) -> None:
+        for index, key in enumerate(self._keys):
+            if index not in self._done and self._stage.is_done(index, key):
+                self._done.add(index)
+                self._failed.pop(index, None)
+
+    def _bury(self, name: str, job_id: str, task: Task) -> None:
+        """Decide what becomes of the shards that a job, now gone, has left undone."""
+        undone = [index for index in task if index not in self._done]
+        if not undone:
+            return
+        folder = self.ledger.folder / name
+        logs = log_files(folder, job_id)
+        log_path = str(logs[0]) if logs else str(folder)
+        for index in undone:
+            failure = read_json(self._stage.failure_file(index))
+            if failure and failure["job_id"] == job_id.split(":")[0]:
+                # A program that does not open fails every shard. Otherwise the task ended at this shard, and those
+                # after it were not tried.
+                hit = set(range(len(self._shards))) - self._done if failure["opening"] else {index}
+                for shard in hit:
+                    self._failed[shard] = ShardFailure(shard, failure["class"], failure["error"], log_path)
+                return
+        first = undone[0]
+        self._losses[first] = losses = self._losses.get(first, 0) + 1
+        reason = self._backend.reason(job_id)
+        if losses > self._resources.infrastructure_retries:
+            self._failed[first] = ShardFailure(first, "lost", f"{reason}; {losses} times", log_path)
+            return
+        backoff = min(_LONGEST_BACKOFF, 2.0 ** (losses - 1))
+        self._not_before = time.monotonic() + backoff
+        log.warning(
+            "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff
+        )
+
+    def _submit_missing(self, busy: set[int]) -> None:
+        missing = [
+            i for i in range(len(self._shards)) if i not in self._done and i not in self._failed and i not in busy
+        ]
+        if not missing or time.monotonic() < self._not_before:
+            return
+        tasks = self._backend.group(missing, self._running)
+        if not tasks:
+            return
+        submission = Submission(f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}", tasks)
+        self.ledger.submissions.append(submission)
+        self.ledger.save()
+        folder = self.ledger.folder / submission.name
+        submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder)
+        self.ledger.save()
+
+
+def _close(submission: Submission, backend: Backend, ledger: Ledger) -> None:
+    ids = (
+        submission.ids if submission.ids is not None else backend.find(submission.name, ledger.folder / submission.name)
+    )
+    backend.cancel(ids)
+    submission.closed = True
+    ledger.save()

@@ -1,0 +1,141 @@
+"""A stage of work cut into shards, and the folder that says which of them are done.
+
+A shard's key hashes everything that decides its result and nothing else. It is done when its manifest is valid and
+carries that key; that a file exists proves nothing. Layout of a stage's folder:
+
+    stage.json                        program, settings, inputs
+    shards/00003.json                 key and rows of shard 3
+    part-00003.parquet | part-00003/  its result
+    part-00003.manifest.json          key, rows, bytes and hash of the result: written last
+    progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
+from montessori_core.program import Row
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What to run and where its results go.
+
+    Attributes:
+        name: for people, e.g. 'influence'.
+        version: raised when the program's results change for the same settings.
+        program: `module:function`, see `montessori_core.program`.
+        settings: plain data, without resources.
+        inputs: files and folders the program reads, by name.
+        input_hashes: content hash of each input (for a hub id: of the id and its revision).
+        folder: the stage's folder.
+        suffix: '.parquet' for a table, '' for a folder.
+    """
+
+    name: str
+    version: int
+    program: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    input_hashes: Mapping[str, str]
+    folder: Path
+    suffix: str = ".parquet"
+
+    def key(self, rows: list[Row]) -> str:
+        """What a shard's result is decided by, hashed."""
+        return hash_json([self.name, self.version, self.program, self.settings, self.input_hashes, rows])
+
+    def part(self, index: int) -> Path:
+        """Where shard `index` puts its result."""
+        return self.folder / f"part-{index:05d}{self.suffix}"
+
+    def manifest(self, index: int) -> Path:
+        """Where shard `index` says that it is done."""
+        return self.folder / f"part-{index:05d}.manifest.json"
+
+    def shard_file(self, index: int) -> Path:
+        """Where the rows of shard `index` lie."""
+        return self.folder / "shards" / f"{index:05d}.json"
+
+    def progress_file(self, index: int) -> Path:
+        """Where shard `index` says how far it is."""
+        return self.folder / "progress" / f"{index:05d}.json"
+
+    def failure_file(self, index: int) -> Path:
+        """Where shard `index` leaves its traceback."""
+        return self.folder / "failures" / f"{index:05d}.json"
+
+    def write(self, shards: list[list[Row]]) -> None:
+        """Put the stage and its shards on disk for the workers; what other rows or settings left is removed."""
+        for name in ("shards", "progress", "failures"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        description = {
+            "name": self.name,
+            "version": self.version,
+            "program": self.program,
+            "settings": dict(self.settings),
+            "inputs": {name: str(path) for name, path in self.inputs.items()},
+            "input_hashes": dict(self.input_hashes),
+            "suffix": self.suffix,
+            "shards": len(shards),
+        }
+        write_json(description, self.folder / "stage.json")
+        for index, rows in enumerate(shards):
+            content = {"key": self.key(rows), "rows": rows}
+            if read_json(self.shard_file(index)) != content:
+                write_json(content, self.shard_file(index))
+            self.failure_file(index).unlink(missing_ok=True)
+
+    @staticmethod
+    def read(folder: Path) -> "Stage":
+        """The stage whose folder this is, as `write` left it."""
+        content = read_json(folder / "stage.json")
+        content.pop("shards")
+        inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
+        return Stage(**content, inputs=inputs, folder=folder)
+
+    def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
+        """Whether shard `index` has a valid result for `key`; `thorough` reads the result and checks its hash."""
+        manifest = read_json(self.manifest(index))
+        if not isinstance(manifest, dict) or manifest.get("key") != key:
+            return False
+        part = self.part(index)
+        if not part.exists() or (part.is_file() and part.stat().st_size != manifest["bytes"]):
+            return False
+        return not thorough or hash_path(part) == manifest["sha256"]
+
+    @contextmanager
+    def commit_part(self, index: int, key: str, rows: int, job_id: str) -> Iterator[Path]:
+        """Yield a temporary path for a result; on success move it in place, its manifest last."""
+        started = time.time()
+        part = self.part(index)
+        self.manifest(index).unlink(missing_ok=True)
+        with commit(part) as temporary:
+            yield temporary
+        size = part.stat().st_size if part.is_file() else sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+        manifest = {
+            "key": key,
+            "rows": rows,
+            "bytes": size,
+            "sha256": hash_path(part),
+            "job_id": job_id,
+            "seconds": round(time.time() - started, 3),
+        }
+        write_json(manifest, self.manifest(index))
+
+    def progress_reporter(self, index: int, pause: float = 0.5) -> Callable[[int], None]:
+        """A function that notes how many rows of a shard are done, on disk at most once every `pause` seconds."""
+        last = 0.0
+
+        def report(done: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= pause:
+                last = now
+                write_json({"done": done}, self.progress_file(index))
+
+        return report

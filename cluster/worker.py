@@ -1,0 +1,85 @@
+"""What a job does on its node: open the stage's program once, then compute and commit one shard after another.
+
+Runs under submitit, with one process or with several that train together. Knows nothing of Prefect or of the driver.
+"""
+
+import logging
+import os
+import platform
+import shutil
+import traceback
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from cluster.rendezvous import join_processes
+from cluster.stage import Stage
+from montessori_core.atomic import read_json, write_json
+from montessori_core.program import Compute, load_program
+
+log = logging.getLogger(__name__)
+
+
+def run_task(folder: str, indices: list[int], threads: int) -> None:
+    """Compute the shards `indices` of the stage in `folder` that are not done.
+
+    An error is noted with its traceback and ends the task; the driver submits what the task did not reach again.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before torch is imported: the number of threads is then that of its pools, too.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stage = Stage.read(Path(folder))
+    environment = submitit.JobEnvironment()
+    join_processes(environment, stage.folder / "jobs")
+    compute: Compute | None = None
+    for index in indices:
+        shard = read_json(stage.shard_file(index))
+        if stage.is_done(index, shard["key"]):
+            continue
+        log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(shard["rows"]), platform.node())
+        try:
+            if compute is None:
+                compute = load_program(stage.program)(stage.settings, stage.inputs)
+            _compute_shard(stage, index, shard, compute, environment)
+        except Exception as error:
+            failure = {
+                "job_id": environment.job_id,
+                "class": classify_error(error),
+                "opening": compute is None,
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
+            if environment.global_rank == 0 or not stage.failure_file(index).exists():
+                write_json(failure, stage.failure_file(index))
+            raise
+
+
+def classify_error(error: Exception) -> str:
+    """The class of a failure that the job itself saw."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory"
+    if isinstance(error, OSError) and error.errno is not None and os.strerror(error.errno) == "No space left on device":
+        return "disk_full"
+    return "code_error"
+
+
+def _compute_shard(
+    stage: Stage,
+    index: int,
+    shard: dict[str, Any],
+    compute: Compute,
+    environment: submitit.JobEnvironment,
+) -> None:
+    report = stage.progress_reporter(index)
+    if environment.global_rank == 0:
+        with stage.commit_part(index, shard["key"], len(shard["rows"]), environment.job_id) as temporary:
+            compute(shard["rows"], temporary, report)
+    else:
+        scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"
+        try:
+            compute(shard["rows"], scratch, lambda done: None)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

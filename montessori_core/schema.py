@@ -1,0 +1,154 @@
+"""The Parquet tables of a run: declared once, versioned, described, and checked on read and write.
+
+Tables hold results only, never times or host names, so that a table has the same bytes however the work was cut,
+interrupted or repeated. Every text column may hold text a model wrote: it is data, and nothing else.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from montessori_core.atomic import commit
+from montessori_core.errors import DataError
+
+
+def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"description": description})
+
+
+def _schema(name: str, version: int, *fields: pa.Field) -> pa.Schema:
+    return pa.schema(fields, metadata={"montessori.table": name, "montessori.version": str(version)})
+
+
+_TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
+
+GENERATION = _schema(
+    "generation",
+    1,
+    _field("row_id", _TEXT, "what was generated: candidate or example"),
+    _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
+    _field("text", _TEXT, "the model's raw output, stop string included"),
+    _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
+    _field("tokens", _WHOLE, "tokens generated"),
+)
+
+INSTRUCTIONS = _schema(
+    "instructions",
+    1,
+    _field("candidate_id", _TEXT, "prompt id and sample number"),
+    _field("prompt_id", _TEXT, "the prompt p this candidate answers"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("demonstrations", pa.list_(_TEXT), "ids of the demonstrations in the prompt, in order"),
+    _field("raw_output", _TEXT, "what the teacher wrote"),
+    _field("instruction", _TEXT, "the instruction x extracted from it", nullable=True),
+    _field("rejection", _TEXT, "why it was rejected; null if it was accepted", nullable=True),
+)
+
+EXAMPLES = _schema(
+    "examples",
+    1,
+    _field("example_id", _TEXT, "candidate id of the instruction"),
+    _field("prompt_id", _TEXT, "the prompt p"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("raw_output", _TEXT, "the teacher's raw output that holds the instruction"),
+    _field("instruction", _TEXT, "instruction x"),
+    _field("response", _TEXT, "response y"),
+    _field("response_finished", _TRUTH, "false if the response was cut at the token limit"),
+)
+
+INFLUENCE = _schema(
+    "influence",
+    1,
+    _field("example_id", _TEXT, "the example"),
+    _field("prompt_id", _TEXT, "its prompt"),
+    _field("status", _TEXT, "'ok', 'no_response_tokens' or 'non_finite'; only 'ok' rows carry influence"),
+    _field("tokens", _WHOLE, "tokens of prompt and response after truncation"),
+    _field("response_tokens", _WHOLE, "tokens the step was taken on"),
+    _field("truncated", _TRUTH, "the example was longer than the student's max_length"),
+    _field("example_loss", _REAL, "student's mean loss on the response, nats per token", nullable=True),
+    _field("influence_student", _REAL, "L(ref; student) - L(ref; stepped), nats. Positive = helps", nullable=True),
+    _field("influence_null_step", _REAL, "L(ref; null step) - L(ref; stepped), nats", nullable=True),
+    _field(
+        "standard_error",
+        _REAL,
+        "standard error of influence_null_step over the reference examples, nats; null if the estimator has none",
+        nullable=True,
+    ),
+    _field("estimator", _TEXT, "how the row was measured"),
+)
+
+PREFERENCES = _schema(
+    "preferences",
+    1,
+    _field("prompt_id", _TEXT, "the prompt p"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("chosen", _TEXT, "raw output with the helpful instruction x+"),
+    _field("rejected", _TEXT, "raw output with the harmful instruction x-"),
+    _field("chosen_id", _TEXT, "example x+"),
+    _field("rejected_id", _TEXT, "example x-"),
+    _field("chosen_influence_student", _REAL, "influence of x+ against the student, nats"),
+    _field("rejected_influence_student", _REAL, "influence of x- against the student, nats"),
+    _field("chosen_influence_null_step", _REAL, "influence of x+ against the null step, nats"),
+    _field("rejected_influence_null_step", _REAL, "influence of x- against the null step, nats"),
+)
+
+REFERENCE_LOSS = _schema(
+    "reference_loss",
+    1,
+    _field("example_id", _TEXT, "the evaluated example"),
+    _field("loss", _REAL, "summed loss of its response, nats"),
+    _field("response_tokens", _WHOLE, "tokens of its response"),
+)
+
+
+def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
+    """Build a table of `schema` from one mapping per row."""
+    return check(pa.Table.from_pylist(rows, schema=schema), schema, "rows")
+
+
+def check(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
+    """Return `table` if it is of `schema`.
+
+    Raises:
+        DataError: the name, version, columns, types or null values do not match.
+    """
+    name, version = (schema.metadata[key].decode() for key in (b"montessori.table", b"montessori.version"))
+    metadata = table.schema.metadata or {}
+    found = metadata.get(b"montessori.table", b"?").decode(), metadata.get(b"montessori.version", b"?").decode()
+    if found != (name, version):
+        raise DataError(
+            f"{source}: expected table {name!r} version {version}, found {found[0]!r} version {found[1]}; it was "
+            "written by another version or is another table"
+        )
+    for field in schema:
+        if field.name not in table.column_names:
+            raise DataError(f"{source}: column {field.name!r} is missing")
+        column = table.column(field.name)
+        if column.type != field.type:
+            raise DataError(f"{source}: column {field.name!r} is {column.type}, expected {field.type}")
+        if not field.nullable and column.null_count:
+            raise DataError(f"{source}: column {field.name!r} holds {column.null_count} nulls")
+    return table
+
+
+def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
+    """Write `table` so that `path` holds either all of it or what it held before."""
+    check(table, schema, str(path))
+    with commit(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a table of `schema`.
+
+    Raises:
+        DataError: the file is missing, damaged, or another table.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); delete it and resume the run") from error
+    return check(table, schema, str(path))

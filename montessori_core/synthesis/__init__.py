@@ -1,0 +1,1 @@
+"""Synthesis: the teacher is shown demonstrations, writes instructions, and answers those that pass the filters."""

@@ -1,0 +1,107 @@
+"""From raw output to accepted instruction, with every rejection counted by its reason.
+
+The order is that of the authors' code: extract, collapse blanks, length, forbidden topics, first character, similarity.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from montessori_core.config import Filters
+from montessori_core.rouge import Accepted, f_measure
+from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
+
+_TAGGED = re.compile(f"{re.escape(OPEN)}((?:(?!{re.escape(OPEN)}).)*?){re.escape(CLOSE)}", re.DOTALL)
+_NOT_TEXT = re.compile(
+    r"\b(image|images|graph|graphs|picture|pictures|photo|photos|file|files|map|maps|draw|drawing|plot|video|audio|music|"
+    r"flowchart|diagram)\b",
+    re.IGNORECASE,
+)
+
+# Reasons, in the order in which they are tried.
+NO_TAGS = "no instruction tags"
+TOO_SHORT = "too short"
+TOO_LONG = "too long"
+NOT_TEXT = "about images, files or drawing"
+BAD_START = "starts with neither letter nor digit"
+LIKE_DEMONSTRATION = "too similar to a demonstration"
+LIKE_ACCEPTED = "too similar to an accepted instruction"
+EMPTY_RESPONSE = "empty response"
+SURPLUS = "more than asked for"
+REASONS = (
+    NO_TAGS,
+    TOO_SHORT,
+    TOO_LONG,
+    NOT_TEXT,
+    BAD_START,
+    LIKE_DEMONSTRATION,
+    LIKE_ACCEPTED,
+    EMPTY_RESPONSE,
+    SURPLUS,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one candidate: its instruction, if one was found, and why it was rejected, if it was."""
+
+    instruction: str | None
+    rejection: str | None
+
+
+def extract_instruction(raw_output: str, style: str, keep_newlines: bool) -> str | None:
+    """The last tagged instruction in a teacher's output, blanks collapsed; None if there is none.
+
+    In completion style the opening tag ends the prompt, so the output starts inside the tags.
+    """
+    found = _TAGGED.findall(OPEN + raw_output if style == "completion" else raw_output)
+    return collapse_blanks(found[-1], keep_newlines) if found else None
+
+
+def collapse_blanks(text: str, keep_newlines: bool) -> str:
+    """Trim, and collapse runs of blanks; line breaks and the indentation after them may be kept."""
+    if not keep_newlines:
+        return " ".join(text.split())
+    lines = [re.match(r"[ \t]*", line).group() + " ".join(line.split()) for line in text.splitlines()]  # type: ignore[union-attr]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip()
+
+
+def judge_form(instruction: str | None, filters: Filters) -> str | None:
+    """Why an instruction is rejected whatever the others are; None if it is not."""
+    if instruction is None:
+        return NO_TAGS
+    if len(instruction) < filters.min_characters:
+        return TOO_SHORT
+    if len(instruction) > filters.max_characters:
+        return TOO_LONG
+    if _NOT_TEXT.search(instruction):
+        return NOT_TEXT
+    if not (instruction[0].isascii() and instruction[0].isalnum()):
+        return BAD_START
+    return None
+
+
+def judge_candidates(
+    raw_outputs: Sequence[str], prompts: Sequence[Prompt], style: str, filters: Filters, accepted: Accepted
+) -> list[Verdict]:
+    """Judge candidates in order; `accepted` grows by those that pass.
+
+    Args:
+        raw_outputs: [candidates], what the teacher wrote.
+        prompts: [candidates], the prompt of each.
+        style: the teacher's prompt style.
+        filters: what is kept.
+        accepted: every instruction accepted before, its limit the same as the filters'.
+    """
+    instructions = [extract_instruction(raw, style, filters.keep_newlines) for raw in raw_outputs]
+    rejections = [judge_form(instruction, filters) for instruction in instructions]
+    for index, (instruction, prompt) in enumerate(zip(instructions, prompts, strict=True)):
+        if rejections[index] is None and instruction is not None:
+            similarity = max(f_measure(instruction, task.text) for task in prompt.demonstrations)
+            if similarity > filters.max_rouge_l:
+                rejections[index] = LIKE_DEMONSTRATION
+    passing = [index for index, rejection in enumerate(rejections) if rejection is None]
+    for index, fresh in zip(passing, accepted.add_all([instructions[i] or "" for i in passing]), strict=True):
+        if not fresh:
+            rejections[index] = LIKE_ACCEPTED
+    return [Verdict(*pair) for pair in zip(instructions, rejections, strict=True)]

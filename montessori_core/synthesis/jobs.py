@@ -1,0 +1,47 @@
+"""Generation on a node: the programs behind the two generation stages."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from montessori_core.chat import render_prompt
+from montessori_core.config import Sampling, Teacher
+from montessori_core.models import load_tokenizer
+from montessori_core.program import Compute, Report, Row
+from montessori_core.schema import GENERATION, table_from_rows, write_table
+from montessori_core.synthesis.generation import Request, open_engine
+from montessori_core.synthesis.prompts import CLOSE
+
+
+def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Load the teacher once.
+
+    Settings: `teacher` (its configuration; the model's path is the input `teacher`), `engine`, `sampling`, `raw` (the
+    text is continued as it stands, up to a closing tag; otherwise it is put as a request through the chat template).
+    Rows: `ids` (one per sample), `text`, `seeds`.
+    """
+    teacher = Teacher.model_validate(settings["teacher"])
+    sampling = Sampling.model_validate(settings["sampling"])
+    model = str(inputs.get("teacher", teacher.model))
+    tokenizer = load_tokenizer(model, teacher.revision)
+    engine = open_engine(settings["engine"], model, teacher.revision, tokenizer)
+    stop = CLOSE if settings["raw"] else None
+
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        texts = [row["text"] if settings["raw"] else render_prompt(tokenizer, row["text"]) for row in rows]
+        requests = [Request(text, tuple(row["seeds"])) for text, row in zip(texts, rows, strict=True)]
+        continuations = engine.generate(requests, sampling, stop, report)
+        records: list[Row] = [
+            {
+                "row_id": row_id,
+                "prompt": request.prompt,
+                "text": generated.text,
+                "finish_reason": generated.finish_reason,
+                "tokens": generated.tokens,
+            }
+            for row, request, samples in zip(rows, requests, continuations, strict=True)
+            for row_id, generated in zip(row["ids"], samples, strict=True)
+        ]
+        write_table(table_from_rows(records, GENERATION), output, GENERATION)
+
+    return compute

@@ -1,0 +1,79 @@
+"""The teacher's prompt p: a request and eight demonstrations (Section 4, Figure 13)."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from montessori_core.config import Synthesis
+from montessori_core.sources import Task
+
+OPEN, CLOSE = "<instruction>", "</instruction>"
+
+_REQUEST = """\
+You write tasks that teach an assistant. Read the example tasks below, then write one new task of your own.
+
+What makes a good task:
+- It differs from every example in topic and in what it asks for.
+- It is a single request, clear enough to be answered without a question back.
+- Everything needed to answer it is part of the task.
+- It can be answered in text alone, without images, files, tools or the web.
+- It is one to three sentences long, in English.
+
+Example tasks:
+{demonstrations}
+
+Write only the new task, between {open} and {close}."""
+
+_LIST = """\
+A collection of varied tasks for an assistant. Every task is different from all others, clear, complete in itself, and \
+can be answered in text alone.
+
+{demonstrations}
+{open}"""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt before the chat template: its id, the demonstrations it shows, and its text."""
+
+    id: str
+    demonstrations: tuple[Task, ...]
+    text: str
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on nothing but `parts`, the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def build_prompts(
+    count: int,
+    style: str,
+    settings: Synthesis,
+    seed_pool: Sequence[Task],
+    synthetic_pool: Sequence[Task],
+    seed: int,
+    first: int = 0,
+) -> list[Prompt]:
+    """Build prompts number `first` to `first + count`, each from a random draw of its own.
+
+    While there are no synthetic tasks, seeds take their place. Demonstrations are shuffled. A prompt depends only on
+    its number, so that a longer list starts with the shorter one.
+    """
+    prompts = []
+    for number in range(first, first + count):
+        draw = random.Random(seed_of(seed, "prompt", number))
+        synthetic = draw.sample(synthetic_pool, min(settings.synthetic_demonstrations, len(synthetic_pool)))
+        wanted = settings.seed_demonstrations + settings.synthetic_demonstrations
+        demonstrations = synthetic + draw.sample(seed_pool, wanted - len(synthetic))
+        draw.shuffle(demonstrations)
+        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _text(style, demonstrations)))
+    return prompts
+
+
+def _text(style: str, demonstrations: Sequence[Task]) -> str:
+    # str.replace, not str.format: demonstrations may hold braces.
+    template = _REQUEST if style == "chat" else _LIST
+    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
+    return template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{demonstrations}", shown)

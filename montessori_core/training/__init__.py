@@ -1,0 +1,1 @@
+"""Training with TRL and DeepSpeed: warm-up and student training (SFT), teacher update (DPO)."""

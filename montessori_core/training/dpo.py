@@ -1,0 +1,88 @@
+"""The teacher update: direct preference optimization on what helps the student (Section 3.3, Eq. 4)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from montessori_core.config import Teacher, TeacherUpdate, Zero
+from montessori_core.errors import DataError
+from montessori_core.models import load_model, load_tokenizer
+from montessori_core.program import Compute, Report, Row
+from montessori_core.training.engine import (
+    PlainAdamW,
+    ProgressCallback,
+    save_trained,
+    start_processes,
+    training_arguments,
+)
+
+
+def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Update a teacher on the preference pairs of its one shard; the result is a model folder.
+
+    Settings: `teacher`, `recipe`, `zero` (their configurations), `seed`. The teacher's weights are the input `teacher`.
+    Rows: `prompt`, `chosen`, `rejected`. The prompt is the very text the teacher continued, and the outputs are what it
+    wrote, so that likelihoods are those of generation.
+    """
+    teacher = Teacher.model_validate(settings["teacher"])
+    recipe = TeacherUpdate.model_validate(settings["recipe"])
+    zero = Zero.model_validate(settings["zero"])
+
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        start_processes()
+        import torch
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        class TeacherTrainer(PlainAdamW, DPOTrainer):  # type: ignore[misc]
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset  # tokenised below, as generation tokenises: TRL would add special tokens
+
+        TeacherTrainer.recipe = recipe
+        model_path = str(inputs.get("teacher", teacher.model))
+        tokenizer = load_tokenizer(model_path, teacher.revision)
+        pairs = [encode_pair(tokenizer, row, teacher.prompt_style) for row in rows]
+        fitting = [pair for pair in pairs if longest(pair) <= recipe.max_length]
+        if not fitting:
+            raise DataError(
+                f"none of {len(pairs)} preference pairs fits into teacher_update.max_length={recipe.max_length} tokens "
+                f"(the shortest has {min(map(longest, pairs))}); raise it"
+            )
+        arguments = DPOConfig(
+            **training_arguments(recipe, zero, settings["seed"], output),
+            beta=recipe.beta,
+            max_length=recipe.max_length,
+            precompute_ref_log_probs=True,  # no second teacher in memory
+        )
+        progress = ProgressCallback(report, recipe.batch_size)
+        data = Dataset.from_list(fitting)
+        trainer = TeacherTrainer(
+            model=load_model(model_path, torch.float32, teacher.revision),
+            args=arguments,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[progress],
+        )
+        trainer.train()
+        save_trained(trainer, tokenizer, progress.log, output)
+
+    return compute
+
+
+def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
+    """Token ids of prompt, chosen and rejected output; an output of a chat ends with the end token."""
+    end = [] if style == "completion" else [tokenizer.eos_token_id]
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return {
+        "prompt_ids": ids(row["prompt"]),
+        "chosen_ids": ids(row["chosen"]) + end,
+        "rejected_ids": ids(row["rejected"]) + end,
+    }
+
+
+def longest(pair: Mapping[str, list[int]]) -> int:
+    """Tokens of the longer of the two sequences of an encoded pair."""
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

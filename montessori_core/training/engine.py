@@ -1,0 +1,142 @@
+"""What SFT and DPO share: DeepSpeed's configuration, TRL's arguments, progress, and how a model is saved."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from montessori_core.atomic import hash_json, hash_path, write_json
+from montessori_core.config import Optimization, Zero
+from montessori_core.models import FINGERPRINT
+from montessori_core.program import Report
+from montessori_core.training.log import LOG_FILE
+from montessori_core.training.schedule import rate_factor
+
+
+def start_processes() -> None:
+    """Join the job's processes, before any model is made: ZeRO-3 partitions weights as they are loaded."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+
+
+def deepspeed_config(zero: Zero) -> dict[str, Any]:
+    """DeepSpeed's configuration from ours; sizes that depend on the recipe are filled in by transformers."""
+    optimization: dict[str, Any] = {"stage": zero.stage, "overlap_comm": torch.cuda.is_available()}
+    if zero.offload != "none":
+        optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if zero.offload == "all":
+        optimization["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if zero.stage == 3:
+        optimization["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": optimization,
+        # AdamW comes from torch, not from DeepSpeed's kernels, so that influence can repeat its step exactly.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": torch.cuda.is_available()},
+    }
+
+
+def training_arguments(recipe: Optimization, zero: Zero, seed: int, scratch: Path) -> dict[str, Any]:
+    """Arguments that SFTConfig and DPOConfig have in common."""
+    processes = int(os.environ["WORLD_SIZE"])
+    return {
+        "output_dir": str(scratch),
+        "deepspeed": deepspeed_config(zero),
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.batch_size // (recipe.micro_batch_size * processes),
+        "num_train_epochs": recipe.epochs,
+        "learning_rate": recipe.learning_rate,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": torch.cuda.is_available(),
+        "dataloader_drop_last": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        **({"ddp_backend": "gloo"} if processes > 1 and not torch.cuda.is_available() else {}),
+    }
+
+
+class PlainAdamW:
+    """Mixed into a trainer: torch's AdamW over all weights alike, its rate following the recipe's schedule."""
+
+    recipe: Optimization
+    optimizer: torch.optim.Optimizer | None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Called by the trainer.
+
+        One parameter group: influence repeats the step for every weight alike, and DeepSpeed (0.19) links the AdamW
+        state of the first group only, so that moments of further groups could not be read back.
+        """
+        recipe = self.recipe
+        if self.optimizer is None:
+            model = model or self.model  # type: ignore[attr-defined]
+            self.optimizer = torch.optim.AdamW(
+                [parameter for parameter in model.parameters() if parameter.requires_grad],
+                lr=recipe.learning_rate,
+                betas=(recipe.beta1, recipe.beta2),
+                eps=recipe.epsilon,
+                weight_decay=recipe.weight_decay,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Called by the trainer once it knows how many steps it will take."""
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer if optimizer is not None else self.create_optimizer(),
+            lambda step: rate_factor(min(step, num_training_steps - 1), num_training_steps, self.recipe.schedule),
+        )
+        self.lr_scheduler = scheduler
+        return scheduler
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells the job's report how many examples are done, and keeps what the trainer logs."""
+
+    def __init__(self, report: Report, batch_size: int) -> None:
+        self._report, self._batch_size = report, batch_size
+        self.log: list[dict[str, float]] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._report(state.global_step * self._batch_size)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        entry = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        if "loss" in entry:
+            self.log.append({"step": float(state.global_step), **entry})
+
+
+def save_trained(trainer: Any, tokenizer: PreTrainedTokenizerBase, log: list[dict[str, float]], folder: Path) -> None:
+    """Write consolidated weights, tokenizer and training log. All processes must call it; rank 0 writes."""
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return
+    tokenizer.save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+    (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
+    hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name != LOG_FILE)
+    write_json({"sha256": hash_json([[file.name, hash_path(file)] for file in hashed])}, folder / FINGERPRINT)

@@ -1,0 +1,70 @@
+"""AdamW's moments after a training, per parameter, in safetensors: what a warm one-step influence starts from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from montessori_core.errors import DataError
+
+FILE = "adamw.safetensors"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state: first and second moment of each parameter by its name, and the steps taken."""
+
+    first: Mapping[str, torch.Tensor]
+    second: Mapping[str, torch.Tensor]
+    step: int
+
+
+def gather_moments(engine: Any, step: int) -> Moments:
+    """Collect the moments from a DeepSpeed engine, whatever its ZeRO stage. All processes must call it."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    first, second = {}, {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if engine.zero_optimization_stage() > 0 or hasattr(parameter, "_hp_mapping"):
+            m, v = (safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
+        else:
+            state = engine.optimizer.state[parameter]
+            m, v = state["exp_avg"], state["exp_avg_sq"]
+        if m is None or v is None:
+            raise RuntimeError(f"DeepSpeed holds no AdamW state for {name}")
+        first[name], second[name] = (t.detach().float().cpu().reshape(m.shape).clone() for t in (m, v))
+    return Moments(first, second, step)
+
+
+def save_moments(moments: Moments, folder: Path) -> None:
+    """Write the moments beside a model's weights."""
+    tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
+    tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
+    save_file(tensors, folder / FILE, metadata={"step": str(moments.step)})
+
+
+def load_moments(folder: Path) -> Moments:
+    """Read what `save_moments` wrote.
+
+    Raises:
+        DataError: the folder holds no moments.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise DataError(
+            f"{path}: not found; the folder is not a warmed-up student (it has weights but no AdamW moments)"
+        )
+    first: dict[str, torch.Tensor] = {}
+    second: dict[str, torch.Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            name, _, which = key.rpartition(".")
+            (first if which == "first" else second)[name] = file.get_tensor(key)
+    return Moments(first, second, step)

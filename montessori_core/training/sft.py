@@ -1,0 +1,76 @@
+"""Supervised fine-tuning of the student: warm-up and training (Section 4, Appendix A)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from montessori_core.chat import encode_example
+from montessori_core.config import Student, Training, Warmup, Zero
+from montessori_core.errors import DataError
+from montessori_core.models import load_model, load_tokenizer
+from montessori_core.program import Compute, Report, Row
+from montessori_core.training.engine import (
+    PlainAdamW,
+    ProgressCallback,
+    save_trained,
+    start_processes,
+    training_arguments,
+)
+from montessori_core.training.moments import gather_moments, save_moments
+
+
+def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if asked for.
+
+    Settings: `student`, `recipe`, `zero` (their configurations), `seed`, `save_moments`. The student's first weights are
+    the input `student`. Rows: `instruction`, `response`, `finished`.
+    """
+    student = Student.model_validate(settings["student"])
+    kind = Warmup if settings["recipe_kind"] == "warmup" else Training
+    recipe = kind.model_validate(settings["recipe"])
+    zero = Zero.model_validate(settings["zero"])
+
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        start_processes()
+        import torch
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        class StudentTrainer(PlainAdamW, SFTTrainer):  # type: ignore[misc]
+            pass
+
+        StudentTrainer.recipe = recipe
+        model_path = str(inputs.get("student", student.model))
+        tokenizer = load_tokenizer(model_path, student.revision)
+        encoded = [
+            encode_example(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"])
+            for row in rows
+        ]
+        usable = [example for example in encoded if example.response_tokens]
+        if not usable:
+            raise DataError("no training example has a response within student.max_length tokens; raise max_length")
+        data = Dataset.from_dict(
+            {"input_ids": [example.input_ids for example in usable], "labels": [example.labels for example in usable]}
+        )
+        arguments = SFTConfig(
+            **training_arguments(recipe, zero, settings["seed"], output),
+            max_length=student.max_length,
+            packing=False,
+        )
+        progress = ProgressCallback(report, recipe.batch_size)
+        trainer = StudentTrainer(
+            model=load_model(model_path, torch.float32, student.revision),
+            args=arguments,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[progress],
+        )
+        trainer.train()
+        if settings["save_moments"]:
+            moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
+            if trainer.is_world_process_zero():
+                output.mkdir(parents=True, exist_ok=True)
+                save_moments(moments, output)
+        save_trained(trainer, tokenizer, progress.log, output)
+
+    return compute

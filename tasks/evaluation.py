@@ -1,0 +1,44 @@
+"""Held-out loss of a model."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from montessori_core.schema import REFERENCE_LOSS, read_table
+from tasks.run import Model, Run, as_rows
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE)
+def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
+    """Evaluate a model on the held-out examples; return the table of their losses."""
+    (table,) = run.execute(
+        folder,
+        label,
+        "evaluation",
+        "montessori_core.influence.jobs:open_reference_loss",
+        {
+            "student": run.experiment.student.model_dump(mode="json"),
+            "batch_tokens": run.experiment.influence.reference_batch_tokens,
+        },
+        [as_rows(run.sources().evaluation)],
+        models={"model": model},
+    )
+    return table
+
+
+def summarize_loss(table: Path) -> dict[str, float]:
+    """Mean over examples of the loss per token (Eq. 2), and its standard error."""
+    rows = read_table(table, REFERENCE_LOSS)
+    losses = rows["loss"].to_numpy() / rows["response_tokens"].to_numpy()
+    return {"mean": float(losses.mean()), "standard_error": float(losses.std(ddof=1) / math.sqrt(len(losses)))}
+
+
+def summarize_gain(before: Path, after: Path) -> dict[str, float]:
+    """Paired difference of two models' losses (positive: `after` is better), and its standard error."""
+    first, second = (read_table(table, REFERENCE_LOSS) for table in (before, after))
+    gain = (first["loss"].to_numpy() - second["loss"].to_numpy()) / first["response_tokens"].to_numpy()
+    error = float(np.std(gain, ddof=1) / math.sqrt(len(gain)))
+    return {"mean": float(gain.mean()), "standard_error": error}

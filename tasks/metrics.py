@@ -1,0 +1,80 @@
+"""The numbers of an iteration, gathered from its tables and logs into `metrics.json`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from montessori_core.atomic import read_json, write_json
+from montessori_core.influence_table import summarize_influence
+from montessori_core.preferences import threshold_of
+from montessori_core.schema import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
+from montessori_core.training.log import LOG_FILE
+from tasks.evaluation import summarize_gain, summarize_loss
+from tasks.run import Run, stage_seconds
+from tasks.synthesis import Synthesized, funnel
+
+
+@dataclass(frozen=True)
+class IterationFiles:
+    """Where an iteration's results lie; `losses` are held-out loss tables by the name of the model."""
+
+    probing: Synthesized
+    influence: Path
+    preferences: Path
+    training: Synthesized
+    training_influence: Path | None
+    losses: dict[str, Path]
+
+
+@task(task_run_name="iteration {number}: metrics", cache_policy=NO_CACHE)
+def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
+    """Write `metrics.json` of an iteration."""
+    folder = run.iteration(number)
+    unmodified = run.folder / "unmodified"
+    pairs = read_table(files.preferences, PREFERENCES)
+    probed = read_table(files.influence, INFLUENCE)
+    threshold = threshold_of(probed, run.experiment.preferences.baseline)
+    content: dict[str, Any] = {
+        "iteration": number,
+        "synthesis": {
+            "probing": funnel(read_table(files.probing.instructions, INSTRUCTIONS)),
+            "training": funnel(read_table(files.training.instructions, INSTRUCTIONS)),
+        },
+        "influence": {"probing": summarize_influence(probed, threshold)},
+        "preferences": {"pairs": pairs.num_rows, "prompts": len(set(pairs["prompt_id"].to_pylist()))},
+        "held_out_loss": {name: summarize_loss(table) for name, table in files.losses.items()},
+        "held_out_gain": {
+            f"student_over_{name}": summarize_gain(table, files.losses["student"])
+            for name, table in files.losses.items()
+            if name != "student"
+        },
+        "training_logs": {
+            name: read_json(path / "part-00000" / LOG_FILE)
+            for name, path in {
+                "warmup": folder / "warmup",
+                "teacher": folder / "teacher",
+                "student": folder / "student",
+                "unmodified": unmodified / "student",
+            }.items()
+            if (path / "part-00000" / LOG_FILE).exists()
+        },
+        "job_seconds": {
+            str(stage.parent.relative_to(run.folder)): round(stage_seconds(stage.parent), 1)
+            for parent in (folder, unmodified, run.folder / "untrained")
+            for stage in sorted(parent.rglob("stage.json"))
+        },
+    }
+    if files.training_influence is not None:
+        content["influence"]["training"] = summarize_influence(
+            read_table(files.training_influence, INFLUENCE), threshold
+        )
+    if "unmodified" in files.losses:
+        content["synthesis"]["unmodified"] = funnel(
+            read_table(unmodified / "training" / "instructions.parquet", INSTRUCTIONS)
+        )
+    path = folder / "metrics.json"
+    write_json(content, path)
+    return path

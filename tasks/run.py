@@ -1,0 +1,246 @@
+"""A run: its folder, its configuration, its sets, and how its stages are executed."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.fanout import fan_out
+from cluster.stage import Stage
+from montessori_core.atomic import hash_path, write_json
+from montessori_core.config import Experiment, Resources, differences, read_experiment, write_experiment
+from montessori_core.errors import UserError
+from montessori_core.models import fingerprint, local_path
+from montessori_core.program import Row
+from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
+from tasks.progress import ProgressBar
+
+Kind = Literal["generation", "training", "influence", "evaluation"]
+_PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as an input of a stage: what to load, and the hash that says which it is."""
+
+    path: str
+    sha256: str
+
+    @staticmethod
+    def configured(model: str, revision: str | None) -> "Model":
+        """A model of the configuration."""
+        return Model(local_path(model), fingerprint(model, revision))
+
+    @staticmethod
+    def trained(folder: Path) -> "Model":
+        """A model that a stage wrote."""
+        return Model(str(folder), hash_path(folder))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment on disk; its folder holds all of its state."""
+
+    folder: Path
+    experiment: Experiment
+
+    def sources(self) -> Sources:
+        """The sets as they were when the run began."""
+        return Sources(*(load_tasks(self.folder / "sources" / f"{name}.jsonl") for name in Sources.__annotations__))
+
+    def source_file(self, name: str) -> Path:
+        """The copy of a set in the run's folder."""
+        return self.folder / "sources" / f"{name}.jsonl"
+
+    def iteration(self, number: int) -> Path:
+        """Folder of an iteration, counted from 1."""
+        return self.folder / f"iteration-{number}"
+
+    def execute(
+        self,
+        folder: Path,
+        name: str,
+        kind: Kind,
+        program: str,
+        settings: Mapping[str, Any],
+        shards: list[list[Row]],
+        models: Mapping[str, Model] | None = None,
+        files: Mapping[str, Path] | None = None,
+        suffix: str = ".parquet",
+    ) -> list[Path]:
+        """Bring a stage to its end and return its results, one for each shard.
+
+        Args:
+            folder: the stage's folder.
+            name: for people, e.g. 'iteration 1: influence of the probing set'.
+            kind: which resources its jobs get.
+            program: see `montessori_core.program`.
+            settings: plain data, without resources.
+            shards: [shards][rows].
+            models: models the program loads, by the name of the input.
+            files: files the program reads, by the name of the input.
+            suffix: '.parquet' or '' for a folder.
+        """
+        models, files = models or {}, files or {}
+        stage = Stage(
+            name=folder.name,
+            version=1,
+            program=program,
+            settings=settings,
+            inputs={n: Path(m.path) for n, m in models.items() if Path(m.path).is_dir()} | dict(files),
+            input_hashes={n: m.sha256 for n, m in models.items()} | {n: hash_path(p) for n, p in files.items()},
+            folder=folder,
+            suffix=suffix,
+        )
+        cluster = self.experiment.cluster
+        resources: Resources = getattr(cluster.resources, kind)
+        python = cluster.generation_python if kind == "generation" else None
+        with ProgressBar(name, unit="example" if kind != "generation" else "prompt") as bar:
+            return fan_out(stage, shards, resources, cluster, bar.show, python)
+
+
+def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
+    """Create the folder of a run, or open it if it is of the same configuration; also return warnings.
+
+    Everything that can be wrong with configuration, data, models and folder is found here, before any job.
+
+    Raises:
+        UserError: it is wrong; the message says what and how to mend it.
+    """
+    config = folder / "config.yaml"
+    if config.exists():
+        _check_same(experiment, config)
+    begun = Run(folder, experiment)
+    complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
+    sources = begun.sources() if complete else read_sources(experiment)
+    warnings = check_sources(sources, experiment)
+    for model in (experiment.teacher.model, experiment.student.model):
+        local_path(model)
+    check_environment(experiment)
+    try:
+        (folder / "sources").mkdir(parents=True, exist_ok=True)
+        run = Run(folder.resolve(), experiment)
+        for name in Sources.__annotations__:
+            if not complete:
+                write_tasks(getattr(sources, name), run.source_file(name))
+        write_experiment(experiment, config)
+        write_json(_provenance(experiment), folder / "provenance.json")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "
+            "--run-root"
+        ) from error
+    return run, warnings
+
+
+def reopen_run(folder: Path) -> Run:
+    """Open the folder of a run that was started before.
+
+    Raises:
+        UserError: it is not one.
+    """
+    config = folder / "config.yaml"
+    if not config.exists():
+        raise UserError(f"{folder}: not a run (no config.yaml); runs lie in the folder given as --run-root, by name")
+    return Run(folder.resolve(), read_experiment(config))
+
+
+@contextmanager
+def only_driver(folder: Path) -> Iterator[None]:
+    """Hold the run's lock; two drivers on one run would submit everything twice.
+
+    Raises:
+        UserError: another driver holds it.
+    """
+    path = folder / "driver.lock"
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{folder}: another process drives this run ({lock.read().strip() or 'unknown'}); wait for it or end it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def check_environment(experiment: Experiment) -> None:
+    """See that what local jobs import is installed, before any is started.
+
+    Raises:
+        UserError: it is not.
+    """
+    if experiment.cluster.profile == "slurm":
+        return  # the worker environment is on the nodes
+    for package in ("torch", "transformers", "trl", "deepspeed"):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            raise UserError(
+                f"profile: local needs {package} on this machine; pip install 'montessori[local]'"
+            ) from None
+
+
+def _check_same(experiment: Experiment, config: Path) -> None:
+    before = read_experiment(config)
+    changed = differences(before.method(), experiment.method())
+    if changed:
+        raise UserError(
+            f"{config.parent}: this run was started with another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the new configuration another --name, or resume the run as it was: "
+            + f"montessori resume {config.parent}"
+        )
+
+
+def _provenance(experiment: Experiment) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "opened": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions,
+        "python": platform.python_version(),
+        "git_revision": revision.stdout.strip() or None,
+        "driver": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "teacher_sha256": fingerprint(experiment.teacher.model, experiment.teacher.revision),
+        "student_sha256": fingerprint(experiment.student.model, experiment.student.revision),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def stage_seconds(folder: Path) -> float:
+    """Seconds that the jobs of a stage took, over all shards and attempts that ended well."""
+    manifests = sorted(folder.glob("part-*.manifest.json"))
+    return float(sum(json.loads(path.read_text())["seconds"] for path in manifests))
+
+
+def as_rows(tasks: list[Task]) -> list[Row]:
+    """Tasks as rows of a shard."""
+    return [vars(task) for task in tasks]

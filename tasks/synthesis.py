@@ -1,0 +1,218 @@
+"""Synthesis (Section 4.1 of the design): prompts, instructions, filters, responses, until enough examples are kept."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from montessori_core.errors import UserError
+from montessori_core.program import Row
+from montessori_core.rouge import Accepted
+from montessori_core.schema import EXAMPLES, GENERATION, INSTRUCTIONS, read_table, table_from_rows, write_table
+from montessori_core.sources import Task
+from montessori_core.synthesis.filters import EMPTY_RESPONSE, REASONS, SURPLUS, judge_candidates
+from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
+from tasks.run import Model, Run
+
+_PROGRAM = "montessori_core.synthesis.jobs:open_generation"
+
+
+@dataclass(frozen=True)
+class Synthesized:
+    """The tables of one synthesis: every candidate with its verdict, and the examples that were kept."""
+
+    instructions: Path
+    examples: Path
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE)
+def synthesize(
+    run: Run,
+    folder: Path,
+    label: str,
+    teacher: Model,
+    count: int,
+    draw: str,
+    earlier: list[Path],
+    synthetic_pool: Path | None,
+) -> Synthesized:
+    """Let `teacher` write `count` examples.
+
+    Args:
+        run: the run.
+        folder: where tables and stages go.
+        label: for people.
+        teacher: who writes.
+        count: examples wanted.
+        draw: names the random draw of prompts and samples; equal draws show equal prompts.
+        earlier: example tables whose instructions must not be repeated.
+        synthetic_pool: examples of the last iteration, as demonstrations; None in the first.
+
+    Raises:
+        UserError: after `max_rounds` rounds too few examples were kept.
+    """
+    settings, seed = run.experiment.synthesis, run.experiment.seed
+    sources = run.sources()
+    pool = _pool(synthetic_pool)
+    known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
+    accepted = Accepted(known, settings.filters.max_rouge_l)
+    candidates: list[Row] = []
+    examples: list[Row] = []
+    prompts_used = 0
+    for number in range(1, settings.max_rounds + 1):
+        missing = count - len(examples)
+        if missing == 0:
+            break
+        rate = len(examples) / len(candidates) if examples else 1.0 / settings.oversampling
+        wanted = math.ceil(missing / rate / settings.samples_per_prompt)
+        prompts = build_prompts(
+            wanted,
+            run.experiment.teacher.prompt_style,
+            settings,
+            sources.seed_pool,
+            pool,
+            seed_of(seed, draw),
+            prompts_used,
+        )
+        prompts_used += wanted
+        name = label if number == 1 else f"{label}, round {number}"
+        fresh = _write_instructions(run, folder / f"instructions-{number}", name, teacher, prompts, draw, accepted)
+        kept = [row for row in fresh if row["rejection"] is None]
+        for row in kept[missing:]:
+            row["rejection"] = SURPLUS
+        examples += _write_responses(run, folder / f"responses-{number}", name, teacher, kept[:missing], draw)
+        candidates += fresh
+    instructions, kept_examples = folder / "instructions.parquet", folder / "examples.parquet"
+    write_table(table_from_rows(candidates, INSTRUCTIONS), instructions, INSTRUCTIONS)
+    _publish(label, funnel(read_table(instructions, INSTRUCTIONS)))
+    if len(examples) < count:
+        raise UserError(_too_few(len(examples), count, read_table(instructions, INSTRUCTIONS), label))
+    write_table(table_from_rows(examples, EXAMPLES), kept_examples, EXAMPLES)
+    return Synthesized(instructions, kept_examples)
+
+
+def funnel(instructions: pa.Table) -> dict[str, int]:
+    """Candidates, those rejected by each reason in the order of the filters, and those kept."""
+    reasons = Counter(reason for reason in instructions["rejection"].to_pylist() if reason is not None)
+    rejected = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
+    return {"candidates": instructions.num_rows, **rejected, "kept": instructions.num_rows - reasons.total()}
+
+
+def _pool(table: Path | None) -> list[Task]:
+    if table is None:
+        return []
+    rows = read_table(table, EXAMPLES).select(["example_id", "instruction"]).to_pylist()
+    return [Task(row["example_id"], row["instruction"]) for row in rows]
+
+
+def _write_instructions(
+    run: Run, folder: Path, label: str, teacher: Model, prompts: list[Prompt], draw: str, accepted: Accepted
+) -> list[Row]:
+    settings, style = run.experiment.synthesis, run.experiment.teacher.prompt_style
+    samples = range(settings.samples_per_prompt)
+    rows: list[Row] = [
+        {
+            "ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
+            "text": prompt.text,
+            "seeds": [seed_of(run.experiment.seed, draw, prompt.id, sample) for sample in samples],
+        }
+        for prompt in prompts
+    ]
+    parts = run.execute(
+        folder,
+        f"{label}: instructions",
+        "generation",
+        _PROGRAM,
+        _settings(run, settings.instruction.model_dump(mode="json"), raw=style == "completion"),
+        _cut(rows, settings.prompts_per_shard),
+        models={"teacher": teacher},
+    )
+    generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
+    owners = [prompt for prompt in prompts for _ in samples]
+    verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
+    return [
+        {
+            "candidate_id": row["row_id"],
+            "prompt_id": f"{draw}-{prompt.id}",
+            "prompt": row["prompt"],
+            "demonstrations": [task.id for task in prompt.demonstrations],
+            "raw_output": row["text"],
+            "instruction": verdict.instruction,
+            "rejection": verdict.rejection,
+        }
+        for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
+    ]
+
+
+def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candidates: list[Row], draw: str) -> list[Row]:
+    """Answer the instructions; a candidate with an empty answer is marked as rejected."""
+    if not candidates:
+        return []
+    settings = run.experiment.synthesis
+    rows: list[Row] = [
+        {
+            "ids": [candidate["candidate_id"]],
+            "text": candidate["instruction"],
+            "seeds": [seed_of(run.experiment.seed, draw, candidate["candidate_id"], "response")],
+        }
+        for candidate in candidates
+    ]
+    parts = run.execute(
+        folder,
+        f"{label}: responses",
+        "generation",
+        _PROGRAM,
+        _settings(run, settings.response.model_dump(mode="json"), raw=False),
+        _cut(rows, settings.instructions_per_shard),
+        models={"teacher": teacher},
+    )
+    generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
+    examples = []
+    for candidate, row in zip(candidates, generated, strict=True):
+        if not row["text"].strip():
+            candidate["rejection"] = EMPTY_RESPONSE
+            continue
+        examples.append(
+            {
+                "example_id": candidate["candidate_id"],
+                **{key: candidate[key] for key in ("prompt_id", "prompt", "raw_output", "instruction")},
+                "response": row["text"].strip(),
+                "response_finished": row["finish_reason"] == "stop",
+            }
+        )
+    return examples
+
+
+def _settings(run: Run, sampling: dict[str, object], raw: bool) -> dict[str, object]:
+    return {
+        "teacher": run.experiment.teacher.model_dump(mode="json"),
+        "engine": run.experiment.synthesis.engine,
+        "sampling": sampling,
+        "raw": raw,
+    }
+
+
+def _cut(rows: list[Row], size: int) -> list[list[Row]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:
+    lines = [f"  {number:6d} {reason}" for reason, number in funnel(instructions).items()]
+    return (
+        f"{label}: only {kept} of {count} examples were kept:\n"
+        + "\n".join(lines)
+        + "\nFor a small or base teacher set teacher.prompt_style=completion; otherwise raise synthesis.max_rounds, widen "
+        "the seed pool or relax synthesis.filters"
+    )
+
+
+def _publish(label: str, counts: dict[str, int]) -> None:
+    create_table_artifact(
+        [{"step": step, "instructions": number} for step, number in counts.items()],
+        description=f"Synthesis funnel - {label}",
+    )
