@@ -113,6 +113,8 @@ def fan_out(
     stage.write(shards)
     keys = [stage.key(rows) for rows in shards]
     done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
+    for index in set(range(len(shards))) - done:
+        stage.manifest(index).unlink(missing_ok=True)  # workers do not look at the bytes again
     driver = _Driver(stage, shards, keys, done, resources, cluster, on_progress, python)
     if len(done) < len(shards) or driver.ledger.open_submissions():
         driver.run()

@@ -71,9 +71,9 @@ def encode_example(
         )
     batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(batch["input_ids"])
+    # A token on the border, such as a blank of the prompt joined to the first word, is the response's.
     labels = [
-        token if start >= len(prompt) else IGNORED
-        for token, (start, _) in zip(ids, batch["offset_mapping"], strict=True)
+        token if end > len(prompt) else IGNORED for token, (_, end) in zip(ids, batch["offset_mapping"], strict=True)
     ]
     ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id, finished)
     return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)

@@ -144,7 +144,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
+                    yield f"{path}, line {number}", json.loads(line.rstrip("\n"))
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one object"

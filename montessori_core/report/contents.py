@@ -1,0 +1,252 @@
+"""What lies in a run's folder, read for its report; any part may not be there yet."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from montessori_core.atomic import read_json
+from montessori_core.influence_table import summarize_influence
+from montessori_core.preferences import threshold_of
+from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
+from montessori_core.synthesis.filters import REASONS
+from montessori_core.training.log import LOG_FILE
+
+Log = list[dict[str, Any]]
+_TRAININGS = ("warmup", "teacher", "student")
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """One set of examples: every candidate the teacher wrote, and those that were kept."""
+
+    label: str
+    instructions: pa.Table | None
+    examples: pa.Table | None
+
+    @cached_property
+    def funnel(self) -> dict[str, int] | None:
+        """Candidates, those rejected by each reason in the order of the filters, and those kept."""
+        if self.instructions is None:
+            return None
+        reasons = Counter(reason for reason in self.instructions["rejection"].to_pylist() if reason is not None)
+        ordered = [reason for reason in REASONS if reason in reasons] + sorted(reasons.keys() - set(REASONS))
+        candidates = self.instructions.num_rows
+        return {
+            "candidates": candidates,
+            **{reason: reasons[reason] for reason in ordered},
+            "kept": candidates - reasons.total(),
+        }
+
+
+@dataclass(frozen=True)
+class Influence:
+    """The influence of one set of examples, and the `influence_student` above which an example counts as helpful."""
+
+    label: str
+    table: pa.Table
+    threshold: float
+
+    @cached_property
+    def values(self) -> npt.NDArray[np.float64]:
+        """Influence of the measured examples against the student, nats."""
+        measured = self.table.filter(pc.equal(self.table["status"], "ok"))["influence_student"]
+        return np.asarray(measured.to_numpy(), dtype=np.float64)
+
+    @cached_property
+    def summary(self) -> dict[str, float | int]:
+        """See `influence_table.summarize_influence`."""
+        return summarize_influence(self.table, self.threshold)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One teacher update: what it read and what came of it."""
+
+    number: int
+    probing: Synthesis
+    training: Synthesis
+    influence: Influence | None
+    training_influence: Influence | None
+    preferences: pa.Table | None
+    logs: dict[str, Log]
+    metrics: dict[str, Any] | None
+
+    @property
+    def held_out_loss(self) -> dict[str, dict[str, float]]:
+        """Mean and standard error by the name of the model: student, untrained, unmodified."""
+        return dict((self.metrics or {}).get("held_out_loss", {}))
+
+    @property
+    def held_out_gain(self) -> dict[str, dict[str, float]]:
+        """Paired gain, mean and standard error, by the name of the comparison: student_over_..."""
+        return dict((self.metrics or {}).get("held_out_gain", {}))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a run's folder holds so far."""
+
+    name: str
+    config: str | None
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    iterations: list[Iteration]
+    unmodified: Synthesis | None
+
+    def setting(self, section: str, name: str, default: Any) -> Any:
+        """A value of the configuration; `default` where the configuration does not say."""
+        return _setting(self.settings, section, name, default)
+
+    @property
+    def baseline(self) -> str:
+        """What divides helpful from harmful examples, see `config.Preferences`."""
+        return str(self.setting("preferences", "baseline", "student"))
+
+    @property
+    def planned(self) -> int:
+        """Iterations that the configuration asks for."""
+        planned = self.settings.get("iterations")
+        return planned if isinstance(planned, int) else len(self.iterations)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the configuration asks for a student of the unmodified teacher."""
+        return bool(self.setting("comparison", "unmodified_teacher", True))
+
+    @property
+    def syntheses(self) -> list[Synthesis]:
+        """Every set that there is, in the order of the run."""
+        sets = [part for iteration in self.iterations for part in (iteration.probing, iteration.training)]
+        return [part for part in (*sets, self.unmodified) if part is not None and part.instructions is not None]
+
+    @property
+    def job_seconds(self) -> dict[str, float]:
+        """Seconds of jobs by the folder of the stage."""
+        merged: dict[str, float] = {}
+        for iteration in self.iterations:
+            merged |= (iteration.metrics or {}).get("job_seconds", {})
+        return merged
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read a run's folder.
+
+    Raises:
+        DataError: a table is there but cannot be read.
+    """
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
+    settings = _settings(text)
+    numbered = {
+        int(found[1]): path
+        for path in folder.glob("iteration-*")
+        if (found := re.fullmatch(r"iteration-(\d+)", path.name)) and path.is_dir()
+    }
+    unmodified = folder / "unmodified"
+    baseline = _setting(settings, "preferences", "baseline", "student")
+    return Contents(
+        name=str(settings.get("name", folder.resolve().name)),
+        config=text,
+        settings=settings,
+        provenance=read_json(folder / "provenance.json") or {},
+        iterations=[_read_iteration(path, unmodified, number, baseline) for number, path in sorted(numbered.items())],
+        unmodified=_read_synthesis(unmodified / "training", "Unmodified teacher") if unmodified.is_dir() else None,
+    )
+
+
+def missing_parts(run: Contents) -> list[str]:
+    """What a complete run would hold and this one does not, a sentence each."""
+    sentences = []
+    if run.config is None:
+        sentences.append("The configuration (config.yaml) is not in the folder.")
+    if not run.provenance:
+        sentences.append("The provenance (provenance.json) is not in the folder.")
+    present = {iteration.number: iteration for iteration in run.iterations}
+    for number in range(1, max([run.planned, *present]) + 1):
+        sentences += _missing_of(present[number], run) if number in present else [f"Iteration {number} has not begun."]
+    if not run.compares:
+        sentences.append(
+            "The unmodified teacher was not compared: comparison.unmodified_teacher is switched off in the configuration."
+        )
+    elif not any("unmodified" in iteration.held_out_loss for iteration in run.iterations):
+        sentences.append("The student of the unmodified teacher has not been evaluated yet.")
+    return sentences
+
+
+def _missing_of(iteration: Iteration, run: Contents) -> list[str]:
+    measures_training = bool(run.setting("comparison", "influence_examples", 256))
+    parts = {
+        "the synthesis of the probing set": iteration.probing.examples,
+        "the influence of the probing set": iteration.influence,
+        "the preference pairs": iteration.preferences,
+        "the synthesis of the training set": iteration.training.examples,
+        "the influence of the training set": iteration.training_influence if measures_training else True,
+        "the metrics (held-out losses, times)": iteration.metrics,
+    }
+    absent = [name for name, part in parts.items() if part is None]
+    sentences = [f"Iteration {iteration.number} is not complete. Not there yet: {', '.join(absent)}."] if absent else []
+    if not measures_training:
+        sentences.append(
+            f"Iteration {iteration.number}: the influence of the training set was not measured: "
+            "comparison.influence_examples is 0 in the configuration."
+        )
+    return sentences
+
+
+def _settings(text: str | None) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _setting(settings: dict[str, Any], section: str, name: str, default: Any) -> Any:
+    content = settings.get(section)
+    return content.get(name, default) if isinstance(content, dict) else default
+
+
+def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) -> Iteration:
+    metrics = read_json(folder / "metrics.json")
+    recorded = (metrics or {}).get("training_logs", {})
+    logs = {name: recorded.get(name) or _read_log(folder / name) for name in _TRAININGS}
+    logs["unmodified"] = recorded.get("unmodified") or (_read_log(unmodified / "student") if number == 1 else [])
+    probed, trained = (_read(folder / name, INFLUENCE) for name in ("influence.parquet", "training-influence.parquet"))
+    threshold = threshold_of(probed, baseline) if probed is not None else None
+    return Iteration(
+        number=number,
+        probing=_read_synthesis(folder, f"Iteration {number}: probing set"),
+        training=_read_synthesis(folder / "training", f"Iteration {number}: training set"),
+        influence=_influence("Probing set (teacher before)", probed, threshold),
+        training_influence=_influence("Training set (updated teacher)", trained, threshold),
+        preferences=_read(folder / "preferences.parquet", PREFERENCES),
+        logs=logs,
+        metrics=metrics,
+    )
+
+
+def _read_synthesis(folder: Path, label: str) -> Synthesis:
+    return Synthesis(
+        label, _read(folder / "instructions.parquet", INSTRUCTIONS), _read(folder / "examples.parquet", EXAMPLES)
+    )
+
+
+def _influence(label: str, table: pa.Table | None, threshold: float | None) -> Influence | None:
+    return Influence(label, table, threshold) if table is not None and threshold is not None else None
+
+
+def _read_log(folder: Path) -> Log:
+    return read_json(folder / "part-00000" / LOG_FILE) or []
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table | None:
+    return read_table(path, schema) if path.exists() else None

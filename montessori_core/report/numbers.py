@@ -1,0 +1,99 @@
+"""How the report writes numbers: short, with a true minus sign, and a dash for what is not known."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import numpy as np
+
+UNKNOWN = "–"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A power of ten of a nat, in which all influence of a page is written."""
+
+    exponent: int
+
+    def __str__(self) -> str:
+        return f"{_power(self.exponent)} nats" if self.exponent else "nats"
+
+    def scale(self, nats: float) -> float:
+        """Influence in this unit."""
+        return nats / 10.0**self.exponent
+
+    def text(self, nats: float | None) -> str:
+        """Influence in this unit, signed."""
+        if not known(nats):
+            return UNKNOWN
+        return f"{'+' if nats > 0 else ''}{significant(self.scale(nats), 3)}"
+
+    def size(self, nats: float | None, digits: int = 2) -> str:
+        """A noise floor, standard error or distance in this unit."""
+        return significant(self.scale(nats), digits) if known(nats) else UNKNOWN
+
+
+def unit_of(nats: Iterable[float]) -> Unit:
+    """The unit in which the median of these lies between 1 and 1000."""
+    sizes = np.abs(np.fromiter(nats, dtype=float))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    return Unit(min(0, 3 * math.floor(math.log10(float(np.median(sizes))) / 3)) if sizes.size else 0)
+
+
+def known(value: object) -> TypeGuard[float]:
+    """Whether this is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def count(number: int | None) -> str:
+    """A whole number."""
+    return f"{number:,}" if known(number) else UNKNOWN
+
+
+def share(value: float | None) -> str:
+    """A share of one, in per cent."""
+    return f"{value:.0%}" if known(value) else UNKNOWN
+
+
+def loss(nats: float | None) -> str:
+    """A loss in nats per token."""
+    return f"{nats:.4f}" if known(nats) else UNKNOWN
+
+
+def signed(value: float, decimals: int) -> str:
+    """A difference; zero, and what rounds to it, has no sign."""
+    text = f"{abs(value):,.{decimals}f}"
+    if float(text.replace(",", "")) == 0:
+        return text
+    return f"{'+' if value > 0 else '−'}{text}"
+
+
+def gain(mean: float | None, standard_error: float | None) -> str:
+    """A difference of losses and its standard error, nats per token."""
+    if not known(mean):
+        return UNKNOWN
+    return f"{signed(mean, 4)} ± {loss(standard_error)}"
+
+
+def significant(value: float, digits: int) -> str:
+    """A number to so many significant digits, as a power of ten where it is very small or large."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 < exponent < 5:
+        return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
+    return f"{value / 10.0**exponent:.{digits - 1}f} × {_power(exponent)}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever a person would say."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _power(exponent: int) -> str:
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"

@@ -1,0 +1,93 @@
+"""Loss masks: the response and its end token, nothing else, in whatever template."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from montessori_core.chat import IGNORED, Encoded, encode_example, render_prompt
+from montessori_core.errors import UserError
+from montessori_core.models import LLAMA3_STYLE_TEMPLATE, load_tokenizer
+
+TRIMMING = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+EMPTY_SYSTEM = (
+    "<|im_start|>system\n<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(smollm2: Path) -> Any:
+    return load_tokenizer(str(smollm2))
+
+
+def trained_text(tokenizer: Any, example: Encoded) -> str:
+    return str(tokenizer.decode([label for label in example.labels if label != IGNORED]))
+
+
+@pytest.mark.parametrize(
+    ("template", "instruction", "response", "expected"),
+    [
+        (None, "Say hi.", "Hi there.", "Hi there.<|im_end|>"),
+        (None, "Repeat: Hi there.", "Hi there.", "Hi there.<|im_end|>"),
+        (None, "Say hi.", "user\nSay hi.", "user\nSay hi.<|im_end|>"),
+        (TRIMMING, "Say hi.", "  Hi there.\n", "Hi there.<|im_end|>"),
+        (TRIMMING, "Hi there.", " Hi there. ", "Hi there.<|im_end|>"),
+        (EMPTY_SYSTEM, "Say hi.", "Hi there.", "Hi there.<|im_end|>"),
+        (LLAMA3_STYLE_TEMPLATE, " Say hi. ", " Hi there. ", "Hi there.<|im_end|>"),
+        (NO_END, "Say hi.", "Hi there.", " Hi there.\n<|im_end|>"),
+    ],
+    ids=["plain", "repeated", "looks like a turn", "untrimmed", "untrimmed and repeated", "empty system", "paper", "no end"],
+)
+def test_loss_is_on_response_and_end_token_alone(
+    tokenizer: Any, template: str | None, instruction: str, response: str, expected: str
+) -> None:
+    if template:
+        tokenizer.chat_template = template
+    example = encode_example(tokenizer, instruction, response, 512)
+    assert trained_text(tokenizer, example) == expected
+    assert example.labels[-1] == example.input_ids[-1] == tokenizer.eos_token_id
+    assert example.response_tokens == sum(label != IGNORED for label in example.labels)
+    prompt = render_prompt(tokenizer, instruction)
+    first = next(i for i, label in enumerate(example.labels) if label != IGNORED)
+    assert tokenizer.decode(example.input_ids[:first]) in (prompt, prompt.rstrip(" "))
+
+
+def test_a_response_that_was_cut_does_not_teach_to_stop(tokenizer: Any) -> None:
+    whole = encode_example(tokenizer, "Count.", "one two three", 512)
+    cut = encode_example(tokenizer, "Count.", "one two three", 512, finished=False)
+    assert cut.labels[:-1] == whole.labels[:-1]
+    assert cut.labels[-1] == IGNORED
+
+
+def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> None:
+    whole = encode_example(tokenizer, "Count.", "one two three four five six", 512)
+    assert not whole.truncated
+    short = encode_example(tokenizer, "Count.", "one two three four five six", len(whole.input_ids) - 3)
+    assert short.truncated
+    assert short.input_ids == whole.input_ids[:-3]
+    nothing_left = encode_example(tokenizer, "Count. " * 50, "one", 40)
+    assert nothing_left.response_tokens == 0
+
+
+def test_tokenizer_without_a_template_gets_the_papers(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    loaded = load_tokenizer(str(tmp_path))
+    assert render_prompt(loaded, "Hi").endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert loaded.pad_token is not None
+
+
+def test_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="changes the prompt once the answer is known"):
+        encode_example(tokenizer, "Hi", "there", 64)

@@ -1,0 +1,122 @@
+"""The built-in sets, and bad files of users."""
+
+import itertools
+import json
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from montessori_core.config import DataSource, Experiment, Student, Teacher
+from montessori_core.errors import DataError
+from montessori_core.rouge import f_measure
+from montessori_core.sources import Sources, Task, check_sources, read_sources, read_tasks
+
+EXPERIMENT = Experiment(teacher=Teacher(model="t"), student=Student(model="s"))
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    text = (files("montessori_core") / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(("name", "count"), [("seed_pool", 240), ("reference", 96), ("evaluation", 64)])
+def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
+    found = rows(name)
+    assert len(found) == len({row["id"] for row in found}) == count
+    categories = Counter(row["category"] for row in found)
+    assert len(categories) == 8
+    assert set(categories.values()) == {count // 8}
+
+
+def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
+    sets = {name: [t.text for t in getattr(read_sources(EXPERIMENT), name)] for name in Sources.__annotations__}
+    highest = {
+        (a, b): max(f_measure(x, y) for x, y in itertools.product(sets[a], sets[b]))
+        for a, b in itertools.combinations(sets, 2)
+    }
+    highest |= {(a, a): max(f_measure(x, y) for x, y in itertools.combinations(sets[a], 2)) for a in sets}
+    assert max(highest.values()) < 0.5, highest
+
+
+def test_builtin_sets_raise_no_warning() -> None:
+    assert check_sources(read_sources(EXPERIMENT), EXPERIMENT) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"instruction": "a"}\n{"instruction": \n', "line 2, column 17: not valid JSON"),
+        ('{"instruction": "a"}\n["b"]\n', "line 2: expected an object with named fields, found list"),
+        ('{"task": "a"}\n', "line 1: field 'instruction' is missing (found: task); set the *_field option"),
+        ('{"instruction": 7}\n', "line 1: field 'instruction' is int, expected text"),
+        ('{"instruction": "  "}\n', "line 1: field 'instruction' is empty"),
+        ("\n\n", "holds no examples"),
+        ('{"id": 1, "instruction": "a"}\n{"id": 1, "instruction": "b"}\n', "id '1' occurs twice"),
+    ],
+)
+def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as refusal:
+        read_tasks(DataSource(path=str(path)), "seed_pool", with_response=False)
+    assert message in str(refusal.value)
+    assert "seeds.jsonl" in str(refusal.value)
+
+
+def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
+    for name, message in (("no.jsonl", "cannot be read"), ("no.parquet", "cannot be read"), ("a.csv", "expected a .jsonl")):
+        with pytest.raises(DataError, match=message):
+            read_tasks(DataSource(path=str(tmp_path / name)), "reference", with_response=True)
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read_tasks(DataSource(path=str(broken)), "reference", with_response=True)
+
+
+def test_jsonl_parquet_and_data_set_give_the_same_tasks(tmp_path: Path) -> None:
+    content = [{"q": "Name a colour.", "extra": "", "a": "Red."}, {"q": "Add:", "extra": "1 and 2", "a": "3"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, content)))
+    pq.write_table(pa.Table.from_pylist(content), tmp_path / "d.parquet")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, content)))
+    fields = {"instruction_field": "q", "input_field": "extra", "output_field": "a"}
+    tasks = [
+        read_tasks(DataSource(path=str(tmp_path / name), **fields), "reference", with_response=True)
+        for name in ("d.jsonl", "d.parquet")
+    ]
+    assert tasks[0] == tasks[1]
+    assert [(task.text, task.response) for task in tasks[0]] == [("Name a colour.", "Red."), ("Add: 1 and 2", "3")]
+
+
+def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The hub cannot be reached here: a local folder in the hub's layout, under an id's relative path, stands for it.
+    folder = tmp_path / "group" / "tasks"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"instruction": "Name a colour.", "output": "Red."}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    from montessori_core import sources
+
+    found = list(sources._hub_rows(DataSource(path="group/tasks"), "reference"))
+    assert found[0][1]["instruction"] == "Name a colour."
+    with pytest.raises(DataError, match="cannot be loaded.*check the id and the network"):
+        list(sources._hub_rows(DataSource(path="group/absent"), "reference"))
+
+
+def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_about() -> None:
+    seeds = [Task(f"s{i}", f"seed task number {i} about topic {i}") for i in range(8)]
+    shared = Task("r1", "List three rivers of France and their lengths.", "...")
+    other = Task("e1", "Which metal melts at the lowest temperature of all?", "...")
+    copy = Task("e2", "List three rivers of France and their lengths!", "...")
+    with pytest.raises(DataError, match=r"1 of 1 examples also stand in the evaluation set, e.g. e2 and r1"):
+        check_sources(Sources(seeds, [shared], [other, copy]), EXPERIMENT)
+    warnings = check_sources(Sources([*seeds, Task("s9", copy.text)], [shared], [other]), EXPERIMENT)
+    assert len(warnings) == 1
+    assert "s9 and r1" in warnings[0]
+    with pytest.raises(DataError, match="has 7 tasks, but a prompt takes 8 demonstrations"):
+        check_sources(Sources(seeds[:7], [shared], [other]), EXPERIMENT)

@@ -1,0 +1,270 @@
+"""The fan-out on real processes of this machine: whatever happens to jobs and drivers, the same parts come out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
+from cluster.stage import Stage
+from montessori_core.atomic import commit, hash_path, read_json
+from montessori_core.config import Cluster, Resources
+from montessori_core.program import Row
+
+CLUSTER = Cluster(poll_seconds=0.05)
+SHARDS: list[list[Row]] = [[{"n": 10 * shard + row} for row in range(3)] for shard in range(6)]
+PROGRAM = """
+import json, os, signal, time
+from pathlib import Path
+
+def open_squares(settings, inputs):
+    folder = Path(settings["folder"])
+    with (folder / "opened.txt").open("a") as log:
+        log.write(f"{os.getpid()}\\n")
+    if (folder / "does-not-open").exists():
+        raise RuntimeError("the model does not load")
+    def compute(rows, output, report):
+        for number, row in enumerate(rows, 1):
+            with (folder / "computed.txt").open("a") as log:
+                log.write(f"{row['n']}\\n")
+            if (folder / f"kill-{row['n']}").exists():
+                (folder / f"kill-{row['n']}").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (folder / f"fail-{row['n']}").exists():
+                raise ValueError(f"row {row['n']} is bad")
+            if (folder / f"full-{row['n']}").exists():
+                raise OSError(28, "No space left on device")
+            time.sleep(settings["seconds"])
+            report(number)
+        output.write_text(json.dumps([row["n"] ** 2 for row in rows]))
+    return compute
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "squares_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}")
+    return tmp_path
+
+
+def stage(folder: Path, seconds: float = 0.0, version: int = 1) -> Stage:
+    settings = {"folder": str(folder), "seconds": seconds}
+    return Stage("squares", version, "squares_program:open_squares", settings, {}, {}, folder / "stage", ".json")
+
+
+def run(folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: int) -> list[Path]:
+    resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
+    return fan_out(stage(folder, seconds), shards, resources, CLUSTER)
+
+
+def results(parts: list[Path]) -> list[int]:
+    return [value for part in parts for value in json.loads(part.read_text())]
+
+
+def computed(folder: Path) -> list[int]:
+    log = folder / "computed.txt"
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+EXPECTED = [row["n"] ** 2 for shard in SHARDS for row in shard]
+
+
+def test_parts_come_in_the_order_of_shards_whatever_the_number_of_jobs(folder: Path) -> None:
+    assert results(run(folder, jobs=1)) == EXPECTED
+    assert len((folder / "opened.txt").read_text().split()) == 1  # one resident worker went through all shards
+
+
+def test_what_is_done_is_not_computed_again(folder: Path) -> None:
+    run(folder)
+    before = computed(folder)
+    assert results(run(folder, jobs=1)) == EXPECTED
+    assert computed(folder) == before
+
+
+def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
+    (folder / "kill-31").touch()
+    assert results(run(folder)) == EXPECTED
+    assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [30, 31])
+
+
+def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
+    (folder / "fail-21").touch()
+    with pytest.raises(ShardsFailed) as failure:
+        run(folder, jobs=1)
+    assert [(f.shard, f.kind, f.error) for f in failure.value.failures] == [(2, "code_error", "ValueError: row 21 is bad")]
+    assert "row 21 is bad" in Path(failure.value.failures[0].log).read_text()
+    assert computed(folder).count(21) == 1
+    assert sum(stage(folder).manifest(index).exists() for index in range(6)) == 5
+    (folder / "fail-21").unlink()
+    assert results(run(folder)) == EXPECTED
+    assert computed(folder).count(20) == 2
+    assert computed(folder).count(10) == 1
+
+
+def test_program_that_does_not_open_fails_once_for_all_shards(folder: Path) -> None:
+    (folder / "does-not-open").touch()
+    with pytest.raises(ShardsFailed, match="the model does not load") as failure:
+        run(folder, jobs=1)
+    assert len(failure.value.failures) == 6
+    assert len((folder / "opened.txt").read_text().split()) == 1
+
+
+def test_shard_that_is_always_lost_stops_at_its_budget(folder: Path) -> None:
+    shards = [[{"n": 7}]]
+    (folder / "kill-7").mkdir()  # a folder is not unlinked: the worker dies with IsADirectoryError
+    with pytest.raises(ShardsFailed):
+        run(folder, shards)
+    (folder / "kill-7").rmdir()
+    program = folder / "squares_program.py"
+    program.write_text(program.read_text().replace("(folder / f\"kill-{row['n']}\").unlink()", "pass"))
+    (folder / "kill-7").touch()
+    with pytest.raises(ShardsFailed, match=r"lost.*2 times"):
+        run(folder, shards, infrastructure_retries=1)
+
+
+def test_full_disk_is_named(folder: Path) -> None:
+    (folder / "full-0").touch()
+    with pytest.raises(ShardsFailed, match=r"shard 0 \(disk_full\)"):
+        run(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut part", "other bytes", "no part", "cut manifest", "no manifest"])
+def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
+    run(folder)
+    part, manifest = stage(folder).part(4), stage(folder).manifest(4)
+    match damage:
+        case "cut part":
+            part.write_text(part.read_text()[:-3])
+        case "other bytes":
+            part.write_text(part.read_text().replace("1", "2"))
+        case "no part":
+            part.unlink()
+        case "cut manifest":
+            manifest.write_text(manifest.read_text()[:20])
+        case "no manifest":
+            manifest.unlink()
+    assert results(run(folder)) == EXPECTED
+    assert computed(folder).count(40) == 2
+    assert computed(folder).count(30) == 1
+
+
+def test_result_of_other_settings_rows_or_version_is_not_taken(folder: Path) -> None:
+    run(folder)
+    fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER)
+    assert computed(folder).count(0) == 2
+    changed = [[{"n": 5}], *SHARDS[1:]]
+    assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER))[0] == 25
+    assert computed(folder).count(10) == 2
+
+
+def test_resources_do_not_enter_the_key(folder: Path) -> None:
+    run(folder, jobs=1)
+    before = computed(folder)
+    run(folder, jobs=3, time_limit_minutes=9, shards_per_job=1)
+    assert computed(folder) == before
+
+
+def test_progress_reaches_the_end_and_never_falls(folder: Path) -> None:
+    seen: list[Progress] = []
+    fan_out(stage(folder, 0.3), SHARDS[:2], Resources(cpus_per_process=1), CLUSTER, seen.append)
+    done = [progress.rows_done for progress in seen]
+    assert done == sorted(done)
+    assert done[-1] == 6
+    assert any(0 < rows < 6 for rows in done)
+
+
+DRIVER = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    from test_fanout import run, results
+    print(results(run(Path({folder!r}), jobs=2, seconds=0.15)))
+"""
+
+
+def start_driver(folder: Path) -> subprocess.Popen[str]:
+    code = textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parent), folder=str(folder)))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition: object, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def jobs_alive(folder: Path) -> int:
+    return sum(
+        str(folder) in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+        for process in psutil.process_iter(["cmdline", "status"])
+        if process.pid != os.getpid()
+    )
+
+
+def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path) -> None:
+    driver = start_driver(folder)
+    wait_until(lambda: len(computed(folder)) >= 2)
+    driver.kill()
+    driver.wait()
+    assert jobs_alive(folder / "stage") > 0
+    assert results(run(folder, seconds=0.15)) == EXPECTED
+    assert len(computed(folder)) == len(set(computed(folder)))  # nothing was computed twice
+    assert len((folder / "opened.txt").read_text().split()) == 2
+
+
+def test_interrupted_driver_ends_its_jobs(folder: Path) -> None:
+    driver = start_driver(folder)
+    wait_until(lambda: len(computed(folder)) >= 2)
+    driver.send_signal(signal.SIGINT)
+    driver.wait(30)
+    wait_until(lambda: jobs_alive(folder / "stage") == 0, 10)
+    assert all(submission.closed for submission in Ledger(folder / "stage" / "jobs").submissions)
+    assert results(run(folder)) == EXPECTED
+
+
+def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path) -> None:
+    driver = start_driver(folder)
+    wait_until(lambda: len(computed(folder)) >= 2)
+    driver.kill()
+    driver.wait()
+    ledger = folder / "stage" / "jobs" / "ledger.json"
+    entries = read_json(ledger)
+    for entry in entries:
+        entry["ids"] = None  # as if the driver had died between starting the jobs and noting them
+    ledger.write_text(json.dumps(entries))
+    assert results(run(folder, seconds=0.15)) == EXPECTED
+    assert jobs_alive(folder / "stage") == 0
+
+
+def test_driver_killed_at_any_moment_loses_nothing(folder: Path) -> None:
+    for moment in (0.2, 0.5, 0.8, 1.1, 1.4):
+        driver = start_driver(folder)
+        time.sleep(moment)
+        driver.kill()
+        driver.wait()
+    driver = start_driver(folder)
+    output, errors = driver.communicate(timeout=120)
+    assert output.strip() == str(EXPECTED), errors
+
+
+def test_commit_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with commit(target) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("first")
+    before = hash_path(target)
+    with pytest.raises(RuntimeError), commit(target) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("half")
+        raise RuntimeError
+    assert hash_path(target) == before
+    assert list(tmp_path.iterdir()) == [target]

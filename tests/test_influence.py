@@ -1,0 +1,212 @@
+"""Local data influence: equal to the procedure spelled out, independent of everything but student, example, reference."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from montessori_core.chat import IGNORED, Encoded
+from montessori_core.errors import DataError
+from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet
+from montessori_core.influence.reference import example_loss
+from montessori_core.training.moments import Moments, load_moments, save_moments
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.integers(0, 5),
+    rate=st.sampled_from([1e-6, 5e-6, 1e-3]),
+    beta1=st.sampled_from([0.0, 0.9]),
+    beta2=st.sampled_from([0.95, 0.999]),
+    epsilon=st.sampled_from([1e-8, 1e-6]),
+    decay=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 1000),
+)
+def test_step_equals_torch_adamw_to_the_last_bit(
+    steps: int, rate: float, beta1: float, beta2: float, epsilon: float, decay: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.nn.Parameter(torch.randn(37, generator=generator))
+    optimizer = torch.optim.AdamW([weight], lr=rate, betas=(beta1, beta2), eps=epsilon, weight_decay=decay, foreach=False)
+    for _ in range(steps):
+        weight.grad = torch.randn(37, generator=generator)
+        optimizer.step()
+    state = optimizer.state[weight]
+    first = state["exp_avg"].clone() if steps else torch.zeros(37)
+    second = state["exp_avg_sq"].clone() if steps else torch.zeros(37)
+    kept = first.clone(), second.clone()
+    ours, gradient = weight.detach().clone(), torch.randn(37, generator=generator)
+    AdamW(rate, beta1, beta2, epsilon, decay, steps + 1).stepped_(ours, gradient, first, second)
+    weight.grad = gradient.clone()
+    optimizer.step()
+    assert torch.equal(ours, weight)
+    assert torch.equal(first, kept[0])
+    assert torch.equal(second, kept[1])
+
+
+def examples(count: int, seed: int, vocabulary: int = 2000) -> list[Encoded]:
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        ids = [draw.randrange(3, vocabulary) for _ in range(draw.randint(12, 40))]
+        prompt = draw.randint(2, len(ids) - 4)
+        made.append(Encoded(ids, [IGNORED] * prompt + ids[prompt:], False))
+    return made
+
+
+@pytest.fixture(scope="module")
+def warm(tiny_llama: Path) -> tuple[Any, Moments, torch.optim.Optimizer]:
+    """A tiny student after a few ordinary AdamW steps, with the moments they left."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+    for example in examples(6, seed=1):
+        example_loss(model, example, CPU).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    first = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+    second = {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in model.named_parameters()}
+    return model.eval(), Moments(first, second, 6), optimizer
+
+
+REFERENCE = examples(9, seed=2)
+PROBING = examples(8, seed=3)
+STEP = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.0, 7)
+
+
+def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.load_state_dict(warm[0].state_dict())
+    batch_tokens = options.pop("batch_tokens", 128)
+    return InfluenceMeter(model, warm[1], STEP, ReferenceSet(REFERENCE, batch_tokens, 2, CPU), CPU, **options)
+
+
+def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str) -> float:
+    """Loss after one step as the paper has it: a fresh copy, torch's optimizer, full logits, one example at a time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    model.load_state_dict(warm[0].state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+    optimizer.load_state_dict(warm[2].state_dict())
+    if example is not None:
+        ids = torch.tensor([example.input_ids])
+        model(input_ids=ids, labels=torch.tensor([example.labels])).loss.backward()
+        optimizer.step()
+    sums, counts = [], []
+    with torch.no_grad():
+        for item in REFERENCE:
+            labels = torch.tensor([item.labels])
+            loss = model(input_ids=torch.tensor([item.input_ids]), labels=labels).loss
+            sums.append(float(loss) * item.response_tokens)
+            counts.append(item.response_tokens)
+    if reduction == "example":
+        return sum(s / n for s, n in zip(sums, counts, strict=True)) / len(sums)
+    return sum(sums) / sum(counts)
+
+
+@pytest.mark.parametrize("reduction", ["example", "token"])
+def test_exact_influence_equals_the_procedure_spelled_out(warm: Any, tiny_llama: Path, reduction: str) -> None:
+    fast = meter(warm, tiny_llama, reduction=reduction)
+    before = spelled_out(warm, tiny_llama, None, reduction)
+    for example in PROBING[:4]:
+        expected = before - spelled_out(warm, tiny_llama, example, reduction)
+        assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
+        assert abs(expected) > 1e-4  # the comparison above means something
+
+
+def test_student_is_bit_identical_after_any_number_of_examples(warm: Any, tiny_llama: Path) -> None:
+    resident = meter(warm, tiny_llama)
+    for _ in range(125):  # 1,000 examples
+        for example in PROBING:
+            resident.measure(example)
+    for name, parameter in resident._model.named_parameters():
+        assert torch.equal(parameter, dict(warm[0].named_parameters())[name])
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_influence_does_not_depend_on_what_was_measured_before(warm: Any, tiny_llama: Path, estimator: str) -> None:
+    together = meter(warm, tiny_llama, estimator=estimator)
+    found = [together.measure(example) for example in PROBING]
+    again = [together.measure(example) for example in reversed(PROBING)]
+    assert found == again[::-1]
+    alone = meter(warm, tiny_llama, estimator=estimator).measure(PROBING[-1])
+    assert alone == found[-1]
+
+
+def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
+    """On the real student, with real reference examples and the paper's rate for small models."""
+    from montessori_core.chat import encode_example
+    from montessori_core.config import DataSource
+    from montessori_core.models import load_tokenizer
+    from montessori_core.sources import read_tasks
+
+    tokenizer = load_tokenizer(str(smollm2))
+    tasks = read_tasks(DataSource(path="builtin", limit=14), "reference", with_response=True)
+    encoded = [encode_example(tokenizer, task.text, task.response, 256) for task in tasks]
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    for example in encoded[10:]:
+        example_loss(model, example, CPU).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moments = Moments(
+        {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()},
+        {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()},
+        4,
+    )
+    step, reference = AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, 5), ReferenceSet(encoded[:5], 1024, 2, CPU)
+    exact = InfluenceMeter(model, moments, step, reference, CPU)
+    oracle = torch.tensor([exact.measure(example).influence_student for example in encoded[5:10]])
+    fast = InfluenceMeter(model, moments, step, reference, CPU, estimator="first_order")
+    estimate = torch.tensor([fast.measure(example).influence_student for example in encoded[5:10]])
+    assert torch.equal(oracle.argsort(), estimate.argsort())
+    assert float((oracle - estimate).abs().max()) < 0.1 * float(oracle.max() - oracle.min())
+
+
+def test_batches_of_the_reference_set_do_not_change_its_loss(warm: Any, tiny_llama: Path) -> None:
+    losses = [ReferenceSet(REFERENCE, tokens, 2, CPU).evaluate(warm[0]).summed for tokens in (1, 100, 10_000)]
+    for other in losses[1:]:
+        torch.testing.assert_close(losses[0], other, rtol=1e-5, atol=1e-4)
+
+
+def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any, tiny_llama: Path) -> None:
+    resident = meter(warm, tiny_llama)
+    expected = resident.measure(PROBING[0])
+    assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)).status == "no_response_tokens"
+    weight = resident._model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[1999] = torch.inf
+    resident._snapshot["model.embed_tokens.weight"][1999] = torch.inf
+    broken = resident.measure(Encoded([5, 1999, 7], [IGNORED, 1999, 7], False))
+    assert broken.status == "non_finite"
+    assert broken.influence_student is None
+    with torch.no_grad():
+        weight[1999] = warm[0].get_input_embeddings().weight[1999]
+    resident._snapshot["model.embed_tokens.weight"][1999] = weight[1999].detach()
+    assert resident.measure(PROBING[0]) == expected
+
+
+def test_standard_error_is_over_reference_examples(warm: Any, tiny_llama: Path) -> None:
+    found = meter(warm, tiny_llama).measure(PROBING[0])
+    assert found.standard_error is not None
+    assert 0 < found.standard_error < 1
+    assert found.influence_student != found.influence_null_step
+
+
+def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
+    warm: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    save_moments(warm[1], tmp_path)
+    loaded = load_moments(tmp_path)
+    assert loaded.step == 6
+    assert all(torch.equal(loaded.first[name], tensor) for name, tensor in warm[1].first.items())
+    with pytest.raises(DataError, match="not a warmed-up student"):
+        load_moments(tiny_llama)
+    foreign = Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1)
+    with pytest.raises(DataError, match="moments are of another model"):
+        meter((warm[0], foreign, None), tiny_llama)

@@ -1,0 +1,45 @@
+"""The one-way rule, and what each kind of environment may import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ["montessori_core", "cluster", "tasks", "flows"]  # each may import itself and what stands before it
+FORBIDDEN = {"montessori_core": {"prefect", "submitit"}, "cluster": {"prefect"}}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_one_way(layer: str) -> None:
+    later = set(LAYERS[LAYERS.index(layer) + 1 :]) | FORBIDDEN.get(layer, set())
+    files = list((ROOT / layer).rglob("*.py"))
+    assert files
+    wrong = {str(path.relative_to(ROOT)): found for path in files if (found := imported(path) & later)}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("flows.cli, flows.experiment, flows.status", ("torch", "transformers", "deepspeed", "vllm")),
+        ("cluster.worker, montessori_core.influence.jobs, montessori_core.synthesis.jobs", ("prefect",)),
+    ],
+    ids=["the driver needs no torch", "a job needs no prefect"],
+)
+def test_environment_stays_light(modules: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}; print([name for name in {absent!r} if name in sys.modules])"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert outcome.stdout.strip() == "[]"

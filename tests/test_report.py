@@ -1,0 +1,451 @@
+"""The report: complete in itself, safe whatever a model wrote, and honest about what is there."""
+
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+import shutil
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from montessori_core.atomic import write_json
+from montessori_core.config import Preferences, parse_experiment, write_experiment
+from montessori_core.errors import DataError
+from montessori_core.influence_table import note_influence
+from montessori_core.preferences import build_preferences, threshold_of
+from montessori_core.report.figures import histogram_edges
+from montessori_core.report.render import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN, render_report
+from montessori_core.schema import (
+    EXAMPLES,
+    INFLUENCE,
+    INSTRUCTIONS,
+    PREFERENCES,
+    read_table,
+    table_from_rows,
+    write_table,
+)
+from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS, TOO_SHORT
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "</textarea></style><img src=x onerror=alert(1)>",
+    "{{ 7*7 }} {% include '/etc/passwd' %} ${7*7}",
+    '" onmouseover="alert(1)" data-x=\'',
+    "<!-- <script> ]]> <svg/onload=alert(1)>",
+    "\u202eright to left\u200f \u2066isolate",
+    "nul \x00 bell \x07 escape \x1b[31m delete \x7f next \x85 line \u2028 paragraph \u2029",
+    "&lt;b&gt; &#60;i&#62; <a href='javascript:alert(1)'>link</a> https://example.com/x.png",
+]
+SHOWN = {"script": HOSTILE[0], "template": HOSTILE[2], "control": "nul ␀ bell ␇ escape ␛[31m delete ␡"}
+
+
+@dataclass
+class Page(HTMLParser):
+    """What an HTML parser makes of a report."""
+
+    source: str
+    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    scripts: list[tuple[str | None, str]] = field(default_factory=list)
+    reversing: set[str] = field(default_factory=set)
+    style: str = ""
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs).get("type"), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            kind, content = self.scripts[-1]
+            self.scripts[-1] = (kind, content + data)
+        elif self.cdata_elem == "style":
+            self.style += data
+        else:
+            self.text += data
+            if "\u202e" in data:
+                self.reversing.add(self.tags[-1][0])
+
+    @property
+    def programs(self) -> list[str]:
+        return [content for kind, content in self.scripts if kind is None]
+
+    @property
+    def plots(self) -> list[dict[str, Any]]:
+        return [json.loads(content, parse_constant=_no_constant) for kind, content in self.scripts if kind]
+
+    def count(self, tag: str, **attributes: str) -> int:
+        return sum(name == tag and attributes.items() <= found.items() for name, found in self.tags)
+
+
+def _no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def page_of(folder: Path) -> Page:
+    return Page(render_report(folder))
+
+
+def write_run(
+    folder: Path, iterations: int = 1, examples: int = 40, texts: list[str] | None = None, **sections: object
+) -> Path:
+    """A run as the flows leave it: real schemas, small tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = {"model": "smollm2-135m"}
+    content = {"name": "trial", "iterations": iterations, "teacher": model, "student": model, **sections}
+    experiment = parse_experiment({"preferences": {"baseline": "median"}} | content, "test")
+    write_experiment(experiment, folder / "config.yaml")
+    write_json({"opened": "2026-01-01T00:00:00Z", "versions": {"torch": "2.9"}}, folder / "provenance.json")
+    write_synthesis(folder / "unmodified" / "training", "u", examples, texts)
+    for number in range(1, iterations + 1):
+        write_iteration(folder / f"iteration-{number}", number, examples, texts, experiment.preferences)
+    return folder
+
+
+def write_iteration(
+    folder: Path, number: int, examples: int, texts: list[str] | None, preferences: Preferences
+) -> None:
+    write_synthesis(folder, f"i{number}-probing", examples, texts)
+    write_synthesis(folder / "training", f"i{number}-training", examples, texts)
+    write_influence(folder / "influence.parquet", f"i{number}-probing", examples, 0.0)
+    write_influence(folder / "training-influence.parquet", f"i{number}-training", examples, 1e-4)
+    influence = read_table(folder / "influence.parquet", INFLUENCE)
+    pairs = build_preferences(read_table(folder / "examples.parquet", EXAMPLES), influence, preferences)
+    write_table(pairs, folder / "preferences.parquet", PREFERENCES)
+    write_json(metrics(number), folder / "metrics.json")
+
+
+def write_synthesis(folder: Path, draw: str, examples: int, texts: list[str] | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    candidates, kept = [], []
+    for i in range(examples + 6):
+        text = texts[i % len(texts)] if texts else f"{draw}: explain thing number {i} in two short sentences."
+        candidate = {
+            "candidate_id": f"{draw}-{i}",
+            "prompt_id": f"{draw}-p{i // 4}",
+            "prompt": text,
+            "demonstrations": ["seed-1"],
+            "raw_output": f"{text}</instruction>",
+            "instruction": text if i < examples + 3 else None,
+            "rejection": None if i < examples else LIKE_ACCEPTED if i < examples + 3 else NO_TAGS,
+        }
+        candidates.append(candidate)
+        if i < examples:
+            kept.append(
+                {key: candidate[key] for key in ("prompt_id", "prompt", "raw_output", "instruction")}
+                | {"example_id": f"{draw}-{i}", "response": f"Answer: {text}", "response_finished": i % 3 > 0}
+            )
+    write_table(table_from_rows(candidates, INSTRUCTIONS), folder / "instructions.parquet", INSTRUCTIONS)
+    write_table(table_from_rows(kept, EXAMPLES), folder / "examples.parquet", EXAMPLES)
+
+
+def write_influence(path: Path, draw: str, examples: int, shift: float) -> None:
+    random_numbers = random.Random(draw)
+    rows: list[dict[str, object]] = []
+    for i in range(examples):
+        measured = i != examples - 1
+        value = random_numbers.gauss(1e-4 + shift, 2e-4)
+        rows.append(
+            {
+                "example_id": f"{draw}-{i}",
+                "prompt_id": f"{draw}-p{i // 4}",
+                "status": "ok" if measured else "no_response_tokens",
+                "tokens": 40 + i,
+                "response_tokens": 20 if measured else 0,
+                "truncated": i == 1,
+                "example_loss": 1.5 if measured else None,
+                "influence_student": value - 5e-4 if measured else None,
+                "influence_null_step": value if measured else None,
+                "standard_error": 3e-5 if measured else None,
+                "estimator": "exact",
+            }
+        )
+    notes = {"noise_floor": 2e-5, "null_step_influence": -5e-4, "student_loss": 2.5}
+    write_table(note_influence(table_from_rows(rows, INFLUENCE), notes), path, INFLUENCE)
+
+
+def metrics(number: int, gain: float = 0.02, error: float = 0.004) -> dict[str, Any]:
+    sft = [{"step": float(s), "loss": 2.0 - 0.05 * s, "learning_rate": 1e-6 * s} for s in range(1, 9)]
+    dpo = [
+        entry
+        | {
+            "rewards/margins": 0.1 * s,
+            "rewards/chosen": 0.05 * s,
+            "rewards/rejected": -0.05 * s,
+            "rewards/accuracies": 0.6,
+        }
+        for s, entry in enumerate(sft)
+    ]
+    content: dict[str, Any] = {
+        "iteration": number,
+        "held_out_loss": {"student": {"mean": 2.5 - 0.1 * number, "standard_error": 0.05}},
+        "held_out_gain": {},
+        "training_logs": {"teacher": dpo, "student": sft},
+        "job_seconds": {f"iteration-{number}/student": 75.5, f"iteration-{number}/influence": 7200.0},
+    }
+    if number == 1:
+        content["held_out_loss"] |= {
+            "untrained": {"mean": 2.8, "standard_error": 0.06},
+            "unmodified": {"mean": 2.42, "standard_error": 0.05},
+        }
+        content["held_out_gain"] = {
+            "student_over_unmodified": {"mean": gain, "standard_error": error},
+            "student_over_untrained": {"mean": 0.4, "standard_error": 0.02},
+        }
+        content["training_logs"] |= {"warmup": sft, "unmodified": sft}
+    return content
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "trial")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(write_run(tmp_path_factory.mktemp("runs") / "hostile", texts=HOSTILE))
+
+
+@pytest.mark.parametrize("text", SHOWN.values(), ids=SHOWN.keys())
+def test_model_text_is_shown_as_it_was_written(hostile: Page, text: str) -> None:
+    assert hostile.text.count(text) > 10
+
+
+def test_model_text_never_becomes_markup(hostile: Page, run: Path) -> None:
+    harmless = page_of(run)
+    assert {tag for tag, _ in hostile.tags} <= {tag for tag, _ in harmless.tags}
+    assert {name for _, attributes in hostile.tags for name in attributes} <= {
+        name for _, attributes in harmless.tags for name in attributes
+    }
+    assert hostile.programs == harmless.programs
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile.text + json.dumps(hostile.plots, ensure_ascii=False))
+
+
+def test_text_that_reverses_its_line_has_a_block_of_its_own(hostile: Page) -> None:
+    assert hostile.reversing == {"div"}
+
+
+def test_model_text_never_enters_a_figure(hostile: Page) -> None:
+    figures = json.dumps(hostile.plots)
+    assert "alert" not in figures
+    assert "7*7" not in figures
+
+
+def test_configuration_and_provenance_are_escaped_too(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "config.yaml").write_text(f"name: '{HOSTILE[1]}'\nteacher: {{model: '{HOSTILE[0]}'}}\n", encoding="utf-8")
+    write_json({"versions": {HOSTILE[0]: HOSTILE[1]}}, folder / "provenance.json")
+    page = page_of(folder)
+    assert page.count("img") == 0
+    assert len(page.programs) == 2
+
+
+def test_only_the_pages_own_scripts_may_run(hostile: Page) -> None:
+    (policy,) = (a["content"] for tag, a in hostile.tags if tag == "meta" and "http-equiv" in a)
+    directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
+    digests = [base64.b64encode(hashlib.sha256(program.encode()).digest()).decode() for program in hostile.programs]
+    assert directives["script-src"] == " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert directives["default-src"] == "'none'"
+    assert not any(name.startswith("on") for _, attributes in hostile.tags for name in attributes)
+
+
+def test_report_needs_no_network(run: Path) -> None:
+    page = page_of(run)
+    targets = [a[name] for _, a in page.tags for name in ("src", "href", "action", "data", "srcset") if name in a]
+    assert targets
+    assert all(str(target).startswith("#") for target in targets)
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert "url(" not in page.style
+    assert "@import" not in page.style
+
+
+def test_every_link_of_the_contents_leads_to_a_section(run: Path) -> None:
+    page = page_of(run)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {str(a["href"])[1:] for tag, a in page.tags if tag == "a"} <= set(ids)
+
+
+def test_every_figure_is_valid_and_has_a_sentence(run: Path) -> None:
+    page = page_of(run)
+    assert len(page.plots) == page.count("figure") == page.count("figcaption") > 10
+    for plot in page.plots:
+        figure = go.Figure(plot)  # raises on properties that Plotly does not know
+        assert figure.data
+
+
+@pytest.mark.parametrize(
+    ("lost", "sentence"),
+    [
+        ("iteration-1", "Iteration 1 has not begun."),
+        ("iteration-1/influence.parquet", "the influence of the probing set"),
+        ("iteration-1/training-influence.parquet", "the influence of the training set"),
+        ("iteration-1/preferences.parquet", "the preference pairs"),
+        ("iteration-1/training", "the synthesis of the training set"),
+        ("iteration-1/examples.parquet", "the synthesis of the probing set"),
+        ("iteration-1/metrics.json", "the metrics"),
+        ("unmodified", "Better student."),
+        ("config.yaml", "The configuration (config.yaml) is not in the folder."),
+        ("provenance.json", "The provenance (provenance.json) is not in the folder."),
+    ],
+)
+def test_report_renders_what_an_unfinished_run_has(run: Path, tmp_path: Path, lost: str, sentence: str) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    path = folder / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert sentence in page_of(folder).text
+
+
+def test_run_that_has_only_begun_is_reported_as_such(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    assert "No verdict yet" in page.text
+    assert page.plots == []
+
+
+def test_training_logs_show_before_the_iteration_ends(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "iteration-1" / "metrics.json").unlink()
+    (folder / "iteration-1" / "warmup" / "part-00000").mkdir(parents=True)
+    write_json([{"step": 1.0, "loss": 1.2345}], folder / "iteration-1" / "warmup" / "part-00000" / "training_log.json")
+    assert "1.2345" in page_of(folder).text
+
+
+def test_damaged_table_is_named(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "iteration-1" / "influence.parquet").write_bytes(b"PAR1 not a table")
+    with pytest.raises(DataError, match=r"influence\.parquet"):
+        render_report(folder)
+
+
+def test_two_iterations_are_both_shown(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", iterations=2))
+    titles = [trace["y"][0] for plot in page.plots for trace in plot["data"] if trace["type"] == "scatter"]
+    for number in (1, 2):
+        assert f"i{number}-probing: explain thing number 3" in page.text
+        assert any(str(title).startswith(f"Iteration {number}: updated") for title in titles)
+    assert page.count("input", type="search") == 2
+    assert "2 of 2 finished" in page.text
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "headline"),
+    [
+        (0.02, 0.004, "Better student."),
+        (-0.02, 0.004, "Worse student."),
+        (0.0079, 0.004, "Within noise."),
+        (-0.0079, 0.004, "Within noise."),
+        (0.0, 0.0, "Within noise."),
+        (math.nan, 0.004, "No verdict."),
+    ],
+)
+def test_verdict_is_that_of_the_paired_gain(
+    run: Path, tmp_path: Path, gain: float, error: float, headline: str
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    write_json(metrics(1, gain, error), folder / "iteration-1" / "metrics.json")
+    assert headline in page_of(folder).text
+
+
+def test_run_without_comparison_claims_none(tmp_path: Path) -> None:
+    comparison = {"unmodified_teacher": False, "influence_examples": 0}
+    folder = write_run(tmp_path / "run", comparison=comparison)
+    content = metrics(1)
+    del content["held_out_loss"]["unmodified"], content["held_out_gain"]["student_over_unmodified"]
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    (folder / "iteration-1" / "training-influence.parquet").unlink()
+    text = page_of(folder).text
+    assert "No comparison." in text
+    assert "comparison.unmodified_teacher is switched off" in text
+    assert "comparison.influence_examples is 0" in text
+    assert "is not complete" not in text
+
+
+def test_values_that_are_not_finite_leave_the_page_whole(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = metrics(1)
+    content["training_logs"]["student"][2]["loss"] = math.nan
+    content["held_out_loss"]["student"]["mean"] = math.inf
+    content["job_seconds"]["iteration-1/teacher"] = math.nan
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    page = page_of(folder)
+    assert page.plots
+    assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
+
+
+def test_funnel_is_the_one_the_tasks_count(run: Path) -> None:
+    from montessori_core.report.contents import read_contents
+    from tasks.synthesis import funnel
+
+    iteration = read_contents(run).iterations[0]
+    counted = funnel(read_table(run / "iteration-1" / "instructions.parquet", INSTRUCTIONS))
+    assert list((iteration.probing.funnel or {}).items()) == list(counted.items())
+
+
+@pytest.mark.parametrize("baseline", ["student", "null_step", "median"])
+def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline: str) -> None:
+    folder = write_run(tmp_path / "run", preferences={"baseline": baseline})
+    expected = threshold_of(read_table(folder / "iteration-1" / "influence.parquet", INFLUENCE), baseline)
+    (plot,) = (plot for plot in page_of(folder).plots if plot["data"][0].get("fill"))
+    (line,) = (s for s in plot["layout"]["shapes"] if s["type"] == "line" and s["line"]["dash"] == "solid")
+    assert line["x0"] == pytest.approx(expected * 1e6)
+    for trace in plot["data"]:
+        assert sum(trace["y"]) == pytest.approx(1.0)
+
+
+def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", examples=EXAMPLES_SHOWN + 7))
+    assert f"The first {EXAMPLES_SHOWN:,} of {EXAMPLES_SHOWN + 7:,} examples" in page.text
+    assert page.count("td", **{"data-label": "Status"}) == EXAMPLES_SHOWN
+    assert page.count("article") == PAIRS_SHOWN
+    pairs = read_table(tmp_path / "run" / "iteration-1" / "preferences.parquet", PREFERENCES).num_rows
+    assert f"{PAIRS_SHOWN} of {pairs:,} pairs" in page.text
+
+
+def test_widest_pairs_come_first_and_every_reason_is_seen(run: Path) -> None:
+    page = page_of(run)
+    gaps = [float(gap.replace(",", "")) for gap in re.findall(r"gap ([\d.,]+) ·", page.text)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert len(gaps) == PAIRS_SHOWN
+    assert re.findall(r"(\d+) rejected, (\d+) shown", page.text) == [("9", "9"), ("9", "9")]
+
+
+def test_rare_reasons_are_seen_beside_common_ones(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    path = folder / "iteration-1" / "instructions.parquet"
+    rows = read_table(path, INSTRUCTIONS).to_pylist()
+    common = [rows[-1] | {"candidate_id": f"more-{i}", "rejection": TOO_SHORT} for i in range(200)]
+    write_table(table_from_rows(common + rows, INSTRUCTIONS), path, INSTRUCTIONS)
+    listed = re.findall(r"(\d+) rejected, (\d+) shown", page_of(folder).text)
+    assert listed == [("200", str(REJECTIONS_SHOWN - 18)), ("9", "9"), ("9", "9")]
+
+
+def test_same_folder_gives_the_same_page(run: Path) -> None:
+    assert render_report(run) == render_report(run)
+
+
+@given(
+    st.lists(st.floats(-1.0, 1.0).map(lambda value: round(value, 12)), max_size=40),
+    st.integers(-9, 2),
+    st.sampled_from([0.0, 0.25, -0.5]),
+)
+def test_no_histogram_bin_straddles_the_threshold(values: list[float], exponent: int, threshold: float) -> None:
+    threshold *= 10.0**exponent
+    edges = histogram_edges(np.array(values) * 10.0**exponent, threshold)
+    assert len(edges) < 80
+    assert (np.diff(edges) > 0).all()
+    assert not ((edges[:-1] < threshold) & (edges[1:] > threshold)).any()
