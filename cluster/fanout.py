@@ -5,6 +5,7 @@ reads both, waits for jobs that run on, and submits only what is missing.
 """
 
 import logging
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -171,14 +172,12 @@ class _Driver:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
 
     def report(self) -> None:
-        rows = sum(len(shard) for shard in self._shards)
-        done = 0
-        for index, shard in enumerate(self._shards):
-            if index in self._done:
-                done += len(shard)
-            else:
-                noted = read_json(self._stage.progress_file(index)) or {"done": 0}
-                done += min(len(shard), noted["done"])
+        rows = sum(map(len, self._shards))
+        done = sum(len(self._shards[index]) for index in self._done)
+        begun = {int(name.split(".")[0]) for name in os.listdir(self._stage.folder / "progress") if name[0] != "."}
+        for index in begun & set(range(len(self._shards))) - self._done:
+            noted = read_json(self._stage.progress_file(index)) or {"done": 0}
+            done += min(len(self._shards[index]), noted["done"])
         self._on_progress(Progress(done, rows, len(self._done), len(self._shards), self._running))
 
     def _adopt(self) -> None:
@@ -222,8 +221,11 @@ class _Driver:
         return busy - self._done
 
     def _collect_done(self) -> None:
+        present = set(os.listdir(self._stage.folder))  # one listing, not a look at every shard
         for index, key in enumerate(self._keys):
-            if index not in self._done and self._stage.is_done(index, key):
+            if index in self._done or self._stage.manifest(index).name not in present:
+                continue
+            if self._stage.is_done(index, key):
                 self._done.add(index)
                 self._failed.pop(index, None)
 

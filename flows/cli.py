@@ -3,11 +3,13 @@
 import errno
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 # Before prefect is imported: runs stay quiet, ask nothing of the internet, and need no server.
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -124,7 +126,15 @@ def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
     if finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")
-    experiment(opened)
+    try:
+        experiment(opened)
+    except BaseException as error:
+        if not _interrupted(error):
+            raise
+        console.print("\ninterrupted: the jobs were cancelled, what is done is kept. Go on with:")
+        console.print(f"  montessori resume {opened.folder}", soft_wrap=True, markup=False)
+        sys.stdout.flush()
+        os._exit(130)  # Prefect's threads would report at length that their server has gone, too
     print_summary(opened, console)
 
 
@@ -142,9 +152,15 @@ def main() -> None:
             raise
         console.print(f"error: {error}; free space, then resume: what is done is kept", markup=False, soft_wrap=True)
         raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        console.print("interrupted; jobs were cancelled, what is done is kept. Go on with: montessori resume RUN_DIR")
-        raise SystemExit(130) from None
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error is, or came of, Ctrl-C or SIGTERM: what follows them fails in many ways."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 if __name__ == "__main__":

@@ -44,7 +44,16 @@ def trained_text(tokenizer: Any, example: Encoded) -> str:
         (LLAMA3_STYLE_TEMPLATE, " Say hi. ", " Hi there. ", "Hi there.<|im_end|>"),
         (NO_END, "Say hi.", "Hi there.", " Hi there.\n<|im_end|>"),
     ],
-    ids=["plain", "repeated", "looks like a turn", "untrimmed", "untrimmed and repeated", "empty system", "paper", "no end"],
+    ids=[
+        "plain",
+        "repeated",
+        "looks like a turn",
+        "untrimmed",
+        "untrimmed and repeated",
+        "empty system",
+        "paper",
+        "no end",
+    ],
 )
 def test_loss_is_on_response_and_end_token_alone(
     tokenizer: Any, template: str | None, instruction: str, response: str, expected: str

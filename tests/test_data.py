@@ -68,7 +68,11 @@ def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, 
 
 
 def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
-    for name, message in (("no.jsonl", "cannot be read"), ("no.parquet", "cannot be read"), ("a.csv", "expected a .jsonl")):
+    for name, message in (
+        ("no.jsonl", "cannot be read"),
+        ("no.parquet", "cannot be read"),
+        ("a.csv", "expected a .jsonl"),
+    ):
         with pytest.raises(DataError, match=message):
             read_tasks(DataSource(path=str(tmp_path / name)), "reference", with_response=True)
     broken = tmp_path / "broken.parquet"

@@ -60,7 +60,9 @@ def stage(folder: Path, seconds: float = 0.0, version: int = 1) -> Stage:
     return Stage("squares", version, "squares_program:open_squares", settings, {}, {}, folder / "stage", ".json")
 
 
-def run(folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: int) -> list[Path]:
+def run(
+    folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: int
+) -> list[Path]:
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
     return fan_out(stage(folder, seconds), shards, resources, CLUSTER)
 
@@ -99,7 +101,9 @@ def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:
         run(folder, jobs=1)
-    assert [(f.shard, f.kind, f.error) for f in failure.value.failures] == [(2, "code_error", "ValueError: row 21 is bad")]
+    assert [(f.shard, f.kind, f.error) for f in failure.value.failures] == [
+        (2, "code_error", "ValueError: row 21 is bad")
+    ]
     assert "row 21 is bad" in Path(failure.value.failures[0].log).read_text()
     assert computed(folder).count(21) == 1
     assert sum(stage(folder).manifest(index).exists() for index in range(6)) == 5

@@ -34,7 +34,9 @@ def test_step_equals_torch_adamw_to_the_last_bit(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(37, generator=generator))
-    optimizer = torch.optim.AdamW([weight], lr=rate, betas=(beta1, beta2), eps=epsilon, weight_decay=decay, foreach=False)
+    optimizer = torch.optim.AdamW(
+        [weight], lr=rate, betas=(beta1, beta2), eps=epsilon, weight_decay=decay, foreach=False
+    )
     for _ in range(steps):
         weight.grad = torch.randn(37, generator=generator)
         optimizer.step()

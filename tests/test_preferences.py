@@ -51,7 +51,18 @@ def influence(values: dict[str, float | None], null_step: float = 0.0, noise: fl
     return note_influence(table_from_rows(rows, INFLUENCE), notes)
 
 
-VALUES = {"a1": 3.0, "a2": 1.0, "a3": -1.0, "a4": -2.0, "b1": 5.0, "b2": 4.0, "c1": -1.0, "c2": None, "d1": 0.0, "d2": -9.0}
+VALUES = {
+    "a1": 3.0,
+    "a2": 1.0,
+    "a3": -1.0,
+    "a4": -2.0,
+    "b1": 5.0,
+    "b2": 4.0,
+    "c1": -1.0,
+    "c2": None,
+    "d1": 0.0,
+    "d2": -9.0,
+}
 
 
 def pairs(settings: Preferences, **kwargs: float) -> list[tuple[str, str]]:
@@ -81,7 +92,9 @@ def test_a_limit_keeps_the_widest_gaps_in_table_order() -> None:
 
 
 def test_pairs_carry_raw_outputs_and_both_influences() -> None:
-    row = build_preferences(examples(*VALUES), influence(VALUES, null_step=0.5), Preferences(max_pairs=1)).to_pylist()[0]
+    row = build_preferences(examples(*VALUES), influence(VALUES, null_step=0.5), Preferences(max_pairs=1)).to_pylist()[
+        0
+    ]
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("prompt a", "raw a1", "raw a4")
     assert (row["chosen_influence_student"], row["chosen_influence_null_step"]) == (3.0, 2.5)
 

@@ -1,0 +1,46 @@
+# make quickstart   one iteration on this machine, with a real model
+# make test         everything the tests need, then the tests
+# make check        formatting, lint and types
+#
+# PYTHON=python3.12 picks the interpreter, TORCH="..." another build of torch (see README.md).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check clean
+
+quickstart: $(VENV)/.local
+	$(BIN)/montessori model fetch smollm2-135m
+	$(BIN)/montessori run configs/quickstart.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/ruff format --check montessori_core cluster tasks flows tests benchmarks
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format montessori_core cluster tasks flows tests benchmarks
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+# torch first and by itself, so that the build asked for is the one that stays.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Montessori needs Python 3.11 or newer; make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.local: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[local]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.local
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

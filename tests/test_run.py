@@ -1,0 +1,273 @@
+"""Whole runs through the command line: interrupted anywhere, they end with the tables of an undisturbed run."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from montessori_core import schema
+
+ROOT = Path(__file__).parent.parent
+TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
+
+
+def configuration(folder: Path, model: Path) -> Path:
+    """One iteration with a model of three million parameters, its filters opened for the noise that it writes."""
+    sampling = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+    content = {
+        "name": "tiny",
+        "teacher": {"model": str(model), "prompt_style": "completion"},
+        "student": {"model": str(model), "max_length": 192},
+        "reference": {"path": "builtin", "limit": 6},
+        "evaluation": {"path": "builtin", "limit": 4},
+        "synthesis": {
+            "instruction": sampling | {"max_tokens": 10},
+            "response": sampling | {"max_tokens": 8},
+            "seed_demonstrations": 2,
+            "synthetic_demonstrations": 1,
+            "prompts_per_shard": 8,
+            "instructions_per_shard": 16,
+        },
+        "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
+        "preferences": {"baseline": "median"},
+        "teacher_update": {"learning_rate": 1e-4},
+        "training": {"examples": 6, "batch_size": 2, "learning_rate": 1e-3},
+        "comparison": {"influence_examples": 4},
+        "zero": {"stage": 0},
+        "cluster": {"poll_seconds": 0.1},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, trained for a moment to write tagged tasks, so that some of its output passes the filters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "talking-llama"
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    verbs, things = ["Name", "Count", "Describe", "Compare", "Sort"], ["rivers", "stones", "birds", "songs", "trees", "lakes"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        tasks = [
+            f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}."
+            for _ in range(8)
+        ]
+        ids = tokenizer("\n".join(f"<instruction>{task}</instruction>" for task in tasks), return_tensors="pt")[
+            "input_ids"
+        ]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def montessori(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def call(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
+    process = montessori(*arguments, cwd=cwd, **environment)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def digests(run: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((run / "iteration-1" / f"{name}.parquet").read_bytes()).hexdigest() for name in TABLES}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, output = call("run", str(configuration(folder, talking_llama)), cwd=folder)
+    assert code == 0, output
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    for name in ("config.yaml", "provenance.json", "report.html", "iteration-1/metrics.json"):
+        assert (run / name).stat().st_size > 0
+    tables = {
+        "instructions": schema.INSTRUCTIONS,
+        "examples": schema.EXAMPLES,
+        "influence": schema.INFLUENCE,
+        "preferences": schema.PREFERENCES,
+        "training/examples": schema.EXAMPLES,
+        "training-influence": schema.INFLUENCE,
+    }
+    for name, expected in tables.items():
+        assert schema.read_table(run / "iteration-1" / f"{name}.parquet", expected).num_rows > 0
+    for name in ("warmup", "teacher", "student"):
+        assert (run / "iteration-1" / name / "part-00000" / "model.safetensors").exists()
+    metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
+    assert set(metrics["held_out_loss"]) == {"student", "untrained", "unmodified"}
+    funnel = metrics["synthesis"]["probing"]
+    assert funnel["kept"] == 20
+    assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
+
+
+def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
+    output = (undisturbed / "output.txt").read_text()
+    for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
+        assert text in output
+
+
+def test_comparison_shows_both_teachers_the_same_prompts(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    prompts = [
+        set(pq.read_table(run / folder / "training" / "instructions.parquet")["prompt"].to_pylist())
+        for folder in ("iteration-1", "unmodified")
+    ]
+    shared = prompts[0] & prompts[1]
+    assert len(shared) >= min(map(len, prompts)) > 0
+
+
+def test_finished_run_says_so_and_computes_nothing(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
+    code, output = call("run", str(undisturbed / "tiny.yaml"), cwd=undisturbed)
+    assert code == 0, output
+    assert "tiny is finished" in output
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")} == before
+
+
+def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
+    code, output = call("status", "runs/tiny", cwd=undisturbed)
+    assert code == 0
+    assert "iteration-1/influence" in output
+    assert "4/4" in output
+    assert "incomplete" not in output
+
+
+def test_another_configuration_is_refused_with_the_difference(undisturbed: Path) -> None:
+    code, output = call("run", "tiny.yaml", "--set", "warmup.examples=5", cwd=undisturbed)
+    assert code == 1
+    assert "started with another configuration" in output
+    assert "warmup.examples: 4 -> 5" in output
+    assert "--name" in output
+
+
+def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
+    """Kill the driver, and half of the time its jobs as well."""
+    family = psutil.Process(driver.pid).children(recursive=True) if how is signal.SIGKILL else []
+    driver.send_signal(how)
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    driver.wait(60)
+
+
+def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
+    undisturbed: Path, talking_llama: Path, tmp_path: Path
+) -> None:
+    config = configuration(tmp_path, talking_llama)
+    run = tmp_path / "runs" / "tiny"
+    draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
+    stages = ["instructions-1", "responses-1", "warmup", "influence", "teacher", "training/instructions-1", "student"]
+    for number, name in enumerate(stages):
+        driver = montessori("run", str(config), cwd=tmp_path)
+        begun = run / "iteration-1" / name / "jobs" / "ledger.json"
+        deadline = time.monotonic() + 300
+        while not begun.exists() and driver.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.0, 6.0))
+        assert driver.poll() is None, driver.communicate()[0]
+        kill_everything(driver, signal.SIGKILL if number % 2 else signal.SIGINT)
+    code, output = call("resume", str(run), cwd=tmp_path)
+    assert code == 0, output
+    assert digests(run) == digests(undisturbed / "runs" / "tiny")
+
+
+def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path, talking_llama)
+    first = montessori("run", str(config), cwd=tmp_path)
+    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
+    while not ledger.exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    code, output = call("run", str(config), cwd=tmp_path)
+    kill_everything(first, signal.SIGINT)
+    assert code == 1
+    assert "another process drives this run" in output
+
+
+def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
+    code, output = call("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
+    assert code == 0, output
+    run = undisturbed / "runs" / "tiny"
+    shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
+    assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
+    assert not (run / "iteration-2" / "warmup").exists()
+    assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.yaml"], "absent.yaml: cannot be read"),
+        (["tiny.yaml", "--set", "warmpu.examples=5"], "warmpu: unknown key"),
+        (["tiny.yaml", "--set", "teacher.model=./nowhere"], "'./nowhere': no such folder"),
+        (["tiny.yaml", "--set", "seed_pool.path=empty.jsonl"], "empty.jsonl holds no examples"),
+        (["tiny.yaml", "--set", "seed_pool.path=broken.jsonl"], "broken.jsonl, line 2, column"),
+        (["tiny.yaml", "--run-root", "/proc/nothing"], "cannot be written"),
+        (["tiny.yaml", "--name", "../escape"], "name: String should match pattern"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence_before_any_job(
+    undisturbed: Path, arguments: list[str], message: str
+) -> None:
+    (undisturbed / "empty.jsonl").write_text("")
+    (undisturbed / "broken.jsonl").write_text('{"instruction": "fine"}\n{"instruction": }\n')
+    named = [] if "--name" in arguments else ["--name", "bad"]
+    code, output = call("run", *arguments, *named, cwd=undisturbed)
+    assert code == 1
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+    assert not list((undisturbed / "runs").glob("bad/**/stage.json"))
+
+
+def test_full_run_root_is_named(undisturbed: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.fail("this test needs a Linux system")
+    code, output = call("run", "tiny.yaml", "--run-root", "/dev/full", "--name", "bad", cwd=undisturbed)
+    assert code == 1
+    assert "cannot be written" in output
+
+
+def test_help_teaches(tmp_path: Path) -> None:
+    code, output = call("--help", cwd=tmp_path)
+    assert code == 0
+    for text in ("montessori run configs/quickstart.yaml", "resume", "status", "influence", "student"):
+        assert text in output

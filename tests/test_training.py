@@ -1,0 +1,181 @@
+"""Training through TRL and DeepSpeed: the same result as plain torch, whatever the ZeRO stage and number of processes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cluster.fanout import ShardsFailed, fan_out
+from cluster.stage import Stage
+from montessori_core.chat import encode_example
+from montessori_core.config import Cluster, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
+from montessori_core.models import load_tokenizer
+from montessori_core.program import Row
+from montessori_core.training.dpo import encode_pair
+from montessori_core.training.log import LOG_FILE
+from montessori_core.training.moments import Moments, load_moments
+from montessori_core.training.schedule import rate_factor
+
+ROWS: list[Row] = [
+    {
+        "instruction": f"Describe object number {i} in a few words.",
+        "response": f"Object {i} is " + "round and heavy " * (i % 3 + 1),
+        "finished": i != 3,
+    }
+    for i in range(8)
+]
+RECIPE = Warmup(learning_rate=1e-3, batch_size=4, micro_batch_size=2, weight_decay=0.01, max_grad_norm=0.5)
+
+
+def execute(folder: Path, program: str, settings: dict[str, Any], model: Path, rows: list[Row], processes: int) -> Path:
+    stage = Stage("training", 1, program, settings, {"student": model, "teacher": model}, {}, folder, "")
+    resources = Resources(processes_per_node=processes, cpus_per_process=max(1, 2 // processes))
+    (part,) = fan_out(stage, [rows], resources, Cluster())
+    return part
+
+
+def sft(folder: Path, model: Path, stage: int, processes: int, rows: list[Row] = ROWS) -> Path:
+    settings = {
+        "student": Student(model=str(model), max_length=128).model_dump(mode="json"),
+        "recipe_kind": "warmup",
+        "recipe": RECIPE.model_dump(mode="json"),
+        "zero": Zero(stage=stage).model_dump(mode="json"),
+        "seed": 0,
+        "save_moments": True,
+    }
+    return execute(folder, "montessori_core.training.sft:open_sft", settings, model, rows, processes)
+
+
+def plain_torch(model: Path) -> tuple[dict[str, torch.Tensor], Moments, list[float]]:
+    """The same training as a loop anyone can read: token mean over the batch, clipping, AdamW, linear ramp."""
+    tokenizer = load_tokenizer(str(model))
+    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in ROWS]
+    order = sampled_order(len(encoded))
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01, foreach=False)
+    losses = []
+    for step in range(2):
+        batch = [encoded[i] for i in order[4 * step : 4 * step + 4]]
+        tokens = sum(example.response_tokens for example in batch)
+        loss = torch.tensor(0.0)
+        for example in batch:
+            out = net(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels]))
+            loss = loss + out.loss * example.response_tokens / tokens
+        loss.backward()
+        losses.append(float(loss.detach()))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1) / 2
+        optimizer.step()
+        optimizer.zero_grad()
+    first = {name: optimizer.state[p]["exp_avg"] for name, p in net.named_parameters()}
+    second = {name: optimizer.state[p]["exp_avg_sq"] for name, p in net.named_parameters()}
+    return {name: p.detach() for name, p in net.named_parameters()}, Moments(first, second, 2), losses
+
+
+def sampled_order(count: int) -> list[int]:
+    """The order in which the trainer's seeded sampler visits the data in its first epoch."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    sampler = SeedableRandomSampler(range(count), data_seed=0)
+    return list(sampler)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[float]]:
+    return plain_torch(tiny_llama)
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (1, 1), (2, 2), (3, 1), (3, 2)])
+def test_training_equals_plain_torch_at_every_zero_stage(
+    tiny_llama: Path, expected: Any, tmp_path: Path, stage: int, processes: int
+) -> None:
+    weights, moments, losses = expected
+    part = sft(tmp_path / "stage", tiny_llama, stage, processes)
+    trained, kept = load_file(part / "model.safetensors"), load_moments(part)
+    start = load_file(tiny_llama / "model.safetensors")
+    log = json.loads((part / LOG_FILE).read_text())
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-4)
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([5e-4, 1e-3])
+    assert kept.step == 2
+    for name, weight in weights.items():
+        moved = (weight - start[name]).abs().max()
+        assert (trained[name] - weight).abs().max() <= 1e-3 * moved, name
+        torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(kept.second[name], moments.second[name], rtol=1e-3, atol=1e-10)
+
+
+def test_training_twice_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    parts = [sft(tmp_path / name, tiny_llama, 0, 1) for name in ("one", "two")]
+    assert (parts[0] / "model.safetensors").read_bytes() == (parts[1] / "model.safetensors").read_bytes()
+
+
+def test_no_pickle_is_left_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    part = sft(tmp_path / "stage", tiny_llama, 0, 1)
+    assert {path.suffix for path in part.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_training_without_any_usable_example_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": "word " * 200, "response": "late", "finished": True}]
+    with pytest.raises(ShardsFailed, match="no training example has a response within student.max_length"):
+        sft(tmp_path / "stage", tiny_llama, 0, 1, rows)
+
+
+PAIRS: list[Row] = [
+    {
+        "prompt": f"Tasks:\n<instruction>Count to {i}.</instruction>\n<instruction>",
+        "chosen": f"Name {i} rivers and a lake.</instruction>",
+        "rejected": f"Stop {i}.</instruction>",
+    }
+    for i in range(8)
+]
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2)])
+def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int, processes: int) -> None:
+    settings = {
+        "teacher": Teacher(model=str(smollm2), prompt_style="completion").model_dump(mode="json"),
+        "recipe": TeacherUpdate(
+            learning_rate=2e-5, batch_size=2, micro_batch_size=1, schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0)
+        ).model_dump(mode="json"),
+        "zero": Zero(stage=stage).model_dump(mode="json"),
+        "seed": 0,
+    }
+    part = execute(tmp_path / "stage", "montessori_core.training.dpo:open_dpo", settings, smollm2, PAIRS, processes)
+    log = json.loads((part / LOG_FILE).read_text())
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are equal at first (Eq. 4)
+    assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
+    assert log[-1]["rewards/margins"] > 0.05
+    assert log[-1]["loss"] < 0.67
+
+
+def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    pair = encode_pair(tokenizer, PAIRS[0], "completion")
+    assert tokenizer.decode(pair["prompt_ids"]) == PAIRS[0]["prompt"]
+    assert tokenizer.decode(pair["chosen_ids"]) == PAIRS[0]["chosen"]
+    chat = encode_pair(tokenizer, PAIRS[0], "chat")
+    assert chat["chosen_ids"] == [*pair["chosen_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 100, 313])
+def test_schedule_ramps_holds_and_decays(steps: int) -> None:
+    rates = [rate_factor(step, steps, Schedule()) for step in range(steps)]
+    assert max(rates) == 1.0 or steps == 1
+    assert min(rates) > 0
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if steps >= 10:
+        assert rates[0] == pytest.approx(1 / round(0.1 * steps))
+        assert rates[-1] == pytest.approx(0.001)
+        assert sum(rate == 1.0 for rate in rates) == steps - round(0.1 * steps) - round(0.4 * steps) + 1 + 1
+
+
+def test_warmup_ramps_to_the_peak_over_all_its_steps() -> None:
+    assert [rate_factor(step, 4, Warmup().schedule) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
