@@ -48,7 +48,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
 app.add_typer(model_app, name="model")
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
 

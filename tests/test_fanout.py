@@ -266,9 +266,14 @@ def test_commit_is_whole_or_absent(tmp_path: Path) -> None:
         temporary.mkdir()
         (temporary / "weights").write_text("first")
     before = hash_path(target)
-    with pytest.raises(RuntimeError), commit(target) as temporary:
-        temporary.mkdir()
-        (temporary / "weights").write_text("half")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with commit(target) as temporary:
+            temporary.mkdir()
+            (temporary / "weights").write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half()
     assert hash_path(target) == before
     assert list(tmp_path.iterdir()) == [target]

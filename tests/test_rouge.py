@@ -7,7 +7,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from montessori_core.rouge import Accepted, f_measure
 
 SCORER = RougeScorer(["rougeL"])
-WORDS = st.sampled_from(["write", "a", "short", "poem", "about", "the", "sea", "Sea", "SEA,", "in", "two", "lines.", "42", "x_1", "naïve", "—", "ß", "I'm"])
+WORDS = st.sampled_from(
+    ["write", "a", "poem", "the", "sea", "Sea", "SEA,", "two", "lines.", "42", "x_1", "naïve", "—", "ß", "I'm"]
+)
 TEXTS = st.lists(WORDS, max_size=14).map(" ".join) | st.text(max_size=30)
 
 

@@ -63,7 +63,10 @@ def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     torch.manual_seed(0)
     draw = random.Random(0)
-    verbs, things = ["Name", "Count", "Describe", "Compare", "Sort"], ["rivers", "stones", "birds", "songs", "trees", "lakes"]
+    verbs, things = (
+        ["Name", "Count", "Describe", "Compare", "Sort"],
+        ["rivers", "stones", "birds", "songs", "trees", "lakes"],
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         tasks = [
