@@ -52,7 +52,8 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc(),
             }
-            if environment.global_rank == 0 or not stage.failure_file(index).exists():
+            # Of several processes, the first to fail names the cause: the others only lose their connection to it.
+            if not stage.failure_file(index).exists():
                 write_json(failure, stage.failure_file(index))
             raise
 

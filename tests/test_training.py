@@ -174,7 +174,7 @@ def test_schedule_ramps_holds_and_decays(steps: int) -> None:
     if steps >= 10:
         assert rates[0] == pytest.approx(1 / round(0.1 * steps))
         assert rates[-1] == pytest.approx(0.001)
-        assert sum(rate == 1.0 for rate in rates) == steps - round(0.1 * steps) - round(0.4 * steps) + 1 + 1
+        assert sum(rate == 1.0 for rate in rates) == steps - round(0.1 * steps) - round(0.4 * steps) + 1
 
 
 def test_warmup_ramps_to_the_peak_over_all_its_steps() -> None:

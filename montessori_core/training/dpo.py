@@ -1,6 +1,9 @@
 """The teacher update: direct preference optimization on what helps the student (Section 3.3, Eq. 4)."""
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,6 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         start_processes()
         import torch
-        from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         class TeacherTrainer(PlainAdamW, DPOTrainer):  # type: ignore[misc]
@@ -55,18 +57,40 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             precompute_ref_log_probs=True,  # no second teacher in memory
         )
         progress = ProgressCallback(report, recipe.batch_size)
-        data = Dataset.from_list(fitting)
-        trainer = TeacherTrainer(
-            model=load_model(model_path, torch.float32, teacher.revision),
-            args=arguments,
-            train_dataset=data,
-            processing_class=tokenizer,
-            callbacks=[progress],
-        )
-        trainer.train()
+        with shared_dataset(fitting, output.parent) as data:
+            trainer = TeacherTrainer(
+                model=load_model(model_path, torch.float32, teacher.revision),
+                args=arguments,
+                train_dataset=data,
+                processing_class=tokenizer,
+                callbacks=[progress],
+            )
+            trainer.train()
         save_trained(trainer, tokenizer, progress.log, output)
 
     return compute
+
+
+@contextmanager
+def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[Any]:
+    """The pairs as a data set on the disk that all processes of the job share.
+
+    TRL computes the reference log-probabilities once, on rank 0's behalf, and leaves them beside the data set for the others.
+    """
+    import torch.distributed
+    from datasets import Dataset, load_from_disk
+
+    # The rendezvous's port tells apart two jobs that are at work on the same stage.
+    path = folder / f".pairs-{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
+    first = torch.distributed.get_rank() == 0
+    if first:
+        Dataset.from_list(pairs).save_to_disk(path)
+    torch.distributed.barrier()
+    try:
+        yield load_from_disk(path)
+    finally:
+        if first:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
