@@ -1,5 +1,6 @@
 """Local data influence: equal to the procedure spelled out, independent of everything but student, example, reference."""
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     model.load_state_dict(warm[0].state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
-    optimizer.load_state_dict(warm[2].state_dict())
+    optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # loading shares tensors, and a step changes them
     if example is not None:
         ids = torch.tensor([example.input_ids])
         model(input_ids=ids, labels=torch.tensor([example.labels])).loss.backward()

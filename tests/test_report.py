@@ -361,6 +361,20 @@ def test_verdict_is_that_of_the_paired_gain(
     assert headline in page_of(folder).text
 
 
+@pytest.mark.parametrize(
+    ("gain", "headline"),
+    [(0.02, "Better than unmodified, worse than untrained."), (0.0, "Within noise."), (-0.02, "Worse student.")],
+)
+def test_verdict_says_when_training_did_harm(run: Path, tmp_path: Path, gain: float, headline: str) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = metrics(1, gain)
+    content["held_out_gain"]["student_over_untrained"]["mean"] = -0.3
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    text = page_of(folder).text
+    assert headline in text
+    assert "worse than the untrained student, 2.8000: a paired gain of −0.3000 ± 0.0200" in text
+
+
 def test_run_without_comparison_claims_none(tmp_path: Path) -> None:
     comparison = {"unmodified_teacher": False, "influence_examples": 0}
     folder = write_run(tmp_path / "run", comparison=comparison)

@@ -141,11 +141,27 @@ def judge(run: Contents) -> Verdict:
         f"{numbers.loss(losses['student']['mean'])}, the unmodified teacher's "
         f"{numbers.loss(_mean(run, last, 'unmodified'))}: a paired gain of {numbers.gain(mean, error)} nats per token"
     )
+    untrained = _loss_to_untrained(run, last)
     if abs(mean) <= 2 * error:
-        return Verdict("noise", "Within noise", f"{sentence}, less than two standard errors from no difference.")
-    if mean > 0:
-        return Verdict("better", "Better student", f"{sentence}.")
-    return Verdict("worse", "Worse student", f"{sentence}.")
+        return Verdict(
+            "noise", "Within noise", f"{sentence}, less than two standard errors from no difference.{untrained}"
+        )
+    if mean < 0:
+        return Verdict("worse", "Worse student", f"{sentence}.{untrained}")
+    if untrained:
+        return Verdict("noise", "Better than unmodified, worse than untrained", f"{sentence}.{untrained}")
+    return Verdict("better", "Better student", f"{sentence}.")
+
+
+def _loss_to_untrained(run: Contents, iteration: Iteration) -> str:
+    """A warning where training made the student worse than it was, whichever teacher's data it was trained on."""
+    gain = iteration.held_out_gain.get("student_over_untrained")
+    if gain is None or not gain["mean"] < -2 * gain["standard_error"]:
+        return ""
+    return (
+        f" But training made it worse than the untrained student, {numbers.loss(_mean(run, iteration, 'untrained'))}: a "
+        f"paired gain of {numbers.gain(gain['mean'], gain['standard_error'])}."
+    )
 
 
 def _without_comparison(iteration: Iteration, run: Contents) -> str:
@@ -515,10 +531,14 @@ def _examples(iteration: Iteration) -> dict[str, Any]:
     texts = _by_id(iteration.probing.examples)
     if iteration.influence is None:
         rows = [{"status": "not measured", **row} for row in itertools.islice(texts.values(), EXAMPLES_SHOWN)]
-        return {"total": len(texts), "rows": rows}
+        return {"total": len(texts), "rows": rows, "errors": False}
     table = iteration.influence.table
     measured = table.slice(0, EXAMPLES_SHOWN).to_pylist()
-    return {"total": table.num_rows, "rows": [texts.get(row["example_id"], {}) | row for row in measured]}
+    return {
+        "total": table.num_rows,
+        "rows": [texts.get(row["example_id"], {}) | row for row in measured],
+        "errors": any(row["standard_error"] is not None for row in measured),
+    }
 
 
 def _rejections(sets: Sequence[Synthesis]) -> dict[str, Any]:
