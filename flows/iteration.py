@@ -16,11 +16,19 @@ from tasks.teachers import collect_preferences, update_teacher
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration hands to the next: the updated teacher, the student trained on its data, and that data."""
+    """What an iteration hands to the next.
+
+    Attributes:
+        teacher: the updated teacher.
+        student: the student trained on its data.
+        training: that data.
+        losses: held-out loss tables by the name of the model.
+    """
 
     teacher: Model
     student: Model
     training: Synthesized
+    losses: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,10 @@ def iteration(run: Run, number: int, previous: Iteration | None) -> Iteration:
             experiment.comparison.influence_examples,
         )
     losses = {"student": evaluate(run, folder / "evaluation", f"{name}: held-out loss", trained)}
-    if previous is None:
+    if previous is not None:
+        losses |= {part: table for part, table in previous.losses.items() if part in ("untrained", "unmodified")}
+        losses["previous"] = previous.losses["student"]
+    else:
         first_weights = Model.configured(experiment.student.model, experiment.student.revision)
         losses["untrained"] = evaluate(run, run.folder / "untrained", "untrained student: held-out loss", first_weights)
         if experiment.comparison.unmodified_teacher:
@@ -146,4 +157,4 @@ def iteration(run: Run, number: int, previous: Iteration | None) -> Iteration:
     write_metrics(
         run, number, IterationFiles(synthesized, influence, preferences, training, training_influence, losses)
     )
-    return Iteration(updated, trained, training)
+    return Iteration(updated, trained, training, losses)

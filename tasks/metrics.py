@@ -11,10 +11,11 @@ from montessori_core.atomic import read_json, write_json
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.schema import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
-from montessori_core.training.log import LOG_FILE
+from montessori_core.synthesis.filters import funnel
+from montessori_core.training.log import COUNTS_FILE, LOG_FILE
 from tasks.evaluation import summarize_gain, summarize_loss
 from tasks.run import Run, stage_seconds
-from tasks.synthesis import Synthesized, funnel
+from tasks.synthesis import Synthesized
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,14 @@ def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
         },
         "influence": {"probing": summarize_influence(probed, threshold)},
         "preferences": {"pairs": pairs.num_rows, "prompts": len(set(pairs["prompt_id"].to_pylist()))},
+        "training_counts": _beside_models(run, number, COUNTS_FILE),
         "held_out_loss": {name: summarize_loss(table) for name, table in files.losses.items()},
         "held_out_gain": {
             f"student_over_{name}": summarize_gain(table, files.losses["student"])
             for name, table in files.losses.items()
             if name != "student"
         },
-        "training_logs": {
-            name: read_json(path / "part-00000" / LOG_FILE)
-            for name, path in {
-                "warmup": folder / "warmup",
-                "teacher": folder / "teacher",
-                "student": folder / "student",
-                "unmodified": unmodified / "student",
-            }.items()
-            if (path / "part-00000" / LOG_FILE).exists()
-        },
+        "training_logs": _beside_models(run, number, LOG_FILE),
         "job_seconds": {
             str(stage.parent.relative_to(run.folder)): round(stage_seconds(stage.parent), 1)
             for parent in (folder, unmodified, run.folder / "untrained")
@@ -78,3 +71,13 @@ def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
     path = folder / "metrics.json"
     write_json(content, path)
     return path
+
+
+def _beside_models(run: Run, number: int, name: str) -> dict[str, Any]:
+    """What the trainings of an iteration left beside their models in files of one name."""
+    folder = run.iteration(number)
+    stages = {part: folder / part for part in ("warmup", "teacher", "student")}
+    if number == 1:
+        stages["unmodified"] = run.folder / "unmodified" / "student"
+    found = {part: read_json(stage / "part-00000" / name) for part, stage in stages.items()}
+    return {part: content for part, content in found.items() if content is not None}

@@ -1,7 +1,6 @@
 """Synthesis (Section 4.1 of the design): prompts, instructions, filters, responses, until enough examples are kept."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from montessori_core.program import Row
 from montessori_core.rouge import Accepted
 from montessori_core.schema import EXAMPLES, GENERATION, INSTRUCTIONS, read_table, table_from_rows, write_table
 from montessori_core.sources import Task
-from montessori_core.synthesis.filters import EMPTY_RESPONSE, REASONS, SURPLUS, judge_candidates
+from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, funnel, judge_candidates
 from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
 from tasks.run import Model, Run
 
@@ -94,13 +93,6 @@ def synthesize(
         raise UserError(_too_few(len(examples), count, read_table(instructions, INSTRUCTIONS), label))
     write_table(table_from_rows(examples, EXAMPLES), kept_examples, EXAMPLES)
     return Synthesized(instructions, kept_examples)
-
-
-def funnel(instructions: pa.Table) -> dict[str, int]:
-    """Candidates, those rejected by each reason in the order of the filters, and those kept."""
-    reasons = Counter(reason for reason in instructions["rejection"].to_pylist() if reason is not None)
-    rejected = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
-    return {"candidates": instructions.num_rows, **rejected, "kept": instructions.num_rows - reasons.total()}
 
 
 def _pool(table: Path | None) -> list[Task]:

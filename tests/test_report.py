@@ -401,15 +401,6 @@ def test_values_that_are_not_finite_leave_the_page_whole(run: Path, tmp_path: Pa
     assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
 
 
-def test_funnel_is_the_one_the_tasks_count(run: Path) -> None:
-    from montessori_core.report.contents import read_contents
-    from tasks.synthesis import funnel
-
-    iteration = read_contents(run).iterations[0]
-    counted = funnel(read_table(run / "iteration-1" / "instructions.parquet", INSTRUCTIONS))
-    assert list((iteration.probing.funnel or {}).items()) == list(counted.items())
-
-
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median"])
 def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline: str) -> None:
     folder = write_run(tmp_path / "run", preferences={"baseline": baseline})

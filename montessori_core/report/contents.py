@@ -1,7 +1,6 @@
 """What lies in a run's folder, read for its report; any part may not be there yet."""
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from montessori_core.atomic import read_json
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
-from montessori_core.synthesis.filters import REASONS
+from montessori_core.synthesis.filters import funnel
 from montessori_core.training.log import LOG_FILE
 
 Log = list[dict[str, Any]]
@@ -35,16 +34,7 @@ class Synthesis:
     @cached_property
     def funnel(self) -> dict[str, int] | None:
         """Candidates, those rejected by each reason in the order of the filters, and those kept."""
-        if self.instructions is None:
-            return None
-        reasons = Counter(reason for reason in self.instructions["rejection"].to_pylist() if reason is not None)
-        ordered = [reason for reason in REASONS if reason in reasons] + sorted(reasons.keys() - set(REASONS))
-        candidates = self.instructions.num_rows
-        return {
-            "candidates": candidates,
-            **{reason: reasons[reason] for reason in ordered},
-            "kept": candidates - reasons.total(),
-        }
+        return None if self.instructions is None else funnel(self.instructions)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ The order is that of the authors' code: extract, collapse blanks, length, forbid
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import pyarrow as pa
 
 from montessori_core.config import Filters
 from montessori_core.rouge import Accepted, f_measure
@@ -105,3 +108,10 @@ def judge_candidates(
         if not fresh:
             rejections[index] = LIKE_ACCEPTED
     return [Verdict(*pair) for pair in zip(instructions, rejections, strict=True)]
+
+
+def funnel(instructions: pa.Table) -> dict[str, int]:
+    """Of an instruction table: candidates, those rejected by each reason in the order of the filters, those kept."""
+    reasons = Counter(reason for reason in instructions["rejection"].to_pylist() if reason is not None)
+    rejected = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
+    return {"candidates": instructions.num_rows, **rejected, "kept": instructions.num_rows - reasons.total()}

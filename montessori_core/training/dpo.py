@@ -66,7 +66,8 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 callbacks=[progress],
             )
             trainer.train()
-        save_trained(trainer, tokenizer, progress.log, output)
+        counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}
+        save_trained(trainer, tokenizer, progress.log, counts, output)
 
     return compute
 

@@ -13,7 +13,7 @@ from montessori_core.atomic import hash_json, hash_path, write_json
 from montessori_core.config import Optimization, Zero
 from montessori_core.models import FINGERPRINT
 from montessori_core.program import Report
-from montessori_core.training.log import LOG_FILE
+from montessori_core.training.log import COUNTS_FILE, LOG_FILE
 from montessori_core.training.schedule import rate_factor
 
 
@@ -130,13 +130,20 @@ class ProgressCallback(TrainerCallback):
             self.log.append({"step": float(state.global_step), **entry})
 
 
-def save_trained(trainer: Any, tokenizer: PreTrainedTokenizerBase, log: list[dict[str, float]], folder: Path) -> None:
-    """Write consolidated weights, tokenizer and training log. All processes must call it; rank 0 writes."""
+def save_trained(
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    log: list[dict[str, float]],
+    counts: dict[str, int],
+    folder: Path,
+) -> None:
+    """Write consolidated weights, tokenizer, log and counts. All processes must call it; rank 0 writes."""
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
     (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
-    hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name != LOG_FILE)
+    (folder / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
+    hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (LOG_FILE, COUNTS_FILE))
     write_json({"sha256": hash_json([[file.name, hash_path(file)] for file in hashed])}, folder / FINGERPRINT)

@@ -71,6 +71,11 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             if trainer.is_world_process_zero():
                 output.mkdir(parents=True, exist_ok=True)
                 save_moments(moments, output)
-        save_trained(trainer, tokenizer, progress.log, output)
+        counts = {
+            "examples": len(usable),
+            "truncated": sum(example.truncated for example in usable),
+            "left_out": len(encoded) - len(usable),
+        }
+        save_trained(trainer, tokenizer, progress.log, counts, output)
 
     return compute
