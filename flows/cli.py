@@ -14,6 +14,7 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -134,7 +135,9 @@ def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
         console.print("\ninterrupted: the jobs were cancelled, what is done is kept. Go on with:")
         console.print(f"  montessori resume {opened.folder}", soft_wrap=True, markup=False)
         sys.stdout.flush()
-        os._exit(130)  # Prefect's threads would report at length that their server has gone, too
+        for child in psutil.Process().children(recursive=True):
+            child.kill()  # Prefect's server for this run; all jobs were cancelled before
+        os._exit(130)  # Prefect's threads would report at length that their server is gone
     print_summary(opened, console)
 
 

@@ -1,5 +1,6 @@
 """Generation with vLLM: the engine for GPUs."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ class VllmEngine:
     """A model over all GPUs the job was given (tensor parallel), or on the CPU with a CPU build of vLLM."""
 
     def __init__(self, model: str, revision: str | None, tokenizer: Any) -> None:
+        if not torch.cuda.is_available():
+            # By default vLLM keeps one core for itself and takes 40 % of the memory for its cache.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '2')) - 1}")
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         self._llm = LLM(
             model=local_path(model),
             revision=revision,
