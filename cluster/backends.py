@@ -1,22 +1,26 @@
 """Two ways to run jobs behind one interface: processes of this machine, and Slurm. Both submit through submitit."""
 
-import os
+import logging
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.worker import run_task
 from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
 
-# Slurm cuts the list of a pending array's tasks unless told otherwise, and submitit cannot parse the rest.
-os.environ.setdefault("SLURM_BITSTR_LEN", "0")
+log = logging.getLogger(__name__)
 
-import submitit
+_CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 
 Task = list[int]  # shards that one job works through
 
@@ -136,17 +140,33 @@ def _process(job_id: str) -> psutil.Process | None:
         return None
 
 
+class _Restartable(submitit.helpers.Checkpointable):
+    """The task as submitit restarts it: at its time limit or when preempted, a job goes back to the queue.
+
+    A plain function would be sent an exception there, which counts as an error of its code. Shards that are done are
+    skipped after the restart, so there is no state to keep.
+    """
+
+    def __call__(self, stage_folder: str, task: Task, threads: int) -> None:
+        run_task(stage_folder, task, threads)
+
+
 class SlurmBackend:
-    """Jobs as arrays of Slurm, submitted through submitit."""
+    """Jobs as arrays of Slurm, submitted through submitit. What is running is squeue's word; accounting is not needed."""
 
     polls_until_lost = 3
 
     def __init__(self, cluster: Cluster, resources: Resources, python: str | None) -> None:
-        self._slurm, self._resources, self._python = cluster.slurm, resources, python
+        if shutil.which("sbatch") is None:
+            raise UserError(
+                "cluster.profile is slurm, but there is no sbatch here: start on a login node, or use profile: local"
+            )
+        self._slurm, self._resources, self._python = cluster.slurm, resources, python or sys.executable
 
     def group(self, shards: Sequence[int], running: int) -> list[Task]:
         """Cut shards into tasks for one array; the scheduler throttles, and one array waits at a time."""
-        if running:
+        # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
+        if running or _ask("squeue", "--noheader", "--me") is None:
             return []
         size = self._resources.shards_per_job
         tasks = [list(shards[start : start + size]) for start in range(0, len(shards), size)]
@@ -154,61 +174,98 @@ class SlurmBackend:
 
     def submit(self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path) -> list[str]:
         resources, slurm = self._resources, self._slurm
-        executor = submitit.SlurmExecutor(folder=folder, python=self._python or shlex.quote(sys.executable))
-        options: dict[str, Any] = {
+        parameters: dict[str, Any] = {
             "job_name": name,
             "time": resources.time_limit_minutes,
+            # Time to go back to the queue before the limit, but most of the time for work when the limit is short.
+            "signal_delay_s": min(90, 15 * resources.time_limit_minutes),
             "nodes": resources.nodes,
             "ntasks_per_node": resources.processes_per_node,
             "cpus_per_task": resources.cpus_per_process,
-            "array_parallelism": resources.parallel_jobs,
-            "setup": list(slurm.setup) or None,
-            "additional_parameters": dict(slurm.extra),
-        }
-        optional = {
             "gpus_per_node": resources.gpus_per_node or None,
             "mem": f"{resources.memory_gb}GB" if resources.memory_gb else None,
+            "array_parallelism": resources.parallel_jobs,
             "partition": slurm.partition,
             "account": slurm.account,
             "qos": slurm.qos,
             "constraint": slurm.constraint,
             "exclude": slurm.exclude,
+            "setup": list(slurm.setup) or None,
+            # Clusters may be set up to forget jobs of crashed nodes instead of running them again.
+            "additional_parameters": {
+                key: value for key, value in {"requeue": True, **slurm.extra}.items() if value is not False
+            },
+            # Some releases of srun do not take the CPUs from sbatch. And when one of several processes fails, the
+            # others would wait for it until the time limit.
+            "srun_args": [f"--cpus-per-task={resources.cpus_per_process}", "--kill-on-bad-exit=1"],
         }
-        executor.update_parameters(**options, **{key: value for key, value in optional.items() if value is not None})
+        executor = submitit.SlurmExecutor(
+            folder=folder, python=shlex.quote(self._python), max_num_timeout=resources.infrastructure_retries
+        )
+        executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         arguments = [str(stage_folder)] * len(tasks), list(tasks), [resources.cpus_per_process] * len(tasks)
-        return [job.job_id for job in executor.map_array(run_task, *arguments)]
+        try:
+            jobs = executor.map_array(_Restartable(), *arguments)
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UserError(
+                f"sbatch did not take the jobs: {error}\nSee cluster.slurm and cluster.resources in the configuration."
+            ) from error
+        return [job.job_id for job in jobs]
 
     def find(self, name: str, folder: Path) -> list[str]:
-        return sorted({job_id.split("_")[0] for job_id in self._queued(name) or []})
+        queued = self._queued(name)
+        if queued is None:
+            raise UserError(f"squeue does not answer, and jobs named {name} may be running; try again when it does")
+        return sorted(_arrays(queued))
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
-        arrays = sorted({job_id.split("_")[0] for job_id in ids})
-        if arrays:
-            subprocess.run(["scancel", *arrays], check=False, timeout=60)
+        """End jobs, running or not, and wait until they have ended, so that none commits afterwards."""
+        arrays = _arrays(ids)
+        if not arrays:
+            return
+        # submitit's workers ignore the SIGTERM of a plain scancel and would work on until Slurm's KillWait is over;
+        # SIGHUP ends them. Tasks that wait go first, or they would take the place of those.
+        for options in (["--state=PENDING"], ["--signal=HUP"], []):
+            subprocess.run(["scancel", "--quiet", *options, *sorted(arrays)], check=False, timeout=120)
+        deadline = time.monotonic() + _CANCEL_PATIENCE
+        while (mine := _ask("squeue", "--noheader", "--me", "--format=%F")) is None or arrays & set(mine.split()):
+            if time.monotonic() > deadline:
+                raise UserError(f"jobs may still run, end them with: scancel {' '.join(sorted(arrays))}")
+            time.sleep(0.2)
 
     def reason(self, job_id: str) -> str:
-        try:
-            answer = subprocess.run(
-                ["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State,ExitCode,NodeList"],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return "the job is gone from the queue without a result (no accounting to ask)"
-        state, _, rest = answer.stdout.strip().partition("|")
-        return f"Slurm says {state or 'nothing'} {rest}".strip()
+        # The controller remembers jobs for minutes, the accounting for good; clusters may have none.
+        answer = _ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T (%r) on %N") or _ask(
+            "sacct",
+            "--noheader",
+            "--allocations",
+            "--parsable2",
+            f"--jobs={job_id}",
+            "--format=State,ExitCode,NodeList",
+        )
+        return f"Slurm says {answer.strip()}" if answer else "the job is gone from the queue without a result"
 
     def _queued(self, name: str) -> set[str] | None:
-        try:
-            answer = subprocess.run(
-                ["squeue", "-h", "-r", "-n", name, "-o", "%i"], capture_output=True, text=True, timeout=60, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return set(answer.stdout.split())
+        # One line for each task: Slurm cuts a long list of an array's waiting tasks short.
+        queued = _ask("squeue", "--noheader", "--array", f"--name={name}", "--format=%i")
+        return None if queued is None else set(queued.split())
+
+
+def _arrays(ids: Iterable[str]) -> set[str]:
+    """Ids of the arrays that jobs belong to; an array of one task is to submitit a job of its own."""
+    return {job_id.split("_")[0] for job_id in ids}
+
+
+def _ask(*command: str) -> str | None:
+    """What a command of Slurm answers; None if it cannot tell."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        log.info("%s: %s", command[0], error.stderr.strip())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.info("%s: %s", command[0], error)
+    return None

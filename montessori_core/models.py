@@ -4,6 +4,7 @@ The embedded model needs no model hub: a package on the Python package index car
 converted once to a cached folder of safetensors.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -114,7 +115,7 @@ def fingerprint(model: str, revision: str | None = None) -> str:
     if not path.is_dir():
         return hash_json([model, revision or "main"])
     recorded = read_json(path / FINGERPRINT)
-    return str(recorded["sha256"]) if recorded else _content_hash(path)
+    return str(recorded["sha256"]) if recorded else _content_hash_of(path, _signature(path))
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -154,6 +155,16 @@ def load_model(model: str, dtype: Any, revision: str | None = None) -> "PreTrain
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {error}") from error
+
+
+@functools.cache
+def _content_hash_of(folder: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
+    """The hash of a folder, computed once for as long as its `signature` stays: weights can be many GB."""
+    return _content_hash(folder)
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file())
 
 
 def _content_hash(folder: Path) -> str:

@@ -16,8 +16,8 @@ _UI_PAUSE = 5.0  # seconds between updates of the artifact
 class ProgressBar:
     """Shows the progress of one stage from `fan_out`; a stage that was done before shows as a full bar at once."""
 
-    def __init__(self, name: str, unit: str) -> None:
-        self._name, self._unit = name, unit
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._bar: tqdm | None = None  # type: ignore[type-arg]
         self._artifact: object = None
         self._published = 0.0
@@ -37,7 +37,6 @@ class ProgressBar:
             self._bar = tqdm(
                 total=progress.rows,
                 desc=self._name,
-                unit=self._unit,
                 file=sys.stderr,
                 mininterval=0.2 if sys.stderr.isatty() else 15.0,
                 dynamic_ncols=True,

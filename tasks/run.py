@@ -43,7 +43,7 @@ class Model:
     @staticmethod
     def trained(folder: Path) -> "Model":
         """A model that a stage wrote."""
-        return Model(str(folder), hash_path(folder))
+        return Model(str(folder), fingerprint(str(folder)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Run:
         cluster = self.experiment.cluster
         resources: Resources = getattr(cluster.resources, kind)
         python = cluster.generation_python if kind == "generation" else None
-        with ProgressBar(name, unit="example" if kind != "generation" else "prompt") as bar:
+        with ProgressBar(name) as bar:
             return fan_out(stage, shards, resources, cluster, bar.show, python)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -109,7 +110,8 @@ def digests(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    code, output = call("run", str(configuration(folder, talking_llama)), cwd=folder)
+    home = str(folder / "prefect")
+    code, output = call("run", str(configuration(folder, talking_llama)), cwd=folder, PREFECT_HOME=home)
     assert code == 0, output
     (folder / "output.txt").write_text(output)
     return folder
@@ -136,6 +138,24 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
     funnel = metrics["synthesis"]["probing"]
     assert funnel["kept"] == 20
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
+
+
+def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed: Path) -> None:
+    database = sqlite3.connect(undisturbed / "prefect" / "prefect.db")
+    flows = {name for (name,) in database.execute("select name from flow_run")}
+    assert flows == {"tiny", "tiny: iteration 1", "tiny: unmodified teacher"}
+    described = {text for (text,) in database.execute("select description from artifact")}
+    for stage in (
+        "iteration 1: warm-up and probing set: instructions",
+        "iteration 1: student warm-up",
+        "iteration 1: influence of the probing set",
+        "Preference pairs of iteration 1",
+        "iteration 1: teacher update",
+        "iteration 1: student training",
+        "iteration 1: held-out loss",
+        "Report of tiny",
+    ):
+        assert stage in described
 
 
 def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
@@ -234,6 +254,19 @@ def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
+
+
+def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(undisturbed: Path) -> None:
+    code, output = call("run", "tiny.yaml", "--set", "student.max_length=32", "--name", "short", cwd=undisturbed)
+    assert code == 1
+    assert "Traceback" not in output
+    words = " ".join(output.split())
+    assert "stage warmup: 1 of 1 shards failed" in words
+    assert "no training example has a response within student.max_length tokens; raise max_length" in words
+    log = next(line.split("log: ")[1] for line in output.splitlines() if "log: " in line)
+    assert "no training example" in Path(log.strip()).read_text()
+    code, output = call("status", "runs/short", cwd=undisturbed)
+    assert "failed: iteration-1/warmup, shard 0: code_error: DataError" in output
 
 
 @pytest.mark.parametrize(

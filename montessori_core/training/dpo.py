@@ -56,7 +56,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             max_length=recipe.max_length,
             precompute_ref_log_probs=True,  # no second teacher in memory
         )
-        progress = ProgressCallback(report, recipe.batch_size)
+        progress = ProgressCallback(report, recipe)
         with shared_dataset(fitting, output.parent) as data:
             trainer = TeacherTrainer(
                 model=load_model(model_path, torch.float32, teacher.revision),

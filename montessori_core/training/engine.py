@@ -110,12 +110,12 @@ class PlainAdamW:
 class ProgressCallback(TrainerCallback):
     """Tells the job's report how many examples are done, and keeps what the trainer logs."""
 
-    def __init__(self, report: Report, batch_size: int) -> None:
-        self._report, self._batch_size = report, batch_size
+    def __init__(self, report: Report, recipe: Optimization) -> None:
+        self._report, self._recipe = report, recipe
         self.log: list[dict[str, float]] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._report(state.global_step * self._batch_size)
+        self._report(state.global_step * self._recipe.batch_size // self._recipe.epochs)
 
     def on_log(
         self,

@@ -57,7 +57,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             max_length=student.max_length,
             packing=False,
         )
-        progress = ProgressCallback(report, recipe.batch_size)
+        progress = ProgressCallback(report, recipe)
         trainer = StudentTrainer(
             model=load_model(model_path, torch.float32, student.revision),
             args=arguments,

@@ -1,0 +1,316 @@
+"""The fan-out on a real Slurm: whatever happens to tasks, nodes, drivers and the scheduler, the same parts come out.
+
+`docker/slurm/lab.sh` runs a cluster of two nodes on this machine while these tests last.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import test_fanout as local
+
+from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
+from cluster.stage import Stage
+from montessori_core.atomic import read_json
+from montessori_core.config import Cluster, Resources, Slurm
+from montessori_core.errors import UserError
+from montessori_core.program import Row
+
+LAB = Path(__file__).parent.parent / "docker" / "slurm"
+SHARDS, EXPECTED = local.SHARDS, local.EXPECTED
+ROWS = [row["n"] for shard in SHARDS for row in shard]
+PROCESSES_PROGRAM = """
+import json, os, platform, time
+from pathlib import Path
+
+def open_processes(settings, inputs):
+    folder = Path(settings["folder"])
+    rank = os.environ["RANK"]
+    def compute(rows, output, report):
+        if rank == settings["failing_rank"]:
+            raise ValueError(f"rank {rank} is bad")
+        (folder / f"rank-{rank}.json").write_text(json.dumps({"node": platform.node(), **os.environ}))
+        while len(list(folder.glob("rank-*.json"))) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.1)
+        output.write_text(rank)
+    return compute
+"""
+
+folder = local.folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A running cluster that Slurm's commands find. Without Slurm, and without a way to install it, tests fail."""
+    installation = subprocess.run([LAB / "install.sh"], capture_output=True, text=True)
+    if installation.returncode:
+        pytest.fail(f"these tests need Slurm:\n{installation.stderr.strip()}", pytrace=False)
+    with pytest.MonkeyPatch.context() as environment:
+        for name in os.environ:
+            if name.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SCANCEL")):
+                environment.delenv(name)  # of a cluster that this machine may belong to
+        environment.setenv("LAB", str(tmp_path_factory.mktemp("slurm")))
+        environment.setenv("GPUS", "2")
+        try:
+            call_lab("start")
+            name, _, value = call_lab("env").removeprefix("export ").strip().partition("=")
+            environment.setenv(name, shlex.split(value)[0])
+            yield
+        finally:
+            call_lab("stop")
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(lab: None) -> Iterator[None]:
+    """What one test leaves is not there for the next."""
+    yield
+    subprocess.run(["scancel", "--me"], check=True)
+
+
+def call_lab(*arguments: str) -> str:
+    call = subprocess.run([LAB / "lab.sh", *arguments], capture_output=True, text=True)
+    assert call.returncode == 0, call.stderr
+    return call.stdout
+
+
+def run(
+    folder: Path,
+    shards: list[list[Row]] = SHARDS,
+    seconds: float = 0.0,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    slurm: Slurm = Slurm(),  # noqa: B008 (frozen)
+    stage: Stage | None = None,
+    **resources: int,
+) -> list[Path]:
+    cluster = Cluster(profile="slurm", poll_seconds=0.5, slurm=slurm)
+    defaults = {"parallel_jobs": 8, "cpus_per_process": 1, "shards_per_job": 1}
+    return fan_out(
+        stage or local.stage(folder, seconds), shards, Resources(**defaults | resources), cluster, on_progress
+    )
+
+
+def queued(*options: str) -> list[str]:
+    return subprocess.run(
+        ["squeue", "--noheader", "--array", "--me", *options], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def once(condition: Callable[[], bool], action: Callable[[], object]) -> Callable[[Progress], None]:
+    """For `on_progress`: act at the first look at which the condition holds."""
+    acted = False
+
+    def look(progress: Progress) -> None:
+        nonlocal acted
+        if not acted and condition():
+            acted = True
+            action()
+
+    return look
+
+
+def start_driver(folder: Path, **options: object) -> subprocess.Popen[str]:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import test_slurm\n"
+        f"test_slurm.run(Path({str(folder)!r}), **{options!r})"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+def submissions(folder: Path) -> list[str]:
+    return [submission.name for submission in Ledger(folder / "stage" / "jobs").submissions]
+
+
+def test_results_are_those_of_the_local_profile(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    parts = run(folder, shards_per_job=2)
+    assert local.results(parts) == EXPECTED
+    keys = [read_json(local.stage(folder).manifest(index))["sha256"] for index in range(6)]
+    for part in parts:
+        part.unlink()
+    local.run(folder)
+    assert [read_json(local.stage(folder).manifest(index))["sha256"] for index in range(6)] == keys
+
+
+def test_shards_beyond_the_largest_array_go_to_further_arrays(folder: Path) -> None:
+    # Three shards, two tasks in an array: the last array has one task, which to submitit is none.
+    parts = run(folder, SHARDS[:3], slurm=Slurm(max_array_size=2))
+    assert local.results(parts) == EXPECTED[:9]
+    first, second = Ledger(folder / "stage" / "jobs").submissions
+    assert [len(first.tasks), len(second.tasks)] == [2, 1]
+    assert sorted(local.computed(folder)) == ROWS[:9]
+
+
+def test_options_reach_slurm(folder: Path) -> None:
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    slurm = Slurm(
+        partition="main",
+        setup=("export FROM_SETUP='a b'",),
+        extra={"comment": "a b", "exclusive": True, "requeue": False},
+    )
+    run(folder, SHARDS[:1], slurm=slurm, stage=processes(folder), memory_gb=1, gpus_per_node=2, cpus_per_process=3)
+    environment = read_json(folder / "rank-0.json")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert environment["SLURM_MEM_PER_NODE"] == "1024"
+    assert environment["SLURM_CPUS_PER_TASK"] == environment["OMP_NUM_THREADS"] == "3"
+    assert environment["FROM_SETUP"] == "a b"
+
+
+def test_what_sbatch_refuses_is_said(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)sbatch.*nowhere.*cluster\.slurm"):
+        run(folder, slurm=Slurm(partition="nowhere"))
+
+
+def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
+    (folder / "kill-31").touch()
+    assert local.results(run(folder, shards_per_job=2)) == EXPECTED
+    assert sorted(local.computed(folder)) == sorted([*ROWS, 30, 31])
+
+
+def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
+    (folder / "fail-21").touch()
+    with pytest.raises(ShardsFailed) as failure:
+        run(folder)
+    assert [(f.shard, f.kind, f.error) for f in failure.value.failures] == [
+        (2, "code_error", "ValueError: row 21 is bad")
+    ]
+    assert "row 21 is bad" in Path(failure.value.failures[0].log).read_text()
+    (folder / "fail-21").unlink()
+    assert local.results(run(folder)) == EXPECTED
+    assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
+
+
+def test_lost_shard_stops_at_its_budget_with_slurms_reason(folder: Path) -> None:
+    (folder / "squares_program.py").write_text("import os\ndef open_squares(settings, inputs): os._exit(3)")
+    with pytest.raises(ShardsFailed, match=r"lost.*FAILED.*on node.*1 times"):
+        run(folder, SHARDS[:1], infrastructure_retries=0)
+
+
+def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path) -> None:
+    driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
+    local.wait_until(lambda: len(local.computed(folder)) >= 2)
+    driver.kill()
+    driver.wait()
+    assert queued("--states=RUNNING")
+    assert local.results(run(folder, seconds=0.6)) == EXPECTED
+    assert sorted(local.computed(folder)) == ROWS
+    assert len(submissions(folder)) == 1
+
+
+def test_interrupted_driver_leaves_no_job(folder: Path) -> None:
+    driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
+    local.wait_until(lambda: len(local.computed(folder)) >= 2)
+    driver.send_signal(signal.SIGINT)
+    driver.wait(30)
+    assert queued() == []
+    assert all(submission.closed for submission in Ledger(folder / "stage" / "jobs").submissions)
+    assert local.results(run(folder)) == EXPECTED
+
+
+def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = folder / "bin" / "sbatch"
+    put_command(sbatch, f'{shutil.which("sbatch")} "$@"; kill -KILL $PPID')
+    with monkeypatch.context() as environment:
+        environment.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+        driver = start_driver(folder)
+        assert driver.wait(30) == -signal.SIGKILL
+    [orphan] = Ledger(folder / "stage" / "jobs").submissions
+    assert orphan.ids is None
+    assert queued(f"--name={orphan.name}")
+    assert local.results(run(folder)) == EXPECTED
+    assert queued(f"--name={orphan.name}") == []
+
+
+def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> None:
+    cancel = once(
+        lambda: len(local.computed(folder)) >= 2,
+        lambda: subprocess.run(["scancel", "--me", "--state=PENDING"], check=True),
+    )
+    parts = run(folder, SHARDS[:3], seconds=0.3, parallel_jobs=1, on_progress=cancel)
+    assert local.results(parts) == EXPECTED[:9]
+    assert len(submissions(folder)) == 2
+
+
+def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = folder / "away"
+    put_command(folder / "bin" / "squeue", f'[ ! -e {away} ] && exec {shutil.which("squeue")} "$@"')
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    leave = once(lambda: len(local.computed(folder)) >= 2, away.touch)
+    silent_looks = 0
+
+    def look(progress: Progress) -> None:
+        nonlocal silent_looks
+        silent_looks += away.exists()
+        if silent_looks in (4, 8):
+            away.unlink(missing_ok=True)
+        leave(progress)
+
+    away.touch()  # before the first submission; then again while tasks run
+    assert local.results(run(folder, SHARDS[:2], seconds=1.2, on_progress=look)) == EXPECTED[:6]
+    assert silent_looks == 8
+    assert sorted(local.computed(folder)) == ROWS[:6]
+    assert len(submissions(folder)) == 1
+
+
+def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> None:
+    # What Slurm sends ahead of the limit, sent by hand: limits are minutes.
+    signal_tasks = once(
+        lambda: len(local.computed(folder)) >= 4, lambda: subprocess.run(["scancel", "--me", "--signal=USR2"])
+    )
+    parts = run(folder, SHARDS[:3], seconds=0.4, shards_per_job=3, on_progress=signal_tasks)
+    assert local.results(parts) == EXPECTED[:9]
+    assert local.computed(folder).count(0) == 1  # the shard that was done stayed done
+    assert len(local.computed(folder)) > 9
+    assert len(submissions(folder)) == 1
+
+
+def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
+    crashed = []
+
+    def crash() -> None:
+        [node] = {*queued("--states=RUNNING", "--format=%N")}
+        crashed.append(node.removeprefix("node"))
+        call_lab("kill-node", crashed[0])
+
+    try:
+        parts = run(folder, SHARDS[:2], seconds=1, on_progress=once(lambda: len(local.computed(folder)) >= 2, crash))
+    finally:
+        call_lab("start-node", *crashed)
+    assert local.results(parts) == EXPECTED[:6]
+    assert len(local.computed(folder)) > 6
+    assert len(submissions(folder)) == 1  # Slurm ran them again by itself
+
+
+def processes(folder: Path, failing_rank: str = "") -> Stage:
+    settings = {"folder": str(folder), "failing_rank": failing_rank}
+    return Stage("processes", 1, "processes_program:open_processes", settings, {}, {}, folder / "stage", ".json")
+
+
+def test_processes_of_a_job_find_each_other_across_nodes(folder: Path) -> None:
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    [part] = run(folder, SHARDS[:1], stage=processes(folder), nodes=2, processes_per_node=1)
+    assert part.read_text() == "0"
+    ranks = [read_json(folder / f"rank-{rank}.json") for rank in range(2)]
+    assert [(rank["RANK"], rank["WORLD_SIZE"], rank["LOCAL_RANK"]) for rank in ranks] == [
+        ("0", "2", "0"),
+        ("1", "2", "0"),
+    ]
+    assert ranks[0]["SLURM_NODEID"] != ranks[1]["SLURM_NODEID"]
+    assert ranks[0]["MASTER_ADDR"] == ranks[1]["MASTER_ADDR"] == ranks[0]["node"]
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
+
+
+def test_failing_process_does_not_leave_the_others_waiting(folder: Path) -> None:
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    with pytest.raises(ShardsFailed, match="rank 1 is bad"):
+        run(folder, SHARDS[:1], stage=processes(folder, failing_rank="1"), nodes=2)
+
+
+def put_command(path: Path, line: str) -> None:
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
