@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.backends import Backend, Task, log_files, open_backend
 from cluster.stage import Stage
-from montessori_core.atomic import read_json, write_json
+from montessori_core.atomic import hash_json, read_json, write_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -59,9 +59,19 @@ class ShardsFailed(UserError):
 
 @dataclass
 class Submission:
-    """Jobs that were started together, as the ledger has them; `ids` is None until the scheduler has answered."""
+    """Jobs that were started together, as the ledger has them.
+
+    Attributes:
+        name: of the jobs; no other submission has it.
+        work: hash of the keys of all shards: what the jobs were started for.
+        tasks: the shards of each job.
+        ids: of the jobs; None until the scheduler has answered.
+        missed: looks in a row at which a job was not found.
+        closed: no job is left.
+    """
 
     name: str
+    work: str
     tasks: list[Task]
     ids: list[str] | None = None
     missed: dict[str, int] = field(default_factory=dict)
@@ -111,27 +121,11 @@ def fan_out(
     Raises:
         ShardsFailed: some shards failed for good, after all others were done.
     """
+    driver = _Driver(stage, shards, resources, cluster, on_progress, python)
+    driver.adopt()
     stage.write(shards)
-    keys = [stage.key(rows) for rows in shards]
-    done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
-    for index in set(range(len(shards))) - done:
-        stage.manifest(index).unlink(missing_ok=True)  # workers do not look at the bytes again
-    driver = _Driver(stage, shards, keys, done, resources, cluster, on_progress, python)
-    if len(done) < len(shards) or driver.ledger.open_submissions():
-        driver.run()
-    else:
-        driver.report()
+    driver.run()
     return [stage.part(index) for index in range(len(shards))]
-
-
-def cancel_jobs(folder: Path, cluster: Cluster, resources: Resources) -> int:
-    """Cancel all jobs that the stage in `folder` may still have; return how many submissions had any."""
-    ledger = Ledger(folder / "jobs")
-    backend = open_backend(cluster, resources, None)
-    submissions = ledger.open_submissions()
-    for submission in submissions:
-        _close(submission, backend, ledger)
-    return len(submissions)
 
 
 class _Driver:
@@ -139,15 +133,16 @@ class _Driver:
         self,
         stage: Stage,
         shards: list[list[Row]],
-        keys: list[str],
-        done: set[int],
         resources: Resources,
         cluster: Cluster,
         on_progress: Callable[[Progress], None],
         python: str | None,
     ) -> None:
-        self.ledger = Ledger(stage.folder / "jobs")
-        self._stage, self._shards, self._keys, self._done = stage, shards, keys, done
+        self._ledger = Ledger(stage.folder / "jobs")
+        self._stage, self._shards = stage, shards
+        self._keys = [stage.key(rows) for rows in shards]
+        self._work = hash_json(self._keys)
+        self._done = {index for index, key in enumerate(self._keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python)
         self._failed: dict[int, ShardFailure] = {}
@@ -155,23 +150,35 @@ class _Driver:
         self._not_before = 0.0
         self._running = 0
 
+    def adopt(self) -> None:
+        """Take over what an earlier driver left: jobs at work on these very shards are kept, all others are ended."""
+        for submission in self._ledger.open_submissions():
+            if submission.ids is None or submission.work != self._work:
+                # Never noted (the driver died while it submitted), or at work on what is no longer wanted.
+                _close(submission, self._backend, self._ledger)
+            else:
+                log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
+        for index in set(range(len(self._shards))) - self._done:
+            self._stage.manifest(index).unlink(missing_ok=True)  # workers do not look at the bytes again
+            self._stage.progress_file(index).unlink(missing_ok=True)
+
     def run(self) -> None:
-        self._adopt()
+        """Submit, watch and submit again until every shard is done or has failed."""
         try:
             while True:
                 busy = self._look()
-                self.report()
+                self._report()
                 if len(self._done) + len(self._failed) == len(self._shards):
                     break
                 self._submit_missing(busy)
                 time.sleep(self._cluster.poll_seconds)
         finally:
-            for submission in self.ledger.open_submissions():
-                _close(submission, self._backend, self.ledger)
+            for submission in self._ledger.open_submissions():
+                _close(submission, self._backend, self._ledger)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
 
-    def report(self) -> None:
+    def _report(self) -> None:
         rows = sum(map(len, self._shards))
         done = sum(len(self._shards[index]) for index in self._done)
         begun = {int(name.split(".")[0]) for name in os.listdir(self._stage.folder / "progress") if name[0] != "."}
@@ -180,24 +187,12 @@ class _Driver:
             done += min(len(self._shards[index]), noted["done"])
         self._on_progress(Progress(done, rows, len(self._done), len(self._shards), self._running))
 
-    def _adopt(self) -> None:
-        """Take over what an earlier driver left: jobs at work on these shards are kept, all others are ended."""
-        for submission in self.ledger.open_submissions():
-            shards = [index for task in submission.tasks for index in task]
-            if submission.ids is None or max(shards) >= len(self._shards):
-                # Never noted (the driver died while it submitted), or of another cut of the work.
-                _close(submission, self._backend, self.ledger)
-            else:
-                log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
-        for index in set(range(len(self._shards))) - self._done:
-            self._stage.progress_file(index).unlink(missing_ok=True)
-
     def _look(self) -> set[int]:
         """Update what is done and what failed; return the shards that some job is at work on."""
         self._collect_done()
         busy: set[int] = set()
         self._running = 0
-        for submission in self.ledger.open_submissions():
+        for submission in self._ledger.open_submissions():
             ids = submission.ids or []
             alive = self._backend.alive(submission.name, ids)
             # A job may commit its last shard between the two looks.
@@ -217,7 +212,7 @@ class _Driver:
                     self._bury(submission.name, job_id, task)
             if not waiting:
                 submission.closed = True
-                self.ledger.save()
+                self._ledger.save()
         return busy - self._done
 
     def _collect_done(self) -> None:
@@ -234,7 +229,7 @@ class _Driver:
         undone = [index for index in task if index not in self._done]
         if not undone:
             return
-        folder = self.ledger.folder / name
+        folder = self._ledger.folder / name
         logs = log_files(folder, job_id)
         log_path = str(logs[0]) if logs else str(folder)
         for index in undone:
@@ -267,12 +262,12 @@ class _Driver:
         tasks = self._backend.group(missing, self._running)
         if not tasks:
             return
-        submission = Submission(f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}", tasks)
-        self.ledger.submissions.append(submission)
-        self.ledger.save()
-        folder = self.ledger.folder / submission.name
+        submission = Submission(f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}", self._work, tasks)
+        self._ledger.submissions.append(submission)
+        self._ledger.save()
+        folder = self._ledger.folder / submission.name
         submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder)
-        self.ledger.save()
+        self._ledger.save()
 
 
 def _close(submission: Submission, backend: Backend, ledger: Ledger) -> None:

@@ -199,6 +199,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         import torch
         from tokenizers import pre_tokenizers
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging as transformers_logging
 
         version("gguf")
     except ImportError as error:
@@ -206,6 +207,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
             f"converting the embedded model needs the 'local' extra ({error}); pip install 'montessori[local]'"
         ) from error
 
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # saving imports deepspeed, which else complains that there is no GPU
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level; SmolLM2 splits digits
     # first, and without that white space before a digit is tokenised differently from training.

@@ -277,3 +277,14 @@ def test_commit_is_whole_or_absent(tmp_path: Path) -> None:
         write_half()
     assert hash_path(target) == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_jobs_of_other_settings_are_ended_not_adopted(folder: Path) -> None:
+    driver = start_driver(folder)
+    wait_until(lambda: len(computed(folder)) >= 2)
+    driver.kill()
+    driver.wait()
+    assert jobs_alive(folder / "stage") > 0
+    changed = [[{"n": row["n"] + 1000} for row in shard] for shard in SHARDS]
+    assert results(run(folder, changed)) == [row["n"] ** 2 for shard in changed for row in shard]
+    assert jobs_alive(folder / "stage") == 0
