@@ -8,15 +8,17 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from cluster.fanout import fan_out
 from cluster.stage import Stage
-from montessori_core.atomic import hash_path, write_json
+from montessori_core.atomic import hash_path, read_json, write_json
 from montessori_core.config import Experiment, Resources, differences, read_experiment, write_experiment
 from montessori_core.errors import UserError
 from montessori_core.models import fingerprint, local_path
@@ -166,14 +168,28 @@ def only_driver(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
+            holder = read_json(path) or {}
             raise UserError(
-                f"{folder}: another process drives this run ({lock.read().strip() or 'unknown'}); wait for it or end it"
+                f"{folder}: another process drives this run (process {holder.get('process')} on {holder.get('host')}); "
+                "wait for it or end it"
             ) from None
+        _end_orphaned_servers(read_json(path) or {})
+        servers = [[child.pid, child.create_time()] for child in psutil.Process().children(recursive=True)]
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "servers": servers}))
         lock.flush()
         yield
+
+
+def _end_orphaned_servers(holder: dict[str, Any]) -> None:
+    """End the temporary Prefect server of a driver that was killed: nothing else would."""
+    if holder.get("host") != socket.gethostname():
+        return
+    for pid, started in holder["servers"]:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == started:
+                process.kill()
 
 
 def check_environment(experiment: Experiment) -> None:

@@ -88,7 +88,6 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=64
-ReturnToService=2
 # People wait for this cluster: it starts jobs at once. A requeued job waits until its old credential has expired.
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 AuthInfo=socket=$SOCKET,cred_expire=5
@@ -136,7 +135,7 @@ descendants() { # PID...
 
 step_daemons() { # NODE: the processes that listen on sockets in the node's spool folder, one for each step of a job
   local inode
-  for inode in $(awk -v folder="$LAB/spool/$1/" 'index($8, folder) == 1 { print $7 }' /proc/net/unix); do
+  awk -v folder="$LAB/spool/$1/" 'index($8, folder) == 1 { print $7 }' /proc/net/unix | while read -r inode; do
     find /proc/[0-9]*/fd -lname "socket:\[$inode\]" 2>/dev/null | cut -d/ -f3 || true
   done | sort -u
 }
@@ -148,11 +147,6 @@ kill_node() { # N
   # shellcheck disable=SC2046  # a list of numbers
   kill -KILL $(descendants $(step_daemons "$node")) 2>/dev/null || true
   rm -f "$LAB/pid/$node"
-}
-
-# What Slurm does by itself once a node has not answered for SlurmdTimeout, minutes later.
-declare_down() { # N
-  scontrol update "nodename=node$1" state=down reason=crashed
 }
 
 nodes_idle() { [ "$(sinfo -h -N -t idle -o %N | wc -l)" = "$NODES" ]; }
@@ -189,7 +183,14 @@ case "${1:-} ${2:-}" in
   "start ") start ;;
   "stop ") stop ;;
   "env ") printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" ;;
-  "kill-node "[1-9]*) kill_node "$2" && declare_down "$2" ;;
-  "start-node "[1-9]*) start_node "$2" ;;
+  "kill-node "[1-9]*)
+    kill_node "$2"
+    # Slurm would find out by itself, but only minutes later.
+    scontrol update "nodename=node$2" state=down reason=crashed
+    ;;
+  "start-node "[1-9]*)
+    start_node "$2"
+    scontrol update "nodename=node$2" state=resume
+    ;;
   *) die "usage: lab.sh start|stop|env|kill-node N|start-node N" ;;
 esac
