@@ -39,12 +39,12 @@ def execute(folder: Path, program: str, settings: dict[str, Any], model: Path, r
     return part
 
 
-def sft(folder: Path, model: Path, stage: int, processes: int, rows: list[Row] = ROWS) -> Path:
+def sft(folder: Path, model: Path, stage: int, processes: int, rows: list[Row] = ROWS, offload: str = "none") -> Path:
     settings = {
         "student": Student(model=str(model), max_length=128).model_dump(mode="json"),
         "recipe_kind": "warmup",
         "recipe": RECIPE.model_dump(mode="json"),
-        "zero": Zero(stage=stage).model_dump(mode="json"),
+        "zero": Zero(stage=stage, offload=offload).model_dump(mode="json"),
         "seed": 0,
         "save_moments": True,
     }
@@ -91,12 +91,23 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
     return plain_torch(tiny_llama)
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (1, 1), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "processes", "offload"),
+    [
+        (0, 1, "none"),
+        (1, 1, "none"),
+        (2, 2, "none"),
+        (3, 1, "none"),
+        (3, 2, "none"),
+        (2, 1, "optimizer"),
+        (3, 2, "all"),
+    ],
+)
 def test_training_equals_plain_torch_at_every_zero_stage(
-    tiny_llama: Path, expected: Any, tmp_path: Path, stage: int, processes: int
+    tiny_llama: Path, expected: Any, tmp_path: Path, stage: int, processes: int, offload: str
 ) -> None:
     weights, moments, losses = expected
-    part = sft(tmp_path / "stage", tiny_llama, stage, processes)
+    part = sft(tmp_path / "stage", tiny_llama, stage, processes, offload=offload)
     trained, kept = load_file(part / "model.safetensors"), load_moments(part)
     start = load_file(tiny_llama / "model.safetensors")
     log = json.loads((part / LOG_FILE).read_text())
