@@ -162,11 +162,12 @@ class SlurmBackend:
                 "cluster.profile is slurm, but there is no sbatch here: start on a login node, or use profile: local"
             )
         self._slurm, self._resources, self._python = cluster.slurm, resources, python or sys.executable
+        self._silent = False
 
     def group(self, shards: Sequence[int], running: int) -> list[Task]:
         """Cut shards into tasks for one array; the scheduler throttles, and one array waits at a time."""
         # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
-        if running or _ask("squeue", "--noheader", "--me") is None:
+        if running or self._squeue("--me") is None:
             return []
         size = self._resources.shards_per_job
         tasks = [list(shards[start : start + size]) for start in range(0, len(shards), size)]
@@ -232,27 +233,32 @@ class SlurmBackend:
         for options in (["--state=PENDING"], ["--signal=HUP"], []):
             subprocess.run(["scancel", "--quiet", *options, *sorted(arrays)], check=False, timeout=120)
         deadline = time.monotonic() + _CANCEL_PATIENCE
-        while (mine := _ask("squeue", "--noheader", "--me", "--format=%F")) is None or arrays & set(mine.split()):
-            if time.monotonic() > deadline:
-                raise UserError(f"jobs may still run, end them with: scancel {' '.join(sorted(arrays))}")
+        while (left := self._squeue("--me", "--format=%F")) is None or left & arrays:
+            if time.monotonic() > deadline and left is None:
+                raise UserError(f"squeue does not answer, jobs may run on: scancel {' '.join(sorted(arrays))}")
+            if time.monotonic() > deadline:  # e.g. on a node that Slurm has lost sight of
+                log.warning("jobs %s are slow to end, going on without waiting", " ".join(sorted(arrays)))
+                return
             time.sleep(0.2)
 
     def reason(self, job_id: str) -> str:
         # The controller remembers jobs for minutes, the accounting for good; clusters may have none.
-        answer = _ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T (%r) on %N") or _ask(
-            "sacct",
-            "--noheader",
-            "--allocations",
-            "--parsable2",
-            f"--jobs={job_id}",
-            "--format=State,ExitCode,NodeList",
+        job = f"--jobs={job_id}"
+        answer = _ask("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or _ask(
+            "sacct", "--noheader", "--allocations", "--parsable2", job, "--format=State,ExitCode,NodeList"
         )
         return f"Slurm says {answer.strip()}" if answer else "the job is gone from the queue without a result"
 
     def _queued(self, name: str) -> set[str] | None:
         # One line for each task: Slurm cuts a long list of an array's waiting tasks short.
-        queued = _ask("squeue", "--noheader", "--array", f"--name={name}", "--format=%i")
-        return None if queued is None else set(queued.split())
+        return self._squeue("--array", f"--name={name}", "--format=%i")
+
+    def _squeue(self, *options: str) -> set[str] | None:
+        answer = _ask("squeue", "--noheader", *options)
+        if self._silent != (answer is None):
+            self._silent = answer is None
+            log.warning("squeue %s", "fails, waiting until it answers" if self._silent else "answers again")
+        return None if answer is None else set(answer.split())
 
 
 def _arrays(ids: Iterable[str]) -> set[str]:
@@ -264,8 +270,5 @@ def _ask(*command: str) -> str | None:
     """What a command of Slurm answers; None if it cannot tell."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    except subprocess.CalledProcessError as error:
-        log.info("%s: %s", command[0], error.stderr.strip())
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.info("%s: %s", command[0], error)
-    return None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -41,6 +41,10 @@ app = typer.Typer(
 
     montessori resume runs/quickstart        after Ctrl-C, a crash or a mended error: nothing done is repeated
 
+    [b]Influence of data you have[/b]
+
+    montessori influence --student DIR_OR_ID --examples data.jsonl --reference good.jsonl --out influence.parquet
+
     [b]Your own models and data[/b]
 
     montessori run configs/quickstart.yaml --name mine --set teacher.model=DIR_OR_ID
@@ -90,6 +94,41 @@ def status(run_dir: RunFolder) -> None:
     from tasks.run import reopen_run
 
     show_status(reopen_run(run_dir), console)
+
+
+@app.command()
+def influence(
+    student: Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")],
+    examples: Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
+    ],
+    reference: Annotated[
+        str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, or 'builtin'.")
+    ] = "builtin",
+    warm_state: Annotated[
+        Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help="exact or first_order.")] = "exact",
+    learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
+    reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of an example; longer ones are cut, and that is recorded.")
+    ] = 1024,
+) -> None:
+    """Measure how much each example of any data helps a student, without a run.
+
+    Fields of both files are instruction, input (may be missing) and output. A row's influence is positive if one training
+    step on it lowers the student's loss on the reference set.
+    """
+    from flows.influence import measure_influence
+
+    settings = {
+        "estimator": estimator,
+        "learning_rate": learning_rate,
+        "reference_reduction": reference_reduction,
+    }
+    measure_influence(student, max_length, warm_state, examples, reference, settings, out, console)
 
 
 @app.command()

@@ -43,7 +43,7 @@ def collect_influence(
             "warmup": run.experiment.warmup.model_dump(mode="json"),
         },
         [rows[start : start + size] for start in range(0, len(rows), size)],
-        models={"student": student},
+        models={"student": student, "moments": student},
         files={"reference": run.source_file("reference")},
     )
     joined = join_influence([read_table(part, INFLUENCE) for part in parts])

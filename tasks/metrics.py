@@ -12,7 +12,7 @@ from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.schema import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.synthesis.filters import funnel
-from montessori_core.training.log import COUNTS_FILE, LOG_FILE
+from montessori_core.training.files import COUNTS_FILE, LOG_FILE
 from tasks.evaluation import summarize_gain, summarize_loss
 from tasks.run import Run, stage_seconds
 from tasks.synthesis import Synthesized

@@ -17,7 +17,7 @@ from montessori_core.config import Cluster, Resources, Schedule, Student, Teache
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
-from montessori_core.training.log import LOG_FILE
+from montessori_core.training.files import LOG_FILE
 from montessori_core.training.moments import Moments, load_moments
 from montessori_core.training.schedule import rate_factor
 

@@ -17,22 +17,24 @@ from montessori_core.models import load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import INFLUENCE, REFERENCE_LOSS, table_from_rows, write_table
 from montessori_core.sources import Task, load_tasks
-from montessori_core.training.moments import load_moments
+from montessori_core.training.moments import cold_moments, load_moments
 
 
 def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Load the warm student, its moments and the reference set once.
 
-    Settings: `student`, `influence`, `warmup` (their configurations). Inputs: `student` (a folder with moments),
-    `reference` (tasks). Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
+    Settings: `student`, `influence`, `warmup` (their configurations). Inputs: `student`, unless it is a hub id; `moments`, a
+    folder with AdamW's moments, without which the step is a first one; `reference` (tasks). Rows: `example_id`,
+    `prompt_id`, `instruction`, `response`, `finished`.
     """
     student = Student.model_validate(settings["student"])
     influence = Influence.model_validate(settings["influence"])
     warmup = Warmup.model_validate(settings["warmup"])
     device = _device()
-    tokenizer = load_tokenizer(str(inputs["student"]))
-    model = load_model(str(inputs["student"]), torch.float32).to(device)
-    moments = load_moments(inputs["student"])
+    path = str(inputs.get("student", student.model))
+    tokenizer = load_tokenizer(path, student.revision)
+    model = load_model(path, torch.float32, student.revision).to(device)
+    moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     reference = _encode_tasks(tokenizer, load_tasks(inputs["reference"]), student.max_length, "reference")
     meter = InfluenceMeter(
         model,

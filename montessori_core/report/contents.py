@@ -17,7 +17,7 @@ from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.synthesis.filters import funnel
-from montessori_core.training.log import LOG_FILE
+from montessori_core.training.files import LOG_FILE
 
 Log = list[dict[str, Any]]
 _TRAININGS = ("warmup", "teacher", "student")

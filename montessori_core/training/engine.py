@@ -13,7 +13,7 @@ from montessori_core.atomic import hash_json, hash_path, write_json
 from montessori_core.config import Optimization, Zero
 from montessori_core.models import FINGERPRINT
 from montessori_core.program import Report
-from montessori_core.training.log import COUNTS_FILE, LOG_FILE
+from montessori_core.training.files import COUNTS_FILE, LOG_FILE
 from montessori_core.training.schedule import rate_factor
 
 

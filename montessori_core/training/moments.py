@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from montessori_core.errors import DataError
-
-FILE = "adamw.safetensors"
+from montessori_core.training.files import MOMENTS_FILE
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,17 @@ def gather_moments(engine: Any, step: int) -> Moments:
     return Moments(first, second, step)
 
 
+def cold_moments(model: Any) -> Moments:
+    """The moments of a model that no optimizer has touched: all zero."""
+    zeros = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in model.named_parameters()}
+    return Moments(zeros, zeros, 0)
+
+
 def save_moments(moments: Moments, folder: Path) -> None:
     """Write the moments beside a model's weights."""
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
-    save_file(tensors, folder / FILE, metadata={"step": str(moments.step)})
+    save_file(tensors, folder / MOMENTS_FILE, metadata={"step": str(moments.step)})
 
 
 def load_moments(folder: Path) -> Moments:
@@ -55,7 +60,7 @@ def load_moments(folder: Path) -> Moments:
     Raises:
         DataError: the folder holds no moments.
     """
-    path = folder / FILE
+    path = folder / MOMENTS_FILE
     if not path.exists():
         raise DataError(
             f"{path}: not found; the folder is not a warmed-up student (it has weights but no AdamW moments)"

@@ -1,0 +1,5 @@
+"""Files that a training leaves beside the model's weights."""
+
+LOG_FILE = "training_log.json"  # one entry an optimizer step
+COUNTS_FILE = "training_counts.json"  # how many examples could be used
+MOMENTS_FILE = "adamw.safetensors"  # AdamW's moments, per parameter
