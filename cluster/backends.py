@@ -152,7 +152,7 @@ class _Restartable(submitit.helpers.Checkpointable):
 
 
 class SlurmBackend:
-    """Jobs as arrays of Slurm, submitted through submitit. What is running is squeue's word; accounting is not needed."""
+    """Jobs as arrays of Slurm, submitted through submitit. squeue says what is running; accounting is not needed."""
 
     polls_until_lost = 3
 

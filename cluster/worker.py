@@ -64,6 +64,8 @@ def classify_error(error: Exception) -> str:
         return "out_of_memory"
     if isinstance(error, OSError) and error.errno is not None and os.strerror(error.errno) == "No space left on device":
         return "disk_full"
+    if type(error).__name__ == "UncompletedJobError":
+        return "time_limit"  # submitit's word once it has put the job back in the queue as often as it may
     return "code_error"
 
 

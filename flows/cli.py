@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +55,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
 app.add_typer(model_app, name="model")
+_PATIENCE = 60.0  # seconds between Ctrl-C and leaving without having told Prefect
+
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
@@ -166,6 +170,7 @@ def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
     if finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         experiment(opened)
     except BaseException as error:
@@ -173,10 +178,7 @@ def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
             raise
         console.print("\ninterrupted: the jobs were cancelled, what is done is kept. Go on with:")
         console.print(f"  montessori resume {opened.folder}", soft_wrap=True, markup=False)
-        sys.stdout.flush()
-        for child in psutil.Process().children(recursive=True):
-            child.kill()  # Prefect's server for this run; all jobs were cancelled before
-        os._exit(130)  # Prefect's threads would report at length that their server is gone
+        _leave()
     print_summary(opened, console)
 
 
@@ -194,6 +196,22 @@ def main() -> None:
             raise
         console.print(f"error: {error}; free space, then resume: what is done is kept", markup=False, soft_wrap=True)
         raise SystemExit(1) from error
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Handle Ctrl-C: jobs are cancelled on the way out. A second one, or a long silence of Prefect's, ends it at once."""
+    signal.signal(signal.SIGINT, lambda number, frame: _leave())
+    patience = threading.Timer(_PATIENCE, _leave)
+    patience.daemon = True
+    patience.start()
+    raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    for child in psutil.Process().children(recursive=True):
+        child.kill()  # Prefect's server for this run, and local jobs that are left
+    os._exit(130)  # Prefect's threads would report at length that their server is gone
 
 
 def _interrupted(error: BaseException | None) -> bool:

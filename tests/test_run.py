@@ -223,7 +223,7 @@ def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
                 process.kill()
         except psutil.NoSuchProcess:
             continue
-    driver.wait(60)
+    driver.wait(90)
 
 
 def test_run_interrupted_in_every_stage_ends_with_the_same_tables(

@@ -52,15 +52,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if installation.returncode:
         pytest.fail(f"these tests need Slurm:\n{installation.stderr.strip()}", pytrace=False)
     with pytest.MonkeyPatch.context() as environment:
-        for name in os.environ:
+        for name in list(os.environ):
             if name.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SCANCEL")):
                 environment.delenv(name)  # of a cluster that this machine may belong to
-        environment.setenv("LAB", str(tmp_path_factory.mktemp("slurm")))
-        environment.setenv("GPUS", "2")
+        settings = {"LAB": tmp_path_factory.mktemp("slurm"), "NODES": 2, "CPUS": 8, "MEMORY": 16000, "GPUS": 2}
+        for name, value in settings.items():
+            environment.setenv(name, str(value))
         try:
             call_lab("start")
-            name, _, value = call_lab("env").removeprefix("export ").strip().partition("=")
-            environment.setenv(name, shlex.split(value)[0])
+            name, _, path = shlex.split(call_lab("env"))[1].partition("=")
+            environment.setenv(name, path)
             yield
         finally:
             call_lab("stop")

@@ -7,8 +7,8 @@
 #   lab.sh start-node N    bring it back
 #   lab.sh stop
 #
-# Settings, by environment: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; need not be
-# there really), GPUS of each node (0; more are fakes that schedule like real ones).
+# Settings, by environment: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; need not
+# be there really), GPUS of each node (0; more are fakes that schedule like real ones).
 #
 # As root every node has a host name, processes and /dev/shm of its own, as on a real cluster. An ordinary user's nodes
 # share the machine's. Nothing listens on other addresses than 127.0.0.1.
@@ -64,6 +64,7 @@ configure() {
   host=$(hostname -s)
   user=$(id -un)
   mkdir -p "$LAB"/{log,pid,state,spool,dev}
+  touch "$LAB/.slurm-lab"
   head -c 128 /dev/urandom >"$LAB/munge.key"
   chmod 600 "$LAB/munge.key"
   cp /etc/hosts "$LAB/hosts"
@@ -121,6 +122,7 @@ start_node() { # N
     disown
   else
     slurmd -N "$node"
+    wait_for 10 "$node" running "$LAB/pid/$node"  # the daemon writes the file after it has gone to the background
   fi
 }
 
@@ -154,6 +156,8 @@ nodes_idle() { [ "$(sinfo -h -N -t idle -o %N | wc -l)" = "$NODES" ]; }
 start() {
   local node
   ! running "$LAB/pid/slurmctld" || die "a cluster is running in $LAB; stop it first"
+  [ -e "$LAB/.slurm-lab" ] || [ -z "$(ls -A "$LAB" 2>/dev/null)" ] ||
+    die "$LAB holds other things; name a new folder: LAB=..."
   rm -rf "$LAB"
   configure
   # By force: munge dislikes running as root, and folders that others may not enter.
