@@ -126,6 +126,17 @@ def test_training_twice_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -
     assert (parts[0] / "model.safetensors").read_bytes() == (parts[1] / "model.safetensors").read_bytes()
 
 
+def test_lock_of_a_killed_compilation_stops_no_training(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    assert sft(tmp_path / "stage", tiny_llama, 0, 1).is_dir()
+    assert [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()] == [lock]  # nothing was compiled
+
+
 def test_no_pickle_is_left_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
     part = sft(tmp_path / "stage", tiny_llama, 0, 1)
     assert {path.suffix for path in part.iterdir()} <= {".json", ".safetensors", ".jinja"}

@@ -22,6 +22,9 @@ def start_processes() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
+    # On CPUs DeepSpeed compiles a kernel here, under a lock file that a killed process leaves behind: every later
+    # training on the machine would wait for it for ever. Gloo does without the kernel.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
