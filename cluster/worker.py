@@ -3,6 +3,7 @@
 Runs under submitit, with one process or with several that train together. Knows nothing of Prefect or of the driver.
 """
 
+import errno
 import logging
 import os
 import platform
@@ -62,7 +63,7 @@ def classify_error(error: Exception) -> str:
     """The class of a failure that the job itself saw."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
-    if isinstance(error, OSError) and error.errno is not None and os.strerror(error.errno) == "No space left on device":
+    if os.strerror(errno.ENOSPC) in str(error):  # not only OSError: safetensors has errors of its own
         return "disk_full"
     if type(error).__name__ == "UncompletedJobError":
         return "time_limit"  # submitit's word once it has put the job back in the queue as often as it may
