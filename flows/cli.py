@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -210,7 +211,8 @@ def _interrupt(number: int, frame: object) -> None:
 def _leave() -> None:
     sys.stdout.flush()
     for child in psutil.Process().children(recursive=True):
-        child.kill()  # Prefect's server for this run, and local jobs that are left
+        with suppress(psutil.NoSuchProcess):
+            child.kill()  # Prefect's server for this run, and local jobs that are left
     os._exit(130)  # Prefect's threads would report at length that their server is gone
 
 

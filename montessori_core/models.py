@@ -208,9 +208,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         ) from error
 
     transformers_logging.disable_progress_bar()
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # saving imports deepspeed, which else complains that there is no GPU
+    # Saving imports deepspeed, which complains otherwise that there is no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level; SmolLM2 splits digits
     # first, and without that white space before a digit is tokenised differently from training.
