@@ -21,6 +21,11 @@ from montessori_core.atomic import commit, hash_json, hash_path, read_json, writ
 from montessori_core.program import Row
 
 
+def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
+    """[shards][rows], `size` rows each but the last."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 @dataclass(frozen=True)
 class Stage:
     """What to run and where its results go.

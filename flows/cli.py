@@ -21,7 +21,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from montessori_core.config import read_experiment
+from montessori_core.config import DataSource, Student, read_experiment
 from montessori_core.errors import UserError
 
 app = typer.Typer(
@@ -114,26 +114,62 @@ def influence(
     warm_state: Annotated[
         Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
     ] = None,
-    estimator: Annotated[str, typer.Option(help="exact or first_order.")] = "exact",
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
+            "gradient. screened: first order for all, exact for an audit and for signs in doubt."
+        ),
+    ] = "screened",
     learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
+    baseline: Annotated[
+        str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
+    ] = "student",
     reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
+    audit_examples: Annotated[int, typer.Option(help="Examples that screened measures both ways.")] = 100,
+    sequential: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ERROR_RATE",
+            help="With exact: read the reference set only until the sign is decided, wrongly for at most this share.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs)."),
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[
         int, typer.Option(help="Tokens of an example; longer ones are cut, and that is recorded.")
     ] = 1024,
+    response_field: Annotated[str, typer.Option(help="Field of --examples that holds the response.")] = "output",
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
 
     Fields of both files are instruction, input (may be missing) and output. A row's influence is positive if one training
-    step on it lowers the student's loss on the reference set.
+    step on it lowers the student's loss on the reference set. The same command again goes on after an interruption.
     """
-    from flows.influence import measure_influence
+    from flows.influence import check_baseline, measure_influence, parse_options
 
-    settings = {
+    options = {
         "estimator": estimator,
         "learning_rate": learning_rate,
         "reference_reduction": reference_reduction,
+        "dtype": dtype,
+        "screening": {"audit_examples": audit_examples},
+        "sequential": None if sequential is None else {"error_rate": sequential},
     }
-    measure_influence(student, max_length, warm_state, examples, reference, settings, out, console)
+    measure_influence(
+        Student(model=student, max_length=max_length),
+        warm_state,
+        DataSource(path=str(examples), output_field=response_field),
+        DataSource(path=reference),
+        parse_options(options),
+        check_baseline(baseline),
+        device,
+        out,
+        console,
+    )
 
 
 @app.command()

@@ -195,15 +195,56 @@ class TeacherUpdate(Optimization):
     )
 
 
+class Screening(Section):
+    """How the screened estimator checks itself: first order for all, exact where it matters."""
+
+    audit_examples: int = Field(
+        100,
+        ge=40,
+        description="Examples measured both ways, drawn at random: one half sets how far first order may be off, the "
+        "other says how often the signs agree.",
+    )
+    error_rate: float = Field(
+        0.05,
+        gt=0.0,
+        lt=0.5,
+        description="Share of examples on which first order may be off by more than the width within which signs are "
+        "confirmed exactly.",
+    )
+    minimum_agreement: Probability = Field(
+        0.9, description="If fewer signs of the audit agree, every example is measured exactly."
+    )
+
+
+class Sequential(Section):
+    """Reading the reference set only until the sign of an influence is decided."""
+
+    error_rate: float = Field(
+        0.05, gt=0.0, lt=0.5, description="Share of examples whose sign may differ from that over the whole set."
+    )
+    block: int = Field(32, ge=8, description="Reference examples read between two decisions.")
+
+
 class Influence(Section):
     """How local data influence is measured (Eq. 1 and 2)."""
 
     probing_examples: Count = Field(10_000, description="Examples in the probing set of the first iteration.")
     later_probing_examples: Count = Field(2000, description="Examples in the probing set of later iterations.")
-    estimator: Literal["exact", "first_order"] = Field(
-        "exact",
+    estimator: Literal["exact", "first_order", "screened"] = Field(
+        "screened",
         description="'exact' takes the step and evaluates the reference set; 'first_order' projects the step on "
-        "the reference gradient at the null step, hundreds of times cheaper with many reference examples.",
+        "the reference gradient at the null step, hundreds of times cheaper with many reference examples; 'screened' "
+        "takes first order for all, audits it, and confirms exactly where the sign is in doubt.",
+    )
+    dtype: Literal["float32", "mixed", "bfloat16"] = Field(
+        "float32",
+        description="Numbers a step is computed in: 'float32'; 'mixed' (the example's gradient with bf16 activations, "
+        "all else fp32); 'bfloat16' (all of it, as the authors' code: smaller, and mostly rounding for small students).",
+    )
+    screening: Screening = Field(Screening(), description="The audit of estimator: screened.")
+    sequential: Sequential | None = Field(
+        None,
+        description="Exact measurements read the reference set only until the sign is decided; none reads all of it.",
     )
     reference_reduction: Literal["example", "token"] = Field(
         "example", description="Reference loss: mean over examples (Eq. 2) or over all response tokens."
@@ -215,6 +256,15 @@ class Influence(Section):
         2048, description="Tokens of a batch of reference examples, padding included."
     )
     examples_per_shard: Count = Field(64, description="Probing examples in one shard.")
+
+    @model_validator(mode="after")
+    def _sequential_is_exact(self) -> "Influence":
+        if self.sequential is not None and self.estimator != "exact":
+            raise ValueError(
+                f"sequential evaluation belongs to estimator: exact, not {self.estimator}; set estimator: exact, or "
+                "sequential: null"
+            )
+        return self
 
 
 class Preferences(Section):
@@ -379,6 +429,15 @@ class Experiment(Section):
                     f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "
                     f"({recipe.micro_batch_size}) x {processes} training processes"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sequential_needs_a_threshold(self) -> "Experiment":
+        if self.influence.sequential is not None and self.preferences.baseline == "median":
+            raise ValueError(
+                "influence.sequential decides signs one by one, but preferences.baseline: median has no threshold until "
+                "all are measured; set baseline: student or null_step, or sequential: null"
+            )
         return self
 
     def method(self) -> dict[str, Any]:

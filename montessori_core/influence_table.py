@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from montessori_core.schema import INFLUENCE
 
-NOTES = ("noise_floor", "null_step_influence", "student_loss")
+NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
 
 
 def note_influence(table: pa.Table, notes: dict[str, float]) -> pa.Table:
@@ -21,10 +21,16 @@ def influence_note(table: pa.Table, name: str) -> float:
     return float(table.schema.metadata[f"montessori.{name}".encode()])
 
 
+def influence_notes(table: pa.Table) -> dict[str, float]:
+    """All numbers recorded with an influence table."""
+    return {name: influence_note(table, name) for name in NOTES}
+
+
 def join_influence(parts: list[pa.Table]) -> pa.Table:
     """One table from the shards' tables, in their order; of each note, the largest that any worker saw."""
     plain = [part.replace_schema_metadata(INFLUENCE.metadata) for part in parts]
-    notes = {name: max(influence_note(part, name) for part in parts) for name in NOTES}
+    noted = [influence_notes(part) for part in parts]
+    notes = {name: max(part[name] for part in noted) for name in NOTES}
     return note_influence(pa.concat_tables(plain).combine_chunks(), notes)
 
 
@@ -51,5 +57,5 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         "share_positive_student": share(int((student > 0).sum())),
         "share_positive_null_step": share(int((null_step > 0).sum())),
         "mean_influence_student": float(student.mean()) if len(student) else math.nan,
-        **{name: influence_note(table, name) for name in NOTES},
+        **influence_notes(table),
     }

@@ -157,6 +157,20 @@ def load_model(model: str, dtype: Any, revision: str | None = None) -> "PreTrain
         raise UserError(f"model {model!r} cannot be loaded: {error}") from error
 
 
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    """See that a tokenizer writes no token that the model does not know.
+
+    Raises:
+        UserError: it does.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}: they do not belong together; put the "
+            "model's own tokenizer files into its folder"
+        )
+
+
 @functools.cache
 def _content_hash_of(folder: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
     """The hash of a folder, computed once for as long as its `signature` stays: weights can be many GB."""

@@ -59,7 +59,7 @@ EXAMPLES = _schema(
 
 INFLUENCE = _schema(
     "influence",
-    1,
+    2,
     _field("example_id", _TEXT, "the example"),
     _field("prompt_id", _TEXT, "its prompt"),
     _field("status", _TEXT, "'ok', 'no_response_tokens' or 'non_finite'; only 'ok' rows carry influence"),
@@ -75,7 +75,15 @@ INFLUENCE = _schema(
         "standard error of influence_null_step over the reference examples, nats; null if the estimator has none",
         nullable=True,
     ),
-    _field("estimator", _TEXT, "how the row was measured"),
+    _field("reference_tokens", pa.int64(), "tokens of the reference set read for this row"),
+    _field("estimator", _TEXT, "how the row's influence was measured: 'exact' or 'first_order'"),
+    _field("audited", _TRUTH, "the row is of the audit sample of estimator: screened"),
+    _field(
+        "first_order_null_step",
+        _REAL,
+        "first-order estimate of influence_null_step, nats, where an exact one replaced it",
+        nullable=True,
+    ),
 )
 
 PREFERENCES = _schema(

@@ -1,16 +1,24 @@
 """Collecting local data influence (Section 3.2): the fan-out over shards of examples, and its join."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from cluster.stage import cut_into_shards
+from montessori_core.config import Experiment
 from montessori_core.influence_table import join_influence, summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
+from montessori_core.screening import ScreeningReport, estimate_influence, screening_report
 from tasks.run import Model, Run
+
+PROGRAM = "montessori_core.influence.jobs:open_influence"
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE)
@@ -19,6 +27,7 @@ def collect_influence(
 ) -> Path:
     """Measure rows `first` to `last` of an example table and join the shards into `table`."""
     settings = run.experiment.influence
+    baseline = run.experiment.preferences.baseline
     rows: list[Row] = [
         {
             "example_id": row["example_id"],
@@ -29,29 +38,43 @@ def collect_influence(
         }
         for row in read_table(examples, EXAMPLES).to_pylist()[first:last]
     ]
-    size = settings.examples_per_shard
-    parts = run.execute(
-        folder,
-        label,
-        "influence",
-        "montessori_core.influence.jobs:open_influence",
-        {
-            "student": run.experiment.student.model_dump(mode="json"),
-            "influence": settings.model_dump(
-                mode="json", exclude={"probing_examples", "later_probing_examples", "examples_per_shard"}
-            ),
-            "warmup": run.experiment.warmup.model_dump(mode="json"),
-        },
-        [rows[start : start + size] for start in range(0, len(rows), size)],
-        models={"student": student, "moments": student},
-        files={"reference": run.source_file("reference")},
-    )
-    joined = join_influence([read_table(part, INFLUENCE) for part in parts])
+
+    def measure(name: str, estimator: str, some: list[Row]) -> pa.Table:
+        parts = run.execute(
+            folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}"),
+            label if name == estimator else f"{label}, {name}",
+            "influence",
+            PROGRAM,
+            influence_settings(run.experiment, estimator),
+            cut_into_shards(some, settings.examples_per_shard),
+            models={"student": student, "moments": student},
+            files={"reference": run.source_file("reference")},
+        )
+        return join_influence([read_table(part, INFLUENCE) for part in parts])
+
+    joined = estimate_influence(rows, measure, settings, baseline)
     write_table(joined, table, INFLUENCE)
-    _publish(label, summarize_influence(joined, threshold_of(joined, run.experiment.preferences.baseline)))
+    _publish(label, summarize_influence(joined, threshold_of(joined, baseline)), screening_report(joined))
     return table
 
 
-def _publish(label: str, summary: dict[str, float | int]) -> None:
+def influence_settings(experiment: Experiment, estimator: str) -> dict[str, Any]:
+    """What decides a measurement, for `montessori_core.influence.jobs:open_influence`; sizes and screening do not."""
+    measured = {"dtype", "reference_reduction", "learning_rate", "reference_batch_tokens", "sequential"}
+    influence = experiment.influence
+    sequential = influence.sequential if estimator == "exact" else None
+    return {
+        "student": experiment.student.model_dump(mode="json"),
+        "influence": {**influence.model_dump(mode="json", include=measured), "estimator": estimator},
+        "warmup": experiment.warmup.model_dump(mode="json"),
+        "baseline": experiment.preferences.baseline if sequential else None,
+    }
+
+
+def _publish(label: str, summary: dict[str, float | int], screening: ScreeningReport | None) -> None:
     lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items()]
+    if screening is not None:
+        lines += [
+            f"| {field.name.replace('_', ' ')} | {getattr(screening, field.name)} |" for field in fields(screening)
+        ]
     create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines]), description=label)

@@ -9,6 +9,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from cluster.stage import cut_into_shards
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.rouge import Accepted
@@ -121,7 +122,7 @@ def _write_instructions(
         "generation",
         _PROGRAM,
         _settings(run, settings.instruction.model_dump(mode="json"), raw=style == "completion"),
-        _cut(rows, settings.prompts_per_shard),
+        cut_into_shards(rows, settings.prompts_per_shard),
         models={"teacher": teacher},
     )
     generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
@@ -160,7 +161,7 @@ def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candida
         "generation",
         _PROGRAM,
         _settings(run, settings.response.model_dump(mode="json"), raw=False),
-        _cut(rows, settings.instructions_per_shard),
+        cut_into_shards(rows, settings.instructions_per_shard),
         models={"teacher": teacher},
     )
     generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
@@ -187,10 +188,6 @@ def _settings(run: Run, sampling: dict[str, object], raw: bool) -> dict[str, obj
         "sampling": sampling,
         "raw": raw,
     }
-
-
-def _cut(rows: list[Row], size: int) -> list[list[Row]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from montessori_core.chat import IGNORED, Encoded
 from montessori_core.errors import DataError
-from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet
-from montessori_core.influence.reference import example_loss
+from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.training.moments import Moments, load_moments, save_moments
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_step_equals_torch_adamw_to_the_last_bit(
     second = state["exp_avg_sq"].clone() if steps else torch.zeros(37)
     kept = first.clone(), second.clone()
     ours, gradient = weight.detach().clone(), torch.randn(37, generator=generator)
-    AdamW(rate, beta1, beta2, epsilon, decay, steps + 1).stepped_(ours, gradient, first, second)
+    AdamW(rate, beta1, beta2, epsilon, decay, steps + 1).step_(ours, gradient, first, second)
     weight.grad = gradient.clone()
     optimizer.step()
     assert torch.equal(ours, weight)
@@ -69,8 +69,9 @@ def warm(tiny_llama: Path) -> tuple[Any, Moments, torch.optim.Optimizer]:
     """A tiny student after a few ordinary AdamW steps, with the moments they left."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+    losses = TokenLosses(model)
     for example in examples(6, seed=1):
-        example_loss(model, example, CPU).backward()
+        example_loss(losses, make_batch([(0, example)], CPU)).backward()
         optimizer.step()
         optimizer.zero_grad()
     first = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
@@ -86,8 +87,8 @@ STEP = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.0, 7)
 def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     model.load_state_dict(warm[0].state_dict())
-    batch_tokens = options.pop("batch_tokens", 128)
-    return InfluenceMeter(model, warm[1], STEP, ReferenceSet(REFERENCE, batch_tokens, 2, CPU), CPU, **options)
+    reference = ReferenceSet(REFERENCE, options.pop("batch_tokens", 128), CPU)
+    return InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU), reference, **options)
 
 
 def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str) -> float:
@@ -127,7 +128,7 @@ def test_student_is_bit_identical_after_any_number_of_examples(warm: Any, tiny_l
     for _ in range(125):  # 1,000 examples
         for example in PROBING:
             resident.measure(example)
-    for name, parameter in resident._model.named_parameters():
+    for name, parameter in resident._student._parameters.items():
         assert torch.equal(parameter, dict(warm[0].named_parameters())[name])
 
 
@@ -153,8 +154,9 @@ def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
     encoded = [encode_example(tokenizer, task.text, task.response, 256) for task in tasks]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    losses = TokenLosses(model)
     for example in encoded[10:]:
-        example_loss(model, example, CPU).backward()
+        example_loss(losses, make_batch([(0, example)], CPU)).backward()
         optimizer.step()
         optimizer.zero_grad()
     moments = Moments(
@@ -162,17 +164,18 @@ def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
         {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()},
         4,
     )
-    step, reference = AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, 5), ReferenceSet(encoded[:5], 1024, 2, CPU)
-    exact = InfluenceMeter(model, moments, step, reference, CPU)
+    step, reference = AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, 5), ReferenceSet(encoded[:5], 1024, CPU)
+    exact = InfluenceMeter(ResidentStudent(model, moments, step, CPU), reference)
     oracle = torch.tensor([exact.measure(example).influence_student for example in encoded[5:10]])
-    fast = InfluenceMeter(model, moments, step, reference, CPU, estimator="first_order")
+    fast = InfluenceMeter(ResidentStudent(model, moments, step, CPU), reference, "first_order")
     estimate = torch.tensor([fast.measure(example).influence_student for example in encoded[5:10]])
     assert torch.equal(oracle.argsort(), estimate.argsort())
     assert float((oracle - estimate).abs().max()) < 0.1 * float(oracle.max() - oracle.min())
 
 
 def test_batches_of_the_reference_set_do_not_change_its_loss(warm: Any, tiny_llama: Path) -> None:
-    losses = [ReferenceSet(REFERENCE, tokens, 2, CPU).evaluate(warm[0]).summed for tokens in (1, 100, 10_000)]
+    warm_losses = TokenLosses(warm[0])
+    losses = [ReferenceSet(REFERENCE, tokens, CPU).evaluate(warm_losses).summed for tokens in (1, 100, 10_000)]
     for other in losses[1:]:
         torch.testing.assert_close(losses[0], other, rtol=1e-5, atol=1e-4)
 
@@ -181,16 +184,16 @@ def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any
     resident = meter(warm, tiny_llama)
     expected = resident.measure(PROBING[0])
     assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)).status == "no_response_tokens"
-    weight = resident._model.get_input_embeddings().weight
+    weight = resident._student._parameters["model.embed_tokens.weight"]
     with torch.no_grad():
         weight[1999] = torch.inf
-    resident._snapshot["model.embed_tokens.weight"][1999] = torch.inf
+    resident._student._snapshot["model.embed_tokens.weight"][1999] = torch.inf
     broken = resident.measure(Encoded([5, 1999, 7], [IGNORED, 1999, 7], False))
     assert broken.status == "non_finite"
     assert broken.influence_student is None
     with torch.no_grad():
         weight[1999] = warm[0].get_input_embeddings().weight[1999]
-    resident._snapshot["model.embed_tokens.weight"][1999] = weight[1999].detach()
+    resident._student._snapshot["model.embed_tokens.weight"][1999] = weight[1999].detach()
     assert resident.measure(PROBING[0]) == expected
 
 

@@ -56,7 +56,7 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
 
 def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
-        (["--estimator", "magic"], "--estimator: Input should be 'exact' or 'first_order'"),
+        (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order' or 'screened'"),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
         (["--reference", "absent.jsonl"], "absent.jsonl: cannot be read"),
     ):

@@ -44,10 +44,12 @@ def influence(values: dict[str, float | None], null_step: float = 0.0, noise: fl
             "influence_null_step": None if value is None else value - null_step,
             "standard_error": None,
             "estimator": "exact",
+            "audited": False,
+            "reference_tokens": 900,
         }
         for name, value in values.items()
     ]
-    notes = {"noise_floor": noise, "null_step_influence": null_step, "student_loss": 2.0}
+    notes = {"noise_floor": noise, "null_step_influence": null_step, "student_loss": 2.0, "reference_tokens": 900.0}
     return note_influence(table_from_rows(rows, INFLUENCE), notes)
 
 

@@ -173,9 +173,11 @@ def write_influence(path: Path, draw: str, examples: int, shift: float) -> None:
                 "influence_null_step": value if measured else None,
                 "standard_error": 3e-5 if measured else None,
                 "estimator": "exact",
+                "audited": False,
+                "reference_tokens": 900,
             }
         )
-    notes = {"noise_floor": 2e-5, "null_step_influence": -5e-4, "student_loss": 2.5}
+    notes = {"noise_floor": 2e-5, "null_step_influence": -5e-4, "student_loss": 2.5, "reference_tokens": 900.0}
     write_table(note_influence(table_from_rows(rows, INFLUENCE), notes), path, INFLUENCE)
 
 

@@ -6,6 +6,16 @@ step from the warm student m, with its warm moments. The *null step* m0 is what 
 
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.estimators import InfluenceMeter, Measurement
-from montessori_core.influence.reference import ReferenceSet, influence_of
+from montessori_core.influence.reference import Loss, ReferenceSet
+from montessori_core.influence.sequential import SequentialReference
+from montessori_core.influence.student import ResidentStudent
 
-__all__ = ["AdamW", "InfluenceMeter", "Measurement", "ReferenceSet", "influence_of"]
+__all__ = [
+    "AdamW",
+    "InfluenceMeter",
+    "Loss",
+    "Measurement",
+    "ReferenceSet",
+    "ResidentStudent",
+    "SequentialReference",
+]

@@ -1,21 +1,26 @@
 """The influence meter: a resident student that measures one example after another.
 
-Weights, moments and reference set are loaded once. Taking a step leaves the moments alone; restoring the weights copies a
-snapshot, so the student is bit-identical after any number of examples, and an example's influence cannot depend on
-those measured before it.
+*Exact* takes the step, evaluates the reference set, and restores the student. *First order* takes no step: around the null
+step m0 the reference loss is linear in what an example adds to it,
+
+    influence(z) = [L(m) - L(m0)] - <gradient of L at m0, step(z) - null step>,
+
+so that one gradient of the reference set serves every example. An example's influence depends on student, moments and
+reference set alone: never on its neighbours, on what was measured before, or on how the work was cut.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from montessori_core.chat import Encoded
 from montessori_core.errors import DataError
-from montessori_core.influence.adamw import AdamW
-from montessori_core.influence.reference import Loss, ReferenceSet, example_loss, influence_of
-from montessori_core.training.moments import Moments
+from montessori_core.influence.losses import make_batch
+from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of, rounding_noise
+from montessori_core.influence.sequential import SequentialReference
+from montessori_core.influence.student import ResidentStudent
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Measurement:
         influence_student: against the student, nats; positive = helps.
         influence_null_step: against the null step, nats.
         standard_error: of influence_null_step over the reference examples, nats.
+        reference_tokens: tokens of the reference set that were read for this example.
     """
 
     status: str
@@ -35,99 +41,96 @@ class Measurement:
     influence_student: float | None = None
     influence_null_step: float | None = None
     standard_error: float | None = None
+    reference_tokens: int = 0
 
 
 class InfluenceMeter:
-    """Measures influence on one student and one reference set."""
+    """Measures influence on one student and one reference set.
+
+    Attributes:
+        student_loss: of the reference set, before any step.
+        null_step_loss: after the null step.
+        null_step_influence: of momentum alone, nats.
+        noise_floor: two standard deviations of what rounding adds to an exact influence, nats.
+    """
 
     def __init__(
         self,
-        model: Any,
-        moments: Moments,
-        adamw: AdamW,
+        student: ResidentStudent,
         reference: ReferenceSet,
-        device: torch.device,
-        estimator: str = "exact",
+        estimator: Literal["exact", "first_order"] = "exact",
         reduction: str = "example",
+        sequential: SequentialReference | None = None,
+        baseline: Literal["student", "null_step"] = "student",
     ) -> None:
-        """Take over `model` (already on `device`, in the precision the steps are to be taken in).
+        """Evaluate the student and its null step.
+
+        Args:
+            student: left as it is after every measurement.
+            reference: the reference set.
+            estimator: see the module.
+            reduction: of the reference loss, 'example' or 'token'.
+            sequential: stop reading the reference set once the sign is decided; none reads it to its end.
+            baseline: whose sign that is.
 
         Raises:
-            DataError: the moments are of another model.
+            DataError: the student's loss on the reference set is not finite.
         """
-        self._model, self._adamw, self._reference, self._device = model.eval(), adamw, reference, device
-        self._estimator, self._reduction = estimator, reduction
-        self._parameters = dict(model.named_parameters())
-        self._first, self._second = _on_device(moments, self._parameters, device)
-        self._snapshot = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self.student_loss: Loss = reference.evaluate(model)
-        self._take_step(gradient=False)
-        self.null_step_loss: Loss = reference.evaluate(model)
+        self._student, self._reference = student, reference
+        self._reduction, self._sequential, self._baseline = reduction, sequential, baseline
+        self.student_loss: Loss = reference.evaluate(student.losses)
+        if not self.student_loss.summed.isfinite().all():
+            broken = (~self.student_loss.summed.isfinite()).nonzero()[:, 0].tolist()
+            raise DataError(
+                f"the student's loss is not finite on {len(broken)} of {len(reference)} reference examples, the first of "
+                f"them number {broken[0] + 1}; a student that diverged cannot be measured: lower the warm-up's learning rate"
+            )
+        student.disturb()
+        self.noise_floor = rounding_noise(self.student_loss, reference.evaluate(student.losses), reduction)
+        student.restore()
+        student.take_null_step()
+        self.null_step_loss: Loss = reference.evaluate(student.losses)
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
+        self._slope: dict[str, torch.Tensor] | None = None
         if estimator == "first_order":
-            reference.accumulate_gradient(model, reduction)
-            self._reference_gradient = {name: p.grad.detach().clone() for name, p in self._parameters.items()}
-            self._null_weights = {name: p.detach().clone() for name, p in self._parameters.items()}
-            self._model.zero_grad(set_to_none=True)
-        self._restore()
-        repeat = reference.evaluate(model)
-        self.noise_floor = abs(self.student_loss.reduce(reduction) - repeat.reduce(reduction))
-        """Spread of repeated evaluations of the same student, nats; 0 where arithmetic is deterministic."""
+            self._slope = student.gradient_of(lambda: reference.backward(student.losses, reduction))
+            self._null_projection = student.project_null_step(self._slope)
+        student.restore()
+        if estimator == "first_order":
+            student.drop_snapshot()
 
     def measure(self, example: Encoded) -> Measurement:
         """Measure one example; the student is afterwards what it was before."""
         if example.response_tokens == 0:
             return Measurement("no_response_tokens")
-        loss = example_loss(self._model, example, self._device)
-        value = float(loss.detach())
-        if not math.isfinite(value):
+        return self._measure_exactly(example) if self._slope is None else self._measure_slope(example, self._slope)
+
+    def _measure_slope(self, example: Encoded, slope: dict[str, torch.Tensor]) -> Measurement:
+        loss, projection = self._student.project_step(make_batch([(0, example)], self._student.device), slope)
+        if not math.isfinite(projection):
+            return Measurement("non_finite", loss if math.isfinite(loss) else None)
+        null_step = self._null_projection - projection
+        return Measurement("ok", loss, self.null_step_influence + null_step, null_step)
+
+    def _measure_exactly(self, example: Encoded) -> Measurement:
+        loss = self._student.take_step(make_batch([(0, example)], self._student.device))
+        if not math.isfinite(loss):
             return Measurement("non_finite")
-        loss.backward()
-        self._take_step(gradient=True)
-        if self._estimator == "first_order":
-            student, null_step, error = *self._project(), None
+        seen: list[int] | None = None
+        if self._sequential is None:
+            stepped, tokens = self._reference.evaluate(self._student.losses), self._reference.input_tokens
         else:
-            stepped = self._reference.evaluate(self._model)
-            student, _ = influence_of(self.student_loss, stepped, self._reduction)
-            null_step, error = influence_of(self.null_step_loss, stepped, self._reduction)
-        self._restore()
-        if not math.isfinite(student):
-            return Measurement("non_finite", value)
-        return Measurement("ok", value, student, null_step, error)
+            stepped, seen, tokens = self._sequential.evaluate(self._student.losses, self._differences)
+        self._student.restore()
+        before, null_step = self.student_loss, self.null_step_loss
+        if seen is not None:
+            before, null_step = before.of(seen), null_step.of(seen)
+        against_student, _ = influence_of(before, stepped, self._reduction)
+        against_null_step, error = influence_of(null_step, stepped, self._reduction)
+        if not math.isfinite(against_student):
+            return Measurement("non_finite", loss, reference_tokens=tokens)
+        return Measurement("ok", loss, against_student, against_null_step, error, tokens)
 
-    @torch.no_grad()
-    def _take_step(self, gradient: bool) -> None:
-        for name, parameter in self._parameters.items():
-            slope = parameter.grad if gradient else None
-            self._adamw.stepped_(parameter, slope, self._first[name], self._second[name])
-            parameter.grad = None
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._snapshot[name])
-
-    @torch.no_grad()
-    def _project(self) -> tuple[float, float]:
-        """Centred first order: -<gradient of the reference loss at the null step, stepped - null step>."""
-        null_step = 0.0
-        for name, parameter in self._parameters.items():
-            moved = parameter - self._null_weights[name]
-            null_step -= float((self._reference_gradient[name] * moved).sum(dtype=torch.float64))
-        return self.null_step_influence + null_step, null_step
-
-
-def _on_device(
-    moments: Moments, parameters: dict[str, Any], device: torch.device
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    unknown = sorted(set(parameters) ^ set(moments.first))
-    wrong = [n for n, p in parameters.items() if n in moments.first and moments.first[n].shape != p.shape]
-    if unknown or wrong:
-        raise DataError(
-            f"the AdamW moments are of another model: {len(unknown)} parameters have no counterpart (e.g. {unknown[:2]}), "
-            f"{len(wrong)} differ in shape; use the moments that were saved with this student"
-        )
-    return tuple(  # type: ignore[return-value]
-        {name: tensors[name].to(device, parameter.dtype) for name, parameter in parameters.items()}
-        for tensors in (moments.first, moments.second)
-    )
+    def _differences(self, stepped: Loss, seen: Any) -> torch.Tensor:
+        before = self.student_loss if self._baseline == "student" else self.null_step_loss
+        return influence_by_example(before.of(seen), stepped, self._reduction)

@@ -1,5 +1,6 @@
 """Influence and held-out loss on a node: the programs behind the influence and evaluation stages."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from montessori_core.config import Influence, Student, Warmup
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.estimators import InfluenceMeter
+from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet
+from montessori_core.influence.sequential import SequentialReference
+from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence_table import note_influence
-from montessori_core.models import load_model, load_tokenizer
+from montessori_core.models import check_tokenizer, load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import INFLUENCE, REFERENCE_LOSS, table_from_rows, write_table
 from montessori_core.sources import Task, load_tasks
@@ -23,39 +27,54 @@ from montessori_core.training.moments import cold_moments, load_moments
 def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Load the warm student, its moments and the reference set once.
 
-    Settings: `student`, `influence`, `warmup` (their configurations). Inputs: `student`, unless it is a hub id; `moments`, a
-    folder with AdamW's moments, without which the step is a first one; `reference` (tasks). Rows: `example_id`,
-    `prompt_id`, `instruction`, `response`, `finished`.
+    Settings: `student`, `influence`, `warmup` (their configurations; the estimator is 'exact' or 'first_order'),
+    `baseline` (whose sign a sequential measurement decides, or none). Inputs: `student`, unless it is a hub id;
+    `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks). Rows:
+    `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
     """
     student = Student.model_validate(settings["student"])
     influence = Influence.model_validate(settings["influence"])
     warmup = Warmup.model_validate(settings["warmup"])
-    device = _device()
+    device = compute_device()
     path = str(inputs.get("student", student.model))
     tokenizer = load_tokenizer(path, student.revision)
-    model = load_model(path, torch.float32, student.revision).to(device)
+    dtype = torch.bfloat16 if influence.dtype == "bfloat16" else torch.float32
+    model = load_model(path, dtype, student.revision)
+    check_tokenizer(tokenizer, model)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
-    reference = _encode_tasks(tokenizer, load_tasks(inputs["reference"]), student.max_length, "reference")
-    meter = InfluenceMeter(
-        model,
-        moments,
-        AdamW(
-            influence.learning_rate or warmup.learning_rate,
-            warmup.beta1,
-            warmup.beta2,
-            warmup.epsilon,
-            warmup.weight_decay,
-            moments.step + 1,
-        ),
-        ReferenceSet(reference, influence.reference_batch_tokens, tokenizer.pad_token_id, device),
+    reference = ReferenceSet(
+        _encode_tasks(tokenizer, load_tasks(inputs["reference"]), student.max_length, "reference"),
+        influence.reference_batch_tokens,
         device,
+    )
+    sequential = influence.sequential
+    assert influence.estimator != "screened", "a composition of the other two, see montessori_core.screening"
+    meter = InfluenceMeter(
+        ResidentStudent(
+            model.to(device),
+            moments,
+            AdamW(
+                influence.learning_rate or warmup.learning_rate,
+                warmup.beta1,
+                warmup.beta2,
+                warmup.epsilon,
+                warmup.weight_decay,
+                moments.step + 1,
+            ),
+            device,
+            mixed=influence.dtype == "mixed",
+        ),
+        reference,
         influence.estimator,
         influence.reference_reduction,
+        SequentialReference(reference, sequential.block, sequential.error_rate) if sequential else None,
+        settings["baseline"] or "student",
     )
     measured = {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
         "student_loss": meter.student_loss.reduce(influence.reference_reduction),
+        "reference_tokens": float(reference.input_tokens),
     }
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
@@ -72,6 +91,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
                     "response_tokens": example.response_tokens,
                     "truncated": example.truncated,
                     "estimator": influence.estimator,
+                    "audited": False,
                     **vars(meter.measure(example)),
                 }
             )
@@ -88,14 +108,16 @@ def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path])
     """
     student = Student.model_validate(settings["student"])
     path = str(inputs.get("model", student.model))
-    device = _device()
+    device = compute_device()
     tokenizer = load_tokenizer(path, student.revision)
-    model = load_model(path, torch.float32, student.revision).to(device).eval()
+    model = load_model(path, torch.float32, student.revision)
+    check_tokenizer(tokenizer, model)
+    losses = TokenLosses(model.to(device).eval())
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         tasks = [Task(**row) for row in rows]
         encoded = _encode_tasks(tokenizer, tasks, student.max_length, "evaluation")
-        loss = ReferenceSet(encoded, settings["batch_tokens"], tokenizer.pad_token_id, device).evaluate(model, report)
+        loss = ReferenceSet(encoded, settings["batch_tokens"], device).evaluate(losses, report)
         records: list[Row] = [
             {"example_id": task.id, "loss": float(summed), "response_tokens": int(tokens)}
             for task, summed, tokens in zip(tasks, loss.summed, loss.tokens, strict=True)
@@ -105,8 +127,13 @@ def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path])
     return compute
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def compute_device() -> torch.device:
+    """The GPU of this process if it has one, else the CPU. On a GPU, kernels are chosen that repeat to the last bit."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cuda")
 
 
 def _encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:

@@ -1,39 +1,21 @@
-"""The reference set on a device, and its loss (Eq. 2): only labelled positions ever reach the vocabulary.
+"""The reference set on a device, and its loss (Eq. 2).
 
-Shapes: [batch, tokens] padded on the right; [examples] in the order the reference set was given.
+Shapes: [examples] in the order the reference set was given.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.nn import functional
 
-from montessori_core.chat import IGNORED, Encoded
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Reference examples evaluated together.
-
-    Attributes:
-        indices: which examples, in the order of the rows.
-        input_ids, mask: [batch, tokens].
-        kept: [positions] where some row predicts a response token; logits are computed there alone.
-        targets: [batch, positions], the token after each kept position, or IGNORED.
-    """
-
-    indices: list[int]
-    input_ids: torch.Tensor
-    mask: torch.Tensor
-    kept: torch.Tensor
-    targets: torch.Tensor
+from montessori_core.chat import Encoded
+from montessori_core.influence.losses import Batch, Progress, TokenLosses, group_by_length, make_batch
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of every reference example: summed over its response tokens, and how many there are. Both [examples]."""
+    """Loss of each of some reference examples: summed over its response tokens, and how many there are. Both [examples]."""
 
     summed: torch.Tensor
     tokens: torch.Tensor
@@ -48,99 +30,93 @@ class Loss:
             return float(self.per_example().mean())
         return float(self.summed.sum() / self.tokens.sum())
 
+    def of(self, indices: Sequence[int]) -> "Loss":
+        """The same of fewer examples."""
+        return Loss(self.summed[list(indices)], self.tokens[list(indices)])
+
+
+def influence_by_example(before: Loss, after: Loss, reduction: str) -> torch.Tensor:
+    """[examples] what each reference example says of an influence; their mean is the influence itself."""
+    if reduction == "example":
+        return before.per_example() - after.per_example()
+    return (before.summed - after.summed) / before.tokens.mean()
+
 
 def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, float]:
     """Influence of what lies between two losses, and its standard error over the reference examples."""
-    if reduction == "example":
-        differences = before.per_example() - after.per_example()
-    else:
-        # Linearised: each example's share of the token mean.
-        differences = (before.summed - after.summed) / before.tokens.mean()
+    differences = influence_by_example(before, after, reduction)
     count = len(differences)
     error = float(differences.std(unbiased=True)) / count**0.5 if count > 1 else float("nan")
-    return before.reduce(reduction) - after.reduce(reduction), error
+    return float(differences.mean()), error
+
+
+def rounding_noise(student: Loss, disturbed: Loss, reduction: str) -> float:
+    """Two standard deviations of what rounding adds to an influence, nats.
+
+    Args:
+        student: the loss of some weights.
+        disturbed: the loss after these weights moved by their rounding error, which renews the rounding of all that is
+            computed from them as well. Each reference example is a draw of that noise; what all of them share is the
+            weights' own.
+        reduction: of the reference loss.
+    """
+    differences = influence_by_example(student, disturbed, reduction)
+    independent = float(differences.square().mean().sqrt()) / math.sqrt(len(differences))
+    return 2.0 * max(abs(float(differences.mean())), independent)
 
 
 class ReferenceSet:
     """Encoded reference examples in length-sorted batches, resident on a device."""
 
-    def __init__(self, examples: Sequence[Encoded], batch_tokens: int, pad_id: int, device: torch.device) -> None:
+    def __init__(self, examples: Sequence[Encoded], batch_tokens: int, device: torch.device) -> None:
         """`batch_tokens` bounds a batch, padding included; a longer example has a batch of its own."""
-        self._count = len(examples)
-        self._batches = [
-            _batch([(i, examples[i]) for i in members], pad_id, device) for members in _groups(examples, batch_tokens)
-        ]
+        self._examples, self._device, self.batch_tokens = examples, device, batch_tokens
+        self.batches = self.batched(range(len(examples)), batch_tokens)
         self.tokens = torch.tensor([example.response_tokens for example in examples], dtype=torch.float64)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._examples)
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that one evaluation reads, without padding."""
+        return sum(batch.tokens for batch in self.batches)
+
+    def batched(self, indices: Sequence[int], batch_tokens: int) -> list[Batch]:
+        """Some of the examples, in batches of their own."""
+        lengths = [len(example.input_ids) for example in self._examples]
+        groups = group_by_length(lengths, indices, batch_tokens)
+        return [make_batch([(i, self._examples[i]) for i in group], self._device) for group in groups]
+
+    def evaluate(self, losses: TokenLosses, report: Progress = lambda done: None) -> Loss:
+        """Loss of every example."""
+        return Loss(self.sum_losses(losses, self.batches, report), self.tokens)
 
     @torch.no_grad()
-    def evaluate(self, model: Any, report: Callable[[int], None] = lambda done: None) -> Loss:
-        """Loss of every example, summed in fp64."""
-        summed = torch.zeros(self._count, dtype=torch.float64)
+    def sum_losses(
+        self, losses: TokenLosses, batches: Sequence[Batch], report: Progress = lambda done: None
+    ) -> torch.Tensor:
+        """[examples] summed loss in fp64; NaN for examples that are in none of the batches."""
+        summed = torch.full((len(self),), torch.nan, dtype=torch.float64)
         done = 0
-        for batch in self._batches:
-            summed[batch.indices] = _token_losses(model, batch).double().sum(1).cpu()
+        for batch in batches:
+            summed[batch.indices] = _by_row(losses(batch), batch).cpu()
             done += len(batch.indices)
             report(done)
-        return Loss(summed, self.tokens)
+        return summed
 
-    def accumulate_gradient(self, model: Any, reduction: str) -> Loss:
-        """Add the gradient of the reference loss to every parameter's `.grad`; also return the loss."""
-        summed = torch.zeros(self._count, dtype=torch.float64)
-        for batch in self._batches:
-            losses = _token_losses(model, batch).sum(1)
-            tokens = self.tokens[batch.indices].to(losses)
-            if reduction == "example":
-                (losses / tokens / self._count).sum().backward()
-            else:
-                (losses.sum() / float(self.tokens.sum())).backward()
-            summed[batch.indices] = losses.detach().double().cpu()
-        return Loss(summed, self.tokens)
+    def backward(self, losses: TokenLosses, reduction: str) -> None:
+        """Backward passes, one a batch, whose gradients sum to that of the reference loss."""
+        for batch in self.batches:
+            tokens = self.tokens[batch.indices].to(self._device)
+            whole = float(self.tokens.sum())
+            share = 1 / (tokens * len(self)) if reduction == "example" else torch.full_like(tokens, 1 / whole)
+            values = losses(batch)
+            (values * share.to(values.dtype)[batch.rows]).sum().backward()
 
 
-def example_loss(model: Any, example: Encoded, device: torch.device) -> torch.Tensor:
-    """Mean loss of one example over its response tokens, with gradient; what one training step minimises."""
-    batch = _batch([(0, example)], 0, device)
-    return _token_losses(model, batch).sum() / example.response_tokens
-
-
-def _token_losses(model: Any, batch: Batch) -> torch.Tensor:
-    """[batch, positions] loss in fp32; 0 where there is no target."""
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.mask, logits_to_keep=batch.kept, use_cache=False
-    ).logits
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view_as(batch.targets)
-
-
-def _groups(examples: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
-    """Indices of examples that share a batch: neighbours in length, within the token budget."""
-    order = sorted(range(len(examples)), key=lambda index: (len(examples[index].input_ids), index))
-    groups: list[list[int]] = []
-    for index in order:
-        longest = len(examples[index].input_ids)  # so far: they come in order of length
-        if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-def _batch(members: list[tuple[int, Encoded]], pad_id: int, device: torch.device) -> Batch:
-    width = max(len(example.input_ids) for _, example in members)
-    ids = torch.full((len(members), width), pad_id)
-    mask = torch.zeros((len(members), width), dtype=torch.long)
-    targets = torch.full((len(members), width), IGNORED)
-    for row, (_, example) in enumerate(members):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        mask[row, :length] = 1
-        targets[row, : length - 1] = torch.tensor(example.labels[1:])
-    kept = (targets != IGNORED).any(0).nonzero()[:, 0]
-    return Batch(
-        [index for index, _ in members], ids.to(device), mask.to(device), kept.to(device), targets[:, kept].to(device)
+def _by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[batch] sums of [labelled] values in fp64."""
+    return torch.zeros(len(batch.indices), dtype=torch.float64, device=values.device).index_add_(
+        0, batch.rows, values.double()
     )

@@ -1,0 +1,324 @@
+"""How well the ways to measure influence agree with an fp32 oracle: signs, ranks, errors.
+
+    python benchmarks/numerics.py --examples data.jsonl [--reference FILE] [--student DIR --warm-state DIR]
+
+Warms the student up (or takes a warm one), measures every probing example in every way on the same reference set, and
+prints a Markdown table; --out appends it to a file. The oracle is the exact influence with fp32 weights, step and evaluation;
+a few examples are measured in fp64 as well, to see that fp32 is one. Takes minutes to hours: the oracle reads the reference
+set for each example. Fields of both files: instruction, input, output.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from montessori_core.chat import Encoded, encode_example
+from montessori_core.config import DataSource
+from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent, SequentialReference
+from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
+from montessori_core.influence.reference import influence_by_example, influence_of, rounding_noise
+from montessori_core.influence.sequential import is_decided
+from montessori_core.influence.student import disturb_weights
+from montessori_core.models import fetch_embedded, load_model, load_tokenizer
+from montessori_core.sources import read_tasks
+from montessori_core.training.moments import Moments, load_moments
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A warm student, what it is measured on, and what is measured."""
+
+    student: Path
+    weights: dict[str, torch.Tensor]
+    moments: Moments
+    adamw: AdamW
+    reference: ReferenceSet
+    probing: list[Encoded]
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """A fresh copy of the warm student."""
+        model = load_model(str(self.student), dtype)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.weights.items()}, strict=False)
+        return model
+
+    def resident(self, dtype: torch.dtype = torch.float32, mixed: bool = False) -> ResidentStudent:
+        """The warm student, ready to be stepped."""
+        moments = Moments(self.moments.first, self.moments.second, self.moments.step)
+        return ResidentStudent(self.model(dtype), moments, self.adamw, CPU, mixed=mixed)
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse_arguments()
+    setting = prepare(arguments)
+    oracle_meter = InfluenceMeter(setting.resident(), setting.reference)
+    momentum = oracle_meter.null_step_influence
+    momentum_by_example = influence_by_example(oracle_meter.student_loss, oracle_meter.null_step_loss, "example")
+    differences, oracle_seconds = exact_differences(setting, oracle_meter)
+    oracle = differences.mean(1)
+    errors = differences.std(1, ddof=1) / len(setting.reference) ** 0.5
+    rows: list[list[str]] = []
+
+    def add(name: str, found: np.ndarray, seconds: float) -> None:
+        outcome = compare(oracle[: len(found)], found, momentum, oracle_meter.noise_floor)
+        rows.append([name, str(len(found)), *outcome, f"{seconds:.2f}"])
+
+    add("oracle: exact, fp32", oracle, oracle_seconds)
+    first_order = InfluenceMeter(setting.resident(), setting.reference, "first_order")
+    estimate, seconds = measure(first_order, setting.probing, "first order")
+    add("first order, fp32", estimate, seconds)
+    if arguments.save:
+        np.savez(arguments.save, differences=differences, first_order=estimate, momentum=momentum_by_example.numpy())
+    slope = first_order._slope
+    assert slope is not None
+    mixed = InfluenceMeter(setting.resident(mixed=True), setting.reference, "first_order")
+    add("first order, mixed", *measure(mixed, setting.probing, "first order, mixed"))
+    del mixed
+    add("forward mode", *forward_mode(setting, slope, momentum))
+    bf16_first_order = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference, "first_order")
+    add("first order, bfloat16", *measure(bf16_first_order, setting.probing, "first order, bfloat16"))
+    del bf16_first_order
+    bf16_meter = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference)
+    add("(a) exact, bfloat16", *measure(bf16_meter, setting.probing[: arguments.bf16_probing], "bfloat16"))
+    rounded, seconds, noise = bf16_evaluation(setting, arguments.bf16_probing)
+    add("(b) fp32 step, bf16 evaluation", rounded, seconds)
+    lines = [
+        f"### {arguments.title}",
+        "",
+        f"{len(setting.probing)} probing examples, {len(setting.reference)} reference examples, "
+        f"{setting.moments.step} warm-up steps, learning rate {setting.adamw.learning_rate:g}, seed {arguments.seed}. "
+        f"Influences in [{oracle.min():.2e}, {oracle.max():.2e}], of which momentum alone {momentum:.2e}; standard error "
+        f"over the reference examples {np.median(errors):.1e} (median). Noise floor {oracle_meter.noise_floor:.1e} in fp32, "
+        f"{bf16_meter.noise_floor:.1e} in bfloat16, {noise:.1e} for (b). A step in bfloat16 changes "
+        f"{changed_weights(setting, torch.bfloat16):.1%} of the weights, in fp32 "
+        f"{changed_weights(setting, torch.float32):.1%}.",
+        "",
+        "| procedure | examples | Spearman | sign, student | sign, null step | sign, median | rms error | s / example |",
+        "|---|---|---|---|---|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+    against_null_step = differences - momentum_by_example.numpy()
+    lines += sequential_table(setting, {"student": differences, "null step": against_null_step})
+    if arguments.double:
+        lines += [double_check(setting, oracle, arguments.double), ""]
+    print("\n".join(lines))  # noqa: T201
+    if arguments.out:
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", required=True, help="probing examples, and those of the warm-up")
+    parser.add_argument("--reference", default="builtin", help="reference examples; 'builtin' for the project's own")
+    parser.add_argument("--response-field", default="output", help="field of --examples that holds the response")
+    parser.add_argument("--student", type=Path, help="folder of a student; by default the embedded model")
+    parser.add_argument("--warm-state", type=Path, help="folder with its AdamW moments; without, it is warmed up here")
+    parser.add_argument("--probing", type=int, default=100, help="probing examples")
+    parser.add_argument("--bf16-probing", type=int, default=40, help="of them, measured in bf16: it takes as long")
+    parser.add_argument("--references", type=int, default=64, help="reference examples")
+    parser.add_argument("--warmup-steps", type=int, default=20, help="warm-up steps of 4 examples")
+    parser.add_argument("--learning-rate", type=float, default=5e-6, help="peak of the warm-up, and of the one step")
+    parser.add_argument("--max-length", type=int, default=224, help="tokens of an example")
+    parser.add_argument("--double", type=int, default=0, help="examples measured in fp64 too")
+    parser.add_argument("--save", type=Path, help="file for the influences by reference example, .npz")
+    parser.add_argument("--seed", type=int, default=0, help="draws the examples")
+    parser.add_argument("--title", default="Agreement with the oracle", help="heading of the table")
+    parser.add_argument("--out", type=Path, help="Markdown file to append to")
+    return parser.parse_args()
+
+
+def prepare(arguments: argparse.Namespace) -> Setting:
+    """Draw the examples and warm the student up."""
+    student = arguments.student or fetch_embedded()
+    tokenizer = load_tokenizer(str(student))
+    draw = random.Random(arguments.seed)
+
+    def read(path: str, name: str, response_field: str) -> list[Encoded]:
+        source = DataSource(path=path, output_field=response_field)
+        tasks = read_tasks(source, name, with_response=True)
+        encoded = [encode_example(tokenizer, task.text, task.response, arguments.max_length) for task in tasks]
+        usable = [example for example in encoded if example.response_tokens]
+        draw.shuffle(usable)
+        return usable
+
+    pool = read(arguments.examples, "examples", arguments.response_field)
+    reference = ReferenceSet(read(arguments.reference, "reference", "output")[: arguments.references], 1024, CPU)
+    probing, rest = pool[: arguments.probing], pool[arguments.probing :]
+    model = load_model(str(student), torch.float32)
+    if arguments.warm_state:
+        moments = load_moments(arguments.warm_state)
+    else:
+        moments = warm_up(model, rest, arguments.warmup_steps, arguments.learning_rate)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    adamw = AdamW(arguments.learning_rate, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
+    return Setting(student, weights, moments, adamw, reference, probing)
+
+
+def warm_up(model: Any, examples: Sequence[Encoded], steps: int, rate: float) -> Moments:
+    """Plain AdamW, 4 examples a step, linear ramp, gradients clipped to 1, as the pipeline's warm-up."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    losses = TokenLosses(model)
+    for step in tqdm(range(steps), desc="warm-up"):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (step + 1) / steps
+        for number in range(4):
+            example = examples[(4 * step + number) % len(examples)]
+            (example_loss(losses, make_batch([(0, example)], CPU)) / 4).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    return Moments(
+        {name: s["exp_avg"] for name, s in state.items()}, {name: s["exp_avg_sq"] for name, s in state.items()}, steps
+    )
+
+
+def exact_differences(setting: Setting, meter: InfluenceMeter) -> tuple[np.ndarray, float]:
+    """[probing, references] what each reference example says of each exact influence, and seconds per example."""
+    student, before, found = setting.resident(), meter.student_loss, []
+    started = time.perf_counter()
+    for example in tqdm(setting.probing, desc="oracle"):
+        student.take_step(make_batch([(0, example)], CPU))
+        found.append(influence_by_example(before, setting.reference.evaluate(student.losses), "example").numpy())
+        student.restore()
+    return np.array(found), (time.perf_counter() - started) / len(found)
+
+
+def measure(meter: InfluenceMeter, probing: list[Encoded], name: str) -> tuple[np.ndarray, float]:
+    """Influence against the student, and seconds per example."""
+    started = time.perf_counter()
+    found = [meter.measure(example).influence_student for example in tqdm(probing, desc=name)]
+    seconds = (time.perf_counter() - started) / len(probing)
+    return np.array([math.nan if value is None else value for value in found]), seconds
+
+
+def sequential_table(setting: Setting, differences_against: dict[str, np.ndarray]) -> list[str]:
+    """What sequential evaluation would have decided on these very differences, and what it would have read."""
+    lines = [
+        "| sequential evaluation | error rate allowed | observed | tokens saved |",
+        "|---|---|---|---|",
+    ]
+    for baseline, differences in differences_against.items():
+        for rate in (0.01, 0.05, 0.1, 0.2):
+            rule = SequentialReference(setting.reference, 16, rate)
+            wrong, read = 0, 0
+            for row in torch.from_numpy(differences):
+                for look in rule.looks:
+                    read += sum(batch.tokens for batch in look.batches)
+                    if is_decided(row[look.seen], len(row), rule.look_error_rate):
+                        break
+                wrong += bool((row[look.seen].mean() > 0) != (row.mean() > 0))
+            saved = 1 - read / (setting.reference.input_tokens * len(differences))
+            lines.append(f"| against the {baseline} | {rate:g} | {wrong / len(differences):.3f} | {saved:.0%} |")
+    return [*lines, ""]
+
+
+def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float, float]:
+    """The step in fp32, the stepped weights rounded to bf16 for the evaluation; also its noise floor."""
+    student, twin = setting.resident(), setting.model(torch.bfloat16)
+    losses, reference = TokenLosses(twin.eval()), setting.reference
+    before = reference.evaluate(losses)
+    disturb_weights(dict(twin.named_parameters()))
+    noise = rounding_noise(before, reference.evaluate(losses), "example")
+    started, found = time.perf_counter(), []
+    for example in tqdm(setting.probing[:count], desc="bf16 evaluation"):
+        student.take_step(make_batch([(0, example)], CPU))
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                parameter.copy_(student._parameters[name])
+        found.append(influence_of(before, reference.evaluate(losses), "example")[0])
+        student.restore()
+    return np.array(found), (time.perf_counter() - started) / len(found), noise
+
+
+def forward_mode(setting: Setting, slope: dict[str, torch.Tensor], momentum: float) -> tuple[np.ndarray, float]:
+    """No gradient per example: around the null step AdamW is linearised too, so that the influence is a derivative of the
+    example's own loss in one fixed direction, which forward mode computes for a batch at once."""
+    adamw, moments = setting.adamw, setting.moments
+    rate = adamw.learning_rate / (1 - adamw.beta1**adamw.step) * (1 - adamw.beta1)
+    model = setting.model(torch.float32).eval()
+    model.set_attn_implementation("eager")  # fused attention has no forward mode
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    direction = {}
+    for name in parameters:
+        second = (moments.second[name] * adamw.beta2 / (1 - adamw.beta2**adamw.step)).sqrt() + adamw.epsilon
+        direction[name] = slope[name] * rate / second
+
+    def losses_of(weights: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
+        logits = torch.func.functional_call(
+            model, weights, kwargs={"input_ids": batch.input_ids, "use_cache": False}
+        ).logits
+        values = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1)[batch.positions], batch.targets, reduction="none"
+        )
+        summed = torch.zeros(len(batch.indices)).index_add(0, batch.rows, values)
+        return summed / torch.bincount(batch.rows)
+
+    def derivative(batch: Any) -> torch.Tensor:
+        tangent: torch.Tensor = torch.func.jvp(lambda weights: losses_of(weights, batch), (parameters,), (direction,))[
+            1
+        ]
+        return tangent
+
+    found = np.zeros(len(setting.probing))
+    groups = ReferenceSet(setting.probing, 512, CPU).batches
+    started = time.perf_counter()
+    for batch in tqdm(groups, desc="forward mode"):
+        # The step is -rate * gradient / second: influence = <slope, -step> = <slope * rate / second, gradient>.
+        found[batch.indices] = momentum + derivative(batch).numpy()
+    return found, (time.perf_counter() - started) / len(found)
+
+
+def compare(oracle: np.ndarray, found: np.ndarray, momentum: float, noise: float) -> list[str]:
+    """Spearman, sign agreement outside the noise floor for three thresholds, rms error."""
+
+    def signs(threshold_oracle: float, threshold_found: float) -> str:
+        outside = np.abs(oracle - threshold_oracle) > noise
+        agree = (oracle > threshold_oracle) == (found > threshold_found)
+        return f"{agree[outside].mean():.3f}" if outside.any() else "none outside"
+
+    return [
+        f"{spearmanr(oracle, found).statistic:.4f}",
+        signs(0.0, 0.0),
+        signs(momentum, momentum),
+        signs(float(np.median(oracle)), float(np.median(found))),
+        f"{np.sqrt(np.mean((oracle - found) ** 2)):.1e}",
+    ]
+
+
+def changed_weights(setting: Setting, dtype: torch.dtype) -> float:
+    """Share of the weights that one step on the first probing example changes."""
+    student = setting.resident(dtype)
+    student.take_step(make_batch([(0, setting.probing[0])], CPU))
+    changed = sum(int((p != setting.weights[n].to(dtype)).sum()) for n, p in student._parameters.items())
+    return changed / sum(p.numel() for p in student._parameters.values())
+
+
+def double_check(setting: Setting, oracle: np.ndarray, count: int) -> str:
+    """How far the oracle is from the same in fp64."""
+    reference = setting.reference
+    meter = InfluenceMeter(setting.resident(torch.float64), reference)
+    exact, _ = measure(meter, setting.probing[:count], "fp64")
+    return (
+        f"In fp64, the influences of the first {count} examples differ from the oracle's by at most "
+        f"{np.abs(exact - oracle[:count]).max():.1e}."
+    )
+
+
+if __name__ == "__main__":
+    main()

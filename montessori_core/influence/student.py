@@ -1,0 +1,198 @@
+"""The resident student: loaded once, stepped and restored for one example after another.
+
+A gradient lives only until its parameter has used it, during the backward pass: what is resident is weights, moments and,
+where steps are really taken, a snapshot of the weights. Moments, snapshot and slope may live in host memory and visit the
+device piece by piece (`montessori plan` says which).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from montessori_core.errors import DataError
+from montessori_core.influence.adamw import AdamW
+from montessori_core.influence.losses import Batch, TokenLosses, example_loss
+from montessori_core.training.moments import Moments, weights_checksum
+
+Home = Literal["device", "host"]
+Placement = Mapping[str, Home]
+"""Where 'moments', 'snapshot' and 'slope' live."""
+
+ON_DEVICE: Placement = {"moments": "device", "snapshot": "device", "slope": "device"}
+
+
+class ResidentStudent:
+    """A model, its moments and the one step they make possible.
+
+    Attributes:
+        losses: of the model as it stands.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        moments: Moments,
+        adamw: AdamW,
+        device: torch.device,
+        mixed: bool = False,
+        placement: Placement = ON_DEVICE,
+    ) -> None:
+        """Take over `model`, already on `device` and of the type the steps are to be taken in.
+
+        Args:
+            model: weights that ask for no gradient (a LoRA student's base) stay as they are.
+            moments: of the weights that do.
+            adamw: the step.
+            device: where the model is.
+            mixed: compute the example's gradient with bf16 activations; weights and reference losses keep their type.
+            placement: what lives in host memory instead.
+
+        Raises:
+            DataError: the moments are of another model.
+        """
+        self.device, self.losses = device, TokenLosses(model.eval())
+        self._adamw, self._mixed, self._placement = adamw, mixed, placement
+        self._parameters: dict[str, torch.nn.Parameter] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        _check_moments(moments, self._parameters)
+        self._first, self._second = (
+            {name: self._stored(tensors[name].to(p.dtype), "moments") for name, p in self._parameters.items()}
+            for tensors in (moments.first, moments.second)
+        )
+        self._snapshot = {name: self._stored(p.detach().clone(), "snapshot") for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def take_null_step(self) -> None:
+        """Move the weights by what momentum alone does."""
+        for name, parameter in self._parameters.items():
+            self._step(name, parameter, None)
+
+    def take_step(self, batch: Batch) -> float:
+        """Move the weights by one step on an example; return its loss before. A loss that is not finite moves nothing."""
+        return self._backward(batch, self._step)
+
+    def disturb(self) -> None:
+        """Move the weights by what rounding them may have done: see `disturb_weights`."""
+        disturb_weights(self._parameters)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back to the snapshot, bit for bit."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._snapshot[name], non_blocking=True)
+
+    def project_step(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """The example's loss, and <direction, step on the example>; the step is not taken.
+
+        Args:
+            batch: the example.
+            direction: like the parameters, by name.
+        """
+        projections: list[float] = []
+
+        def project(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+            projections.append(self._project(name, direction[name], gradient))
+
+        loss = self._backward(batch, project)
+        return loss, math.fsum(projections) if all(map(math.isfinite, projections)) else math.nan
+
+    @torch.no_grad()
+    def project_null_step(self, direction: Mapping[str, torch.Tensor]) -> float:
+        """<direction, null step>."""
+        return math.fsum(self._project(name, direction[name], None) for name in self._parameters)
+
+    def gradient_of(self, accumulate: Callable[[], None]) -> dict[str, torch.Tensor]:
+        """The sum of the gradients of all backward passes that `accumulate` makes, by name: the slope."""
+        slope = {name: self._stored(torch.zeros_like(p), "slope") for name, p in self._parameters.items()}
+
+        def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+            slope[name] += gradient.to(slope[name].device)
+
+        with _gradients_used_by(self._parameters, add):
+            accumulate()
+        return slope
+
+    def drop_snapshot(self) -> None:
+        """Free the snapshot: no step will be taken again."""
+        self._snapshot.clear()
+
+    def _backward(self, batch: Batch, use: Callable[[str, torch.nn.Parameter, torch.Tensor], None]) -> float:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
+            loss = example_loss(self.losses, batch)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            with _gradients_used_by(self._parameters, use):
+                loss.backward()
+        return value
+
+    def _step(self, name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor | None) -> None:
+        self._adamw.step_(parameter, gradient, self._first[name], self._second[name])
+
+    def _project(self, name: str, direction: torch.Tensor, gradient: torch.Tensor | None) -> float:
+        return self._adamw.project(direction, gradient, self._first[name], self._second[name], self.device)
+
+    def _stored(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        if self._placement[kind] == "device":
+            return tensor.to(self.device)
+        on_host = tensor.cpu()
+        return on_host.pin_memory() if self.device.type == "cuda" else on_host
+
+
+@torch.no_grad()
+def disturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Move each weight to a neighbouring number of its type with probability 1/12, up or down: the variance of rounding."""
+    for number, parameter in enumerate(parameters.values()):
+        generator = torch.Generator(parameter.device).manual_seed(number)
+        drawn = torch.rand(parameter.shape, generator=generator, device=parameter.device)
+        infinity = torch.full_like(parameter, torch.inf)
+        parameter.copy_(
+            torch.where(
+                drawn < 1 / 24,
+                torch.nextafter(parameter, infinity),
+                torch.where(drawn > 23 / 24, torch.nextafter(parameter, -infinity), parameter),
+            )
+        )
+
+
+@contextmanager
+def _gradients_used_by(
+    parameters: Mapping[str, torch.nn.Parameter], use: Callable[[str, torch.nn.Parameter, torch.Tensor], None]
+) -> Any:
+    """Within, a backward pass hands each gradient to `use` as soon as it is complete, and forgets it."""
+
+    def hook_of(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            with torch.no_grad():
+                use(name, parameters[name], gradient)
+
+        return hook
+
+    hooks = [p.register_post_accumulate_grad_hook(hook_of(name)) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_moments(moments: Moments, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    unknown = sorted(set(parameters) ^ set(moments.first))
+    wrong = [n for n, p in parameters.items() if n in moments.first and moments.first[n].shape != p.shape]
+    if unknown or wrong:
+        raise DataError(
+            f"the AdamW moments are of another model: {len(unknown)} parameters have no counterpart (e.g. {unknown[:2]}), "
+            f"{len(wrong)} differ in shape; use the moments that were saved with this student"
+        )
+    if moments.weights is not None and moments.weights != weights_checksum(parameters):
+        raise DataError(
+            "the AdamW moments fit this architecture but were saved with other weights; use the moments that were saved "
+            "with this very student"
+        )

@@ -1,0 +1,177 @@
+"""The screened estimator: first order for every example, exact for a random audit and wherever the sign is in doubt.
+
+The audit measures some examples both ways. One half of it sets a *width*: how far first order may be off for all but a
+configured share of examples (split conformal prediction: no assumption on the errors but that audit and other examples are
+drawn alike). Examples within that width of the threshold are confirmed exactly. The other half, which had no part in
+setting the width, says how often the signs that come out agree with exact ones. If first order does badly on the audit,
+every example is measured exactly. Which examples are audited follows from their ids alone.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy.stats import beta, spearmanr
+
+from montessori_core.config import Influence, Screening
+from montessori_core.influence_table import influence_note, influence_notes, note_influence
+from montessori_core.preferences import threshold_of
+from montessori_core.program import Row
+from montessori_core.schema import INFLUENCE, check
+
+Floats = npt.NDArray[np.float64]
+Measure = Callable[[str, str, list[Row]], pa.Table]
+"""Measures rows: from a name for the pass, 'exact' or 'first_order', and rows, to their influence table in that order."""
+
+_CONFIDENCE = 0.95
+_NOTE = b"montessori.screening"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A share of signs that agree, with its exact (Clopper-Pearson) 95 % interval.
+
+    Attributes:
+        share, low, high: NaN, 0 and 1 if there were no signs to compare.
+        signs: how many there were: those outside the noise floor.
+    """
+
+    share: float
+    low: float
+    high: float
+    signs: int
+
+    @staticmethod
+    def of(agreeing: npt.NDArray[np.bool_]) -> "Agreement":
+        """Count."""
+        count, hits = len(agreeing), int(agreeing.sum())
+        tail = (1 - _CONFIDENCE) / 2
+        low = float(beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
+        high = float(beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
+        return Agreement(hits / count if count else math.nan, low, high, count)
+
+    def __str__(self) -> str:
+        if not self.signs:
+            return "no signs outside the noise floor"
+        return f"{self.share:.1%} of {self.signs} signs (95 % interval {self.low:.1%} to {self.high:.1%})"
+
+
+@dataclass(frozen=True)
+class ScreeningReport:
+    """How well the screen did; kept with the table.
+
+    Attributes:
+        audited: examples measured both ways.
+        confirmed: examples beyond the audit whose sign was in doubt, measured exactly.
+        width: half the width of doubt around the threshold, nats.
+        spearman: rank correlation of first order and exact over the audit.
+        first_order: how often the signs of first order alone agree with exact ones, over the audit.
+        screened: the same after confirmation, over the half of the audit that did not set the width.
+        fell_back: the agreement of first order was too low, so every example was measured exactly.
+    """
+
+    audited: int
+    confirmed: int
+    width: float
+    spearman: float
+    first_order: Agreement
+    screened: Agreement
+    fell_back: bool
+
+
+def estimate_influence(rows: list[Row], measure: Measure, settings: Influence, baseline: str) -> pa.Table:
+    """Measure rows by the configured estimator; the table is in their order."""
+    if settings.estimator == "screened":
+        return screen(rows, measure, settings.screening, baseline)
+    return measure(settings.estimator, settings.estimator, rows)
+
+
+def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str) -> pa.Table:
+    """Measure rows by the screened estimator.
+
+    Args:
+        rows: with `example_id`.
+        measure: how to measure some of them.
+        settings: of the audit.
+        baseline: what a sign is against, see `config.Preferences`.
+
+    Returns:
+        The influence table in the order of the rows: exact where `estimator` says so, with a `ScreeningReport`.
+    """
+    by_id = {row["example_id"]: row for row in rows}
+    table = measure("screen", "first_order", rows)
+    records = {record["example_id"]: record for record in table.to_pylist()}
+    usable = [name for name, record in records.items() if record["status"] == "ok"]
+    audit = draw_audit(usable, settings.audit_examples)
+    threshold, floor = threshold_of(table, baseline), influence_note(table, "noise_floor")
+
+    def exactly(name: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        if not ids:
+            return {}
+        return {r["example_id"]: r for r in measure(name, "exact", [by_id[i] for i in ids]).to_pylist()}
+
+    exact = exactly("audit", audit)
+    estimated = np.array([records[name]["influence_student"] for name in audit])
+    true = np.array([math.nan if (v := exact[n]["influence_student"]) is None else v for n in audit])
+    sound = np.isfinite(true)
+    first_order = Agreement.of(_agree(estimated, true, threshold)[sound & (np.abs(true - threshold) > floor)])
+    fell_back = first_order.signs > 0 and first_order.share < settings.minimum_agreement
+    # Errors of unmeasurable examples are infinite: too many of them, and everything is in doubt.
+    errors = np.where(sound, np.abs(estimated - true), np.inf)
+    width = max(floor, conformal_width(errors[::2], settings.error_rate))
+    others = [name for name in usable if name not in exact]
+    doubtful = [n for n in others if fell_back or abs(records[n]["influence_student"] - threshold) <= width]
+    exact |= exactly("confirm", doubtful)
+
+    settled = _agree(estimated, true, threshold) | (np.abs(estimated - threshold) <= width) | fell_back
+    checked = np.arange(len(audit)) % 2 == 1
+    report = ScreeningReport(
+        audited=len(audit),
+        confirmed=len(doubtful),
+        width=width,
+        spearman=float(spearmanr(estimated[sound], true[sound]).statistic) if sound.sum() > 2 else math.nan,
+        first_order=first_order,
+        screened=Agreement.of(settled[checked & sound & (np.abs(true - threshold) > floor)]),
+        fell_back=fell_back,
+    )
+    merged = []
+    for name, record in records.items():
+        estimate = record["influence_null_step"]
+        if name in exact:
+            record = exact[name] | {"first_order_null_step": estimate, "audited": name in audit}
+        merged.append(record)
+    joined = note_influence(pa.Table.from_pylist(merged, schema=INFLUENCE), influence_notes(table))
+    note = {_NOTE: json.dumps(asdict(report)).encode()}
+    return check(joined.replace_schema_metadata({**joined.schema.metadata, **note}), INFLUENCE, "screened influence")
+
+
+def screening_report(table: pa.Table) -> ScreeningReport | None:
+    """The report kept with a table; None if it was not screened."""
+    note = (table.schema.metadata or {}).get(_NOTE)
+    if note is None:
+        return None
+    content = json.loads(note)
+    first_order, screened = (Agreement(**content.pop(name)) for name in ("first_order", "screened"))
+    return ScreeningReport(first_order=first_order, screened=screened, **content)
+
+
+def draw_audit(ids: Sequence[str], count: int) -> list[str]:
+    """At random, by the hash of the id: the same however the ids are ordered, and a larger audit holds a smaller one."""
+    return sorted(ids, key=lambda name: hashlib.sha256(f"audit {name}".encode()).digest())[:count]
+
+
+def conformal_width(errors: Floats, error_rate: float) -> float:
+    """The width that the next error, drawn like these, exceeds with at most `error_rate`; infinite if they are too few."""
+    rank = math.ceil((len(errors) + 1) * (1 - error_rate))
+    return float(np.sort(errors)[rank - 1]) if 0 < rank <= len(errors) else math.inf
+
+
+def _agree(estimated: Floats, true: Floats, threshold: float) -> npt.NDArray[np.bool_]:
+    agreeing: npt.NDArray[np.bool_] = (estimated > threshold) == (true > threshold)
+    return agreeing
