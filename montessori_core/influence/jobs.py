@@ -1,9 +1,10 @@
 """Influence and held-out loss on a node: the programs behind the influence and evaluation stages."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,15 +14,18 @@ from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.estimators import InfluenceMeter
 from montessori_core.influence.losses import TokenLosses
+from montessori_core.influence.memory import GB, Shape, plan_memory
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
-from montessori_core.influence.student import ResidentStudent
+from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
 from montessori_core.influence_table import note_influence
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import INFLUENCE, REFERENCE_LOSS, table_from_rows, write_table
 from montessori_core.sources import Task, load_tasks
 from montessori_core.training.moments import cold_moments, load_moments
+
+log = logging.getLogger(__name__)
 
 
 def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
@@ -63,6 +67,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
             ),
             device,
             mixed=influence.dtype == "mixed",
+            placement=_placement(model, student, influence, device),
         ),
         reference,
         influence.estimator,
@@ -99,6 +104,18 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
         write_table(note_influence(table_from_rows(records, INFLUENCE), measured), output, INFLUENCE)
 
     return compute
+
+
+def _placement(model: Any, student: Student, influence: Influence, device: torch.device) -> Placement:
+    """Where moments, snapshot and slope go, by the memory the device really has."""
+    if device.type == "cpu":
+        return ON_DEVICE
+    _, memory = torch.cuda.mem_get_info(device)
+    shape = Shape.of(model)
+    estimator: Literal["exact", "first_order"] = "exact" if influence.estimator == "exact" else "first_order"
+    plan = plan_memory(shape, estimator, influence.dtype, student.max_length, influence.reference_batch_tokens, memory)
+    log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
+    return plan.placement
 
 
 def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:

@@ -128,12 +128,10 @@ def plan_memory(
         Need("activations", max(learning, passing), "device"),
         Need("logits", 3 * logits, "device"),
     ]
-    movable = (
-        [("moments", 2), ("slope", 1), ("snapshot", 1)]
-        if estimator == "first_order"
-        else [("moments", 2), ("snapshot", 1)]
-    )
-    for name, copies in movable:
+    movable = {"moments": 2, "slope": 1, "snapshot": 1}
+    if estimator == "exact":
+        del movable["slope"]
+    for name, copies in movable.items():
         size = copies * shape.trained * width
         taken = sum(need.size for need in needs if need.home == "device")
         needs.append(Need(name, size, "device" if taken + size <= device_limit * _SPARE else "host"))

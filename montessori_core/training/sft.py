@@ -7,7 +7,7 @@ from typing import Any
 from montessori_core.chat import encode_example
 from montessori_core.config import Student, Training, Warmup, Zero
 from montessori_core.errors import DataError
-from montessori_core.models import load_model, load_tokenizer
+from montessori_core.models import check_tokenizer, load_model, load_tokenizer, with_lora
 from montessori_core.program import Compute, Report, Row
 from montessori_core.training.engine import (
     PlainAdamW,
@@ -58,8 +58,13 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             packing=False,
         )
         progress = ProgressCallback(report, recipe)
+        model = load_model(model_path, torch.float32, student.revision)
+        check_tokenizer(tokenizer, model)
+        if student.lora is not None:
+            torch.manual_seed(settings["seed"])  # the matrices start at random
+            model = with_lora(model, student.lora)
         trainer = StudentTrainer(
-            model=load_model(model_path, torch.float32, student.revision),
+            model=model,
             args=arguments,
             train_dataset=data,
             processing_class=tokenizer,
