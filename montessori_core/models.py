@@ -203,10 +203,10 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
     Raises:
         UserError: it does.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    known = model.config.get_text_config().vocab_size
+    if len(tokenizer) > known:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}: they do not belong together; put the "
+            f"the tokenizer has {len(tokenizer)} tokens, but the model knows {known}: they do not belong together; put the "
             "model's own tokenizer files into its folder"
         )
 

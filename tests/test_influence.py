@@ -13,9 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from montessori_core.chat import IGNORED, Encoded
 from montessori_core.errors import DataError
-from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence import (
+    AdamW,
+    InfluenceMeter,
+    Measurement,
+    ReferenceSet,
+    ResidentStudent,
+    SequentialReference,
+)
+from montessori_core.influence import losses as losses_module
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.training.moments import Moments, load_moments, save_moments
+from montessori_core.influence.sequential import is_decided
+from montessori_core.influence.student import ON_DEVICE
+from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksum
 
 CPU = torch.device("cpu")
 
@@ -88,7 +98,8 @@ def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     model.load_state_dict(warm[0].state_dict())
     reference = ReferenceSet(REFERENCE, options.pop("batch_tokens", 128), CPU)
-    return InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU), reference, **options)
+    placement = options.pop("placement", ON_DEVICE)
+    return InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU, placement=placement), reference, **options)
 
 
 def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str) -> float:
@@ -197,6 +208,126 @@ def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any
     assert resident.measure(PROBING[0]) == expected
 
 
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_a_gradient_lives_only_until_its_parameter_has_used_it(warm: Any, tiny_llama: Path, estimator: str) -> None:
+    resident = meter(warm, tiny_llama, estimator=estimator)
+    parameters = list(resident._student._parameters.values())
+    alive: list[int] = []
+
+    def count(gradient: torch.Tensor) -> None:
+        alive.append(sum(parameter.grad is not None for parameter in parameters))
+
+    hooks = [parameter.register_hook(count) for parameter in parameters]
+    resident.measure(PROBING[0])
+    for hook in hooks:
+        hook.remove()
+    assert len(alive) >= len(parameters)
+    assert max(alive) <= 1
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
+    warm: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        found = TokenLosses(model)(make_batch(list(enumerate(REFERENCE)), CPU))
+        found.mean().backward()
+        return found.detach(), [p.grad for p in model.parameters()]
+
+    whole, gradients = loss_and_gradients()
+    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", 7 * 49152)
+    widest = 0
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def watched(logits: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        nonlocal widest
+        widest = max(widest, logits.numel())
+        return cross_entropy(logits, *rest, **options)
+
+    monkeypatch.setattr(losses_module.functional, "cross_entropy", watched)
+    pieces, their_gradients = loss_and_gradients()
+    assert 0 < widest <= 7 * 49152
+    torch.testing.assert_close(whole, pieces)
+    for one, other in zip(gradients, their_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_floor_is_that_of_the_arithmetic(warm: Any, tiny_llama: Path) -> None:
+    """In fp32 it lies just above the distance to fp64; in bf16, hundreds of times higher."""
+    single = meter(warm, tiny_llama)
+    found = [single.measure(example).influence_student for example in PROBING]
+
+    def resident(dtype: torch.dtype) -> InfluenceMeter:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        model.load_state_dict(warm[0].state_dict())
+        return InfluenceMeter(ResidentStudent(model.to(dtype), warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU))
+
+    double = resident(torch.float64)
+    distance = [abs(double.measure(e).influence_student - value) for e, value in zip(PROBING, found, strict=True)]
+    assert sorted(distance)[len(distance) // 2] < 3 * single.noise_floor
+    assert 0 < single.noise_floor < 1e-5
+    assert resident(torch.bfloat16).noise_floor > 100 * single.noise_floor
+
+
+def test_sequential_evaluation_is_exact_at_the_end_of_the_set_and_cheaper_before(warm: Any, tiny_llama: Path) -> None:
+    reference = ReferenceSet(examples(64, seed=4), 512, CPU)
+
+    def measured(error_rate: float | None, baseline: str = "student") -> list[Measurement]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        model.load_state_dict(warm[0].state_dict())
+        rule = None if error_rate is None else SequentialReference(reference, 8, error_rate)
+        resident = InfluenceMeter(
+            ResidentStudent(model, warm[1], STEP, CPU), reference, "exact", "example", rule, baseline
+        )
+        return [resident.measure(example) for example in PROBING]
+
+    exact = measured(None)
+    for found, whole in zip(measured(1e-300), exact, strict=True):  # no error allowed: every look is inconclusive
+        assert found.reference_tokens == whole.reference_tokens == reference.input_tokens
+        assert found.influence_student == pytest.approx(whole.influence_student, abs=1e-6)
+    for baseline in ("student", "null_step"):
+        early = measured(0.05, baseline)
+        assert sum(m.reference_tokens for m in early) < sum(m.reference_tokens for m in exact)
+        signs = [
+            (getattr(one, f"influence_{baseline}") > 0) == (getattr(other, f"influence_{baseline}") > 0)
+            for one, other in zip(early, exact, strict=True)
+        ]
+        assert sum(signs) >= len(signs) - 1
+
+
+def test_signs_are_decided_wrongly_no_more_often_than_allowed() -> None:
+    """Differences whose mean is a fraction of their spread: the hardest case, drawn a thousand times."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = saved = 0
+    for _ in range(1000):
+        differences = torch.randn(256, generator=generator, dtype=torch.float64) + 0.1
+        ends = range(32, 257, 32)
+        for seen in ends:
+            if is_decided(differences[:seen], 256, 0.1 / (len(ends) - 1)):
+                break
+        wrong += bool((differences[:seen].mean() > 0) != (differences.mean() > 0))
+        saved += 256 - seen
+    assert wrong <= 0.1 * 1000
+    assert saved > 0.2 * 256 * 1000
+
+
+def test_where_moments_and_snapshot_live_changes_no_bit(warm: Any, tiny_llama: Path) -> None:
+    everywhere = {"moments": "host", "snapshot": "host", "slope": "host"}
+    for estimator in ("exact", "first_order"):
+        expected = [meter(warm, tiny_llama, estimator=estimator).measure(e) for e in PROBING[:2]]
+        elsewhere = meter(warm, tiny_llama, estimator=estimator, placement=everywhere)
+        assert [elsewhere.measure(e) for e in PROBING[:2]] == expected
+
+
+def test_a_student_that_diverged_is_named_at_once(warm: Any, tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[REFERENCE[3].input_ids[0]] = torch.inf
+    with pytest.raises(DataError, match="not finite on .* reference examples"):
+        InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU))
+
+
 def test_standard_error_is_over_reference_examples(warm: Any, tiny_llama: Path) -> None:
     found = meter(warm, tiny_llama).measure(PROBING[0])
     assert found.standard_error is not None
@@ -216,3 +347,9 @@ def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
     foreign = Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1)
     with pytest.raises(DataError, match="moments are of another model"):
         meter((warm[0], foreign, None), tiny_llama)
+    marked = Moments(warm[1].first, warm[1].second, 6, weights_checksum(dict(warm[0].named_parameters())))
+    save_moments(marked, tmp_path)
+    meter((warm[0], load_moments(tmp_path), None), tiny_llama)
+    untrained = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with pytest.raises(DataError, match="saved with other weights"):
+        meter((untrained, load_moments(tmp_path), None), tiny_llama)

@@ -14,11 +14,11 @@ from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.chat import encode_example
 from montessori_core.config import Cluster, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
-from montessori_core.models import load_tokenizer
+from montessori_core.models import load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.files import LOG_FILE
-from montessori_core.training.moments import Moments, load_moments
+from montessori_core.training.moments import Moments, load_moments, weights_checksum
 from montessori_core.training.schedule import rate_factor
 
 ROWS: list[Row] = [
@@ -114,6 +114,7 @@ def test_training_equals_plain_torch_at_every_zero_stage(
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-4)
     assert [entry["learning_rate"] for entry in log] == pytest.approx([5e-4, 1e-3])
     assert kept.step == 2
+    assert kept.weights == weights_checksum(dict(load_model(str(part), torch.float32).named_parameters()))
     for name, weight in weights.items():
         moved = (weight - start[name]).abs().max()
         assert (trained[name] - weight).abs().max() <= 1e-3 * moved, name

@@ -1,0 +1,263 @@
+"""Cost of one influence: the procedure as published beside ours, in one run.
+
+    python benchmarks/influence.py [--references 256] [--scaling]
+
+*Naive* is what the authors' public code does for every example: load the checkpoint and the optimizer's state from disk, pad
+everything to 1024 tokens, compute logits at every position. All ways use the same student (the embedded SmolLM2-135M),
+moments, probing examples, reference examples and threads. Reference examples are the project's own, repeated as often
+as needed: only their lengths matter here. --scaling adds how the cost grows with reference size, length and model size.
+On a GPU (--device cuda) times are taken after synchronisation, and peak memory is printed.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from montessori_core.chat import IGNORED, Encoded, encode_example
+from montessori_core.config import DataSource
+from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.memory import Shape, plan_memory
+from montessori_core.models import fetch_embedded, load_model, load_tokenizer
+from montessori_core.sources import read_tasks
+from montessori_core.training.moments import Moments, load_moments, save_moments
+
+PADDED = 1024
+RATE = 5e-6
+
+
+def main() -> None:
+    """Measure and print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--references", type=int, default=256, help="reference examples")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of a batch of reference examples")
+    parser.add_argument("--naive-batch", type=int, default=4, help="reference examples of a naive batch")
+    parser.add_argument(
+        "--screened-share", type=float, default=0.06, help="share of rows that screened measures exactly"
+    )
+    parser.add_argument("--student", type=Path, help="model folder; by default the embedded model")
+    parser.add_argument("--llama-8b", action="store_true", help="a student of Llama-3-8B's shape, with random weights")
+    parser.add_argument("--skip-naive", action="store_true", help="ours alone")
+    parser.add_argument("--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="of ours")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--scaling", action="store_true", help="also the growth of the cost")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    tokenizer_of = arguments.student or fetch_embedded()
+    tokenizer = load_tokenizer(str(tokenizer_of))
+    references, probing = (
+        [encode_example(tokenizer, task.text, task.response, PADDED) for task in read_tasks(source, name, True)]
+        for source, name in ((DataSource(path="builtin"), "reference"), (DataSource(path="builtin"), "evaluation"))
+    )
+    references = [references[i % len(references)] for i in range(arguments.references)]
+    mean = sum(len(e.input_ids) for e in references) / len(references)
+    peak = matmul_peak(device, torch.float32 if arguments.dtype == "float32" else torch.bfloat16)
+    print(  # noqa: T201
+        f"{arguments.references} reference examples of {mean:.0f} tokens on average; {torch.get_num_threads()} threads, "
+        f"{device}; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = prepare(Path(scratch), arguments, tokenizer_of, device)
+        rows: list[tuple[str, float]] = []
+        if not arguments.skip_naive:
+            rows.append(("naive", naive(folder, probing[0], references, arguments.naive_batch, device)))
+        exact, seconds_exact, mfu = ours(folder, "exact", references, probing[:2], arguments, device, peak)
+        rows.append(("exact", seconds_exact))
+        del exact
+        _, seconds_first, _ = ours(folder, "first_order", references, probing[:8], arguments, device, peak)
+        rows.append(("first order", seconds_first))
+        rows.append(
+            (
+                f"screened, {arguments.screened_share:.0%} exact",
+                seconds_first + arguments.screened_share * seconds_exact,
+            )
+        )
+        print("\n| procedure | s / example | naive / it |\n|---|---|---|")  # noqa: T201
+        for name, seconds in rows:
+            ratio = f"{rows[0][1] / seconds:.0f}" if not arguments.skip_naive else "not measured"
+            print(f"| {name} | {seconds:.2f} | {ratio} |")  # noqa: T201
+        print(f"\nreference pass: {mfu:.0%} of the peak of a large matrix product")  # noqa: T201
+    if device.type == "cuda":
+        print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")  # noqa: T201
+    if arguments.scaling:
+        scaling(device)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(5))
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def prepare(folder: Path, arguments: argparse.Namespace, student: Path, device: torch.device) -> Path:
+    """A warm student on disk: weights and moments."""
+    if arguments.llama_8b:
+        config = LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            tie_word_embeddings=False,
+        )
+        with torch.device(device):
+            model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+    else:
+        model = load_model(str(student), torch.float32)
+    model.save_pretrained(folder)
+    if not arguments.llama_8b:
+        save_moments(made_up_moments(model), folder)
+    return folder
+
+
+def made_up_moments(model: Any) -> Moments:
+    """Moments of plausible size: a step costs the same whatever they are."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = {}, {}
+    for name, parameter in model.named_parameters():
+        first[name] = torch.randn(parameter.shape, generator=generator) * 1e-4
+        second[name] = first[name].square() + 1e-12
+    return Moments(first, second, 30)
+
+
+def naive(folder: Path, example: Encoded, references: list[Encoded], batch: int, device: torch.device) -> float:
+    """Seconds for one example."""
+
+    def padded(examples: list[Encoded]) -> dict[str, torch.Tensor]:
+        ids = torch.zeros((len(examples), PADDED), dtype=torch.long)
+        labels = torch.full((len(examples), PADDED), IGNORED)
+        mask = torch.zeros((len(examples), PADDED), dtype=torch.long)
+        for row, item in enumerate(examples):
+            length = len(item.input_ids)
+            ids[row, :length], labels[row, :length] = torch.tensor(item.input_ids), torch.tensor(item.labels)
+            mask[row, :length] = 1
+        return {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": mask.to(device)}
+
+    def measure() -> None:
+        parts = {}
+        parts["load"] = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+        moments = load_moments(folder)
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(moments.step)),
+                "exp_avg": moments.first[name].to(device),
+                "exp_avg_sq": moments.second[name].to(device),
+            }
+        parts["step"] = time.perf_counter()
+        model(**padded([example])).loss.backward()
+        optimizer.step()
+        parts["evaluate"] = time.perf_counter()
+        with torch.no_grad():
+            for start in range(0, len(references), batch):
+                model(**padded(references[start : start + batch]))
+        parts["end"] = time.perf_counter()
+        names = list(parts)
+        shares = ", ".join(f"{a} {parts[b] - parts[a]:.2f} s" for a, b in zip(names, names[1:], strict=False))
+        print(f"naive: {shares}")  # noqa: T201
+
+    return timed(measure, device)
+
+
+def ours(
+    folder: Path,
+    estimator: Literal["exact", "first_order"],
+    references: list[Encoded],
+    probing: list[Encoded],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    peak: float,
+) -> tuple[InfluenceMeter, float, float]:
+    """A meter, seconds per example, and the share of the peak that its reference pass reaches."""
+    dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
+    model = load_model(str(folder), dtype)
+    moments = load_moments(folder) if (folder / "adamw.safetensors").exists() else made_up_moments(model)
+    reference = ReferenceSet(references, arguments.batch_tokens, device)
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
+    plan = plan_memory(Shape.of(model), estimator, arguments.dtype, PADDED, arguments.batch_tokens, memory)
+    adamw = AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
+    mixed = arguments.dtype == "mixed"
+    student = ResidentStudent(model.to(device), moments, adamw, device, mixed, plan.placement)
+    started = time.perf_counter()
+    meter = InfluenceMeter(student, reference, estimator)
+    print(f"{estimator}: opened in {time.perf_counter() - started:.1f} s, once per worker")  # noqa: T201
+    meter.measure(probing[0])
+    seconds = timed(lambda: [meter.measure(example) for example in probing], device) / len(probing)
+    reading = timed(lambda: reference.evaluate(student.losses), device)
+    return meter, seconds, forward_flops(model, references) / reading / peak
+
+
+def forward_flops(model: Any, examples: list[Encoded]) -> float:
+    """Of a pass with logits at labelled positions: two per weight and token, and causal attention."""
+    shape, head = Shape.of(model), model.get_output_embeddings().weight.numel()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    body = shape.parameters - (head if tied else 2 * head)
+    total = 0.0
+    for example in examples:
+        length = len(example.input_ids)
+        total += 2 * body * length + 2 * head * example.response_tokens + 2 * shape.layers * shape.hidden * length**2
+    return total
+
+
+def scaling(device: torch.device) -> None:
+    """Cost against reference size, example length and model size, on models of random weights."""
+
+    def example(length: int) -> Encoded:
+        ids = torch.randint(3, 1000, (length,)).tolist()
+        return Encoded(ids, [IGNORED] * (length // 2) + ids[length // 2 :], False)
+
+    print("\n| student | reference examples | tokens of each | exact, s | first order, s |\n|---|---|---|---|---|")  # noqa: T201
+    small, middle, large = (256, 768, 8), (576, 1536, 15), (576, 1536, 30)
+    for sizes, count, length in (
+        (small, 32, 128),
+        (middle, 32, 128),
+        (large, 16, 128),
+        (large, 32, 128),
+        (large, 64, 128),
+        (large, 32, 256),
+        (large, 32, 512),
+    ):
+        hidden, intermediate, layers = sizes
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 64,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(config).to(device)
+        found = []
+        for estimator, repeats in (("exact", 1), ("first_order", 3)):
+            reference = ReferenceSet([example(length) for _ in range(count)], 1024, device)
+            student = ResidentStudent(model, made_up_moments(model), AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, 31), device)
+            meter = InfluenceMeter(student, reference, estimator)  # type: ignore[arg-type]
+            one = example(length)
+            seconds = timed(lambda meter=meter, one=one, n=repeats: [meter.measure(one) for _ in range(n)], device)
+            found.append(seconds / repeats)
+        size = Shape.of(model).parameters / 1e6
+        print(f"| {size:.0f}M | {count} | {length} | {found[0]:.2f} | {found[1]:.2f} |", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""However influence is cut into shards, dealt to workers, ordered or retried: the joined table has the same bytes."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from cluster.fanout import fan_out
+from cluster.stage import Stage, cut_into_shards
+from montessori_core.config import Cluster, Influence, Resources, Student, Warmup
+from montessori_core.influence_table import join_influence
+from montessori_core.program import Row
+from montessori_core.schema import INFLUENCE, read_table, write_table
+from montessori_core.sources import Task, write_tasks
+
+DRAW = random.Random(5)
+WORDS = ("hens", "ran", "over", "17", "green", "hills", "but", "slowly")
+ROWS: list[Row] = [
+    {
+        "example_id": f"e{n:02d}",
+        "prompt_id": f"p{n // 4}",
+        "instruction": " ".join(DRAW.choices(WORDS, k=DRAW.randint(3, 30))),
+        "response": " ".join(DRAW.choices(WORDS, k=DRAW.randint(1, 40))),
+        "finished": n % 5 > 0,
+    }
+    for n in range(20)
+]
+
+
+def joined(folder: Path, model: Path, estimator: str, rows: list[Row], size: int, jobs: int) -> bytes:
+    """The bytes of the joined table, its rows in the order of ROWS."""
+    folder.mkdir()
+    reference = folder / "reference.jsonl"
+    write_tasks([Task(f"r{n}", f"Say {n} in words.", "well, " * (n % 6 + 1) + str(n)) for n in range(10)], reference)
+    stage = Stage(
+        "influence",
+        1,
+        "montessori_core.influence.jobs:open_influence",
+        {
+            "student": Student(model=str(model), max_length=64).model_dump(mode="json"),
+            "influence": Influence(estimator=estimator, learning_rate=1e-3).model_dump(mode="json"),
+            "warmup": Warmup().model_dump(mode="json"),
+            "baseline": None,
+        },
+        {"student": model, "reference": reference},
+        {},
+        folder / "stage",
+    )
+    resources = Resources(parallel_jobs=jobs, cpus_per_process=1)
+    parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster())
+    table = join_influence([read_table(part, INFLUENCE) for part in parts])
+    write_table(table.sort_by("example_id").combine_chunks(), folder / "influence.parquet", INFLUENCE)
+    return (folder / "influence.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
+    expected = joined(tmp_path / "one-shard", tiny_llama, estimator, ROWS, 20, 1)
+    shuffled = random.Random(1).sample(ROWS, len(ROWS))
+    assert joined(tmp_path / "many-shards", tiny_llama, estimator, ROWS, 3, 2) == expected
+    assert joined(tmp_path / "another-order", tiny_llama, estimator, shuffled, 7, 2) == expected

@@ -1,0 +1,101 @@
+"""LoRA students: warmed up, measured and evaluated through the adapter alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.fanout import fan_out
+from cluster.stage import Stage
+from montessori_core.chat import encode_example
+from montessori_core.config import Cluster, Lora, Resources, Student, Warmup, Zero
+from montessori_core.errors import UserError
+from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
+from montessori_core.training.moments import load_moments
+
+CPU = torch.device("cpu")
+ROWS = [
+    {"instruction": f"Count to {n}.", "response": " ".join(map(str, range(n + 2))), "finished": True} for n in range(8)
+]
+
+
+@pytest.fixture(scope="module", params=[(0, 1), (3, 2)], ids=["plain", "zero-3"])
+def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A student warmed up through an adapter."""
+    stage, processes = request.param
+    folder = tmp_path_factory.mktemp("lora")
+    student = Student(model=str(tiny_llama), max_length=64, lora=Lora(rank=4, alpha=8))
+    settings = {
+        "student": student.model_dump(mode="json"),
+        "recipe_kind": "warmup",
+        "recipe": Warmup(learning_rate=1e-2, batch_size=4, micro_batch_size=2).model_dump(mode="json"),
+        "zero": Zero(stage=stage).model_dump(mode="json"),
+        "seed": 0,
+        "save_moments": True,
+    }
+    program = "montessori_core.training.sft:open_sft"
+    training = Stage("training", 1, program, settings, {"student": tiny_llama}, {}, folder, "")
+    resources = Resources(processes_per_node=processes, cpus_per_process=1)
+    (part,) = fan_out(training, [ROWS], resources, Cluster())
+    return part
+
+
+def test_only_the_adapter_is_trained_and_kept(warm: Path, tiny_llama: Path) -> None:
+    assert not (warm / "model.safetensors").exists()
+    adapter = load_file(warm / "adapter_model.safetensors")
+    assert adapter
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    moments = load_moments(warm)
+    model = load_model(str(warm), torch.float32)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(moments.first)
+
+
+def test_influence_of_a_lora_student_equals_the_procedure_spelled_out(warm: Path) -> None:
+    tokenizer, moments = load_tokenizer(str(warm)), load_moments(warm)
+    encoded = [encode_example(tokenizer, row["instruction"], row["response"], 64) for row in ROWS]
+    reference, probing = encoded[:4], encoded[4:]
+    step = AdamW(1e-2, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
+    student = ResidentStudent(load_model(str(warm), torch.float32), moments, step, CPU)
+    meter = InfluenceMeter(student, ReferenceSet(reference, 128, CPU))
+
+    def loss(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            each = [
+                model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss for e in reference
+            ]
+        return float(torch.stack(each).mean())
+
+    for example in probing:
+        model = load_model(str(warm), torch.float32).eval()
+        before = loss(model)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0, foreach=False)
+        for name, parameter in trained.items():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(moments.step)),
+                "exp_avg": moments.first[name].clone(),
+                "exp_avg_sq": moments.second[name].clone(),
+            }
+        model(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss.backward()
+        optimizer.step()
+        assert meter.measure(example).influence_student == pytest.approx(before - loss(model), abs=2e-6)
+
+
+def test_an_adapter_is_another_model_when_what_it_adapts_changes(warm: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_llama, base)
+    shutil.copytree(warm, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    before = fingerprint(str(adapter))
+    (base / "extra.txt").write_text("changed")
+    assert fingerprint(str(adapter)) != before
+
+
+def test_layers_that_do_not_exist_are_named(tiny_llama: Path) -> None:
+    with pytest.raises(UserError, match=r"student.lora.targets: .*no_such_layer"):
+        with_lora(load_model(str(tiny_llama), torch.float32), Lora(targets=("no_such_layer",)))

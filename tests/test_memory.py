@@ -1,0 +1,104 @@
+"""The memory plan: never below what a worker really takes, and not far above."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from montessori_core.influence.memory import GB, Shape, plan_memory
+
+ROOT = Path(__file__).parent.parent
+LLAMA_3_8B = Shape(
+    parameters=8_030_261_248,
+    trained=8_030_261_248,
+    largest=128_256 * 4096,
+    layers=32,
+    hidden=4096,
+    intermediate=14_336,
+    vocabulary=128_256,
+)
+
+# A process of its own: the peak is the kernel's count of its resident pages. What the libraries take is measured first.
+PROBE = """
+import json, random, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from montessori_core.chat import IGNORED, Encoded
+from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.memory import Shape, plan_memory
+from montessori_core.training.moments import Moments
+
+hidden, intermediate, layers, vocabulary = map(int, sys.argv[1:5])
+estimator, dtype, length, batch = sys.argv[5], sys.argv[6], int(sys.argv[7]), int(sys.argv[8])
+CPU = torch.device("cpu")
+
+def status(key):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
+
+def example(tokens):
+    ids = [random.randrange(3, 90) for _ in range(tokens)]
+    return Encoded(ids, [IGNORED] * (tokens // 2) + ids[tokens // 2 :], False)
+
+def measure(model, length, batch):
+    first, second = ({n: torch.full_like(p, 1e-6) for n, p in model.named_parameters()} for _ in range(2))
+    student = ResidentStudent(model, Moments(first, second, 3), AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, 4), CPU, dtype == "mixed")
+    del first, second
+    meter = InfluenceMeter(student, ReferenceSet([example(length // 4) for _ in range(8)], batch, CPU), estimator)
+    assert meter.measure(example(length)).status == "ok"
+    return meter
+
+def llama(hidden, intermediate, layers, vocabulary):
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32, vocab_size=vocabulary, tie_word_embeddings=True))
+
+measure(llama(32, 64, 1, 100), 32, 64)
+before = status("VmRSS")
+model = llama(hidden, intermediate, layers, vocabulary)
+open("/proc/self/clear_refs", "w").write("5")
+kept = measure(model, length, batch)
+plan = plan_memory(Shape.of(model), estimator, dtype, length, batch, 10**12)
+print(json.dumps({"measured": status("VmHWM") - before, "planned": plan.device}))
+"""
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+@pytest.mark.parametrize("sizes", [(256, 1024, 6, 8000), (512, 1024, 8, 32000)], ids=["11M", "38M"])
+def test_plan_is_just_above_measured_peak_memory(sizes: tuple[int, ...], estimator: str) -> None:
+    command = [sys.executable, "-c", PROBE, *map(str, sizes), estimator, "float32", "512", "1024"]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(outcome.stdout.splitlines()[-1])
+    assert 0.95 <= found["planned"] / found["measured"] <= 1.5
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_8b_student_fits_one_gpu_of_80_gb(estimator: str) -> None:
+    plan = plan_memory(LLAMA_3_8B, estimator, "float32", 1024, 2048, int(80 * GB))
+    assert plan.fits
+    assert plan.placement["moments"] == "host"
+    assert plan.host >= 3 * 8.03 * 4 * GB
+    larger = plan_memory(LLAMA_3_8B, estimator, "float32", 1024, 2048, int(192 * GB))
+    assert larger.fits
+    assert larger.host < plan.host
+
+
+def test_what_does_not_fit_is_not_promised() -> None:
+    assert not plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(40 * GB)).fits
+
+
+def test_plan_command_says_what_goes_where_and_what_to_do_if_it_does_not_fit(smollm2: Path) -> None:
+    def call(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flows.cli", "plan", "--student", str(smollm2), *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    roomy = call("--gpu-memory", "24")
+    assert roomy.returncode == 0, roomy.stderr
+    assert "snapshot" in roomy.stdout
+    assert "host, pinned" not in roomy.stdout
+    tight = call("--gpu-memory", "4.2", "--estimator", "exact", "--lora-rank", "8")
+    assert tight.returncode == 0, tight.stderr
+    none = call("--gpu-memory", "1")
+    assert none.returncode == 1
+    assert "--lora-rank" in none.stdout

@@ -1,0 +1,138 @@
+"""The screened estimator: calibrated, honest about itself, and independent of how rows come."""
+
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from montessori_core.config import Influence, Screening
+from montessori_core.influence_table import note_influence
+from montessori_core.program import Row
+from montessori_core.schema import INFLUENCE, table_from_rows
+from montessori_core.screening import (
+    Agreement,
+    conformal_width,
+    draw_audit,
+    estimate_influence,
+    screen,
+    screening_report,
+)
+
+SETTINGS = Screening(audit_examples=100)
+
+
+class Bench:
+    """Rows whose exact influence is known, and a first-order estimate of a given error; counts what is measured."""
+
+    def __init__(self, count: int, error: float, seed: int = 0) -> None:
+        draw = random.Random(seed)
+        self.rows: list[Row] = [{"example_id": f"e{n:04d}"} for n in range(count)]
+        self.exact = {row["example_id"]: draw.gauss(0.2, 1.0) for row in self.rows}
+        self.estimate = {name: value + draw.gauss(0.0, error) for name, value in self.exact.items()}
+        self.measured: dict[str, int] = {}
+
+    def measure(self, name: str, estimator: str, rows: list[Row]) -> pa.Table:
+        self.measured[name] = len(rows)
+        values = self.exact if estimator == "exact" else self.estimate
+        records = [
+            {
+                "example_id": row["example_id"],
+                "prompt_id": "p",
+                "status": "ok",
+                "tokens": 9,
+                "response_tokens": 5,
+                "truncated": False,
+                "example_loss": 1.0,
+                "influence_student": values[row["example_id"]],
+                "influence_null_step": values[row["example_id"]],
+                "reference_tokens": 100 if estimator == "exact" else 0,
+                "estimator": estimator,
+                "audited": False,
+            }
+            for row in rows
+        ]
+        notes = {"noise_floor": 1e-9, "null_step_influence": 0.0, "student_loss": 2.0, "reference_tokens": 100.0}
+        return note_influence(table_from_rows(records, INFLUENCE), notes)
+
+
+def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
+    bench = Bench(2000, error=0.05)
+    table = screen(bench.rows, bench.measure, SETTINGS, "student")
+    report = screening_report(table)
+    assert report is not None
+    assert table["example_id"].to_pylist() == [row["example_id"] for row in bench.rows]
+    confirmed = [r for r in table.to_pylist() if r["estimator"] == "exact"]
+    assert len(confirmed) == report.audited + report.confirmed == sum(bench.measured.values()) - 2000
+    assert sum(r["audited"] for r in table.to_pylist()) == 100
+    assert all(r["influence_student"] == bench.exact[r["example_id"]] for r in confirmed)
+    assert all(r["first_order_null_step"] == bench.estimate[r["example_id"]] for r in confirmed)
+    assert report.confirmed < 300  # the width is that of the errors, not of the influences
+    wrong = sum((r["influence_student"] > 0) != (bench.exact[r["example_id"]] > 0) for r in table.to_pylist())
+    alone = sum((bench.estimate[name] > 0) != (value > 0) for name, value in bench.exact.items())
+    assert wrong <= 0.05 * 2000
+    assert wrong < alone / 3
+    assert not report.fell_back
+
+
+def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> None:
+    """95 % intervals for first order over many draws; and the error rate of the width holds on average."""
+    covered = exceeding = 0
+    for seed in range(120):
+        bench = Bench(400, error=0.3, seed=seed)
+        report = screening_report(screen(bench.rows, bench.measure, Screening(minimum_agreement=0.0), "student"))
+        assert report is not None
+        true = np.mean([(bench.estimate[n] > 0) == (v > 0) for n, v in bench.exact.items()])
+        covered += report.first_order.low <= true <= report.first_order.high
+        exceeding += np.mean([abs(bench.estimate[n] - v) > report.width for n, v in bench.exact.items()])
+    assert covered >= 0.95 * 120 - 6
+    assert exceeding / 120 <= 0.06
+
+
+def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> None:
+    bench = Bench(300, error=3.0)
+    table = screen(bench.rows, bench.measure, SETTINGS, "student")
+    report = screening_report(table)
+    assert report is not None
+    assert report.fell_back
+    assert report.first_order.share < 0.9
+    assert table["influence_student"].to_pylist() == list(bench.exact.values())
+    assert set(table["estimator"].to_pylist()) == {"exact"}
+
+
+@pytest.mark.parametrize("baseline", ["student", "null_step", "median"])
+def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str) -> None:
+    bench = Bench(500, error=0.1)
+    table = screen(bench.rows, bench.measure, SETTINGS, baseline)
+    shuffled = list(bench.rows)
+    random.Random(1).shuffle(shuffled)
+    other = screen(shuffled, bench.measure, SETTINGS, baseline)
+    by_id = {row["example_id"]: row for row in other.to_pylist()}
+    assert [by_id[row["example_id"]] for row in table.to_pylist()] == table.to_pylist()
+    assert screening_report(table) == screening_report(other)
+
+
+def test_small_sets_are_measured_exactly() -> None:
+    bench = Bench(60, error=0.1)
+    table = estimate_influence(bench.rows, bench.measure, Influence(estimator="screened"), "student")
+    assert table["influence_student"].to_pylist() == list(bench.exact.values())
+    assert "confirm" not in bench.measured
+
+
+def test_a_larger_audit_holds_a_smaller_one() -> None:
+    names = [f"e{n}" for n in range(300)]
+    assert set(draw_audit(names, 50)) <= set(draw_audit(names[::-1], 100))
+
+
+def test_width_of_too_few_errors_is_infinite() -> None:
+    errors = np.arange(1.0, 20.0)
+    assert conformal_width(errors, 0.05) == 19.0
+    assert conformal_width(errors[:18], 0.05) == np.inf
+
+
+def test_interval_is_clopper_pearsons() -> None:
+    """Golden values of the binomial interval for 9 of 10 and 0 of 5."""
+    nine = Agreement.of(np.array([True] * 9 + [False]))
+    assert (round(nine.low, 4), round(nine.high, 4)) == (0.5550, 0.9975)
+    none = Agreement.of(np.zeros(5, bool))
+    assert (none.low, round(none.high, 4)) == (0.0, 0.5218)
