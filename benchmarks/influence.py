@@ -10,6 +10,7 @@ On a GPU (--device cuda) times are taken after synchronisation, and peak memory 
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -172,7 +173,7 @@ def naive(folder: Path, example: Encoded, references: list[Encoded], batch: int,
                 model(**padded(references[start : start + batch]))
         parts["end"] = time.perf_counter()
         names = list(parts)
-        shares = ", ".join(f"{a} {parts[b] - parts[a]:.2f} s" for a, b in zip(names, names[1:], strict=False))
+        shares = ", ".join(f"{a} {parts[b] - parts[a]:.2f} s" for a, b in itertools.pairwise(names))
         print(f"naive: {shares}")  # noqa: T201
 
     return timed(measure, device)

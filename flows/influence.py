@@ -108,8 +108,9 @@ def parse_options(options: dict[str, Any]) -> Influence:
         return Influence.model_validate(options)
     except ValidationError as error:
         problem = error.errors()[0]
-        names = [str(part).replace("_", "-") for part in problem["loc"]]
-        raise ConfigError(f"{'--' + names[0] if names else 'options'}: {problem['msg']}") from error
+        place = [str(part) for part in problem["loc"]]
+        name = {"screening": place[-1:], "sequential": place[:1]}.get(place[0], place) if place else ["estimator"]
+        raise ConfigError(f"--{name[0].replace('_', '-')}: {problem['msg']}") from error
 
 
 def check_baseline(baseline: str) -> str:

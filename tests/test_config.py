@@ -1,6 +1,7 @@
 """Configuration: strict, described, and the same after a round trip."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -16,8 +17,9 @@ MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}}
 def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
     found = {model}
     for field in model.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= sections(field.annotation)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= sections(kind)
     return found
 
 
@@ -44,7 +46,18 @@ def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
         ({"synthesis": {"filters": {"max_rouge": 0.5}}}, "synthesis.filters.max_rouge: unknown key"),
         ({"seed": "many"}, "seed: Input should be a valid integer"),
         ({"teacher": {}}, "teacher.model: missing"),
-        ({"influence": {"estimator": "magic"}}, "influence.estimator: Input should be 'exact' or 'first_order'"),
+        (
+            {"influence": {"estimator": "magic"}},
+            "influence.estimator: Input should be 'exact', 'first_order' or 'screened'",
+        ),
+        (
+            {"influence": {"sequential": {}}},
+            "influence: sequential evaluation belongs to estimator: exact, not screened",
+        ),
+        (
+            {"influence": {"sequential": {}, "estimator": "exact"}, "preferences": {"baseline": "median"}},
+            "preferences.baseline: median has no threshold",
+        ),
         ({"training": {"batch_size": 3}}, "training: batch_size (3) must be a multiple of micro_batch_size (2)"),
         ({"training": {"schedule": {"warmup": 0.5}}}, "training.schedule: warmup + stable + decay must be 1, not 1.4"),
         ({"zero": {"stage": 0, "offload": "optimizer"}}, "zero: offload: optimizer needs stage 1, 2 or 3"),

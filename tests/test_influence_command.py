@@ -2,13 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 
+from montessori_core.models import load_model
 from montessori_core.schema import INFLUENCE, read_table
+from montessori_core.training.moments import Moments, cold_moments, save_moments
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
@@ -54,10 +60,81 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
     assert (folder / "influence.parquet").read_bytes() == content
 
 
+def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder: Path) -> None:
+    """More examples than the audit, so that some rows stay first order; the exact rows are those of a run all exact."""
+    many = [
+        {"instruction": f"Name {i} things.", "output": "thing " * (1 + i % 7) + str(i), "id": f"x{i}"}
+        for i in range(60)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, many)))
+    options = ["--learning-rate", "1e-4", "--audit-examples", "40", "--baseline", "median"]
+    code, output = call(folder, tiny_llama, *options)
+    assert code == 0, output
+    for text in ("40 to audit", "Spearman", "95 % interval", "baseline: median", "distribution"):
+        assert text in output
+    rows = read_table(folder / "influence.parquet", INFLUENCE).to_pylist()
+    exact = [row for row in rows if row["estimator"] == "exact"]
+    assert 40 <= len(exact) < 60
+    assert sum(row["audited"] for row in rows) == 40
+    code, output = call(folder, tiny_llama, *options, "--estimator", "exact", "--out", "exact.parquet")
+    assert code == 0, output
+    oracle = {row["example_id"]: row for row in read_table(folder / "exact.parquet", INFLUENCE).to_pylist()}
+    for row in exact:
+        assert row["influence_student"] == oracle[row["example_id"]]["influence_student"]
+    both = [(row["first_order_null_step"], row["influence_null_step"]) for row in exact]
+    assert spearmanr(both).statistic > 0.9
+    assert all(row["reference_tokens"] == 0 for row in rows if row["estimator"] == "first_order")
+
+
+def test_sequential_says_what_it_saved_and_mixed_precision_runs(tiny_llama: Path, folder: Path) -> None:
+    references = [{"instruction": f"Say {i}.", "output": "yes " * (1 + i % 5)} for i in range(40)]
+    (folder / "reference.jsonl").write_text("\n".join(map(json.dumps, references)))
+    options = ["--learning-rate", "1e-3", "--estimator", "exact", "--sequential", "0.2", "--dtype", "mixed"]
+    code, output = call(folder, tiny_llama, *options, "--device", "cpu")
+    assert code == 0, output
+    assert "reference tokens saved" in output
+
+
+def test_examples_that_cannot_be_measured_are_listed(tiny_llama: Path, folder: Path) -> None:
+    """A prompt that fills the context leaves no response: the row is excluded and named, the others are measured."""
+    long = {"id": "long-one", "instruction": "word " * 200, "output": "cut off"}
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*EXAMPLES[:4], long])))
+    code, output = call(folder, tiny_llama, "--max-length", "64")
+    assert code == 0, output
+    assert "4 of 5" in output
+    assert "left out: no response tokens" in output
+    assert "long-one" in output
+    (row,) = [r for r in read_table(folder / "influence.parquet", INFLUENCE).to_pylist() if r["status"] != "ok"]
+    assert row["truncated"]
+    assert row["influence_student"] is None
+
+
+def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, folder: Path) -> None:
+    other = folder / "other"
+    shutil.copytree(tiny_llama, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000].contiguous()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    code, output = call(folder, other)
+    assert code == 1
+    assert "the tokenizer has 49152 tokens, but the model knows 1000" in " ".join(output.split())
+    moments = cold_moments(load_model(str(tiny_llama), torch.float32))
+    save_moments(Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, moments.step + 1), folder)
+    code, output = call(folder, tiny_llama, "--warm-state", ".")
+    assert code == 1
+    assert "the AdamW moments are of another model" in " ".join(output.split())
+
+
 def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order' or 'screened'"),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
+        (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step' or 'median'"),
+        (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda, cuda:N"),
+        (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
+        (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),
         (["--reference", "absent.jsonl"], "absent.jsonl: cannot be read"),
     ):
         code, output = call(folder, tiny_llama, *options)

@@ -16,6 +16,7 @@ from montessori_core.atomic import read_json
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
+from montessori_core.screening import ScreeningReport, screening_report
 from montessori_core.synthesis.filters import funnel
 from montessori_core.training.files import LOG_FILE
 
@@ -50,6 +51,11 @@ class Influence:
         """Influence of the measured examples against the student, nats."""
         measured = self.table.filter(pc.equal(self.table["status"], "ok"))["influence_student"]
         return np.asarray(measured.to_numpy(), dtype=np.float64)
+
+    @cached_property
+    def screening(self) -> ScreeningReport | None:
+        """How well the screen did; None if the estimator had none."""
+        return screening_report(self.table)
 
     @cached_property
     def summary(self) -> dict[str, float | int]:

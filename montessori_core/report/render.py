@@ -343,11 +343,29 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
         row(f"noise floor ({unit})", lambda part: unit.size(part.summary["noise_floor"])),
         row("reference loss of the student (nats)", lambda part: numbers.loss(part.summary["student_loss"])),
     ]
+    if any(part.screening for part in sets):
+        rows += [
+            row("measured exactly", _measured_exactly),
+            row("signs of first order that agree with exact ones", lambda part: _agreement(part, "first_order")),
+            row("signs that agree after confirmation", lambda part: _agreement(part, "screened")),
+        ]
     return Table(
         "Influence in numbers; in brackets the 95 % interval (Wilson) of each share",
         ["", *(part.label for part in sets)],
         rows,
     )
+
+
+def _measured_exactly(part: Influence) -> str:
+    if part.screening is None:
+        return UNKNOWN
+    if part.screening.fell_back:
+        return "all: first order was unfit"
+    return f"{numbers.count(part.screening.audited)} to audit, {numbers.count(part.screening.confirmed)} in doubt"
+
+
+def _agreement(part: Influence, which: str) -> str:
+    return str(getattr(part.screening, which)) if part.screening else UNKNOWN
 
 
 def _interval(part: Influence, share: str) -> str:
