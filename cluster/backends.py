@@ -47,6 +47,10 @@ class Backend(Protocol):
         """Which jobs of a submission are running or will run again; None if nobody knows at present."""
         ...
 
+    def running(self, name: str, ids: Sequence[str]) -> set[str]:
+        """Which jobs of a submission have started; none of them if nobody knows at present."""
+        ...
+
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs, running or not."""
         ...
@@ -110,6 +114,9 @@ class LocalBackend:
         return found
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        return {job_id for job_id in ids if _process(job_id) is not None}
+
+    def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return {job_id for job_id in ids if _process(job_id) is not None}
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -223,6 +230,9 @@ class SlurmBackend:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
+    def running(self, name: str, ids: Sequence[str]) -> set[str]:
+        return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
+
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs, running or not, and wait until they have ended, so that none commits afterwards."""
         arrays = _arrays(ids)
@@ -249,9 +259,9 @@ class SlurmBackend:
         )
         return f"Slurm says {answer.strip()}" if answer else "the job is gone from the queue without a result"
 
-    def _queued(self, name: str) -> set[str] | None:
+    def _queued(self, name: str, *options: str) -> set[str] | None:
         # One line for each task: Slurm cuts a long list of an array's waiting tasks short.
-        return self._squeue("--array", f"--name={name}", "--format=%i")
+        return self._squeue("--array", f"--name={name}", "--format=%i", *options)
 
     def _squeue(self, *options: str) -> set[str] | None:
         answer = _ask("squeue", "--noheader", *options)

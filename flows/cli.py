@@ -40,7 +40,9 @@ app = typer.Typer(
 
     montessori run configs/quickstart.yaml   an iteration on this machine, in minutes
 
-    montessori status runs/quickstart        what is done, running, failed
+    montessori status runs/quickstart        what is done, running, failed, and how long it will take
+
+    montessori logs runs/quickstart --shard 3       montessori cancel runs/quickstart
 
     montessori resume runs/quickstart        after Ctrl-C, a crash or a mended error: nothing done is repeated
 
@@ -101,6 +103,54 @@ def status(run_dir: RunFolder) -> None:
     from tasks.run import reopen_run
 
     show_status(reopen_run(run_dir), console)
+
+
+@app.command()
+def logs(
+    run_dir: RunFolder,
+    shard: Annotated[int, typer.Option(help="The shard, counted from 0.")],
+    stage: Annotated[
+        str | None, typer.Option(help="The stage, as status names it; by default the last that began.")
+    ] = None,
+    lines: Annotated[int | None, typer.Option(help="Only so many lines from its end.")] = None,
+) -> None:
+    """Print the log of the last job that worked on a shard."""
+    from flows.control import show_log
+    from tasks.run import reopen_run
+
+    show_log(reopen_run(run_dir), stage, shard, lines, console)
+
+
+@app.command()
+def cancel(run_dir: RunFolder) -> None:
+    """End a run: its driver and all of its jobs, and nothing else. What is done is kept."""
+    from flows.control import cancel_run
+    from tasks.run import reopen_run
+
+    cancel_run(reopen_run(run_dir), console)
+
+
+@app.command()
+def retry(
+    run_dir: RunFolder,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Submit the failed and missing shards again (default).")
+    ] = False,
+    shard: Annotated[int | None, typer.Option(help="Compute this shard again, even if it is done.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="The stage of --shard, as status names it; by default the last that began.")
+    ] = None,
+) -> None:
+    """Submit shards again, then go on with the run: all that are missing, or one that you name."""
+    from flows.control import forget_shard
+    from tasks.run import open_run, reopen_run
+
+    if failed and shard is not None:
+        raise UserError("--failed and --shard exclude each other: name one shard, or take all that are missing")
+    opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
+    if shard is not None:
+        forget_shard(opened, stage, shard)
+    _drive(opened)
 
 
 @app.command()

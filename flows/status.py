@@ -1,54 +1,50 @@
 """What a run looks like from outside: the state of its stages, and the summary at its end."""
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
-from cluster.fanout import Ledger
-from cluster.stage import Stage
+from cluster.oversight import look_at, stages_of
 from montessori_core.atomic import read_json
-from tasks.run import Run, stage_seconds
+from tasks.run import Run, driver_of
 
 
 def show_status(run: Run, console: Console) -> None:
-    """Print a line for each stage, and one for each failed shard."""
-    table = Table(
-        "stage", "shards done", "rows done", "job seconds", "state", title=f"{run.experiment.name} ({run.folder})"
-    )
-    failures: list[tuple[str, Path]] = []
-    stages = sorted(run.folder.rglob("stage.json"), key=lambda path: path.stat().st_mtime)
-    for path in stages:
-        folder = path.parent
-        stage = Stage.read(folder)
-        shards = read_json(path)["shards"]
-        done = rows_done = rows = 0
-        for index in range(shards):
-            shard = read_json(stage.shard_file(index))
-            rows += len(shard["rows"])
-            if stage.is_done(index, shard["key"]):
-                done += 1
-                rows_done += len(shard["rows"])
-            else:
-                rows_done += min((read_json(stage.progress_file(index)) or {"done": 0})["done"], len(shard["rows"]))
-                if stage.failure_file(index).exists():
-                    failures.append((f"{folder.relative_to(run.folder)}, shard {index}", stage.failure_file(index)))
-        working = any(not submission.closed for submission in Ledger(folder / "jobs").submissions)
-        state = "done" if done == shards else ("jobs submitted" if working else "incomplete")
+    """Print a line for each stage, and what is known of each failed shard."""
+    columns = ("stage", "state", "shards done", "running", "queued", "failed", "rows done", "job seconds", "left")
+    table = Table(*columns, title=f"{run.experiment.name} ({run.folder})", title_justify="left")
+    states = [look_at(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
+    for state in states:
         table.add_row(
-            str(folder.relative_to(run.folder)),
-            f"{done}/{shards}",
-            f"{rows_done}/{rows}",
-            f"{stage_seconds(folder):.0f}",
-            state,
+            str(state.folder.relative_to(run.folder)),
+            state.word,
+            f"{state.done}/{state.shards}",
+            *(str(count) if count else "" for count in (state.running, state.queued, state.failed)),
+            f"{state.rows_done}/{state.rows}",
+            f"{state.job_seconds:.0f}",
+            f"about {_span(state.seconds_left)}" if state.word == "at work" and state.seconds_left else "",
         )
     console.print(table)
-    for name, file in failures:
-        failure = read_json(file)
-        console.print(f"failed: {name}: {failure['class']}: {failure['error']}", markup=False, soft_wrap=True)
-        console.print(f"  traceback: {file}", soft_wrap=True)
-    if not stages:
+    for state in states:
+        stage = state.folder.relative_to(run.folder)
+        for failure in state.failures:
+            console.print(
+                f"failed: {stage}, shard {failure.shard}: {failure.kind}: {failure.error}", markup=False, soft_wrap=True
+            )
+            for line in failure.last_lines:
+                console.print(f"  | {line}", markup=False, soft_wrap=True)
+            console.print(f"  log: {failure.log}", soft_wrap=True)
+    holder = driver_of(run.folder)
+    if holder:
+        console.print(f"driven by process {holder['process']} on {holder['host']}")
+    elif any(state.word != "done" for state in states):
+        console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)
+    if not states:
         console.print("no stage has begun")
+
+
+def _span(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def print_summary(run: Run, console: Console) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import time
@@ -26,6 +27,7 @@ from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from tasks.progress import ProgressBar
 
+_DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 Kind = Literal["generation", "training", "influence", "evaluation"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
@@ -179,6 +181,43 @@ def only_driver(folder: Path) -> Iterator[None]:
         lock.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "servers": servers}))
         lock.flush()
         yield
+
+
+def driver_of(folder: Path) -> dict[str, Any] | None:
+    """The process that drives a run at present, and its host; None if nobody does."""
+    try:
+        lock = (folder / "driver.lock").open()
+    except OSError:
+        return None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return read_json(folder / "driver.lock") or {"process": "unknown", "host": "unknown"}
+    return None
+
+
+def end_driver(folder: Path) -> bool:
+    """Interrupt the process that drives a run, and wait until it has cancelled its jobs; whether there was one.
+
+    Raises:
+        UserError: it runs on another host, or does not leave.
+    """
+    holder = driver_of(folder)
+    if holder is None:
+        return False
+    if holder["host"] != socket.gethostname():
+        raise UserError(
+            f"{folder}: driven by process {holder['process']} on {holder['host']}; give this command there, or end that "
+            "process first"
+        )
+    os.kill(holder["process"], signal.SIGINT)
+    deadline = time.monotonic() + _DRIVER_PATIENCE
+    while driver_of(folder) is not None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder}: process {holder['process']} does not leave; end it and give this command again")
+        time.sleep(0.2)
+    return True
 
 
 def _end_orphaned_servers(holder: dict[str, Any]) -> None:

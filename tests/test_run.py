@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from montessori_core import schema
+from montessori_core.screening import screening_report
 
 ROOT = Path(__file__).parent.parent
 TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
@@ -136,6 +137,9 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
         assert (run / "iteration-1" / name / "part-00000" / "model.safetensors").exists()
     metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
     assert set(metrics["held_out_loss"]) == {"student", "untrained", "unmodified"}
+    screening = screening_report(schema.read_table(run / "iteration-1" / "influence.parquet", schema.INFLUENCE))
+    assert screening is not None
+    assert (screening.audited, screening.confirmed) == (16, 0)  # fewer than an audit: all of them exact
     funnel = metrics["synthesis"]["probing"]
     assert funnel["kept"] == 20
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
@@ -233,7 +237,16 @@ def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
     config = configuration(tmp_path, talking_llama)
     run = tmp_path / "runs" / "tiny"
     draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
-    stages = ["instructions-1", "responses-1", "warmup", "influence", "teacher", "training/instructions-1", "student"]
+    stages = [
+        "instructions-1",
+        "responses-1",
+        "warmup",
+        "influence",
+        "influence-audit",
+        "teacher",
+        "training/instructions-1",
+        "student",
+    ]
     for number, name in enumerate(stages):
         driver = montessori("run", str(config), cwd=tmp_path)
         begun = run / "iteration-1" / name / "jobs" / "ledger.json"

@@ -1,0 +1,183 @@
+"""Looking at a stage, and reaching into it, from outside its driver: state, logs, cancelling, single shards again."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.backends import log_files, open_backend
+from cluster.fanout import Ledger
+from cluster.stage import Stage
+from montessori_core.atomic import read_json
+from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
+
+_RECENT = 20
+"""Shards whose pace says how fast a stage is now."""
+
+
+@dataclass(frozen=True)
+class FailedShard:
+    """A shard that failed for good: why, the last lines it wrote, and where to read more."""
+
+    shard: int
+    kind: str
+    error: str
+    last_lines: list[str]
+    log: Path
+
+
+@dataclass(frozen=True)
+class StageState:
+    """How far a stage is.
+
+    Attributes:
+        folder: the stage's.
+        shards, done, running, queued, failed: counts of shards.
+        rows, rows_done: of all shards, those at work included.
+        job_seconds: spent on the shards that are done.
+        seconds_left: at the pace of the last shards; None if it cannot be told.
+        failures: one for each failed shard.
+    """
+
+    folder: Path
+    shards: int
+    done: int
+    running: int
+    queued: int
+    failed: int
+    rows: int
+    rows_done: int
+    job_seconds: float
+    seconds_left: float | None
+    failures: list[FailedShard]
+
+    @property
+    def word(self) -> str:
+        """The state in a word."""
+        if self.done == self.shards:
+            return "done"
+        if self.running or self.queued:
+            return "at work"
+        return "failed" if self.failed else "incomplete"
+
+
+def stages_of(run: Path) -> list[Path]:
+    """Folders of a run's stages, in the order in which they began."""
+    found = sorted(run.rglob("stage.json"), key=lambda path: (path.parent / "shards").stat().st_ctime)
+    return [path.parent for path in found]
+
+
+def look_at(folder: Path, cluster: Cluster) -> StageState:
+    """Read a stage's state from its folder and the scheduler."""
+    stage, shards = Stage.read(folder), read_json(folder / "stage.json")["shards"]
+    done: list[int] = []
+    missing: dict[int, int] = {}
+    rows = 0
+    for index in range(shards):
+        shard = read_json(stage.shard_file(index))
+        rows += len(shard["rows"])
+        if stage.is_done(index, shard["key"]):
+            done.append(index)
+        else:
+            begun = read_json(stage.progress_file(index)) or {"done": 0}
+            missing[index] = min(begun["done"], len(shard["rows"]))
+    running, queued = _at_work(folder, cluster, set(missing))
+    idle = set(missing) - running - queued
+    failures = [_failure(stage, index) for index in sorted(idle) if stage.failure_file(index).exists()]
+    manifests = [read_json(stage.manifest(index)) for index in done]
+    rows_done = sum(manifest["rows"] for manifest in manifests) + sum(missing.values())
+    return StageState(
+        folder,
+        shards,
+        len(done),
+        len(running),
+        len(queued),
+        len(failures),
+        rows,
+        rows_done,
+        sum(manifest["seconds"] for manifest in manifests),
+        _seconds_left(stage, done, rows - rows_done),
+        failures,
+    )
+
+
+def log_of(folder: Path, shard: int) -> Path:
+    """The log of the last job that was given a shard.
+
+    Raises:
+        UserError: there is no such shard, or no job has had it.
+    """
+    shards = read_json(folder / "stage.json")["shards"]
+    if not 0 <= shard < shards:
+        raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
+    for submission in reversed(Ledger(folder / "jobs").submissions):
+        for job_id, task in zip(submission.ids or [], submission.tasks, strict=False):
+            if shard in task:
+                logs = log_files(folder / "jobs" / submission.name, job_id)
+                if logs:
+                    return logs[0]
+    raise UserError(f"{folder.name}, shard {shard}: no job has written a log yet; it may still wait in the queue")
+
+
+def forget(folder: Path, shard: int) -> None:
+    """Make a shard count as not done, so that the next driver computes it again; its result stays until then.
+
+    Raises:
+        UserError: there is no such shard.
+    """
+    stage, shards = Stage.read(folder), read_json(folder / "stage.json")["shards"]
+    if not 0 <= shard < shards:
+        raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
+    stage.manifest(shard).unlink(missing_ok=True)
+
+
+def cancel_jobs(folder: Path, cluster: Cluster) -> int:
+    """End the jobs of a stage that nobody drives any more; return how many submissions were ended."""
+    ledger = Ledger(folder / "jobs")
+    backend = open_backend(cluster, Resources(), None)
+    ended = 0
+    for submission in ledger.open_submissions():
+        ids = submission.ids
+        backend.cancel(backend.find(submission.name, ledger.folder / submission.name) if ids is None else ids)
+        submission.closed = True
+        ledger.save()
+        ended += 1
+    return ended
+
+
+def _at_work(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int], set[int]]:
+    """Of the shards not done, those that a job computes now, and those that wait for their turn in or for a job."""
+    running: set[int] = set()
+    queued: set[int] = set()
+    for submission in Ledger(folder / "jobs").open_submissions():
+        backend, ids = open_backend(cluster, Resources(), None), submission.ids or []
+        alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
+        for job_id, task in zip(ids, submission.tasks, strict=True):
+            if alive is not None and job_id not in alive:
+                continue
+            left = [index for index in task if index in missing]
+            running.update(left[:1] if job_id in started else [])
+            queued.update(left[1:] if job_id in started else left)
+    return running, queued - running
+
+
+def _failure(stage: Stage, index: int) -> FailedShard:
+    noted = read_json(stage.failure_file(index))
+    try:
+        log = log_of(stage.folder, index)
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
+    except UserError:
+        log, lines = stage.failure_file(index), noted["traceback"].splitlines()[-5:]
+    return FailedShard(index, noted["class"], noted["error"], lines, log)
+
+
+def _seconds_left(stage: Stage, done: list[int], rows_left: int) -> float | None:
+    """From the time that the last shards took together, however many jobs shared them."""
+    ended = sorted((stage.manifest(index).stat().st_mtime, index) for index in done)[-_RECENT:]
+    if not rows_left or len(ended) < 2:
+        return 0.0 if not rows_left else None
+    rows = sum(len(read_json(stage.shard_file(index))["rows"]) for _, index in ended[1:])
+    elapsed = ended[-1][0] - ended[0][0]
+    # A stage that stands still gets slower with every look.
+    elapsed = max(elapsed, time.time() - ended[0][0])
+    return elapsed / rows * rows_left if rows and elapsed > 0 else None
