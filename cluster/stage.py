@@ -7,6 +7,7 @@ carries that key; that a file exists proves nothing. Layout of a stage's folder:
     shards/00003.json                 key and rows of shard 3
     part-00003.parquet | part-00003/  its result
     part-00003.manifest.json          key, rows, bytes and hash of the result: written last
+    pieces/                           rows of shards at work that are done
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
@@ -39,6 +40,7 @@ class Stage:
         input_hashes: content hash of each input (for a hub id: of the id and its revision).
         folder: the stage's folder.
         suffix: '.parquet' for a table, '' for a folder.
+        piece_rows: rows of a table that a job commits at a time, see `cluster.pieces`; 0 commits whole shards.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Stage:
     input_hashes: Mapping[str, str]
     folder: Path
     suffix: str = ".parquet"
+    piece_rows: int = 0
 
     def key(self, rows: list[Row]) -> str:
         """What a shard's result is decided by, hashed."""
@@ -86,6 +89,7 @@ class Stage:
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             "input_hashes": dict(self.input_hashes),
             "suffix": self.suffix,
+            "piece_rows": self.piece_rows,
             "shards": len(shards),
         }
         write_json(description, self.folder / "stage.json")

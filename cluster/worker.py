@@ -14,6 +14,7 @@ from typing import Any
 
 import submitit
 
+from cluster.pieces import compute_in_pieces, remove_pieces
 from cluster.rendezvous import join_processes
 from cluster.stage import Stage
 from montessori_core.atomic import read_json, write_json
@@ -80,7 +81,14 @@ def _compute_shard(
     report = stage.progress_reporter(index)
     if environment.global_rank == 0:
         with stage.commit_part(index, shard["key"], len(shard["rows"]), environment.job_id) as temporary:
-            compute(shard["rows"], temporary, report)
+            if stage.piece_rows:
+                pieces = stage.folder / "pieces"
+                size = stage.piece_rows
+                compute_in_pieces(pieces, index, shard["key"], shard["rows"], size, compute, temporary, report)
+            else:
+                compute(shard["rows"], temporary, report)
+        if stage.piece_rows:
+            remove_pieces(stage.folder / "pieces", index)
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"
         try:

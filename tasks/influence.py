@@ -19,6 +19,8 @@ from montessori_core.screening import ScreeningReport, estimate_influence, scree
 from tasks.run import Model, Run
 
 PROGRAM = "montessori_core.influence.jobs:open_influence"
+PIECE = 4
+"""Examples that a preempted or killed job can lose."""
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE)
@@ -49,6 +51,7 @@ def collect_influence(
             cut_into_shards(some, settings.examples_per_shard),
             models={"student": student, "moments": student},
             files={"reference": run.source_file("reference")},
+            piece_rows=PIECE,
         )
         return join_influence([read_table(part, INFLUENCE) for part in parts])
 

@@ -80,6 +80,7 @@ class Run:
         models: Mapping[str, Model] | None = None,
         files: Mapping[str, Path] | None = None,
         suffix: str = ".parquet",
+        piece_rows: int = 0,
     ) -> list[Path]:
         """Bring a stage to its end and return its results, one for each shard.
 
@@ -93,6 +94,7 @@ class Run:
             models: models the program loads, by the name of the input.
             files: files the program reads, by the name of the input.
             suffix: '.parquet' or '' for a folder.
+            piece_rows: see `cluster.stage.Stage`.
         """
         models, files = models or {}, files or {}
         stage = Stage(
@@ -104,6 +106,7 @@ class Run:
             input_hashes={n: m.sha256 for n, m in models.items()} | {n: hash_path(p) for n, p in files.items()},
             folder=folder,
             suffix=suffix,
+            piece_rows=piece_rows,
         )
         cluster = self.experiment.cluster
         resources: Resources = getattr(cluster.resources, kind)

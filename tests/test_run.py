@@ -196,6 +196,24 @@ def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
     assert "incomplete" not in output
 
 
+def test_single_shard_is_computed_again_on_request(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
+    expected = digests(run)
+    code, output = call("retry", "runs/tiny", "--stage", "iteration-1/influence", "--shard", "2", cwd=undisturbed)
+    assert code == 0, output
+    changed = {path.relative_to(run) for path, time_then in before.items() if path.stat().st_mtime_ns != time_then}
+    assert changed == {Path("iteration-1/influence/part-00002.manifest.json")}
+    assert digests(run) == expected
+    for stage, shard, message in (
+        ("nowhere", "0", "no stage 'nowhere'; there are"),
+        ("iteration-1/influence", "9", "has shards 0 to 3, no shard 9"),
+    ):
+        code, output = call("retry", "runs/tiny", "--stage", stage, "--shard", shard, cwd=undisturbed)
+        assert code == 1
+        assert message in " ".join(output.split())
+
+
 def test_another_configuration_is_refused_with_the_difference(undisturbed: Path) -> None:
     code, output = call("run", "tiny.yaml", "--set", "warmup.examples=5", cwd=undisturbed)
     assert code == 1
@@ -271,9 +289,20 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
         assert first.poll() is None
         time.sleep(0.05)
     code, output = call("run", str(config), cwd=tmp_path)
-    kill_everything(first, signal.SIGINT)
     assert code == 1
     assert "another process drives this run" in output
+    code, output = call("status", "runs/tiny", cwd=tmp_path)
+    assert f"driven by process {first.pid}" in output
+    assert "at work" in output
+    code, output = call("cancel", "runs/tiny", cwd=tmp_path)
+    assert code == 0, output
+    assert "cancelled; what is done is kept" in output
+    assert first.wait(90) == 130
+    assert not left_over(tmp_path)
+    code, output = call("cancel", "runs/tiny", cwd=tmp_path)
+    assert "nothing of this run is at work" in output
+    code, output = call("status", "runs/tiny", cwd=tmp_path)
+    assert "go on with: montessori resume" in output
 
 
 def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
@@ -297,6 +326,10 @@ def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(undistu
     assert "no training example" in Path(log.strip()).read_text()
     code, output = call("status", "runs/short", cwd=undisturbed)
     assert "failed: iteration-1/warmup, shard 0: code_error: DataError" in output
+    assert "  | montessori_core.errors.DataError: no training example" in output
+    code, output = call("logs", "runs/short", "--shard", "0", "--lines", "3", cwd=undisturbed)
+    assert code == 0
+    assert "no training example has a response" in output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""A shard's rows, committed a few at a time: a job that is preempted or killed loses only what it was at work on.
+
+For programs whose rows do not depend on each other and whose result is a table. A piece's name carries the key of its
+shard, so that pieces of other rows or settings are never taken for it; the shard's own commit removes them.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from montessori_core.atomic import commit
+from montessori_core.program import Compute, Report, Row
+
+
+def compute_in_pieces(
+    folder: Path, index: int, key: str, rows: list[Row], size: int, compute: Compute, output: Path, report: Report
+) -> None:
+    """Compute the pieces of shard `index` that are not there yet, `size` rows each, and join them into `output`."""
+    folder.mkdir(exist_ok=True)
+    tables = []
+    for start in range(0, len(rows), size):
+        piece = folder / f"{index:05d}-{key[:16]}-{start:06d}.parquet"
+        table = _read(piece)
+        if table is None:
+            with commit(piece) as temporary:
+                compute(rows[start : start + size], temporary, lambda done, start=start: report(start + done))  # type: ignore[misc]
+            table = pq.read_table(piece)
+        tables.append(table)
+        report(min(start + size, len(rows)))
+    whole = pa.concat_tables([table.replace_schema_metadata(tables[0].schema.metadata) for table in tables])
+    pq.write_table(whole.combine_chunks(), output, compression="zstd")
+
+
+def remove_pieces(folder: Path, index: int) -> None:
+    """Remove the pieces of a shard that is done."""
+    for piece in folder.glob(f"{index:05d}-*.parquet"):
+        piece.unlink(missing_ok=True)
+
+
+def _read(piece: Path) -> pa.Table | None:
+    try:
+        return pq.read_table(piece)
+    except (FileNotFoundError, pa.ArrowInvalid, OSError):
+        return None  # not there, or damaged: it is computed again
