@@ -12,7 +12,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from montessori_core.chat import Encoded, encode_example
 from montessori_core.config import DataSource
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent, SequentialReference
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.influence.reference import influence_by_example, influence_of, rounding_noise
+from montessori_core.influence.reference import influence_by_example, influence_of
 from montessori_core.influence.sequential import is_decided
-from montessori_core.influence.student import disturb_weights
 from montessori_core.models import fetch_embedded, load_model, load_tokenizer
 from montessori_core.sources import read_tasks
 from montessori_core.training.moments import Moments, load_moments
@@ -83,17 +82,13 @@ def main() -> None:
         np.savez(arguments.save, differences=differences, first_order=estimate, momentum=momentum_by_example.numpy())
     slope = first_order._slope
     assert slope is not None
-    mixed = InfluenceMeter(setting.resident(mixed=True), setting.reference, "first_order")
-    add("first order, mixed", *measure(mixed, setting.probing, "first order, mixed"))
-    del mixed
-    add("forward mode", *forward_mode(setting, slope, momentum))
-    bf16_first_order = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference, "first_order")
-    add("first order, bfloat16", *measure(bf16_first_order, setting.probing, "first order, bfloat16"))
-    del bf16_first_order
+    if not arguments.brief:
+        add_other_precisions(setting, slope, momentum, add)
     bf16_meter = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference)
     add("(a) exact, bfloat16", *measure(bf16_meter, setting.probing[: arguments.bf16_probing], "bfloat16"))
-    rounded, seconds, noise = bf16_evaluation(setting, arguments.bf16_probing)
-    add("(b) fp32 step, bf16 evaluation", rounded, seconds)
+    if not arguments.brief:
+        add("(b) fp32 step, bf16 evaluation", *bf16_evaluation(setting, arguments.bf16_probing))
+
     lines = [
         f"### {arguments.title}",
         "",
@@ -101,7 +96,7 @@ def main() -> None:
         f"{setting.moments.step} warm-up steps, learning rate {setting.adamw.learning_rate:g}, seed {arguments.seed}. "
         f"Influences in [{oracle.min():.2e}, {oracle.max():.2e}], of which momentum alone {momentum:.2e}; standard error "
         f"over the reference examples {np.median(errors):.1e} (median). Noise floor {oracle_meter.noise_floor:.1e} in fp32, "
-        f"{bf16_meter.noise_floor:.1e} in bfloat16, {noise:.1e} for (b). A step in bfloat16 changes "
+        f"{bf16_meter.noise_floor:.1e} in bfloat16. A step in bfloat16 changes "
         f"{changed_weights(setting, torch.bfloat16):.1%} of the weights, in fp32 "
         f"{changed_weights(setting, torch.float32):.1%}.",
         "",
@@ -120,6 +115,18 @@ def main() -> None:
             file.write("\n".join(lines) + "\n")
 
 
+def add_other_precisions(
+    setting: Setting, slope: dict[str, torch.Tensor], momentum: float, add: Callable[[str, np.ndarray, float], None]
+) -> None:
+    """First order in other precisions, and without gradients of examples."""
+    mixed = InfluenceMeter(setting.resident(mixed=True), setting.reference, "first_order")
+    add("first order, mixed", *measure(mixed, setting.probing, "first order, mixed"))
+    del mixed
+    add("forward mode", *forward_mode(setting, slope, momentum))
+    bf16 = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference, "first_order")
+    add("first order, bfloat16", *measure(bf16, setting.probing, "first order, bfloat16"))
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,6 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-state", type=Path, help="folder with its AdamW moments; without, it is warmed up here")
     parser.add_argument("--probing", type=int, default=100, help="probing examples")
     parser.add_argument("--bf16-probing", type=int, default=40, help="of them, measured in bf16: it takes as long")
+    parser.add_argument("--brief", action="store_true", help="only the oracle, first order in fp32, and bfloat16")
     parser.add_argument("--references", type=int, default=64, help="reference examples")
     parser.add_argument("--warmup-steps", type=int, default=20, help="warm-up steps of 4 examples")
     parser.add_argument("--learning-rate", type=float, default=5e-6, help="peak of the warm-up, and of the one step")
@@ -228,13 +236,11 @@ def sequential_table(setting: Setting, differences_against: dict[str, np.ndarray
     return [*lines, ""]
 
 
-def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float, float]:
-    """The step in fp32, the stepped weights rounded to bf16 for the evaluation; also its noise floor."""
+def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float]:
+    """The step in fp32, the stepped weights rounded to bf16 for the evaluation."""
     student, twin = setting.resident(), setting.model(torch.bfloat16)
     losses, reference = TokenLosses(twin.eval()), setting.reference
     before = reference.evaluate(losses)
-    disturb_weights(dict(twin.named_parameters()))
-    noise = rounding_noise(before, reference.evaluate(losses), "example")
     started, found = time.perf_counter(), []
     for example in tqdm(setting.probing[:count], desc="bf16 evaluation"):
         student.take_step(make_batch([(0, example)], CPU))
@@ -243,7 +249,7 @@ def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float, fl
                 parameter.copy_(student._parameters[name])
         found.append(influence_of(before, reference.evaluate(losses), "example")[0])
         student.restore()
-    return np.array(found), (time.perf_counter() - started) / len(found), noise
+    return np.array(found), (time.perf_counter() - started) / len(found)
 
 
 def forward_mode(setting: Setting, slope: dict[str, torch.Tensor], momentum: float) -> tuple[np.ndarray, float]:
