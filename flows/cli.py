@@ -21,7 +21,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from montessori_core.config import DataSource, Lora, Student, read_experiment
+from montessori_core.config import DataSource, Lora, Student, parse_experiment, read_cluster, read_experiment
 from montessori_core.errors import UserError
 
 app = typer.Typer(
@@ -45,6 +45,10 @@ app = typer.Typer(
     montessori logs runs/quickstart --shard 3       montessori cancel runs/quickstart
 
     montessori resume runs/quickstart        after Ctrl-C, a crash or a mended error: nothing done is repeated
+
+    [b]A Slurm cluster[/b]
+
+    montessori doctor --cluster cluster.yaml        montessori run CONFIG --cluster cluster.yaml
 
     [b]Influence of data you have[/b]
 
@@ -75,10 +79,16 @@ def run(
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
+    ] = None,
 ) -> None:
     """Run an experiment. The same name again resumes it; what is done is not repeated."""
     overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
     experiment = read_experiment(config, tuple(overrides))
+    if cluster is not None:
+        content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
+        experiment = parse_experiment(content, f"{config} with {cluster}")
     from tasks.run import open_run
 
     opened, warnings = open_run(experiment, run_root / experiment.name)
@@ -103,6 +113,30 @@ def status(run_dir: RunFolder) -> None:
     from tasks.run import reopen_run
 
     show_status(reopen_run(run_dir), console)
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[Path, typer.Option(help="Cluster file, or a configuration with a cluster section.")],
+    run_root: Annotated[Path, typer.Option(help="Where runs will lie; a scratch folder is made there.")] = Path("runs"),
+    patience: Annotated[float, typer.Option(help="Seconds a test job may take, waiting included.")] = 300.0,
+) -> None:
+    """Check a cluster before a run depends on it: scheduler, partition, GPUs, shared files, worker environment, network.
+
+    Submits three small jobs. Exits with 1 if something is wrong; each finding says what to do about it.
+    """
+    from cluster.doctor import examine
+
+    sound = True
+    for finding in examine(read_cluster(cluster), run_root, patience):
+        mark, colour = {True: ("ok", "green"), False: ("BAD", "red"), None: ("note", "yellow")}[finding.good]
+        console.print(f"[{colour}]{mark:>4}[/{colour}]  {finding.check}:", end=" ", soft_wrap=True)
+        console.print(finding.seen, markup=False, soft_wrap=True)
+        if finding.good is False:
+            sound = False
+            console.print(f"      remedy: {finding.remedy}", markup=False, soft_wrap=True)
+    if not sound:
+        raise typer.Exit(1)
 
 
 @app.command()

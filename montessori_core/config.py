@@ -462,6 +462,13 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
     """
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_experiment(content, str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -474,9 +481,22 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, see configs/quickstart.yaml")
-    for override in overrides:
-        _apply_override(content, override)
-    return parse_experiment(content, str(path))
+    return content
+
+
+def read_cluster(path: Path) -> Cluster:
+    """Read a cluster file: the `cluster` section of an experiment, by itself or under that name.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not fit.
+    """
+    content = _read_yaml(path)
+    try:
+        return Cluster.model_validate(content.get("cluster", content))
+    except ValidationError as error:
+        lines = [f"{path}: the cluster file does not fit:"]
+        lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
 
 
 def parse_experiment(content: dict[str, Any], source: str) -> Experiment:

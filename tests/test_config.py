@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from montessori_core.config import Experiment, differences, parse_experiment, read_experiment, to_yaml
+from montessori_core.config import Experiment, differences, parse_experiment, read_cluster, read_experiment, to_yaml
 from montessori_core.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +72,16 @@ def test_what_does_not_fit_is_refused_with_its_path(change: dict[str, object], m
         parse_experiment(MINIMAL | change, "mine.yaml")
     assert message in str(refusal.value)
     assert "mine.yaml" in str(refusal.value)
+
+
+def test_shipped_cluster_file_fits_and_mistakes_in_one_are_named(tmp_path: Path) -> None:
+    assert read_cluster(ROOT / "configs" / "clusters" / "slurm.yaml").profile == "slurm"
+    path = tmp_path / "cluster.yaml"
+    path.write_text("profile: slurm\nslurm: {partiton: gpu}")
+    with pytest.raises(
+        ConfigError, match=r"cluster.yaml: the cluster file does not fit:\s+slurm.partiton: unknown key"
+    ):
+        read_cluster(path)
 
 
 def test_every_mistake_is_named_at_once() -> None:

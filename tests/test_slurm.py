@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import test_fanout as local
+import yaml
 
 from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
@@ -300,6 +301,78 @@ def test_failing_process_does_not_leave_the_others_waiting(folder: Path) -> None
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
     with pytest.raises(ShardsFailed, match="rank 1 is bad"):
         run(folder, SHARDS[:1], stage=processes(folder, failing_rank="1"), nodes=2)
+
+
+def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
+    code, output = doctor(tmp_path, {"slurm": {"partition": "main"}})
+    assert code == 0, output
+    for text in (
+        "scheduler: answers",
+        "accounting: none",
+        "partition: main: 2 nodes",
+        "see the same files",
+        "training job: environment: Python 3",
+        "all-reduce over 2 nodes: 2 processes, sum 2",
+    ):
+        assert text in output
+    assert not list((tmp_path / "runs").iterdir())
+    assert queued() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (
+            {"slurm": {"partition": "nowhere"}},
+            ["no partition 'nowhere'; there are main", "set cluster.slurm.partition"],
+        ),
+        ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 a node, 8 asked for", "gpus_per_node"]),
+        ({"slurm": {"max_array_size": 100_000}}, ["MaxArraySize is", "or less"]),
+        ({"slurm": {"python": "/nowhere/python"}}, ["influence job: lost", "does cluster.slurm.python exist"]),
+        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch did not take the jobs", "see cluster.slurm"]),
+    ],
+)
+def test_doctor_names_what_is_wrong_and_the_remedy(
+    tmp_path: Path, change: dict[str, object], messages: list[str]
+) -> None:
+    code, output = doctor(tmp_path, change)
+    assert code == 1
+    for message in messages:
+        assert message in " ".join(output.split())
+    assert queued() == []
+
+
+def test_doctor_notices_a_folder_that_nodes_do_not_share() -> None:
+    """Each node of the lab has a /dev/shm of its own, as nodes of a cluster have a /tmp."""
+    private = Path("/dev/shm") / f"montessori-doctor-{os.getpid()}"
+    try:
+        code, output = doctor(private, {})
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+    assert code == 1
+    assert "is this folder on a shared file system" in output
+
+
+def test_doctor_gives_up_on_jobs_that_wait_too_long(tmp_path: Path) -> None:
+    code, output = doctor(tmp_path, {"slurm": {"extra": {"begin": "now+1hour"}}}, "--patience", "3")
+    assert code == 1
+    assert "no result within 3 s; its jobs were cancelled" in output
+    assert queued() == []
+
+
+def doctor(folder: Path, cluster: dict[str, object], *options: str) -> tuple[int, str]:
+    folder.mkdir(exist_ok=True)
+    path = folder / "cluster.yaml"
+    path.write_text(yaml.safe_dump({"profile": "slurm", "poll_seconds": 0.5} | cluster))
+    outcome = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "doctor", "--cluster", str(path), *options],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(LAB.parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return outcome.returncode, outcome.stdout + outcome.stderr
 
 
 def put_command(path: Path, line: str) -> None:
