@@ -35,8 +35,10 @@ class Backend(Protocol):
         """Cut shards into the tasks to submit now, given how many tasks are running; the rest waits."""
         ...
 
-    def submit(self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path) -> list[str]:
-        """Start one job a task under a name that no other submission has; return their ids."""
+    def submit(
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
+    ) -> list[str]:
+        """Start one job a task under a name that no other submission has, on other nodes than `avoid`; return their ids."""
         ...
 
     def find(self, name: str, folder: Path) -> list[str]:
@@ -85,7 +87,9 @@ class LocalBackend:
         free = min(self._resources.parallel_jobs - running, len(shards))
         return [list(shards[start::free]) for start in range(free)] if free > 0 else []
 
-    def submit(self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path) -> list[str]:
+    def submit(
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
+    ) -> list[str]:
         resources = self._resources
         python = shlex.quote(self._python) if self._python else None
         executor = submitit.LocalExecutor(folder=folder, python=python)
@@ -180,7 +184,9 @@ class SlurmBackend:
         tasks = [list(shards[start : start + size]) for start in range(0, len(shards), size)]
         return tasks[: self._slurm.max_array_size]
 
-    def submit(self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path) -> list[str]:
+    def submit(
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
+    ) -> list[str]:
         resources, slurm = self._resources, self._slurm
         parameters: dict[str, Any] = {
             "job_name": name,
@@ -197,7 +203,7 @@ class SlurmBackend:
             "account": slurm.account,
             "qos": slurm.qos,
             "constraint": slurm.constraint,
-            "exclude": slurm.exclude,
+            "exclude": ",".join([*([slurm.exclude] if slurm.exclude else []), *sorted(avoid)]) or None,
             "setup": list(slurm.setup) or None,
             # Clusters may be set up to forget jobs of crashed nodes instead of running them again.
             "additional_parameters": {
@@ -215,6 +221,9 @@ class SlurmBackend:
         try:
             jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
+            if avoid:
+                log.warning("no nodes are left without %s, using them again", ", ".join(sorted(avoid)))
+                return self.submit(name, folder, tasks, stage_folder, frozenset())
             raise UserError(
                 f"sbatch did not take the jobs: {error}\nSee cluster.slurm and cluster.resources in the configuration."
             ) from error

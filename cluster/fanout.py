@@ -22,6 +22,34 @@ from montessori_core.program import Row
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
+_REMEDIES = {
+    "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
+    "time_limit": "; raise time_limit_minutes of the stage in cluster.resources, or make its shards smaller",
+}
+
+
+def classify_loss(reason: str) -> str:
+    """The class of a loss that the job itself could not report, from what the scheduler says of it."""
+    classes = {
+        "PREEMPTED": "preempted",
+        "NODE_FAIL": "node_failure",
+        "BOOT_FAIL": "node_failure",
+        "OUT_OF_MEMORY": "out_of_memory",
+        "TIMEOUT": "time_limit",
+        "DEADLINE": "time_limit",
+    }
+    return next((kind for word, kind in classes.items() if word in reason), "lost")
+
+
+def retries_of(kind: str, infrastructure_retries: int) -> int:
+    """How often a shard is submitted again after losses of a class.
+
+    Memory that ran out once may have been another job's; a preempted job did nothing wrong.
+    """
+    factors = {"preempted": 10, "node_failure": 2}
+    if kind == "out_of_memory":
+        return min(1, infrastructure_retries)
+    return factors.get(kind, 1) * infrastructure_retries
 
 
 @dataclass(frozen=True)
@@ -146,7 +174,9 @@ class _Driver:
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python)
         self._failed: dict[int, ShardFailure] = {}
-        self._losses: dict[int, int] = {}
+        self._losses: dict[tuple[int, str], int] = {}
+        self._lost_on: dict[str, set[int]] = {}
+        self._avoid: frozenset[str] = frozenset()
         self._not_before = 0.0
         self._running = 0
 
@@ -242,16 +272,30 @@ class _Driver:
                     self._failed[shard] = ShardFailure(shard, failure["class"], failure["error"], log_path)
                 return
         first = undone[0]
-        self._losses[first] = losses = self._losses.get(first, 0) + 1
         reason = self._backend.reason(job_id)
-        if losses > self._resources.infrastructure_retries:
-            self._failed[first] = ShardFailure(first, "lost", f"{reason}; {losses} times", log_path)
+        kind = classify_loss(reason)
+        self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
+        self._suspect(self._stage.node_of(job_id.split(":")[0]), first)
+        if losses > retries_of(kind, self._resources.infrastructure_retries):
+            remedy = _REMEDIES.get(kind, "")
+            self._failed[first] = ShardFailure(first, kind, f"{reason}; {losses} times{remedy}", log_path)
             return
         backoff = min(_LONGEST_BACKOFF, 2.0 ** (losses - 1))
         self._not_before = time.monotonic() + backoff
         log.warning(
             "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff
         )
+
+    def _suspect(self, node: str | None, shard: int) -> None:
+        """One shard may be at fault itself; a node that loses several is."""
+        limit = self._resources.exclude_node_after
+        if node is None or not limit:
+            return
+        lost = self._lost_on.setdefault(node, set())
+        lost.add(shard)
+        if len(lost) == limit and self._cluster.profile == "slurm":
+            log.warning("%s: node %s lost %d shards; it gets no more of this stage", self._stage.name, node, limit)
+            self._avoid |= {node}
 
     def _submit_missing(self, busy: set[int]) -> None:
         missing = [
@@ -266,7 +310,7 @@ class _Driver:
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / submission.name
-        submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder)
+        submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, self._avoid)
         self._ledger.save()
 
 

@@ -77,6 +77,15 @@ class Stage:
         """Where shard `index` leaves its traceback."""
         return self.folder / "failures" / f"{index:05d}.json"
 
+    def note_node(self, job_id: str, node: str) -> None:
+        """Said by a job when it starts: where it runs, for the case that it can say nothing later."""
+        write_json({"node": node}, self.folder / "jobs" / f"node-of-{job_id}.json")
+
+    def node_of(self, job_id: str) -> str | None:
+        """Where a job last started; None if it never did."""
+        noted = read_json(self.folder / "jobs" / f"node-of-{job_id}.json")
+        return noted["node"] if noted else None
+
     def write(self, shards: list[list[Row]]) -> None:
         """Put the stage and its shards on disk for the workers; what other rows or settings left is removed."""
         for name in ("shards", "progress", "failures"):

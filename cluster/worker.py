@@ -35,6 +35,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
+    stage.note_node(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node())
     join_processes(environment, stage.folder / "jobs")
     compute: Compute | None = None
     for index in indices:

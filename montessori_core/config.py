@@ -341,7 +341,15 @@ class Resources(Section):
         16, description="Slurm: shards one array task works through. Local: shards are dealt evenly to the jobs."
     )
     infrastructure_retries: int = Field(
-        3, ge=0, description="Times a shard is submitted again after its job was lost, preempted or timed out."
+        3,
+        ge=0,
+        description="Times a shard is submitted again after its job was lost or timed out; twice as often after a node "
+        "failed, at most once after memory ran out, and ten times as often after it was preempted.",
+    )
+    exclude_node_after: int = Field(
+        3,
+        ge=0,
+        description="Slurm: a node on which the jobs of so many different shards were lost gets no more; 0 is off.",
     )
 
 

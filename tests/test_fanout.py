@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
+from cluster.fanout import Ledger, Progress, ShardsFailed, classify_loss, fan_out, retries_of
 from cluster.stage import Stage
 from montessori_core.atomic import commit, hash_path, read_json
 from montessori_core.config import Cluster, Resources
@@ -288,3 +288,16 @@ def test_jobs_of_other_settings_are_ended_not_adopted(folder: Path) -> None:
     changed = [[{"n": row["n"] + 1000} for row in shard] for shard in SHARDS]
     assert results(run(folder, changed)) == [row["n"] ** 2 for shard in changed for row in shard]
     assert jobs_alive(folder / "stage") == 0
+
+
+def test_losses_have_budgets_of_their_own() -> None:
+    said = {
+        "Slurm says OUT_OF_MEMORY (None) on node1": ("out_of_memory", 1),
+        "Slurm says PREEMPTED (None) on node1": ("preempted", 30),
+        "Slurm says NODE_FAIL (None) on node1": ("node_failure", 6),
+        "Slurm says TIMEOUT (TimeLimit) on node1": ("time_limit", 3),
+        "the process ended without a result (killed, or out of memory)": ("lost", 3),
+    }
+    for reason, (kind, retries) in said.items():
+        assert (classify_loss(reason), retries_of(classify_loss(reason), 3)) == (kind, retries)
+    assert retries_of("out_of_memory", 0) == 0

@@ -202,6 +202,20 @@ def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path)
     assert len(submissions(folder)) == 1
 
 
+def test_node_that_loses_several_shards_gets_no_more(folder: Path) -> None:
+    """A node whose jobs die at once would otherwise eat the whole queue, faster than any other computes it."""
+    broken = 'if os.environ["SLURMD_NODENAME"] == "node1": os._exit(9)'
+    (folder / "squares_program.py").write_text(
+        local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
+    )
+    parts = run(folder, parallel_jobs=2, exclude_node_after=2, infrastructure_retries=10)
+    assert local.results(parts) == EXPECTED
+    ledger = Ledger(folder / "stage" / "jobs")
+    places = [{local.stage(folder).node_of(job_id) for job_id in s.ids or []} for s in ledger.submissions]
+    assert any("node1" in nodes for nodes in places)
+    assert places[-1] == {"node2"}
+
+
 def test_interrupted_driver_leaves_no_job(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
