@@ -2,9 +2,12 @@
 
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -122,9 +125,48 @@ def test_training_equals_plain_torch_at_every_zero_stage(
         torch.testing.assert_close(kept.second[name], moments.second[name], rtol=1e-3, atol=1e-10)
 
 
+def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
+    """In the background: kill -9 the jobs of a stage once a checkpoint of more than so many steps is whole."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            whole = [path.parent.name for path in stage.glob("checkpoints/*/checkpoint-*/whole")]
+            if any(int(name.split("-")[1]) > beyond for name in whole):
+                for process in psutil.process_iter(["cmdline"]):
+                    if "submitit" in (line := " ".join(process.info["cmdline"] or [])) and str(stage) in line:
+                        process.kill()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2), (3, 2)])
+def test_training_killed_between_its_steps_goes_on_to_the_same_end(
+    tiny_llama: Path, tmp_path: Path, stage: int, processes: int
+) -> None:
+    rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(20) for row in ROWS]
+    undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows)
+    watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
+    part = sft(tmp_path / "killed", tiny_llama, stage, processes, rows)
+    watcher.join()
+    logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
+    assert "going on from checkpoint-" in logs
+    assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert (part / "adamw.safetensors").read_bytes() == (undisturbed / "adamw.safetensors").read_bytes()
+    told, expected = (json.loads((folder / LOG_FILE).read_text()) for folder in (part, undisturbed))
+    assert [(entry["step"], entry["loss"]) for entry in told] == [(entry["step"], entry["loss"]) for entry in expected]
+    assert len(told) == 40
+    assert not list((tmp_path / "killed" / "checkpoints").iterdir())
+
+
 def test_training_twice_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     parts = [sft(tmp_path / name, tiny_llama, 0, 1) for name in ("one", "two")]
-    assert (parts[0] / "model.safetensors").read_bytes() == (parts[1] / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "adamw.safetensors"):
+        assert (parts[0] / name).read_bytes() == (parts[1] / name).read_bytes()
 
 
 def test_lock_of_a_killed_compilation_stops_no_training(

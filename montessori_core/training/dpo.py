@@ -14,8 +14,10 @@ from montessori_core.program import Compute, Report, Row
 from montessori_core.training.engine import (
     PlainAdamW,
     ProgressCallback,
+    checkpoint_folder,
     save_trained,
     start_processes,
+    train,
     training_arguments,
 )
 
@@ -42,6 +44,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
 
         TeacherTrainer.recipe = recipe
         model_path = str(inputs.get("teacher", teacher.model))
+        checkpoints = checkpoint_folder(output, settings, model_path, rows)
         tokenizer = load_tokenizer(model_path, teacher.revision)
         pairs = [encode_pair(tokenizer, row, teacher.prompt_style) for row in rows]
         fitting = [pair for pair in pairs if longest(pair) <= recipe.max_length]
@@ -51,7 +54,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 f"(the shortest has {min(map(longest, pairs))}); raise it"
             )
         arguments = DPOConfig(
-            **training_arguments(recipe, zero, settings["seed"], output),
+            **training_arguments(recipe, zero, settings["seed"], checkpoints, len(fitting)),
             beta=recipe.beta,
             max_length=recipe.max_length,
             precompute_ref_log_probs=True,  # no second teacher in memory
@@ -65,9 +68,9 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 processing_class=tokenizer,
                 callbacks=[progress],
             )
-            trainer.train()
+            train(trainer, checkpoints)
         counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}
-        save_trained(trainer, tokenizer, progress.log, counts, output)
+        save_trained(trainer, tokenizer, counts, checkpoints, output)
 
     return compute
 

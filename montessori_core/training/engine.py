@@ -1,7 +1,9 @@
 """What SFT and DPO share: DeepSpeed's configuration, TRL's arguments, progress, and how a model is saved."""
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from montessori_core.atomic import hash_json, hash_path, write_json
 from montessori_core.config import Optimization, Zero
-from montessori_core.models import FINGERPRINT
-from montessori_core.program import Report
+from montessori_core.models import FINGERPRINT, fingerprint
+from montessori_core.program import Report, Row
 from montessori_core.training.files import COUNTS_FILE, LOG_FILE
 from montessori_core.training.schedule import rate_factor
+
+log = logging.getLogger(__name__)
+
+_CHECKPOINTS = 10
+"""In one training, evenly spread."""
+_STEPS_WORTH_A_CHECKPOINT = 20
+_WHOLE = "whole"
+"""File in a checkpoint that was written to its end."""
 
 
 def start_processes() -> None:
@@ -51,11 +61,12 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
     }
 
 
-def training_arguments(recipe: Optimization, zero: Zero, seed: int, scratch: Path) -> dict[str, Any]:
+def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints: Path, examples: int) -> dict[str, Any]:
     """Arguments that SFTConfig and DPOConfig have in common."""
     processes = int(os.environ["WORLD_SIZE"])
+    steps = recipe.epochs * -(-examples // recipe.batch_size)
     return {
-        "output_dir": str(scratch),
+        "output_dir": str(checkpoints),
         "deepspeed": deepspeed_config(zero),
         "per_device_train_batch_size": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.batch_size // (recipe.micro_batch_size * processes),
@@ -67,7 +78,9 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, scratch: Pat
         "gradient_checkpointing": torch.cuda.is_available(),
         "dataloader_drop_last": False,
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_strategy": "steps" if steps >= _STEPS_WORTH_A_CHECKPOINT else "no",
+        "save_steps": 1 / _CHECKPOINTS,
+        "save_total_limit": 2,  # the last may be half written when the job is killed
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
@@ -111,42 +124,62 @@ class PlainAdamW:
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells the job's report how many examples are done, and keeps what the trainer logs."""
+    """Tells the job's report how many examples are done, and marks checkpoints that are whole."""
 
     def __init__(self, report: Report, recipe: Optimization) -> None:
         self._report, self._recipe = report, recipe
-        self.log: list[dict[str, float]] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._report(state.global_step * self._recipe.batch_size // self._recipe.epochs)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        entry = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        if "loss" in entry:
-            self.log.append({"step": float(state.global_step), **entry})
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        torch.distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: list[Row]) -> Path:
+    """Where a training keeps its checkpoints: beside its result, and of these settings, weights, rows and processes alone."""
+    decides = [dict(settings), fingerprint(model), rows, os.environ["WORLD_SIZE"]]
+    folder = output.parent / "checkpoints" / hash_json(decides)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # torch keeps pickles here
+    return folder
+
+
+def train(trainer: Any, checkpoints: Path) -> None:
+    """Train, from the last whole checkpoint if there is one: with the same data order, to the same end."""
+    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last is not None:
+        log.info("going on from %s", last.name)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
 def save_trained(
     trainer: Any,
     tokenizer: PreTrainedTokenizerBase,
-    log: list[dict[str, float]],
     counts: dict[str, int],
+    checkpoints: Path,
     folder: Path,
 ) -> None:
-    """Write consolidated weights, tokenizer, log and counts. All processes must call it; rank 0 writes."""
+    """Write consolidated weights, tokenizer, log and counts. All processes must call it; rank 0 writes.
+
+    Checkpoints are of no use any more, and removed.
+    """
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
-    (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
+    (folder / LOG_FILE).write_text(json.dumps(_log_of(trainer.state), indent=1) + "\n")
     (folder / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
     hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (LOG_FILE, COUNTS_FILE))
     write_json({"sha256": hash_json([[file.name, hash_path(file)] for file in hashed])}, folder / FINGERPRINT)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _log_of(state: TrainerState) -> list[dict[str, float]]:
+    """What the trainer logged at each step, those before a restart included."""
+    numbers = [{k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in state.log_history]
+    return [{"step": entry["step"], **entry} for entry in numbers if "loss" in entry]

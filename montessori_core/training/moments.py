@@ -1,5 +1,6 @@
 """AdamW's moments after a training, per parameter, in safetensors: what a warm one-step influence starts from."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,9 @@ def save_moments(moments: Moments, folder: Path) -> None:
     """Write the moments beside a model's weights."""
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
-    known = {"weights": moments.weights} if moments.weights is not None else {}
-    save_file(tensors, folder / MOMENTS_FILE, metadata={"step": str(moments.step), **known})
+    # One entry: safetensors writes several in an order that changes from run to run.
+    state = json.dumps({"step": moments.step, "weights": moments.weights})
+    save_file(tensors, folder / MOMENTS_FILE, metadata={"adamw": state})
 
 
 def load_moments(folder: Path) -> Moments:
@@ -92,8 +94,8 @@ def load_moments(folder: Path) -> Moments:
     first: dict[str, torch.Tensor] = {}
     second: dict[str, torch.Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        state = json.loads(file.metadata()["adamw"])
         for key in file.keys():  # noqa: SIM118 - not a mapping
             name, _, which = key.rpartition(".")
             (first if which == "first" else second)[name] = file.get_tensor(key)
-    return Moments(first, second, int(metadata["step"]), metadata.get("weights"))
+    return Moments(first, second, state["step"], state["weights"])

@@ -12,8 +12,10 @@ from montessori_core.program import Compute, Report, Row
 from montessori_core.training.engine import (
     PlainAdamW,
     ProgressCallback,
+    checkpoint_folder,
     save_trained,
     start_processes,
+    train,
     training_arguments,
 )
 from montessori_core.training.moments import gather_moments, save_moments
@@ -41,6 +43,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
 
         StudentTrainer.recipe = recipe
         model_path = str(inputs.get("student", student.model))
+        checkpoints = checkpoint_folder(output, settings, model_path, rows)
         tokenizer = load_tokenizer(model_path, student.revision)
         encoded = [
             encode_example(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"])
@@ -53,7 +56,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             {"input_ids": [example.input_ids for example in usable], "labels": [example.labels for example in usable]}
         )
         arguments = SFTConfig(
-            **training_arguments(recipe, zero, settings["seed"], output),
+            **training_arguments(recipe, zero, settings["seed"], checkpoints, len(usable)),
             max_length=student.max_length,
             packing=False,
         )
@@ -70,7 +73,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             processing_class=tokenizer,
             callbacks=[progress],
         )
-        trainer.train()
+        train(trainer, checkpoints)
         if settings["save_moments"]:
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
             if trainer.is_world_process_zero():
@@ -81,6 +84,6 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             "truncated": sum(example.truncated for example in usable),
             "left_out": len(encoded) - len(usable),
         }
-        save_trained(trainer, tokenizer, progress.log, counts, output)
+        save_trained(trainer, tokenizer, counts, checkpoints, output)
 
     return compute
