@@ -219,6 +219,27 @@ def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int
     assert log[-1]["loss"] < 0.67
 
 
+def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = {
+        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
+        "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1).model_dump(mode="json"),
+        "zero": Zero(stage=2).model_dump(mode="json"),
+        "seed": 0,
+    }
+    pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
+
+    def update(folder: Path) -> Path:
+        return execute(folder, "montessori_core.training.dpo:open_dpo", settings, tiny_llama, pairs, 1)
+
+    undisturbed = update(tmp_path / "undisturbed")
+    watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
+    part = update(tmp_path / "killed")
+    watcher.join()
+    logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
+    assert "going on from checkpoint-" in logs
+    assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+
+
 def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     pair = encode_pair(tokenizer, PAIRS[0], "completion")
