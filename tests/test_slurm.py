@@ -292,6 +292,48 @@ def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
     assert len(submissions(folder)) == 1  # Slurm ran them again by itself
 
 
+def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
+    def drain() -> None:
+        subprocess.run(["scontrol", "update", "nodename=node1", "state=drain", "reason=test"], check=True)
+
+    drained = once(lambda: len(local.computed(folder)) >= 2, drain)
+    try:
+        parts = run(folder, seconds=0.3, parallel_jobs=2, on_progress=drained)
+    finally:
+        subprocess.run(["scontrol", "update", "nodename=node1", "state=resume"], check=True)
+    assert local.results(parts) == EXPECTED
+    assert sorted(local.computed(folder)) == ROWS
+
+
+def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
+    def requeue() -> None:
+        subprocess.run(["scontrol", "requeue", queued("--states=RUNNING", "--format=%i")[0]], check=True)
+
+    parts = run(folder, SHARDS[:2], seconds=3, on_progress=once(lambda: len(local.computed(folder)) >= 2, requeue))
+    assert local.results(parts) == EXPECTED[:6]
+    assert len(local.computed(folder)) > 6
+    assert len(submissions(folder)) == 1
+
+
+def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
+    def preempt() -> None:
+        command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    preempted = once(lambda: len(local.computed(folder)) >= 2, preempt)
+    parts = run(folder, SHARDS[:2], seconds=2, on_progress=preempted, slurm=Slurm(partition="main"))
+    assert local.results(parts) == EXPECTED[:6]
+    assert len(local.computed(folder)) > 6
+    assert len(submissions(folder)) == 1
+
+
+def test_controller_may_be_restarted(folder: Path) -> None:
+    restarted = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("restart-controller"))
+    assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=restarted)) == EXPECTED
+    assert sorted(local.computed(folder)) == ROWS
+    assert len(submissions(folder)) == 1
+
+
 def processes(folder: Path, failing_rank: str = "") -> Stage:
     settings = {"folder": str(folder), "failing_rank": failing_rank}
     return Stage("processes", 1, "processes_program:open_processes", settings, {}, {}, folder / "stage", ".json")
@@ -338,7 +380,7 @@ def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
     [
         (
             {"slurm": {"partition": "nowhere"}},
-            ["no partition 'nowhere'; there are main", "set cluster.slurm.partition"],
+            ["no partition 'nowhere'; there are main, urgent", "set cluster.slurm.partition"],
         ),
         ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 a node, 8 asked for", "gpus_per_node"]),
         ({"slurm": {"max_array_size": 100_000}}, ["MaxArraySize is", "or less"]),

@@ -5,6 +5,7 @@
 #   lab.sh env             how a shell gets to it: eval "$(lab.sh env)"
 #   lab.sh kill-node N     crash node N: its daemon and all that ran there die at once
 #   lab.sh start-node N    bring it back
+#   lab.sh restart-controller   stop slurmctld, leave its cluster alone for 3 seconds, start it again
 #   lab.sh stop
 #
 # Settings, by environment: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; need not
@@ -108,7 +109,14 @@ CONF
       "NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=$CPUS RealMemory=$MEMORY" \
       "$( ((GPUS == 0)) || echo "Gres=gpu:$GPUS")" >>"$SLURM_CONF"
   done
-  echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60" >>"$SLURM_CONF"
+  # Jobs in urgent send those in main back to the queue.
+  {
+    echo "PreemptType=preempt/partition_prio"
+    echo "PreemptMode=REQUEUE"
+    echo "SlurmctldParameters=preempt_send_user_signal"
+    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 GraceTime=5"
+    echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=2 PreemptMode=OFF"
+  } >>"$SLURM_CONF"
 }
 
 start_node() { # N
@@ -151,7 +159,7 @@ kill_node() { # N
   rm -f "$LAB/pid/$node"
 }
 
-nodes_idle() { [ "$(sinfo -h -N -t idle -o %N | wc -l)" = "$NODES" ]; }
+nodes_idle() { [ "$(sinfo -h -N -t idle -o %N | sort -u | wc -l)" = "$NODES" ]; }
 
 start() {
   local node
@@ -196,5 +204,11 @@ case "${1:-} ${2:-}" in
     start_node "$2"
     scontrol update "nodename=node$2" state=resume
     ;;
-  *) die "usage: lab.sh start|stop|env|kill-node N|start-node N" ;;
+  "restart-controller ")
+    kill -TERM "$(cat "$LAB/pid/slurmctld")"
+    sleep 3
+    slurmctld
+    wait_for 20 slurmctld scontrol ping
+    ;;
+  *) die "usage: lab.sh start|stop|env|kill-node N|start-node N|restart-controller" ;;
 esac
