@@ -80,7 +80,7 @@ def main() -> None:
     add("first order, fp32", estimate, seconds)
     if arguments.save:
         np.savez(arguments.save, differences=differences, first_order=estimate, momentum=momentum_by_example.numpy())
-    slope = first_order._slope
+    slope = first_order.slope
     assert slope is not None
     if not arguments.brief:
         add_other_precisions(setting, slope, momentum, add)
@@ -246,7 +246,7 @@ def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float]:
         student.take_step(make_batch([(0, example)], CPU))
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
-                parameter.copy_(student._parameters[name])
+                parameter.copy_(student.parameters[name])
         found.append(influence_of(before, reference.evaluate(losses), "example")[0])
         student.restore()
     return np.array(found), (time.perf_counter() - started) / len(found)
@@ -311,8 +311,8 @@ def changed_weights(setting: Setting, dtype: torch.dtype) -> float:
     """Share of the weights that one step on the first probing example changes."""
     student = setting.resident(dtype)
     student.take_step(make_batch([(0, setting.probing[0])], CPU))
-    changed = sum(int((p != setting.weights[n].to(dtype)).sum()) for n, p in student._parameters.items())
-    return changed / sum(p.numel() for p in student._parameters.values())
+    changed = sum(int((p != setting.weights[n].to(dtype)).sum()) for n, p in student.parameters.items())
+    return changed / sum(p.numel() for p in student.parameters.values())
 
 
 def double_check(setting: Setting, oracle: np.ndarray, count: int) -> str:

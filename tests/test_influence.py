@@ -139,7 +139,7 @@ def test_student_is_bit_identical_after_any_number_of_examples(warm: Any, tiny_l
     for _ in range(125):  # 1,000 examples
         for example in PROBING:
             resident.measure(example)
-    for name, parameter in resident._student._parameters.items():
+    for name, parameter in resident._student.parameters.items():
         assert torch.equal(parameter, dict(warm[0].named_parameters())[name])
 
 
@@ -195,7 +195,7 @@ def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any
     resident = meter(warm, tiny_llama)
     expected = resident.measure(PROBING[0])
     assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)).status == "no_response_tokens"
-    weight = resident._student._parameters["model.embed_tokens.weight"]
+    weight = resident._student.parameters["model.embed_tokens.weight"]
     with torch.no_grad():
         weight[1999] = torch.inf
     resident._student._snapshot["model.embed_tokens.weight"][1999] = torch.inf
@@ -211,7 +211,7 @@ def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
 def test_a_gradient_lives_only_until_its_parameter_has_used_it(warm: Any, tiny_llama: Path, estimator: str) -> None:
     resident = meter(warm, tiny_llama, estimator=estimator)
-    parameters = list(resident._student._parameters.values())
+    parameters = list(resident._student.parameters.values())
     alive: list[int] = []
 
     def count(gradient: torch.Tensor) -> None:

@@ -52,6 +52,7 @@ class InfluenceMeter:
         null_step_loss: after the null step.
         null_step_influence: of momentum alone, nats.
         noise_floor: two standard deviations of what rounding adds to an exact influence, nats.
+        slope: gradient of the reference loss at the null step, by parameter; None for the exact estimator.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class InfluenceMeter:
         student.take_null_step()
         self.null_step_loss: Loss = reference.evaluate(student.losses)
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
-        self._slope: dict[str, torch.Tensor] | None = None
+        self.slope: dict[str, torch.Tensor] | None = None
         if estimator == "first_order":
-            self._slope = student.gradient_of(lambda: reference.backward(student.losses, reduction))
-            self._null_projection = student.project_null_step(self._slope)
+            self.slope = student.gradient_of(lambda: reference.backward(student.losses, reduction))
+            self._null_projection = student.project_null_step(self.slope)
         student.restore()
         if estimator == "first_order":
             student.drop_snapshot()
@@ -103,7 +104,7 @@ class InfluenceMeter:
         """Measure one example; the student is afterwards what it was before."""
         if example.response_tokens == 0:
             return Measurement("no_response_tokens")
-        return self._measure_exactly(example) if self._slope is None else self._measure_slope(example, self._slope)
+        return self._measure_exactly(example) if self.slope is None else self._measure_slope(example, self.slope)
 
     def _measure_slope(self, example: Encoded, slope: dict[str, torch.Tensor]) -> Measurement:
         loss, projection = self._student.project_step(make_batch([(0, example)], self._student.device), slope)

@@ -30,6 +30,7 @@ class ResidentStudent:
     Attributes:
         losses: of the model as it stands.
         device: where it computes.
+        parameters: what a step moves, by name.
     """
 
     def __init__(
@@ -56,20 +57,20 @@ class ResidentStudent:
         """
         self.device, self.losses = device, TokenLosses(model.eval())
         self._adamw, self._mixed, self._placement = adamw, mixed, placement
-        self._parameters: dict[str, torch.nn.Parameter] = {
+        self.parameters: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
-        _check_moments(moments, self._parameters)
+        _check_moments(moments, self.parameters)
         self._first, self._second = (
-            {name: self._stored(tensors[name].to(p.dtype), "moments") for name, p in self._parameters.items()}
+            {name: self._stored(tensors[name].to(p.dtype), "moments") for name, p in self.parameters.items()}
             for tensors in (moments.first, moments.second)
         )
-        self._snapshot = {name: self._stored(p.detach().clone(), "snapshot") for name, p in self._parameters.items()}
+        self._snapshot = {name: self._stored(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def take_null_step(self) -> None:
         """Move the weights by what momentum alone does."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             self._step(name, parameter, None)
 
     def take_step(self, batch: Batch) -> float:
@@ -78,12 +79,12 @@ class ResidentStudent:
 
     def disturb(self) -> None:
         """Move the weights by what rounding them may have done: see `disturb_weights`."""
-        disturb_weights(self._parameters)
+        disturb_weights(self.parameters)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back to the snapshot, bit for bit."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.copy_(self._snapshot[name], non_blocking=True)
 
     def project_step(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> tuple[float, float]:
@@ -104,16 +105,16 @@ class ResidentStudent:
     @torch.no_grad()
     def project_null_step(self, direction: Mapping[str, torch.Tensor]) -> float:
         """<direction, null step>."""
-        return math.fsum(self._project(name, direction[name], None) for name in self._parameters)
+        return math.fsum(self._project(name, direction[name], None) for name in self.parameters)
 
     def gradient_of(self, accumulate: Callable[[], None]) -> dict[str, torch.Tensor]:
         """The sum of the gradients of all backward passes that `accumulate` makes, by name: the slope."""
-        slope = {name: self._stored(torch.zeros_like(p), "slope") for name, p in self._parameters.items()}
+        slope = {name: self._stored(torch.zeros_like(p), "slope") for name, p in self.parameters.items()}
 
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             slope[name] += gradient.to(slope[name].device)
 
-        with _gradients_used_by(self._parameters, add):
+        with _gradients_used_by(self.parameters, add):
             accumulate()
         return slope
 
@@ -126,7 +127,7 @@ class ResidentStudent:
             loss = example_loss(self.losses, batch)
         value = float(loss.detach())
         if math.isfinite(value):
-            with _gradients_used_by(self._parameters, use):
+            with _gradients_used_by(self.parameters, use):
                 loss.backward()
         return value
 
