@@ -167,7 +167,8 @@ def _summarize(table: pa.Table, threshold: float, baseline: str, console: Consol
     if screening is not None:
         lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
         lines.add_row("first order against exact", f"{screening.first_order}, Spearman {screening.spearman:.3f}")
-        lines.add_row("after confirmation", str(screening.screened))
+        lines.add_row("common error, corrected", f"{screening.offset:.3g} nats/token")
+        lines.add_row("after correction and confirmation", str(screening.screened))
         if screening.fell_back:
             lines.add_row("", "first order was unfit here: every example was measured exactly")
     read = sum(table["reference_tokens"].to_pylist())

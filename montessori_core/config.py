@@ -212,8 +212,8 @@ class Screening(Section):
     audit_examples: int = Field(
         100,
         ge=40,
-        description="Examples measured both ways, drawn at random: one half sets how far first order may be off, the "
-        "other says how often the signs agree.",
+        description="Examples measured both ways, drawn at random: one half says how far first order is off, the other "
+        "how often the signs agree once that is corrected.",
     )
     error_rate: float = Field(
         0.05,
@@ -223,7 +223,7 @@ class Screening(Section):
         "confirmed exactly.",
     )
     minimum_agreement: Probability = Field(
-        0.9, description="If fewer signs of the audit agree, every example is measured exactly."
+        0.9, description="If fewer signs of the audit agree after correction, every example is measured exactly."
     )
 
 

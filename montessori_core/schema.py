@@ -81,7 +81,7 @@ INFLUENCE = _schema(
     _field(
         "first_order_null_step",
         _REAL,
-        "first-order estimate of influence_null_step, nats, where an exact one replaced it",
+        "first-order estimate of influence_null_step, nats, before an exact one replaced or the audit corrected it",
         nullable=True,
     ),
 )

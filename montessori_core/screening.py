@@ -1,10 +1,12 @@
 """The screened estimator: first order for every example, exact for a random audit and wherever the sign is in doubt.
 
-The audit measures some examples both ways. One half of it sets a *width*: how far first order may be off for all but a
-configured share of examples (split conformal prediction: no assumption on the errors but that audit and other examples are
-drawn alike). Examples within that width of the threshold are confirmed exactly. The other half, which had no part in
-setting the width, says how often the signs that come out agree with exact ones. If first order does badly on the audit,
-every example is measured exactly. Which examples are audited follows from their ids alone.
+The audit measures some examples both ways. One half of it sets an *offset*, by which first order is off in the middle (what
+it leaves out, the second order of the step, is much the same for all examples), and a *width*: how much further it may be off
+for all but a configured share of examples (split conformal prediction: no assumption on the errors but that audit and
+other examples are drawn alike). First order is corrected by the offset; examples that then lie within the width of the
+threshold are confirmed exactly. The other half, which had no part in setting either, says how often the signs that come
+out agree with exact ones. If they agree too seldom even so, every example is measured exactly. Which examples are
+audited follows from their ids alone.
 """
 
 import hashlib
@@ -69,15 +71,17 @@ class ScreeningReport:
     Attributes:
         audited: examples measured both ways.
         confirmed: examples beyond the audit whose sign was in doubt, measured exactly.
+        offset: what first order was corrected by, nats.
         width: half the width of doubt around the threshold, nats.
         spearman: rank correlation of first order and exact over the audit.
         first_order: how often the signs of first order alone agree with exact ones, over the audit.
-        screened: the same after confirmation, over the half of the audit that did not set the width.
-        fell_back: the agreement of first order was too low, so every example was measured exactly.
+        screened: the same after correction and confirmation, over the half of the audit that did not set them.
+        fell_back: too few signs agreed even after correction, so every example was measured exactly.
     """
 
     audited: int
     confirmed: int
+    offset: float
     width: float
     spearman: float
     first_order: Agreement
@@ -109,7 +113,7 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
     records = {record["example_id"]: record for record in table.to_pylist()}
     usable = [name for name, record in records.items() if record["status"] == "ok"]
     audit = draw_audit(usable, settings.audit_examples)
-    threshold, floor = threshold_of(table, baseline), influence_note(table, "noise_floor")
+    floor = influence_note(table, "noise_floor")
 
     def exactly(name: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not ids:
@@ -120,24 +124,32 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
     estimated = np.array([records[name]["influence_student"] for name in audit])
     true = np.array([math.nan if (v := exact[n]["influence_student"]) is None else v for n in audit])
     sound = np.isfinite(true)
-    first_order = Agreement.of(_agree(estimated, true, threshold)[sound & (np.abs(true - threshold) > floor)])
-    fell_back = first_order.signs > 0 and first_order.share < settings.minimum_agreement
+    calibrating = np.arange(len(audit)) % 2 == 0
+    offset = float(np.median((true - estimated)[calibrating & sound])) if (calibrating & sound).any() else 0.0
+    corrected, uncorrected = estimated + offset, threshold_of(table, baseline)
+    threshold = uncorrected + (offset if baseline == "median" else 0.0)
+    clear = sound & (np.abs(true - threshold) > floor)
+    agreement = Agreement.of(_agree(corrected, true, threshold)[clear])
+    fell_back = agreement.signs > 0 and agreement.share < settings.minimum_agreement
     # Errors of unmeasurable examples are infinite: too many of them, and everything is in doubt.
-    errors = np.where(sound, np.abs(estimated - true), np.inf)
-    width = max(floor, conformal_width(errors[::2], settings.error_rate))
-    others = [name for name in usable if name not in exact]
-    doubtful = [n for n in others if fell_back or abs(records[n]["influence_student"] - threshold) <= width]
+    errors = np.where(sound, np.abs(corrected - true), np.inf)
+    width = max(floor, conformal_width(errors[calibrating], settings.error_rate))
+    doubtful = [
+        name
+        for name in usable
+        if name not in exact and (fell_back or abs(records[name]["influence_student"] + offset - threshold) <= width)
+    ]
     exact |= exactly("confirm", doubtful)
 
-    settled = _agree(estimated, true, threshold) | (np.abs(estimated - threshold) <= width) | fell_back
-    checked = np.arange(len(audit)) % 2 == 1
+    settled = _agree(corrected, true, threshold) | (np.abs(corrected - threshold) <= width) | fell_back
     report = ScreeningReport(
         audited=len(audit),
         confirmed=len(doubtful),
+        offset=offset,
         width=width,
         spearman=float(spearmanr(estimated[sound], true[sound]).statistic) if sound.sum() > 2 else math.nan,
-        first_order=first_order,
-        screened=Agreement.of(settled[checked & sound & (np.abs(true - threshold) > floor)]),
+        first_order=Agreement.of(_agree(estimated, true, uncorrected)[clear]),
+        screened=Agreement.of(settled[~calibrating & clear]),
         fell_back=fell_back,
     )
     merged = []
@@ -145,6 +157,9 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
         estimate = record["influence_null_step"]
         if name in exact:
             record = exact[name] | {"first_order_null_step": estimate, "audited": name in audit}
+        elif record["status"] == "ok":
+            columns = ("influence_student", "influence_null_step")
+            record |= {column: record[column] + offset for column in columns} | {"first_order_null_step": estimate}
         merged.append(record)
     joined = note_influence(pa.Table.from_pylist(merged, schema=INFLUENCE), influence_notes(table))
     note = {_NOTE: json.dumps(asdict(report)).encode()}

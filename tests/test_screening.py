@@ -25,11 +25,11 @@ SETTINGS = Screening(audit_examples=100)
 class Bench:
     """Rows whose exact influence is known, and a first-order estimate of a given error; counts what is measured."""
 
-    def __init__(self, count: int, error: float, seed: int = 0) -> None:
+    def __init__(self, count: int, error: float, seed: int = 0, shift: float = 0.0) -> None:
         draw = random.Random(seed)
         self.rows: list[Row] = [{"example_id": f"e{n:04d}"} for n in range(count)]
         self.exact = {row["example_id"]: draw.gauss(0.2, 1.0) for row in self.rows}
-        self.estimate = {name: value + draw.gauss(0.0, error) for name, value in self.exact.items()}
+        self.estimate = {name: value + shift + draw.gauss(0.0, error) for name, value in self.exact.items()}
         self.measured: dict[str, int] = {}
 
     def measure(self, name: str, estimator: str, rows: list[Row]) -> pa.Table:
@@ -75,6 +75,22 @@ def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
     assert not report.fell_back
 
 
+def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -> None:
+    shifted = Bench(2000, error=0.05, shift=0.8)
+    table = screen(shifted.rows, shifted.measure, SETTINGS, "student")
+    report = screening_report(table)
+    assert report is not None
+    assert report.first_order.high < 0.9  # a quarter of the signs is wrong before the correction
+    assert report.screened.share > 0.95
+    assert not report.fell_back
+    assert report.offset == pytest.approx(-0.8, abs=0.05)
+    assert report.confirmed < 300
+    for row in table.to_pylist():
+        if row["estimator"] == "first_order":
+            assert row["influence_student"] == row["first_order_null_step"] + report.offset
+            assert row["influence_student"] == pytest.approx(shifted.exact[row["example_id"]], abs=0.3)
+
+
 def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> None:
     """95 % intervals for first order over many draws; and the error rate of the width holds on average."""
     covered = exceeding = 0
@@ -84,7 +100,8 @@ def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> Non
         assert report is not None
         true = np.mean([(bench.estimate[n] > 0) == (v > 0) for n, v in bench.exact.items()])
         covered += report.first_order.low <= true <= report.first_order.high
-        exceeding += np.mean([abs(bench.estimate[n] - v) > report.width for n, v in bench.exact.items()])
+        errors = [abs(bench.estimate[name] + report.offset - value) for name, value in bench.exact.items()]
+        exceeding += np.mean(np.array(errors) > report.width)
     assert covered >= 0.95 * 120 - 6
     assert exceeding / 120 <= 0.06
 

@@ -347,7 +347,7 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
         rows += [
             row("measured exactly", _measured_exactly),
             row("signs of first order that agree with exact ones", lambda part: _agreement(part, "first_order")),
-            row("signs that agree after confirmation", lambda part: _agreement(part, "screened")),
+            row("signs that agree after correction and confirmation", lambda part: _agreement(part, "screened")),
         ]
     return Table(
         "Influence in numbers; in brackets the 95 % interval (Wilson) of each share",
