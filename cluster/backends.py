@@ -263,7 +263,7 @@ class SlurmBackend:
     def reason(self, job_id: str) -> str:
         # The controller remembers jobs for minutes, the accounting for good; clusters may have none.
         job = f"--jobs={job_id}"
-        answer = _ask("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or _ask(
+        answer = ask("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or ask(
             "sacct", "--noheader", "--allocations", "--parsable2", job, "--format=State,ExitCode,NodeList"
         )
         return f"Slurm says {answer.strip()}" if answer else "the job is gone from the queue without a result"
@@ -273,7 +273,7 @@ class SlurmBackend:
         return self._squeue("--array", f"--name={name}", "--format=%i", *options)
 
     def _squeue(self, *options: str) -> set[str] | None:
-        answer = _ask("squeue", "--noheader", *options)
+        answer = ask("squeue", "--noheader", *options)
         if self._silent != (answer is None):
             self._silent = answer is None
             log.warning("squeue %s", "fails, waiting until it answers" if self._silent else "answers again")
@@ -285,9 +285,9 @@ def _arrays(ids: Iterable[str]) -> set[str]:
     return {job_id.split("_")[0] for job_id in ids}
 
 
-def _ask(*command: str) -> str | None:
-    """What a command of Slurm answers; None if it cannot tell."""
+def ask(*command: str, timeout: float = 120.0) -> str | None:
+    """What a command of Slurm answers within `timeout` seconds; None if it cannot tell."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 import uuid
@@ -11,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.backends import ask
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 
+_ANSWER = 60.0  # seconds for a command of Slurm
 TRAINING_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
 
 
@@ -68,7 +69,7 @@ def _examine_slurm(cluster: Cluster) -> Iterator[Finding]:
     if absent:
         yield Finding("Slurm's commands", False, f"no {', '.join(absent)} here", "start on a login node of the cluster")
         return
-    answer = _ask("sinfo", "--noheader", "--format=%P|%G|%D|%l")
+    answer = ask("sinfo", "--noheader", "--format=%P|%G|%D|%l", timeout=_ANSWER)
     if answer is None:
         yield Finding(
             "scheduler", False, "sinfo gets no answer", "is slurmctld up (scontrol ping), and munge on this host?"
@@ -76,7 +77,7 @@ def _examine_slurm(cluster: Cluster) -> Iterator[Finding]:
         return
     partitions = [line.split("|") for line in answer.splitlines() if line]
     yield Finding("scheduler", True, f"answers, {len({name for name, *_ in partitions})} partitions")
-    accounting = _ask("sacct", "--noheader", "--allocations", "--jobs=1") is not None
+    accounting = ask("sacct", "--noheader", "--allocations", "--jobs=1", timeout=_ANSWER) is not None
     yield Finding("accounting", None, "there" if accounting else "none: it is not needed, but failures say less")
 
     wanted = cluster.slurm.partition
@@ -96,7 +97,7 @@ def _examine_slurm(cluster: Cluster) -> Iterator[Finding]:
             f"{offered} a node, {most} asked for",
             "lower cluster.resources.*.gpus_per_node, choose another partition, or ask for gres.conf to be mended",
         )
-    match = re.search(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or "")
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config", timeout=_ANSWER) or "")
     if match:
         yield Finding(
             "array size",
@@ -171,11 +172,8 @@ def _judge(kind: str, seen: dict[str, Any], token: str, resources: Resources) ->
 def _try(stage: Stage, resources: Resources, cluster: Cluster, patience: float) -> dict[str, Any] | Finding:
     """What the probe wrote, or why it wrote nothing."""
     deadline = time.monotonic() + patience
-    started = False
 
     def look(progress: Progress) -> None:
-        nonlocal started
-        started = started or progress.jobs_running > 0
         if time.monotonic() > deadline:
             raise _TooLong
 
@@ -204,10 +202,3 @@ def _try(stage: Stage, resources: Resources, cluster: Cluster, patience: float) 
 def _gpus(gres: str) -> int:
     """GPUs of a node, from what Slurm says of its generic resources, e.g. gpu:h100:8(S:0-1),nvme:1."""
     return sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
-
-
-def _ask(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -185,7 +185,7 @@ class _Driver:
         for submission in self._ledger.open_submissions():
             if submission.ids is None or submission.work != self._work:
                 # Never noted (the driver died while it submitted), or at work on what is no longer wanted.
-                _close(submission, self._backend, self._ledger)
+                close_submission(submission, self._backend, self._ledger)
             else:
                 log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
         for index in set(range(len(self._shards))) - self._done:
@@ -204,7 +204,7 @@ class _Driver:
                 time.sleep(self._cluster.poll_seconds)
         finally:
             for submission in self._ledger.open_submissions():
-                _close(submission, self._backend, self._ledger)
+                close_submission(submission, self._backend, self._ledger)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
 
@@ -314,7 +314,8 @@ class _Driver:
         self._ledger.save()
 
 
-def _close(submission: Submission, backend: Backend, ledger: Ledger) -> None:
+def close_submission(submission: Submission, backend: Backend, ledger: Ledger) -> None:
+    """End the jobs of a submission, those whose ids were never noted included."""
     ids = (
         submission.ids if submission.ids is not None else backend.find(submission.name, ledger.folder / submission.name)
     )

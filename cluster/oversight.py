@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.backends import log_files, open_backend
-from cluster.fanout import Ledger
+from cluster.fanout import Ledger, close_submission
 from cluster.stage import Stage
 from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Resources
@@ -107,9 +107,7 @@ def log_of(folder: Path, shard: int) -> Path:
     Raises:
         UserError: there is no such shard, or no job has had it.
     """
-    shards = read_json(folder / "stage.json")["shards"]
-    if not 0 <= shard < shards:
-        raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
+    _check_shard(folder, shard)
     for submission in reversed(Ledger(folder / "jobs").submissions):
         for job_id, task in zip(submission.ids or [], submission.tasks, strict=False):
             if shard in task:
@@ -125,24 +123,24 @@ def forget(folder: Path, shard: int) -> None:
     Raises:
         UserError: there is no such shard.
     """
-    stage, shards = Stage.read(folder), read_json(folder / "stage.json")["shards"]
-    if not 0 <= shard < shards:
-        raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
-    stage.manifest(shard).unlink(missing_ok=True)
+    _check_shard(folder, shard)
+    Stage.read(folder).manifest(shard).unlink(missing_ok=True)
 
 
 def cancel_jobs(folder: Path, cluster: Cluster) -> int:
     """End the jobs of a stage that nobody drives any more; return how many submissions were ended."""
     ledger = Ledger(folder / "jobs")
     backend = open_backend(cluster, Resources(), None)
-    ended = 0
-    for submission in ledger.open_submissions():
-        ids = submission.ids
-        backend.cancel(backend.find(submission.name, ledger.folder / submission.name) if ids is None else ids)
-        submission.closed = True
-        ledger.save()
-        ended += 1
-    return ended
+    left = ledger.open_submissions()
+    for submission in left:
+        close_submission(submission, backend, ledger)
+    return len(left)
+
+
+def _check_shard(folder: Path, shard: int) -> None:
+    shards = read_json(folder / "stage.json")["shards"]
+    if not 0 <= shard < shards:
+        raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
 
 
 def _at_work(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int], set[int]]:

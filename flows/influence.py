@@ -73,14 +73,14 @@ def measure_influence(
     ]
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.Table:
-        exact = influence.model_copy(update={"estimator": estimator})
+        chosen = influence.model_copy(update={"estimator": estimator})
         stage = Stage(
             name="influence",
             version=1,
             program=PROGRAM,
             settings={
                 "student": student.model_dump(mode="json"),
-                "influence": exact.model_dump(mode="json", exclude={"screening"}),
+                "influence": chosen.model_dump(mode="json", exclude={"screening"}),
                 "warmup": Warmup().model_dump(mode="json"),
                 "baseline": baseline if influence.sequential else None,
             },

@@ -4,7 +4,7 @@ Batches are padded on the right, so that causal attention needs no mask: what a 
 Shapes: [batch, tokens]; [labelled] runs over the labelled positions of a batch, row by row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,3 @@ def group_by_length(lengths: Sequence[int], order: Sequence[int], batch_tokens: 
         else:
             groups.append([index])
     return groups
-
-
-Progress = Callable[[int], None]
-"""Told how many examples are done."""

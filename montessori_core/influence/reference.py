@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from montessori_core.chat import Encoded
-from montessori_core.influence.losses import Batch, Progress, TokenLosses, group_by_length, make_batch
+from montessori_core.influence.losses import Batch, TokenLosses, group_by_length, make_batch
+from montessori_core.program import Report
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ class ReferenceSet:
         groups = group_by_length(lengths, indices, batch_tokens)
         return [make_batch([(i, self._examples[i]) for i in group], self._device) for group in groups]
 
-    def evaluate(self, losses: TokenLosses, report: Progress = lambda done: None) -> Loss:
+    def evaluate(self, losses: TokenLosses, report: Report = lambda done: None) -> Loss:
         """Loss of every example."""
         return Loss(self.sum_losses(losses, self.batches, report), self.tokens)
 
     @torch.no_grad()
     def sum_losses(
-        self, losses: TokenLosses, batches: Sequence[Batch], report: Progress = lambda done: None
+        self, losses: TokenLosses, batches: Sequence[Batch], report: Report = lambda done: None
     ) -> torch.Tensor:
         """[examples] summed loss in fp64; NaN for examples that are in none of the batches."""
         summed = torch.full((len(self),), torch.nan, dtype=torch.float64)
