@@ -16,7 +16,7 @@ from montessori_core.atomic import hash_path
 from montessori_core.config import Cluster, DataSource, Influence, Preferences, Resources, Student, Warmup
 from montessori_core.errors import ConfigError, DataError, UserError
 from montessori_core.influence_table import join_influence, summarize_influence
-from montessori_core.models import fingerprint, local_path
+from montessori_core.models import fetch_model, fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, read_table, write_table
@@ -56,15 +56,14 @@ def measure_influence(
     tasks = read_tasks(examples, "examples", with_response=True)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; give the folder of a warmed-up student")
-    model = fingerprint(student.model, student.revision)
+    model = fetch_model(student.model, student.revision)
     folder = out.with_name(out.name + ".parts").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     reference_file = folder / "reference.jsonl"
     write_tasks(read_tasks(reference, "reference", with_response=True), reference_file)
 
-    path = Path(local_path(student.model))
-    inputs = {"reference": reference_file} | ({"student": path} if path.is_dir() else {})
-    hashes = {"student": model, "reference": hash_path(reference_file)}
+    inputs = {"reference": reference_file, "student": model}
+    hashes = {"reference": hash_path(reference_file), "student": fingerprint(model)}
     if warm_state is not None:
         inputs["moments"], hashes["moments"] = warm_state.resolve(), hash_path(warm_state / MOMENTS_FILE)
     rows: list[Row] = [

@@ -48,7 +48,7 @@ def unmodified_teacher(run: Run, earlier: list[Path]) -> Unmodified:
         run,
         folder / "training",
         f"{label}: training set",
-        Model.configured(experiment.teacher.model, experiment.teacher.revision),
+        run.first_teacher(),
         count=experiment.training.examples,
         draw="i1-training",
         earlier=earlier,
@@ -71,7 +71,7 @@ def iteration(run: Run, number: int, previous: Iteration | None) -> Iteration:
     """Tailor the teacher to the student once, and train the student on what the teacher then writes."""
     experiment, folder = run.experiment, run.iteration(number)
     name = f"iteration {number}"
-    teacher = previous.teacher if previous else Model.configured(experiment.teacher.model, experiment.teacher.revision)
+    teacher = previous.teacher if previous else run.first_teacher()
     synthetic_pool = previous.training.examples if previous else None
 
     # The unmodified teacher's first examples warm the student (iteration 1 only); the next are probed.
@@ -150,8 +150,9 @@ def iteration(run: Run, number: int, previous: Iteration | None) -> Iteration:
         losses |= {part: table for part, table in previous.losses.items() if part in ("untrained", "unmodified")}
         losses["previous"] = previous.losses["student"]
     else:
-        first_weights = Model.configured(experiment.student.model, experiment.student.revision)
-        losses["untrained"] = evaluate(run, run.folder / "untrained", "untrained student: held-out loss", first_weights)
+        losses["untrained"] = evaluate(
+            run, run.folder / "untrained", "untrained student: held-out loss", run.first_student()
+        )
         if experiment.comparison.unmodified_teacher:
             losses["unmodified"] = unmodified_teacher(run, [synthesized.examples]).loss
     write_metrics(

@@ -34,6 +34,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "fingerprint.json"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 LLAMA3_STYLE_TEMPLATE = (
     # Paper, Figure 7: applied to models without a template of their own.
@@ -112,17 +113,56 @@ def local_path(model: str) -> str:
     return str(path.resolve())
 
 
-def fingerprint(model: str, revision: str | None = None) -> str:
-    """Hash of what a model is: a folder's content, or a hub id with its revision.
+def fetch_model(model: str, revision: str | None = None) -> Path:
+    """The folder to load a configured model from; one of a hub is downloaded first, weights as safetensors only.
+
+    Called by drivers, so that a thousand workers need neither the hub nor each other's half of a download: the hub's cache
+    ($HF_HOME) is then where they read.
+
+    Raises:
+        UserError: the model cannot be had.
+    """
+    path = Path(local_path(model))
+    return path if path.is_dir() else Path(local_path(str(_download(model, revision))))
+
+
+@functools.cache
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {model!r} asks for an agreement first: accept its licence on the hub, then set HF_TOKEN or run hf auth "
+            "login"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {model!r}, revision {revision or 'main'}, cannot be had from the hub: {reason}\nCheck id, revision and "
+            "network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"
+        ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a model in the hub's cache; None for any other folder."""
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if in_cache else None
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of what a model is: of its folder's content, or of the hub's name and commit.
 
     Folders that the project wrote carry their hash; others are read whole, once.
     """
-    path = Path(local_path(model))
-    if not path.is_dir():
-        return hash_json([model, revision or "main"])
+    path = Path(local_path(str(folder)))
+    if commit_of(path) is not None:
+        return hash_json([path.parent.parent.name, path.name])
     recorded = read_json(path / FINGERPRINT)
     own = str(recorded["sha256"]) if recorded else _content_hash_of(path, _signature(path))
-    return hash_json([own, fingerprint(adapted_model(path))]) if (path / _ADAPTER).exists() else own
+    return hash_json([own, fingerprint(fetch_model(adapted_model(path)))]) if (path / _ADAPTER).exists() else own
 
 
 def adapted_model(folder: Path) -> str:
@@ -130,7 +170,7 @@ def adapted_model(folder: Path) -> str:
     return str(json.loads((folder / _ADAPTER).read_text())["base_model_name_or_path"])
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """Load a tokenizer; one without a chat template gets the paper's (Figure 7), one without padding its end token.
 
     Raises:
@@ -139,7 +179,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_path(model), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(fetch_model(model))
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of {model!r} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
@@ -153,7 +193,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokeni
     return tokenizer
 
 
-def load_model(model: str, dtype: Any, revision: str | None = None) -> "PreTrainedModel":
+def load_model(model: str, dtype: Any) -> "PreTrainedModel":
     """Load a causal language model from safetensors, without running any code of its repository.
 
     The folder of a LoRA adapter gives the model it adapts with the adapter in place; only the adapter asks for gradients.
@@ -163,16 +203,14 @@ def load_model(model: str, dtype: Any, revision: str | None = None) -> "PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    folder = Path(local_path(model))
+    folder = fetch_model(model)
     if (folder / _ADAPTER).exists():
         from peft import PeftModel
 
-        adapted = load_model(adapted_model(folder), dtype, revision)
+        adapted = load_model(adapted_model(folder), dtype)
         return PeftModel.from_pretrained(adapted, folder, is_trainable=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            local_path(model), revision=revision, dtype=dtype, use_safetensors=True
-        )
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {error}") from error
 

@@ -20,14 +20,23 @@ import psutil
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import hash_path, read_json, write_json
-from montessori_core.config import Experiment, Resources, differences, read_experiment, write_experiment
+from montessori_core.config import (
+    Experiment,
+    Resources,
+    Student,
+    Teacher,
+    differences,
+    read_experiment,
+    write_experiment,
+)
 from montessori_core.errors import UserError
-from montessori_core.models import fingerprint, local_path
+from montessori_core.models import commit_of, fetch_model, fingerprint
 from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from tasks.progress import ProgressBar
 
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
+_COMMITS = "models.json"  # of the hub's models, by name and revision asked for
 Kind = Literal["generation", "training", "influence", "evaluation"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
@@ -40,14 +49,9 @@ class Model:
     sha256: str
 
     @staticmethod
-    def configured(model: str, revision: str | None) -> "Model":
-        """A model of the configuration."""
-        return Model(local_path(model), fingerprint(model, revision))
-
-    @staticmethod
-    def trained(folder: Path) -> "Model":
-        """A model that a stage wrote."""
-        return Model(str(folder), fingerprint(str(folder)))
+    def of(folder: Path) -> "Model":
+        """The model in a folder."""
+        return Model(str(folder), fingerprint(folder))
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,19 @@ class Run:
     def iteration(self, number: int) -> Path:
         """Folder of an iteration, counted from 1."""
         return self.folder / f"iteration-{number}"
+
+    def first_teacher(self) -> Model:
+        """The teacher as configured."""
+        return self._configured(self.experiment.teacher)
+
+    def first_student(self) -> Model:
+        """The student as configured."""
+        return self._configured(self.experiment.student)
+
+    def _configured(self, section: Teacher | Student) -> Model:
+        # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
+        commits = read_json(self.folder / _COMMITS) or {}
+        return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
 
     def execute(
         self,
@@ -130,17 +147,21 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
     sources = begun.sources() if complete else read_sources(experiment)
     warnings = check_sources(sources, experiment)
-    for model in (experiment.teacher.model, experiment.student.model):
-        local_path(model)
     check_environment(experiment)
+    commits: dict[str, str] = read_json(folder / _COMMITS) or {}
+    for section in (experiment.teacher, experiment.student):
+        commit = commit_of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
+        if commit is not None:
+            commits[_name_of(section)] = commit
     try:
         (folder / "sources").mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
         for name in Sources.__annotations__:
             if not complete:
                 write_tasks(getattr(sources, name), run.source_file(name))
+        write_json(commits, folder / _COMMITS)
         write_experiment(experiment, config)
-        write_json(_provenance(experiment), folder / "provenance.json")
+        write_json(_provenance(run), folder / "provenance.json")
     except OSError as error:
         raise UserError(
             f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "
@@ -263,7 +284,11 @@ def _check_same(experiment: Experiment, config: Path) -> None:
         )
 
 
-def _provenance(experiment: Experiment) -> dict[str, Any]:
+def _name_of(section: Teacher | Student) -> str:
+    return f"{section.model}@{section.revision or 'main'}"
+
+
+def _provenance(run: Run) -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
         try:
@@ -279,8 +304,8 @@ def _provenance(experiment: Experiment) -> dict[str, Any]:
         "python": platform.python_version(),
         "git_revision": revision.stdout.strip() or None,
         "driver": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
-        "teacher_sha256": fingerprint(experiment.teacher.model, experiment.teacher.revision),
-        "student_sha256": fingerprint(experiment.student.model, experiment.student.revision),
+        "teacher_sha256": run.first_teacher().sha256,
+        "student_sha256": run.first_student().sha256,
     }
 
 

@@ -31,10 +31,10 @@ def train_student(
             "save_moments": save_moments,
         },
         [rows],
-        models={"student": Model.configured(run.experiment.student.model, run.experiment.student.revision)},
+        models={"student": run.first_student()},
         suffix="",
     )
-    return Model.trained(trained)
+    return Model.of(trained)
 
 
 def training_rows(examples: Path) -> list[Row]:

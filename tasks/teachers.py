@@ -64,4 +64,4 @@ def update_teacher(run: Run, number: int, teacher: Model, preferences: Path) -> 
         models={"teacher": teacher},
         suffix="",
     )
-    return Model.trained(updated)
+    return Model.of(updated)

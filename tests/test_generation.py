@@ -75,7 +75,7 @@ def test_penalties_count_what_vllm_counts() -> None:
 
 @pytest.fixture(scope="module")
 def engine(smollm2: Path) -> TransformersEngine:
-    opened = open_engine("transformers", str(smollm2), None, load_tokenizer(str(smollm2)))
+    opened = open_engine("transformers", str(smollm2), load_tokenizer(str(smollm2)))
     assert isinstance(opened, TransformersEngine)
     return opened
 

@@ -65,6 +65,6 @@ def test_unusable_models_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: 
 def test_fingerprint_follows_content(tiny_llama: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(tiny_llama, copy)
-    assert fingerprint(str(copy)) == fingerprint(str(tiny_llama))
+    assert fingerprint(copy) == fingerprint(tiny_llama)
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
-    assert fingerprint(str(copy)) != fingerprint(str(tiny_llama))
+    assert fingerprint(copy) != fingerprint(tiny_llama)

@@ -32,7 +32,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
     """Load the warm student, its moments and the reference set once.
 
     Settings: `student`, `influence`, `warmup` (their configurations; the estimator is 'exact' or 'first_order'),
-    `baseline` (whose sign a sequential measurement decides, or none). Inputs: `student`, unless it is a hub id;
+    `baseline` (whose sign a sequential measurement decides, or none). Inputs: `student`;
     `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks). Rows:
     `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
     """
@@ -40,10 +40,10 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
     influence = Influence.model_validate(settings["influence"])
     warmup = Warmup.model_validate(settings["warmup"])
     device = compute_device()
-    path = str(inputs.get("student", student.model))
-    tokenizer = load_tokenizer(path, student.revision)
+    path = str(inputs["student"])
+    tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if influence.dtype == "bfloat16" else torch.float32
-    model = load_model(path, dtype, student.revision)
+    model = load_model(path, dtype)
     check_tokenizer(tokenizer, model)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     reference = ReferenceSet(
@@ -121,13 +121,13 @@ def _placement(model: Any, student: Student, influence: Influence, device: torch
 def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Load a model to evaluate its loss on human-written examples.
 
-    Settings: `student`, `batch_tokens`. Inputs: `model`, or the student's own. Rows: `id`, `text`, `response`.
+    Settings: `student`, `batch_tokens`. Inputs: `model`. Rows: `id`, `text`, `response`.
     """
     student = Student.model_validate(settings["student"])
-    path = str(inputs.get("model", student.model))
+    path = str(inputs["model"])
     device = compute_device()
-    tokenizer = load_tokenizer(path, student.revision)
-    model = load_model(path, torch.float32, student.revision)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, torch.float32)
     check_tokenizer(tokenizer, model)
     losses = TokenLosses(model.to(device).eval())
 

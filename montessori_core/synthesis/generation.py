@@ -49,14 +49,14 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(engine: str, model: str, revision: str | None, tokenizer: Any) -> Engine:
+def open_engine(engine: str, model: str, tokenizer: Any) -> Engine:
     """Load `model` in the named engine; 'auto' is vLLM where it is installed, else transformers."""
     if engine == "auto":
         engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if engine == "vllm":
         from montessori_core.synthesis.vllm_engine import VllmEngine
 
-        return VllmEngine(model, revision, tokenizer)
+        return VllmEngine(model, tokenizer)
     from montessori_core.synthesis.transformers_engine import TransformersEngine
 
-    return TransformersEngine(model, revision, tokenizer)
+    return TransformersEngine(model, tokenizer)

@@ -22,9 +22,9 @@ def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
     """
     teacher = Teacher.model_validate(settings["teacher"])
     sampling = Sampling.model_validate(settings["sampling"])
-    model = str(inputs.get("teacher", teacher.model))
-    tokenizer = load_tokenizer(model, teacher.revision)
-    engine = open_engine(settings["engine"], model, teacher.revision, tokenizer)
+    model = str(inputs["teacher"])
+    tokenizer = load_tokenizer(model)
+    engine = open_engine(settings["engine"], model, tokenizer)
     stop = CLOSE if settings["raw"] else None
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:

@@ -22,9 +22,9 @@ _STOP_WINDOW = 16  # tokens at the end of a continuation in which a stop string 
 class TransformersEngine:
     """A model in bfloat16 on the GPU if there is one, else on the CPU."""
 
-    def __init__(self, model: str, revision: str | None, tokenizer: Any) -> None:
+    def __init__(self, model: str, tokenizer: Any) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(model, torch.bfloat16, revision).to(self._device).eval()
+        self._model = load_model(model, torch.bfloat16).to(self._device).eval()
         self._tokenizer = tokenizer
 
     def generate(

@@ -8,7 +8,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from montessori_core.config import Sampling
-from montessori_core.models import local_path
+from montessori_core.models import fetch_model
 from montessori_core.synthesis.generation import Generated, Request
 
 _CHUNK = 1024  # requests handed over together: enough to fill any GPU, few enough to report progress
@@ -17,14 +17,13 @@ _CHUNK = 1024  # requests handed over together: enough to fill any GPU, few enou
 class VllmEngine:
     """A model over all GPUs the job was given (tensor parallel), or on the CPU with a CPU build of vLLM."""
 
-    def __init__(self, model: str, revision: str | None, tokenizer: Any) -> None:
+    def __init__(self, model: str, tokenizer: Any) -> None:
         if not torch.cuda.is_available():
             # By default vLLM keeps one core for itself and takes 40 % of the memory for its cache.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '2')) - 1}")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         self._llm = LLM(
-            model=local_path(model),
-            revision=revision,
+            model=str(fetch_model(model)),
             dtype="bfloat16",
             seed=0,
             tensor_parallel_size=max(1, torch.cuda.device_count()),

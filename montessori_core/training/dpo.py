@@ -43,9 +43,9 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 return dataset  # tokenised below, as generation tokenises: TRL would add special tokens
 
         TeacherTrainer.recipe = recipe
-        model_path = str(inputs.get("teacher", teacher.model))
+        model_path = str(inputs["teacher"])
         checkpoints = checkpoint_folder(output, settings, model_path, rows)
-        tokenizer = load_tokenizer(model_path, teacher.revision)
+        tokenizer = load_tokenizer(model_path)
         pairs = [encode_pair(tokenizer, row, teacher.prompt_style) for row in rows]
         fitting = [pair for pair in pairs if longest(pair) <= recipe.max_length]
         if not fitting:
@@ -62,7 +62,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
         progress = ProgressCallback(report, recipe)
         with shared_dataset(fitting, output.parent) as data:
             trainer = TeacherTrainer(
-                model=load_model(model_path, torch.float32, teacher.revision),
+                model=load_model(model_path, torch.float32),
                 args=arguments,
                 train_dataset=data,
                 processing_class=tokenizer,

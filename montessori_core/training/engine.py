@@ -140,7 +140,7 @@ class ProgressCallback(TrainerCallback):
 
 def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: list[Row]) -> Path:
     """Where a training keeps its checkpoints: beside its result, and of these settings, weights, rows and processes alone."""
-    decides = [dict(settings), fingerprint(model), rows, os.environ["WORLD_SIZE"]]
+    decides = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
     folder = output.parent / "checkpoints" / hash_json(decides)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # torch keeps pickles here

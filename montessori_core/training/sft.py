@@ -42,9 +42,9 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             pass
 
         StudentTrainer.recipe = recipe
-        model_path = str(inputs.get("student", student.model))
+        model_path = str(inputs["student"])
         checkpoints = checkpoint_folder(output, settings, model_path, rows)
-        tokenizer = load_tokenizer(model_path, student.revision)
+        tokenizer = load_tokenizer(model_path)
         encoded = [
             encode_example(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"])
             for row in rows
@@ -61,7 +61,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             packing=False,
         )
         progress = ProgressCallback(report, recipe)
-        model = load_model(model_path, torch.float32, student.revision)
+        model = load_model(model_path, torch.float32)
         check_tokenizer(tokenizer, model)
         if student.lora is not None:
             torch.manual_seed(settings["seed"])  # the matrices start at random

@@ -1,0 +1,126 @@
+"""Models of a hub: the driver fetches them once, a run stays with the commit it began with, workers need no hub.
+
+A server on this machine speaks the hub's protocol to the real client.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+OPEN_RUN = """
+import sys
+from pathlib import Path
+from montessori_core.config import parse_experiment
+from montessori_core.errors import UserError
+from tasks.run import open_run
+content = {"teacher": {"model": "group/tiny"}, "student": {"model": sys.argv[2]},
+    "reference": {"path": "builtin", "limit": 4}, "evaluation": {"path": "builtin", "limit": 4}}
+try:
+    run, _ = open_run(parse_experiment(content, "test"), Path(sys.argv[1]))
+except UserError as error:
+    sys.exit(str(error))
+print(Path(run.first_teacher().path).name, run.first_teacher().sha256)
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """One model, public at its one commit; `gated` asks for an agreement first."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.folder, self.commit, self.gated = folder, "1" * 40, False
+        self.asked: list[str] = []
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        path, files = self.path.partition("?")[0], sorted(self.server.folder.iterdir())
+        headers, status = {"X-Repo-Commit": self.server.commit}, 200
+        if "/group/tiny" not in path or self.server.gated:
+            reason = "GatedRepo" if self.server.gated else "RepoNotFound"
+            status, content = 403 if self.server.gated else 404, b"{}"
+            headers["X-Error-Code"] = reason
+        elif "/tree/" in path:
+            content = json.dumps(
+                [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)} for f in files]
+            ).encode()
+        elif path.startswith("/api/"):
+            names = [{"rfilename": file.name} for file in files]
+            content = json.dumps({"id": "group/tiny", "sha": self.server.commit, "siblings": names}).encode()
+        else:
+            file = self.server.folder / path.rpartition("/")[2]
+            content, headers["ETag"] = file.read_bytes(), f'"{digest(file)}"'
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub(tiny_llama)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub-cache"))
+    yield server
+    server.shutdown()
+
+
+def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", OPEN_RUN, str(folder), student],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub, tmp_path: Path) -> None:
+    first = open_run(tmp_path / "run")
+    assert first.stdout.startswith("1" * 40), first.stderr
+    assert sum(path.endswith("model.safetensors") for path in hub.asked) <= 2  # a look and a download, for both models
+    hub.commit = "2" * 40
+    assert open_run(tmp_path / "run").stdout == first.stdout
+    moved = open_run(tmp_path / "later-run").stdout
+    assert moved.startswith("2" * 40)
+    assert moved.split()[1] != first.stdout.split()[1]
+    hub.shutdown()
+    hub.server_close()
+    assert open_run(tmp_path / "run").stdout == first.stdout
+
+
+def test_model_that_the_hub_does_not_give_is_refused_with_a_remedy(hub: Hub, tmp_path: Path) -> None:
+    hub.gated = True
+    assert "asks for an agreement first" in open_run(tmp_path / "run").stderr
+    hub.gated = False
+    absent = open_run(tmp_path / "run", "group/absent")
+    assert absent.returncode == 1
+    assert "'group/absent', revision main, cannot be had from the hub" in absent.stderr
+    assert "Check id, revision" in absent.stderr
+    assert not (tmp_path / "run").exists()
