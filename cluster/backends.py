@@ -1,6 +1,7 @@
 """Two ways to run jobs behind one interface: processes of this machine, and Slurm. Both submit through submitit."""
 
 import logging
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,11 +16,12 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.worker import run_task
-from montessori_core.config import Cluster, Resources
+from montessori_core.config import Cluster, Resources, Slurm
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
 _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 
 Task = list[int]  # shards that one job works through
@@ -138,6 +140,9 @@ class LocalBackend:
             psutil.wait_procs(family, timeout=10)
 
     def reason(self, job_id: str) -> str:
+        minutes = self._resources.time_limit_minutes
+        if time.time() - float(job_id.partition(":")[2]) >= 60 * minutes:
+            return f"TIMEOUT: the process was ended after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
 
 
@@ -172,7 +177,9 @@ class SlurmBackend:
             raise UserError(
                 "cluster.profile is slurm, but there is no sbatch here: start on a login node, or use profile: local"
             )
-        self._slurm, self._resources, self._python = cluster.slurm, resources, python or sys.executable
+        self._slurm, self._resources = cluster.slurm, resources
+        self._python, self._container_options = command_of(cluster.slurm, python)
+        self._largest_array = cluster.slurm.max_array_size
         self._silent = False
 
     def group(self, shards: Sequence[int], running: int) -> list[Task]:
@@ -182,7 +189,9 @@ class SlurmBackend:
             return []
         size = self._resources.shards_per_job
         tasks = [list(shards[start : start + size]) for start in range(0, len(shards), size)]
-        return tasks[: self._slurm.max_array_size]
+        if self._largest_array is None:
+            self._largest_array = (largest_array() or _USUAL_ARRAY_LIMIT) - 1
+        return tasks[: self._largest_array]
 
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
@@ -211,10 +220,14 @@ class SlurmBackend:
             },
             # Some releases of srun do not take the CPUs from sbatch. And when one of several processes fails, the
             # others would wait for it until the time limit.
-            "srun_args": [f"--cpus-per-task={resources.cpus_per_process}", "--kill-on-bad-exit=1"],
+            "srun_args": [
+                f"--cpus-per-task={resources.cpus_per_process}",
+                "--kill-on-bad-exit=1",
+                *self._container_options,
+            ],
         }
         executor = submitit.SlurmExecutor(
-            folder=folder, python=shlex.quote(self._python), max_num_timeout=resources.infrastructure_retries
+            folder=folder, python=self._python, max_num_timeout=resources.infrastructure_retries
         )
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         arguments = [str(stage_folder)] * len(tasks), list(tasks), [resources.cpus_per_process] * len(tasks)
@@ -278,6 +291,26 @@ class SlurmBackend:
             self._silent = answer is None
             log.warning("squeue %s", "fails, waiting until it answers" if self._silent else "answers again")
         return None if answer is None else set(answer.split())
+
+
+def command_of(slurm: Slurm, python: str | None) -> tuple[str, list[str]]:
+    """The command that starts Python on a node, and what srun needs to be told for it."""
+    container = slurm.container
+    if container is None:
+        return shlex.quote(python or sys.executable), []
+    inside = python or "python3"
+    if container.runtime == "apptainer":
+        mounts = [f"--bind={mount}" for mount in container.mounts]
+        return shlex.join(["apptainer", "exec", "--nv", *mounts, container.image, inside]), []
+    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
+    options = [f"--container-image={container.image}"]
+    return shlex.quote(inside), [*options, f"--container-mounts={','.join(mounts)}"] if mounts else options
+
+
+def largest_array() -> int | None:
+    """Slurm's MaxArraySize; None if it does not say."""
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "")
+    return int(match[1]) if match else None
 
 
 def _arrays(ids: Iterable[str]) -> set[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.backends import ask
+from cluster.backends import ask, largest_array
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import read_json
@@ -97,13 +97,13 @@ def _examine_slurm(cluster: Cluster) -> Iterator[Finding]:
             f"{offered} a node, {most} asked for",
             "lower cluster.resources.*.gpus_per_node, choose another partition, or ask for gres.conf to be mended",
         )
-    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config", timeout=_ANSWER) or "")
-    if match:
+    limit, asked = largest_array(), cluster.slurm.max_array_size
+    if limit is not None and asked is not None:
         yield Finding(
             "array size",
-            cluster.slurm.max_array_size < int(match[1]),
-            f"MaxArraySize is {match[1]}, cluster.slurm.max_array_size {cluster.slurm.max_array_size}",
-            f"set cluster.slurm.max_array_size to {int(match[1]) - 1} or less",
+            asked < limit,
+            f"MaxArraySize is {limit}, cluster.slurm.max_array_size {asked}",
+            f"set cluster.slurm.max_array_size to {limit - 1} or less, or to null",
         )
 
 

@@ -6,6 +6,7 @@ reads both, waits for jobs that run on, and submits only what is missing.
 
 import logging
 import os
+import statistics
 import time
 import uuid
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.backends import Backend, Task, log_files, open_backend
+from cluster.pieces import remove_pieces
 from cluster.stage import Stage
 from montessori_core.atomic import hash_json, read_json, write_json
 from montessori_core.config import Cluster, Resources
@@ -156,6 +158,31 @@ def fan_out(
     return [stage.part(index) for index in range(len(shards))]
 
 
+class _Stopwatch:
+    """How long shards take, by this driver's own clock: those of nodes may be off."""
+
+    def __init__(self) -> None:
+        self._begun: dict[int, float] = {}
+        self._took: dict[int, float] = {}
+
+    def look(self, at_work: set[int], done: set[int], now: float) -> None:
+        """Note which shards are computed now and which are done."""
+        for index in at_work:
+            self._begun.setdefault(index, now)
+        for index in list(self._begun):
+            if index in done:
+                self._took[index] = now - self._begun.pop(index)
+            elif index not in at_work:
+                del self._begun[index]  # its job was lost
+
+    def slower_than(self, factor: float, now: float) -> set[int]:
+        """Shards at work for so many times as long as the median shard took."""
+        if not self._took:
+            return set()
+        limit = factor * statistics.median(self._took.values())
+        return {index for index, begun in self._begun.items() if now - begun > limit}
+
+
 class _Driver:
     def __init__(
         self,
@@ -179,6 +206,8 @@ class _Driver:
         self._avoid: frozenset[str] = frozenset()
         self._not_before = 0.0
         self._running = 0
+        self._stopwatch = _Stopwatch()
+        self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
         """Take over what an earlier driver left: jobs at work on these very shards are kept, all others are ended."""
@@ -201,10 +230,12 @@ class _Driver:
                 if len(self._done) + len(self._failed) == len(self._shards):
                     break
                 self._submit_missing(busy)
+                self._duplicate_stragglers(busy)
                 time.sleep(self._cluster.poll_seconds)
         finally:
             for submission in self._ledger.open_submissions():
                 close_submission(submission, self._backend, self._ledger)
+        remove_pieces(self._stage.folder / "pieces", self._duplicated & self._done)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
 
@@ -221,12 +252,11 @@ class _Driver:
         """Update what is done and what failed; return the shards that some job is at work on."""
         self._collect_done()
         busy: set[int] = set()
+        lost: list[tuple[str, str, Task]] = []
         self._running = 0
         for submission in self._ledger.open_submissions():
             ids = submission.ids or []
             alive = self._backend.alive(submission.name, ids)
-            # A job may commit its last shard between the two looks.
-            self._collect_done()
             waiting = False
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 missed = submission.missed.get(job_id, 0)
@@ -239,10 +269,14 @@ class _Driver:
                     self._running += 1
                     busy.update(task)
                 elif missed < self._backend.polls_until_lost:
-                    self._bury(submission.name, job_id, task)
+                    lost.append((submission.name, job_id, task))
             if not waiting:
                 submission.closed = True
                 self._ledger.save()
+        # A job may have committed its last shard after the first look.
+        self._collect_done()
+        for name, job_id, task in lost:
+            self._bury(name, job_id, [index for index in task if index not in busy])
         return busy - self._done
 
     def _collect_done(self) -> None:
@@ -306,12 +340,41 @@ class _Driver:
         tasks = self._backend.group(missing, self._running)
         if not tasks:
             return
+        self._submit(tasks, self._avoid)
+
+    def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
         submission = Submission(f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}", self._work, tasks)
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / submission.name
-        submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, self._avoid)
+        submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, avoid)
         self._ledger.save()
+
+    def _duplicate_stragglers(self, busy: set[int]) -> None:
+        """Start shards that take much longer than others once more; the first of the two results counts."""
+        factor = self._resources.duplicate_stragglers_after
+        if factor is None:
+            return
+        at_work: dict[int, tuple[str, Task]] = {}
+        waiting = False
+        for submission in self._ledger.open_submissions():
+            ids = submission.ids or []
+            started = self._backend.running(submission.name, ids)
+            for job_id, task in zip(ids, submission.tasks, strict=True):
+                left = [index for index in task if index in busy]
+                if left and job_id in started:
+                    at_work[left[0]] = job_id, left
+                waiting |= bool(left) and job_id not in started
+        now = time.monotonic()
+        self._stopwatch.look(set(at_work), self._done, now)
+        if waiting or self._running >= self._resources.parallel_jobs:
+            return  # a copy would take the turn of a shard that nobody computes yet
+        for index in sorted(self._stopwatch.slower_than(factor, now) & set(at_work) - self._duplicated):
+            job_id, left = at_work[index]
+            node = self._stage.node_of(job_id.split(":")[0])
+            log.warning("%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node)
+            self._duplicated.update(left)
+            self._submit([left], self._avoid | ({node} if node else set()))
 
 
 def close_submission(submission: Submission, backend: Backend, ledger: Ledger) -> None:

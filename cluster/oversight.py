@@ -35,7 +35,7 @@ class StageState:
         shards, done, running, queued, failed: counts of shards.
         rows, rows_done: of all shards, those at work included.
         job_seconds: spent on the shards that are done.
-        seconds_left: at the pace of the last shards; None if it cannot be told.
+        rows_per_second: at the pace of the last shards, over all jobs; None if it cannot be told.
         failures: one for each failed shard.
     """
 
@@ -48,7 +48,7 @@ class StageState:
     rows: int
     rows_done: int
     job_seconds: float
-    seconds_left: float | None
+    rows_per_second: float | None
     failures: list[FailedShard]
 
     @property
@@ -59,6 +59,11 @@ class StageState:
         if self.running or self.queued:
             return "at work"
         return "failed" if self.failed else "incomplete"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the last shards; None if it cannot be told."""
+        return (self.rows - self.rows_done) / self.rows_per_second if self.rows_per_second else None
 
 
 def stages_of(run: Path) -> list[Path]:
@@ -96,7 +101,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
         rows,
         rows_done,
         sum(manifest["seconds"] for manifest in manifests),
-        _seconds_left(stage, done, rows - rows_done),
+        _pace(stage, done),
         failures,
     )
 
@@ -169,13 +174,12 @@ def _failure(stage: Stage, index: int) -> FailedShard:
     return FailedShard(index, noted["class"], noted["error"], lines, log)
 
 
-def _seconds_left(stage: Stage, done: list[int], rows_left: int) -> float | None:
-    """From the time that the last shards took together, however many jobs shared them."""
+def _pace(stage: Stage, done: list[int]) -> float | None:
+    """Rows a second, from the time that the last shards took together, however many jobs shared them."""
     ended = sorted((stage.manifest(index).stat().st_mtime, index) for index in done)[-_RECENT:]
-    if not rows_left or len(ended) < 2:
-        return 0.0 if not rows_left else None
+    if len(ended) < 2:
+        return None
     rows = sum(len(read_json(stage.shard_file(index))["rows"]) for _, index in ended[1:])
-    elapsed = ended[-1][0] - ended[0][0]
     # A stage that stands still gets slower with every look.
-    elapsed = max(elapsed, time.time() - ended[0][0])
-    return elapsed / rows * rows_left if rows and elapsed > 0 else None
+    elapsed = max(ended[-1][0], time.time()) - ended[0][0]
+    return rows / elapsed if elapsed > 0 else None

@@ -4,6 +4,7 @@ For programs whose rows do not depend on each other and whose result is a table.
 shard, so that pieces of other rows or settings are never taken for it; the shard's own commit removes them.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,10 +33,11 @@ def compute_in_pieces(
     pq.write_table(whole.combine_chunks(), output, compression="zstd")
 
 
-def remove_pieces(folder: Path, index: int) -> None:
-    """Remove the pieces of a shard that is done."""
-    for piece in folder.glob(f"{index:05d}-*.parquet"):
-        piece.unlink(missing_ok=True)
+def remove_pieces(folder: Path, indices: Iterable[int]) -> None:
+    """Remove the pieces of shards that are done."""
+    for index in indices:
+        for piece in folder.glob(f"{index:05d}-*.parquet"):
+            piece.unlink(missing_ok=True)
 
 
 def _read(piece: Path) -> pa.Table | None:

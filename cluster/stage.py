@@ -13,7 +13,7 @@ carries that key; that a file exists proves nothing. Layout of a stage's folder:
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from montessori_core.program import Row
 def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
     """[shards][rows], `size` rows each but the last."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class _Overtaken(Exception):
+    """Another job has committed the shard."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,19 @@ class Stage:
 
     @contextmanager
     def commit_part(self, index: int, key: str, rows: int, job_id: str) -> Iterator[Path]:
-        """Yield a temporary path for a result; on success move it in place, its manifest last."""
-        started = time.time()
+        """Yield a temporary path for a result; on success move it in place, its manifest last.
+
+        If another job has committed the shard in the meantime, its result stays and this one is dropped.
+        """
+        started = time.monotonic()
         part = self.part(index)
-        self.manifest(index).unlink(missing_ok=True)
-        with commit(part) as temporary:
+        with suppress(_Overtaken), commit(part) as temporary:
             yield temporary
+            if self.is_done(index, key):
+                raise _Overtaken
+            self.manifest(index).unlink(missing_ok=True)
+        if self.is_done(index, key):
+            return
         size = part.stat().st_size if part.is_file() else sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
         manifest = {
             "key": key,
@@ -141,7 +152,7 @@ class Stage:
             "bytes": size,
             "sha256": hash_path(part),
             "job_id": job_id,
-            "seconds": round(time.time() - started, 3),
+            "seconds": round(time.monotonic() - started, 3),
         }
         write_json(manifest, self.manifest(index))
 

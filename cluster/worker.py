@@ -16,6 +16,7 @@ import submitit
 
 from cluster.pieces import compute_in_pieces, remove_pieces
 from cluster.rendezvous import join_processes
+from cluster.scratch import private_folders
 from cluster.stage import Stage
 from montessori_core.atomic import read_json, write_json
 from montessori_core.program import Compute, load_program
@@ -36,7 +37,12 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
     stage.note_node(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node())
-    join_processes(environment, stage.folder / "jobs")
+    with private_folders(f"{environment.job_id}-{environment.global_rank}"):
+        join_processes(environment, stage.folder / "jobs")
+        _compute_shards(stage, indices, environment)
+
+
+def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:
     compute: Compute | None = None
     for index in indices:
         shard = read_json(stage.shard_file(index))
@@ -89,7 +95,7 @@ def _compute_shard(
             else:
                 compute(shard["rows"], temporary, report)
         if stage.piece_rows:
-            remove_pieces(stage.folder / "pieces", index)
+            remove_pieces(stage.folder / "pieces", [index])
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"
         try:

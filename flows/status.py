@@ -10,18 +10,31 @@ from tasks.run import Run, driver_of
 
 def show_status(run: Run, console: Console) -> None:
     """Print a line for each stage, and what is known of each failed shard."""
-    columns = ("stage", "state", "shards done", "running", "queued", "failed", "rows done", "job seconds", "left")
+    columns = (
+        "stage",
+        "state",
+        "shards done",
+        "running",
+        "queued",
+        "failed",
+        "rows done",
+        "rows/min",
+        "job seconds",
+        "left",
+    )
     table = Table(*columns, title=f"{run.experiment.name} ({run.folder})", title_justify="left")
     states = [look_at(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     for state in states:
+        at_work = state.word == "at work"
         table.add_row(
             str(state.folder.relative_to(run.folder)),
             state.word,
             f"{state.done}/{state.shards}",
             *(str(count) if count else "" for count in (state.running, state.queued, state.failed)),
             f"{state.rows_done}/{state.rows}",
+            f"{60 * state.rows_per_second:.3g}" if at_work and state.rows_per_second else "",
             f"{state.job_seconds:.0f}",
-            f"about {_span(state.seconds_left)}" if state.word == "at work" and state.seconds_left else "",
+            f"about {_span(state.seconds_left)}" if at_work and state.seconds_left else "",
         )
     console.print(table)
     for state in states:

@@ -351,6 +351,12 @@ class Resources(Section):
         ge=0,
         description="Slurm: a node on which the jobs of so many different shards were lost gets no more; 0 is off.",
     )
+    duplicate_stragglers_after: float | None = Field(
+        None,
+        gt=1.0,
+        description="When no job waits any more and one may still start, a shard at work for so many times as long as the "
+        "median shard is started once more, on another node; the first result counts. None never does.",
+    )
 
 
 class StageResources(Section):
@@ -362,6 +368,21 @@ class StageResources(Section):
     evaluation: Resources = Field(Resources(), description="Held-out loss.")
 
 
+class Container(Section):
+    """The image of the worker environment, for clusters that run jobs in containers."""
+
+    image: str = Field(description="Image: a path visible on the nodes, or a registry's name as the runtime writes it.")
+    runtime: Literal["pyxis", "apptainer"] = Field(
+        "pyxis",
+        description="'pyxis' is Slurm's plugin for enroot (srun --container-image); 'apptainer' runs on the node.",
+    )
+    mounts: tuple[str, ...] = Field(
+        (),
+        description="Folders seen inside, as source:target or a path that stays the same; the run folder, models and data "
+        "must be among them.",
+    )
+
+
 class Slurm(Section):
     """How jobs are submitted to Slurm."""
 
@@ -371,10 +392,15 @@ class Slurm(Section):
     constraint: str | None = Field(None, description="Node features asked for.")
     exclude: str | None = Field(None, description="Nodes never used, as Slurm writes node lists.")
     python: str | None = Field(
-        None, description="Python of the worker environment on the nodes; none takes the driver's own."
+        None,
+        description="Python of the worker environment on the nodes; none takes the driver's own, or python3 of the "
+        "container.",
     )
     setup: tuple[str, ...] = Field((), description="Shell lines run before Python starts, e.g. module load.")
-    max_array_size: Count = Field(1000, description="Most tasks in one job array (MaxArraySize minus one).")
+    container: Container | None = Field(None, description="Image that jobs run in; none runs them on the node itself.")
+    max_array_size: Count | None = Field(
+        None, description="Most tasks in one job array; none asks Slurm (its MaxArraySize minus one)."
+    )
     extra: dict[str, str | int | bool] = Field(
         {}, description="More sbatch options by name, e.g. {reservation: night}."
     )

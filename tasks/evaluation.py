@@ -10,6 +10,9 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core.schema import REFERENCE_LOSS, read_table
 from tasks.run import Model, Run, as_rows
 
+_PIECE = 64
+"""Examples that a preempted or killed job can lose."""
+
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE)
 def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
@@ -25,6 +28,7 @@ def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
         },
         [as_rows(run.sources().evaluation)],
         models={"model": model},
+        piece_rows=_PIECE,
     )
     return table
 

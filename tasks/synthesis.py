@@ -20,6 +20,7 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
 from tasks.run import Model, Run
 
 _PROGRAM = "montessori_core.synthesis.jobs:open_generation"
+_PROMPTS_IN_A_PIECE, _INSTRUCTIONS_IN_A_PIECE = 64, 256  # with 4 samples a prompt, 256 continuations fill a GPU
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _write_instructions(
         _settings(run, settings.instruction.model_dump(mode="json"), raw=style == "completion"),
         cut_into_shards(rows, settings.prompts_per_shard),
         models={"teacher": teacher},
+        piece_rows=_PROMPTS_IN_A_PIECE,
     )
     generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
     owners = [prompt for prompt in prompts for _ in samples]
@@ -163,6 +165,7 @@ def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candida
         _settings(run, settings.response.model_dump(mode="json"), raw=False),
         cut_into_shards(rows, settings.instructions_per_shard),
         models={"teacher": teacher},
+        piece_rows=_INSTRUCTIONS_IN_A_PIECE,
     )
     generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
     examples = []
@@ -183,7 +186,6 @@ def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candida
 
 def _settings(run: Run, sampling: dict[str, object], raw: bool) -> dict[str, object]:
     return {
-        "teacher": run.experiment.teacher.model_dump(mode="json"),
         "engine": run.experiment.synthesis.engine,
         "sampling": sampling,
         "raw": raw,

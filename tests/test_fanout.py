@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.backends import LocalBackend
 from cluster.fanout import Ledger, Progress, ShardsFailed, classify_loss, fan_out, retries_of
 from cluster.stage import Stage
 from montessori_core.atomic import commit, hash_path, read_json
@@ -41,6 +42,9 @@ def open_squares(settings, inputs):
                 raise ValueError(f"row {row['n']} is bad")
             if (folder / f"full-{row['n']}").exists():
                 raise OSError(28, "No space left on device")
+            if (folder / f"hang-{row['n']}").exists():
+                (folder / f"hang-{row['n']}").unlink()
+                time.sleep(600)
             time.sleep(settings["seconds"])
             report(number)
         output.write_text(json.dumps([row["n"] ** 2 for row in rows]))
@@ -61,7 +65,7 @@ def stage(folder: Path, seconds: float = 0.0, version: int = 1) -> Stage:
 
 
 def run(
-    folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: int
+    folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
 ) -> list[Path]:
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
     return fan_out(stage(folder, seconds), shards, resources, CLUSTER)
@@ -258,6 +262,34 @@ def test_driver_killed_at_any_moment_loses_nothing(folder: Path) -> None:
     driver = start_driver(folder)
     output, errors = driver.communicate(timeout=120)
     assert output.strip() == str(EXPECTED), errors
+
+
+def test_hanging_shard_is_started_once_more_with_those_behind_it(folder: Path) -> None:
+    (folder / "hang-21").touch()  # of two jobs, the first has shards 0, 2 and 4
+    assert results(run(folder, seconds=0.1, duplicate_stragglers_after=8)) == EXPECTED
+    assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [20, 21])
+    assert len(Ledger(folder / "stage" / "jobs").submissions) == 2
+    assert jobs_alive(folder / "stage") == 0
+
+
+def test_first_result_of_a_shard_counts(folder: Path) -> None:
+    shards = stage(folder)
+    shards.write(SHARDS)
+    key = shards.key(SHARDS[0])
+    with shards.commit_part(0, key, 3, "slow") as slow:
+        with shards.commit_part(0, key, 3, "fast") as fast:
+            fast.write_text("fast")
+        slow.write_text("slow")
+    assert shards.part(0).read_text() == "fast"
+    assert read_json(shards.manifest(0))["job_id"] == "fast"
+    assert shards.is_done(0, key, thorough=True)
+    assert not list(shards.folder.glob(".*.tmp"))
+
+
+def test_local_job_that_ends_at_its_limit_has_reached_its_time_limit() -> None:
+    backend = LocalBackend(Resources(time_limit_minutes=1), None)
+    assert classify_loss(backend.reason(f"1:{time.time() - 61}")) == "time_limit"
+    assert classify_loss(backend.reason(f"1:{time.time() - 50}")) == "lost"
 
 
 def test_commit_is_whole_or_absent(tmp_path: Path) -> None:

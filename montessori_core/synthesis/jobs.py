@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.chat import render_prompt
-from montessori_core.config import Sampling, Teacher
+from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import GENERATION, table_from_rows, write_table
@@ -16,11 +16,9 @@ from montessori_core.synthesis.prompts import CLOSE
 def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Load the teacher once.
 
-    Settings: `teacher` (its configuration; the model's path is the input `teacher`), `engine`, `sampling`, `raw` (the
-    text is continued as it stands, up to a closing tag; otherwise it is put as a request through the chat template).
-    Rows: `ids` (one per sample), `text`, `seeds`.
+    Settings: `engine`, `sampling`, `raw` (the text is continued as it stands, up to a closing tag; otherwise it is put as
+    a request through the chat template). Inputs: `teacher`. Rows: `ids` (one per sample), `text`, `seeds`.
     """
-    teacher = Teacher.model_validate(settings["teacher"])
     sampling = Sampling.model_validate(settings["sampling"])
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
