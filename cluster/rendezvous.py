@@ -1,15 +1,20 @@
-"""How the processes of one job find each other: rank 0 takes a free port and says so on the shared file system."""
+"""How the processes of one job find each other: rank 0 opens torch's store and says on the shared file system where.
+
+The store listens before its port is told to anyone. A port that is only looked up, and opened later, another job on the
+same node can take in between.
+"""
 
 import os
-import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import submitit
 
 from montessori_core.atomic import read_json, write_json
 
 _PATIENCE = 300.0  # seconds that ranks wait for rank 0, whose node may start last
+_open_stores: list[Any] = []  # for as long as the process lives
 
 
 def join_processes(environment: submitit.JobEnvironment, folder: Path) -> None:
@@ -19,19 +24,29 @@ def join_processes(environment: submitit.JobEnvironment, folder: Path) -> None:
         TimeoutError: rank 0 did not announce itself.
     """
     if environment.num_tasks == 1:
-        _export("127.0.0.1", _free_port(), environment)
+        _export("127.0.0.1", 0, environment)  # whichever port is free when torch opens its store
         return
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     announcement = folder / f"rendezvous-{environment.job_id}-{attempt}.json"
     if environment.global_rank == 0:
         host = environment.hostname if environment.num_nodes > 1 else "127.0.0.1"
-        write_json({"host": host, "port": _free_port()}, announcement)
+        write_json({"host": host, "port": _open_store(host)}, announcement)
     deadline = time.monotonic() + _PATIENCE
     while (found := read_json(announcement)) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"rank 0 did not write {announcement} within {_PATIENCE:.0f} s: did its node start?")
         time.sleep(0.1)
     _export(found["host"], found["port"], environment)
+    # The store is there already: rank 0, too, only connects to it. (torch's own launcher works like this.)
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=attempt)
+
+
+def _open_store(host: str) -> int:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # here: jobs of one process may have no torch
+
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    _open_stores.append(store)
+    return int(store.port)
 
 
 def _export(host: str, port: int, environment: submitit.JobEnvironment) -> None:
@@ -43,9 +58,3 @@ def _export(host: str, port: int, environment: submitit.JobEnvironment) -> None:
         LOCAL_RANK=str(environment.local_rank),
         LOCAL_WORLD_SIZE=str(environment.num_tasks // environment.num_nodes),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

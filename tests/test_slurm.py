@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import test_fanout as local
 import yaml
+from test_training import PAIRS
 
+from cluster.backends import largest_array
 from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import read_json
-from montessori_core.config import Cluster, Resources, Slurm
+from montessori_core.config import Cluster, Container, Resources, Slurm, Teacher, TeacherUpdate, Zero
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 
@@ -41,6 +43,18 @@ def open_processes(settings, inputs):
             time.sleep(0.1)
         output.write_text(rank)
     return compute
+"""
+
+SKEW = """
+import os, time
+hours = {"node1": 1, "node2": -1}.get(os.environ.get("SLURMD_NODENAME"), 0)
+if hours:
+    clock, replace = time.time, os.replace
+    time.time = lambda: clock() + 3600 * hours
+    def shifted_replace(source, target):
+        replace(source, target)
+        os.utime(target, (time.time(), time.time()))
+    os.replace = shifted_replace
 """
 
 folder = local.folder
@@ -88,10 +102,10 @@ def run(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     slurm: Slurm = Slurm(),  # noqa: B008 (frozen)
     stage: Stage | None = None,
-    **resources: int,
+    **resources: float,
 ) -> list[Path]:
     cluster = Cluster(profile="slurm", poll_seconds=0.5, slurm=slurm)
-    defaults = {"parallel_jobs": 8, "cpus_per_process": 1, "shards_per_job": 1}
+    defaults: dict[str, float] = {"parallel_jobs": 8, "cpus_per_process": 1, "shards_per_job": 1}
     return fan_out(
         stage or local.stage(folder, seconds), shards, Resources(**defaults | resources), cluster, on_progress
     )
@@ -332,6 +346,98 @@ def test_controller_may_be_restarted(folder: Path) -> None:
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=restarted)) == EXPECTED
     assert sorted(local.computed(folder)) == ROWS
     assert len(submissions(folder)) == 1
+
+
+def test_killed_controller_may_come_back(folder: Path) -> None:
+    """It reads the state it last wrote: jobs that started since may be unknown to it, or at work without its knowing."""
+    killed = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("kill-controller"))
+    assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=killed)) == EXPECTED
+
+
+def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
+    """No decision rests on a clock: node1's processes and the files they write are an hour ahead, node2's an hour behind."""
+    (folder / "sitecustomize.py").write_text(SKEW)
+    (folder / "kill-11").touch()
+    parts = run(folder, seconds=0.2, duplicate_stragglers_after=20)
+    assert local.results(parts) == EXPECTED
+    assert sorted(local.computed(folder)) == sorted([*ROWS, 10, 11])
+    committed = [local.stage(folder).manifest(shard).stat().st_mtime for shard in range(len(SHARDS))]
+    assert max(committed) - min(committed) > 3000
+    assert local.results(run(folder)) == EXPECTED
+    assert len(local.computed(folder)) == len(ROWS) + 2
+
+
+def test_hanging_node_does_not_hold_up_the_stage(folder: Path) -> None:
+    (folder / "squares_program.py").write_text(
+        local.PROGRAM.replace(
+            'time.sleep(settings["seconds"])',
+            'time.sleep(600 if os.environ["SLURMD_NODENAME"] == "node1" and row["n"] >= 10 else settings["seconds"])',
+        )
+    )
+    parts = run(folder, SHARDS[:3], seconds=0.2, parallel_jobs=9, cpus_per_process=6, duplicate_stragglers_after=4)
+    assert local.results(parts) == EXPECTED[:9]
+    places = [
+        {local.stage(folder).node_of(job_id) for job_id in s.ids or []}
+        for s in Ledger(folder / "stage" / "jobs").submissions
+    ]
+    assert "node1" in places[0]
+    assert set.union(*places[1:]) == {"node2"}
+    assert queued() == []
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_jobs_run_in_the_container_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    """Neither runtime is here: commands in their place note what they were given, and run the rest on the node itself."""
+    said = folder / "said"
+    if runtime == "apptainer":
+        put_command(folder / "bin" / "apptainer", f'echo "$@" >>{said}; shift 4; exec "$@"')
+    else:
+        lines = f'echo "$@" >>{said}; for o; do shift; case $o in --container-*) ;; *) set -- "$@" "$o";; esac; done'
+        put_command(folder / "bin" / "srun", f'{lines}; exec {shutil.which("srun")} "$@"')
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    container = Container(image="/images/worker.sqsh", runtime=runtime, mounts=(str(folder),))
+    assert (
+        local.results(run(folder, SHARDS[:1], slurm=Slurm(python=sys.executable, container=container))) == EXPECTED[:3]
+    )
+    expected = {
+        "apptainer": f"exec --nv --bind={folder} /images/worker.sqsh {sys.executable} -u -m submitit",
+        "pyxis": f"--container-image=/images/worker.sqsh --container-mounts={folder}:{folder} {sys.executable} -u",
+    }
+    assert expected[runtime] in said.read_text()
+
+
+def test_slurm_is_asked_how_large_an_array_may_be() -> None:
+    assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
+
+
+def test_teacher_update_goes_on_after_one_of_its_nodes_crashed(folder: Path, tiny_llama: Path) -> None:
+    """Two nodes, ZeRO-2; the weights are those of an undisturbed training."""
+    settings = {
+        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
+        "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1).model_dump(mode="json"),
+        "zero": Zero(stage=2).model_dump(mode="json"),
+        "seed": 0,
+    }
+    rows = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(8) for pair in PAIRS]
+
+    def update(name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> Path:
+        program, inputs = "montessori_core.training.dpo:open_dpo", {"teacher": tiny_llama}
+        stage = Stage("teacher", 1, program, settings, inputs, {}, folder / name, "")
+        [part] = run(folder, [rows], stage=stage, nodes=2, on_progress=on_progress)
+        return part
+
+    def crash(progress: Progress) -> None:
+        if progress.rows_done > 16 and not crashed:
+            crashed.append(True)
+            call_lab("kill-node", "2")
+            call_lab("start-node", "2")
+
+    crashed: list[bool] = []
+    undisturbed, part = update("undisturbed"), update("crashed", crash)
+    assert crashed
+    logs = "".join(path.read_text() for path in (folder / "crashed" / "jobs").rglob("*_log.err"))
+    assert "going on from checkpoint-" in logs
+    assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
 
 def processes(folder: Path, failing_rank: str = "") -> Stage:

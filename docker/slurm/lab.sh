@@ -6,6 +6,7 @@
 #   lab.sh kill-node N     crash node N: its daemon and all that ran there die at once
 #   lab.sh start-node N    bring it back
 #   lab.sh restart-controller   stop slurmctld, leave its cluster alone for 3 seconds, start it again
+#   lab.sh kill-controller      the same, but killed: it forgets what it has not written down yet
 #   lab.sh stop
 #
 # Settings, by environment: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; need not
@@ -94,6 +95,7 @@ DefMemPerCPU=64
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 AuthInfo=socket=$SOCKET,cred_expire=5
 KillWait=5
+MaxArraySize=501
 CONF
   if ((GPUS > 0)); then
     echo "GresTypes=gpu" >>"$SLURM_CONF"
@@ -204,11 +206,11 @@ case "${1:-} ${2:-}" in
     start_node "$2"
     scontrol update "nodename=node$2" state=resume
     ;;
-  "restart-controller ")
-    kill -TERM "$(cat "$LAB/pid/slurmctld")"
+  "restart-controller " | "kill-controller ")
+    kill "$([ "$1" = kill-controller ] && echo -KILL || echo -TERM)" "$(cat "$LAB/pid/slurmctld")"
     sleep 3
     slurmctld
     wait_for 20 slurmctld scontrol ping
     ;;
-  *) die "usage: lab.sh start|stop|env|kill-node N|start-node N|restart-controller" ;;
+  *) die "usage: lab.sh start|stop|env|kill-node N|start-node N|restart-controller|kill-controller" ;;
 esac

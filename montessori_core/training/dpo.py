@@ -1,7 +1,7 @@
 """The teacher update: direct preference optimization on what helps the student (Section 3.3, Eq. 4)."""
 
-import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,8 +84,10 @@ def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[
     import torch.distributed
     from datasets import Dataset, load_from_disk
 
-    # The rendezvous's port tells apart two jobs that are at work on the same stage.
-    path = folder / f".pairs-{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}"
+    # Two jobs may be at work on the same stage, one of them not yet known to be lost.
+    name = [uuid.uuid4().hex]
+    torch.distributed.broadcast_object_list(name)
+    path = folder / f".pairs-{name[0]}"
     first = torch.distributed.get_rank() == 0
     if first:
         Dataset.from_list(pairs).save_to_disk(path)
