@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,17 +55,6 @@ def retries_of(kind: str, infrastructure_retries: int) -> int:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a stage is, in rows and shards."""
-
-    rows_done: int
-    rows: int
-    shards_done: int
-    shards: int
-    jobs_running: int
-
-
-@dataclass(frozen=True)
 class ShardFailure:
     """A shard that is not retried: why, and where to read more."""
 
@@ -73,6 +62,26 @@ class ShardFailure:
     kind: str
     error: str
     log: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is.
+
+    Attributes:
+        rows_done, rows: of all shards, those at work included.
+        shards: how many there are.
+        begun: shards that some job has begun, done or not.
+        done: shards that are done; the driver's own, which grows.
+        failed: shards that are not retried.
+    """
+
+    rows_done: int
+    rows: int
+    shards: int
+    begun: Set[int]
+    done: Set[int]
+    failed: Mapping[int, ShardFailure]
 
 
 class ShardsFailed(UserError):
@@ -246,7 +255,7 @@ class _Driver:
         for index in begun & set(range(len(self._shards))) - self._done:
             noted = read_json(self._stage.progress_file(index)) or {"done": 0}
             done += min(len(self._shards[index]), noted["done"])
-        self._on_progress(Progress(done, rows, len(self._done), len(self._shards), self._running))
+        self._on_progress(Progress(done, rows, len(self._shards), begun, self._done, self._failed))
 
     def _look(self) -> set[int]:
         """Update what is done and what failed; return the shards that some job is at work on."""

@@ -50,6 +50,10 @@ app = typer.Typer(
 
     montessori doctor --cluster cluster.yaml        montessori run CONFIG --cluster cluster.yaml
 
+    [b]In Prefect's UI[/b]
+
+    montessori up                            forms, schedules, progress, retry and cancel in the browser
+
     [b]Influence of data you have[/b]
 
     montessori influence --student DIR_OR_ID --examples data.jsonl --reference good.jsonl --out influence.parquet
@@ -281,6 +285,38 @@ def plan(
         raise typer.Exit(1)
 
 
+DeploymentsFile = Annotated[Path, typer.Option(help="Prefect's file of deployments.")]
+
+
+@app.command()
+def up(
+    file: DeploymentsFile = Path("prefect.yaml"),
+    run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port of the Prefect server, if one has to be started.")] = 4200,
+) -> None:
+    """Start, schedule, watch, retry and cancel runs in Prefect's UI, from this machine, until Ctrl-C.
+
+    Uses the server that PREFECT_API_URL names, or one that answers here, or starts one that only this machine reaches.
+    Jobs go where a run's cluster section says.
+    """
+    _let_prefect_log()
+    from flows.serving import up as serve_deployments
+
+    serve_deployments(file, run_root, port, console)
+
+
+@app.command()
+def deploy(
+    pool: Annotated[str, typer.Option(help="Work pool whose workers drive the runs.")],
+    file: DeploymentsFile = Path("prefect.yaml"),
+) -> None:
+    """Register the same deployments on a Prefect server you have, for the workers of a work pool."""
+    _let_prefect_log()
+    from flows.serving import deploy as register_deployments
+
+    register_deployments(file, pool, console)
+
+
 @app.command()
 def report(run_dir: RunFolder) -> None:
     """Write the report of a run anew, from what lies in its folder."""
@@ -307,6 +343,12 @@ def fetch(model: Annotated[str, typer.Argument(help="smollm2-135m")] = "smollm2-
     with console.status("fetching and converting SmolLM2-135M-Instruct (about 20 s, 100 MB)"):
         folder = fetch_embedded()
     console.print(f"{EMBEDDED}: {folder}", soft_wrap=True)
+
+
+def _let_prefect_log() -> None:
+    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL"):
+        os.environ.pop(name)
+    os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
 
 
 def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821

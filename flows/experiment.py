@@ -1,17 +1,89 @@
-"""An experiment: iterations one after the other, each with the teacher and the student of the last."""
+"""An experiment: iterations one after the other, each with the teacher and the student of the last.
 
-from prefect import flow
+`montessori` is the flow that people start from Prefect, with the whole configuration as its form; `experiment` is the same
+for a run that is open already, as the command line has it.
+"""
 
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, runtime
+from pydantic import Field
+
+from cluster.oversight import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
+from montessori_core.atomic import read_json, write_json
+from montessori_core.config import Experiment
 from tasks.report import write_report
-from tasks.run import Run, only_driver
+from tasks.run import Run, only_driver, open_run, reopen_run
+
+RUN_ROOT = "MONTESSORI_RUN_ROOT"
+"""Environment variable: the folder of runs that are started from Prefect; by default `runs` where the worker is."""
+
+
+def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook, after a run was cancelled: end what jobs its driver could not end itself."""
+    opened = reopen_run(run_root() / flow_run.parameters["experiment"]["name"])
+    for folder in stages_of(opened.folder):
+        cancel_jobs(folder, opened.experiment.cluster)
+
+
+def run_root() -> Path:
+    """The folder of runs that are started from Prefect."""
+    return Path(os.environ.get(RUN_ROOT, "runs"))
+
+
+@flow(name="montessori", flow_run_name="{experiment[name]}", on_cancellation=[end_jobs])
+def montessori(
+    experiment: Experiment,
+    add_iterations: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="For schedules: run so many iterations beyond those that are finished, whatever "
+            "experiment.iterations says; 0 runs up to that number.",
+        ),
+    ] = 0,
+    approve: Annotated[
+        bool, Field(description="Pause before every teacher update until someone has looked at the preference pairs.")
+    ] = False,
+) -> None:
+    """Tailor a teacher to a student: synthesis, influence, preference pairs, DPO, training, and again.
+
+    A run of the same name is continued: what is done is read from its folder, not repeated. So press Retry, or start it again
+    with the same parameters, after a failure, a crash or a cancellation.
+    """
+    folder = run_root() / experiment.name
+    if add_iterations:
+        iterations = _iterations_wanted(folder, add_iterations)
+        experiment = experiment.model_copy(update={"iterations": iterations})
+    run, warnings = open_run(experiment, folder)
+    for warning in warnings:
+        get_run_logger().warning(warning)
+    _iterate(run, approve)
 
 
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)
 def experiment(run: Run) -> None:
     """Run, or resume, all iterations. Whatever is done already is read, not repeated."""
+    _iterate(run, approve=False)
+
+
+def _iterate(run: Run, approve: bool) -> None:
     with only_driver(run.folder):
         done: Iteration | None = None
         for number in range(1, run.experiment.iterations + 1):
-            done = iteration(run, number, done)
+            done = iteration(run, number, done, approve)
             write_report(run)
+
+
+def _iterations_wanted(folder: Path, more: int) -> int:
+    """Iterations at the end of this flow run; the same after a retry."""
+    noted = read_json(folder / "schedule.json") or {}
+    if runtime.flow_run.id not in noted:
+        finished = len(list(folder.glob("iteration-*/metrics.json")))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json({**noted, runtime.flow_run.id: finished + more}, folder / "schedule.json")
+        return finished + more
+    return int(noted[runtime.flow_run.id])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefect import flow
 
+from tasks.approval import approve_update
 from tasks.evaluation import evaluate
 from tasks.influence import collect_influence
 from tasks.metrics import IterationFiles, write_metrics
@@ -67,7 +68,7 @@ def unmodified_teacher(run: Run, earlier: list[Path]) -> Unmodified:
 
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
-def iteration(run: Run, number: int, previous: Iteration | None) -> Iteration:
+def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) -> Iteration:
     """Tailor the teacher to the student once, and train the student on what the teacher then writes."""
     experiment, folder = run.experiment, run.iteration(number)
     name = f"iteration {number}"
@@ -111,6 +112,8 @@ def iteration(run: Run, number: int, previous: Iteration | None) -> Iteration:
         warming + probing,
     )
     preferences = collect_preferences(run, number, synthesized.examples, influence)
+    if approve:
+        approve_update(run, number, influence, preferences)
     updated = update_teacher(run, number, teacher, preferences)
 
     training = synthesize(

@@ -2,10 +2,9 @@
 
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from montessori_core.schema import REFERENCE_LOSS, read_table
 from tasks.run import Model, Run, as_rows
@@ -14,7 +13,6 @@ _PIECE = 64
 """Examples that a preempted or killed job can lose."""
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE)
 def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
     """Evaluate a model on the held-out examples; return the table of their losses."""
     (table,) = run.execute(
@@ -30,7 +28,7 @@ def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
         models={"model": model},
         piece_rows=_PIECE,
     )
-    return table
+    return cast(Path, table)
 
 
 def summarize_loss(table: Path) -> dict[str, float]:

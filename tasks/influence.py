@@ -23,7 +23,6 @@ PIECE = 4
 """Examples that a preempted or killed job can lose."""
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE)
 def collect_influence(
     run: Run, folder: Path, table: Path, label: str, student: Model, examples: Path, first: int, last: int
 ) -> Path:
@@ -41,8 +40,10 @@ def collect_influence(
         for row in read_table(examples, EXAMPLES).to_pylist()[first:last]
     ]
 
+    parts_so_far: list[Path] = []
+
     def measure(name: str, estimator: str, some: list[Row]) -> pa.Table:
-        parts = run.execute(
+        parts: list[Path] = run.execute(
             folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}"),
             label if name == estimator else f"{label}, {name}",
             "influence",
@@ -51,13 +52,22 @@ def collect_influence(
             cut_into_shards(some, settings.examples_per_shard),
             models={"student": student, "moments": student},
             files={"reference": run.source_file("reference")},
+            upstream=[examples, *parts_so_far[:1]],
             piece_rows=PIECE,
         )
+        parts_so_far.extend(parts)
         return join_influence([read_table(part, INFLUENCE) for part in parts])
 
     joined = estimate_influence(rows, measure, settings, baseline)
+    return _join(f"{label}: table", joined, table, baseline, parts_so_far)
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _join(label: str, joined: pa.Table, table: Path, baseline: str, parts: list[Path]) -> Path:
+    """Write the table that the parts make, and its summary."""
     write_table(joined, table, INFLUENCE)
-    _publish(label, summarize_influence(joined, threshold_of(joined, baseline)), screening_report(joined))
+    threshold = threshold_of(joined, baseline)
+    _publish(label, summarize_influence(joined, threshold), screening_report(joined))
     return table
 
 

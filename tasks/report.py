@@ -1,5 +1,6 @@
 """The report of a run."""
 
+import os
 from pathlib import Path
 
 from prefect import task
@@ -10,6 +11,9 @@ from montessori_core.atomic import commit
 from montessori_core.report.render import render_report
 from tasks.run import Run
 
+REPORTS = "MONTESSORI_REPORTS"
+"""Environment variable: address under which reports are served, as <address>/<run>/report.html."""
+
 
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def write_report(run: Run) -> Path:
@@ -17,5 +21,7 @@ def write_report(run: Run) -> Path:
     path = run.folder / "report.html"
     with commit(path) as temporary:
         temporary.write_text(render_report(run.folder), encoding="utf-8")
-    create_link_artifact(path.as_uri(), link_text="report.html", description=f"Report of {run.experiment.name}")
+    served = os.environ.get(REPORTS)
+    link = f"{served}/{run.folder.name}/report.html" if served else path.as_uri()
+    create_link_artifact(link, link_text="report.html", description=f"Report of {run.experiment.name}: {path}")
     return path

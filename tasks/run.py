@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import psutil
 
-from cluster.fanout import fan_out
+from cluster.fanout import Progress, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import hash_path, read_json, write_json
 from montessori_core.config import (
@@ -34,6 +34,7 @@ from montessori_core.models import commit_of, fetch_model, fingerprint
 from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from tasks.progress import ProgressBar
+from tasks.stage_view import StageView
 
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _COMMITS = "models.json"  # of the hub's models, by name and revision asked for
@@ -96,10 +97,14 @@ class Run:
         shards: list[list[Row]],
         models: Mapping[str, Model] | None = None,
         files: Mapping[str, Path] | None = None,
+        upstream: Sequence[object] = (),
         suffix: str = ".parquet",
         piece_rows: int = 0,
-    ) -> list[Path]:
+        read: Callable[[Path], Any] = lambda part: part,
+    ) -> list[Any]:
         """Bring a stage to its end and return its results, one for each shard.
+
+        To be called in a flow: the stage's chunks are its task runs.
 
         Args:
             folder: the stage's folder.
@@ -110,8 +115,10 @@ class Run:
             shards: [shards][rows].
             models: models the program loads, by the name of the input.
             files: files the program reads, by the name of the input.
+            upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
             suffix: '.parquet' or '' for a folder.
             piece_rows: see `cluster.stage.Stage`.
+            read: what a result becomes for what reads it: by default the path of its part.
         """
         models, files = models or {}, files or {}
         stage = Stage(
@@ -128,8 +135,15 @@ class Run:
         cluster = self.experiment.cluster
         resources: Resources = getattr(cluster.resources, kind)
         python = cluster.generation_python if kind == "generation" else None
-        with ProgressBar(name) as bar:
-            return fan_out(stage, shards, resources, cluster, bar.show, python)
+        inputs = [*models.values(), *files.values(), *upstream]
+        with ProgressBar(name) as bar, StageView(name, stage, len(shards), inputs, read) as view:
+
+            def show(progress: Progress) -> None:
+                bar.show(progress)
+                view.show(progress)
+
+            fan_out(stage, shards, resources, cluster, show, python)
+        return view.results()
 
 
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:

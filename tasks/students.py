@@ -1,9 +1,7 @@
 """Warm-up and training of the student."""
 
 from pathlib import Path
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
+from typing import cast
 
 from montessori_core.config import Training, Warmup
 from montessori_core.program import Row
@@ -11,7 +9,6 @@ from montessori_core.schema import EXAMPLES, read_table
 from tasks.run import Model, Run
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE)
 def train_student(
     run: Run, folder: Path, label: str, examples: Path, recipe: Warmup | Training, first: int, save_moments: bool
 ) -> Model:
@@ -32,9 +29,11 @@ def train_student(
         },
         [rows],
         models={"student": run.first_student()},
+        upstream=[examples],
         suffix="",
+        read=Model.of,
     )
-    return Model.of(trained)
+    return cast(Model, trained)
 
 
 def training_rows(examples: Path) -> list[Row]:

@@ -31,7 +31,6 @@ class Synthesized:
     examples: Path
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE)
 def synthesize(
     run: Run,
     folder: Path,
@@ -65,6 +64,7 @@ def synthesize(
     candidates: list[Row] = []
     examples: list[Row] = []
     prompts_used = 0
+    parts: list[Path] = []
     for number in range(1, settings.max_rounds + 1):
         missing = count - len(examples)
         if missing == 0:
@@ -82,19 +82,34 @@ def synthesize(
         )
         prompts_used += wanted
         name = label if number == 1 else f"{label}, round {number}"
-        fresh = _write_instructions(run, folder / f"instructions-{number}", name, teacher, prompts, draw, accepted)
+        upstream = [*([synthetic_pool] if synthetic_pool else []), *parts[-1:]]
+        stage = folder / f"instructions-{number}"
+        fresh, written = _write_instructions(run, stage, name, teacher, prompts, draw, accepted, upstream)
         kept = [row for row in fresh if row["rejection"] is None]
         for row in kept[missing:]:
             row["rejection"] = SURPLUS
-        examples += _write_responses(run, folder / f"responses-{number}", name, teacher, kept[:missing], draw)
+        stage = folder / f"responses-{number}"
+        answered, responses = _write_responses(run, stage, name, teacher, kept[:missing], draw, written)
+        examples += answered
         candidates += fresh
-    instructions, kept_examples = folder / "instructions.parquet", folder / "examples.parquet"
-    write_table(table_from_rows(candidates, INSTRUCTIONS), instructions, INSTRUCTIONS)
-    _publish(label, funnel(read_table(instructions, INSTRUCTIONS)))
-    if len(examples) < count:
-        raise UserError(_too_few(len(examples), count, read_table(instructions, INSTRUCTIONS), label))
-    write_table(table_from_rows(examples, EXAMPLES), kept_examples, EXAMPLES)
-    return Synthesized(instructions, kept_examples)
+        parts += written + responses
+    # Tables, not rows: Prefect looks into lists, and there may be many.
+    tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
+    return _join(label, folder, *tables, count, parts)
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _join(
+    label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
+) -> Synthesized:
+    """Write the tables that the parts make, and the funnel."""
+    made = Synthesized(folder / "instructions.parquet", folder / "examples.parquet")
+    write_table(candidates, made.instructions, INSTRUCTIONS)
+    _publish(label, funnel(candidates))
+    if examples.num_rows < count:
+        raise UserError(_too_few(examples.num_rows, count, candidates, label))
+    write_table(examples, made.examples, EXAMPLES)
+    return made
 
 
 def _pool(table: Path | None) -> list[Task]:
@@ -105,8 +120,16 @@ def _pool(table: Path | None) -> list[Task]:
 
 
 def _write_instructions(
-    run: Run, folder: Path, label: str, teacher: Model, prompts: list[Prompt], draw: str, accepted: Accepted
-) -> list[Row]:
+    run: Run,
+    folder: Path,
+    label: str,
+    teacher: Model,
+    prompts: list[Prompt],
+    draw: str,
+    accepted: Accepted,
+    upstream: list[Path],
+) -> tuple[list[Row], list[Path]]:
+    """Candidates with their verdicts, and the parts they come from."""
     settings, style = run.experiment.synthesis, run.experiment.teacher.prompt_style
     samples = range(settings.samples_per_prompt)
     rows: list[Row] = [
@@ -125,12 +148,13 @@ def _write_instructions(
         _settings(run, settings.instruction.model_dump(mode="json"), raw=style == "completion"),
         cut_into_shards(rows, settings.prompts_per_shard),
         models={"teacher": teacher},
+        upstream=upstream,
         piece_rows=_PROMPTS_IN_A_PIECE,
     )
     generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
     owners = [prompt for prompt in prompts for _ in samples]
     verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
-    return [
+    candidates: list[Row] = [
         {
             "candidate_id": row["row_id"],
             "prompt_id": f"{draw}-{prompt.id}",
@@ -142,12 +166,15 @@ def _write_instructions(
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
+    return candidates, parts
 
 
-def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candidates: list[Row], draw: str) -> list[Row]:
-    """Answer the instructions; a candidate with an empty answer is marked as rejected."""
+def _write_responses(
+    run: Run, folder: Path, label: str, teacher: Model, candidates: list[Row], draw: str, upstream: list[Path]
+) -> tuple[list[Row], list[Path]]:
+    """Answer the instructions; a candidate with an empty answer is marked as rejected. Examples, and their parts."""
     if not candidates:
-        return []
+        return [], []
     settings = run.experiment.synthesis
     rows: list[Row] = [
         {
@@ -165,6 +192,7 @@ def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candida
         _settings(run, settings.response.model_dump(mode="json"), raw=False),
         cut_into_shards(rows, settings.instructions_per_shard),
         models={"teacher": teacher},
+        upstream=upstream,
         piece_rows=_INSTRUCTIONS_IN_A_PIECE,
     )
     generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
@@ -181,7 +209,7 @@ def _write_responses(run: Run, folder: Path, label: str, teacher: Model, candida
                 "response_finished": row["finish_reason"] == "stop",
             }
         )
-    return examples
+    return examples, parts
 
 
 def _settings(run: Run, sampling: dict[str, object], raw: bool) -> dict[str, object]:

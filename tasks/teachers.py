@@ -1,6 +1,7 @@
 """Preference pairs and the teacher update (Section 3.3)."""
 
 from pathlib import Path
+from typing import cast
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
@@ -45,7 +46,6 @@ def collect_preferences(run: Run, number: int, examples: Path, influence: Path) 
     return path
 
 
-@task(task_run_name="iteration {number}: teacher update", cache_policy=NO_CACHE)
 def update_teacher(run: Run, number: int, teacher: Model, preferences: Path) -> Model:
     """Train the teacher on the preference pairs with DPO (Eq. 4)."""
     rows = read_table(preferences, PREFERENCES).select(["prompt", "chosen", "rejected"]).to_pylist()
@@ -62,6 +62,8 @@ def update_teacher(run: Run, number: int, teacher: Model, preferences: Path) -> 
         },
         [rows],
         models={"teacher": teacher},
+        upstream=[preferences],
         suffix="",
+        read=Model.of,
     )
-    return Model.of(updated)
+    return cast(Model, updated)

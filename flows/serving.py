@@ -1,0 +1,291 @@
+"""Deployments in Prefect: `montessori up` serves them from this machine, `montessori deploy` gives them to a work pool.
+
+Both read `prefect.yaml`. A deployment's parameters are a preset of the form: what a person sees when they press Run.
+"""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from rich.console import Console
+
+from montessori_core.atomic import read_json
+from montessori_core.config import RUN_NAME, parse_experiment
+from montessori_core.errors import ConfigError, UserError
+
+_LOOPBACK = "127.0.0.1"
+_SERVER_PATIENCE = 180.0  # seconds; a first start migrates a database
+_HEARTBEAT, _SILENCE = 30, 100  # seconds between a flow run's signs of life, and without one until it counts as crashed
+
+
+def read_deployments(path: Path) -> list[dict[str, Any]]:
+    """The deployments of a `prefect.yaml`, their parameters validated.
+
+    Raises:
+        ConfigError: the file cannot be read, or a deployment does not fit.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        deployments: list[dict[str, Any]] = content["deployments"]
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); name Prefect's file with --file, or go where it lies"
+        ) from error
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: not a file of deployments ({error}); see the one in Montessori's repository"
+        ) from error
+    for deployment in deployments:
+        source = f"{path}, deployment {deployment.get('name')!r}"
+        parameters = deployment.get("parameters") or {}
+        if "experiment" not in parameters:
+            raise ConfigError(f"{source}: parameters.experiment is missing; it is an experiment as in configs/")
+        parse_experiment(parameters["experiment"], source)
+    return deployments
+
+
+def up(file: Path, root: Path, port: int, console: Console) -> None:
+    """Serve the deployments until Ctrl-C, with a Prefect server of our own if there is none yet.
+
+    Raises:
+        UserError: the server does not start, or the file does not fit.
+    """
+    deployments = read_deployments(file)
+    state = root.resolve() / ".montessori"
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "up.json").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"already up: {(read_json(state / 'up.json') or {}).get('url')}", soft_wrap=True)
+            return
+        with _server(port, state / "server.log", console) as api, _reports(root.resolve()) as reports:
+            url = api.removesuffix("/api")
+            _note(lock, {"url": url, "process": os.getpid()})
+            from flows.experiment import RUN_ROOT
+            from tasks.report import REPORTS
+
+            os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
+            _notice_crashes()
+            names = ", ".join(deployment["name"] for deployment in deployments)
+            console.print(f"Prefect: {url}\ndeployments: {names}\nruns and reports: {root.resolve()}", soft_wrap=True)
+            console.print("Open the address, choose a deployment, press Run. Ctrl-C ends this.", soft_wrap=True)
+            _serve(deployments)
+        _note(lock, {})
+    console.print("down; runs go on from where they are when they are retried")
+
+
+def deploy(file: Path, pool: str, console: Console) -> None:
+    """Register the deployments for a work pool of the server that Prefect's settings name.
+
+    Raises:
+        UserError: there is no such pool, or the server does not answer.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    deployments = read_deployments(file)
+    with get_client(sync_client=True) as client:
+        api = str(client.api_url)
+        if not _answers(api):
+            raise UserError(f"no Prefect server answers at {api}; set PREFECT_API_URL to the server's address and /api")
+        try:
+            client.read_work_pool(pool)
+        except ObjectNotFound as error:
+            raise UserError(
+                f"the server at {api} has no work pool {pool!r}; create it: prefect work-pool create {pool} --type process"
+            ) from error
+    for deployment in deployments:
+        _to_deployment(deployment, pool).apply()
+        console.print(f"registered montessori/{deployment['name']} for work pool {pool}", soft_wrap=True)
+    _notice_crashes()
+    console.print(f"start a worker where jobs can be submitted: prefect worker start --pool {pool}", soft_wrap=True)
+
+
+def _serve(deployments: list[dict[str, Any]]) -> None:
+    from prefect import serve
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    # Schedules stay as they are: the next `up` goes on with them.
+    serve(
+        *(_to_deployment(one, None) for one in deployments),
+        pause_on_shutdown=False,
+        print_starting_message=False,
+        heartbeat_seconds=_HEARTBEAT,
+    )
+
+
+def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+    from prefect.types.entrypoint import EntrypointType
+    from prefect.schedules import Cron, Interval
+
+    from flows.experiment import montessori
+
+    schedules = []
+    for schedule in deployment.get("schedules") or []:
+        options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}
+        if "cron" in schedule:
+            schedules.append(Cron(schedule["cron"], **options))
+        else:
+            schedules.append(Interval(timedelta(seconds=schedule["interval"]), **options))
+    limit = deployment.get("concurrency_limit")
+    return montessori.to_deployment(
+        deployment["name"],
+        parameters=deployment["parameters"],
+        description=deployment.get("description"),
+        tags=deployment.get("tags"),
+        schedules=schedules,
+        concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
+        work_pool_name=pool,
+        job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT)}} if pool else None,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+
+
+@contextmanager
+def _server(port: int, log: Path, console: Console) -> Iterator[str]:
+    """The address of the server that Prefect's settings name, of one on this machine, or of one that is started here."""
+    from prefect.settings import PREFECT_API_URL
+
+    named = PREFECT_API_URL.value()
+    if named:
+        if not _answers(named):
+            raise UserError(f"no Prefect server answers at {named} (PREFECT_API_URL); start it, or unset the variable")
+        yield named
+        return
+    api = f"http://{_LOOPBACK}:{port}/api"
+    os.environ["PREFECT_API_URL"] = api
+    if _answers(api):
+        yield api
+        return
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"},  # it would reach the UI
+        "PREFECT_SERVER_API_HOST": _LOOPBACK,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # The recorder of task runs drops what it cannot keep up with; in batches it keeps up.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
+    with log.open("w") as output, console.status("starting a Prefect server"):
+        # A session of its own: Ctrl-C is for us, who end it after the flow runs.
+        server = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        deadline = time.monotonic() + _SERVER_PATIENCE
+        while not _answers(api):
+            if server.poll() is not None or time.monotonic() > deadline:
+                _end(server)
+                raise UserError(f"the Prefect server did not start on port {port}; try --port, and see {log}")
+            time.sleep(0.3)
+    try:
+        yield api
+    finally:
+        _end(server)
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    server.terminate()
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(api: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+@contextmanager
+def _reports(root: Path) -> Iterator[str]:
+    """Serve the runs' reports, and nothing else, to this machine."""
+
+    class Report(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            run, _, name = self.path.strip("/").partition("/")
+            path = root / run / "report.html"
+            if not re.fullmatch(RUN_NAME, run) or ".." in run or name != "report.html" or not path.is_file():
+                self.send_error(404, "no such report")
+                return
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer((_LOOPBACK, 0), Report) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://{_LOOPBACK}:{server.server_port}"
+        server.shutdown()
+
+
+def _notice_crashes() -> None:
+    """Have the server mark flow runs as crashed that give no sign of life any more: a lost machine says nothing."""
+    from prefect.automations import Automation
+    from prefect.client.orchestration import get_client
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import EventTrigger, Posture
+
+    name = "montessori: mark runs as crashed that give no sign of life"
+    ends = [
+        f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
+    ]
+    wanted = Automation(
+        name=name,
+        description=f"A flow run that sent heartbeats, and then none for {_SILENCE} s, has lost its process or its machine.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *ends},
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},  # type: ignore[arg-type]
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=_SILENCE),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state="CRASHED", name="Crashed", message="no sign of life; retry it: jobs that still run are found"
+            )
+        ],
+    )
+    with get_client(sync_client=True) as client:
+        for known in client.read_automations_by_name(name):
+            client.delete_automation(known.id)
+        client.create_automation(wanted)
+
+
+def _note(lock: TextIO, content: dict[str, Any]) -> None:
+    lock.truncate(0)
+    lock.write(json.dumps(content))
+    lock.flush()
