@@ -21,6 +21,7 @@ from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_NEVER_LAUNCHED = ("launch failed requeued held", "launch_failed_requeued_held")
 _USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
 _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 
@@ -61,6 +62,10 @@ class Backend(Protocol):
 
     def reason(self, job_id: str) -> str:
         """What is known of why a job ended without a result."""
+        ...
+
+    def forget(self, job_id: str) -> None:
+        """See that a job that counts as lost does not run again."""
         ...
 
 
@@ -144,6 +149,9 @@ class LocalBackend:
         if time.time() - float(job_id.partition(":")[2]) >= 60 * minutes:
             return f"TIMEOUT: the process was ended after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
+
+    def forget(self, job_id: str) -> None:
+        pass
 
 
 def _process(job_id: str) -> psutil.Process | None:
@@ -252,6 +260,9 @@ class SlurmBackend:
         queued = self._queued(name)
         return None if queued is None else queued & set(ids)
 
+    def forget(self, job_id: str) -> None:
+        subprocess.run(["scancel", "--quiet", job_id], check=False, timeout=120)
+
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
 
@@ -282,15 +293,21 @@ class SlurmBackend:
         return f"Slurm says {answer.strip()}" if answer else "the job is gone from the queue without a result"
 
     def _queued(self, name: str, *options: str) -> set[str] | None:
-        # One line for each task: Slurm cuts a long list of an array's waiting tasks short.
-        return self._squeue("--array", f"--name={name}", "--format=%i", *options)
+        # One line for each task: Slurm cuts a long list of an array's waiting tasks short. A job that a node failed to
+        # launch is kept in the queue, but held: it would wait until somebody releases it.
+        lines = self._squeue("--array", f"--name={name}", "--format=%i|%r", *options)
+        if lines is None:
+            return None
+        return {
+            job_id for job_id, _, reason in (line.partition("|") for line in lines) if reason not in _NEVER_LAUNCHED
+        }
 
     def _squeue(self, *options: str) -> set[str] | None:
         answer = ask("squeue", "--noheader", *options)
         if self._silent != (answer is None):
             self._silent = answer is None
             log.warning("squeue %s", "fails, waiting until it answers" if self._silent else "answers again")
-        return None if answer is None else set(answer.split())
+        return None if answer is None else set(answer.splitlines())
 
 
 def command_of(slurm: Slurm, python: str | None) -> tuple[str, list[str]]:

@@ -36,6 +36,7 @@ def classify_loss(reason: str) -> str:
         "PREEMPTED": "preempted",
         "NODE_FAIL": "node_failure",
         "BOOT_FAIL": "node_failure",
+        "launch": "node_failure",
         "OUT_OF_MEMORY": "out_of_memory",
         "TIMEOUT": "time_limit",
         "DEADLINE": "time_limit",
@@ -316,6 +317,7 @@ class _Driver:
                 return
         first = undone[0]
         reason = self._backend.reason(job_id)
+        self._backend.forget(job_id)
         kind = classify_loss(reason)
         self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
         self._suspect(self._stage.node_of(job_id.split(":")[0]), first)

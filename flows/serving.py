@@ -135,8 +135,8 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
 
 def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     from prefect.client.schemas.objects import ConcurrencyLimitConfig
-    from prefect.types.entrypoint import EntrypointType
     from prefect.schedules import Cron, Interval
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.experiment import montessori
 

@@ -7,6 +7,7 @@
 #   lab.sh start-node N    bring it back
 #   lab.sh restart-controller   stop slurmctld, leave its cluster alone for 3 seconds, start it again
 #   lab.sh kill-controller      the same, but killed: it forgets what it has not written down yet
+#   touch $LAB/broken-nodeN     from now on, node N fails to launch jobs (as root)
 #   lab.sh stop
 #
 # Settings, by environment: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; need not
@@ -95,8 +96,12 @@ DefMemPerCPU=64
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 AuthInfo=socket=$SOCKET,cred_expire=5
 KillWait=5
+Prolog=$LAB/prolog
 MaxArraySize=501
 CONF
+  # Nodes are sound unless a file says otherwise.
+  printf '#!/bin/sh\n[ ! -e "%s/broken-$(hostname)" ]\n' "$LAB" >"$LAB/prolog"
+  chmod 755 "$LAB/prolog"
   if ((GPUS > 0)); then
     echo "GresTypes=gpu" >>"$SLURM_CONF"
     echo "NodeName=node[1-$NODES] Name=gpu File=$LAB/dev/nvidia[0-$((GPUS - 1))]" >"$LAB/gres.conf"
@@ -163,6 +168,8 @@ kill_node() { # N
 
 nodes_idle() { [ "$(sinfo -h -N -t idle -o %N | sort -u | wc -l)" = "$NODES" ]; }
 
+nodes_known() { ! sinfo -h -N -o %T | grep -q unk; }
+
 start() {
   local node
   ! running "$LAB/pid/slurmctld" || die "a cluster is running in $LAB; stop it first"
@@ -211,6 +218,7 @@ case "${1:-} ${2:-}" in
     sleep 3
     slurmctld
     wait_for 20 slurmctld scontrol ping
+    wait_for 60 "the nodes" nodes_known
     ;;
   *) die "usage: lab.sh start|stop|env|kill-node N|start-node N|restart-controller|kill-controller" ;;
 esac
