@@ -6,17 +6,21 @@ A real shard takes a minute on a GPU of its own; here it sleeps for --seconds be
 that what is measured is an upper bound: the workers' own overhead contends for the same cores. Two kinds of overhead do
 not scale alike, and are reported apart:
 
-* a worker's, for each shard: reading it, writing, hashing and committing its result (GPUs wait meanwhile);
-* the driver's, once: from the call to the first shard at work, and from the last commit to the return (all wait).
+* a worker's, for each shard: reading it, writing, hashing and committing its result (a GPU waits meanwhile), taken from
+  the time between two commits of one job;
+* the driver's, once: from the call until the jobs are submitted, and from the last commit to the return (all wait). How long
+  a job takes to start is Slurm's, Python's and the model's affair.
 
 The table also says what they make of a stage of shards of 60 s on 64 and on 1,000 GPUs, the driver's peak memory, and how
 often it asked the scheduler. With --profile slurm the shards go through sbatch, e.g. to docker/slurm/lab.sh.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,9 +28,8 @@ import time
 from pathlib import Path
 
 from cluster import backends
-from cluster.fanout import Progress, fan_out
+from cluster.fanout import Ledger, fan_out
 from cluster.stage import Stage
-from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Resources, Slurm
 
 PROGRAM = """
@@ -43,6 +46,7 @@ def open_sleep(settings, inputs):
 """
 ROWS = 64  # of a shard, as the influence stage has by default
 SHARD_SECONDS = 60.0
+_POLL = 2.0  # seconds between looks
 
 
 def main() -> None:
@@ -87,12 +91,6 @@ def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
         return ask(*command, timeout=timeout)
 
     backends.ask = counted
-    first_at_work: list[float] = []
-
-    def look(progress: Progress) -> None:
-        if progress.rows_done and not first_at_work:
-            first_at_work.append(time.time())
-
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch).resolve()
         (folder / "sleeping_program.py").write_text(PROGRAM)
@@ -101,19 +99,19 @@ def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
         stage = Stage("sleep", 1, "sleeping_program:open_sleep", settings, {}, {}, folder / "stage")
         rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
         resources = Resources(parallel_jobs=arguments.jobs, cpus_per_process=1, shards_per_job=arguments.shards_per_job)
-        cluster = Cluster(profile=arguments.profile, poll_seconds=2.0, slurm=Slurm())
+        cluster = Cluster(profile=arguments.profile, poll_seconds=_POLL, slurm=Slurm())
+        looked: list[float] = []
         started = time.time()
-        fan_out(stage, rows, resources, cluster, look)
+        fan_out(stage, rows, resources, cluster, lambda progress: looked.append(time.time()))
         ended = time.time()
         commits = [stage.manifest(index).stat().st_mtime for index in range(shards)]
-        seconds = [read_json(stage.manifest(index))["seconds"] for index in range(shards)]
-    at_work = max(commits) - (min(commits) - arguments.seconds)
-    slots = min(arguments.jobs, shards)
+        tasks = [task for submission in Ledger(stage.folder / "jobs").submissions for task in submission.tasks]
+    between = [commits[b] - commits[a] for task in tasks for a, b in itertools.pairwise(task)]
     return {
         "wall": ended - started,
-        "before": min(commits) - arguments.seconds - started,
+        "before": looked[1] - _POLL - started,  # jobs are submitted between the first two looks
         "after": ended - max(commits),
-        "worker": max(at_work * slots / shards, sum(seconds) / shards) - arguments.seconds,
+        "worker": statistics.mean(between) - arguments.seconds,
         "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "looks": looks,
     }

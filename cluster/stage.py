@@ -109,8 +109,9 @@ class Stage:
         for index, rows in enumerate(shards):
             content = {"key": self.key(rows), "rows": rows}
             if read_json(self.shard_file(index)) != content:
-                write_json(content, self.shard_file(index))
-            self.failure_file(index).unlink(missing_ok=True)
+                write_json(content, self.shard_file(index), durable=False)
+        for failure in (self.folder / "failures").iterdir():
+            failure.unlink(missing_ok=True)
 
     @staticmethod
     def read(folder: Path) -> "Stage":
@@ -165,6 +166,6 @@ class Stage:
             now = time.monotonic()
             if now - last >= pause:
                 last = now
-                write_json({"done": done}, self.progress_file(index))
+                write_json({"done": done}, self.progress_file(index), durable=False)
 
         return report

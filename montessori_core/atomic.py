@@ -13,8 +13,8 @@ from typing import Any
 
 
 @contextmanager
-def commit(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and move it to `path`.
+def commit(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk (if `durable`) and move it to `path`.
 
     Works for a file and for a folder (the block creates either). On any exception the temporary is removed and `path`
     keeps what it held. Concurrent commits never mix: the name carries host, process and a random part.
@@ -23,12 +23,13 @@ def commit(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
-            if file.is_file():
+            if durable and file.is_file():
                 _flush(file)
         if temporary.is_dir() and path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-        _flush(path.parent)
+        if durable:
+            _flush(path.parent)
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -37,9 +38,9 @@ def commit(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Write `content` as JSON, atomically."""
-    with commit(path) as temporary:
+def write_json(content: Any, path: Path, durable: bool = True) -> None:
+    """Write `content` as JSON, atomically; what can be made again need not be `durable`, and is written much faster."""
+    with commit(path, durable) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
