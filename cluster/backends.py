@@ -1,5 +1,6 @@
 """Two ways to run jobs behind one interface: processes of this machine, and Slurm. Both submit through submitit."""
 
+import itertools
 import logging
 import re
 import shlex
@@ -22,10 +23,15 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _NEVER_LAUNCHED = ("launch failed requeued held", "launch_failed_requeued_held")
+_CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
 _USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
 _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 
 Task = list[int]  # shards that one job works through
+
+
+class SchedulerAway(Exception):
+    """The scheduler did not answer when jobs were submitted; it may have taken them all the same."""
 
 
 class Backend(Protocol):
@@ -41,7 +47,11 @@ class Backend(Protocol):
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
     ) -> list[str]:
-        """Start one job a task under a name that no other submission has, on other nodes than `avoid`; return their ids."""
+        """Start one job a task under a name that no other submission has, on other nodes than `avoid`; return their ids.
+
+        Raises:
+            SchedulerAway: for now.
+        """
         ...
 
     def find(self, name: str, folder: Path) -> list[str]:
@@ -88,6 +98,7 @@ class LocalBackend:
 
     def __init__(self, resources: Resources, python: str | None) -> None:
         self._resources, self._python = resources, python
+        self._known: set[str] = set()
 
     def group(self, shards: Sequence[int], running: int) -> list[Task]:
         """Deal shards evenly to the jobs that may still start; resident workers go from shard to shard."""
@@ -101,12 +112,14 @@ class LocalBackend:
         python = shlex.quote(self._python) if self._python else None
         executor = submitit.LocalExecutor(folder=folder, python=python)
         ids = []
-        for slot, task in enumerate(tasks):
+        taken = self._gpus_in_use()
+        free = (gpu for gpu in itertools.count() if gpu not in taken)
+        for task in tasks:
             executor.update_parameters(
                 timeout_min=resources.time_limit_minutes,
                 tasks_per_node=resources.processes_per_node,
                 gpus_per_node=resources.gpus_per_node,
-                visible_gpus=tuple(range(slot * resources.gpus_per_node, (slot + 1) * resources.gpus_per_node)),
+                visible_gpus=tuple(itertools.islice(free, resources.gpus_per_node)),
             )
             job = executor.submit(run_task, str(stage_folder), task, resources.cpus_per_process)
             try:
@@ -114,7 +127,17 @@ class LocalBackend:
             except psutil.NoSuchProcess:
                 started = 0.0
             ids.append(f"{job.job_id}:{started}")
+        self._known.update(ids)
         return ids
+
+    def _gpus_in_use(self) -> set[int]:
+        """By jobs that are at work, those of an earlier driver included."""
+        gpus: set[int] = set()
+        for job_id in self._known:
+            process = _process(job_id)
+            if process is not None and self._resources.gpus_per_node:
+                gpus |= {int(gpu) for gpu in process.environ().get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu}
+        return gpus
 
     def find(self, name: str, folder: Path) -> list[str]:
         found = []
@@ -125,6 +148,7 @@ class LocalBackend:
         return found
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
+        self._known.update(ids)
         return {job_id for job_id in ids if _process(job_id) is not None}
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
@@ -232,6 +256,7 @@ class SlurmBackend:
                 f"--cpus-per-task={resources.cpus_per_process}",
                 "--kill-on-bad-exit=1",
                 *self._container_options,
+                *slurm.srun,
             ],
         }
         executor = submitit.SlurmExecutor(
@@ -242,6 +267,8 @@ class SlurmBackend:
         try:
             jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
+            if any(sign in str(error) for sign in _CONTROLLER_AWAY):
+                raise SchedulerAway(str(error)) from error
             if avoid:
                 log.warning("no nodes are left without %s, using them again", ", ".join(sorted(avoid)))
                 return self.submit(name, folder, tasks, stage_folder, frozenset())
@@ -261,7 +288,7 @@ class SlurmBackend:
         return None if queued is None else queued & set(ids)
 
     def forget(self, job_id: str) -> None:
-        subprocess.run(["scancel", "--quiet", job_id], check=False, timeout=120)
+        ask("scancel", "--quiet", job_id)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
@@ -274,7 +301,7 @@ class SlurmBackend:
         # submitit's workers ignore the SIGTERM of a plain scancel and would work on until Slurm's KillWait is over;
         # SIGHUP ends them. Tasks that wait go first, or they would take the place of those.
         for options in (["--state=PENDING"], ["--signal=HUP"], []):
-            subprocess.run(["scancel", "--quiet", *options, *sorted(arrays)], check=False, timeout=120)
+            ask("scancel", "--quiet", *options, *sorted(arrays))
         deadline = time.monotonic() + _CANCEL_PATIENCE
         while (left := self._squeue("--me", "--format=%F")) is None or left & arrays:
             if time.monotonic() > deadline and left is None:

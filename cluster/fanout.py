@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.backends import Backend, Task, log_files, open_backend
+from cluster.backends import Backend, SchedulerAway, Task, log_files, open_backend
 from cluster.pieces import remove_pieces
 from cluster.stage import Stage
 from montessori_core.atomic import hash_json, read_json, write_json
@@ -216,6 +216,7 @@ class _Driver:
         self._avoid: frozenset[str] = frozenset()
         self._not_before = 0.0
         self._running = 0
+        self._unsure: list[Submission] = []
         self._stopwatch = _Stopwatch()
         self._duplicated: set[int] = set()
 
@@ -351,6 +352,9 @@ class _Driver:
         tasks = self._backend.group(missing, self._running)
         if not tasks:
             return
+        while self._unsure:  # the scheduler answers again, and may have had the jobs all along
+            close_submission(self._unsure[-1], self._backend, self._ledger)
+            self._unsure.pop()
         self._submit(tasks, self._avoid)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
@@ -358,7 +362,11 @@ class _Driver:
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / submission.name
-        submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, avoid)
+        try:
+            submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, avoid)
+        except SchedulerAway as error:
+            log.warning("%s: %s; trying again when the scheduler answers", self._stage.name, str(error).splitlines()[-1])
+            self._unsure.append(submission)
         self._ledger.save()
 
     def _duplicate_stragglers(self, busy: set[int]) -> None:

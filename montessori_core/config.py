@@ -404,6 +404,7 @@ class Slurm(Section):
     extra: dict[str, str | int | bool] = Field(
         {}, description="More sbatch options by name, e.g. {reservation: night}."
     )
+    srun: tuple[str, ...] = Field((), description="More options of srun, as it is given them, e.g. --cpu-bind=cores.")
 
 
 class Cluster(Section):

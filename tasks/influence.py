@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from cluster.stage import cut_into_shards
@@ -16,6 +16,7 @@ from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
 from montessori_core.screening import ScreeningReport, estimate_influence, screening_report
+from tasks.plots import histogram
 from tasks.run import Model, Run
 
 PROGRAM = "montessori_core.influence.jobs:open_influence"
@@ -68,6 +69,10 @@ def _join(label: str, joined: pa.Table, table: Path, baseline: str, parts: list[
     write_table(joined, table, INFLUENCE)
     threshold = threshold_of(joined, baseline)
     _publish(label, summarize_influence(joined, threshold), screening_report(joined))
+    values = joined["influence_student"].drop_null().to_numpy()
+    if len(values):
+        title = f"Influence of {len(values)} examples; right of the line they help"
+        create_image_artifact(histogram(values, threshold, title), description=label)
     return table
 
 

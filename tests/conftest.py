@@ -1,6 +1,7 @@
 """Models and small sets that the tests share. Models are real: SmolLM2-135M, and a tiny Llama with its tokenizer."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -43,5 +44,37 @@ def tiny_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, trained for a moment to write tagged tasks, so that some of its output passes the filters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "talking-llama"
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    verbs, things = (
+        ["Name", "Count", "Describe", "Compare", "Sort"],
+        ["rivers", "stones", "birds", "songs", "trees", "lakes"],
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        tasks = [
+            f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}."
+            for _ in range(8)
+        ]
+        ids = tokenizer("\n".join(f"<instruction>{task}</instruction>" for task in tasks), return_tensors="pt")[
+            "input_ids"
+        ]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

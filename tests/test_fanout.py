@@ -272,6 +272,19 @@ def test_hanging_shard_is_started_once_more_with_those_behind_it(folder: Path) -
     assert jobs_alive(folder / "stage") == 0
 
 
+def test_jobs_of_this_machine_never_share_a_gpu(folder: Path) -> None:
+    """Nor does a job that takes over for one that died; the GPUs need not be there for that."""
+    (folder / "squares_program.py").write_text(
+        PROGRAM.replace("def compute(rows", "gpu = os.environ['CUDA_VISIBLE_DEVICES']\n    def compute(rows").replace(
+            'time.sleep(settings["seconds"])',
+            'held = folder / f"gpu-{gpu}"; held.touch(exist_ok=False); time.sleep(0.2); held.unlink()',
+        )
+    )
+    (folder / "kill-10").touch()
+    assert results(run(folder, jobs=3, gpus_per_node=1)) == EXPECTED
+    assert computed(folder).count(10) == 2
+
+
 def test_first_result_of_a_shard_counts(folder: Path) -> None:
     shards = stage(folder)
     shards.write(SHARDS)

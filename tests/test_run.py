@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -53,38 +54,6 @@ def configuration(folder: Path, model: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-@pytest.fixture(scope="module")
-def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama, trained for a moment to write tagged tasks, so that some of its output passes the filters."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "talking-llama"
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    torch.manual_seed(0)
-    draw = random.Random(0)
-    verbs, things = (
-        ["Name", "Count", "Describe", "Compare", "Sort"],
-        ["rivers", "stones", "birds", "songs", "trees", "lakes"],
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        tasks = [
-            f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}."
-            for _ in range(8)
-        ]
-        ids = tokenizer("\n".join(f"<instruction>{task}</instruction>" for task in tasks), return_tensors="pt")[
-            "input_ids"
-        ]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def montessori(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
@@ -279,6 +248,40 @@ def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
     assert code == 0, output
     assert not left_over(tmp_path)
     assert digests(run) == digests(undisturbed / "runs" / "tiny")
+
+
+DIES_WHILE_JOINING = """
+import os, signal, sys
+from pathlib import Path
+import pyarrow.parquet
+write = pyarrow.parquet.write_table
+def write_and_die(table, where, *arguments, **options):
+    write(table, where, *arguments, **options)
+    if ".influence.parquet" in str(where):
+        Path(where).write_bytes(Path(where).read_bytes()[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+pyarrow.parquet.write_table = write_and_die
+sys.argv = ["montessori", "resume", sys.argv[1]]
+from flows.cli import main
+main()
+"""
+
+
+def test_driver_killed_while_it_joins_tables_is_followed_by_the_same_tables(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(undisturbed / "runs" / "tiny", run)
+    expected = digests(run)
+    (run / "iteration-1" / "influence.parquet").unlink()
+    (run / "iteration-1" / "preferences.parquet").unlink()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DIES_WHILE_JOINING, str(run)]
+    driver = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
+    assert driver.returncode == -signal.SIGKILL
+    assert not (run / "iteration-1" / "influence.parquet").exists()
+    code, output = call("resume", str(run), cwd=tmp_path)
+    assert code == 0, output
+    assert digests(run) == expected
+    assert not left_over(tmp_path)
 
 
 def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_options_reach_slurm(folder: Path) -> None:
         partition="main",
         setup=("export FROM_SETUP='a b'",),
         extra={"comment": "a b", "exclusive": True, "requeue": False},
+        srun=("--export=ALL,FROM_SRUN=yes",),
     )
     run(folder, SHARDS[:1], slurm=slurm, stage=processes(folder), memory_gb=1, gpus_per_node=2, cpus_per_process=3)
     environment = read_json(folder / "rank-0.json")
@@ -185,6 +186,7 @@ def test_options_reach_slurm(folder: Path) -> None:
     assert environment["SLURM_MEM_PER_NODE"] == "1024"
     assert environment["SLURM_CPUS_PER_TASK"] == environment["OMP_NUM_THREADS"] == "3"
     assert environment["FROM_SETUP"] == "a b"
+    assert environment["FROM_SRUN"] == "yes"
 
 
 def test_what_sbatch_refuses_is_said(folder: Path) -> None:
@@ -287,6 +289,24 @@ def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.Monkey
     assert failures.read_text() == ""
     assert sorted(local.computed(folder)) == ROWS[:6]
     assert len(submissions(folder)) == 1
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    """A busy controller answers late, or too late: then it has taken jobs whose ids nobody was told."""
+    failures, sbatch = folder / "failures", shutil.which("sbatch")
+    first = f'{sbatch} "$@" >/dev/null; ' if taken else ""
+    away = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+    put_command(
+        folder / "bin" / "sbatch",
+        f'if [ -s {failures} ]; then sed -i 1d {failures}; {first}{away}; fi; exec {sbatch} "$@"',
+    )
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    failures.write_text("\n" * 2)
+    assert local.results(run(folder, SHARDS[:2], seconds=0.5)) == EXPECTED[:6]
+    assert failures.read_text() == ""
+    assert len(submissions(folder)) == 3
+    assert queued() == []
 
 
 def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> None:
