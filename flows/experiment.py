@@ -34,25 +34,22 @@ def run_root() -> Path:
     return Path(os.environ.get(RUN_ROOT, "runs"))
 
 
-@flow(name="montessori", flow_run_name="{experiment[name]}", on_cancellation=[end_jobs])
+@flow(name="montessori", flow_run_name="{experiment.name}", on_cancellation=[end_jobs])
 def montessori(
     experiment: Experiment,
-    add_iterations: Annotated[
-        int,
-        Field(
-            ge=0,
-            description="For schedules: run so many iterations beyond those that are finished, whatever "
-            "experiment.iterations says; 0 runs up to that number.",
-        ),
-    ] = 0,
-    approve: Annotated[
-        bool, Field(description="Pause before every teacher update until someone has looked at the preference pairs.")
-    ] = False,
+    add_iterations: Annotated[int, Field(ge=0)] = 0,
+    approve: bool = False,
 ) -> None:
     """Tailor a teacher to a student: synthesis, influence, preference pairs, DPO, training, and again.
 
     A run of the same name is continued: what is done is read from its folder, not repeated. So press Retry, or start it again
     with the same parameters, after a failure, a crash or a cancellation.
+
+    Args:
+        experiment: models, data, sizes and machines; the name is that of the run's folder.
+        add_iterations: for schedules: run so many iterations beyond those that are finished, whatever experiment.iterations
+            says; 0 runs up to that number.
+        approve: pause before every teacher update until someone has looked at the preference pairs.
     """
     folder = run_root() / experiment.name
     if add_iterations:

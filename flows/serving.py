@@ -123,7 +123,8 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     # Schedules stay as they are: the next `up` goes on with them.
     serve(
         *(_to_deployment(one, None) for one in deployments),
@@ -164,9 +165,9 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
 @contextmanager
 def _server(port: int, log: Path, console: Console) -> Iterator[str]:
     """The address of the server that Prefect's settings name, of one on this machine, or of one that is started here."""
-    from prefect.settings import PREFECT_API_URL
-
-    named = PREFECT_API_URL.value()
+    # In a process of its own: once settings are read, this one would not heed a server that is named later.
+    ask = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
+    named = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     if named:
         if not _answers(named):
             raise UserError(f"no Prefect server answers at {named} (PREFECT_API_URL); start it, or unset the variable")
@@ -252,16 +253,15 @@ def _reports(root: Path) -> Iterator[str]:
 
 def _notice_crashes() -> None:
     """Have the server mark flow runs as crashed that give no sign of life any more: a lost machine says nothing."""
-    from prefect.automations import Automation
     from prefect.client.orchestration import get_client
     from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import EventTrigger, Posture
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
     name = "montessori: mark runs as crashed that give no sign of life"
     ends = [
         f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
     ]
-    wanted = Automation(
+    wanted = AutomationCore(
         name=name,
         description=f"A flow run that sent heartbeats, and then none for {_SILENCE} s, has lost its process or its machine.",
         trigger=EventTrigger(

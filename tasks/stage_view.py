@@ -105,14 +105,15 @@ class Chunk:
         self._ended = threading.Event()
 
     def look(self, progress: Progress) -> bool:
-        """Take note of the shards; whether any of them has begun."""
+        """Take note of the shards; whether any of them has begun. A chunk of one shard has: its log says more."""
         self._done = sum(index in progress.done for index in self._indices)
         self._failures = [progress.failed[index] for index in self._indices if index in progress.failed]
         if self._done_before is None:
             self._done_before = self._done
         if self._done + len(self._failures) == len(self._indices):
             self._ended.set()
-        return bool(self._done or self._failures or any(index in progress.begun for index in self._indices))
+        ended = self._done + len(self._failures)
+        return len(self._indices) == 1 or ended > 0 or any(index in progress.begun for index in self._indices)
 
     def end(self) -> None:
         """Say that the driver looks no more."""
