@@ -178,7 +178,30 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
     if _answers(api):
         yield api
         return
-    environment = {
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
+    with log.open("w") as output, console.status("starting a Prefect server"):
+        # A session of its own: Ctrl-C is for us, who end it after the flow runs.
+        server = subprocess.Popen(
+            command,
+            env=server_environment(port),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            wait_for_server(server, api)
+        except UserError as error:
+            raise UserError(f"{error}; try another --port, and see {log}") from error
+    try:
+        yield api
+    finally:
+        _end(server)
+
+
+def server_environment(port: int) -> dict[str, str]:
+    """Environment of a Prefect server on this machine."""
+    return {
         **{key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"},  # it would reach the UI
         "PREFECT_SERVER_API_HOST": _LOOPBACK,
         "PREFECT_SERVER_API_PORT": str(port),
@@ -189,22 +212,20 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
-    with log.open("w") as output, console.status("starting a Prefect server"):
-        # A session of its own: Ctrl-C is for us, who end it after the flow runs.
-        server = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        deadline = time.monotonic() + _SERVER_PATIENCE
-        while not _answers(api):
-            if server.poll() is not None or time.monotonic() > deadline:
-                _end(server)
-                raise UserError(f"the Prefect server did not start on port {port}; try --port, and see {log}")
-            time.sleep(0.3)
-    try:
-        yield api
-    finally:
-        _end(server)
+
+
+def wait_for_server(server: "subprocess.Popen[bytes]", api: str) -> None:
+    """Return when the server that was started answers.
+
+    Raises:
+        UserError: it ended, or does not answer in time; it is ended then.
+    """
+    deadline = time.monotonic() + _SERVER_PATIENCE
+    while not _answers(api):
+        if server.poll() is not None or time.monotonic() > deadline:
+            _end(server)
+            raise UserError(f"the Prefect server at {api} did not start")
+        time.sleep(0.3)
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:

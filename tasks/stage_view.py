@@ -12,15 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture, wait
 
 from cluster.fanout import Progress, ShardFailure, ShardsFailed
 from cluster.oversight import log_of
 from cluster.stage import Stage
 from montessori_core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _UI_PAUSE = 5.0  # seconds between updates of the progress artifact
 _FEWEST_SHARDS, _MOST_CHUNKS = 25, 20  # Prefect's graph is readable up to about 200 task runs
@@ -88,9 +92,9 @@ class StageView:
         self._published = time.monotonic()
         share = 100.0 * progress.rows_done / progress.rows if progress.rows else 100.0
         if self._artifact is None:
-            self._artifact = create_progress_artifact(share, description=self._name)
+            self._artifact = _tell(lambda: create_progress_artifact(share, description=self._name))
         else:
-            update_progress_artifact(self._artifact, share)
+            _tell(lambda: update_progress_artifact(self._artifact, share))
 
 
 class Chunk:
@@ -139,19 +143,28 @@ class Chunk:
             "failed": len(self._failures),
             "left": shards - self._done - len(self._failures),
         }
-        create_table_artifact([counts], description=f"{self.name}: shards of {self._stage.folder}")
+        _tell(lambda: create_table_artifact([counts], description=f"{self.name}: shards of {self._stage.folder}"))
         if self._failures:
             table = [
                 {"shard": f.shard, "class": f.kind, "error": f.error, "log": f.log}
                 for f in self._failures[:_FAILURES_SHOWN]
             ]
-            create_table_artifact(table, description=f"{self.name}: failed shards")
+            _tell(lambda: create_table_artifact(table, description=f"{self.name}: failed shards"))
             for failure in self._failures[:5]:
                 logger.error("shard %d (%s): %s\nlog: %s", failure.shard, failure.kind, failure.error, failure.log)
             raise ShardsFailed(self._stage, self._failures, shards)
         if self._done < shards:
             raise UserError(f"{self.name}: interrupted with {self._done} of {shards} shards done, which are kept")
         return [self._read(self._stage.part(index)) for index in self._indices]
+
+
+def _tell(publish: Callable[[], Any]) -> Any:
+    """Publish something; a server that is away for a while costs what it would have shown, not the stage."""
+    try:
+        return publish()
+    except (httpx.HTTPError, PrefectException) as error:
+        log.warning("Prefect's server does not take an artifact: %s", error)
+        return None
 
 
 class _LogTail:

@@ -17,15 +17,18 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_run import ROOT, configuration, digests
 
 from flows.serving import read_deployments
 from montessori_core.errors import ConfigError
 
+expect.set_options(timeout=30_000)
 SCREENSHOTS = os.environ.get("MONTESSORI_SCREENSHOTS")
 """Folder for the pictures of docs/prefect.md; they are taken only if it is named."""
 
 
+CANARY = "hf_canary-that-nobody-should-write-down"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
@@ -42,6 +45,7 @@ class Server:
         self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "PREFECT_HOME": str(folder / "prefect"),
+            "HF_TOKEN": CANARY,
             "COLUMNS": "200",
         }
         self.process = self.up()
@@ -82,6 +86,13 @@ class Server:
         experiment = preset["parameters"]["experiment"] | {"name": run} | parameters.pop("experiment", {})
         content = {"parameters": {"experiment": experiment, **parameters}, "state": {"type": "SCHEDULED"}}
         return str(self.ask(f"deployments/{preset['id']}/create_flow_run", content)["id"])
+
+    def run_named(self, name: str) -> str | None:
+        """The flow run of an experiment's name."""
+        for run in self.ask("flow_runs/filter", {"sort": "START_TIME_DESC"}):
+            if run["parent_task_run_id"] is None and run["parameters"].get("experiment", {}).get("name") == name:
+                return str(run["id"])
+        return None
 
     def state(self, run: str) -> str:
         """The name of a flow run's state."""
@@ -189,6 +200,33 @@ def server(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium. Without it, and without a way to install it, tests fail."""
+    installation = subprocess.run([ROOT / "tests" / "install_chromium.sh"], capture_output=True, text=True)
+    if installation.returncode:
+        pytest.fail(f"these tests need Chromium:\n{installation.stderr.strip()}", pytrace=False)
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A fresh window."""
+    window = browser.new_page(viewport={"width": 1400, "height": 1000})
+    window.set_default_timeout(60_000)
+    yield window
+    window.close()
+
+
+def photograph(page: Page, name: str) -> None:
+    if SCREENSHOTS:
+        page.wait_for_timeout(2000)  # animations
+        page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
+
+
+@pytest.fixture(scope="module")
 def finished(server: Server) -> str:
     """A run that nothing disturbed."""
     run = server.start("tiny", "finished")
@@ -261,10 +299,40 @@ def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(server: S
     for stranger in ("finished/config.yaml", "../prefect.yaml", "finished/../../prefect.yaml"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(address[0].rpartition("/finished/")[0] + "/" + stranger)
-    assert "epoch" in server.logs(finished) or "loss" in server.logs(finished)  # of the training job
+    assert "cluster.worker: warmup: shard 0, 4 rows" in server.logs(finished)  # from the training's own log
 
 
-def test_retry_computes_only_the_shards_that_failed(server: Server, finished: str) -> None:
+def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_report(
+    server: Server, finished: str, page: Page
+) -> None:
+    shutil.copytree(server.runs / "finished", server.runs / "clicked")  # all is done: the run is quick
+    page.goto(f"{server.url}/deployments/deployment/{server.deployment('tiny')['id']}")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    expect(page.get_by_text("Teacher updates, one after the other.")).to_be_visible()
+    photograph(page, "prefect-form")
+    iterations = page.locator("input[type=number]").nth(1)
+    iterations.fill("0")
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_text("0 is less than the minimum of 1")).to_be_visible()
+    photograph(page, "prefect-refused")
+    iterations.fill("1")
+    page.locator("textarea").first.fill("clicked")
+    page.get_by_role("button", name="Submit").click()
+    wait_until(lambda: server.run_named("clicked") is not None)
+    run = server.run_named("clicked")
+    assert run is not None
+    page.goto(f"{server.url}/runs/flow-run/{run}")
+    server.wait_for(run, "Completed")
+    page.get_by_text("Artifacts", exact=True).last.click()
+    page.get_by_text("Report of clicked").click()
+    photograph(page, "prefect-report")
+    with page.expect_popup() as popup:
+        page.get_by_role("link", name="report.html").click()
+    expect(popup.value).to_have_title(re.compile("clicked"))
+
+
+def test_retry_computes_only_the_shards_that_failed(server: Server, finished: str, page: Page) -> None:
     stage = server.runs / "retried" / "iteration-1" / "influence"
     in_the_way = stage / "part-00002.parquet"
     in_the_way.mkdir(parents=True)
@@ -275,18 +343,27 @@ def test_retry_computes_only_the_shards_that_failed(server: Server, finished: st
     assert "1 of 4 shards failed" in server.ask(f"flow_runs/{run}")["state"]["message"]
     assert "shard 2 (code_error)" in server.logs(run)
     shutil.rmtree(in_the_way)
-    server.set_state(run, "SCHEDULED")
+    page.goto(f"{server.url}/runs/flow-run/{run}")
+    photograph(page, "prefect-failed")
+    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    wait_until(lambda: server.state(run) != "Failed")
     server.wait_for(run, "Completed")
+    [iteration, *_] = server.subflows(run)
+    page.goto(f"{server.url}/runs/flow-run/{iteration}")
+    photograph(page, "prefect-run")
     counts = server.counts(run)
     assert counts["iteration-1/influence"] == (3, 1, 0)
     assert counts["iteration-1/warmup"] == (1, 0, 0)
     assert digests(server.runs / "retried") == digests(server.runs / "finished")
 
 
-def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str) -> None:
+def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str, page: Page) -> None:
     run = server.start("tiny", "cancelled")
     wait_until(lambda: len(server.jobs()) > 0)
-    server.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    page.goto(f"{server.url}/runs/flow-run/{run}")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
     wait_until(lambda: not server.jobs(), 60)
     server.wait_for(run, "Cancelled", seconds=90)
     again = server.start("tiny", "cancelled")
@@ -330,3 +407,49 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     server.wait_for(first, "Completed")
     assert (server.runs / "weekly" / "iteration-2" / "metrics.json").exists()
     server.set_state(second, "CANCELLED")
+
+
+def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(server: Server, finished: str) -> None:
+    shutil.copytree(server.runs / "finished", server.runs / "pooled")
+    [tiny, *_] = yaml.safe_load((server.folder / "prefect.yaml").read_text())["deployments"]
+    (server.folder / "pooled.yaml").write_text(yaml.safe_dump({"deployments": [tiny | {"name": "pooled"}]}))
+    environment = server.environment | {"PREFECT_API_URL": f"{server.url}/api", "MONTESSORI_RUN_ROOT": str(server.runs)}
+
+    def deploy() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", "deploy", "--pool", "cluster", "--file", "pooled.yaml"],
+            cwd=server.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    refused = deploy()
+    assert refused.returncode == 1
+    assert "has no work pool 'cluster'; create it: prefect work-pool create" in refused.stdout
+    server.ask("work_pools/", {"name": "cluster", "type": "process"})
+    assert deploy().returncode == 0
+    first = server.deployment("pooled")
+    assert deploy().returncode == 0
+    assert server.deployment("pooled")["id"] == first["id"]
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cluster"]
+    with (server.folder / "worker.log").open("w") as log:
+        worker = subprocess.Popen(
+            command, cwd=server.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        server.wait_for(server.start("pooled", "pooled"), "Completed")
+    finally:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
+def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
+    """Not in a run's folder, a job's log or pickle, Prefect's database, or an answer of its API."""
+    files = [path for path in server.folder.rglob("*") if path.is_file()]
+    assert len(files) > 100
+    assert any(path.suffix == ".db" for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    for route in ("flow_runs", "deployments", "artifacts", "logs"):
+        assert CANARY not in json.dumps(server.ask(f"{route}/filter", {}))

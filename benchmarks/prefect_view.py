@@ -1,0 +1,117 @@
+"""What Prefect has to bear for a stage of 100, 1,000 and 10,000 shards, and whether it shows all of them.
+
+    python benchmarks/prefect_view.py [--shards 100 1000 10000] [--database postgresql+asyncpg://...]
+
+Starts a Prefect server of its own (SQLite, or the database named) and brings stages of tiny shards to their end in a flow on
+it, as a run does. Reported: task runs, how long after the flow's end the last of them is recorded as completed (the recorder
+works behind a queue), how many never are, the server's peak memory, and how long the run's graph takes to come.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.serving import server_environment, wait_for_server
+
+PORT = 4298
+API = f"http://127.0.0.1:{PORT}/api"
+PROGRAM = """
+import pyarrow as pa, pyarrow.parquet as pq
+def open_rows(settings, inputs):
+    def compute(rows, output, report):
+        pq.write_table(pa.table({"row": [row["n"] for row in rows]}), output)
+    return compute
+"""
+FLOW = """
+import sys
+from pathlib import Path
+from prefect import flow
+from cluster.fanout import fan_out
+from cluster.stage import Stage
+from montessori_core.config import Cluster, Resources
+from tasks.stage_view import StageView
+
+@flow(flow_run_name=sys.argv[2])
+def one_stage(folder, shards):
+    stage = Stage("rows", 1, "rows_program:open_rows", {}, {}, {}, folder / f"stage-{shards}")
+    rows = [[{"n": n}] for n in range(shards)]
+    with StageView("iteration 1: influence", stage, shards, [], lambda part: part) as view:
+        fan_out(stage, rows, Resources(parallel_jobs=2, cpus_per_process=1), Cluster(poll_seconds=2), view.show)
+    assert len(view.results()) == shards
+
+one_stage(Path(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def main() -> None:
+    """Measure and print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, nargs="+", default=[100, 1000, 10_000], help="how many")
+    parser.add_argument("--database", help="connection URL for Prefect; by default SQLite in a scratch folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "rows_program.py").write_text(PROGRAM)
+        os.environ["PREFECT_HOME"] = str(folder / "prefect")
+        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"
+        environment = server_environment(PORT)
+        if arguments.database:
+            environment["PREFECT_API_DATABASE_CONNECTION_URL"] = arguments.database
+        command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(PORT)]
+        with (folder / "server.log").open("w") as log:
+            server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for_server(server, API)
+            print(  # noqa: T201
+                "| shards | wall, s | task runs | recorded as completed | lag, s | server, MB | graph, s |\n"
+                "|---|---|---|---|---|---|---|"
+            )
+            for shards in arguments.shards:
+                print(row(shards, folder, server), flush=True)  # noqa: T201
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def row(shards: int, folder: Path, server: "subprocess.Popen[bytes]") -> str:
+    """One stage, measured."""
+    started = time.time()
+    environment = os.environ | {"PREFECT_API_URL": API, "PREFECT_LOGGING_LEVEL": "WARNING"}
+    subprocess.run([sys.executable, "-c", FLOW, str(folder), str(shards)], env=environment, check=True)
+    ended = time.time()
+    [run] = ask("flow_runs/filter", {"flow_runs": {"name": {"any_": [str(shards)]}}})
+    expected = -(-shards // max(25, -(-shards // 20)))
+    completed = 0
+    while completed < expected and time.time() - ended < 120:
+        found = ask("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run["id"]]}}})
+        completed = sum(task["state_type"] == "COMPLETED" for task in found)
+        time.sleep(0.5)
+    lag = time.time() - ended
+    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    memory = sum(process.memory_info().rss for process in family) / 1e6
+    asked = time.time()
+    nodes = ask(f"flow_runs/{run['id']}/graph-v2")["nodes"]
+    assert len(nodes) == completed
+    graph = time.time() - asked
+    return f"| {shards} | {ended - started:.0f} | {expected} | {completed} | {lag:.1f} | {memory:.0f} | {graph:.2f} |"
+
+
+def ask(path: str, content: dict[str, Any] | None = None) -> Any:
+    """An answer of Prefect's API."""
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(f"{API}/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+if __name__ == "__main__":
+    main()
