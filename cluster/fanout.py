@@ -365,7 +365,9 @@ class _Driver:
         try:
             submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, avoid)
         except SchedulerAway as error:
-            log.warning("%s: %s; trying again when the scheduler answers", self._stage.name, str(error).splitlines()[-1])
+            log.warning(
+                "%s: %s; trying again when the scheduler answers", self._stage.name, str(error).splitlines()[-1]
+            )
             self._unsure.append(submission)
         self._ledger.save()
 

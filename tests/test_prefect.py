@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,9 @@ def test_form_explains_every_field_and_refuses_what_does_not_fit(server: Server)
     assert not (server.runs / "bad").exists()
 
 
-def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(server: Server, finished: str) -> None:
+def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
+    server: Server, finished: str, page: Page
+) -> None:
     expected = {"iteration 1: influence of the probing set, screen", "iteration 1: teacher update", "report"}
 
     def completed() -> set[str]:  # Prefect records task runs a little later
@@ -289,6 +292,9 @@ def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(server: S
     assert "iteration 1: preference pairs" in upstream["iteration 1: teacher update"]
     assert "iteration 1: influence of the probing set: table" in upstream["iteration 1: preference pairs"]
     assert "iteration 1: student warm-up" in upstream["iteration 1: influence of the probing set, screen"]
+    page.goto(f"{server.url}/runs/flow-run/{iteration}")
+    expect(page.get_by_text("finished: iteration 1").first).to_be_visible()
+    photograph(page, "prefect-run")
     kinds = {artifact["type"] for artifact in server.artifacts(finished)}
     assert {"progress", "table", "markdown", "image"} <= kinds
     [report] = [a for a in server.artifacts(finished) if "report.html" in str(a["data"])]
@@ -343,15 +349,13 @@ def test_retry_computes_only_the_shards_that_failed(server: Server, finished: st
     assert "1 of 4 shards failed" in server.ask(f"flow_runs/{run}")["state"]["message"]
     assert "shard 2 (code_error)" in server.logs(run)
     shutil.rmtree(in_the_way)
-    page.goto(f"{server.url}/runs/flow-run/{run}")
+    page.goto(f"{server.url}/runs/flow-run/{server.subflows(run)[0]}")
     photograph(page, "prefect-failed")
+    page.goto(f"{server.url}/runs/flow-run/{run}")
     page.get_by_role("button", name="Retry").click()
     page.get_by_role("dialog").get_by_role("button", name="Retry").click()
     wait_until(lambda: server.state(run) != "Failed")
     server.wait_for(run, "Completed")
-    [iteration, *_] = server.subflows(run)
-    page.goto(f"{server.url}/runs/flow-run/{iteration}")
-    photograph(page, "prefect-run")
     counts = server.counts(run)
     assert counts["iteration-1/influence"] == (3, 1, 0)
     assert counts["iteration-1/warmup"] == (1, 0, 0)
@@ -443,6 +447,16 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
+
+
+def test_automation_of_the_guide_is_one_the_server_takes(server: Server) -> None:
+    guide = (ROOT / "docs" / "prefect.md").read_text()
+    [example] = re.findall(r"```yaml\n(- name: an iteration is finished.*?)```", guide, re.DOTALL)
+    [automation] = yaml.safe_load(example.replace("<id of a notification block>", str(uuid.uuid4())))
+    created = server.ask("automations/", automation)
+    assert "iteration" in created["trigger"]["match_related"]["prefect.resource.name"]
+    names = {known["name"] for known in server.ask("automations/filter", {})}
+    assert "montessori: mark runs as crashed that give no sign of life" in names
 
 
 def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
