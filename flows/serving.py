@@ -149,6 +149,8 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
         else:
             schedules.append(Interval(timedelta(seconds=schedule["interval"]), **options))
     limit = deployment.get("concurrency_limit")
+    variables = dict(deployment.get("job_variables") or {})
+    variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), **variables.get("env", {})}
     return montessori.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],
@@ -157,7 +159,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
         schedules=schedules,
         concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
         work_pool_name=pool,
-        job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT)}} if pool else None,
+        job_variables=variables if pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 

@@ -16,6 +16,7 @@ import httpx
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture, wait
 
@@ -26,6 +27,8 @@ from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+SHARD_FAILED = "montessori.shard.failed"
+"""Event for each shard that failed in the end; its resource is the stage."""
 _UI_PAUSE = 5.0  # seconds between updates of the progress artifact
 _FEWEST_SHARDS, _MOST_CHUNKS = 25, 20  # Prefect's graph is readable up to about 200 task runs
 _LINES_AT_A_TIME = 100  # of a log that is passed on
@@ -150,12 +153,22 @@ class Chunk:
                 for f in self._failures[:_FAILURES_SHOWN]
             ]
             _tell(lambda: create_table_artifact(table, description=f"{self.name}: failed shards"))
+            for failure in self._failures[:_FAILURES_SHOWN]:
+                self._announce(failure)
             for failure in self._failures[:5]:
                 logger.error("shard %d (%s): %s\nlog: %s", failure.shard, failure.kind, failure.error, failure.log)
             raise ShardsFailed(self._stage, self._failures, shards)
         if self._done < shards:
             raise UserError(f"{self.name}: interrupted with {self._done} of {shards} shards done, which are kept")
         return [self._read(self._stage.part(index)) for index in self._indices]
+
+    def _announce(self, failure: ShardFailure) -> None:
+        """Send the event that automations on failed shards count."""
+        emit_event(
+            SHARD_FAILED,
+            {"prefect.resource.id": f"montessori.stage.{self._stage.folder}", "prefect.resource.name": self.name},
+            payload={"shard": failure.shard, "class": failure.kind, "error": failure.error, "log": failure.log},
+        )
 
 
 def _tell(publish: Callable[[], Any]) -> Any:

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,28 @@ SCREENSHOTS = os.environ.get("MONTESSORI_SCREENSHOTS")
 
 CANARY = "hf_canary-that-nobody-should-write-down"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+class Inbox:
+    """Where a notification block posts its messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        messages = self.messages
+
+        class Post(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                messages.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.send_response(200)
+                self.end_headers()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Post)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more."""
+        self._server.shutdown()
 
 
 class Server:
@@ -148,6 +172,20 @@ class Server:
                 counts[name] = (row["done before"], row["computed now"], row["failed"])
         return counts
 
+    def copy_of(self, finished: str, name: str, *missing: str) -> Path:
+        """A run in which all is done but some stages of its iteration; `finished` is the run it is copied from."""
+        folder = self.runs / name
+        shutil.copytree(self.runs / self.ask(f"flow_runs/{finished}")["name"], folder)
+        for stage in missing:
+            shutil.rmtree(folder / "iteration-1" / stage)
+        return folder
+
+    def python(self, program: str) -> str:
+        """What a program that talks to this server prints."""
+        environment = self.environment | {"PREFECT_API_URL": f"{self.url}/api"}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
     def jobs(self) -> list[psutil.Process]:
         """Jobs of this server's runs that are alive."""
         found = []
@@ -221,10 +259,10 @@ def page(browser: Browser) -> Iterator[Page]:
     window.close()
 
 
-def photograph(page: Page, name: str) -> None:
+def photograph(page: Page, name: str, height: int = 1000) -> None:
     if SCREENSHOTS:
         page.wait_for_timeout(2000)  # animations
-        page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
+        page.screenshot(path=f"{SCREENSHOTS}/{name}.png", clip={"x": 0, "y": 0, "width": 1400, "height": height})
 
 
 @pytest.fixture(scope="module")
@@ -311,16 +349,16 @@ def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
 def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_report(
     server: Server, finished: str, page: Page
 ) -> None:
-    shutil.copytree(server.runs / "finished", server.runs / "clicked")  # all is done: the run is quick
+    server.copy_of(finished, "clicked")
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('tiny')['id']}")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
     expect(page.get_by_text("Teacher updates, one after the other.")).to_be_visible()
-    photograph(page, "prefect-form")
+    photograph(page, "prefect-form", height=690)
     iterations = page.locator("input[type=number]").nth(1)
     iterations.fill("0")
     page.get_by_role("button", name="Submit").click()
-    expect(page.get_by_text("0 is less than the minimum of 1")).to_be_visible()
+    expect(page.get_by_text("0 is less than the minimum of 1").first).to_be_visible()
     photograph(page, "prefect-refused")
     iterations.fill("1")
     page.locator("textarea").first.fill("clicked")
@@ -332,15 +370,36 @@ def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_r
     server.wait_for(run, "Completed")
     page.get_by_text("Artifacts", exact=True).last.click()
     page.get_by_text("Report of clicked").click()
-    photograph(page, "prefect-report")
     with page.expect_popup() as popup:
         page.get_by_role("link", name="report.html").click()
     expect(popup.value).to_have_title(re.compile("clicked"))
 
 
-def test_retry_computes_only_the_shards_that_failed(server: Server, finished: str, page: Page) -> None:
-    stage = server.runs / "retried" / "iteration-1" / "influence"
-    in_the_way = stage / "part-00002.parquet"
+@pytest.fixture(scope="module")
+def inbox(server: Server) -> Iterator[Inbox]:
+    """Gets the messages of the automations in the guide, which are set up as it says."""
+    opened = Inbox()
+    block = server.python(
+        "from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block\n"
+        f"block = Block(name='inbox', url={opened.url!r}, json_data={{'text': '{{{{subject}}}}: {{{{body}}}}'}})\n"
+        "print(block.save('inbox'))"
+    )
+    guide = (ROOT / "docs" / "prefect.md").read_text()
+    [examples] = re.findall(r"```yaml\n(automations:.*?)```", guide, re.DOTALL)
+    examples = examples.replace("<id of a notification block>", block.strip()).replace("threshold: 10", "threshold: 1")
+    (server.folder / "automations.yaml").write_text(examples)
+    command = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", "automations.yaml"]
+    environment = server.environment | {"PREFECT_API_URL": f"{server.url}/api"}
+    subprocess.run(command, cwd=server.folder, env=environment, check=True)
+    yield opened
+    opened.close()
+
+
+def test_failed_shards_send_a_message_and_retry_computes_only_them(
+    server: Server, finished: str, inbox: Inbox, page: Page
+) -> None:
+    folder = server.copy_of(finished, "retried", "influence")
+    in_the_way = folder / "iteration-1" / "influence" / "part-00002.parquet"
     in_the_way.mkdir(parents=True)
     (in_the_way / "file").touch()  # a folder in the way: the shard cannot be committed
     run = server.start("tiny", "retried")
@@ -348,9 +407,11 @@ def test_retry_computes_only_the_shards_that_failed(server: Server, finished: st
     assert server.counts(run)["iteration-1/influence"] == (0, 3, 1)
     assert "1 of 4 shards failed" in server.ask(f"flow_runs/{run}")["state"]["message"]
     assert "shard 2 (code_error)" in server.logs(run)
-    shutil.rmtree(in_the_way)
     page.goto(f"{server.url}/runs/flow-run/{server.subflows(run)[0]}")
     photograph(page, "prefect-failed")
+    wait_until(lambda: any("shards fail: iteration 1: influence" in text for text in inbox.messages), 60)
+    assert not any("iteration is finished: retried" in text for text in inbox.messages)
+    shutil.rmtree(in_the_way)
     page.goto(f"{server.url}/runs/flow-run/{run}")
     page.get_by_role("button", name="Retry").click()
     page.get_by_role("dialog").get_by_role("button", name="Retry").click()
@@ -359,10 +420,12 @@ def test_retry_computes_only_the_shards_that_failed(server: Server, finished: st
     counts = server.counts(run)
     assert counts["iteration-1/influence"] == (3, 1, 0)
     assert counts["iteration-1/warmup"] == (1, 0, 0)
-    assert digests(server.runs / "retried") == digests(server.runs / "finished")
+    assert digests(folder) == digests(server.runs / "finished")
+    wait_until(lambda: any("iteration is finished: retried" in text for text in inbox.messages), 60)
 
 
 def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str, page: Page) -> None:
+    folder = server.copy_of(finished, "cancelled", "warmup")
     run = server.start("tiny", "cancelled")
     wait_until(lambda: len(server.jobs()) > 0)
     page.goto(f"{server.url}/runs/flow-run/{run}")
@@ -370,27 +433,28 @@ def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Ser
     page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
     wait_until(lambda: not server.jobs(), 60)
     server.wait_for(run, "Cancelled", seconds=90)
-    again = server.start("tiny", "cancelled")
-    server.wait_for(again, "Completed")
-    assert digests(server.runs / "cancelled") == digests(server.runs / "finished")
+    assert not (folder / "iteration-1" / "warmup" / "part-00000").exists()
+    server.wait_for(server.start("tiny", "cancelled"), "Completed")
+    assert digests(folder) == digests(server.runs / "finished")
 
 
 def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_on(
     server: Server, finished: str
 ) -> None:
+    folder = server.copy_of(finished, "crashed", "warmup")
     run = server.start("tiny", "crashed")
-    ledger = server.runs / "crashed" / "iteration-1" / "warmup" / "jobs" / "ledger.json"
+    ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
     wait_until(lambda: ledger.exists() and "null" not in ledger.read_text())
     server.driver(run).kill()
     server.wait_for(run, "Crashed", seconds=120)
     server.set_state(run, "SCHEDULED")
     server.wait_for(run, "Completed")
     assert len(json.loads(ledger.read_text())) == 1  # the training that ran on was waited for, not started again
-    assert digests(server.runs / "crashed") == digests(server.runs / "finished")
+    assert digests(folder) == digests(server.runs / "finished")
 
 
 def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str) -> None:
-    shutil.copytree(server.runs / "finished", server.runs / "approved")
+    server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
     wait_until(lambda: any(server.state(flow) == "Paused" for flow in server.subflows(run)))
     [paused] = [flow for flow in server.subflows(run) if server.state(flow) == "Paused"]
@@ -403,7 +467,7 @@ def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str) 
 
 
 def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server, finished: str) -> None:
-    shutil.copytree(server.runs / "finished", server.runs / "weekly")
+    server.copy_of(finished, "weekly")
     first = server.start("alone", "weekly", add_iterations=1)
     second = server.start("alone", "weekly", add_iterations=1)
     server.wait_for(first, "Running", "Completed")
@@ -414,10 +478,20 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
 
 
 def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(server: Server, finished: str) -> None:
-    shutil.copytree(server.runs / "finished", server.runs / "pooled")
+    server.python("from prefect.blocks.system import Secret; " + f"Secret(value={CANARY!r}).save('hf-token')")
+    server.python("from prefect.blocks.system import Secret; " + f"Secret(value={str(server.runs)!r}).save('root')")
+    server.copy_of(finished, "pooled")
+    secrets = {
+        "HF_TOKEN": "{{ prefect.blocks.secret.hf-token }}",
+        "MONTESSORI_RUN_ROOT": "{{ prefect.blocks.secret.root }}",
+    }
     [tiny, *_] = yaml.safe_load((server.folder / "prefect.yaml").read_text())["deployments"]
-    (server.folder / "pooled.yaml").write_text(yaml.safe_dump({"deployments": [tiny | {"name": "pooled"}]}))
-    environment = server.environment | {"PREFECT_API_URL": f"{server.url}/api", "MONTESSORI_RUN_ROOT": str(server.runs)}
+    pooled = tiny | {"name": "pooled", "job_variables": {"env": secrets}}
+    (server.folder / "pooled.yaml").write_text(yaml.safe_dump({"deployments": [pooled]}))
+    elsewhere = server.folder / "worker"
+    elsewhere.mkdir()
+    environment = server.environment | {"PREFECT_API_URL": f"{server.url}/api"}
+    del environment["HF_TOKEN"]
 
     def deploy() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -440,23 +514,15 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cluster"]
     with (server.folder / "worker.log").open("w") as log:
         worker = subprocess.Popen(
-            command, cwd=server.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            command, cwd=elsewhere, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        server.wait_for(server.start("pooled", "pooled"), "Completed")
+        run = server.start("pooled", "pooled")
+        server.wait_for(run, "Completed")
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
-
-
-def test_automation_of_the_guide_is_one_the_server_takes(server: Server) -> None:
-    guide = (ROOT / "docs" / "prefect.md").read_text()
-    [example] = re.findall(r"```yaml\n(- name: an iteration is finished.*?)```", guide, re.DOTALL)
-    [automation] = yaml.safe_load(example.replace("<id of a notification block>", str(uuid.uuid4())))
-    created = server.ask("automations/", automation)
-    assert "iteration" in created["trigger"]["match_related"]["prefect.resource.name"]
-    names = {known["name"] for known in server.ask("automations/filter", {})}
-    assert "montessori: mark runs as crashed that give no sign of life" in names
+    assert server.counts(run)["iteration-1/warmup"] == (1, 0, 0)  # so it had the folder of runs from the Secret block
 
 
 def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
