@@ -101,7 +101,7 @@ def deploy(file: Path, pool: str, console: Console) -> None:
 
     deployments = read_deployments(file)
     with get_client(sync_client=True) as client:
-        api = str(client.api_url)
+        api = str(client.api_url).rstrip("/")
         if not _answers(api):
             raise UserError(f"no Prefect server answers at {api}; set PREFECT_API_URL to the server's address and /api")
         try:
