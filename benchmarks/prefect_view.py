@@ -4,7 +4,7 @@
 
 Starts a Prefect server of its own (SQLite, or the database named) and brings stages of tiny shards to their end in a flow on
 it, as a run does. Reported: task runs, how long after the flow's end the last of them is recorded as completed (the recorder
-works behind a queue), how many never are, the server's peak memory, and how long the run's graph takes to come.
+works behind a queue), how many never are, the server's memory after that, and how long the run's graph takes to come.
 """
 
 import argparse

@@ -41,6 +41,7 @@ def configuration(folder: Path, model: Path) -> Path:
             "prompts_per_shard": 8,
             "instructions_per_shard": 16,
             "max_rounds": 30,
+            "oversampling": 4.0,
         },
         "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
         "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
