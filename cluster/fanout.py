@@ -265,8 +265,7 @@ class _Driver:
         busy: set[int] = set()
         lost: list[tuple[str, str, Task]] = []
         self._running = 0
-        for submission in self._ledger.open_submissions():
-            ids = submission.ids or []
+        for submission, ids in self._noted():
             alive = self._backend.alive(submission.name, ids)
             waiting = False
             for job_id, task in zip(ids, submission.tasks, strict=True):
@@ -289,6 +288,10 @@ class _Driver:
         for name, job_id, task in lost:
             self._bury(name, job_id, [index for index in task if index not in busy])
         return busy - self._done
+
+    def _noted(self) -> list[tuple[Submission, list[str]]]:
+        """Open submissions with the ids of their jobs; those of which the scheduler never told us are not among them."""
+        return [(one, one.ids) for one in self._ledger.open_submissions() if one.ids is not None]
 
     def _collect_done(self) -> None:
         present = set(os.listdir(self._stage.folder))  # one listing, not a look at every shard
@@ -378,8 +381,7 @@ class _Driver:
             return
         at_work: dict[int, tuple[str, Task]] = {}
         waiting = False
-        for submission in self._ledger.open_submissions():
-            ids = submission.ids or []
+        for submission, ids in self._noted():
             started = self._backend.running(submission.name, ids)
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 left = [index for index in task if index in busy]
