@@ -19,7 +19,7 @@ test: $(VENV)/.dev $(VENV)-vllm/.ready
 	$(BIN)/ruff format --check montessori_core cluster tasks flows tests benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format montessori_core cluster tasks flows tests benchmarks

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -45,6 +46,12 @@ app = typer.Typer(
     montessori logs runs/quickstart --shard 3       montessori cancel runs/quickstart
 
     montessori resume runs/quickstart        after Ctrl-C, a crash or a mended error: nothing done is repeated
+
+    [b]Is it better than what you do now?[/b]
+
+    montessori compare configs/studies/quickstart.yaml    methods side by side, over several seeds
+
+    montessori methods                       which there are
 
     [b]A Slurm cluster[/b]
 
@@ -99,6 +106,39 @@ def run(
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
     _drive(opened)
+
+
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="Study, YAML; start from configs/studies/quickstart.yaml.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. experiment.training.examples=100."),
+    ] = None,
+    run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
+) -> None:
+    """Compare methods of making training data on equal terms. The same command again goes on after an interruption."""
+    from flows.status import print_comparison
+    from flows.study import compare_opened, open_study
+    from montessori_core.study import read_study
+
+    read = read_study(study, tuple(set_ or []))
+    folder = run_root / read.name
+    runs, warnings = open_study(read, folder)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    _interruptible(lambda: compare_opened(read, folder, runs), f"montessori compare {study}")
+    print_comparison(folder, console)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that a study can name."""
+    from flows.methods import REGISTRY
+
+    for method in REGISTRY.values():
+        console.print(f"[b]{method.name:<16}[/b]", end=" ")
+        console.print(method.description, markup=False)
 
 
 @app.command()
@@ -358,16 +398,21 @@ def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
     if finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")
+    _interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}")
+    print_summary(opened, console)
+
+
+def _interruptible(drive: Callable[[], object], again: str) -> None:
+    """Drive a flow; after Ctrl-C say which command goes on."""
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        experiment(opened)
+        drive()
     except BaseException as error:
         if not _interrupted(error):
             raise
         console.print("\ninterrupted: the jobs were cancelled, what is done is kept. Go on with:")
-        console.print(f"  montessori resume {opened.folder}", soft_wrap=True, markup=False)
+        console.print(f"  {again}", soft_wrap=True, markup=False)
         _leave()
-    print_summary(opened, console)
 
 
 def main() -> None:

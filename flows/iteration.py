@@ -5,14 +5,14 @@ from pathlib import Path
 
 from prefect import flow
 
-from tasks.approval import approve_update
+from flows.methods.self_instruct import imitate_seeds
+from flows.methods.tailoring import tailor
 from tasks.evaluation import evaluate
 from tasks.influence import collect_influence
 from tasks.metrics import IterationFiles, write_metrics
 from tasks.run import Model, Run
 from tasks.students import train_student
-from tasks.synthesis import Synthesized, synthesize
-from tasks.teachers import collect_preferences, update_teacher
+from tasks.synthesis import Synthesized
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,7 @@ def unmodified_teacher(run: Run, earlier: list[Path]) -> Unmodified:
     """Train a student on as many examples of the unmodified teacher, from the same prompts as iteration 1."""
     experiment, folder = run.experiment, run.folder / "unmodified"
     label = "unmodified teacher"
-    training = synthesize(
-        run,
-        folder / "training",
-        f"{label}: training set",
-        run.first_teacher(),
-        count=experiment.training.examples,
-        draw="i1-training",
-        earlier=earlier,
-        synthetic_pool=None,
-    )
+    training = imitate_seeds(run, folder / "training", label, earlier)
     student = train_student(
         run,
         folder / "student",
@@ -72,65 +63,19 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
     """Tailor the teacher to the student once, and train the student on what the teacher then writes."""
     experiment, folder = run.experiment, run.iteration(number)
     name = f"iteration {number}"
-    teacher = previous.teacher if previous else run.first_teacher()
-    synthetic_pool = previous.training.examples if previous else None
-
-    # The unmodified teacher's first examples warm the student (iteration 1 only); the next are probed.
-    warming = experiment.warmup.examples if previous is None else 0
-    probing = experiment.influence.probing_examples if previous is None else experiment.influence.later_probing_examples
-    synthesized = synthesize(
+    tailored = tailor(
         run,
-        folder,
-        f"{name}: {'warm-up and ' if warming else ''}probing set",
-        teacher,
-        count=warming + probing,
-        draw=f"i{number}-probing",
-        earlier=[],
-        synthetic_pool=synthetic_pool,
-    )
-    if previous is None:
-        student = train_student(
-            run,
-            folder / "warmup",
-            f"{name}: student warm-up",
-            synthesized.examples,
-            experiment.warmup,
-            warming,
-            save_moments=True,
-        )
-    else:
-        student = previous.student
-
-    influence = collect_influence(
-        run,
-        folder / "influence",
-        folder / "influence.parquet",
-        f"{name}: influence of the probing set",
-        student,
-        synthesized.examples,
-        warming,
-        warming + probing,
-    )
-    preferences = collect_preferences(run, number, synthesized.examples, influence)
-    if approve:
-        approve_update(run, number, influence, preferences)
-    updated = update_teacher(run, number, teacher, preferences)
-
-    training = synthesize(
-        run,
-        folder / "training",
-        f"{name}: training set",
-        updated,
-        count=experiment.training.examples,
-        draw=f"i{number}-training",
-        earlier=[synthesized.examples],
-        synthetic_pool=synthetic_pool,
+        number,
+        previous.teacher if previous else run.first_teacher(),
+        previous.student if previous else None,
+        previous.training.examples if previous else None,
+        approve,
     )
     trained = train_student(
         run,
         folder / "student",
         f"{name}: student training",
-        training.examples,
+        tailored.training.examples,
         experiment.training,
         experiment.training.examples,
         save_moments=True,
@@ -143,8 +88,8 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
             folder / "training-influence",
             folder / "training-influence.parquet",
             f"{name}: influence of the training set",
-            student,
-            training.examples,
+            tailored.probed.student,
+            tailored.training.examples,
             0,
             experiment.comparison.influence_examples,
         )
@@ -157,8 +102,17 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
             run, run.folder / "untrained", "untrained student: held-out loss", run.first_student()
         )
         if experiment.comparison.unmodified_teacher:
-            losses["unmodified"] = unmodified_teacher(run, [synthesized.examples]).loss
+            losses["unmodified"] = unmodified_teacher(run, [tailored.probed.synthesized.examples]).loss
     write_metrics(
-        run, number, IterationFiles(synthesized, influence, preferences, training, training_influence, losses)
+        run,
+        number,
+        IterationFiles(
+            tailored.probed.synthesized,
+            tailored.influence,
+            tailored.preferences,
+            tailored.training,
+            training_influence,
+            losses,
+        ),
     )
-    return Iteration(updated, trained, training, losses)
+    return Iteration(tailored.teacher, trained, tailored.training, losses)

@@ -25,12 +25,17 @@ import yaml
 from rich.console import Console
 
 from montessori_core.atomic import read_json
-from montessori_core.config import RUN_NAME, parse_experiment
+from montessori_core.config import RUN_NAME, Experiment, Section, parse
 from montessori_core.errors import ConfigError, UserError
+from montessori_core.study import Study
 
 _LOOPBACK = "127.0.0.1"
 _SERVER_PATIENCE = 180.0  # seconds; a first start migrates a database
 _HEARTBEAT, _SILENCE = 30, 100  # seconds between a flow run's signs of life, and without one until it counts as crashed
+
+
+_EXPERIMENT, _STUDY = "flows/experiment.py:montessori", "flows/study.py:compare"
+_FORMS: dict[str, tuple[str, type[Section]]] = {_EXPERIMENT: ("experiment", Experiment), _STUDY: ("study", Study)}
 
 
 def read_deployments(path: Path) -> list[dict[str, Any]]:
@@ -52,10 +57,14 @@ def read_deployments(path: Path) -> list[dict[str, Any]]:
         ) from error
     for deployment in deployments:
         source = f"{path}, deployment {deployment.get('name')!r}"
+        entrypoint = deployment.setdefault("entrypoint", _EXPERIMENT)
+        if entrypoint not in _FORMS:
+            raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; there are {', '.join(_FORMS)}")
+        parameter, kind = _FORMS[entrypoint]
         parameters = deployment.get("parameters") or {}
-        if "experiment" not in parameters:
-            raise ConfigError(f"{source}: parameters.experiment is missing; it is an experiment as in configs/")
-        parse_experiment(parameters["experiment"], source)
+        if parameter not in parameters:
+            raise ConfigError(f"{source}: parameters.{parameter} is missing; it is what a file in configs/ holds")
+        parse(kind, parameters[parameter], f"{source}: the configuration")
     return deployments
 
 
@@ -112,7 +121,7 @@ def deploy(file: Path, pool: str, console: Console) -> None:
             ) from error
     for deployment in deployments:
         _to_deployment(deployment, pool).apply()
-        console.print(f"registered montessori/{deployment['name']} for work pool {pool}", soft_wrap=True)
+        console.print(f"registered {deployment['name']} for work pool {pool}", soft_wrap=True)
     _notice_crashes()
     console.print(f"start a worker where jobs can be submitted: prefect worker start --pool {pool}", soft_wrap=True)
 
@@ -140,7 +149,9 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     from prefect.types.entrypoint import EntrypointType
 
     from flows.experiment import montessori
+    from flows.study import compare
 
+    served: Any = {_EXPERIMENT: montessori, _STUDY: compare}[deployment["entrypoint"]]
     schedules = []
     for schedule in deployment.get("schedules") or []:
         options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}
@@ -151,7 +162,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     limit = deployment.get("concurrency_limit")
     variables = dict(deployment.get("job_variables") or {})
     variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), **variables.get("env", {})}
-    return montessori.to_deployment(
+    return served.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],
         description=deployment.get("description"),

@@ -1,10 +1,14 @@
 """What a run looks like from outside: the state of its stages, and the summary at its end."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
 from cluster.oversight import look_at, stages_of
+from flows.study import PAGE, read_comparison
 from montessori_core.atomic import read_json
+from montessori_core.report.study import gain_text, interval_text, spread_text
 from tasks.run import Run, driver_of
 
 
@@ -96,3 +100,17 @@ def print_summary(run: Run, console: Console) -> None:
             )
         console.print(table)
     console.print(f"report: {run.folder / 'report.html'}", soft_wrap=True)
+
+
+def print_comparison(folder: Path, console: Console) -> None:
+    """Print the result of a study."""
+    result = read_comparison(folder)
+    columns = ("method", "held-out loss", "gain", "95 % interval", "spread over seeds", "job seconds")
+    table = Table(
+        *columns, title=f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}", title_justify="left"
+    )
+    for row in result["methods"]:
+        texts = gain_text(row), interval_text(row), spread_text(row)
+        table.add_row(row["method"], f"{row['held_out_loss']:.4f}", *texts, f"{row['job_seconds']:,.0f}")
+    console.print(table)
+    console.print(f"comparison: {folder / PAGE}", soft_wrap=True)

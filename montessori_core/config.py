@@ -5,7 +5,7 @@ paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the desc
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -308,6 +308,49 @@ class Comparison(Section):
     )
 
 
+class Endpoint(Section):
+    """A model behind an OpenAI-compatible API. Its key is taken from the environment and written nowhere."""
+
+    model: str = Field(description="The model's name at the API, e.g. gpt-4o.")
+    base_url: str = Field(
+        "https://api.openai.com/v1",
+        pattern=r"^https?://",
+        description="Address of the API, /v1 included; a local vLLM server's is http://HOST:8000/v1.",
+    )
+    key_variable: str = Field(
+        "OPENAI_API_KEY",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable that holds the key, where the jobs run; a server without keys needs none.",
+    )
+    concurrency: Count = Field(8, description="Most requests at a time.")
+    requests_per_minute: Count | None = Field(None, description="Most requests in a minute; none for no limit.")
+    timeout_seconds: float = Field(120.0, gt=0.0, description="Seconds until a request without an answer is repeated.")
+    retries: int = Field(
+        6,
+        ge=0,
+        description="Times a request is repeated, with growing pauses, after 408, 409, 429, 5xx, a time-out, a lost "
+        "connection or an answer that is not of the protocol.",
+    )
+    max_tokens: Count = Field(1024, description="Most tokens of an answer.")
+    dollars_per_million_input_tokens: float = Field(0.0, ge=0.0, description="Price, for the account kept.")
+    dollars_per_million_output_tokens: float = Field(0.0, ge=0.0, description="Price, for the account kept.")
+    spending_cap_dollars: float | None = Field(
+        None, gt=0.0, description="A stage that could pass this sum with its next request stops with what it has."
+    )
+
+    @model_validator(mode="after")
+    def _cap_needs_prices(self) -> "Endpoint":
+        if self.spending_cap_dollars is not None and not (
+            self.dollars_per_million_input_tokens or self.dollars_per_million_output_tokens
+        ):
+            raise ValueError("spending_cap_dollars needs dollars_per_million_input_tokens and ..._output_tokens")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer: all but limits, prices and the name of the key."""
+        return self.model_dump(mode="json", include={"model", "base_url", "max_tokens"})
+
+
 class Zero(Section):
     """DeepSpeed's memory partitioning for warm-up, student training and teacher update."""
 
@@ -366,6 +409,9 @@ class StageResources(Section):
     training: Resources = Field(Resources(), description="Warm-up, student training and teacher update.")
     influence: Resources = Field(Resources(), description="Local data influence.")
     evaluation: Resources = Field(Resources(), description="Held-out loss.")
+    judging: Resources = Field(
+        Resources(cpus_per_process=1), description="Questions to an API; its jobs need the network, and no GPU."
+    )
 
 
 class Container(Section):
@@ -454,6 +500,10 @@ class Experiment(Section):
     teacher_update: TeacherUpdate = Field(TeacherUpdate(), description="DPO of the teacher.")
     training: Training = Field(Training(), description="Training of the student.")
     comparison: Comparison = Field(Comparison(), description="What is computed to see the effect.")
+    judge: Endpoint | None = Field(None, description="The model that judges examples, for methods that ask one.")
+    strong_teacher: Endpoint | None = Field(
+        None, description="A stronger teacher behind an API, for the method self_instruct_strong."
+    )
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
     cluster: Cluster = Field(Cluster(), description="Where jobs run; changing it recomputes nothing.")
 
@@ -488,7 +538,14 @@ class Experiment(Section):
 
     def method(self) -> dict[str, Any]:
         """What decides the result of an iteration, as plain data: all but the name, where jobs run, and how many."""
-        return self.model_dump(mode="json", exclude={"cluster", "name", "iterations"})
+        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations"})
+        for name in ("judge", "strong_teacher"):
+            endpoint: Endpoint | None = getattr(self, name)
+            content[name] = endpoint.identity() if endpoint else None
+        return content
+
+
+Configuration = TypeVar("Configuration", bound=Section)
 
 
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
@@ -497,10 +554,28 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
     """
+    return parse_experiment(read_overridden(path, overrides), str(path))
+
+
+def read_overridden(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Content of a YAML file with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, or an override cannot be applied.
+    """
     content = _read_yaml(path)
+    apply_overrides(content, overrides)
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: tuple[str, ...]) -> None:
+    """Set `section.key=value` in plain data.
+
+    Raises:
+        ConfigError: an override cannot be applied.
+    """
     for override in overrides:
         _apply_override(content, override)
-    return parse_experiment(content, str(path))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -526,33 +601,37 @@ def read_cluster(path: Path) -> Cluster:
         ConfigError: the file is missing, is not YAML, or does not fit.
     """
     content = _read_yaml(path)
-    try:
-        return Cluster.model_validate(content.get("cluster", content))
-    except ValidationError as error:
-        lines = [f"{path}: the cluster file does not fit:"]
-        lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem)}" for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
+    return parse(Cluster, content.get("cluster", content), f"{path}: the cluster file")
 
 
 def parse_experiment(content: dict[str, Any], source: str) -> Experiment:
     """Validate plain data; `source` names it in errors."""
+    return parse(Experiment, content, f"{source}: the configuration")
+
+
+def parse(kind: type[Configuration], content: dict[str, Any], source: str) -> Configuration:
+    """Validate plain data; `source` names it in errors.
+
+    Raises:
+        ConfigError: it does not fit; every field at fault is named.
+    """
     try:
-        return Experiment.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        lines = [f"{source}: the configuration does not fit:"]
+        lines = [f"{source} does not fit:"]
         lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
-def write_experiment(experiment: Experiment, path: Path) -> None:
-    """Write the resolved configuration, every default spelled out."""
+def write_yaml(section: Section, path: Path) -> None:
+    """Write any part of a configuration, every default spelled out."""
     with commit(path) as temporary:
-        temporary.write_text(to_yaml(experiment), encoding="utf-8")
+        temporary.write_text(to_yaml(section), encoding="utf-8")
 
 
-def to_yaml(experiment: Experiment) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+def to_yaml(section: Section) -> str:
+    """Any part of a configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """Preference pairs from influence (Eq. 3): within a prompt, every helpful example against every harmful one."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pyarrow.compute as pc
 
 from montessori_core.config import Preferences
 from montessori_core.influence_table import influence_note
-from montessori_core.schema import PREFERENCES, table_from_rows
+from montessori_core.schema import PREFERENCES, UTILITY_PREFERENCES, table_from_rows
+
+Pairable = Mapping[str, Any]
 
 
 def threshold_of(influence: pa.Table, baseline: str) -> float:
@@ -40,30 +43,67 @@ def build_preferences(examples: pa.Table, influence: pa.Table, settings: Prefere
     """
     threshold = threshold_of(influence, settings.baseline)
     margin = max(settings.margin, influence_note(influence, "noise_floor"))
+    measured = influence.filter(pc.equal(influence["status"], "ok")).to_pylist()
     texts = {row["example_id"]: row for row in examples.to_pylist()}
-    chosen: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    rejected: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in influence.to_pylist():
-        if row["status"] != "ok":
-            continue
-        if row["influence_student"] > threshold + margin:
+    rows: list[dict[str, object]] = []
+    for best, worst in pair_up(measured, "influence_student", threshold, margin, settings.max_pairs):
+        row = _texts(best, worst, texts)
+        for baseline in ("student", "null_step"):
+            row[f"chosen_influence_{baseline}"] = best[f"influence_{baseline}"]
+            row[f"rejected_influence_{baseline}"] = worst[f"influence_{baseline}"]
+        rows.append(row)
+    return table_from_rows(rows, PREFERENCES)
+
+
+def build_utility_preferences(examples: pa.Table, utility: pa.Table, max_pairs: int | None) -> pa.Table:
+    """Preference pairs from another signal than influence (the ablations of Table 2), divided at its median.
+
+    Args:
+        examples: the probing examples.
+        utility: their utility; rows without one make no pairs.
+        max_pairs: keep only so many, those with the widest gap; None keeps all.
+    """
+    known = utility.filter(pc.is_valid(utility["utility"]))
+    threshold = float(np.median(known["utility"].to_numpy())) if known.num_rows else 0.0
+    texts = {row["example_id"]: row for row in examples.to_pylist()}
+    rows: list[dict[str, object]] = []
+    for best, worst in pair_up(known.to_pylist(), "utility", threshold, 0.0, max_pairs):
+        rows.append(
+            _texts(best, worst, texts) | {"chosen_utility": best["utility"], "rejected_utility": worst["utility"]}
+        )
+    return table_from_rows(rows, UTILITY_PREFERENCES)
+
+
+def pair_up(
+    rows: Sequence[Pairable], utility: str, threshold: float, margin: float, max_pairs: int | None
+) -> list[tuple[Pairable, Pairable]]:
+    """Within each prompt, every row above the threshold with every row below it; of too many, the widest gaps.
+
+    Args:
+        rows: examples with their `prompt_id`.
+        utility: the column that is compared.
+        threshold: divides better from worse.
+        margin: rows this near to the threshold belong to neither.
+        max_pairs: None for no limit.
+    """
+    chosen: dict[str, list[Pairable]] = defaultdict(list)
+    rejected: dict[str, list[Pairable]] = defaultdict(list)
+    for row in rows:
+        if row[utility] > threshold + margin:
             chosen[row["prompt_id"]].append(row)
-        elif row["influence_student"] < threshold - margin:
+        elif row[utility] < threshold - margin:
             rejected[row["prompt_id"]].append(row)
     pairs = [(best, worst) for prompt in chosen for best in chosen[prompt] for worst in rejected[prompt]]
-    if settings.max_pairs is not None and len(pairs) > settings.max_pairs:
-        widest = sorted(range(len(pairs)), key=lambda i: (-_gap(*pairs[i]), i))
-        pairs = [pairs[i] for i in sorted(widest[: settings.max_pairs])]
-    return table_from_rows([_row(best, worst, texts) for best, worst in pairs], PREFERENCES)
+    if max_pairs is not None and len(pairs) > max_pairs:
+        gaps = [float(best[utility] - worst[utility]) for best, worst in pairs]
+        widest = sorted(range(len(pairs)), key=lambda i: (-gaps[i], i))
+        pairs = [pairs[i] for i in sorted(widest[:max_pairs])]
+    return pairs
 
 
-def _gap(best: dict[str, Any], worst: dict[str, Any]) -> float:
-    return float(best["influence_student"] - worst["influence_student"])
-
-
-def _row(best: dict[str, Any], worst: dict[str, Any], texts: dict[str, dict[str, Any]]) -> dict[str, object]:
+def _texts(best: Pairable, worst: Pairable, texts: dict[str, dict[str, Any]]) -> dict[str, object]:
     text_best, text_worst = texts[best["example_id"]], texts[worst["example_id"]]
-    row: dict[str, object] = {
+    return {
         "prompt_id": best["prompt_id"],
         "prompt": text_best["prompt"],
         "chosen": text_best["raw_output"],
@@ -71,7 +111,3 @@ def _row(best: dict[str, Any], worst: dict[str, Any], texts: dict[str, dict[str,
         "chosen_id": best["example_id"],
         "rejected_id": worst["example_id"],
     }
-    for baseline in ("student", "null_step"):
-        row[f"chosen_influence_{baseline}"] = best[f"influence_{baseline}"]
-        row[f"rejected_influence_{baseline}"] = worst[f"influence_{baseline}"]
-    return row

@@ -101,6 +101,29 @@ PREFERENCES = _schema(
     _field("rejected_influence_null_step", _REAL, "influence of x- against the null step, nats"),
 )
 
+UTILITY = _schema(
+    "utility",
+    1,
+    _field("example_id", _TEXT, "the example"),
+    _field("prompt_id", _TEXT, "its prompt"),
+    _field(
+        "utility", _REAL, "what stands in for influence, higher is better; null if it could not be had", nullable=True
+    ),
+)
+
+UTILITY_PREFERENCES = _schema(
+    "utility_preferences",
+    1,
+    _field("prompt_id", _TEXT, "the prompt p"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("chosen", _TEXT, "raw output of higher utility"),
+    _field("rejected", _TEXT, "raw output of lower utility"),
+    _field("chosen_id", _TEXT, "example of the chosen output"),
+    _field("rejected_id", _TEXT, "example of the rejected output"),
+    _field("chosen_utility", _REAL, "utility of the chosen example"),
+    _field("rejected_utility", _REAL, "utility of the rejected example"),
+)
+
 REFERENCE_LOSS = _schema(
     "reference_loss",
     1,

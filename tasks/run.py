@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,14 @@ from cluster.fanout import Progress, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import hash_path, read_json, write_json
 from montessori_core.config import (
+    Endpoint,
     Experiment,
     Resources,
     Student,
     Teacher,
     differences,
     read_experiment,
-    write_experiment,
+    write_yaml,
 )
 from montessori_core.errors import UserError
 from montessori_core.models import commit_of, fetch_model, fingerprint
@@ -38,7 +39,7 @@ from tasks.stage_view import StageView
 
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _COMMITS = "models.json"  # of the hub's models, by name and revision asked for
-Kind = Literal["generation", "training", "influence", "evaluation"]
+Kind = Literal["generation", "training", "influence", "evaluation", "judging"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
 
@@ -57,10 +58,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment on disk; its folder holds all of its state."""
+    """One experiment on disk; its folder holds all of its state.
+
+    Attributes:
+        folder: of the run.
+        experiment: its configuration.
+        stages: folders of the stages executed by way of this object, for their cost.
+    """
 
     folder: Path
     experiment: Experiment
+    stages: list[Path] = field(default_factory=list, compare=False)
 
     def sources(self) -> Sources:
         """The sets as they were when the run began."""
@@ -81,6 +89,13 @@ class Run:
     def first_student(self) -> Model:
         """The student as configured."""
         return self._configured(self.experiment.student)
+
+    def endpoint_settings(self, name: str, endpoint: Endpoint) -> dict[str, Any]:
+        """Settings of a stage that asks an endpoint, see `montessori_core.api.open_api`."""
+        # In a file, not in the settings: another limit or price must not have everything asked again.
+        file = self.folder / f"{name}.json"
+        write_json(endpoint.model_dump(mode="json"), file)
+        return {"endpoint": endpoint.identity(), "file": str(file)}
 
     def _configured(self, section: Teacher | Student) -> Model:
         # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
@@ -121,6 +136,7 @@ class Run:
             read: what a result becomes for what reads it: by default the path of its part.
         """
         models, files = models or {}, files or {}
+        self.stages.append(folder)
         stage = Stage(
             name=folder.name,
             version=1,
@@ -174,7 +190,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             if not complete:
                 write_tasks(getattr(sources, name), run.source_file(name))
         write_json(commits, folder / _COMMITS)
-        write_experiment(experiment, config)
+        write_yaml(experiment, config)
         write_json(_provenance(run), folder / "provenance.json")
     except OSError as error:
         raise UserError(

@@ -10,6 +10,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from cluster.stage import cut_into_shards
+from montessori_core.config import Endpoint, Sampling
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.rouge import Accepted
@@ -35,11 +36,12 @@ def synthesize(
     run: Run,
     folder: Path,
     label: str,
-    teacher: Model,
+    teacher: Model | Endpoint,
     count: int,
     draw: str,
     earlier: list[Path],
     synthetic_pool: Path | None,
+    seed_pool: list[Task] | None = None,
 ) -> Synthesized:
     """Let `teacher` write `count` examples.
 
@@ -47,18 +49,25 @@ def synthesize(
         run: the run.
         folder: where tables and stages go.
         label: for people.
-        teacher: who writes.
+        teacher: who writes: a model, or one behind an API.
         count: examples wanted.
         draw: names the random draw of prompts and samples; equal draws show equal prompts.
         earlier: example tables whose instructions must not be repeated.
         synthetic_pool: examples of the last iteration, as demonstrations; None in the first.
+        seed_pool: what prompts demonstrate; None takes the run's.
 
     Raises:
         UserError: after `max_rounds` rounds too few examples were kept.
     """
     settings, seed = run.experiment.synthesis, run.experiment.seed
-    sources = run.sources()
+    style = "chat" if isinstance(teacher, Endpoint) else run.experiment.teacher.prompt_style
+    seeds = run.sources().seed_pool if seed_pool is None else seed_pool
     pool = _pool(synthetic_pool)
+    if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
+        raise UserError(
+            f"{label}: {len(seeds)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
+            f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
+        )
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
     accepted = Accepted(known, settings.filters.max_rouge_l)
     candidates: list[Row] = []
@@ -73,9 +82,9 @@ def synthesize(
         wanted = math.ceil(missing / rate / settings.samples_per_prompt)
         prompts = build_prompts(
             wanted,
-            run.experiment.teacher.prompt_style,
+            style,
             settings,
-            sources.seed_pool,
+            seeds,
             pool,
             seed_of(seed, draw),
             prompts_used,
@@ -84,7 +93,7 @@ def synthesize(
         name = label if number == 1 else f"{label}, round {number}"
         upstream = [*([synthetic_pool] if synthetic_pool else []), *parts[-1:]]
         stage = folder / f"instructions-{number}"
-        fresh, written = _write_instructions(run, stage, name, teacher, prompts, draw, accepted, upstream)
+        fresh, written = _write_instructions(run, stage, name, teacher, style, prompts, draw, accepted, upstream)
         kept = [row for row in fresh if row["rejection"] is None]
         for row in kept[missing:]:
             row["rejection"] = SURPLUS
@@ -123,14 +132,15 @@ def _write_instructions(
     run: Run,
     folder: Path,
     label: str,
-    teacher: Model,
+    teacher: Model | Endpoint,
+    style: str,
     prompts: list[Prompt],
     draw: str,
     accepted: Accepted,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """Candidates with their verdicts, and the parts they come from."""
-    settings, style = run.experiment.synthesis, run.experiment.teacher.prompt_style
+    settings = run.experiment.synthesis
     samples = range(settings.samples_per_prompt)
     rows: list[Row] = [
         {
@@ -140,18 +150,11 @@ def _write_instructions(
         }
         for prompt in prompts
     ]
-    parts = run.execute(
-        folder,
-        f"{label}: instructions",
-        "generation",
-        _PROGRAM,
-        _settings(run, settings.instruction.model_dump(mode="json"), raw=style == "completion"),
-        cut_into_shards(rows, settings.prompts_per_shard),
-        models={"teacher": teacher},
-        upstream=upstream,
-        piece_rows=_PROMPTS_IN_A_PIECE,
+    shards = cut_into_shards(rows, settings.prompts_per_shard)
+    raw = style == "completion"
+    generated, parts = _generate(
+        run, folder, f"{label}: instructions", teacher, shards, settings.instruction, raw, upstream, _PROMPTS_IN_A_PIECE
     )
-    generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
     owners = [prompt for prompt in prompts for _ in samples]
     verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
     candidates: list[Row] = [
@@ -170,12 +173,17 @@ def _write_instructions(
 
 
 def _write_responses(
-    run: Run, folder: Path, label: str, teacher: Model, candidates: list[Row], draw: str, upstream: list[Path]
+    run: Run,
+    folder: Path,
+    label: str,
+    teacher: Model | Endpoint,
+    candidates: list[Row],
+    draw: str,
+    upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """Answer the instructions; a candidate with an empty answer is marked as rejected. Examples, and their parts."""
     if not candidates:
         return [], []
-    settings = run.experiment.synthesis
     rows: list[Row] = [
         {
             "ids": [candidate["candidate_id"]],
@@ -184,18 +192,7 @@ def _write_responses(
         }
         for candidate in candidates
     ]
-    parts = run.execute(
-        folder,
-        f"{label}: responses",
-        "generation",
-        _PROGRAM,
-        _settings(run, settings.response.model_dump(mode="json"), raw=False),
-        cut_into_shards(rows, settings.instructions_per_shard),
-        models={"teacher": teacher},
-        upstream=upstream,
-        piece_rows=_INSTRUCTIONS_IN_A_PIECE,
-    )
-    generated = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
+    generated, parts = _respond(run, folder, f"{label}: responses", teacher, rows, upstream)
     examples = []
     for candidate, row in zip(candidates, generated, strict=True):
         if not row["text"].strip():
@@ -212,12 +209,118 @@ def _write_responses(
     return examples, parts
 
 
-def _settings(run: Run, sampling: dict[str, object], raw: bool) -> dict[str, object]:
-    return {
-        "engine": run.experiment.synthesis.engine,
-        "sampling": sampling,
-        "raw": raw,
-    }
+def answer_again(
+    run: Run, folder: Path, label: str, teacher: Model, examples: Path, first: int, last: int, draw: str
+) -> Path:
+    """Several responses to each of some instructions, as examples of which every instruction is the prompt.
+
+    Args:
+        run: the run.
+        folder: where the stage and the table `examples.parquet` go.
+        label: for people.
+        teacher: who answers.
+        examples: an example table.
+        first: its first instruction to answer.
+        last: the one behind the last.
+        draw: names the random draw of the samples.
+    """
+    asked = read_table(examples, EXAMPLES).to_pylist()[first:last]
+    samples = range(run.experiment.synthesis.samples_per_prompt)
+    rows: list[Row] = [
+        {
+            "ids": [f"{row['example_id']}-r{sample}" for sample in samples],
+            "text": row["instruction"],
+            "seeds": [seed_of(run.experiment.seed, draw, row["example_id"], "response", sample) for sample in samples],
+        }
+        for row in asked
+    ]
+    generated, parts = _respond(run, folder / "responses", label, teacher, rows, [examples])
+    owners = [row for row in asked for _ in samples]
+    answered = [
+        {
+            "example_id": response["row_id"],
+            "prompt_id": row["example_id"],
+            "prompt": response["prompt"],
+            "raw_output": response["text"],
+            "instruction": row["instruction"],
+            "response": response["text"].strip(),
+            "response_finished": response["finish_reason"] == "stop",
+        }
+        for row, response in zip(owners, generated, strict=True)
+        if response["text"].strip()
+    ]
+    return _write_examples(f"{label}: table", folder / "examples.parquet", answered, parts)
+
+
+def answer_seeds(run: Run, folder: Path, label: str, teacher: Model) -> Path:
+    """The teacher's responses to the seed pool, as the table `examples.parquet` in `folder`."""
+    candidates: list[Row] = [
+        {"candidate_id": task.id, "prompt_id": task.id, "prompt": "", "raw_output": "", "instruction": task.text}
+        for task in run.sources().seed_pool
+    ]
+    answered, parts = _write_responses(run, folder / "responses", label, teacher, candidates, "seeds", [])
+    return _write_examples(f"{label}: table", folder / "examples.parquet", answered, parts)
+
+
+def join_examples(label: str, tables: list[Path], path: Path) -> Path:
+    """One example table from several, in their order."""
+    rows = [row for table in tables for row in read_table(table, EXAMPLES).to_pylist()]
+    return _write_examples(label, path, rows, tables)
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _write_examples(label: str, path: Path, rows: list[Row], parts: list[Path]) -> Path:
+    write_table(table_from_rows(rows, EXAMPLES), path, EXAMPLES)
+    return path
+
+
+def _respond(
+    run: Run, folder: Path, label: str, teacher: Model | Endpoint, rows: list[Row], upstream: list[Path]
+) -> tuple[list[Row], list[Path]]:
+    """What the teacher answers to rows of the generation program, and the parts it is from."""
+    settings = run.experiment.synthesis
+    shards = cut_into_shards(rows, settings.instructions_per_shard)
+    return _generate(run, folder, label, teacher, shards, settings.response, False, upstream, _INSTRUCTIONS_IN_A_PIECE)
+
+
+def _generate(
+    run: Run,
+    folder: Path,
+    label: str,
+    teacher: Model | Endpoint,
+    shards: list[list[Row]],
+    sampling: Sampling,
+    raw: bool,
+    upstream: list[Path],
+    piece_rows: int,
+) -> tuple[list[Row], list[Path]]:
+    """What a teacher, loaded or behind an API, makes of rows of the generation program; and the parts it is from."""
+    drawn = {"sampling": sampling.model_dump(mode="json")}
+    if isinstance(teacher, Endpoint):
+        rows = [row for shard in shards for row in shard]  # one job: limits and cap hold over all of it
+        parts = run.execute(
+            folder,
+            label,
+            "judging",
+            "montessori_core.synthesis.jobs:open_api_generation",
+            drawn | run.endpoint_settings("strong_teacher", teacher),
+            [rows],
+            upstream=upstream,
+            piece_rows=piece_rows,
+        )
+    else:
+        parts = run.execute(
+            folder,
+            label,
+            "generation",
+            _PROGRAM,
+            {"engine": run.experiment.synthesis.engine, "raw": raw} | drawn,
+            shards,
+            models={"teacher": teacher},
+            upstream=upstream,
+            piece_rows=piece_rows,
+        )
+    return [row for part in parts for row in read_table(part, GENERATION).to_pylist()], parts
 
 
 def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:

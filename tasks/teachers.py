@@ -3,20 +3,29 @@
 from pathlib import Path
 from typing import cast
 
+import pyarrow as pa
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core.errors import UserError
 from montessori_core.influence_table import summarize_influence
-from montessori_core.preferences import build_preferences, threshold_of
-from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, read_table, write_table
+from montessori_core.preferences import build_preferences, build_utility_preferences, threshold_of
+from montessori_core.schema import (
+    EXAMPLES,
+    INFLUENCE,
+    PREFERENCES,
+    UTILITY,
+    UTILITY_PREFERENCES,
+    read_table,
+    write_table,
+)
 from tasks.run import Model, Run
 
 
-@task(task_run_name="iteration {number}: preference pairs", cache_policy=NO_CACHE)
-def collect_preferences(run: Run, number: int, examples: Path, influence: Path) -> Path:
-    """Build the preference table of an iteration.
+@task(task_run_name="{label}: preference pairs", cache_policy=NO_CACHE)
+def collect_preferences(run: Run, folder: Path, label: str, examples: Path, influence: Path) -> Path:
+    """Build the preference table of an iteration, `preferences.parquet` in its folder.
 
     Raises:
         UserError: no prompt has both a helpful and a harmful example.
@@ -27,35 +36,63 @@ def collect_preferences(run: Run, number: int, examples: Path, influence: Path) 
     if pairs.num_rows == 0:
         summary = summarize_influence(table, threshold_of(table, settings.baseline))
         raise UserError(
-            f"iteration {number}: no preference pairs: no prompt has both an example above and one below the threshold "
+            f"{label}: no preference pairs: no prompt has both an example above and one below the threshold "
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
             "Set preferences.baseline=median, lower preferences.margin, or raise influence.probing_examples"
         )
-    path = run.iteration(number) / "preferences.parquet"
-    write_table(pairs, path, PREFERENCES)
-    create_table_artifact(
-        [
-            {
-                "pairs": pairs.num_rows,
-                "prompts": len(set(pairs["prompt_id"].to_pylist())),
-                "baseline": settings.baseline,
-            },
-        ],
-        description=f"Preference pairs of iteration {number}",
-    )
-    return path
+    write_table(pairs, folder / "preferences.parquet", PREFERENCES)
+    _publish(label, pairs, settings.baseline)
+    return folder / "preferences.parquet"
 
 
-def update_teacher(run: Run, number: int, teacher: Model, preferences: Path) -> Model:
-    """Train the teacher on the preference pairs with DPO (Eq. 4)."""
-    rows = read_table(preferences, PREFERENCES).select(["prompt", "chosen", "rejected"]).to_pylist()
+@task(task_run_name="{label}: preference pairs", cache_policy=NO_CACHE)
+def collect_utility_preferences(run: Run, folder: Path, label: str, examples: Path, utility: Path) -> Path:
+    """Build the preference table of another signal than influence, `preferences.parquet` in `folder`.
+
+    Raises:
+        UserError: no prompt has both a better and a worse example.
+    """
+    table = read_table(utility, UTILITY)
+    pairs = build_utility_preferences(read_table(examples, EXAMPLES), table, run.experiment.preferences.max_pairs)
+    if pairs.num_rows == 0:
+        raise UserError(
+            f"{label}: no preference pairs: no prompt has both an example above and one below the median utility of "
+            f"{table.num_rows} examples. Raise influence.probing_examples or synthesis.samples_per_prompt"
+        )
+    write_table(pairs, folder / "preferences.parquet", UTILITY_PREFERENCES)
+    _publish(label, pairs, "median")
+    return folder / "preferences.parquet"
+
+
+def update_teacher(
+    run: Run,
+    folder: Path,
+    label: str,
+    teacher: Model,
+    preferences: Path,
+    schema: pa.Schema = PREFERENCES,
+    responses: bool = False,
+) -> Model:
+    """Train the teacher on preference pairs with DPO (Eq. 4).
+
+    Args:
+        run: the run.
+        folder: of the stage.
+        label: for people.
+        teacher: what is trained.
+        preferences: a table of pairs.
+        schema: what kind of table it is.
+        responses: the outputs are responses, which are always chats, not instructions in the teacher's prompt style.
+    """
+    rows = read_table(preferences, schema).select(["prompt", "chosen", "rejected"]).to_pylist()
+    style = {"prompt_style": "chat"} if responses else {}
     (updated,) = run.execute(
-        run.iteration(number) / "teacher",
-        f"iteration {number}: teacher update",
+        folder,
+        f"{label}: teacher update",
         "training",
         "montessori_core.training.dpo:open_dpo",
         {
-            "teacher": run.experiment.teacher.model_dump(mode="json"),
+            "teacher": run.experiment.teacher.model_dump(mode="json") | style,
             "recipe": run.experiment.teacher_update.model_dump(mode="json"),
             "zero": run.experiment.zero.model_dump(mode="json"),
             "seed": run.experiment.seed,
@@ -67,3 +104,10 @@ def update_teacher(run: Run, number: int, teacher: Model, preferences: Path) -> 
         read=Model.of,
     )
     return cast(Model, updated)
+
+
+def _publish(label: str, pairs: pa.Table, baseline: str) -> None:
+    create_table_artifact(
+        [{"pairs": pairs.num_rows, "prompts": len(set(pairs["prompt_id"].to_pylist())), "baseline": baseline}],
+        description=f"Preference pairs - {label}",
+    )

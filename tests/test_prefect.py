@@ -25,6 +25,7 @@ from test_run import ROOT, configuration, digests
 
 from flows.serving import read_deployments
 from montessori_core.errors import ConfigError
+from montessori_core.study import Study, read_study
 
 expect.set_options(timeout=30_000)
 SCREENSHOTS = os.environ.get("MONTESSORI_SCREENSHOTS")
@@ -274,10 +275,14 @@ def finished(server: Server) -> str:
 
 
 def test_shipped_deployments_are_the_shipped_configurations() -> None:
-    for deployment in read_deployments(ROOT / "prefect.yaml"):
+    *experiments, study = read_deployments(ROOT / "prefect.yaml")
+    for deployment in experiments:
         config = ROOT / "configs" / f"{deployment['name']}.yaml"
         assert deployment["parameters"] == {"experiment": yaml.safe_load(config.read_text())}
         assert deployment["concurrency_limit"]["limit"] == 1
+    shipped = read_study(ROOT / "configs" / "studies" / "quickstart.yaml")
+    assert Study.model_validate(study["parameters"]["study"]) == shipped
+    assert study["concurrency_limit"]["limit"] == 1
 
 
 def test_deployment_that_does_not_fit_is_refused_by_its_name(tmp_path: Path) -> None:

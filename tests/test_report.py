@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.atomic import write_json
-from montessori_core.config import Preferences, parse_experiment, write_experiment
+from montessori_core.config import Preferences, parse_experiment, write_yaml
 from montessori_core.errors import DataError
 from montessori_core.influence_table import note_influence
 from montessori_core.preferences import build_preferences, threshold_of
@@ -109,7 +109,7 @@ def write_run(
     model = {"model": "smollm2-135m"}
     content = {"name": "trial", "iterations": iterations, "teacher": model, "student": model, **sections}
     experiment = parse_experiment({"preferences": {"baseline": "median"}} | content, "test")
-    write_experiment(experiment, folder / "config.yaml")
+    write_yaml(experiment, folder / "config.yaml")
     write_json({"opened": "2026-01-01T00:00:00Z", "versions": {"torch": "2.9"}}, folder / "provenance.json")
     write_synthesis(folder / "unmodified" / "training", "u", examples, texts)
     for number in range(1, iterations + 1):

@@ -124,7 +124,7 @@ def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed:
         "iteration 1: warm-up and probing set: instructions",
         "iteration 1: student warm-up",
         "iteration 1: influence of the probing set",
-        "Preference pairs of iteration 1",
+        "Preference pairs - iteration 1",
         "iteration 1: teacher update",
         "iteration 1: student training",
         "iteration 1: held-out loss",

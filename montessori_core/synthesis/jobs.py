@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from montessori_core.api import Question, open_api
 from montessori_core.chat import render_prompt
 from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
@@ -39,6 +40,37 @@ def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
             }
             for row, request, samples in zip(rows, requests, continuations, strict=True)
             for row_id, generated in zip(row["ids"], samples, strict=True)
+        ]
+        write_table(table_from_rows(records, GENERATION), output, GENERATION)
+
+    return compute
+
+
+def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Open a teacher behind an API.
+
+    Settings: `sampling` (without its repetition penalty, which the protocol does not have), and see `open_api`. Rows: as for
+    `open_generation`, of which each seed is a draw.
+    """
+    sampling = Sampling.model_validate(settings["sampling"])
+    api = open_api(settings)
+
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        drawn = [(row, row_id, seed) for row in rows for row_id, seed in zip(row["ids"], row["seeds"], strict=True)]
+        questions = [
+            Question(row["text"], sampling.temperature, sampling.top_p, sampling.presence_penalty, seed)
+            for row, _, seed in drawn
+        ]
+        answers = api.ask(questions, lambda done: report(done * len(rows) // len(drawn)))
+        records: list[Row] = [
+            {
+                "row_id": row_id,
+                "prompt": row["text"],
+                "text": answer.text,
+                "finish_reason": answer.finish_reason,
+                "tokens": answer.output_tokens,
+            }
+            for (row, row_id, _), answer in zip(drawn, answers, strict=True)
         ]
         write_table(table_from_rows(records, GENERATION), output, GENERATION)
 

@@ -1,0 +1,23 @@
+"""Methods that propose training data, one module each. `REGISTRY` has them by name; see `environment` for your own."""
+
+from flows.methods.bootstrap import BOOTSTRAP
+from flows.methods.environment import Method
+from flows.methods.llm2llm import LLM2LLM
+from flows.methods.montessori import MONTESSORI
+from flows.methods.response import RESPONSE
+from flows.methods.self_instruct import SELF_INSTRUCT, SELF_INSTRUCT_STRONG
+from flows.methods.utility import LLM_JUDGE, TRAINING_LOSS
+
+REGISTRY: dict[str, Method] = {
+    method.name: method
+    for method in (
+        MONTESSORI,
+        SELF_INSTRUCT,
+        SELF_INSTRUCT_STRONG,
+        LLM_JUDGE,
+        TRAINING_LOSS,
+        RESPONSE,
+        BOOTSTRAP,
+        LLM2LLM,
+    )
+}

@@ -1,0 +1,42 @@
+"""The bootstrap ablation of Table 2: the most influential half of the probing set are the next demonstrations."""
+
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from flows.methods.environment import Method, Proposal, Round
+from flows.methods.tailoring import measure, probe
+from montessori_core.schema import EXAMPLES, INFLUENCE, read_table
+from montessori_core.selection import upper_half
+from montessori_core.sources import Task
+from tasks.synthesis import synthesize
+
+
+def _propose(now: Round) -> Proposal:
+    run, teacher = now.run, now.run.first_teacher()
+    probed = probe(run, 1, teacher, None, None)
+    seeds = most_influential(probed.synthesized.examples, measure(run, 1, probed))
+    training = synthesize(
+        run,
+        now.folder / "training",
+        f"{now.label}: training set",
+        teacher,
+        count=run.experiment.training.examples,
+        draw="i1-training",
+        earlier=[probed.synthesized.examples],
+        synthetic_pool=None,
+        seed_pool=seeds,
+    )
+    return Proposal(training.examples, teacher)
+
+
+def most_influential(examples: Path, influence: Path) -> list[Task]:
+    """The half of the measured examples with the highest influence, as tasks for prompts to show."""
+    table = read_table(influence, INFLUENCE)
+    measured = table.filter(pc.equal(table["status"], "ok"))
+    chosen = set(upper_half(measured["example_id"].to_pylist(), measured["influence_student"].to_pylist()))
+    rows = read_table(examples, EXAMPLES).to_pylist()
+    return [Task(row["example_id"], row["instruction"]) for row in rows if row["example_id"] in chosen]
+
+
+BOOTSTRAP = Method("bootstrap", "The unmodified teacher is shown the most influential half of what it wrote.", _propose)

@@ -1,0 +1,87 @@
+"""The loop that every method lives in: it proposes data, a student is trained on it, and its errors come back.
+
+A method of your own is a module with a `Method`, named in a study as `module:NAME`:
+
+    from flows.methods.environment import Method, Proposal, Round
+    from tasks.synthesis import synthesize
+
+    def propose(now: Round) -> Proposal:
+        teacher = now.run.first_teacher()
+        training = synthesize(now.run, now.folder / "training", now.label, teacher, ...)
+        return Proposal(training.examples, teacher)
+
+    MINE = Method("mine", "What it does, in a line.", propose)
+
+Build it from the functions in `tasks` and `flows.methods.tailoring`: what they compute is kept by its content, so that
+methods share stages and an interrupted study goes on where it was.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from montessori_core.config import Experiment
+from tasks.run import Model, Run
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Training data a method proposes, and the teacher that wrote the last of it."""
+
+    examples: Path
+    teacher: Model
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What comes back: the proposal, the student trained on it, and the table of its held-out losses."""
+
+    proposal: Proposal
+    student: Model
+    losses: Path
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of a method.
+
+    Attributes:
+        run: experiment, sets and first models.
+        folder: the method's own, for this round.
+        label: for people.
+        number: counted from 1.
+        rounds: how many there are.
+        feedback: of the last round; None in the first.
+    """
+
+    run: Run
+    folder: Path
+    label: str
+    number: int
+    rounds: int
+    feedback: Feedback | None
+
+
+def one_round(experiment: Experiment) -> int:
+    """Rounds of a method without feedback."""
+    return 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make training data.
+
+    Attributes:
+        name: in studies, folders and tables.
+        description: for people, a line.
+        propose: makes the data of a round.
+        rounds: how many there are.
+        needs: a part of the experiment that must be set for it.
+    """
+
+    name: str
+    description: str
+    propose: Callable[[Round], Proposal]
+    rounds: Callable[[Experiment], int] = one_round
+    needs: Literal["judge", "strong_teacher"] | None = None

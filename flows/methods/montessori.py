@@ -1,0 +1,24 @@
+"""Montessori-Instruct: the teacher learns from the influence of its data on the student."""
+
+from flows.methods.environment import Method, Proposal, Round
+from flows.methods.tailoring import tailor
+
+
+def _propose(now: Round) -> Proposal:
+    last = now.feedback
+    tailored = tailor(
+        now.run,
+        now.number,
+        last.proposal.teacher if last else now.run.first_teacher(),
+        last.student if last else None,
+        last.proposal.examples if last else None,
+    )
+    return Proposal(tailored.training.examples, tailored.teacher)
+
+
+MONTESSORI = Method(
+    "montessori",
+    "DPO of the teacher on the local data influence of its instructions.",
+    _propose,
+    rounds=lambda experiment: experiment.iterations,
+)

@@ -1,0 +1,240 @@
+"""Models behind an OpenAI-compatible API: many questions at a time, each paid for once.
+
+Answers are kept in a cache on disk by the content of the question, so that a repeated or interrupted stage pays for nothing
+twice. Every answer's tokens and price are on account there, and a cap holds before a request is sent, not after.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from montessori_core.config import Endpoint
+from montessori_core.errors import UserError
+from montessori_core.models import cache_root
+
+_MILLION = 1e6
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, why it ended ('stop' or 'length'), and the tokens that were paid for."""
+
+    text: str
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A user message, and how its answer is drawn. Questions that differ in `draw` alone are asked anew."""
+
+    text: str
+    temperature: float = 0.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    draw: int = 0
+
+
+class AnswerCache:
+    """Answers and the account, in one SQLite file that several processes may use."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        with self._open() as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, account TEXT, dollars REAL)"
+            )
+
+    def get(self, key: str) -> Answer | None:
+        """The answer to a question asked before."""
+        with self._open() as connection:
+            found = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return Answer(**json.loads(found[0])) if found else None
+
+    def put(self, key: str, answer: Answer, account: str, dollars: float) -> None:
+        """Keep an answer, and what it cost."""
+        with self._open() as connection:
+            row = (key, json.dumps(asdict(answer)), account, dollars)
+            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
+
+    def spent(self, account: str) -> float:
+        """Dollars spent on an account."""
+        with self._open() as connection:
+            found = connection.execute("SELECT SUM(dollars) FROM answers WHERE account = ?", (account,)).fetchone()
+        return float(found[0] or 0.0)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self._path, timeout=60.0)) as connection, connection:
+            yield connection
+
+
+class Api:
+    """An endpoint that questions are put to."""
+
+    def __init__(self, endpoint: Endpoint, account: str, cache: AnswerCache | None = None) -> None:
+        """Open it.
+
+        Args:
+            endpoint: where, which model, limits and prices.
+            account: whom spending is counted for, against the cap.
+            cache: by default the user's, see `montessori_core.models.cache_root`.
+        """
+        import openai
+
+        self._endpoint, self._account = endpoint, account
+        self._cache = cache or AnswerCache(cache_root() / "api" / "answers.sqlite")
+        self._client = openai.OpenAI(
+            api_key=os.environ.get(endpoint.key_variable) or "none",
+            base_url=endpoint.base_url,
+            timeout=endpoint.timeout_seconds,
+            max_retries=endpoint.retries,
+        )
+        self._turn, self._next_turn = threading.Lock(), 0.0
+
+    def ask(self, questions: Sequence[Question], report: Callable[[int], None] = lambda done: None) -> list[Answer]:
+        """Put questions, each by itself; those asked before are answered from the cache.
+
+        Args:
+            questions: what is asked; an equal question is asked once.
+            report: called with the number of questions answered so far.
+
+        Returns:
+            [questions] answers, in their order.
+
+        Raises:
+            UserError: the key is refused, the cap is reached, or a question found no answer after all retries; answers
+                so far are kept.
+        """
+        keys = [self._key(question) for question in questions]
+        answers = {key: answer for key in keys if (answer := self._cache.get(key)) is not None}
+        waiting = {key: question for key, question in zip(keys, questions, strict=True) if key not in answers}
+        report(sum(key in answers for key in keys))
+        spent = self._cache.spent(self._account)
+        reserved: dict[Future[Answer], tuple[str, float]] = {}
+        left = list(waiting.items())
+        with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
+            try:
+                while left or reserved:
+                    while left and len(reserved) < self._endpoint.concurrency:
+                        key, question = left[0]
+                        most = self._most(question)
+                        if not self._affordable(spent + sum(cost for _, cost in reserved.values()) + most):
+                            break
+                        left.pop(0)
+                        reserved[pool.submit(self._fetch, question)] = key, most
+                    if not reserved:
+                        raise UserError(
+                            f"{self._endpoint.model}: {len(left)} questions are left, and the next could pass "
+                            f"spending_cap_dollars={self._endpoint.spending_cap_dollars:g} ({spent:.4f} spent); raise it and "
+                            "go on: answers are kept"
+                        )
+                    done, _ = wait(reserved, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        key, _ = reserved.pop(future)
+                        answer = future.result()
+                        dollars = self._price(answer.input_tokens, answer.output_tokens)
+                        self._cache.put(key, answer, self._account, dollars)
+                        spent += dollars
+                        answers[key] = answer
+                    report(sum(key in answers for key in keys))
+            except BaseException:
+                for future in reserved:
+                    future.cancel()
+                raise
+        return [answers[key] for key in keys]
+
+    def _key(self, question: Question) -> str:
+        asked = [self._endpoint.identity(), asdict(question)]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _fetch(self, question: Question) -> Answer:
+        import openai
+
+        for attempt in range(self._endpoint.retries + 1):
+            self._wait_for_turn()
+            try:
+                completion = self._client.chat.completions.create(
+                    model=self._endpoint.model,
+                    messages=[{"role": "user", "content": question.text}],
+                    temperature=question.temperature,
+                    top_p=question.top_p,
+                    presence_penalty=question.presence_penalty,
+                    max_tokens=self._endpoint.max_tokens,
+                )
+                return _read(completion)
+            except openai.APIStatusError as error:
+                raise UserError(self._refusal(error)) from error
+            except openai.APIConnectionError as error:  # after the client's own retries
+                raise UserError(
+                    f"{self._endpoint.base_url} does not answer ({error}); check base_url and the network of the node"
+                ) from error
+            except (ValueError, TypeError, AttributeError, LookupError, openai.APIError) as error:
+                # Not of the protocol: cut off on the way, or a proxy's page.
+                if attempt == self._endpoint.retries:
+                    raise UserError(
+                        f"{self._endpoint.base_url}: {attempt + 1} answers were not of the protocol (the last: {error!r})"
+                    ) from error
+                time.sleep(min(8.0, 0.5 * 2.0**attempt))
+        raise AssertionError
+
+    def _refusal(self, error: Any) -> str:
+        if error.status_code in (401, 403):
+            known = "is set but refused" if os.environ.get(self._endpoint.key_variable) else "is not set"
+            return (
+                f"{self._endpoint.base_url}: {error.status_code}: the environment variable {self._endpoint.key_variable} "
+                f"{known} where the job runs"
+            )
+        return f"{self._endpoint.base_url}: {error.status_code} for model {self._endpoint.model!r}: {error.message}"
+
+    def _wait_for_turn(self) -> None:
+        if self._endpoint.requests_per_minute is None:
+            return
+        with self._turn:
+            turn = max(time.monotonic(), self._next_turn)
+            self._next_turn = turn + 60.0 / self._endpoint.requests_per_minute
+        time.sleep(max(0.0, turn - time.monotonic()))
+
+    def _most(self, question: Question) -> float:
+        """Dollars a question can cost at most: no token is shorter than a byte, and templates add a few."""
+        return self._price(len(question.text.encode()) + 64, self._endpoint.max_tokens)
+
+    def _price(self, input_tokens: int, output_tokens: int) -> float:
+        prices = self._endpoint.dollars_per_million_input_tokens, self._endpoint.dollars_per_million_output_tokens
+        return (input_tokens * prices[0] + output_tokens * prices[1]) / _MILLION
+
+    def _affordable(self, dollars: float) -> bool:
+        cap = self._endpoint.spending_cap_dollars
+        return dollars <= (math.inf if cap is None else cap)
+
+
+def open_api(settings: Mapping[str, Any]) -> Api:
+    """The endpoint of a stage.
+
+    Settings: `endpoint` (what decides its answers), `file` (its whole configuration, whose path is the account that spending
+    is counted for).
+    """
+    endpoint = Endpoint.model_validate_json(Path(settings["file"]).read_bytes())
+    assert endpoint.identity() == settings["endpoint"]
+    return Api(endpoint, settings["file"])
+
+
+def _read(completion: Any) -> Answer:
+    """An answer of the protocol; anything else raises ValueError, TypeError, AttributeError or LookupError."""
+    choice, usage = completion.choices[0], completion.usage
+    text = choice.message.content
+    if not isinstance(text, str):
+        raise ValueError("an answer without text")
+    return Answer(text, choice.finish_reason or "stop", int(usage.prompt_tokens), int(usage.completion_tokens))

@@ -1,0 +1,280 @@
+"""Questions to a model behind an API: a local server that speaks the protocol, and fails in every way it may."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from montessori_core.api import Answer, AnswerCache, Api, Question
+from montessori_core.config import Endpoint
+from montessori_core.errors import UserError
+from montessori_core.judging import open_judge, question_about, read_score
+from montessori_core.schema import UTILITY, read_table
+
+KEY = "sk-canary-that-nobody-should-write-down"
+Reply = Callable[[BaseHTTPRequestHandler, str], None]
+
+
+class JudgeServer:
+    """A judge that scores an example by the last word of its response, or by `score`; and a teacher.
+
+    `faults` come first, one a request.
+    """
+
+    def __init__(self, score: Callable[[str], str] = lambda response: response.split()[-1]) -> None:
+        self.score = score
+        self.asked: list[str] = []
+        self.keys: set[str] = set()
+        self.faults: list[Reply] = []
+        self.at_once = self.most_at_once = 0
+        self.pause = 0.0
+        served, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = content["messages"][0]["content"]
+                with lock:
+                    served.asked.append(question)
+                    served.keys.add(self.headers["Authorization"])
+                    served.at_once += 1
+                    served.most_at_once = max(served.most_at_once, served.at_once)
+                    fault = served.faults.pop(0) if served.faults else None
+                time.sleep(served.pause)
+                try:
+                    (fault or served.answer)(self, question)
+                finally:
+                    with lock:
+                        served.at_once -= 1
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
+        if question.startswith("You write tasks"):
+            number = len(self.asked)
+            text = f"<instruction>Explain {'the rule of ' * (number % 3)}number {number * number}.</instruction>"
+            return send(handler, 200, completion(text))
+        if not question.startswith("You grade"):
+            return send(handler, 200, completion(f"An answer to: {question}"))
+        response = question.rpartition("Response: ")[2].rpartition("\n\nSay")[0].rpartition("\n")[0]
+        return send(handler, 200, completion(f"All points that are earned.\nScore: {self.score(response)}"))
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(body)))
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def completion(text: str | None, finish_reason: str = "stop") -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps(
+        {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "judge",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }
+    ).encode()
+
+
+def refuse(status: int, **headers: str) -> Reply:
+    return lambda handler, question: send(handler, status, b'{"error": {"message": "no"}}', **headers)
+
+
+def hang(handler: BaseHTTPRequestHandler, question: str) -> None:
+    time.sleep(2.0)  # longer than the client waits
+    send(handler, 200, completion("Score: 3"))
+
+
+def cut_off(handler: BaseHTTPRequestHandler, question: str) -> None:
+    whole = completion("Score: 3")
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(whole)))
+    handler.end_headers()
+    handler.wfile.write(whole[: len(whole) // 2])
+    handler.close_connection = True
+
+
+FAULTS: dict[str, Reply] = {
+    "429": refuse(429, Retry_After="0.1"),
+    "500": refuse(500),
+    "503": refuse(503),
+    "time-out": hang,
+    "lost connection": cut_off,
+    "not JSON": lambda handler, question: send(handler, 200, b"<html>gateway</html>"),
+    "cut JSON": lambda handler, question: send(handler, 200, completion("Score: 3")[:40]),
+    "no choices": lambda handler, question: send(handler, 200, b'{"id": "x", "choices": []}'),
+    "no text": lambda handler, question: send(handler, 200, completion(None)),
+}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    running = JudgeServer()
+    yield running
+    running.close()
+
+
+def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
+    return Endpoint(model="judge", base_url=server.url, timeout_seconds=1.0, **({"retries": 2} | fields))
+
+
+def api(server: JudgeServer, folder: Path, **fields: Any) -> Api:
+    return Api(endpoint(server, **fields), "test", AnswerCache(folder / "answers.sqlite"))
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(question_about(f"Say the number {number}.", f"It is {number % 7}")) for number in range(count)]
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_question_is_put_again_after_a_fault(server: JudgeServer, tmp_path: Path, fault: Reply) -> None:
+    server.faults = [fault]
+    answers = api(server, tmp_path).ask(questions(3))
+    assert [read_score(one) for one in answers] == [0.0, 1.0, 2.0]
+    assert len(server.asked) == 4
+
+
+def test_questions_are_answered_in_order_a_few_at_a_time_and_paid_once(server: JudgeServer, tmp_path: Path) -> None:
+    server.pause = 0.05
+    seen: list[int] = []
+    asked = [*questions(20), questions(1)[0]]  # one of them twice
+    answers = api(server, tmp_path, concurrency=4).ask(asked, report=seen.append)
+    assert [read_score(one) for one in answers] == [float(number % 7) for number in range(20)] + [0.0]
+    assert len(server.asked) == 20
+    assert 2 <= server.most_at_once <= 4
+    assert seen == sorted(seen)
+    assert seen[-1] == 21
+    assert api(server, tmp_path).ask(asked) == answers
+    assert len(server.asked) == 20  # a rerun costs nothing
+    assert server.keys == {f"Bearer {KEY}"}
+    assert KEY.encode() not in (tmp_path / "answers.sqlite").read_bytes()
+
+
+def test_questions_that_differ_in_their_draw_are_asked_anew(server: JudgeServer, tmp_path: Path) -> None:
+    [question] = questions(1)
+    api(server, tmp_path).ask([question, replace(question, draw=1), replace(question, temperature=0.5), question])
+    assert len(server.asked) == 3
+
+
+def test_requests_keep_to_the_rate(server: JudgeServer, tmp_path: Path) -> None:
+    started = time.monotonic()
+    api(server, tmp_path, requests_per_minute=600).ask(questions(8))
+    assert time.monotonic() - started >= 7 * 0.1
+
+
+def test_spending_cap_holds_before_a_request_is_sent_and_answers_are_kept(server: JudgeServer, tmp_path: Path) -> None:
+    prices = {"dollars_per_million_input_tokens": 1e3, "dollars_per_million_output_tokens": 1e4, "max_tokens": 100}
+    # An answer costs 100 x 0.001 + 10 x 0.01 = 0.2; before it is there, it may cost over 2 dollars.
+    with pytest.raises(UserError, match=r"spending_cap_dollars=4 \([0-9.]+ spent\); raise it") as stop:
+        api(server, tmp_path, spending_cap_dollars=4.0, **prices).ask(questions(30))
+    spent = AnswerCache(tmp_path / "answers.sqlite").spent("test")
+    paid = len(server.asked)
+    assert spent == pytest.approx(0.2 * paid)
+    assert 1 <= paid < 30
+    assert spent <= 4.0
+    assert f"{30 - paid} questions are left" in str(stop.value)
+    assert len(api(server, tmp_path, spending_cap_dollars=400.0, **prices).ask(questions(30))) == 30
+    assert len(server.asked) == 30
+
+
+def test_refused_key_and_unknown_model_say_what_to_do(
+    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults = [refuse(401)]
+    with pytest.raises(UserError, match="OPENAI_API_KEY is set but refused") as error:
+        api(server, tmp_path).ask(questions(1))
+    assert KEY not in str(error.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    server.faults = [refuse(401)]
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        api(server, tmp_path).ask(questions(1))
+    server.faults = [refuse(404)]
+    with pytest.raises(UserError, match="404 for model 'judge'"):
+        api(server, tmp_path).ask(questions(1))
+    server.close()
+    with pytest.raises(UserError, match="does not answer"):
+        api(server, tmp_path, retries=0).ask(questions(1))
+
+
+def test_faults_that_do_not_end_are_an_error_that_keeps_answers(server: JudgeServer, tmp_path: Path) -> None:
+    api(server, tmp_path).ask(questions(2))
+    server.faults = [FAULTS["not JSON"]] * 10
+    with pytest.raises(UserError, match="3 answers were not of the protocol"):
+        api(server, tmp_path, concurrency=1).ask(questions(3))
+    server.faults = []
+    asked = len(server.asked)
+    assert len(api(server, tmp_path).ask(questions(3))) == 3
+    assert len(server.asked) == asked + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "score"),
+    [
+        ("Good.\nScore: 5", "stop", 5.0),
+        ("Good.\n\n**Score: 6/6**\n", "stop", 6.0),
+        ("Score: 2\nOn second thought.\nscore : 0.", "stop", 0.0),
+        ("Score: 5", "length", None),
+        ("Score: 7", "stop", None),
+        ("Score: 5 or 6", "stop", None),
+        ("Score: four", "stop", None),
+        ("Score: 4.5", "stop", None),
+        ("I give it 5 points.", "stop", None),
+        ("Score: 5\nThat is my view.", "stop", None),
+        ("", "stop", None),
+    ],
+)
+def test_score_is_read_from_the_last_line_or_not_at_all(text: str, finish_reason: str, score: float | None) -> None:
+    assert read_score(Answer(text, finish_reason, 1, 1)) == score
+
+
+@given(st.text(), st.text())
+def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> None:
+    question = question_about(instruction, response)
+    line = max((one for one in question.splitlines() if set(one) == {"="}), key=len)
+    assert question.count(line) == 3  # named once, opened once, closed once
+    assert f"Instruction: {instruction}\n\nResponse: {response}\n{line}" in question
+    assert question.endswith("Score: N")
+
+
+def test_stage_has_null_where_a_judge_gave_no_score(
+    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "judge.json").write_text(endpoint(server).model_dump_json())
+    settings = {"endpoint": endpoint(server).identity(), "file": str(tmp_path / "judge.json")}
+    rows = [
+        {"example_id": f"e{n}", "prompt_id": "p", "instruction": "Count.", "response": text}
+        for n, text in enumerate(["It is 4", "Score: 6", "no number"])
+    ]
+    open_judge(settings, {})(rows, tmp_path / "part.parquet", lambda done: None)
+    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, 6.0, None]

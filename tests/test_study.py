@@ -1,0 +1,253 @@
+"""Methods side by side: what each selects, and a whole study of a tiny model through the command line."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from test_judging import JudgeServer
+from test_run import ROOT, call, configuration
+
+from flows.methods import REGISTRY
+from flows.methods.bootstrap import most_influential
+from flows.methods.llm2llm import hardest_half
+from flows.study import find_method
+from montessori_core.errors import ConfigError
+from montessori_core.preferences import build_utility_preferences
+from montessori_core.schema import (
+    EXAMPLES,
+    INFLUENCE,
+    INSTRUCTIONS,
+    PREFERENCES,
+    REFERENCE_LOSS,
+    UTILITY,
+    UTILITY_PREFERENCES,
+    read_table,
+    table_from_rows,
+)
+from montessori_core.selection import upper_half
+from montessori_core.study import Outcome, compare_outcomes, read_study
+
+pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another suite may run beside it
+
+
+@given(st.lists(st.floats(-1e3, 1e3), max_size=30))
+def test_upper_half_is_no_smaller_than_the_rest_and_has_half_of_the_ids(values: list[float]) -> None:
+    ids = [str(number) for number in range(len(values))]
+    chosen = upper_half(ids, values)
+    rest = set(ids) - set(chosen)
+    assert len(chosen) == (len(values) + 1) // 2
+    assert all(values[int(low)] <= values[int(high)] for low in rest for high in chosen)
+
+
+def test_hardest_seeds_are_those_with_the_highest_loss_per_token() -> None:
+    losses: list[dict[str, object]] = [
+        {"example_id": "long", "loss": 10.0, "response_tokens": 100},
+        {"example_id": "short", "loss": 3.0, "response_tokens": 1},
+        {"example_id": "middle", "loss": 4.0, "response_tokens": 2},
+        {"example_id": "easy", "loss": 0.1, "response_tokens": 10},
+    ]
+    assert hardest_half(losses) == ["short", "middle"]
+
+
+def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none() -> None:
+    examples = table_from_rows(
+        [
+            {
+                "example_id": f"{prompt}{n}",
+                "prompt_id": prompt,
+                "prompt": f"prompt {prompt}",
+                "raw_output": f"output {prompt}{n}",
+                "instruction": "x",
+                "response": "y",
+                "response_finished": True,
+            }
+            for prompt in "ab"
+            for n in range(3)
+        ],
+        EXAMPLES,
+    )
+    scores = {"a0": 5.0, "a1": 1.0, "a2": None, "b0": 3.0, "b1": 4.0, "b2": 2.0}  # median 3
+    utility = table_from_rows(
+        [{"example_id": name, "prompt_id": name[0], "utility": score} for name, score in scores.items()], UTILITY
+    )
+    pairs = build_utility_preferences(examples, utility, None).to_pylist()
+    assert [(pair["chosen_id"], pair["rejected_id"]) for pair in pairs] == [("a0", "a1"), ("b1", "b2")]
+    assert pairs[0]["chosen"] == "output a0"
+    assert pairs[0]["prompt"] == "prompt a"
+    assert build_utility_preferences(examples, utility, 1)["chosen_id"].to_pylist() == ["a0"]  # the widest gap
+
+
+def test_comparison_is_paired_over_examples_and_seeds() -> None:
+    draw = np.random.default_rng(0)
+    hard = draw.normal(3.0, 1.0, size=(1, 200))  # examples differ far more than methods do
+    baseline = Outcome("plain", hard + draw.normal(0.0, 0.01, (3, 200)), np.array([10.0, 10.0, 10.0]))
+    better = Outcome("better", baseline.losses - 0.02 + draw.normal(0.0, 0.01, (3, 200)), np.array([30.0, 20.0, 40.0]))
+    first, second = compare_outcomes([baseline, better], "plain")
+    assert (first["gain"], first["gain_low"], first["gain_high"]) == (0.0, 0.0, 0.0)
+    assert second["gain"] == pytest.approx(0.02, abs=2e-3)
+    assert second["gain_low"] < second["gain"] < second["gain_high"]
+    # The standard error of a mean of 200 examples, each the mean of three draws of the same spread.
+    assert second["gain_high"] - second["gain_low"] == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(600), rel=0.2)
+    assert second["spread_over_seeds"] == pytest.approx(np.std(second["gain_of_seeds"], ddof=1))
+    assert second["job_seconds"] == 30.0
+
+
+def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: Path, tmp_path: Path) -> None:
+    experiment = configuration(tmp_path, talking_llama)
+    study = tmp_path / "study.yaml"
+    for content, words in [
+        ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
+        ({"seeds": [1, 1]}, "seeds has an entry twice"),
+        ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; there are montessori, self_instruct"),
+        ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
+        ({"experiment": "missing.yaml"}, "missing.yaml: cannot be read"),
+        ({"sedes": [1]}, "sedes: unknown key"),
+        ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
+    ]:
+        study.write_text(yaml.safe_dump({"experiment": experiment.name} | content))
+        code, output = call("compare", str(study), cwd=tmp_path)
+        assert code == 1, output
+        assert words in output
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ConfigError):
+        find_method("flows.cli:app")
+
+
+def test_shipped_study_is_read() -> None:
+    study = read_study(ROOT / "configs" / "studies" / "quickstart.yaml", ("experiment.training.examples=7",))
+    assert study.experiment.training.examples == 7
+    assert study.seeded(2).seed == 2
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    return {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PYTHONPATH": f"{ROOT}:{folder}",
+        "MONTESSORI_CACHE": str(folder / "cache"),
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A study of every method, and of one that a user wrote."""
+    judge = JudgeServer(lambda response: str(len(response) % 7))
+    folder = tmp_path_factory.mktemp("study")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
+    (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
+    experiment = yaml.safe_load(configuration(folder, talking_llama).read_text())
+    experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
+    experiment["synthesis"]["oversampling"] = 10.0  # one round does
+    content = {
+        "name": "tiny-study",
+        "experiment": experiment,
+        "methods": [*REGISTRY, "own:MINE"],
+        "seeds": [3],
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    environment = environment_of(folder)
+    code, output = call("compare", "study.yaml", cwd=folder, **environment)
+    assert code == 0, output
+    (folder / "output.txt").write_text(output)
+    yield folder
+    judge.close()
+
+
+def test_every_method_trains_the_same_student_on_equally_many_examples(compared: Path) -> None:
+    seed = compared / "runs" / "tiny-study" / "seed-3"
+    for method in [*REGISTRY, "mine"]:
+        (*_, last) = sorted((seed / "methods" / method).glob("round-*"))
+        counts = json.loads((last / "student" / "part-00000" / "training_counts.json").read_text())
+        assert counts["examples"] == 6, method
+        assert read_table(last / "evaluation" / "part-00000.parquet", REFERENCE_LOSS).num_rows == 4
+    result = json.loads((compared / "runs" / "tiny-study" / "comparison.json").read_text())
+    rows = {row["method"]: row for row in result["methods"]}
+    assert set(rows) == {*REGISTRY, "mine"}
+    assert rows["mine"]["gain"] == 0.0  # the same data, so the same student
+    assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # which pays for shared stages
+    assert "own:MINE" not in (compared / "output.txt").read_text()
+    assert all(method in (compared / "output.txt").read_text() for method in rows)
+
+
+def test_methods_select_what_their_papers_say(compared: Path) -> None:
+    seed = compared / "runs" / "tiny-study" / "seed-3"
+    iteration, methods = seed / "iteration-1", seed / "methods"
+
+    # Bootstrap: demonstrations are of the most influential half.
+    influence = read_table(iteration / "influence.parquet", INFLUENCE).to_pylist()
+    ranked = sorted(influence, key=lambda row: -row["influence_student"])
+    best = {row["example_id"] for row in ranked[: len(ranked) // 2]}
+    assert {
+        task.id for task in most_influential(iteration / "examples.parquet", iteration / "influence.parquet")
+    } == best
+    shown = read_table(methods / "bootstrap" / "round-1" / "training" / "instructions.parquet", INSTRUCTIONS)
+    assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= best
+
+    # Response DPO: pairs are of responses to one instruction, and the prompt is that instruction's chat.
+    answers = {
+        row["example_id"]: row
+        for row in read_table(methods / "response" / "round-1" / "answers" / "examples.parquet", EXAMPLES).to_pylist()
+    }
+    pairs = read_table(methods / "response" / "round-1" / "preferences.parquet", PREFERENCES).to_pylist()
+    assert pairs
+    for pair in pairs:
+        chosen, rejected = answers[pair["chosen_id"]], answers[pair["rejected_id"]]
+        assert chosen["instruction"] == rejected["instruction"]
+        assert chosen["instruction"] in pair["prompt"]
+        assert pair["chosen"] == chosen["raw_output"]
+        assert pair["chosen_influence_student"] > pair["rejected_influence_student"]
+
+    # A stronger teacher: what the API said is what the student is trained on.
+    strong = read_table(methods / "self_instruct_strong" / "round-1" / "training" / "examples.parquet", EXAMPLES)
+    for row in strong.to_pylist():
+        assert row["instruction"].startswith("Explain ")
+        assert row["response"] == f"An answer to: {row['instruction']}"
+
+    # A judge: the chosen example is the one it scored higher.
+    table = read_table(methods / "llm_judge" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
+    responses = {
+        row["example_id"]: row["response"] for row in read_table(iteration / "examples.parquet", EXAMPLES).to_pylist()
+    }
+    for pair in table.to_pylist():
+        assert pair["chosen_utility"] == len(responses[pair["chosen_id"]]) % 7
+        assert pair["chosen_utility"] > pair["rejected_utility"]
+
+    # Training loss: the chosen instruction is the one the student finds harder.
+    table = read_table(methods / "training_loss" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
+    assert table.num_rows > 0
+    assert all(pair["chosen_utility"] > pair["rejected_utility"] for pair in table.to_pylist())
+
+    # LLM2LLM: two rounds, each from the half of the seeds that its student finds hardest.
+    halves = []
+    for number in (1, 2):
+        folder = methods / "llm2llm" / f"round-{number}"
+        losses = read_table(folder / "seed-loss" / "part-00000.parquet", REFERENCE_LOSS).to_pylist()
+        hard = set(hardest_half(losses))
+        assert len(hard) == (len(losses) + 1) // 2
+        shown = read_table(folder / "training" / "instructions.parquet", INSTRUCTIONS)
+        assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= hard
+        halves.append(losses)
+    assert halves[0] != halves[1]  # the second student was taught in between
+    texts = defaultdict(list)
+    for row in read_table(methods / "llm2llm" / "round-2" / "examples.parquet", EXAMPLES).to_pylist():
+        texts[row["instruction"]].append(row["example_id"])
+    assert all(len(ids) == 1 for ids in texts.values())
+
+
+def test_finished_study_is_read_not_repeated(compared: Path) -> None:
+    before = {
+        path: path.stat().st_mtime_ns for path in (compared / "runs").rglob("part-*") if "manifest" not in path.name
+    }
+    environment = environment_of(compared)
+    code, output = call("compare", "study.yaml", cwd=compared, **environment)
+    assert code == 0, output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    code, output = call("compare", "study.yaml", "--set", "experiment.training.examples=5", cwd=compared, **environment)
+    assert code == 1
+    assert "this run was started with another configuration" in output
