@@ -124,10 +124,10 @@ def compare(
 
     read = read_study(study, tuple(set_ or []))
     folder = run_root / read.name
-    runs, warnings = open_study(read, folder)
+    seeded, warnings = open_study(read, folder)
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
-    _interruptible(lambda: compare_opened(read, folder, runs), f"montessori compare {study}")
+    _interruptible(lambda: compare_opened(read, folder, seeded), f"montessori compare {study}")
     print_comparison(folder, console)
 
 

@@ -1,7 +1,7 @@
 """A study: methods side by side, each proposing data to the same student, over several seeds."""
 
 import importlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from prefect.cache_policies import NO_CACHE
 from cluster.oversight import cancel_jobs, stages_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
-from flows.methods.environment import Feedback, Method, Round
+from flows.methods.environment import Feedback, Method, Proposal, Round
 from montessori_core.atomic import commit, read_json, write_json
 from montessori_core.config import write_yaml
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.report.study import render_study
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
-from tasks.evaluation import evaluate
+from tasks.evaluation import evaluate, summarize_loss
 from tasks.run import Run, only_driver, open_run, stage_seconds
 from tasks.students import train_student
 
@@ -49,8 +49,16 @@ def find_method(name: str) -> Method:
     return found
 
 
-def open_study(study: Study, folder: Path) -> tuple[list[Run], list[str]]:
-    """Create a study's folder with a run for each seed, or open it if it is the same study; also return warnings.
+@dataclass(frozen=True)
+class Seeded:
+    """The run of a seed, and a run for each other student that its data is tried on."""
+
+    run: Run
+    others: list[Run]
+
+
+def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
+    """Create a study's folder with the runs of each seed, or open it if it is the same study; also return warnings.
 
     Raises:
         UserError: methods, configuration, data, models or folder are wrong; nothing has been computed then.
@@ -62,18 +70,26 @@ def open_study(study: Study, folder: Path) -> tuple[list[Run], list[str]]:
                 f"methods: {name} needs experiment.{needed}; set its model (and base_url, if it is not OpenAI's), or leave "
                 "the method out"
             )
-    opened = [open_run(study.seeded(seed), folder / f"seed-{seed}") for seed in study.seeds]
+    seeded: list[Seeded] = []
+    warnings: set[str] = set()
+    for seed in study.seeds:
+        own = folder / f"seed-{seed}"
+        opened = [open_run(study.seeded(seed), own)]
+        opened += [
+            open_run(study.seeded(seed, student), own / f"student-{number}")
+            for number, student in enumerate(study.transfer, 1)
+        ]
+        seeded.append(Seeded(opened[0][0], [run for run, _ in opened[1:]]))
+        warnings.update(warning for _, of_run in opened for warning in of_run)
     write_yaml(study, folder / "study.yaml")
-    return [run for run, _ in opened], sorted({warning for _, warnings in opened for warning in warnings})
+    return seeded, sorted(warnings)
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook, after a study was cancelled: end what jobs its driver could not end itself."""
     study = Study.model_validate(flow_run.parameters["study"])
-    for seed in study.seeds:
-        folder = run_root() / study.name / f"seed-{seed}"
-        for stage in stages_of(folder):
-            cancel_jobs(stage, study.experiment.cluster)
+    for stage in stages_of(run_root() / study.name):
+        cancel_jobs(stage, study.experiment.cluster)
 
 
 @flow(name="compare", flow_run_name="{study.name}", on_cancellation=[end_jobs])
@@ -86,28 +102,59 @@ def compare(study: Study) -> None:
         study: methods, seeds, and the experiment that they share.
     """
     folder = run_root() / study.name
-    runs, _ = open_study(study, folder)
-    _compare(study, folder, runs)
+    seeded, _ = open_study(study, folder)
+    _compare(study, folder, seeded)
 
 
 @flow(flow_run_name="{study.name}", validate_parameters=False)
-def compare_opened(study: Study, folder: Path, runs: list[Run]) -> None:
+def compare_opened(study: Study, folder: Path, seeded: list[Seeded]) -> None:
     """The same for a study whose folder is open already."""
-    _compare(study, folder, runs)
+    _compare(study, folder, seeded)
 
 
-def _compare(study: Study, folder: Path, runs: list[Run]) -> None:
+Played = dict[str, list[tuple[Path, float]]]
+"""Of each method, by seed: the table of held-out losses and the seconds of all jobs."""
+
+
+def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
     methods = [find_method(name) for name in study.methods]
-    played: dict[str, list[tuple[Path, float]]] = {method.name: [] for method in methods}
+    played: list[Played] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
     with only_driver(folder):
-        for run in runs:
-            with only_driver(run.folder):
+        first = seeded[0].run
+        untrained = evaluate(
+            first, folder.resolve() / "untrained", "untrained student: held-out loss", first.first_student()
+        )
+        for one in seeded:
+            with only_driver(one.run.folder):
                 for method in methods:
-                    own = replace(run, stages=[])
+                    own = replace(one.run, stages=[])
                     last = play(own, method)
-                    seconds = sum(stage_seconds(stage) for stage in dict.fromkeys(own.stages))
-                    played[method.name].append((last.losses, seconds))
-        write_comparison(study, folder, played)
+                    played[0][method.name].append((last.losses, _seconds(own)))
+                    for number, other in enumerate(one.others, 1):
+                        tried = replace(other, stages=[])
+                        losses = transfer(tried, method, last.proposal)
+                        played[number][method.name].append((losses, _seconds(tried)))
+        write_comparison(study, folder, untrained, played)
+
+
+def _seconds(run: Run) -> float:
+    return sum(stage_seconds(stage) for stage in dict.fromkeys(run.stages))
+
+
+def transfer(run: Run, method: Method, proposal: Proposal) -> Path:
+    """Held-out losses of another student trained on the data that a method proposed (Section 5.4)."""
+    folder, training = run.folder / method.name, run.experiment.training
+    label = f"{method.name}, to {run.folder.name}"
+    student = train_student(
+        run,
+        folder / "student",
+        f"{label}: student training",
+        proposal.examples,
+        training,
+        training.examples,
+        save_moments=False,
+    )
+    return evaluate(run, folder / "evaluation", f"{label}: held-out loss", student)
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
@@ -125,9 +172,9 @@ def play(run: Run, method: Method) -> Feedback:
         proposal = method.propose(Round(run, folder, label, number, rounds, feedback))
         last = number == rounds
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
-        if last and proposed < training.examples:
+        if last and proposal.student is None and proposed < training.examples:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {training.examples}")
-        student = train_student(
+        student = proposal.student or train_student(
             run,
             folder / "student",
             f"{label}: student training",
@@ -143,19 +190,33 @@ def play(run: Run, method: Method) -> Feedback:
 
 
 @task(task_run_name="comparison", cache_policy=NO_CACHE, persist_result=False)
-def write_comparison(study: Study, folder: Path, played: dict[str, list[tuple[Path, float]]]) -> None:
-    """Write `comparison.json` and `comparison.html` of a study."""
+def write_comparison(study: Study, folder: Path, untrained: Path, played: list[Played]) -> None:
+    """Write `comparison.json` and `comparison.html` of a study; `played` is of its student, and of each other."""
+    baseline = find_method(study.baseline).name
+    rows, *of_others = (compare_outcomes(_outcomes(of_student), baseline) for of_student in played)
+    result = {
+        "study": study.name,
+        "seeds": study.seeds,
+        "untrained_loss": summarize_loss(untrained)["mean"],
+        "methods": rows,
+        "transfer": [
+            {"student": student.model, "methods": own} for student, own in zip(study.transfer, of_others, strict=True)
+        ],
+    }
+    write_json(result, folder / RESULT)
+    with commit(folder / PAGE) as temporary:
+        temporary.write_text(render_study(study, result), encoding="utf-8")
+    shown = [{key: value for key, value in row.items() if key != "gain_of_seeds"} for row in rows]
+    create_table_artifact(shown, description=f"Comparison of methods: {study.name}")
+
+
+def _outcomes(played: Played) -> list[Outcome]:
     outcomes = []
     for method, of_seeds in played.items():
         tables = [read_table(losses, REFERENCE_LOSS) for losses, _ in of_seeds]
         losses = np.stack([table["loss"].to_numpy() / table["response_tokens"].to_numpy() for table in tables])
         outcomes.append(Outcome(method, losses, np.array([seconds for _, seconds in of_seeds])))
-    rows = compare_outcomes(outcomes, find_method(study.baseline).name)
-    write_json({"study": study.name, "seeds": study.seeds, "methods": rows}, folder / RESULT)
-    with commit(folder / PAGE) as temporary:
-        temporary.write_text(render_study(study, rows), encoding="utf-8")
-    shown = [{key: value for key, value in row.items() if key != "gain_of_seeds"} for row in rows]
-    create_table_artifact(shown, description=f"Comparison of methods: {study.name}")
+    return outcomes
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

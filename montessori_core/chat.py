@@ -46,7 +46,12 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", request: str) -> str:
 
 
 def encode_example(
-    tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, max_length: int, finished: bool = True
+    tokenizer: "PreTrainedTokenizerBase",
+    instruction: str,
+    response: str,
+    max_length: int,
+    finished: bool = True,
+    demonstration: tuple[str, str] | None = None,
 ) -> Encoded:
     """Tokenize an example for training or evaluation.
 
@@ -57,12 +62,14 @@ def encode_example(
         max_length: tokens kept; the end is cut.
         finished: the response is whole, so its end token is trained too; a response that was cut at a token limit
             must not teach the student to stop there.
+        demonstration: an instruction and a response that come before, as part of the prompt.
 
     Raises:
         UserError: the chat template does not keep the prompt as a prefix of the conversation.
     """
-    prompt = render_prompt(tokenizer, instruction)
-    turns = [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
+    before = _turns(*demonstration) if demonstration else []
+    turns = [*before, *_turns(instruction, response)]
+    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     if not text.startswith(prompt):
         raise UserError(
@@ -77,6 +84,10 @@ def encode_example(
     ]
     ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id, finished)
     return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
+
+
+def _turns(instruction: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
 
 
 def _end_at_end_token(ids: list[int], labels: list[int], end: int, finished: bool) -> tuple[list[int], list[int]]:

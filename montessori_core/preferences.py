@@ -66,12 +66,36 @@ def build_utility_preferences(examples: pa.Table, utility: pa.Table, max_pairs: 
     known = utility.filter(pc.is_valid(utility["utility"]))
     threshold = float(np.median(known["utility"].to_numpy())) if known.num_rows else 0.0
     texts = {row["example_id"]: row for row in examples.to_pylist()}
+    pairs = pair_up(known.to_pylist(), "utility", threshold, 0.0, max_pairs)
+    return table_from_rows([_with_utility(best, worst, texts) for best, worst in pairs], UTILITY_PREFERENCES)
+
+
+def build_extreme_preferences(examples: pa.Table, utility: pa.Table) -> pa.Table:
+    """One pair for each prompt whose outputs differ in utility: the best and the worst (Self-Reward).
+
+    Args:
+        examples: examples of which several share a prompt.
+        utility: their utility; rows without one make no pairs.
+    """
+    known: dict[str, list[Pairable]] = defaultdict(list)
+    for row in utility.filter(pc.is_valid(utility["utility"])).to_pylist():
+        known[row["prompt_id"]].append(row)
+    texts = {row["example_id"]: row for row in examples.to_pylist()}
     rows: list[dict[str, object]] = []
-    for best, worst in pair_up(known.to_pylist(), "utility", threshold, 0.0, max_pairs):
-        rows.append(
-            _texts(best, worst, texts) | {"chosen_utility": best["utility"], "rejected_utility": worst["utility"]}
-        )
+    for of_prompt in known.values():
+        best, worst = (extreme(of_prompt, key=lambda row: row["utility"]) for extreme in (max, min))
+        if best["utility"] > worst["utility"]:
+            rows.append(_with_utility(best, worst, texts))
     return table_from_rows(rows, UTILITY_PREFERENCES)
+
+
+def best_of_each_prompt(examples: pa.Table, utility: pa.Table) -> pa.Table:
+    """Of each prompt the example of the highest utility, the first of equals; prompts without any utility have none."""
+    best: dict[str, Pairable] = {}
+    for row in utility.filter(pc.is_valid(utility["utility"])).to_pylist():
+        if row["prompt_id"] not in best or row["utility"] > best[row["prompt_id"]]["utility"]:
+            best[row["prompt_id"]] = row
+    return examples.filter(pc.is_in(examples["example_id"], pa.array([row["example_id"] for row in best.values()])))
 
 
 def pair_up(
@@ -99,6 +123,10 @@ def pair_up(
         widest = sorted(range(len(pairs)), key=lambda i: (-gaps[i], i))
         pairs = [pairs[i] for i in sorted(widest[:max_pairs])]
     return pairs
+
+
+def _with_utility(best: Pairable, worst: Pairable, texts: dict[str, dict[str, Any]]) -> dict[str, object]:
+    return _texts(best, worst, texts) | {"chosen_utility": best["utility"], "rejected_utility": worst["utility"]}
 
 
 def _texts(best: Pairable, worst: Pairable, texts: dict[str, dict[str, Any]]) -> dict[str, object]:

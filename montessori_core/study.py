@@ -12,6 +12,7 @@ from montessori_core.config import (
     RUN_NAME,
     Experiment,
     Section,
+    Student,
     apply_overrides,
     parse,
     read_experiment,
@@ -32,6 +33,9 @@ class Study(Section):
         description="Methods by name (`montessori methods` lists them), or module:NAME of your own.",
     )
     baseline: str = Field("self_instruct", description="The method that the others are compared with.")
+    transfer: tuple[Student, ...] = Field(
+        (), description="Other students that are trained on the same data, none of it made for them (Section 5.4)."
+    )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Everything is done once with each.")
 
     @model_validator(mode="after")
@@ -44,13 +48,18 @@ class Study(Section):
             raise ValueError(f"baseline {self.baseline!r} is not among the methods; add it there, or name one that is")
         return self
 
-    def seeded(self, seed: int) -> Experiment:
-        """The experiment with one of the seeds. What a single run computes for comparison, the study does itself."""
+    def seeded(self, seed: int, student: Student | None = None) -> Experiment:
+        """The experiment with one of the seeds, and another student if one is given.
+
+        What a single run computes for comparison, the study does itself.
+        """
         changes: dict[str, Any] = {
             "name": f"{self.name}-{seed}"[:80],
             "seed": seed,
             "comparison": {"unmodified_teacher": False, "influence_examples": 0},
         }
+        if student is not None:
+            changes["student"] = student.model_dump(mode="json")
         return Experiment.model_validate(self.experiment.model_dump(mode="json") | changes)
 
 

@@ -10,7 +10,12 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core.errors import UserError
 from montessori_core.influence_table import summarize_influence
-from montessori_core.preferences import build_preferences, build_utility_preferences, threshold_of
+from montessori_core.preferences import (
+    build_extreme_preferences,
+    build_preferences,
+    build_utility_preferences,
+    threshold_of,
+)
 from montessori_core.schema import (
     EXAMPLES,
     INFLUENCE,
@@ -46,21 +51,34 @@ def collect_preferences(run: Run, folder: Path, label: str, examples: Path, infl
 
 
 @task(task_run_name="{label}: preference pairs", cache_policy=NO_CACHE)
-def collect_utility_preferences(run: Run, folder: Path, label: str, examples: Path, utility: Path) -> Path:
+def collect_utility_preferences(
+    run: Run, folder: Path, label: str, examples: Path, utility: Path, extremes: bool = False
+) -> Path:
     """Build the preference table of another signal than influence, `preferences.parquet` in `folder`.
+
+    Args:
+        run: the run.
+        folder: where the table goes.
+        label: for people.
+        examples: an example table.
+        utility: a table of schema `UTILITY`.
+        extremes: of each prompt one pair, the best and the worst; otherwise all across the median of all prompts.
 
     Raises:
         UserError: no prompt has both a better and a worse example.
     """
-    table = read_table(utility, UTILITY)
-    pairs = build_utility_preferences(read_table(examples, EXAMPLES), table, run.experiment.preferences.max_pairs)
+    table, texts = read_table(utility, UTILITY), read_table(examples, EXAMPLES)
+    if extremes:
+        pairs = build_extreme_preferences(texts, table)
+    else:
+        pairs = build_utility_preferences(texts, table, run.experiment.preferences.max_pairs)
     if pairs.num_rows == 0:
         raise UserError(
-            f"{label}: no preference pairs: no prompt has both an example above and one below the median utility of "
-            f"{table.num_rows} examples. Raise influence.probing_examples or synthesis.samples_per_prompt"
+            f"{label}: no preference pairs: no prompt has both a better and a worse one of {table.num_rows} examples "
+            f"({table['utility'].null_count} without a score). Raise the number of examples or synthesis.samples_per_prompt"
         )
     write_table(pairs, folder / "preferences.parquet", UTILITY_PREFERENCES)
-    _publish(label, pairs, "median")
+    _publish(label, pairs, "best and worst" if extremes else "median")
     return folder / "preferences.parquet"
 
 
@@ -73,7 +91,7 @@ def update_teacher(
     schema: pa.Schema = PREFERENCES,
     responses: bool = False,
 ) -> Model:
-    """Train the teacher on preference pairs with DPO (Eq. 4).
+    """Train the teacher, or a student that answers, on preference pairs with DPO (Eq. 4).
 
     Args:
         run: the run.
@@ -88,7 +106,7 @@ def update_teacher(
     style = {"prompt_style": "chat"} if responses else {}
     (updated,) = run.execute(
         folder,
-        f"{label}: teacher update",
+        label,
         "training",
         "montessori_core.training.dpo:open_dpo",
         {

@@ -1,12 +1,14 @@
-"""Other signals than influence: how hard the student finds examples, and how good a judge does."""
+"""Other signals than influence: how hard the student finds examples, what they show it, and how good a judge finds them."""
 
 from pathlib import Path
 from typing import cast
 
+import pyarrow as pa
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from cluster.stage import cut_into_shards
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, UTILITY, read_table, table_from_rows, write_table
@@ -15,7 +17,7 @@ from tasks.evaluation import evaluate
 from tasks.run import Model, Run
 
 _PIECE = 64
-"""Examples whose answers a killed job has to look up again in the cache."""
+"""Examples that a killed job has to measure again, or to look up in the cache of answers."""
 
 
 def measure_training_loss(
@@ -43,8 +45,43 @@ def measure_training_loss(
     )
 
 
-def ask_judge(run: Run, folder: Path, label: str, examples: Path, first: int, last: int) -> Path:
+def measure_in_context(
+    run: Run, folder: Path, label: str, student: Model, examples: Path, first: int, last: int
+) -> Path:
+    """What some examples are worth to the student as demonstrations, as their utility; a table of schema `UTILITY`."""
+    settings = run.experiment.influence
+    rows = _rows(examples, first, last)
+    parts = run.execute(
+        folder,
+        label,
+        "influence",
+        "montessori_core.in_context:open_in_context",
+        {
+            "student": run.experiment.student.model_dump(mode="json"),
+            "batch_tokens": settings.reference_batch_tokens,
+            "reference_reduction": settings.reference_reduction,
+        },
+        cut_into_shards(rows, settings.examples_per_shard),
+        models={"student": student},
+        files={"reference": run.source_file("reference")},
+        upstream=[examples],
+        piece_rows=_PIECE,
+    )
+    return _join(f"{label}: table", folder / "utility.parquet", parts)
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _join(label: str, path: Path, parts: list[Path]) -> Path:
+    write_table(pa.concat_tables([read_table(part, UTILITY) for part in parts]).combine_chunks(), path, UTILITY)
+    return path
+
+
+def ask_judge(
+    run: Run, folder: Path, label: str, examples: Path, first: int, last: int, response_only: bool = False
+) -> Path:
     """A judge's score of some examples as their utility; a table of schema `UTILITY`, null where no score could be read.
+
+    With `response_only`, instructions earn no point.
 
     Raises:
         UserError: the experiment has no judge.
@@ -52,22 +89,26 @@ def ask_judge(run: Run, folder: Path, label: str, examples: Path, first: int, la
     judge = run.experiment.judge
     if judge is None:
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
-    rows: list[Row] = [
-        {key: row[key] for key in ("example_id", "prompt_id", "instruction", "response")}
-        for row in read_table(examples, EXAMPLES).to_pylist()[first:last]
-    ]
+    rows = _rows(examples, first, last)
     (scores,) = run.execute(
         folder,
         label,
         "judging",
         "montessori_core.judging:open_judge",
-        run.endpoint_settings("judge", judge),
+        {"response_only": response_only, **run.endpoint_settings("judge", judge)},
         [rows],
         upstream=[examples],
         piece_rows=_PIECE,
     )
     _count_unread(f"{label}: scores", cast(Path, scores))
     return cast(Path, scores)
+
+
+def _rows(examples: Path, first: int, last: int) -> list[Row]:
+    return [
+        {key: row[key] for key in ("example_id", "prompt_id", "instruction", "response")}
+        for row in read_table(examples, EXAMPLES).to_pylist()[first:last]
+    ]
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

@@ -271,10 +271,13 @@ def test_stage_has_null_where_a_judge_gave_no_score(
 ) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
     (tmp_path / "judge.json").write_text(endpoint(server).model_dump_json())
-    settings = {"endpoint": endpoint(server).identity(), "file": str(tmp_path / "judge.json")}
+    settings = {"endpoint": endpoint(server).identity(), "file": str(tmp_path / "judge.json"), "response_only": False}
     rows = [
         {"example_id": f"e{n}", "prompt_id": "p", "instruction": "Count.", "response": text}
         for n, text in enumerate(["It is 4", "Score: 6", "no number"])
     ]
     open_judge(settings, {})(rows, tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, 6.0, None]
+    open_judge(settings | {"response_only": True}, {})(rows, tmp_path / "part.parquet", lambda done: None)
+    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, None, None]  # of five points
+    assert ["The instruction is clear" in question for question in server.asked] == [True] * 3 + [False] * 3

@@ -101,9 +101,9 @@ class Server:
             body = answer.read()
         return json.loads(body) if body else None
 
-    def deployment(self, name: str) -> dict[str, Any]:
+    def deployment(self, name: str, flow: str = "montessori") -> dict[str, Any]:
         """A deployment by its name."""
-        found: dict[str, Any] = self.ask(f"deployments/name/montessori/{name}")
+        found: dict[str, Any] = self.ask(f"deployments/name/{flow}/{name}")
         return found
 
     def start(self, deployment: str, run: str, **parameters: Any) -> str:
@@ -224,6 +224,13 @@ def server(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     deployments = [
         {"name": "tiny", "parameters": {"experiment": content}, "tags": ["montessori"]},
         {"name": "alone", "parameters": {"experiment": content}, "concurrency_limit": limit},
+        {
+            "name": "study",
+            "entrypoint": "flows/study.py:compare",
+            "parameters": {
+                "study": {"name": "study", "experiment": content, "methods": ["self_instruct"], "seeds": [0]}
+            },
+        },
     ]
     running = Server(folder, deployments)
     try:
@@ -305,14 +312,18 @@ def test_second_up_finds_the_first(server: Server) -> None:
     assert f"already up: {server.url}" in again.stdout
 
 
-def test_form_explains_every_field_and_refuses_what_does_not_fit(server: Server) -> None:
-    schema = server.deployment("tiny")["parameter_openapi_schema"]
+@pytest.mark.parametrize(("flow", "deployment"), [("montessori", "tiny"), ("compare", "study")])
+def test_form_explains_every_field(server: Server, flow: str, deployment: str) -> None:
+    schema = server.deployment(deployment, flow)["parameter_openapi_schema"]
     sections = [name for name in schema["definitions"] if "properties" in schema["definitions"][name]]
     assert len(sections) > 15
     for section in sections:
         for name, field in schema["definitions"][section]["properties"].items():
             described = field if "$ref" not in field else schema["definitions"][field["$ref"].rpartition("/")[2]]
             assert field.get("description", described.get("description")), f"{section}.{name}"
+
+
+def test_form_refuses_what_does_not_fit(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.start("tiny", "bad", experiment={"iterations": 0})
     assert refusal.value.code == 409 or refusal.value.code == 422
@@ -485,6 +496,17 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     server.wait_for(running, "Completed")
     assert (server.runs / "weekly" / "iteration-2" / "metrics.json").exists()
     assert not (server.runs / "weekly" / "iteration-3").exists()
+
+
+def test_study_is_started_from_its_deployment(server: Server) -> None:
+    identity = server.deployment("study", "compare")["id"]
+    run = server.ask(f"deployments/{identity}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
+    server.wait_for(run, "Completed")
+    [table] = [a for a in server.artifacts(run) if a["description"] == "Comparison of methods: study"]
+    [row] = json.loads(table["data"])
+    assert (row["method"], row["gain"]) == ("self_instruct", 0.0)
+    assert (server.runs / "study" / "comparison.html").stat().st_size > 0
+    assert "self_instruct: student training" in {task["name"] for task in server.task_runs(run)}
 
 
 def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(server: Server, finished: str) -> None:

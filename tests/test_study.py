@@ -19,9 +19,11 @@ from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method
 from montessori_core.errors import ConfigError
-from montessori_core.preferences import build_utility_preferences
+from montessori_core.in_context import open_in_context
+from montessori_core.preferences import best_of_each_prompt, build_extreme_preferences, build_utility_preferences
 from montessori_core.schema import (
     EXAMPLES,
+    GENERATION,
     INFLUENCE,
     INSTRUCTIONS,
     PREFERENCES,
@@ -32,6 +34,7 @@ from montessori_core.schema import (
     table_from_rows,
 )
 from montessori_core.selection import upper_half
+from montessori_core.sources import Task, write_tasks
 from montessori_core.study import Outcome, compare_outcomes, read_study
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another suite may run beside it
@@ -82,6 +85,55 @@ def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none() -> 
     assert pairs[0]["chosen"] == "output a0"
     assert pairs[0]["prompt"] == "prompt a"
     assert build_utility_preferences(examples, utility, 1)["chosen_id"].to_pylist() == ["a0"]  # the widest gap
+
+
+def test_extreme_pairs_are_the_best_and_the_worst_of_a_prompt() -> None:
+    scores = {"a0": 2.0, "a1": 5.0, "a2": 1.0, "b0": 3.0, "b1": 3.0, "c0": None, "c1": 4.0}
+    examples = table_from_rows(
+        [
+            {
+                "example_id": name,
+                "prompt_id": name[0],
+                "prompt": name[0],
+                "raw_output": name,
+                "instruction": name[0],
+                "response": name,
+                "response_finished": True,
+            }
+            for name in scores
+        ],
+        EXAMPLES,
+    )
+    utility = table_from_rows(
+        [{"example_id": name, "prompt_id": name[0], "utility": score} for name, score in scores.items()], UTILITY
+    )
+    pairs = build_extreme_preferences(examples, utility).to_pylist()
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a1", "a2")]  # b is even, c has one score
+    assert best_of_each_prompt(examples, utility)["example_id"].to_pylist() == ["a1", "b0", "c1"]
+
+
+def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, tmp_path: Path) -> None:
+    write_tasks([Task("r1", "What is the secret word?", "The secret word is tamarind.")], tmp_path / "reference.jsonl")
+    shown = {
+        "answer": ("What is the secret word?", "The secret word is tamarind."),
+        "other": ("Name a river.", "The Danube is a river in Europe."),
+        "endless": ("Say a lot.", "word " * 400),
+    }
+    rows = [
+        {"example_id": name, "prompt_id": "p", "instruction": instruction, "response": response}
+        for name, (instruction, response) in shown.items()
+    ]
+    settings = {
+        "student": {"model": str(smollm2), "max_length": 128},
+        "batch_tokens": 512,
+        "reference_reduction": "example",
+    }
+    compute = open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"})
+    compute(rows, tmp_path / "part.parquet", lambda done: None)
+    utility = dict(zip(shown, read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist(), strict=True))
+    assert utility["answer"] > 1.0  # nats per token
+    assert utility["answer"] > utility["other"] + 0.5
+    assert utility["endless"] is None
 
 
 def test_comparison_is_paired_over_examples_and_seeds() -> None:
@@ -135,9 +187,9 @@ def environment_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def compared(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A study of every method, and of one that a user wrote."""
-    judge = JudgeServer(lambda response: str(len(response) % 7))
+    judge = JudgeServer(lambda response: str(len(response) % 6))
     folder = tmp_path_factory.mktemp("study")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
     (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
@@ -149,6 +201,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "experiment": experiment,
         "methods": [*REGISTRY, "own:MINE"],
         "seeds": [3],
+        "transfer": [{"model": str(tiny_llama), "max_length": 128}],
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     environment = environment_of(folder)
@@ -163,12 +216,20 @@ def test_every_method_trains_the_same_student_on_equally_many_examples(compared:
     seed = compared / "runs" / "tiny-study" / "seed-3"
     for method in [*REGISTRY, "mine"]:
         (*_, last) = sorted((seed / "methods" / method).glob("round-*"))
-        counts = json.loads((last / "student" / "part-00000" / "training_counts.json").read_text())
-        assert counts["examples"] == 6, method
+        if method == "self_reward":  # whose student learns from preferences
+            assert (last / "update" / "part-00000" / "model.safetensors").exists()
+        else:
+            for student in (last / "student", seed / "student-1" / method / "student"):
+                counts = json.loads((student / "part-00000" / "training_counts.json").read_text())
+                assert counts["examples"] == 6, method
         assert read_table(last / "evaluation" / "part-00000.parquet", REFERENCE_LOSS).num_rows == 4
     result = json.loads((compared / "runs" / "tiny-study" / "comparison.json").read_text())
     rows = {row["method"]: row for row in result["methods"]}
     assert set(rows) == {*REGISTRY, "mine"}
+    [transferred] = result["transfer"]
+    assert {row["method"] for row in transferred["methods"]} == set(rows)
+    assert transferred["methods"][0]["held_out_loss"] > 9  # a student of random weights: ln(49152) is 10.8
+    assert result["untrained_loss"] > 0
     assert rows["mine"]["gain"] == 0.0  # the same data, so the same student
     assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # which pays for shared stages
     assert "own:MINE" not in (compared / "output.txt").read_text()
@@ -215,8 +276,29 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
         row["example_id"]: row["response"] for row in read_table(iteration / "examples.parquet", EXAMPLES).to_pylist()
     }
     for pair in table.to_pylist():
-        assert pair["chosen_utility"] == len(responses[pair["chosen_id"]]) % 7
+        assert pair["chosen_utility"] == len(responses[pair["chosen_id"]]) % 6
         assert pair["chosen_utility"] > pair["rejected_utility"]
+
+    # ARTE: the chosen example is the better demonstration.
+    table = read_table(methods / "arte" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
+    assert table.num_rows > 0
+    assert all(pair["chosen_utility"] > pair["rejected_utility"] for pair in table.to_pylist())
+
+    # Self-Reward: of each instruction the best and the worst of the student's answers, by score, in two rounds.
+    for number in (1, 2):
+        folder = methods / "self_reward" / f"round-{number}"
+        table = read_table(folder / "preferences.parquet", UTILITY_PREFERENCES)
+        scores = read_table(folder / "scores" / "part-00000.parquet", UTILITY).to_pylist()
+        assert 0 < table.num_rows <= 3
+        for pair in table.to_pylist():
+            own = [
+                row["utility"] for row in scores if row["prompt_id"] == pair["prompt_id"] and row["utility"] is not None
+            ]
+            assert (pair["chosen_utility"], pair["rejected_utility"]) == (max(own), min(own))
+    second = read_table(
+        methods / "self_reward" / "round-2" / "answers" / "responses" / "part-00000.parquet", GENERATION
+    )
+    assert second.num_rows > 0
 
     # Training loss: the chosen instruction is the one the student finds harder.
     table = read_table(methods / "training_loss" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)

@@ -6,7 +6,8 @@ from flows.methods.llm2llm import LLM2LLM
 from flows.methods.montessori import MONTESSORI
 from flows.methods.response import RESPONSE
 from flows.methods.self_instruct import SELF_INSTRUCT, SELF_INSTRUCT_STRONG
-from flows.methods.utility import LLM_JUDGE, TRAINING_LOSS
+from flows.methods.self_reward import SELF_REWARD
+from flows.methods.utility import ARTE, LLM_JUDGE, TRAINING_LOSS
 
 REGISTRY: dict[str, Method] = {
     method.name: method
@@ -14,8 +15,10 @@ REGISTRY: dict[str, Method] = {
         MONTESSORI,
         SELF_INSTRUCT,
         SELF_INSTRUCT_STRONG,
+        SELF_REWARD,
         LLM_JUDGE,
         TRAINING_LOSS,
+        ARTE,
         RESPONSE,
         BOOTSTRAP,
         LLM2LLM,

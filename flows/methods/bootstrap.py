@@ -5,28 +5,17 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from flows.methods.environment import Method, Proposal, Round
-from flows.methods.tailoring import measure, probe
+from flows.methods.tailoring import measure, probe, write_training_set
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table
 from montessori_core.selection import upper_half
 from montessori_core.sources import Task
-from tasks.synthesis import synthesize
 
 
 def _propose(now: Round) -> Proposal:
     run, teacher = now.run, now.run.first_teacher()
     probed = probe(run, 1, teacher, None, None)
     seeds = most_influential(probed.synthesized.examples, measure(run, 1, probed))
-    training = synthesize(
-        run,
-        now.folder / "training",
-        f"{now.label}: training set",
-        teacher,
-        count=run.experiment.training.examples,
-        draw="i1-training",
-        earlier=[probed.synthesized.examples],
-        synthetic_pool=None,
-        seed_pool=seeds,
-    )
+    training = write_training_set(run, now.folder / "training", now.label, teacher, probed, seed_pool=seeds)
     return Proposal(training.examples, teacher)
 
 

@@ -27,10 +27,17 @@ from tasks.run import Model, Run
 
 @dataclass(frozen=True)
 class Proposal:
-    """Training data a method proposes, and the teacher that wrote the last of it."""
+    """What a method proposes.
+
+    Attributes:
+        examples: training data.
+        teacher: that wrote the last of it.
+        student: one that the method trained by itself, in place of training on the examples; None is the rule.
+    """
 
     examples: Path
     teacher: Model
+    student: Model | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The optimisation ablation of Table 2: the teacher learns which of its responses to an instruction help the student."""
 
 from flows.methods.environment import Method, Proposal, Round
-from flows.methods.tailoring import probe
+from flows.methods.tailoring import probe, write_training_set
 from montessori_core.schema import EXAMPLES, read_table
 from tasks.influence import collect_influence
-from tasks.synthesis import answer_again, synthesize
+from tasks.synthesis import answer_again
 from tasks.teachers import collect_preferences, update_teacher
 
 
@@ -34,17 +34,10 @@ def _propose(now: Round) -> Proposal:
         read_table(answered, EXAMPLES).num_rows,
     )
     preferences = collect_preferences(run, now.folder, now.label, answered, influence)
-    updated = update_teacher(run, now.folder / "teacher", now.label, teacher, preferences, responses=True)
-    training = synthesize(
-        run,
-        now.folder / "training",
-        f"{now.label}: training set",
-        updated,
-        count=run.experiment.training.examples,
-        draw="i1-training",
-        earlier=[probed.synthesized.examples],
-        synthetic_pool=None,
+    updated = update_teacher(
+        run, now.folder / "teacher", f"{now.label}: teacher update", teacher, preferences, responses=True
     )
+    training = write_training_set(run, now.folder / "training", now.label, updated, probed)
     return Proposal(training.examples, updated)
 
 

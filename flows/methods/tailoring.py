@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from montessori_core.sources import Task
 from tasks.approval import approve_update
 from tasks.influence import collect_influence
 from tasks.run import Model, Run
@@ -51,17 +52,8 @@ def tailor(
     preferences = collect_preferences(run, folder, name, probed.synthesized.examples, influence)
     if approve:
         approve_update(run, number, influence, preferences)
-    updated = update_teacher(run, folder / "teacher", name, teacher, preferences)
-    training = synthesize(
-        run,
-        folder / "training",
-        f"{name}: training set",
-        updated,
-        count=run.experiment.training.examples,
-        draw=f"i{number}-training",
-        earlier=[probed.synthesized.examples],
-        synthetic_pool=synthetic_pool,
-    )
+    updated = update_teacher(run, folder / "teacher", f"{name}: teacher update", teacher, preferences)
+    training = write_training_set(run, folder / "training", name, updated, probed, number, synthetic_pool)
     return Tailored(probed, influence, preferences, updated, training)
 
 
@@ -105,4 +97,39 @@ def measure(run: Run, number: int, probed: Probed) -> Path:
         probed.synthesized.examples,
         probed.first,
         probed.last,
+    )
+
+
+def write_training_set(
+    run: Run,
+    folder: Path,
+    label: str,
+    teacher: Model,
+    probed: Probed,
+    number: int = 1,
+    synthetic_pool: Path | None = None,
+    seed_pool: list[Task] | None = None,
+) -> Synthesized:
+    """Let a teacher write the training set of an iteration, from the prompts that every method has; none of it was probed.
+
+    Args:
+        run: the run.
+        folder: of the set.
+        label: for people.
+        teacher: who writes.
+        probed: whose instructions are not repeated.
+        number: of the iteration.
+        synthetic_pool: training examples of the last iteration.
+        seed_pool: what prompts demonstrate; None takes the run's.
+    """
+    return synthesize(
+        run,
+        folder,
+        f"{label}: training set",
+        teacher,
+        count=run.experiment.training.examples,
+        draw=f"i{number}-training",
+        earlier=[probed.synthesized.examples],
+        synthetic_pool=synthetic_pool,
+        seed_pool=seed_pool,
     )

@@ -17,18 +17,18 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def render_study(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+def render_study(study: Study, result: dict[str, Any]) -> str:
     """A self-contained HTML page.
 
     Args:
         study: what was compared.
-        rows: of `compare_outcomes`.
+        result: content of its `comparison.json`.
     """
-    name, baseline = html.escape(study.name), html.escape(study.baseline)
-    lines = "".join(
-        f"<tr><td>{html.escape(row['method'])}</td><td>{row['held_out_loss']:.4f}</td><td>{gain_text(row)}</td>"
-        f"<td>{interval_text(row)}</td><td>{spread_text(row)}</td><td>{row['job_seconds']:,.0f} s</td></tr>"
-        for row in rows
+    name, baseline, rows = html.escape(study.name), html.escape(study.baseline), result["methods"]
+    transferred = "".join(
+        f"<h2>Transfer to {html.escape(other['student'])}</h2><p>The same data, none of it made for this student.</p>"
+        f"{_table(other['methods'])}"
+        for other in result["transfer"]
     )
     figure = go.Figure(
         go.Scatter(
@@ -55,9 +55,20 @@ def render_study(study: Study, rows: Sequence[dict[str, Any]]) -> str:
         f"<body><h1>{name}</h1><p>Each method trains the same student on {study.experiment.training.examples:,} examples; "
         f"{len(study.seeds)} seed(s). Gain: held-out loss of {baseline} minus that of the method, so more is better. The "
         "interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain that is not "
-        "well beyond both is not shown to be one.</p><table><thead><tr><th>method</th><th>held-out loss</th><th>gain</th>"
-        "<th>95 % interval</th><th>spread over seeds</th><th>job time</th></tr></thead>"
-        f"<tbody>{lines}</tbody></table><h2>Gain against cost</h2>{plot}</body></html>"
+        f"well beyond both is not shown to be one. Before any training the loss is {result['untrained_loss']:.4f}.</p>"
+        f"{_table(rows)}<h2>Gain against cost</h2>{plot}{transferred}</body></html>"
+    )
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = "".join(
+        f"<tr><td>{html.escape(row['method'])}</td><td>{row['held_out_loss']:.4f}</td><td>{gain_text(row)}</td>"
+        f"<td>{interval_text(row)}</td><td>{spread_text(row)}</td><td>{row['job_seconds']:,.0f} s</td></tr>"
+        for row in rows
+    )
+    return (
+        "<table><thead><tr><th>method</th><th>held-out loss</th><th>gain</th><th>95 % interval</th><th>spread over seeds"
+        f"</th><th>job time</th></tr></thead><tbody>{lines}</tbody></table>"
     )
 
 

@@ -1,0 +1,67 @@
+"""Self-Reward (Yuan et al., 2024): the student answers, a judge scores, and DPO trains the student on its own answers.
+
+As in the paper's comparison, the judge is a model behind an API, and instructions are the unmodified teacher's.
+"""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.methods.environment import Method, Proposal, Round
+from flows.methods.self_instruct import imitate_seeds
+from montessori_core.preferences import best_of_each_prompt
+from montessori_core.schema import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
+from tasks.synthesis import answer_again, join_examples
+from tasks.teachers import collect_utility_preferences, update_teacher
+from tasks.utility import ask_judge
+
+
+def _propose(now: Round) -> Proposal:
+    run, label = now.run, now.label
+    student = now.feedback.student if now.feedback else run.first_student()
+    asked = imitate_seeds(run, now.folder.parent / "instructions", "self_reward", earlier=[])
+    first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
+    answered = answer_again(
+        run,
+        now.folder / "answers",
+        f"{label}: the student's responses",
+        student,
+        asked.examples,
+        first,
+        last,
+        draw=f"self-reward-{now.number}",
+    )
+    answers = read_table(answered, EXAMPLES).num_rows
+    scores = ask_judge(run, now.folder / "scores", f"{label}: judge", answered, 0, answers, response_only=True)
+    preferences = collect_utility_preferences(run, now.folder, label, answered, scores, extremes=True)
+    updated = update_teacher(
+        run,
+        now.folder / "update",
+        f"{label}: student update",
+        student,
+        preferences,
+        UTILITY_PREFERENCES,
+        responses=True,
+    )
+    best = _write_best(f"{label}: best responses", answered, scores, now.folder / "best.parquet")
+    if now.feedback:
+        earlier = now.feedback.proposal.examples
+        best = join_examples(f"{label}: all so far", [earlier, best], now.folder / "examples.parquet")
+    return Proposal(best, run.first_teacher(), student=updated)
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _write_best(label: str, answered: Path, scores: Path, path: Path) -> Path:
+    best = best_of_each_prompt(read_table(answered, EXAMPLES), read_table(scores, UTILITY))
+    write_table(best, path, EXAMPLES)
+    return path
+
+
+SELF_REWARD = Method(
+    "self_reward",
+    "The student answers the unmodified teacher's instructions; DPO of the student on what a judge prefers; two rounds.",
+    _propose,
+    rounds=lambda experiment: 2,
+    needs="judge",
+)
