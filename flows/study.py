@@ -24,7 +24,7 @@ from tasks.evaluation import evaluate, summarize_loss
 from tasks.run import Run, only_driver, open_run, stage_seconds
 from tasks.students import train_student
 
-RESULT, PAGE = "comparison.json", "comparison.html"
+STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
 
 
 def find_method(name: str) -> Method:
@@ -81,7 +81,7 @@ def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
         ]
         seeded.append(Seeded(opened[0][0], [run for run, _ in opened[1:]]))
         warnings.update(warning for _, of_run in opened for warning in of_run)
-    write_yaml(study, folder / "study.yaml")
+    write_yaml(study, folder / STUDY)
     return seeded, sorted(warnings)
 
 

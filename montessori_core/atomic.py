@@ -48,7 +48,7 @@ def read_json(path: Path) -> Any:
     """Read JSON; None if the file is missing or is not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -216,7 +216,7 @@ def wait_until(
 
 
 @pytest.fixture(scope="module")
-def server(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("prefect").resolve()
     content = yaml.safe_load(configuration(folder, talking_llama).read_text())
     content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}  # half the time
@@ -228,7 +228,13 @@ def server(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "name": "study",
             "entrypoint": "flows/study.py:compare",
             "parameters": {
-                "study": {"name": "study", "experiment": content, "methods": ["self_instruct"], "seeds": [0]}
+                "study": {
+                    "name": "study",
+                    "experiment": content,
+                    "methods": ["self_instruct"],
+                    "transfer": [{"model": str(tiny_llama), "max_length": 128}],
+                    "seeds": [0],
+                }
             },
         },
     ]
@@ -498,14 +504,20 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     assert not (server.runs / "weekly" / "iteration-3").exists()
 
 
-def test_study_is_started_from_its_deployment(server: Server) -> None:
+def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(server: Server) -> None:
     identity = server.deployment("study", "compare")["id"]
     run = server.ask(f"deployments/{identity}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
     server.wait_for(run, "Completed")
     [table] = [a for a in server.artifacts(run) if a["description"] == "Comparison of methods: study"]
     [row] = json.loads(table["data"])
     assert (row["method"], row["gain"]) == ("self_instruct", 0.0)
-    assert (server.runs / "study" / "comparison.html").stat().st_size > 0
+    result = json.loads((server.runs / "study" / "comparison.json").read_text())
+    [transferred] = result["transfer"]
+    assert transferred["methods"][0]["held_out_loss"] > 9  # a student of random weights: ln(49152) is 10.8
+    assert result["methods"][0]["held_out_loss"] < 9
+    page = (server.runs / "study" / "comparison.html").read_text()
+    assert "Transfer to " in page
+    assert f"{result['untrained_loss']:.4f}" in page
     assert "self_instruct: student training" in {task["name"] for task in server.task_runs(run)}
 
 

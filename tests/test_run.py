@@ -41,7 +41,7 @@ def configuration(folder: Path, model: Path) -> Path:
             "prompts_per_shard": 8,
             "instructions_per_shard": 16,
             "max_rounds": 30,
-            "oversampling": 4.0,
+            "oversampling": 8.0,
         },
         "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
         "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
@@ -123,14 +123,14 @@ def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed:
     for stage in (
         "iteration 1: warm-up and probing set: instructions",
         "iteration 1: student warm-up",
-        "iteration 1: influence of the probing set",
+        "iteration 1: influence of the probing set: table",
         "Preference pairs - iteration 1",
         "iteration 1: teacher update",
         "iteration 1: student training",
         "iteration 1: held-out loss",
         "Report of tiny",
     ):
-        assert stage in described
+        assert any(text.startswith(stage) for text in described), stage
 
 
 def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
