@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -144,17 +144,22 @@ class Api:
                     done, _ = wait(reserved, return_when=FIRST_COMPLETED)
                     for future in done:
                         key, _ = reserved.pop(future)
-                        answer = future.result()
-                        dollars = self._price(answer.input_tokens, answer.output_tokens)
-                        self._cache.put(key, answer, self._account, dollars)
-                        spent += dollars
-                        answers[key] = answer
+                        answers[key] = future.result()
+                        spent += self._keep(key, answers[key])
                     report(sum(key in answers for key in keys))
             except BaseException:
-                for future in reserved:
-                    future.cancel()
+                for future, (key, _) in reserved.items():
+                    if not future.cancel():  # on its way, and paid for
+                        with suppress(UserError):
+                            self._keep(key, future.result())
                 raise
         return [answers[key] for key in keys]
+
+    def _keep(self, key: str, answer: Answer) -> float:
+        """Put an answer into the cache; what it cost."""
+        dollars = self._price(answer.input_tokens, answer.output_tokens)
+        self._cache.put(key, answer, self._account, dollars)
+        return dollars
 
     def _key(self, question: Question) -> str:
         asked = [self._endpoint.identity(), asdict(question)]

@@ -237,6 +237,19 @@ def test_faults_that_do_not_end_are_an_error_that_keeps_answers(server: JudgeSer
     assert len(server.asked) == asked + 1
 
 
+def test_answers_on_their_way_are_kept_when_another_question_fails(server: JudgeServer, tmp_path: Path) -> None:
+    def slow(handler: BaseHTTPRequestHandler, question: str) -> None:
+        time.sleep(0.5)
+        server.answer(handler, question)
+
+    server.faults = [slow, refuse(404)]
+    with pytest.raises(UserError, match="404"):
+        api(server, tmp_path, concurrency=2).ask(questions(2))
+    assert len(server.asked) == 2
+    api(server, tmp_path).ask(questions(2))
+    assert len(server.asked) == 3  # the refused one alone
+
+
 @pytest.mark.parametrize(
     ("text", "finish_reason", "score"),
     [
