@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -127,7 +128,9 @@ def compare(
     seeded, warnings = open_study(read, folder)
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
-    _interruptible(lambda: compare_opened(read, folder, seeded), f"montessori compare {study}")
+    again = ["montessori", "compare", str(study), "--run-root", str(run_root)]
+    again += [part for override in set_ or [] for part in ("--set", override)]
+    _interruptible(lambda: compare_opened(read, folder, seeded), shlex.join(again))
     print_comparison(folder, console)
 
 
@@ -394,7 +397,10 @@ def _let_prefect_log() -> None:
 def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     from flows.experiment import experiment
     from flows.status import print_summary
+    from flows.study import STUDY
 
+    if any((parent / STUDY).exists() for parent in opened.folder.parents[:2]):
+        raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")
     finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
     if finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")

@@ -53,7 +53,7 @@ def show_status(run: Run, console: Console) -> None:
     holder = driver_of(run.folder)
     if holder:
         console.print(f"driven by process {holder['process']} on {holder['host']}")
-    elif (run.folder.parent / STUDY).exists():
+    elif any((parent / STUDY).exists() for parent in run.folder.parents[:2]):
         console.print("nobody drives this seed of a study; montessori compare goes on with it", soft_wrap=True)
     elif states and not (run.iteration(run.experiment.iterations) / "metrics.json").exists():
         console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """A study: methods side by side, each proposing data to the same student, over several seeds."""
 
 import importlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round
 from montessori_core.atomic import commit, read_json, write_json
-from montessori_core.config import write_yaml
+from montessori_core.config import RUN_NAME, write_yaml
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.report.study import render_study
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
@@ -63,13 +64,7 @@ def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
     Raises:
         UserError: methods, configuration, data, models or folder are wrong; nothing has been computed then.
     """
-    for name in study.methods:
-        needed = find_method(name).needs
-        if needed is not None and getattr(study.experiment, needed) is None:
-            raise ConfigError(
-                f"methods: {name} needs experiment.{needed}; set its model (and base_url, if it is not OpenAI's), or leave "
-                "the method out"
-            )
+    _check_methods(study)
     seeded: list[Seeded] = []
     warnings: set[str] = set()
     for seed in study.seeds:
@@ -81,8 +76,30 @@ def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
         ]
         seeded.append(Seeded(opened[0][0], [run for run, _ in opened[1:]]))
         warnings.update(warning for _, of_run in opened for warning in of_run)
+    if len(seeded[0].run.sources().evaluation) < 2:
+        raise ConfigError("experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit")
     write_yaml(study, folder / STUDY)
     return seeded, sorted(warnings)
+
+
+def _check_methods(study: Study) -> None:
+    methods = {name: find_method(name) for name in study.methods}
+    for name, method in methods.items():
+        if method.needs is not None and getattr(study.experiment, method.needs) is None:
+            raise ConfigError(
+                f"methods: {name} needs experiment.{method.needs}; set its model (and base_url, if it is not OpenAI's), or "
+                "leave the method out"
+            )
+        if not re.fullmatch(RUN_NAME, method.name) or [own.name for own in methods.values()].count(method.name) > 1:
+            raise ConfigError(
+                f"methods: {name}: its name {method.name!r} is another method's too, or no name of a folder; rename it"
+            )
+        if method.trains_student and study.experiment.student.lora is not None:
+            raise ConfigError(
+                f"methods: {name} trains all weights of the student; leave it out, or set student.lora: null"
+            )
+    if study.transfer and methods[study.baseline].trains_student:
+        raise ConfigError(f"transfer: {study.baseline} has no data to try on other students; name another baseline")
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -130,10 +147,10 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
                     own = replace(one.run, stages=[])
                     last = play(own, method)
                     played[0][method.name].append((last.losses, _seconds(own)))
-                    for number, other in enumerate(one.others, 1):
+                    for number, other in enumerate([] if method.trains_student else one.others, 1):
                         tried = replace(other, stages=[])
                         losses = transfer(tried, method, last.proposal)
-                        played[number][method.name].append((losses, _seconds(tried)))
+                        played[number][method.name].append((losses, _seconds(own) + _seconds(tried)))
         write_comparison(study, folder, untrained, played)
 
 
@@ -172,7 +189,7 @@ def play(run: Run, method: Method) -> Feedback:
         proposal = method.propose(Round(run, folder, label, number, rounds, feedback))
         last = number == rounds
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
-        if last and proposal.student is None and proposed < training.examples:
+        if last and not method.trains_student and proposed < training.examples:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {training.examples}")
         student = proposal.student or train_student(
             run,
@@ -213,7 +230,14 @@ def write_comparison(study: Study, folder: Path, untrained: Path, played: list[P
 def _outcomes(played: Played) -> list[Outcome]:
     outcomes = []
     for method, of_seeds in played.items():
+        if not of_seeds:
+            continue
         tables = [read_table(losses, REFERENCE_LOSS) for losses, _ in of_seeds]
+        if any(table["example_id"] != tables[0]["example_id"] for table in tables):
+            raise UserError(
+                "the seeds of this study were evaluated on different examples: the evaluation set was changed after the "
+                "first of them; give the study another name"
+            )
         losses = np.stack([table["loss"].to_numpy() / table["response_tokens"].to_numpy() for table in tables])
         outcomes.append(Outcome(method, losses, np.array([seconds for _, seconds in of_seeds])))
     return outcomes

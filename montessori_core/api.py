@@ -23,11 +23,12 @@ from montessori_core.errors import UserError
 from montessori_core.models import cache_root
 
 _MILLION = 1e6
+_NO_ANSWER = ("content_filter", "context_length_exceeded")  # refusals that are about one question
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, why it ended ('stop' or 'length'), and the tokens that were paid for."""
+    """What the model said, why it ended ('stop', 'length', or why there is no text), and the tokens that were paid for."""
 
     text: str
     finish_reason: str
@@ -37,12 +38,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A user message, and how its answer is drawn. Questions that differ in `draw` alone are asked anew."""
+    """A user message, and how its answer is drawn: at most `max_tokens`, if that is less than the endpoint's own limit.
+
+    Questions that differ in `draw` alone are asked anew.
+    """
 
     text: str
     temperature: float = 0.0
     top_p: float = 1.0
     presence_penalty: float = 0.0
+    max_tokens: int | None = None
     draw: int = 0
 
 
@@ -53,9 +58,8 @@ class AnswerCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         with self._open() as connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, account TEXT, dollars REAL)"
-            )
+            connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
+            connection.execute("CREATE TABLE IF NOT EXISTS spending (account TEXT, dollars REAL)")
 
     def get(self, key: str) -> Answer | None:
         """The answer to a question asked before."""
@@ -66,13 +70,13 @@ class AnswerCache:
     def put(self, key: str, answer: Answer, account: str, dollars: float) -> None:
         """Keep an answer, and what it cost."""
         with self._open() as connection:
-            row = (key, json.dumps(asdict(answer)), account, dollars)
-            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
+            connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(asdict(answer))))
+            connection.execute("INSERT INTO spending VALUES (?, ?)", (account, dollars))
 
     def spent(self, account: str) -> float:
         """Dollars spent on an account."""
         with self._open() as connection:
-            found = connection.execute("SELECT SUM(dollars) FROM answers WHERE account = ?", (account,)).fetchone()
+            found = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
         return float(found[0] or 0.0)
 
     @contextmanager
@@ -96,8 +100,11 @@ class Api:
 
         self._endpoint, self._account = endpoint, account
         self._cache = cache or AnswerCache(cache_root() / "api" / "answers.sqlite")
+        key = os.environ.get(endpoint.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):  # a client's error would quote it
+            raise UserError(f"the environment variable {endpoint.key_variable} holds what cannot be a key; set it anew")
         self._client = openai.OpenAI(
-            api_key=os.environ.get(endpoint.key_variable) or "none",
+            api_key=key or "none",
             base_url=endpoint.base_url,
             timeout=endpoint.timeout_seconds,
             max_retries=endpoint.retries,
@@ -177,10 +184,12 @@ class Api:
                     temperature=question.temperature,
                     top_p=question.top_p,
                     presence_penalty=question.presence_penalty,
-                    max_tokens=self._endpoint.max_tokens,
+                    max_tokens=self._limit(question),
                 )
                 return _read(completion)
             except openai.APIStatusError as error:
+                if error.code in _NO_ANSWER:
+                    return Answer("", str(error.code), 0, 0)
                 raise UserError(self._refusal(error)) from error
             except openai.APIConnectionError as error:  # after the client's own retries
                 raise UserError(
@@ -214,7 +223,10 @@ class Api:
 
     def _most(self, question: Question) -> float:
         """Dollars a question can cost at most: no token is shorter than a byte, and templates add a few."""
-        return self._price(len(question.text.encode()) + 64, self._endpoint.max_tokens)
+        return self._price(len(question.text.encode()) + 64, self._limit(question))
+
+    def _limit(self, question: Question) -> int:
+        return min(self._endpoint.max_tokens, question.max_tokens or self._endpoint.max_tokens)
 
     def _price(self, input_tokens: int, output_tokens: int) -> float:
         prices = self._endpoint.dollars_per_million_input_tokens, self._endpoint.dollars_per_million_output_tokens
@@ -225,21 +237,23 @@ class Api:
         return dollars <= (math.inf if cap is None else cap)
 
 
-def open_api(settings: Mapping[str, Any]) -> Api:
+def open_api(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Api:
     """The endpoint of a stage.
 
-    Settings: `endpoint` (what decides its answers), `file` (its whole configuration, whose path is the account that spending
-    is counted for).
+    Settings: `endpoint` (what decides its answers). Inputs: `endpoint` (its whole configuration, whose path is the account
+    that spending is counted for).
     """
-    endpoint = Endpoint.model_validate_json(Path(settings["file"]).read_bytes())
+    endpoint = Endpoint.model_validate_json(inputs["endpoint"].read_bytes())
     assert endpoint.identity() == settings["endpoint"]
-    return Api(endpoint, settings["file"])
+    return Api(endpoint, str(inputs["endpoint"]))
 
 
 def _read(completion: Any) -> Answer:
-    """An answer of the protocol; anything else raises ValueError, TypeError, AttributeError or LookupError."""
+    """An answer of the protocol; anything else raises ValueError, TypeError, AttributeError or LookupError.
+
+    Null in place of text is of the protocol: a refusal, or a limit reached before the first word.
+    """
     choice, usage = completion.choices[0], completion.usage
     text = choice.message.content
-    if not isinstance(text, str):
-        raise ValueError("an answer without text")
-    return Answer(text, choice.finish_reason or "stop", int(usage.prompt_tokens), int(usage.completion_tokens))
+    reason = choice.finish_reason or ("stop" if text else "length")
+    return Answer(text or "", reason, int(usage.prompt_tokens), int(usage.completion_tokens))

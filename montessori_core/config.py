@@ -323,7 +323,9 @@ class Endpoint(Section):
         description="Environment variable that holds the key, where the jobs run; a server without keys needs none.",
     )
     concurrency: Count = Field(8, description="Most requests at a time.")
-    requests_per_minute: Count | None = Field(None, description="Most requests in a minute; none for no limit.")
+    requests_per_minute: Count | None = Field(
+        None, description="Most questions put in a minute; those repeated after a fault come on top. None for no limit."
+    )
     timeout_seconds: float = Field(120.0, gt=0.0, description="Seconds until a request without an answer is repeated.")
     retries: int = Field(
         6,

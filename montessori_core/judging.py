@@ -9,7 +9,7 @@ from montessori_core.api import Answer, Question, open_api
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import UTILITY, table_from_rows, write_table
 
-_SCORE = re.compile(r"^\W*score\W*:\W*([0-9]+)(?:\s*/\s*[0-9]+)?\W*$", re.IGNORECASE)
+_SCORE = re.compile(r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]+)(?:\s*/\s*[0-9]+)?[\s*_.]*$", re.IGNORECASE)
 _ABOUT_THE_INSTRUCTION = ("The instruction is clear, complete and worth learning from.",)
 _ABOUT_THE_RESPONSE = (
     "The response is on the instruction's topic and says something that bears on it.",
@@ -71,7 +71,7 @@ def open_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compu
     Settings: `response_only` (five points in place of six), and see `open_api`. Rows: `example_id`, `prompt_id`,
     `instruction`, `response`. The result is a table of schema `UTILITY`: the score, or null.
     """
-    api, response_only = open_api(settings), settings["response_only"]
+    api, response_only = open_api(settings, inputs), settings["response_only"]
     most = len(points_for(response_only))
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from scipy.stats import bootstrap
 
 from montessori_core.config import (
@@ -20,6 +20,7 @@ from montessori_core.config import (
 )
 
 _RESAMPLES = 9999
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Study(Section):
@@ -36,7 +37,14 @@ class Study(Section):
     transfer: tuple[Student, ...] = Field(
         (), description="Other students that are trained on the same data, none of it made for them (Section 5.4)."
     )
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Everything is done once with each.")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Everything is done once with each.")
+
+    @field_validator("name")
+    @classmethod
+    def _no_dots_only(cls, name: str) -> str:
+        if ".." in name:
+            raise ValueError("a study's name must not contain '..'")
+        return name
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Study":

@@ -1,25 +1,20 @@
 """Held-out loss of a model."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
 from montessori_core.schema import REFERENCE_LOSS, read_table
-from montessori_core.sources import Task
 from tasks.run import Model, Run, as_rows
 
 _PIECE = 64
 """Examples that a preempted or killed job can lose."""
 
 
-def evaluate(
-    run: Run, folder: Path, label: str, model: Model, tasks: list[Task] | None = None, upstream: Sequence[Path] = ()
-) -> Path:
-    """Evaluate a model on the held-out examples, or on other tasks; return the table of their losses."""
-    evaluated = run.sources().evaluation if tasks is None else tasks
+def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
+    """Evaluate a model on the held-out examples; return the table of their losses."""
     (table,) = run.execute(
         folder,
         label,
@@ -29,9 +24,8 @@ def evaluate(
             "student": run.experiment.student.model_dump(mode="json"),
             "batch_tokens": run.experiment.influence.reference_batch_tokens,
         },
-        [as_rows(evaluated)],
+        [as_rows(run.sources().evaluation)],
         models={"model": model},
-        upstream=upstream,
         piece_rows=_PIECE,
     )
     return cast(Path, table)

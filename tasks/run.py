@@ -90,12 +90,11 @@ class Run:
         """The student as configured."""
         return self._configured(self.experiment.student)
 
-    def endpoint_settings(self, name: str, endpoint: Endpoint) -> dict[str, Any]:
-        """Settings of a stage that asks an endpoint, see `montessori_core.api.open_api`."""
-        # In a file, not in the settings: another limit or price must not have everything asked again.
+    def endpoint_file(self, name: str, endpoint: Endpoint) -> dict[str, Path]:
+        """The input of a stage that asks an endpoint, see `montessori_core.api.open_api`."""
         file = self.folder / f"{name}.json"
         write_json(endpoint.model_dump(mode="json"), file)
-        return {"endpoint": endpoint.identity(), "file": str(file)}
+        return {"endpoint": file}
 
     def _configured(self, section: Teacher | Student) -> Model:
         # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
@@ -112,6 +111,7 @@ class Run:
         shards: list[list[Row]],
         models: Mapping[str, Model] | None = None,
         files: Mapping[str, Path] | None = None,
+        limits: Mapping[str, Path] | None = None,
         upstream: Sequence[object] = (),
         suffix: str = ".parquet",
         piece_rows: int = 0,
@@ -130,6 +130,7 @@ class Run:
             shards: [shards][rows].
             models: models the program loads, by the name of the input.
             files: files the program reads, by the name of the input.
+            limits: files the program reads that decide no result, so that another content has nothing computed again.
             upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
             suffix: '.parquet' or '' for a folder.
             piece_rows: see `cluster.stage.Stage`.
@@ -142,7 +143,9 @@ class Run:
             version=1,
             program=program,
             settings=settings,
-            inputs={n: Path(m.path) for n, m in models.items() if Path(m.path).is_dir()} | dict(files),
+            inputs={n: Path(m.path) for n, m in models.items() if Path(m.path).is_dir()}
+            | dict(files)
+            | dict(limits or {}),
             input_hashes={n: m.sha256 for n, m in models.items()} | {n: hash_path(p) for n, p in files.items()},
             folder=folder,
             suffix=suffix,

@@ -303,8 +303,9 @@ def _generate(
             label,
             "judging",
             "montessori_core.synthesis.jobs:open_api_generation",
-            drawn | run.endpoint_settings("strong_teacher", teacher),
+            drawn | {"endpoint": teacher.identity()},
             [rows],
+            limits=run.endpoint_file("strong_teacher", teacher),
             upstream=upstream,
             piece_rows=piece_rows,
         )

@@ -89,7 +89,7 @@ def update_teacher(
     teacher: Model,
     preferences: Path,
     schema: pa.Schema = PREFERENCES,
-    responses: bool = False,
+    answered: Path | None = None,
 ) -> Model:
     """Train the teacher, or a student that answers, on preference pairs with DPO (Eq. 4).
 
@@ -100,10 +100,18 @@ def update_teacher(
         teacher: what is trained.
         preferences: a table of pairs.
         schema: what kind of table it is.
-        responses: the outputs are responses, which are always chats, not instructions in the teacher's prompt style.
+        answered: the example table whose responses are the outputs: these are chats, whatever the teacher's prompt style,
+            and some were cut at the token limit. None if the outputs are instructions.
     """
-    rows = read_table(preferences, schema).select(["prompt", "chosen", "rejected"]).to_pylist()
-    style = {"prompt_style": "chat"} if responses else {}
+    pairs = read_table(preferences, schema)
+    rows = pairs.select(["prompt", "chosen", "rejected"]).to_pylist()
+    style = {}
+    if answered is not None:
+        style = {"prompt_style": "chat"}
+        table = read_table(answered, EXAMPLES)
+        finished = dict(zip(table["example_id"].to_pylist(), table["response_finished"].to_pylist(), strict=True))
+        for row, pair in zip(rows, pairs.to_pylist(), strict=True):
+            row |= {f"{output}_finished": finished[pair[f"{output}_id"]] for output in ("chosen", "rejected")}
     (updated,) = run.execute(
         folder,
         label,

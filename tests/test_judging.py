@@ -32,6 +32,7 @@ class JudgeServer:
     def __init__(self, score: Callable[[str], str] = lambda response: response.split()[-1]) -> None:
         self.score = score
         self.asked: list[str] = []
+        self.limits: list[int] = []
         self.keys: set[str] = set()
         self.faults: list[Reply] = []
         self.at_once = self.most_at_once = 0
@@ -46,6 +47,7 @@ class JudgeServer:
                 question = content["messages"][0]["content"]
                 with lock:
                     served.asked.append(question)
+                    served.limits.append(content["max_tokens"])
                     served.keys.add(self.headers["Authorization"])
                     served.at_once += 1
                     served.most_at_once = max(served.most_at_once, served.at_once)
@@ -132,7 +134,6 @@ FAULTS: dict[str, Reply] = {
     "not JSON": lambda handler, question: send(handler, 200, b"<html>gateway</html>"),
     "cut JSON": lambda handler, question: send(handler, 200, completion("Score: 3")[:40]),
     "no choices": lambda handler, question: send(handler, 200, b'{"id": "x", "choices": []}'),
-    "no text": lambda handler, question: send(handler, 200, completion(None)),
 }
 
 
@@ -237,6 +238,40 @@ def test_faults_that_do_not_end_are_an_error_that_keeps_answers(server: JudgeSer
     assert len(server.asked) == asked + 1
 
 
+def test_question_without_an_answer_is_counted_not_asked_for_ever(server: JudgeServer, tmp_path: Path) -> None:
+    filtered = b'{"error": {"message": "no", "code": "content_filter"}}'
+    server.faults = [
+        lambda handler, question: send(handler, 200, completion(None, "length")),
+        lambda handler, question: send(handler, 400, filtered),
+    ]
+    prices = {"dollars_per_million_input_tokens": 1e3}
+    answers = api(server, tmp_path, concurrency=1, **prices).ask(questions(3))
+    assert [(one.text, one.finish_reason) for one in answers[:2]] == [("", "length"), ("", "content_filter")]
+    assert [read_score(one) for one in answers] == [None, None, 2.0]
+    assert AnswerCache(tmp_path / "answers.sqlite").spent("test") == pytest.approx(0.2)  # of the first and the last
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-secr\u00e9t"])
+def test_key_that_is_none_is_never_quoted(
+    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    if key.isascii():
+        assert len(api(server, tmp_path).ask(questions(1))) == 1
+        assert server.keys == {"Bearer sk-secret"}
+    else:
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds what cannot be a key") as error:
+            api(server, tmp_path)
+        assert "secr" not in str(error.value)
+
+
+def test_limit_of_a_question_holds_below_the_endpoints(server: JudgeServer, tmp_path: Path) -> None:
+    [question] = questions(1)
+    api(server, tmp_path, max_tokens=50).ask([replace(question, max_tokens=20), replace(question, max_tokens=90)])
+    assert sorted(server.limits) == [20, 50]
+
+
 def test_answers_on_their_way_are_kept_when_another_question_fails(server: JudgeServer, tmp_path: Path) -> None:
     def slow(handler: BaseHTTPRequestHandler, question: str) -> None:
         time.sleep(0.5)
@@ -261,6 +296,8 @@ def test_answers_on_their_way_are_kept_when_another_question_fails(server: Judge
         ("Score: 5 or 6", "stop", None),
         ("Score: four", "stop", None),
         ("Score: 4.5", "stop", None),
+        ("Score: .5", "stop", None),
+        ("Score: -1", "stop", None),
         ("I give it 5 points.", "stop", None),
         ("Score: 5\nThat is my view.", "stop", None),
         ("", "stop", None),
@@ -284,13 +321,14 @@ def test_stage_has_null_where_a_judge_gave_no_score(
 ) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
     (tmp_path / "judge.json").write_text(endpoint(server).model_dump_json())
-    settings = {"endpoint": endpoint(server).identity(), "file": str(tmp_path / "judge.json"), "response_only": False}
+    settings = {"endpoint": endpoint(server).identity(), "response_only": False}
+    inputs = {"endpoint": tmp_path / "judge.json"}
     rows = [
         {"example_id": f"e{n}", "prompt_id": "p", "instruction": "Count.", "response": text}
         for n, text in enumerate(["It is 4", "Score: 6", "no number"])
     ]
-    open_judge(settings, {})(rows, tmp_path / "part.parquet", lambda done: None)
+    open_judge(settings, inputs)(rows, tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, 6.0, None]
-    open_judge(settings | {"response_only": True}, {})(rows, tmp_path / "part.parquet", lambda done: None)
+    open_judge(settings | {"response_only": True}, inputs)(rows, tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, None, None]  # of five points
     assert ["The instruction is clear" in question for question in server.asked] == [True] * 3 + [False] * 3

@@ -19,7 +19,7 @@ from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method
 from montessori_core.errors import ConfigError
-from montessori_core.in_context import open_in_context
+from montessori_core.models import load_tokenizer
 from montessori_core.preferences import best_of_each_prompt, build_extreme_preferences, build_utility_preferences
 from montessori_core.schema import (
     EXAMPLES,
@@ -32,10 +32,13 @@ from montessori_core.schema import (
     UTILITY_PREFERENCES,
     read_table,
     table_from_rows,
+    write_table,
 )
 from montessori_core.selection import upper_half
 from montessori_core.sources import Task, write_tasks
 from montessori_core.study import Outcome, compare_outcomes, read_study
+from montessori_core.training.dpo import encode_pair
+from montessori_core.utility import open_in_context, open_training_loss
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another suite may run beside it
 
@@ -49,14 +52,11 @@ def test_upper_half_is_no_smaller_than_the_rest_and_has_half_of_the_ids(values: 
     assert all(values[int(low)] <= values[int(high)] for low in rest for high in chosen)
 
 
-def test_hardest_seeds_are_those_with_the_highest_loss_per_token() -> None:
-    losses: list[dict[str, object]] = [
-        {"example_id": "long", "loss": 10.0, "response_tokens": 100},
-        {"example_id": "short", "loss": 3.0, "response_tokens": 1},
-        {"example_id": "middle", "loss": 4.0, "response_tokens": 2},
-        {"example_id": "easy", "loss": 0.1, "response_tokens": 10},
-    ]
-    assert hardest_half(losses) == ["short", "middle"]
+def test_hardest_seeds_are_the_upper_half_of_those_with_a_loss(tmp_path: Path) -> None:
+    losses = {"long": 0.1, "short": 3.0, "middle": 2.0, "easy": 0.01, "none": None}
+    rows: list[dict[str, object]] = [{"example_id": n, "prompt_id": "p", "utility": u} for n, u in losses.items()]
+    write_table(table_from_rows(rows, UTILITY), tmp_path / "utility.parquet", UTILITY)
+    assert hardest_half(tmp_path / "utility.parquet") == ["short", "middle"]
 
 
 def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none() -> None:
@@ -134,6 +134,34 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
     assert utility["answer"] > 1.0  # nats per token
     assert utility["answer"] > utility["other"] + 0.5
     assert utility["endless"] is None
+    # A reference example that is cut is cut alike with and without a demonstration.
+    settings["student"]["max_length"] = 40  # type: ignore[index]
+    compute = open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"})
+    compute(rows[:2], tmp_path / "part.parquet", lambda done: None)
+    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].null_count == 0
+
+
+def test_training_loss_leaves_out_what_training_does(smollm2: Path, tmp_path: Path) -> None:
+    settings = {"student": {"model": str(smollm2), "max_length": 64}, "batch_tokens": 512}
+    compute = open_training_loss(settings, {"student": smollm2})
+    row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "finished": True}
+    rows = [
+        row | {"example_id": "whole"},
+        row | {"example_id": "cut", "finished": False},  # its end token was never written
+        row | {"example_id": "long", "instruction": "word " * 100},  # no token of the response is left
+    ]
+    compute(rows, tmp_path / "part.parquet", lambda done: None)
+    whole, cut, long = read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist()
+    assert long is None
+    assert cut < whole  # an end in the middle of the sentence would be the greatest surprise of all
+
+
+def test_output_that_was_cut_is_no_lesson_in_stopping(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    row = {"prompt": "p", "chosen": "whole", "rejected": "cu", "chosen_finished": True, "rejected_finished": False}
+    pair = encode_pair(tokenizer, row, "chat")
+    assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
+    assert pair["rejected_ids"][-1] != tokenizer.eos_token_id
 
 
 def test_comparison_is_paired_over_examples_and_seeds() -> None:
@@ -154,6 +182,7 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
 def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: Path, tmp_path: Path) -> None:
     experiment = configuration(tmp_path, talking_llama)
     study = tmp_path / "study.yaml"
+    (tmp_path / "own.py").write_text("from flows.methods.self_instruct import SELF_INSTRUCT as MINE")
     for content, words in [
         ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
         ({"seeds": [1, 1]}, "seeds has an entry twice"),
@@ -161,10 +190,13 @@ def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: 
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
         ({"experiment": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"sedes": [1]}, "sedes: unknown key"),
+        ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
+        ({"name": "a..b"}, "must not contain '..'"),
+        ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is another method's too"),
         ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
     ]:
         study.write_text(yaml.safe_dump({"experiment": experiment.name} | content))
-        code, output = call("compare", str(study), cwd=tmp_path)
+        code, output = call("compare", str(study), cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
         assert code == 1, output
         assert words in output
     assert not (tmp_path / "runs").exists()
@@ -283,7 +315,7 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
     for number in (1, 2):
         folder = methods / "self_reward" / f"round-{number}"
         table = read_table(folder / "preferences.parquet", UTILITY_PREFERENCES)
-        scores = read_table(folder / "scores" / "part-00000.parquet", UTILITY).to_pylist()
+        scores = read_table(folder / "scores" / "utility.parquet", UTILITY).to_pylist()
         assert 0 < table.num_rows <= 3
         for pair in table.to_pylist():
             own = [
@@ -304,8 +336,8 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
     halves = []
     for number in (1, 2):
         folder = methods / "llm2llm" / f"round-{number}"
-        losses = read_table(folder / "seed-loss" / "part-00000.parquet", REFERENCE_LOSS).to_pylist()
-        hard = set(hardest_half(losses))
+        losses = read_table(folder / "seed-loss" / "utility.parquet", UTILITY).to_pylist()
+        hard = set(hardest_half(folder / "seed-loss" / "utility.parquet"))
         assert len(hard) == (len(losses) + 1) // 2
         shown = read_table(folder / "training" / "instructions.parquet", INSTRUCTIONS)
         assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= hard

@@ -85,6 +85,8 @@ class Method:
         propose: makes the data of a round.
         rounds: how many there are.
         needs: a part of the experiment that must be set for it.
+        trains_student: the student it returns learned otherwise than from examples, all of its weights; so there is no data
+            to try on other students.
     """
 
     name: str
@@ -92,3 +94,4 @@ class Method:
     propose: Callable[[Round], Proposal]
     rounds: Callable[[Experiment], int] = one_round
     needs: Literal["judge", "strong_teacher"] | None = None
+    trains_student: bool = False

@@ -1,25 +1,23 @@
 """LLM2LLM (Lee et al., 2024): more of what the student finds hard, in rounds."""
 
+from pathlib import Path
+
+import pyarrow.compute as pc
+
 from flows.methods.environment import Method, Proposal, Round
-from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
+from montessori_core.schema import EXAMPLES, UTILITY, read_table
 from montessori_core.selection import upper_half
-from montessori_core.sources import Task
-from tasks.evaluation import evaluate
 from tasks.synthesis import answer_seeds, join_examples, synthesize
+from tasks.utility import measure_training_loss
 
 
 def _propose(now: Round) -> Proposal:
     run, teacher = now.run, now.run.first_teacher()
     answered = answer_seeds(run, run.folder / "answered-seeds", "the teacher answers the seed pool", teacher)
-    tasks = [
-        Task(row["example_id"], row["instruction"], row["response"])
-        for row in read_table(answered, EXAMPLES).to_pylist()
-    ]
     student = now.feedback.student if now.feedback else run.first_student()
-    losses = evaluate(
-        run, now.folder / "seed-loss", f"{now.label}: loss on the seeds", student, tasks, upstream=[answered]
-    )
-    hard = set(hardest_half(read_table(losses, REFERENCE_LOSS).to_pylist()))
+    label, count = f"{now.label}: loss on the seeds", read_table(answered, EXAMPLES).num_rows
+    losses = measure_training_loss(run, now.folder / "seed-loss", label, student, answered, 0, count)
+    hard = set(hardest_half(losses))
     last = now.feedback.proposal.examples if now.feedback else None
     # Every round adds its share, so that the last student sees as many examples as any other method's.
     have = read_table(last, EXAMPLES).num_rows if last else 0
@@ -41,10 +39,11 @@ def _propose(now: Round) -> Proposal:
     return Proposal(join_examples(f"{now.label}: all so far", [last, training.examples], path), teacher)
 
 
-def hardest_half(losses: list[dict[str, object]]) -> list[str]:
-    """Ids of the rows of a loss table with the highest loss per token."""
-    ids = [str(row["example_id"]) for row in losses]
-    return upper_half(ids, [float(row["loss"]) / int(row["response_tokens"]) for row in losses])  # type: ignore[arg-type, call-overload]
+def hardest_half(losses: Path) -> list[str]:
+    """Ids of the half of a utility table, of those that have one, with the highest loss per token."""
+    table = read_table(losses, UTILITY)
+    known = table.filter(pc.is_valid(table["utility"]))
+    return upper_half(known["example_id"].to_pylist(), known["utility"].to_pylist())
 
 
 LLM2LLM = Method(

@@ -35,7 +35,7 @@ def _propose(now: Round) -> Proposal:
     )
     preferences = collect_preferences(run, now.folder, now.label, answered, influence)
     updated = update_teacher(
-        run, now.folder / "teacher", f"{now.label}: teacher update", teacher, preferences, responses=True
+        run, now.folder / "teacher", f"{now.label}: teacher update", teacher, preferences, answered=answered
     )
     training = write_training_set(run, now.folder / "training", now.label, updated, probed)
     return Proposal(training.examples, updated)

@@ -42,7 +42,7 @@ def _propose(now: Round) -> Proposal:
         student,
         preferences,
         UTILITY_PREFERENCES,
-        responses=True,
+        answered=answered,
     )
     best = _write_best(f"{label}: best responses", answered, scores, now.folder / "best.parquet")
     if now.feedback:
@@ -64,4 +64,5 @@ SELF_REWARD = Method(
     _propose,
     rounds=lambda experiment: 2,
     needs="judge",
+    trains_student=True,
 )

@@ -47,7 +47,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
     check_tokenizer(tokenizer, model)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     reference = ReferenceSet(
-        _encode_tasks(tokenizer, load_tasks(inputs["reference"]), student.max_length, "reference"),
+        encode_tasks(tokenizer, load_tasks(inputs["reference"]), student.max_length, "reference"),
         influence.reference_batch_tokens,
         device,
     )
@@ -133,7 +133,7 @@ def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path])
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         tasks = [Task(**row) for row in rows]
-        encoded = _encode_tasks(tokenizer, tasks, student.max_length, "evaluation")
+        encoded = encode_tasks(tokenizer, tasks, student.max_length, "evaluation")
         loss = ReferenceSet(encoded, settings["batch_tokens"], device).evaluate(losses, report)
         records: list[Row] = [
             {"example_id": task.id, "loss": float(summed), "response_tokens": int(tokens)}
@@ -153,7 +153,12 @@ def compute_device() -> torch.device:
     return torch.device("cuda")
 
 
-def _encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
+def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
+    """Human-written tasks as the student sees them; `field` names the set in errors.
+
+    Raises:
+        DataError: a task has no response token within `max_length`.
+    """
     encoded = [encode_example(tokenizer, task.text, task.response, max_length) for task in tasks]
     empty = [task.id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
     if empty:

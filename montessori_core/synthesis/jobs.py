@@ -53,12 +53,14 @@ def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path])
     `open_generation`, of which each seed is a draw.
     """
     sampling = Sampling.model_validate(settings["sampling"])
-    api = open_api(settings)
+    api = open_api(settings, inputs)
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         drawn = [(row, row_id, seed) for row in rows for row_id, seed in zip(row["ids"], row["seeds"], strict=True)]
         questions = [
-            Question(row["text"], sampling.temperature, sampling.top_p, sampling.presence_penalty, seed)
+            Question(
+                row["text"], sampling.temperature, sampling.top_p, sampling.presence_penalty, sampling.max_tokens, seed
+            )
             for row, _, seed in drawn
         ]
         answers = api.ask(questions, lambda done: report(done * len(rows) // len(drawn)))

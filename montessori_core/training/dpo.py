@@ -26,8 +26,8 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
     """Update a teacher on the preference pairs of its one shard; the result is a model folder.
 
     Settings: `teacher`, `recipe`, `zero` (their configurations), `seed`. The teacher's weights are the input `teacher`.
-    Rows: `prompt`, `chosen`, `rejected`. The prompt is the very text the teacher continued, and the outputs are what it
-    wrote, so that likelihoods are those of generation.
+    Rows: `prompt`, `chosen`, `rejected`, and see `encode_pair`. The prompt is the very text the teacher continued, and the
+    outputs are what it wrote, so that likelihoods are those of generation.
     """
     teacher = Teacher.model_validate(settings["teacher"])
     recipe = TeacherUpdate.model_validate(settings["recipe"])
@@ -100,16 +100,22 @@ def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[
 
 
 def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
-    """Token ids of prompt, chosen and rejected output; an output of a chat ends with the end token."""
-    end = [] if style == "completion" else [tokenizer.eos_token_id]
+    """Token ids of prompt, chosen and rejected output.
+
+    An output of a chat ends with the end token, unless the row says that it was cut (`chosen_finished`, `rejected_finished`).
+    """
+
+    def end(output: str) -> list[int]:
+        ended = style == "chat" and row.get(f"{output}_finished", True)
+        return [tokenizer.eos_token_id] if ended else []
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return {
         "prompt_ids": ids(row["prompt"]),
-        "chosen_ids": ids(row["chosen"]) + end,
-        "rejected_ids": ids(row["rejected"]) + end,
+        "chosen_ids": ids(row["chosen"]) + end("chosen"),
+        "rejected_ids": ids(row["rejected"]) + end("rejected"),
     }
 
 

@@ -1,0 +1,97 @@
+"""Signals in place of influence, measured on the student: how hard an example is, and its worth as a demonstration."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from montessori_core.chat import IGNORED, Encoded, encode_example
+from montessori_core.config import Student
+from montessori_core.influence.jobs import compute_device, encode_tasks
+from montessori_core.influence.losses import TokenLosses
+from montessori_core.influence.reference import ReferenceSet, influence_of
+from montessori_core.models import check_tokenizer, load_model, load_tokenizer
+from montessori_core.program import Compute, Report, Row
+from montessori_core.schema import UTILITY, table_from_rows, write_table
+from montessori_core.sources import load_tasks
+
+
+def open_training_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Load the student once.
+
+    Settings: `student`, `batch_tokens`. Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`,
+    `finished`. The result is a table of schema `UTILITY`: the mean loss of training on the example, nats per token; null
+    where no token of the response fits into the student's `max_length`.
+    """
+    student, tokenizer, losses = _open_student(settings, inputs)
+    device = compute_device()
+
+    def loss_of(row: Row) -> float | None:
+        example = encode_example(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"])
+        if not example.response_tokens:
+            return None
+        return ReferenceSet([example], settings["batch_tokens"], device).evaluate(losses).reduce("example")
+
+    return _utility_of_rows(loss_of)
+
+
+def open_in_context(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Load the student and the reference set once: in-context learning in place of a training step (ARTE).
+
+    Settings: `student`, `batch_tokens`, `reference_reduction`. Inputs: `student`; `reference` (tasks). Rows: `example_id`,
+    `prompt_id`, `instruction`, `response`. The result is a table of schema `UTILITY`: how much lower the reference loss is
+    with the example shown before each reference example than without, nats per token; null where the two do not fit
+    together into twice the student's `max_length`.
+    """
+    student, tokenizer, losses = _open_student(settings, inputs)
+    device = compute_device()
+    tasks = load_tasks(inputs["reference"])
+    alone = encode_tasks(tokenizer, tasks, student.max_length, "reference")
+    before = ReferenceSet(alone, settings["batch_tokens"], device).evaluate(losses)
+
+    def worth_of(row: Row) -> float | None:
+        shown = []
+        for task, plain in zip(tasks, alone, strict=True):
+            demonstration = row["instruction"], row["response"]
+            whole = encode_example(
+                tokenizer, task.text, task.response, 2 * student.max_length, demonstration=demonstration
+            )
+            shown.append(first_labels(whole, plain.response_tokens))
+            if shown[-1].response_tokens < plain.response_tokens:
+                return None
+        after = ReferenceSet(shown, settings["batch_tokens"], device).evaluate(losses)
+        return influence_of(before, after, settings["reference_reduction"])[0]
+
+    return _utility_of_rows(worth_of)
+
+
+def first_labels(example: Encoded, count: int) -> Encoded:
+    """The example with loss on its first `count` response tokens alone."""
+    left, labels = count, []
+    for label in example.labels:
+        labels.append(label if label != IGNORED and left > 0 else IGNORED)
+        left -= label != IGNORED
+    return replace(example, labels=labels)
+
+
+def _open_student(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tuple[Student, Any, TokenLosses]:
+    import torch
+
+    path = str(inputs["student"])
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, torch.float32)
+    check_tokenizer(tokenizer, model)
+    losses = TokenLosses(model.to(compute_device()).eval())
+    return Student.model_validate(settings["student"]), tokenizer, losses
+
+
+def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> Compute:
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        records: list[Row] = []
+        for number, row in enumerate(rows, 1):
+            ids = {key: row[key] for key in ("example_id", "prompt_id")}
+            records.append({**ids, "utility": utility_of(row)})
+            report(number)
+        write_table(table_from_rows(records, UTILITY), output, UTILITY)
+
+    return compute
