@@ -24,6 +24,7 @@ from montessori_core.program import Row
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
+_FINAL = ("code_error", "disk_full")  # of what a job says of itself: trying again would end the same
 _REMEDIES = {
     "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
     "time_limit": "; raise time_limit_minutes of the stage in cluster.resources, or make its shards smaller",
@@ -310,24 +311,31 @@ class _Driver:
         folder = self._ledger.folder / name
         logs = log_files(folder, job_id)
         log_path = str(logs[0]) if logs else str(folder)
+        first, kind, reason = undone[0], "", ""
         for index in undone:
             failure = read_json(self._stage.failure_file(index))
-            if failure and failure["job_id"] == job_id.split(":")[0]:
+            if not failure or failure["job_id"] != job_id.split(":")[0]:
+                continue
+            if failure["opening"] or failure["class"] in _FINAL:
                 # A program that does not open fails every shard. Otherwise the task ended at this shard, and those
                 # after it were not tried.
                 hit = set(range(len(self._shards))) - self._done if failure["opening"] else {index}
                 for shard in hit:
                     self._failed[shard] = ShardFailure(shard, failure["class"], failure["error"], log_path)
                 return
-        first = undone[0]
-        reason = self._backend.reason(job_id)
+            first, kind, reason = index, failure["class"], failure["error"]
+        if not kind:
+            reason = self._backend.reason(job_id)
+            kind = classify_loss(reason)
         self._backend.forget(job_id)
-        kind = classify_loss(reason)
         self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
-        self._suspect(self._stage.node_of(job_id.split(":")[0]), first)
+        if kind in ("lost", "node_failure"):
+            self._suspect(self._stage.node_of(job_id.split(":")[0]), first)
         if losses > retries_of(kind, self._resources.infrastructure_retries):
             remedy = _REMEDIES.get(kind, "")
             self._failed[first] = ShardFailure(first, kind, f"{reason}; {losses} times{remedy}", log_path)
+            noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": False, "traceback": ""}
+            write_json(noted | {"error": self._failed[first].error}, self._stage.failure_file(first))
             return
         backoff = min(_LONGEST_BACKOFF, 2.0 ** (losses - 1))
         self._not_before = time.monotonic() + backoff

@@ -23,6 +23,8 @@ from montessori_core.program import Compute, load_program
 
 log = logging.getLogger(__name__)
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+
 
 def run_task(folder: str, indices: list[int], threads: int) -> None:
     """Compute the shards `indices` of the stage in `folder` that are not done.
@@ -56,15 +58,22 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
         except Exception as error:
             failure = {
                 "job_id": environment.job_id,
+                "attempt": _attempt(),
                 "class": classify_error(error),
                 "opening": compute is None,
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc(),
             }
             # Of several processes, the first to fail names the cause: the others only lose their connection to it.
-            if not stage.failure_file(index).exists():
+            noted = read_json(stage.failure_file(index))
+            if noted is None or (noted["job_id"], noted["attempt"]) != (failure["job_id"], failure["attempt"]):
                 write_json(failure, stage.failure_file(index))
             raise
+
+
+def _attempt() -> str:
+    """How often Slurm has put this job back into the queue: its id stays the same."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def classify_error(error: Exception) -> str:
@@ -75,6 +84,9 @@ def classify_error(error: Exception) -> str:
         return "disk_full"
     if type(error).__name__ == "UncompletedJobError":
         return "time_limit"  # submitit's word once it has put the job back in the queue as often as it may
+    named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    if named or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
+        return "lost"  # another process of the job is gone, and said nothing of an error of its own
     return "code_error"
 
 

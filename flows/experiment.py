@@ -16,7 +16,7 @@ from flows.iteration import Iteration, iteration
 from montessori_core.atomic import read_json, write_json
 from montessori_core.config import Experiment
 from tasks.report import write_report
-from tasks.run import Run, only_driver, open_run, reopen_run
+from tasks.run import Run, driver_of, only_driver, open_run, reopen_run
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
 """Environment variable: the folder of runs that are started from Prefect; by default `runs` where the worker is."""
@@ -25,6 +25,8 @@ RUN_ROOT = "MONTESSORI_RUN_ROOT"
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook, after a run was cancelled: end what jobs its driver could not end itself."""
     opened = reopen_run(run_root() / flow_run.parameters["experiment"]["name"])
+    if driver_of(opened.folder) is not None:
+        return  # somebody else's: this flow run was refused, or cancelled before it drove anything
     for folder in stages_of(opened.folder):
         cancel_jobs(folder, opened.experiment.cluster)
 

@@ -83,7 +83,7 @@ def up(file: Path, root: Path, port: int, console: Console) -> None:
         except BlockingIOError:
             console.print(f"already up: {(read_json(state / 'up.json') or {}).get('url')}", soft_wrap=True)
             return
-        with _server(port, state / "server.log", console) as api, _reports(root.resolve()) as reports:
+        with _server(port, state / "server.log", console) as api, _reports(root.resolve(), port + 1) as reports:
             url = api.removesuffix("/api")
             _note(lock, {"url": url, "process": os.getpid()})
             from flows.experiment import RUN_ROOT
@@ -162,7 +162,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     limit = deployment.get("concurrency_limit")
     variables = dict(deployment.get("job_variables") or {})
     variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), **variables.get("env", {})}
-    return served.to_deployment(
+    made = served.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],
         description=deployment.get("description"),
@@ -173,6 +173,21 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
         job_variables=variables if pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+    if _has_schedules(f"{served.name}/{deployment['name']}"):
+        made.schedules = None
+        made.model_fields_set.discard("schedules")  # so that they are left as they are: paused, or made in the UI
+    return made
+
+
+def _has_schedules(deployment: str) -> bool:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            return bool(client.read_deployment_by_name(deployment).schedules)
+        except ObjectNotFound:
+            return False
 
 
 @contextmanager
@@ -206,6 +221,9 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
             wait_for_server(server, api)
         except UserError as error:
             raise UserError(f"{error}; try another --port, and see {log}") from error
+        except BaseException:
+            _end(server)
+            raise
     try:
         yield api
     finally:
@@ -259,8 +277,8 @@ def _answers(api: str) -> bool:
 
 
 @contextmanager
-def _reports(root: Path) -> Iterator[str]:
-    """Serve the runs' reports, and nothing else, to this machine."""
+def _reports(root: Path, port: int) -> Iterator[str]:
+    """Serve the runs' reports, and nothing else, to this machine; on another port if that one is taken."""
 
     class Report(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -279,7 +297,11 @@ def _reports(root: Path) -> Iterator[str]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer((_LOOPBACK, 0), Report) as server:
+    try:
+        server = ThreadingHTTPServer((_LOOPBACK, port), Report)
+    except OSError:
+        server = ThreadingHTTPServer((_LOOPBACK, 0), Report)
+    with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://{_LOOPBACK}:{server.server_port}"
         server.shutdown()
@@ -314,8 +336,11 @@ def _notice_crashes() -> None:
         ],
     )
     with get_client(sync_client=True) as client:
-        for known in client.read_automations_by_name(name):
-            client.delete_automation(known.id)
+        known = client.read_automations_by_name(name)
+        if [one.description for one in known] == [wanted.description]:
+            return  # anew, it would forget which runs it is waiting for
+        for one in known:
+            client.delete_automation(one.id)
         client.create_automation(wanted)
 
 

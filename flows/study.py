@@ -22,7 +22,7 @@ from montessori_core.report.study import render_study
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
 from tasks.evaluation import evaluate, summarize_loss
-from tasks.run import Run, only_driver, open_run, stage_seconds
+from tasks.run import Run, driver_of, only_driver, open_run, stage_seconds
 from tasks.students import train_student
 
 STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
@@ -105,6 +105,8 @@ def _check_methods(study: Study) -> None:
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook, after a study was cancelled: end what jobs its driver could not end itself."""
     study = Study.model_validate(flow_run.parameters["study"])
+    if driver_of(run_root() / study.name) is not None:
+        return  # somebody else's: this flow run was refused, or cancelled before it drove anything
     for stage in stages_of(run_root() / study.name):
         cancel_jobs(stage, study.experiment.cluster)
 

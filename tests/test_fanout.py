@@ -11,11 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import submitit
 
 from cluster.backends import LocalBackend
 from cluster.fanout import Ledger, Progress, ShardsFailed, classify_loss, fan_out, retries_of
+from cluster.oversight import look_at
 from cluster.stage import Stage
-from montessori_core.atomic import commit, hash_path, read_json
+from cluster.worker import _compute_shards
+from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.program import Row
 
@@ -40,6 +43,9 @@ def open_squares(settings, inputs):
                 os.kill(os.getpid(), signal.SIGKILL)
             if (folder / f"fail-{row['n']}").exists():
                 raise ValueError(f"row {row['n']} is bad")
+            if (folder / f"peer-{row['n']}").exists():
+                (folder / f"peer-{row['n']}").unlink()
+                raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
             if (folder / f"full-{row['n']}").exists():
                 raise OSError(28, "No space left on device")
             if (folder / f"hang-{row['n']}").exists():
@@ -136,6 +142,39 @@ def test_shard_that_is_always_lost_stops_at_its_budget(folder: Path) -> None:
     (folder / "kill-7").touch()
     with pytest.raises(ShardsFailed, match=r"lost.*2 times"):
         run(folder, shards, infrastructure_retries=1)
+    [failed] = look_at(folder / "stage", CLUSTER).failures  # for those who look later
+    assert (failed.shard, failed.kind) == (0, "lost")
+    assert "2 times" in failed.error
+
+
+def test_process_that_lost_another_is_tried_again_within_the_budget(folder: Path) -> None:
+    (folder / "peer-21").touch()
+    assert results(run(folder)) == EXPECTED
+    assert computed(folder).count(21) == 2
+    (folder / "peer-7").touch()
+    with pytest.raises(ShardsFailed, match=r"lost.*Connection closed by peer.*1 times"):
+        run(folder, [[{"n": 7}]], infrastructure_retries=0)
+
+
+def test_error_of_an_earlier_attempt_gives_way_to_that_of_the_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that Slurm puts back into the queue keeps its id."""
+    for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALRANK": "0"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    environment = submitit.JobEnvironment()
+    monkeypatch.syspath_prepend(folder)
+    own = stage(folder)
+    (own.folder / "failures").mkdir(parents=True)
+    for name in ("shards", "progress", "jobs"):
+        (own.folder / name).mkdir()
+    write_json({"key": "k", "rows": [{"n": 5}]}, own.shard_file(0))
+    for attempt, fault, kind in (("0", "peer-5", "lost"), ("1", "fail-5", "code_error"), ("1", "full-5", "code_error")):
+        (folder / fault).touch()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
+        with pytest.raises((RuntimeError, ValueError, OSError)):
+            _compute_shards(own, [0], environment)
+        assert read_json(own.failure_file(0))["class"] == kind  # of one attempt, the first error
 
 
 def test_full_disk_is_named(folder: Path) -> None:

@@ -93,7 +93,7 @@ class Server:
         wait_until(lambda: len(self.ask("deployments/filter", {})) > 0)
         return process
 
-    def ask(self, path: str, content: dict[str, Any] | None = None) -> Any:
+    def ask(self, path: str, content: dict[str, Any] | list[Any] | None = None) -> Any:
         """An answer of the API: to a GET, or to a POST of `content`."""
         data = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(f"{self.url}/api/{path}", data, {"Content-Type": "application/json"})
@@ -530,7 +530,8 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
         "MONTESSORI_RUN_ROOT": "{{ prefect.blocks.secret.root }}",
     }
     [tiny, *_] = yaml.safe_load((server.folder / "prefect.yaml").read_text())["deployments"]
-    pooled = tiny | {"name": "pooled", "job_variables": {"env": secrets}}
+    every_day = [{"interval": 86400, "active": False}]
+    pooled = tiny | {"name": "pooled", "job_variables": {"env": secrets}, "schedules": every_day}
     (server.folder / "pooled.yaml").write_text(yaml.safe_dump({"deployments": [pooled]}))
     elsewhere = server.folder / "worker"
     elsewhere.mkdir()
@@ -553,8 +554,16 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     server.ask("work_pools/", {"name": "cluster", "type": "process"})
     assert deploy().returncode == 0
     first = server.deployment("pooled")
+    assert [one["schedule"]["interval"] for one in first["schedules"]] == [86400.0]
+    hourly = [{"schedule": {"interval": 3600}, "active": False}]  # as somebody adds it in the UI
+    server.ask(f"deployments/{first['id']}/schedules", hourly)
+    automations = {one["id"] for one in server.ask("automations/filter", {})}
     assert deploy().returncode == 0
-    assert server.deployment("pooled")["id"] == first["id"]
+    again = server.deployment("pooled")
+    assert again["id"] == first["id"]
+    assert sorted(one["schedule"]["interval"] for one in again["schedules"]) == [3600.0, 86400.0]
+    assert not any(one["active"] for one in again["schedules"])
+    assert {one["id"] for one in server.ask("automations/filter", {})} == automations
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cluster"]
     with (server.folder / "worker.log").open("w") as log:
         worker = subprocess.Popen(
