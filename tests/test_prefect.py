@@ -1,6 +1,7 @@
 """Prefect's UI, as people use it: a real server, real runs of a tiny model, and a browser that clicks."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -513,8 +514,9 @@ def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(s
     assert (row["method"], row["gain"]) == ("self_instruct", 0.0)
     result = json.loads((server.runs / "study" / "comparison.json").read_text())
     [transferred] = result["transfer"]
-    assert transferred["methods"][0]["held_out_loss"] > 9  # a student of random weights: ln(49152) is 10.8
-    assert result["methods"][0]["held_out_loss"] < 9
+    # A student of random weights guesses among 49152 tokens; the one that the study is about talks of little else than tasks.
+    assert transferred["methods"][0]["held_out_loss"] == pytest.approx(math.log(49152), abs=0.3)
+    assert result["methods"][0]["held_out_loss"] > transferred["methods"][0]["held_out_loss"] + 1
     page = (server.runs / "study" / "comparison.html").read_text()
     assert "Transfer to " in page
     assert f"{result['untrained_loss']:.4f}" in page
