@@ -221,6 +221,7 @@ def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("prefect").resolve()
     content = yaml.safe_load(configuration(folder, talking_llama).read_text())
     content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}  # half the time
+    content["synthesis"]["oversampling"] = 24.0  # one round does
     limit = {"limit": 1, "collision_strategy": "ENQUEUE"}
     deployments = [
         {"name": "tiny", "parameters": {"experiment": content}, "tags": ["montessori"]},

@@ -69,9 +69,9 @@ def montessori(*arguments: str, cwd: Path, **environment: str) -> subprocess.Pop
     )
 
 
-def call(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
+def call(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> tuple[int, str]:
     process = montessori(*arguments, cwd=cwd, **environment)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
 
 

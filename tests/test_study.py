@@ -227,7 +227,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
     experiment = yaml.safe_load(configuration(folder, talking_llama).read_text())
     experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
-    experiment["synthesis"]["oversampling"] = 10.0  # one round does
+    experiment["synthesis"]["oversampling"] = 24.0  # one round does
     content = {
         "name": "tiny-study",
         "experiment": experiment,
@@ -236,7 +236,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     environment = environment_of(folder)
-    code, output = call("compare", "study.yaml", cwd=folder, **environment)
+    code, output = call("compare", "study.yaml", cwd=folder, seconds=1600, **environment)
     assert code == 0, output
     (folder / "output.txt").write_text(output)
     yield folder
