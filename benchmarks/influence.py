@@ -230,12 +230,11 @@ def scaling(device: torch.device) -> None:
     small, middle, large = (256, 768, 8), (576, 1536, 15), (576, 1536, 30)
     for sizes, count, length in (
         (small, 32, 128),
+        (small, 32, 256),
+        (small, 32, 512),
         (middle, 32, 128),
-        (large, 16, 128),
         (large, 32, 128),
-        (large, 64, 128),
-        (large, 32, 256),
-        (large, 32, 512),
+        (large, 16, 128),
     ):
         hidden, intermediate, layers = sizes
         config = LlamaConfig(
