@@ -397,9 +397,9 @@ def _let_prefect_log() -> None:
 def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     from flows.experiment import experiment
     from flows.status import print_summary
-    from flows.study import STUDY
+    from flows.study import in_study
 
-    if any((parent / STUDY).exists() for parent in opened.folder.parents[:2]):
+    if in_study(opened.folder):
         raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")
     finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
     if finished:

@@ -207,7 +207,7 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
         yield api
         return
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
-    with log.open("w") as output, console.status("starting a Prefect server"):
+    with log.open("w") as output:
         # A session of its own: Ctrl-C is for us, who end it after the flow runs.
         server = subprocess.Popen(
             command,
@@ -217,14 +217,12 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
             stderr=output,
             start_new_session=True,
         )
+    try:
         try:
-            wait_for_server(server, api)
+            with console.status("starting a Prefect server"):
+                wait_for_server(server, api)
         except UserError as error:
             raise UserError(f"{error}; try another --port, and see {log}") from error
-        except BaseException:
-            _end(server)
-            raise
-    try:
         yield api
     finally:
         _end(server)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.oversight import look_at, stages_of
-from flows.study import PAGE, STUDY, read_comparison
+from flows.study import PAGE, in_study, read_comparison
 from montessori_core.atomic import read_json
 from montessori_core.report.study import gain_text, interval_text, spread_text
 from tasks.run import Run, driver_of
@@ -53,7 +53,7 @@ def show_status(run: Run, console: Console) -> None:
     holder = driver_of(run.folder)
     if holder:
         console.print(f"driven by process {holder['process']} on {holder['host']}")
-    elif any((parent / STUDY).exists() for parent in run.folder.parents[:2]):
+    elif in_study(run.folder):
         console.print("nobody drives this seed of a study; montessori compare goes on with it", soft_wrap=True)
     elif states and not (run.iteration(run.experiment.iterations) / "metrics.json").exists():
         console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)

@@ -21,11 +21,16 @@ from montessori_core.errors import ConfigError, UserError
 from montessori_core.report.study import render_study
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
-from tasks.evaluation import evaluate, summarize_loss
-from tasks.run import Run, driver_of, only_driver, open_run, stage_seconds
+from tasks.evaluation import evaluate, per_token, summarize_loss
+from tasks.run import Model, Run, driver_of, only_driver, open_run, stage_seconds
 from tasks.students import train_student
 
 STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
+
+
+def in_study(folder: Path) -> bool:
+    """Whether a run's folder is a seed of a study, or another student's within it."""
+    return any((parent / STUDY).exists() for parent in folder.parents[:2])
 
 
 def find_method(name: str) -> Method:
@@ -162,18 +167,18 @@ def _seconds(run: Run) -> float:
 
 def transfer(run: Run, method: Method, proposal: Proposal) -> Path:
     """Held-out losses of another student trained on the data that a method proposed (Section 5.4)."""
-    folder, training = run.folder / method.name, run.experiment.training
+    folder = run.folder / method.name
     label = f"{method.name}, to {run.folder.name}"
-    student = train_student(
-        run,
-        folder / "student",
-        f"{label}: student training",
-        proposal.examples,
-        training,
-        training.examples,
-        save_moments=False,
-    )
+    student = _train(run, folder, label, proposal, save_moments=False)
     return evaluate(run, folder / "evaluation", f"{label}: held-out loss", student)
+
+
+def _train(run: Run, folder: Path, label: str, proposal: Proposal, save_moments: bool) -> Model:
+    """The run's student, trained from its first weights on as many of the proposed examples as every method is given."""
+    training, label = run.experiment.training, f"{label}: student training"
+    return train_student(
+        run, folder / "student", label, proposal.examples, training, training.examples, save_moments=save_moments
+    )
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
@@ -183,7 +188,7 @@ def play(run: Run, method: Method) -> Feedback:
     Raises:
         UserError: the method proposed less data than every method is given.
     """
-    training, rounds = run.experiment.training, method.rounds(run.experiment)
+    wanted, rounds = run.experiment.training.examples, method.rounds(run.experiment)
     feedback: Feedback | None = None
     for number in range(1, rounds + 1):
         folder = run.folder / "methods" / method.name / f"round-{number}"
@@ -191,17 +196,9 @@ def play(run: Run, method: Method) -> Feedback:
         proposal = method.propose(Round(run, folder, label, number, rounds, feedback))
         last = number == rounds
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
-        if last and not method.trains_student and proposed < training.examples:
-            raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {training.examples}")
-        student = proposal.student or train_student(
-            run,
-            folder / "student",
-            f"{label}: student training",
-            proposal.examples,
-            training,
-            training.examples,
-            save_moments=not last,
-        )
+        if last and not method.trains_student and proposed < wanted:
+            raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {wanted}")
+        student = proposal.student or _train(run, folder, label, proposal, save_moments=not last)
         losses = evaluate(run, folder / "evaluation", f"{label}: held-out loss", student)
         feedback = Feedback(proposal, student, losses)
     assert feedback is not None
@@ -240,7 +237,7 @@ def _outcomes(played: Played) -> list[Outcome]:
                 "the seeds of this study were evaluated on different examples: the evaluation set was changed after the "
                 "first of them; give the study another name"
             )
-        losses = np.stack([table["loss"].to_numpy() / table["response_tokens"].to_numpy() for table in tables])
+        losses = np.stack([per_token(table) for table in tables])
         outcomes.append(Outcome(method, losses, np.array([seconds for _, seconds in of_seeds])))
     return outcomes
 

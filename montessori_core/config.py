@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from montessori_core.atomic import commit
 from montessori_core.errors import ConfigError
@@ -16,6 +16,15 @@ from montessori_core.errors import ConfigError
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+
+
+def _no_way_up(name: str) -> str:
+    if ".." in name:
+        raise ValueError("a run name must not contain '..'")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_no_way_up)]
 
 
 class Section(BaseModel):
@@ -485,7 +494,7 @@ class Cluster(Section):
 class Experiment(Section):
     """An experiment: one or more iterations of Montessori-Instruct."""
 
-    name: str = Field("experiment", pattern=RUN_NAME, description="Default name of the run and of its folder.")
+    name: FolderName = Field("experiment", pattern=RUN_NAME, description="Default name of the run and of its folder.")
     seed: int = Field(0, ge=0, lt=2**31, description="Everything drawn at random follows from this number.")
     iterations: Count = Field(1, description="Teacher updates, one after the other.")
     teacher: Teacher = Field(description="The model that writes the data.")
@@ -508,13 +517,6 @@ class Experiment(Section):
     )
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
     cluster: Cluster = Field(Cluster(), description="Where jobs run; changing it recomputes nothing.")
-
-    @field_validator("name")
-    @classmethod
-    def _no_dots_only(cls, name: str) -> str:
-        if ".." in name:
-            raise ValueError("a run name must not contain '..'")
-        return name
 
     @model_validator(mode="after")
     def _batches_fit_processes(self) -> "Experiment":

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from scipy.stats import bootstrap
 
 from montessori_core.config import (
     RUN_NAME,
     Experiment,
+    FolderName,
     Section,
     Student,
     apply_overrides,
@@ -26,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 class Study(Section):
     """Methods that are compared: the same models, sets, sizes, recipe and seeds for each."""
 
-    name: str = Field("study", pattern=RUN_NAME, description="Name of the study and of its folder.")
+    name: FolderName = Field("study", pattern=RUN_NAME, description="Name of the study and of its folder.")
     experiment: Experiment = Field(description="What all methods share. `iterations` is the rounds of montessori.")
     methods: tuple[str, ...] = Field(
         ("montessori", "self_instruct"),
@@ -38,13 +39,6 @@ class Study(Section):
         (), description="Other students that are trained on the same data, none of it made for them (Section 5.4)."
     )
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Everything is done once with each.")
-
-    @field_validator("name")
-    @classmethod
-    def _no_dots_only(cls, name: str) -> str:
-        if ".." in name:
-            raise ValueError("a study's name must not contain '..'")
-        return name
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Study":

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from montessori_core.schema import REFERENCE_LOSS, read_table
 from tasks.run import Model, Run, as_rows
@@ -31,10 +33,15 @@ def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
     return cast(Path, table)
 
 
+def per_token(losses: pa.Table) -> npt.NDArray[np.float64]:
+    """[examples] loss of each, nats per token, of a table of schema `REFERENCE_LOSS`."""
+    mean: npt.NDArray[np.float64] = losses["loss"].to_numpy() / losses["response_tokens"].to_numpy()
+    return mean
+
+
 def summarize_loss(table: Path) -> dict[str, float]:
     """Mean over examples of the loss per token (Eq. 2), and its standard error."""
-    rows = read_table(table, REFERENCE_LOSS)
-    losses = rows["loss"].to_numpy() / rows["response_tokens"].to_numpy()
+    losses = per_token(read_table(table, REFERENCE_LOSS))
     return {"mean": float(losses.mean()), "standard_error": float(losses.std(ddof=1) / math.sqrt(len(losses)))}
 
 
