@@ -219,6 +219,31 @@ def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int
     assert log[-1]["loss"] < 0.67
 
 
+def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_path: Path) -> None:
+    """ZeRO-2 and ZeRO-3 in two processes, on the same pairs: to a thousandth of what the weights moved."""
+
+    def update(stage: int, processes: int) -> dict[str, torch.Tensor]:
+        settings = {
+            "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
+            "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=1).model_dump(mode="json"),
+            "zero": Zero(stage=stage).model_dump(mode="json"),
+            "seed": 0,
+        }
+        program = "montessori_core.training.dpo:open_dpo"
+        part = execute(tmp_path / f"zero-{stage}", program, settings, tiny_llama, PAIRS, processes)
+        weights: dict[str, torch.Tensor] = load_file(part / "model.safetensors")
+        return weights
+
+    start, alone = load_file(tiny_llama / "model.safetensors"), update(0, 1)
+    for stage in (2, 3):
+        together = update(stage, 2)
+        for name in start:
+            weight = alone[name]
+            moved = (weight - start[name]).abs().max()
+            assert moved > 0
+            assert (together[name] - weight).abs().max() <= 1e-3 * moved, (stage, name)
+
+
 def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
     settings = {
         "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),

@@ -11,10 +11,10 @@ from montessori_core.config import Teacher, TeacherUpdate, Zero
 from montessori_core.errors import DataError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
+from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
     PlainAdamW,
     ProgressCallback,
-    checkpoint_folder,
     save_trained,
     start_processes,
     train,
@@ -66,7 +66,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 args=arguments,
                 train_dataset=data,
                 processing_class=tokenizer,
-                callbacks=[progress],
+                callbacks=[progress, CheckpointCallback()],
             )
             train(trainer, checkpoints)
         counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from montessori_core.atomic import hash_json, hash_path, write_json
 from montessori_core.config import Optimization, Zero
-from montessori_core.models import FINGERPRINT, fingerprint
-from montessori_core.program import Report, Row
+from montessori_core.models import FINGERPRINT
+from montessori_core.program import Report
+from montessori_core.training.checkpoints import evenly_spread, last_whole
 from montessori_core.training.files import COUNTS_FILE, LOG_FILE
 from montessori_core.training.schedule import rate_factor
 
 log = logging.getLogger(__name__)
-
-_CHECKPOINTS = 10
-"""In one training, evenly spread."""
-_STEPS_WORTH_A_CHECKPOINT = 20
-_WHOLE = "whole"
-"""File in a checkpoint that was written to its end."""
 
 
 def start_processes() -> None:
@@ -78,9 +72,7 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
         "gradient_checkpointing": torch.cuda.is_available(),
         "dataloader_drop_last": False,
         "logging_steps": 1,
-        "save_strategy": "steps" if steps >= _STEPS_WORTH_A_CHECKPOINT else "no",
-        "save_steps": 1 / _CHECKPOINTS,
-        "save_total_limit": 2,  # the last may be half written when the job is killed
+        **evenly_spread(steps),
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
@@ -124,7 +116,7 @@ class PlainAdamW:
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells the job's report how many examples are done, and marks checkpoints that are whole."""
+    """Tells the job's report how many examples are done."""
 
     def __init__(self, report: Report, recipe: Optimization) -> None:
         self._report, self._recipe = report, recipe
@@ -132,25 +124,10 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._report(state.global_step * self._recipe.batch_size // self._recipe.epochs)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        torch.distributed.barrier()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
-
-
-def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: list[Row]) -> Path:
-    """Where a training keeps its checkpoints: beside its result, and of these settings, weights, rows and processes alone."""
-    decides = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
-    folder = output.parent / "checkpoints" / hash_json(decides)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)  # torch keeps pickles here
-    return folder
-
 
 def train(trainer: Any, checkpoints: Path) -> None:
     """Train, from the last whole checkpoint if there is one: with the same data order, to the same end."""
-    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    last = last_whole(checkpoints)
     if last is not None:
         log.info("going on from %s", last.name)
     trainer.train(resume_from_checkpoint=str(last) if last else None)

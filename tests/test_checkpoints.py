@@ -1,0 +1,90 @@
+"""When a training saves: by the clock, and before it goes."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from montessori_core.training import checkpoints
+from montessori_core.training.checkpoints import CheckpointCallback, last_whole
+
+
+class Training:
+    """A trainer's side of the callback, a step at a time; saving takes no time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.arguments = TrainingArguments(output_dir=str(folder), use_cpu=True)
+        self.state = TrainerState(max_steps=100, is_world_process_zero=True)
+        self.callback = CheckpointCallback()
+
+    def step(self) -> bool:
+        """Take a step; whether a checkpoint was asked for, and saved."""
+        control = TrainerControl()
+        self.state.global_step += 1
+        self.callback.on_step_end(self.arguments, self.state, control)
+        if control.should_save:
+            (self.folder / f"checkpoint-{self.state.global_step}").mkdir()
+            self.callback.on_save(self.arguments, self.state, control)
+        return control.should_save
+
+    def end(self) -> None:
+        """The last step is done."""
+        self.callback.on_train_end(self.arguments, self.state, TrainerControl())
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Training]:
+    before = signal.getsignal(signal.SIGUSR2)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield Training(tmp_path)
+    torch.distributed.destroy_process_group()
+    signal.signal(signal.SIGUSR2, before)
+
+
+def test_checkpoint_is_saved_when_much_time_has_passed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not training.step()
+    monkeypatch.setattr(checkpoints, "_SECONDS_BETWEEN", 0.0)
+    assert training.step()
+    assert last_whole(training.folder) == training.folder / "checkpoint-2"
+    (training.folder / "checkpoint-3").mkdir()  # begun, and never ended
+    assert last_whole(training.folder) == training.folder / "checkpoint-2"
+    training.callback._longest = 600.0  # of a large model; saving is to cost no more than a twentieth of the time
+    assert not training.step()
+
+
+def test_training_that_is_told_to_go_saves_first(tmp_path: Path, training: Training) -> None:
+    gone: list[int] = []
+    training.end()
+    signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(training.state.global_step))
+    training.callback = CheckpointCallback()
+    assert not training.step()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert gone == []
+    assert training.step()
+    assert gone == [2]
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_training_whose_checkpoints_take_too_long_goes_at_once(training: Training) -> None:
+    gone: list[int] = []
+    training.end()
+    signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))
+    training.callback = CheckpointCallback()
+    training.callback._longest = 61.0
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert gone == [signal.SIGUSR2]
+
+
+def test_signal_after_the_last_step_is_its_former_owners_again(training: Training) -> None:
+    gone: list[int] = []
+    training.end()
+    signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))
+    training.callback = CheckpointCallback()
+    training.end()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert gone == [signal.SIGUSR2]
