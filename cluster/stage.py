@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.program import Row
 
@@ -132,10 +133,17 @@ class Stage:
         return not thorough or hash_path(part) == manifest["sha256"]
 
     @contextmanager
-    def commit_part(self, index: int, key: str, rows: int, job_id: str) -> Iterator[Path]:
+    def commit_part(self, index: int, key: str, rows: int, job_id: str, processes: int = 1) -> Iterator[Path]:
         """Yield a temporary path for a result; on success move it in place, its manifest last.
 
         If another job has committed the shard in the meantime, its result stays and this one is dropped.
+
+        Args:
+            index: of the shard.
+            key: of the shard.
+            rows: how many it has.
+            job_id: of the job, for people.
+            processes: that work on it alike; only this one's operations are counted.
         """
         started = time.monotonic()
         part = self.part(index)
@@ -154,6 +162,7 @@ class Stage:
             "sha256": hash_path(part),
             "job_id": job_id,
             "seconds": round(time.monotonic() - started, 3),
+            "flops": flops.spent_since_last() * processes,
         }
         write_json(manifest, self.manifest(index))
 

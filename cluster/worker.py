@@ -99,7 +99,9 @@ def _compute_shard(
 ) -> None:
     report = stage.progress_reporter(index)
     if environment.global_rank == 0:
-        with stage.commit_part(index, shard["key"], len(shard["rows"]), environment.job_id) as temporary:
+        with stage.commit_part(
+            index, shard["key"], len(shard["rows"]), environment.job_id, environment.num_tasks
+        ) as temporary:
             if stage.piece_rows:
                 pieces = stage.folder / "pieces"
                 size = stage.piece_rows

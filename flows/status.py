@@ -107,14 +107,15 @@ def print_summary(run: Run, console: Console) -> None:
 def print_comparison(folder: Path, console: Console) -> None:
     """Print the result of a study."""
     result = read_comparison(folder)
-    columns = ("method", "held-out loss", "gain", "95 % interval", "spread over seeds", "job seconds")
+    columns = ("method", "held-out loss", "gain", "95 % interval", "spread over seeds", "job seconds", "FLOPs")
     tables = {f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}": result["methods"]}
     tables |= {f"transfer to {other['student']}": other["methods"] for other in result["transfer"]}
     for title, rows in tables.items():
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             texts = gain_text(row), interval_text(row), spread_text(row)
-            table.add_row(row["method"], f"{row['held_out_loss']:.4f}", *texts, f"{row['job_seconds']:,.0f}")
+            costs = f"{row['job_seconds']:,.0f}", f"{row['flops']:.2e}"
+            table.add_row(row["method"], f"{row['held_out_loss']:.4f}", *texts, *costs)
         console.print(table)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)

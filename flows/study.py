@@ -22,7 +22,7 @@ from montessori_core.report.study import render_study
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
 from tasks.evaluation import evaluate, per_token, summarize_loss
-from tasks.run import Model, Run, driver_of, only_driver, open_run, stage_seconds
+from tasks.run import Model, Run, driver_of, only_driver, open_run, stage_flops, stage_seconds
 from tasks.students import train_student
 
 STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
@@ -136,8 +136,22 @@ def compare_opened(study: Study, folder: Path, seeded: list[Seeded]) -> None:
     _compare(study, folder, seeded)
 
 
-Played = dict[str, list[tuple[Path, float]]]
-"""Of each method, by seed: the table of held-out losses and the seconds of all jobs."""
+@dataclass(frozen=True)
+class Cost:
+    """Of all jobs: seconds, and floating-point operations."""
+
+    seconds: float
+    flops: int
+
+    @staticmethod
+    def of(*runs: Run) -> "Cost":
+        """Of the stages executed by way of some runs."""
+        stages = [stage for run in runs for stage in dict.fromkeys(run.stages)]
+        return Cost(sum(map(stage_seconds, stages)), sum(map(stage_flops, stages)))
+
+
+Played = dict[str, list[tuple[Path, Cost]]]
+"""Of each method, by seed: the table of held-out losses, and the cost."""
 
 
 def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
@@ -153,16 +167,12 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
                 for method in methods:
                     own = replace(one.run, stages=[])
                     last = play(own, method)
-                    played[0][method.name].append((last.losses, _seconds(own)))
+                    played[0][method.name].append((last.losses, Cost.of(own)))
                     for number, other in enumerate([] if method.trains_student else one.others, 1):
                         tried = replace(other, stages=[])
                         losses = transfer(tried, method, last.proposal)
-                        played[number][method.name].append((losses, _seconds(own) + _seconds(tried)))
+                        played[number][method.name].append((losses, Cost.of(own, tried)))
         write_comparison(study, folder, untrained, played)
-
-
-def _seconds(run: Run) -> float:
-    return sum(stage_seconds(stage) for stage in dict.fromkeys(run.stages))
 
 
 def transfer(run: Run, method: Method, proposal: Proposal) -> Path:
@@ -238,7 +248,12 @@ def _outcomes(played: Played) -> list[Outcome]:
                 "first of them; give the study another name"
             )
         losses = np.stack([per_token(table) for table in tables])
-        outcomes.append(Outcome(method, losses, np.array([seconds for _, seconds in of_seeds])))
+        costs = [cost for _, cost in of_seeds]
+        seconds, operations = (
+            np.array([cost.seconds for cost in costs]),
+            np.array([float(cost.flops) for cost in costs]),
+        )
+        outcomes.append(Outcome(method, losses, seconds, operations))
     return outcomes
 
 

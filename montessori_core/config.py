@@ -215,6 +215,29 @@ class TeacherUpdate(Optimization):
     )
 
 
+class Nomad(Optimization):
+    """Training of the teacher on whole conversations of the reference set, and the mixture, for the method nomad."""
+
+    learning_rate: float = Field(2e-5, gt=0.0, description="Peak learning rate of AdamW.")
+    batch_size: Count = Field(128, description="Conversations per optimizer step, over all processes.")
+    epochs: Count = Field(2, description="Passes over the data.")
+    teacher_examples: Count = Field(
+        15_000,
+        description="Most reference examples that the teacher is trained on, drawn at random: a small part often gives data "
+        "that adds more to the real ones.",
+    )
+    mask_prompts: bool = Field(
+        False,
+        description="Train the teacher on responses alone, as is usual; the paper's finding is that this is worse.",
+    )
+    real_share: float = Field(
+        0.5,
+        ge=0.0,
+        lt=1.0,
+        description="Share of reference examples in the student's training set, as far as there are enough of them.",
+    )
+
+
 class Screening(Section):
     """How the screened estimator checks itself: first order for all, exact where it matters."""
 
@@ -510,6 +533,7 @@ class Experiment(Section):
     preferences: Preferences = Field(Preferences(), description="Preference pairs.")
     teacher_update: TeacherUpdate = Field(TeacherUpdate(), description="DPO of the teacher.")
     training: Training = Field(Training(), description="Training of the student.")
+    nomad: Nomad = Field(Nomad(), description="What is particular to the method nomad.")
     comparison: Comparison = Field(Comparison(), description="What is computed to see the effect.")
     judge: Endpoint | None = Field(None, description="The model that judges examples, for methods that ask one.")
     strong_teacher: Endpoint | None = Field(
@@ -520,16 +544,24 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _batches_fit_processes(self) -> "Experiment":
+        for section in ("warmup", "teacher_update", "training"):
+            self.check_batch(section)
+        return self
+
+    def check_batch(self, section: str) -> None:
+        """See that a recipe's batches can be dealt to the training processes.
+
+        Raises:
+            ValueError: they cannot.
+        """
         resources = self.cluster.resources.training
         processes = resources.nodes * resources.processes_per_node
-        for section in ("warmup", "teacher_update", "training"):
-            recipe: Optimization = getattr(self, section)
-            if recipe.batch_size % (recipe.micro_batch_size * processes):
-                raise ValueError(
-                    f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "
-                    f"({recipe.micro_batch_size}) x {processes} training processes"
-                )
-        return self
+        recipe: Optimization = getattr(self, section)
+        if recipe.batch_size % (recipe.micro_batch_size * processes):
+            raise ValueError(
+                f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "
+                f"({recipe.micro_batch_size}) x {processes} training processes"
+            )
 
     @model_validator(mode="after")
     def _sequential_needs_a_threshold(self) -> "Experiment":

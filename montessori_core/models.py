@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
@@ -210,7 +211,10 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
         adapted = load_model(adapted_model(folder), dtype)
         return PeftModel.from_pretrained(adapted, folder, is_trainable=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        loaded: PreTrainedModel = flops.count(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        )
+        return loaded
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {error}") from error
 

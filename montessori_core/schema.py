@@ -124,6 +124,13 @@ UTILITY_PREFERENCES = _schema(
     _field("rejected_utility", _REAL, "utility of the rejected example"),
 )
 
+SIMILARITY = _schema(
+    "similarity",
+    1,
+    _field("example_id", _TEXT, "the synthetic example"),
+    _field("norm_sim", _REAL, "inner product with the nearest real example, of centred features of norm 1"),
+)
+
 REFERENCE_LOSS = _schema(
     "reference_loss",
     1,

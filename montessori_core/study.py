@@ -50,6 +50,12 @@ class Study(Section):
             raise ValueError(f"baseline {self.baseline!r} is not among the methods; add it there, or name one that is")
         return self
 
+    @model_validator(mode="after")
+    def _conversations_fit_processes(self) -> "Study":
+        if "nomad" in self.methods:
+            self.experiment.check_batch("nomad")
+        return self
+
     def seeded(self, seed: int, student: Student | None = None) -> Experiment:
         """The experiment with one of the seeds, and another student if one is given.
 
@@ -86,11 +92,13 @@ class Outcome:
         method: its name.
         losses: [seeds, examples] held-out loss of each evaluation example, nats per token.
         seconds: [seeds] of all jobs that the method needs, shared ones included.
+        flops: [seeds] floating-point operations of the same, those of models behind an API not among them.
     """
 
     method: str
     losses: np.ndarray
     seconds: np.ndarray
+    flops: np.ndarray
 
 
 def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, Any]]:
@@ -124,6 +132,7 @@ def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, A
                 "gain_of_seeds": [float(gain) for gain in gains.mean(axis=1)],
                 "spread_over_seeds": float(gains.mean(axis=1).std(ddof=1)) if len(gains) > 1 else None,
                 "job_seconds": float(outcome.seconds.mean()),
+                "flops": float(outcome.flops.mean()),
             }
         )
     return rows

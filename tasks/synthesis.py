@@ -17,6 +17,7 @@ from montessori_core.rouge import Accepted
 from montessori_core.schema import EXAMPLES, GENERATION, INSTRUCTIONS, read_table, table_from_rows, write_table
 from montessori_core.sources import Task
 from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, funnel, judge_candidates
+from montessori_core.synthesis.generation import Form
 from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
 from tasks.run import Model, Run
 
@@ -104,11 +105,11 @@ def synthesize(
         parts += written + responses
     # Tables, not rows: Prefect looks into lists, and there may be many.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
-    return _join(label, folder, *tables, count, parts)
+    return join_synthesis(label, folder, *tables, count, parts)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _join(
+def join_synthesis(
     label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
 ) -> Synthesized:
     """Write the tables that the parts make, and the funnel."""
@@ -151,9 +152,17 @@ def _write_instructions(
         for prompt in prompts
     ]
     shards = cut_into_shards(rows, settings.prompts_per_shard)
-    raw = style == "completion"
-    generated, parts = _generate(
-        run, folder, f"{label}: instructions", teacher, shards, settings.instruction, raw, upstream, _PROMPTS_IN_A_PIECE
+    form: Form = "tagged" if style == "completion" else "request"
+    generated, parts = generate(
+        run,
+        folder,
+        f"{label}: instructions",
+        teacher,
+        shards,
+        settings.instruction,
+        form,
+        upstream,
+        _PROMPTS_IN_A_PIECE,
     )
     owners = [prompt for prompt in prompts for _ in samples]
     verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
@@ -280,17 +289,19 @@ def _respond(
     """What the teacher answers to rows of the generation program, and the parts it is from."""
     settings = run.experiment.synthesis
     shards = cut_into_shards(rows, settings.instructions_per_shard)
-    return _generate(run, folder, label, teacher, shards, settings.response, False, upstream, _INSTRUCTIONS_IN_A_PIECE)
+    return generate(
+        run, folder, label, teacher, shards, settings.response, "request", upstream, _INSTRUCTIONS_IN_A_PIECE
+    )
 
 
-def _generate(
+def generate(
     run: Run,
     folder: Path,
     label: str,
     teacher: Model | Endpoint,
     shards: list[list[Row]],
     sampling: Sampling,
-    raw: bool,
+    form: Form,
     upstream: list[Path],
     piece_rows: int,
 ) -> tuple[list[Row], list[Path]]:
@@ -315,7 +326,7 @@ def _generate(
             label,
             "generation",
             _PROGRAM,
-            {"engine": run.experiment.synthesis.engine, "raw": raw} | drawn,
+            {"engine": run.experiment.synthesis.engine, "form": form} | drawn,
             shards,
             models={"teacher": teacher},
             upstream=upstream,

@@ -10,11 +10,18 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from cluster.stage import cut_into_shards
+from montessori_core.api import Answer
+from montessori_core.config import Sampling
 from montessori_core.errors import UserError
+from montessori_core.judging import points_for, question_about, read_score
 from montessori_core.program import Row
-from montessori_core.schema import EXAMPLES, UTILITY, read_table, write_table
+from montessori_core.schema import EXAMPLES, GENERATION, UTILITY, read_table, table_from_rows, write_table
+from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
+from tasks.synthesis import generate
 
+_JUDGEMENTS = 3
+_JUDGING = Sampling(temperature=0.7, top_p=0.9, presence_penalty=0.0, max_tokens=256)
 _PIECE = 64
 """Examples that a killed job has to measure again, or to look up in the cache of answers."""
 
@@ -100,7 +107,43 @@ def ask_judge(
     return _join(f"{label}: table", folder / "utility.parquet", [cast(Path, scores)])
 
 
-def _rows(examples: Path, first: int, last: int) -> list[Row]:
+def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: Path) -> Path:
+    """What the student itself says of responses, five points each, as their utility; as above.
+
+    A utility is the mean of those of three judgements that end with a score (Yuan et al., 2024).
+    """
+    rows = _rows(examples, 0, None)
+    asked: list[Row] = [
+        {
+            "ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
+            "text": question_about(row["instruction"], row["response"], response_only=True),
+            "seeds": [
+                seed_of(run.experiment.seed, "judgement", row["example_id"], sample) for sample in range(_JUDGEMENTS)
+            ],
+        }
+        for row in rows
+    ]
+    shards = cut_into_shards(asked, run.experiment.synthesis.instructions_per_shard)
+    _, parts = generate(run, folder, label, student, shards, _JUDGING, "request", [examples], _PIECE)
+    return _join(f"{label}: table", folder / "utility.parquet", [_score(f"{label}: scores", folder, rows, parts)])
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path:
+    """The mean of the scores that the judgements of each row end with; `parts` has them in the order of the rows."""
+    judged = [one for part in parts for one in read_table(part, GENERATION).to_pylist()]
+    answers = [Answer(one["text"], one["finish_reason"], 0, one["tokens"]) for one in judged]
+    scores: list[Row] = []
+    for number, row in enumerate(rows):
+        own = answers[number * _JUDGEMENTS : (number + 1) * _JUDGEMENTS]
+        read = [score for one in own if (score := read_score(one, len(points_for(response_only=True)))) is not None]
+        utility = sum(read) / len(read) if read else None
+        scores.append({"example_id": row["example_id"], "prompt_id": row["prompt_id"], "utility": utility})
+    write_table(table_from_rows(scores, UTILITY), folder / "scores.parquet", UTILITY)
+    return folder / "scores.parquet"
+
+
+def _rows(examples: Path, first: int, last: int | None) -> list[Row]:
     return [
         {
             **{key: row[key] for key in ("example_id", "prompt_id", "instruction", "response")},

@@ -13,6 +13,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the cores from other tests
 
 ROOT = Path(__file__).parent.parent
+_SLOWEST_FIRST = (
+    "test_study",
+    "test_prefect",
+    "test_slurm",
+    "test_run",
+    "test_training",
+    "test_influence",
+    "test_vllm",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin first, so that no process ends up with one of them while the others are idle."""
+    places = {name: place for place, name in enumerate(_SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +89,35 @@ def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "input_ids"
         ]
         model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judging_llama(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The talking Llama, trained for a moment to end what it is asked as a judge with a score, any score."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from montessori_core.chat import encode_example
+    from montessori_core.judging import question_about
+
+    folder = tmp_path_factory.mktemp("models") / "judging-llama"
+    model = AutoModelForCausalLM.from_pretrained(talking_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(talking_llama)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        question = question_about(
+            f"Count {draw.randint(2, 99)} birds.", f"{draw.randint(2, 99)} birds.", response_only=True
+        )
+        example = encode_example(tokenizer, question, f"Score: {draw.randint(1, 5)}", 1024)
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)

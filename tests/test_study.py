@@ -28,6 +28,7 @@ from montessori_core.schema import (
     INSTRUCTIONS,
     PREFERENCES,
     REFERENCE_LOSS,
+    SIMILARITY,
     UTILITY,
     UTILITY_PREFERENCES,
     read_table,
@@ -167,8 +168,9 @@ def test_output_that_was_cut_is_no_lesson_in_stopping(smollm2: Path) -> None:
 def test_comparison_is_paired_over_examples_and_seeds() -> None:
     draw = np.random.default_rng(0)
     hard = draw.normal(3.0, 1.0, size=(1, 200))  # examples differ far more than methods do
-    baseline = Outcome("plain", hard + draw.normal(0.0, 0.01, (3, 200)), np.array([10.0, 10.0, 10.0]))
-    better = Outcome("better", baseline.losses - 0.02 + draw.normal(0.0, 0.01, (3, 200)), np.array([30.0, 20.0, 40.0]))
+    cost = np.array([30.0, 20.0, 40.0])
+    baseline = Outcome("plain", hard + draw.normal(0.0, 0.01, (3, 200)), cost / 3, 1e9 * cost / 3)
+    better = Outcome("better", baseline.losses - 0.02 + draw.normal(0.0, 0.01, (3, 200)), cost, 1e9 * cost)
     first, second = compare_outcomes([baseline, better], "plain")
     assert (first["gain"], first["gain_low"], first["gain_high"]) == (0.0, 0.0, 0.0)
     assert second["gain"] == pytest.approx(0.02, abs=2e-3)
@@ -177,12 +179,18 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
     assert second["gain_high"] - second["gain_low"] == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(600), rel=0.2)
     assert second["spread_over_seeds"] == pytest.approx(np.std(second["gain_of_seeds"], ddof=1))
     assert second["job_seconds"] == 30.0
+    assert second["flops"] == 30e9
 
 
 def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: Path, tmp_path: Path) -> None:
     experiment = configuration(tmp_path, talking_llama)
     study = tmp_path / "study.yaml"
     (tmp_path / "own.py").write_text("from flows.methods.self_instruct import SELF_INSTRUCT as MINE")
+    odd = yaml.safe_load(experiment.read_text())
+    odd["nomad"] = {"batch_size": 3, "micro_batch_size": 1}
+    odd["cluster"]["resources"] = {"training": {"processes_per_node": 2}}
+    for section in ("warmup", "teacher_update", "training"):
+        odd[section] |= {"batch_size": 2, "micro_batch_size": 1}
     for content, words in [
         ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
         ({"seeds": [1, 1]}, "seeds has an entry twice"),
@@ -192,6 +200,7 @@ def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: 
         ({"sedes": [1]}, "sedes: unknown key"),
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
         ({"name": "a..b"}, "must not contain '..'"),
+        ({"methods": ["self_instruct", "nomad"], "experiment": odd}, "nomad.batch_size (3) must be a multiple of"),
         ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is another method's too"),
         ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
     ]:
@@ -210,6 +219,37 @@ def test_shipped_study_is_read() -> None:
     assert study.seeded(2).seed == 2
 
 
+def conversations(count: int) -> Iterator[Task]:
+    things = ["rivers", "stones", "birds", "songs", "trees", "lakes"]
+    for number in range(count):
+        one, other = things[number % 6], things[(number * 5 + 1 + number // 6) % 6]
+        yield Task(f"c{number}", f"Count {number + 2} {one} and {other}.", f"Here are {one}.")
+
+
+def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object) -> None:
+    """`study.yaml`: every method, and one that a user wrote, at a size for tests."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
+    (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
+    experiment = yaml.safe_load(configuration(folder, model).read_text())
+    experiment["cluster"] |= cluster
+    experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
+    experiment["synthesis"]["oversampling"] = 24.0  # one round does
+    # What a model of this size can learn by heart and vary, so that it writes conversations of its own.
+    lines = [json.dumps({"instruction": task.text, "output": task.response}) for task in conversations(12)]
+    (folder / "reference.jsonl").write_text("\n".join(lines))
+    experiment["reference"] = {"path": str(folder / "reference.jsonl")}
+    experiment["synthesis"]["instruction"]["max_tokens"] = 20
+    experiment["synthesis"]["response"]["max_tokens"] = 12
+    experiment["nomad"] = {"learning_rate": 3e-3, "batch_size": 4, "epochs": 60, "teacher_examples": 10}
+    content = {
+        "name": "tiny-study",
+        "experiment": experiment,
+        "methods": [*REGISTRY, "own:MINE"],
+        "seeds": [3],
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+
+
 def environment_of(folder: Path) -> dict[str, str]:
     return {
         "PREFECT_HOME": str(folder / "prefect"),
@@ -223,18 +263,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """A study of every method, and of one that a user wrote."""
     judge = JudgeServer(lambda response: str(len(response) % 6))
     folder = tmp_path_factory.mktemp("study")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
-    (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
-    experiment = yaml.safe_load(configuration(folder, talking_llama).read_text())
-    experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
-    experiment["synthesis"]["oversampling"] = 24.0  # one round does
-    content = {
-        "name": "tiny-study",
-        "experiment": experiment,
-        "methods": [*REGISTRY, "own:MINE"],
-        "seeds": [3],
-    }
-    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    write_study(folder, talking_llama, judge)
     environment = environment_of(folder)
     code, output = call("compare", "study.yaml", cwd=folder, seconds=1600, **environment)
     assert code == 0, output
@@ -259,6 +288,11 @@ def test_every_method_trains_the_same_student_on_equally_many_examples(compared:
     assert result["untrained_loss"] > 0
     assert rows["mine"]["gain"] == 0.0  # the same data, so the same student
     assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # which pays for shared stages
+    assert rows["mine"]["flops"] == rows["self_instruct"]["flops"] > 0
+    assert rows["llm_judge"]["flops"] < rows["montessori"]["flops"]  # a judge behind an API computes elsewhere
+    page = (compared / "runs" / "tiny-study" / "comparison.html").read_text()
+    assert "job seconds of one seed" in page
+    assert "floating-point operations of one seed" in page
     assert "own:MINE" not in (compared / "output.txt").read_text()
     assert all(method in (compared / "output.txt").read_text() for method in rows)
 
@@ -327,6 +361,20 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
     )
     assert second.num_rows > 0
 
+    # NOMAD: half of the reference set, and half written by a teacher trained on ten of it, none of that a repetition.
+    folder = methods / "nomad" / "round-1"
+    mixed = read_table(folder / "examples.parquet", EXAMPLES).to_pylist()
+    assert [row["prompt_id"] == "real" for row in mixed] == [True] * 3 + [False] * 3
+    counts = json.loads((folder / "teacher" / "part-00000" / "training_counts.json").read_text())
+    assert counts["examples"] == 10
+    real = {row["instruction"] for row in mixed[:3]}
+    assert real < {task.text for task in conversations(12)}
+    assert {row["prompt"] for row in mixed[3:]} == {"User:"}
+    assert not {row["instruction"] for row in mixed[3:]} & {task.text for task in conversations(12)}
+    nearness = read_table(folder / "norm-sim" / "norm-sim.parquet", SIMILARITY)
+    assert nearness["example_id"].to_pylist() == [row["example_id"] for row in mixed[3:]]
+    assert all(0.0 < value < 1.0 for value in nearness["norm_sim"].to_pylist())
+
     # Training loss: the chosen instruction is the one the student finds harder.
     table = read_table(methods / "training_loss" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
     assert table.num_rows > 0
@@ -360,3 +408,28 @@ def test_finished_study_is_read_not_repeated(compared: Path) -> None:
     code, output = call("compare", "study.yaml", "--set", "experiment.training.examples=5", cwd=compared, **environment)
     assert code == 1
     assert "this run was started with another configuration" in output
+
+
+def test_student_that_judges_itself_learns_from_its_own_scores(
+    talking_llama: Path, judging_llama: Path, tmp_path: Path
+) -> None:
+    experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
+    experiment["student"]["model"] = str(judging_llama)
+    content = {"name": "own", "experiment": experiment, "methods": ["self_reward"], "baseline": "self_reward"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | {"seeds": [0]}))
+    code, output = call("compare", "study.yaml", cwd=tmp_path, seconds=800, **environment_of(tmp_path))
+    assert code == 0, output
+    round_1 = tmp_path / "runs" / "own" / "seed-0" / "methods" / "self_reward" / "round-1"
+    judged = read_table(round_1 / "scores" / "part-00000.parquet", GENERATION).to_pylist()
+    scores = {
+        row["example_id"]: row["utility"]
+        for row in read_table(round_1 / "scores" / "utility.parquet", UTILITY).to_pylist()
+    }
+    assert len(judged) == 3 * len(scores)
+    for name, score in scores.items():
+        own = [row for row in judged if row["row_id"].rpartition("-j")[0] == name and row["finish_reason"] == "stop"]
+        read = [int(found[1]) for row in own if (found := re.search(r"Score: ([0-5])$", row["text"].strip()))]
+        assert score == (pytest.approx(sum(read) / len(read)) if read else None)
+    pairs = read_table(round_1 / "preferences.parquet", UTILITY_PREFERENCES)
+    assert pairs.num_rows > 0
+    assert (round_1 / "update" / "part-00000" / "model.safetensors").exists()

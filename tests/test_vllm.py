@@ -29,7 +29,7 @@ def generate(folder: Path, model: Path, python: str, rows: list[Row], sampling: 
         "teacher": Teacher(model=str(model)).model_dump(mode="json"),
         "engine": "vllm",
         "sampling": sampling.model_dump(mode="json"),
-        "raw": True,
+        "form": "tagged",
     }
     program = "montessori_core.synthesis.jobs:open_generation"
     stage = Stage("generation", 1, program, settings, {"teacher": model}, {}, folder)

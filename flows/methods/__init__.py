@@ -4,6 +4,7 @@ from flows.methods.bootstrap import BOOTSTRAP
 from flows.methods.environment import Method
 from flows.methods.llm2llm import LLM2LLM
 from flows.methods.montessori import MONTESSORI
+from flows.methods.nomad import NOMAD
 from flows.methods.response import RESPONSE
 from flows.methods.self_instruct import SELF_INSTRUCT, SELF_INSTRUCT_STRONG
 from flows.methods.self_reward import SELF_REWARD
@@ -22,5 +23,6 @@ REGISTRY: dict[str, Method] = {
         RESPONSE,
         BOOTSTRAP,
         LLM2LLM,
+        NOMAD,
     )
 }

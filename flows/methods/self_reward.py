@@ -1,6 +1,7 @@
 """Self-Reward (Yuan et al., 2024): the student answers, a judge scores, and DPO trains the student on its own answers.
 
-As in the paper's comparison, the judge is a model behind an API, and instructions are the unmodified teacher's.
+The judge is the student itself, or a model behind an API if the experiment has one. Instructions are the unmodified
+teacher's.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from montessori_core.preferences import best_of_each_prompt
 from montessori_core.schema import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
 from tasks.synthesis import answer_again, join_examples
 from tasks.teachers import collect_utility_preferences, update_teacher
-from tasks.utility import ask_judge
+from tasks.utility import ask_judge, judge_oneself
 
 
 def _propose(now: Round) -> Proposal:
@@ -33,7 +34,10 @@ def _propose(now: Round) -> Proposal:
         draw=f"self-reward-{now.number}",
     )
     answers = read_table(answered, EXAMPLES).num_rows
-    scores = ask_judge(run, now.folder / "scores", f"{label}: judge", answered, 0, answers, response_only=True)
+    if run.experiment.judge is not None:
+        scores = ask_judge(run, now.folder / "scores", f"{label}: judge", answered, 0, answers, response_only=True)
+    else:
+        scores = judge_oneself(run, now.folder / "scores", f"{label}: the student's judgements", student, answered)
     preferences = collect_utility_preferences(run, now.folder, label, answered, scores, extremes=True)
     updated = update_teacher(
         run,
@@ -60,9 +64,8 @@ def _write_best(label: str, answered: Path, scores: Path, path: Path) -> Path:
 
 SELF_REWARD = Method(
     "self_reward",
-    "The student answers the unmodified teacher's instructions; DPO of the student on what a judge prefers; two rounds.",
+    "The student answers the unmodified teacher's instructions; DPO of it on what a judge, or itself, prefers; two rounds.",
     _propose,
     rounds=lambda experiment: 2,
-    needs="judge",
     trains_student=True,
 )

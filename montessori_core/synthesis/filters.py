@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from montessori_core.config import Filters
+from montessori_core.nomad import CODE, INCOMPLETE, REPETITION
 from montessori_core.rouge import Accepted, f_measure
 from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
 
@@ -37,6 +38,9 @@ REASONS = (
     TOO_LONG,
     NOT_TEXT,
     BAD_START,
+    INCOMPLETE,
+    REPETITION,
+    CODE,
     LIKE_DEMONSTRATION,
     LIKE_ACCEPTED,
     EMPTY_RESPONSE,

@@ -7,9 +7,12 @@ which samples were drawn before. (The probabilities themselves vary in the last 
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from montessori_core.config import Sampling
+
+Form = Literal["tagged", "whole", "request"]
+"""A tagged or whole text is continued as it stands, a tagged one up to the closing tag; a request is put by the template."""
 
 
 @dataclass(frozen=True)

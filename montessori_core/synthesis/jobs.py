@@ -10,24 +10,24 @@ from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import GENERATION, table_from_rows, write_table
-from montessori_core.synthesis.generation import Request, open_engine
+from montessori_core.synthesis.generation import Form, Request, open_engine
 from montessori_core.synthesis.prompts import CLOSE
 
 
 def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Load the teacher once.
 
-    Settings: `engine`, `sampling`, `raw` (the text is continued as it stands, up to a closing tag; otherwise it is put as
-    a request through the chat template). Inputs: `teacher`. Rows: `ids` (one per sample), `text`, `seeds`.
+    Settings: `engine`, `sampling`, `form` (see `Form`). Inputs: `teacher`. Rows: `ids` (one per sample), `text`, `seeds`.
     """
     sampling = Sampling.model_validate(settings["sampling"])
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
     engine = open_engine(settings["engine"], model, tokenizer)
-    stop = CLOSE if settings["raw"] else None
+    form: Form = settings["form"]
+    stop = CLOSE if form == "tagged" else None
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
-        texts = [row["text"] if settings["raw"] else render_prompt(tokenizer, row["text"]) for row in rows]
+        texts = [render_prompt(tokenizer, row["text"]) if form == "request" else row["text"] for row in rows]
         requests = [Request(text, tuple(row["seeds"])) for text, row in zip(texts, rows, strict=True)]
         continuations = engine.generate(requests, sampling, stop, report)
         records: list[Row] = [

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 
+from montessori_core import flops
 from montessori_core.config import Sampling
 from montessori_core.models import fetch_model
 from montessori_core.synthesis.generation import Generated, Request
@@ -22,8 +23,10 @@ class VllmEngine:
             # By default vLLM keeps one core for itself and takes 40 % of the memory for its cache.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '2')) - 1}")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        folder = fetch_model(model)
+        self._weights = flops.weights_of(folder)
         self._llm = LLM(
-            model=str(fetch_model(model)),
+            model=str(folder),
             dtype="bfloat16",
             seed=0,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
@@ -47,7 +50,7 @@ class VllmEngine:
     ) -> list[list[Generated]]:
         prompts, parameters = [], []
         for request in requests:
-            ids = self._tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
+            ids = self._encode(request.prompt)
             for seed in request.seeds:
                 prompts.append({"prompt_token_ids": ids})
                 parameters.append(
@@ -63,7 +66,15 @@ class VllmEngine:
                     )
                 )
         outputs = iter(self._llm.generate(prompts, parameters, use_tqdm=False))
-        return [[_read(next(outputs).outputs[0]) for _ in request.seeds] for request in requests]
+        results = [[_read(next(outputs).outputs[0]) for _ in request.seeds] for request in requests]
+        read = {request.prompt: len(self._encode(request.prompt)) for request in requests}
+        written = sum(generated.tokens for samples in results for generated in samples)
+        flops.spend(self._weights, sum(read.values()) + written)
+        return results
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def _read(completion: Any) -> Generated:

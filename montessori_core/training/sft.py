@@ -1,18 +1,20 @@
 """Supervised fine-tuning of the student: warm-up and training (Section 4, Appendix A)."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from montessori_core.chat import encode_example
-from montessori_core.config import Student, Training, Warmup, Zero
+from montessori_core.config import Nomad, Optimization, Student, Training, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer, with_lora
+from montessori_core.nomad import encode_conversation
 from montessori_core.program import Compute, Report, Row
+from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
     PlainAdamW,
     ProgressCallback,
-    checkpoint_folder,
     save_trained,
     start_processes,
     train,
@@ -20,16 +22,19 @@ from montessori_core.training.engine import (
 )
 from montessori_core.training.moments import gather_moments, save_moments
 
+_RECIPES: dict[str, type[Optimization]] = {"warmup": Warmup, "training": Training, "nomad": Nomad}
+
 
 def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if asked for.
+
+    With a recipe of NOMAD it is a teacher that is trained, on conversations.
 
     Settings: `student`, `recipe`, `zero` (their configurations), `seed`, `save_moments`. The student's first weights are
     the input `student`. Rows: `instruction`, `response`, `finished`.
     """
     student = Student.model_validate(settings["student"])
-    kind = Warmup if settings["recipe_kind"] == "warmup" else Training
-    recipe = kind.model_validate(settings["recipe"])
+    recipe = _RECIPES[settings["recipe_kind"]].model_validate(settings["recipe"])
     zero = Zero.model_validate(settings["zero"])
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
@@ -45,9 +50,11 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
         model_path = str(inputs["student"])
         checkpoints = checkpoint_folder(output, settings, model_path, rows)
         tokenizer = load_tokenizer(model_path)
+        encode = encode_example
+        if isinstance(recipe, Nomad):
+            encode = partial(encode_conversation, mask_prompt=recipe.mask_prompts)
         encoded = [
-            encode_example(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"])
-            for row in rows
+            encode(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"]) for row in rows
         ]
         usable = [example for example in encoded if example.response_tokens]
         if not usable:
@@ -71,7 +78,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             args=arguments,
             train_dataset=data,
             processing_class=tokenizer,
-            callbacks=[progress],
+            callbacks=[progress, CheckpointCallback()],
         )
         train(trainer, checkpoints)
         if settings["save_moments"]:

@@ -1,0 +1,25 @@
+"""NOMAD (Chen et al., 2024): the teacher learns to write conversations like the real ones; the student gets both, mixed.
+
+The real examples are the reference set.
+"""
+
+from flows.methods.environment import Method, Proposal, Round
+from tasks.nomad import measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
+
+
+def _propose(now: Round) -> Proposal:
+    run, folder, label = now.run, now.folder, now.label
+    teacher = train_conversationalist(run, folder / "teacher", f"{label}: teacher on conversations")
+    count = run.experiment.training.examples
+    real = min(round(count * run.experiment.nomad.real_share), len(run.sources().reference))
+    written = write_conversations(run, folder / "training", f"{label}: conversations", teacher, count - real)
+    measure_norm_sim(run, folder / "norm-sim", f"{label}: nearness to real examples", written.examples)
+    mixed = mix_with_real(run, f"{label}: real and synthetic", written.examples, real, folder / "examples.parquet")
+    return Proposal(mixed, teacher)
+
+
+NOMAD = Method(
+    "nomad",
+    "The teacher, trained on whole conversations of the reference set, writes more; the student learns from both.",
+    _propose,
+)

@@ -1,0 +1,64 @@
+"""Floating-point operations of this process, by the rule of Appendix E.3: two for each weight and token forward, twice as
+many backward.
+
+Weights are those that tokens are multiplied with: a table of embeddings is only looked up. Left out, as there, are
+attention's own products, which grow with length, and what is computed twice to save memory.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+_FORWARD, _BACKWARD = 2, 4
+_spent = _told = 0
+
+
+def spent_since_last() -> int:
+    """Operations since this was last asked, or since the process began."""
+    global _told
+    fresh, _told = _spent - _told, _spent
+    return fresh
+
+
+def spend(weights: int, tokens: int, backward: bool = False) -> None:
+    """Count so many tokens through so many weights, and back if they will be trained on."""
+    global _spent
+    _spent += (_FORWARD + backward * _BACKWARD) * weights * tokens
+
+
+def count(model: Any) -> Any:
+    """Have a causal language model count what it does; returns the model."""
+    import torch
+
+    layers, head = model.base_model, model.get_output_embeddings()
+    looked_up = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    weights = sum(_size(parameter) for parameter in layers.parameters() if id(parameter) not in looked_up)
+
+    def through_layers(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        ids = named.get("input_ids", arguments[0] if arguments else None)
+        if ids is None:
+            ids = named["inputs_embeds"][..., 0]
+        spend(weights, ids.numel(), torch.is_grad_enabled())
+
+    def through_head(module: Any, arguments: Any) -> None:
+        spend(_size(head.weight), arguments[0].numel() // arguments[0].shape[-1], torch.is_grad_enabled())
+
+    layers.register_forward_pre_hook(through_layers, with_kwargs=True)
+    head.register_forward_pre_hook(through_head)
+    return model
+
+
+def _size(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # of a partitioned weight, the whole
+
+
+def weights_of(folder: Path) -> int:
+    """The same weights of a model that another library loads, read from its safetensors files."""
+    from safetensors import safe_open
+
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            sizes |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    tied = not any(name.endswith("lm_head.weight") for name in sizes)
+    return sum(size for name, size in sizes.items() if tied or not name.endswith("embed_tokens.weight"))

@@ -1,0 +1,167 @@
+"""The stages of NOMAD: a teacher of conversations, what it writes, how near that is to real examples, and the mixture."""
+
+import math
+import random
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from cluster.stage import cut_into_shards
+from montessori_core.errors import UserError
+from montessori_core.nomad import USER, judge_conversation, read_conversation
+from montessori_core.program import Row
+from montessori_core.rouge import Accepted
+from montessori_core.schema import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
+from montessori_core.sources import Task
+from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
+from montessori_core.synthesis.prompts import seed_of
+from tasks.run import Model, Run
+from tasks.synthesis import Synthesized, generate, join_synthesis
+
+_DRAW = "nomad"
+_PIECE = 64  # conversations
+
+
+def train_conversationalist(run: Run, folder: Path, label: str) -> Model:
+    """Fine-tune the first teacher on conversations of the reference set, or of a part drawn at random."""
+    nomad, student = run.experiment.nomad, run.experiment.student
+    real = list(run.sources().reference)
+    random.Random(seed_of(run.experiment.seed, _DRAW, "teacher")).shuffle(real)
+    (trained,) = run.execute(
+        folder,
+        label,
+        "training",
+        "montessori_core.training.sft:open_sft",
+        {
+            "student": student.model_dump(mode="json") | {"lora": None},
+            "recipe_kind": "nomad",
+            "recipe": nomad.model_dump(mode="json"),
+            "zero": run.experiment.zero.model_dump(mode="json"),
+            "seed": run.experiment.seed,
+            "save_moments": False,
+        },
+        [
+            [
+                {"instruction": one.text, "response": one.response, "finished": True}
+                for one in real[: nomad.teacher_examples]
+            ]
+        ],
+        models={"student": run.first_teacher()},
+        suffix="",
+        read=Model.of,
+    )
+    return cast(Model, trained)
+
+
+def write_conversations(run: Run, folder: Path, label: str, teacher: Model, count: int) -> Synthesized:
+    """Let the teacher continue the bare beginning of a conversation until `count` conversations pass the filters.
+
+    Raises:
+        UserError: after `synthesis.max_rounds` rounds too few were kept.
+    """
+    settings, seed = run.experiment.synthesis, run.experiment.seed
+    sampling = settings.instruction.model_copy(
+        update={"max_tokens": settings.instruction.max_tokens + settings.response.max_tokens}
+    )
+    accepted = Accepted([one.text for one in run.sources().reference], settings.filters.max_rouge_l)
+    candidates: list[Row] = []
+    examples: list[Row] = []
+    parts: list[Path] = []
+    for number in range(1, settings.max_rounds + 1):
+        missing = count - len(examples)
+        if missing == 0:
+            break
+        rate = len(examples) / len(candidates) if examples else 1.0 / settings.oversampling
+        names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + math.ceil(missing / rate))]
+        rows: list[Row] = [{"ids": [name], "text": USER, "seeds": [seed_of(seed, name)]} for name in names]
+        shards = cut_into_shards(rows, settings.instructions_per_shard)
+        stage = folder / f"conversations-{number}"
+        name = label if number == 1 else f"{label}, round {number}"
+        generated, written = generate(run, stage, name, teacher, shards, sampling, "whole", parts[-1:], _PIECE)
+        parts += written
+        for row in generated:
+            conversation = read_conversation(row["text"], row["finish_reason"])
+            rejection = judge_conversation(conversation)
+            if conversation is not None and rejection is None:
+                [fresh] = accepted.add_all([conversation.instruction])
+                rejection = None if fresh else LIKE_ACCEPTED
+            if rejection is None and len(examples) == count:
+                rejection = SURPLUS
+            common = {"prompt_id": row["row_id"], "prompt": row["prompt"], "raw_output": row["text"]}
+            instruction = conversation.instruction if conversation else None
+            candidates.append(
+                common
+                | {
+                    "candidate_id": row["row_id"],
+                    "demonstrations": [],
+                    "instruction": instruction,
+                    "rejection": rejection,
+                }
+            )
+            if conversation is not None and rejection is None:
+                examples.append(
+                    common
+                    | {
+                        "example_id": row["row_id"],
+                        "instruction": conversation.instruction,
+                        "response": conversation.response,
+                        "response_finished": True,
+                    }
+                )
+    tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
+    return join_synthesis(f"{label}: table", folder, *tables, count, parts)
+
+
+def measure_norm_sim(run: Run, folder: Path, label: str, examples: Path) -> Path:
+    """How near synthetic examples are to real ones: the table `norm-sim.parquet` in `folder`, and its quantiles."""
+    rows = [
+        {key: row[key] for key in ("example_id", "instruction", "response")}
+        for row in read_table(examples, EXAMPLES).to_pylist()
+    ]
+    parts = run.execute(
+        folder,
+        label,
+        "influence",
+        "montessori_core.nomad:open_norm_sim",
+        {"max_length": run.experiment.student.max_length},
+        cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard),
+        models={"student": run.first_student()},
+        files={"real": run.source_file("reference")},
+        upstream=[examples],
+        piece_rows=_PIECE,
+    )
+    return _join_norm_sim(f"{label}: table", folder / "norm-sim.parquet", parts)
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _join_norm_sim(label: str, path: Path, parts: list[Path]) -> Path:
+    table = pa.concat_tables([read_table(part, SIMILARITY) for part in parts]).combine_chunks()
+    write_table(table, path, SIMILARITY)
+    found = np.quantile(table["norm_sim"].to_numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
+    names = ("5 %", "25 %", "median", "75 %", "95 %")
+    create_table_artifact(
+        [{"examples": len(table)} | {name: float(value) for name, value in zip(names, found, strict=True)}],
+        description=f"NormSim - {label}",
+    )
+    return path
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def mix_with_real(run: Run, label: str, written: Path, real: int, path: Path) -> Path:
+    """An example table: so many of the reference set, drawn at random, and all that was written."""
+    chosen = random.Random(seed_of(run.experiment.seed, _DRAW, "mixture")).sample(run.sources().reference, real)
+    rows = [_as_example(one) for one in chosen] + read_table(written, EXAMPLES).to_pylist()
+    write_table(table_from_rows(rows, EXAMPLES), path, EXAMPLES)
+    return path
+
+
+def _as_example(one: Task) -> Row:
+    if not one.response.strip():
+        raise UserError(f"reference: {one.id} has no response, so that there is nothing to train on")
+    text = {"prompt_id": "real", "prompt": "", "raw_output": "", "instruction": one.text, "response": one.response}
+    return {"example_id": f"real-{one.id}", "response_finished": True, **text}

@@ -1,0 +1,112 @@
+"""NOMAD's own parts: conversations as the teacher learns, writes and drops them, and NormSim."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from montessori_core.chat import IGNORED
+from montessori_core.models import load_tokenizer
+from montessori_core.nomad import (
+    CODE,
+    INCOMPLETE,
+    REPETITION,
+    USER,
+    Conversation,
+    encode_conversation,
+    judge_conversation,
+    norm_sim,
+    read_conversation,
+)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_teacher_learns_the_instruction_unless_it_is_masked(smollm2: Path, masked: bool) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    encoded = encode_conversation(tokenizer, "Name a river.", "The Danube.", 64, mask_prompt=masked)
+    assert tokenizer.decode(encoded.input_ids[:-1]) == "User: Name a river.\nAssistant: The Danube."
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+    learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED][:-1])
+    assert learned == (" The Danube." if masked else "User: Name a river.\nAssistant: The Danube.")
+    beginning = tokenizer(USER, add_special_tokens=False)["input_ids"]
+    assert encoded.input_ids[: len(beginning)] == beginning  # generation begins with the tokens that were trained
+    assert encode_conversation(tokenizer, "Name a river.", "The Danube.", 5).truncated
+    cut = encode_conversation(tokenizer, "Name a river.", "The Dan", 64, finished=False)
+    assert cut.labels[-1] == IGNORED  # it was not at its end
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "expected"),
+    [
+        (" Name a river.\nAssistant: The Danube.", "stop", Conversation("Name a river.", "The Danube.")),
+        (
+            " Name one.\nAssistant: Spree.\nUser: Another?\nAssistant: The",
+            "length",
+            Conversation("Name one.", "Spree."),
+        ),
+        (" Two\nlines.\nAssistant: And\nmore.", "stop", Conversation("Two\nlines.", "And\nmore.")),
+        (" Name a river.\nAssistant: The Dan", "length", None),
+        (" Name a river.", "stop", None),
+        (" Name a river.\nAssistant: ", "stop", None),
+        ("\nAssistant: The Danube.", "stop", None),
+        (" Name a river.\nUser: Please.\nAssistant: The Danube.", "stop", None),
+    ],
+)
+def test_first_round_of_a_complete_conversation_is_kept(
+    text: str, finish_reason: str, expected: Conversation | None
+) -> None:
+    assert read_conversation(text, finish_reason) == expected
+    assert (judge_conversation(read_conversation(text, finish_reason)) == INCOMPLETE) == (expected is None)
+
+
+@given(st.text(max_size=200), st.sampled_from(["stop", "length"]))
+def test_no_text_breaks_the_reader(text: str, finish_reason: str) -> None:
+    found = read_conversation(text, finish_reason)
+    if found is not None:
+        assert found.instruction
+        assert found.response
+        judge_conversation(found)
+
+
+@pytest.mark.parametrize(
+    ("response", "rejection"),
+    [
+        ("Rivers flow to the sea, and the sea is wide and blue.", None),
+        ("It is very, very, very good.", None),  # three times may be meant
+        ("no no no no", REPETITION),
+        ("The sea is wide, the sea is wide, the sea is wide, the sea is wide,", REPETITION),
+        ("Use python to do it.", CODE),
+        ("def answer(): pass", CODE),
+        ("```\nx = 1\n```", CODE),
+        ("Select the ripest fruit from the basket.", None),
+        ("She saw a python in the zoo's javanese house.", CODE),  # a keyword search is what it is
+        ("The javanese house is old.", None),
+    ],
+)
+def test_filters_drop_repetition_and_code(response: str, rejection: str | None) -> None:
+    assert judge_conversation(Conversation("Tell me.", response)) == rejection
+    assert judge_conversation(Conversation(response, "Well.")) == rejection
+
+
+def test_filters_take_no_longer_on_text_made_to_delay_them() -> None:
+    started = time.monotonic()
+    for text in (
+        "a " * 20_000 + "b",
+        "ab" * 20_000,
+        "select " * 5_000,
+        "a-b " * 10_000,
+        " ".join(map(str, range(20_000))),
+    ):
+        judge_conversation(Conversation("Tell me.", text))
+    assert time.monotonic() - started < 20
+
+
+def test_norm_sim_is_that_of_the_nearest_real_example() -> None:
+    common = np.array([7.0, 7.0, 7.0])  # which says nothing
+    real = common + np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, -2.0, 0.0]])
+    synthetic = common + np.array([[3.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    assert norm_sim(synthetic, real) == pytest.approx([1.0, 0.8, 0.0])
+    assert norm_sim(real[:1], real[:1]) == pytest.approx([1.0])
