@@ -2,13 +2,18 @@
 
 import itertools
 import logging
+import os
+import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +29,17 @@ log = logging.getLogger(__name__)
 
 _NEVER_LAUNCHED = ("launch failed requeued held", "launch_failed_requeued_held")
 _CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
+_TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
+_SBATCH_PATIENCE = 120.0  # seconds
 _USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
 _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
+_SILENCE = 300.0  # seconds that a controller may need to come back
 
 Task = list[int]  # shards that one job works through
 
 
-class SchedulerAway(Exception):
-    """The scheduler did not answer when jobs were submitted; it may have taken them all the same."""
+class SchedulerAway(UserError):
+    """The scheduler did not answer, or takes no job at present; it may have taken some all the same."""
 
 
 class Backend(Protocol):
@@ -40,22 +48,32 @@ class Backend(Protocol):
     polls_until_lost: int
     """Looks in a row at which a job must be missing before it counts as lost."""
 
-    def group(self, shards: Sequence[int], running: int) -> list[Task]:
-        """Cut shards into the tasks to submit now, given how many tasks are running; the rest waits."""
+    def group(self, shards: Sequence[int], free: int) -> list[Task]:
+        """Cut shards into the tasks to submit now, if so many more may run; the rest waits."""
         ...
 
     def submit(
-        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
         """Start one job a task under a name that no other submission has, on other nodes than `avoid`; return their ids.
+
+        At most `at_once` of them run at a time.
 
         Raises:
             SchedulerAway: for now.
         """
         ...
 
+    def widen(self, ids: Sequence[str], at_once: int) -> None:
+        """Let more jobs of a submission run at a time."""
+        ...
+
     def find(self, name: str, folder: Path) -> list[str]:
-        """Ids of jobs submitted under `name`, even if the submitter died before it could note them."""
+        """Ids of jobs submitted under `name`, even if the submitter died before it could note them.
+
+        Raises:
+            SchedulerAway: it is silent.
+        """
         ...
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
@@ -86,9 +104,25 @@ def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> 
     return LocalBackend(resources, python)
 
 
-def log_files(folder: Path, job_id: str) -> list[Path]:
-    """Standard error of a job's processes, rank 0 first."""
-    return sorted(folder.glob(f"{job_id.split(':')[0]}_*_log.err"))
+def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
+    """The backend that reaches jobs which an earlier driver, perhaps of another profile, has submitted.
+
+    Args:
+        host: whose processes they are; None for jobs of Slurm.
+        cluster: as configured now.
+
+    Returns:
+        None if they are processes of another host.
+    """
+    if host not in (None, platform.node()):
+        return None
+    profile = "local" if host else "slurm"
+    return open_backend(cluster.model_copy(update={"profile": profile}), Resources(), None)
+
+
+def log_file(folder: Path, job_id: str) -> Path:
+    """Standard error of a job's first process; it is there once the job has begun."""
+    return folder / f"{job_id.split(':')[0]}_0_log.err"
 
 
 class LocalBackend:
@@ -99,21 +133,28 @@ class LocalBackend:
     def __init__(self, resources: Resources, python: str | None) -> None:
         self._resources, self._python = resources, python
         self._known: set[str] = set()
+        self._gpus = _gpus_of_this_machine() if resources.gpus_per_node else []
+        if len(self._gpus) < resources.gpus_per_node:
+            raise UserError(
+                f"a job asks for {resources.gpus_per_node} GPUs, and this machine has {len(self._gpus)} "
+                "(nvidia-smi, CUDA_VISIBLE_DEVICES); lower gpus_per_node in cluster.resources"
+            )
 
-    def group(self, shards: Sequence[int], running: int) -> list[Task]:
+    def group(self, shards: Sequence[int], free: int) -> list[Task]:
         """Deal shards evenly to the jobs that may still start; resident workers go from shard to shard."""
-        free = min(self._resources.parallel_jobs - running, len(shards))
-        return [list(shards[start::free]) for start in range(free)] if free > 0 else []
+        if self._resources.gpus_per_node:
+            free = min(free, len(self._free_gpus()) // self._resources.gpus_per_node)
+        jobs = min(free, len(shards))
+        return [list(shards[start::jobs]) for start in range(jobs)] if jobs > 0 else []
 
     def submit(
-        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
         resources = self._resources
         python = shlex.quote(self._python) if self._python else None
         executor = submitit.LocalExecutor(folder=folder, python=python)
         ids = []
-        taken = self._gpus_in_use()
-        free = (gpu for gpu in itertools.count() if gpu not in taken)
+        free = iter(self._free_gpus())
         for task in tasks:
             executor.update_parameters(
                 timeout_min=resources.time_limit_minutes,
@@ -130,14 +171,18 @@ class LocalBackend:
         self._known.update(ids)
         return ids
 
-    def _gpus_in_use(self) -> set[int]:
-        """By jobs that are at work, those of an earlier driver included."""
-        gpus: set[int] = set()
+    def _free_gpus(self) -> list[int]:
+        """Those that no job at work has, jobs of an earlier driver included."""
+        taken: set[str] = set()
         for job_id in self._known:
             process = _process(job_id)
-            if process is not None and self._resources.gpus_per_node:
-                gpus |= {int(gpu) for gpu in process.environ().get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu}
-        return gpus
+            if process is not None:
+                with suppress(psutil.Error):  # it has just ended
+                    taken.update(process.environ().get("CUDA_VISIBLE_DEVICES", "").split(","))
+        return [gpu for gpu in self._gpus if str(gpu) not in taken]
+
+    def widen(self, ids: Sequence[str], at_once: int) -> None:
+        pass  # a process waits for nothing
 
     def find(self, name: str, folder: Path) -> list[str]:
         found = []
@@ -160,13 +205,7 @@ class LocalBackend:
             process = _process(job_id)
             if process is None:
                 continue
-            family = [*process.children(recursive=True), process]
-            for member in family:
-                try:
-                    member.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(family, timeout=10)
+            psutil.wait_procs(_kill_family(process), timeout=10)
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
@@ -178,6 +217,15 @@ class LocalBackend:
         pass
 
 
+def _kill_family(process: psutil.Process) -> list[psutil.Process]:
+    """Kill a process and all that it has started; return them."""
+    family = [*process.children(recursive=True), process]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    return family
+
+
 def _process(job_id: str) -> psutil.Process | None:
     pid, _, started = job_id.partition(":")
     try:
@@ -186,6 +234,39 @@ def _process(job_id: str) -> psutil.Process | None:
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
+
+
+def _gpus_of_this_machine() -> list[int]:
+    """Numbers of the GPUs that jobs may use: those that this process may."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(range((ask("nvidia-smi", "--list-gpus") or "").count("GPU ")))
+    numbers = [number.strip() for number in named.split(",") if number.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"CUDA_VISIBLE_DEVICES is {named!r}; for profile: local give GPUs by their numbers, e.g. 0,1")
+    return [int(number) for number in numbers]
+
+
+@contextmanager
+def _limited(folder: Path) -> Iterator[None]:
+    """Kill sbatch when it takes too long: some controllers take the connection and then say nothing, for ever.
+
+    Args:
+        folder: which the command names.
+    """
+
+    def end() -> None:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if any(str(folder) in argument for argument in child.cmdline()):
+                    _kill_family(child)
+
+    clock = threading.Timer(_SBATCH_PATIENCE, end)
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
 
 
 class _Restartable(submitit.helpers.Checkpointable):
@@ -214,10 +295,10 @@ class SlurmBackend:
         self._largest_array = cluster.slurm.max_array_size
         self._silent = False
 
-    def group(self, shards: Sequence[int], running: int) -> list[Task]:
-        """Cut shards into tasks for one array; the scheduler throttles, and one array waits at a time."""
+    def group(self, shards: Sequence[int], free: int) -> list[Task]:
+        """Cut shards into tasks for one array, of which the scheduler lets so many run at a time as may."""
         # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
-        if running or self._squeue("--me") is None:
+        if free <= 0 or self._squeue("--me") is None:
             return []
         size = self._resources.shards_per_job
         tasks = [list(shards[start : start + size]) for start in range(0, len(shards), size)]
@@ -226,7 +307,7 @@ class SlurmBackend:
         return tasks[: self._largest_array]
 
     def submit(
-        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, avoid: frozenset[str]
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
         resources, slurm = self._resources, self._slurm
         parameters: dict[str, Any] = {
@@ -239,7 +320,7 @@ class SlurmBackend:
             "cpus_per_task": resources.cpus_per_process,
             "gpus_per_node": resources.gpus_per_node or None,
             "mem": f"{resources.memory_gb}GB" if resources.memory_gb else None,
-            "array_parallelism": resources.parallel_jobs,
+            "array_parallelism": at_once,
             "partition": slurm.partition,
             "account": slurm.account,
             "qos": slurm.qos,
@@ -265,22 +346,37 @@ class SlurmBackend:
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         arguments = [str(stage_folder)] * len(tasks), list(tasks), [resources.cpus_per_process] * len(tasks)
         try:
-            jobs = executor.map_array(_Restartable(), *arguments)
+            with _limited(folder):
+                jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
             if any(sign in str(error) for sign in _CONTROLLER_AWAY):
                 raise SchedulerAway(str(error)) from error
+            if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
+                raise SchedulerAway(f"sbatch did not answer within {_SBATCH_PATIENCE:.0f} s") from error
+            if any(sign in str(error) for sign in _TOO_MANY_JOBS) and self._squeue("--me"):
+                # A limit on one's jobs: there is room again when some have ended.
+                raise SchedulerAway(str(error)) from error
             if avoid:
                 log.warning("no nodes are left without %s, using them again", ", ".join(sorted(avoid)))
-                return self.submit(name, folder, tasks, stage_folder, frozenset())
+                return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
             raise UserError(
-                f"sbatch did not take the jobs: {error}\nSee cluster.slurm and cluster.resources in the configuration."
+                f"sbatch did not take the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on jobs a "
+                "user may submit) and cluster.resources in the configuration."
             ) from error
         return [job.job_id for job in jobs]
 
+    def widen(self, ids: Sequence[str], at_once: int) -> None:
+        for array in _arrays(ids):
+            ask("scontrol", "update", f"jobid={array}", f"arraytaskthrottle={at_once}")
+
     def find(self, name: str, folder: Path) -> list[str]:
-        queued = self._queued(name)
-        if queued is None:
-            raise UserError(f"squeue does not answer, and jobs named {name} may be running; try again when it does")
+        deadline = time.monotonic() + _SILENCE
+        while (queued := self._queued(name)) is None:
+            if time.monotonic() > deadline:
+                raise SchedulerAway(
+                    f"squeue does not answer, and jobs named {name} may be running; try again when it does"
+                )
+            time.sleep(1)
         return sorted(_arrays(queued))
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:

@@ -18,7 +18,17 @@ from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 
 _ANSWER = 60.0  # seconds for a command of Slurm
-TRAINING_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
+_TRAINING = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
+_GENERATION = ("vllm", "torch", "transformers", "pyarrow")
+
+
+_UNSTARTED = (
+    "is this folder on a shared file system, and does the Python that the configuration names exist on the nodes?"
+)
+_APART = (
+    "nodes must reach each other by their host names, on any port; name the interface in cluster.slurm.setup: "
+    "export NCCL_SOCKET_IFNAME=... GLOO_SOCKET_IFNAME=..."
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,14 @@ def _examine_slurm(cluster: Cluster) -> Iterator[Finding]:
             f"{offered} a node, {most} asked for",
             "lower cluster.resources.*.gpus_per_node, choose another partition, or ask for gres.conf to be mended",
         )
+    longest = max(resources.time_limit_minutes for _, resources in cluster.resources)
+    allowed = max(_minutes(row[3]) for row in fitting)
+    yield Finding(
+        "time limits",
+        longest <= allowed,
+        f"{allowed:g} minutes in the partition, {longest} asked for",
+        "lower cluster.resources.*.time_limit_minutes, or choose another partition",
+    )
     limit, asked = largest_array(), cluster.slurm.max_array_size
     if limit is not None and asked is not None:
         yield Finding(
@@ -110,20 +128,24 @@ def _examine_slurm(cluster: Cluster) -> Iterator[Finding]:
 def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[Finding]:
     token = scratch / "token"
     token.write_text(uuid.uuid4().hex)
-    for kind in ("influence", "training"):
+    kinds: dict[str, tuple[str, ...]] = {"influence": _TRAINING, "training": _TRAINING}
+    if cluster.generation_python is not None:
+        kinds["generation"] = _GENERATION
+    for kind, packages in kinds.items():
         resources: Resources = getattr(cluster.resources, kind)
+        python = cluster.generation_python if kind == "generation" else None
         stage = Stage(
             name=f"doctor-{kind}",
             version=1,
             program="cluster.probes:open_look_around",
-            settings={"packages": TRAINING_PACKAGES},
+            settings={"packages": packages},
             inputs={"token": token},
             input_hashes={},
             folder=scratch / kind,
             suffix=".json",
         )
         one = resources.model_copy(update={"nodes": 1, "processes_per_node": 1, "infrastructure_retries": 0})
-        outcome = _try(stage, one, cluster, patience)
+        outcome = _try(stage, one, cluster, patience, _UNSTARTED, python)
         if isinstance(outcome, Finding):
             yield outcome
             return
@@ -133,7 +155,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
         update={"nodes": nodes, "processes_per_node": 2 // nodes, "infrastructure_retries": 0}
     )
     stage = Stage("doctor-together", 1, "cluster.probes:open_all_reduce", {}, {}, {}, scratch / "together", ".json")
-    outcome = _try(stage, together, cluster, patience)
+    outcome = _try(stage, together, cluster, patience, _APART)
     if isinstance(outcome, Finding):
         yield outcome
         return
@@ -141,7 +163,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
         f"all-reduce over {nodes} nodes" if nodes > 1 else "all-reduce of two processes",
         outcome["sum"] == 2.0,
         f"{outcome['processes']} processes, sum {outcome['sum']:g}",
-        "nodes must reach each other by their host names; for NCCL set NCCL_SOCKET_IFNAME in cluster.slurm.setup",
+        _APART,
     )
 
 
@@ -158,18 +180,22 @@ def _judge(kind: str, seen: dict[str, Any], token: str, resources: Resources) ->
         not seen["missing"],
         f"Python {seen['python']}, {versions}"
         + "".join(f"; {name}: {error}" for name, error in seen["missing"].items()),
-        "pip install 'montessori[train]' into the environment that cluster.slurm.python names",
+        "install vllm and montessori into the environment that cluster.generation_python names"
+        if kind == "generation"
+        else "pip install 'montessori[train]' into the environment that cluster.slurm.python names",
     )
     if resources.gpus_per_node:
         yield Finding(
             f"{kind} job: GPUs",
-            seen["gpus"] > 0,
-            f"torch sees {seen['gpus']}",
+            seen["gpus"] >= resources.gpus_per_node,
+            f"torch sees {seen['gpus']} of {resources.gpus_per_node}",
             "install torch's CUDA build for the nodes' driver, and see that jobs get their GPUs (gres, cgroups)",
         )
 
 
-def _try(stage: Stage, resources: Resources, cluster: Cluster, patience: float) -> dict[str, Any] | Finding:
+def _try(
+    stage: Stage, resources: Resources, cluster: Cluster, patience: float, remedy: str, python: str | None = None
+) -> dict[str, Any] | Finding:
     """What the probe wrote, or why it wrote nothing."""
     deadline = time.monotonic() + patience
 
@@ -179,7 +205,7 @@ def _try(stage: Stage, resources: Resources, cluster: Cluster, patience: float) 
 
     name = stage.name.removeprefix("doctor-") + " job"
     try:
-        (part,) = fan_out(stage, [[{"probe": 1}]], resources, cluster, look)
+        (part,) = fan_out(stage, [[{"probe": 1}]], resources, cluster, look, python)
     except _TooLong:
         return Finding(
             name,
@@ -191,12 +217,20 @@ def _try(stage: Stage, resources: Resources, cluster: Cluster, patience: float) 
         failure = error.failures[0]
         log = Path(failure.log)
         lines = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-        remedy = "is this folder on a shared file system, and does cluster.slurm.python exist on the nodes?"
         return Finding(name, False, f"{failure.kind}: {failure.error} {' '.join(lines)}", remedy)
     except UserError as error:
         return Finding(name, False, str(error), "see cluster.slurm and cluster.resources")
     found: dict[str, Any] = read_json(part)
     return found
+
+
+def _minutes(limit: str) -> float:
+    """A time as sinfo writes it: infinite, or [days-][hours:]minutes:seconds."""
+    if limit in ("infinite", "n/a"):
+        return float("inf")
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, seconds = ["0", "0", *clock.split(":")][-3:]
+    return 1440 * int(days or 0) + 60 * int(hours) + int(minutes) + int(seconds) / 60
 
 
 def _gpus(gres: str) -> int:

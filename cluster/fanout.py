@@ -6,6 +6,7 @@ reads both, waits for jobs that run on, and submits only what is missing.
 
 import logging
 import os
+import platform
 import statistics
 import time
 import uuid
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.backends import Backend, SchedulerAway, Task, log_files, open_backend
+from cluster.backends import SchedulerAway, Task, backend_at, log_file, open_backend
 from cluster.pieces import remove_pieces
 from cluster.stage import Stage
 from montessori_core.atomic import hash_json, read_json, write_json
@@ -106,6 +107,8 @@ class Submission:
         name: of the jobs; no other submission has it.
         work: hash of the keys of all shards: what the jobs were started for.
         tasks: the shards of each job.
+        host: whose processes the jobs are; None for jobs of Slurm.
+        at_once: how many of the jobs the scheduler may run at a time.
         ids: of the jobs; None until the scheduler has answered.
         missed: looks in a row at which a job was not found.
         closed: no job is left.
@@ -114,6 +117,8 @@ class Submission:
     name: str
     work: str
     tasks: list[Task]
+    host: str | None
+    at_once: int
     ids: list[str] | None = None
     missed: dict[str, int] = field(default_factory=dict)
     closed: bool = False
@@ -211,6 +216,7 @@ class _Driver:
         self._done = {index for index, key in enumerate(self._keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python)
+        self._host = platform.node() if cluster.profile == "local" else None
         self._failed: dict[int, ShardFailure] = {}
         self._losses: dict[tuple[int, str], int] = {}
         self._lost_on: dict[str, set[int]] = {}
@@ -218,15 +224,16 @@ class _Driver:
         self._not_before = 0.0
         self._running = 0
         self._unsure: list[Submission] = []
+        self._refusals = 0
         self._stopwatch = _Stopwatch()
         self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
         """Take over what an earlier driver left: jobs at work on these very shards are kept, all others are ended."""
         for submission in self._ledger.open_submissions():
-            if submission.ids is None or submission.work != self._work:
-                # Never noted (the driver died while it submitted), or at work on what is no longer wanted.
-                close_submission(submission, self._backend, self._ledger)
+            if submission.ids is None or submission.work != self._work or submission.host != self._host:
+                # Never noted (the driver died while it submitted), at work on what is no longer wanted, or elsewhere.
+                close_submission(submission, self._cluster, self._ledger)
             else:
                 log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
         for index in set(range(len(self._shards))) - self._done:
@@ -246,7 +253,7 @@ class _Driver:
                 time.sleep(self._cluster.poll_seconds)
         finally:
             for submission in self._ledger.open_submissions():
-                close_submission(submission, self._backend, self._ledger)
+                close_submission(submission, self._cluster, self._ledger)
         remove_pieces(self._stage.folder / "pieces", self._duplicated & self._done)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
@@ -266,24 +273,32 @@ class _Driver:
         busy: set[int] = set()
         lost: list[tuple[str, str, Task]] = []
         self._running = 0
+        limit = self._resources.parallel_jobs
         for submission, ids in self._noted():
             alive = self._backend.alive(submission.name, ids)
-            waiting = False
+            left = 0
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 missed = submission.missed.get(job_id, 0)
                 if alive is None or job_id in alive:
                     submission.missed[job_id] = missed if alive is None else 0
+                elif self._done.issuperset(task):
+                    submission.missed[job_id] = self._backend.polls_until_lost  # it is gone because it is ready
                 elif missed < self._backend.polls_until_lost:
                     submission.missed[job_id] = missed + 1
                 if submission.missed[job_id] < self._backend.polls_until_lost:
-                    waiting = True
-                    self._running += 1
+                    left += 1
                     busy.update(task)
                 elif missed < self._backend.polls_until_lost:
                     lost.append((submission.name, job_id, task))
-            if not waiting:
+            if not left:
                 submission.closed = True
                 self._ledger.save()
+            # What earlier submissions no longer need, later ones may have.
+            elif submission.at_once < (room := min(left, limit - self._running)):
+                self._backend.widen(ids, room)
+                submission.at_once = room
+                self._ledger.save()
+            self._running += left
         # A job may have committed its last shard after the first look.
         self._collect_done()
         for name, job_id, task in lost:
@@ -309,8 +324,7 @@ class _Driver:
         if not undone:
             return
         folder = self._ledger.folder / name
-        logs = log_files(folder, job_id)
-        log_path = str(logs[0]) if logs else str(folder)
+        log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
         first, kind, reason = undone[0], "", ""
         for index in undone:
             failure = read_json(self._stage.failure_file(index))
@@ -337,11 +351,16 @@ class _Driver:
             noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": False, "traceback": ""}
             write_json(noted | {"error": self._failed[first].error}, self._stage.failure_file(first))
             return
-        backoff = min(_LONGEST_BACKOFF, 2.0 ** (losses - 1))
-        self._not_before = time.monotonic() + backoff
+        backoff = self._pause(losses - 1)
         log.warning(
             "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff
         )
+
+    def _pause(self, failures_before: int) -> float:
+        """Submit nothing for a while, the longer the more often it has failed; return for how many seconds."""
+        seconds = min(_LONGEST_BACKOFF, 2.0 ** min(failures_before, 10))
+        self._not_before = time.monotonic() + seconds
+        return seconds
 
     def _suspect(self, node: str | None, shard: int) -> None:
         """One shard may be at fault itself; a node that loses several is."""
@@ -360,25 +379,28 @@ class _Driver:
         ]
         if not missing or time.monotonic() < self._not_before:
             return
-        tasks = self._backend.group(missing, self._running)
+        tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running)
         if not tasks:
             return
         while self._unsure:  # the scheduler answers again, and may have had the jobs all along
-            close_submission(self._unsure[-1], self._backend, self._ledger)
+            close_submission(self._unsure[-1], self._cluster, self._ledger)
             self._unsure.pop()
         self._submit(tasks, self._avoid)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
-        submission = Submission(f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}", self._work, tasks)
+        name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
+        at_once = self._resources.parallel_jobs - self._running
+        submission = Submission(name, self._work, tasks, self._host, at_once)
         self._ledger.submissions.append(submission)
         self._ledger.save()
-        folder = self._ledger.folder / submission.name
+        folder = self._ledger.folder / name
         try:
-            submission.ids = self._backend.submit(submission.name, folder, tasks, self._stage.folder, avoid)
+            submission.ids = self._backend.submit(name, folder, tasks, self._stage.folder, at_once, avoid)
+            self._refusals = 0
         except SchedulerAway as error:
-            log.warning(
-                "%s: %s; trying again when the scheduler answers", self._stage.name, str(error).splitlines()[-1]
-            )
+            pause = self._pause(self._refusals)
+            self._refusals += 1
+            log.warning("%s: %s; trying again in %.0f s", self._stage.name, str(error).splitlines()[-1], pause)
             self._unsure.append(submission)
         self._ledger.save()
 
@@ -408,11 +430,16 @@ class _Driver:
             self._submit([left], self._avoid | ({node} if node else set()))
 
 
-def close_submission(submission: Submission, backend: Backend, ledger: Ledger) -> None:
+def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
     """End the jobs of a submission, those whose ids were never noted included."""
-    ids = (
-        submission.ids if submission.ids is not None else backend.find(submission.name, ledger.folder / submission.name)
-    )
-    backend.cancel(ids)
+    backend = backend_at(submission.host, cluster)
+    if backend is None:
+        # Commits are atomic, and the first result of a shard counts: they do no harm.
+        log.warning("jobs named %s may run on, as processes of %s", submission.name, submission.host)
+    elif submission.ids is None:
+        backend.cancel(backend.find(submission.name, ledger.folder / submission.name))
+        submission.tasks = []  # a scheduler may refuse for days, and the ledger is written again at every turn
+    else:
+        backend.cancel(submission.ids)
     submission.closed = True
     ledger.save()

@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.backends import log_files, open_backend
+from cluster.backends import backend_at, log_file
 from cluster.fanout import Ledger, close_submission
 from cluster.stage import Stage
 from montessori_core.atomic import read_json
-from montessori_core.config import Cluster, Resources
+from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 
 _RECENT = 20
@@ -106,6 +106,21 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
     )
 
 
+def logs_of(folder: Path, shards: range) -> dict[Path, list[int]]:
+    """Logs of the jobs that some shards were given to last, with those shards; a job that waits has written none."""
+    last: dict[int, Path] = {}
+    for submission in Ledger(folder / "jobs").submissions:
+        for job_id, task in zip(submission.ids or [], submission.tasks, strict=False):
+            own = [index for index in task if index in shards]
+            log = log_file(folder / "jobs" / submission.name, job_id)
+            if own and log.exists():
+                last.update(dict.fromkeys(own, log))
+    logs: dict[Path, list[int]] = {}
+    for index in sorted(last):
+        logs.setdefault(last[index], []).append(index)
+    return logs
+
+
 def log_of(folder: Path, shard: int) -> Path:
     """The log of the last job that was given a shard.
 
@@ -113,12 +128,8 @@ def log_of(folder: Path, shard: int) -> Path:
         UserError: there is no such shard, or no job has had it.
     """
     _check_shard(folder, shard)
-    for submission in reversed(Ledger(folder / "jobs").submissions):
-        for job_id, task in zip(submission.ids or [], submission.tasks, strict=False):
-            if shard in task:
-                logs = log_files(folder / "jobs" / submission.name, job_id)
-                if logs:
-                    return logs[0]
+    for log in logs_of(folder, range(shard, shard + 1)):
+        return log
     raise UserError(f"{folder.name}, shard {shard}: no job has written a log yet; it may still wait in the queue")
 
 
@@ -135,10 +146,9 @@ def forget(folder: Path, shard: int) -> None:
 def cancel_jobs(folder: Path, cluster: Cluster) -> int:
     """End the jobs of a stage that nobody drives any more; return how many submissions were ended."""
     ledger = Ledger(folder / "jobs")
-    backend = open_backend(cluster, Resources(), None)
     left = ledger.open_submissions()
     for submission in left:
-        close_submission(submission, backend, ledger)
+        close_submission(submission, cluster, ledger)
     return len(left)
 
 
@@ -153,7 +163,9 @@ def _at_work(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int
     running: set[int] = set()
     queued: set[int] = set()
     for submission in Ledger(folder / "jobs").open_submissions():
-        backend, ids = open_backend(cluster, Resources(), None), submission.ids or []
+        backend, ids = backend_at(submission.host, cluster), submission.ids or []
+        if backend is None:
+            continue
         alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
         for job_id, task in zip(ids, submission.tasks, strict=True):
             if alive is not None and job_id not in alive:

@@ -1,5 +1,6 @@
 """Files and folders that are either whole or absent, and the hashes that prove which."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_STALE_READS = 5
+"""Over NFS, reading a file that another host replaces at that moment fails; the next reading finds the new one."""
 
 
 @contextmanager
@@ -46,10 +50,15 @@ def write_json(content: Any, path: Path, durable: bool = True) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON; None if the file is missing or is not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+    for _ in range(_STALE_READS):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return None
 
 
 def hash_json(content: Any) -> str:

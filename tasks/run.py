@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import psutil
 
+from cluster.backends import open_backend
 from cluster.fanout import Progress, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import hash_path, read_json, write_json
@@ -176,6 +177,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     config = folder / "config.yaml"
     if config.exists():
         _check_same(experiment, config)
+        _refuse_second_driver(folder)
     begun = Run(folder, experiment)
     complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
     sources = begun.sources() if complete else read_sources(experiment)
@@ -227,17 +229,23 @@ def only_driver(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = read_json(path) or {}
-            raise UserError(
-                f"{folder}: another process drives this run (process {holder.get('process')} on {holder.get('host')}); "
-                "wait for it or end it"
-            ) from None
+            _refuse_second_driver(folder)
+            raise UserError(f"{folder}: another process drove this run until just now; try again") from None
         _end_orphaned_servers(read_json(path) or {})
         servers = [[child.pid, child.create_time()] for child in psutil.Process().children(recursive=True)]
         lock.truncate(0)
         lock.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "servers": servers}))
         lock.flush()
         yield
+
+
+def _refuse_second_driver(folder: Path) -> None:
+    holder = driver_of(folder)
+    if holder is not None:
+        raise UserError(
+            f"{folder}: another process drives this run (process {holder['process']} on {holder['host']}); "
+            "wait for it or end it"
+        )
 
 
 def driver_of(folder: Path) -> dict[str, Any] | None:
@@ -289,11 +297,13 @@ def _end_orphaned_servers(holder: dict[str, Any]) -> None:
 
 
 def check_environment(experiment: Experiment) -> None:
-    """See that what local jobs import is installed, before any is started.
+    """See that jobs can be started here, and that what local jobs import is installed, before any is started.
 
     Raises:
         UserError: it is not.
     """
+    for _, resources in experiment.cluster.resources:
+        open_backend(experiment.cluster, resources, None)
     if experiment.cluster.profile == "slurm":
         return  # the worker environment is on the nodes
     for package in ("torch", "transformers", "trl", "deepspeed"):
@@ -355,6 +365,11 @@ def stage_seconds(folder: Path) -> float:
     """Seconds that the jobs of a stage took, over all shards and attempts that ended well."""
     manifests = sorted(folder.glob("part-*.manifest.json"))
     return float(sum(json.loads(path.read_text())["seconds"] for path in manifests))
+
+
+def stage_flops(folder: Path) -> int:
+    """Floating-point operations of the same; see `montessori_core.flops`."""
+    return sum(json.loads(path.read_text())["flops"] for path in sorted(folder.glob("part-*.manifest.json")))
 
 
 def as_rows(tasks: list[Task]) -> list[Row]:

@@ -1,5 +1,6 @@
 """The fan-out on real processes of this machine: whatever happens to jobs and drivers, the same parts come out."""
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from cluster.stage import Stage
 from cluster.worker import _compute_shards
 from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
 from montessori_core.program import Row
 
 CLUSTER = Cluster(poll_seconds=0.05)
@@ -47,7 +49,7 @@ def open_squares(settings, inputs):
                 (folder / f"peer-{row['n']}").unlink()
                 raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
             if (folder / f"full-{row['n']}").exists():
-                raise OSError(28, "No space left on device")
+                Path("/dev/full").write_text("x")  # no space left on device
             if (folder / f"hang-{row['n']}").exists():
                 (folder / f"hang-{row['n']}").unlink()
                 time.sleep(600)
@@ -181,6 +183,27 @@ def test_full_disk_is_named(folder: Path) -> None:
     (folder / "full-0").touch()
     with pytest.raises(ShardsFailed, match=r"shard 0 \(disk_full\)"):
         run(folder)
+    (folder / "full-0").unlink()
+    assert results(run(folder)) == EXPECTED
+    assert len(computed(folder)) == len(EXPECTED) + 1
+
+
+def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
+    program = folder / "squares_program.py"
+    program.write_text(PROGRAM.replace("for row in rows]))", "for row in rows]) + ' ' * 400_000)"))
+    (folder / "stage").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=1m", "tmpfs", str(folder / "stage")], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    try:
+        with pytest.raises(ShardsFailed, match="disk_full"):
+            run(folder, jobs=1)
+        before = len(computed(folder))
+        subprocess.run([*mount, "remount,size=64m", "tmpfs", str(folder / "stage")], check=True)
+        assert results(run(folder)) == EXPECTED
+        assert len(computed(folder)) < before + len(EXPECTED)  # those that had fitted were kept
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder / "stage")], check=True)
 
 
 @pytest.mark.parametrize("damage", ["cut part", "other bytes", "no part", "cut manifest", "no manifest"])
@@ -311,17 +334,42 @@ def test_hanging_shard_is_started_once_more_with_those_behind_it(folder: Path) -
     assert jobs_alive(folder / "stage") == 0
 
 
-def test_jobs_of_this_machine_never_share_a_gpu(folder: Path) -> None:
-    """Nor does a job that takes over for one that died; the GPUs need not be there for that."""
+def test_jobs_of_this_machine_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a job that takes over for one that died, nor is any used that is not ours; they need not be there for that."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     (folder / "squares_program.py").write_text(
         PROGRAM.replace("def compute(rows", "gpu = os.environ['CUDA_VISIBLE_DEVICES']\n    def compute(rows").replace(
             'time.sleep(settings["seconds"])',
-            'held = folder / f"gpu-{gpu}"; held.touch(exist_ok=False); time.sleep(0.2); held.unlink()',
+            'held = folder / f"gpu-{gpu}"; held.touch(exist_ok=False); time.sleep(0.2); held.unlink(); '
+            'print(gpu, file=(folder / "used.txt").open("a"))',
         )
     )
     (folder / "kill-10").touch()
-    assert results(run(folder, jobs=3, gpus_per_node=1)) == EXPECTED
+    with (folder / "used.txt").open("w"):
+        assert results(run(folder, jobs=3, gpus_per_node=1)) == EXPECTED
     assert computed(folder).count(10) == 2
+    assert set((folder / "used.txt").read_text().split()) == {"2", "5"}
+    with pytest.raises(UserError, match=r"asks for 3 GPUs.*has 2.*lower gpus_per_node"):
+        run(folder, gpus_per_node=3)
+
+
+def test_file_that_is_replaced_over_nfs_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json({"state": "new"}, tmp_path / "file.json")
+    read, failures = Path.read_text, [errno.ESTALE, errno.ESTALE]
+
+    def stale(path: Path, *arguments: object, **options: object) -> str:
+        if failures:
+            raise OSError(failures.pop(), "Stale file handle")
+        return read(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert read_json(tmp_path / "file.json") == {"state": "new"}
+    assert failures == []
+    failures.append(errno.EIO)
+    with pytest.raises(OSError, match="Stale"):
+        read_json(tmp_path / "file.json")
 
 
 def test_first_result_of_a_shard_counts(folder: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,14 +13,20 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import test_fanout as local
+import test_prefect as ui
+import test_run as whole
+import test_study as studies
 import yaml
+from test_judging import JudgeServer
 from test_training import PAIRS
 
 from cluster.backends import largest_array
 from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
+from flows.methods import REGISTRY
 from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Container, Resources, Slurm, Teacher, TeacherUpdate, Zero
 from montessori_core.errors import UserError
@@ -150,8 +157,24 @@ def start_driver(folder: Path, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
 
 
-def submissions(folder: Path) -> list[str]:
-    return [submission.name for submission in Ledger(folder / "stage" / "jobs").submissions]
+def submissions(folder: Path, stage: str = "stage") -> list[str]:
+    return [submission.name for submission in Ledger(folder / stage / "jobs").submissions]
+
+
+def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> Path:
+    """Have squeue fail so many times; return a file with a line for each time that is left."""
+    failures = folder / "failures"
+    squeue = f'if [ -s {failures} ]; then sed -i 1d {failures}; exit 1; fi; exec {shutil.which("squeue")} "$@"'
+    put_command(folder / "bin" / "squeue", squeue)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    failures.write_text("\n" * times)
+    return failures
+
+
+def preempt() -> None:
+    """A job that needs both nodes comes in the partition of higher priority."""
+    command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def test_results_are_those_of_the_local_profile(folder: Path) -> None:
@@ -170,6 +193,39 @@ def test_shards_beyond_the_largest_array_go_to_further_arrays(folder: Path) -> N
     first, second = Ledger(folder / "stage" / "jobs").submissions
     assert [len(first.tasks), len(second.tasks)] == [2, 1]
     assert sorted(local.computed(folder)) == ROWS[:9]
+
+
+def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder: Path) -> None:
+    until_30 = 'while row["n"] == 0 and "30" not in (folder / "computed.txt").read_text().split(): time.sleep(0.2)'
+    (folder / "squares_program.py").write_text(local.PROGRAM.replace('time.sleep(settings["seconds"])', until_30))
+    running: list[int] = []
+
+    def look(progress: Progress) -> None:
+        running.append(len(queued("--states=RUNNING", "--format=%i")))
+
+    # The first shard, of the first array, ends only when one of the second array has begun.
+    parts = run(folder, slurm=Slurm(max_array_size=3), seconds=0.2, parallel_jobs=2, on_progress=look)
+    assert local.results(parts) == EXPECTED
+    first, second = Ledger(folder / "stage" / "jobs").submissions
+    assert max(running) == 2
+    assert (first.at_once, second.at_once) == (2, 2)  # and when it was over, the second had both places
+    throttle = subprocess.run(["scontrol", "show", "job", (second.ids or [""])[0]], capture_output=True, text=True)
+    assert "ArrayTaskThrottle=2" in throttle.stdout
+
+
+def test_limit_on_submitted_jobs_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no job of ours in the queue, it is the array that is too large, and nothing to wait for."""
+    refuse = 'echo "sbatch: error: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1'
+    sbatch = shutil.which("sbatch")
+    put_command(folder / "bin" / "sbatch", f'[ -z "$(squeue -h --me)" ] || {{ {refuse}; }}; exec {sbatch} "$@"')
+    with monkeypatch.context() as environment:
+        environment.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+        slurm = Slurm(max_array_size=2)
+        assert local.results(run(folder, SHARDS[:4], 0.3, slurm=slurm, parallel_jobs=4)) == EXPECTED[:12]
+    (folder / "bin" / "sbatch").write_text(f"#!/bin/sh\n{refuse}\n")
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"(?s)job submit limit.*max_array_size"):
+        run(folder, SHARDS)
 
 
 def test_options_reach_slurm(folder: Path) -> None:
@@ -209,6 +265,15 @@ def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None
     ]
     assert "row 21 is bad" in Path(failure.value.failures[0].log).read_text()
     (folder / "fail-21").unlink()
+    assert local.results(run(folder)) == EXPECTED
+    assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
+
+
+def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
+    (folder / "full-21").touch()
+    with pytest.raises(ShardsFailed, match=r"shard 2 \(disk_full\)"):
+        run(folder)
+    (folder / "full-21").unlink()
     assert local.results(run(folder)) == EXPECTED
     assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
 
@@ -264,7 +329,10 @@ def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monke
     [orphan] = Ledger(folder / "stage" / "jobs").submissions
     assert orphan.ids is None
     assert queued(f"--name={orphan.name}")
+    sbatch.unlink()
+    failures = break_squeue(folder, monkeypatch, 2)
     assert local.results(run(folder)) == EXPECTED
+    assert failures.read_text() == ""
     assert queued(f"--name={orphan.name}") == []
 
 
@@ -279,24 +347,22 @@ def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> No
 
 
 def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = folder / "failures"
-    squeue = f'if [ -s {failures} ]; then sed -i 1d {failures}; exit 1; fi; exec {shutil.which("squeue")} "$@"'
-    put_command(folder / "bin" / "squeue", squeue)
-    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    failures = break_squeue(folder, monkeypatch, 4)  # before the first submission; then again while tasks run
     more_failures = once(lambda: len(local.computed(folder)) >= 2, lambda: failures.write_text("\n" * 4))
-    failures.write_text("\n" * 4)  # before the first submission; then again while tasks run
     assert local.results(run(folder, SHARDS[:2], seconds=1, on_progress=more_failures)) == EXPECTED[:6]
     assert failures.read_text() == ""
     assert sorted(local.computed(folder)) == ROWS[:6]
     assert len(submissions(folder)) == 1
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
-    """A busy controller answers late, or too late: then it has taken jobs whose ids nobody was told."""
+@pytest.mark.parametrize(("taken", "hangs"), [(False, False), (True, False), (True, True)])
+def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool) -> None:
+    """A busy controller answers late, too late, or never: then it may have taken jobs whose ids nobody was told."""
+    monkeypatch.setattr("cluster.backends._SBATCH_PATIENCE", 3)
     failures, sbatch = folder / "failures", shutil.which("sbatch")
     first = f'{sbatch} "$@" >/dev/null; ' if taken else ""
     away = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+    away = "sleep 600" if hangs else away
     put_command(
         folder / "bin" / "sbatch",
         f'if [ -s {failures} ]; then sed -i 1d {failures}; {first}{away}; fi; exec {sbatch} "$@"',
@@ -319,6 +385,109 @@ def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> N
     assert local.computed(folder).count(0) == 1  # the shard that was done stayed done
     assert len(local.computed(folder)) > 9
     assert len(submissions(folder)) == 1
+
+
+@pytest.mark.faults
+def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It does not hear the signal ahead of the limit either, as in a kernel or a collective that never returns."""
+    deaf = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); time.sleep(600)"
+    (folder / "squares_program.py").write_text(local.PROGRAM.replace("time.sleep(600)", deaf))
+    (folder / "hang-11").touch()
+    assert local.results(run(folder, SHARDS[:3], time_limit_minutes=1)) == EXPECTED[:9]
+    assert sorted(local.computed(folder)) == sorted([*ROWS[:9], 10, 11])
+    assert "TIMEOUT" in caplog.text
+    assert len(submissions(folder)) == 2
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
+    talking_llama: Path, tmp_path: Path
+) -> None:
+    """Its driver is killed while jobs run and while it joins tables, and a second one comes while it is at work."""
+    local_config = whole.configuration(tmp_path, talking_llama)
+    code, output = whole.call("run", str(local_config), "--run-root", "quiet", cwd=tmp_path)
+    assert code == 0, output
+    config = tmp_path / "slurm.yaml"
+    cluster = {"profile": "slurm", "poll_seconds": 0.5}
+    config.write_text(yaml.safe_dump(yaml.safe_load(local_config.read_text()) | {"cluster": cluster}))
+    run = tmp_path / "runs" / "tiny"
+    ledger = run / "iteration-1" / "influence" / "jobs" / "ledger.json"
+
+    driver = whole.montessori("run", str(config), cwd=tmp_path)
+    local.wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
+    code, output = whole.call("run", str(config), cwd=tmp_path)
+    assert (code, "another process drives this run" in output) == (1, True)
+    driver.kill()
+    driver.wait()
+    assert queued()
+
+    environment = os.environ | {"PYTHONPATH": str(whole.ROOT)}
+    command = [sys.executable, "-c", whole.DIES_WHILE_JOINING, str(run)]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == -signal.SIGKILL
+    assert len(read_json(ledger)) == 1  # what the first driver had submitted was waited for
+
+    code, output = whole.call("resume", str(run), cwd=tmp_path)
+    assert code == 0, output
+    assert whole.digests(run) == whole.digests(tmp_path / "quiet" / "tiny")
+    assert queued() == []
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_run_from_prefect_is_cancelled_and_found_again_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
+    """Cancelled: the queue is empty within a minute. Its machine lost, `up` and all: marked as crashed, and its retry waits
+    for the jobs that Slurm went on with."""
+    content = yaml.safe_load(whole.configuration(tmp_path, talking_llama).read_text())
+    content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}
+    content["cluster"] = {"profile": "slurm", "poll_seconds": 0.5}
+    server = ui.Server(tmp_path, [{"name": "tiny", "parameters": {"experiment": content}}])
+    try:
+        cancelled = server.start("tiny", "cancelled")
+        local.wait_until(lambda: bool(queued("--states=RUNNING")), 300)
+        server.set_state(cancelled, "CANCELLING")
+        local.wait_until(lambda: not queued(), 60)
+        server.wait_for(cancelled, "Cancelled")
+
+        lost = server.start("tiny", "lost")
+        ledger = server.runs / "lost" / "iteration-1" / "warmup" / "jobs" / "ledger.json"
+        ui.wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
+        driver = server.driver(lost)
+        server.process.kill()
+        driver.kill()
+        server.process.wait()
+        assert queued()
+        server.process = server.up()
+        server.wait_for(lost, "Crashed", seconds=200)
+        server.set_state(lost, "SCHEDULED")
+        server.wait_for(lost, "Completed", seconds=900)
+        assert len(read_json(ledger)) == 1
+    finally:
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(120)
+        for process in psutil.process_iter(["cmdline"]):  # the server of the `up` that was killed
+            if f"--port {server.port}" in " ".join(process.info["cmdline"] or []):
+                process.terminate()
+    assert queued() == []
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_every_method_runs_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
+    judge = JudgeServer(lambda response: str(len(response) % 6))
+    studies.write_study(tmp_path, talking_llama, judge, profile="slurm", poll_seconds=0.5)
+    environment = studies.environment_of(tmp_path)
+    code, output = whole.call("compare", "study.yaml", cwd=tmp_path, seconds=3000, **environment)
+    judge.close()
+    assert code == 0, output
+    runs = tmp_path / "runs" / "tiny-study"
+    assert {row["method"] for row in read_json(runs / "comparison.json")["methods"]} == {*REGISTRY, "mine"}
+    ids = {read_json(manifest)["job_id"] for manifest in runs.rglob("part-*.manifest.json")}
+    assert len(ids) > 50
+    assert all(re.fullmatch(r"\d+(_\d+)?", job_id) for job_id in ids)
+    assert queued() == []
 
 
 def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
@@ -362,10 +531,6 @@ def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
 
 
 def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
-    def preempt() -> None:
-        command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-        subprocess.run(command, check=True, capture_output=True)
-
     preempted = once(lambda: len(local.computed(folder)) >= 2, preempt)
     parts = run(folder, SHARDS[:2], seconds=2, on_progress=preempted, slurm=Slurm(partition="main"))
     assert local.results(parts) == EXPECTED[:6]
@@ -399,6 +564,34 @@ def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> N
     assert sorted(local.computed(folder)) == ROWS[:9]
     assert len(submissions(folder)) > 1
     assert queued() == []
+
+
+def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
+    stage = local.stage(folder, version=2)
+    run(folder, SHARDS[4:5], stage=local.stage(folder, version=1))
+    stale, manifest = (path.read_bytes() for path in (stage.part(0), stage.manifest(0)))
+    run(folder, stage=stage)
+    stage.part(0).write_text(stage.part(0).read_text()[:-3])
+    stage.part(1).write_text(stage.part(1).read_text().replace("1", "2"))
+    stage.part(2).unlink()
+    stage.manifest(3).write_text(stage.manifest(3).read_text()[:20])
+    stage.part(4).write_bytes(stale)
+    stage.manifest(4).write_bytes(manifest)
+    assert local.results(run(folder, stage=stage)) == EXPECTED
+    again = [row["n"] for shard in SHARDS[:5] for row in shard]
+    assert sorted(local.computed(folder)) == sorted([*ROWS, *again, *ROWS[12:15]])
+
+
+@pytest.mark.parametrize("first", ["slurm", "local"])
+def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> None:
+    driver = start_driver(folder, seconds=0.6) if first == "slurm" else local.start_driver(folder)
+    local.wait_until(lambda: len(local.computed(folder)) >= 2)
+    driver.kill()
+    driver.wait()
+    assert queued() if first == "slurm" else local.jobs_alive(folder / "stage")
+    assert local.results(local.run(folder) if first == "slurm" else run(folder)) == EXPECTED
+    assert queued() == []
+    assert local.jobs_alive(folder / "stage") == 0
 
 
 def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
@@ -457,8 +650,9 @@ def test_slurm_is_asked_how_large_an_array_may_be() -> None:
     assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
 
 
-def test_teacher_update_goes_on_after_one_of_its_nodes_crashed(folder: Path, tiny_llama: Path) -> None:
-    """Two nodes, ZeRO-2; the weights are those of an undisturbed training."""
+@pytest.mark.parametrize("fault", ["crash", "preemption"])
+def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
+    """ZeRO-2; the weights are those of an undisturbed training."""
     settings = {
         "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
         "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1).model_dump(mode="json"),
@@ -474,16 +668,23 @@ def test_teacher_update_goes_on_after_one_of_its_nodes_crashed(folder: Path, tin
         return part
 
     def crash(progress: Progress) -> None:
-        if progress.rows_done > 16 and not crashed:
-            crashed.append(True)
-            call_lab("kill-node", "2")
-            call_lab("start-node", "2")
+        if progress.rows_done > 16 and not hit:
+            hit.append(True)
+            if fault == "preemption":
+                preempt()
+            else:
+                call_lab("kill-node", "2")
+                call_lab("start-node", "2")
 
-    crashed: list[bool] = []
-    undisturbed, part = update("undisturbed"), update("crashed", crash)
-    assert crashed
-    logs = "".join(path.read_text() for path in (folder / "crashed" / "jobs").rglob("*_log.err"))
+    hit: list[bool] = []
+    undisturbed, part = update("undisturbed"), update("hit", crash)
+    assert hit
+    logs = "".join(path.read_text() for path in (folder / "hit" / "jobs").rglob("*_log.err"))
     assert "going on from checkpoint-" in logs
+    if fault == "preemption":
+        left = max(re.findall(r"told to go: leaving with (checkpoint-\d+)", logs))
+        assert f"going on from {left}\n" in logs  # nothing was done twice
+    assert len(submissions(folder, "hit")) == 1
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
 
@@ -533,11 +734,22 @@ def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
     [
         (
             {"slurm": {"partition": "nowhere"}},
-            ["no partition 'nowhere'; there are main, urgent", "set cluster.slurm.partition"],
+            ["no partition 'nowhere'; there are brief, main, urgent", "set cluster.slurm.partition"],
         ),
         ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 a node, 8 asked for", "gpus_per_node"]),
+        (
+            {"slurm": {"partition": "brief"}},
+            ["time limits: 2 minutes in the partition, 240 asked", "time_limit_minutes"],
+        ),
+        (
+            {"generation_python": sys.executable},
+            ["generation job: environment", "vllm: ModuleNotFoundError", "install vllm"],
+        ),
         ({"slurm": {"max_array_size": 100_000}}, ["MaxArraySize is", "or less"]),
-        ({"slurm": {"python": "/nowhere/python"}}, ["influence job: lost", "does cluster.slurm.python exist"]),
+        (
+            {"slurm": {"python": "/nowhere/python"}},
+            ["influence job: lost", "does the Python that the configuration names"],
+        ),
         ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch did not take the jobs", "see cluster.slurm"]),
     ],
 )
@@ -585,6 +797,6 @@ def doctor(folder: Path, cluster: dict[str, object], *options: str) -> tuple[int
 
 
 def put_command(path: Path, line: str) -> None:
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)

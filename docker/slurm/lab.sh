@@ -122,6 +122,7 @@ CONF
     echo "PreemptMode=REQUEUE"
     echo "SlurmctldParameters=preempt_send_user_signal"
     echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=1 GraceTime=5"
+    echo "PartitionName=brief Nodes=ALL MaxTime=2 DefaultTime=1 PriorityTier=1"
     echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=2 PreemptMode=OFF"
   } >>"$SLURM_CONF"
 }
