@@ -1,5 +1,6 @@
 # make quickstart   one iteration on this machine, with a real model
 # make test         everything the tests need, then the tests
+# make test-faults  the fault tests that take minutes each, on a real Slurm
 # make check        formatting, lint and types
 #
 # PYTHON=python3.12 picks the interpreter, TORCH="..." another build of torch (see README.md).
@@ -9,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test test-faults check clean
 
 quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
@@ -19,7 +20,10 @@ test: $(VENV)/.dev $(VENV)-vllm/.ready
 	$(BIN)/ruff format --check montessori_core cluster tasks flows tests benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m faults
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format montessori_core cluster tasks flows tests benchmarks

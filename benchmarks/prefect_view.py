@@ -4,12 +4,14 @@
 
 Starts a Prefect server of its own (SQLite, or the database named) and brings stages of tiny shards to their end in a flow on
 it, as a run does. Reported: task runs, how long after the flow's end the last of them is recorded as completed (the recorder
-works behind a queue), how many never are, the server's memory after that, and how long the run's graph takes to come.
+works behind a queue), how many never are, the server's memory after that, how long the run's graph takes to come, and how
+long it is until headless Chromium, sent to the run's page, has listed its task runs.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from playwright.sync_api import Browser, sync_playwright
 
 from flows.serving import server_environment, wait_for_server
 
@@ -72,17 +75,19 @@ def main() -> None:
         try:
             wait_for_server(server, API)
             print(  # noqa: T201
-                "| shards | wall, s | task runs | recorded as completed | lag, s | server, MB | graph, s |\n"
-                "|---|---|---|---|---|---|---|"
+                "| shards | wall, s | task runs | recorded as completed | lag, s | server, MB | graph, s | page, s |\n"
+                "|---|---|---|---|---|---|---|---|"
             )
-            for shards in arguments.shards:
-                print(row(shards, folder, server), flush=True)  # noqa: T201
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+                for shards in arguments.shards:
+                    print(row(shards, folder, server, browser), flush=True)  # noqa: T201
         finally:
             server.terminate()
             server.wait()
 
 
-def row(shards: int, folder: Path, server: "subprocess.Popen[bytes]") -> str:
+def row(shards: int, folder: Path, server: "subprocess.Popen[bytes]", browser: Browser) -> str:
     """One stage, measured."""
     started = time.time()
     environment = os.environ | {"PREFECT_API_URL": API, "PREFECT_LOGGING_LEVEL": "WARNING"}
@@ -102,7 +107,20 @@ def row(shards: int, folder: Path, server: "subprocess.Popen[bytes]") -> str:
     nodes = ask(f"flow_runs/{run['id']}/graph-v2")["nodes"]
     assert len(nodes) == completed
     graph = time.time() - asked
-    return f"| {shards} | {ended - started:.0f} | {expected} | {completed} | {lag:.1f} | {memory:.0f} | {graph:.2f} |"
+    numbers = f"{ended - started:.0f} | {expected} | {completed} | {lag:.1f} | {memory:.0f} | {graph:.2f}"
+    return f"| {shards} | {numbers} | {page_seconds(browser, run['id']):.1f} |"
+
+
+def page_seconds(browser: Browser, run: str) -> float:
+    """From the address to the list of task runs."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    started = time.time()
+    page.goto(f"http://127.0.0.1:{PORT}/runs/flow-run/{run}")
+    page.get_by_text("Task Runs", exact=True).first.click()
+    page.get_by_text("iteration 1: influence").first.wait_for()
+    seconds = time.time() - started
+    page.close()
+    return seconds
 
 
 def ask(path: str, content: dict[str, Any] | None = None) -> Any:

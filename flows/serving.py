@@ -3,6 +3,7 @@
 Both read `prefect.yaml`. A deployment's parameters are a preset of the form: what a person sees when they press Run.
 """
 
+import asyncio
 import fcntl
 import json
 import os
@@ -15,12 +16,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import yaml
 from rich.console import Console
 
@@ -30,6 +32,7 @@ from montessori_core.errors import ConfigError, UserError
 from montessori_core.study import Study
 
 _LOOPBACK = "127.0.0.1"
+_DRIVERS_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _SERVER_PATIENCE = 180.0  # seconds; a first start migrates a database
 _HEARTBEAT, _SILENCE = 30, 100  # seconds between a flow run's signs of life, and without one until it counts as crashed
 
@@ -113,6 +116,7 @@ def deploy(file: Path, pool: str, console: Console) -> None:
         api = str(client.api_url).rstrip("/")
         if not _answers(api):
             raise UserError(f"no Prefect server answers at {api}; set PREFECT_API_URL to the server's address and /api")
+        _check_login(api)
         try:
             client.read_work_pool(pool)
         except ObjectNotFound as error:
@@ -127,20 +131,39 @@ def deploy(file: Path, pool: str, console: Console) -> None:
 
 
 def _serve(deployments: list[dict[str, Any]]) -> None:
-    from prefect import serve
+    """Serve until SIGINT or SIGTERM; then end the flow runs that are at work, each of which ends its jobs."""
+    from prefect.runner import Runner
+
+    # Schedules stay as they are: the next `up` goes on with them.
+    runner = Runner(pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
+    for one in deployments:
+        runner.add_deployment(_to_deployment(one, None))
+    # In a thread of its own, so that it neither takes the signals nor kills its flow runs on the way out.
+    loop = asyncio.new_event_loop()
+    serving = asyncio.run_coroutine_threadsafe(runner.start(), loop)
+    threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    # Schedules stay as they are: the next `up` goes on with them.
-    serve(
-        *(_to_deployment(one, None) for one in deployments),
-        pause_on_shutdown=False,
-        print_starting_message=False,
-        heartbeat_seconds=_HEARTBEAT,
-    )
+    with suppress(KeyboardInterrupt):
+        serving.result()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+    _end_flow_runs()
+
+
+def _end_flow_runs() -> None:
+    """Interrupt the flow runs that this process has started, and wait until they have ended their jobs."""
+    runs = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if "prefect.engine" in child.cmdline() or "prefect.flow_engine" in child.cmdline():
+                child.send_signal(signal.SIGINT)
+                runs.append(child)
+    psutil.wait_procs(runs, timeout=_DRIVERS_PATIENCE)
 
 
 def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
@@ -199,6 +222,7 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
     if named:
         if not _answers(named):
             raise UserError(f"no Prefect server answers at {named} (PREFECT_API_URL); start it, or unset the variable")
+        _check_login(named)
         yield named
         return
     api = f"http://{_LOOPBACK}:{port}/api"
@@ -235,6 +259,7 @@ def server_environment(port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_HOST": _LOOPBACK,
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # of the host that the browser sees: the port may be a tunnel's
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # The recorder of task runs drops what it cannot keep up with; in batches it keeps up.
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
@@ -272,6 +297,22 @@ def _answers(api: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError, ValueError):
         return False
+
+
+def _check_login(api: str) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pools(limit=1)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise UserError(
+                f"the Prefect server at {api} asks for a login; set PREFECT_API_AUTH_STRING=user:password (or "
+                "PREFECT_API_KEY for Prefect Cloud)"
+            ) from None
 
 
 @contextmanager

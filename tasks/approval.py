@@ -56,7 +56,8 @@ def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
             for name, value in summarize_influence(table, threshold_of(table, baseline)).items()
         },
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in lines.items()}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
     return (
         f"**{run.experiment.name}, iteration {number}**: update the teacher on these pairs? (baseline: {baseline})\n\n"
         f"| | |\n|---|---|\n{rows}\n\nTables: `{preferences}`, `{influence}`"

@@ -21,7 +21,7 @@ from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture, wait
 
 from cluster.fanout import Progress, ShardFailure, ShardsFailed
-from cluster.oversight import log_of
+from cluster.oversight import logs_of
 from cluster.stage import Stage
 from montessori_core.errors import UserError
 
@@ -32,6 +32,7 @@ SHARD_FAILED = "montessori.shard.failed"
 _UI_PAUSE = 5.0  # seconds between updates of the progress artifact
 _FEWEST_SHARDS, _MOST_CHUNKS = 25, 20  # Prefect's graph is readable up to about 200 task runs
 _LINES_AT_A_TIME = 100  # of a log that is passed on
+_LOG_PAUSE = 1.0  # seconds between looks at logs
 _FAILURES_SHOWN = 100
 _PATIENCE = 20.0  # seconds for task runs to be recorded once their stage has ended
 
@@ -55,7 +56,8 @@ class StageView:
         cut = [range(start, min(start + size, shards)) for start in range(0, shards, size)]
         names = [f"{name} {number}/{len(cut)}" if len(cut) > 1 else name for number in range(1, len(cut) + 1)]
         self._name, self._inputs = name, list(inputs)
-        self._chunks = [Chunk(own, stage, indices, read) for own, indices in zip(names, cut, strict=True)]
+        whole = len(cut) == 1
+        self._chunks = [Chunk(own, stage, indices, read, whole) for own, indices in zip(names, cut, strict=True)]
         self._begun: dict[int, PrefectFuture[list[Any]]] = {}
         self._artifact: Any = None
         self._published = 0.0
@@ -103,9 +105,10 @@ class StageView:
 class Chunk:
     """Some shards of a stage: what the driver saw of them last."""
 
-    def __init__(self, name: str, stage: Stage, indices: range, read: Callable[[Path], Any]) -> None:
+    def __init__(self, name: str, stage: Stage, indices: range, read: Callable[[Path], Any], whole: bool) -> None:
         self.name = name
         self._stage, self._indices, self._read = stage, indices, read
+        self._logs = _LogTail(stage.folder, indices, whole)
         self._done_before: int | None = None
         self._done = 0
         self._failures: list[ShardFailure] = []
@@ -127,16 +130,15 @@ class Chunk:
         self._ended.set()
 
     def follow(self, logger: "logging.Logger | logging.LoggerAdapter[logging.Logger]") -> list[Any]:
-        """Wait for the end; pass on the log if there is one shard only; publish counts and failures.
+        """Wait for the end; pass on logs; publish counts and failures.
 
         Raises:
             UserError: shards failed, or the driver left before they ended.
         """
-        tail = _LogTail(self._stage, self._indices[0]) if len(self._indices) == 1 else None
         ended = False
         while not ended:
-            ended = self._ended.wait(1.0)
-            for line in tail.new_lines() if tail else []:
+            ended = self._ended.wait(_LOG_PAUSE if self._logs.whole else _UI_PAUSE)
+            for line in self._logs.new_lines() if self._done_before != len(self._indices) else []:
                 logger.info(line)
         before, shards = self._done_before or 0, len(self._indices)
         counts = {
@@ -181,26 +183,47 @@ def _tell(publish: Callable[[], Any]) -> Any:
 
 
 class _LogTail:
-    """The log of a shard's job, as it grows; a job that takes over has a log of its own."""
+    """The logs of the jobs at work on some shards: where they lie and, if the stage is small, what they say.
 
-    def __init__(self, stage: Stage, shard: int) -> None:
-        self._stage, self._shard = stage, shard
+    Of a large stage, thousands of jobs say more than a page can show.
+    """
+
+    def __init__(self, folder: Path, shards: range, whole: bool) -> None:
+        self._folder, self._shards, self.whole = folder, shards, whole
         self._read: dict[Path, int] = {}
 
     def new_lines(self) -> list[str]:
-        """Whole lines since the last call; of many, the last."""
+        """What is new since the last call."""
+        lines = []
+        for path, shards in logs_of(self._folder, self._shards).items():
+            if path not in self._read:
+                self._read[path] = 0
+                lines.append(f"log of {_in_words(shards)}: {path}")
+            if self.whole:
+                lines += self._tail(path)
+        return lines
+
+    def _tail(self, path: Path) -> list[str]:
+        """Whole lines that are new; of many, the last."""
         try:
-            path = log_of(self._stage.folder, self._shard)
             with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
+                file.seek(self._read[path])
                 fresh = file.read()
-        except (OSError, UserError):
+        except OSError:
             return []
         whole = fresh[: fresh.rfind(b"\n") + 1]
-        self._read[path] = self._read.get(path, 0) + len(whole)
+        self._read[path] += len(whole)
         lines = [line for line in whole.decode(errors="replace").splitlines() if line.strip()]
         skipped = len(lines) - _LINES_AT_A_TIME
         return [f"({skipped} lines more in {path})", *lines[-_LINES_AT_A_TIME:]] if skipped > 0 else lines
+
+
+def _in_words(shards: list[int]) -> str:
+    if len(shards) == 1:
+        return f"shard {shards[0]}"
+    if shards == list(range(shards[0], shards[-1] + 1)):
+        return f"shards {shards[0]} to {shards[-1]}"
+    return f"shards {', '.join(map(str, shards[:5]))}{f' and {len(shards) - 5} more' if len(shards) > 5 else ''}"
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)

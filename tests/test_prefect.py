@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_run import ROOT, configuration, digests
 
-from flows.serving import read_deployments
+from flows.serving import read_deployments, server_environment, wait_for_server
 from montessori_core.errors import ConfigError
 from montessori_core.study import Study, read_study
 
@@ -65,6 +66,7 @@ class Server:
     def __init__(self, folder: Path, deployments: list[dict[str, Any]]) -> None:
         self.folder, self.runs = folder, folder / "runs"
         (folder / "prefect.yaml").write_text(yaml.safe_dump({"name": "test", "deployments": deployments}))
+        self.deployments = len(deployments)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -80,6 +82,7 @@ class Server:
     def up(self) -> subprocess.Popen[str]:
         """Start it; return when it serves."""
         log = (self.folder / "up.log").open("a")
+        begun = (self.folder / "up.log").stat().st_size
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "up", "--port", str(self.port)],
             cwd=self.folder,
@@ -89,18 +92,24 @@ class Server:
             text=True,
             start_new_session=True,
         )
-        begun = (self.folder / "up.log").stat().st_size
-        wait_until(lambda: "press Run" in (self.folder / "up.log").read_text()[begun:], process=process)
-        wait_until(lambda: len(self.ask("deployments/filter", {})) > 0)
+        wait_until(lambda: b"press Run" in (self.folder / "up.log").read_bytes()[begun:], process=process)
+        wait_until(lambda: len(self.ask("deployments/filter", {})) >= self.deployments)
         return process
 
-    def ask(self, path: str, content: dict[str, Any] | list[Any] | None = None) -> Any:
-        """An answer of the API: to a GET, or to a POST of `content`."""
+    def ask(self, path: str, content: dict[str, Any] | list[Any] | None = None, method: str | None = None) -> Any:
+        """An answer of the API: to a GET, or to a POST (or another method) of `content`."""
         data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(f"{self.url}/api/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            body = answer.read()
-        return json.loads(body) if body else None
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/api/{path}", data, kind, method=method)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    body = answer.read()
+                return json.loads(body) if body else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # what the server says when its database is busy; clients ask again
+                    raise
+                time.sleep(1)
 
     def deployment(self, name: str, flow: str = "montessori") -> dict[str, Any]:
         """A deployment by its name."""
@@ -135,6 +144,12 @@ class Server:
 
         wait_until(reached, seconds, lambda: f"{self.state(run)}: {self.logs(run)[-3000:]}")
 
+    def at_work(self, deployment: str) -> list[str]:
+        """Runs of a deployment that have begun and not ended."""
+        content = {"deployments": {"id": {"any_": [deployment]}}}
+        found = self.ask("flow_runs/filter", content)
+        return [run["id"] for run in found if run["state"]["name"] in ("Pending", "Running")]
+
     def set_state(self, run: str, state: str) -> None:
         """What the UI's buttons send."""
         self.ask(f"flow_runs/{run}/set_state", {"state": {"type": state, "name": state.capitalize()}, "force": True})
@@ -142,8 +157,11 @@ class Server:
     def logs(self, run: str) -> str:
         """Messages of a flow run and of its subflows."""
         ids = [run, *self.subflows(run)]
-        found = self.ask("logs/filter", {"logs": {"flow_run_id": {"any_": ids}}, "sort": "TIMESTAMP_ASC", "limit": 200})
-        return "\n".join(entry["message"] for entry in found)
+        content = {"logs": {"flow_run_id": {"any_": ids}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        found: list[str] = []
+        while page := self.ask("logs/filter", content | {"offset": len(found)}):
+            found += [entry["message"] for entry in page]
+        return "\n".join(found)
 
     def subflows(self, run: str) -> list[str]:
         """Ids of a flow run's subflows, at any depth."""
@@ -226,6 +244,12 @@ def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
     deployments = [
         {"name": "tiny", "parameters": {"experiment": content}, "tags": ["montessori"]},
         {"name": "alone", "parameters": {"experiment": content}, "concurrency_limit": limit},
+        {
+            "name": "nightly",
+            "parameters": {"experiment": content | {"name": "nightly"}},
+            "concurrency_limit": limit,
+            "schedules": [{"interval": 20, "active": False}],
+        },
         {
             "name": "study",
             "entrypoint": "flows/study.py:compare",
@@ -367,7 +391,12 @@ def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
     for stranger in ("finished/config.yaml", "../prefect.yaml", "finished/../../prefect.yaml"):
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(address[0].rpartition("/finished/")[0] + "/" + stranger)
-    assert "cluster.worker: warmup: shard 0, 4 rows" in server.logs(finished)  # from the training's own log
+    logs = server.logs(finished)
+    assert "cluster.worker: warmup: shard 0, 4 rows" in logs  # from the training's own log
+    for shard in range(4):
+        assert f"cluster.worker: influence: shard {shard}, 4 rows" in logs
+    [path] = set(re.findall(r"log of shards 0 to 3: (.*/iteration-1/influence/jobs/.*)", logs))
+    assert Path(path).read_text()
 
 
 def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_report(
@@ -477,14 +506,18 @@ def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_o
     assert digests(folder) == digests(server.runs / "finished")
 
 
-def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str) -> None:
+def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
     wait_until(lambda: any(server.state(flow) == "Paused" for flow in server.subflows(run)))
     [paused] = [flow for flow in server.subflows(run) if server.state(flow) == "Paused"]
     schema_key = server.ask(f"flow_runs/{paused}")["state"]["state_details"]["run_input_keyset"]["description"]
     assert "preference pairs" in str(server.ask(f"flow_runs/{paused}/input/{schema_key}"))
-    server.ask(f"flow_runs/{paused}/resume", {"run_input": {"update_the_teacher": True}})
+    page.goto(f"{server.url}/runs/flow-run/{paused}")
+    page.get_by_role("button", name="Resume", exact=True).click()
+    expect(page.get_by_text("update the teacher on these pairs?").first).to_be_visible()
+    photograph(page, "prefect-approval")
+    page.get_by_role("button", name="Submit").click()
     server.wait_for(run, "Completed")
     again = server.start("tiny", "approved", approve=True)
     server.wait_for(again, "Completed")
@@ -504,6 +537,46 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     server.wait_for(running, "Completed")
     assert (server.runs / "weekly" / "iteration-2" / "metrics.json").exists()
     assert not (server.runs / "weekly" / "iteration-3").exists()
+
+
+def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
+    server.copy_of(finished, "nightly")
+    nightly = server.deployment("nightly")
+    [schedule] = nightly["schedules"]
+
+    def completed() -> int:
+        own = {
+            "deployments": {"id": {"any_": [nightly["id"]]}},
+            "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
+        }
+        return len(server.ask("flow_runs/filter", own))
+
+    server.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": True}, "PATCH")
+    try:
+        wait_until(lambda: completed() >= 2, 300)
+    finally:
+        server.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": False}, "PATCH")
+    wait_until(lambda: not server.at_work(nightly["id"]))
+    assert digests(server.runs / "nightly") == digests(server.runs / "finished")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_run_under_way_when_up_ends_is_visible_and_goes_on_after_a_retry(
+    server: Server, finished: str, how: signal.Signals
+) -> None:
+    folder = server.copy_of(finished, f"ended-by-{how.name}", "warmup")
+    run = server.start("tiny", folder.name)
+    wait_until(lambda: len(server.jobs()) > 0)
+    server.process.send_signal(how)
+    assert server.process.wait(120) == 0
+    assert server.jobs() == []
+    assert "down; runs go on" in (server.folder / "up.log").read_text().splitlines()[-1]
+    server.process = server.up()
+    wait_until(lambda: server.state(run) in ENDS, 180)
+    assert server.state(run) != "Completed"
+    server.set_state(run, "SCHEDULED")
+    server.wait_for(run, "Completed")
+    assert digests(folder) == digests(server.runs / "finished")
 
 
 def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(server: Server) -> None:
@@ -587,5 +660,65 @@ def test_key_from_the_environment_is_written_nowhere(server: Server, finished: s
     assert len(files) > 100
     assert any(path.suffix == ".db" for path in files)
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    tables = [path for path in files if path.suffix == ".parquet"]  # compressed
+    assert len(tables) > 20
+    assert [path for path in tables if CANARY in json.dumps(pq.read_table(path).to_pylist())] == []
     for route in ("flow_runs", "deployments", "artifacts", "logs"):
         assert CANARY not in json.dumps(server.ask(f"{route}/filter", {}))
+
+
+def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tmp_path: Path, page: Page) -> None:
+    """And the login is written nowhere; the UI finds the API wherever people reach the server, as through a tunnel."""
+    [service] = [
+        service
+        for name, service in yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"].items()
+        if name == "server"
+    ]
+    login = f"group:{CANARY}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shipped = {name: value for name, value in service["environment"].items() if "DATABASE" not in name}
+    environment = (
+        server_environment(port)
+        | shipped
+        | {
+            "PREFECT_SERVER_API_AUTH_STRING": login,
+            "PREFECT_HOME": str(tmp_path / "server"),
+        }
+    )
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        api = f"http://127.0.0.1:{port}/api"
+        wait_for_server(server, api)
+        (tmp_path / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+        client = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_HOME": str(tmp_path / "client"),
+            "PREFECT_API_URL": api,
+        }
+
+        def deploy(**more: str) -> subprocess.CompletedProcess[str]:
+            arguments = [sys.executable, "-m", "flows.cli", "deploy", "--pool", "cluster"]
+            return subprocess.run(
+                arguments, cwd=tmp_path, env=client | more, capture_output=True, text=True, check=False
+            )
+
+        refused = deploy()
+        assert refused.returncode == 1
+        assert "PREFECT_API_AUTH_STRING" in refused.stdout
+        create = [sys.executable, "-m", "prefect", "work-pool", "create", "cluster", "--type", "process"]
+        subprocess.run(create, env=client | {"PREFECT_API_AUTH_STRING": login}, capture_output=True, check=True)
+        registered = deploy(PREFECT_API_AUTH_STRING=login)
+        assert registered.returncode == 0, registered.stdout + registered.stderr
+        page.goto(f"http://localhost:{port}/deployments")
+        page.locator("input[type=password]").fill(login)
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("quickstart").first).to_be_visible()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
