@@ -109,8 +109,10 @@ class Submission:
         tasks: the shards of each job.
         host: whose processes the jobs are; None for jobs of Slurm.
         at_once: how many of the jobs the scheduler may run at a time.
+        gpus: that each job was given.
         ids: of the jobs; None until the scheduler has answered.
         missed: looks in a row at which a job was not found.
+        lost: class of the loss of each job that went and left shards to be submitted again.
         closed: no job is left.
     """
 
@@ -119,8 +121,10 @@ class Submission:
     tasks: list[Task]
     host: str | None
     at_once: int
+    gpus: int = 0
     ids: list[str] | None = None
     missed: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
     closed: bool = False
 
 
@@ -137,6 +141,13 @@ class Ledger:
     def save(self) -> None:
         """Write the ledger."""
         write_json([vars(submission) for submission in self.submissions], self._file)
+
+    def note_loss(self, name: str, job_id: str, kind: str) -> None:
+        """Keep of what class the loss of a job was whose shards are submitted again."""
+        for submission in self.submissions:
+            if submission.name == name:
+                submission.lost[job_id] = kind
+        self.save()
 
     def open_submissions(self) -> list[Submission]:
         """Submissions that may still have jobs."""
@@ -351,6 +362,7 @@ class _Driver:
             noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": False, "traceback": ""}
             write_json(noted | {"error": self._failed[first].error}, self._stage.failure_file(first))
             return
+        self._ledger.note_loss(name, job_id, kind)
         backoff = self._pause(losses - 1)
         log.warning(
             "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff
@@ -390,7 +402,8 @@ class _Driver:
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
         name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
         at_once = self._resources.parallel_jobs - self._running
-        submission = Submission(name, self._work, tasks, self._host, at_once)
+        gpus = self._resources.nodes * self._resources.gpus_per_node
+        submission = Submission(name, self._work, tasks, self._host, at_once, gpus)
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / name

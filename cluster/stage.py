@@ -82,9 +82,9 @@ class Stage:
         """Where shard `index` leaves its traceback."""
         return self.folder / "failures" / f"{index:05d}.json"
 
-    def note_node(self, job_id: str, node: str) -> None:
-        """Said by a job when it starts: where it runs, for the case that it can say nothing later."""
-        write_json({"node": node}, self.folder / "jobs" / f"node-of-{job_id}.json")
+    def note_node(self, job_id: str, node: str, restarts: int) -> None:
+        """Said by a job when it starts: where it runs, for the case that it can say nothing later, and which start it is."""
+        write_json({"node": node, "restarts": restarts}, self.folder / "jobs" / f"node-of-{job_id}.json")
 
     def node_of(self, job_id: str) -> str | None:
         """Where a job last started; None if it never did."""

@@ -38,7 +38,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
-    stage.note_node(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node())
+    stage.note_node(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
     with private_folders(f"{environment.job_id}-{environment.global_rank}"):
         join_processes(environment, stage.folder / "jobs")
         _compute_shards(stage, indices, environment)

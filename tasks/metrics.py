@@ -1,12 +1,13 @@
 """The numbers of an iteration, gathered from its tables and logs into `metrics.json`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from cluster.accounting import use_of
 from montessori_core.atomic import read_json, write_json
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
@@ -38,6 +39,11 @@ def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
     pairs = read_table(files.preferences, PREFERENCES)
     probed = read_table(files.influence, INFLUENCE)
     threshold = threshold_of(probed, run.experiment.preferences.baseline)
+    stages = [
+        stage.parent
+        for parent in (folder, unmodified, run.folder / "untrained")
+        for stage in sorted(parent.rglob("stage.json"))
+    ]
     content: dict[str, Any] = {
         "iteration": number,
         "synthesis": {
@@ -54,11 +60,8 @@ def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
             if name != "student"
         },
         "training_logs": _beside_models(run, number, LOG_FILE),
-        "job_seconds": {
-            str(stage.parent.relative_to(run.folder)): round(stage_seconds(stage.parent), 1)
-            for parent in (folder, unmodified, run.folder / "untrained")
-            for stage in sorted(parent.rglob("stage.json"))
-        },
+        "job_seconds": {str(stage.relative_to(run.folder)): round(stage_seconds(stage), 1) for stage in stages},
+        "stages": [{"stage": str(stage.relative_to(run.folder)), **asdict(use_of(stage))} for stage in stages],
     }
     if files.training_influence is not None:
         content["influence"]["training"] = summarize_influence(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import submitit
 
+from cluster.accounting import use_of
 from cluster.backends import LocalBackend
 from cluster.fanout import Ledger, Progress, ShardsFailed, classify_loss, fan_out, retries_of
 from cluster.oversight import look_at
@@ -107,6 +108,17 @@ def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
     (folder / "kill-31").touch()
     assert results(run(folder)) == EXPECTED
     assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [30, 31])
+
+
+def test_use_of_a_stage_is_what_its_jobs_took(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "kill-31").touch()
+    run(folder, jobs=1)
+    use = use_of(folder / "stage")
+    assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (6, 18, 2, 1, 0, 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # as Slurm tells a job that it has put back into the queue
+    run(folder, [*SHARDS, [{"n": 60}]], jobs=1)
+    use = use_of(folder / "stage")
+    assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (7, 19, 3, 1, 2, 0)
 
 
 def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
