@@ -363,13 +363,11 @@ def deploy(
 @app.command()
 def report(run_dir: RunFolder) -> None:
     """Write the report of a run anew, from what lies in its folder."""
-    from montessori_core.atomic import commit
     from montessori_core.report.render import render_report
     from tasks.run import reopen_run
 
     folder = reopen_run(run_dir).folder
-    with commit(folder / "report.html") as temporary:
-        temporary.write_text(render_report(folder), encoding="utf-8")
+    render_report(folder).write(folder / "report.html")
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 

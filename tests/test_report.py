@@ -1,7 +1,9 @@
 """The report: complete in itself, safe whatever a model wrote, and honest about what is there."""
 
 import base64
+import csv
 import hashlib
+import io
 import json
 import math
 import random
@@ -23,8 +25,10 @@ from montessori_core.config import Preferences, parse_experiment, write_yaml
 from montessori_core.errors import DataError
 from montessori_core.influence_table import note_influence
 from montessori_core.preferences import build_preferences, threshold_of
-from montessori_core.report.figures import histogram_edges
-from montessori_core.report.render import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN, render_report
+from montessori_core.report.contents import Influence
+from montessori_core.report.influence import histogram_edges, positive_shares
+from montessori_core.report.render import render_report
+from montessori_core.report.texts import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
 from montessori_core.schema import (
     EXAMPLES,
     INFLUENCE,
@@ -55,7 +59,7 @@ class Page(HTMLParser):
 
     source: str
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    scripts: list[tuple[str | None, str]] = field(default_factory=list)
+    scripts: list[tuple[str | None, str]] = field(default_factory=list)  # class and content
     reversing: set[str] = field(default_factory=set)
     style: str = ""
     text: str = ""
@@ -68,7 +72,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag == "script":
-            self.scripts.append((dict(attrs).get("type"), ""))
+            self.scripts.append((dict(attrs).get("class"), ""))
 
     def handle_data(self, data: str) -> None:
         if self.cdata_elem == "script":
@@ -87,7 +91,16 @@ class Page(HTMLParser):
 
     @property
     def plots(self) -> list[dict[str, Any]]:
-        return [json.loads(content, parse_constant=_no_constant) for kind, content in self.scripts if kind]
+        return [content["plot"] for content in self.data("figure")]
+
+    @property
+    def examples(self) -> list[Any]:
+        """Rows of the table of examples, all pages."""
+        return [row for rows in self.data("rows") for row in rows]
+
+    def data(self, kind: str) -> list[Any]:
+        """What the page hands to its script."""
+        return [json.loads(content, parse_constant=_no_constant) for found, content in self.scripts if found == kind]
 
     def count(self, tag: str, **attributes: str) -> int:
         return sum(name == tag and attributes.items() <= found.items() for name, found in self.tags)
@@ -98,7 +111,7 @@ def _no_constant(name: str) -> None:
 
 
 def page_of(folder: Path) -> Page:
-    return Page(render_report(folder))
+    return Page(render_report(folder).html)
 
 
 def write_run(
@@ -112,6 +125,7 @@ def write_run(
     write_yaml(experiment, folder / "config.yaml")
     write_json({"opened": "2026-01-01T00:00:00Z", "versions": {"torch": "2.9"}}, folder / "provenance.json")
     write_synthesis(folder / "unmodified" / "training", "u", examples, texts)
+    write_influence(folder / "unmodified" / "training-influence.parquet", "u", examples, 0.0)
     for number in range(1, iterations + 1):
         write_iteration(folder / f"iteration-{number}", number, examples, texts, experiment.preferences)
     return folder
@@ -173,8 +187,9 @@ def write_influence(path: Path, draw: str, examples: int, shift: float) -> None:
                 "influence_null_step": value if measured else None,
                 "standard_error": 3e-5 if measured else None,
                 "estimator": "exact",
-                "audited": False,
+                "audited": measured,
                 "reference_tokens": 900,
+                "first_order_null_step": value + random_numbers.gauss(0, 3e-5) if measured else None,
             }
         )
     notes = {"noise_floor": 2e-5, "null_step_influence": -5e-4, "student_loss": 2.5, "reference_tokens": 900.0}
@@ -199,6 +214,30 @@ def metrics(number: int, gain: float = 0.02, error: float = 0.004) -> dict[str, 
         "held_out_gain": {},
         "training_logs": {"teacher": dpo, "student": sft},
         "job_seconds": {f"iteration-{number}/student": 75.5, f"iteration-{number}/influence": 7200.0},
+        "stages": [
+            stage_use(f"iteration-{number}/student", rows=400, seconds=75.5),
+            stage_use(f"iteration-{number}/influence", rows=1000, seconds=7200.0, jobs=8, retries=2, preemptions=1),
+        ],
+        "scores": [
+            score(model, benchmark, metric, mean + 0.01 * number)
+            for model in ("student", "unmodified", "untrained")
+            for benchmark, metric, mean in (
+                ("arc_challenge", "acc_norm", 0.31),
+                ("mt_bench", "score", 5.2),
+                ("mt_bench", "score_writing", 6.1),
+            )
+        ],
+        "head_to_head": [
+            {"model": "student", "against": "unmodified", "wins": 12, "ties": 3, "losses": 5, "unparsed": 1},
+            {"model": "student", "against": "untrained", "wins": 15, "ties": 1, "losses": 4, "unparsed": 0},
+        ],
+        "contamination": [
+            {"benchmark": "mt_bench", "data": "training set", "items": 80, "overlapping": 1, "n": 8},
+        ],
+        "teacher_checkpoints": [
+            {"step": 10 * s, "margin": 0.1 * s, "held_out_loss": 2.7 - 0.03 * s, "standard_error": 0.01}
+            for s in range(1, 5)
+        ],
     }
     if number == 1:
         content["held_out_loss"] |= {
@@ -211,6 +250,16 @@ def metrics(number: int, gain: float = 0.02, error: float = 0.004) -> dict[str, 
         }
         content["training_logs"] |= {"warmup": sft, "unmodified": sft}
     return content
+
+
+def stage_use(stage: str, rows: int, seconds: float, **counts: int) -> dict[str, Any]:
+    use = {"shards": 4, "jobs": 1, "retries": 0, "preemptions": 0, "gpus": 4, "flops": 10**15} | counts
+    return {"stage": stage, "rows": rows, "seconds": seconds} | use
+
+
+def score(model: str, benchmark: str, metric: str, mean: float) -> dict[str, Any]:
+    counted = {"mean": mean, "standard_error": 0.01, "examples": 80, "higher_is_better": True}
+    return {"model": model, "benchmark": benchmark, "metric": metric} | counted
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +284,8 @@ def test_model_text_never_becomes_markup(hostile: Page, run: Path) -> None:
         name for _, attributes in harmless.tags for name in attributes
     }
     assert hostile.programs == harmless.programs
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile.text + json.dumps(hostile.plots, ensure_ascii=False))
+    data = json.dumps([hostile.plots, hostile.examples], ensure_ascii=False)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile.text + data)
 
 
 def test_text_that_reverses_its_line_has_a_block_of_its_own(hostile: Page) -> None:
@@ -291,6 +341,47 @@ def test_every_figure_is_valid_and_has_a_sentence(run: Path) -> None:
         assert figure.data
 
 
+def test_data_of_every_figure_is_in_the_page_and_beside_it(tmp_path: Path) -> None:
+    report = render_report(write_run(tmp_path / "run", iterations=2))
+    report.write(tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    embedded = [content["csv"] for content in page.data("figure")]
+    names = [a["data-name"] for tag, a in page.tags if tag == "button" and "data-name" in a]
+    written = {path.name: path.read_text() for path in (tmp_path / "report-data").iterdir()}
+    assert written == dict(zip(names, embedded, strict=True))
+    assert len(written) == len(embedded)
+    for text in embedded:
+        header, *rows = csv.reader(io.StringIO(text))
+        assert rows
+        assert {len(row) for row in rows} == {len(header)}
+
+
+def test_data_that_is_exported_is_what_the_tables_hold(run: Path) -> None:
+    data = {name: list(csv.DictReader(io.StringIO(text))) for name, text in render_report(run).data.items()}
+    funnel = {row["step"]: int(row["instructions"]) for row in data["synthesis-iteration-1-probing-set"]}
+    assert funnel == {"candidates": 46, LIKE_ACCEPTED: 3, NO_TAGS: 3, "kept": 40}
+    probed = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE).to_pylist()
+    audited = {row["example_id"]: row["influence_null_step"] for row in probed if row["audited"]}
+    agreement = data["influence-first-order-estimate-against-exact-influence"]
+    (column,) = (name for name in agreement[0] if name.startswith("exact"))
+    assert {row["example_id"]: float(row[column]) for row in agreement} == pytest.approx(
+        {name: 1e6 * value for name, value in audited.items()}
+    )
+    lengths = [row for row in data["synthesis-lengths-lengths-of-instructions-figure-11"] if row["set"] == "Teacher 0"]
+    assert sum(int(row["examples"]) for row in lengths) == 40
+
+
+def test_batches_count_what_helps_in_the_order_of_the_training_set(run: Path) -> None:
+    table = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)
+    values = table["influence_student"].to_pylist()  # the last was not measured
+    part = Influence("set", table, threshold=sorted(values[:-1])[20])
+    shares = positive_shares(part, 16)
+    assert list(shares) == [1, 2, 3]
+    sizes = (16, 16, 7)
+    assert sum(share * size for share, size in zip(shares.values(), sizes, strict=True)) == pytest.approx(18)
+    assert shares[1] == sum(value > part.threshold for value in values[:16]) / 16
+
+
 @pytest.mark.parametrize(
     ("lost", "sentence"),
     [
@@ -340,7 +431,7 @@ def test_two_iterations_are_both_shown(tmp_path: Path) -> None:
     for number in (1, 2):
         assert f"i{number}-probing: explain thing number 3" in page.text
         assert any(str(title).startswith(f"Iteration {number}: updated") for title in titles)
-    assert page.count("input", type="search") == 2
+    assert {row[3][0][2] for row in page.examples} == {1, 2}  # the column of the iteration
     assert "2 of 2 finished" in page.text
 
 
@@ -407,7 +498,7 @@ def test_values_that_are_not_finite_leave_the_page_whole(run: Path, tmp_path: Pa
 def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline: str) -> None:
     folder = write_run(tmp_path / "run", preferences={"baseline": baseline})
     expected = threshold_of(read_table(folder / "iteration-1" / "influence.parquet", INFLUENCE), baseline)
-    (plot,) = (plot for plot in page_of(folder).plots if plot["data"][0].get("fill"))
+    (plot,) = (plot for plot in page_of(folder).plots if "annotations" in plot["layout"])
     (line,) = (s for s in plot["layout"]["shapes"] if s["type"] == "line" and s["line"]["dash"] == "solid")
     assert line["x0"] == pytest.approx(expected * 1e6)
     for trace in plot["data"]:
@@ -417,7 +508,8 @@ def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline
 def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", examples=EXAMPLES_SHOWN + 7))
     assert f"The first {EXAMPLES_SHOWN:,} of {EXAMPLES_SHOWN + 7:,} examples" in page.text
-    assert page.count("td", **{"data-label": "Status"}) == EXAMPLES_SHOWN
+    assert len(page.examples) == EXAMPLES_SHOWN
+    assert page.count("td", **{"data-label": "Status"}) == 50
     assert page.count("article") == PAIRS_SHOWN
     pairs = read_table(tmp_path / "run" / "iteration-1" / "preferences.parquet", PREFERENCES).num_rows
     assert f"{PAIRS_SHOWN} of {pairs:,} pairs" in page.text

@@ -86,6 +86,10 @@ class Iteration:
         """Paired gain, mean and standard error, by the name of the comparison: student_over_..."""
         return dict((self.metrics or {}).get("held_out_gain", {}))
 
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """A list of the metrics: scores, head_to_head, contamination, teacher_checkpoints or stages."""
+        return list((self.metrics or {}).get(name, []))
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -97,6 +101,7 @@ class Contents:
     provenance: dict[str, Any]
     iterations: list[Iteration]
     unmodified: Synthesis | None
+    unmodified_influence: Influence | None
 
     def setting(self, section: str, name: str, default: Any) -> Any:
         """A value of the configuration; `default` where the configuration does not say."""
@@ -125,6 +130,34 @@ class Contents:
         return [part for part in (*sets, self.unmodified) if part is not None and part.instructions is not None]
 
     @property
+    def teachers(self) -> dict[int, Influence]:
+        """The influence of what each teacher wrote: 0 is the one the run began with, 1 the first update, and so on."""
+        found = {
+            iteration.number - 1: iteration.influence
+            for iteration in self.iterations
+            if iteration.influence is not None
+        }
+        for iteration in self.iterations:
+            if iteration.training_influence is not None:
+                found.setdefault(iteration.number, iteration.training_influence)
+        return dict(sorted(found.items()))
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What each stage used, see `cluster.accounting`, in the order of their folders."""
+        found = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
+        return [found[name] for name in sorted(found)]
+
+    def heading(self, iteration: Iteration) -> str | None:
+        """What parts of an iteration stand under; nothing if there is only one."""
+        return f"Iteration {iteration.number}" if max(self.planned, len(self.iterations)) > 1 else None
+
+    def in_iteration(self, label: str, iteration: Iteration) -> str:
+        """A label that says of which iteration it is."""
+        heading = self.heading(iteration)
+        return f"{heading}: {label}" if heading else label[0].upper() + label[1:]
+
+    @property
     def job_seconds(self) -> dict[str, float]:
         """Seconds of jobs by the folder of the stage."""
         merged: dict[str, float] = {}
@@ -149,13 +182,18 @@ def read_contents(folder: Path) -> Contents:
     }
     unmodified = folder / "unmodified"
     baseline = _setting(settings, "preferences", "baseline", "student")
+    iterations = [_read_iteration(path, unmodified, number, baseline) for number, path in sorted(numbered.items())]
+    # Measured on the student of the first iteration, so it is divided where that iteration's examples are.
+    threshold = iterations[0].influence.threshold if iterations and iterations[0].influence else None
+    of_unmodified = _read(unmodified / "training-influence.parquet", INFLUENCE)
     return Contents(
         name=str(settings.get("name", folder.resolve().name)),
         config=text,
         settings=settings,
         provenance=read_json(folder / "provenance.json") or {},
-        iterations=[_read_iteration(path, unmodified, number, baseline) for number, path in sorted(numbered.items())],
+        iterations=iterations,
         unmodified=_read_synthesis(unmodified / "training", "Unmodified teacher") if unmodified.is_dir() else None,
+        unmodified_influence=_influence("Training set (unmodified teacher)", of_unmodified, threshold),
     )
 
 

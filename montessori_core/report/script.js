@@ -2,91 +2,193 @@
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const plots = [...document.querySelectorAll(".plot")];
+const drawn = new Set();
 
 // Plotly draws with attributes, so the page's colours are handed to it, and again whenever they change.
-function colours() {
+function colours(layout) {
   const style = getComputedStyle(document.documentElement);
-  const text = style.getPropertyValue("--muted").trim();
-  const line = style.getPropertyValue("--line").trim();
-  return {
-    "font.color": text,
-    "modebar.color": text,
-    "modebar.activecolor": style.getPropertyValue("--accent").trim(),
-    "xaxis.gridcolor": line,
-    "xaxis.linecolor": line,
-    "yaxis.gridcolor": line,
-    "yaxis.linecolor": line,
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const given = {
+    "font.color": colour("--muted"),
+    "modebar.color": colour("--muted"),
+    "modebar.activecolor": colour("--accent"),
   };
+  for (const axis of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
+    given[`${axis}.gridcolor`] = colour("--line");
+    given[`${axis}.linecolor`] = colour("--line");
+  }
+  return given;
+}
+
+function contents(plot) {
+  return JSON.parse(plot.parentElement.querySelector("script.figure").textContent);
 }
 
 function draw(plot) {
-  const { data, layout } = JSON.parse(plot.nextElementSibling.textContent);
-  const options = {
+  if (drawn.has(plot)) return;
+  drawn.add(plot);
+  const { data, layout } = contents(plot).plot;
+  const given = colours(layout);
+  for (const [path, colour] of Object.entries(given)) {
+    const [part, name] = path.split(".");
+    layout[part] = { ...layout[part], [name]: colour };
+  }
+  Plotly.newPlot(plot, data, layout, {
     responsive: true,
     displaylogo: false,
     displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-  };
-  return Plotly.newPlot(plot, data, layout, options).then(() => Plotly.relayout(plot, colours()));
+    modeBarButtons: [layout.xaxis ? ["toImage", "zoom2d", "pan2d", "resetScale2d"] : ["toImage"]],
+  });
+}
+
+// One at a time, so that the page can be read and scrolled while the others are drawn.
+function drawNext() {
+  const next = plots.find((plot) => !drawn.has(plot));
+  if (!next) return;
+  draw(next);
+  setTimeout(drawNext);
 }
 
 function recolour() {
-  for (const plot of plots) Plotly.relayout(plot, colours());
+  for (const plot of drawn) Plotly.relayout(plot, colours(plot.layout));
 }
 
 function refit() {
+  plots.forEach(draw);
   recolour();
   for (const plot of plots) Plotly.Plots.resize(plot);
+}
+
+function offerData(button) {
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([contents(button).csv], { type: "text/csv" }));
+    link.download = button.dataset.name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href));
+  });
+}
+
+// An element with text. Texts of models come this way only, never as markup.
+function element(name, text = "", className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function modelText(text) {
+  const block = element("div", text, "model");
+  block.dir = "auto";
+  return block;
+}
+
+function rowOf([instruction, response, summary, cells], columns) {
+  const row = document.createElement("tr");
+  const texts = document.createElement("td");
+  texts.append(modelText(instruction));
+  if (response !== null) {
+    const folded = element("details", "", "response");
+    folded.append(element("summary", summary), modelText(response));
+    texts.append(folded);
+  }
+  row.append(texts);
+  cells.forEach(([text, remark], column) => {
+    const cell = element("td", text);
+    cell.dataset.label = columns[column];
+    if (remark) cell.append(" ", element("small", remark));
+    row.append(cell);
+  });
+  return row;
 }
 
 function makeExplorer(explorer) {
   const input = explorer.querySelector("input");
   const output = explorer.querySelector("output");
+  const table = explorer.querySelector(".scroll");
   const body = explorer.querySelector("tbody");
+  const pager = explorer.querySelector(".pager");
   const headers = [...explorer.querySelectorAll("th")];
-  const rows = [...body.rows].map((row) => {
-    const [example, status] = [row.cells[0], row.cells[row.cells.length - 1]];
-    return { row, text: `${example.textContent} ${status.textContent}`.toLowerCase() };
-  });
+  const columns = headers.slice(1).map((header) => header.textContent);
+  const perPage = Number(explorer.dataset.rows);
+  // Read when they are first needed: the first page is there already.
+  let entries, found;
+  let page = 0;
 
-  input.addEventListener("input", () => {
-    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const { row, text } of rows) {
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += row.hidden ? 0 : 1;
+  function read() {
+    if (entries) return;
+    const rows = JSON.parse(explorer.querySelector("script.rows").textContent);
+    entries = rows.map((row) => {
+      const [instruction, response, , cells] = row;
+      return { row, text: `${instruction} ${response ?? ""} ${cells[cells.length - 1][0]}`.toLowerCase() };
+    });
+    found = entries;
+  }
+
+  function show(number) {
+    page = number;
+    body.replaceChildren(...found.slice(page * perPage, (page + 1) * perPage).map(({ row }) => rowOf(row, columns)));
+    table.scrollTop = 0;
+    showPager(found.length);
+  }
+
+  function showPager(count) {
+    const pages = Math.max(1, Math.ceil(count / perPage));
+    pager.hidden = pages === 1;
+    pager.querySelector("span").textContent = `Page ${page + 1} of ${pages.toLocaleString("en")}`;
+    for (const button of pager.querySelectorAll("button")) {
+      const target = page + Number(button.value);
+      button.disabled = target < 0 || target >= pages;
     }
-    output.textContent = words.length ? `${shown} of ${rows.length} shown` : `${rows.length} shown`;
-  });
+  }
 
+  function search() {
+    read();
+    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    found = entries.filter(({ text }) => words.every((word) => text.includes(word)));
+    const [some, all] = [found.length, entries.length].map((count) => count.toLocaleString("en"));
+    output.textContent = words.length ? `${some} of ${all} examples` : `${all} examples`;
+    show(0);
+  }
+
+  input.addEventListener("input", search);
+  for (const button of pager.querySelectorAll("button")) {
+    button.addEventListener("click", () => {
+      read();
+      show(page + Number(button.value));
+    });
+  }
   headers.forEach((header, column) => {
     header.querySelector("button").addEventListener("click", () => {
       const descending = header.getAttribute("aria-sort") === "ascending";
       for (const other of headers) other.setAttribute("aria-sort", "none");
       header.setAttribute("aria-sort", descending ? "descending" : "ascending");
-      body.append(...sorted(rows, column, descending).map(({ row }) => row));
+      read();
+      entries = sorted(entries, column, descending);
+      search();
     });
   });
+  explorer.querySelector(".filter").hidden = false;
+  showPager(Number(output.textContent.replace(/\D/g, "")));
 }
 
-function sorted(rows, column, descending) {
+function sorted(entries, column, descending) {
   const direction = descending ? -1 : 1;
-  const keyed = rows.map((entry) => {
-    const cell = entry.row.cells[column];
-    const number = cell.dataset.value;
-    return { ...entry, missing: number === "", key: number === undefined ? cell.textContent : Number(number) };
+  const order = new Intl.Collator();
+  const keyed = entries.map((entry) => ({ entry, key: column ? entry.row[3][column - 1][2] : entry.row[0] }));
+  keyed.sort(({ key: a }, { key: b }) => {
+    if (a === null || b === null) return (a === null) - (b === null);
+    return direction * (typeof a === "number" ? a - b : order.compare(a, b));
   });
-  return keyed.sort((a, b) => {
-    if (a.missing || b.missing) return a.missing - b.missing;
-    return direction * (typeof a.key === "number" ? a.key - b.key : a.key.localeCompare(b.key));
-  });
+  return keyed.map(({ entry }) => entry);
 }
 
 function followSections() {
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const observer = new IntersectionObserver(
-    (entries) => {
-      const entered = entries.find((entry) => entry.isIntersecting);
+    (seen) => {
+      const entered = seen.find((entry) => entry.isIntersecting);
       if (!entered) return;
       for (const link of links.values()) link.removeAttribute("aria-current");
       links.get(entered.target.id).setAttribute("aria-current", "true");
@@ -96,9 +198,10 @@ function followSections() {
   for (const section of document.querySelectorAll("main > section")) observer.observe(section);
 }
 
-plots.forEach(draw);
 document.querySelectorAll(".explorer").forEach(makeExplorer);
+document.querySelectorAll(".download").forEach(offerData);
 followSections();
+drawNext();
 dark.addEventListener("change", recolour);
 addEventListener("beforeprint", refit);
 addEventListener("afterprint", refit);

@@ -1,0 +1,274 @@
+"""How good the students are: held-out loss, benchmarks, comparisons by a judge (Figure 4), and contamination."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from montessori_core.report import numbers
+from montessori_core.report.contents import Contents
+from montessori_core.report.figures import (
+    AFTER,
+    BEFORE,
+    GREY,
+    REJECTED,
+    SERIES,
+    TEACHER,
+    WARM,
+    Dot,
+    Figure,
+    dot_figure,
+    grouped_dot_figure,
+    layout,
+    wrapped,
+)
+from montessori_core.report.page import Block, Section, Table
+
+MODELS = {
+    "student": "updated teacher's student",
+    "unmodified": "unmodified teacher's student",
+    "untrained": "untrained student",
+    "previous": "student of the iteration before",
+}
+_COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous": WARM}
+
+
+def held_out_section(run: Contents) -> Section:
+    """Held-out losses and paired gains."""
+    block = _held_out(run)
+    return Section(
+        "held-out",
+        "Held-out loss",
+        [block] if block else [],
+        note="The standard errors are over the held-out examples. They do not include how much a student differs from one "
+        "random seed to the next; repeat the run with other seeds before relying on a small gain."
+        if block
+        else "",
+        absent="No student has been evaluated yet.",
+    )
+
+
+def _held_out(run: Contents) -> Block | None:
+    first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
+    entries = [
+        (MODELS[name][0].upper() + MODELS[name][1:], first[name], _COLOURS[name])
+        for name in ("untrained", "unmodified")
+        if name in first
+    ]
+    entries += [
+        (run.in_iteration(MODELS["student"], iteration), iteration.held_out_loss["student"], AFTER)
+        for iteration in run.iterations
+        if "student" in iteration.held_out_loss
+    ]
+    gains = [
+        (run.in_iteration(f"over the {MODELS[name]}", iteration), gain, _COLOURS[name])
+        for iteration in run.iterations
+        for name in ("unmodified", "untrained")
+        if (gain := iteration.held_out_gain.get(f"student_over_{name}"))
+    ]
+    if not entries:
+        return None
+    figures = [loss_figure(_dots(entries))]
+    if gain_dots := _dots(gains):
+        figures.append(gain_figure(gain_dots))
+    rows = [["Loss: " + label, numbers.loss(s["mean"]), numbers.loss(s["standard_error"])] for label, s, _ in entries]
+    rows += [["Gain: " + label, _signed(s["mean"]), numbers.loss(s["standard_error"])] for label, s, _ in gains]
+    table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "Standard error"], rows)
+    return Block(figures, [table])
+
+
+def loss_figure(dots: Sequence[Dot]) -> Figure:
+    """Held-out losses with their confidence intervals."""
+    return dot_figure(
+        "Held-out loss of each student",
+        "Further left is better; the bars are 95 % confidence intervals over the held-out examples. Intervals may overlap "
+        "although a paired difference is clear, so judge by the gains.",
+        dots,
+        "mean loss, nats per token",
+        [numbers.loss(dot.mean) for dot in dots],
+    )
+
+
+def gain_figure(dots: Sequence[Dot]) -> Figure:
+    """Paired gains with their confidence intervals."""
+    return dot_figure(
+        "Paired gain of the updated teacher's student",
+        "Each held-out example is compared with itself under the other student; right of 0 the updated teacher's student is "
+        "better, and an interval that crosses 0 shows no difference.",
+        dots,
+        "gain, nats per token",
+        [numbers.signed(dot.mean, 4) for dot in dots],
+        zero=True,
+    )
+
+
+def benchmark_section(run: Contents) -> Section:
+    """Scores on benchmarks, answers side by side, and what of the benchmarks the training data holds."""
+    scores = [
+        (run.in_iteration(MODELS.get(entry["model"], entry["model"]), iteration), entry)
+        for iteration in run.iterations
+        for entry in iteration.records("scores")
+        if numbers.known(entry["mean"])
+    ]
+    played = [
+        (
+            f"{run.in_iteration(MODELS.get(entry['model'], entry['model']), iteration)} against the "
+            f"{MODELS.get(entry['against'], entry['against'])}",
+            entry,
+        )
+        for iteration in run.iterations
+        for entry in iteration.records("head_to_head")
+    ]
+    found = [
+        (run.in_iteration(entry["data"], iteration), entry)
+        for iteration in run.iterations
+        for entry in iteration.records("contamination")
+    ]
+    blocks = []
+    if scores:
+        blocks.append(Block(score_figures(scores), [score_table(scores)]))
+    if played:
+        blocks.append(Block([head_to_head_figure(played)], [], "Head to head" if scores else None))
+    if found:
+        blocks.append(Block([], [_contamination_table(found)], "Contamination" if scores or played else None))
+    return Section(
+        "benchmarks",
+        "Benchmarks",
+        blocks,
+        absent="No benchmark has been run; the configuration says which are (section evaluation).",
+    )
+
+
+def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
+    """A figure for each benchmark: a row for each metric, a dot for each label.
+
+    Args:
+        scores: label and record, as in `scores` of metrics.json; means are finite.
+    """
+    labels = list(dict.fromkeys(label for label, _ in scores))
+    models = {label: entry["model"] for label, entry in scores}
+    distinct = len({models[label] for label in labels}) == len(labels)
+    colours = {
+        label: _COLOURS.get(models[label], GREY) if distinct else SERIES[number % len(SERIES)]
+        for number, label in enumerate(labels)
+    }
+    figures = []
+    for benchmark in dict.fromkeys(entry["benchmark"] for _, entry in scores):
+        own = [(label, entry) for label, entry in scores if entry["benchmark"] == benchmark]
+        groups = {
+            _name(metric): [
+                Dot.of(label, entry["mean"], entry["standard_error"], colours[label])
+                for label, entry in own
+                if entry["metric"] == metric
+            ]
+            for metric in dict.fromkeys(entry["metric"] for _, entry in own)
+        }
+        lower = [_name(entry["metric"]) for _, entry in own if not entry["higher_is_better"]]
+        better = (
+            f"Further right is better, but for {', '.join(dict.fromkeys(lower))}"
+            if lower
+            else "Further right is better"
+        )
+        figures.append(
+            grouped_dot_figure(
+                _name(benchmark),
+                f"{better}; the bars are 95 % intervals, and models whose bars overlap widely are not told apart.",
+                groups,
+                "score",
+            )
+        )
+    return figures
+
+
+def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    """All scores in numbers."""
+    rows = [
+        [
+            f"{_name(entry['benchmark'])}, {_name(entry['metric'])}",
+            label,
+            f"{entry['mean']:.4g} ± {entry['standard_error']:.2g}"
+            if numbers.known(entry["standard_error"])
+            else f"{entry['mean']:.4g}",
+            numbers.count(entry["examples"]),
+        ]
+        for label, entry in scores
+    ]
+    return Table("Scores, ± one standard error", ["Benchmark", "Model", "Score", "Examples"], rows)
+
+
+def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
+    """Won, tied and lost comparisons as shares of all (Figure 4).
+
+    Args:
+        played: label and record, as in `head_to_head` of metrics.json.
+    """
+    kinds = (("wins", AFTER), ("ties", GREY), ("losses", REJECTED), ("unparsed", TEACHER))
+    totals = [sum(entry[kind] for kind, _ in kinds) or 1 for _, entry in played]
+    bars = []
+    for kind, colour in kinds:
+        numbers_of = [entry[kind] for _, entry in played]
+        if kind == "unparsed" and not any(numbers_of):
+            continue
+        bars.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": kind,
+                "y": [wrapped(label) for label, _ in played],
+                "x": [number / total for number, total in zip(numbers_of, totals, strict=True)],
+                "text": [numbers.count(number) for number in numbers_of],
+                "textposition": "inside",
+                "insidetextanchor": "middle",
+                "marker": {"color": colour},
+                "hovertemplate": f"%{{y}}: %{{text}} {kind}<extra></extra>",
+            }
+        )
+    drawn = layout(110 + 64 * len(played), "share of the comparisons")
+    drawn |= {"barmode": "stack"}
+    drawn["xaxis"] |= {"tickformat": ".0%", "range": [0, 1]}
+    drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    drawn["legend"] |= {"traceorder": "normal"}
+    return Figure(
+        "Head-to-head comparisons (Figure 4)",
+        "Each bar is one pairing, judged answer by answer: more blue than red means that the first model wins more often "
+        "than it loses; the numbers are comparisons, and unparsed ones had no readable judgement.",
+        {"data": bars, "layout": drawn},
+        ["pairing", "wins", "ties", "losses", "unparsed"],
+        [(label, *(entry[kind] for kind, _ in kinds)) for label, entry in played],
+    )
+
+
+def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    rows = [
+        [
+            _name(entry["benchmark"]),
+            data,
+            f"{numbers.count(entry['overlapping'])} of {numbers.count(entry['items'])}",
+            numbers.count(entry["n"]),
+        ]
+        for data, entry in found
+    ]
+    return Table(
+        "Benchmark items that share a run of so many words with the data; their scores say less",
+        ["Benchmark", "Data", "Items that overlap", "Words in a run"],
+        rows,
+    )
+
+
+def _name(key: str) -> str:
+    known = {
+        "alpaca_eval": "AlpacaEval",
+        "mt_bench": "MT-Bench",
+        "length_controlled_win_rate": "length-controlled win rate",
+    }
+    return known.get(key, key.replace("_", " "))
+
+
+def _signed(value: float | None) -> str:
+    return numbers.signed(value, 4) if numbers.known(value) else numbers.UNKNOWN
+
+
+def _dots(entries: Sequence[tuple[str, dict[str, float], str]]) -> list[Dot]:
+    return [
+        Dot.of(label, stat["mean"], stat["standard_error"], colour)
+        for label, stat, colour in entries
+        if numbers.known(stat["mean"]) and numbers.known(stat["standard_error"])
+    ]

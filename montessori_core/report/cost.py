@@ -1,0 +1,133 @@
+"""What a run cost: time per stage and example (Table 7), operations (Table 8), and use of the cluster."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from montessori_core.report import numbers
+from montessori_core.report.contents import Contents
+from montessori_core.report.figures import Figure, bar_figure
+from montessori_core.report.page import Block, Section, Table
+
+
+def cost_section(run: Contents) -> Section:
+    """Times, operations and use of the cluster, by the folder of the stage."""
+    seconds = {stage: value for stage, value in run.job_seconds.items() if numbers.known(value)}
+    blocks = []
+    if seconds:
+        figures = [time_figure(seconds)]
+        tables = []
+        if run.stages:
+            figures += _stage_figures(run.stages)
+            tables.append(_stage_table(run.stages))
+        else:
+            rows = [[stage, numbers.duration(value)] for stage, value in sorted(seconds.items())]
+            rows.append(["all stages", numbers.duration(sum(seconds.values()))])
+            tables.append(Table("Job seconds by the folder of the stage", ["Stage", "Time"], rows))
+        blocks.append(Block(figures, tables))
+    return Section("cost", "Cost", blocks, absent="Times are recorded when an iteration ends.")
+
+
+def time_figure(seconds: dict[str, float]) -> Figure:
+    """Job seconds by stage, longest first."""
+    longest = _longest_first(seconds)
+    return bar_figure(
+        "Seconds of jobs by stage",
+        "Each bar adds up the seconds of all of a stage's shards that ended well, so parallel shards count together; the "
+        "longest stages come first.",
+        "seconds",
+        longest,
+        [numbers.duration(value) for value in longest.values()],
+    )
+
+
+def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
+    paces = _longest_first({one["stage"]: one["seconds"] / one["rows"] for one in stages if one["rows"]})
+    operations = _longest_first({one["stage"]: float(one["flops"]) for one in stages if one["flops"]})
+    hours = _longest_first({one["stage"]: gpu_hours(one) for one in stages if one["gpus"]})
+    figures = []
+    if paces:
+        figures.append(
+            bar_figure(
+                "Seconds per example by stage (Table 7)",
+                "What one row costs on one job: an example generated, measured, trained on or evaluated. Loading the model "
+                "is counted, so stages of few rows look dear.",
+                "seconds per row",
+                paces,
+                [f"{numbers.significant(value, 3)} s" for value in paces.values()],
+            )
+        )
+    if operations:
+        figures.append(
+            bar_figure(
+                "Floating-point operations by stage (Table 8)",
+                "Two operations for each weight and token forward, twice as many backward (Appendix E.3); models behind an "
+                "API do theirs elsewhere.",
+                "operations",
+                operations,
+                [numbers.significant(value, 3) for value in operations.values()],
+            )
+        )
+    if hours:
+        figures.append(
+            bar_figure(
+                "GPU-hours by stage",
+                "Hours of jobs times the GPUs that each held, busy or not; most is to be saved at the longest bar.",
+                "GPU-hours",
+                hours,
+                [f"{numbers.significant(value, 3)} h" for value in hours.values()],
+            )
+        )
+    return figures
+
+
+def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
+    on_gpus = any(one["gpus"] for one in stages)
+    rows = [
+        [
+            one["stage"],
+            *(numbers.count(one[key]) for key in ("shards", "rows", "jobs", "retries", "preemptions")),
+            numbers.duration(one["seconds"]),
+            f"{numbers.significant(one['seconds'] / one['rows'], 3)} s" if one["rows"] else numbers.UNKNOWN,
+            numbers.significant(gpu_hours(one) if on_gpus else job_hours(one), 3),
+            numbers.significant(float(one["flops"]), 3),
+        ]
+        for one in stages
+    ]
+    total = [
+        "all stages",
+        *(
+            numbers.count(sum(one[key] for one in stages))
+            for key in ("shards", "rows", "jobs", "retries", "preemptions")
+        ),
+        numbers.duration(sum(one["seconds"] for one in stages)),
+        "",
+        numbers.significant(sum(gpu_hours(one) if on_gpus else job_hours(one) for one in stages), 3),
+        numbers.significant(float(sum(one["flops"] for one in stages)), 3),
+    ]
+    columns = [
+        "Stage",
+        "Shards",
+        "Rows",
+        "Jobs",
+        "Retries",
+        "Preemptions",
+        "Job time",
+        "Per row",
+        "GPU-hours" if on_gpus else "Job-hours",
+        "Operations",
+    ]
+    return Table("Use of the cluster by the folder of the stage", columns, [*rows, total])
+
+
+def gpu_hours(stage: dict[str, Any]) -> float:
+    """Hours of a stage's jobs times the GPUs that each held."""
+    return float(stage["seconds"] * stage["gpus"] / 3600)
+
+
+def job_hours(stage: dict[str, Any]) -> float:
+    """Hours of a stage's jobs."""
+    return float(stage["seconds"] / 3600)
+
+
+def _longest_first(bars: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(bars.items(), key=lambda item: (-item[1], item[0])))

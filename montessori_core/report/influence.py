@@ -1,0 +1,388 @@
+"""Influence on the page: its distribution by teacher (Figure 3c), by training batch (3d), and how well it is measured."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from montessori_core.report import numbers
+from montessori_core.report.contents import Contents, Influence, Iteration
+from montessori_core.report.figures import (
+    AFTER,
+    BEFORE,
+    DASHES,
+    GREY,
+    SERIES,
+    Figure,
+    Sample,
+    histogram_figure,
+    layout,
+    line_figure,
+    stroke,
+    vertical,
+)
+from montessori_core.report.numbers import UNKNOWN, Unit, count
+from montessori_core.report.page import Block, Section, Table
+
+INTRODUCTION = (
+    "An example's influence is how far one training step on it lowers the student's loss on the reference set, in {unit} on "
+    "this page. It is measured against the student as it is, and against the null step, the step that AdamW's momentum takes "
+    "without any example; the two differ by the same amount for every example."
+)
+
+
+def influence_unit(runs: Sequence[Contents]) -> Unit:
+    """The unit in which all influence of a page is written."""
+    tables = [
+        part
+        for run in runs
+        for iteration in run.iterations
+        for part in (iteration.influence, iteration.training_influence)
+        if part
+    ]
+    return numbers.unit_of(
+        float(value) for part in tables for value in part.values - part.summary["null_step_influence"]
+    )
+
+
+def influence_section(run: Contents, unit: Unit) -> Section:
+    """All that is known of the influence of the run's examples."""
+    across = [figure for figure in (_teachers(run, unit), _batches(run)) if figure]
+    blocks = [_of_iteration(iteration, run, unit) for iteration in run.iterations if iteration.influence]
+    return Section(
+        "influence",
+        "Influence",
+        [*blocks, Block(across, heading="From teacher to teacher" if len(run.iterations) > 1 else None)]
+        if across
+        else blocks,
+        introduction=INTRODUCTION.format(unit=unit),
+        absent="No influence has been measured yet.",
+    )
+
+
+def _of_iteration(iteration: Iteration, run: Contents, unit: Unit) -> Block:
+    sets = [
+        (part, colour)
+        for part, colour in ((iteration.influence, BEFORE), (iteration.training_influence, AFTER))
+        if part is not None
+    ]
+    first = sets[0][0]
+    marks = {"student": 0.0, "null step": first.summary["null_step_influence"]}
+    if run.baseline == "median":
+        marks["median"] = first.threshold
+    figures = [
+        influence_figure(
+            [Sample(part.label, part.values, colour) for part, colour in sets],
+            unit,
+            marks,
+            first.threshold,
+            max(part.summary["noise_floor"] for part, _ in sets),
+        )
+    ]
+    agreement = _agreement_figure(first, unit)
+    figures += [agreement] if agreement else []
+    return Block(figures, [_influence_table([part for part, _ in sets], unit)], run.heading(iteration))
+
+
+def influence_figure(
+    sets: Sequence[Sample], unit: Unit, marks: Mapping[str, float], threshold: float, noise_floor: float
+) -> Figure:
+    """How influence against the student is distributed in each set.
+
+    Args:
+        sets: influence (nats) of each.
+        unit: what the axis is in.
+        marks: influence (nats) of what an example may be compared with, by its name.
+        threshold: what divides helpful from harmful examples, nats.
+        noise_floor: half the width of the band around the threshold, nats.
+    """
+    scaled, edges, beyond = _binned(sets, unit, threshold)
+    lines = {name: unit.scale(nats) for name, nats in marks.items()}
+    figure = histogram_figure(
+        "Influence before and after the teacher's update",
+        "Examples right of the solid line count as helpful; if the update worked, blue lies further right than orange. The "
+        "named lines are what an example can be compared with: the student as it is (0), the null step, or the median. The "
+        f"grey band, if wide enough to be seen, is the noise floor.{beyond}",
+        scaled,
+        edges,
+        f"influence against the student, {unit}",
+    )
+    shown = [float(edges[0]), float(edges[-1]), *lines.values()]
+    margin = 0.03 * (max(shown) - min(shown))
+    drawn = figure.plot["layout"]
+    drawn["xaxis"] |= {"range": [min(shown) - margin, max(shown) + margin]}
+    drawn["shapes"] = [
+        *_band(unit.scale(threshold), unit.scale(noise_floor)),
+        *(vertical(at, "dash") for at in lines.values()),
+        vertical(unit.scale(threshold), "solid"),
+    ]
+    drawn["annotations"] = [_mark(name, at, row) for row, (name, at) in enumerate(lines.items())]
+    return figure
+
+
+def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: Unit) -> Figure:
+    """Distributions of influence against the student as it is, which lies at 0.
+
+    Args:
+        title: of the figure.
+        reading: how to read it.
+        sets: influence (nats) of each.
+        unit: what the axis is in.
+    """
+    scaled, edges, beyond = _binned(sets, unit, 0.0)
+    axis = f"influence against the student, {unit}"
+    figure = histogram_figure(title, reading + beyond, scaled, edges, axis)
+    figure.plot["layout"]["shapes"] = [vertical(0.0, "solid")]
+    return figure
+
+
+def _teachers(run: Contents, unit: Unit) -> Figure | None:
+    """Figure 3c; with a single iteration it is the figure of that iteration."""
+    if len(run.iterations) < 2 or len(run.teachers) < 2:
+        return None
+    return distribution_figure(
+        "Influence of what each teacher writes (Figure 3c)",
+        "If the updates work, each teacher's distribution lies further right than the one before. Each is measured on the "
+        "student of its own iteration; right of the line the step lowers that student's reference loss.",
+        [
+            Sample(f"Teacher {number}", part.values, _colour(number), _dash(number))
+            for number, part in run.teachers.items()
+        ],
+        unit,
+    )
+
+
+def _batches(run: Contents) -> Figure | None:
+    """Figure 3d."""
+    size = run.setting("training", "batch_size", 32)
+    sets = [
+        (f"Teacher {iteration.number} (updated)", iteration.training_influence, _colour(iteration.number), "solid")
+        for iteration in run.iterations
+        if iteration.training_influence
+    ]
+    if run.unmodified_influence:
+        sets.append(("Teacher 0 (unmodified)", run.unmodified_influence, BEFORE, "dash"))
+    lines = []
+    for label, part, colour, dash in sets:
+        shares = positive_shares(part, size)
+        if shares:
+            values = np.array(list(shares.values()), dtype=np.float64)
+            lines.append((Sample(label, values, colour, dash), list(shares)))
+    if not lines:
+        return None
+    return line_figure(
+        "Share of positive influence per training batch (Figure 3d)",
+        f"Of each {count(size)} examples of the training set, as the teacher wrote them, the share that counts as helpful; "
+        "the updated teacher's line should run above the unmodified one's. All are measured on the warm student, before its "
+        "training, which draws its batches in another order.",
+        lines,
+        "batch",
+        "share that helps",
+        limits=(-0.02, 1.02),
+    )
+
+
+def positive_shares(part: Influence, size: int) -> dict[int, float]:
+    """Share of the measured examples above the threshold, of each batch that has any; batches count from 1."""
+    values, usable = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
+    shares = {}
+    for start in range(0, len(values), size):
+        batch = slice(start, start + size)
+        measured = [value for value, status in zip(values[batch], usable[batch], strict=True) if status == "ok"]
+        if measured:
+            shares[start // size + 1] = sum(value > part.threshold for value in measured) / len(measured)
+    return shares
+
+
+def _agreement_figure(part: Influence, unit: Unit) -> Figure | None:
+    """First order against exact, over the audit."""
+    both = part.table.filter(
+        pc.and_(part.table["audited"], pc.and_(pc.is_valid(part.table["first_order_null_step"]), _measured(part)))
+    )
+    if both.num_rows < 2:
+        return None
+    estimated, exact = (
+        unit.scale(1.0) * both[name].to_numpy() for name in ("first_order_null_step", "influence_null_step")
+    )
+    floor = unit.scale(part.summary["noise_floor"])
+    ends = [float(min(estimated.min(), exact.min())), float(max(estimated.max(), exact.max()))]
+    points = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": f"{count(both.num_rows)} audited examples",
+        "x": estimated.tolist(),
+        "y": exact.tolist(),
+        "marker": {"color": AFTER, "size": 7, "opacity": 0.7},
+        "hovertemplate": "first order %{x:.4g}, exact %{y:.4g}<extra></extra>",
+    }
+    sides = [("equal", 0.0, "solid"), ("noise floor", floor, "dot"), ("", -floor, "dot")]
+    lines = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "showlegend": bool(name),
+            "x": ends,
+            "y": [end + shift for end in ends],
+            "line": stroke(dash),
+            "hoverinfo": "skip",
+        }
+        for name, shift, dash in sides
+    ]
+    screening = part.screening
+    rank = f" Rank correlation {screening.spearman:.3f}." if screening and numbers.known(screening.spearman) else ""
+    axes = [f"{name}, against the null step, {unit}" for name in ("first order", "exact")]
+    return Figure(
+        "First-order estimate against exact influence",
+        "Each dot is an audited example, measured both ways: the closer to the line, the better first order stands in for "
+        "the exact step; distances within the dotted lines are noise. An offset that all share is corrected in the table."
+        f"{rank}",
+        {"data": [*lines, points], "layout": layout(400, *axes)},
+        ["example_id", *axes],
+        list(zip(both["example_id"].to_pylist(), estimated.tolist(), exact.tolist(), strict=True)),
+    )
+
+
+def _measured(part: Influence) -> Any:
+    return pc.equal(part.table["status"], "ok")
+
+
+def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
+    def row(name: str, text_of: Callable[[Influence], str]) -> list[str]:
+        return [name, *map(text_of, sets)]
+
+    def median(part: Influence, origin: float) -> str:
+        return unit.text(float(np.median(part.values)) - origin) if len(part.values) else UNKNOWN
+
+    rows = [
+        row("examples measured", lambda part: count(len(part.values))),
+        row("examples excluded", lambda part: count(part.table.num_rows - len(part.values))),
+        row("share that helps (better than the threshold)", lambda part: _interval(part, "share_positive")),
+        row("share better than the student as it is", lambda part: _interval(part, "share_positive_student")),
+        row("share better than the null step", lambda part: _interval(part, "share_positive_null_step")),
+        row(f"median influence against the student ({unit})", lambda part: median(part, 0.0)),
+        row(
+            f"median influence against the null step ({unit})",
+            lambda part: median(part, part.summary["null_step_influence"]),
+        ),
+        row(f"threshold, against the student ({unit})", lambda part: unit.text(part.threshold)),
+        row(
+            f"influence of the null step, against the student ({unit})",
+            lambda part: unit.text(part.summary["null_step_influence"]),
+        ),
+        row(f"noise floor ({unit})", lambda part: unit.size(part.summary["noise_floor"])),
+        row("reference loss of the student (nats)", lambda part: numbers.loss(part.summary["student_loss"])),
+    ]
+    if any(part.screening for part in sets):
+        rows += [
+            row("measured exactly", _measured_exactly),
+            row("signs of first order that agree with exact ones", lambda part: _agreement(part, "first_order")),
+            row("signs that agree after correction and confirmation", lambda part: _agreement(part, "screened")),
+        ]
+    return Table(
+        "Influence in numbers; in brackets the 95 % interval (Wilson) of each share",
+        ["", *(part.label for part in sets)],
+        rows,
+    )
+
+
+def _measured_exactly(part: Influence) -> str:
+    if part.screening is None:
+        return UNKNOWN
+    if part.screening.fell_back:
+        return "all: first order was unfit"
+    return f"{count(part.screening.audited)} to audit, {count(part.screening.confirmed)} in doubt"
+
+
+def _agreement(part: Influence, which: str) -> str:
+    return str(getattr(part.screening, which)) if part.screening else UNKNOWN
+
+
+def _interval(part: Influence, share: str) -> str:
+    value = part.summary[share]
+    if not numbers.known(value):
+        return UNKNOWN
+    low, high = wilson_interval(value, len(part.values))
+    return f"{numbers.share(value)} ({numbers.share(low)} to {numbers.share(high)})"
+
+
+def wilson_interval(share: float, number: int) -> tuple[float, float]:
+    """95 % confidence interval of a share seen in so many independent examples."""
+    z = 1.96
+    centre = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+    reach = z / (1 + z**2 / number) * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
+    """Equal bins of which none straddles the threshold; values far outside the bulk do not stretch them."""
+    if not len(values):
+        return threshold + np.array([-1.0, 0.0, 1.0])
+    lower, upper = np.percentile(values, [25, 75]) - threshold
+    low, high = float(values.min()) - threshold, float(values.max()) - threshold
+    bins = 12.0
+    if upper > lower:
+        reach = 4 * float(upper - lower)
+        low, high = max(low, float(lower) - reach), min(high, float(upper) + reach)
+        freedman_diaconis = 2 * float(upper - lower) / len(values) ** (1 / 3)
+        bins = min(60.0, max(12.0, (high - low) / freedman_diaconis))
+    scale = max(abs(low), abs(high), abs(threshold))
+    width = (max(high - low, 1e-9 * scale) or 1.0) / bins
+    first = math.floor(low / width)
+    last = max(math.ceil(high / width), first + 1)
+    return threshold + width * np.arange(first, last + 1, dtype=np.float64)
+
+
+def _binned(sets: Sequence[Sample], unit: Unit, threshold: float) -> tuple[list[Sample], npt.NDArray[np.float64], str]:
+    """Sets in the unit, their common bins, and a sentence on what lies beyond these."""
+    scaled = [
+        Sample(part.label, unit.scale(1.0) * part.values, part.colour, part.dash) for part in sets if len(part.values)
+    ]
+    pooled = np.concatenate([part.values for part in scaled]) if scaled else np.zeros(0)
+    edges = histogram_edges(pooled, unit.scale(threshold))
+    outside = int(((pooled < edges[0]) | (pooled > edges[-1])).sum())
+    beyond = f" {count(outside)} examples lie beyond the bars and are counted in the outermost." if outside else ""
+    return scaled, edges, beyond
+
+
+def _colour(number: int) -> str:
+    return SERIES[number % len(SERIES)]
+
+
+def _dash(number: int) -> str:
+    return DASHES[number // len(SERIES) % len(DASHES)]
+
+
+def _band(at: float, half_width: float) -> list[dict[str, Any]]:
+    if half_width == 0:
+        return []
+    sides = {"x0": at - half_width, "x1": at + half_width}
+    return [
+        {
+            "type": "rect",
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            **sides,
+            "fillcolor": GREY,
+            "opacity": 0.3,
+            "line": {"width": 0},
+        }
+    ]
+
+
+def _mark(name: str, at: float, row: int) -> dict[str, Any]:
+    return {
+        "text": name,
+        "x": at,
+        "y": 1,
+        "yref": "paper",
+        "yshift": -18 * row,
+        "xanchor": "left",
+        "yanchor": "top",
+        "showarrow": False,
+        "font": {"size": 12},
+    }

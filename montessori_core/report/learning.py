@@ -1,0 +1,189 @@
+"""How students and teachers learned: losses, rewards and rates, and the teacher's checkpoints (Figures 3a and 3b)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from montessori_core.report import numbers
+from montessori_core.report.contents import Contents, Iteration, Log
+from montessori_core.report.figures import (
+    AFTER,
+    BEFORE,
+    CHOSEN,
+    CONFIDENCE,
+    REJECTED,
+    TEACHER,
+    WARM,
+    Curve,
+    Figure,
+    axis_of,
+    curve_figure,
+    curve_points,
+    layout,
+)
+from montessori_core.report.page import Block, Section, Table
+
+
+def learning_section(run: Contents) -> Section:
+    """The learning curves of all trainings."""
+    return Section(
+        "learning",
+        "Learning curves",
+        [block for iteration in run.iterations if (block := _learning(iteration, run))],
+        absent="No training is finished yet.",
+    )
+
+
+def _learning(iteration: Iteration, run: Contents) -> Block | None:
+    logs = iteration.logs
+    trainings = [
+        ("student, warm-up", "warmup", WARM, "dot"),
+        ("student, updated teacher's data", "student", AFTER, "solid"),
+        ("student, unmodified teacher's data", "unmodified", BEFORE, "dash"),
+    ]
+    losses = [Curve(label, logs[name], "loss", colour, dash) for label, name, colour, dash in trainings if logs[name]]
+    teacher = logs["teacher"]
+    rates = [Curve(c.label, c.log, "learning_rate", c.colour, c.dash) for c in losses]
+    if teacher:
+        rates.append(Curve("teacher update", teacher, "learning_rate", TEACHER, "dashdot"))
+    if not rates:
+        return None
+    figures = []
+    if losses:
+        figures.append(
+            curve_figure(
+                "Training loss of the students",
+                "Each student is trained on other data, so compare the held-out losses, not these; what to look for here is "
+                "a steady fall without jumps.",
+                losses,
+                "loss, nats per token",
+            )
+        )
+    if teacher:
+        figures += _teacher_figures(teacher)
+    figures.append(
+        curve_figure(
+            "Learning rate", "The rate each optimizer step was taken with, as scheduled.", rates, "learning rate"
+        )
+    )
+    checkpoints = [entry for entry in iteration.records("teacher_checkpoints") if _is_whole(entry)]
+    if len(checkpoints) > 1:
+        figures += _checkpoint_figures(checkpoints)
+    return Block(figures, [_learning_table([*losses, *_teacher_loss(teacher)])], run.heading(iteration))
+
+
+def _teacher_loss(log: Log) -> list[Curve]:
+    return [Curve("teacher update (DPO)", log, "loss", TEACHER)] if log else []
+
+
+def _teacher_figures(log: Log) -> list[Figure]:
+    rewards = [
+        Curve("margin (chosen − rejected)", log, "rewards/margins", TEACHER),
+        Curve("chosen", log, "rewards/chosen", CHOSEN, "dash"),
+        Curve("rejected", log, "rewards/rejected", REJECTED, "dot"),
+    ]
+    return [
+        curve_figure(
+            "DPO loss of the teacher",
+            "The dotted line is ln 2, the loss of a teacher that prefers neither side; below it the teacher has begun to "
+            "prefer the chosen instructions.",
+            _teacher_loss(log),
+            "DPO loss",
+            level=math.log(2),
+        ),
+        curve_figure(
+            "Rewards of the teacher",
+            "The margin should rise above 0; if both rewards fall, the teacher only learns to avoid both texts.",
+            rewards,
+            "reward",
+            level=0.0,
+        ),
+        curve_figure(
+            "Reward accuracy",
+            "The share of a batch's pairs in which the chosen instruction has the higher reward; the dotted line is chance.",
+            [Curve("accuracy", log, "rewards/accuracies", TEACHER)],
+            "share of pairs",
+            level=0.5,
+            limits=(-0.02, 1.02),
+        ),
+    ]
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    return all(numbers.known(entry.get(key)) for key in ("step", "margin", "held_out_loss"))
+
+
+def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
+    steps, margins, losses = ([entry[key] for entry in checkpoints] for key in ("step", "margin", "held_out_loss"))
+    errors = [entry.get("standard_error") for entry in checkpoints]
+    bars = {
+        "type": "data",
+        "array": [CONFIDENCE * error if numbers.known(error) else 0.0 for error in errors],
+        "thickness": 1.5,
+        "width": 4,
+    }
+    common = {"type": "scatter", "marker": {"size": 8}, "line": {"width": 2}}
+    over_steps = layout(420, "step of the teacher's update", "margin")
+    over_steps |= {"showlegend": False, "yaxis2": axis_of("held-out loss")}
+    over_steps["yaxis"] |= {"domain": [0.55, 1.0]}
+    over_steps["yaxis2"] |= {"domain": [0.0, 0.45], "anchor": "x"}
+    over_steps["xaxis"] |= {"anchor": "y2"}
+    columns = ["step", "margin", "held-out loss, nats per token", "standard error"]
+    rows = list(zip(steps, margins, losses, errors, strict=True))
+    return [
+        Figure(
+            "Teacher checkpoints: margin and student (Figures 3a, 3b)",
+            "Above, how far the teacher at each step prefers the chosen instructions; below, the held-out loss of a student "
+            "trained on what that teacher writes, with its 95 % interval: as the margin rises, the loss should fall.",
+            {
+                "data": [
+                    common | {"name": "margin", "x": steps, "y": margins, "line": {"color": TEACHER, "width": 2}},
+                    common
+                    | {
+                        "name": "held-out loss",
+                        "x": steps,
+                        "y": losses,
+                        "yaxis": "y2",
+                        "error_y": bars,
+                        "line": {"color": AFTER, "width": 2},
+                    },
+                ],
+                "layout": over_steps,
+            },
+            columns,
+            rows,
+        ),
+        Figure(
+            "Margin against student",
+            "Each dot is a checkpoint of the teacher, named by its step: a fall to the right says that a teacher that has "
+            "learned more writes better data.",
+            {
+                "data": [
+                    {
+                        "type": "scatter",
+                        "mode": "markers+text",
+                        "x": margins,
+                        "y": losses,
+                        "text": [f"step {numbers.count(step)}" for step in steps],
+                        "textposition": "top center",
+                        "cliponaxis": False,
+                        "error_y": bars,
+                        "marker": {"size": 10, "color": AFTER},
+                        "hovertemplate": "%{text}: margin %{x:.4g}, loss %{y:.4f}<extra></extra>",
+                    }
+                ],
+                "layout": layout(420, "DPO reward margin", "held-out loss, nats per token") | {"showlegend": False},
+            },
+            columns,
+            rows,
+        ),
+    ]
+
+
+def _learning_table(curves: Sequence[Curve]) -> Table:
+    rows = []
+    for curve in curves:
+        steps, values = curve_points(curve)
+        if values:
+            rows.append([curve.label, numbers.count(len(steps)), numbers.loss(values[0]), numbers.loss(values[-1])])
+    return Table("Trainings, first and last logged loss", ["Training", "Steps", "First loss", "Last loss"], rows)

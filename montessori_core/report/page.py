@@ -1,0 +1,144 @@
+"""A page: sections of figures and tables in one self-contained HTML file, and each figure's data beside it.
+
+A page asks nothing of any network, and every text that a model wrote is data on it: Jinja escapes it, Plotly never sees it,
+the page's script shows it as text only, and the page's policy allows no script but the two whose hashes it names, so that
+even text that slipped through could not run.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from montessori_core.atomic import commit
+from montessori_core.report.figures import Figure, slug
+
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Figures and the tables with their numbers, under a heading of their own if there is one."""
+
+    figures: Sequence[Figure]
+    tables: Sequence[Table] = ()
+    heading: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        id: of its HTML element.
+        title: of the section.
+        blocks: what it shows.
+        introduction: a sentence before them.
+        note: a sentence after them.
+        absent: what is said if there are none.
+        template: of what else it shows, before the blocks.
+    """
+
+    id: str
+    title: str
+    blocks: Sequence[Block] = ()
+    introduction: str = ""
+    note: str = ""
+    absent: str = ""
+    template: str | None = None
+
+    def slug(self, block: Block, figure: Figure) -> str:
+        """Name of a figure's data; no other figure of the page has it."""
+        return slug(f"{self.id} {block.heading or ''} {figure.title}")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page ready to be written: its HTML, and the data of its figures as CSV, by name."""
+
+    html: str
+    data: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write `NAME.html`, and `NAME-data/` beside it with a CSV file for each figure."""
+        with commit(path) as temporary:
+            temporary.write_text(self.html, encoding="utf-8")
+        with commit(path.with_name(f"{path.stem}-data")) as temporary:
+            temporary.mkdir()
+            for name, text in self.data.items():
+                (temporary / f"{name}.csv").write_text(text, encoding="utf-8")
+
+
+def build_page(
+    product: str,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+    content: Mapping[str, object] | None = None,
+) -> Page:
+    """Assemble a page.
+
+    Args:
+        product: what kind of page it is.
+        title: what it is about.
+        facts: name and value of what stands at its head.
+        sections: of the page, in order.
+        content: what the sections' own templates show.
+    """
+    plotly, script = get_plotlyjs(), _asset("script.js")
+    environment = Environment(
+        loader=PackageLoader("montessori_core", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    html = environment.get_template("page.html.j2").render(
+        product=product,
+        title=title,
+        facts=facts,
+        sections=sections,
+        style=Markup(_asset("style.css")),
+        scripts=[Markup(plotly), Markup(script)],
+        script_hashes=[_policy_hash(text) for text in (plotly, script)],
+        **(content or {}),
+    )
+    data = {
+        section.slug(block, figure): figure.csv
+        for section in sections
+        for block in section.blocks
+        for figure in block.figures
+    }
+    return Page(html, data)
+
+
+def visible(text: str) -> str:
+    """The text with control characters as visible signs; line breaks and tabs stay."""
+    return text.translate(_VISIBLE)
+
+
+def _asset(name: str) -> str:
+    return files("montessori_core.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy_hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

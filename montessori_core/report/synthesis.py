@@ -1,0 +1,150 @@
+"""What the teachers wrote: the funnel of filters, lengths (Figures 11 and 12), and verbs with their objects (6, 8 to 10)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from montessori_core.report import numbers
+from montessori_core.report.contents import Contents, Synthesis
+from montessori_core.report.figures import (
+    DASHES,
+    GREY,
+    SERIES,
+    Figure,
+    Sample,
+    funnel_figure,
+    histogram_figure,
+)
+from montessori_core.report.page import Block, Section, Table
+from montessori_core.report.verbs import PARSED, REMEDY, open_parser, read_verbs, sunburst_figure
+
+_MOST_BINS = 50
+
+
+def synthesis_section(run: Contents) -> Section:
+    """Funnels, lengths and verbs of all sets."""
+    introduction = (
+        "The teacher writes candidate instructions; filters remove what is malformed, too short or long, or too similar to "
+        "what is already there."
+    )
+    if run.iterations:
+        introduction += " The first probing set includes the examples that warm the student."
+    funnels = _funnels(run.syntheses)
+    blocks = [funnels] if funnels else []
+    lengths = _length_figures(run)
+    if lengths:
+        blocks.append(Block(lengths, heading="Lengths"))
+    verbs, note = _verbs(run)
+    if verbs:
+        blocks.append(Block(verbs, heading="What the instructions ask for"))
+    return Section(
+        "synthesis",
+        "Synthesis",
+        blocks,
+        introduction=introduction,
+        note=note if blocks else "",
+        absent="No synthesis is finished yet.",
+    )
+
+
+def _funnels(sets: Sequence[Synthesis]) -> Block | None:
+    counted = [(part.label, part.funnel) for part in sets if part.funnel]
+    if not counted:
+        return None
+    reasons = list(
+        dict.fromkeys(step for _, funnel in counted for step in funnel if step not in ("candidates", "kept"))
+    )
+    rows = [
+        [step, *(numbers.count(funnel.get(step, 0)) for _, funnel in counted)]
+        for step in ("candidates", *reasons, "kept")
+    ]
+    rates = [
+        numbers.share(funnel["kept"] / funnel["candidates"] if funnel["candidates"] else None) for _, funnel in counted
+    ]
+    return Block(
+        [funnel_figure(label, funnel) for label, funnel in counted],
+        [
+            Table(
+                "Instructions by what became of them",
+                ["Step", *(label for label, _ in counted)],
+                [*rows, ["share kept", *rates]],
+            )
+        ],
+    )
+
+
+def _length_figures(run: Contents) -> list[Figure]:
+    """Tokens as the student's tokenizer counts them, from the tables of influence: those of each teacher's examples."""
+    tables = [
+        (f"Teacher {number}", part.table, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
+        for number, part in run.teachers.items()
+    ]
+    if run.unmodified_influence:
+        tables.append(("Teacher 0, training set", run.unmodified_influence.table, GREY, "dash"))
+    if not tables:
+        return []
+    kinds = [
+        (
+            "Lengths of instructions (Figure 11)",
+            "tokens of the instruction, template included",
+            lambda table: table["tokens"].to_numpy() - table["response_tokens"].to_numpy(),
+        ),
+        (
+            "Lengths of responses (Figure 12)",
+            "tokens of the response",
+            lambda table: table["response_tokens"].to_numpy(),
+        ),
+    ]
+    figures = []
+    for title, axis, lengths_of in kinds:
+        samples = [
+            Sample(label, np.asarray(lengths_of(table), dtype=np.float64), colour, dash)
+            for label, table, colour, dash in tables
+            if table.num_rows
+        ]
+        if samples:
+            figures.append(
+                histogram_figure(
+                    title,
+                    "Teacher 0 is the one the run began with, teacher 1 its first update, and so on: a distribution that "
+                    "moves shows a teacher that learned to write longer or shorter. Texts beyond the last bar are counted in "
+                    "it.",
+                    samples,
+                    length_edges(np.concatenate([sample.values for sample in samples])),
+                    axis,
+                )
+            )
+    return figures
+
+
+def length_edges(lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Bins of whole tokens from the shortest to all but the longest texts."""
+    low, high = math.floor(lengths.min()), math.ceil(np.percentile(lengths, 99.5))
+    width = max(1, math.ceil((high + 1 - low) / _MOST_BINS))
+    return np.arange(low, high + 1 + width, width, dtype=np.float64)
+
+
+def _verbs(run: Contents) -> tuple[list[Figure], str]:
+    """Sunbursts of each teacher, and a sentence if there are none for want of a parser."""
+    sets: list[tuple[str, pa.Table]] = []
+    if run.unmodified is not None and run.unmodified.examples is not None:
+        sets.append(("unmodified teacher", run.unmodified.examples))
+    elif run.iterations and run.iterations[0].probing.examples is not None:
+        sets.append(("teacher 0, probing set", run.iterations[0].probing.examples))
+    for iteration in run.iterations:
+        if iteration.training.examples is not None:
+            label = "updated teacher" if run.heading(iteration) is None else f"teacher {iteration.number}"
+            sets.append((label, iteration.training.examples))
+    if not sets:
+        return [], ""
+    parser = open_parser()
+    if parser is None:
+        return [], REMEDY
+    figures = []
+    for label, examples in sets:
+        instructions = examples["instruction"].to_pylist()
+        figures.append(sunburst_figure(label, read_verbs(parser, instructions), min(len(instructions), PARSED)))
+    return figures, ""

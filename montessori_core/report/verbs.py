@@ -1,0 +1,133 @@
+"""What instructions ask for: the root verb of each and its direct object, as in Self-Instruct (Figures 6 and 8 to 10).
+
+spaCy and a pipeline of it are optional. The words are a model's, so only lemmas made of letters alone are taken: they stand
+in a figure, where other characters could act as markup.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from montessori_core.report.figures import SERIES, Figure
+
+if TYPE_CHECKING:
+    from spacy.language import Language
+    from spacy.tokens import Doc, Token
+
+PARSER = "MONTESSORI_PARSER"
+"""Environment variable: name or folder of the spaCy pipeline."""
+PARSED = 2000
+"""Most instructions of a set that are parsed; they are taken from its beginning."""
+VERBS, OBJECTS = 20, 4
+_LONGEST = 30  # letters of a word that is shown
+REMEDY = (
+    "What the instructions ask for (root verbs and their objects) is not shown: that takes spaCy and an English pipeline, "
+    "pip install 'montessori[report]' && python -m spacy download en_core_web_sm."
+)
+
+Pair = tuple[str, str | None]
+
+
+def open_parser() -> "Language | None":
+    """The pipeline that `PARSER` names, by default en_core_web_sm; None if it or spaCy is not installed."""
+    try:
+        import spacy
+    except ImportError:
+        return None
+    try:
+        return spacy.load(os.environ.get(PARSER, "en_core_web_sm"), exclude=["ner"])
+    except OSError:
+        return None
+
+
+def read_verbs(parser: "Language", instructions: Sequence[str]) -> list[Pair]:
+    """Root verb and direct object of each instruction that has a verb, of the first `PARSED`."""
+    pairs = (verb_and_object(parsed) for parsed in parser.pipe(instructions[:PARSED], batch_size=64))
+    return [pair for pair in pairs if pair is not None]
+
+
+def verb_and_object(instruction: "Doc") -> Pair | None:
+    """Lemmas of the first sentence's root verb and of its first direct object.
+
+    A root that is no verb ("Please, write ...") gives way to the first verb below it.
+
+    Returns:
+        The verb, and its object if it has one; None without a verb.
+    """
+    sentence = next(iter(instruction.sents), None)
+    if sentence is None:
+        return None
+    for token in _from_the_top(sentence.root):
+        verb = _lemma(token) if token.pos_ == "VERB" else None
+        if verb is not None:
+            objects = (_lemma(child) for child in token.children if child.dep_ in ("dobj", "obj"))
+            return verb, next((found for found in objects if found is not None), None)
+    return None
+
+
+def sunburst_figure(label: str, pairs: Iterable[Pair], instructions: int) -> Figure:
+    """The most common root verbs, each with its most common objects.
+
+    Args:
+        label: whose instructions these are.
+        pairs: as from `read_verbs`.
+        instructions: how many were parsed.
+    """
+    by_verb: dict[str, Counter[str]] = {}
+    totals: Counter[str] = Counter()
+    for verb, thing in pairs:
+        totals[verb] += 1
+        by_verb.setdefault(verb, Counter()).update([thing] if thing else [])
+    verbs = _most_common(totals, VERBS)
+    rings = [(verb, thing, number) for verb, _ in verbs for thing, number in _most_common(by_verb[verb], OBJECTS)]
+    drawn: dict[str, Any] = {
+        "type": "sunburst",
+        "branchvalues": "total",
+        "sort": False,
+        "ids": [*(verb for verb, _ in verbs), *(f"{verb}/{thing}" for verb, thing, _ in rings)],
+        "labels": [*(verb for verb, _ in verbs), *(thing for _, thing, _ in rings)],
+        "parents": [*("" for _ in verbs), *(verb for verb, _, _ in rings)],
+        "values": [*(number for _, number in verbs), *(number for _, _, number in rings)],
+        "insidetextorientation": "radial",
+        "hovertemplate": "%{id}: %{value:,} instructions<extra></extra>",
+        "marker": {"line": {"width": 1}},
+    }
+    layout = {
+        "height": 460,
+        "margin": {"l": 0, "r": 0, "t": 8, "b": 8},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "font": {"size": 13, "family": "system-ui, sans-serif"},
+        "sunburstcolorway": list(SERIES),
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "orientation": "v"},
+    }
+    found = sum(totals.values())
+    return Figure(
+        f"Verbs and objects: {label}",
+        f"Inner ring: the {len(verbs)} most common root verbs of {found:,} instructions that have one, of {instructions:,} "
+        f"read; outer ring: their {OBJECTS} most common direct objects, a gap where others or none follow. Many narrow "
+        "sectors are a diverse set.",
+        {"data": [drawn], "layout": layout},
+        ["verb", "object", "instructions"],
+        [*((verb, None, number) for verb, number in verbs), *rings],
+    )
+
+
+def _from_the_top(root: "Token") -> Iterable["Token"]:
+    """A token and all below it, those nearer to it first."""
+    level = [root]
+    while level:
+        yield from level
+        level = list(chain.from_iterable(token.children for token in level))
+
+
+def _lemma(token: "Token") -> str | None:
+    """The word's lemma in lower case, if it is made of letters and not endless."""
+    lemma = (token.lemma_ or token.text).lower()
+    return lemma if lemma.isalpha() and len(lemma) <= _LONGEST else None
+
+
+def _most_common(counts: "Counter[str]", number: int) -> list[tuple[str, int]]:
+    """The most common first, and in the order of the alphabet among equals."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]
