@@ -7,7 +7,9 @@ in a figure, where other characters could act as markup.
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from montessori_core.report.figures import SERIES, Figure
@@ -32,13 +34,14 @@ Pair = tuple[str, str | None]
 
 def open_parser() -> "Language | None":
     """The pipeline that `PARSER` names, by default en_core_web_sm; None if it or spaCy is not installed."""
+    name = os.environ.get(PARSER, "en_core_web_sm")
+    if not Path(name).is_dir() and not (name.isidentifier() and find_spec(name)):
+        return None  # spaCy takes seconds to import
     try:
         import spacy
-    except ImportError:
-        return None
-    try:
-        return spacy.load(os.environ.get(PARSER, "en_core_web_sm"), exclude=["ner"])
-    except OSError:
+
+        return spacy.load(name, exclude=["ner"])
+    except (ImportError, OSError):
         return None
 
 
