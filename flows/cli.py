@@ -361,14 +361,36 @@ def deploy(
 
 
 @app.command()
-def report(run_dir: RunFolder) -> None:
-    """Write the report of a run anew, from what lies in its folder."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a run or study; several runs are compared.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, .html; by default where the last lines say.")] = None,
+) -> None:
+    """Write a page from what lies in the folders: the report of a run, or of a study, or several runs side by side.
+
+    The report of a run is report.html in its folder, that of a study comparison.html; several runs make
+    comparison-of-runs.html in the current folder. The data of each figure is written beside the page as CSV.
+    """
+    from flows.study import PAGE, STUDY, read_comparison
     from montessori_core.report.render import render_report
+    from montessori_core.report.runs import render_runs
+    from montessori_core.report.study import study_page
+    from montessori_core.study import read_study
     from tasks.run import reopen_run
 
-    folder = reopen_run(run_dir).folder
-    render_report(folder).write(folder / "report.html")
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    if out is not None and out.suffix != ".html":
+        raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    if len(runs) == 1 and (runs[0] / STUDY).exists():
+        page = study_page(read_study(runs[0] / STUDY), read_comparison(runs[0]), runs[0])
+        path = out or runs[0] / PAGE
+    elif len(runs) == 1:
+        folder = reopen_run(runs[0]).folder
+        page, path = render_report(folder), out or folder / "report.html"
+    else:
+        page = render_runs([reopen_run(folder).folder for folder in runs])
+        path = out or Path("comparison-of-runs.html")
+    page.write(path)
+    console.print(f"report: {path}", soft_wrap=True, markup=False)
+    console.print(f"data of its figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True, markup=False)
 
 
 @model_app.command("fetch")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from montessori_core.report import numbers
-from montessori_core.report.contents import Contents
+from montessori_core.report.contents import Contents, Iteration
 from montessori_core.report.figures import (
     AFTER,
     BEFORE,
@@ -18,6 +18,7 @@ from montessori_core.report.figures import (
     dot_figure,
     grouped_dot_figure,
     layout,
+    row_height,
     wrapped,
 )
 from montessori_core.report.page import Block, Section, Table
@@ -102,16 +103,10 @@ def gain_figure(dots: Sequence[Dot]) -> Figure:
 
 def benchmark_section(run: Contents) -> Section:
     """Scores on benchmarks, answers side by side, and what of the benchmarks the training data holds."""
-    scores = [
-        (run.in_iteration(MODELS.get(entry["model"], entry["model"]), iteration), entry)
-        for iteration in run.iterations
-        for entry in iteration.records("scores")
-        if numbers.known(entry["mean"])
-    ]
+    scores = scores_of(run)
     played = [
         (
-            f"{run.in_iteration(MODELS.get(entry['model'], entry['model']), iteration)} against the "
-            f"{MODELS.get(entry['against'], entry['against'])}",
+            f"{_label(entry['model'], iteration, run)} against the {MODELS.get(entry['against'], entry['against'])}",
             entry,
         )
         for iteration in run.iterations
@@ -137,6 +132,22 @@ def benchmark_section(run: Contents) -> Section:
     )
 
 
+def scores_of(run: Contents) -> list[tuple[str, dict[str, Any]]]:
+    """Label and record of every finite score; models that no iteration changes have one, however often it is recorded."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for iteration in run.iterations:
+        for entry in iteration.records("scores"):
+            if numbers.known(entry["mean"]):
+                key = _label(entry["model"], iteration, run), entry["benchmark"], entry["metric"]
+                found.setdefault(key, entry)
+    return [(label, entry) for (label, _, _), entry in found.items()]
+
+
+def _label(model: str, iteration: Iteration, run: Contents) -> str:
+    name = MODELS.get(model, model)
+    return name[0].upper() + name[1:] if model in ("unmodified", "untrained") else run.in_iteration(name, iteration)
+
+
 def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
     """A figure for each benchmark: a row for each metric, a dot for each label.
 
@@ -154,14 +165,14 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
     for benchmark in dict.fromkeys(entry["benchmark"] for _, entry in scores):
         own = [(label, entry) for label, entry in scores if entry["benchmark"] == benchmark]
         groups = {
-            _name(metric): [
+            metric.replace("_", " "): [
                 Dot.of(label, entry["mean"], entry["standard_error"], colours[label])
                 for label, entry in own
                 if entry["metric"] == metric
             ]
             for metric in dict.fromkeys(entry["metric"] for _, entry in own)
         }
-        lower = [_name(entry["metric"]) for _, entry in own if not entry["higher_is_better"]]
+        lower = [entry["metric"].replace("_", " ") for _, entry in own if not entry["higher_is_better"]]
         better = (
             f"Further right is better, but for {', '.join(dict.fromkeys(lower))}"
             if lower
@@ -179,19 +190,25 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
 
 
 def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """All scores in numbers."""
+    """All scores in numbers: a row for each metric, a column for each label."""
+    labels = list(dict.fromkeys(label for label, _ in scores))
+    cells = {(entry["benchmark"], entry["metric"], label): entry for label, entry in scores}
+    metrics = list(dict.fromkeys((entry["benchmark"], entry["metric"]) for _, entry in scores))
     rows = [
         [
-            f"{_name(entry['benchmark'])}, {_name(entry['metric'])}",
-            label,
-            f"{entry['mean']:.4g} ± {entry['standard_error']:.2g}"
-            if numbers.known(entry["standard_error"])
-            else f"{entry['mean']:.4g}",
-            numbers.count(entry["examples"]),
+            f"{_name(benchmark)}, {metric.replace('_', ' ')}",
+            *(_score_text(cells.get((benchmark, metric, label))) for label in labels),
         ]
-        for label, entry in scores
+        for benchmark, metric in metrics
     ]
-    return Table("Scores, ± one standard error", ["Benchmark", "Model", "Score", "Examples"], rows)
+    return Table("Scores, ± one standard error, with the number of examples", ["Benchmark", *labels], rows)
+
+
+def _score_text(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return numbers.UNKNOWN
+    error = f" ± {entry['standard_error']:.2g}" if numbers.known(entry["standard_error"]) else ""
+    return f"{entry['mean']:.4g}{error} ({numbers.count(entry['examples'])})"
 
 
 def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
@@ -221,7 +238,7 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
                 "hovertemplate": f"%{{y}}: %{{text}} {kind}<extra></extra>",
             }
         )
-    drawn = layout(110 + 64 * len(played), "share of the comparisons")
+    drawn = layout(110 + row_height([label for label, _ in played], 56) * len(played), "share of the comparisons")
     drawn |= {"barmode": "stack"}
     drawn["xaxis"] |= {"tickformat": ".0%", "range": [0, 1]}
     drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
@@ -253,13 +270,8 @@ def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     )
 
 
-def _name(key: str) -> str:
-    known = {
-        "alpaca_eval": "AlpacaEval",
-        "mt_bench": "MT-Bench",
-        "length_controlled_win_rate": "length-controlled win rate",
-    }
-    return known.get(key, key.replace("_", " "))
+def _name(benchmark: str) -> str:
+    return {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}.get(benchmark, benchmark)
 
 
 def _signed(value: float | None) -> str:

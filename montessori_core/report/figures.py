@@ -9,7 +9,7 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -24,10 +24,12 @@ BEFORE, AFTER, WARM, GREY = "#E69F00", "#0072B2", "#009E73", "#8A8F98"
 CHOSEN, REJECTED, TEACHER = "#56B4E9", "#D55E00", "#CC79A7"
 SERIES = (BEFORE, AFTER, WARM, REJECTED, CHOSEN, TEACHER)
 """Colours of teacher 0, teacher 1 and so on, and of whatever else is counted."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+"""With `SERIES`, 42 marks that differ."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 CONFIDENCE = 1.96
 """Standard errors in half a 95 % interval."""
-_ROW = 34
+_LINE = 17  # pixels
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def wrapped(label: str) -> str:
     return "<br>".join(plain(line) for line in textwrap.wrap(label, 24)) or " "
 
 
+def row_height(labels: Iterable[str], least: int) -> int:
+    """Pixels of a row in which each of these labels has room."""
+    return max([least, *(6 + _LINE * (1 + wrapped(label).count("<br>")) for label in labels)])
+
+
 def bar_figure(
     title: str, reading: str, axis: str, bars: Mapping[str, float], texts: Sequence[str], column: str = "stage"
 ) -> Figure:
@@ -124,20 +131,20 @@ def bar_figure(
         texts: what stands at the end of each.
         column: what the labels are, for the data.
     """
+    labels = [label.replace("/", " / ") for label in bars]
     data = {
         "type": "bar",
         "orientation": "h",
-        "y": [wrapped(label.replace("/", " / ")) for label in bars],
+        "y": [wrapped(label) for label in labels],
         "x": list(bars.values()),
         "marker": {"color": AFTER},
         "text": list(texts),
-        "textposition": "outside",
-        "cliponaxis": False,
+        "textposition": "auto",
         "hovertemplate": "%{y}: %{text}<extra></extra>",
     }
-    drawn = layout(80 + 28 * len(bars), axis)
+    drawn = layout(80 + row_height(labels, 28) * len(bars), axis)
     drawn |= {"showlegend": False}
-    drawn["xaxis"] |= {"range": [0, 1.25 * (max(bars.values(), default=0.0) or 1.0)]}
+    drawn["xaxis"] |= {"range": [0, 1.15 * (max(bars.values(), default=0.0) or 1.0)]}
     drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     return Figure(title, reading, {"data": [data], "layout": drawn}, [column, axis], list(bars.items()))
 
@@ -163,7 +170,7 @@ def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
         "cliponaxis": False,
         "hovertemplate": "%{y}: %{x:,}<extra></extra>",
     }
-    drawn = layout(70 + _ROW * len(funnel), "instructions")
+    drawn = layout(70 + row_height(funnel, 34) * len(funnel), "instructions")
     drawn |= {"showlegend": False}
     drawn["xaxis"] |= {"range": [0, 1.16 * max(candidates, 1)]}
     drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
@@ -305,11 +312,9 @@ def dot_figure(
         }
         for dot, text in zip(dots, texts, strict=True)
     ]
-    drawn = layout(90 + 56 * len(dots), axis)
+    drawn = layout(90 + row_height([dot.label for dot in dots], 56) * len(dots), axis)
     drawn |= {"showlegend": False}
-    ends = [end for dot in dots for end in (dot.low, dot.high)] + [0.0] * zero
-    margin = 0.15 * ((max(ends) - min(ends)) or 1.0)
-    drawn["xaxis"] |= {"range": [min(ends) - margin, max(ends) + margin]}
+    drawn["xaxis"] |= {"range": _around([end for dot in dots for end in (dot.low, dot.high)] + [0.0] * zero)}
     drawn["yaxis"] |= {"range": [len(dots) - 0.4, -0.7], "type": "category"}
     if zero:
         drawn["shapes"] = [vertical(0.0, "dash")]
@@ -323,7 +328,7 @@ def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[D
     """Means with their intervals: one row for each group, one dot in it for each label, colours by label."""
     labels = list(dict.fromkeys(dot.label for dots in groups.values() for dot in dots))
     traces = []
-    for label in labels:
+    for number, label in enumerate(labels):
         own = [(group, dot) for group, dots in groups.items() for dot in dots if dot.label == label]
         traces.append(
             {
@@ -341,12 +346,15 @@ def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[D
                     "thickness": 1.5,
                     "width": 4,
                 },
-                "marker": {"color": own[0][1].colour, "size": 9},
+                "marker": {"color": own[0][1].colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9},
                 "hovertemplate": "%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
             }
         )
-    drawn = layout(110 + (18 + 18 * len(labels)) * len(groups), axis)
+    drawn = layout(110 + 20 * len(labels) + (18 + 18 * len(labels)) * len(groups), axis)
     drawn |= {"scattermode": "group"}
+    drawn["xaxis"] |= {
+        "range": _around([end for dots in groups.values() for dot in dots for end in (dot.low, dot.high)])
+    }
     drawn["yaxis"] |= {"autorange": "reversed", "type": "category"}
     rows = [(group, dot.label, dot.mean, dot.low, dot.high) for group, dots in groups.items() for dot in dots]
     columns = ["group", "label", axis, "95 % interval from", "95 % interval to"]
@@ -388,3 +396,9 @@ def vertical(at: float, dash: str) -> dict[str, Any]:
 def stroke(dash: str) -> dict[str, Any]:
     """How a line is drawn that is no data."""
     return {"color": GREY, "width": 1.5, "dash": dash}
+
+
+def _around(ends: Sequence[float]) -> list[float]:
+    """A range that holds these with some room beside them."""
+    margin = 0.15 * ((max(ends) - min(ends)) or 1.0)
+    return [min(ends) - margin, max(ends) + margin]

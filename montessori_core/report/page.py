@@ -76,13 +76,14 @@ class Page:
     data: Mapping[str, str]
 
     def write(self, path: Path) -> None:
-        """Write `NAME.html`, and `NAME-data/` beside it with a CSV file for each figure."""
+        """Write `NAME.html`, and a CSV file for each figure in `NAME-data/` beside it; other files there stay."""
+        folder = path.with_name(f"{path.stem}-data")
+        folder.mkdir(parents=True, exist_ok=True)
         with commit(path) as temporary:
             temporary.write_text(self.html, encoding="utf-8")
-        with commit(path.with_name(f"{path.stem}-data")) as temporary:
-            temporary.mkdir()
-            for name, text in self.data.items():
-                (temporary / f"{name}.csv").write_text(text, encoding="utf-8")
+        for name, text in self.data.items():
+            with commit(folder / f"{name}.csv", durable=False) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 def build_page(

@@ -1,90 +1,227 @@
-"""The page of a study: a table of methods, and what each costs against what it gains."""
+"""The page of a study: methods side by side, what each costs against what it gains (Figure 15), and transfer (Figure 5)."""
 
-import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
+import numpy as np
 
+from montessori_core.report import numbers
+from montessori_core.report.figures import (
+    DASHES,
+    GREY,
+    SERIES,
+    Dot,
+    Figure,
+    Sample,
+    bar_figure,
+    dot_figure,
+    grouped_dot_figure,
+    layout,
+    line_figure,
+    plain,
+    stroke,
+)
+from montessori_core.report.page import Block, Page, Section, Table, build_page
+from montessori_core.schema import SIMILARITY, read_table
 from montessori_core.study import Study
 
-_STYLE = """
-:root { color-scheme: light dark; font-family: system-ui, sans-serif; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #8886; }
-th:first-child, td:first-child { text-align: left; }
-"""
+_CURVE_POINTS = 200
 
 
 def render_study(study: Study, result: dict[str, Any]) -> str:
-    """A self-contained HTML page.
+    """The HTML of a study's page, without what lies in the study's folder."""
+    return study_page(study, result).html
+
+
+def study_page(study: Study, result: dict[str, Any], folder: Path | None = None) -> Page:
+    """The page of a study.
 
     Args:
         study: what was compared.
         result: content of its `comparison.json`.
+        folder: of the study; if it is given, the tables of NormSim that method nomad left there are shown.
+
+    Raises:
+        DataError: a table is there but cannot be read.
     """
-    name, baseline, rows = html.escape(study.name), html.escape(study.baseline), result["methods"]
-    transferred = "".join(
-        f"<h2>Transfer to {html.escape(other['student'])}</h2><p>The same data, none of it made for this student.</p>"
-        f"{_table(other['methods'])}"
-        for other in result["transfer"]
-    )
-    plots = "".join(
-        _against(study, rows, *axis, include_plotlyjs=number == 0)
-        for number, axis in enumerate(
+    rows = result["methods"]
+    sections = [
+        Section(
+            "gain",
+            "Gain over the baseline",
+            [Block([_gain_figure(study, rows)], [_table("Methods, means over the seeds", rows)])],
+            introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
+            f"{len(study.seeds)} seed(s). Gain: held-out loss of {study.baseline} minus that of the method, so more is "
+            "better. The interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain "
+            "that is not well beyond both is not shown to be one. Before any training the loss is "
+            f"{result['untrained_loss']:.4f}.",
+        ),
+        Section(
+            "cost",
+            "Gain against cost",
             [
-                ("job_seconds", "job seconds of one seed, shared stages included"),
-                ("flops", "floating-point operations of one seed, shared stages included (Appendix E.3)"),
-            ]
-        )
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{name}</h1><p>Each method trains the same student on {study.experiment.training.examples:,} examples; "
-        f"{len(study.seeds)} seed(s). Gain: held-out loss of {baseline} minus that of the method, so more is better. The "
-        "interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain that is not "
-        f"well beyond both is not shown to be one. Before any training the loss is {result['untrained_loss']:.4f}.</p>"
-        f"{_table(rows)}<h2>Gain against cost</h2><p>Up and to the left is better. Models behind an API do their operations "
-        f"elsewhere.</p>{plots}{transferred}</body></html>"
+                Block(
+                    [
+                        _against(study, rows, "flops", "floating-point operations of one seed"),
+                        _against(study, rows, "job_seconds", "job seconds of one seed"),
+                        _operations_figure(rows),
+                    ]
+                )
+            ],
+            introduction="Stages that several methods share count for each of them in full.",
+        ),
+    ]
+    if result["transfer"]:
+        sections.append(_transfer(study, result))
+    if folder is not None and (similarity := _similarity(folder)):
+        sections.append(Section("norm-sim", "Nearness to real examples", [Block([similarity])]))
+    facts = [
+        ("Student", study.experiment.student.model),
+        ("Teacher", study.experiment.teacher.model),
+        ("Baseline", study.baseline),
+        ("Seeds", ", ".join(map(str, study.seeds))),
+    ]
+    return build_page("Montessori comparison of methods", study.name, facts, sections)
+
+
+def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
+    return Dot(label, row["gain"], row["gain_low"], row["gain_high"], colour)
+
+
+def _colour(number: int) -> str:
+    return SERIES[number % len(SERIES)]
+
+
+def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
+    return dot_figure(
+        "Gain of each method",
+        f"Right of 0 the student is better than with {study.baseline}; an interval that crosses 0 shows no difference.",
+        [_gain_dot(row["method"], row, _colour(number)) for number, row in enumerate(rows)],
+        f"gain over {study.baseline}, nats per token",
+        [numbers.signed(row["gain"], 4) for row in rows],
+        zero=True,
     )
 
 
-def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, title: str, include_plotlyjs: bool) -> str:
+def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
     """What each method gains, against what it costs."""
-    figure = go.Figure(
-        go.Scatter(
-            x=[row[cost] for row in rows],
-            y=[row["gain"] for row in rows],
-            text=[row["method"] for row in rows],
-            mode="markers+text",
-            textposition="top center",
-            error_y={
+    title, gain = (
+        f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
+        f"gain over {study.baseline}, nats per token",
+    )
+    highest = max(row[cost] for row in rows)
+    points = [
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "name": plain(row["method"]),
+            "x": [row[cost]],
+            "y": [row["gain"]],
+            "text": [f" {plain(row['method'])} "],
+            "textposition": "middle left" if row[cost] > 0.5 * highest else "middle right",
+            "cliponaxis": False,
+            "error_y": {
                 "type": "data",
-                "array": [max(0.0, row["gain_high"] - row["gain"]) for row in rows],
-                "arrayminus": [max(0.0, row["gain"] - row["gain_low"]) for row in rows],
+                "array": [max(0.0, row["gain_high"] - row["gain"])],
+                "arrayminus": [max(0.0, row["gain"] - row["gain_low"])],
+                "thickness": 2,
+                "width": 6,
             },
-        )
+            "marker": {"color": _colour(number), "size": 11},
+            "hovertemplate": "%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
+        }
+        for number, row in enumerate(rows)
+    ]
+    drawn = layout(420, axis, gain) | {"showlegend": False}
+    drawn["xaxis"] |= {"range": [-0.05 * highest, 1.1 * highest]} if highest else {}
+    drawn["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": stroke("dot")}]
+    return Figure(
+        title,
+        "Up and to the left is better: more gain for less. A method is worth its cost only if no other lies above and to the "
+        "left of it. Bars are 95 % intervals.",
+        {"data": points, "layout": drawn},
+        ["method", axis, gain, "95 % interval from", "95 % interval to"],
+        [(row["method"], row[cost], row["gain"], row["gain_low"], row["gain_high"]) for row in rows],
     )
-    figure.update_layout(
-        template="plotly_white",
-        xaxis_title=title,
-        yaxis_title=f"gain over {study.baseline}, nats per token",
-    )
-    html_of_figure: str = figure.to_html(full_html=False, include_plotlyjs=include_plotlyjs)
-    return html_of_figure
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = "".join(
-        f"<tr><td>{html.escape(row['method'])}</td><td>{row['held_out_loss']:.4f}</td><td>{gain_text(row)}</td>"
-        f"<td>{interval_text(row)}</td><td>{spread_text(row)}</td><td>{row['job_seconds']:,.0f} s</td>"
-        f"<td>{row['flops']:.2e}</td></tr>"
-        for row in rows
+def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    operations = {row["method"]: float(row["flops"]) for row in sorted(rows, key=lambda row: -row["flops"])}
+    return bar_figure(
+        "Floating-point operations of each method (Table 8)",
+        "Of one seed, by the rule of Appendix E.3: two for each weight and token forward, twice as many backward. Models "
+        "behind an API do theirs elsewhere.",
+        "operations",
+        operations,
+        [numbers.significant(value, 3) for value in operations.values()],
+        column="method",
     )
-    return (
-        "<table><thead><tr><th>method</th><th>held-out loss</th><th>gain</th><th>95 % interval</th><th>spread over seeds"
-        f"</th><th>job time</th><th>FLOPs</th></tr></thead><tbody>{lines}</tbody></table>"
+
+
+def _transfer(study: Study, result: dict[str, Any]) -> Section:
+    """Figure 5: the same data, tried on other students."""
+    methods = [row["method"] for row in result["methods"]]
+    colours = {method: _colour(number) for number, method in enumerate(methods)}
+    students = [(study.experiment.student.model, result["methods"])]
+    students += [(other["student"], other["methods"]) for other in result["transfer"]]
+    figure = grouped_dot_figure(
+        "Gain on each student (Figure 5)",
+        f"One group for each student, the first the one the data was made for; right of 0 a method's data is better for that "
+        f"student than that of {study.baseline}.",
+        {
+            student: [_gain_dot(row["method"], row, colours.get(row["method"], GREY)) for row in rows]
+            for student, rows in students
+        },
+        f"gain over {study.baseline}, nats per token",
+    )
+    return Section(
+        "transfer",
+        "Transfer to other students",
+        [Block([figure], [_table(f"Transfer to {student}", rows) for student, rows in students[1:]])],
+        introduction="The same data, none of it made for these students.",
+    )
+
+
+def _similarity(folder: Path) -> Figure | None:
+    """NOMAD, Figure 2: how much of what was written is how near to the real examples."""
+    lines = []
+    for number, path in enumerate(sorted(folder.glob("seed-*/methods/nomad/round-*/norm-sim/norm-sim.parquet"))):
+        nearness = np.sort(np.asarray(read_table(path, SIMILARITY)["norm_sim"].to_numpy()))[::-1]
+        if not len(nearness):
+            continue
+        ranks = np.unique(np.linspace(0, len(nearness) - 1, _CURVE_POINTS).round().astype(int))
+        label = ", ".join(part for part in path.relative_to(folder).parts if part.startswith(("seed-", "round-")))
+        colour, dash = _colour(number), DASHES[number // len(SERIES) % len(DASHES)]
+        lines.append((Sample(label, nearness[ranks], colour, dash), ((ranks + 1) / len(nearness)).tolist()))
+    if not lines:
+        return None
+    return line_figure(
+        "NormSim of what nomad wrote (NOMAD, Figure 2)",
+        "Read off the share of examples that are at least so near to their nearest real one: near 1 they repeat it, near 0 "
+        "they have nothing to do with it, and most should lie between.",
+        lines,
+        "share of the examples",
+        "NormSim",
+    )
+
+
+def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
+    return Table(
+        caption,
+        ["Method", "Held-out loss", "Gain", "95 % interval", "Spread over seeds", "Job time", "Operations"],
+        [
+            [
+                row["method"],
+                numbers.loss(row["held_out_loss"]),
+                numbers.signed(row["gain"], 4),
+                interval_text(row).replace("-", "−"),
+                spread_text(row),
+                numbers.duration(row["job_seconds"]),
+                numbers.significant(float(row["flops"]), 3),
+            ]
+            for row in rows
+        ],
     )
 
 

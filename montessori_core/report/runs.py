@@ -1,0 +1,253 @@
+"""Several runs side by side: how good their students are, how influence is distributed, what they cost, how they differ."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from montessori_core.config import differences
+from montessori_core.report import numbers
+from montessori_core.report.benchmarks import (
+    MODELS,
+    gain_figure,
+    head_to_head_figure,
+    loss_figure,
+    score_figures,
+    score_table,
+    scores_of,
+)
+from montessori_core.report.contents import Contents, Influence, Iteration, read_contents
+from montessori_core.report.cost import gpu_hours, job_hours
+from montessori_core.report.figures import DASHES, SERIES, Dot, Sample, bar_figure
+from montessori_core.report.influence import distribution_figure, influence_unit
+from montessori_core.report.numbers import UNKNOWN, Unit
+from montessori_core.report.overview import THRESHOLDS, judge
+from montessori_core.report.page import Block, Page, Section, Table, build_page
+
+_NAMED_APART = ("name",)  # settings in which runs differ without being another experiment
+
+
+def render_runs(folders: Sequence[Path]) -> Page:
+    """The page that compares the runs in some folders, each by what is there of it.
+
+    Raises:
+        DataError: a table is there but cannot be read.
+    """
+    runs = _named([read_contents(folder) for folder in folders], folders)
+    unit = influence_unit(runs)
+    sections = [
+        Section("overview", "Overview", [Block([], [_overview(runs)])]),
+        _held_out(runs),
+        _benchmarks(runs),
+        _influence(runs, unit),
+        _cost(runs),
+        _configuration(runs),
+    ]
+    title = " · ".join(run.name for run in runs)
+    return build_page("Montessori comparison of runs", title, [("Runs", numbers.count(len(runs)))], sections)
+
+
+def _named(runs: Sequence[Contents], folders: Sequence[Path]) -> list[Contents]:
+    """Runs that are not told apart by their names bear those of their folders."""
+    candidates = [[run.name for run in runs], [folder.name for folder in folders], [str(folder) for folder in folders]]
+    names = next((names for names in candidates if len(set(names)) == len(runs)), candidates[-1])
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _overview(runs: Sequence[Contents]) -> Table:
+    rows = [
+        ["verdict", *(judge(run).headline for run in runs)],
+        ["teacher", *(str(run.setting("teacher", "model", UNKNOWN)) for run in runs)],
+        ["student", *(str(run.setting("student", "model", UNKNOWN)) for run in runs)],
+        ["iterations finished", *(f"{_finished(run)} of {run.planned}" for run in runs)],
+        ["helpful means better than", *(THRESHOLDS.get(run.baseline, run.baseline) for run in runs)],
+        ["preference pairs", *map(_pairs, runs)],
+        ["probing examples measured", *map(_measured, runs)],
+        ["share that helps, first probing set", *(_share(_first_probed(run)) for run in runs)],
+        ["share that helps, last training set", *(_share(_last_trained_on(run)) for run in runs)],
+    ]
+    return Table("Key numbers side by side", ["", *(run.name for run in runs)], rows)
+
+
+def _finished(run: Contents) -> int:
+    return sum(iteration.metrics is not None for iteration in run.iterations)
+
+
+def _pairs(run: Contents) -> str:
+    tables = [part.preferences for part in run.iterations if part.preferences is not None]
+    return numbers.count(sum(table.num_rows for table in tables)) if tables else UNKNOWN
+
+
+def _measured(run: Contents) -> str:
+    sets = [part.influence for part in run.iterations if part.influence is not None]
+    return numbers.count(sum(len(part.values) for part in sets)) if sets else UNKNOWN
+
+
+def _share(part: Influence | None) -> str:
+    return numbers.share(part.summary["share_positive"]) if part else UNKNOWN
+
+
+def _first_probed(run: Contents) -> Influence | None:
+    return next((part.influence for part in run.iterations if part.influence), None)
+
+
+def _last_trained_on(run: Contents) -> Influence | None:
+    return next((part.training_influence for part in reversed(run.iterations) if part.training_influence), None)
+
+
+def _held_out(runs: Sequence[Contents]) -> Section:
+    entries = []
+    gains = []
+    for number, run in enumerate(runs):
+        first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
+        entries += [
+            (f"{run.name}: {MODELS[name]}", first[name], number)
+            for name in ("untrained", "unmodified")
+            if name in first
+        ]
+        for iteration in run.iterations:
+            if "student" in iteration.held_out_loss:
+                label = f"{_place(run, iteration)}: {MODELS['student']}"
+                entries.append((label, iteration.held_out_loss["student"], number))
+            gains += [
+                (
+                    f"{_place(run, iteration)}: over the {MODELS[name]}",
+                    iteration.held_out_gain[f"student_over_{name}"],
+                    number,
+                )
+                for name in ("unmodified", "untrained")
+                if f"student_over_{name}" in iteration.held_out_gain
+            ]
+    losses_drawn, gains_drawn = _dots(entries), _dots(gains)
+    figures = [loss_figure(losses_drawn)] if losses_drawn else []
+    figures += [gain_figure(gains_drawn)] if gains_drawn else []
+    rows = [["Loss: " + dot.label, numbers.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
+    rows += [["Gain: " + dot.label, numbers.signed(dot.mean, 4), _interval(dot)] for dot in gains_drawn]
+    table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "95 % interval"], rows)
+    return Section(
+        "held-out",
+        "Held-out loss",
+        [Block(figures, [table])] if figures else [],
+        introduction="Losses of different runs compare only if these were evaluated on the same examples; gains compare each "
+        "student with the others of its own run.",
+        absent="No student of these runs has been evaluated yet.",
+    )
+
+
+def _dots(entries: Sequence[tuple[str, dict[str, float], int]]) -> list[Dot]:
+    return [
+        Dot.of(label, stat["mean"], stat["standard_error"], SERIES[number % len(SERIES)])
+        for label, stat, number in entries
+        if numbers.known(stat["mean"]) and numbers.known(stat["standard_error"])
+    ]
+
+
+def _place(run: Contents, iteration: Iteration) -> str:
+    heading = run.heading(iteration)
+    return f"{run.name}, {heading.lower()}" if heading else run.name
+
+
+def _interval(dot: Dot) -> str:
+    return f"{dot.low:.4f} to {dot.high:.4f}".replace("-", "−")
+
+
+def _benchmarks(runs: Sequence[Contents]) -> Section:
+    scores = [(f"{run.name}: {label}", entry) for run in runs for label, entry in scores_of(run)]
+    played = [
+        (
+            f"{_place(run, iteration)}: {MODELS.get(entry['model'], entry['model'])} against the "
+            f"{MODELS.get(entry['against'], entry['against'])}",
+            entry,
+        )
+        for run in runs
+        for iteration in run.iterations
+        for entry in iteration.records("head_to_head")
+    ]
+    blocks = [Block(score_figures(scores), [score_table(scores)])] if scores else []
+    blocks += [Block([head_to_head_figure(played)])] if played else []
+    return Section("benchmarks", "Benchmarks", blocks, absent="No benchmark has been run in these runs.")
+
+
+def _influence(runs: Sequence[Contents], unit: Unit) -> Section:
+    figures = []
+    for title, part_of in (
+        ("Influence of the first probing sets", _first_probed),
+        ("Influence of the last training sets", _last_trained_on),
+    ):
+        samples = [
+            Sample(run.name, part.values, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
+            for number, run in enumerate(runs)
+            if (part := part_of(run)) is not None and len(part.values)
+        ]
+        if samples:
+            figures.append(
+                distribution_figure(
+                    title,
+                    "Right of the line a step on the example lowers the reference loss of the student as it is; runs compare "
+                    "only if student and reference set are the same.",
+                    samples,
+                    unit,
+                )
+            )
+    return Section(
+        "influence", "Influence", [Block(figures)] if figures else [], absent="No influence has been measured yet."
+    )
+
+
+def _cost(runs: Sequence[Contents]) -> Section:
+    seconds = {run.name: sum(run.job_seconds.values()) for run in runs if run.job_seconds}
+    operations = {run.name: float(sum(one["flops"] for one in run.stages)) for run in runs if run.stages}
+    figures = []
+    if seconds:
+        figures.append(
+            bar_figure(
+                "Seconds of jobs",
+                "All stages of a run together, as if its shards had been computed one after the other.",
+                "seconds",
+                seconds,
+                [numbers.duration(value) for value in seconds.values()],
+                column="run",
+            )
+        )
+    if operations:
+        figures.append(
+            bar_figure(
+                "Floating-point operations (Table 8)",
+                "All stages of a run together, two operations for each weight and token forward, twice as many backward.",
+                "operations",
+                operations,
+                [numbers.significant(value, 3) for value in operations.values()],
+                column="run",
+            )
+        )
+    counted = [run for run in runs if run.stages]
+    rows = [
+        [
+            run.name,
+            *(numbers.count(sum(one[key] for one in run.stages)) for key in ("jobs", "retries", "preemptions")),
+            *(numbers.significant(sum(map(hours, run.stages)), 3) for hours in (job_hours, gpu_hours)),
+        ]
+        for run in counted
+    ]
+    columns = ["Run", "Jobs", "Retries", "Preemptions", "Job-hours", "GPU-hours"]
+    tables = [Table("Use of the cluster", columns, rows)] if rows else []
+    return Section(
+        "cost", "Cost", [Block(figures, tables)] if figures else [], absent="Times are recorded when an iteration ends."
+    )
+
+
+def _configuration(runs: Sequence[Contents]) -> Section:
+    first, *others = runs
+    rows = []
+    for other in others:
+        before, after = (
+            {key: value for key, value in run.settings.items() if key not in _NAMED_APART} for run in (first, other)
+        )
+        rows += [[other.name, line] for line in differences(before, after)]
+    return Section(
+        "configuration",
+        "Configuration",
+        [Block([], [Table("What is set otherwise", ["Run", f"Field: in {first.name} -> there"], rows)])]
+        if rows
+        else [],
+        absent="The runs have the same configuration.",
+    )

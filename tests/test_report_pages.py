@@ -1,0 +1,170 @@
+"""The pages of studies and of several runs: as safe and as complete in themselves as the report, and honest numbers."""
+
+import csv
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from test_report import HOSTILE, Page, write_run
+from typer.testing import CliRunner
+
+from flows.cli import app
+from montessori_core.atomic import write_json
+from montessori_core.config import parse, write_yaml
+from montessori_core.report import page as pages
+from montessori_core.report.runs import render_runs
+from montessori_core.report.study import study_page
+from montessori_core.schema import SIMILARITY, table_from_rows, write_table
+from montessori_core.study import Outcome, Study, compare_outcomes
+
+METHODS = ("montessori", "self_instruct", "nomad")
+
+
+def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
+    """A study as its flow leaves it."""
+    model = {"model": "smollm2-135m"}
+    content = {"name": "trial", "experiment": {"teacher": model, "student": model}, "methods": METHODS, "seeds": [0, 1]}
+    study = parse(Study, content | {"transfer": [{"model": HOSTILE[0]}]}, "test")
+    random_numbers = np.random.default_rng(0)
+    losses = random_numbers.normal(2.5, 0.3, 40)
+
+    def compared(shift: float) -> list[dict[str, Any]]:
+        outcomes = [
+            Outcome(
+                method,
+                losses + random_numbers.normal(shift * number, 0.02, (2, 40)),
+                np.full(2, 100.0 * (number + 1)),
+                np.full(2, 1e15 * (number + 1)),
+            )
+            for number, method in enumerate(METHODS)
+        ]
+        return compare_outcomes(outcomes, "self_instruct")
+
+    result = {
+        "study": "trial",
+        "seeds": [0, 1],
+        "untrained_loss": 2.7654,
+        "methods": compared(0.01),
+        "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
+    }
+    folder.mkdir(parents=True)
+    write_yaml(study, folder / "study.yaml")
+    write_json(result, folder / "comparison.json")
+    for seed in (0, 1):
+        path = folder / f"seed-{seed}" / "methods" / "nomad" / "round-1" / "norm-sim" / "norm-sim.parquet"
+        path.parent.mkdir(parents=True)
+        rows: list[dict[str, object]] = [{"example_id": str(i), "norm_sim": (i * 37 % 500) / 500} for i in range(500)]
+        write_table(table_from_rows(rows, SIMILARITY), path, SIMILARITY)
+    return study, result
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> pages.Page:
+    folder = tmp_path_factory.mktemp("studies") / "trial"
+    return study_page(*write_study(folder), folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> pages.Page:
+    folder = tmp_path_factory.mktemp("runs")
+    first = write_run(folder / "first", iterations=2, texts=HOSTILE)
+    second = write_run(folder / "second", preferences={"baseline": "student"}, warmup={"learning_rate": 2e-5})
+    return render_runs([first, second])
+
+
+def rows_of(page: pages.Page, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(page.data[name])))
+
+
+@pytest.mark.parametrize("kind", ["study", "runs"])
+def test_pages_run_only_their_own_scripts_and_load_nothing(kind: str, request: pytest.FixtureRequest) -> None:
+    rendered = request.getfixturevalue(kind)
+    page = Page(rendered.html)
+    (policy,) = (a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert "default-src 'none'" in str(policy)
+    assert len(page.programs) == str(policy).count("sha256-") == 2
+    targets = [a[name] for _, a in page.tags for name in ("src", "href", "action", "data", "srcset") if name in a]
+    assert all(str(target).startswith("#") for target in targets)
+    assert not {"img", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert len(page.plots) == len(rendered.data) == page.count("figure")
+    for plot in page.plots:
+        assert go.Figure(plot).data
+
+
+def test_study_shows_gains_costs_and_transfer_as_they_were_computed(tmp_path: Path) -> None:
+    study, result = write_study(tmp_path / "study")
+    rendered = study_page(study, result, tmp_path / "study")
+    against = rows_of(rendered, "cost-gain-against-floating-point-operations-figure-15")
+    for row, expected in zip(against, result["methods"], strict=True):
+        assert row["method"] == expected["method"]
+        assert float(row["floating-point operations of one seed"]) == expected["flops"]
+        assert float(row["95 % interval from"]) == expected["gain_low"]
+    transferred = rows_of(rendered, "transfer-gain-on-each-student-figure-5")
+    assert [row["group"] for row in transferred] == [*["smollm2-135m"] * 3, *[HOSTILE[0]] * 3]
+    assert (
+        float(transferred[3]["gain over self_instruct, nats per token"]) == result["transfer"][0]["methods"][0]["gain"]
+    )
+    assert "2.7654" in Page(rendered.html).text
+
+
+def test_norm_sim_curve_is_the_share_at_least_so_near(study: pages.Page) -> None:
+    (name,) = (name for name in study.data if name.startswith("norm-sim"))
+    curve = [row for row in rows_of(study, name) if row["line"] == "seed-0, round-1"]
+    values = np.array([(i * 37 % 500) / 500 for i in range(500)])
+    assert len(curve) == 200
+    for row in curve:
+        assert (values >= float(row["NormSim"])).mean() == pytest.approx(float(row["share of the examples"]))
+
+
+def test_runs_are_set_side_by_side_with_what_differs(runs: pages.Page) -> None:
+    page = Page(runs.html)
+    assert "warmup.learning_rate: 5e-06 -> 2e-05" in page.text
+    assert "preferences.baseline: 'median' -> 'student'" in page.text
+    assert "iterations: 2 -> 1" in page.text
+    gains = {
+        row[""]: float(row["gain, nats per token"])
+        for row in rows_of(runs, "held-out-paired-gain-of-the-updated-teacher-s-student")
+    }
+    assert gains["first, iteration 1: over the unmodified teacher's student"] == 0.02
+    assert gains["second: over the unmodified teacher's student"] == 0.02
+    cost = {row["run"]: float(row["seconds"]) for row in rows_of(runs, "cost-seconds-of-jobs")}
+    assert cost == {"first": 2 * 7275.5, "second": 7275.5}
+    assert "alert" not in page.text  # no text of a model is on this page
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / part / "run") for part in ("a", "b")]
+    page = Page(render_runs(folders).html)
+    assert all(str(folder) in page.text for folder in folders)
+    assert "The runs have the same configuration." in page.text
+
+
+def test_one_command_writes_every_kind_of_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    write_study(tmp_path / "study")
+    monkeypatch.chdir(tmp_path)
+
+    def report(*arguments: object) -> str:
+        outcome = CliRunner().invoke(app, ["report", *map(str, arguments)], catch_exceptions=False)
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.output
+
+    assert "report.html" in report(run)
+    report(run, "--out", tmp_path / "elsewhere" / "mine.html")
+    report(run, copy)
+    report(tmp_path / "study")
+    titles = {
+        run / "report.html": "Montessori report",
+        tmp_path / "elsewhere" / "mine.html": "Montessori report",
+        tmp_path / "comparison-of-runs.html": "Montessori comparison of runs",
+        tmp_path / "study" / "comparison.html": "Montessori comparison of methods",
+    }
+    for path, title in titles.items():
+        assert f"{title}</title>" in path.read_text()
+        assert list(path.with_name(f"{path.stem}-data").glob("*.csv"))
+    assert (run / "report.html").read_text() == (tmp_path / "elsewhere" / "mine.html").read_text()
