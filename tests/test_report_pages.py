@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,21 @@ def test_study_shows_gains_costs_and_transfer_as_they_were_computed(tmp_path: Pa
         float(transferred[3]["gain over self_instruct, nats per token"]) == result["transfer"][0]["methods"][0]["gain"]
     )
     assert "2.7654" in Page(rendered.html).text
+
+
+@pytest.mark.parametrize("diverged", [METHODS[:1], METHODS], ids=["one method", "all methods"])
+def test_students_that_diverged_leave_the_page_whole(tmp_path: Path, diverged: tuple[str, ...]) -> None:
+    study, result = write_study(tmp_path / "study")
+    for row in result["methods"]:
+        if row["method"] in diverged:
+            row |= dict.fromkeys(("held_out_loss", "gain", "gain_low", "gain_high", "spread_over_seeds"), math.nan)
+    rendered = study_page(study, result, tmp_path / "study")
+    page = Page(rendered.html)
+    assert len(page.plots) == 6
+    assert "nan" not in page.text
+    assert [row[""] for row in rows_of(rendered, "gain-gain-of-each-method")] == [
+        m for m in METHODS if m not in diverged
+    ]
 
 
 def test_norm_sim_curve_is_the_share_at_least_so_near(study: pages.Page) -> None:

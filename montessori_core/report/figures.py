@@ -400,5 +400,6 @@ def stroke(dash: str) -> dict[str, Any]:
 
 def _around(ends: Sequence[float]) -> list[float]:
     """A range that holds these with some room beside them."""
-    margin = 0.15 * ((max(ends) - min(ends)) or 1.0)
-    return [min(ends) - margin, max(ends) + margin]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
+    margin = 0.15 * ((high - low) or 1.0)
+    return [low - margin, high + margin]

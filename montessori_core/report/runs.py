@@ -194,7 +194,7 @@ def _influence(runs: Sequence[Contents], unit: Unit) -> Section:
 
 
 def _cost(runs: Sequence[Contents]) -> Section:
-    seconds = {run.name: sum(run.job_seconds.values()) for run in runs if run.job_seconds}
+    seconds = {run.name: sum(filter(numbers.known, run.job_seconds.values())) for run in runs if run.job_seconds}
     operations = {run.name: float(sum(one["flops"] for one in run.stages)) for run in runs if run.stages}
     figures = []
     if seconds:

@@ -46,16 +46,17 @@ def study_page(study: Study, result: dict[str, Any], folder: Path | None = None)
         DataError: a table is there but cannot be read.
     """
     rows = result["methods"]
+    drawn = _finite(rows)
     sections = [
         Section(
             "gain",
             "Gain over the baseline",
-            [Block([_gain_figure(study, rows)], [_table("Methods, means over the seeds", rows)])],
+            [Block([_gain_figure(study, drawn)], [_table("Methods, means over the seeds", rows)])],
             introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
             f"{len(study.seeds)} seed(s). Gain: held-out loss of {study.baseline} minus that of the method, so more is "
             "better. The interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain "
             "that is not well beyond both is not shown to be one. Before any training the loss is "
-            f"{result['untrained_loss']:.4f}.",
+            f"{numbers.loss(result['untrained_loss'])}.",
         ),
         Section(
             "cost",
@@ -63,8 +64,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path | None = None)
             [
                 Block(
                     [
-                        _against(study, rows, "flops", "floating-point operations of one seed"),
-                        _against(study, rows, "job_seconds", "job seconds of one seed"),
+                        _against(study, drawn, "flops", "floating-point operations of one seed"),
+                        _against(study, drawn, "job_seconds", "job seconds of one seed"),
                         _operations_figure(rows),
                     ]
                 )
@@ -83,6 +84,11 @@ def study_page(study: Study, result: dict[str, Any], folder: Path | None = None)
         ("Seeds", ", ".join(map(str, study.seeds))),
     ]
     return build_page("Montessori comparison of methods", study.name, facts, sections)
+
+
+def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that can be drawn: a student that diverged has no gain."""
+    return [row for row in rows if all(numbers.known(row[key]) for key in ("gain", "gain_low", "gain_high"))]
 
 
 def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
@@ -110,7 +116,7 @@ def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str)
         f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
         f"gain over {study.baseline}, nats per token",
     )
-    highest = max(row[cost] for row in rows)
+    highest = max((row[cost] for row in rows), default=0.0)
     points = [
         {
             "type": "scatter",
@@ -170,7 +176,7 @@ def _transfer(study: Study, result: dict[str, Any]) -> Section:
         f"One group for each student, the first the one the data was made for; right of 0 a method's data is better for that "
         f"student than that of {study.baseline}.",
         {
-            student: [_gain_dot(row["method"], row, colours.get(row["method"], GREY)) for row in rows]
+            student: [_gain_dot(row["method"], row, colours.get(row["method"], GREY)) for row in _finite(rows)]
             for student, rows in students
         },
         f"gain over {study.baseline}, nats per token",
@@ -214,9 +220,9 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
             [
                 row["method"],
                 numbers.loss(row["held_out_loss"]),
-                numbers.signed(row["gain"], 4),
-                interval_text(row).replace("-", "−"),
-                spread_text(row),
+                numbers.signed(row["gain"], 4) if numbers.known(row["gain"]) else numbers.UNKNOWN,
+                interval_text(row).replace("-", "−") if numbers.known(row["gain_low"]) else numbers.UNKNOWN,
+                spread_text(row) if numbers.known(row["gain"]) else numbers.UNKNOWN,
                 numbers.duration(row["job_seconds"]),
                 numbers.significant(float(row["flops"]), 3),
             ]
