@@ -367,7 +367,7 @@ def test_data_that_is_exported_is_what_the_tables_hold(run: Path) -> None:
     assert {row["example_id"]: float(row[column]) for row in agreement} == pytest.approx(
         {name: 1e6 * value for name, value in audited.items()}
     )
-    lengths = [row for row in data["synthesis-lengths-lengths-of-instructions-figure-11"] if row["set"] == "Teacher 0"]
+    lengths = [row for row in data["synthesis-lengths-of-instructions-figure-11"] if row["set"] == "Teacher 0"]
     assert sum(int(row["examples"]) for row in lengths) == 40
 
 

@@ -122,9 +122,7 @@ def test_students_that_diverged_leave_the_page_whole(tmp_path: Path, diverged: t
     page = Page(rendered.html)
     assert len(page.plots) == 6
     assert "nan" not in page.text
-    assert [row[""] for row in rows_of(rendered, "gain-gain-of-each-method")] == [
-        m for m in METHODS if m not in diverged
-    ]
+    assert [row[""] for row in rows_of(rendered, "gain-of-each-method")] == [m for m in METHODS if m not in diverged]
 
 
 def test_norm_sim_curve_is_the_share_at_least_so_near(study: pages.Page) -> None:

@@ -87,7 +87,7 @@ def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
             one["stage"],
             *(numbers.count(one[key]) for key in ("shards", "rows", "jobs", "retries", "preemptions")),
             numbers.duration(one["seconds"]),
-            f"{numbers.significant(one['seconds'] / one['rows'], 3)} s" if one["rows"] else numbers.UNKNOWN,
+            f"{numbers.significant(one['seconds'] / one['rows'], 3)}\u00a0s" if one["rows"] else numbers.UNKNOWN,
             numbers.significant(gpu_hours(one) if on_gpus else job_hours(one), 3),
             numbers.significant(float(one["flops"]), 3),
         ]

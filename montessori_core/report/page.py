@@ -65,7 +65,10 @@ class Section:
 
     def slug(self, block: Block, figure: Figure) -> str:
         """Name of a figure's data; no other figure of the page has it."""
-        return slug(f"{self.id} {block.heading or ''} {figure.title}")
+        name = slug(figure.title)
+        for before in (slug(block.heading or ""), self.id):
+            name = name if name.startswith(before) else f"{before}-{name}"
+        return name
 
 
 @dataclass(frozen=True)

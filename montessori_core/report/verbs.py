@@ -94,6 +94,7 @@ def sunburst_figure(label: str, pairs: Iterable[Pair], instructions: int) -> Fig
         "parents": [*("" for _ in verbs), *(verb for verb, _, _ in rings)],
         "values": [*(number for _, number in verbs), *(number for _, _, number in rings)],
         "insidetextorientation": "radial",
+        "leaf": {"opacity": 1},
         "hovertemplate": "%{id}: %{value:,} instructions<extra></extra>",
         "marker": {"line": {"width": 1}},
     }
