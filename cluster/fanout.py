@@ -142,13 +142,6 @@ class Ledger:
         """Write the ledger."""
         write_json([vars(submission) for submission in self.submissions], self._file)
 
-    def note_loss(self, name: str, job_id: str, kind: str) -> None:
-        """Keep of what class the loss of a job was whose shards are submitted again."""
-        for submission in self.submissions:
-            if submission.name == name:
-                submission.lost[job_id] = kind
-        self.save()
-
     def open_submissions(self) -> list[Submission]:
         """Submissions that may still have jobs."""
         return [submission for submission in self.submissions if not submission.closed]
@@ -282,7 +275,7 @@ class _Driver:
         """Update what is done and what failed; return the shards that some job is at work on."""
         self._collect_done()
         busy: set[int] = set()
-        lost: list[tuple[str, str, Task]] = []
+        lost: list[tuple[Submission, str, Task]] = []
         self._running = 0
         limit = self._resources.parallel_jobs
         for submission, ids in self._noted():
@@ -300,7 +293,7 @@ class _Driver:
                     left += 1
                     busy.update(task)
                 elif missed < self._backend.polls_until_lost:
-                    lost.append((submission.name, job_id, task))
+                    lost.append((submission, job_id, task))
             if not left:
                 submission.closed = True
                 self._ledger.save()
@@ -312,8 +305,10 @@ class _Driver:
             self._running += left
         # A job may have committed its last shard after the first look.
         self._collect_done()
-        for name, job_id, task in lost:
-            self._bury(name, job_id, [index for index in task if index not in busy])
+        for submission, job_id, task in lost:
+            self._bury(submission, job_id, [index for index in task if index not in busy])
+        if lost:
+            self._ledger.save()
         return busy - self._done
 
     def _noted(self) -> list[tuple[Submission, list[str]]]:
@@ -329,12 +324,12 @@ class _Driver:
                 self._done.add(index)
                 self._failed.pop(index, None)
 
-    def _bury(self, name: str, job_id: str, task: Task) -> None:
+    def _bury(self, submission: Submission, job_id: str, task: Task) -> None:
         """Decide what becomes of the shards that a job, now gone, has left undone."""
         undone = [index for index in task if index not in self._done]
         if not undone:
             return
-        folder = self._ledger.folder / name
+        folder = self._ledger.folder / submission.name
         log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
         first, kind, reason = undone[0], "", ""
         for index in undone:
@@ -362,7 +357,7 @@ class _Driver:
             noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": False, "traceback": ""}
             write_json(noted | {"error": self._failed[first].error}, self._stage.failure_file(first))
             return
-        self._ledger.note_loss(name, job_id, kind)
+        submission.lost[job_id] = kind
         backoff = self._pause(losses - 1)
         log.warning(
             "%s: job %s: %s; submitting shard %d again in %.0f s", self._stage.name, job_id, reason, first, backoff

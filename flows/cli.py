@@ -363,7 +363,9 @@ def deploy(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folder of a run or study; several runs are compared.")],
-    out: Annotated[Path | None, typer.Option(help="Page to write, .html; by default where the last lines say.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write, .html; by default in the folder, or here for several runs.")
+    ] = None,
 ) -> None:
     """Write a page from what lies in the folders: the report of a run, or of a study, or several runs side by side.
 

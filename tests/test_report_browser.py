@@ -174,6 +174,15 @@ def test_page_prints_with_every_figure(browser: Browser, written: dict[str, Path
         printed = (tmp_path / "report.pdf").read_bytes()
         assert printed.startswith(b"%PDF")
         assert len(re.findall(rb"/Type /Page\b", printed)) > 8
+        title, figure = visit.page.locator(".xtitle").first, visit.page.locator(".main-svg").first
+        on_screen = title.evaluate("(text) => getComputedStyle(text).fill"), figure.bounding_box()
+        visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        expect(title).to_have_css("fill", "rgb(68, 68, 68)")  # dark on white paper
+        expect(figure).to_have_attribute("width", "640")
+        visit.page.evaluate("dispatchEvent(new Event('afterprint'))")
+        expect(title).to_have_css("fill", on_screen[0])
+        expect(figure).not_to_have_attribute("width", "640")
+        assert figure.bounding_box() == on_screen[1]
         assert visit.troubles == []
 
 

@@ -3,11 +3,13 @@
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const plots = [...document.querySelectorAll(".plot")];
 const drawn = new Set();
+const paper = { "--muted": "#444", "--line": "#ccc", "--accent": "#0067a3" };
+const paperWidth = 640; // pixels of a figure on A4 or Letter
 
 // Plotly draws with attributes, so the page's colours are handed to it, and again whenever they change.
-function colours(layout) {
+function colours(layout, palette) {
   const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
+  const colour = (name) => palette?.[name] ?? style.getPropertyValue(name).trim();
   const given = {
     "font.color": colour("--muted"),
     "modebar.color": colour("--muted"),
@@ -53,10 +55,14 @@ function recolour() {
   for (const plot of drawn) Plotly.relayout(plot, colours(plot.layout));
 }
 
-function refit() {
+// A browser says that it will print while the page is still laid out for the screen.
+function layOutForPaper() {
   plots.forEach(draw);
-  recolour();
-  for (const plot of plots) Plotly.Plots.resize(plot);
+  for (const plot of plots) Plotly.relayout(plot, { ...colours(plot.layout, paper), width: paperWidth });
+}
+
+function layOutForScreen() {
+  for (const plot of plots) Plotly.relayout(plot, { ...colours(plot.layout), width: null, autosize: true });
 }
 
 function offerData(button) {
@@ -203,5 +209,5 @@ document.querySelectorAll(".download").forEach(offerData);
 followSections();
 drawNext();
 dark.addEventListener("change", recolour);
-addEventListener("beforeprint", refit);
-addEventListener("afterprint", refit);
+addEventListener("beforeprint", layOutForPaper);
+addEventListener("afterprint", layOutForScreen);
