@@ -390,7 +390,10 @@ def report(
     else:
         page = render_runs([reopen_run(folder).folder for folder in runs])
         path = out or Path("comparison-of-runs.html")
-    page.write(path)
+    try:
+        page.write(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
     console.print(f"report: {path}", soft_wrap=True, markup=False)
     console.print(f"data of its figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True, markup=False)
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from montessori_core.atomic import write_json
 from montessori_core.config import parse, write_yaml
+from montessori_core.errors import UserError
 from montessori_core.report import page as pages
 from montessori_core.report.runs import render_runs
 from montessori_core.report.study import study_page
@@ -182,3 +183,15 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path, monkeypatch: pyte
         assert f"{title}</title>" in path.read_text()
         assert list(path.with_name(f"{path.stem}-data").glob("*.csv"))
     assert (run / "report.html").read_text() == (tmp_path / "elsewhere" / "mine.html").read_text()
+
+
+def test_page_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"config\.yaml/mine\.html: cannot be written \(.*\); give another place with --out"
+    ):
+        CliRunner().invoke(
+            app, ["report", str(run), "--out", str(run / "config.yaml" / "mine.html")], catch_exceptions=False
+        )
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        CliRunner().invoke(app, ["report", str(run), "--out", str(run / "config.yaml")], catch_exceptions=False)
