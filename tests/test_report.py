@@ -307,6 +307,24 @@ def test_configuration_and_provenance_are_escaped_too(run: Path, tmp_path: Path)
     assert len(page.programs) == 2
 
 
+def test_names_in_the_metrics_are_escaped_in_page_and_figures(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = metrics(1)
+    name = HOSTILE[1]
+    content["scores"] = [score(name, name, name, 0.5)]
+    content["head_to_head"] = [{**content["head_to_head"][0], "model": name, "against": name}]
+    content["contamination"][0] |= {"benchmark": name, "data": name}
+    content["stages"] = [stage_use(name, rows=3, seconds=2.0)]
+    content["job_seconds"] = {name: 2.0}
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    report = render_report(folder)
+    page = Page(report.html)
+    assert page.count("img") == 0
+    assert "<img" not in json.dumps(page.plots)
+    assert page.text.count(name) >= 5
+    assert all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in report.data)
+
+
 def test_only_the_pages_own_scripts_may_run(hostile: Page) -> None:
     (policy,) = (a["content"] for tag, a in hostile.tags if tag == "meta" and "http-equiv" in a)
     directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
