@@ -11,6 +11,7 @@ from montessori_core.report.figures import (
     DASHES,
     GREY,
     SERIES,
+    SYMBOLS,
     Dot,
     Figure,
     Sample,
@@ -134,7 +135,7 @@ def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str)
                 "thickness": 2,
                 "width": 6,
             },
-            "marker": {"color": _colour(number), "size": 11},
+            "marker": {"color": _colour(number), "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
             "hovertemplate": "%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
         }
         for number, row in enumerate(rows)
