@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from montessori_core.config import Endpoint
+from montessori_core.program import Compute, Program
 
 KEY = "sk-canary-that-nobody-should-write-down"
 Reply = Callable[[BaseHTTPRequestHandler, str], None]
@@ -129,3 +131,10 @@ FAULTS: dict[str, Reply] = {
 
 def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
     return Endpoint(model="judge", base_url=server.url, timeout_seconds=1.0, **({"retries": 2} | fields))
+
+
+def open_with(server: JudgeServer, folder: Path, program: Program) -> Compute:
+    """A judge's program, opened with the server as its endpoint."""
+    path = folder / "judge.json"
+    path.write_text(endpoint(server).model_dump_json())
+    return program({"endpoint": endpoint(server).identity()}, {"endpoint": path})
