@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -209,11 +210,14 @@ def summarize(table: pa.Table, difficulty: Sequence[float] | None = None) -> Win
         )
     outcomes = table["outcome"].to_pylist()
     judged = [index for index, outcome in enumerate(outcomes) if outcome != "unparsed"]
-    readable = table.take(judged)
+
+    def of_judged(values: Sequence[Any]) -> list[Any]:
+        return [values[index] for index in judged]
+
     preferences, lengths, others = (
-        readable[name].to_pylist() for name in ("preference", "characters", "other_characters")
+        of_judged(table[name].to_pylist()) for name in ("preference", "characters", "other_characters")
     )
-    kept = None if difficulty is None else [difficulty[index] for index in judged]
+    kept = None if difficulty is None else of_judged(difficulty)
     plain = win_rate(preferences) if len(judged) > 1 else (None, None)
     controlled = (
         length_controlled_win_rate(preferences, lengths, others, kept) if len(judged) >= _FOLDS else (None, None)
@@ -252,6 +256,7 @@ def _fit(features: np.ndarray, targets: np.ndarray, strength: float) -> np.ndarr
     model.fit(
         np.concatenate([features, features]),
         np.repeat([1, 0], len(targets)),
-        sample_weight=np.concatenate([targets, 1.0 - targets]),
+        # liblinear drops examples of no weight, and takes the only outcome left for a win whatever it is.
+        sample_weight=np.clip(np.concatenate([targets, 1.0 - targets]), 1e-9, 1.0),
     )
     return np.asarray(model.coef_[0])
