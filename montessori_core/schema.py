@@ -163,6 +163,28 @@ MT_BENCH = _schema(
     _field("score", _REAL, "the judge's score, 1 to 10; null if it could not be read", nullable=True),
 )
 
+ITEMS = _schema(
+    "items",
+    1,
+    _field("benchmark", _TEXT, "the benchmark, as the configuration names it"),
+    _field("task", _TEXT, "the task of lm-evaluation-harness that it belongs to"),
+    _field("item", _WHOLE, "its place in the task's evaluation set, from 0"),
+    _field("text", _TEXT, "question and right answer"),
+)
+
+ITEM_SCORES = _schema(
+    "item_scores",
+    1,
+    _field("benchmark", _TEXT, "the benchmark, as the configuration names it"),
+    _field("task", _TEXT, "the task of lm-evaluation-harness that it belongs to"),
+    _field("item", _WHOLE, "its place in the task's evaluation set, from 0"),
+    _field("metric", _TEXT, "what was measured, and by which filter of answers if the task has several"),
+    _field("score", _REAL, "its value"),
+    _field("higher_is_better", _TRUTH, "whether a model is better the higher it is"),
+    _field("answer", _TEXT, "what the model wrote, or the likelihoods it gave"),
+    _field("target", _TEXT, "the right answer"),
+)
+
 
 def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
     """Build a table of `schema` from one mapping per row."""

@@ -1,1 +1,1 @@
-"""Benchmarks whose answers a model judges, AlpacaEval 2.0 and MT-Bench, and whether data holds what they ask."""
+"""What a model is measured by beside its held-out loss (Section 4.2), and whether data holds what is asked there."""
