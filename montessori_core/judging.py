@@ -55,10 +55,8 @@ def question_about(instruction: str, response: str, response_only: bool = False)
 
 def line_outside(*texts: str) -> str:
     """A line that occurs in none of the texts, so that none of them can close the frame it stands in."""
-    line = "=" * 20
-    while any(line in text for text in texts):
-        line += "="
-    return line
+    longest = max((len(run) for text in texts for run in re.findall("=+", text)), default=0)
+    return "=" * max(20, longest + 1)
 
 
 def last_line(answer: Answer) -> str | None:

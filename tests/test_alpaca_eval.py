@@ -200,7 +200,7 @@ def test_outputs_at_fault_are_named_with_place_and_field(tmp_path: Path, name: s
 def test_difficulties_stand_in_the_order_of_their_index(tmp_path: Path) -> None:
     path = tmp_path / "difficulty.csv"
     path.write_text(",instruction_difficulty\n1,-0.5\n0,2\n2,1e-3\n")
-    assert read_difficulties(path).tolist() == [2.0, -0.5, 0.001]
+    assert read_difficulties(path) == [2.0, -0.5, 0.001]
     for content, message in {
         ",d\n0,1\n2,1\n": "indexes must be 0 to 1",
         ",d\n0,1\nx,1\n": "line 3: expected an index and a number",

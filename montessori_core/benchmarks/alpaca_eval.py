@@ -39,8 +39,8 @@ class WinRates:
 
     Attributes:
         wins, ties, losses, unparsed: questions by their outcome; those unparsed enter no rate.
-        win_rate, win_rate_error: and its standard error.
-        length_controlled, length_controlled_error: the same for answers of equal length.
+        win_rate, win_rate_error: the mean preference and its standard error.
+        length_controlled, length_controlled_error: what they would be if answers were of equal length.
     """
 
     wins: int
@@ -92,7 +92,7 @@ def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[R
     ]
 
 
-def read_difficulties(path: Path) -> np.ndarray:
+def read_difficulties(path: Path) -> list[float]:
     """Read AlpacaEval's instruction_difficulty.csv: a header, then a question's index and its difficulty a line.
 
     Returns:
@@ -118,11 +118,11 @@ def read_difficulties(path: Path) -> np.ndarray:
                         f"{path}, line {number}: not finite, or index {index} stands there twice; correct the line"
                     )
                 found[index] = difficulty
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); check the path") from error
     if sorted(found) != list(range(len(found))):
         raise DataError(f"{path}: indexes must be 0 to {len(found) - 1}, each once; complete the file")
-    return np.array([found[index] for index in range(len(found))])
+    return [found[index] for index in range(len(found))]
 
 
 def win_rate(preferences: Sequence[float]) -> tuple[float, float]:
@@ -159,7 +159,7 @@ def length_controlled_win_rate(
     its standard error is the spread of the predictions, which is about the questions' difficulty alone; ours is that of
     the estimate under resampling of the examples, linearised (penalty fixed), so that it can stand beside the plain one's.
 
-    The penalty can set theta to exactly 0: a rate near one half that is not beyond chance then reads 50 %.
+    The penalty can set theta to exactly 0: a rate within chance of one half may read 50 %.
 
     Args:
         preferences: [examples] probability that the model's answer is preferred.

@@ -10,9 +10,9 @@ _WORD = re.compile(r"[^\W_]+")
 def overlapping(items: Sequence[str], data: Iterable[str], n: int) -> list[bool]:
     """Which items share n words in a row with a text of the data.
 
-    Words are runs of letters and digits, in lower case. An item of fewer than n words overlaps if all of them stand in a
-    row in a text; one without any never does. Memory is taken by the items alone (64-bit hashes of their n-grams), not by the
-    data.
+    Words are runs of letters and digits, in lower case (phrases, in scripts without blanks). An item of fewer than n words
+    overlaps if all of them stand in a row in a text; one without any never does. Memory is taken by the items alone
+    (64-bit hashes of their n-grams), not by the data.
 
     Args:
         items: the evaluation set.
