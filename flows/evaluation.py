@@ -1,15 +1,16 @@
 """The evaluation of any model, without a run: `montessori evaluate` and the flow of that name."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from flows.experiment import end_jobs_of, run_root
 from montessori_core.atomic import read_json, write_json
-from montessori_core.config import Experiment, Teacher
+from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
 from tasks.benchmarks import list_items, publish_scores
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
@@ -24,7 +25,9 @@ def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 @flow(name="evaluate", flow_run_name="{name}", on_cancellation=[end_jobs])
-def evaluate(experiment: Experiment, model: str, name: str) -> None:
+def evaluate(
+    experiment: Experiment, model: str, name: Annotated[FolderName, Field(pattern=RUN_NAME)] = "evaluation"
+) -> None:
     """Evaluate a model: held-out loss, and the benchmarks of the configuration. The same name again goes on after a failure.
 
     Args:

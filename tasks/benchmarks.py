@@ -24,7 +24,7 @@ from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
 from tasks.synthesis import generate
 
-_ITEMS_IN_A_PIECE, _JUDGEMENTS_IN_A_PIECE, _ANSWERS_IN_A_PIECE = 64, 16, 64
+_ITEMS_IN_A_PIECE, _JUDGEMENTS_IN_A_PIECE, _ANSWERS_IN_A_PIECE = 16, 16, 64
 
 
 @dataclass(frozen=True)

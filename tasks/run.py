@@ -367,7 +367,10 @@ def check_environment(experiment: Experiment) -> None:
 
 def _check_same(experiment: Experiment, config: Path) -> None:
     before = read_experiment(config)
-    changed = differences(before.method(), experiment.method())
+    then, now = before.method(), experiment.method()
+    if before.judge is None:
+        then["judge"] = now["judge"]  # nothing was judged so far
+    changed = differences(then, now)
     if changed:
         raise UserError(
             f"{config.parent}: this run was started with another configuration:\n  "

@@ -229,14 +229,18 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(
     assert "is not for the 5 instructions" in output
 
 
-def test_students_of_a_run_are_measured_and_compared(judge: Judge, talking_llama: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
-    sections = judged(judge, tmp_path)
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(content | sections))
+def test_students_of_a_finished_run_are_measured_and_compared(
+    judge: Judge, talking_llama: Path, tmp_path: Path
+) -> None:
+    config = configuration(tmp_path, talking_llama)
     secrets = {"MONTESSORI_CACHE": str(tmp_path / "cache"), "PREFECT_HOME": str(tmp_path / "home")}
     code, output = call("run", str(config), cwd=tmp_path, **secrets)
     assert code == 0, output
+    stages = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | judged(judge, tmp_path)))
+    code, output = call("run", str(config), cwd=tmp_path, **secrets)
+    assert code == 0, output
+    assert {path: path.read_bytes() for path in stages} == stages
     metrics = read_json(tmp_path / "runs" / "tiny" / "iteration-1" / "metrics.json")
     measured = {(one["model"], one["benchmark"]) for one in metrics["scores"]}
     assert measured == {(m, b) for m in ("student", "untrained", "unmodified") for b in ("alpaca_eval", "mt_bench")}
