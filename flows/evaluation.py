@@ -76,13 +76,12 @@ def _evaluate(run: Run) -> None:
 def print_evaluation(folder: Path, console: Console) -> None:
     """Print the result of an evaluation, with 95 % confidence intervals."""
     result = read_json(folder / RESULT)
-    table = Table("benchmark", "metric", "score", "95 % interval", "over", box=None)
+    table = Table("benchmark", "metric", "score", "95 % interval", "over", "unparsed", box=None)
     loss = result["held_out_loss"]
-    table.add_row("held-out", "loss, nats per token", *_numbers(loss["mean"], loss["standard_error"]), "")
+    table.add_row("held-out", "loss, nats per token", *_numbers(loss["mean"], loss["standard_error"]))
     for one in result["scores"]:
-        table.add_row(
-            one["benchmark"], one["metric"], *_numbers(one["mean"], one["standard_error"]), str(one["examples"])
-        )
+        counts = str(one["examples"]), str(one["unparsed"] or "")
+        table.add_row(one["benchmark"], one["metric"], *_numbers(one["mean"], one["standard_error"]), *counts)
     console.print(table)
     console.print(f"written to {folder / RESULT}; every item beside it, in Parquet", soft_wrap=True)
 

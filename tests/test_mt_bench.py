@@ -150,7 +150,7 @@ def test_score_is_a_whole_number_from_1_to_10_or_null(server: Grader, tmp_path: 
     assert table["score"].to_pylist() == [score for score in expected.values() for _ in range(2)]
     assert table["turn"].to_pylist() == [1, 2] * len(expected)
     summary = summarize(table)
-    assert (summary.judgements, summary.unparsed) == (22, 18)
+    assert (summary.overall.judged, summary.overall.unparsed) == (4, 18)
     assert summary.overall.mean == 5.5
 
 
@@ -184,9 +184,9 @@ def test_what_could_not_be_read_enters_no_mean() -> None:
     summary = summarize(
         table_of([("a", "math", 1, 4.0), ("a", "math", 2, None), ("b", "stem", 1, None), ("b", "stem", 2, None)])
     )
-    assert summary.unparsed == 3
-    assert summary.overall == summary.by_turn[1] == summary.by_category["math"] == Score(4.0, None)
-    assert summary.by_turn[2] == summary.by_category["stem"] == Score(None, None)
+    assert summary.overall == Score(4.0, None, 1, 3)
+    assert summary.by_turn[1] == summary.by_category["math"] == Score(4.0, None, 1, 1)
+    assert summary.by_turn[2] == summary.by_category["stem"] == Score(None, None, 0, 2)
 
 
 SHARED = Path(os.environ.get("MONTESSORI_SHARED_DATA", "no folder named"))

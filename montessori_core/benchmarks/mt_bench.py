@@ -64,10 +64,15 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Score:
-    """A mean score, 1 to 10, and its standard error over questions; None where there are too few to have it."""
+    """A mean score, 1 to 10, and its standard error over questions; None where there are too few to have it.
+
+    `judged` is how many judgements it is over, `unparsed` how many could not be read and are left out.
+    """
 
     mean: float | None
     standard_error: float | None
+    judged: int
+    unparsed: int
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,13 @@ class Summary:
     """Scores over questions and turns.
 
     Attributes:
-        overall: over all judgements that could be read.
+        overall: over all judgements.
         by_turn, by_category: over some of them.
-        judgements: how many there are.
-        unparsed: how many of them could not be read; they enter no mean.
     """
 
     overall: Score
     by_turn: dict[int, Score]
     by_category: dict[str, Score]
-    judgements: int
-    unparsed: int
 
 
 class _Question(Entry):
@@ -185,31 +186,30 @@ def summarize(table: pa.Table) -> Summary:
     A standard error is over questions: the two turns of one are not independent, and count as one draw.
     """
     rows = table.to_pylist()
-    readable = [row for row in rows if row["score"] is not None]
     return Summary(
-        overall=_score(readable),
-        by_turn={turn: _score([row for row in readable if row["turn"] == turn]) for turn in (1, 2)},
+        overall=_score(rows),
+        by_turn={turn: _score([row for row in rows if row["turn"] == turn]) for turn in (1, 2)},
         by_category={
-            category: _score([row for row in readable if row["category"] == category])
+            category: _score([row for row in rows if row["category"] == category])
             for category in dict.fromkeys(row["category"] for row in rows)
         },
-        judgements=len(rows),
-        unparsed=len(rows) - len(readable),
     )
 
 
-def _score(rows: list[Row]) -> Score:
+def _score(judgements: list[Row]) -> Score:
+    rows = [row for row in judgements if row["score"] is not None]
+    unparsed = len(judgements) - len(rows)
     if not rows:
-        return Score(None, None)
+        return Score(None, None, 0, unparsed)
     mean = sum(row["score"] for row in rows) / len(rows)
     deviations: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         deviations[row["question_id"]] += row["score"] - mean
     count = len(deviations)
     if count == 1:
-        return Score(mean, None)
+        return Score(mean, None, len(rows), unparsed)
     squares = sum(deviation**2 for deviation in deviations.values())
-    return Score(mean, math.sqrt(squares * count / (count - 1)) / len(rows))
+    return Score(mean, math.sqrt(squares * count / (count - 1)) / len(rows), len(rows), unparsed)
 
 
 def _by_id(entries: list[Any], path: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Scores of benchmarks in one form, whatever they come from: mean, standard error, and how many items it is over."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +17,13 @@ def score(
     standard_error: float | None,
     examples: int,
     higher_is_better: bool = True,
+    unparsed: int = 0,
 ) -> Row:
-    """A row of `scores` in `metrics.json`; mean and standard error are null where they cannot be had."""
+    """A row of `scores` in `metrics.json`.
+
+    Mean and standard error are null where they cannot be had; `unparsed` counts judgements that could not be read and are
+    not among the `examples`.
+    """
     return {
         "benchmark": benchmark,
         "metric": metric,
@@ -28,6 +31,7 @@ def score(
         "standard_error": _finite(standard_error),
         "examples": examples,
         "higher_is_better": higher_is_better,
+        "unparsed": unparsed,
     }
 
 
@@ -58,13 +62,15 @@ def win_rate_scores(benchmark: str, rates: WinRates) -> list[Row]:
 
 def mt_bench_scores(summary: Summary) -> list[Row]:
     """Means from 1 to 10: over all judgements, by turn and by category."""
-    parts: Iterable[tuple[str, Any]] = [
+    parts = [
         ("score", summary.overall),
         *((f"score_turn_{turn}", part) for turn, part in summary.by_turn.items()),
         *((f"score_{category}", part) for category, part in summary.by_category.items()),
     ]
-    judged = summary.judgements - summary.unparsed
-    return [score("mt_bench", metric, part.mean, part.standard_error, judged) for metric, part in parts]
+    return [
+        score("mt_bench", metric, part.mean, part.standard_error, part.judged, unparsed=part.unparsed)
+        for metric, part in parts
+    ]
 
 
 def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
