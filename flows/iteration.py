@@ -7,6 +7,7 @@ from prefect import flow
 
 from flows.methods.self_instruct import imitate_seeds
 from flows.methods.tailoring import Probed, tailor
+from flows.trajectory import follow_update
 from montessori_core.program import Row
 from tasks.benchmarks import compare_answers, find_copies
 from tasks.evaluation import Evaluated, evaluate
@@ -115,6 +116,10 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
         evaluated["untrained"] = evaluate(run, run.folder / "untrained", "untrained student", run.first_student())
         if experiment.comparison.unmodified_teacher:
             evaluated["unmodified"] = unmodified_teacher(run, tailored.probed).evaluated
+    trajectory = []
+    if experiment.comparison.teacher_checkpoints:
+        pool = previous.training.examples if previous else None
+        trajectory = follow_update(run, number, tailored, evaluated["student"], pool)
     write_metrics(
         run,
         number,
@@ -126,6 +131,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
             training_influence,
             {part: one.losses for part, one in evaluated.items()},
         ),
+        trajectory,
         Benchmarked(
             {part: one.benchmarks.scores for part, one in evaluated.items()},
             _head_to_head(run, number, evaluated),

@@ -336,7 +336,14 @@ class Comparison(Section):
     influence_examples: int = Field(
         256,
         ge=0,
-        description="Training examples of the updated teacher whose influence is measured (Figure 3d); 0 is off.",
+        description="Training examples of the updated and of the unmodified teacher whose influence is measured (Figure "
+        "3d); 0 is off.",
+    )
+    teacher_checkpoints: int = Field(
+        0,
+        ge=0,
+        description="Teachers kept on the way through each update, evenly spread; a student is trained on the data of each "
+        "(Figures 3a and 3b). 0 is off.",
     )
 
 

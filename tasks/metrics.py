@@ -47,8 +47,10 @@ class Benchmarked:
 
 
 @task(task_run_name="iteration {number}: metrics", cache_policy=NO_CACHE)
-def write_metrics(run: Run, number: int, files: IterationFiles, benchmarked: Benchmarked) -> Path:
-    """Write `metrics.json` of an iteration."""
+def write_metrics(
+    run: Run, number: int, files: IterationFiles, trajectory: list[Row], benchmarked: Benchmarked
+) -> Path:
+    """Write `metrics.json` of an iteration; `trajectory` is what the teachers on the way through the update are worth."""
     folder = run.iteration(number)
     unmodified = run.folder / "unmodified"
     pairs = read_table(files.preferences, PREFERENCES)
@@ -69,6 +71,7 @@ def write_metrics(run: Run, number: int, files: IterationFiles, benchmarked: Ben
             for name, table in files.losses.items()
             if name != "student"
         },
+        "teacher_checkpoints": trajectory,
         "scores": [{"model": name, **one} for name, scores in benchmarked.scores.items() for one in scores],
         "head_to_head": benchmarked.head_to_head,
         "contamination": benchmarked.contamination,

@@ -233,11 +233,14 @@ def test_students_of_a_finished_run_are_measured_and_compared(
     judge: Judge, talking_llama: Path, tmp_path: Path
 ) -> None:
     config = configuration(tmp_path, talking_llama)
+    content = yaml.safe_load(config.read_text())
+    content["comparison"]["teacher_checkpoints"] = 1
+    config.write_text(yaml.safe_dump(content))
     secrets = {"MONTESSORI_CACHE": str(tmp_path / "cache"), "PREFECT_HOME": str(tmp_path / "home")}
     code, output = call("run", str(config), cwd=tmp_path, **secrets)
     assert code == 0, output
     stages = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
-    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | judged(judge, tmp_path)))
+    config.write_text(yaml.safe_dump(content | judged(judge, tmp_path)))
     code, output = call("run", str(config), cwd=tmp_path, **secrets)
     assert code == 0, output
     assert {path: path.read_bytes() for path in stages} == stages
@@ -252,6 +255,9 @@ def test_students_of_a_finished_run_are_measured_and_compared(
         ("alpaca_eval", 5),
         ("mt_bench", 2),
     }
+    kept, last = metrics["teacher_checkpoints"]
+    assert kept["step"] == last["step"] // 2
+    assert kept["held_out_loss"] != last["held_out_loss"] == metrics["held_out_loss"]["student"]["mean"]
     influence = tmp_path / "runs" / "tiny" / "unmodified" / "training-influence.parquet"
     assert influence.exists()
     assert (tmp_path / "runs" / "tiny" / "report.html").exists()
