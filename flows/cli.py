@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -23,7 +24,15 @@ import psutil
 import typer
 from rich.console import Console
 
-from montessori_core.config import DataSource, Lora, Student, parse_experiment, read_cluster, read_experiment
+from montessori_core.config import (
+    DataSource,
+    Experiment,
+    Lora,
+    Student,
+    parse_experiment,
+    read_cluster,
+    read_experiment,
+)
 from montessori_core.errors import UserError
 
 app = typer.Typer(
@@ -53,6 +62,10 @@ app = typer.Typer(
     montessori compare configs/studies/quickstart.yaml    methods side by side, over several seeds
 
     montessori methods                       which there are
+
+    [b]How good is a model?[/b]
+
+    montessori evaluate DIR_OR_ID            held-out loss and benchmarks, with confidence intervals
 
     [b]A Slurm cluster[/b]
 
@@ -97,10 +110,7 @@ def run(
 ) -> None:
     """Run an experiment. The same name again resumes it; what is done is not repeated."""
     overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
-    experiment = read_experiment(config, tuple(overrides))
-    if cluster is not None:
-        content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
-        experiment = parse_experiment(content, f"{config} with {cluster}")
+    experiment = _on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
     from tasks.run import open_run
 
     opened, warnings = open_run(experiment, run_root / experiment.name)
@@ -132,6 +142,42 @@ def compare(
     again += [part for override in set_ or [] for part in ("--set", override)]
     _interruptible(lambda: compare_opened(read, folder, seeded), shlex.join(again))
     print_comparison(folder, console)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the model.")],
+    config: Annotated[
+        Path,
+        typer.Option(help="Configuration, YAML: its evaluation, benchmarks, judge and cluster sections are read."),
+    ] = Path("configs/evaluation.yaml"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field, e.g. benchmarks.mt_bench=FILE."),
+    ] = None,
+    run_root: Annotated[Path, typer.Option(help="Folder that holds runs and evaluations.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the evaluation; by default made from the model's.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
+    ] = None,
+) -> None:
+    """Evaluate any model: held-out loss, lm-evaluation-harness, AlpacaEval 2.0, MT-Bench.
+
+    The same command again goes on after an interruption; what is done is not repeated.
+    """
+    from flows.evaluation import evaluate_opened, open_evaluation, print_evaluation
+
+    experiment = _on_cluster(read_experiment(config, tuple(set_ or [])), cluster, config)
+    folder = run_root / (name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model))
+    opened, warnings = open_evaluation(experiment, model, folder)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    again = ["montessori", "evaluate", model, "--config", str(config), "--run-root", str(run_root)]
+    again += [part for override in set_ or [] for part in ("--set", override)]
+    again += ["--name", name] if name else []
+    again += ["--cluster", str(cluster)] if cluster else []
+    _interruptible(lambda: evaluate_opened(opened), shlex.join(again))
+    print_evaluation(folder, console)
 
 
 @app.command()
@@ -411,6 +457,14 @@ def fetch(model: Annotated[str, typer.Argument(help="smollm2-135m")] = "smollm2-
     with console.status("fetching and converting SmolLM2-135M-Instruct (about 20 s, 100 MB)"):
         folder = fetch_embedded()
     console.print(f"{EMBEDDED}: {folder}", soft_wrap=True)
+
+
+def _on_cluster(experiment: Experiment, cluster: Path | None, config: Path) -> Experiment:
+    """The experiment, with the content of a cluster file in place of its own section."""
+    if cluster is None:
+        return experiment
+    content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
+    return parse_experiment(content, f"{config} with {cluster}")
 
 
 def _let_prefect_log() -> None:

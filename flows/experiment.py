@@ -15,6 +15,7 @@ from cluster.oversight import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
 from montessori_core.atomic import read_json, write_json
 from montessori_core.config import Experiment
+from tasks.benchmarks import list_items
 from tasks.report import write_report
 from tasks.run import Run, driver_of, only_driver, open_run, reopen_run
 
@@ -24,7 +25,12 @@ RUN_ROOT = "MONTESSORI_RUN_ROOT"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """Hook, after a run was cancelled: end what jobs its driver could not end itself."""
-    opened = reopen_run(run_root() / flow_run.parameters["experiment"]["name"])
+    end_jobs_of(run_root() / flow_run.parameters["experiment"]["name"])
+
+
+def end_jobs_of(folder: Path) -> None:
+    """End the jobs of a run that nobody drives."""
+    opened = reopen_run(folder)
     if driver_of(opened.folder) is not None:
         return  # somebody else's: this flow run was refused, or cancelled before it drove anything
     for folder in stages_of(opened.folder):
@@ -71,6 +77,7 @@ def experiment(run: Run) -> None:
 
 def _iterate(run: Run, approve: bool) -> None:
     with only_driver(run.folder):
+        list_items(run)
         done: Iteration | None = None
         for number in range(1, run.experiment.iterations + 1):
             done = iteration(run, number, done, approve)

@@ -1,15 +1,18 @@
 """One iteration of Montessori-Instruct, top to bottom as in the paper's Figure 2."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prefect import flow
 
 from flows.methods.self_instruct import imitate_seeds
-from flows.methods.tailoring import tailor
-from tasks.evaluation import evaluate
+from flows.methods.tailoring import Probed, tailor
+from flows.trajectory import follow_update
+from montessori_core.program import Row
+from tasks.benchmarks import compare_answers, find_copies
+from tasks.evaluation import Evaluated, evaluate
 from tasks.influence import collect_influence
-from tasks.metrics import IterationFiles, write_metrics
+from tasks.metrics import Benchmarked, IterationFiles, write_metrics
 from tasks.run import Model, Run
 from tasks.students import train_student
 from tasks.synthesis import Synthesized
@@ -23,29 +26,32 @@ class Iteration:
         teacher: the updated teacher.
         student: the student trained on its data.
         training: that data.
-        losses: held-out loss tables by the name of the model.
+        evaluated: what students are worth, by their name.
     """
 
     teacher: Model
     student: Model
     training: Synthesized
-    losses: dict[str, Path]
+    evaluated: dict[str, Evaluated]
 
 
 @dataclass(frozen=True)
 class Unmodified:
-    """What the unmodified teacher's data is worth: the data, and the held-out loss of the student trained on it."""
+    """What the unmodified teacher's data is worth: the data, and the student trained on it."""
 
     training: Synthesized
-    loss: Path
+    evaluated: Evaluated
 
 
 @flow(flow_run_name="{run.experiment.name}: unmodified teacher", validate_parameters=False)
-def unmodified_teacher(run: Run, earlier: list[Path]) -> Unmodified:
-    """Train a student on as many examples of the unmodified teacher, from the same prompts as iteration 1."""
+def unmodified_teacher(run: Run, probed: Probed) -> Unmodified:
+    """Train a student on as many examples of the unmodified teacher, from the same prompts as iteration 1.
+
+    The influence of its examples is measured on the same warm student as that of the updated teacher's (Figure 3d).
+    """
     experiment, folder = run.experiment, run.folder / "unmodified"
     label = "unmodified teacher"
-    training = imitate_seeds(run, folder / "training", label, earlier)
+    training = imitate_seeds(run, folder / "training", label, [probed.synthesized.examples])
     student = train_student(
         run,
         folder / "student",
@@ -55,7 +61,25 @@ def unmodified_teacher(run: Run, earlier: list[Path]) -> Unmodified:
         experiment.training.examples,
         save_moments=False,
     )
-    return Unmodified(training, evaluate(run, folder / "evaluation", f"{label}: held-out loss", student))
+    _measure_training_influence(run, folder, label, probed.student, training.examples)
+    return Unmodified(training, evaluate(run, folder / "evaluation", label, student))
+
+
+def _measure_training_influence(run: Run, folder: Path, label: str, student: Model, examples: Path) -> Path | None:
+    """The influence of the first examples of a training set, unless that is switched off."""
+    count = run.experiment.comparison.influence_examples
+    if not count:
+        return None
+    return collect_influence(
+        run,
+        folder / "training-influence",
+        folder / "training-influence.parquet",
+        f"{label}: influence of the training set",
+        student,
+        examples,
+        0,
+        count,
+    )
 
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
@@ -81,28 +105,21 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
         save_moments=True,
     )
 
-    training_influence = None
-    if experiment.comparison.influence_examples:
-        training_influence = collect_influence(
-            run,
-            folder / "training-influence",
-            folder / "training-influence.parquet",
-            f"{name}: influence of the training set",
-            tailored.probed.student,
-            tailored.training.examples,
-            0,
-            experiment.comparison.influence_examples,
-        )
-    losses = {"student": evaluate(run, folder / "evaluation", f"{name}: held-out loss", trained)}
+    training_influence = _measure_training_influence(
+        run, folder, name, tailored.probed.student, tailored.training.examples
+    )
+    evaluated = {"student": evaluate(run, folder / "evaluation", name, trained)}
     if previous is not None:
-        losses |= {part: table for part, table in previous.losses.items() if part in ("untrained", "unmodified")}
-        losses["previous"] = previous.losses["student"]
+        evaluated |= {part: one for part, one in previous.evaluated.items() if part in ("untrained", "unmodified")}
+        evaluated["previous"] = previous.evaluated["student"]
     else:
-        losses["untrained"] = evaluate(
-            run, run.folder / "untrained", "untrained student: held-out loss", run.first_student()
-        )
+        evaluated["untrained"] = evaluate(run, run.folder / "untrained", "untrained student", run.first_student())
         if experiment.comparison.unmodified_teacher:
-            losses["unmodified"] = unmodified_teacher(run, [tailored.probed.synthesized.examples]).loss
+            evaluated["unmodified"] = unmodified_teacher(run, tailored.probed).evaluated
+    trajectory = []
+    if experiment.comparison.teacher_checkpoints:
+        pool = previous.training.examples if previous else None
+        trajectory = follow_update(run, number, tailored, evaluated["student"], pool)
     write_metrics(
         run,
         number,
@@ -112,7 +129,28 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
             tailored.preferences,
             tailored.training,
             training_influence,
-            losses,
+            {part: one.losses for part, one in evaluated.items()},
+        ),
+        trajectory,
+        Benchmarked(
+            {part: one.benchmarks.scores for part, one in evaluated.items()},
+            _head_to_head(run, number, evaluated),
+            find_copies(run, f"{name}: copies", folder / "contamination.json", tailored.training.examples),
         ),
     )
-    return Iteration(tailored.teacher, trained, tailored.training, losses)
+    return Iteration(tailored.teacher, trained, tailored.training, evaluated)
+
+
+def _head_to_head(run: Run, number: int, evaluated: dict[str, Evaluated]) -> list[Row]:
+    """The student's answers against those of the unmodified teacher's student and of the last iteration's (Figure 4)."""
+    own = evaluated["student"].benchmarks.answers
+    if own is None:
+        return []
+    others = {part: evaluated[part].benchmarks.answers for part in ("unmodified", "previous") if part in evaluated}
+    rows = []
+    for part, answers in others.items():
+        if answers is not None:
+            folder = run.iteration(number) / "head-to-head" / part
+            rates = compare_answers(run, folder, f"iteration {number}: student against {part}", own, answers)
+            rows.append({"model": "student", "against": part, **asdict(rates)})
+    return rows

@@ -37,8 +37,14 @@ _SERVER_PATIENCE = 180.0  # seconds; a first start migrates a database
 _HEARTBEAT, _SILENCE = 30, 100  # seconds between a flow run's signs of life, and without one until it counts as crashed
 
 
-_EXPERIMENT, _STUDY = "flows/experiment.py:montessori", "flows/study.py:compare"
-_FORMS: dict[str, tuple[str, type[Section]]] = {_EXPERIMENT: ("experiment", Experiment), _STUDY: ("study", Study)}
+_EXPERIMENT = "flows/experiment.py:montessori"
+_STUDY = "flows/study.py:compare"
+_EVALUATION = "flows/evaluation.py:evaluate"
+_FORMS: dict[str, tuple[str, type[Section]]] = {
+    _EXPERIMENT: ("experiment", Experiment),
+    _STUDY: ("study", Study),
+    _EVALUATION: ("experiment", Experiment),
+}
 
 
 def read_deployments(path: Path) -> list[dict[str, Any]]:
@@ -171,10 +177,11 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     from prefect.schedules import Cron, Interval
     from prefect.types.entrypoint import EntrypointType
 
+    from flows.evaluation import evaluate
     from flows.experiment import montessori
     from flows.study import compare
 
-    served: Any = {_EXPERIMENT: montessori, _STUDY: compare}[deployment["entrypoint"]]
+    served: Any = {_EXPERIMENT: montessori, _STUDY: compare, _EVALUATION: evaluate}[deployment["entrypoint"]]
     schedules = []
     for schedule in deployment.get("schedules") or []:
         options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}

@@ -15,13 +15,15 @@ from cluster.oversight import cancel_jobs, stages_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round
-from montessori_core.atomic import commit, read_json, write_json
+from montessori_core.atomic import read_json, write_json
+from montessori_core.benchmarks.scores import mean_over_seeds, win_rate_scores
 from montessori_core.config import RUN_NAME, write_yaml
 from montessori_core.errors import ConfigError, UserError
-from montessori_core.report.study import render_study
+from montessori_core.report.study import study_page
 from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
-from tasks.evaluation import evaluate, per_token, summarize_loss
+from tasks.benchmarks import compare_answers, list_items
+from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss
 from tasks.run import Model, Run, driver_of, only_driver, open_run, stage_flops, stage_seconds
 from tasks.students import train_student
 
@@ -150,8 +152,8 @@ class Cost:
         return Cost(sum(map(stage_seconds, stages)), sum(map(stage_flops, stages)))
 
 
-Played = dict[str, list[tuple[Path, Cost]]]
-"""Of each method, by seed: the table of held-out losses, and the cost."""
+Played = dict[str, list[tuple[Evaluated, Cost]]]
+"""Of each method, by seed: what its student is worth, and the cost."""
 
 
 def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
@@ -159,28 +161,41 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
     played: list[Played] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
     with only_driver(folder):
         first = seeded[0].run
-        untrained = evaluate(
-            first, folder.resolve() / "untrained", "untrained student: held-out loss", first.first_student()
-        )
+        for one in seeded:
+            for run in (one.run, *one.others):
+                list_items(run)
+        untrained = evaluate(first, folder.resolve() / "untrained", "untrained student", first.first_student())
         for one in seeded:
             with only_driver(one.run.folder):
                 for method in methods:
                     own = replace(one.run, stages=[])
                     last = play(own, method)
-                    played[0][method.name].append((last.losses, Cost.of(own)))
+                    played[0][method.name].append((last.evaluated, Cost.of(own)))
                     for number, other in enumerate([] if method.trains_student else one.others, 1):
                         tried = replace(other, stages=[])
-                        losses = transfer(tried, method, last.proposal)
-                        played[number][method.name].append((losses, Cost.of(own, tried)))
-        write_comparison(study, folder, untrained, played)
+                        evaluated = transfer(tried, method, last.proposal)
+                        played[number][method.name].append((evaluated, Cost.of(own, tried)))
+                _against_baseline(study, one.run, {name: of_seeds[-1][0] for name, of_seeds in played[0].items()})
+        write_comparison(study, folder, untrained.losses, played)
 
 
-def transfer(run: Run, method: Method, proposal: Proposal) -> Path:
-    """Held-out losses of another student trained on the data that a method proposed (Section 5.4)."""
+def _against_baseline(study: Study, run: Run, evaluated: dict[str, Evaluated]) -> None:
+    """Add how each method's answers to AlpacaEval's instructions fare against the baseline's (Table 1)."""
+    baseline = find_method(study.baseline).name
+    others = evaluated[baseline].benchmarks.answers
+    for name, one in evaluated.items():
+        if others is not None and one.benchmarks.answers is not None and name != baseline:
+            folder = run.folder / "methods" / name / f"against-{baseline}"
+            rates = compare_answers(run, folder, f"{name}: against {baseline}", one.benchmarks.answers, others)
+            one.benchmarks.scores.extend(win_rate_scores(f"alpaca_eval against {baseline}", rates))
+
+
+def transfer(run: Run, method: Method, proposal: Proposal) -> Evaluated:
+    """What another student is worth, trained on the data that a method proposed (Section 5.4)."""
     folder = run.folder / method.name
     label = f"{method.name}, to {run.folder.name}"
     student = _train(run, folder, label, proposal, save_moments=False)
-    return evaluate(run, folder / "evaluation", f"{label}: held-out loss", student)
+    return evaluate(run, folder / "evaluation", label, student)
 
 
 def _train(run: Run, folder: Path, label: str, proposal: Proposal, save_moments: bool) -> Model:
@@ -209,8 +224,7 @@ def play(run: Run, method: Method) -> Feedback:
         if last and not method.trains_student and proposed < wanted:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {wanted}")
         student = proposal.student or _train(run, folder, label, proposal, save_moments=not last)
-        losses = evaluate(run, folder / "evaluation", f"{label}: held-out loss", student)
-        feedback = Feedback(proposal, student, losses)
+        feedback = Feedback(proposal, student, evaluate(run, folder / "evaluation", label, student))
     assert feedback is not None
     return feedback
 
@@ -220,6 +234,8 @@ def write_comparison(study: Study, folder: Path, untrained: Path, played: list[P
     """Write `comparison.json` and `comparison.html` of a study; `played` is of its student, and of each other."""
     baseline = find_method(study.baseline).name
     rows, *of_others = (compare_outcomes(_outcomes(of_student), baseline) for of_student in played)
+    for row in rows:
+        row["scores"] = mean_over_seeds([one.benchmarks.scores for one, _ in played[0][row["method"]]])
     result = {
         "study": study.name,
         "seeds": study.seeds,
@@ -230,9 +246,8 @@ def write_comparison(study: Study, folder: Path, untrained: Path, played: list[P
         ],
     }
     write_json(result, folder / RESULT)
-    with commit(folder / PAGE) as temporary:
-        temporary.write_text(render_study(study, result), encoding="utf-8")
-    shown = [{key: value for key, value in row.items() if key != "gain_of_seeds"} for row in rows]
+    study_page(study, result, folder).write(folder / PAGE)
+    shown = [{key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores")} for row in rows]
     create_table_artifact(shown, description=f"Comparison of methods: {study.name}")
 
 
@@ -241,7 +256,7 @@ def _outcomes(played: Played) -> list[Outcome]:
     for method, of_seeds in played.items():
         if not of_seeds:
             continue
-        tables = [read_table(losses, REFERENCE_LOSS) for losses, _ in of_seeds]
+        tables = [read_table(evaluated.losses, REFERENCE_LOSS) for evaluated, _ in of_seeds]
         if any(table["example_id"] != tables[0]["example_id"] for table in tables):
             raise UserError(
                 "the seeds of this study were evaluated on different examples: the evaluation set was changed after the "

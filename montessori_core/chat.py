@@ -45,6 +45,12 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", request: str) -> str:
     )
 
 
+def render_conversation(tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, follow_up: str) -> str:
+    """The text a model continues to answer `follow_up`, after it answered `instruction` with `response`."""
+    turns = [*_turns(instruction, response), {"role": "user", "content": follow_up}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def encode_example(
     tokenizer: "PreTrainedTokenizerBase",
     instruction: str,

@@ -336,7 +336,14 @@ class Comparison(Section):
     influence_examples: int = Field(
         256,
         ge=0,
-        description="Training examples of the updated teacher whose influence is measured (Figure 3d); 0 is off.",
+        description="Training examples of the updated and of the unmodified teacher whose influence is measured (Figure "
+        "3d); 0 is off.",
+    )
+    teacher_checkpoints: int = Field(
+        0,
+        ge=0,
+        description="Teachers kept on the way through each update, evenly spread; a student is trained on the data of each "
+        "(Figures 3a and 3b). 0 is off.",
     )
 
 
@@ -383,6 +390,55 @@ class Endpoint(Section):
     def identity(self) -> dict[str, Any]:
         """What decides an answer: all but limits, prices and the name of the key."""
         return self.model_dump(mode="json", include={"model", "base_url", "max_tokens"})
+
+
+class HarnessTask(Section):
+    """A task of lm-evaluation-harness."""
+
+    name: str = Field(description="Name of a task, tag or group: 'lm_eval ls tasks' lists them.")
+    shots: int | None = Field(
+        None, ge=0, description="Demonstrations before each item; none takes the task's own number."
+    )
+    limit: Count | None = Field(None, description="Only so many first items of each task, for a trial; none takes all.")
+
+
+class Benchmarks(Section):
+    """What students are measured by beside the held-out loss (Section 4.2)."""
+
+    tasks: tuple[HarnessTask, ...] = Field((), description="Tasks of lm-evaluation-harness.")
+    task_folder: str | None = Field(
+        None,
+        description="Folder with task files (YAML) of your own, and their data: they name data files from this folder.",
+    )
+    chat_template: bool = Field(False, description="Put the prompts of these tasks in the student's chat template.")
+    batch_size: Count = Field(16, description="Requests of these tasks in one forward pass.")
+    items_per_shard: Count = Field(500, description="Items of these tasks in one shard.")
+    alpaca_eval: str | None = Field(
+        None,
+        description="AlpacaEval: a file (.json or .jsonl) with instruction and output, the answers that the student's are "
+        "compared with, e.g. AlpacaEval 2.0's gpt4_turbo outputs. Students are compared with each other on them, too.",
+    )
+    alpaca_eval_difficulty: str | None = Field(
+        None,
+        description="AlpacaEval's instruction_difficulty.csv, for the length-controlled win rate; without, it is left out of "
+        "the model.",
+    )
+    mt_bench: str | None = Field(None, description="MT-Bench: its questions (.jsonl).")
+    mt_bench_references: str | None = Field(
+        None, description="MT-Bench: reference answers (.jsonl) to its questions of maths, coding and reasoning."
+    )
+    answers: Sampling = Field(
+        Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
+        description="Decoding of the students' answers that are judged.",
+    )
+    contamination_words: int = Field(
+        8, ge=0, description="An item counts as seen if so many of its words stand in a row in training data; 0 is off."
+    )
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge is asked."""
+        return self.alpaca_eval is not None or self.mt_bench is not None
 
 
 class Zero(Section):
@@ -442,7 +498,7 @@ class StageResources(Section):
     generation: Resources = Field(Resources(), description="Instruction and response generation.")
     training: Resources = Field(Resources(), description="Warm-up, student training and teacher update.")
     influence: Resources = Field(Resources(), description="Local data influence.")
-    evaluation: Resources = Field(Resources(), description="Held-out loss.")
+    evaluation: Resources = Field(Resources(), description="Held-out loss, and tasks of lm-evaluation-harness.")
     judging: Resources = Field(
         Resources(cpus_per_process=1), description="Questions to an API; its jobs need the network, and no GPU."
     )
@@ -535,10 +591,13 @@ class Experiment(Section):
     training: Training = Field(Training(), description="Training of the student.")
     nomad: Nomad = Field(Nomad(), description="What is particular to the method nomad.")
     comparison: Comparison = Field(Comparison(), description="What is computed to see the effect.")
-    judge: Endpoint | None = Field(None, description="The model that judges examples, for methods that ask one.")
+    judge: Endpoint | None = Field(
+        None, description="The model that judges examples, for methods that ask one, and the answers of benchmarks."
+    )
     strong_teacher: Endpoint | None = Field(
         None, description="A stronger teacher behind an API, for the method self_instruct_strong."
     )
+    benchmarks: Benchmarks = Field(Benchmarks(), description="What students are measured by beside the held-out loss.")
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
     cluster: Cluster = Field(Cluster(), description="Where jobs run; changing it recomputes nothing.")
 
@@ -572,9 +631,19 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _benchmarks_have_a_judge(self) -> "Experiment":
+        if self.benchmarks.judged and self.judge is None:
+            raise ValueError(
+                "benchmarks.alpaca_eval and benchmarks.mt_bench are judged: set judge.model, and judge.base_url if it is not "
+                "OpenAI's"
+            )
+        return self
+
     def method(self) -> dict[str, Any]:
-        """What decides the result of an iteration, as plain data: all but the name, where jobs run, and how many."""
-        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations"})
+        """What decides the data of an iteration and its models, as plain data: not the name, where jobs run, how many
+        iterations there are, or what students are measured by."""
+        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks"})
         for name in ("judge", "strong_teacher"):
             endpoint: Endpoint | None = getattr(self, name)
             content[name] = endpoint.identity() if endpoint else None

@@ -9,7 +9,9 @@ from montessori_core.api import Answer, Question, open_api
 from montessori_core.program import Compute, Report, Row
 from montessori_core.schema import UTILITY, table_from_rows, write_table
 
-_SCORE = re.compile(r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]+)(?:\s*/\s*[0-9]+)?[\s*_.]*$", re.IGNORECASE)
+_SCORE = re.compile(
+    r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]{1,3})(?:\s*/\s*([0-9]{1,3}))?[\s*_.]*$", re.IGNORECASE | re.ASCII
+)
 _ABOUT_THE_INSTRUCTION = ("The instruction is clear, complete and worth learning from.",)
 _ABOUT_THE_RESPONSE = (
     "The response is on the instruction's topic and says something that bears on it.",
@@ -45,22 +47,32 @@ def points_for(response_only: bool) -> tuple[str, ...]:
 
 def question_about(instruction: str, response: str, response_only: bool = False) -> str:
     """What a judge is asked about an example."""
-    line = "=" * 20
-    while line in instruction or line in response:
-        line += "="
+    line = line_outside(instruction, response)
     points = "\n".join(f"{number}. {point}" for number, point in enumerate(points_for(response_only), 1))
     parts = {"line": line, "points": points, "instruction": instruction, "response": response}
     return re.sub(r"\{(line|points|instruction|response)\}", lambda found: parts[found[1]], _QUESTION)
 
 
-def read_score(answer: Answer, most: int = 6) -> float | None:
+def line_outside(*texts: str) -> str:
+    """A line that occurs in none of the texts, so that none of them can close the frame it stands in."""
+    longest = max((len(run) for text in texts for run in re.findall("=+", text)), default=0)
+    return "=" * max(20, longest + 1)
+
+
+def last_line(answer: Answer) -> str | None:
+    """The last line that is not blank, where verdicts stand; None if there is none, or the answer was cut off."""
+    lines = [line for line in answer.text.splitlines() if line.strip()]
+    return lines[-1] if lines and answer.finish_reason == "stop" else None
+
+
+def read_score(answer: Answer, most: int = 6, least: int = 0) -> float | None:
     """The score that a judge ended with; None if there is none, and never a guess.
 
-    An answer that was cut off, whose last line is not a score, or whose score is out of range has none.
+    An answer that was cut off, whose last line is not a score, or whose score is out of range or of another number
+    than `most` has none.
     """
-    lines = [line for line in answer.text.splitlines() if line.strip()]
-    found = _SCORE.match(lines[-1]) if lines and answer.finish_reason == "stop" else None
-    if found is None or int(found[1]) > most:
+    found = _SCORE.match(last_line(answer) or "")
+    if found is None or not least <= int(found[1]) <= most or int(found[2] or most) != most:
         return None
     return float(found[1])
 

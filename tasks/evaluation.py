@@ -1,6 +1,7 @@
-"""Held-out loss of a model."""
+"""What a model is worth: its held-out loss, and the benchmarks that the configuration names."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -9,14 +10,34 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from montessori_core.schema import REFERENCE_LOSS, read_table
+from tasks.benchmarks import Measured, measure_benchmarks
 from tasks.run import Model, Run, as_rows
 
 _PIECE = 64
 """Examples that a preempted or killed job can lose."""
 
 
-def evaluate(run: Run, folder: Path, label: str, model: Model) -> Path:
-    """Evaluate a model on the held-out examples; return the table of their losses."""
+@dataclass(frozen=True)
+class Evaluated:
+    """What a student is worth.
+
+    Attributes:
+        losses: the table of its held-out losses.
+        benchmarks: its scores, and what they are from.
+    """
+
+    losses: Path
+    benchmarks: Measured
+
+
+def evaluate(run: Run, folder: Path, label: str, model: Model) -> Evaluated:
+    """Evaluate a model; what the harness's tasks ask was listed before, see `tasks.benchmarks.list_items`."""
+    losses = _measure_loss(run, folder, f"{label}: held-out loss", model)
+    return Evaluated(losses, measure_benchmarks(run, folder.with_name(f"{folder.name}-benchmarks"), label, model))
+
+
+def _measure_loss(run: Run, folder: Path, label: str, model: Model) -> Path:
+    """The table of a model's losses on the held-out examples."""
     (table,) = run.execute(
         folder,
         label,

@@ -11,6 +11,7 @@ from cluster.accounting import use_of
 from montessori_core.atomic import read_json, write_json
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
+from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.synthesis.filters import funnel
 from montessori_core.training.files import COUNTS_FILE, LOG_FILE
@@ -31,9 +32,26 @@ class IterationFiles:
     losses: dict[str, Path]
 
 
+@dataclass(frozen=True)
+class Benchmarked:
+    """What benchmarks say of an iteration.
+
+    Attributes:
+        scores: by the name of the model.
+        head_to_head: the student against others.
+        contamination: what training data shares with the sets that models are measured by.
+    """
+
+    scores: dict[str, list[Row]]
+    head_to_head: list[Row]
+    contamination: list[Row]
+
+
 @task(task_run_name="iteration {number}: metrics", cache_policy=NO_CACHE)
-def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
-    """Write `metrics.json` of an iteration."""
+def write_metrics(
+    run: Run, number: int, files: IterationFiles, trajectory: list[Row], benchmarked: Benchmarked
+) -> Path:
+    """Write `metrics.json` of an iteration; `trajectory` is what the teachers on the way through the update are worth."""
     folder = run.iteration(number)
     unmodified = run.folder / "unmodified"
     pairs = read_table(files.preferences, PREFERENCES)
@@ -41,7 +59,7 @@ def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
     threshold = threshold_of(probed, run.experiment.preferences.baseline)
     stages = [
         stage.parent
-        for parent in (folder, unmodified, run.folder / "untrained")
+        for parent in (folder, unmodified, *sorted(run.folder.glob("untrained*")), run.folder / "benchmark-items")
         for stage in sorted(parent.rglob("stage.json"))
     ]
     content: dict[str, Any] = {
@@ -59,6 +77,10 @@ def write_metrics(run: Run, number: int, files: IterationFiles) -> Path:
             for name, table in files.losses.items()
             if name != "student"
         },
+        "teacher_checkpoints": trajectory,
+        "scores": [{"model": name, **one} for name, scores in benchmarked.scores.items() for one in scores],
+        "head_to_head": benchmarked.head_to_head,
+        "contamination": benchmarked.contamination,
         "training_logs": _beside_models(run, number, LOG_FILE),
         "job_seconds": {str(stage.relative_to(run.folder)): round(stage_seconds(stage), 1) for stage in stages},
         "stages": [{"stage": str(stage.relative_to(run.folder)), **asdict(use_of(stage))} for stage in stages],

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,9 @@ import psutil
 from cluster.backends import open_backend
 from cluster.fanout import Progress, fan_out
 from cluster.stage import Stage
-from montessori_core.atomic import hash_path, read_json, write_json
+from montessori_core.atomic import commit, hash_path, read_json, write_json
+from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
+from montessori_core.benchmarks.mt_bench import read_dialogues
 from montessori_core.config import (
     Endpoint,
     Experiment,
@@ -78,6 +81,11 @@ class Run:
     def source_file(self, name: str) -> Path:
         """The copy of a set in the run's folder."""
         return self.folder / "sources" / f"{name}.jsonl"
+
+    def benchmark_file(self, setting: str) -> Path:
+        """The copy of a file or folder that a setting of the section `benchmarks` names."""
+        named = Path(getattr(self.experiment.benchmarks, setting))
+        return self.folder / "sources" / f"{setting}{named.suffix}"
 
     def iteration(self, number: int) -> Path:
         """Folder of an iteration, counted from 1."""
@@ -182,6 +190,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
     sources = begun.sources() if complete else read_sources(experiment)
     warnings = check_sources(sources, experiment)
+    _check_benchmarks(begun)
     check_environment(experiment)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
@@ -194,6 +203,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         for name in Sources.__annotations__:
             if not complete:
                 write_tasks(getattr(sources, name), run.source_file(name))
+        _copy_benchmarks(run)
         write_json(commits, folder / _COMMITS)
         write_yaml(experiment, config)
         write_json(_provenance(run), folder / "provenance.json")
@@ -296,6 +306,43 @@ def _end_orphaned_servers(holder: dict[str, Any]) -> None:
                 process.kill()
 
 
+def _check_benchmarks(run: Run) -> None:
+    """See that what the section `benchmarks` names can be used: the run's copies, once it has them.
+
+    Raises:
+        UserError: something cannot; the message names it.
+    """
+    paths = {name: own if (own := run.benchmark_file(name)).exists() else path for name, path in _named(run).items()}
+    for setting, path in paths.items():
+        if not path.exists():
+            raise UserError(f"benchmarks.{setting}: {path}: not found; correct the path")
+    if "alpaca_eval" in paths:
+        outputs = len(read_outputs(paths["alpaca_eval"]))
+        if "alpaca_eval_difficulty" in paths and len(read_difficulties(paths["alpaca_eval_difficulty"])) != outputs:
+            raise UserError(
+                f"benchmarks.alpaca_eval_difficulty: {paths['alpaca_eval_difficulty']} is not for the {outputs} instructions "
+                f"of {paths['alpaca_eval']}; it is for AlpacaEval's own, in their order: leave it out for others"
+            )
+    if "mt_bench" in paths:
+        read_dialogues(paths["mt_bench"], paths.get("mt_bench_references"))
+
+
+def _named(run: Run) -> dict[str, Path]:
+    """Files and folders that settings of the section `benchmarks` name."""
+    settings = ("task_folder", "alpaca_eval", "alpaca_eval_difficulty", "mt_bench", "mt_bench_references")
+    named = {setting: getattr(run.experiment.benchmarks, setting) for setting in settings}
+    return {setting: Path(path).expanduser() for setting, path in named.items() if path is not None}
+
+
+def _copy_benchmarks(run: Run) -> None:
+    """Keep what the section `benchmarks` names as it is when it is first used."""
+    for setting, path in _named(run).items():
+        own = run.benchmark_file(setting)
+        if not own.exists():
+            with commit(own) as temporary:
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary)
+
+
 def check_environment(experiment: Experiment) -> None:
     """See that jobs can be started here, and that what local jobs import is installed, before any is started.
 
@@ -306,18 +353,24 @@ def check_environment(experiment: Experiment) -> None:
         open_backend(experiment.cluster, resources, None)
     if experiment.cluster.profile == "slurm":
         return  # the worker environment is on the nodes
-    for package in ("torch", "transformers", "trl", "deepspeed"):
+    extras = dict.fromkeys(("torch", "transformers", "trl", "deepspeed"), "local")
+    if experiment.benchmarks.tasks:
+        extras["lm_eval"] = "benchmarks"
+    for package, extra in extras.items():
         try:
             version(package)
         except PackageNotFoundError:
             raise UserError(
-                f"profile: local needs {package} on this machine; pip install 'montessori[local]'"
+                f"profile: local needs {package} on this machine; pip install 'montessori[{extra}]'"
             ) from None
 
 
 def _check_same(experiment: Experiment, config: Path) -> None:
     before = read_experiment(config)
-    changed = differences(before.method(), experiment.method())
+    then, now = before.method(), experiment.method()
+    if before.judge is None:
+        then["judge"] = now["judge"]  # nothing was judged so far
+    changed = differences(then, now)
     if changed:
         raise UserError(
             f"{config.parent}: this run was started with another configuration:\n  "

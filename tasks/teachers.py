@@ -1,5 +1,6 @@
 """Preference pairs and the teacher update (Section 3.3)."""
 
+import json
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +26,7 @@ from montessori_core.schema import (
     read_table,
     write_table,
 )
+from montessori_core.training.files import KEPT, LOG_FILE
 from tasks.run import Model, Run
 
 
@@ -90,6 +92,7 @@ def update_teacher(
     preferences: Path,
     schema: pa.Schema = PREFERENCES,
     answered: Path | None = None,
+    keep: int = 0,
 ) -> Model:
     """Train the teacher, or a student that answers, on preference pairs with DPO (Eq. 4).
 
@@ -102,6 +105,7 @@ def update_teacher(
         schema: what kind of table it is.
         answered: the example table whose responses are the outputs: these are chats, whatever the teacher's prompt style,
             and some were cut at the token limit. None if the outputs are instructions.
+        keep: how many teachers on the way are kept, see `kept_teachers`.
     """
     pairs = read_table(preferences, schema)
     rows = pairs.select(["prompt", "chosen", "rejected"]).to_pylist()
@@ -122,6 +126,7 @@ def update_teacher(
             "recipe": run.experiment.teacher_update.model_dump(mode="json"),
             "zero": run.experiment.zero.model_dump(mode="json"),
             "seed": run.experiment.seed,
+            **({"keep": keep} if keep else {}),
         },
         [rows],
         models={"teacher": teacher},
@@ -130,6 +135,18 @@ def update_teacher(
         read=Model.of,
     )
     return cast(Model, updated)
+
+
+def kept_teachers(updated: Model) -> dict[int, Model]:
+    """The teachers that were kept on the way to an updated one, by their optimizer step."""
+    folders = sorted((Path(updated.path) / KEPT).glob("step-*"))
+    return {int(folder.name.removeprefix("step-")): Model.of(folder) for folder in folders}
+
+
+def reward_margins(updated: Model) -> dict[int, float]:
+    """DPO's reward margin at each optimizer step of an update."""
+    log = json.loads((Path(updated.path) / LOG_FILE).read_text())
+    return {int(entry["step"]): entry["rewards/margins"] for entry in log if "rewards/margins" in entry}
 
 
 def _publish(label: str, pairs: pa.Table, baseline: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from montessori_core.chat import IGNORED, Encoded, encode_example, render_prompt
+from montessori_core.chat import IGNORED, Encoded, encode_example, render_conversation, render_prompt
 from montessori_core.errors import UserError
 from montessori_core.models import LLAMA3_STYLE_TEMPLATE, load_tokenizer
 
@@ -67,6 +67,16 @@ def test_loss_is_on_response_and_end_token_alone(
     prompt = render_prompt(tokenizer, instruction)
     first = next(i for i, label in enumerate(example.labels) if label != IGNORED)
     assert tokenizer.decode(example.input_ids[:first]) in (prompt, prompt.rstrip(" "))
+
+
+@pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END])
+def test_second_turn_goes_on_from_the_first(tokenizer: Any, template: str | None) -> None:
+    if template:
+        tokenizer.chat_template = template
+    conversation = render_conversation(tokenizer, "Say hi.", "Hi there.", "Again.")
+    first, second = render_prompt(tokenizer, "Say hi."), render_prompt(tokenizer, "Again.")
+    assert conversation.startswith(f"{first}Hi there.")
+    assert conversation.endswith(second[second.index("Again.") :])
 
 
 def test_a_response_that_was_cut_does_not_teach_to_stop(tokenizer: Any) -> None:

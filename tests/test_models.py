@@ -1,6 +1,9 @@
 """The embedded model: converted once, checked by hash, and the model it claims to be."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,22 @@ def test_changed_cache_is_noticed_and_converted_anew(
     assert fetch_embedded() == folder
     assert "was changed after it was written" in caplog.text
     assert weights.read_bytes() == (smollm2 / "model.safetensors").read_bytes()
+
+
+def test_model_fetched_twice_at_once_is_written_once(smollm2: Path, tmp_path: Path) -> None:
+    fetch = (
+        "from montessori_core.models import fetch_embedded\n"
+        "print((fetch_embedded() / 'model.safetensors').stat().st_ino)"
+    )
+    environment = os.environ | {"MONTESSORI_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", fetch], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    files = [process.communicate()[0].strip() for process in both]
+    written = tmp_path / "models" / smollm2.name
+    assert files == [str((written / "model.safetensors").stat().st_ino)] * 2
+    assert fingerprint(written) == fingerprint(smollm2)
 
 
 def test_package_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

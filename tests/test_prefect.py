@@ -314,10 +314,12 @@ def finished(server: Server) -> str:
 
 
 def test_shipped_deployments_are_the_shipped_configurations() -> None:
-    *experiments, study = read_deployments(ROOT / "prefect.yaml")
+    *experiments, evaluation, study = read_deployments(ROOT / "prefect.yaml")
+    for deployment in (*experiments, evaluation):
+        config = ROOT / "configs" / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
+        assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
     for deployment in experiments:
-        config = ROOT / "configs" / f"{deployment['name']}.yaml"
-        assert deployment["parameters"] == {"experiment": yaml.safe_load(config.read_text())}
+        assert deployment["parameters"].keys() == {"experiment"}
         assert deployment["concurrency_limit"]["limit"] == 1
     shipped = read_study(ROOT / "configs" / "studies" / "quickstart.yaml")
     assert Study.model_validate(study["parameters"]["study"]) == shipped

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from montessori_core.atomic import write_json
+from montessori_core.benchmarks.scores import score
 from montessori_core.config import parse, write_yaml
 from montessori_core.errors import UserError
 from montessori_core.report import page as pages
@@ -46,11 +47,16 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         ]
         return compare_outcomes(outcomes, "self_instruct")
 
+    methods = compared(0.01)
+    methods[1]["scores"] = [
+        score("arc_challenge", "acc_norm", 0.314, 0.01, 1172),
+        score("mt_bench", "score", None, None, 0),
+    ]
     result = {
         "study": "trial",
         "seeds": [0, 1],
         "untrained_loss": 2.7654,
-        "methods": compared(0.01),
+        "methods": methods,
         "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
     }
     folder.mkdir(parents=True)
@@ -111,6 +117,8 @@ def test_study_shows_gains_costs_and_transfer_as_they_were_computed(tmp_path: Pa
         float(transferred[3]["gain over self_instruct, nats per token"]) == result["transfer"][0]["methods"][0]["gain"]
     )
     assert "2.7654" in Page(rendered.html).text
+    assert "arc_challenge: acc norm" in Page(rendered.html).text
+    assert "0.314 ± 0.010" in Page(rendered.html).text
 
 
 @pytest.mark.parametrize("diverged", [METHODS[:1], METHODS], ids=["one method", "all methods"])

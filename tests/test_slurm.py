@@ -20,7 +20,7 @@ import test_prefect as ui
 import test_run as whole
 import test_study as studies
 import yaml
-from test_judging import JudgeServer
+from judge_server import JudgeServer
 from test_training import PAIRS
 
 from cluster.backends import largest_array

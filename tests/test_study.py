@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from test_judging import JudgeServer
+from judge_server import JudgeServer
 from test_run import ROOT, call, configuration
 
 from flows.methods import REGISTRY

@@ -17,12 +17,14 @@ from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.chat import encode_example
 from montessori_core.config import Cluster, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
-from montessori_core.models import load_model, load_tokenizer
+from montessori_core.models import fingerprint, load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.files import LOG_FILE
 from montessori_core.training.moments import Moments, load_moments, weights_checksum
 from montessori_core.training.schedule import rate_factor
+from tasks.run import Model
+from tasks.teachers import kept_teachers
 
 ROWS: list[Row] = [
     {
@@ -245,6 +247,7 @@ def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_
 
 
 def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
+    """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
     settings = {
         "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
         "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1).model_dump(mode="json"),
@@ -253,16 +256,20 @@ def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_ll
     }
     pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
 
-    def update(folder: Path) -> Path:
-        return execute(folder, "montessori_core.training.dpo:open_dpo", settings, tiny_llama, pairs, 1)
+    def update(folder: Path, **keep: int) -> Path:
+        return execute(folder, "montessori_core.training.dpo:open_dpo", settings | keep, tiny_llama, pairs, 1)
 
     undisturbed = update(tmp_path / "undisturbed")
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
-    part = update(tmp_path / "killed")
+    part = update(tmp_path / "killed", keep=3)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
     assert "going on from checkpoint-" in logs
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    kept = kept_teachers(Model.of(part))
+    assert list(kept) == [10, 20, 30]
+    assert len({teacher.sha256 for teacher in kept.values()} | {fingerprint(part), fingerprint(tiny_llama)}) == 5
+    assert [path.name for path in (tmp_path / "undisturbed").rglob("kept")] == []
 
 
 def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:

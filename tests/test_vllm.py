@@ -2,15 +2,22 @@
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
-from montessori_core.config import Cluster, DataSource, Resources, Sampling, Synthesis, Teacher
+from montessori_core.benchmarks.mt_bench import Dialogue, judgements, open_mt_bench_judge
+from montessori_core.config import Cluster, DataSource, Endpoint, Resources, Sampling, Synthesis, Teacher
 from montessori_core.program import Row
-from montessori_core.schema import GENERATION, read_table
+from montessori_core.schema import GENERATION, MT_BENCH, read_table
 from montessori_core.sources import read_tasks
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 
@@ -58,3 +65,37 @@ def test_vllm_gives_n_samples_from_their_seeds(
     stopped = [row for row in found[:16] if row["finish_reason"] == "stop"]
     assert any(row["text"].endswith(CLOSE) for row in stopped)
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
+
+
+@pytest.mark.faults
+def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--host 127.0.0.1 --port {port} --served-model-name judge --max-model-len 2048 --enforce-eager".split()
+    server = subprocess.Popen(
+        [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2), *options],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and server.poll() is None:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
+                break
+            time.sleep(1)
+        endpoint = Endpoint(model="judge", base_url=f"http://127.0.0.1:{port}/v1", max_tokens=48)
+        dialogue = Dialogue("1", "writing", ("Write a line about rain.", "And one about snow."), ())
+        rows = judgements([dialogue], {"1": ("It rains.", "It snows.")})
+        file = tmp_path / "judge.json"
+        file.write_text(endpoint.model_dump_json())
+        judge = open_mt_bench_judge({"endpoint": endpoint.identity()}, {"endpoint": file})
+        judge(rows, tmp_path / "part.parquet", lambda done: None)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+    table = read_table(tmp_path / "part.parquet", MT_BENCH)
+    assert table["turn"].to_pylist() == [1, 2]
+    assert all(
+        value is None or 1 <= value <= 10 for value in table["score"].to_pylist()
+    )  # so small a judge says anything

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from montessori_core.config import Experiment
+from tasks.evaluation import Evaluated
 from tasks.run import Model, Run
 
 
@@ -42,11 +43,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What comes back: the proposal, the student trained on it, and the table of its held-out losses."""
+    """What comes back: the proposal, the student trained on it, and what it is worth."""
 
     proposal: Proposal
     student: Model
-    losses: Path
+    evaluated: Evaluated
 
 
 @dataclass(frozen=True)

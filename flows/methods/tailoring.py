@@ -52,7 +52,8 @@ def tailor(
     preferences = collect_preferences(run, folder, name, probed.synthesized.examples, influence)
     if approve:
         approve_update(run, number, influence, preferences)
-    updated = update_teacher(run, folder / "teacher", f"{name}: teacher update", teacher, preferences)
+    keep = run.experiment.comparison.teacher_checkpoints
+    updated = update_teacher(run, folder / "teacher", f"{name}: teacher update", teacher, preferences, keep=keep)
     training = write_training_set(run, folder / "training", name, updated, probed, number, synthetic_pool)
     return Tailored(probed, influence, preferences, updated, training)
 

@@ -30,18 +30,13 @@ from montessori_core.study import Study
 _CURVE_POINTS = 200
 
 
-def render_study(study: Study, result: dict[str, Any]) -> str:
-    """The HTML of a study's page, without what lies in the study's folder."""
-    return study_page(study, result).html
-
-
-def study_page(study: Study, result: dict[str, Any], folder: Path | None = None) -> Page:
+def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     """The page of a study.
 
     Args:
         study: what was compared.
         result: content of its `comparison.json`.
-        folder: of the study; if it is given, the tables of NormSim that method nomad left there are shown.
+        folder: of the study, whose tables of NormSim are shown if method nomad was played.
 
     Raises:
         DataError: a table is there but cannot be read.
@@ -74,9 +69,11 @@ def study_page(study: Study, result: dict[str, Any], folder: Path | None = None)
             introduction="Stages that several methods share count for each of them in full.",
         ),
     ]
+    if measured := _benchmarks(rows):
+        sections.append(Section("benchmarks", "Benchmarks", [Block([], [measured])]))
     if result["transfer"]:
         sections.append(_transfer(study, result))
-    if folder is not None and (similarity := _similarity(folder)):
+    if similarity := _similarity(folder):
         sections.append(Section("norm-sim", "Nearness to real examples", [Block([similarity])]))
     facts = [
         ("Student", study.experiment.student.model),
@@ -85,6 +82,28 @@ def study_page(study: Study, result: dict[str, Any], folder: Path | None = None)
         ("Seeds", ", ".join(map(str, study.seeds))),
     ]
     return build_page("Montessori comparison of methods", study.name, facts, sections)
+
+
+def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Benchmarks of each method's student, as in Tables 1 and 2: mean over the seeds, and standard error over items."""
+    of_methods = [
+        {f"{one['benchmark']}: {one['metric'].replace('_', ' ')}": one for one in row.get("scores", [])} for row in rows
+    ]
+    names = list(dict.fromkeys(name for scores in of_methods for name in scores))
+    if not names:
+        return None
+    lines = [
+        [row["method"], *(_score_text(scores.get(name)) for name in names)]
+        for row, scores in zip(rows, of_methods, strict=True)
+    ]
+    return Table("Benchmarks, means over the seeds ± standard error over items", ["Method", *names], lines)
+
+
+def _score_text(score: dict[str, Any] | None) -> str:
+    if score is None or not numbers.known(score["mean"]):
+        return numbers.UNKNOWN
+    error = score["standard_error"]
+    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if numbers.known(error) else "")
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

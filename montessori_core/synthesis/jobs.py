@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.api import Question, open_api
-from montessori_core.chat import render_prompt
+from montessori_core.chat import render_conversation, render_prompt
 from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Compute, Report, Row
@@ -17,7 +17,8 @@ from montessori_core.synthesis.prompts import CLOSE
 def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Load the teacher once.
 
-    Settings: `engine`, `sampling`, `form` (see `Form`). Inputs: `teacher`. Rows: `ids` (one per sample), `text`, `seeds`.
+    Settings: `engine`, `sampling`, `form` (see `Form`). Inputs: `teacher`. Rows: `ids` (one per sample), `seeds`, and `text`;
+    for a reply `turns` in its place: request, answer, and what the request's author says then.
     """
     sampling = Sampling.model_validate(settings["sampling"])
     model = str(inputs["teacher"])
@@ -27,7 +28,7 @@ def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
     stop = CLOSE if form == "tagged" else None
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
-        texts = [render_prompt(tokenizer, row["text"]) if form == "request" else row["text"] for row in rows]
+        texts = [_render(tokenizer, row, form) for row in rows]
         requests = [Request(text, tuple(row["seeds"])) for text, row in zip(texts, rows, strict=True)]
         continuations = engine.generate(requests, sampling, stop, report)
         records: list[Row] = [
@@ -44,6 +45,12 @@ def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
         write_table(table_from_rows(records, GENERATION), output, GENERATION)
 
     return compute
+
+
+def _render(tokenizer: Any, row: Row, form: Form) -> str:
+    if form == "reply":
+        return render_conversation(tokenizer, *row["turns"])
+    return render_prompt(tokenizer, row["text"]) if form == "request" else str(row["text"])
 
 
 def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:

@@ -13,6 +13,7 @@ from montessori_core.models import load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
+    KeepCallback,
     PlainAdamW,
     ProgressCallback,
     save_trained,
@@ -25,7 +26,8 @@ from montessori_core.training.engine import (
 def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Update a teacher on the preference pairs of its one shard; the result is a model folder.
 
-    Settings: `teacher`, `recipe`, `zero` (their configurations), `seed`. The teacher's weights are the input `teacher`.
+    Settings: `teacher`, `recipe`, `zero` (their configurations), `seed`, and `keep`, how many teachers on the way are kept in
+    the folder `kept` of the result, if any. The teacher's weights are the input `teacher`.
     Rows: `prompt`, `chosen`, `rejected`, and see `encode_pair`. The prompt is the very text the teacher continued, and the
     outputs are what it wrote, so that likelihoods are those of generation.
     """
@@ -68,6 +70,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 processing_class=tokenizer,
                 callbacks=[progress, CheckpointCallback()],
             )
+            trainer.add_callback(KeepCallback(trainer, tokenizer, settings.get("keep", 0), checkpoints))
             train(trainer, checkpoints)
         counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}
         save_trained(trainer, tokenizer, counts, checkpoints, output)

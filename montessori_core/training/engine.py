@@ -15,7 +15,7 @@ from montessori_core.config import Optimization, Zero
 from montessori_core.models import FINGERPRINT
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import evenly_spread, last_whole
-from montessori_core.training.files import COUNTS_FILE, LOG_FILE
+from montessori_core.training.files import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.training.schedule import rate_factor
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,22 @@ class ProgressCallback(TrainerCallback):
         self._report(state.global_step * self._recipe.batch_size // self._recipe.epochs)
 
 
+class KeepCallback(TrainerCallback):
+    """Keeps models on the way, evenly spread over the training's steps.
+
+    They lie among the checkpoints until the training ends: a job that goes on from a checkpoint finds those before it there.
+    """
+
+    def __init__(self, trainer: Any, tokenizer: PreTrainedTokenizerBase, count: int, checkpoints: Path) -> None:
+        self._trainer, self._tokenizer, self._count = trainer, tokenizer, count
+        self._folder = checkpoints / KEPT
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the trainer, in all processes."""
+        if state.global_step in {state.max_steps * part // (self._count + 1) for part in range(1, self._count + 1)}:
+            _save_model(self._trainer, self._tokenizer, self._folder / f"step-{state.global_step:07d}")
+
+
 def train(trainer: Any, checkpoints: Path) -> None:
     """Train, from the last whole checkpoint if there is one: with the same data order, to the same end."""
     last = last_whole(checkpoints)
@@ -144,16 +160,23 @@ def save_trained(
 
     Checkpoints are of no use any more, and removed.
     """
-    trainer.save_model(str(folder))
+    _save_model(trainer, tokenizer, folder)
     if not trainer.is_world_process_zero():
         return
-    tokenizer.save_pretrained(folder)
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
     (folder / LOG_FILE).write_text(json.dumps(_log_of(trainer.state), indent=1) + "\n")
     (folder / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
-    hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (LOG_FILE, COUNTS_FILE))
-    write_json({"sha256": hash_json([[file.name, hash_path(file)] for file in hashed])}, folder / FINGERPRINT)
+    if (checkpoints / KEPT).exists():
+        shutil.copytree(checkpoints / KEPT, folder / KEPT)
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+        hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FINGERPRINT)
+        write_json({"sha256": hash_json([[file.name, hash_path(file)] for file in hashed])}, folder / FINGERPRINT)
 
 
 def _log_of(state: TrainerState) -> list[dict[str, float]]:

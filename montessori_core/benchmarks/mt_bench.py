@@ -1,0 +1,221 @@
+"""MT-Bench (Zheng et al., 2023): two turns a question, each answer graded from 1 to 10 by a judge.
+
+Answers to questions about mathematics, code and logic are graded beside a reference answer, since a judge that solves them
+itself errs. Questions and references are read in the format of the published files; the judge's questions are our own.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from montessori_core.api import Question, open_api
+from montessori_core.benchmarks.files import Entry, Text, read_entries
+from montessori_core.benchmarks.framing import framed
+from montessori_core.errors import DataError
+from montessori_core.judging import read_score
+from montessori_core.program import Compute, Report, Row
+from montessori_core.schema import MT_BENCH, table_from_rows, write_table
+
+REFERENCE_GUIDED = ("math", "reasoning", "coding")
+_MOST, _LEAST = 10, 1
+_CRITERIA = (
+    "Weigh whether it is right, does what was asked, helps the person who asks, and goes as deep as the question needs; "
+    "length by itself is no merit. 1 is an answer of no use, 5 one that helps in part, 10 one that leaves nothing to wish "
+    "for."
+)
+_BY_REFERENCE = (
+    " The reference shows what a right answer comes to: compare the result and each step with it. Another way to the same "
+    "result is as good, a wrong result is not good."
+)
+_TASKS = {
+    1: "You grade an assistant's answer to a question, from 1 to 10. ",
+    2: "You grade the second of two answers that an assistant gave in a conversation, from 1 to 10. The first question and "
+    "answer are there to understand the second by; grade the second answer alone. ",
+}
+_ENDING = """\
+Say in at most four sentences what is good and what is wrong. Then end with one line of this form, N being a whole number:
+Score: N"""
+
+_Id = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A question of two turns.
+
+    Attributes:
+        id: as in the file.
+        category: 'writing', 'math', ...
+        questions: what the user says, first and second.
+        references: right answers to both; empty unless the category is of `REFERENCE_GUIDED`.
+    """
+
+    id: str
+    category: str
+    questions: tuple[str, str]
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean score, 1 to 10, and its standard error over questions; None where there are too few to have it.
+
+    `judged` is how many judgements it is over, `unparsed` how many could not be read and are left out.
+    """
+
+    mean: float | None
+    standard_error: float | None
+    judged: int
+    unparsed: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores over questions and turns.
+
+    Attributes:
+        overall: over all judgements.
+        by_turn, by_category: over some of them.
+    """
+
+    overall: Score
+    by_turn: dict[int, Score]
+    by_category: dict[str, Score]
+
+
+class _Question(Entry):
+    question_id: _Id
+    category: Text
+    turns: tuple[Text, Text]
+
+
+class _Choice(Entry):
+    turns: tuple[Text, Text]
+
+
+class _Reference(Entry):
+    question_id: _Id
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+
+
+def read_dialogues(questions: Path, references: Path | None) -> list[Dialogue]:
+    """Read the questions, and the references to those that need one.
+
+    Args:
+        questions: objects with question_id, category and turns, the user's two texts.
+        references: objects with question_id and choices, whose first has turns, the two answers.
+
+    Raises:
+        DataError: a file cannot be used (the message names file, line and field), an id occurs twice, or a reference is
+            missing (the message names the questions).
+    """
+    asked = _by_id(read_entries(questions, _Question), questions)
+    known = _by_id(read_entries(references, _Reference), references) if references else {}
+    guided = [id for id, question in asked.items() if question.category in REFERENCE_GUIDED]
+    missing = [id for id in guided if id not in known]
+    if missing:
+        raise DataError(
+            f"{references or questions}: no reference answer for the questions {', '.join(missing)}; those of the categories "
+            f"{', '.join(REFERENCE_GUIDED)} are graded beside one: give a file that has them"
+        )
+    return [
+        Dialogue(id, question.category, question.turns, known[id].choices[0].turns if id in guided else ())
+        for id, question in asked.items()
+    ]
+
+
+def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[Row]:
+    """Rows for `open_mt_bench_judge`: one a turn, with what was said until then.
+
+    Args:
+        dialogues: the questions.
+        answers: question id -> the model's two answers.
+    """
+    return [
+        {
+            "id": f"{one.id}-{turn}",
+            "question_id": one.id,
+            "category": one.category,
+            "turn": turn,
+            "questions": list(one.questions[:turn]),
+            "answers": list(answers[one.id][:turn]),
+            "references": list(one.references[:turn]),
+        }
+        for one in dialogues
+        for turn in (1, 2)
+    ]
+
+
+def question_about(row: Row) -> str:
+    """What a judge is asked about the last answer of a row of `judgements`."""
+    sections = []
+    for number, (question, answer) in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
+        sections += [(f"Question {number}", question), (f"The assistant's answer {number}", answer)]
+    sections += [(f"Reference answer {number}", text) for number, text in enumerate(row["references"], 1)]
+    return framed(_TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING)
+
+
+def open_mt_bench_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+    """Open the judge's endpoint.
+
+    Settings and inputs: see `open_api`. Rows: those of `judgements`. The result is a table of schema `MT_BENCH`.
+    """
+    api = open_api(settings, inputs)
+
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        answers = api.ask([Question(question_about(row)) for row in rows], report=report)
+        records: list[Row] = [
+            {name: row[name] for name in ("question_id", "category", "turn")}
+            | {"score": read_score(answer, _MOST, _LEAST)}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        write_table(table_from_rows(records, MT_BENCH), output, MT_BENCH)
+
+    return compute
+
+
+def summarize(table: pa.Table) -> Summary:
+    """Mean scores from a table of schema `MT_BENCH`.
+
+    A standard error is over questions: the two turns of one are not independent, and count as one draw.
+    """
+    rows = table.to_pylist()
+    return Summary(
+        overall=_score(rows),
+        by_turn={turn: _score([row for row in rows if row["turn"] == turn]) for turn in (1, 2)},
+        by_category={
+            category: _score([row for row in rows if row["category"] == category])
+            for category in dict.fromkeys(row["category"] for row in rows)
+        },
+    )
+
+
+def _score(judgements: list[Row]) -> Score:
+    rows = [row for row in judgements if row["score"] is not None]
+    unparsed = len(judgements) - len(rows)
+    if not rows:
+        return Score(None, None, 0, unparsed)
+    mean = sum(row["score"] for row in rows) / len(rows)
+    deviations: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        deviations[row["question_id"]] += row["score"] - mean
+    count = len(deviations)
+    if count == 1:
+        return Score(mean, None, len(rows), unparsed)
+    squares = sum(deviation**2 for deviation in deviations.values())
+    return Score(mean, math.sqrt(squares * count / (count - 1)) / len(rows), len(rows), unparsed)
+
+
+def _by_id(entries: list[Any], path: Path) -> dict[str, Any]:
+    found = {entry.question_id: entry for entry in entries}
+    if len(found) < len(entries):
+        ids = [entry.question_id for entry in entries]
+        twice = sorted({id for id in ids if ids.count(id) > 1})
+        raise DataError(f"{path}: field question_id: {', '.join(twice)} occurs more than once; ids must differ")
+    return found

@@ -1,0 +1,247 @@
+"""What students are measured by beside the held-out loss (Section 4.2): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pyarrow as pa
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from cluster.stage import cut_into_shards
+from montessori_core.atomic import write_json
+from montessori_core.benchmarks import alpaca_eval, mt_bench
+from montessori_core.benchmarks.contamination import overlapping
+from montessori_core.benchmarks.scores import item_scores, mt_bench_scores, win_rate_scores
+from montessori_core.config import Endpoint
+from montessori_core.program import Row
+from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
+from montessori_core.sources import Task
+from montessori_core.synthesis.generation import Form
+from montessori_core.synthesis.prompts import seed_of
+from tasks.run import Model, Run
+from tasks.synthesis import generate
+
+_ITEMS_IN_A_PIECE, _JUDGEMENTS_IN_A_PIECE, _ANSWERS_IN_A_PIECE = 16, 16, 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A student's benchmarks.
+
+    Attributes:
+        scores: rows of `montessori_core.benchmarks.scores`.
+        answers: its answers to AlpacaEval's instructions, in AlpacaEval's format; None without AlpacaEval.
+    """
+
+    scores: list[Row]
+    answers: Path | None
+
+
+def list_items(run: Run) -> Path | None:
+    """Write down what the harness's tasks ask, a table of schema `ITEMS`; None without such tasks.
+
+    To be called before anything else is computed, so that a name that the harness does not know costs a minute, not a night.
+    """
+    benchmarks = run.experiment.benchmarks
+    if not benchmarks.tasks:
+        return None
+    parts = run.execute(
+        _items(run).with_suffix(""),
+        "benchmarks: items",
+        "evaluation",
+        "montessori_core.benchmarks.harness:open_items",
+        {},
+        [[{"benchmark": one.name, "limit": one.limit} for one in benchmarks.tasks]],
+        files=_task_folder(run),
+    )
+    return _join("benchmarks: items, table", _items(run), parts, ITEMS)
+
+
+def measure_benchmarks(run: Run, folder: Path, label: str, student: Model) -> Measured:
+    """Put a student to all benchmarks that the configuration names; `list_items` comes first."""
+    scores: list[Row] = []
+    if run.experiment.benchmarks.tasks:
+        scores += _score_items(run, folder, label, student)
+    answers = None
+    if run.experiment.benchmarks.alpaca_eval is not None:
+        answers = _answer_alpaca_eval(run, folder, f"{label}: AlpacaEval", student)
+        baseline = run.benchmark_file("alpaca_eval")
+        rates = compare_answers(run, folder / "alpaca-eval", f"{label}: AlpacaEval", answers, baseline)
+        scores += win_rate_scores("alpaca_eval", rates)
+    if run.experiment.benchmarks.mt_bench is not None:
+        scores += _score_mt_bench(run, folder, f"{label}: MT-Bench", student)
+    return Measured(scores, answers)
+
+
+def compare_answers(run: Run, folder: Path, label: str, answers: Path, others: Path) -> alpaca_eval.WinRates:
+    """Head to head: a student's answers to AlpacaEval's instructions against others, each pair judged in both orders."""
+    ours, theirs = (
+        {one.instruction: one.output for one in alpaca_eval.read_outputs(path)} for path in (answers, others)
+    )
+    parts = _judge(
+        run, folder, label, "pairwise:open_pairwise_judge", alpaca_eval.comparisons(ours, theirs), [answers, others]
+    )
+    table = _join(f"{label}: table", folder.with_name(f"{folder.name}.parquet"), parts, PAIRWISE)
+    difficulties = run.experiment.benchmarks.alpaca_eval_difficulty
+    known = list(alpaca_eval.read_difficulties(run.benchmark_file("alpaca_eval_difficulty"))) if difficulties else None
+    return alpaca_eval.summarize(read_table(table, PAIRWISE), known)
+
+
+def find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
+    """How many items of each set that students are measured by share a run of words with training data."""
+    return _find_copies(run, label, path, examples) if run.experiment.benchmarks.contamination_words else []
+
+
+@task(task_run_name="{label}: scores", cache_policy=NO_CACHE, persist_result=False)
+def publish_scores(label: str, scores: list[Row]) -> None:
+    """Show scores in Prefect."""
+    create_table_artifact(scores, description=f"Benchmarks - {label}")
+
+
+def _items(run: Run) -> Path:
+    return run.folder / "benchmark-items.parquet"
+
+
+def _score_items(run: Run, folder: Path, label: str, student: Model) -> list[Row]:
+    benchmarks = run.experiment.benchmarks
+    shots = {one.name: one.shots for one in benchmarks.tasks}
+    rows: list[Row] = [
+        {**{key: row[key] for key in ("benchmark", "task", "item")}, "shots": shots[row["benchmark"]]}
+        for row in read_table(_items(run), ITEMS).to_pylist()
+    ]
+    parts = run.execute(
+        folder / "items",
+        f"{label}: benchmarks",
+        "evaluation",
+        "montessori_core.benchmarks.harness:open_harness",
+        {"batch_size": benchmarks.batch_size, "chat_template": benchmarks.chat_template},
+        cut_into_shards(rows, benchmarks.items_per_shard),
+        models={"model": student},
+        files=_task_folder(run),
+        piece_rows=_ITEMS_IN_A_PIECE,
+    )
+    table = _join(f"{label}: benchmarks, table", folder / "items.parquet", parts, ITEM_SCORES)
+    return item_scores(read_table(table, ITEM_SCORES))
+
+
+def _answer_alpaca_eval(run: Run, folder: Path, label: str, student: Model) -> Path:
+    asked = [one.instruction for one in alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))]
+    rows: list[Row] = [{"text": instruction} for instruction in asked]
+    answers, parts = _answer(run, folder / "alpaca-eval-answers", f"{label}, answers", student, rows, "request")
+    outputs = [
+        {"instruction": instruction, "output": answer, "generator": label}
+        for instruction, answer in zip(asked, answers, strict=True)
+    ]
+    return _write_outputs(f"{label}, answers", folder / "alpaca-eval-outputs.json", outputs, parts)
+
+
+def _score_mt_bench(run: Run, folder: Path, label: str, student: Model) -> list[Row]:
+    dialogues = _dialogues(run)
+    opening: list[Row] = [{"text": one.questions[0]} for one in dialogues]
+    first, _ = _answer(run, folder / "mt-bench-turn-1", f"{label}, turn 1", student, opening, "request")
+    following: list[Row] = [
+        {"turns": [one.questions[0], answer, one.questions[1]]} for one, answer in zip(dialogues, first, strict=True)
+    ]
+    second, parts = _answer(run, folder / "mt-bench-turn-2", f"{label}, turn 2", student, following, "reply")
+    answers = {one.id: pair for one, pair in zip(dialogues, zip(first, second, strict=True), strict=True)}
+    judged = _judge(
+        run, folder / "mt-bench", label, "mt_bench:open_mt_bench_judge", mt_bench.judgements(dialogues, answers), parts
+    )
+    table = _join(f"{label}: table", folder / "mt-bench.parquet", judged, MT_BENCH)
+    return mt_bench_scores(mt_bench.summarize(read_table(table, MT_BENCH)))
+
+
+def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
+    references = run.experiment.benchmarks.mt_bench_references
+    return mt_bench.read_dialogues(
+        run.benchmark_file("mt_bench"), run.benchmark_file("mt_bench_references") if references else None
+    )
+
+
+def _answer(
+    run: Run, folder: Path, label: str, student: Model, rows: list[Row], form: Form
+) -> tuple[list[str], list[Path]]:
+    """One answer to each row, and the parts they are from."""
+    for index, row in enumerate(rows):
+        row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(run.experiment.seed, "benchmark", folder.name, index)]}
+    shards = cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard)
+    sampling = run.experiment.benchmarks.answers
+    generated, parts = generate(run, folder, label, student, shards, sampling, form, [], _ANSWERS_IN_A_PIECE)
+    return [row["text"].strip() for row in generated], parts
+
+
+def _judge(run: Run, folder: Path, label: str, program: str, rows: list[Row], upstream: list[Path]) -> list[Path]:
+    judge = cast(Endpoint, run.experiment.judge)
+    return run.execute(
+        folder,
+        f"{label}, judge",
+        "judging",
+        f"montessori_core.benchmarks.{program}",
+        {"endpoint": judge.identity()},
+        [rows],  # one job: limits and cap hold over all of it
+        limits=run.endpoint_file("judge", judge),
+        upstream=upstream,
+        piece_rows=_JUDGEMENTS_IN_A_PIECE,
+    )
+
+
+def _task_folder(run: Run) -> dict[str, Path]:
+    return {"tasks": run.benchmark_file("task_folder")} if run.experiment.benchmarks.task_folder else {}
+
+
+def _texts(run: Run) -> dict[str, list[str]]:
+    """What each set that students are measured by consists of, by its name."""
+    benchmarks = run.experiment.benchmarks
+    texts = {"held-out": [_text(one) for one in run.sources().evaluation]}
+    if benchmarks.tasks:
+        for row in read_table(_items(run), ITEMS).to_pylist():
+            texts.setdefault(row["benchmark"], []).append(row["text"])
+    if benchmarks.alpaca_eval is not None:
+        texts["alpaca_eval"] = [one.instruction for one in alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))]
+    if benchmarks.mt_bench is not None:
+        texts["mt_bench"] = ["\n".join(one.questions) for one in _dialogues(run)]
+    return texts
+
+
+def _text(one: Task) -> str:
+    return f"{one.text}\n{one.response}"
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
+    words = run.experiment.benchmarks.contamination_words
+
+    def data() -> Iterable[str]:
+        for row in read_table(examples, EXAMPLES).select(["instruction", "response"]).to_pylist():
+            yield f"{row['instruction']}\n{row['response']}"
+
+    found: list[Row] = [
+        {
+            "benchmark": name,
+            "data": "training set",
+            "items": len(items),
+            "overlapping": sum(overlapping(items, data(), words)),
+            "n": words,
+        }
+        for name, items in _texts(run).items()
+    ]
+    write_json(found, path)
+    create_table_artifact(found, description=label)
+    return found
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _write_outputs(label: str, path: Path, outputs: list[Row], parts: list[Path]) -> Path:
+    write_json(outputs, path)
+    return path
+
+
+@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
+def _join(label: str, path: Path, parts: list[Path], schema: pa.Schema) -> Path:
+    """Write one table from the parts."""
+    table = pa.concat_tables([read_table(part, schema) for part in parts]).combine_chunks()
+    write_table(table, path, schema)
+    return path

@@ -1,0 +1,140 @@
+"""A local server that speaks the protocol of a model behind an API, and fails in every way it may."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from montessori_core.config import Endpoint
+from montessori_core.program import Compute, Program
+
+KEY = "sk-canary-that-nobody-should-write-down"
+Reply = Callable[[BaseHTTPRequestHandler, str], None]
+
+
+class JudgeServer:
+    """A judge that scores an example by the last word of its response, or by `score`; and a teacher.
+
+    `faults` come first, one a request.
+    """
+
+    def __init__(self, score: Callable[[str], str] = lambda response: response.split()[-1]) -> None:
+        self.score = score
+        self.asked: list[str] = []
+        self.limits: list[int] = []
+        self.keys: set[str] = set()
+        self.faults: list[Reply] = []
+        self.at_once = self.most_at_once = 0
+        self.pause = 0.0
+        served, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = content["messages"][0]["content"]
+                with lock:
+                    served.asked.append(question)
+                    served.limits.append(content["max_tokens"])
+                    served.keys.add(self.headers["Authorization"])
+                    served.at_once += 1
+                    served.most_at_once = max(served.most_at_once, served.at_once)
+                    fault = served.faults.pop(0) if served.faults else None
+                time.sleep(served.pause)
+                try:
+                    (fault or served.answer)(self, question)
+                finally:
+                    with lock:
+                        served.at_once -= 1
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
+        if question.startswith("You write tasks"):
+            number = len(self.asked)
+            text = f"<instruction>Explain {'the rule of ' * (number % 3)}number {number * number}.</instruction>"
+            return send(handler, 200, completion(text))
+        if not question.startswith("You grade"):
+            return send(handler, 200, completion(f"An answer to: {question}"))
+        response = question.rpartition("Response: ")[2].rpartition("\n\nSay")[0].rpartition("\n")[0]
+        return send(handler, 200, completion(f"All points that are earned.\nScore: {self.score(response)}"))
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(body)))
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def completion(text: str | None, finish_reason: str = "stop") -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps(
+        {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "judge",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }
+    ).encode()
+
+
+def refuse(status: int, **headers: str) -> Reply:
+    return lambda handler, question: send(handler, status, b'{"error": {"message": "no"}}', **headers)
+
+
+def hang(handler: BaseHTTPRequestHandler, question: str) -> None:
+    time.sleep(2.0)  # longer than the client waits
+    send(handler, 200, completion("Score: 3"))
+
+
+def cut_off(handler: BaseHTTPRequestHandler, question: str) -> None:
+    whole = completion("Score: 3")
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(whole)))
+    handler.end_headers()
+    handler.wfile.write(whole[: len(whole) // 2])
+    handler.close_connection = True
+
+
+FAULTS: dict[str, Reply] = {
+    "429": refuse(429, Retry_After="0.1"),
+    "500": refuse(500),
+    "503": refuse(503),
+    "time-out": hang,
+    "lost connection": cut_off,
+    "not JSON": lambda handler, question: send(handler, 200, b"<html>gateway</html>"),
+    "cut JSON": lambda handler, question: send(handler, 200, completion("Score: 3")[:40]),
+    "no choices": lambda handler, question: send(handler, 200, b'{"id": "x", "choices": []}'),
+}
+
+
+def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
+    return Endpoint(model="judge", base_url=server.url, timeout_seconds=1.0, **({"retries": 2} | fields))
+
+
+def open_with(server: JudgeServer, folder: Path, program: Program) -> Compute:
+    """A judge's program, opened with the server as its endpoint."""
+    path = folder / "judge.json"
+    path.write_text(endpoint(server).model_dump_json())
+    return program({"endpoint": endpoint(server).identity()}, {"endpoint": path})

@@ -1,0 +1,264 @@
+"""Benchmarks: each item answered for itself, judged through the wire, and paid for once."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from judge_server import KEY, JudgeServer, completion, send
+from test_run import call, configuration
+
+from montessori_core.atomic import read_json
+from montessori_core.benchmarks.harness import open_harness, open_items
+from montessori_core.benchmarks.scores import item_scores, mean_over_seeds, score
+from montessori_core.config import parse_experiment
+from montessori_core.errors import ConfigError, DataError
+from montessori_core.program import Row
+from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
+
+QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about rain.", "Count to four.", "Say hello."]
+
+
+class Judge(JudgeServer):
+    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns."""
+
+    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
+        if question.startswith("You compare"):
+            answers = [question.partition(f"= Answer {name}\n")[2].partition("\n\n====")[0] for name in "AB"]
+            better = "tie" if len(answers[0]) == len(answers[1]) else "AB"[len(answers[1]) > len(answers[0])]
+            return send(handler, 200, completion(f"One is longer.\nBetter: {better}"))
+        return send(handler, 200, completion(f"Good.\nScore: {4 if 'second of two answers' in question else 7}"))
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    server = Judge()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks of one's own with local data: sums to be written, with demonstrations, and capitals to be chosen."""
+    folder = tmp_path_factory.mktemp("tasks")
+    sums = [{"question": f"{a} plus {a + 1}", "answer": str(2 * a + 1)} for a in range(12)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    capitals = [
+        {"question": "The capital of France is", "choices": ["Paris", "Rome"], "answer": 0},
+        {"question": "The capital of Italy is", "choices": ["Paris", "Rome"], "answer": 1},
+    ]
+    (folder / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in capitals))
+    shared = {"dataset_path": "json", "test_split": "train", "metadata": {"version": 1}}
+    written = {
+        "task": "own_sums",
+        "dataset_kwargs": {"data_files": "sums.jsonl"},
+        "fewshot_split": "train",
+        "num_fewshot": 3,
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}} is",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    chosen = {
+        "task": "own_capitals",
+        "dataset_kwargs": {"data_files": "capitals.jsonl"},
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (written, chosen):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(shared | task))
+    return folder
+
+
+def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
+    open_items({}, {"tasks": tasks})(
+        [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", print
+    )
+    return read_table(folder / "items.parquet", ITEMS).to_pylist()
+
+
+def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, talking_llama: Path, tmp_path: Path) -> None:
+    items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
+    assert [item["text"] for item in items][-1] == "The capital of Italy is\nRome"
+    rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
+    settings = {"batch_size": 1, "chat_template": False}  # sums of a padded batch differ in their last bits
+
+    def scores(name: str, some: list[Row]) -> list[Row]:
+        open_harness(settings, {"model": talking_llama, "tasks": tasks})(some, tmp_path / name, print)
+        return read_table(tmp_path / name, ITEM_SCORES).to_pylist()
+
+    whole = scores("whole", rows)
+    assert [(row["task"], row["item"]) for row in whole] == [(row["task"], row["item"]) for row in rows]
+    assert len({row["answer"] for row in whole if row["task"] == "own_sums"}) > 1
+    assert scores("last", rows[5:]) + scores("first", rows[:5]) == whole[5:] + whole[:5]
+
+
+def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
+    rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(6)]
+    settings = {"batch_size": 2, "chat_template": False}
+    bare = {}
+    for shots in (0, 8):
+        output = tmp_path / f"{shots}.parquet"
+        asked = [row | {"shots": shots} for row in rows]
+        open_harness(settings, {"model": smollm2, "tasks": tasks})(asked, output, print)
+        answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
+        bare[shots] = sum(answer.strip().isdigit() for answer in answers)
+    assert bare[0] < bare[8] == 6  # eight sums show that a number alone is wanted
+
+
+def test_tasks_that_cannot_be_had_are_named(tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no task 'arc_chalenge'.*benchmarks.task_folder"):
+        items_of(tasks, tmp_path, "arc_chalenge")
+
+
+def test_mean_is_over_the_items_of_all_tasks_of_a_group() -> None:
+    def row(task: str, item: int, metric: str, value: float) -> dict[str, object]:
+        place = {"benchmark": "group", "task": task, "item": item, "metric": metric}
+        return place | {"score": value, "higher_is_better": True, "answer": "", "target": ""}
+
+    rows = [row("small", 0, "acc", 1.0), *(row("large", item, "acc", 0.0) for item in range(3))]
+    (found,) = item_scores(table_from_rows(rows, ITEM_SCORES))
+    assert found == score("group", "acc", 0.25, 0.25, 4)
+    (single,) = item_scores(table_from_rows(rows[:1], ITEM_SCORES))
+    assert (single["mean"], single["standard_error"]) == (1.0, None)
+
+
+def test_scores_of_seeds_are_averaged_in_their_order() -> None:
+    seeds = [
+        [score("a", "acc", mean, error, 9), score("b", "acc", None, None, 0)] for mean, error in ((0.25, 3), (0.35, 4))
+    ]
+    first, second = mean_over_seeds(seeds)
+    assert first == score("a", "acc", 0.3, 2.5, 9)
+    assert second["mean"] is None
+
+
+def judged(judge: Judge, folder: Path) -> dict[str, Any]:
+    """Sections of a configuration with AlpacaEval and MT-Bench."""
+    (folder / "outputs.jsonl").write_text(
+        "".join(json.dumps({"instruction": question, "output": ""}) + "\n" for question in QUESTIONS)
+    )
+    dialogues = [
+        {"question_id": number, "category": category, "turns": [f"Tell me about {number}.", "And then?"]}
+        for number, category in ((1, "writing"), (2, "math"))
+    ]
+    references = [{"question_id": 2, "choices": [{"turns": ["It is even.", "It is prime."]}]}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
+    (folder / "references.jsonl").write_text("".join(json.dumps(row) + "\n" for row in references))
+    benchmarks = {
+        "alpaca_eval": str(folder / "outputs.jsonl"),
+        "mt_bench": str(folder / "questions.jsonl"),
+        "mt_bench_references": str(folder / "references.jsonl"),
+        "answers": {"max_tokens": 12, "presence_penalty": 0.0},
+    }
+    return {"benchmarks": benchmarks, "judge": {"model": "judge", "base_url": judge.url}}
+
+
+def test_any_model_is_evaluated_and_paid_for_once(
+    judge: Judge, tasks: Path, talking_llama: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
+    sections = judged(judge, tmp_path)
+    sections["benchmarks"] |= {"task_folder": str(tasks), "tasks": [{"name": "own_sums"}], "items_per_shard": 5}
+    config = tmp_path / "evaluation.yaml"
+    config.write_text(yaml.safe_dump(content | sections))
+    command = ("evaluate", str(talking_llama), "--config", str(config), "--name", "mine")
+    secrets = {
+        "OPENAI_API_KEY": KEY,
+        "MONTESSORI_CACHE": str(tmp_path / "cache"),
+        "PREFECT_HOME": str(tmp_path / "home"),
+    }
+    code, output = call(*command, cwd=tmp_path, **secrets)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "mine"
+    result = read_json(folder / "evaluation.json")
+    scores = {(one["benchmark"], one["metric"]): one for one in result["scores"]}
+    assert scores["own_sums", "exact_match"]["examples"] == 12
+    pairs = read_table(folder / "evaluation-benchmarks" / "alpaca-eval.parquet", PAIRWISE).to_pylist()
+    answers = [one["output"] for one in read_json(folder / "evaluation-benchmarks" / "alpaca-eval-outputs.json")]
+    assert [pair["characters"] for pair in pairs] == [len(answer) for answer in answers]
+    assert [pair["outcome"] for pair in pairs] == ["win" if answer else "tie" for answer in answers]
+    assert scores["alpaca_eval", "win_rate"]["mean"] == sum(pair["preference"] for pair in pairs) / len(QUESTIONS)
+    graded = read_table(folder / "evaluation-benchmarks" / "mt-bench.parquet", MT_BENCH).to_pylist()
+    assert [(row["question_id"], row["turn"], row["score"]) for row in graded] == [
+        ("1", 1, 7.0),
+        ("1", 2, 4.0),
+        ("2", 1, 7.0),
+        ("2", 2, 4.0),
+    ]
+    assert scores["mt_bench", "score"]["mean"] == 5.5
+    later = [question for question in judge.asked if "second of two answers" in question]
+    assert sorted("It is prime." in question for question in later) == [False, True]
+    assert judge.keys == {f"Bearer {KEY}"}
+    assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert "alpaca_eval" in output
+    assert "95 % interval" in output
+
+    asked = len(judge.asked)
+    code, output = call(*command, cwd=tmp_path, **secrets)
+    assert (code, len(judge.asked)) == (0, asked), output
+    assert read_json(folder / "evaluation.json") == result
+
+
+def test_what_cannot_be_used_is_said_before_anything_is_computed(
+    judge: Judge, talking_llama: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
+    sections = judged(judge, tmp_path)
+    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench are judged: set judge.model"):
+        parse_experiment(content | {"benchmarks": sections["benchmarks"]}, "test")
+    config = tmp_path / "evaluation.yaml"
+
+    def refusal(**benchmarks: object) -> str:
+        config.write_text(yaml.safe_dump(content | sections | {"benchmarks": sections["benchmarks"] | benchmarks}))
+        code, output = call("evaluate", str(talking_llama), "--config", str(config), "--name", "bad", cwd=tmp_path)
+        assert code == 1
+        assert not list((tmp_path / "runs").rglob("stage.json"))
+        return output
+
+    assert "benchmarks.task_folder: nowhere: not found" in refusal(task_folder="nowhere")
+    assert "no reference answer for the questions 2" in refusal(mt_bench_references=None)
+    (tmp_path / "difficulty.csv").write_text("index,difficulty\n0,0.5\n")
+    output = refusal(alpaca_eval_difficulty=str(tmp_path / "difficulty.csv"))
+    assert "is not for the 5 instructions" in output
+
+
+def test_students_of_a_finished_run_are_measured_and_compared(
+    judge: Judge, talking_llama: Path, tmp_path: Path
+) -> None:
+    config = configuration(tmp_path, talking_llama)
+    content = yaml.safe_load(config.read_text())
+    content["comparison"]["teacher_checkpoints"] = 1
+    content["teacher_update"]["epochs"] = 2  # two steps at least
+    config.write_text(yaml.safe_dump(content))
+    secrets = {"MONTESSORI_CACHE": str(tmp_path / "cache"), "PREFECT_HOME": str(tmp_path / "home")}
+    code, output = call("run", str(config), cwd=tmp_path, **secrets)
+    assert code == 0, output
+    stages = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
+    config.write_text(yaml.safe_dump(content | judged(judge, tmp_path)))
+    code, output = call("run", str(config), cwd=tmp_path, **secrets)
+    assert code == 0, output
+    assert {path: path.read_bytes() for path in stages} == stages
+    metrics = read_json(tmp_path / "runs" / "tiny" / "iteration-1" / "metrics.json")
+    measured = {(one["model"], one["benchmark"]) for one in metrics["scores"]}
+    assert measured == {(m, b) for m in ("student", "untrained", "unmodified") for b in ("alpaca_eval", "mt_bench")}
+    (pair,) = metrics["head_to_head"]
+    assert (pair["model"], pair["against"]) == ("student", "unmodified")
+    assert pair["wins"] + pair["ties"] + pair["losses"] == len(QUESTIONS)
+    assert {(one["benchmark"], one["items"]) for one in metrics["contamination"]} == {
+        ("held-out", 4),
+        ("alpaca_eval", 5),
+        ("mt_bench", 2),
+    }
+    kept, last = metrics["teacher_checkpoints"]
+    assert kept["step"] == last["step"] // 2
+    assert kept["held_out_loss"] != last["held_out_loss"] == metrics["held_out_loss"]["student"]["mean"]
+    influence = tmp_path / "runs" / "tiny" / "unmodified" / "training-influence.parquet"
+    assert influence.exists()
+    assert (tmp_path / "runs" / "tiny" / "report.html").exists()

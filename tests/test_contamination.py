@@ -1,0 +1,48 @@
+"""Words that an evaluation set shares with data, whatever stands around them."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from montessori_core.benchmarks.contamination import overlapping
+
+WORDS = st.lists(st.text("abc1", min_size=1, max_size=2), min_size=1, max_size=12)
+N = st.integers(1, 8)
+
+
+def runs(words: list[str], length: int) -> set[tuple[str, ...]]:
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
+
+
+@given(st.lists(WORDS, max_size=5), st.lists(WORDS, max_size=5), N)
+def test_an_item_overlaps_exactly_if_it_shares_a_run_of_words(
+    items: list[list[str]], data: list[list[str]], n: int
+) -> None:
+    expected = [any(runs(item, min(n, len(item))) & runs(text, min(n, len(item))) for text in data) for item in items]
+    texts = [" ".join(text) for text in data]
+    assert overlapping([" ".join(item) for item in items], iter(texts), n) == expected
+    assert overlapping([" ".join(item) for item in items], reversed(texts), n) == expected
+
+
+@given(WORDS, WORDS, N, st.sampled_from([" ", ", ", "--", "\n", "_", ' "']))
+def test_case_and_punctuation_make_no_difference(item: list[str], text: list[str], n: int, between: str) -> None:
+    plain = overlapping([" ".join(item)], [" ".join(text)], n)
+    assert overlapping([between.join(item).upper()], [" ".join(text)], n) == plain
+    assert overlapping([" ".join(item)], [f"({between.join(text)}!)".upper()], n) == plain
+
+
+@given(st.text().filter(lambda text: any(character.isalnum() for character in text)), st.text(), N)
+def test_an_exact_copy_always_overlaps(item: str, before: str, n: int) -> None:
+    assert overlapping([item], [before, item], n) == [True]
+    assert overlapping([item], [f"{before}\n{item}\n{before}"], n) == [True]
+
+
+@given(st.lists(st.text("abcä中 .,")), st.lists(st.text("xyzö文 .,")), N)
+def test_disjoint_vocabularies_never_overlap(items: list[str], data: list[str], n: int) -> None:
+    assert overlapping(items, data, n) == [False] * len(items)
+
+
+def test_whole_words_in_a_row_count_and_nothing_less() -> None:
+    items = ["How do I dice an onion without crying?", "Dice an onion", "...", "an onion"]
+    assert overlapping(items, ["Tell me: how do I DICE an Onion -- quickly"], 6) == [True, True, False, True]
+    assert overlapping(items, ["I dice, then I chop an onions"], 3) == [False] * 4
+    assert overlapping(items, ["dice an", "onion"], 3) == [False] * 4  # words of two texts are not in a row

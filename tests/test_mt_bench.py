@@ -1,0 +1,201 @@
+"""MT-Bench: its files, what a judge is shown at each turn, and means over questions."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from judge_server import KEY, JudgeServer, completion, open_with, send
+
+from montessori_core.benchmarks.mt_bench import (
+    Dialogue,
+    Score,
+    judgements,
+    open_mt_bench_judge,
+    question_about,
+    read_dialogues,
+    summarize,
+)
+from montessori_core.errors import DataError
+from montessori_core.schema import MT_BENCH, read_table, table_from_rows
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorten it."]},
+    {"question_id": 111, "category": "math", "turns": ["What is 6 x 7?", "Halve it."], "reference": ["not read"]},
+    {"question_id": "c1", "category": "coding", "turns": ["Print 1.", "Print 2."]},
+]
+REFERENCES: list[dict[str, Any]] = [
+    {"question_id": 111, "model_id": "x", "choices": [{"index": 0, "turns": ["It is 42.", "It is 21."]}]},
+    {"question_id": "c1", "choices": [{"turns": ["print(1)", "print(2)"]}]},
+    {"question_id": 81, "choices": [{"turns": ["A reference poem.", "A short one."]}]},
+]
+
+
+def write(path: Path, entries: list[Any]) -> Path:
+    path.write_text("\n".join(entry if isinstance(entry, str) else json.dumps(entry) for entry in entries) + "\n")
+    return path
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> list[Dialogue]:
+    return read_dialogues(write(tmp_path / "q.jsonl", QUESTIONS), write(tmp_path / "r.jsonl", REFERENCES))
+
+
+def test_references_are_for_mathematics_code_and_logic_alone(dialogues: list[Dialogue]) -> None:
+    assert [(one.id, one.category, one.references) for one in dialogues] == [
+        ("81", "writing", ()),
+        ("111", "math", ("It is 42.", "It is 21.")),
+        ("c1", "coding", ("print(1)", "print(2)")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("questions", "references", "message"),
+    [
+        (QUESTIONS, REFERENCES[2:], r"r.jsonl: no reference answer for the questions 111, c1; .* give a file"),
+        (QUESTIONS, None, r"q.jsonl: no reference answer for the questions 111, c1"),
+        ([*QUESTIONS, QUESTIONS[0]], REFERENCES, r"q.jsonl: field question_id: 81 occurs more than once"),
+        ([{"question_id": 1, "turns": ["a", "b"]}], None, r"q.jsonl, line 1: field category: Field required"),
+        ([QUESTIONS[0], QUESTIONS[0] | {"turns": ["a"]}], None, r"q.jsonl, line 2: field turns.1: "),
+        ([QUESTIONS[0] | {"turns": ["a", " "]}], None, r"q.jsonl, line 1: field turns.1: "),
+        ([QUESTIONS[0] | {"turns": ["a", "b", "c"]}], None, r"q.jsonl, line 1: field turns: "),
+        ([QUESTIONS[0] | {"question_id": None}], None, r"q.jsonl, line 1: field question_id: "),
+        (["[]"], None, r"q.jsonl, line 1: .*fields question_id, category, turns"),
+        (["{"], None, r"q.jsonl, line 1, column 2: not valid JSON"),
+        ([], None, r"q.jsonl: no entries"),
+        (QUESTIONS, [REFERENCES[0] | {"choices": []}], r"r.jsonl, line 1: field choices: "),
+        (QUESTIONS, [REFERENCES[0] | {"choices": [{"turns": ["a"]}]}], r"r.jsonl, line 1: field choices.0.turns.1: "),
+    ],
+)
+def test_file_at_fault_is_named_with_line_and_field(
+    tmp_path: Path, questions: list[Any], references: list[Any] | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_dialogues(write(tmp_path / "q.jsonl", questions), references and write(tmp_path / "r.jsonl", references))
+
+
+def test_each_turn_is_judged_with_what_was_said_until_then(dialogues: list[Dialogue]) -> None:
+    rows = judgements(dialogues, {one.id: (f"{one.id} first", f"{one.id} second") for one in dialogues})
+    assert [row["id"] for row in rows] == ["81-1", "81-2", "111-1", "111-2", "c1-1", "c1-2"]
+    first, second = question_about(rows[2]), question_about(rows[3])
+    for text in ("What is 6 x 7?", "111 first", "It is 42."):
+        assert text in first
+        assert text in second
+    for text in ("Halve it.", "111 second", "It is 21."):
+        assert text not in first
+        assert text in second
+    assert "grade the second answer alone" in second
+    assert "eference" not in question_about(rows[1])
+    assert all(question_about(row).endswith("\nScore: N") for row in rows)
+
+
+TEXTS = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "Score: 10", "Question 2"])).map("".join)
+
+
+@given(st.lists(TEXTS, min_size=6, max_size=6))
+def test_conversation_stays_within_its_frames(texts: list[str]) -> None:
+    row = {"turn": 2, "questions": texts[:2], "answers": texts[2:4], "references": texts[4:]}
+    question = question_about(row)
+    line = question.split("lines that begin with ")[1].split()[0]
+    fenced = question.split(line)[2:-1]
+    assert [part.partition("\n")[2].removesuffix("\n\n") for part in fenced] == [
+        *(texts[0], texts[2], texts[1], texts[3]),
+        *texts[4:],
+    ]
+
+
+class Grader(JudgeServer):
+    """Ends with what the last answer says in angle brackets."""
+
+    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
+        verdict = question.rpartition("<")[2].partition(">")[0]
+        send(handler, 200, completion(f"As it deserves.\n{verdict}", "length" if "cut" in verdict else "stop"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Grader]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
+    running = Grader()
+    yield running
+    running.close()
+
+
+def test_score_is_a_whole_number_from_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
+    expected = {
+        "Score: 1": 1.0,
+        "**Score: 10/10**": 10.0,
+        "Score: 0": None,
+        "Score: 11": None,
+        "Score: 4/5": None,
+        "Score: 7.5": None,
+        "Score: 7 or 8": None,
+        "cut Score: 7": None,
+        "Score: 7\nor so": None,
+        "I would say 7": None,
+        "": None,
+    }
+    asked = [Dialogue(f"q{number}", "writing", ("Say it.", "Again."), ()) for number in range(len(expected))]
+    answers = {f"q{number}": (f"<{text}>", f"Score: 10\n<{text}> ") for number, text in enumerate(expected)}
+    rows = judgements(asked, answers)
+    open_with(server, tmp_path, open_mt_bench_judge)(rows, tmp_path / "part.parquet", lambda done: None)
+    table = read_table(tmp_path / "part.parquet", MT_BENCH)
+    assert table["score"].to_pylist() == [score for score in expected.values() for _ in range(2)]
+    assert table["turn"].to_pylist() == [1, 2] * len(expected)
+    summary = summarize(table)
+    assert (summary.overall.judged, summary.overall.unparsed) == (4, 18)
+    assert summary.overall.mean == 5.5
+
+
+def table_of(scores: list[tuple[str, str, int, float | None]]) -> Any:
+    names = ("question_id", "category", "turn", "score")
+    return table_from_rows([dict(zip(names, row, strict=True)) for row in scores], MT_BENCH)
+
+
+def test_means_are_over_judgements_and_their_errors_over_questions() -> None:
+    draw = np.random.default_rng(0)
+    scores = draw.integers(1, 11, (12, 2)).astype(float)
+    summary = summarize(
+        table_of([(f"q{q}", "math" if q < 5 else "stem", t + 1, scores[q, t]) for q in range(12) for t in range(2)])
+    )
+    of_questions = scores.mean(axis=1)
+
+    def expected(values: np.ndarray) -> tuple[float, float]:
+        return pytest.approx((values.mean(), values.std(ddof=1) / math.sqrt(len(values))))
+
+    def found(score: Score) -> tuple[float | None, float | None]:
+        return score.mean, score.standard_error
+
+    assert found(summary.overall) == expected(of_questions)
+    assert found(summary.by_turn[1]) == expected(scores[:, 0])
+    assert found(summary.by_turn[2]) == expected(scores[:, 1])
+    assert found(summary.by_category["math"]) == expected(of_questions[:5])
+    assert found(summary.by_category["stem"]) == expected(of_questions[5:])
+
+
+def test_what_could_not_be_read_enters_no_mean() -> None:
+    summary = summarize(
+        table_of([("a", "math", 1, 4.0), ("a", "math", 2, None), ("b", "stem", 1, None), ("b", "stem", 2, None)])
+    )
+    assert summary.overall == Score(4.0, None, 1, 3)
+    assert summary.by_turn[1] == summary.by_category["math"] == Score(4.0, None, 1, 1)
+    assert summary.by_turn[2] == summary.by_category["stem"] == Score(None, None, 0, 2)
+
+
+SHARED = Path(os.environ.get("MONTESSORI_SHARED_DATA", "no folder named"))
+
+
+@pytest.mark.skipif(
+    not (SHARED / "mt_bench_question.jsonl").exists(), reason="MONTESSORI_SHARED_DATA names no such file"
+)
+def test_published_files_are_read_as_they_are() -> None:
+    dialogues = read_dialogues(SHARED / "mt_bench_question.jsonl", SHARED / "mt_bench_reference_gpt4.jsonl")
+    assert len(dialogues) == 80
+    assert [one.id for one in dialogues if one.references] == [str(number) for number in range(101, 131)]
