@@ -11,7 +11,7 @@ from rich.table import Table
 from flows.experiment import end_jobs_of, run_root
 from montessori_core.atomic import read_json, write_json
 from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
-from tasks.benchmarks import list_items, publish_scores
+from tasks.benchmarks import list_items
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
 from tasks.run import Run, only_driver, open_run
@@ -70,7 +70,6 @@ def _evaluate(run: Run) -> None:
             "scores": evaluated.benchmarks.scores,
         }
         write_json(result, run.folder / RESULT)
-        publish_scores(run.experiment.name, evaluated.benchmarks.scores)
 
 
 def print_evaluation(folder: Path, console: Console) -> None:

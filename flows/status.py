@@ -100,6 +100,13 @@ def print_summary(run: Run, console: Console) -> None:
                 "gain of the updated over the unmodified teacher's data",
                 f"{gain['mean']:+.4f} nats/token (standard error {gain['standard_error']:.4f}, paired)",
             )
+        scores: dict[str, list[str]] = {}
+        for one in metrics.get("scores", []):
+            if one["mean"] is not None:
+                text = f"{one['mean']:.4f} {one['model']}"
+                scores.setdefault(f"{one['benchmark']}: {one['metric'].replace('_', ' ')}", []).append(text)
+        for name, texts in scores.items():
+            table.add_row(name, ", ".join(texts))
         console.print(table)
     console.print(f"report: {run.folder / 'report.html'}", soft_wrap=True)
 

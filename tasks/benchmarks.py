@@ -73,6 +73,8 @@ def measure_benchmarks(run: Run, folder: Path, label: str, student: Model) -> Me
         scores += win_rate_scores("alpaca_eval", rates)
     if run.experiment.benchmarks.mt_bench is not None:
         scores += _score_mt_bench(run, folder, f"{label}: MT-Bench", student)
+    if scores:
+        _publish(label, scores)
     return Measured(scores, answers)
 
 
@@ -93,12 +95,6 @@ def compare_answers(run: Run, folder: Path, label: str, answers: Path, others: P
 def find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
     """How many items of each set that students are measured by share a run of words with training data."""
     return _find_copies(run, label, path, examples) if run.experiment.benchmarks.contamination_words else []
-
-
-@task(task_run_name="{label}: scores", cache_policy=NO_CACHE, persist_result=False)
-def publish_scores(label: str, scores: list[Row]) -> None:
-    """Show scores in Prefect."""
-    create_table_artifact(scores, description=f"Benchmarks - {label}")
 
 
 def _items(run: Run) -> Path:
@@ -245,3 +241,8 @@ def _join(label: str, path: Path, parts: list[Path], schema: pa.Schema) -> Path:
     table = pa.concat_tables([read_table(part, schema) for part in parts]).combine_chunks()
     write_table(table, path, schema)
     return path
+
+
+@task(task_run_name="{label}: scores", cache_policy=NO_CACHE, persist_result=False)
+def _publish(label: str, scores: list[Row]) -> None:
+    create_table_artifact(scores, description=f"Benchmarks - {label}")

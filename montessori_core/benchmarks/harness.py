@@ -116,6 +116,12 @@ def _load(manager: Any, benchmark: str, folder: Path | None) -> dict[str, Any]:
             f"benchmarks.tasks: lm-evaluation-harness has no task {benchmark!r} ({error}); its names: lm_eval ls tasks; "
             "one of your own is a YAML file in benchmarks.task_folder"
         ) from error
+    except OSError as error:  # also what datasets and the hub raise
+        raise DataError(
+            f"benchmarks.tasks: the data of {benchmark!r} cannot be had ({error}); the nodes need the Hugging Face hub (and "
+            "HF_TOKEN where it asks for an agreement), or an HF_HOME into which it was fetched before, or a task of your own "
+            "with local data in benchmarks.task_folder"
+        ) from error
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise DataError(
