@@ -1,6 +1,9 @@
 """Benchmarks: each item answered for itself, judged through the wire, and paid for once."""
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from judge_server import KEY, JudgeServer, completion, send
-from test_run import call, configuration
+from test_run import ROOT, call, configuration
 
 from montessori_core.atomic import read_json
 from montessori_core.benchmarks.harness import open_harness, open_items
@@ -111,6 +114,23 @@ def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp
         answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
         bare[shots] = sum(answer.strip().isdigit() for answer in answers)
     assert bare[0] < bare[8] == 6  # eight sums show that a number alone is wanted
+
+
+@pytest.mark.skipif(
+    "MONTESSORI_SHARED_DATA" not in os.environ, reason="needs GSM8K's questions in MONTESSORI_SHARED_DATA"
+)
+def test_task_of_the_guide_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```yaml\n(task: gsm8k_local\n.*?)```", guide, re.DOTALL)
+    (tmp_path / "gsm8k_local.yaml").write_text(written)
+    shutil.copy(Path(os.environ["MONTESSORI_SHARED_DATA"]) / "gsm8k_train_1000.jsonl", tmp_path / "questions.jsonl")
+    items = items_of(tmp_path, tmp_path, "gsm8k_local")
+    assert len(items) == 1000
+    row = {"benchmark": "gsm8k_local", "task": "gsm8k_local", "item": 0, "shots": 2}
+    settings = {"batch_size": 1, "chat_template": False}
+    open_harness(settings, {"model": smollm2, "tasks": tmp_path})([row], tmp_path / "scores.parquet", print)
+    (found,) = read_table(tmp_path / "scores.parquet", ITEM_SCORES).to_pylist()
+    assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")
 
 
 def test_tasks_that_cannot_be_had_are_named(tasks: Path, tmp_path: Path) -> None:

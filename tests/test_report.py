@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.atomic import write_json
+from montessori_core.benchmarks import scores
 from montessori_core.config import Preferences, parse_experiment, write_yaml
 from montessori_core.errors import DataError
 from montessori_core.influence_table import note_influence
@@ -258,8 +259,7 @@ def stage_use(stage: str, rows: int, seconds: float, **counts: int) -> dict[str,
 
 
 def score(model: str, benchmark: str, metric: str, mean: float) -> dict[str, Any]:
-    counted = {"mean": mean, "standard_error": 0.01, "examples": 80, "higher_is_better": True}
-    return {"model": model, "benchmark": benchmark, "metric": metric} | counted
+    return {"model": model, **scores.score(benchmark, metric, mean, 0.01, 80, unparsed=3)}
 
 
 @pytest.fixture(scope="module")

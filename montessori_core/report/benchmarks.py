@@ -128,7 +128,7 @@ def benchmark_section(run: Contents) -> Section:
         "benchmarks",
         "Benchmarks",
         blocks,
-        absent="No benchmark has been run; the configuration says which are (section evaluation).",
+        absent="No benchmark has been run; the section benchmarks of the configuration names those that are wanted.",
     )
 
 
@@ -208,7 +208,8 @@ def _score_text(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return numbers.UNKNOWN
     error = f" ± {entry['standard_error']:.2g}" if numbers.known(entry["standard_error"]) else ""
-    return f"{entry['mean']:.4g}{error} ({numbers.count(entry['examples'])})"
+    unparsed = f", {numbers.count(entry['unparsed'])} unparsed" if entry["unparsed"] else ""
+    return f"{entry['mean']:.4g}{error} ({numbers.count(entry['examples'])}{unparsed})"
 
 
 def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
