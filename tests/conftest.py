@@ -19,6 +19,7 @@ _SLOWEST_FIRST = (
     "test_slurm",
     "test_run",
     "test_training",
+    "test_benchmarks",
     "test_influence",
     "test_vllm",
 )
