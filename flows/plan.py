@@ -53,7 +53,7 @@ def _without_weights(student: str, lora: Lora | None) -> Any:
     except ImportError as error:
         raise UserError(f"planning needs the worker's libraries ({error}); pip install 'montessori[train]'") from error
     try:
-        config = AutoConfig.from_pretrained(local_path(student))
+        config = AutoConfig.from_pretrained(local_path(student), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the configuration of {student!r} cannot be loaded: {error}") from error
     with torch.device("meta"):

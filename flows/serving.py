@@ -237,6 +237,12 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
     if _answers(api):
         yield api
         return
+    if "PREFECT_SERVER_API_AUTH_STRING" not in os.environ:
+        console.print(
+            "no login: whoever has an account on this machine can start runs as you. If others do, set "
+            "PREFECT_SERVER_API_AUTH_STRING and PREFECT_API_AUTH_STRING to the same user:password (docs/security.md)",
+            soft_wrap=True,
+        )
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
     with log.open("w") as output:
         # A session of its own: Ctrl-C is for us, who end it after the flow runs.

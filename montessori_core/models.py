@@ -189,7 +189,7 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(fetch_model(model))
+        tokenizer = AutoTokenizer.from_pretrained(fetch_model(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of {model!r} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
@@ -221,7 +221,7 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
         return PeftModel.from_pretrained(adapted, folder, is_trainable=True)
     try:
         loaded: PreTrainedModel = flops.count(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         )
         return loaded
     except (OSError, ValueError) as error:
