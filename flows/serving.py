@@ -272,6 +272,8 @@ def server_environment(port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_HOST": _LOOPBACK,
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # By default any page that is open in a browser here may start runs; the UI is of the server's own origin.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{_LOOPBACK}:{port}",
         "PREFECT_SERVER_UI_API_URL": "/api",  # of the host that the browser sees: the port may be a tunnel's
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # The recorder of task runs drops what it cannot keep up with; in batches it keeps up.

@@ -64,10 +64,10 @@ def test_folders_that_hold_pickles_are_private(
 @pytest.mark.parametrize("name", ["../outside", "a..b"])
 @pytest.mark.parametrize("command", ["run", "evaluate"])
 def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str, tmp_path: Path) -> None:
-    subject = ["no-model", "--config"] if command == "evaluate" else []
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    subject = ["no-model", "--config", config] if command == "evaluate" else [config]
     outcome = subprocess.run(
-        [sys.executable, "-m", "flows.cli", command, *subject, str(ROOT / "configs" / "quickstart.yaml")]
-        + ["--run-root", "runs", "--name", name],
+        [sys.executable, "-m", "flows.cli", command, *subject, "--run-root", "runs", "--name", name],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
