@@ -18,9 +18,7 @@ _OWN_PAGES = ("CHANGELOG.md", "LICENSE", "CITATION.cff")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the repository's files that some page links to, and those that have a place in the navigation."""
     root = Path(config.config_file_path).parent
-    linked = {
-        target for file in files.documentation_pages() for target in _OUTSIDE.findall(file.content_string) if target
-    }
+    linked = {target for file in files.documentation_pages() for target in _OUTSIDE.findall(file.content_string)}
     for target in sorted(linked | set(_OWN_PAGES)):
         files.append(File.generated(config, _page(target), content=_content(root / target)))
     return files

@@ -235,6 +235,7 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
     api = f"http://{_LOOPBACK}:{port}/api"
     os.environ["PREFECT_API_URL"] = api
     if _answers(api):
+        _check_login(api)
         yield api
         return
     if "PREFECT_SERVER_API_AUTH_STRING" not in os.environ:
@@ -260,6 +261,7 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
                 wait_for_server(server, api)
         except UserError as error:
             raise UserError(f"{error}; try another --port, and see {log}") from error
+        _check_login(api)
         yield api
     finally:
         _end(server)
