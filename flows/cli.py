@@ -167,8 +167,9 @@ def evaluate(
     """
     from flows.evaluation import evaluate_opened, open_evaluation, print_evaluation
 
-    experiment = _on_cluster(read_experiment(config, tuple(set_ or [])), cluster, config)
-    folder = run_root / (name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model))
+    named = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
+    experiment = _on_cluster(read_experiment(config, (*(set_ or []), f"name={named}")), cluster, config)
+    folder = run_root / experiment.name
     opened, warnings = open_evaluation(experiment, model, folder)
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")

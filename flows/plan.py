@@ -7,7 +7,7 @@ from rich.table import Table
 
 from montessori_core.config import Influence, Lora
 from montessori_core.errors import UserError
-from montessori_core.models import local_path, with_lora
+from montessori_core.models import local_path, why_not_loaded, with_lora
 
 
 def show_plan(
@@ -53,9 +53,9 @@ def _without_weights(student: str, lora: Lora | None) -> Any:
     except ImportError as error:
         raise UserError(f"planning needs the worker's libraries ({error}); pip install 'montessori[train]'") from error
     try:
-        config = AutoConfig.from_pretrained(local_path(student))
+        config = AutoConfig.from_pretrained(local_path(student), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {student!r} cannot be loaded: {error}") from error
+        raise UserError(f"the configuration of {student!r} cannot be loaded: {why_not_loaded(error)}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         return with_lora(model, lora) if lora else model

@@ -235,8 +235,15 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
     api = f"http://{_LOOPBACK}:{port}/api"
     os.environ["PREFECT_API_URL"] = api
     if _answers(api):
+        _check_login(api)
         yield api
         return
+    if "PREFECT_SERVER_API_AUTH_STRING" not in os.environ:
+        console.print(
+            "no login: whoever has an account on this machine can start runs as you. If others do, set "
+            "PREFECT_SERVER_API_AUTH_STRING and PREFECT_API_AUTH_STRING to the same user:password (docs/security.md)",
+            soft_wrap=True,
+        )
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
     with log.open("w") as output:
         # A session of its own: Ctrl-C is for us, who end it after the flow runs.
@@ -254,6 +261,7 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
                 wait_for_server(server, api)
         except UserError as error:
             raise UserError(f"{error}; try another --port, and see {log}") from error
+        _check_login(api)
         yield api
     finally:
         _end(server)
@@ -266,6 +274,8 @@ def server_environment(port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_HOST": _LOOPBACK,
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # By default any page that is open in a browser here may start runs; the UI is of the server's own origin.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{_LOOPBACK}:{port}",
         "PREFECT_SERVER_UI_API_URL": "/api",  # of the host that the browser sees: the port may be a tunnel's
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # The recorder of task runs drops what it cannot keep up with; in batches it keeps up.

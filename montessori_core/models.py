@@ -189,9 +189,9 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(fetch_model(model))
+        tokenizer = AutoTokenizer.from_pretrained(fetch_model(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {model!r} cannot be loaded: {error}") from error
+        raise UserError(f"the tokenizer of {model!r} cannot be loaded: {why_not_loaded(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA3_STYLE_TEMPLATE
     if tokenizer.eos_token is None:
@@ -221,11 +221,18 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
         return PeftModel.from_pretrained(adapted, folder, is_trainable=True)
     try:
         loaded: PreTrainedModel = flops.count(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         )
         return loaded
     except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r} cannot be loaded: {error}") from error
+        raise UserError(f"model {model!r} cannot be loaded: {why_not_loaded(error)}") from error
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What transformers says, but not its advice to run the code of a model's repository: that is never done here."""
+    if "trust_remote_code" not in str(error):
+        return str(error)
+    return "it needs code of its own repository, which is not run here; take one that transformers has a class for"
 
 
 def with_lora(model: "PreTrainedModel", lora: Lora) -> "PreTrainedModel":

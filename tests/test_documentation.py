@@ -1,9 +1,28 @@
-"""What the documentation shows runs as it stands there."""
+"""What the documentation shows runs, what it names exists, and it becomes a site that needs no network."""
 
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from flows.cli import app
+from montessori_core.config import DataSource, Experiment
+from montessori_core.errors import DataError
+from montessori_core.sources import read_tasks
+from montessori_core.study import Study
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGURATION = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
 
 
 def test_influence_as_a_library_runs_as_documented(tiny_llama: Path) -> None:
@@ -15,6 +34,99 @@ def test_influence_as_a_library_runs_as_documented(tiny_llama: Path) -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_configuration_reference_is_that_of_the_models() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == CONFIGURATION["page"](), "docs/configuration.md is out of date; run: python docs/configuration.py"
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of the documentation, in blocks and within sentences, as words after `montessori`."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        lines += [quoted.replace("\n", " ") for quoted in re.findall(r"`([^`]+)`", prose)]
+        for line in lines:
+            words = re.match(r"(?:\.venv/bin/)?montessori (.+)", line)
+            if words:
+                yield page.name, shlex.split(words[1], comments=True)
+
+
+def test_commands_and_options_of_the_documentation_exist() -> None:
+    group: Any = typer.main.get_command(app)
+    seen = 0
+    for page, words in commands():
+        command = group
+        while words and words[0] in getattr(command, "commands", {}):
+            command, words = command.commands[words[0]], words[1:]
+        assert words == ["--help"] or not hasattr(command, "commands"), f"{page}: montessori {shlex.join(words)}"
+        try:
+            command.make_parser(typer.Context(command)).parse_args(list(words))
+        except Exception as error:
+            pytest.fail(f"{page}: montessori {command.name} {shlex.join(words)}: {error}")
+        seen += 1
+    assert seen > 50
+
+
+def test_settings_of_the_documentation_exist() -> None:
+    paths = {kind: {row.path for row in CONFIGURATION["rows_of"](kind)} | {"name"} for kind in (Experiment, Study)}
+    paths[Study] |= {f"experiment.{path}" for path in paths[Experiment]}
+    for page, words in commands():
+        settings = [word.partition("=")[0] for before, word in pairwise(words) if before == "--set"]
+        known = paths[Study if words[0] == "compare" else Experiment]
+        assert {setting for setting in settings if "..." not in setting} <= known, page
+
+
+DATA_PAGE = (ROOT / "docs" / "data-and-models.md").read_text()
+GOOD_DATA, *_ = re.findall(r"```jsonl\n([^`]*)```", DATA_PAGE)
+BAD_DATA = re.findall(r"```jsonl\n([^`]*)```\n\n```text\n([^`]*)\n```", DATA_PAGE)
+
+
+def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(GOOD_DATA)
+    tasks = read_tasks(DataSource(path=str(tmp_path / "data.jsonl")), "reference", with_response=True)
+    assert [task.text for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
+    assert len(BAD_DATA) == 6
+
+
+@pytest.mark.parametrize(("content", "said"), BAD_DATA, ids=range(len(BAD_DATA)))
+def test_bad_data_is_refused_as_documented(
+    content: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text(content)
+    with pytest.raises(DataError) as refusal:
+        read_tasks(DataSource(path="data.jsonl"), "reference", with_response=True)
+    assert str(refusal.value) == said
+
+
+def test_tests_that_pages_refer_to_exist() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)(?:\[[^]]*\])?`", page.read_text()):
+            assert f"def {name}(" in sources, f"{page.name}: {name}"
+
+
+def test_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    loads = r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=\"?(?:https?:)?//[^ >]+"
+    pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    assert len(pages) > len(PAGES)
+    assert [found for text in pages.values() for found in re.findall(loads, text)] == []
+    assert not any('class="mermaid"' in text for text in pages.values())  # the theme would fetch a library for it
+
+
+def test_citation_names_the_software_and_the_papers_as_the_package_does() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{citation["version"]}"' in project
+    assert f'license = "{citation["license"]}"' in project
+    assert f"## {citation['version']}" in (ROOT / "CHANGELOG.md").read_text()

@@ -346,6 +346,21 @@ def test_second_up_finds_the_first(server: Server) -> None:
     assert f"already up: {server.url}" in again.stdout
 
 
+def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> None:
+    def allowed(origin: str) -> str | None:
+        headers = {"Origin": origin, "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.url}/api/deployments/filter", b"{}", headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.headers["Access-Control-Allow-Origin"]
+
+    assert allowed("http://elsewhere.example") is None
+    assert allowed(server.url) == server.url
+
+
+def test_server_without_a_login_says_so(server: Server) -> None:
+    assert "no login: whoever has an account on this machine" in (server.folder / "up.log").read_text()
+
+
 @pytest.mark.parametrize(("flow", "deployment"), [("montessori", "tiny"), ("compare", "study")])
 def test_form_explains_every_field(server: Server, flow: str, deployment: str) -> None:
     schema = server.deployment(deployment, flow)["parameter_openapi_schema"]

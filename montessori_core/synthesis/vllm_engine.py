@@ -27,6 +27,7 @@ class VllmEngine:
         self._weights = flops.weights_of(folder)
         self._llm = LLM(
             model=str(folder),
+            trust_remote_code=False,
             dtype="bfloat16",
             seed=0,
             tensor_parallel_size=max(1, torch.cuda.device_count()),

@@ -36,7 +36,7 @@ def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, row
     """Where a training keeps its checkpoints: beside its result, and of these settings, weights, rows and processes alone."""
     decides = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
     folder = output.parent / "checkpoints" / hash_json(decides)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)  # torch keeps pickles here
     return folder
 

@@ -1,0 +1,155 @@
+"""Write docs/configuration.md from the models that validate a configuration: python docs/configuration.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from montessori_core.config import Experiment, Section
+from montessori_core.study import Study
+
+PAGE = Path(__file__).with_suffix(".md")
+_HEAD = """# Configuration
+
+Made from `montessori_core/config.py` and `montessori_core/study.py` by `python docs/configuration.py`; do not edit this page.
+
+A configuration is YAML, checked as a whole before anything runs: an unknown key, a wrong type or a value out of range is
+refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and a run writes its resolved
+`config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list; `null` means none.
+
+Models and data sets are described in [data-and-models.md](data-and-models.md), the `cluster` section in
+[cluster.md](cluster.md), studies in [comparing.md](comparing.md). Where the paper gives a number, it is the default."""
+_NUMBERS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One field.
+
+    Attributes:
+        path: dotted, `[]` for each entry of a list.
+        kind: what it may be.
+        default: in YAML.
+        description: what it means.
+        section: what the section is that it holds, if it holds one.
+        same_as: path of an earlier section with the same fields and defaults.
+    """
+
+    path: str
+    kind: str
+    default: str
+    description: str
+    section: str | None = None
+    same_as: str = ""
+
+
+def rows_of(kind: type[Section]) -> list[Row]:
+    """Every field of a configuration, those of its sections included, in the order in which they are declared."""
+    schema = kind.model_json_schema()
+    return list(_rows(schema, schema["$defs"], "", {}))
+
+
+def _rows(section: dict[str, Any], known: dict[str, Any], prefix: str, given: dict[str, Any]) -> Iterator[Row]:
+    """Fields of a section; `given` are values that the section's own default gives them."""
+    for name, field in section["properties"].items():
+        path = f"{prefix}{name}"
+        inner, many = _section_in(field, known)
+        default = given.get(name, field.get("default", ...))
+        own = default if isinstance(default, dict) else {}
+        shown = "must be given" if default is ... else f"`{_yaml(default)}`"
+        if inner is None or many:
+            yield Row(path, _kind(field), shown, field["description"])
+        else:
+            meaning = field.get("description", inner["description"])  # left out by pydantic where they are the same
+            yield Row(path, _kind(field), "" if own else shown, meaning, inner["description"])
+        if inner is not None and inner["title"] != Experiment.__name__:
+            yield from _rows(inner, known, f"{path}[]." if many else f"{path}.", own)
+
+
+def _section_in(field: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+    """The section that a field holds, if it does, and whether it holds a list of them."""
+    if "$ref" in field:
+        return known[field["$ref"].rpartition("/")[2]], False
+    for option in field.get("anyOf", []):
+        if "$ref" in option:
+            return _section_in(option, known)
+    if "$ref" in field.get("items", {}):
+        return _section_in(field["items"], known)[0], True
+    return None, False
+
+
+def _kind(field: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_kind(option) for option in field["anyOf"])
+    if "$ref" in field:
+        return "section"
+    if "enum" in field:
+        return ", ".join(f"`{_yaml(value)}`" for value in field["enum"])
+    if field["type"] == "array":
+        return f"list of: {_kind(field['items'])}"
+    if field["type"] == "object":
+        return "mapping"
+    if field["type"] == "null":
+        return "`null`"
+    bounds = [f"{sign} {field[bound]}" for bound, sign in _BOUNDS.items() if bound in field]
+    bounds += [f"`{field['pattern']}`"] if "pattern" in field else []
+    return ", ".join([_NUMBERS[field["type"]], *bounds])
+
+
+def _yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+
+
+def page() -> str:
+    """The page's text."""
+    rows = _without_repeats(rows_of(Experiment))
+    plain = [row for row in rows if "." not in row.path and row.section is None]
+    parts = [_HEAD, "## Experiment", _table(plain)]
+    for top in rows:
+        if "." in top.path or top.section is None:
+            continue
+        absent = " Absent unless given." if top.default == "`null`" else ""
+        parts.append(f"### `{top.path}`")
+        if top.same_as:
+            parts.append(f"{top.description}{absent} The same fields as `{top.same_as}`.")
+            continue
+        repeats = top.section.startswith(top.description.rstrip("."))
+        parts.append(f"{top.section}{absent}" if repeats else f"{top.description}{absent} {top.section}")
+        parts.append(_table([row for row in rows if row.path.startswith(f"{top.path}.")]))
+    parts += ["## Study", "`montessori compare` reads a study: methods on equal terms, over several seeds."]
+    parts.append(_table(_without_repeats(rows_of(Study))))
+    return "\n\n".join(parts) + "\n"
+
+
+def _without_repeats(rows: list[Row]) -> list[Row]:
+    """Rows without the fields of a section that an earlier one has alike; the section's own row says which."""
+    kept: list[Row] = []
+    seen: dict[tuple[Row, ...], str] = {}
+    repeated = ""
+    for row in rows:
+        if repeated and row.path.startswith(f"{repeated}."):
+            continue
+        if row.section is not None:
+            inside = (one for one in rows if one.path.startswith(f"{row.path}."))
+            fields = tuple(replace(one, path=one.path.removeprefix(row.path)) for one in inside)
+            earlier = seen.setdefault(fields, row.path) if fields else row.path
+            if earlier != row.path:
+                row, repeated = replace(row, same_as=earlier), row.path
+        kept.append(row)
+    return kept
+
+
+def _table(rows: list[Row]) -> str:
+    lines = ["| field | may be | default | what it is |", "|---|---|---|---|"]
+    for row in rows:
+        kind = f"{row.kind}, as `{row.same_as}`" if row.same_as else row.kind
+        cells = (f"`{row.path}`", kind, row.default, row.description)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
