@@ -180,7 +180,7 @@ def _judge(kind: str, seen: dict[str, Any], token: str, resources: Resources) ->
         not seen["missing"],
         f"Python {seen['python']}, {versions}"
         + "".join(f"; {name}: {error}" for name, error in seen["missing"].items()),
-        "install vllm and montessori into the environment that cluster.generation_python names"
+        "make install-generation VENV=... makes the environment that cluster.generation_python is to name"
         if kind == "generation"
         else "pip install 'montessori[train]' into the environment that cluster.slurm.python names",
     )
