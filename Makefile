@@ -1,6 +1,7 @@
 # make quickstart   one iteration on this machine, with a real model
 # make test         everything the tests need, then the tests
 # make test-faults  the fault tests that take minutes each, on a real Slurm
+# make test-install the installations in a clean Debian (as root; debootstrap)
 # make check        formatting, lint and types
 #
 # make install-driver | install-worker | install-generation   an environment as locked, in VENV: what the images hold
@@ -19,7 +20,7 @@ $(PYTHON) -m venv $(VENV)
 $(BIN)/python -m pip install --quiet --upgrade pip
 endef
 
-.PHONY: quickstart test test-faults check install-driver install-worker install-generation lock clean
+.PHONY: quickstart test test-faults check install-driver install-worker install-generation lock test-install clean
 
 quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
@@ -33,6 +34,9 @@ test: $(VENV)/.dev $(VENV)-vllm/.ready
 
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m faults
+
+test-install:
+	tests/clean_install.sh
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format montessori_core cluster tasks flows tests benchmarks
