@@ -3,7 +3,7 @@
 Another version may import well and fail hours into a run, or change a result; it is refused before a job is started.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from montessori_core.errors import UserError
 
 
-def declared(extras: Iterable[str] = ()) -> dict[str, str]:
+def declared(extras: Collection[str] = ()) -> dict[str, str]:
     """Ranges of versions, such as '<4,>=3.8', by package: what the driver needs, and what the extras add.
 
     Empty if this code was not installed but only put on Python's path.
@@ -43,13 +43,12 @@ def misfit(package: str, fit: str) -> str | None:
     return f"{package} {installed} is installed, {package}{fit} is needed"
 
 
-def check_versions(extras: Iterable[str] = ()) -> None:
+def check_versions(extras: Collection[str] = ()) -> None:
     """See that this environment holds fit versions of what the driver, and jobs that need `extras`, import.
 
     Raises:
         UserError: it does not; the message names the packages and the command that mends it.
     """
-    extras = list(extras)
     package = f"montessori[{','.join(extras)}]" if extras else "montessori"
     found = [words for name, fit in declared(extras).items() if (words := misfit(name, fit))]
     if found:

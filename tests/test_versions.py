@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from cluster.probes import open_look_around
+from montessori_core.versions import declared
 
 ROOT = Path(__file__).parent.parent
 LOCKED = re.compile(
@@ -43,6 +44,10 @@ def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(
     assert (f"{name} 1.0 is installed, {name}" in outcome.stdout) is refused
     assert ("pip install 'montessori" in outcome.stdout) is refused
     assert not (tmp_path / "mine").exists()
+
+
+def test_an_extra_holds_what_the_extras_in_it_declare() -> None:
+    assert declared().items() < declared(["train"]).items() < declared(["benchmarks"]).items()
 
 
 def test_a_node_names_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
