@@ -16,6 +16,7 @@ from cluster.stage import Stage
 from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from montessori_core.versions import declared
 
 _ANSWER = 60.0  # seconds for a command of Slurm
 _TRAINING = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
@@ -131,6 +132,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
     kinds: dict[str, tuple[str, ...]] = {"influence": _TRAINING, "training": _TRAINING}
     if cluster.generation_python is not None:
         kinds["generation"] = _GENERATION
+    ranges = declared(["train"])
     for kind, packages in kinds.items():
         resources: Resources = getattr(cluster.resources, kind)
         python = cluster.generation_python if kind == "generation" else None
@@ -138,7 +140,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
             name=f"doctor-{kind}",
             version=1,
             program="cluster.probes:open_look_around",
-            settings={"packages": packages},
+            settings={"packages": {name: ranges.get(name, "") for name in packages}},
             inputs={"token": token},
             input_hashes={},
             folder=scratch / kind,
@@ -177,10 +179,9 @@ def _judge(kind: str, seen: dict[str, Any], token: str, resources: Resources) ->
     versions = ", ".join(f"{name} {number}" for name, number in list(seen["versions"].items())[:4])
     yield Finding(
         f"{kind} job: environment",
-        not seen["missing"],
-        f"Python {seen['python']}, {versions}"
-        + "".join(f"; {name}: {error}" for name, error in seen["missing"].items()),
-        "install vllm and montessori into the environment that cluster.generation_python names"
+        not seen["wrong"],
+        f"Python {seen['python']}, {versions}" + "".join(f"; {name}: {error}" for name, error in seen["wrong"].items()),
+        "make install-generation VENV=... makes the environment that cluster.generation_python is to name"
         if kind == "generation"
         else "pip install 'montessori[train]' into the environment that cluster.slurm.python names",
     )

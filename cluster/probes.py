@@ -10,29 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.program import Compute, Report, Row
+from montessori_core.versions import misfit
 
 
 def open_look_around(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
-    """Report host, versions, packages that cannot be imported, GPUs, and the content of the file the driver wrote.
+    """Report host, versions, packages that cannot be imported or do not fit, GPUs, and what the driver wrote to a file.
 
-    Settings: `packages` to import. Inputs: `token`, a file.
+    Settings: `packages` to import, with the range of versions that fits. Inputs: `token`, a file.
     """
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         found: dict[str, Any] = {"host": platform.node(), "python": platform.python_version(), "versions": {}}
-        missing: dict[str, str] = {}
-        for package in settings["packages"]:
+        wrong: dict[str, str] = {}
+        for package, fit in settings["packages"].items():
             try:
                 importlib.import_module(package)
                 found["versions"][package] = version(package)
+                unfit = misfit(package, fit)
+                if unfit is not None:
+                    wrong[package] = unfit
             except PackageNotFoundError:
                 found["versions"][package] = "?"
             except Exception as error:  # a broken CUDA library raises many kinds
-                missing[package] = f"{type(error).__name__}: {error}"
-        found["missing"] = missing
+                wrong[package] = f"{type(error).__name__}: {error}"
+        found["wrong"] = wrong
         found["token"] = inputs["token"].read_text() if inputs["token"].exists() else None
         found["gpus"] = 0
-        if "torch" not in missing and "torch" in settings["packages"]:
+        if "torch" in found["versions"]:
             import torch
 
             found["gpus"] = torch.cuda.device_count()

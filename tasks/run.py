@@ -38,6 +38,7 @@ from montessori_core.errors import UserError
 from montessori_core.models import commit_of, fetch_model, fingerprint
 from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.versions import check_versions
 from tasks.progress import ProgressBar
 from tasks.stage_view import StageView
 
@@ -344,7 +345,7 @@ def _copy_benchmarks(run: Run) -> None:
 
 
 def check_environment(experiment: Experiment) -> None:
-    """See that jobs can be started here, and that what local jobs import is installed, before any is started.
+    """See that jobs can be started here, and that what the driver and local jobs import is fit, before any is started.
 
     Raises:
         UserError: it is not.
@@ -352,17 +353,9 @@ def check_environment(experiment: Experiment) -> None:
     for _, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None)
     if experiment.cluster.profile == "slurm":
-        return  # the worker environment is on the nodes
-    extras = dict.fromkeys(("torch", "transformers", "trl", "deepspeed"), "local")
-    if experiment.benchmarks.tasks:
-        extras["lm_eval"] = "benchmarks"
-    for package, extra in extras.items():
-        try:
-            version(package)
-        except PackageNotFoundError:
-            raise UserError(
-                f"profile: local needs {package} on this machine; pip install 'montessori[{extra}]'"
-            ) from None
+        check_versions()  # the worker environment is on the nodes: montessori doctor looks at it
+    else:
+        check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
 
 
 def _check_same(experiment: Experiment, config: Path) -> None:

@@ -1,14 +1,18 @@
-"""What the compose file promises: a login is needed, and nothing is reached from other machines."""
+"""What the images and compose files promise: a login, nothing reached from other machines, no root, no secrets inside."""
 
+import re
 from pathlib import Path
 
+import pytest
 import yaml
 
-COMPOSE = Path(__file__).parent.parent / "docker" / "compose.yaml"
+from montessori_core.config import read_cluster
+
+DOCKER = Path(__file__).parent.parent / "docker"
 
 
 def test_server_asks_for_a_login_and_listens_to_this_machine_only() -> None:
-    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     assert services["server"]["environment"]["PREFECT_SERVER_API_AUTH_STRING"].startswith(
         "${MONTESSORI_PREFECT_LOGIN:?"
     )
@@ -21,4 +25,28 @@ def test_server_asks_for_a_login_and_listens_to_this_machine_only() -> None:
         for name, value in service["environment"].items()
         if "PASSWORD" in name or "AUTH" in name
     ]
+    assert secrets
     assert all(value.startswith("${") for value in secrets)
+    assert all("healthcheck" in service for service in services.values())
+
+
+def test_slurm_in_containers_has_the_machines_that_its_files_name() -> None:
+    services = yaml.safe_load((DOCKER / "slurm" / "compose.yaml").read_text())["services"]
+    configuration = dict(
+        line.split("=", 1) for line in (DOCKER / "slurm" / "slurm.conf").read_text().splitlines() if line[0] != "#"
+    )
+    assert configuration["SlurmctldHost"] == "controller"
+    assert configuration["NodeName"].startswith("node[1-2] ")
+    assert {service["hostname"] for service in services.values()} == {"controller", "node1", "node2"} == set(services)
+    assert not any("ports" in service for service in services.values())
+    assert read_cluster(DOCKER / "slurm" / "cluster.yaml").slurm.partition == "main"
+
+
+@pytest.mark.parametrize("name", ["driver", "worker"])
+def test_images_hold_what_is_locked_and_do_not_run_as_root(name: str) -> None:
+    lines = (DOCKER / f"{name}.Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
+    assert any(f"make install-{name} " in line for line in lines)
+    assert not any(re.search(r"pip install|^ARG|^ADD|password|token", line, re.IGNORECASE) for line in lines)
+    ignored = (DOCKER.parent / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored  # all but what is named, so that no secret of a checkout gets into a layer

@@ -743,7 +743,7 @@ def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
         ),
         (
             {"generation_python": sys.executable},
-            ["generation job: environment", "vllm: ModuleNotFoundError", "install vllm"],
+            ["generation job: environment", "vllm: ModuleNotFoundError", "make install-generation"],
         ),
         ({"slurm": {"max_array_size": 100_000}}, ["MaxArraySize is", "or less"]),
         (

@@ -1,0 +1,20 @@
+# The driver: plans, submits, joins, reports; a Prefect worker or deployments run in it, too. No torch.
+#
+#   docker build --file docker/driver.Dockerfile --tag montessori-driver .
+#
+# Built by the Makefile's own step from docker/driver.lock.
+FROM python:3.12-slim-bookworm AS build
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY . .
+RUN make install-driver PYTHON=python3 VENV=/opt/montessori
+
+FROM python:3.12-slim-bookworm
+RUN useradd --create-home --uid 1000 montessori && install --directory --owner montessori /runs
+COPY --from=build /opt/montessori /opt/montessori
+COPY configs prefect.yaml /opt/configs/
+ENV PATH=/opt/montessori/bin:$PATH PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
+USER 1000
+WORKDIR /runs
+CMD ["montessori", "--help"]
