@@ -138,3 +138,38 @@ def open_with(server: JudgeServer, folder: Path, program: Program) -> Compute:
     path = folder / "judge.json"
     path.write_text(endpoint(server).model_dump_json())
     return program({"endpoint": endpoint(server).identity()}, {"endpoint": path})
+
+
+QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about rain.", "Count to four.", "Say hello."]
+
+
+class Judge(JudgeServer):
+    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns."""
+
+    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
+        if question.startswith("You compare"):
+            answers = [question.partition(f"= Answer {name}\n")[2].partition("\n\n====")[0] for name in "AB"]
+            better = "tie" if len(answers[0]) == len(answers[1]) else "AB"[len(answers[1]) > len(answers[0])]
+            return send(handler, 200, completion(f"One is longer.\nBetter: {better}"))
+        return send(handler, 200, completion(f"Good.\nScore: {4 if 'second of two answers' in question else 7}"))
+
+
+def judged(judge: Judge, folder: Path) -> dict[str, Any]:
+    """Sections of a configuration with AlpacaEval and MT-Bench."""
+    (folder / "outputs.jsonl").write_text(
+        "".join(json.dumps({"instruction": question, "output": ""}) + "\n" for question in QUESTIONS)
+    )
+    dialogues = [
+        {"question_id": number, "category": category, "turns": [f"Tell me about {number}.", "And then?"]}
+        for number, category in ((1, "writing"), (2, "math"))
+    ]
+    references = [{"question_id": 2, "choices": [{"turns": ["It is even.", "It is prime."]}]}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
+    (folder / "references.jsonl").write_text("".join(json.dumps(row) + "\n" for row in references))
+    benchmarks = {
+        "alpaca_eval": str(folder / "outputs.jsonl"),
+        "mt_bench": str(folder / "questions.jsonl"),
+        "mt_bench_references": str(folder / "references.jsonl"),
+        "answers": {"max_tokens": 12, "presence_penalty": 0.0},
+    }
+    return {"benchmarks": benchmarks, "judge": {"model": "judge", "base_url": judge.url}}

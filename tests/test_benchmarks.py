@@ -5,13 +5,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from judge_server import KEY, JudgeServer, completion, send
+from judge_server import KEY, QUESTIONS, Judge, judged
 from test_run import ROOT, call, configuration
 
 from montessori_core.atomic import read_json
@@ -21,19 +19,6 @@ from montessori_core.config import parse_experiment
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.program import Row
 from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
-
-QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about rain.", "Count to four.", "Say hello."]
-
-
-class Judge(JudgeServer):
-    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns."""
-
-    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
-        if question.startswith("You compare"):
-            answers = [question.partition(f"= Answer {name}\n")[2].partition("\n\n====")[0] for name in "AB"]
-            better = "tie" if len(answers[0]) == len(answers[1]) else "AB"[len(answers[1]) > len(answers[0])]
-            return send(handler, 200, completion(f"One is longer.\nBetter: {better}"))
-        return send(handler, 200, completion(f"Good.\nScore: {4 if 'second of two answers' in question else 7}"))
 
 
 @pytest.fixture
@@ -159,27 +144,6 @@ def test_scores_of_seeds_are_averaged_in_their_order() -> None:
     assert second["mean"] is None
 
 
-def judged(judge: Judge, folder: Path) -> dict[str, Any]:
-    """Sections of a configuration with AlpacaEval and MT-Bench."""
-    (folder / "outputs.jsonl").write_text(
-        "".join(json.dumps({"instruction": question, "output": ""}) + "\n" for question in QUESTIONS)
-    )
-    dialogues = [
-        {"question_id": number, "category": category, "turns": [f"Tell me about {number}.", "And then?"]}
-        for number, category in ((1, "writing"), (2, "math"))
-    ]
-    references = [{"question_id": 2, "choices": [{"turns": ["It is even.", "It is prime."]}]}]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
-    (folder / "references.jsonl").write_text("".join(json.dumps(row) + "\n" for row in references))
-    benchmarks = {
-        "alpaca_eval": str(folder / "outputs.jsonl"),
-        "mt_bench": str(folder / "questions.jsonl"),
-        "mt_bench_references": str(folder / "references.jsonl"),
-        "answers": {"max_tokens": 12, "presence_penalty": 0.0},
-    }
-    return {"benchmarks": benchmarks, "judge": {"model": "judge", "base_url": judge.url}}
-
-
 def test_any_model_is_evaluated_and_paid_for_once(
     judge: Judge, tasks: Path, talking_llama: Path, tmp_path: Path
 ) -> None:
@@ -253,32 +217,3 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(
     (tmp_path / "difficulty.csv").write_text("index,difficulty\n0,0.5\n")
     output = refusal(alpaca_eval_difficulty=str(tmp_path / "difficulty.csv"))
     assert "is not for the 5 instructions" in output
-
-
-def test_students_of_a_run_are_measured_and_compared(judge: Judge, talking_llama: Path, tmp_path: Path) -> None:
-    config = configuration(tmp_path, talking_llama)
-    content = yaml.safe_load(config.read_text()) | judged(judge, tmp_path)
-    content["benchmarks"]["mt_bench"] = content["benchmarks"]["mt_bench_references"] = None
-    content["synthesis"]["oversampling"] = 24.0  # one round does
-    content["influence"]["estimator"] = "exact"  # no stage for an audit
-    content["comparison"]["teacher_checkpoints"] = 1
-    content["teacher_update"]["epochs"] = 2  # two steps at least
-    config.write_text(yaml.safe_dump(content))
-    secrets = {"MONTESSORI_CACHE": str(tmp_path / "cache"), "PREFECT_HOME": str(tmp_path / "home")}
-    code, output = call("run", str(config), cwd=tmp_path, **secrets)
-    assert code == 0, output
-    metrics = read_json(tmp_path / "runs" / "tiny" / "iteration-1" / "metrics.json")
-    assert {one["model"] for one in metrics["scores"]} == {"student", "untrained", "unmodified"}
-    (pair,) = metrics["head_to_head"]
-    assert (pair["model"], pair["against"]) == ("student", "unmodified")
-    assert pair["wins"] + pair["ties"] + pair["losses"] == len(QUESTIONS)
-    assert {(one["benchmark"], one["items"]) for one in metrics["contamination"]} == {
-        ("held-out", 4),
-        ("alpaca_eval", 5),
-    }
-    kept, last = metrics["teacher_checkpoints"]
-    assert kept["step"] == last["step"] // 2
-    assert kept["held_out_loss"] != last["held_out_loss"] == metrics["held_out_loss"]["student"]["mean"]
-    influence = tmp_path / "runs" / "tiny" / "unmodified" / "training-influence.parquet"
-    assert influence.exists()
-    assert (tmp_path / "runs" / "tiny" / "report.html").exists()

@@ -16,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from judge_server import QUESTIONS, Judge, judged
 
 from montessori_core import schema
 from montessori_core.screening import screening_report
@@ -46,7 +47,7 @@ def configuration(folder: Path, model: Path) -> Path:
         "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
         "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
         "preferences": {"baseline": "median"},
-        "teacher_update": {"learning_rate": 1e-4},
+        "teacher_update": {"learning_rate": 1e-4, "epochs": 2},
         "training": {"examples": 6, "batch_size": 2, "learning_rate": 1e-3},
         "comparison": {"influence_examples": 4},
         "zero": {"stage": 0},
@@ -92,7 +93,11 @@ def digests(run: Path) -> dict[str, str]:
 def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     home = str(folder / "prefect")
-    driver = lean("run", str(configuration(folder, talking_llama)), cwd=folder, PREFECT_HOME=home)
+    config = configuration(folder, talking_llama)
+    content = yaml.safe_load(config.read_text())
+    content["comparison"]["teacher_checkpoints"] = 1  # which changes no table
+    config.write_text(yaml.safe_dump(content))
+    driver = lean("run", str(config), cwd=folder, PREFECT_HOME=home)
     output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     (folder / "output.txt").write_text(output)
@@ -123,6 +128,39 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
     funnel = metrics["synthesis"]["probing"]
     assert funnel["kept"] == 20
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
+
+
+def test_teachers_on_the_way_are_followed_and_both_teachers_are_measured(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
+    kept, last = metrics["teacher_checkpoints"]
+    assert kept["step"] == last["step"] // 2
+    assert kept["held_out_loss"] != last["held_out_loss"] == metrics["held_out_loss"]["student"]["mean"]
+    assert schema.read_table(run / "unmodified" / "training-influence.parquet", schema.INFLUENCE).num_rows == 4
+
+
+def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    manifests = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
+    content = yaml.safe_load((undisturbed / "tiny.yaml").read_text())
+    judge = Judge()
+    sections = judged(judge, tmp_path)
+    sections["benchmarks"]["mt_bench"] = sections["benchmarks"]["mt_bench_references"] = None
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(content | sections))
+    try:
+        code, output = call("run", str(config), cwd=tmp_path, MONTESSORI_CACHE=str(tmp_path / "cache"))
+    finally:
+        judge.close()
+    assert code == 0, output
+    assert {path: path.read_bytes() for path in manifests} == manifests
+    metrics = json.loads((tmp_path / "runs" / "tiny" / "iteration-1" / "metrics.json").read_text())
+    assert {one["model"] for one in metrics["scores"]} == {"student", "untrained", "unmodified"}
+    (pair,) = metrics["head_to_head"]
+    assert (pair["model"], pair["against"]) == ("student", "unmodified")
+    assert pair["wins"] + pair["ties"] + pair["losses"] == len(QUESTIONS)
+    sets = {(one["benchmark"], one["items"]) for one in metrics["contamination"]}
+    assert sets == {("held-out", 4), ("alpaca_eval", 5)}
 
 
 def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed: Path) -> None:
