@@ -151,7 +151,7 @@ def check_influence(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
     on_cpu = warm.measure(warm.resident(torch.device("cpu")), warm.probing)
     yield agreement("the device agrees with the CPU, fp32", found, on_cpu, spread, 0.01)
     first_order = warm.measure(warm.resident(device), warm.probing, "first_order")
-    yield agreement("first order agrees with exact", first_order, found, spread, 0.1)
+    yield agreement("first order agrees with exact", first_order, found, spread, 0.25)
 
 
 def agreement(name: str, found: list[float], expected: list[float], spread: float, tolerance: float) -> Check:
