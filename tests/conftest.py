@@ -1,10 +1,14 @@
-"""Models and small sets that the tests share. Models are real: SmolLM2-135M, and a tiny Llama with its tokenizer."""
+"""Models, a browser and an order that the tests share. Models are real: SmolLM2-135M, and a tiny Llama with its tokenizer."""
 
 import os
 import random
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -124,3 +128,15 @@ def judging_llama(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium. Without it, and without a way to install it, tests fail."""
+    installation = subprocess.run([ROOT / "tests" / "install_chromium.sh"], capture_output=True, text=True)
+    if installation.returncode:
+        pytest.fail(f"these tests need Chromium:\n{installation.stderr.strip()}", pytrace=False)
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -22,7 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from test_run import ROOT, configuration, digests
 
 from flows.serving import read_deployments, server_environment, wait_for_server
@@ -276,18 +276,6 @@ def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if f"--port {running.port}" in " ".join(p.info["cmdline"] or [])
     ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium. Without it, and without a way to install it, tests fail."""
-    installation = subprocess.run([ROOT / "tests" / "install_chromium.sh"], capture_output=True, text=True)
-    if installation.returncode:
-        pytest.fail(f"these tests need Chromium:\n{installation.stderr.strip()}", pytrace=False)
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

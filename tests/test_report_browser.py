@@ -1,15 +1,12 @@
 """The report as people open it: in a browser, without a network, on a screen, a phone, in the dark, and on paper."""
 
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from test_report import HOSTILE, write_run
 from test_report_pages import write_study
 
@@ -22,18 +19,6 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = 130  # of each of two iterations: several pages
 expect.set_options(timeout=30_000)
 PAGES = ("report", "runs", "study")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium. Without it, and without a way to install it, tests fail."""
-    installation = subprocess.run([ROOT / "tests" / "install_chromium.sh"], capture_output=True, text=True)
-    if installation.returncode:
-        pytest.fail(f"these tests need Chromium:\n{installation.stderr.strip()}", pytrace=False)
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
