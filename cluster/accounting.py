@@ -43,7 +43,7 @@ def use_of(stage: Path) -> StageUse:
     return StageUse(
         shards=read_json(stage / "stage.json")["shards"],
         rows=sum(manifest["rows"] for manifest in whole),
-        seconds=round(float(sum(manifest["seconds"] for manifest in whole)), 1),
+        seconds=float(sum(manifest["seconds"] for manifest in whole)),
         flops=sum(manifest["flops"] for manifest in whole),
         jobs=len({job for submission in submissions for job in submission.ids or []}),
         retries=len(losses),

@@ -94,6 +94,9 @@ _PATIENCE = 60.0  # seconds between Ctrl-C and leaving without having told Prefe
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
+ClusterFile = Annotated[
+    Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
+]
 
 
 @app.command()
@@ -104,9 +107,7 @@ def run(
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
-    cluster: Annotated[
-        Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
-    ] = None,
+    cluster: ClusterFile = None,
 ) -> None:
     """Run an experiment. The same name again resumes it; what is done is not repeated."""
     overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
@@ -157,9 +158,7 @@ def evaluate(
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and evaluations.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the evaluation; by default made from the model's.")] = None,
-    cluster: Annotated[
-        Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
-    ] = None,
+    cluster: ClusterFile = None,
 ) -> None:
     """Evaluate any model: held-out loss, lm-evaluation-harness, AlpacaEval 2.0, MT-Bench.
 

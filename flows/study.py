@@ -11,6 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from cluster.accounting import use_of
 from cluster.oversight import cancel_jobs, stages_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
@@ -24,7 +25,7 @@ from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss
-from tasks.run import Model, Run, driver_of, only_driver, open_run, stage_flops, stage_seconds
+from tasks.run import Model, Run, driver_of, only_driver, open_run
 from tasks.students import train_student
 
 STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
@@ -149,7 +150,8 @@ class Cost:
     def of(*runs: Run) -> "Cost":
         """Of the stages executed by way of some runs."""
         stages = [stage for run in runs for stage in dict.fromkeys(run.stages)]
-        return Cost(sum(map(stage_seconds, stages)), sum(map(stage_flops, stages)))
+        uses = list(map(use_of, stages))
+        return Cost(sum(use.seconds for use in uses), sum(use.flops for use in uses))
 
 
 Played = dict[str, list[tuple[Evaluated, Cost]]]

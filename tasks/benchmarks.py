@@ -1,6 +1,5 @@
 """What students are measured by beside the held-out loss (Section 4.2): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -209,17 +208,14 @@ def _text(one: Task) -> str:
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
     words = run.experiment.benchmarks.contamination_words
-
-    def data() -> Iterable[str]:
-        for row in read_table(examples, EXAMPLES).select(["instruction", "response"]).to_pylist():
-            yield f"{row['instruction']}\n{row['response']}"
-
+    rows = read_table(examples, EXAMPLES).select(["instruction", "response"]).to_pylist()
+    data = [f"{row['instruction']}\n{row['response']}" for row in rows]
     found: list[Row] = [
         {
             "benchmark": name,
             "data": "training set",
             "items": len(items),
-            "overlapping": sum(overlapping(items, data(), words)),
+            "overlapping": sum(overlapping(items, data, words)),
             "n": words,
         }
         for name, items in _texts(run).items()

@@ -16,7 +16,7 @@ from montessori_core.schema import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_ta
 from montessori_core.synthesis.filters import funnel
 from montessori_core.training.files import COUNTS_FILE, LOG_FILE
 from tasks.evaluation import summarize_gain, summarize_loss
-from tasks.run import Run, stage_seconds
+from tasks.run import Run
 from tasks.synthesis import Synthesized
 
 
@@ -57,11 +57,11 @@ def write_metrics(
     pairs = read_table(files.preferences, PREFERENCES)
     probed = read_table(files.influence, INFLUENCE)
     threshold = threshold_of(probed, run.experiment.preferences.baseline)
-    stages = [
-        stage.parent
+    uses = {
+        str(stage.parent.relative_to(run.folder)): use_of(stage.parent)
         for parent in (folder, unmodified, *sorted(run.folder.glob("untrained*")), run.folder / "benchmark-items")
         for stage in sorted(parent.rglob("stage.json"))
-    ]
+    }
     content: dict[str, Any] = {
         "iteration": number,
         "synthesis": {
@@ -82,8 +82,8 @@ def write_metrics(
         "head_to_head": benchmarked.head_to_head,
         "contamination": benchmarked.contamination,
         "training_logs": _beside_models(run, number, LOG_FILE),
-        "job_seconds": {str(stage.relative_to(run.folder)): round(stage_seconds(stage), 1) for stage in stages},
-        "stages": [{"stage": str(stage.relative_to(run.folder)), **asdict(use_of(stage))} for stage in stages],
+        "job_seconds": {stage: round(use.seconds, 1) for stage, use in uses.items()},
+        "stages": [{"stage": stage, **asdict(use), "seconds": round(use.seconds, 1)} for stage, use in uses.items()],
     }
     if files.training_influence is not None:
         content["influence"]["training"] = summarize_influence(

@@ -407,17 +407,6 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def stage_seconds(folder: Path) -> float:
-    """Seconds that the jobs of a stage took, over all shards and attempts that ended well."""
-    manifests = sorted(folder.glob("part-*.manifest.json"))
-    return float(sum(json.loads(path.read_text())["seconds"] for path in manifests))
-
-
-def stage_flops(folder: Path) -> int:
-    """Floating-point operations of the same; see `montessori_core.flops`."""
-    return sum(json.loads(path.read_text())["flops"] for path in sorted(folder.glob("part-*.manifest.json")))
-
-
 def as_rows(tasks: list[Task]) -> list[Row]:
     """Tasks as rows of a shard."""
     return [vars(task) for task in tasks]
