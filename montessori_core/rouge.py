@@ -1,11 +1,18 @@
 """ROUGE-L F, exactly as the `rouge-score` package computes it (no stemmer), and fast enough for every pair.
 
 Instructions become strings with one character per word, so that the longest common subsequence of words is that of
-characters, which rapidfuzz computes bit-parallel and many at a time. F lies above a threshold t only if the lengths m, n
-satisfy 2 min(m, n) / (m + n) > t, so that most lengths need no comparison at all.
+characters, which rapidfuzz computes bit-parallel and many at a time. Few pairs need it. Texts of m and n words have F above
+a limit t only if they have c words in common with 2c / (m + n) > t; as c <= n, that is c > t m / (2 - t), whatever n is.
+Put the words of every text in one fixed order, rarer ones first: the first common word is followed by c - 1 more in both
+texts, so it is not among the last c - 1 of either. Only the words before those, a text's *prefix*, are indexed and looked
+up (prefix filtering: Bayardo, Ma and Srikant, "Scaling up all pairs similarity search", WWW 2007), and the number of those
+found bounds what is common once more.
 """
 
+import math
 import re
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,7 +22,7 @@ from rapidfuzz.process import cdist
 
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 _SURROGATES = range(0xD800, 0xE000)  # code points that no string may hold
-_BLOCK = 256
+_SLACK = 1 - 1e-12  # on bounds of the common length: F itself is rounded, and the limit a rounded number
 
 
 def words(text: str) -> list[str]:
@@ -38,59 +45,73 @@ class Accepted:
         """Start with `texts`, unchecked; later ones must stay at or below `max_rouge_l` with every one."""
         self._max = max_rouge_l
         self._vocabulary: dict[str, str] = {}
-        self._by_length: dict[int, list[str]] = {}
-        self._indices: dict[int, list[int]] = {}
-        self._count = 0
+        self._codes: list[str] = []
+        self._postings: dict[int, array[int]] = {}  # from a word to the texts that have it in their prefix
+        # Of each text: its length, the last word of its prefix, and how many words come after the prefix.
+        self._lengths, self._ends, self._rests = array("i"), array("q"), array("i")
         for text in texts:
-            self._add(_encode(text, self._vocabulary))
+            code = _encode(text, self._vocabulary)
+            self._add(code, self._prefix(code))
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._codes)
 
     def nearest(self, text: str) -> int | None:
         """Index of the first accepted text of the most similar that are above the limit, or None."""
-        return self._matches([_encode(text, self._vocabulary)])[0]
+        code = _encode(text, self._vocabulary)
+        return self._nearest(code, self._prefix(code))
 
     def add_all(self, texts: Sequence[str]) -> list[bool]:
         """Go through `texts` in order, accept each that is not too similar to any accepted before, and say which."""
         verdicts: list[bool] = []
-        for start in range(0, len(texts), _BLOCK):
-            block = [_encode(text, self._vocabulary) for text in texts[start : start + _BLOCK]]
-            known = self._matches(block)
-            lengths = np.array([len(code) for code in block])
-            within = _f(_common(block, block), lengths[:, None], lengths[None, :]) > self._max
-            kept: list[int] = []
-            for index, code in enumerate(block):
-                accept = known[index] is None and not within[index, kept].any()
-                if accept:
-                    kept.append(index)
-                    self._add(code)
-                verdicts.append(accept)
+        for text in texts:
+            code = _encode(text, self._vocabulary)
+            prefix = self._prefix(code)
+            verdicts.append(self._nearest(code, prefix) is None)
+            if verdicts[-1]:
+                self._add(code, prefix)
         return verdicts
 
-    def _add(self, code: str) -> None:
-        self._by_length.setdefault(len(code), []).append(code)
-        self._indices.setdefault(len(code), []).append(self._count)
-        self._count += 1
+    def _prefix(self, code: str) -> list[int]:
+        """The words of a text without the last c - 1, c the fewest that it has in common with any text above the limit.
 
-    def _matches(self, block: list[str]) -> list[int | None]:
-        found: list[int | None] = [None] * len(block)
-        by_length: dict[int, list[int]] = {}
-        for index, code in enumerate(block):
-            by_length.setdefault(len(code), []).append(index)
-        for length, members in by_length.items():
-            lengths = [n for n in self._by_length if 2 * min(n, length) > self._max * (n + length)]
-            if not lengths:
-                continue
-            choices = [code for n in lengths for code in self._by_length[n]]
-            indices = np.array([index for n in lengths for index in self._indices[n]])
-            sizes = np.array([len(code) for code in choices])
-            scores = _f(_common([block[i] for i in members], choices), np.array([length]), sizes[None, :])
-            for member, row in zip(members, scores, strict=True):
-                best = row.max()
-                if best > self._max:
-                    found[member] = int(indices[row == best].min())
-        return found
+        The order is that of first appearance, latest first, since words that appear late are rare. It never changes
+        for words that are indexed. A word's second, third, ... occurrence counts as another word, after all first ones.
+        """
+        ordered = sorted(
+            (ord(word) - (n << 21) for word, count in Counter(code).items() for n in range(count)), reverse=True
+        )
+        fewest = max(1, math.ceil(self._max * len(code) / (2 - self._max) * _SLACK))
+        return ordered[: len(code) - fewest + 1]
+
+    def _add(self, code: str, prefix: list[int]) -> None:
+        for word in prefix:
+            self._postings.setdefault(word, array("i")).append(len(self._codes))
+        self._codes.append(code)
+        self._lengths.append(len(code))
+        self._ends.append(prefix[-1] if prefix else 0)
+        self._rests.append(len(code) - len(prefix))
+
+    def _nearest(self, code: str, prefix: list[int]) -> int | None:
+        postings = [self._postings[word] for word in prefix if word in self._postings]
+        if not postings:
+            return None
+        found = np.sort(np.concatenate([np.frombuffer(texts, np.intc) for texts in postings]))
+        starts = np.flatnonzero(np.diff(found, prepend=-1))
+        texts, shared = found[starts], np.diff(starts, append=len(found))
+        # Whichever prefix ends first in the order, all common words up to there are shared by both.
+        earlier = np.frombuffer(self._ends, np.longlong)[texts] > prefix[-1]
+        rests = np.where(earlier, np.frombuffer(self._rests, np.intc)[texts], len(code) - len(prefix))
+        lengths = np.frombuffer(self._lengths, np.intc)[texts]
+        most = np.minimum(shared + rests, np.minimum(lengths, len(code)))
+        near = 2 * most >= self._max * (lengths + len(code)) * _SLACK
+        texts, lengths = texts[near], lengths[near]
+        if not len(texts):
+            return None
+        choices = [self._codes[index] for index in texts.tolist()]
+        scores = _f(cdist([code], choices, scorer=LCSseq.similarity, dtype=np.int32)[0], np.array([len(code)]), lengths)
+        best = scores.argmax()  # the first of the most similar: texts are in the order of acceptance
+        return int(texts[best]) if scores[best] > self._max else None
 
 
 def _encode(text: str, vocabulary: dict[str, str]) -> str:
@@ -104,11 +125,6 @@ def _encode(text: str, vocabulary: dict[str, str]) -> str:
             code = vocabulary[word] = chr(number)
         codes.append(code)
     return "".join(codes)
-
-
-def _common(first: list[str], second: list[str]) -> npt.NDArray[np.int32]:
-    """Lengths of the longest common subsequences, [first, second]."""
-    return cdist(first, second, scorer=LCSseq.similarity, dtype=np.int32)
 
 
 def _f(

@@ -1,5 +1,8 @@
 """ROUGE-L: the same number as the `rouge-score` package, and the same verdicts as comparing all pairs with it."""
 
+import itertools
+import math
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -11,6 +14,22 @@ WORDS = st.sampled_from(
     ["write", "a", "poem", "the", "sea", "Sea", "SEA,", "two", "lines.", "42", "x_1", "naïve", "—", "ß", "I'm"]
 )
 TEXTS = st.lists(WORDS, max_size=14).map(" ".join) | st.text(max_size=30)
+LIMITS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+
+
+@st.composite
+def variants(draw: st.DrawFn) -> list[str]:
+    """Texts near each other and near any limit: of very different lengths, with words repeated, replaced and new."""
+    base = draw(st.lists(st.integers(0, 12), min_size=1, max_size=40))
+    texts = []
+    for number in range(draw(st.integers(2, 20))):
+        start = draw(st.integers(0, len(base) - 1))
+        text = base[start : draw(st.integers(start, len(base)))]
+        for place in draw(st.lists(st.integers(0, 39), max_size=8)):
+            if place < len(text):
+                text[place] = draw(st.integers(0, 12) | st.just(100 + number))
+        texts.append(" ".join(f"w{word}" for word in text))
+    return texts
 
 
 @settings(max_examples=500, deadline=None)
@@ -20,7 +39,7 @@ def test_f_measure_equals_rouge_score(first: str, second: str) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(TEXTS, max_size=6), st.lists(TEXTS, max_size=12), st.sampled_from([0.3, 0.5, 0.7, 0.9]))
+@given(st.lists(TEXTS, max_size=6), st.lists(TEXTS, max_size=12), LIMITS)
 def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[str], limit: float) -> None:
     kept, expected = list(known), []
     for text in texts:
@@ -28,6 +47,34 @@ def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[st
         if expected[-1]:
             kept.append(text)
     assert Accepted(known, limit).add_all(texts) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(variants(), LIMITS)
+def test_acceptance_and_nearest_of_variants_equal_comparing_every_pair(texts: list[str], limit: float) -> None:
+    accepted, kept = Accepted(max_rouge_l=limit), list[str]()
+    for text in texts:
+        scores = [f_measure(other, text) for other in kept]
+        above = [score for score in scores if score > limit]
+        assert accepted.nearest(text) == (scores.index(max(above)) if above else None)
+        assert accepted.add_all([text]) == [not above]
+        kept += [] if above else [text]
+    assert len(accepted) == len(kept)
+
+
+def test_nearest_is_the_first_of_the_most_similar() -> None:
+    known = ["one two three four nine", "one two three four ten", "one two three four", "one two three four ten"]
+    texts = ["one two three four eleven", known[1], "one two three four", "unseen words", "", "—"]
+    assert [Accepted(known).nearest(text) for text in texts] == [2, 1, 2, None, None, None]
+    assert Accepted([*known[:2], known[3]]).nearest(texts[0]) == 0
+
+
+def test_limit_is_exact_to_the_last_bit() -> None:
+    for first, second in itertools.product(range(25, 40), repeat=2):
+        texts = [" ".join(f"w{number}" for number in range(length)) for length in (first, second)]
+        f = SCORER.score(*texts)["rougeL"].fmeasure
+        assert Accepted(texts[:1], f).nearest(texts[1]) is None
+        assert Accepted(texts[:1], math.nextafter(f, 0)).nearest(texts[1]) == 0, (first, second)
 
 
 def test_verdicts_do_not_depend_on_how_texts_arrive() -> None:
