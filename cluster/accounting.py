@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.fanout import Ledger
-from montessori_core.atomic import read_json
+from cluster.notes import Manifest, Start, read_note
+from cluster.stage import describe
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,23 @@ class StageUse:
 
 
 def use_of(stage: Path) -> StageUse:
-    """Read what the stage in a folder used so far, by all drivers together."""
-    manifests = [read_json(path) for path in sorted(stage.glob("part-*.manifest.json"))]
+    """Read what the stage in a folder used so far, by all drivers together.
+
+    Raises:
+        UserError: the stage's description or its ledger is damaged.
+    """
+    manifests = [read_note(path, Manifest) for path in sorted(stage.glob("part-*.manifest.json"))]
     whole = [manifest for manifest in manifests if manifest is not None]
     submissions = Ledger(stage / "jobs").submissions
-    restarts = [(read_json(path) or {}).get("restarts", 0) for path in (stage / "jobs").glob("node-of-*.json")]
+    starts = [read_note(path, Start) for path in (stage / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]
     return StageUse(
-        shards=read_json(stage / "stage.json")["shards"],
-        rows=sum(manifest["rows"] for manifest in whole),
-        seconds=float(sum(manifest["seconds"] for manifest in whole)),
-        flops=sum(manifest["flops"] for manifest in whole),
+        shards=describe(stage).shards,
+        rows=sum(manifest.rows for manifest in whole),
+        seconds=float(sum(manifest.seconds for manifest in whole)),
+        flops=sum(manifest.flops for manifest in whole),
         jobs=len({job for submission in submissions for job in submission.ids or []}),
         retries=len(losses),
-        preemptions=losses.count("preempted") + sum(restarts),
+        preemptions=losses.count("preempted") + sum(start.restarts for start in starts if start),
         gpus=max((submission.gpus for submission in submissions), default=0),
     )

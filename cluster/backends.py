@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import submitit
@@ -36,6 +36,7 @@ _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 _SILENCE = 300.0  # seconds that a controller may need to come back
 
 Task = list[int]  # shards that one job works through
+AnyShard = TypeVar("AnyShard")
 
 
 class SchedulerAway(UserError):
@@ -97,6 +98,17 @@ class Backend(Protocol):
         ...
 
 
+def deal(shards: Sequence[AnyShard], jobs: int) -> list[list[AnyShard]]:
+    """Shards by local job: dealt evenly to at most so many."""
+    jobs = min(jobs, len(shards))
+    return [list(shards[start::jobs]) for start in range(jobs)]
+
+
+def bundle(shards: Sequence[AnyShard], size: int) -> list[list[AnyShard]]:
+    """Shards by task of an array, so many each but the last."""
+    return [list(shards[start : start + size]) for start in range(0, len(shards), size)]
+
+
 def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> Backend:
     """The backend of the configured profile."""
     if cluster.profile == "slurm":
@@ -144,8 +156,7 @@ class LocalBackend:
         """Deal shards evenly to the jobs that may still start; resident workers go from shard to shard."""
         if self._resources.gpus_per_node:
             free = min(free, len(self._free_gpus()) // self._resources.gpus_per_node)
-        jobs = min(free, len(shards))
-        return [list(shards[start::jobs]) for start in range(jobs)] if jobs > 0 else []
+        return deal(shards, free)
 
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
@@ -300,8 +311,7 @@ class SlurmBackend:
         # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
         if free <= 0 or self._squeue("--me") is None:
             return []
-        size = self._resources.shards_per_job
-        tasks = [list(shards[start : start + size]) for start in range(0, len(shards), size)]
+        tasks = bundle(shards, self._resources.shards_per_job)
         if self._largest_array is None:
             self._largest_array = (largest_array() or _USUAL_ARRAY_LIMIT) - 1
         return tasks[: self._largest_array]

@@ -13,8 +13,13 @@ import uuid
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field as Bound
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.backends import SchedulerAway, Task, backend_at, log_file, open_backend
+from cluster.notes import Begun, Failure, read_note
 from cluster.pieces import remove_pieces
 from cluster.stage import Stage
 from montessori_core.atomic import hash_json, read_json, write_json
@@ -99,6 +104,10 @@ class ShardsFailed(UserError):
         super().__init__("\n".join(lines))
 
 
+_Index = Annotated[int, Bound(ge=0)]
+_JobId = Annotated[str, Bound(pattern=r"^[0-9]{1,10}(_[0-9]{1,10}|:[0-9]{1,12}(\.[0-9]{1,12})?)?$")]
+
+
 @dataclass
 class Submission:
     """Jobs that were started together, as the ledger has them.
@@ -118,14 +127,30 @@ class Submission:
 
     name: str
     work: str
-    tasks: list[Task]
+    tasks: list[list[_Index]]
     host: str | None
     at_once: int
     gpus: int = 0
-    ids: list[str] | None = None
+    ids: list[_JobId] | None = None
     missed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     closed: bool = False
+
+
+def _read_submissions(file: Path) -> list[Submission]:
+    try:
+        submissions = TypeAdapter(list[Submission]).validate_python(read_json(file))
+        matched = all(one.ids is None or len(one.ids) == len(one.tasks) for one in submissions)
+    except ValidationError:
+        matched = False
+    if not matched:
+        # Taken for empty, it would have jobs that are still at work started a second time.
+        raise UserError(
+            f"{file}: damaged, so that nobody knows which jobs may still be at work. End those that are (Slurm: squeue --me, "
+            "names that begin with montessori-; local: processes of submitit), then remove the file and resume the run: what "
+            "is done is kept"
+        )
+    return submissions
 
 
 class Ledger:
@@ -136,7 +161,7 @@ class Ledger:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)  # submitit keeps pickles here
         self._file = folder / "ledger.json"
-        self.submissions = [Submission(**entry) for entry in read_json(self._file) or []]
+        self.submissions = _read_submissions(self._file) if self._file.exists() else []
 
     def save(self) -> None:
         """Write the ledger."""
@@ -171,9 +196,10 @@ def fan_out(
     Raises:
         ShardsFailed: some shards failed for good, after all others were done.
     """
-    driver = _Driver(stage, shards, resources, cluster, on_progress, python)
+    keys = [stage.key(rows) for rows in shards]
+    driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
     driver.adopt()
-    stage.write(shards)
+    stage.write(shards, keys)
     driver.run()
     return [stage.part(index) for index in range(len(shards))]
 
@@ -208,16 +234,16 @@ class _Driver:
         self,
         stage: Stage,
         shards: list[list[Row]],
+        keys: list[str],
         resources: Resources,
         cluster: Cluster,
         on_progress: Callable[[Progress], None],
         python: str | None,
     ) -> None:
         self._ledger = Ledger(stage.folder / "jobs")
-        self._stage, self._shards = stage, shards
-        self._keys = [stage.key(rows) for rows in shards]
-        self._work = hash_json(self._keys)
-        self._done = {index for index, key in enumerate(self._keys) if stage.is_done(index, key, thorough=True)}
+        self._stage, self._shards, self._keys = stage, shards, keys
+        self._work = hash_json(keys)
+        self._done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python)
         self._host = platform.node() if cluster.profile == "local" else None
@@ -267,8 +293,8 @@ class _Driver:
         done = sum(len(self._shards[index]) for index in self._done)
         begun = {int(name.split(".")[0]) for name in os.listdir(self._stage.folder / "progress") if name[0] != "."}
         for index in begun & set(range(len(self._shards))) - self._done:
-            noted = read_json(self._stage.progress_file(index)) or {"done": 0}
-            done += min(len(self._shards[index]), noted["done"])
+            noted = read_note(self._stage.progress_file(index), Begun)
+            done += min(len(self._shards[index]), noted.done) if noted else 0
         self._on_progress(Progress(done, rows, len(self._shards), begun, self._done, self._failed))
 
     def _look(self) -> set[int]:
@@ -333,17 +359,17 @@ class _Driver:
         log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
         first, kind, reason = undone[0], "", ""
         for index in undone:
-            failure = read_json(self._stage.failure_file(index))
-            if not failure or failure["job_id"] != job_id.split(":")[0]:
+            failure = read_note(self._stage.failure_file(index), Failure)
+            if failure is None or failure.job_id != job_id.split(":")[0]:
                 continue
-            if failure["opening"] or failure["class"] in _FINAL:
+            if failure.opening or failure.kind in _FINAL:
                 # A program that does not open fails every shard. Otherwise the task ended at this shard, and those
                 # after it were not tried.
-                hit = set(range(len(self._shards))) - self._done if failure["opening"] else {index}
+                hit = set(range(len(self._shards))) - self._done if failure.opening else {index}
                 for shard in hit:
-                    self._failed[shard] = ShardFailure(shard, failure["class"], failure["error"], log_path)
+                    self._failed[shard] = ShardFailure(shard, failure.kind, failure.error, log_path)
                 return
-            first, kind, reason = index, failure["class"], failure["error"]
+            first, kind, reason = index, failure.kind, failure.error
         if not kind:
             reason = self._backend.reason(job_id)
             kind = classify_loss(reason)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from cluster.backends import backend_at, log_file
 from cluster.fanout import Ledger, close_submission
-from cluster.stage import Stage
-from montessori_core.atomic import read_json
+from cluster.notes import Begun, Failure, Manifest, Shard, read_note
+from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
 
@@ -67,30 +67,36 @@ class StageState:
 
 
 def stages_of(run: Path) -> list[Path]:
-    """Folders of a run's stages, in the order in which they began."""
-    found = sorted(run.rglob("stage.json"), key=lambda path: (path.parent / "shards").stat().st_ctime)
+    """Folders of a run's stages, in the order in which they began, by a time that copies can keep (cp -a, rsync -a)."""
+    found = sorted(run.rglob("stage.json"), key=lambda path: (path.parent / "shards").stat().st_mtime_ns)
     return [path.parent for path in found]
 
 
 def look_at(folder: Path, cluster: Cluster) -> StageState:
-    """Read a stage's state from its folder and the scheduler."""
-    stage, shards = Stage.read(folder), read_json(folder / "stage.json")["shards"]
+    """Read a stage's state from its folder and the scheduler.
+
+    Raises:
+        UserError: the stage's description or its ledger is damaged.
+    """
+    stage, shards = Stage.read(folder), describe(folder).shards
     done: list[int] = []
     missing: dict[int, int] = {}
     rows = 0
     for index in range(shards):
-        shard = read_json(stage.shard_file(index))
-        rows += len(shard["rows"])
-        if stage.is_done(index, shard["key"]):
+        shard = read_note(stage.shard_file(index), Shard)
+        count = len(shard.rows) if shard else 0
+        rows += count
+        if shard and stage.is_done(index, shard.key):
             done.append(index)
         else:
-            begun = read_json(stage.progress_file(index)) or {"done": 0}
-            missing[index] = min(begun["done"], len(shard["rows"]))
+            begun = read_note(stage.progress_file(index), Begun)
+            missing[index] = min(begun.done, count) if begun else 0
     running, queued = _at_work(folder, cluster, set(missing))
     idle = set(missing) - running - queued
-    failures = [_failure(stage, index) for index in sorted(idle) if stage.failure_file(index).exists()]
-    manifests = [read_json(stage.manifest(index)) for index in done]
-    rows_done = sum(manifest["rows"] for manifest in manifests) + sum(missing.values())
+    noted = {index: read_note(stage.failure_file(index), Failure) for index in sorted(idle)}
+    failures = [_failure(stage, index, failure) for index, failure in noted.items() if failure]
+    manifests = [manifest for index in done if (manifest := read_note(stage.manifest(index), Manifest))]
+    rows_done = sum(manifest.rows for manifest in manifests) + sum(missing.values())
     return StageState(
         folder,
         shards,
@@ -100,7 +106,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
         len(failures),
         rows,
         rows_done,
-        sum(manifest["seconds"] for manifest in manifests),
+        sum(manifest.seconds for manifest in manifests),
         _pace(stage, done),
         failures,
     )
@@ -153,7 +159,7 @@ def cancel_jobs(folder: Path, cluster: Cluster) -> int:
 
 
 def _check_shard(folder: Path, shard: int) -> None:
-    shards = read_json(folder / "stage.json")["shards"]
+    shards = describe(folder).shards
     if not 0 <= shard < shards:
         raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
 
@@ -176,14 +182,13 @@ def _at_work(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int
     return running, queued - running
 
 
-def _failure(stage: Stage, index: int) -> FailedShard:
-    noted = read_json(stage.failure_file(index))
+def _failure(stage: Stage, index: int, failure: Failure) -> FailedShard:
     try:
         log = log_of(stage.folder, index)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
     except UserError:
-        log, lines = stage.failure_file(index), noted["traceback"].splitlines()[-5:]
-    return FailedShard(index, noted["class"], noted["error"], lines, log)
+        log, lines = stage.failure_file(index), failure.traceback.splitlines()[-5:]
+    return FailedShard(index, failure.kind, failure.error, lines, log)
 
 
 def _pace(stage: Stage, done: list[int]) -> float | None:
@@ -191,7 +196,7 @@ def _pace(stage: Stage, done: list[int]) -> float | None:
     ended = sorted((stage.manifest(index).stat().st_mtime, index) for index in done)[-_RECENT:]
     if len(ended) < 2:
         return None
-    rows = sum(len(read_json(stage.shard_file(index))["rows"]) for _, index in ended[1:])
+    rows = sum(len(shard.rows) for _, index in ended[1:] if (shard := read_note(stage.shard_file(index), Shard)))
     # A stage that stands still gets slower with every look.
     elapsed = max(ended[-1][0], time.time()) - ended[0][0]
     return rows / elapsed if elapsed > 0 else None

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from montessori_core.atomic import commit
+from montessori_core.errors import DataError
 from montessori_core.program import Compute, Report, Row
+from montessori_core.schema import read_parquet, write_parquet
 
 
 def compute_in_pieces(
@@ -26,11 +27,11 @@ def compute_in_pieces(
         if table is None:
             with commit(piece) as temporary:
                 compute(rows[start : start + size], temporary, lambda done, start=start: report(start + done))  # type: ignore[misc]
-            table = pq.read_table(piece)
+            table = read_parquet(piece)
         tables.append(table)
         report(min(start + size, len(rows)))
     whole = pa.concat_tables([table.replace_schema_metadata(tables[0].schema.metadata) for table in tables])
-    pq.write_table(whole.combine_chunks(), output, compression="zstd")
+    write_parquet(whole.combine_chunks(), output)
 
 
 def remove_pieces(folder: Path, indices: Iterable[int]) -> None:
@@ -42,6 +43,6 @@ def remove_pieces(folder: Path, indices: Iterable[int]) -> None:
 
 def _read(piece: Path) -> pa.Table | None:
     try:
-        return pq.read_table(piece)
-    except (FileNotFoundError, pa.ArrowInvalid, OSError):
+        return read_parquet(piece)
+    except DataError:
         return None  # not there, or damaged: it is computed again

@@ -12,20 +12,64 @@ carries that key; that a file exists proves nothing. Layout of a stage's folder:
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.notes import Description, Manifest, Start, read_note
 from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
+from montessori_core.errors import UserError
 from montessori_core.program import Row
 
 
 def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
     """[shards][rows], `size` rows each but the last."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class RowClock:
+    """What a job calls as rows of a shard get done: notes how many, and how long a row takes."""
+
+    def __init__(self, file: Path, pause: float = 0.5) -> None:
+        """Write to `file` at most once every `pause` seconds."""
+        self._file, self._pause, self._written = file, pause, 0.0
+        self._first: tuple[float, int] | None = None
+        self._last = (0.0, 0)
+
+    def __call__(self, done: int) -> None:
+        """So many rows are done."""
+        now = time.monotonic()
+        self._first, self._last = self._first or (now, done), (now, done)
+        if now - self._written >= self._pause:
+            self._written = now
+            write_json({"done": done}, self._file, durable=False)
+
+    @property
+    def row_seconds(self) -> float | None:
+        """From the first call to the last, so that what comes before and after rows is not in it; None of less than two."""
+        if self._first is None or self._last[1] <= self._first[1]:
+            return None
+        return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
+
+
+def describe(folder: Path) -> Description:
+    """What `Stage.write` left in a stage's folder.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    description = read_note(folder / "stage.json", Description)
+    if description is None:
+        raise UserError(f"{folder / 'stage.json'}: not there, or damaged; resume the run: it is written anew")
+    return description
+
+
+def _size(part: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file())
 
 
 class _Overtaken(Exception):
@@ -46,6 +90,7 @@ class Stage:
         folder: the stage's folder.
         suffix: '.parquet' for a table, '' for a folder.
         piece_rows: rows of a table that a job commits at a time, see `cluster.pieces`; 0 commits whole shards.
+        kind: which section of cluster.resources its jobs get, for people and plans.
     """
 
     name: str
@@ -57,6 +102,7 @@ class Stage:
     folder: Path
     suffix: str = ".parquet"
     piece_rows: int = 0
+    kind: str = ""
 
     def key(self, rows: list[Row]) -> str:
         """What a shard's result is decided by, hashed."""
@@ -88,27 +134,23 @@ class Stage:
 
     def node_of(self, job_id: str) -> str | None:
         """Where a job last started; None if it never did."""
-        noted = read_json(self.folder / "jobs" / f"node-of-{job_id}.json")
-        return noted["node"] if noted else None
+        noted = read_note(self.folder / "jobs" / f"node-of-{job_id}.json", Start)
+        return noted.node if noted else None
 
-    def write(self, shards: list[list[Row]]) -> None:
-        """Put the stage and its shards on disk for the workers; what other rows or settings left is removed."""
+    def write(self, shards: list[list[Row]], keys: list[str]) -> None:
+        """Put the stage and its shards, whose keys these are, on disk for the workers; what other rows left is removed."""
         for name in ("shards", "progress", "failures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         description = {
-            "name": self.name,
-            "version": self.version,
-            "program": self.program,
+            **{name: value for name, value in vars(self).items() if name != "folder"},
             "settings": dict(self.settings),
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             "input_hashes": dict(self.input_hashes),
-            "suffix": self.suffix,
-            "piece_rows": self.piece_rows,
             "shards": len(shards),
         }
         write_json(description, self.folder / "stage.json")
-        for index, rows in enumerate(shards):
-            content = {"key": self.key(rows), "rows": rows}
+        for index, (rows, key) in enumerate(zip(shards, keys, strict=True)):
+            content = {"key": key, "rows": rows}
             if read_json(self.shard_file(index)) != content:
                 write_json(content, self.shard_file(index), durable=False)
         for failure in (self.folder / "failures").iterdir():
@@ -116,24 +158,33 @@ class Stage:
 
     @staticmethod
     def read(folder: Path) -> "Stage":
-        """The stage whose folder this is, as `write` left it."""
-        content = read_json(folder / "stage.json")
-        content.pop("shards")
+        """The stage whose folder this is, as `write` left it.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        content = describe(folder).model_dump(exclude={"shards"})
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
         return Stage(**content, inputs=inputs, folder=folder)
 
     def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
         """Whether shard `index` has a valid result for `key`; `thorough` reads the result and checks its hash."""
-        manifest = read_json(self.manifest(index))
-        if not isinstance(manifest, dict) or manifest.get("key") != key:
+        manifest, part = read_note(self.manifest(index), Manifest), self.part(index)
+        if manifest is None or manifest.key != key or not part.exists() or _size(part) != manifest.bytes:
             return False
-        part = self.part(index)
-        if not part.exists() or (part.is_file() and part.stat().st_size != manifest["bytes"]):
-            return False
-        return not thorough or hash_path(part) == manifest["sha256"]
+        return not thorough or hash_path(part) == manifest.sha256
 
     @contextmanager
-    def commit_part(self, index: int, key: str, rows: int, job_id: str, processes: int = 1) -> Iterator[Path]:
+    def commit_part(
+        self,
+        index: int,
+        key: str,
+        rows: int,
+        job_id: str,
+        clock: RowClock | None = None,
+        processes: int = 1,
+        opening: float = 0.0,
+    ) -> Iterator[Path]:
         """Yield a temporary path for a result; on success move it in place, its manifest last.
 
         If another job has committed the shard in the meantime, its result stays and this one is dropped.
@@ -143,7 +194,9 @@ class Stage:
             key: of the shard.
             rows: how many it has.
             job_id: of the job, for people.
+            clock: called as rows got done.
             processes: that work on it alike; only this one's operations are counted.
+            opening: seconds that the job took before it could compute its first shard; 0 for its others.
         """
         started = time.monotonic()
         part = self.part(index)
@@ -154,27 +207,15 @@ class Stage:
             self.manifest(index).unlink(missing_ok=True)
         if self.is_done(index, key):
             return
-        size = part.stat().st_size if part.is_file() else sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
         manifest = {
             "key": key,
             "rows": rows,
-            "bytes": size,
+            "bytes": _size(part),
             "sha256": hash_path(part),
             "job_id": job_id,
+            "opening": round(opening, 3),
             "seconds": round(time.monotonic() - started, 3),
+            "row_seconds": clock.row_seconds if clock else None,
             "flops": flops.spent_since_last() * processes,
         }
         write_json(manifest, self.manifest(index))
-
-    def progress_reporter(self, index: int, pause: float = 0.5) -> Callable[[int], None]:
-        """A function that notes how many rows of a shard are done, on disk at most once every `pause` seconds."""
-        last = 0.0
-
-        def report(done: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= pause:
-                last = now
-                write_json({"done": done}, self.progress_file(index), durable=False)
-
-        return report

@@ -8,17 +8,19 @@ import logging
 import os
 import platform
 import shutil
+import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import submitit
 
+from cluster.notes import Failure, Shard, read_note
 from cluster.pieces import compute_in_pieces, remove_pieces
 from cluster.rendezvous import join_processes
 from cluster.scratch import private_folders
-from cluster.stage import Stage
-from montessori_core.atomic import read_json, write_json
+from cluster.stage import RowClock, Stage
+from montessori_core.atomic import write_json
+from montessori_core.errors import UserError
 from montessori_core.program import Compute, load_program
 
 log = logging.getLogger(__name__)
@@ -46,15 +48,20 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
 
 def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:
     compute: Compute | None = None
+    begun = time.monotonic()
     for index in indices:
-        shard = read_json(stage.shard_file(index))
-        if stage.is_done(index, shard["key"]):
+        shard = read_note(stage.shard_file(index), Shard)
+        if shard is None:
+            raise UserError(f"{stage.shard_file(index)}: not there, or damaged; resume the run: it is written anew")
+        if stage.is_done(index, shard.key):
             continue
-        log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(shard["rows"]), platform.node())
+        log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(shard.rows), platform.node())
+        opening = 0.0
         try:
             if compute is None:
                 compute = load_program(stage.program)(stage.settings, stage.inputs)
-            _compute_shard(stage, index, shard, compute, environment)
+                opening = time.monotonic() - begun
+            _compute_shard(stage, index, shard, compute, environment, opening)
         except Exception as error:
             failure = {
                 "job_id": environment.job_id,
@@ -65,8 +72,8 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
                 "traceback": traceback.format_exc(),
             }
             # Of several processes, the first to fail names the cause: the others only lose their connection to it.
-            noted = read_json(stage.failure_file(index))
-            if noted is None or (noted["job_id"], noted["attempt"]) != (failure["job_id"], failure["attempt"]):
+            noted = read_note(stage.failure_file(index), Failure)
+            if noted is None or (noted.job_id, noted.attempt) != (failure["job_id"], failure["attempt"]):
                 write_json(failure, stage.failure_file(index))
             raise
 
@@ -91,28 +98,23 @@ def classify_error(error: Exception) -> str:
 
 
 def _compute_shard(
-    stage: Stage,
-    index: int,
-    shard: dict[str, Any],
-    compute: Compute,
-    environment: submitit.JobEnvironment,
+    stage: Stage, index: int, shard: Shard, compute: Compute, environment: submitit.JobEnvironment, opening: float
 ) -> None:
-    report = stage.progress_reporter(index)
+    report, pieces = RowClock(stage.progress_file(index)), stage.folder / "pieces"
+    key, rows, size = shard.key, shard.rows, stage.piece_rows
     if environment.global_rank == 0:
         with stage.commit_part(
-            index, shard["key"], len(shard["rows"]), environment.job_id, environment.num_tasks
+            index, key, len(rows), environment.job_id, report, environment.num_tasks, opening
         ) as temporary:
-            if stage.piece_rows:
-                pieces = stage.folder / "pieces"
-                size = stage.piece_rows
-                compute_in_pieces(pieces, index, shard["key"], shard["rows"], size, compute, temporary, report)
+            if size:
+                compute_in_pieces(pieces, index, key, rows, size, compute, temporary, report)
             else:
-                compute(shard["rows"], temporary, report)
-        if stage.piece_rows:
-            remove_pieces(stage.folder / "pieces", [index])
+                compute(rows, temporary, report)
+        if size:
+            remove_pieces(pieces, [index])
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"
         try:
-            compute(shard["rows"], scratch, lambda done: None)
+            compute(rows, scratch, lambda done: None)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

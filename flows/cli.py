@@ -1,7 +1,9 @@
 """The command line: `montessori --help`."""
 
 import errno
+import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -11,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # Before prefect is imported: runs stay quiet, ask nothing of the internet, and need no server.
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
@@ -24,6 +26,7 @@ import psutil
 import typer
 from rich.console import Console
 
+from cluster.simulation import Disturbances, Machines
 from montessori_core.config import (
     DataSource,
     Experiment,
@@ -81,6 +84,10 @@ app = typer.Typer(
 
     montessori plan --student DIR_OR_ID      whether that fits a GPU, and what goes to host memory
 
+    [b]How long will it take?[/b]
+
+    montessori plan CONFIG --simulate --pilot RUN_DIR    from a small run, on nodes that fail, preempt and queue
+
     [b]Your own models and data[/b]
 
     montessori run configs/quickstart.yaml --name mine --set teacher.model=DIR_OR_ID
@@ -90,8 +97,10 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
 app.add_typer(model_app, name="model")
 _PATIENCE = 60.0  # seconds between Ctrl-C and leaving without having told Prefect
+_SERVER_PATIENCE = 180  # seconds; a first start migrates a database
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+# Ids of examples, names of tasks and paths are printed as they are.
+console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
 ClusterFile = Annotated[
@@ -110,13 +119,12 @@ def run(
     cluster: ClusterFile = None,
 ) -> None:
     """Run an experiment. The same name again resumes it; what is done is not repeated."""
-    overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
+    overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]  # a date or a number is a name here
     experiment = _on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
     from tasks.run import open_run
 
     opened, warnings = open_run(experiment, run_root / experiment.name)
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+    _warn(warnings)
     _drive(opened)
 
 
@@ -137,8 +145,7 @@ def compare(
     read = read_study(study, tuple(set_ or []))
     folder = run_root / read.name
     seeded, warnings = open_study(read, folder)
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+    _warn(warnings)
     again = ["montessori", "compare", str(study), "--run-root", str(run_root)]
     again += [part for override in set_ or [] for part in ("--set", override)]
     _interruptible(lambda: compare_opened(read, folder, seeded), shlex.join(again))
@@ -170,8 +177,7 @@ def evaluate(
     experiment = _on_cluster(read_experiment(config, (*(set_ or []), f"name={named}")), cluster, config)
     folder = run_root / experiment.name
     opened, warnings = open_evaluation(experiment, model, folder)
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+    _warn(warnings)
     again = ["montessori", "evaluate", model, "--config", str(config), "--run-root", str(run_root)]
     again += [part for override in set_ or [] for part in ("--set", override)]
     again += ["--name", name] if name else []
@@ -185,9 +191,10 @@ def methods() -> None:
     """List the methods that a study can name."""
     from flows.methods import REGISTRY
 
+    width = max(map(len, REGISTRY))
     for method in REGISTRY.values():
-        console.print(f"[b]{method.name:<16}[/b]", end=" ")
-        console.print(method.description, markup=False)
+        console.print(f"{method.name:<{width}}", style="bold", end=" ")
+        console.print(method.description)
 
 
 @app.command()
@@ -216,18 +223,18 @@ def doctor(
 ) -> None:
     """Check a cluster before a run depends on it: scheduler, partition, GPUs, shared files, worker environment, network.
 
-    Submits three small jobs. Exits with 1 if something is wrong; each finding says what to do about it.
+    Submits a few small jobs. Exits with 1 if something is wrong; each finding says what to do about it.
     """
     from cluster.doctor import examine
 
     sound = True
     for finding in examine(read_cluster(cluster), run_root, patience):
         mark, colour = {True: ("ok", "green"), False: ("BAD", "red"), None: ("note", "yellow")}[finding.good]
-        console.print(f"[{colour}]{mark:>4}[/{colour}]  {finding.check}:", end=" ", soft_wrap=True)
-        console.print(finding.seen, markup=False, soft_wrap=True)
+        console.print(f"{mark:>4}", style=colour, end="  ")
+        console.print(f"{finding.check}: {finding.seen}", soft_wrap=True)
         if finding.good is False:
             sound = False
-            console.print(f"      remedy: {finding.remedy}", markup=False, soft_wrap=True)
+            console.print(f"      remedy: {finding.remedy}", soft_wrap=True)
     if not sound:
         raise typer.Exit(1)
 
@@ -321,6 +328,9 @@ def influence(
     max_length: Annotated[
         int, typer.Option(help="Tokens of an example; longer ones are cut, and that is recorded.")
     ] = 1024,
+    instruction_field: Annotated[
+        str, typer.Option(help="Field of --examples that holds the instruction.")
+    ] = "instruction",
     response_field: Annotated[str, typer.Option(help="Field of --examples that holds the response.")] = "output",
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
@@ -328,6 +338,10 @@ def influence(
     Fields of both files are instruction, input (may be missing) and output. A row's influence is positive if one training
     step on it lowers the student's loss on the reference set. The same command again goes on after an interruption.
     """
+    if examples.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: the table is written as Parquet; give a name that ends in .parquet")
     from flows.influence import check_baseline, measure_influence, parse_options
 
     options = {
@@ -341,7 +355,7 @@ def influence(
     measure_influence(
         Student(model=student, max_length=max_length),
         warm_state,
-        DataSource(path=str(examples), output_field=response_field),
+        DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
         DataSource(path=reference),
         parse_options(options),
         check_baseline(baseline),
@@ -351,20 +365,83 @@ def influence(
     )
 
 
+def _simulation(*names: str, help: str, **options: Any) -> Any:
+    """An option of `plan` that stands with --simulate."""
+    return typer.Option(*names, help=help, rich_help_panel="With --simulate", **options)
+
+
 @app.command()
 def plan(
-    student: Annotated[str, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")],
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="With --simulate: configuration of the experiment; by default that of the pilot.", metavar="[CONFIG]"
+        ),
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")
+    ] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
     estimator: Annotated[str, typer.Option(help="exact, first_order or screened.")] = "screened",
     dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
     max_length: Annotated[int, typer.Option(help="Tokens of the longest example.")] = 1024,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
     lora_rank: Annotated[int | None, typer.Option(help="Plan for a LoRA student of this rank.")] = None,
+    simulate: Annotated[bool, _simulation("--simulate", help="Simulate a whole experiment on a cluster.")] = False,
+    pilot: Annotated[Path | None, _simulation(help="A finished run: what its stages cost is measured there.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        _simulation("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated."),
+    ] = None,
+    cluster: Annotated[Path | None, _simulation(help="Cluster file, in place of the configuration's section.")] = None,
+    nodes: Annotated[
+        list[int] | None,
+        _simulation(min=1, help="Nodes of the cluster, by default one; may be repeated, to compare."),
+    ] = None,
+    gpus_per_node: Annotated[int, _simulation(min=0, help="GPUs of each node.")] = 8,
+    cpus_per_node: Annotated[int, _simulation(min=1, help="Cores of each node.")] = 64,
+    node_failure_hours: Annotated[
+        float | None, _simulation(min=0.01, help="Mean hours between failures of one node; none: never.")
+    ] = None,
+    notice_seconds: Annotated[float, _simulation(min=0, help="Until Slurm notices one (SlurmdTimeout).")] = 300.0,
+    repair_minutes: Annotated[float, _simulation(min=0, help="Until the node is back.")] = 60.0,
+    preemption_hours: Annotated[
+        float | None, _simulation(min=0.01, help="Mean hours that a job runs until it is preempted; none: never.")
+    ] = None,
+    requeue_seconds: Annotated[
+        float, _simulation(min=0, help="Until a job put back may start again (cred_expire).")
+    ] = 120.0,
+    queue_minutes: Annotated[float, _simulation(min=0, help="Mean wait of a submission in the queue.")] = 0.0,
+    simulations: Annotated[int, _simulation(min=1, help="How many.")] = 100,
 ) -> None:
-    """Say what measuring influence takes in memory: what fits on the device, and what goes to the host.
+    """Say whether measuring influence on a student fits a GPU; with --simulate, how long an experiment will take.
 
-    The jobs place things by the same plan, from the memory their device really has. Exits with 1 if it does not fit.
+    Memory: what fits on the device, and what goes to the host; the jobs place things by the same plan, from the memory their
+    device really has. Exits with 1 if it does not fit.
+
+    --simulate: wall time and GPU-hours on some nodes that fail, preempt and queue, from the measured costs of a pilot: the
+    same experiment with small sizes, run on a machine of the cluster.
+
+        montessori plan CONFIG --simulate --pilot runs/pilot --cluster cluster.yaml --nodes 4 --nodes 16
+
+        --node-failure-hours 500 --queue-minutes 10
     """
+    if simulate:
+        if pilot is None:
+            raise UserError("--simulate needs --pilot RUN_DIR: a small finished run, whose stages say what a row costs")
+        machines = [Machines(count, gpus_per_node, cpus_per_node) for count in nodes or [1]]
+        disturbances = Disturbances(
+            node_failure_hours or math.inf,
+            notice_seconds,
+            repair_minutes,
+            preemption_hours or math.inf,
+            requeue_seconds,
+            queue_minutes,
+        )
+        _simulate(config, pilot, set_ or [], cluster, machines, disturbances, simulations)
+        return
+    if student is None or config is not None:
+        raise UserError("give --student DIR_OR_ID for its memory, or CONFIG with --simulate --pilot RUN_DIR for time")
     from flows.influence import parse_options
     from flows.plan import show_plan
 
@@ -372,6 +449,26 @@ def plan(
     lora = Lora(rank=lora_rank) if lora_rank else None
     if not show_plan(student, lora, parse_options(options), max_length, gpu_memory, console):
         raise typer.Exit(1)
+
+
+def _simulate(
+    config: Path | None,
+    pilot: Path,
+    overrides: list[str],
+    cluster: Path | None,
+    machines: list[Machines],
+    disturbances: Disturbances,
+    simulations: int,
+) -> None:
+    from flows.forecast import costs_may_differ, forecast, show_forecast
+    from tasks.run import reopen_run
+
+    run = reopen_run(pilot)
+    file = config or pilot / "config.yaml"
+    experiment = _on_cluster(read_experiment(file, tuple(overrides)), cluster, file)
+    differing = costs_may_differ(run.experiment, experiment)
+    _warn([f"not as in the pilot, whose costs are taken all the same: {line}" for line in differing])
+    show_forecast(forecast(run, experiment, machines, disturbances, simulations), console)
 
 
 DeploymentsFile = Annotated[Path, typer.Option(help="Prefect's file of deployments.")]
@@ -440,8 +537,8 @@ def report(
         page.write(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
-    console.print(f"report: {path}", soft_wrap=True, markup=False)
-    console.print(f"data of its figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True, markup=False)
+    console.print(f"report: {path}", soft_wrap=True)
+    console.print(f"data of its figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True)
 
 
 @model_app.command("fetch")
@@ -467,6 +564,12 @@ def _on_cluster(experiment: Experiment, cluster: Path | None, config: Path) -> E
     return parse_experiment(content, f"{config} with {cluster}")
 
 
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        console.print("warning:", style="yellow", end=" ")
+        console.print(warning, soft_wrap=True)
+
+
 def _let_prefect_log() -> None:
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL"):
         os.environ.pop(name)
@@ -489,15 +592,46 @@ def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
 
 def _interruptible(drive: Callable[[], object], again: str) -> None:
     """Drive a flow; after Ctrl-C say which command goes on."""
-    signal.signal(signal.SIGINT, _interrupt)
+
+    def leave(jobs: str) -> None:
+        console.print(f"\ninterrupted: {jobs}, what is done is kept. Go on with:\n  {again}", soft_wrap=True)
+        _leave()
+
+    def interrupt(number: int, frame: object) -> None:
+        left = "some jobs of this run may still be at work"
+        signal.signal(signal.SIGINT, lambda number, frame: leave(left))
+        patience = threading.Timer(_PATIENCE, leave, [left])
+        patience.daemon = True
+        patience.start()
+        console.print("\ninterrupted: cancelling the jobs of this run (Ctrl-C again leaves at once)")
+        raise KeyboardInterrupt
+
+    _start_server()
+    signal.signal(signal.SIGINT, interrupt)
     try:
         drive()
     except BaseException as error:
         if not _interrupted(error):
             raise
-        console.print("\ninterrupted: the jobs were cancelled, what is done is kept. Go on with:")
-        console.print(f"  {again}", soft_wrap=True, markup=False)
-        _leave()
+        leave("the jobs were cancelled")
+
+
+def _start_server() -> None:
+    """Start Prefect's server for this run, if there is no other, where Ctrl-C in the terminal does not reach it.
+
+    Prefect waits for it to take note of how the run ended. A signal that is blocked here is blocked in what is started.
+    """
+    from prefect.client.base import ServerType, determine_server_type
+
+    if determine_server_type() is not ServerType.EPHEMERAL:
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        SubprocessASGIServer().start(_SERVER_PATIENCE)  # the one that Prefect's clients find at work
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def main() -> None:
@@ -507,22 +641,13 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red", soft_wrap=True)
         raise SystemExit(1) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        console.print(f"error: {error}; free space, then resume: what is done is kept", markup=False, soft_wrap=True)
+        console.print(f"error: {error}; free space, then resume: what is done is kept", soft_wrap=True)
         raise SystemExit(1) from error
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Handle Ctrl-C: jobs are cancelled on the way out. A second one, or a long silence of Prefect's, ends it at once."""
-    signal.signal(signal.SIGINT, lambda number, frame: _leave())
-    patience = threading.Timer(_PATIENCE, _leave)
-    patience.daemon = True
-    patience.start()
-    raise KeyboardInterrupt
 
 
 def _leave() -> None:

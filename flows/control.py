@@ -31,7 +31,7 @@ def show_log(run: Run, stage: str | None, shard: int, lines: int | None, console
     path = log_of(stage_folder(run, stage), shard)
     text = path.read_text(errors="replace").splitlines()
     for line in text if lines is None else text[-lines:]:
-        console.print(line, markup=False, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
     console.print(f"log: {path}", soft_wrap=True)
 
 

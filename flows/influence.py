@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -71,7 +72,7 @@ def measure_influence(
         for t in tasks
     ]
 
-    def measure(name: str, estimator: str, some: list[Row]) -> pa.Table:
+    def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
         chosen = influence.model_copy(update={"estimator": estimator})
         stage = Stage(
             name="influence",
@@ -90,10 +91,10 @@ def measure_influence(
         )
         with ProgressBar(f"influence, {name}") as bar:
             parts = fan_out(stage, cut_into_shards(some, _SHARD), Resources(), Cluster(), bar.show)
-        return join_influence([read_table(part, INFLUENCE) for part in parts])
+        return join_influence(parts)
 
-    table = estimate_influence(rows, measure, influence, baseline)
-    write_table(table, out, INFLUENCE)
+    write_table(estimate_influence(rows, measure, influence, baseline), out, INFLUENCE)
+    table = read_table(out, INFLUENCE)
     _summarize(table, threshold_of(table, baseline), baseline, console)
     console.print(f"table: {out}", soft_wrap=True)
 
@@ -147,11 +148,11 @@ def _summarize(table: pa.Table, threshold: float, baseline: str, console: Consol
     lines = Table(show_header=False)
     lines.add_row("examples measured", f"{summary['measured']} of {summary['examples']}")
     for status in ("no_response_tokens", "non_finite"):
-        left_out = [row["example_id"] for row in table.to_pylist() if row["status"] == status]
+        left_out = table["example_id"].filter(pc.equal(table["status"], status)).to_pylist()
         if left_out:
             more = ", ..." if len(left_out) > 3 else ""
             lines.add_row(f"left out: {status.replace('_', ' ')}", f"{len(left_out)} ({', '.join(left_out[:3])}{more})")
-    truncated = sum(table["truncated"].to_pylist())
+    truncated = pc.sum(table["truncated"]).as_py()
     if truncated:
         lines.add_row("cut at --max-length", str(truncated))
     lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats/token")
@@ -170,8 +171,8 @@ def _summarize(table: pa.Table, threshold: float, baseline: str, console: Consol
         lines.add_row("after correction and confirmation", str(screening.screened))
         if screening.fell_back:
             lines.add_row("", "first order was unfit here: every example was measured exactly")
-    read = sum(table["reference_tokens"].to_pylist())
-    whole = summary["reference_tokens"] * sum(kind == "exact" for kind in table["estimator"].to_pylist())
+    read = pc.sum(table["reference_tokens"]).as_py()
+    whole = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
     if 0 < read < whole:
         lines.add_row("reference tokens saved", f"{1 - read / whole:.0%}")
     console.print(lines)

@@ -37,11 +37,12 @@ def show_plan(
         console.print(table)
         if not plan.fits:
             console.print(
-                f"[red]does not fit[/red]: weights, activations and logits alone need {plan.device / GB:.1f} GB. Lower "
-                "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or take --dtype bfloat16"
+                f"does not fit: weights, activations and logits alone need {plan.device / GB:.1f} GB. Lower "
+                "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or take --dtype bfloat16",
+                style="red",
             )
         fits &= plan.fits
-    console.print(f"{shape.parameters / 1e9:.2f}e9 parameters, of which {shape.trained / 1e9:.3f}e9 are trained")
+    console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, of which {shape.trained / 1e9:.3f}e9 are trained")
     return fits
 
 

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-import yaml
 from rich.console import Console
 
 from montessori_core.atomic import read_json
-from montessori_core.config import RUN_NAME, Experiment, Section, parse
+from montessori_core.config import RUN_NAME, Experiment, Section, parse, parse_yaml
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.study import Study
 
@@ -54,24 +53,25 @@ def read_deployments(path: Path) -> list[dict[str, Any]]:
         ConfigError: the file cannot be read, or a deployment does not fit.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        deployments: list[dict[str, Any]] = content["deployments"]
+        deployments: list[dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["deployments"]
+        if not all(isinstance(one, dict) for one in deployments):
+            raise TypeError("each deployment is a mapping")
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name Prefect's file with --file, or go where it lies"
         ) from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a file of deployments ({error}); see the one in Montessori's repository"
         ) from error
     for deployment in deployments:
         source = f"{path}, deployment {deployment.get('name')!r}"
         entrypoint = deployment.setdefault("entrypoint", _EXPERIMENT)
-        if entrypoint not in _FORMS:
+        if not isinstance(entrypoint, str) or entrypoint not in _FORMS:
             raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; there are {', '.join(_FORMS)}")
         parameter, kind = _FORMS[entrypoint]
-        parameters = deployment.get("parameters") or {}
-        if parameter not in parameters:
+        parameters = deployment.get("parameters")
+        if not isinstance(parameters, dict) or parameter not in parameters:
             raise ConfigError(f"{source}: parameters.{parameter} is missing; it is what a file in configs/ holds")
         parse(kind, parameters[parameter], f"{source}: the configuration")
     return deployments

@@ -8,47 +8,48 @@ from rich.table import Table
 from cluster.oversight import look_at, stages_of
 from flows.study import PAGE, in_study, read_comparison
 from montessori_core.atomic import read_json
+from montessori_core.report.numbers import duration
 from montessori_core.report.study import gain_text, interval_text, spread_text
 from tasks.run import Run, driver_of
 
 
 def show_status(run: Run, console: Console) -> None:
     """Print a line for each stage, and what is known of each failed shard."""
-    columns = (
-        "stage",
-        "state",
-        "shards done",
-        "running",
-        "queued",
-        "failed",
-        "rows done",
-        "rows/min",
-        "job seconds",
-        "left",
-    )
-    table = Table(*columns, title=f"{run.experiment.name} ({run.folder})", title_justify="left")
     states = [look_at(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
+    rows = []
     for state in states:
         at_work = state.word == "at work"
-        table.add_row(
-            str(state.folder.relative_to(run.folder)),
-            state.word,
-            f"{state.done}/{state.shards}",
-            *(str(count) if count else "" for count in (state.running, state.queued, state.failed)),
-            f"{state.rows_done}/{state.rows}",
-            f"{60 * state.rows_per_second:.3g}" if at_work and state.rows_per_second else "",
-            f"{state.job_seconds:.0f}",
-            f"about {_span(state.seconds_left)}" if at_work and state.seconds_left else "",
+        rows.append(
+            {
+                "stage": str(state.folder.relative_to(run.folder)),
+                "state": state.word,
+                "shards done": f"{state.done}/{state.shards}",
+                "running": str(state.running or ""),
+                "queued": str(state.queued or ""),
+                "failed": str(state.failed or ""),
+                "rows computed": f"{state.rows_done}/{state.rows}",
+                "rows/min": f"{60 * state.rows_per_second:.3g}" if at_work and state.rows_per_second else "",
+                "job seconds": f"{state.job_seconds:.0f}",
+                "left": f"about {duration(state.seconds_left)}" if at_work and state.seconds_left else "",
+            }
         )
-    console.print(table)
+    # What nothing is said of takes no room: terminals are narrow, and stages are named in other commands as they stand here.
+    columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    table = Table(title=f"{run.experiment.name} ({run.folder})", title_justify="left")
+    for name in columns:
+        table.add_column(name, no_wrap=name in ("stage", "state"))
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
+    if rows:
+        console.print(table)
+    else:
+        console.print(f"{run.experiment.name} ({run.folder}): no stage has begun", soft_wrap=True)
     for state in states:
         stage = state.folder.relative_to(run.folder)
         for failure in state.failures:
-            console.print(
-                f"failed: {stage}, shard {failure.shard}: {failure.kind}: {failure.error}", markup=False, soft_wrap=True
-            )
+            console.print(f"failed: {stage}, shard {failure.shard}: {failure.kind}: {failure.error}", soft_wrap=True)
             for line in failure.last_lines:
-                console.print(f"  | {line}", markup=False, soft_wrap=True)
+                console.print(f"  | {line}", soft_wrap=True)
             console.print(f"  log: {failure.log}", soft_wrap=True)
     holder = driver_of(run.folder)
     if holder:
@@ -57,13 +58,6 @@ def show_status(run: Run, console: Console) -> None:
         console.print("nobody drives this seed of a study; montessori compare goes on with it", soft_wrap=True)
     elif states and not (run.iteration(run.experiment.iterations) / "metrics.json").exists():
         console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)
-    if not states:
-        console.print("no stage has begun")
-
-
-def _span(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def print_summary(run: Run, console: Console) -> None:

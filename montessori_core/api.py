@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -195,7 +196,7 @@ class Api:
                 raise UserError(
                     f"{self._endpoint.base_url} does not answer ({error}); check base_url and the network of the node"
                 ) from error
-            except (ValueError, TypeError, AttributeError, LookupError, openai.APIError) as error:
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIError) as error:
                 # Not of the protocol: cut off on the way, or a proxy's page.
                 if attempt == self._endpoint.retries:
                     raise UserError(
@@ -256,4 +257,8 @@ def _read(completion: Any) -> Answer:
     choice, usage = completion.choices[0], completion.usage
     text = choice.message.content
     reason = choice.finish_reason or ("stop" if text else "length")
-    return Answer(text or "", reason, int(usage.prompt_tokens), int(usage.completion_tokens))
+    if not all(0 <= tokens < math.inf for tokens in (usage.prompt_tokens, usage.completion_tokens)):
+        raise ValueError(f"no numbers of tokens: {usage.prompt_tokens}, {usage.completion_tokens}")
+    # Half of a surrogate pair, as of an emoji that was cut in two, can be written to no file.
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")
+    return Answer(text, reason, int(usage.prompt_tokens), int(usage.completion_tokens))

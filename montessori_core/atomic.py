@@ -43,9 +43,14 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def write_json(content: Any, path: Path, durable: bool = True) -> None:
-    """Write `content` as JSON, atomically; what can be made again need not be `durable`, and is written much faster."""
+    """Write `content` as JSON, atomically; what can be made again need not be `durable`, and is written much faster.
+
+    People read what is kept. The rest is for programs, in one line: only that way does Python write JSON at the speed of C.
+    """
     with commit(path, durable) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(content, indent=2 if durable else None, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -53,7 +58,7 @@ def read_json(path: Path) -> Any:
     for _ in range(_STALE_READS):
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return None
         except OSError as error:
             if error.errno != errno.ESTALE:

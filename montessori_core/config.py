@@ -4,6 +4,8 @@ The descriptions are the documentation and the form a user fills in; units are p
 paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
 """
 
+import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +17,9 @@ from montessori_core.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 100, 100
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
 
@@ -30,7 +35,7 @@ FolderName = Annotated[str, AfterValidator(_no_way_up)]
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about names it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Teacher(Section):
@@ -686,17 +691,54 @@ def apply_overrides(content: dict[str, Any], overrides: tuple[str, ...]) -> None
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a configuration file"
+            f"{path}: cannot be read ({getattr(error, 'strerror', error)}); give the path of a configuration file, in UTF-8"
         ) from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, see configs/quickstart.yaml")
     return content
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read plain data from YAML; `source` names it in errors.
+
+    Raises:
+        ConfigError: it is not YAML, or a key stands twice in one mapping; the message says where.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply for a configuration") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data; of a key that stands twice, the first would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+                keys.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int | str):
+                str(value).encode()  # no message or file could hold thousands of digits, or half of a surrogate pair
+            return value
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # e.g. the date 2026-02-30
+            raise yaml.MarkedYAMLError(
+                problem=f"not a value of its kind ({error}); put text in quotes", problem_mark=node.start_mark
+            ) from error
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -736,7 +778,19 @@ def write_yaml(section: Section, path: Path) -> None:
 
 def to_yaml(section: Section) -> str:
     """Any part of a configuration as YAML, every default spelled out."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    content = section.model_dump(mode="json")
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts are read back as they were, those with Unicode's other line breaks included."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
@@ -754,27 +808,18 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     keys = dotted.strip().split(".")
     if not separator or not all(keys):
         raise ConfigError(f"--set {override}: write it as section.key=value, e.g. --set warmup.learning_rate=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
-    if isinstance(value, str):
-        value = _number_or_text(value)
+    value = parse_yaml(text, f"--set {override}")
+    if isinstance(value, str) and _EXPONENT.fullmatch(text.strip()):
+        value = float(text)  # YAML 1.1 reads 1e-5 (no dot) as text
     node = content
     for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
+        child = node.get(key)
+        if not (child is None or isinstance(child, dict)):
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
-        node = child
+        # A copy: where YAML names a section by an anchor, others are the same one.
+        node[key] = dict(child or {})
+        node = node[key]
     node[keys[-1]] = value
-
-
-def _number_or_text(text: str) -> float | str:
-    # YAML 1.1 reads 1e-5 (no dot) as text.
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _field_path(location: tuple[int | str, ...]) -> str:
@@ -787,7 +832,11 @@ def _sentence(problem: Any) -> str:
         return f"unknown key; remove it or correct its spelling{_suggestion(problem['loc'])}"
     if kind == "missing":
         return "missing; this field has no default"
-    return f"{message}; got {problem['input']!r}" if not isinstance(problem["input"], dict | BaseModel) else message
+    return (
+        f"{message}; got {_shown.repr(problem['input'])}"
+        if not isinstance(problem["input"], dict | BaseModel)
+        else message
+    )
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -1,19 +1,20 @@
 """The joined influence table: one row an example, and what its workers noted about the student."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from montessori_core.schema import INFLUENCE
+from montessori_core.schema import INFLUENCE, read_table
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
 
 
 def note_influence(table: pa.Table, notes: dict[str, float]) -> pa.Table:
     """Record numbers of the student with a table: all of NOTES, nats."""
-    written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
-    return table.replace_schema_metadata({**INFLUENCE.metadata, **written})
+    return table.replace_schema_metadata(_noted(notes).metadata)
 
 
 def influence_note(table: pa.Table, name: str) -> float:
@@ -26,12 +27,23 @@ def influence_notes(table: pa.Table) -> dict[str, float]:
     return {name: influence_note(table, name) for name in NOTES}
 
 
-def join_influence(parts: list[pa.Table]) -> pa.Table:
-    """One table from the shards' tables, in their order; of each note, the largest that any worker saw."""
-    plain = [part.replace_schema_metadata(INFLUENCE.metadata) for part in parts]
-    noted = [influence_notes(part) for part in parts]
-    notes = {name: max(part[name] for part in noted) for name in NOTES}
-    return note_influence(pa.concat_tables(plain).combine_chunks(), notes)
+def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
+    """One table from the shards' tables, in their order, of which a part is read when its rows are asked for.
+
+    Of each note it has the largest that any worker saw.
+
+    Raises:
+        DataError: a part is missing, damaged, or another table.
+    """
+    noted = [influence_notes(read_table(part, INFLUENCE, columns=[])) for part in parts]
+    notes = {name: max(of_part[name] for of_part in noted) for name in NOTES}
+    batches = (batch for part in parts for batch in read_table(part, INFLUENCE).to_batches())
+    return pa.RecordBatchReader.from_batches(_noted(notes), batches)
+
+
+def _noted(notes: dict[str, float]) -> pa.Schema:
+    written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
+    return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
 
 
 def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | int]:
@@ -41,9 +53,8 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         table: an influence table.
         threshold: the `influence_student` above which an example counts as helpful.
     """
-    measured = table.filter(pc.equal(table["status"], "ok"))
-    student = measured["influence_student"].to_numpy()
-    null_step = measured["influence_null_step"].to_numpy()
+    measured = pc.equal(table["status"], "ok")
+    student, null_step = (table[f"influence_{of}"].filter(measured).to_numpy() for of in ("student", "null_step"))
 
     def share(helpful: int) -> float:
         return helpful / len(student) if len(student) else math.nan

@@ -53,7 +53,7 @@ LLAMA3_STYLE_TEMPLATE = (
 
 
 def cache_root() -> Path:
-    """Folder of converted models: $MONTESSORI_CACHE, else the user's cache folder."""
+    """Folder of converted models and of answers of APIs: $MONTESSORI_CACHE, else the user's cache folder."""
     if "MONTESSORI_CACHE" in os.environ:
         return Path(os.environ["MONTESSORI_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "montessori"
@@ -104,8 +104,8 @@ def local_path(model: str) -> str:
         if not (folder / FINGERPRINT).exists():
             raise UserError(f"the embedded model is not there yet; run: montessori model fetch {EMBEDDED}")
         return str(folder)
-    path = Path(model).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(model))
+    if not os.path.exists(path):
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UserError(f"model {model!r}: no such folder; give an existing folder or a Hugging Face id")
         return model
@@ -149,7 +149,7 @@ def _download(model: str, revision: str | None) -> Path:
             "login"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"model {model!r}, revision {revision or 'main'}, cannot be had from the hub: {reason}\nCheck id, revision and "
             "network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"

@@ -1,18 +1,24 @@
 """Preference pairs from influence (Eq. 3): within a prompt, every helpful example against every harmful one."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from montessori_core.config import Preferences
+from montessori_core.errors import DataError
 from montessori_core.influence_table import influence_note
-from montessori_core.schema import PREFERENCES, UTILITY_PREFERENCES, table_from_rows
+from montessori_core.schema import EXAMPLES, ROW_GROUP, open_parquet, read_table, write_table
 
-Pairable = Mapping[str, Any]
+Floats = npt.NDArray[np.float64]
+Positions = npt.NDArray[np.int64]
+"""Of rows in a table, from 0."""
 
 
 def threshold_of(influence: pa.Table, baseline: str) -> float:
@@ -25,73 +31,59 @@ def threshold_of(influence: pa.Table, baseline: str) -> float:
     if baseline == "null_step":
         return influence_note(influence, "null_step_influence")
     if baseline == "median":
-        measured = influence.filter(pc.equal(influence["status"], "ok"))["influence_student"]
+        measured = influence["influence_student"].filter(pc.equal(influence["status"], "ok"))
         return float(np.median(measured.to_numpy())) if len(measured) else 0.0
     return 0.0
 
 
-def build_preferences(examples: pa.Table, influence: pa.Table, settings: Preferences) -> pa.Table:
-    """The preference table, in the order of prompts and examples.
+def pair_by_influence(influence: pa.Table, settings: Preferences) -> pa.Table:
+    """The preference table but its texts, in the order of prompts and examples.
 
     Influence within the noise floor of the threshold has no sign to speak of, so such examples make no pairs; neither do
     rows that are not 'ok'.
 
     Args:
-        examples: the probing examples.
-        influence: their influence.
+        influence: of the probing examples.
         settings: baseline, margin and limit.
     """
     threshold = threshold_of(influence, settings.baseline)
     margin = max(settings.margin, influence_note(influence, "noise_floor"))
-    measured = influence.filter(pc.equal(influence["status"], "ok")).to_pylist()
-    texts = {row["example_id"]: row for row in examples.to_pylist()}
-    rows: list[dict[str, object]] = []
-    for best, worst in pair_up(measured, "influence_student", threshold, margin, settings.max_pairs):
-        row = _texts(best, worst, texts)
-        for baseline in ("student", "null_step"):
-            row[f"chosen_influence_{baseline}"] = best[f"influence_{baseline}"]
-            row[f"rejected_influence_{baseline}"] = worst[f"influence_{baseline}"]
-        rows.append(row)
-    return table_from_rows(rows, PREFERENCES)
+    values = ["influence_student", "influence_null_step"]
+    measured = influence.select(["example_id", "prompt_id", *values]).filter(pc.equal(influence["status"], "ok"))
+    return _pairs(measured, values, *pair_up(measured, values[0], threshold, margin, settings.max_pairs))
 
 
-def build_utility_preferences(examples: pa.Table, utility: pa.Table, max_pairs: int | None) -> pa.Table:
-    """Preference pairs from another signal than influence (the ablations of Table 2), divided at its median.
+def pair_by_utility(utility: pa.Table, max_pairs: int | None) -> pa.Table:
+    """Pairs from another signal than influence (the ablations of Table 2), divided at its median; without texts.
 
     Args:
-        examples: the probing examples.
-        utility: their utility; rows without one make no pairs.
+        utility: of the probing examples; rows without one make no pairs.
         max_pairs: keep only so many, those with the widest gap; None keeps all.
     """
     known = utility.filter(pc.is_valid(utility["utility"]))
     threshold = float(np.median(known["utility"].to_numpy())) if known.num_rows else 0.0
-    texts = {row["example_id"]: row for row in examples.to_pylist()}
-    pairs = pair_up(known.to_pylist(), "utility", threshold, 0.0, max_pairs)
-    return table_from_rows([_with_utility(best, worst, texts) for best, worst in pairs], UTILITY_PREFERENCES)
+    return _pairs(known, ["utility"], *pair_up(known, "utility", threshold, 0.0, max_pairs))
 
 
-def build_extreme_preferences(examples: pa.Table, utility: pa.Table) -> pa.Table:
-    """One pair for each prompt whose outputs differ in utility: the best and the worst (Self-Reward).
+def pair_extremes(utility: pa.Table) -> pa.Table:
+    """One pair for each prompt whose outputs differ in utility: the best and the worst (Self-Reward); without texts.
 
     Args:
-        examples: examples of which several share a prompt.
-        utility: their utility; rows without one make no pairs.
+        utility: of examples of which several share a prompt; rows without one make no pairs.
     """
-    known: dict[str, list[Pairable]] = defaultdict(list)
-    for row in utility.filter(pc.is_valid(utility["utility"])).to_pylist():
-        known[row["prompt_id"]].append(row)
-    texts = {row["example_id"]: row for row in examples.to_pylist()}
-    rows: list[dict[str, object]] = []
-    for of_prompt in known.values():
-        best, worst = (extreme(of_prompt, key=lambda row: row["utility"]) for extreme in (max, min))
-        if best["utility"] > worst["utility"]:
-            rows.append(_with_utility(best, worst, texts))
-    return table_from_rows(rows, UTILITY_PREFERENCES)
+    known = utility.filter(pc.is_valid(utility["utility"]))
+    values = known["utility"].to_pylist()
+    of_prompts: dict[str, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(known["prompt_id"].to_pylist()):
+        of_prompts[prompt].append(row)
+    extremes = [[choose(rows, key=values.__getitem__) for choose in (max, min)] for rows in of_prompts.values()]
+    differing = [pair for pair in extremes if values[pair[0]] > values[pair[1]]]
+    return _pairs(known, ["utility"], *np.array(differing, int).reshape(-1, 2).T)
 
 
 def best_of_each_prompt(examples: pa.Table, utility: pa.Table) -> pa.Table:
     """Of each prompt the example of the highest utility, the first of equals; prompts without any utility have none."""
-    best: dict[str, Pairable] = {}
+    best: dict[str, dict[str, Any]] = {}
     for row in utility.filter(pc.is_valid(utility["utility"])).to_pylist():
         if row["prompt_id"] not in best or row["utility"] > best[row["prompt_id"]]["utility"]:
             best[row["prompt_id"]] = row
@@ -99,8 +91,8 @@ def best_of_each_prompt(examples: pa.Table, utility: pa.Table) -> pa.Table:
 
 
 def pair_up(
-    rows: Sequence[Pairable], utility: str, threshold: float, margin: float, max_pairs: int | None
-) -> list[tuple[Pairable, Pairable]]:
+    rows: pa.Table, utility: str, threshold: float, margin: float, max_pairs: int | None
+) -> tuple[Positions, Positions]:
     """Within each prompt, every row above the threshold with every row below it; of too many, the widest gaps.
 
     Args:
@@ -109,33 +101,76 @@ def pair_up(
         threshold: divides better from worse.
         margin: rows this near to the threshold belong to neither.
         max_pairs: None for no limit.
+
+    Returns:
+        [pairs] the better row of each, [pairs] the worse; by prompts in the order of their first better row.
     """
-    chosen: dict[str, list[Pairable]] = defaultdict(list)
-    rejected: dict[str, list[Pairable]] = defaultdict(list)
-    for row in rows:
-        if row[utility] > threshold + margin:
-            chosen[row["prompt_id"]].append(row)
-        elif row[utility] < threshold - margin:
-            rejected[row["prompt_id"]].append(row)
-    pairs = [(best, worst) for prompt in chosen for best in chosen[prompt] for worst in rejected[prompt]]
-    if max_pairs is not None and len(pairs) > max_pairs:
-        gaps = [float(best[utility] - worst[utility]) for best, worst in pairs]
-        widest = sorted(range(len(pairs)), key=lambda i: (-gaps[i], i))
-        pairs = [pairs[i] for i in sorted(widest[:max_pairs])]
-    return pairs
+    values: Floats = rows[utility].to_numpy()
+    helpful, harmful = np.flatnonzero(values > threshold + margin), np.flatnonzero(values < threshold - margin)
+    # Prompts as numbers, in the order in which the first helpful row of each comes.
+    prompts = pc.unique(rows["prompt_id"].take(helpful))
+    numbers: Positions = pc.index_in(rows["prompt_id"], prompts).fill_null(-1).to_numpy()
+    harmful = harmful[numbers[harmful] >= 0]
+    helpful, harmful = (some[np.argsort(numbers[some], kind="stable")] for some in (helpful, harmful))
+    rivals = np.bincount(numbers[harmful], minlength=len(prompts))  # [prompts] harmful rows of each, neighbours by now
+    first_rival = np.cumsum(rivals) - rivals
+    of_helpful = rivals[numbers[helpful]]
+    best = np.repeat(helpful, of_helpful)
+    which = np.arange(len(best)) - np.repeat(np.cumsum(of_helpful) - of_helpful, of_helpful)
+    worst = harmful[first_rival[numbers[best]] + which]
+    if max_pairs is not None and len(best) > max_pairs:
+        widest = np.sort(np.argsort(values[worst] - values[best], kind="stable")[:max_pairs])
+        best, worst = best[widest], worst[widest]
+    return best, worst
 
 
-def _with_utility(best: Pairable, worst: Pairable, texts: dict[str, dict[str, Any]]) -> dict[str, object]:
-    return _texts(best, worst, texts) | {"chosen_utility": best["utility"], "rejected_utility": worst["utility"]}
+def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Schema) -> None:
+    """Write a preference table: pairs with the texts of their examples, which are never all in memory.
+
+    Args:
+        pairs: the table but its texts.
+        examples: an example table with those of all pairs. Read once if it has the order of the pairs, else oftener.
+        path: of the table.
+        schema: `PREFERENCES` or `UTILITY_PREFERENCES`.
+
+    Raises:
+        DataError: an example is missing.
+    """
+    known = read_table(examples, EXAMPLES, ["example_id"])["example_id"]
+    rows = [pc.index_in(pairs[column], known) for column in ("chosen_id", "rejected_id")]
+    if any(found.null_count for found in rows):
+        raise DataError(f"{examples}: lacks examples that were paired; it is not the table that was measured")
+    chosen, rejected = (found.to_numpy() for found in rows)
+
+    def with_texts() -> Iterator[pa.RecordBatch]:
+        with open_parquet(examples) as file:
+            for start in range(0, pairs.num_rows, ROW_GROUP):
+                some = slice(start, start + ROW_GROUP)
+                wanted, places = np.unique(np.stack([chosen[some], rejected[some]]), return_inverse=True)
+                texts = _take(file, ["prompt", "raw_output"], wanted)
+                best, worst = places.reshape(2, -1)
+                table = pairs[some].append_column("prompt", texts["prompt"].take(best))
+                table = table.append_column("chosen", texts["raw_output"].take(best))
+                table = table.append_column("rejected", texts["raw_output"].take(worst))
+                yield from table.select(schema.names).cast(schema).to_batches()
+
+    write_table(pa.RecordBatchReader.from_batches(schema, with_texts()), path, schema)
 
 
-def _texts(best: Pairable, worst: Pairable, texts: dict[str, dict[str, Any]]) -> dict[str, object]:
-    text_best, text_worst = texts[best["example_id"]], texts[worst["example_id"]]
-    return {
-        "prompt_id": best["prompt_id"],
-        "prompt": text_best["prompt"],
-        "chosen": text_best["raw_output"],
-        "rejected": text_worst["raw_output"],
-        "chosen_id": best["example_id"],
-        "rejected_id": worst["example_id"],
-    }
+def _pairs(rows: pa.Table, values: list[str], best: Positions, worst: Positions) -> pa.Table:
+    """[pairs] `prompt_id`, and `example_id` and values of both."""
+    columns = {"prompt_id": rows["prompt_id"].take(best)}
+    for role, some in (("chosen", best), ("rejected", worst)):
+        columns |= {
+            f"{role}_{name.removeprefix('example_')}": rows[name].take(some) for name in ["example_id", *values]
+        }
+    return pa.table(columns)
+
+
+def _take(file: pq.ParquetFile, columns: list[str], rows: Positions) -> pa.Table:
+    """Rows of a file by their positions, which ascend; of the file, one row group is in memory at a time."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    ends = np.cumsum(sizes)
+    groups = np.searchsorted(ends, rows, side="right")
+    taken = [file.read_row_group(g, columns).take(rows[groups == g] - (ends[g] - sizes[g])) for g in np.unique(groups)]
+    return pa.concat_tables(taken).combine_chunks()

@@ -4,6 +4,8 @@ Tables hold results only, never times or host names, so that a table has the sam
 interrupted or repeated. Every text column may hold text a model wrote: it is data, and nothing else.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,9 @@ import pyarrow.parquet as pq
 
 from montessori_core.atomic import commit
 from montessori_core.errors import DataError
+
+ROW_GROUP = 8192
+"""Rows that are written, and can be read, at a time: of the longest texts some 30 MB, however large a table is."""
 
 
 def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -191,21 +196,23 @@ def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Tabl
     return check(pa.Table.from_pylist(rows, schema=schema), schema, "rows")
 
 
-def check(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
-    """Return `table` if it is of `schema`.
+def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return `table` if it is of `schema`, or holds the `columns` of it.
 
     Raises:
         DataError: the name, version, columns, types or null values do not match.
     """
-    name, version = (schema.metadata[key].decode() for key in (b"montessori.table", b"montessori.version"))
-    metadata = table.schema.metadata or {}
-    found = metadata.get(b"montessori.table", b"?").decode(), metadata.get(b"montessori.version", b"?").decode()
-    if found != (name, version):
+    name, version, *found = (
+        (one.metadata or {}).get(key, b"?").decode(errors="replace")
+        for one in (schema, table.schema)
+        for key in (b"montessori.table", b"montessori.version")
+    )
+    if found != [name, version]:
         raise DataError(
             f"{source}: expected table {name!r} version {version}, found {found[0]!r} version {found[1]}; it was "
             "written by another version or is another table"
         )
-    for field in schema:
+    for field in schema if columns is None else map(schema.field, columns):
         if field.name not in table.column_names:
             raise DataError(f"{source}: column {field.name!r} is missing")
         column = table.column(field.name)
@@ -216,23 +223,77 @@ def check(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
     return table
 
 
-def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
-    """Write `table` so that `path` holds either all of it or what it held before."""
-    check(table, schema, str(path))
-    with commit(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.Schema) -> None:
+    """Write a table, or a stream of its rows, so that `path` holds either all of it or what it held before.
+
+    The bytes depend on rows and metadata alone, not on the pieces that a table or a stream comes in.
+
+    Raises:
+        DataError: it is not of `schema`.
+    """
+    reader = table.to_reader(ROW_GROUP) if isinstance(table, pa.Table) else table
+    check(reader.schema.empty_table(), schema, str(path))
+    with commit(path) as temporary, _writer(temporary, reader.schema) as writer:
+        for group in _row_groups(reader):
+            writer.write_table(check(group, schema, str(path)))
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read a table of `schema`.
+def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """The rows of a stream, each column in one piece, `ROW_GROUP` at a time but the last; one group if there are none."""
+    waiting = reader.schema.empty_table()
+    for batch in reader:
+        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+        while waiting.num_rows > ROW_GROUP:
+            yield waiting.slice(0, ROW_GROUP).combine_chunks()
+            waiting = waiting.slice(ROW_GROUP)
+    yield waiting.combine_chunks()
+
+
+def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table of `schema`, or some columns of it.
 
     Raises:
         DataError: the file is missing, damaged, or another table.
     """
+    return check(read_parquet(path, "; delete it and resume the run", columns), schema, str(path), columns)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table with a checksum for each of its pages."""
+    with _writer(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def read_parquet(path: Path, remedy: str = "", columns: Sequence[str] | None = None) -> pa.Table:
+    """Read any table, or some columns of it.
+
+    Raises:
+        DataError: the file is missing or damaged; the message ends with `remedy`.
+    """
+    with open_parquet(path, remedy) as file:
+        table, rows = file.read(columns), file.metadata.num_rows
+        table.validate(full=True)  # texts are UTF-8, lists end where they should
+        if table.num_rows != rows:  # no checksum covers how many are to be read
+            raise ValueError(f"{table.num_rows} rows where {rows} were written")
+    return table
+
+
+@contextmanager
+def open_parquet(path: Path, remedy: str = "") -> Iterator[pq.ParquetFile]:
+    """Open a table to read parts of it.
+
+    Raises:
+        DataError: the file is missing, or found to be damaged meanwhile; the message ends with `remedy`.
+    """
     try:
-        table = pq.read_table(path)
+        # Not a data set, which takes most of the time where thousands of shards have small results.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
     except FileNotFoundError as error:
-        raise DataError(f"{path}: not found") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); delete it and resume the run") from error
-    return check(table, schema, str(path))
+        raise DataError(f"{path}: cannot be read (no such file); check the path") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}){remedy}") from error

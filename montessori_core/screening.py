@@ -10,25 +10,25 @@ audited follows from their ids alone.
 """
 
 import hashlib
+import heapq
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.stats import beta, spearmanr
 
 from montessori_core.config import Influence, Screening
-from montessori_core.influence_table import influence_note, influence_notes, note_influence
-from montessori_core.preferences import threshold_of
+from montessori_core.influence_table import influence_note
+from montessori_core.preferences import Floats, Positions, threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, check
 
-Floats = npt.NDArray[np.float64]
-Measure = Callable[[str, str, list[Row]], pa.Table]
+Measure = Callable[[str, str, list[Row]], pa.RecordBatchReader]
 """Measures rows: from a name for the pass, 'exact' or 'first_order', and rows, to their influence table in that order."""
 
 _CONFIDENCE = 0.95
@@ -89,10 +89,10 @@ class ScreeningReport:
     fell_back: bool
 
 
-def estimate_influence(rows: list[Row], measure: Measure, settings: Influence, baseline: str) -> pa.Table:
+def estimate_influence(rows: list[Row], measure: Measure, settings: Influence, baseline: str) -> pa.RecordBatchReader:
     """Measure rows by the configured estimator; the table is in their order."""
     if settings.estimator == "screened":
-        return screen(rows, measure, settings.screening, baseline)
+        return screen(rows, measure, settings.screening, baseline).to_reader()
     return measure(settings.estimator, settings.estimator, rows)
 
 
@@ -108,21 +108,18 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
     Returns:
         The influence table in the order of the rows: exact where `estimator` says so, with a `ScreeningReport`.
     """
-    by_id = {row["example_id"]: row for row in rows}
-    table = measure("screen", "first_order", rows)
-    records = {record["example_id"]: record for record in table.to_pylist()}
-    usable = [name for name, record in records.items() if record["status"] == "ok"]
-    audit = draw_audit(usable, settings.audit_examples)
+    table = measure("screen", "first_order", rows).read_all()
     floor = influence_note(table, "noise_floor")
+    first_order: Floats = table["influence_student"].to_numpy()
+    usable = pc.equal(table["status"], "ok")
+    names = draw_audit(table["example_id"].filter(usable).to_pylist(), settings.audit_examples)
+    audit: Positions = pc.index_in(pa.array(names, pa.string()), table["example_id"]).to_numpy()
 
-    def exactly(name: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        if not ids:
-            return {}
-        return {r["example_id"]: r for r in measure(name, "exact", [by_id[i] for i in ids]).to_pylist()}
+    def exactly(name: str, some: Positions) -> pa.Table:
+        return measure(name, "exact", [rows[i] for i in some]).read_all() if len(some) else INFLUENCE.empty_table()
 
-    exact = exactly("audit", audit)
-    estimated = np.array([records[name]["influence_student"] for name in audit])
-    true = np.array([math.nan if (v := exact[n]["influence_student"]) is None else v for n in audit])
+    audited = exactly("audit", audit)
+    estimated, true = first_order[audit], audited["influence_student"].to_numpy()
     sound = np.isfinite(true)
     calibrating = np.arange(len(audit)) % 2 == 0
     offset = float(np.median((true - estimated)[calibrating & sound])) if (calibrating & sound).any() else 0.0
@@ -134,17 +131,14 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
     # Errors of unmeasurable examples are infinite: too many of them, and everything is in doubt.
     errors = np.where(sound, np.abs(corrected - true), np.inf)
     width = max(floor, conformal_width(errors[calibrating], settings.error_rate))
-    doubtful = [
-        name
-        for name in usable
-        if name not in exact and (fell_back or abs(records[name]["influence_student"] + offset - threshold) <= width)
-    ]
-    exact |= exactly("confirm", doubtful)
+    doubtful = usable.to_numpy() & (fell_back | (np.abs(first_order + offset - threshold) <= width))
+    doubtful[audit] = False
+    confirmed = exactly("confirm", np.flatnonzero(doubtful))
 
     settled = _agree(corrected, true, threshold) | (np.abs(corrected - threshold) <= width) | fell_back
     report = ScreeningReport(
         audited=len(audit),
-        confirmed=len(doubtful),
+        confirmed=int(doubtful.sum()),
         offset=offset,
         width=width,
         spearman=float(spearmanr(estimated[sound], true[sound]).statistic) if sound.sum() > 2 else math.nan,
@@ -152,18 +146,16 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
         screened=Agreement.of(settled[~calibrating & clear]),
         fell_back=fell_back,
     )
-    merged = []
-    for name, record in records.items():
-        estimate = record["influence_null_step"]
-        if name in exact:
-            record = exact[name] | {"first_order_null_step": estimate, "audited": name in audit}
-        elif record["status"] == "ok":
-            columns = ("influence_student", "influence_null_step")
-            record |= {column: record[column] + offset for column in columns} | {"first_order_null_step": estimate}
-        merged.append(record)
-    joined = note_influence(pa.Table.from_pylist(merged, schema=INFLUENCE), influence_notes(table))
+    estimates = table["influence_null_step"]
+    for column in ("influence_student", "influence_null_step"):
+        table = _replace(table, column, pc.add(table[column], offset))
+    measured = pa.concat_tables([table, _replace(audited, "audited", pa.repeat(True, len(audit))), confirmed])
+    order = np.arange(len(rows))
+    order[audit] = len(rows) + np.arange(len(audit))
+    order[doubtful] = len(rows) + len(audit) + np.arange(confirmed.num_rows)
+    joined = _replace(measured.take(order), "first_order_null_step", estimates)
     note = {_NOTE: json.dumps(asdict(report)).encode()}
-    return check(joined.replace_schema_metadata({**joined.schema.metadata, **note}), INFLUENCE, "screened influence")
+    return check(joined.replace_schema_metadata({**table.schema.metadata, **note}), INFLUENCE, "screened influence")
 
 
 def screening_report(table: pa.Table) -> ScreeningReport | None:
@@ -178,7 +170,7 @@ def screening_report(table: pa.Table) -> ScreeningReport | None:
 
 def draw_audit(ids: Sequence[str], count: int) -> list[str]:
     """At random, by the hash of the id: the same however the ids are ordered, and a larger audit holds a smaller one."""
-    return sorted(ids, key=lambda name: hashlib.sha256(f"audit {name}".encode()).digest())[:count]
+    return heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(f"audit {name}".encode()).digest())
 
 
 def conformal_width(errors: Floats, error_rate: float) -> float:
@@ -190,3 +182,9 @@ def conformal_width(errors: Floats, error_rate: float) -> float:
 def _agree(estimated: Floats, true: Floats, threshold: float) -> npt.NDArray[np.bool_]:
     agreeing: npt.NDArray[np.bool_] = (estimated > threshold) == (true > threshold)
     return agreeing
+
+
+def _replace(table: pa.Table, column: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The table with other values in a column."""
+    index = table.column_names.index(column)
+    return table.set_column(index, table.field(index), values)

@@ -1,19 +1,21 @@
 """Reading seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or our own."""
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from montessori_core.atomic import commit
 from montessori_core.config import DataSource, Experiment
 from montessori_core.errors import DataError
 from montessori_core.rouge import Accepted
+from montessori_core.schema import read_parquet
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
         instruction = _text(row, source.instruction_field, where, required=True)
         addition = _text(row, source.input_field, where, required=False)
         response = _text(row, source.output_field, where, required=True) if with_response else ""
-        tasks.append(
-            Task(str(row.get("id", f"{field}-{len(tasks) + 1:05d}")), f"{instruction} {addition}".strip(), response)
-        )
+        id = row.get("id")
+        named = f"{field}-{len(tasks) + 1:05d}" if id is None else str(id)
+        tasks.append(Task(named, f"{instruction} {addition}".strip(), response))
         if source.limit and len(tasks) == source.limit:
             break
     if not tasks:
@@ -112,7 +114,46 @@ def write_tasks(tasks: list[Task], path: Path) -> None:
 
 def load_tasks(path: Path) -> list[Task]:
     """Read a set that `write_tasks` wrote."""
-    return [Task(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Task(**row) for _, row in jsonl_rows(path)]
+
+
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Open a text in UTF-8; a byte order mark is passed over.
+
+    Raises:
+        DataError: it cannot be opened, or is a pipe or a device: files are read again when a run goes on.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path}: not a file; give one, not a folder or a pipe")
+        return path.open(encoding="utf-8-sig", newline=newline)
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON that can be written again, as JSON and as a table.
+
+    Raises:
+        JSONDecodeError: it is not JSON.
+        DataError: it cannot be kept; the message begins with `where`.
+    """
+    try:
+        content = json.loads(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply; remove what is not needed") from error
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: a text holds half of a surrogate pair ({error.object[error.start]!r}), which is no character; it was "
+            "cut in the middle of one: correct or remove it"
+        ) from error
+    except ValueError as error:  # Python's limit
+        raise DataError(f"{where}: a number has too many digits; write it as text, or remove it") from error
+    return content
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -121,16 +162,13 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: it cannot be read; the message names file and line.
     """
-    try:
-        stream = path.open(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    with stream:
+    with open_text(path) as stream:
         number = 0
         try:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", json.loads(line.rstrip("\n"))
+                    where = f"{path}, line {number}"
+                    yield where, parse_json(line.rstrip("\n"), where)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one object"
@@ -145,12 +183,12 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
         with as_file(files("montessori_core") / "data" / f"{field}.jsonl") as path:
             yield from jsonl_rows(path)
         return
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if path.suffix == ".jsonl":
         yield from jsonl_rows(path)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
-    elif path.exists() or path.suffix or source.path.startswith((".", "/", "~")):
+    elif os.path.exists(path) or path.suffix or source.path.startswith((".", "/", "~")):
         raise DataError(
             f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, or 'builtin'"
         )
@@ -160,12 +198,10 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: cannot be read (no such file); check the path") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-    for number, row in enumerate(table.to_pylist(), 1):
+        rows = read_parquet(path).to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: a column cannot be read ({error}); remove it") from error
+    for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
 
@@ -189,7 +225,8 @@ def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
         return ""
     if value is None:
         raise DataError(
-            f"{where}: field {name!r} is missing (found: {', '.join(map(str, row))}); set the *_field option to its name"
+            f"{where}: field {name!r} is missing (found: {', '.join(map(str, row))}); "
+            "set the field's option (instruction_field, input_field, output_field) to its name"
         )
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name!r} is {type(value).__name__}, expected text")

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from montessori_core.chat import IGNORED, Encoded, encode_example
 from montessori_core.config import Student
 from montessori_core.influence.jobs import compute_device, encode_tasks
@@ -75,8 +77,6 @@ def first_labels(example: Encoded, count: int) -> Encoded:
 
 
 def _open_student(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tuple[Student, Any, TokenLosses]:
-    import torch
-
     path = str(inputs["student"])
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.float32)

@@ -47,7 +47,7 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
 
 def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
     baseline = run.experiment.preferences.baseline
-    table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES)
+    table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES, ["prompt_id"])
     lines = {
         "preference pairs": pairs.num_rows,
         "prompts they come from": len(set(pairs["prompt_id"].to_pylist())),

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 from prefect import task
@@ -14,7 +13,6 @@ from montessori_core.atomic import write_json
 from montessori_core.benchmarks import alpaca_eval, mt_bench
 from montessori_core.benchmarks.contamination import overlapping
 from montessori_core.benchmarks.scores import item_scores, mt_bench_scores, win_rate_scores
-from montessori_core.config import Endpoint
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.sources import Task
@@ -169,18 +167,8 @@ def _answer(
 
 
 def _judge(run: Run, folder: Path, label: str, program: str, rows: list[Row], upstream: list[Path]) -> list[Path]:
-    judge = cast(Endpoint, run.experiment.judge)
-    return run.execute(
-        folder,
-        f"{label}, judge",
-        "judging",
-        f"montessori_core.benchmarks.{program}",
-        {"endpoint": judge.identity()},
-        [rows],  # one job: limits and cap hold over all of it
-        limits=run.endpoint_file("judge", judge),
-        upstream=upstream,
-        piece_rows=_JUDGEMENTS_IN_A_PIECE,
-    )
+    program = f"montessori_core.benchmarks.{program}"
+    return run.ask("judge", folder, f"{label}, judge", program, {}, rows, upstream, _JUDGEMENTS_IN_A_PIECE)
 
 
 def _task_folder(run: Run) -> dict[str, Path]:

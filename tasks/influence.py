@@ -30,20 +30,10 @@ def collect_influence(
     """Measure rows `first` to `last` of an example table and join the shards into `table`."""
     settings = run.experiment.influence
     baseline = run.experiment.preferences.baseline
-    rows: list[Row] = [
-        {
-            "example_id": row["example_id"],
-            "prompt_id": row["prompt_id"],
-            "instruction": row["instruction"],
-            "response": row["response"],
-            "finished": row["response_finished"],
-        }
-        for row in read_table(examples, EXAMPLES).to_pylist()[first:last]
-    ]
-
+    rows = measured_rows(examples, first, last)
     parts_so_far: list[Path] = []
 
-    def measure(name: str, estimator: str, some: list[Row]) -> pa.Table:
+    def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
         parts: list[Path] = run.execute(
             folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}"),
             label if name == estimator else f"{label}, {name}",
@@ -57,19 +47,27 @@ def collect_influence(
             piece_rows=PIECE,
         )
         parts_so_far.extend(parts)
-        return join_influence([read_table(part, INFLUENCE) for part in parts])
+        return join_influence(parts)
 
     joined = estimate_influence(rows, measure, settings, baseline)
     return _join(f"{label}: table", joined, table, baseline, parts_so_far)
 
 
+def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
+    """Rows `first` to `last` (None: to the end) of an example table, for a program that measures examples."""
+    kept = ["example_id", "prompt_id", "instruction", "response"]
+    rows = read_table(examples, EXAMPLES, [*kept, "response_finished"])[first:last].to_pylist()
+    return [{**{key: row[key] for key in kept}, "finished": row["response_finished"]} for row in rows]
+
+
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _join(label: str, joined: pa.Table, table: Path, baseline: str, parts: list[Path]) -> Path:
+def _join(label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, parts: list[Path]) -> Path:
     """Write the table that the parts make, and its summary."""
     write_table(joined, table, INFLUENCE)
-    threshold = threshold_of(joined, baseline)
-    _publish(label, summarize_influence(joined, threshold), screening_report(joined))
-    values = joined["influence_student"].drop_null().to_numpy()
+    written = read_table(table, INFLUENCE, ["status", "influence_student", "influence_null_step"])
+    threshold = threshold_of(written, baseline)
+    _publish(label, summarize_influence(written, threshold), screening_report(written))
+    values = written["influence_student"].drop_null().to_numpy()
     if len(values):
         title = f"Influence of {len(values)} examples; right of the line they help"
         create_image_artifact(histogram(values, threshold, title), description=label)

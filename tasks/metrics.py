@@ -54,7 +54,7 @@ def write_metrics(
     """Write `metrics.json` of an iteration; `trajectory` is what the teachers on the way through the update are worth."""
     folder = run.iteration(number)
     unmodified = run.folder / "unmodified"
-    pairs = read_table(files.preferences, PREFERENCES)
+    pairs = read_table(files.preferences, PREFERENCES, ["prompt_id"])
     probed = read_table(files.influence, INFLUENCE)
     threshold = threshold_of(probed, run.experiment.preferences.baseline)
     uses = {

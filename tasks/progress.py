@@ -29,6 +29,8 @@ class ProgressBar:
         if self._bar is None:
             self._bar = tqdm(
                 total=progress.rows,
+                initial=progress.rows_done,
+                smoothing=0,  # rows come by the batch: the pace of the last moments is none
                 desc=self._name,
                 file=sys.stderr,
                 mininterval=0.2 if sys.stderr.isatty() else 15.0,

@@ -100,12 +100,6 @@ class Run:
         """The student as configured."""
         return self._configured(self.experiment.student)
 
-    def endpoint_file(self, name: str, endpoint: Endpoint) -> dict[str, Path]:
-        """The input of a stage that asks an endpoint, see `montessori_core.api.open_api`."""
-        file = self.folder / f"{name}.json"
-        write_json(endpoint.model_dump(mode="json"), file)
-        return {"endpoint": file}
-
     def _configured(self, section: Teacher | Student) -> Model:
         # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
         commits = read_json(self.folder / _COMMITS) or {}
@@ -160,6 +154,7 @@ class Run:
             folder=folder,
             suffix=suffix,
             piece_rows=piece_rows,
+            kind=kind,
         )
         cluster = self.experiment.cluster
         resources: Resources = getattr(cluster.resources, kind)
@@ -173,6 +168,39 @@ class Run:
 
             fan_out(stage, shards, resources, cluster, show, python)
         return view.results()
+
+    def ask(
+        self,
+        asked: Literal["judge", "strong_teacher"],
+        folder: Path,
+        name: str,
+        program: str,
+        settings: Mapping[str, Any],
+        rows: list[Row],
+        upstream: Sequence[object],
+        piece_rows: int,
+    ) -> list[Path]:
+        """Bring a stage that asks a model behind an API to its end: one job, so that limits and cap hold over all of it.
+
+        Args:
+            asked: the section of the configuration that says which model.
+            folder, name, program, settings, upstream, piece_rows: see `execute`.
+            rows: of the one shard.
+        """
+        endpoint: Endpoint = getattr(self.experiment, asked)
+        file = self.folder / f"{asked}.json"
+        write_json(endpoint.model_dump(mode="json"), file)
+        return self.execute(
+            folder,
+            name,
+            "judging",
+            program,
+            {**settings, "endpoint": endpoint.identity()},
+            [rows],
+            limits={"endpoint": file},
+            upstream=upstream,
+            piece_rows=piece_rows,
+        )
 
 
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
@@ -315,7 +343,7 @@ def _check_benchmarks(run: Run) -> None:
     """
     paths = {name: own if (own := run.benchmark_file(name)).exists() else path for name, path in _named(run).items()}
     for setting, path in paths.items():
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"benchmarks.{setting}: {path}: not found; correct the path")
     if "alpaca_eval" in paths:
         outputs = len(read_outputs(paths["alpaca_eval"]))
@@ -332,7 +360,7 @@ def _named(run: Run) -> dict[str, Path]:
     """Files and folders that settings of the section `benchmarks` name."""
     settings = ("task_folder", "alpaca_eval", "alpaca_eval_difficulty", "mt_bench", "mt_bench_references")
     named = {setting: getattr(run.experiment.benchmarks, setting) for setting in settings}
-    return {setting: Path(path).expanduser() for setting, path in named.items() if path is not None}
+    return {setting: Path(os.path.expanduser(path)) for setting, path in named.items() if path is not None}
 
 
 def _copy_benchmarks(run: Run) -> None:

@@ -308,18 +308,9 @@ def generate(
     """What a teacher, loaded or behind an API, makes of rows of the generation program; and the parts it is from."""
     drawn = {"sampling": sampling.model_dump(mode="json")}
     if isinstance(teacher, Endpoint):
-        rows = [row for shard in shards for row in shard]  # one job: limits and cap hold over all of it
-        parts = run.execute(
-            folder,
-            label,
-            "judging",
-            "montessori_core.synthesis.jobs:open_api_generation",
-            drawn | {"endpoint": teacher.identity()},
-            [rows],
-            limits=run.endpoint_file("strong_teacher", teacher),
-            upstream=upstream,
-            piece_rows=piece_rows,
-        )
+        rows = [row for shard in shards for row in shard]
+        program = "montessori_core.synthesis.jobs:open_api_generation"
+        parts = run.ask("strong_teacher", folder, label, program, drawn, rows, upstream, piece_rows)
     else:
         parts = run.execute(
             folder,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -12,20 +13,13 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core.errors import UserError
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import (
-    build_extreme_preferences,
-    build_preferences,
-    build_utility_preferences,
+    pair_by_influence,
+    pair_by_utility,
+    pair_extremes,
     threshold_of,
+    write_preferences,
 )
-from montessori_core.schema import (
-    EXAMPLES,
-    INFLUENCE,
-    PREFERENCES,
-    UTILITY,
-    UTILITY_PREFERENCES,
-    read_table,
-    write_table,
-)
+from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
 from montessori_core.training.files import KEPT, LOG_FILE
 from tasks.run import Model, Run
 
@@ -37,9 +31,10 @@ def collect_preferences(run: Run, folder: Path, label: str, examples: Path, infl
     Raises:
         UserError: no prompt has both a helpful and a harmful example.
     """
-    table = read_table(influence, INFLUENCE)
     settings = run.experiment.preferences
-    pairs = build_preferences(read_table(examples, EXAMPLES), table, settings)
+    columns = ("example_id", "prompt_id", "status", "influence_student", "influence_null_step")
+    table = read_table(influence, INFLUENCE, columns)
+    pairs = pair_by_influence(table, settings)
     if pairs.num_rows == 0:
         summary = summarize_influence(table, threshold_of(table, settings.baseline))
         raise UserError(
@@ -47,7 +42,7 @@ def collect_preferences(run: Run, folder: Path, label: str, examples: Path, infl
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
             "Set preferences.baseline=median, lower preferences.margin, or raise influence.probing_examples"
         )
-    write_table(pairs, folder / "preferences.parquet", PREFERENCES)
+    write_preferences(pairs, examples, folder / "preferences.parquet", PREFERENCES)
     _publish(label, pairs, settings.baseline)
     return folder / "preferences.parquet"
 
@@ -69,17 +64,14 @@ def collect_utility_preferences(
     Raises:
         UserError: no prompt has both a better and a worse example.
     """
-    table, texts = read_table(utility, UTILITY), read_table(examples, EXAMPLES)
-    if extremes:
-        pairs = build_extreme_preferences(texts, table)
-    else:
-        pairs = build_utility_preferences(texts, table, run.experiment.preferences.max_pairs)
+    table = read_table(utility, UTILITY)
+    pairs = pair_extremes(table) if extremes else pair_by_utility(table, run.experiment.preferences.max_pairs)
     if pairs.num_rows == 0:
         raise UserError(
             f"{label}: no preference pairs: no prompt has both a better and a worse one of {table.num_rows} examples "
             f"({table['utility'].null_count} without a score). Raise the number of examples or synthesis.samples_per_prompt"
         )
-    write_table(pairs, folder / "preferences.parquet", UTILITY_PREFERENCES)
+    write_preferences(pairs, examples, folder / "preferences.parquet", UTILITY_PREFERENCES)
     _publish(label, pairs, "best and worst" if extremes else "median")
     return folder / "preferences.parquet"
 
@@ -151,6 +143,6 @@ def reward_margins(updated: Model) -> dict[int, float]:
 
 def _publish(label: str, pairs: pa.Table, baseline: str) -> None:
     create_table_artifact(
-        [{"pairs": pairs.num_rows, "prompts": len(set(pairs["prompt_id"].to_pylist())), "baseline": baseline}],
+        [{"pairs": pairs.num_rows, "prompts": pc.count_distinct(pairs["prompt_id"]).as_py(), "baseline": baseline}],
         description=f"Preference pairs - {label}",
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 from prefect import task
@@ -15,8 +15,9 @@ from montessori_core.config import Sampling
 from montessori_core.errors import UserError
 from montessori_core.judging import points_for, question_about, read_score
 from montessori_core.program import Row
-from montessori_core.schema import EXAMPLES, GENERATION, UTILITY, read_table, table_from_rows, write_table
+from montessori_core.schema import GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.synthesis.prompts import seed_of
+from tasks.influence import measured_rows
 from tasks.run import Model, Run
 from tasks.synthesis import generate
 
@@ -71,7 +72,7 @@ def _measure(
             "batch_tokens": run.experiment.influence.reference_batch_tokens,
             **settings,
         },
-        cut_into_shards(_rows(examples, first, last), run.experiment.influence.examples_per_shard),
+        cut_into_shards(measured_rows(examples, first, last), run.experiment.influence.examples_per_shard),
         models={"student": student},
         files=files,
         upstream=[examples],
@@ -90,21 +91,11 @@ def ask_judge(
     Raises:
         UserError: the experiment has no judge.
     """
-    judge = run.experiment.judge
-    if judge is None:
+    if run.experiment.judge is None:
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
-    (scores,) = run.execute(
-        folder,
-        label,
-        "judging",
-        "montessori_core.judging:open_judge",
-        {"response_only": response_only, "endpoint": judge.identity()},
-        [_rows(examples, first, last)],  # one job: limits and cap hold over all of it
-        limits=run.endpoint_file("judge", judge),
-        upstream=[examples],
-        piece_rows=_PIECE,
-    )
-    return _join(f"{label}: table", folder / "utility.parquet", [cast(Path, scores)])
+    rows, program = measured_rows(examples, first, last), "montessori_core.judging:open_judge"
+    parts = run.ask("judge", folder, label, program, {"response_only": response_only}, rows, [examples], _PIECE)
+    return _join(f"{label}: table", folder / "utility.parquet", parts)
 
 
 def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: Path) -> Path:
@@ -112,7 +103,7 @@ def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: 
 
     A utility is the mean of those of three judgements that end with a score (Yuan et al., 2024).
     """
-    rows = _rows(examples, 0, None)
+    rows = measured_rows(examples, 0, None)
     asked: list[Row] = [
         {
             "ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
@@ -141,16 +132,6 @@ def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path
         scores.append({"example_id": row["example_id"], "prompt_id": row["prompt_id"], "utility": utility})
     write_table(table_from_rows(scores, UTILITY), folder / "scores.parquet", UTILITY)
     return folder / "scores.parquet"
-
-
-def _rows(examples: Path, first: int, last: int | None) -> list[Row]:
-    return [
-        {
-            **{key: row[key] for key in ("example_id", "prompt_id", "instruction", "response")},
-            "finished": row["response_finished"],
-        }
-        for row in read_table(examples, EXAMPLES).to_pylist()[first:last]
-    ]
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

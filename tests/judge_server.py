@@ -3,10 +3,12 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pytest
 
 from montessori_core.config import Endpoint
 from montessori_core.program import Compute, Program
@@ -74,6 +76,17 @@ class JudgeServer:
         self._server.server_close()
 
 
+Server = TypeVar("Server", bound=JudgeServer)
+
+
+def served(server: Server, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Server]:
+    """For a fixture: a server, with its key and a cache of answers of its own in the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MONTESSORI_CACHE", str(folder / "cache"))
+    yield server
+    server.close()
+
+
 def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
     handler.send_response(status)
     handler.send_header("Content-Type", "application/json")
@@ -125,6 +138,9 @@ FAULTS: dict[str, Reply] = {
     "lost connection": cut_off,
     "not JSON": lambda handler, question: send(handler, 200, b"<html>gateway</html>"),
     "cut JSON": lambda handler, question: send(handler, 200, completion("Score: 3")[:40]),
+    "endless use": lambda handler, question: send(handler, 200, completion("Score: 3").replace(b": 100,", b": 1e999,")),
+    "negative use": lambda handler, question: send(handler, 200, completion("Score: 3").replace(b": 10,", b": -10,")),
+    "deep JSON": lambda handler, question: send(handler, 200, b"[" * 100_000),
     "no choices": lambda handler, question: send(handler, 200, b'{"id": "x", "choices": []}'),
 }
 

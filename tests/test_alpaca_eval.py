@@ -18,6 +18,7 @@ from montessori_core.benchmarks.alpaca_eval import (
     summarize,
     win_rate,
 )
+from montessori_core.benchmarks.scores import win_rate_scores
 from montessori_core.errors import DataError, UserError
 from montessori_core.schema import PAIRWISE, table_from_rows
 
@@ -140,6 +141,7 @@ def test_summary_counts_all_and_rates_what_could_be_read() -> None:
     assert (summary.win_rate, summary.win_rate_error) == win_rate(preferences)
     assert summary.win_rate == 0.4
     assert (summary.length_controlled, summary.length_controlled_error) == controlled
+    assert [(one["examples"], one["unparsed"]) for one in win_rate_scores("alpaca_eval", summary)] == [(100, 7)] * 2
     nothing = [number for number, outcome in enumerate(outcomes) if outcome == "unparsed"]
     assert summarize(table.take(nothing)) == WinRates(0, 0, 0, 7, None, None, None, None)
     with pytest.raises(DataError, match="805 difficulties for 107 questions"):

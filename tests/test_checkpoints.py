@@ -48,7 +48,7 @@ def training(tmp_path: Path) -> Iterator[Training]:
 
 def test_checkpoint_is_saved_when_much_time_has_passed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not training.step()
-    monkeypatch.setattr(checkpoints, "_SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     assert training.step()
     assert last_whole(training.folder) == training.folder / "checkpoint-2"
     (training.folder / "checkpoint-3").mkdir()  # begun, and never ended

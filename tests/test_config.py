@@ -5,10 +5,30 @@ from typing import get_args
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from montessori_core.config import Experiment, differences, parse_experiment, read_cluster, read_experiment, to_yaml
+from montessori_core.config import (
+    Benchmarks,
+    Cluster,
+    DataSource,
+    Endpoint,
+    Experiment,
+    Sampling,
+    Slurm,
+    Student,
+    Synthesis,
+    Teacher,
+    differences,
+    parse_experiment,
+    read_cluster,
+    read_experiment,
+    to_yaml,
+    write_yaml,
+)
 from montessori_core.errors import ConfigError
+from montessori_core.study import read_study
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}}
@@ -64,6 +84,11 @@ def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
         ({"cluster": {"resources": {"training": {"nodes": 2}}}}, "cluster: resources.training.nodes is 2, but profile"),
         ({"cluster": {"resources": {"training": {"processes_per_node": 3}}}}, "x 3 training processes"),
         ({"name": "../escape"}, "name: String should match pattern"),
+        ({"warmup": {"learning_rate": float("inf")}}, "warmup.learning_rate: Input should be a finite number"),
+        (
+            {"teacher": {"model": [["x"] * 1000] * 1000}},
+            "teacher.model: Input should be a valid string; got [['x', ",
+        ),
         ({"synthesis": {"seed_demonstrations": 0, "synthetic_demonstrations": 0}}, "at least one demonstration"),
     ],
 )
@@ -97,8 +122,170 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     experiment = read_experiment(path, ("warmup.learning_rate=1e-5", "synthesis.filters.keep_newlines=false", "name=x"))
     assert experiment.warmup.learning_rate == 1e-5
     assert experiment.synthesis.filters.keep_newlines is False
-    with pytest.raises(ConfigError, match="write it as section.key=value"):
-        read_experiment(path, ("warmup.learning_rate",))
+    assert read_experiment(path, ("judge.model=gpt", "student.model='1e5'")).student.model == "1e5"
+    for override, message in (
+        ("warmup.learning_rate", "write it as section.key=value"),
+        ("teacher.model.x=1", "model is a value, not a section"),
+        ("name=2026-02-30", "--set name=2026-02-30: not valid YAML: not a value of its kind"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_experiment(path, (override,))
+
+
+def test_override_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("teacher: {model: t}\nstudent: {model: s}\nwarmup: &same {epochs: 2}\ntraining: *same\n")
+    experiment = read_experiment(path, ("training.epochs=3",))
+    assert (experiment.warmup.epochs, experiment.training.epochs) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"teacher: {model: t}\nseed: 1\nseed: 2", r"'seed' stands twice\s+in .*line 3"),
+        (b"teacher: {model: t}\nname: 2026-02-30", r"not a value of its kind .*; put text in quotes\s+in .*line 2"),
+        (b"seed: 0x" + b"f" * 5000, "not a value of its kind"),
+        (b'name: "\\ud800"', "not a value of its kind"),
+        (b"{a: " * 5000, "nested too deeply"),
+        (b"teacher: \xff", "cannot be read .*UTF-8"),
+        (b"teacher: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"- teacher", "a configuration is a mapping of sections"),
+        (b"", "a configuration is a mapping of sections"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_with_its_place(text: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        read_experiment(path)
+    assert str(path) in str(refusal.value)
+
+
+WORDS = st.sampled_from(
+    [
+        *(
+            "teacher",
+            "student",
+            "model",
+            "name",
+            "seed",
+            "warmup",
+            "cluster",
+            "slurm",
+            "extra",
+            "experiment",
+            "methods",
+            "judge",
+        ),
+        *(
+            "1",
+            "-1",
+            "1e400",
+            ".inf",
+            ".nan",
+            "0x",
+            "0b",
+            "1:99",
+            "2026-02-30",
+            "2026-01-01",
+            "yes",
+            "null",
+            "=",
+            "<<",
+            "~",
+        ),
+        *("!!int ''", "!!bool x", "!!timestamp x", "!!binary x", "!!set {x}", "!!python/name:os.system", "!!str", "!x"),
+        *(
+            "&a ",
+            "*a",
+            "&b [*a, *a]",
+            "[*b, *b]",
+            '"\\ud800"',
+            '"\\0"',
+            "? [x]",
+            "- ",
+            "|",
+            ">",
+            "'",
+            '"',
+            "#",
+            "%YAML 9",
+        ),
+    ]
+)
+YAML = st.recursive(
+    WORDS | st.text(max_size=5),
+    lambda inner: st.lists(st.tuples(WORDS, inner), max_size=3).map(
+        lambda pairs: "{" + ", ".join(f"{key}: {value}" for key, value in pairs) + "}"
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
+def test_any_file_is_a_configuration_or_is_refused_by_its_name(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]], noise: bytes, override: tuple[str, str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes("\n".join(f"{key}: {value}" for key, value in pairs).encode() + noise)
+    change = "=".join(override)
+    for read in (
+        lambda: read_experiment(path),
+        lambda: read_experiment(ROOT / "configs" / "quickstart.yaml", (change,)),
+        lambda: read_study(path),
+        lambda: read_cluster(path),
+    ):
+        try:
+            read()
+        except ConfigError as error:
+            refusal = str(error)
+        else:
+            continue
+        assert "any.yaml" in refusal or "quickstart.yaml" in refusal or f"--set {change}" in refusal
+        assert len(refusal.encode()) < 10_000
+
+
+TEXT = st.text(max_size=20) | st.text("ab: '\"\n\r\t\x00\x85\u2028\u2029\ufeff#", max_size=20)
+SAMPLING = st.builds(
+    Sampling,
+    temperature=st.floats(0, exclude_min=True, allow_infinity=False),
+    top_p=st.floats(0, 1, exclude_min=True),
+    presence_penalty=st.floats(-2, 2),
+    max_tokens=st.integers(1),
+)
+EXPERIMENTS = st.builds(
+    Experiment,
+    name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,79}\Z"),
+    seed=st.integers(0, 2**31 - 1),
+    teacher=st.builds(Teacher, model=TEXT, revision=st.none() | TEXT),
+    student=st.builds(Student, model=TEXT, max_length=st.integers(32)),
+    seed_pool=st.builds(DataSource, path=TEXT, split=TEXT, limit=st.none() | st.integers(1), input_field=TEXT),
+    synthesis=st.builds(Synthesis, instruction=SAMPLING, oversampling=st.floats(1, allow_infinity=False)),
+    judge=st.builds(Endpoint, model=TEXT, base_url=TEXT.map("https://{}".format), key_variable=st.just("KEY")),
+    benchmarks=st.builds(Benchmarks, mt_bench=st.none() | TEXT, task_folder=st.none() | TEXT, answers=SAMPLING),
+    cluster=st.builds(
+        Cluster,
+        slurm=st.builds(
+            Slurm,
+            setup=st.lists(TEXT, max_size=3).map(tuple),
+            extra=st.dictionaries(TEXT, TEXT | st.integers() | st.booleans(), max_size=3),
+        ),
+        poll_seconds=st.floats(0, exclude_min=True, allow_infinity=False),
+    ),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(EXPERIMENTS)
+def test_whatever_fits_is_read_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, experiment: Experiment
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    write_yaml(experiment, path)
+    again = read_experiment(path)
+    assert again == experiment
+    assert again.method() == experiment.method()
 
 
 def test_resources_and_name_are_not_part_of_the_method() -> None:

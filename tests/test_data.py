@@ -2,18 +2,26 @@
 
 import itertools
 import json
+import os
+import re
 from collections import Counter
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
+from montessori_core.benchmarks.mt_bench import read_dialogues
 from montessori_core.config import DataSource, Experiment, Student, Teacher
 from montessori_core.errors import DataError
 from montessori_core.rouge import f_measure
-from montessori_core.sources import Sources, Task, check_sources, read_sources, read_tasks
+from montessori_core.schema import GENERATION, read_table, table_from_rows, write_table
+from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
 
 EXPERIMENT = Experiment(teacher=Teacher(model="t"), student=Student(model="s"))
 
@@ -51,11 +59,14 @@ def test_builtin_sets_raise_no_warning() -> None:
     [
         ('{"instruction": "a"}\n{"instruction": \n', "line 2, column 17: not valid JSON"),
         ('{"instruction": "a"}\n["b"]\n', "line 2: expected an object with named fields, found list"),
-        ('{"task": "a"}\n', "line 1: field 'instruction' is missing (found: task); set the *_field option"),
+        ('{"task": "a"}\n', "line 1: field 'instruction' is missing (found: task); set the field's option"),
         ('{"instruction": 7}\n', "line 1: field 'instruction' is int, expected text"),
         ('{"instruction": "  "}\n', "line 1: field 'instruction' is empty"),
         ("\n\n", "holds no examples"),
         ('{"id": 1, "instruction": "a"}\n{"id": 1, "instruction": "b"}\n', "id '1' occurs twice"),
+        ('{"instruction": "a"}\n{"instruction": "\\ud800"}\n', "line 2: a text holds half of a surrogate pair"),
+        ('{"instruction": "a", "more": ' + "[" * 100_000, "line 1: nested too deeply"),
+        ('{"instruction": "a", "more": ' + "9" * 5000 + "}\n", "line 1: a number has too many digits"),
     ],
 )
 def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, message: str) -> None:
@@ -124,3 +135,120 @@ def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_abou
     assert "s9 and r1" in warnings[0]
     with pytest.raises(DataError, match="has 7 tasks, but a prompt takes 8 demonstrations"):
         check_sources(Sources(seeds[:7], [shared], [other]), EXPERIMENT)
+
+
+def refusal_of(read: Callable[[], object]) -> str | None:
+    """What a reader says against a file; None if it can be used."""
+    try:
+        read()
+    except DataError as refusal:
+        return str(refusal)
+    return None
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=20)  # lone surrogates, controls and all
+PIECES = st.sampled_from(
+    [
+        *(
+            b'{"instruction": "a", "output": "b"}',
+            b'{"instruction": "\\ud800", "output": "\\u2028"}',
+            b'{"\\udc00": 1}',
+        ),
+        *(
+            b'{"id": null, "instruction": "c", "output": "d"}',
+            b'{"instruction": ["e"], "output": {}}',
+            b"[[1]]",
+            b"[" * 9999,
+        ),
+        *(
+            b'{"question_id": 1, "category": "math", "turns": ["f", "g"]}',
+            b'{"question_id": 1, "choices": [{"turns": [1]}]}',
+        ),
+        *(b"\n", b"\r\n", b"\r", b"\x00", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"NaN", b"1e999", b"9" * 5000),
+        *(b"0,0.5\n", b"1,nan\n", b"x,y\n", b'"', b",", b"{", b"[", b"]", b" "),
+    ]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(PIECES | st.binary(max_size=4), max_size=6).map(b"".join), st.sampled_from(["any.jsonl", "any.json"]))
+def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    source = DataSource(path=str(path))
+    for read in (
+        lambda: read_tasks(source, "seed_pool", with_response=False),
+        lambda: read_tasks(source, "reference", with_response=True),
+        lambda: read_outputs(path),
+        lambda: read_dialogues(path, path),
+        lambda: read_difficulties(path),
+    ):
+        refusal = refusal_of(read)
+        assert refusal is None or name.encode() in refusal.encode()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=3))
+def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "texts.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"x{a}", "output": f"y{b}"}) + "\n" for a, b in texts))
+    source = DataSource(path=str(path))
+    broken = [number for number, pair in enumerate(texts, 1) if re.search("[\ud800-\udfff]", "".join(pair))]
+    if broken:
+        with pytest.raises(DataError, match=f"texts.jsonl, line {broken[0]}: a text holds half of a surrogate pair"):
+            read_tasks(source, "reference", with_response=True)
+        return
+    tasks = read_tasks(source, "reference", with_response=True)
+    assert [(task.text, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
+    write_tasks(tasks, path)
+    assert load_tasks(path) == tasks
+    rows: list[dict[str, object]] = [
+        {"row_id": task.id, "prompt": task.text, "text": task.response, "finish_reason": "stop", "tokens": 1}
+        for task in tasks
+    ]
+    write_table(table_from_rows(rows, GENERATION), path, GENERATION)
+    assert read_table(path, GENERATION).to_pylist() == rows
+
+
+ROWS: list[dict[str, object]] = [
+    {"row_id": f"r{n}", "prompt": "näm" * n, "text": "", "finish_reason": "stop", "tokens": n} for n in range(40)
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damaged_table_is_refused_or_holds_what_it_held(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.parquet"
+    write_table(table_from_rows(ROWS, GENERATION), path, GENERATION)
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    refusal = refusal_of(lambda: read_table(path, GENERATION))
+    assert "damaged.parquet" in refusal if refusal else read_table(path, GENERATION).to_pylist() == ROWS
+    source = DataSource(path=str(path), instruction_field="prompt")
+    refusal = refusal_of(lambda: read_tasks(source, "seed_pool", with_response=False))
+    assert refusal is None or "damaged.parquet" in refusal
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0.jsonl", "~nobody-here/a.jsonl", "x" * 5000, "x" * 5000 + ".parquet", ".", "folder.jsonl"]
+)
+def test_odd_paths_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError):
+        read_tasks(DataSource(path=name), "seed_pool", with_response=False)
+
+
+def test_pipe_is_refused_as_it_could_be_read_only_once(tmp_path: Path) -> None:
+    for name, read in (("a.jsonl", read_outputs), ("a.json", read_outputs), ("a.csv", read_difficulties)):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="not a file"):
+            read(tmp_path / name)

@@ -1,24 +1,31 @@
 """The fan-out on real processes of this machine: whatever happens to jobs and drivers, the same parts come out."""
 
 import errno
+import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import submitit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.accounting import use_of
 from cluster.backends import LocalBackend
-from cluster.fanout import Ledger, Progress, ShardsFailed, classify_loss, fan_out, retries_of
-from cluster.oversight import look_at
-from cluster.stage import Stage
+from cluster.costs import cost_of
+from cluster.fanout import Ledger, Progress, ShardsFailed, Submission, classify_loss, fan_out, retries_of
+from cluster.oversight import logs_of, look_at
+from cluster.stage import RowClock, Stage
 from cluster.worker import _compute_shards
 from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.config import Cluster, Resources
@@ -119,6 +126,19 @@ def test_use_of_a_stage_is_what_its_jobs_took(folder: Path, monkeypatch: pytest.
     run(folder, [*SHARDS, [{"n": 60}]], jobs=1)
     use = use_of(folder / "stage")
     assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (7, 19, 3, 1, 2, 0)
+
+
+def test_cost_of_a_stage_is_what_its_manifests_say(folder: Path) -> None:
+    kind = replace(stage(folder, seconds=0.2), kind="influence")
+    fan_out(kind, SHARDS, Resources(cpus_per_process=1), CLUSTER)
+    cost = cost_of(kind.folder)
+    assert cost is not None
+    assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
+    assert cost.seconds_per_row >= 0.2  # that a row sleeps
+    assert cost.opening > 0
+    assert cost.begun < cost.ended
+    kind.manifest(3).unlink()
+    assert cost_of(kind.folder) is None
 
 
 def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
@@ -386,8 +406,8 @@ def test_file_that_is_replaced_over_nfs_while_it_is_read_is_read_again(
 
 def test_first_result_of_a_shard_counts(folder: Path) -> None:
     shards = stage(folder)
-    shards.write(SHARDS)
     key = shards.key(SHARDS[0])
+    shards.write(SHARDS[:1], [key])
     with shards.commit_part(0, key, 3, "slow") as slow:
         with shards.commit_part(0, key, 3, "fast") as fast:
             fast.write_text("fast")
@@ -396,6 +416,84 @@ def test_first_result_of_a_shard_counts(folder: Path) -> None:
     assert read_json(shards.manifest(0))["job_id"] == "fast"
     assert shards.is_done(0, key, thorough=True)
     assert not list(shards.folder.glob(".*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """A stage with notes of every kind: shards done but the last, which failed."""
+    made = stage(tmp_path_factory.mktemp("finished"))
+    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    for index, rows in enumerate(SHARDS[:-1]):
+        with made.commit_part(index, made.key(rows), len(rows), "7:0.5") as part:
+            part.write_text("[1, 2, 3]")
+    RowClock(made.progress_file(5))(2)
+    failure = {"job_id": "7", "attempt": "0", "class": "code_error", "opening": False, "error": "e", "traceback": "t"}
+    write_json(failure, made.failure_file(5))
+    made_jobs = Ledger(made.folder / "jobs")
+    tasks = [[0, 1, 2], [3, 4, 5]]
+    made_jobs.submissions = [Submission("n", "w", tasks, platform.node(), 2, ids=["7:0.5", "8:0.5"], closed=True)]
+    made_jobs.save()
+    made.note_node("7", "here", 1)
+    return made
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def damaged(content: bytes, data: st.DataObject) -> bytes:
+    """Other bytes, other JSON, or one field taken away or replaced."""
+    note: Any = json.loads(content)
+    entry = note[0] if isinstance(note, list) else note
+    match data.draw(st.sampled_from(["bytes", "cut", "json", "field", "no field"])):
+        case "bytes":
+            return data.draw(st.binary(max_size=20) | st.just(b"[" * 100_000) | st.just(b"9" * 5000))
+        case "cut":
+            return content[: data.draw(st.integers(0, len(content)))]
+        case "json":
+            return json.dumps(data.draw(ANY_JSON)).encode()
+        case "field":
+            entry[data.draw(st.sampled_from(sorted(entry)))] = data.draw(ANY_JSON)
+        case "no field":
+            del entry[data.draw(st.sampled_from(sorted(entry)))]
+    return json.dumps(note).encode()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finished: Stage, data: st.DataObject) -> None:
+    results = {finished.part(index) for index in range(6)}
+    note = data.draw(st.sampled_from(sorted(set(finished.folder.rglob("*.json")) - results)))
+    before, refusal = note.read_bytes(), ""
+    after = damaged(before, data)
+    note.write_bytes(after)
+    try:
+        for index, thorough in itertools.product(range(6), (False, True)):
+            if finished.is_done(index, finished.key(SHARDS[index]), thorough) and note == finished.manifest(index):
+                fields = ("key", "bytes", "sha256") if thorough else ("key", "bytes")
+                assert [json.loads(after)[name] == json.loads(before)[name] for name in fields] == [True] * len(fields)
+        look_at(finished.folder, CLUSTER)
+        logs_of(finished.folder, range(6))
+        use_of(finished.folder)
+    except UserError as error:
+        refusal = str(error)
+    finally:
+        note.write_bytes(before)
+    assert not refusal or (note.name in ("stage.json", "ledger.json") and str(note) in refusal)
+
+
+def test_nothing_is_started_while_nobody_knows_what_is_at_work(folder: Path) -> None:
+    (folder / "stage" / "jobs").mkdir(parents=True)
+    ledger = folder / "stage" / "jobs" / "ledger.json"
+    ledger.write_text('[{"name": "montessori-squares", "ids"')
+    with pytest.raises(UserError, match=r"ledger.json: damaged.*squeue --me.*remove the file and resume"):
+        run(folder)
+    assert computed(folder) == []
+    ledger.unlink()
+    assert results(run(folder)) == EXPECTED
 
 
 def test_local_job_that_ends_at_its_limit_has_reached_its_time_limit() -> None:

@@ -1,5 +1,7 @@
 """Filters: each reason, in the paper's order."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,8 +10,8 @@ from montessori_core.config import Filters
 from montessori_core.rouge import Accepted
 from montessori_core.sources import Task
 from montessori_core.synthesis import filters
-from montessori_core.synthesis.filters import extract_instruction, judge_candidates
-from montessori_core.synthesis.prompts import Prompt
+from montessori_core.synthesis.filters import collapse_blanks, extract_instruction, judge_candidates
+from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
 
 PROMPT = Prompt("p0", (Task("s1", "Name the capital of Norway and one of its museums."),), "...")
 
@@ -57,9 +59,20 @@ def test_line_breaks_are_kept_or_collapsed_as_configured() -> None:
     assert extract_instruction(raw, "chat", False) == "Fix this: def f(x): return x"
 
 
-@given(st.text(max_size=200), st.sampled_from(["chat", "completion"]))
-def test_any_text_gets_a_verdict(text: str, style: str) -> None:
-    (verdict,) = judge_candidates([text], [PROMPT], style, Filters(), Accepted())
+BLANKS = [" ", "\n", "\r", "\x0b", "\x85", "\u2028", "\ufeff", "\x00", "\ud800"]
+PIECES = st.text(max_size=10) | st.sampled_from([OPEN, CLOSE, "Name three rivers.", "12 ", "word " * 90, *BLANKS])
+
+
+@given(st.lists(PIECES, max_size=12).map("".join), st.sampled_from(["chat", "completion"]), st.booleans())
+def test_any_text_gets_a_verdict(text: str, style: str, keep_newlines: bool) -> None:
+    (verdict,) = judge_candidates([text], [PROMPT], style, Filters(keep_newlines=keep_newlines), Accepted())
+    if verdict.instruction is not None:
+        assert OPEN not in verdict.instruction
+        assert CLOSE not in verdict.instruction
+        assert verdict.instruction == collapse_blanks(verdict.instruction, keep_newlines)
+        assert set(verdict.instruction.split()) <= set(re.split(rf"\s+|{OPEN}|{CLOSE}", text))
+    else:
+        assert verdict.rejection == filters.NO_TAGS
     assert verdict.rejection is None or verdict.rejection in filters.REASONS
     if verdict.rejection is None:
         assert verdict.instruction is not None

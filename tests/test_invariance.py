@@ -10,7 +10,7 @@ from cluster.stage import Stage, cut_into_shards
 from montessori_core.config import Cluster, Influence, Resources, Student, Warmup
 from montessori_core.influence_table import join_influence
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, read_table, write_table
+from montessori_core.schema import INFLUENCE, write_table
 from montessori_core.sources import Task, write_tasks
 
 DRAW = random.Random(5)
@@ -48,7 +48,7 @@ def joined(folder: Path, model: Path, estimator: str, rows: list[Row], size: int
     )
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1)
     parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster())
-    table = join_influence([read_table(part, INFLUENCE) for part in parts])
+    table = join_influence(parts).read_all()
     write_table(table.sort_by("example_id").combine_chunks(), folder / "influence.parquet", INFLUENCE)
     return (folder / "influence.parquet").read_bytes()
 

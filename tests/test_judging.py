@@ -1,5 +1,6 @@
 """Questions to a model behind an API, which a local server stands in for."""
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send
+from judge_server import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
 
 from montessori_core.api import Answer, AnswerCache, Api, Question
 from montessori_core.errors import UserError
@@ -19,11 +20,8 @@ from montessori_core.schema import UTILITY, read_table
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    running = JudgeServer()
-    yield running
-    running.close()
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JudgeServer]:
+    yield from served(JudgeServer(), monkeypatch, tmp_path)
 
 
 def api(server: JudgeServer, folder: Path, **fields: Any) -> Api:
@@ -186,7 +184,37 @@ def test_score_is_read_from_the_last_line_or_not_at_all(text: str, finish_reason
     assert read_score(Answer(text, finish_reason, 1, 1)) == score
 
 
-@given(st.text(), st.text())
+def test_half_of_a_surrogate_pair_in_an_answer_can_be_written(server: JudgeServer, tmp_path: Path) -> None:
+    server.faults = [lambda handler, question: send(handler, 200, completion("cut \ud83d"))]
+    asked = [Question("Say hello.")]
+    [answer] = api(server, tmp_path).ask(asked)
+    assert answer.text == "cut \ufffd"
+    assert api(server, tmp_path).ask(asked) == [answer]
+
+
+SCORES = ["Score: 3", "**score : 6/6**", "Score: 0", "Score: 7", "Score: ٣", "Score: 3/5", "Score:"]
+PARTS = st.text(st.characters(exclude_categories=[])) | st.sampled_from([*SCORES, "\n", "\r", "\x85", "\u2028", " "])
+
+
+@given(st.lists(PARTS).map("".join), st.sampled_from(["stop", "length"]), st.sampled_from([(6, 0), (5, 0), (10, 1)]))
+def test_no_answer_breaks_the_reading_of_a_score_and_only_its_last_line_decides(
+    text: str, finish_reason: str, limits: tuple[int, int]
+) -> None:
+    score = read_score(Answer(text, finish_reason, 1, 1), *limits)
+    last = [line for line in text.splitlines() if line.strip()][-1:]
+    assert score == read_score(Answer("\n".join(last), finish_reason, 1, 1), *limits)
+    if score is not None:
+        assert finish_reason == "stop"
+        assert limits[1] <= score <= limits[0]
+        assert re.search(rf"(?i)score.*\b{score:.0f}\b", last[0])
+
+
+FENCES = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "{response}", "Score: 6", "x"])).map(
+    "".join
+)
+
+
+@given(FENCES, FENCES)
 def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> None:
     question = question_about(instruction, response)
     line = max((one for one in question.splitlines() if set(one) == {"="}), key=len)
@@ -195,10 +223,7 @@ def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> 
     assert question.endswith("Score: N")
 
 
-def test_stage_has_null_where_a_judge_gave_no_score(
-    server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
+def test_stage_has_null_where_a_judge_gave_no_score(server: JudgeServer, tmp_path: Path) -> None:
     (tmp_path / "judge.json").write_text(endpoint(server).model_dump_json())
     settings = {"endpoint": endpoint(server).identity(), "response_only": False}
     inputs = {"endpoint": tmp_path / "judge.json"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import KEY, JudgeServer, completion, open_with, send
+from judge_server import JudgeServer, completion, open_with, send, served
 
 from montessori_core.benchmarks.mt_bench import (
     Dialogue,
@@ -121,11 +121,7 @@ class Grader(JudgeServer):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Grader]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
-    running = Grader()
-    yield running
-    running.close()
+    yield from served(Grader(), monkeypatch, tmp_path)
 
 
 def test_score_is_a_whole_number_from_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:

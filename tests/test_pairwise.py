@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import FAULTS, KEY, JudgeServer, Reply, completion, open_with, send
+from judge_server import FAULTS, JudgeServer, Reply, completion, open_with, send, served
 
 from montessori_core.api import Answer
 from montessori_core.benchmarks.pairwise import comparison, open_pairwise_judge, outcome_of, read_preference
@@ -31,11 +31,7 @@ class Comparer(JudgeServer):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Comparer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
-    running = Comparer()
-    yield running
-    running.close()
+    yield from served(Comparer(), monkeypatch, tmp_path)
 
 
 def row(name: str, answer: str, other: str) -> Row:

@@ -1,14 +1,22 @@
 """Preference pairs: the full cross product within a prompt, and nothing the measurement cannot carry."""
 
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from montessori_core import preferences, schema
 from montessori_core.config import Preferences
 from montessori_core.errors import DataError
-from montessori_core.influence_table import join_influence, note_influence, summarize_influence
-from montessori_core.preferences import build_preferences, threshold_of
+from montessori_core.influence_table import influence_note, join_influence, note_influence, summarize_influence
+from montessori_core.preferences import pair_by_influence, threshold_of, write_preferences
 from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, check, read_table, table_from_rows, write_table
 
 
@@ -68,7 +76,7 @@ VALUES = {
 
 
 def pairs(settings: Preferences, **kwargs: float) -> list[tuple[str, str]]:
-    table = build_preferences(examples(*VALUES), influence(VALUES, **kwargs), settings)
+    table = pair_by_influence(influence(VALUES, **kwargs), settings)
     return list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True))
 
 
@@ -93,20 +101,162 @@ def test_a_limit_keeps_the_widest_gaps_in_table_order() -> None:
     assert pairs(Preferences(max_pairs=1)) == [("a1", "a4")]
 
 
-def test_pairs_carry_raw_outputs_and_both_influences() -> None:
-    row = build_preferences(examples(*VALUES), influence(VALUES, null_step=0.5), Preferences(max_pairs=1)).to_pylist()[
-        0
-    ]
+def test_pairs_carry_raw_outputs_and_both_influences(tmp_path: Path) -> None:
+    write_table(examples(*VALUES), tmp_path / "examples.parquet", EXAMPLES)
+    pairs = pair_by_influence(influence(VALUES, null_step=0.5), Preferences(max_pairs=1))
+    write_preferences(pairs, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
+    (row,) = read_table(tmp_path / "preferences.parquet", PREFERENCES).to_pylist()
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("prompt a", "raw a1", "raw a4")
     assert (row["chosen_influence_student"], row["chosen_influence_null_step"]) == (3.0, 2.5)
 
 
-def test_join_keeps_order_and_the_largest_noise() -> None:
-    first, second = influence({"a1": 1.0}, noise=1e-9), influence({"b1": 2.0}, noise=3e-9)
-    joined = join_influence([first, second])
+def test_join_keeps_order_and_the_largest_noise(tmp_path: Path) -> None:
+    parts = [tmp_path / "part-0.parquet", tmp_path / "part-1.parquet"]
+    write_table(influence({"a1": 1.0}, noise=1e-9), parts[0], INFLUENCE)
+    write_table(influence({"b1": 2.0}, noise=3e-9), parts[1], INFLUENCE)
+    joined = join_influence(parts).read_all()
     assert joined["example_id"].to_pylist() == ["a1", "b1"]
     assert summarize_influence(joined, 1.5)["noise_floor"] == 3e-9
     assert summarize_influence(joined, 1.5)["share_positive"] == 0.5
+
+
+def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:
+    """The definition in plain words: within a prompt all helpful against all harmful examples, the widest gaps of them."""
+    threshold = threshold_of(influence, settings.baseline)
+    margin = max(settings.margin, influence_note(influence, "noise_floor"))
+    measured = [row for row in influence.to_pylist() if row["status"] == "ok"]
+    helpful = [row for row in measured if row["influence_student"] > threshold + margin]
+    harmful = [row for row in measured if row["influence_student"] < threshold - margin]
+    paired = [
+        (best, worst)
+        for prompt in dict.fromkeys(row["prompt_id"] for row in helpful)
+        for best in helpful
+        for worst in harmful
+        if best["prompt_id"] == worst["prompt_id"] == prompt
+    ]
+    widest = sorted(paired, key=lambda pair: pair[1]["influence_student"] - pair[0]["influence_student"])
+    texts = {row["example_id"]: row for row in examples.to_pylist()}
+    return [
+        {
+            "prompt_id": best["prompt_id"],
+            "prompt": texts[best["example_id"]]["prompt"],
+            "chosen": texts[best["example_id"]]["raw_output"],
+            "rejected": texts[worst["example_id"]]["raw_output"],
+            "chosen_id": best["example_id"],
+            "rejected_id": worst["example_id"],
+            "chosen_influence_student": best["influence_student"],
+            "rejected_influence_student": worst["influence_student"],
+            "chosen_influence_null_step": best["influence_null_step"],
+            "rejected_influence_null_step": worst["influence_null_step"],
+        }
+        for best, worst in paired
+        if (best, worst) in widest[: settings.max_pairs]
+    ]
+
+
+@pytest.mark.parametrize("group", [1, 7, 8192])
+def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    monkeypatch.setattr(schema, "ROW_GROUP", group)
+    monkeypatch.setattr(preferences, "ROW_GROUP", group)
+    for seed in range(30):
+        draw = random.Random(seed)
+        ids = [f"{draw.choice('abcdefg')}{n}" for n in range(draw.randint(1, 50))]  # prompts interleaved
+        values = {name: draw.choice([None, round(draw.gauss(0, 1), 1), draw.gauss(0, 1)]) for name in ids}
+        measured = influence(dict(draw.sample(sorted(values.items()), len(ids) * 3 // 4)), 0.2, draw.choice([0.0, 0.3]))
+        texts = examples(*ids)
+        write_table(texts, tmp_path / "examples.parquet", EXAMPLES)
+        for baseline in ("student", "null_step", "median"):
+            settings = Preferences(
+                baseline=baseline, max_pairs=draw.choice([None, 1, 20]), margin=draw.choice([0.0, 0.1])
+            )
+            made = pair_by_influence(measured, settings)
+            write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
+            table = read_table(tmp_path / "preferences.parquet", PREFERENCES)
+            assert table.to_pylist() == defined_pairs(texts, measured, settings)
+
+
+def test_pairs_of_examples_that_are_not_in_the_table_are_refused(tmp_path: Path) -> None:
+    write_table(examples("a1", "a2"), tmp_path / "examples.parquet", EXAMPLES)
+    made = pair_by_influence(influence(VALUES), Preferences())
+    with pytest.raises(DataError, match=r"examples.parquet: lacks examples that were paired"):
+        write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
+    assert not (tmp_path / "preferences.parquet").exists()
+
+
+def test_bytes_of_a_table_do_not_follow_the_pieces_it_comes_in(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    values = dict(zip((f"{n % 7}-{n}" for n in range(20_000)), draw.normal(size=20_000), strict=True))
+    table = influence(values)
+
+    def written(pieces: pa.Table | pa.RecordBatchReader) -> bytes:
+        write_table(pieces, tmp_path / "table.parquet", INFLUENCE)
+        return (tmp_path / "table.parquet").read_bytes()
+
+    expected = written(table)
+    assert written(table.to_reader(max_chunksize=100)) == expected
+    cuts = np.sort(draw.integers(0, 20_000, 30))
+    slices = [table.slice(start, stop - start) for start, stop in zip([0, *cuts], [*cuts, 20_000], strict=True)]
+    assert written(pa.concat_tables(slices)) == expected
+    assert read_table(tmp_path / "table.parquet", INFLUENCE).equals(table, check_metadata=True)
+
+
+GROWTH = """
+import json, re, sys
+from pathlib import Path
+from montessori_core.config import Preferences
+from montessori_core.influence_table import join_influence
+from montessori_core.preferences import pair_by_influence, write_preferences
+from montessori_core.schema import INFLUENCE, PREFERENCES, read_table, write_table
+
+folder = Path(sys.argv[1])
+write_table(join_influence(sorted(folder.glob("part-*"))), folder / "influence.parquet", INFLUENCE)
+pairs = pair_by_influence(read_table(folder / "influence.parquet", INFLUENCE), Preferences())
+write_preferences(pairs, folder / "examples.parquet", folder / "preferences.parquet", PREFERENCES)
+peak = re.findall(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0]
+print(json.dumps([pairs.num_rows, int(peak) * 1024]))
+"""
+
+
+def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_texts(tmp_path: Path) -> None:
+    """A row has 3,400 bytes of text; at most 1,000 more bytes of memory are taken for it, so 1,000,000 rows take 1 GB."""
+    draw = np.random.default_rng(0)
+    text = draw.integers(32, 127, 10_000_000, np.uint8).tobytes().decode()
+
+    def example(n: int) -> dict[str, object]:
+        prompt, place = 997 * (n // 4) % 9_000_000, 1009 * n % 9_000_000
+        return {
+            "example_id": f"probing-{n // 4}-{n % 4}",
+            "prompt_id": f"probing-{n // 4}",
+            "prompt": text[prompt : prompt + 2500],
+            "raw_output": text[place : place + 200],
+            "instruction": text[place : place + 200],
+            "response": text[place : place + 500],
+            "response_finished": True,
+        }
+
+    def peak(rows: int) -> int:
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        cut = [range(start, start + 2000) for start in range(0, rows, 2000)]
+        tables = (table_from_rows([example(n) for n in some], EXAMPLES) for some in cut)
+        batches = (batch for table in tables for batch in table.to_batches())
+        write_table(pa.RecordBatchReader.from_batches(EXAMPLES, batches), folder / "examples.parquet", EXAMPLES)
+        for number, some in enumerate(cut):
+            part = influence(
+                {f"probing-{n // 4}-{n % 4}": float(v) for n, v in zip(some, draw.normal(size=2000), strict=True)}
+            )
+            part = part.set_column(1, INFLUENCE.field("prompt_id"), pa.array([f"probing-{n // 4}" for n in some]))
+            write_table(part, folder / f"part-{number:05d}.parquet", INFLUENCE)
+        command = [sys.executable, "-c", GROWTH, str(folder)]
+        returning = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back
+        outcome = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | returning)
+        pairs, found = json.loads(outcome.stdout)
+        assert pairs > 0.7 * rows
+        return int(found)
+
+    assert (peak(150_000) - peak(50_000)) / 100_000 < 1000
 
 
 def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:
@@ -121,5 +271,5 @@ def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read_table(path, INFLUENCE)
-    with pytest.raises(DataError, match="not found"):
+    with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "absent.parquet", INFLUENCE)

@@ -25,7 +25,7 @@ from montessori_core.benchmarks import scores
 from montessori_core.config import Preferences, parse_experiment, write_yaml
 from montessori_core.errors import DataError
 from montessori_core.influence_table import note_influence
-from montessori_core.preferences import build_preferences, threshold_of
+from montessori_core.preferences import pair_by_influence, threshold_of, write_preferences
 from montessori_core.report.contents import Influence
 from montessori_core.report.influence import histogram_edges, positive_shares
 from montessori_core.report.render import render_report
@@ -140,8 +140,8 @@ def write_iteration(
     write_influence(folder / "influence.parquet", f"i{number}-probing", examples, 0.0)
     write_influence(folder / "training-influence.parquet", f"i{number}-training", examples, 1e-4)
     influence = read_table(folder / "influence.parquet", INFLUENCE)
-    pairs = build_preferences(read_table(folder / "examples.parquet", EXAMPLES), influence, preferences)
-    write_table(pairs, folder / "preferences.parquet", PREFERENCES)
+    pairs = pair_by_influence(influence, preferences)
+    write_preferences(pairs, folder / "examples.parquet", folder / "preferences.parquet", PREFERENCES)
     write_json(metrics(number), folder / "metrics.json")
 
 

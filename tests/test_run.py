@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,8 +20,13 @@ import pytest
 import yaml
 from judge_server import QUESTIONS, Judge, judged
 
+from cluster.oversight import stages_of
+from cluster.stage import Stage
+from flows.forecast import planned_stages
 from montessori_core import schema
+from montessori_core.config import Experiment
 from montessori_core.screening import screening_report
+from tasks.run import Run, reopen_run
 
 ROOT = Path(__file__).parent.parent
 TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
@@ -42,7 +49,7 @@ def configuration(folder: Path, model: Path) -> Path:
             "prompts_per_shard": 8,
             "instructions_per_shard": 16,
             "max_rounds": 30,
-            "oversampling": 8.0,
+            "oversampling": 16.0,
         },
         "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
         "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
@@ -137,6 +144,91 @@ def test_teachers_on_the_way_are_followed_and_both_teachers_are_measured(undistu
     assert kept["step"] == last["step"] // 2
     assert kept["held_out_loss"] != last["held_out_loss"] == metrics["held_out_loss"]["student"]["mean"]
     assert schema.read_table(run / "unmodified" / "training-influence.parquet", schema.INFLUENCE).num_rows == 4
+
+
+def test_a_finished_run_is_the_forecast_of_itself_and_larger_ones_grow_by_their_sizes(undisturbed: Path) -> None:
+    run = reopen_run(undisturbed / "runs" / "tiny")
+    stages = stages_of(run.folder)
+    works = planned_stages(run, run.experiment)
+    assert [work.name for work in works] == [str(folder.relative_to(run.folder)) for folder in stages]
+    for folder, work in zip(stages, works, strict=True):
+        manifests = [json.loads(path.read_text()) for path in folder.glob("part-*.manifest.json")]
+        took = sum(manifest["seconds"] + manifest["opening"] for manifest in manifests)
+        assert sum(map(len, work.jobs)) == len(manifests)
+        assert sum(map(sum, work.jobs)) + len(work.jobs) * work.opening == pytest.approx(took, rel=0.01)
+
+    sizes = {
+        "influence": {"probing_examples": 160, "later_probing_examples": 80},
+        "training": {"examples": 60},
+        "comparison": {"influence_examples": 100},  # of which there are 60
+    }
+    changed = {name: getattr(run.experiment, name).model_copy(update=fields) for name, fields in sizes.items()}
+    larger = run.experiment.model_copy(update={**changed, "iterations": 2})
+    seconds = {work.name: sum(map(sum, work.jobs)) for work in planned_stages(run, larger)}
+    before = {work.name: sum(map(sum, work.jobs)) for work in works}
+    growth = {name: seconds[name] / before[name] for name in before}
+    for name, factor in {
+        "influence": 10,
+        "student": 10,
+        "warmup": 1,
+        "evaluation": 1,
+        "training-influence": 15,
+    }.items():
+        assert growth[f"iteration-1/{name}"] == pytest.approx(factor)
+    assert growth["iteration-1/training/instructions-1"] == pytest.approx(10, rel=0.1)  # of whole prompts
+    assert growth["iteration-1/instructions-1"] == pytest.approx((160 + 4) / (16 + 4), rel=0.1)
+    assert "iteration-2/warmup" not in seconds  # the student of the last iteration is warm
+    assert seconds["iteration-2/influence"] == pytest.approx(5 * before["iteration-1/influence"])
+    assert [name for name in seconds if name.startswith("un")] == [name for name in before if name.startswith("un")]
+
+
+def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path: Path) -> None:
+    stage = Stage(
+        "influence-confirm", 1, "p:f", {}, {}, {}, tmp_path / "iteration-1" / "influence-confirm", kind="influence"
+    )
+    rows = [{"example_id": str(n)} for n in range(10)]
+    stage.write([rows], [stage.key(rows)])
+    (stage.folder / "jobs").mkdir()
+    stage.note_node("1", "here", restarts=0)
+    with stage.commit_part(0, stage.key(rows), len(rows), "1") as part:
+        part.touch()
+
+    def probing(examples: int) -> Experiment:
+        model = {"model": "smollm2-135m"}
+        sizes = {"probing_examples": examples, "examples_per_shard": 1, "screening": {"audit_examples": 100}}
+        return Experiment.model_validate({"teacher": model, "student": model, "influence": sizes})
+
+    (work,) = planned_stages(Run(tmp_path, probing(150)), probing(1100))
+    assert sum(map(len, work.jobs)) == 10 * 1000 / 50
+
+
+def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
+    pilot = "runs/tiny"
+    arguments = [
+        "--nodes",
+        "1",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "0",
+        "--preemption-hours",
+        "0.05",
+        "--simulations",
+        "5",
+    ]
+    code, output = call(
+        *("plan", "--simulate", "--pilot", pilot, "--set", "student.max_length=64", *arguments), cwd=undisturbed
+    )
+    assert code == 0, output
+    assert "costs are taken all the same: student.max_length" in output
+    assert "iteration-1/influence" in output
+    whole = output.split("the whole experiment")[1].splitlines()
+    assert [line.split()[1] for line in whole if line[:1] == "│"] == ["1", "4"]
+    assert "jobs at a time" in output
+    code, output = call("plan", "--simulate", "--pilot", "runs", cwd=undisturbed)
+    assert (code, "not a run" in output) == (1, True)
+    code, output = call("plan", "--simulate", cwd=undisturbed)
+    assert (code, "--pilot RUN_DIR" in output) == (1, True)
 
 
 def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed: Path, tmp_path: Path) -> None:
@@ -300,17 +392,46 @@ def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
     assert digests(run) == digests(undisturbed / "runs" / "tiny")
 
 
+def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: Path) -> None:
+    """A terminal sends the signal to all that runs in it, not to the driver alone."""
+    config = configuration(tmp_path, talking_llama)
+    terminal, inside = pty.openpty()
+    driver = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+         "runpy.run_module('flows.cli', run_name='__main__')", "run", str(config)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(inside)
+    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
+    said = b""
+    with suppress(OSError):  # raised where the terminal has no process left
+        while chunk := os.read(terminal, 4096):
+            said += chunk
+            if ledger.exists() and b"\x03" not in said:
+                os.write(terminal, b"\x03")
+                said += b"\x03"
+    assert driver.wait() == 130
+    text = said.decode()
+    assert "cancelling the jobs of this run" in text
+    assert "the jobs were cancelled, what is done is kept" in text
+    assert "resume" in text.split("Go on with:")[1]
+    assert not left_over(tmp_path)
+
+
 DIES_WHILE_JOINING = """
 import os, signal, sys
-from pathlib import Path
-import pyarrow.parquet
-write = pyarrow.parquet.write_table
-def write_and_die(table, where, *arguments, **options):
-    write(table, where, *arguments, **options)
-    if ".influence.parquet" in str(where):
-        Path(where).write_bytes(Path(where).read_bytes()[:100])
+from pyarrow.parquet import ParquetWriter
+write = ParquetWriter.write_table
+def write_and_die(writer, *arguments, **options):
+    write(writer, *arguments, **options)
+    if ".influence.parquet" in str(writer.where):
         os.kill(os.getpid(), signal.SIGKILL)
-pyarrow.parquet.write_table = write_and_die
+ParquetWriter.write_table = write_and_die
 sys.argv = ["montessori", "resume", sys.argv[1]]
 from flows.cli import main
 main()

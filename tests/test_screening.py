@@ -32,7 +32,7 @@ class Bench:
         self.estimate = {name: value + shift + draw.gauss(0.0, error) for name, value in self.exact.items()}
         self.measured: dict[str, int] = {}
 
-    def measure(self, name: str, estimator: str, rows: list[Row]) -> pa.Table:
+    def measure(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
         self.measured[name] = len(rows)
         values = self.exact if estimator == "exact" else self.estimate
         records = [
@@ -53,7 +53,7 @@ class Bench:
             for row in rows
         ]
         notes = {"noise_floor": 1e-9, "null_step_influence": 0.0, "student_loss": 2.0, "reference_tokens": 100.0}
-        return note_influence(table_from_rows(records, INFLUENCE), notes)
+        return note_influence(table_from_rows(records, INFLUENCE), notes).to_reader()
 
 
 def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
@@ -131,7 +131,7 @@ def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str
 
 def test_small_sets_are_measured_exactly() -> None:
     bench = Bench(60, error=0.1)
-    table = estimate_influence(bench.rows, bench.measure, Influence(estimator="screened"), "student")
+    table = estimate_influence(bench.rows, bench.measure, Influence(estimator="screened"), "student").read_all()
     assert table["influence_student"].to_pylist() == list(bench.exact.values())
     assert "confirm" not in bench.measured
 

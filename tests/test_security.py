@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from cluster.fanout import Ledger
+from flows.cli import app, console
+from flows.evaluation import RESULT, print_evaluation
 from montessori_core.chat import IGNORED, encode_example
 from montessori_core.errors import UserError
 from montessori_core.models import load_model, load_tokenizer
@@ -77,6 +80,26 @@ def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str,
     assert outcome.returncode == 1
     assert "name: " in outcome.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_name_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    """Not as the YAML that it might be: a date that is none, a number."""
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    changed = ["--name", "2026-02-30", "--set", "seed_pool.path=absent.jsonl"]
+    outcome = CliRunner().invoke(app, ["run", config, "--run-root", str(tmp_path), *changed])
+    assert isinstance(outcome.exception, UserError)
+    assert "absent.jsonl: cannot be read" in str(outcome.exception)
+
+
+def test_names_and_ids_are_printed_as_they_are(tmp_path: Path) -> None:
+    """Tags of the terminal's markup would hide text, or end the command with an error where none is open."""
+    odd = "[/red] [b]gsm8k[/b] :warning:"
+    score = {"benchmark": odd, "metric": "accuracy", "mean": 0.5, "standard_error": 0.1, "examples": 4, "unparsed": 0}
+    loss = {"mean": 1.0, "standard_error": 0.1}
+    (tmp_path / RESULT).write_text(json.dumps({"held_out_loss": loss, "scores": [score]}))
+    with console.capture() as said:
+        print_evaluation(tmp_path, console)
+    assert odd in said.get()
 
 
 @pytest.mark.parametrize(

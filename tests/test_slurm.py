@@ -650,7 +650,7 @@ def test_slurm_is_asked_how_large_an_array_may_be() -> None:
     assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
 
 
-@pytest.mark.parametrize("fault", ["crash", "preemption"])
+@pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.faults), "preemption"])
 def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
     """ZeRO-2; the weights are those of an undisturbed training."""
     settings = {

@@ -146,7 +146,7 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.faults)])
 def test_training_killed_between_its_steps_goes_on_to_the_same_end(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
@@ -203,7 +203,7 @@ PAIRS: list[Row] = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2)])
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.faults)])
 def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int, processes: int) -> None:
     settings = {
         "teacher": Teacher(model=str(smollm2), prompt_style="completion").model_dump(mode="json"),
@@ -221,6 +221,7 @@ def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int
     assert log[-1]["loss"] < 0.67
 
 
+@pytest.mark.faults
 def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_path: Path) -> None:
     """ZeRO-2 and ZeRO-3 in two processes, on the same pairs: to a thousandth of what the weights moved."""
 

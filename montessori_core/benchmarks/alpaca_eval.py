@@ -18,6 +18,7 @@ from scipy.special import expit
 from montessori_core.benchmarks.files import Entry, Text, read_entries
 from montessori_core.errors import DataError, UserError
 from montessori_core.program import Row
+from montessori_core.sources import open_text
 
 _FOLDS = 5
 _STRENGTHS = np.logspace(-4, 4, 10)
@@ -103,7 +104,7 @@ def read_difficulties(path: Path) -> list[float]:
     """
     found: dict[int, float] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with open_text(path, newline="") as stream:
             for number, row in enumerate(csv.reader(stream), 1):
                 if number == 1 or not row:
                     continue
@@ -118,8 +119,8 @@ def read_difficulties(path: Path) -> list[float]:
                         f"{path}, line {number}: not finite, or index {index} stands there twice; correct the line"
                     )
                 found[index] = difficulty
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the path") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give AlpacaEval's instruction_difficulty.csv") from error
     if sorted(found) != list(range(len(found))):
         raise DataError(f"{path}: indexes must be 0 to {len(found) - 1}, each once; complete the file")
     return [found[index] for index in range(len(found))]

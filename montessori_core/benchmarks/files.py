@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from montessori_core.errors import DataError
-from montessori_core.sources import jsonl_rows
+from montessori_core.sources import jsonl_rows, open_text, parse_json
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 """A text that is not blank."""
@@ -42,9 +42,8 @@ def _contents(path: Path) -> Iterator[tuple[str, Any]]:
         yield from jsonl_rows(path)
         return
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        with open_text(path) as stream:
+            contents = parse_json(stream.read(), str(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); a .json file must be one "

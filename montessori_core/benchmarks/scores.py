@@ -54,10 +54,11 @@ def item_scores(table: pa.Table) -> list[Row]:
 def win_rate_scores(benchmark: str, rates: WinRates) -> list[Row]:
     """The win rate, and that for answers of equal length, as shares of 1."""
     judged = rates.wins + rates.ties + rates.losses
-    return [
-        score(benchmark, "win_rate", rates.win_rate, rates.win_rate_error, judged),
-        score(benchmark, "length_controlled_win_rate", rates.length_controlled, rates.length_controlled_error, judged),
-    ]
+    found = {
+        "win_rate": (rates.win_rate, rates.win_rate_error),
+        "length_controlled_win_rate": (rates.length_controlled, rates.length_controlled_error),
+    }
+    return [score(benchmark, metric, *rate, judged, unparsed=rates.unparsed) for metric, rate in found.items()]
 
 
 def mt_bench_scores(summary: Summary) -> list[Row]:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
 from montessori_core.atomic import read_json
+from montessori_core.config import parse_yaml
+from montessori_core.errors import ConfigError
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of
 from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
@@ -238,8 +239,8 @@ def _missing_of(iteration: Iteration, run: Contents) -> list[str]:
 
 def _settings(text: str | None) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text or "")
-    except yaml.YAMLError:
+        content = parse_yaml(text or "", "config.yaml")
+    except ConfigError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,4 +1,4 @@
-"""How the report writes numbers: short, with a true minus sign, and a dash for what is not known."""
+"""How reports write numbers: short, with a true minus sign, and a dash for what is not known."""
 
 import math
 from collections.abc import Iterable

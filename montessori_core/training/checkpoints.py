@@ -18,12 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from montessori_core.atomic import hash_json
 from montessori_core.models import fingerprint
 from montessori_core.program import Row
+from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
-_IN_ONE_TRAINING = 10
 _STEPS_WORTH_ONE = 20
-_SECONDS_BETWEEN = 900.0
 _COST = 0.05
 """Share of the time that saving by the clock may take."""
 _GRACE = 60.0
@@ -45,7 +44,7 @@ def evenly_spread(steps: int) -> dict[str, Any]:
     """The trainer's arguments for the checkpoints that come in any case; a short training needs none."""
     return {
         "save_strategy": "steps" if steps >= _STEPS_WORTH_ONE else "no",
-        "save_steps": 1 / _IN_ONE_TRAINING,
+        "save_steps": 1 / CHECKPOINTS,
         "save_total_limit": 2,  # the last may be half written when the job is killed
     }
 
@@ -83,7 +82,7 @@ class CheckpointCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer."""
         waited = time.monotonic() - self._last
-        due = torch.tensor(self._told or waited > max(_SECONDS_BETWEEN, self._longest / _COST), dtype=torch.int32)
+        due = torch.tensor(self._told or waited > max(CHECKPOINT_SECONDS, self._longest / _COST), dtype=torch.int32)
         due = due.to(args.device)
         torch.distributed.all_reduce(due, torch.distributed.ReduceOp.MAX)
         control.should_save |= bool(due) and state.global_step < state.max_steps

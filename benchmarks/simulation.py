@@ -1,0 +1,179 @@
+"""The simulation behind `montessori plan --simulate` beside a real Slurm: predicted and measured time of the same stages.
+
+    LAB=/tmp/lab NODES=4 CPUS=1 docker/slurm/lab.sh start && eval "$(LAB=/tmp/lab docker/slurm/lab.sh env)"
+    LAB=/tmp/lab python benchmarks/simulation.py --folder /tmp [--runs 4]
+    LAB=/tmp/lab docker/slurm/lab.sh stop
+
+Shards sleep a time that differs from shard to shard, and are saved piece by piece. A *pilot* of 8 shards, run first and in
+peace, says what a row costs; from that, 96 shards are predicted and then run --runs times, under each of:
+
+* peace, with four jobs at a time and with two;
+* preemption: every running job is put back into the queue (scontrol requeue) at random, once in 20 s on average;
+* failing nodes: each is crashed (lab.sh kill-node) once in 60 s on average and started again after 20 s.
+
+Each line gives the median and 80 % range of the simulations, then the measured runs. The lab notices a crashed node when it
+is back, and lets a job that was put back start after --requeue-seconds.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.accounting import use_of
+from cluster.costs import StageCost, cost_of
+from cluster.fanout import fan_out
+from cluster.simulation import Disturbances, Machines, Work, simulate
+from cluster.stage import Stage
+from montessori_core.config import Cluster, Resources
+
+PROGRAM = """
+import random, time
+import pyarrow as pa, pyarrow.parquet as pq
+
+def open_sleep(settings, inputs):
+    def compute(rows, output, report):
+        for row in rows:
+            time.sleep(random.Random(row["n"]).lognormvariate(-0.125, 0.5) * settings["seconds"])
+        report(len(rows))
+        pq.write_table(pa.table({"row": [row["n"] for row in rows]}), output)
+    return compute
+"""
+NODES = 4
+ROWS, PIECE, SECONDS = 8, 2, 0.3  # rows of a shard and of a piece, and what a row sleeps on average
+SHARDS, SHARDS_PER_JOB = 96, 6
+PREEMPTION, FAILURE, REPAIR = 20.0, 60.0, 20.0  # seconds
+SIMULATIONS = 400
+
+
+def main() -> None:
+    """Measure the pilot, then predict and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(), help="where scratch folders are made; shared, for Slurm")
+    parser.add_argument("--runs", type=int, default=4, help="measured runs of each line")
+    parser.add_argument("--requeue-seconds", type=float, default=6.0, help="of the lab; see cred_expire in slurm.conf")
+    arguments = parser.parse_args()
+
+    cost, _ = run(arguments.folder, 8, NODES, lambda stop: None)
+    print(  # noqa: T201
+        f"pilot: {cost.seconds_per_row:.3f} s a row, spread {cost.spread:.2f}, opening {cost.opening:.1f} s\n\n"
+        "| | simulated, s: median, 10 % to 90 % | measured, s | put back, simulated | measured |\n|---|---|---|---|---|",
+        flush=True,
+    )
+    back = arguments.requeue_seconds
+    peace = Disturbances(requeue_seconds=back)
+    preempted = Disturbances(preemption_hours=PREEMPTION / 3600, requeue_seconds=back)
+    # A crashed node is noticed when it registers again; its jobs wait for that, then like any that is put back.
+    failing = Disturbances(FAILURE / 3600, notice_seconds=REPAIR, repair_minutes=REPAIR / 60, requeue_seconds=back)
+    for name, at_once, disturbances, disturb in (
+        ("peace, 4 jobs at a time", 4, peace, lambda stop: None),
+        ("peace, 2 jobs at a time", 2, peace, lambda stop: None),
+        ("preemption", 4, preempted, preempt),
+        ("failing nodes", 4, failing, crash_nodes),
+    ):
+        work = planned(cost, at_once)
+        spent = [simulate([work], Machines(NODES, 0, 1), disturbances, seed)[0] for seed in range(SIMULATIONS)]
+        deciles = statistics.quantiles([one.seconds for one in spent], n=10)
+        measured = [run(arguments.folder, SHARDS, at_once, disturb) for _ in range(arguments.runs)]
+        print(  # noqa: T201
+            f"| {name} | {deciles[4]:.0f}, {deciles[0]:.0f} to {deciles[8]:.0f} "
+            f"| {', '.join(f'{one.ended - one.submitted:.0f}' for _, one in measured)} "
+            f"| {statistics.mean(one.restarts for one in spent):.1f} "
+            f"| {', '.join(str(one.restarts) for _, one in measured)} |",
+            flush=True,
+        )
+
+
+class Clock:
+    """When a run was submitted and ended, and how many of its jobs Slurm put back."""
+
+    submitted = ended = 0.0
+    restarts = 0
+
+
+def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Event], None]) -> tuple[StageCost, Clock]:
+    """One fan-out of sleeping shards; its cost and its time."""
+    clock, stop = Clock(), threading.Event()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        home = Path(scratch).resolve()
+        (home / "sleeping_program.py").write_text(PROGRAM)
+        os.environ["PYTHONPATH"] = f"{home}{os.pathsep}{Path(__file__).resolve().parent.parent}"
+        stage = Stage(
+            *("sleep", 1, "sleeping_program:open_sleep", {"seconds": SECONDS}, {}, {}, home / "stage"),
+            piece_rows=PIECE,
+            kind="influence",
+        )
+        rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
+        resources = Resources(
+            parallel_jobs=at_once, cpus_per_process=1, shards_per_job=min(SHARDS_PER_JOB, shards // NODES)
+        )
+        trouble = threading.Thread(target=disturb, args=(stop,))
+        clock.submitted = time.time()
+        trouble.start()
+        try:
+            fan_out(stage, rows, resources, Cluster(profile="slurm", poll_seconds=0.5))
+        finally:
+            stop.set()
+            trouble.join()
+        cost = cost_of(stage.folder)
+        assert cost is not None
+        clock.ended = cost.ended
+        clock.restarts = use_of(stage.folder).preemptions
+    return cost, clock
+
+
+def planned(cost: StageCost, at_once: int) -> Work:
+    """The stage as the simulation has it."""
+    return Work(
+        name="sleep",
+        jobs=[[ROWS * cost.seconds_per_row] * SHARDS_PER_JOB] * (SHARDS // SHARDS_PER_JOB),
+        spread=cost.spread / ROWS**0.5,
+        opening=cost.opening,
+        saved_every=PIECE * cost.seconds_per_row,
+        nodes=1,
+        gpus=0,
+        cpus=1,
+        at_once=at_once,
+        limit=4 * 3600,
+        around=1.0,
+    )
+
+
+def preempt(stop: threading.Event) -> None:
+    """Put running jobs back into the queue at random."""
+    looked = time.monotonic()
+    while not stop.wait(0.5):
+        since, looked = time.monotonic() - looked, time.monotonic()
+        command = ["squeue", "--me", "--noheader", "--states=RUNNING", "--format=%i"]
+        for job in subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split():
+            if random.random() < since / PREEMPTION:
+                subprocess.run(["scontrol", "requeue", job], stderr=subprocess.DEVNULL)
+
+
+def crash_nodes(stop: threading.Event) -> None:
+    """Crash nodes at random, and start each again after a while."""
+    due = {node: time.time() + random.expovariate(1 / FAILURE) for node in range(1, NODES + 1)}
+    down: set[int] = set()
+    while not stop.wait(0.2):
+        for node in [node for node, when in due.items() if when <= time.time()]:
+            lab("start-node" if node in down else "kill-node", str(node))
+            due[node] = time.time() + (random.expovariate(1 / FAILURE) if node in down else REPAIR)
+            down ^= {node}
+    for node in down:
+        lab("start-node", str(node))
+
+
+def lab(*arguments: str) -> None:
+    """Speak to the lab."""
+    script = Path(__file__).resolve().parent.parent / "docker" / "slurm" / "lab.sh"
+    subprocess.run([script, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

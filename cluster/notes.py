@@ -1,0 +1,93 @@
+"""What a stage, its jobs and its driver note on disk, and how it is read back.
+
+A note that is missing, not whole, or not of its kind counts as not there: what it would have said is then found out, or
+done, again.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from montessori_core.atomic import read_json
+from montessori_core.program import Row
+
+_Amount = Annotated[int, Field(ge=0, lt=10**30)]
+_Seconds = Annotated[float, Field(ge=0.0, lt=1e15)]
+
+
+class Note(BaseModel):
+    """A JSON object of known fields."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Description(Note):
+    """A stage, as its workers are told of it; see `cluster.stage.Stage`. `shards` is how many there are."""
+
+    name: str
+    version: int
+    program: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    input_hashes: dict[str, str]
+    suffix: str
+    piece_rows: int
+    kind: str = ""
+    shards: Annotated[int, Field(ge=0, lt=10**7)]
+
+
+class Shard(Note):
+    """Rows, and the key that says what their result is decided by."""
+
+    key: str
+    rows: list[Row]
+
+
+class Manifest(Note):
+    """That a shard is done: its key and rows, bytes and hash of its result, and what that took."""
+
+    key: str
+    rows: _Amount
+    bytes: _Amount
+    sha256: str
+    job_id: str
+    opening: _Seconds = 0.0
+    seconds: _Seconds
+    row_seconds: _Seconds | None = None
+    flops: _Amount
+
+
+class Begun(Note):
+    """How many rows of a shard at work are done."""
+
+    done: _Amount
+
+
+class Failure(Note):
+    """Why a shard failed; `opening` says that the program could not even be opened."""
+
+    job_id: str
+    attempt: str
+    kind: str = Field(alias="class")
+    opening: bool
+    error: str
+    traceback: str
+
+
+class Start(Note):
+    """Where a job started last, and how often Slurm had put it back into the queue before."""
+
+    node: str
+    restarts: _Amount
+
+
+AnyNote = TypeVar("AnyNote", bound=Note)
+
+
+def read_note(path: Path, kind: type[AnyNote]) -> AnyNote | None:
+    """Read a note; None if it is missing, not whole, or not of its kind."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError:
+        return None

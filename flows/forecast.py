@@ -1,0 +1,279 @@
+"""`montessori plan --simulate`: how long an experiment will take on a cluster, from what a small run of it took.
+
+Every stage of the pilot comes again with as many rows as the experiment's sizes make of it, at the pilot's cost of a row,
+as jobs of the experiment's cluster section; `cluster.simulation` plays that through with failures and queueing.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from cluster.backends import bundle, deal
+from cluster.costs import StageCost, cost_of
+from cluster.oversight import stages_of
+from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
+from montessori_core.config import Experiment, Resources, StageResources, differences
+from montessori_core.errors import UserError
+from montessori_core.report.numbers import duration
+from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
+from tasks.run import Run
+
+_SIZES = {
+    "warmup": {"examples"},
+    "training": {"examples"},
+    "influence": {"probing_examples", "later_probing_examples", "examples_per_shard"},
+    "synthesis": {"prompts_per_shard", "instructions_per_shard"},
+    "preferences": {"max_pairs"},
+    "comparison": {"influence_examples"},
+}
+"""Settings that scale a stage or cut it otherwise; all others decide what a row costs, or which stages there are."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What simulations of an experiment came to.
+
+    Attributes:
+        machines: what it ran on.
+        stages: the stages, in order.
+        spent: [simulations][stages].
+    """
+
+    machines: Machines
+    stages: Sequence[Work]
+    spent: Sequence[Sequence[Spent]]
+
+    def hours(self, what: str, share: float) -> float:
+        """A quantile over the simulations of what all stages took: of 'wall', 'job' or 'gpu' hours."""
+        return float(np.quantile([self._sum(what, one) for one in self.spent], share))
+
+    def _sum(self, what: str, spent: Sequence[Spent]) -> float:
+        if what == "gpu":
+            return sum(map(_gpu_hours, self.stages, spent))
+        return sum(one.seconds if what == "wall" else one.job_seconds for one in spent) / 3600
+
+
+def forecast(
+    pilot: Run, experiment: Experiment, machines: Sequence[Machines], disturbances: Disturbances, simulations: int
+) -> list[Forecast]:
+    """Simulate an experiment on each of several clusters.
+
+    Raises:
+        UserError: the pilot has not finished, or jobs do not fit.
+    """
+    stages = planned_stages(pilot, experiment)
+    return [
+        Forecast(
+            cluster,
+            stages,
+            [
+                simulate(stages, cluster, disturbances, seed)
+                for seed in tqdm(range(simulations), desc=f"{cluster.nodes} nodes", leave=False, disable=None)
+            ],
+        )
+        for cluster in machines
+    ]
+
+
+def planned_stages(pilot: Run, experiment: Experiment) -> list[Work]:
+    """The stages of an experiment, with rows and costs worked out from those of the pilot.
+
+    Raises:
+        UserError: a stage of the pilot is not done.
+    """
+    costs: dict[PurePath, StageCost] = {}
+    for folder in stages_of(pilot.folder):
+        cost = cost_of(folder)
+        if cost is None:
+            raise UserError(
+                f"{folder}: this stage of the pilot is not done, or an older version did it; bring it to its end with "
+                f"montessori resume {pilot.folder}, or run a new pilot"
+            )
+        costs[folder.relative_to(pilot.folder)] = cost
+    last = max((_iteration_of(stage) for stage in costs), default=0)
+    if not last:
+        raise UserError(f"{pilot.folder}: nothing was run here yet; a pilot is a finished run")
+    around = _driver_seconds(list(costs.values()))
+    works = []
+    for number in range(1, experiment.iterations + 1):
+        source = min(number, last)
+        for stage, cost in costs.items():
+            if _iteration_of(stage) != source or (number > source and not stage.parts[0].startswith("iteration-")):
+                continue
+            if stage.parts[0] == "unmodified" and not experiment.comparison.unmodified_teacher:
+                continue
+            renamed = PurePath(f"iteration-{number}", *stage.parts[1:]) if number > source else stage
+            rows = math.ceil(cost.rows * _size(renamed, experiment) / max(1, _size(stage, pilot.experiment)))
+            if renamed.name == "teacher":
+                rows = min(rows, experiment.preferences.max_pairs or rows)
+            if rows:
+                works.append(_work(renamed, rows, cost, experiment, around))
+    return works
+
+
+def _driver_seconds(costs: Sequence[StageCost]) -> float:
+    """From a stage's last commit to the first job of the next; the median, as somebody may have resumed the run next day."""
+    between = [after.begun - before.ended for before, after in itertools.pairwise(costs)]
+    return max(0.0, statistics.median(between)) if between else 0.0
+
+
+def _iteration_of(stage: PurePath) -> int:
+    """The iteration that a stage belongs to; those of untrained student and unmodified teacher are in the first."""
+    name, _, number = stage.parts[0].partition("-")
+    return int(number) if name == "iteration" and number.isdecimal() else 1
+
+
+def _size(stage: PurePath, experiment: Experiment) -> int:
+    """The setting that the rows of a stage grow with, by the names of its folders; 1 if there is none."""
+    *folders, name = stage.parts
+    first = _iteration_of(stage) == 1
+    influence, comparison = experiment.influence, experiment.comparison
+    probing = influence.probing_examples if first else influence.later_probing_examples
+    warming = experiment.warmup.examples if first else 0
+    if name.startswith("training-influence"):
+        measured = min(comparison.influence_examples, experiment.training.examples)
+    else:
+        measured = probing
+    if name == "warmup":
+        return warming
+    if name == "student" or "training" in folders:
+        return experiment.training.examples
+    if name.startswith(("instructions-", "responses-")):
+        return warming + probing
+    audited = min(measured, influence.screening.audit_examples)
+    if name.endswith("influence-audit"):
+        return audited
+    if name.endswith("influence-confirm"):
+        return measured - audited
+    if name == "teacher" or name.endswith("influence"):
+        return measured
+    return 1
+
+
+def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, around: float) -> Work:
+    resources: Resources = getattr(experiment.cluster.resources, cost.kind)
+    influence, synthesis = experiment.influence, experiment.synthesis
+    if cost.kind == "influence":
+        size = influence.examples_per_shard
+    elif stage.name.startswith("instructions-"):
+        size = synthesis.prompts_per_shard
+    elif stage.name.startswith("responses-"):
+        size = synthesis.instructions_per_shard
+    else:
+        size = cost.shard_rows if cost.shard_rows < cost.rows else rows
+    shards = [min(size, rows - start) * cost.seconds_per_row for start in range(0, rows, size)]
+    if cost.kind == "training":
+        saved_every = min(CHECKPOINT_SECONDS, sum(shards) / CHECKPOINTS)
+    else:
+        saved_every = cost.piece_rows * cost.seconds_per_row if cost.piece_rows else math.inf
+    local = experiment.cluster.profile == "local"
+    return Work(
+        name=str(stage),
+        jobs=deal(shards, resources.parallel_jobs) if local else bundle(shards, resources.shards_per_job),
+        spread=cost.spread / math.sqrt(min(size, rows)),
+        opening=cost.opening,
+        saved_every=saved_every,
+        nodes=resources.nodes,
+        gpus=resources.gpus_per_node,
+        cpus=resources.processes_per_node * resources.cpus_per_process,
+        at_once=resources.parallel_jobs,
+        limit=60.0 * resources.time_limit_minutes,
+        around=around,
+    )
+
+
+def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
+    """Settings in which the two differ beside sizes and how many jobs there are: what a row costs may depend on them."""
+
+    def deciding(one: Experiment) -> dict[str, Any]:
+        settings = one.model_dump(
+            mode="json", exclude=_SIZES | {"name": True, "cluster": True, "iterations": True, "seed": True}
+        )  # type: ignore[arg-type,operator]
+        job = {"nodes", "processes_per_node", "gpus_per_node", "cpus_per_process"}
+        kinds = dict.fromkeys(StageResources.model_fields, job)
+        return settings | {"cluster": {"resources": one.cluster.resources.model_dump(mode="json", include=kinds)}}
+
+    return differences(deciding(pilot), deciding(experiment))
+
+
+def _gpu_hours(work: Work, spent: Spent) -> float:
+    return spent.job_seconds * work.nodes * work.gpus / 3600
+
+
+def show_forecast(forecasts: Sequence[Forecast], console: Console) -> None:
+    """Print the stages on the first of the clusters, then what the whole takes on each."""
+    first = forecasts[0]
+    table = Table(title=f"{_words(first.machines)}: means of {len(first.spent)} simulations", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "put back"):
+        table.add_column(name)
+    for number, work in enumerate(first.stages):
+        mean = _mean([one[number] for one in first.spent])
+        table.add_row(
+            work.name,
+            str(len(work.jobs)),
+            str(_at_once(work, first.machines)[0]),
+            duration(mean.seconds),
+            f"{mean.job_seconds / 3600:.2f}",
+            f"{_gpu_hours(work, mean):.2f}",
+            f"{max(0.0, mean.lost_seconds) / mean.job_seconds:.1%}",
+            f"{mean.restarts / len(work.jobs):.2f}",
+        )
+    console.print(table)
+    table = Table(
+        *("nodes", "wall time", "10 % to 90 % of simulations", "job hours", "GPU hours", "10 % to 90 %"),
+        title="the whole experiment: medians",
+        title_justify="left",
+    )
+    for one in forecasts:
+        low, middle, high = (duration(3600 * one.hours("wall", share)) for share in (0.1, 0.5, 0.9))
+        table.add_row(
+            str(one.machines.nodes),
+            middle,
+            f"{low} to {high}",
+            f"{one.hours('job', 0.5):.1f}",
+            f"{one.hours('gpu', 0.5):.1f}",
+            f"{one.hours('gpu', 0.1):.1f} to {one.hours('gpu', 0.9):.1f}",
+        )
+    console.print(table)
+    for one in forecasts:
+        seconds, longest = max(
+            (statistics.mean(spent[number].seconds for spent in one.spent), number) for number in range(len(one.stages))
+        )
+        work = one.stages[longest]
+        at_once, reason = _at_once(work, one.machines)
+        console.print(
+            f"nodes: {one.machines.nodes}: longest is {work.name}, {duration(seconds)}, with {at_once} of its "
+            f"{len(work.jobs)} jobs at a time: {reason}",
+            soft_wrap=True,
+        )
+    console.print("lost: share of job hours. put back: how often a job went back into the queue.", soft_wrap=True)
+
+
+def _at_once(work: Work, machines: Machines) -> tuple[int, str]:
+    """How many jobs of a stage are at work at a time, and what keeps it from more."""
+    limits = {
+        "it has no more; make shards smaller for more": len(work.jobs),
+        "more by parallel_jobs in cluster.resources": work.at_once,
+        "more nodes would help": room(work, machines),
+    }
+    reason = min(limits, key=lambda name: limits[name])
+    return limits[reason], reason
+
+
+def _mean(spent: Sequence[Spent]) -> Spent:
+    names = Spent.__annotations__
+    return Spent(**{name: statistics.mean(getattr(one, name) for one in spent) for name in names})
+
+
+def _words(machines: Machines) -> str:
+    return f"nodes: {machines.nodes}, each with {machines.gpus} GPUs and {machines.cpus} cores"
