@@ -59,9 +59,10 @@ class Manifest(Note):
 
 
 class Begun(Note):
-    """How many rows of a shard at work are done."""
+    """How many rows of a shard at work are done, and how long its job takes for one."""
 
     done: _Amount
+    row_seconds: _Seconds | None = None
 
 
 class Failure(Note):

@@ -80,7 +80,8 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
     """
     stage, shards = Stage.read(folder), describe(folder).shards
     done: list[int] = []
-    missing: dict[int, int] = {}
+    missing: dict[int, Begun | None] = {}
+    begun = 0
     rows = 0
     for index in range(shards):
         shard = read_note(stage.shard_file(index), Shard)
@@ -89,14 +90,14 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
         if shard and stage.is_done(index, shard.key):
             done.append(index)
         else:
-            begun = read_note(stage.progress_file(index), Begun)
-            missing[index] = min(begun.done, count) if begun else 0
+            missing[index] = note = read_note(stage.progress_file(index), Begun)
+            begun += min(note.done, count) if note else 0
     running, queued = _at_work(folder, cluster, set(missing))
     idle = set(missing) - running - queued
     noted = {index: read_note(stage.failure_file(index), Failure) for index in sorted(idle)}
     failures = [_failure(stage, index, failure) for index, failure in noted.items() if failure]
     manifests = [manifest for index in done if (manifest := read_note(stage.manifest(index), Manifest))]
-    rows_done = sum(manifest.rows for manifest in manifests) + sum(missing.values())
+    rows_done = sum(manifest.rows for manifest in manifests) + begun
     return StageState(
         folder,
         shards,
@@ -107,7 +108,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
         rows,
         rows_done,
         sum(manifest.seconds for manifest in manifests),
-        _pace(stage, done),
+        _pace(stage, done) or _pace_of_jobs([missing[index] for index in running]),
         failures,
     )
 
@@ -200,3 +201,9 @@ def _pace(stage: Stage, done: list[int]) -> float | None:
     # A stage that stands still gets slower with every look.
     elapsed = max(ended[-1][0], time.time()) - ended[0][0]
     return rows / elapsed if elapsed > 0 else None
+
+
+def _pace_of_jobs(at_work: list[Begun | None]) -> float | None:
+    """Rows a second by what jobs say of themselves, before shards enough are done; None if one of them has not said yet."""
+    paces = [1 / begun.row_seconds for begun in at_work if begun and begun.row_seconds]
+    return sum(paces) if paces and len(paces) == len(at_work) else None

@@ -45,7 +45,7 @@ class RowClock:
         self._first, self._last = self._first or (now, done), (now, done)
         if now - self._written >= self._pause:
             self._written = now
-            write_json({"done": done}, self._file, durable=False)
+            write_json({"done": done, "row_seconds": self.row_seconds}, self._file, durable=False)
 
     @property
     def row_seconds(self) -> float | None:

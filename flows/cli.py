@@ -45,53 +45,42 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="""Montessori makes synthetic training data that helps the model it trains.
 
-    A [b]teacher[/b] writes instructions; the [b]influence[/b] of each on a [b]student[/b] is measured; DPO turns the
-    signs into a better teacher; the student is trained on what that teacher writes.
+    A [b]teacher[/b] writes instructions; the [b]influence[/b] of each on a [b]student[/b] is measured;
+    DPO turns the signs into a better teacher; the student is trained on what that teacher writes.
 
     [b]First steps[/b]
-
-    montessori model fetch smollm2-135m      the embedded model, once
-
-    montessori run configs/quickstart.yaml   an iteration on this machine, in minutes
-
-    montessori status runs/quickstart        what is done, running, failed, and how long it will take
-
-    montessori logs runs/quickstart --shard 3       montessori cancel runs/quickstart
-
-    montessori resume runs/quickstart        after Ctrl-C, a crash or a mended error: nothing done is repeated
+      montessori model fetch smollm2-135m     the embedded model, once
+      montessori run configs/quickstart.yaml  an iteration here, in minutes
+      montessori status runs/quickstart       what is done, what failed, how long yet
+      montessori logs runs/quickstart --shard 3
+      montessori cancel runs/quickstart
+      montessori resume runs/quickstart       goes on after Ctrl-C or a crash
 
     [b]Is it better than what you do now?[/b]
-
-    montessori compare configs/studies/quickstart.yaml    methods side by side, over several seeds
-
-    montessori methods                       which there are
+      montessori compare configs/studies/quickstart.yaml
+      montessori methods                      which there are to compare
 
     [b]How good is a model?[/b]
-
-    montessori evaluate DIR_OR_ID            held-out loss and benchmarks, with confidence intervals
+      montessori evaluate DIR_OR_ID           held-out loss and benchmarks
 
     [b]A Slurm cluster[/b]
-
-    montessori doctor --cluster cluster.yaml        montessori run CONFIG --cluster cluster.yaml
+      montessori doctor --cluster cluster.yaml
+      montessori run CONFIG --cluster cluster.yaml
 
     [b]In Prefect's UI[/b]
-
-    montessori up                            forms, schedules, progress, retry and cancel in the browser
+      montessori up                           forms, schedules, retry in the browser
 
     [b]Influence of data you have[/b]
-
-    montessori influence --student DIR_OR_ID --examples data.jsonl --reference good.jsonl --out influence.parquet
-
-    montessori plan --student DIR_OR_ID      whether that fits a GPU, and what goes to host memory
+      montessori influence --student DIR_OR_ID --examples FILE --out FILE.parquet
+      montessori plan --student DIR_OR_ID     does that fit a GPU?
 
     [b]How long will it take?[/b]
-
-    montessori plan CONFIG --simulate --pilot RUN_DIR    from a small run, on nodes that fail, preempt and queue
+      montessori plan CONFIG --simulate --pilot RUN_DIR
 
     [b]Your own models and data[/b]
-
-    montessori run configs/quickstart.yaml --name mine --set teacher.model=DIR_OR_ID
-    --set student.model=DIR_OR_ID --set seed_pool.path=seeds.jsonl
+      montessori run configs/quickstart.yaml --name mine \\
+        --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
+        --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
     """,
 )
 model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
@@ -174,7 +163,7 @@ def evaluate(
     from flows.evaluation import evaluate_opened, open_evaluation, print_evaluation
 
     named = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
-    experiment = _on_cluster(read_experiment(config, (*(set_ or []), f"name={named}")), cluster, config)
+    experiment = _on_cluster(read_experiment(config, (*(set_ or []), f"name={json.dumps(named)}")), cluster, config)
     folder = run_root / experiment.name
     opened, warnings = open_evaluation(experiment, model, folder)
     _warn(warnings)
@@ -335,8 +324,9 @@ def influence(
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
 
-    Fields of both files are instruction, input (may be missing) and output. A row's influence is positive if one training
-    step on it lowers the student's loss on the reference set. The same command again goes on after an interruption.
+    Fields of both files are instruction, input (may be missing) and output.
+    A row's influence is positive if one training step on it lowers the student's loss on the reference set.
+    The same command again goes on after an interruption.
     """
     if examples.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
@@ -416,17 +406,18 @@ def plan(
 ) -> None:
     """Say whether measuring influence on a student fits a GPU; with --simulate, how long an experiment will take.
 
-    Memory: what fits on the device, and what goes to the host; the jobs place things by the same plan, from the memory their
-    device really has. Exits with 1 if it does not fit.
+    Memory: what fits on the device, and what goes to the host; jobs place things by the same plan.
+    Exits with 1 if it does not fit.
 
-    --simulate: wall time and GPU-hours on some nodes that fail, preempt and queue, from the measured costs of a pilot: the
-    same experiment with small sizes, run on a machine of the cluster.
+    --simulate: wall time and GPU-hours on some nodes that fail, preempt and queue, from the measured costs of a pilot.
+    A pilot is the same experiment with small sizes, run on a machine of the cluster.
 
-        montessori plan CONFIG --simulate --pilot runs/pilot --cluster cluster.yaml --nodes 4 --nodes 16
-
-        --node-failure-hours 500 --queue-minutes 10
+      montessori plan CONFIG --simulate --pilot runs/pilot --cluster cluster.yaml \\
+        --nodes 4 --nodes 16 --node-failure-hours 500 --queue-minutes 10
     """
     if simulate:
+        if student is not None:
+            raise UserError("--student is for memory; with --simulate the experiment's configuration names the student")
         if pilot is None:
             raise UserError("--simulate needs --pilot RUN_DIR: a small finished run, whose stages say what a row costs")
         machines = [Machines(count, gpus_per_node, cpus_per_node) for count in nodes or [1]]
@@ -467,7 +458,7 @@ def _simulate(
     file = config or pilot / "config.yaml"
     experiment = _on_cluster(read_experiment(file, tuple(overrides)), cluster, file)
     differing = costs_may_differ(run.experiment, experiment)
-    _warn([f"not as in the pilot, whose costs are taken all the same: {line}" for line in differing])
+    _warn([f"not as in the pilot, whose stages and costs are taken all the same: {line}" for line in differing])
     show_forecast(forecast(run, experiment, machines, disturbances, simulations), console)
 
 
@@ -512,8 +503,9 @@ def report(
 ) -> None:
     """Write a page from what lies in the folders: the report of a run, or of a study, or several runs side by side.
 
-    The report of a run is report.html in its folder, that of a study comparison.html; several runs make
-    comparison-of-runs.html in the current folder. The data of each figure is written beside the page as CSV.
+    The report of a run is report.html in its folder, that of a study comparison.html.
+    Several runs make comparison-of-runs.html in the current folder.
+    The data of each figure is written beside the page as CSV.
     """
     from flows.study import PAGE, STUDY, read_comparison
     from montessori_core.report.render import render_report
@@ -638,6 +630,7 @@ def main() -> None:
     """Entry point; errors a user can act on are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cluster").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings by itself
     try:
         app(standalone_mode=True)
     except UserError as error:

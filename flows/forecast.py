@@ -192,12 +192,18 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
 
 
 def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
-    """Settings in which the two differ beside sizes and how many jobs there are: what a row costs may depend on them."""
+    """Settings in which the two differ beside sizes and how many jobs there are: what a row costs may depend on them.
+
+    A size is no mere size where there is no stage without it, and where the pilot's pairs ended at it.
+    """
+    excluded: dict[str, Any] = dict.fromkeys(("name", "cluster", "iterations", "seed"), True) | _SIZES
+    if pilot.preferences.max_pairs is not None:
+        del excluded["preferences"]
 
     def deciding(one: Experiment) -> dict[str, Any]:
-        settings = one.model_dump(
-            mode="json", exclude=_SIZES | {"name": True, "cluster": True, "iterations": True, "seed": True}
-        )  # type: ignore[arg-type,operator]
+        settings = one.model_dump(mode="json", exclude=excluded)
+        settings["warmup"]["examples > 0"] = one.warmup.examples > 0
+        settings["comparison"]["influence_examples > 0"] = one.comparison.influence_examples > 0
         job = {"nodes", "processes_per_node", "gpus_per_node", "cpus_per_process"}
         kinds = dict.fromkeys(StageResources.model_fields, job)
         return settings | {"cluster": {"resources": one.cluster.resources.model_dump(mode="json", include=kinds)}}

@@ -832,6 +832,8 @@ def _sentence(problem: Any) -> str:
         return f"unknown key; remove it or correct its spelling{_suggestion(problem['loc'])}"
     if kind == "missing":
         return "missing; this field has no default"
+    if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == RUN_NAME:
+        message = "a name has letters, digits, '.', '_' and '-', at most 80, and begins with a letter or digit"
     return (
         f"{message}; got {_shown.repr(problem['input'])}"
         if not isinstance(problem["input"], dict | BaseModel)

@@ -55,11 +55,12 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
     Raises:
         DataError: the seed pool is too small for a prompt, or the reference set overlaps the evaluation set.
     """
-    needed = experiment.synthesis.seed_demonstrations + experiment.synthesis.synthetic_demonstrations
-    if len(sources.seed_pool) < needed:
+    own, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
+    if len(sources.seed_pool) < own + synthetic:
         raise DataError(
-            f"seed_pool.path: {experiment.seed_pool.path} has {len(sources.seed_pool)} tasks, but a prompt takes "
-            f"{needed} demonstrations; add tasks or lower synthesis.seed_demonstrations"
+            f"seed_pool.path: {experiment.seed_pool.path} has {len(sources.seed_pool)} tasks, but a prompt of the first "
+            f"iteration takes {own + synthetic} demonstrations from it (synthesis.seed_demonstrations {own} + "
+            f"synthesis.synthetic_demonstrations {synthetic}); add tasks or lower one of them"
         )
     leak = _overlaps(sources.evaluation, sources.reference)
     if leak:
@@ -162,8 +163,8 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: it cannot be read; the message names file and line.
     """
+    number = 0
     with open_text(path) as stream:
-        number = 0
         try:
             for number, line in enumerate(stream, 1):
                 if line.strip():
@@ -174,7 +175,17 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one object"
             ) from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after line {number}: not UTF-8 text; convert the file") from error
+            raise DataError(f"{path}, line {_undecodable(path)}: not UTF-8 text; convert the file") from error
+
+
+def _undecodable(path: Path) -> int:
+    """The line of a file where what is not UTF-8 begins."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        content = content[: error.start]
+    return content.count(b"\n") + 1
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:

@@ -78,6 +78,15 @@ def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, 
     assert "seeds.jsonl" in str(refusal.value)
 
 
+def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "seeds.jsonl"
+    rows = [json.dumps({"instruction": f"Name {number} rivers."}).encode() for number in range(5000)]
+    rows[4321] = '{"instruction": "Wie heißt der längste Fluss?"}'.encode("latin-1")
+    path.write_bytes(b"\n".join(rows))
+    with pytest.raises(DataError, match="seeds.jsonl, line 4322: not UTF-8 text"):
+        read_tasks(DataSource(path=str(path)), "seed_pool", with_response=False)
+
+
 def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
     for name, message in (
         ("no.jsonl", "cannot be read"),

@@ -141,6 +141,20 @@ def test_cost_of_a_stage_is_what_its_manifests_say(folder: Path) -> None:
     assert cost_of(kind.folder) is None
 
 
+def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Path) -> None:
+    rows: list[Row] = [{"n": n} for n in range(12)]
+    left: list[float] = []
+
+    def look(progress: Progress) -> None:
+        state = look_at(folder / "stage", CLUSTER)
+        if 4 <= state.rows_done < 12 and state.seconds_left is not None:
+            left.append(state.seconds_left / (12 - state.rows_done))
+
+    fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look)
+    assert left
+    assert all(0.3 <= seconds < 3 for seconds in left)
+
+
 def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:

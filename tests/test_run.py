@@ -22,7 +22,7 @@ from judge_server import QUESTIONS, Judge, judged
 
 from cluster.oversight import stages_of
 from cluster.stage import Stage
-from flows.forecast import planned_stages
+from flows.forecast import costs_may_differ, planned_stages
 from montessori_core import schema
 from montessori_core.config import Experiment
 from montessori_core.screening import screening_report
@@ -200,6 +200,19 @@ def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path
 
     (work,) = planned_stages(Run(tmp_path, probing(150)), probing(1100))
     assert sum(map(len, work.jobs)) == 10 * 1000 / 50
+
+
+def test_what_a_pilot_cannot_tell_is_pointed_out() -> None:
+    def experiment(pairs: int | None, measured: int) -> Experiment:
+        model = {"model": "smollm2-135m"}
+        sections = {"preferences": {"max_pairs": pairs}, "comparison": {"influence_examples": measured}}
+        return Experiment.model_validate({"teacher": model, "student": model, **sections})
+
+    assert costs_may_differ(experiment(None, 4), experiment(9, 100)) == []
+    assert costs_may_differ(experiment(9, 0), experiment(None, 4)) == [
+        "comparison.influence_examples > 0: False -> True",
+        "preferences.max_pairs: 9 -> None",
+    ]
 
 
 def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
@@ -514,7 +527,7 @@ def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(undistu
         (["tiny.yaml", "--set", "seed_pool.path=empty.jsonl"], "empty.jsonl holds no examples"),
         (["tiny.yaml", "--set", "seed_pool.path=broken.jsonl"], "broken.jsonl, line 2, column"),
         (["tiny.yaml", "--run-root", "/proc/nothing"], "cannot be written"),
-        (["tiny.yaml", "--name", "../escape"], "name: String should match pattern"),
+        (["tiny.yaml", "--name", "../escape"], "name: a name has letters"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence_before_any_job(
