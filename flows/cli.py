@@ -24,9 +24,9 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import psutil
 import typer
-from rich.console import Console
 
 from cluster.simulation import Disturbances, Machines
+from flows.terminal import open_terminal
 from montessori_core.config import (
     DataSource,
     Experiment,
@@ -88,8 +88,7 @@ app.add_typer(model_app, name="model")
 _PATIENCE = 60.0  # seconds between Ctrl-C and leaving without having told Prefect
 _SERVER_PATIENCE = 180  # seconds; a first start migrates a database
 
-# Ids of examples, names of tasks and paths are printed as they are.
-console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
+console = open_terminal()
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
 ClusterFile = Annotated[
@@ -507,12 +506,12 @@ def report(
     Several runs make comparison-of-runs.html in the current folder.
     The data of each figure is written beside the page as CSV.
     """
-    from flows.study import PAGE, STUDY, read_comparison
     from montessori_core.report.render import render_report
     from montessori_core.report.runs import render_runs
     from montessori_core.report.study import study_page
     from montessori_core.study import read_study
     from tasks.run import reopen_run
+    from tasks.studies import PAGE, STUDY, read_comparison
 
     if out is not None and out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
@@ -571,7 +570,7 @@ def _let_prefect_log() -> None:
 def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     from flows.experiment import experiment
     from flows.status import print_summary
-    from flows.study import in_study
+    from tasks.studies import in_study
 
     if in_study(opened.folder):
         raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")

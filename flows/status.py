@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.oversight import look_at, stages_of
-from flows.study import PAGE, in_study, read_comparison
 from montessori_core.atomic import read_json
 from montessori_core.report.numbers import duration
 from montessori_core.report.study import gain_text, interval_text, spread_text
 from tasks.run import Run, driver_of
+from tasks.studies import PAGE, in_study, read_comparison
 
 
 def show_status(run: Run, console: Console) -> None:

@@ -16,7 +16,7 @@ from cluster.oversight import cancel_jobs, stages_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round
-from montessori_core.atomic import read_json, write_json
+from montessori_core.atomic import write_json
 from montessori_core.benchmarks.scores import mean_over_seeds, win_rate_scores
 from montessori_core.config import RUN_NAME, write_yaml
 from montessori_core.errors import ConfigError, UserError
@@ -27,13 +27,7 @@ from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss
 from tasks.run import Model, Run, driver_of, only_driver, open_run
 from tasks.students import train_student
-
-STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
-
-
-def in_study(folder: Path) -> bool:
-    """Whether a run's folder is a seed of a study, or another student's within it."""
-    return any((parent / STUDY).exists() for parent in folder.parents[:2])
+from tasks.studies import PAGE, RESULT, STUDY
 
 
 def find_method(name: str) -> Method:
@@ -272,15 +266,3 @@ def _outcomes(played: Played) -> list[Outcome]:
         )
         outcomes.append(Outcome(method, losses, seconds, operations))
     return outcomes
-
-
-def read_comparison(folder: Path) -> dict[str, Any]:
-    """The result of a study.
-
-    Raises:
-        UserError: it has none yet.
-    """
-    result: dict[str, Any] | None = read_json(folder / RESULT)
-    if result is None:
-        raise UserError(f"{folder}: no result yet; montessori compare goes on with the study")
-    return result

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from montessori_core.influence.losses import Batch, TokenLosses
 from montessori_core.influence.reference import Loss, ReferenceSet
@@ -86,4 +86,4 @@ def is_decided(differences: torch.Tensor, count: int, error_rate: float) -> bool
         return False
     mean, deviation = float(differences.mean()), float(differences.std(unbiased=True))
     error = deviation * ((1 - seen / count) / seen) ** 0.5
-    return bool(abs(mean) > error * student_t.ppf(1 - error_rate / 2, seen - 1))
+    return bool(abs(mean) > error * stdtrit(seen - 1, 1 - error_rate / 2))
