@@ -6,7 +6,7 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook,
 from rich.segment import Segment
 
 _STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
-"""Control characters, which could move the cursor, rewrite what stands above or rename the window, and what is shown instead."""
+"""Control characters, which could move the cursor, rewrite what stands above or rename the window, and what they show as."""
 
 
 class _Shown:
