@@ -290,6 +290,8 @@ def open_parquet(path: Path, remedy: str = "") -> Iterator[pq.ParquetFile]:
         DataError: the file is missing, or found to be damaged meanwhile; the message ends with `remedy`.
     """
     try:
+        if path.is_fifo():
+            raise DataError(f"{path}: not a file; give one, not a pipe")
         # Not a data set, which takes most of the time where thousands of shards have small results.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file

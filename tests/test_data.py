@@ -261,3 +261,6 @@ def test_pipe_is_refused_as_it_could_be_read_only_once(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         with pytest.raises(DataError, match="not a file"):
             read(tmp_path / name)
+    os.mkfifo(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="not a file"):
+        read_tasks(DataSource(path=str(tmp_path / "a.parquet")), "seed_pool", with_response=False)
