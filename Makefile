@@ -27,9 +27,7 @@ quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
 	$(BIN)/montessori run configs/quickstart.yaml
 
-# After gigabytes of installation a disk is busy for minutes, and whatever waits for it, such as SQLite's commits, stands still.
 test: $(VENV)/.dev $(VENV)-vllm/.ready
-	sync
 	$(BIN)/ruff format --check montessori_core cluster tasks flows tests benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy

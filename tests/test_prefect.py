@@ -103,8 +103,7 @@ class Server:
         request = urllib.request.Request(f"{self.url}/api/{path}", data, kind, method=method)
         while True:
             try:
-                # Where gigabytes were just written, a disk keeps SQLite waiting for a minute; clients are as patient.
-                with urllib.request.urlopen(request, timeout=240) as answer:
+                with urllib.request.urlopen(request, timeout=60) as answer:
                     body = answer.read()
                 return json.loads(body) if body else None
             except urllib.error.HTTPError as error:

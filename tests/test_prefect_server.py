@@ -1,0 +1,44 @@
+"""The server of `montessori up` goes on where the garbage collector would have it wait for SQLite."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_run import ROOT
+
+PROGRAM = """
+import sqlite3, sys, threading, time
+from flows.prefect_server import collect_beside
+
+if sys.argv[1] == "beside":
+    collect_beside(pause=0.05)
+writing, holding = (sqlite3.connect(sys.argv[2], 10, check_same_thread=False, isolation_level=None) for _ in range(2))
+writing.execute("PRAGMA journal_mode = WAL")
+writing.execute("CREATE TABLE rows (row)")
+cycle = [writing.execute("SELECT 1")]  # a cursor that nobody reads on
+cycle.append(cycle)
+holding.execute("BEGIN IMMEDIATE")
+writer = threading.Thread(target=lambda: writing.execute("INSERT INTO rows VALUES (1)"))
+writer.start()
+time.sleep(0.5)
+del cycle
+begun = time.monotonic()
+while time.monotonic() < begun + 1:  # what an event loop does before it comes to the commit
+    [[]].append([{}])
+    garbage = []
+    garbage.append(garbage)
+print(time.monotonic() - begun)
+holding.execute("COMMIT")
+writer.join()
+"""
+
+
+@pytest.mark.parametrize(("collector", "stands_still"), [("beside", False), ("its own", True)])
+def test_a_cursor_given_up_keeps_no_event_loop_waiting(tmp_path: Path, collector: str, stands_still: bool) -> None:
+    """The second case shows that Python's own collector does: once it does not, the first needs no module of ours."""
+    command = [sys.executable, "-c", PROGRAM, collector, str(tmp_path / "database")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = float(ended.stdout)
+    assert (seconds > 5) == stands_still
+    assert ("database is locked" in ended.stderr) == stands_still
