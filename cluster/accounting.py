@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cluster.fanout import Ledger
 from cluster.notes import Manifest, Start, read_note
-from cluster.stage import describe
+from cluster.stage import Stage, describe
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ def use_of(stage: Path) -> StageUse:
     Raises:
         UserError: the stage's description or its ledger is damaged.
     """
-    manifests = [read_note(path, Manifest) for path in sorted(stage.glob("part-*.manifest.json"))]
+    shards = describe(stage).shards
+    manifests = [read_note(Stage.read(stage).manifest(index), Manifest) for index in range(shards)]
     whole = [manifest for manifest in manifests if manifest is not None]
     submissions = Ledger(stage / "jobs").submissions
     starts = [read_note(path, Start) for path in (stage / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]
     return StageUse(
-        shards=describe(stage).shards,
+        shards=shards,
         rows=sum(manifest.rows for manifest in whole),
         seconds=float(sum(manifest.seconds for manifest in whole)),
         flops=sum(manifest.flops for manifest in whole),

@@ -267,6 +267,9 @@ class _Driver:
             else:
                 log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
         for index in set(range(len(self._shards))) - self._done:
+            if self._stage.is_done(index, self._keys[index], thorough=True):  # by a job at work, meanwhile
+                self._done.add(index)
+                continue
             self._stage.manifest(index).unlink(missing_ok=True)  # workers do not look at the bytes again
             self._stage.progress_file(index).unlink(missing_ok=True)
 
@@ -357,19 +360,18 @@ class _Driver:
             return
         folder = self._ledger.folder / submission.name
         log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
-        first, kind, reason = undone[0], "", ""
+        first, kind, reason, opening = undone[0], "", "", False
         for index in undone:
             failure = read_note(self._stage.failure_file(index), Failure)
             if failure is None or failure.job_id != job_id.split(":")[0]:
                 continue
-            if failure.opening or failure.kind in _FINAL:
-                # A program that does not open fails every shard. Otherwise the task ended at this shard, and those
-                # after it were not tried.
-                hit = set(range(len(self._shards))) - self._done if failure.opening else {index}
-                for shard in hit:
-                    self._failed[shard] = ShardFailure(shard, failure.kind, failure.error, log_path)
-                return
-            first, kind, reason = index, failure.kind, failure.error
+            first, kind, reason, opening = index, failure.kind, failure.error, failure.opening
+        # A program that does not open fails every shard. Otherwise the task ended at this shard, and those after it were
+        # not tried.
+        hit = set(range(len(self._shards))) - self._done if opening else {first}
+        if kind in _FINAL:
+            self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
+            return
         if not kind:
             reason = self._backend.reason(job_id)
             kind = classify_loss(reason)
@@ -378,10 +380,10 @@ class _Driver:
         if kind in ("lost", "node_failure"):
             self._suspect(self._stage.node_of(job_id.split(":")[0]), first)
         if losses > retries_of(kind, self._resources.infrastructure_retries):
-            remedy = _REMEDIES.get(kind, "")
-            self._failed[first] = ShardFailure(first, kind, f"{reason}; {losses} times{remedy}", log_path)
-            noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": False, "traceback": ""}
-            write_json(noted | {"error": self._failed[first].error}, self._stage.failure_file(first))
+            reason = f"{reason}; {losses} times{_REMEDIES.get(kind, '')}"
+            self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
+            noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": opening, "traceback": ""}
+            write_json(noted | {"error": reason}, self._stage.failure_file(first))
             return
         submission.lost[job_id] = kind
         backoff = self._pause(losses - 1)

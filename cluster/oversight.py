@@ -108,7 +108,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
         rows,
         rows_done,
         sum(manifest.seconds for manifest in manifests),
-        _pace(stage, done) or _pace_of_jobs([missing[index] for index in running]),
+        _pace_of_jobs([missing[index] for index in running]) or _pace(stage, done),
         failures,
     )
 
@@ -170,8 +170,11 @@ def _at_work(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int
     running: set[int] = set()
     queued: set[int] = set()
     for submission in Ledger(folder / "jobs").open_submissions():
-        backend, ids = backend_at(submission.host, cluster), submission.ids or []
+        backend, ids = backend_at(submission.host, cluster), submission.ids
         if backend is None:
+            continue
+        if ids is None:  # being submitted
+            queued.update(index for task in submission.tasks for index in task if index in missing)
             continue
         alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
         for job_id, task in zip(ids, submission.tasks, strict=True):
@@ -204,6 +207,6 @@ def _pace(stage: Stage, done: list[int]) -> float | None:
 
 
 def _pace_of_jobs(at_work: list[Begun | None]) -> float | None:
-    """Rows a second by what jobs say of themselves, before shards enough are done; None if one of them has not said yet."""
+    """Rows a second by what jobs say of themselves; None if there are none, or one of them has not said yet."""
     paces = [1 / begun.row_seconds for begun in at_work if begun and begun.row_seconds]
     return sum(paces) if paces and len(paces) == len(at_work) else None

@@ -22,14 +22,15 @@ def compute_in_pieces(
     folder.mkdir(exist_ok=True)
     tables = []
     for start in range(0, len(rows), size):
-        piece = folder / f"{index:05d}-{key[:16]}-{start:06d}.parquet"
+        piece = folder / f"{index:05d}-{key[:16]}-{start:06d}-{size}.parquet"
         table = _read(piece)
         if table is None:
+            report(start)  # pieces that were there say nothing of the pace
             with commit(piece) as temporary:
                 compute(rows[start : start + size], temporary, lambda done, start=start: report(start + done))  # type: ignore[misc]
             table = read_parquet(piece)
+            report(min(start + size, len(rows)))
         tables.append(table)
-        report(min(start + size, len(rows)))
     whole = pa.concat_tables([table.replace_schema_metadata(tables[0].schema.metadata) for table in tables])
     write_parquet(whole.combine_chunks(), output)
 

@@ -234,7 +234,7 @@ def logs(
     stage: Annotated[
         str | None, typer.Option(help="The stage, as status names it; by default the last that began.")
     ] = None,
-    lines: Annotated[int | None, typer.Option(help="Only so many lines from its end.")] = None,
+    lines: Annotated[int | None, typer.Option(min=1, help="Only so many lines from its end.")] = None,
 ) -> None:
     """Print the log of the last job that worked on a shard."""
     from flows.control import show_log
@@ -270,6 +270,7 @@ def retry(
     if failed and shard is not None:
         raise UserError("--failed and --shard exclude each other: name one shard, or take all that are missing")
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
+    _refuse_part_of_study(opened)
     if shard is not None:
         forget_shard(opened, stage, shard)
     _drive(opened)
@@ -314,7 +315,7 @@ def influence(
     ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_length: Annotated[
-        int, typer.Option(help="Tokens of an example; longer ones are cut, and that is recorded.")
+        int, typer.Option(min=32, help="Tokens of an example; longer ones are cut, and that is recorded.")
     ] = 1024,
     instruction_field: Annotated[
         str, typer.Option(help="Field of --examples that holds the instruction.")
@@ -373,9 +374,9 @@ def plan(
     gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
     estimator: Annotated[str, typer.Option(help="exact, first_order or screened.")] = "screened",
     dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
-    max_length: Annotated[int, typer.Option(help="Tokens of the longest example.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=32, help="Tokens of the longest example.")] = 1024,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
-    lora_rank: Annotated[int | None, typer.Option(help="Plan for a LoRA student of this rank.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Plan for a LoRA student of this rank.")] = None,
     simulate: Annotated[bool, _simulation("--simulate", help="Simulate a whole experiment on a cluster.")] = False,
     pilot: Annotated[Path | None, _simulation(help="A finished run: what its stages cost is measured there.")] = None,
     set_: Annotated[
@@ -570,15 +571,19 @@ def _let_prefect_log() -> None:
 def _drive(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     from flows.experiment import experiment
     from flows.status import print_summary
+
+    _refuse_part_of_study(opened)
+    if opened.finished:
+        console.print(f"{opened.experiment.name} is finished; checking its results.")
+    _interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}")
+    print_summary(opened, console)
+
+
+def _refuse_part_of_study(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
     from tasks.studies import in_study
 
     if in_study(opened.folder):
         raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")
-    finished = all((opened.iteration(n) / "metrics.json").exists() for n in range(1, opened.experiment.iterations + 1))
-    if finished:
-        console.print(f"{opened.experiment.name} is finished; checking its results.")
-    _interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}")
-    print_summary(opened, console)
 
 
 def _interruptible(drive: Callable[[], object], again: str) -> None:

@@ -7,6 +7,7 @@ from rich.console import Console
 from cluster.oversight import cancel_jobs, forget, log_of, stages_of
 from montessori_core.errors import UserError
 from tasks.run import Run, end_driver
+from tasks.studies import in_study
 
 
 def stage_folder(run: Run, name: str | None) -> Path:
@@ -40,7 +41,10 @@ def cancel_run(run: Run, console: Console) -> None:
     ended = end_driver(run.folder)
     jobs = sum(cancel_jobs(folder, run.experiment.cluster) for folder in stages_of(run.folder))
     if ended or jobs:
-        console.print(f"cancelled; what is done is kept. Go on with: montessori resume {run.folder}", soft_wrap=True)
+        again = (
+            "montessori compare, and the study's file" if in_study(run.folder) else f"montessori resume {run.folder}"
+        )
+        console.print(f"cancelled; what is done is kept. Go on with: {again}", soft_wrap=True)
     else:
         console.print("nothing of this run is at work")
 

@@ -70,6 +70,10 @@ def forecast(
     Raises:
         UserError: the pilot has not finished, or jobs do not fit.
     """
+    if not pilot.finished:
+        raise UserError(
+            f"{pilot.folder}: this pilot has not finished; bring it to its end: montessori resume {pilot.folder}"
+        )
     stages = planned_stages(pilot, experiment)
     return [
         Forecast(
@@ -194,7 +198,7 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
 def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
     """Settings in which the two differ beside sizes and how many jobs there are: what a row costs may depend on them.
 
-    A size is no mere size where there is no stage without it, and where the pilot's pairs ended at it.
+    A size is no mere size where there is no stage without it, or where the pilot's pairs may have ended at it.
     """
     excluded: dict[str, Any] = dict.fromkeys(("name", "cluster", "iterations", "seed"), True) | _SIZES
     if pilot.preferences.max_pairs is not None:
@@ -202,7 +206,6 @@ def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
 
     def deciding(one: Experiment) -> dict[str, Any]:
         settings = one.model_dump(mode="json", exclude=excluded)
-        settings["warmup"]["examples > 0"] = one.warmup.examples > 0
         settings["comparison"]["influence_examples > 0"] = one.comparison.influence_examples > 0
         job = {"nodes", "processes_per_node", "gpus_per_node", "cpus_per_process"}
         kinds = dict.fromkeys(StageResources.model_fields, job)

@@ -56,7 +56,7 @@ def show_status(run: Run, console: Console) -> None:
         console.print(f"driven by process {holder['process']} on {holder['host']}")
     elif in_study(run.folder):
         console.print("nobody drives this seed of a study; montessori compare goes on with it", soft_wrap=True)
-    elif states and not (run.iteration(run.experiment.iterations) / "metrics.json").exists():
+    elif states and not run.finished:
         console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)
 
 

@@ -766,7 +766,7 @@ def parse(kind: type[Configuration], content: dict[str, Any], source: str) -> Co
         return kind.model_validate(content)
     except ValidationError as error:
         lines = [f"{source} does not fit:"]
-        lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem)}" for problem in error.errors()]
+        lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem, kind)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -826,10 +826,10 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "(whole configuration)"
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, root: type[Section]) -> str:
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"unknown key; remove it or correct its spelling{_suggestion(problem['loc'])}"
+        return f"unknown key; remove it or correct its spelling{_suggestion(problem['loc'], root)}"
     if kind == "missing":
         return "missing; this field has no default"
     if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == RUN_NAME:
@@ -841,10 +841,10 @@ def _sentence(problem: Any) -> str:
     )
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
+def _suggestion(location: tuple[int | str, ...], root: type[Section]) -> str:
     import difflib
 
-    model: Any = Experiment
+    model: Any = root
     for part in location[:-1]:
         field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, Section) else None
         if field is None:

@@ -199,7 +199,7 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
         yield from jsonl_rows(path)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
-    elif os.path.exists(path) or path.suffix or source.path.startswith((".", "/", "~")):
+    elif os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~")):
         raise DataError(
             f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, or 'builtin'"
         )

@@ -92,6 +92,11 @@ class Run:
         """Folder of an iteration, counted from 1."""
         return self.folder / f"iteration-{number}"
 
+    @property
+    def finished(self) -> bool:
+        """Whether all of its iterations came to their end."""
+        return all((self.iteration(n) / "metrics.json").exists() for n in range(1, self.experiment.iterations + 1))
+
     def first_teacher(self) -> Model:
         """The teacher as configured."""
         return self._configured(self.experiment.teacher)

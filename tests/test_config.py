@@ -109,6 +109,13 @@ def test_shipped_cluster_file_fits_and_mistakes_in_one_are_named(tmp_path: Path)
         read_cluster(path)
 
 
+def test_misspelled_key_of_a_cluster_file_is_told_the_keys_of_cluster_files(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("polls_seconds: 3\n")
+    with pytest.raises(ConfigError, match="polls_seconds: unknown key.*did you mean 'poll_seconds'"):
+        read_cluster(path)
+
+
 def test_every_mistake_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as refusal:
         parse_experiment({"teacher": {"modle": "x"}, "seed": -1}, "mine.yaml")

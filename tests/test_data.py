@@ -78,6 +78,12 @@ def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, 
     assert "seeds.jsonl" in str(refusal.value)
 
 
+def test_id_of_a_data_set_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"data set 'teknium/OpenHermes-2.5' \(split 'train'\) cannot be loaded"):
+        read_tasks(DataSource(path="teknium/OpenHermes-2.5"), "seed_pool", with_response=False)
+
+
 def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "seeds.jsonl"
     rows = [json.dumps({"instruction": f"Name {number} rivers."}).encode() for number in range(5000)]

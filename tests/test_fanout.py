@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from cluster.accounting import use_of
 from cluster.backends import LocalBackend
 from cluster.costs import cost_of
-from cluster.fanout import Ledger, Progress, ShardsFailed, Submission, classify_loss, fan_out, retries_of
+from cluster.fanout import (
+    Ledger,
+    Progress,
+    ShardsFailed,
+    Submission,
+    classify_loss,
+    close_submission,
+    fan_out,
+    retries_of,
+)
 from cluster.oversight import logs_of, look_at
 from cluster.stage import RowClock, Stage
 from cluster.worker import _compute_shards
@@ -44,6 +53,9 @@ def open_squares(settings, inputs):
         log.write(f"{os.getpid()}\\n")
     if (folder / "does-not-open").exists():
         raise RuntimeError("the model does not load")
+    if (folder / "no-memory").exists():
+        (folder / "no-memory").unlink()
+        raise MemoryError("another process has it")
     def compute(rows, output, report):
         for number, row in enumerate(rows, 1):
             with (folder / "computed.txt").open("a") as log:
@@ -177,6 +189,32 @@ def test_program_that_does_not_open_fails_once_for_all_shards(folder: Path) -> N
         run(folder, jobs=1)
     assert len(failure.value.failures) == 6
     assert len((folder / "opened.txt").read_text().split()) == 1
+
+
+def test_memory_that_another_process_has_when_a_program_opens_ends_nothing(folder: Path) -> None:
+    (folder / "no-memory").touch()
+    assert results(run(folder)) == EXPECTED
+    assert sorted(computed(folder)) == sorted(row["n"] for shard in SHARDS for row in shard)
+
+
+def test_shard_committed_while_a_driver_takes_over_is_not_computed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage(folder)
+    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    ledger = Ledger(made.folder / "jobs")
+    ledger.submissions = [Submission("never-noted", "w", [[1]], platform.node(), 0)]
+    ledger.save()
+    assert look_at(made.folder, CLUSTER).queued == 1  # of a submission under way
+
+    def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
+        with made.commit_part(0, made.key(SHARDS[0]), len(SHARDS[0]), "7:0") as part:
+            part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
+        close_submission(submission, cluster, ledger)
+
+    monkeypatch.setattr("cluster.fanout.close_submission", commit_meanwhile)
+    assert results(run(folder)) == EXPECTED
+    assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
 
 def test_shard_that_is_always_lost_stops_at_its_budget(folder: Path) -> None:

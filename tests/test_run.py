@@ -21,10 +21,12 @@ import yaml
 from judge_server import QUESTIONS, Judge, judged
 
 from cluster.oversight import stages_of
+from cluster.simulation import Disturbances, Machines
 from cluster.stage import Stage
-from flows.forecast import costs_may_differ, planned_stages
+from flows.forecast import costs_may_differ, forecast, planned_stages
 from montessori_core import schema
 from montessori_core.config import Experiment
+from montessori_core.errors import UserError
 from montessori_core.screening import screening_report
 from tasks.run import Run, reopen_run
 
@@ -202,7 +204,7 @@ def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path
     assert sum(map(len, work.jobs)) == 10 * 1000 / 50
 
 
-def test_what_a_pilot_cannot_tell_is_pointed_out() -> None:
+def test_what_a_pilot_cannot_tell_is_pointed_out(tmp_path: Path) -> None:
     def experiment(pairs: int | None, measured: int) -> Experiment:
         model = {"model": "smollm2-135m"}
         sections = {"preferences": {"max_pairs": pairs}, "comparison": {"influence_examples": measured}}
@@ -213,6 +215,9 @@ def test_what_a_pilot_cannot_tell_is_pointed_out() -> None:
         "comparison.influence_examples > 0: False -> True",
         "preferences.max_pairs: 9 -> None",
     ]
+    begun = Run(tmp_path, experiment(None, 4))
+    with pytest.raises(UserError, match="this pilot has not finished"):
+        forecast(begun, begun.experiment, [Machines(1, 8, 64)], Disturbances(), 1)
 
 
 def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:

@@ -11,15 +11,16 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from cluster.fanout import ShardsFailed, fan_out
-from cluster.stage import Stage
+from cluster.stage import RowClock, Stage
 from montessori_core.chat import encode_example
 from montessori_core.config import Cluster, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
 from montessori_core.models import fingerprint, load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
+from montessori_core.training.engine import ProgressCallback
 from montessori_core.training.files import LOG_FILE
 from montessori_core.training.moments import Moments, load_moments, weights_checksum
 from montessori_core.training.schedule import rate_factor
@@ -35,6 +36,17 @@ ROWS: list[Row] = [
     for i in range(8)
 ]
 RECIPE = Warmup(learning_rate=1e-3, batch_size=4, micro_batch_size=2, weight_decay=0.01, max_grad_norm=0.5)
+
+
+def test_pace_of_a_training_of_a_single_step_is_known(tmp_path: Path) -> None:
+    """Without, its forecast would take loading and saving for work on rows."""
+    clock = RowClock(tmp_path / "progress.json")
+    progress, arguments, state = ProgressCallback(clock, RECIPE), TrainingArguments(str(tmp_path)), TrainerState()
+    progress.on_train_begin(arguments, state, TrainerControl())
+    time.sleep(0.1)
+    state.global_step = 1
+    progress.on_step_end(arguments, state, TrainerControl())
+    assert clock.row_seconds == pytest.approx(0.1 / RECIPE.batch_size, rel=0.5)
 
 
 def execute(folder: Path, program: str, settings: dict[str, Any], model: Path, rows: list[Row], processes: int) -> Path:

@@ -121,6 +121,11 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, report: Report, recipe: Optimization) -> None:
         self._report, self._recipe = report, recipe
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)  # the clock starts here: a training may have a single step
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._report(state.global_step * self._recipe.batch_size // self._recipe.epochs)
 
