@@ -1,4 +1,4 @@
-# The driver: plans, submits, joins, reports; a Prefect worker or deployments run in it, too. No torch.
+# The driver: submits, joins, reports; a Prefect server, worker or deployments run in it, too. No torch.
 #
 #   docker build --file docker/driver.Dockerfile --tag montessori-driver .
 #

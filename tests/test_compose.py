@@ -49,4 +49,5 @@ def test_images_hold_what_is_locked_and_do_not_run_as_root(name: str) -> None:
     assert any(f"make install-{name} " in line for line in lines)
     assert not any(re.search(r"pip install|^ARG|^ADD|password|token", line, re.IGNORECASE) for line in lines)
     ignored = (DOCKER.parent / ".dockerignore").read_text().splitlines()
+    assert ignored[-1] == "**/.env*"  # what Compose reads passwords from
     assert "*" in ignored  # all but what is named, so that no secret of a checkout gets into a layer

@@ -106,6 +106,21 @@ def test_bad_data_is_refused_as_documented(
     assert str(refusal.value) == said
 
 
+def test_modules_and_settings_of_the_method_page_exist() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "method.md").read_text().splitlines() if line.startswith("| ")]
+    modules = [name for row in rows for name in re.findall(r"`([\w/.]+)`", row[3])]
+    settings = [name.partition(":")[0] for row in rows for name in re.findall(r"`([\w.: *]+)`", row[4])]
+    assert len(modules) > 25
+    assert len(settings) > 25
+    for name in modules:
+        assert (ROOT / name).exists() if "/" in name else list(ROOT.glob(f"[a-z]*/**/{name}")), name
+    paths = [row.path for kind in (Experiment, Study) for row in CONFIGURATION["rows_of"](kind)]
+    known = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, 1 + len(path.split(".")))}
+    for name in settings:
+        pattern = re.escape(name).replace(r"\*", ".*")
+        assert any(re.fullmatch(pattern, one) for one in known), name
+
+
 def test_tests_that_pages_refer_to_exist() -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     for page in PAGES:

@@ -687,6 +687,7 @@ def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tm
         | {
             "PREFECT_SERVER_API_AUTH_STRING": login,
             "PREFECT_HOME": str(tmp_path / "server"),
+            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(tmp_path / "ui"),
         }
     )
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
