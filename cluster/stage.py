@@ -138,7 +138,7 @@ class Stage:
         return noted.node if noted else None
 
     def write(self, shards: list[list[Row]], keys: list[str]) -> None:
-        """Put the stage and its shards, whose keys these are, on disk for the workers; what other rows left is removed."""
+        """Put the stage and its shards, whose keys these are, on disk for the workers; earlier failures are removed."""
         for name in ("shards", "progress", "failures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         description = {

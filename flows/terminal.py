@@ -10,7 +10,7 @@ _STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 
 class _Shown:
-    """What is printed, its control characters spelled out."""
+    """What is printed, its control characters spelled out; a few, such as the bell, Rich has left out before."""
 
     def __init__(self, content: ConsoleRenderable) -> None:
         self._content = content
