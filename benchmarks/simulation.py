@@ -63,7 +63,8 @@ def main() -> None:
     cost, _ = run(arguments.folder, 8, NODES, lambda stop: None)
     print(  # noqa: T201
         f"pilot: {cost.seconds_per_row:.3f} s a row, spread {cost.spread:.2f}, opening {cost.opening:.1f} s\n\n"
-        "| | simulated, s: median, 10 % to 90 % | measured, s | put back, simulated | measured |\n|---|---|---|---|---|",
+        "| | simulated, s: median, 10 % to 90 % | measured, s | job seconds, simulated | measured | put back, simulated "
+        "| measured |\n|---|---|---|---|---|---|---|",
         flush=True,
     )
     back = arguments.requeue_seconds
@@ -84,6 +85,8 @@ def main() -> None:
         print(  # noqa: T201
             f"| {name} | {deciles[4]:.0f}, {deciles[0]:.0f} to {deciles[8]:.0f} "
             f"| {', '.join(f'{one.ended - one.submitted:.0f}' for _, one in measured)} "
+            f"| {statistics.median(one.job_seconds for one in spent):.0f} "
+            f"| {', '.join(f'{one.occupied:.0f}' for _, one in measured)} "
             f"| {statistics.mean(one.restarts for one in spent):.1f} "
             f"| {', '.join(str(one.restarts) for _, one in measured)} |",
             flush=True,
@@ -91,9 +94,9 @@ def main() -> None:
 
 
 class Clock:
-    """When a run was submitted and ended, and how many of its jobs Slurm put back."""
+    """When a run was submitted and ended, how long its jobs held nodes together, and how many of them Slurm put back."""
 
-    submitted = ended = 0.0
+    submitted = ended = occupied = 0.0
     restarts = 0
 
 
@@ -113,14 +116,16 @@ def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Ev
         resources = Resources(
             parallel_jobs=at_once, cpus_per_process=1, shards_per_job=min(SHARDS_PER_JOB, shards // NODES)
         )
-        trouble = threading.Thread(target=disturb, args=(stop,))
+        beside = [threading.Thread(target=disturb, args=(stop,)), threading.Thread(target=count, args=(stop, clock))]
         clock.submitted = time.time()
-        trouble.start()
+        for thread in beside:
+            thread.start()
         try:
             fan_out(stage, rows, resources, Cluster(profile="slurm", poll_seconds=0.5))
         finally:
             stop.set()
-            trouble.join()
+            for thread in beside:
+                thread.join()
         cost = cost_of(stage.folder)
         assert cost is not None
         clock.ended = cost.ended
@@ -145,13 +150,26 @@ def planned(cost: StageCost, at_once: int) -> Work:
     )
 
 
+def running() -> list[str]:
+    """Jobs that hold a node now."""
+    command = ["squeue", "--me", "--noheader", "--states=RUNNING", "--format=%i"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split()
+
+
+def count(stop: threading.Event, clock: Clock) -> None:
+    """Add up how long jobs hold nodes: the labs have no sacct."""
+    looked = time.monotonic()
+    while not stop.wait(0.5):
+        since, looked = time.monotonic() - looked, time.monotonic()
+        clock.occupied += len(running()) * since
+
+
 def preempt(stop: threading.Event) -> None:
     """Put running jobs back into the queue at random."""
     looked = time.monotonic()
     while not stop.wait(0.5):
         since, looked = time.monotonic() - looked, time.monotonic()
-        command = ["squeue", "--me", "--noheader", "--states=RUNNING", "--format=%i"]
-        for job in subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split():
+        for job in running():
             if random.random() < since / PREEMPTION:
                 subprocess.run(["scontrol", "requeue", job], stderr=subprocess.DEVNULL)
 
