@@ -40,8 +40,8 @@ def use_of(stage: Path) -> StageUse:
     Raises:
         UserError: the stage's description or its ledger is damaged.
     """
-    shards = describe(stage).shards
-    manifests = [read_note(Stage.read(stage).manifest(index), Manifest) for index in range(shards)]
+    made, shards = Stage.read(stage), describe(stage).shards
+    manifests = [read_note(made.manifest(index), Manifest) for index in range(shards)]
     whole = [manifest for manifest in manifests if manifest is not None]
     submissions = Ledger(stage / "jobs").submissions
     starts = [read_note(path, Start) for path in (stage / "jobs").glob("node-of-*.json")]

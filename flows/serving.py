@@ -244,21 +244,11 @@ def _server(port: int, log: Path, console: Console) -> Iterator[str]:
             "PREFECT_SERVER_API_AUTH_STRING and PREFECT_API_AUTH_STRING to the same user:password (docs/security.md)",
             soft_wrap=True,
         )
-    command = [
-        sys.executable,
-        "-m",
-        "flows.prefect_server",
-        "server",
-        "start",
-        "--host",
-        _LOOPBACK,
-        "--port",
-        str(port),
-    ]
+    start = ["server", "start", "--host", _LOOPBACK, "--port", str(port)]
     with log.open("w") as output:
         # A session of its own: Ctrl-C is for us, who end it after the flow runs.
         server = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "flows.prefect_server", *start],
             env=server_environment(port),
             stdin=subprocess.DEVNULL,
             stdout=output,
