@@ -148,7 +148,9 @@ def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_abou
     warnings = check_sources(Sources([*seeds, Task("s9", copy.text)], [shared], [other]), EXPERIMENT)
     assert len(warnings) == 1
     assert "s9 and r1" in warnings[0]
-    with pytest.raises(DataError, match=r"has 7 tasks, but .* takes 8 .*seed_demonstrations 6 \+ synthesis.synthetic_demonstrations 2\)"):
+    with pytest.raises(
+        DataError, match=r"has 7 tasks, but .* takes 8 .*seed_demonstrations 6 \+ .*_demonstrations 2\)"
+    ):
         check_sources(Sources(seeds[:7], [shared], [other]), EXPERIMENT)
 
 
