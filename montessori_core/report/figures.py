@@ -374,7 +374,9 @@ def layout(height: int, x_title: str, y_title: str | None = None) -> dict[str, A
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "orientation": "v"},
         "dragmode": False,  # a finger on a figure scrolls the page
         "xaxis": axis_of(x_title),
-        "yaxis": axis_of(y_title or ""),
+        # Were ticks chosen by the height, a legend that takes another line could change the labels' width, that the room for
+        # the legend, and that its lines, and so on.
+        "yaxis": axis_of(y_title) | {"nticks": 6} if y_title else axis_of(""),
     }
 
 
