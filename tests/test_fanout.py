@@ -147,7 +147,7 @@ def test_cost_of_a_stage_is_what_its_manifests_say(folder: Path) -> None:
     assert cost is not None
     assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
     assert cost.seconds_per_row >= 0.2  # that a row sleeps
-    assert cost.opening > 0
+    assert 0.2 < cost.opening < 60  # the interpreter and its imports; the program itself opens in no time
     assert cost.begun < cost.ended
     kind.manifest(3).unlink()
     assert cost_of(kind.folder) is None
