@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.fanout import Ledger
-from cluster.notes import Manifest, Start, read_note
-from cluster.stage import Stage, describe
+from cluster.notes import Start, read_note
+from cluster.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,16 @@ def use_of(stage: Path) -> StageUse:
     Raises:
         UserError: the stage's description or its ledger is damaged.
     """
-    made, shards = Stage.read(stage), describe(stage).shards
-    manifests = [read_note(made.manifest(index), Manifest) for index in range(shards)]
-    whole = [manifest for manifest in manifests if manifest is not None]
+    made, shards = Stage.read_with_size(stage)
+    manifests = made.manifests(shards)
     submissions = Ledger(stage / "jobs").submissions
     starts = [read_note(path, Start) for path in (stage / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]
     return StageUse(
         shards=shards,
-        rows=sum(manifest.rows for manifest in whole),
-        seconds=float(sum(manifest.seconds for manifest in whole)),
-        flops=sum(manifest.flops for manifest in whole),
+        rows=sum(manifest.rows for manifest in manifests),
+        seconds=float(sum(manifest.seconds for manifest in manifests)),
+        flops=sum(manifest.flops for manifest in manifests),
         jobs=len({job for submission in submissions for job in submission.ids or []}),
         retries=len(losses),
         preemptions=losses.count("preempted") + sum(start.restarts for start in starts if start),

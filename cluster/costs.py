@@ -5,8 +5,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.notes import Manifest, read_note
-from cluster.stage import Stage, describe
+from cluster.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class StageCost:
 
 def cost_of(folder: Path) -> StageCost | None:
     """Read the cost of the stage in a folder; None if it is not done, or was done by a version that noted less."""
-    stage, shards = Stage.read(folder), describe(folder).shards
-    noted = [read_note(stage.manifest(index), Manifest) for index in range(shards)]
-    manifests = [manifest for manifest in noted if manifest is not None]
+    stage, shards = Stage.read_with_size(folder)
+    manifests = stage.manifests(shards)
     starts = [path.stat().st_mtime for path in (folder / "jobs").glob("node-of-*.json")]
     if not stage.kind or not starts or len(manifests) < shards:
         return None

@@ -78,7 +78,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
     Raises:
         UserError: the stage's description or its ledger is damaged.
     """
-    stage, shards = Stage.read(folder), describe(folder).shards
+    stage, shards = Stage.read_with_size(folder)
     done: list[int] = []
     missing: dict[int, Begun | None] = {}
     begun = 0

@@ -163,9 +163,20 @@ class Stage:
         Raises:
             UserError: it is not there, or damaged.
         """
-        content = describe(folder).model_dump(exclude={"shards"})
+        return Stage.read_with_size(folder)[0]
+
+    @staticmethod
+    def read_with_size(folder: Path) -> "tuple[Stage, int]":
+        """The same, and how many shards it is cut into."""
+        content = describe(folder).model_dump()
+        shards = content.pop("shards")
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
-        return Stage(**content, inputs=inputs, folder=folder)
+        return Stage(**content, inputs=inputs, folder=folder), shards
+
+    def manifests(self, shards: int) -> list[Manifest]:
+        """Of those of its so many shards that say that they are done, in order."""
+        noted = (read_note(self.manifest(index), Manifest) for index in range(shards))
+        return [manifest for manifest in noted if manifest is not None]
 
     def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
         """Whether shard `index` has a valid result for `key`; `thorough` reads the result and checks its hash."""
