@@ -11,19 +11,21 @@ peace, says what a row costs; from that, 96 shards are predicted and then run --
 * preemption: every running job is put back into the queue (scontrol requeue) at random, once in 20 s on average;
 * failing nodes: each is crashed (lab.sh kill-node) once in 60 s on average and started again after 20 s.
 
-Each line gives the median and 80 % range of the simulations, then the measured runs. The lab notices a crashed node when it
-is back, and lets a job that was put back start after --requeue-seconds.
+Each line gives the median and 80 % range of the simulations, then the measured runs. The lab is told of a crashed node at
+once, and lets a job that was put back start after --requeue-seconds.
 """
 
 import argparse
 import os
 import random
+import re
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from cluster.accounting import use_of
@@ -70,8 +72,7 @@ def main() -> None:
     back = arguments.requeue_seconds
     peace = Disturbances(requeue_seconds=back)
     preempted = Disturbances(preemption_hours=PREEMPTION / 3600, requeue_seconds=back)
-    # A crashed node is noticed when it registers again; its jobs wait for that, then like any that is put back.
-    failing = Disturbances(FAILURE / 3600, notice_seconds=REPAIR, repair_minutes=REPAIR / 60, requeue_seconds=back)
+    failing = Disturbances(FAILURE / 3600, notice_seconds=0.0, repair_minutes=REPAIR / 60, requeue_seconds=back)
     for name, at_once, disturbances, disturb in (
         ("peace, 4 jobs at a time", 4, peace, lambda stop: None),
         ("peace, 2 jobs at a time", 2, peace, lambda stop: None),
@@ -116,16 +117,17 @@ def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Ev
         resources = Resources(
             parallel_jobs=at_once, cpus_per_process=1, shards_per_job=min(SHARDS_PER_JOB, shards // NODES)
         )
-        beside = [threading.Thread(target=disturb, args=(stop,)), threading.Thread(target=count, args=(stop, clock))]
+        beside, before = threading.Thread(target=disturb, args=(stop,)), completed()
         clock.submitted = time.time()
-        for thread in beside:
-            thread.start()
+        beside.start()
         try:
             fan_out(stage, rows, resources, Cluster(profile="slurm", poll_seconds=0.5))
         finally:
             stop.set()
-            for thread in beside:
-                thread.join()
+            beside.join()
+        while running():
+            time.sleep(0.1)
+        clock.occupied = sum(completed()[len(before) :])
         cost = cost_of(stage.folder)
         assert cost is not None
         clock.ended = cost.ended
@@ -156,12 +158,13 @@ def running() -> list[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
-def count(stop: threading.Event, clock: Clock) -> None:
-    """Add up how long jobs hold nodes: the labs have no sacct."""
-    looked = time.monotonic()
-    while not stop.wait(0.5):
-        since, looked = time.monotonic() - looked, time.monotonic()
-        clock.occupied += len(running()) * since
+def completed() -> list[float]:
+    """How long each job held its node, in seconds, every start of one that was put back by itself: from the lab's record."""
+    record = Path(os.environ["LAB"], "log", "completed")
+    if not record.exists():
+        return []
+    spans = re.findall(r" StartTime=(\d\S+) EndTime=(\d\S+)", record.read_text())
+    return [(datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() for start, end in spans]
 
 
 def preempt(stop: threading.Event) -> None:
