@@ -117,7 +117,8 @@ def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Ev
         resources = Resources(
             parallel_jobs=at_once, cpus_per_process=1, shards_per_job=min(SHARDS_PER_JOB, shards // NODES)
         )
-        beside, before = threading.Thread(target=disturb, args=(stop,)), completed()
+        before = len(completed())
+        beside = threading.Thread(target=disturb, args=(stop,))
         clock.submitted = time.time()
         beside.start()
         try:
@@ -127,7 +128,7 @@ def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Ev
             beside.join()
         while running():
             time.sleep(0.1)
-        clock.occupied = sum(completed()[len(before) :])
+        clock.occupied = sum(completed()[before:])
         cost = cost_of(stage.folder)
         assert cost is not None
         clock.ended = cost.ended

@@ -41,7 +41,7 @@ def use_of(stage: Path) -> StageUse:
         UserError: the stage's description or its ledger is damaged.
     """
     made, shards = Stage.read_with_size(stage)
-    manifests = made.manifests(shards)
+    manifests = made.manifests(range(shards))
     submissions = Ledger(stage / "jobs").submissions
     starts = [read_note(path, Start) for path in (stage / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]

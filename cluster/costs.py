@@ -39,7 +39,7 @@ class StageCost:
 def cost_of(folder: Path) -> StageCost | None:
     """Read the cost of the stage in a folder; None if it is not done, or was done by a version that noted less."""
     stage, shards = Stage.read_with_size(folder)
-    manifests = stage.manifests(shards)
+    manifests = stage.manifests(range(shards))
     starts = [path.stat().st_mtime for path in (folder / "jobs").glob("node-of-*.json")]
     if not stage.kind or not starts or len(manifests) < shards:
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.backends import backend_at, log_file
 from cluster.fanout import Ledger, close_submission
-from cluster.notes import Begun, Failure, Manifest, Shard, read_note
+from cluster.notes import Begun, Failure, Shard, read_note
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -96,7 +96,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
     idle = set(missing) - running - queued
     noted = {index: read_note(stage.failure_file(index), Failure) for index in sorted(idle)}
     failures = [_failure(stage, index, failure) for index, failure in noted.items() if failure]
-    manifests = [manifest for index in done if (manifest := read_note(stage.manifest(index), Manifest))]
+    manifests = stage.manifests(done)
     rows_done = sum(manifest.rows for manifest in manifests) + begun
     return StageState(
         folder,

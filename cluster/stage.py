@@ -12,7 +12,7 @@ carries that key; that a file exists proves nothing. Layout of a stage's folder:
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +173,9 @@ class Stage:
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
         return Stage(**content, inputs=inputs, folder=folder), shards
 
-    def manifests(self, shards: int) -> list[Manifest]:
-        """Of those of its so many shards that say that they are done, in order."""
-        noted = (read_note(self.manifest(index), Manifest) for index in range(shards))
+    def manifests(self, shards: Iterable[int]) -> list[Manifest]:
+        """Of those of `shards` that say that they are done, in order."""
+        noted = (read_note(self.manifest(index), Manifest) for index in shards)
         return [manifest for manifest in noted if manifest is not None]
 
     def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
