@@ -49,7 +49,8 @@ def test_nucleus_is_the_smallest_set_that_reaches_its_mass() -> None:
     assert counts == pytest.approx([0, 625, 0, 375, 0], abs=1)  # .5 and .3 of .8
 
 
-def test_wide_and_narrow_nuclei_are_drawn_alike() -> None:
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
+def test_wide_and_narrow_nuclei_are_drawn_alike(top_p: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((6, 5000), generator=generator) * torch.tensor([0.01, 0.1, 1.0, 3.0, 8.0, 0.5])[:, None]
     probabilities = logits.softmax(-1)
@@ -57,9 +58,9 @@ def test_wide_and_narrow_nuclei_are_drawn_alike() -> None:
     for row in range(6):
         order = np.argsort(-probabilities[row].numpy(), kind="stable")
         mass = np.cumsum(probabilities[row].double().numpy()[order])
-        nucleus = int(np.searchsorted(mass, 0.9)) + 1
+        nucleus = int(np.searchsorted(mass, min(top_p, mass[-1]))) + 1
         expected = order[np.searchsorted(mass[:nucleus], float(draws[row]) * mass[nucleus - 1], side="right")]
-        chosen = draw_from_nucleus(probabilities, 0.9, draws)[row]
+        chosen = draw_from_nucleus(probabilities, top_p, draws)[row]
         assert probabilities[row, chosen] == pytest.approx(float(probabilities[row, expected]), rel=1e-5)
 
 

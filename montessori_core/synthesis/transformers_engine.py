@@ -15,7 +15,6 @@ from montessori_core.models import load_model
 from montessori_core.synthesis.generation import Generated, Request
 
 _ROWS = 32  # continuations decoded together: on CPUs a decoding step costs little more for 32 rows than for 8
-_NUCLEUS_GUESS = 1024  # tokens sorted before it is known how many the nucleus needs
 _STOP_WINDOW = 16  # tokens at the end of a continuation in which a stop string is looked for
 
 
@@ -141,36 +140,40 @@ class SeededSampler(LogitsProcessor):
         return scores - self._sampling.presence_penalty * self._generated
 
 
-def draw_from_nucleus(probabilities: torch.Tensor, top_p: float, draws: torch.Tensor) -> torch.Tensor:
+def draw_from_nucleus(
+    probabilities: torch.Tensor, top_p: float, draws: torch.Tensor, sorted_tokens: int = 1024
+) -> torch.Tensor:
     """Pick a token from the smallest set of most probable tokens whose mass reaches `top_p`.
 
     Args:
         probabilities: [rows, vocabulary].
-        top_p: mass of the nucleus.
+        top_p: mass of the nucleus; 1.0 for all tokens.
         draws: [rows], uniform in [0, 1): where in the nucleus's mass the pick lies.
+        sorted_tokens: how many of the most probable tokens are sorted first. Only rows that need more sort all of them.
 
     Returns:
         [rows] token ids.
     """
-    size = min(_NUCLEUS_GUESS, probabilities.shape[1])
-    top, order = probabilities.topk(size, dim=1)
-    mass = top.double().cumsum(1)
-    wide = mass[:, -1] < top_p
-    if wide.any() and size < probabilities.shape[1]:
-        chosen = torch.empty_like(order[:, 0])
-        if not wide.all():
-            chosen[~wide] = draw_from_nucleus(probabilities[~wide], top_p, draws[~wide])
-        full, full_order = probabilities[wide].sort(dim=1, descending=True)
-        chosen[wide] = _pick(full.double().cumsum(1), full_order, top_p, draws[wide])
-        return chosen
-    return _pick(mass, order, top_p, draws)
-
-
-def _pick(mass: torch.Tensor, order: torch.Tensor, top_p: float, draws: torch.Tensor) -> torch.Tensor:
-    """`mass`: [rows, candidates] cumulated; `order`: their token ids."""
-    last = (mass < top_p).sum(1, keepdim=True).clamp(max=mass.shape[1] - 1)
-    target = draws[:, None] * mass.gather(1, last)
-    return order.gather(1, torch.searchsorted(mass, target, right=True).clamp(max=last))[:, 0]
+    size, vocabulary = sorted_tokens, probabilities.shape[1]
+    if size < vocabulary:
+        top, order = probabilities.topk(size, dim=1)
+    else:
+        size = vocabulary
+        top, order = probabilities.sort(dim=1, descending=True)
+    mass = top.double().cumsum(1)  # [rows, size]
+    if top_p < 1.0:
+        before = (mass < top_p).sum(1, keepdim=True)
+        last = before.clamp(max=size - 1)
+        target = draws[:, None] * mass.gather(1, last)
+        beyond = (before == size)[:, 0]
+    else:
+        last = torch.full_like(order[:, :1], size - 1)
+        target = draws[:, None] * probabilities.sum(1, keepdim=True, dtype=torch.float64)
+        beyond = (target >= mass[:, -1:])[:, 0]
+    chosen = order.gather(1, torch.searchsorted(mass, target, right=True).clamp(max=last))[:, 0]
+    if size < vocabulary and beyond.any():
+        chosen[beyond] = draw_from_nucleus(probabilities[beyond], top_p, draws[beyond], vocabulary)
+    return chosen
 
 
 class _StopString(StoppingCriteria):
