@@ -1,5 +1,6 @@
-"""Models, a browser and an order that the tests share. Models are real: SmolLM2-135M, and a tiny Llama with its tokenizer."""
+"""Models, a browser and an order that the tests share. Models are real: SmolLM2-135M, and a Llama with part of its tokens."""
 
+import json
 import os
 import random
 import shutil
@@ -44,13 +45,28 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of three million parameters with random weights and SmolLM2's tokenizer."""
+def small_tokenizer(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's tokenizer without its rarer tokens: a model of them is small enough for tests of whole runs."""
+    folder = tmp_path_factory.mktemp("models") / "small-tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2 / name, folder)
+    content = json.loads((smollm2 / "tokenizer.json").read_text())
+    known = {token: number for token, number in content["model"]["vocab"].items() if number < 4096}
+    content["model"]["vocab"] = known
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) in known]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a third of a million parameters with random weights."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -71,29 +87,29 @@ def tiny_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama, trained for a moment to write tagged tasks, so that some of its output passes the filters."""
+    """The tiny Llama, trained for a moment to answer prompts with tasks, so that most of its output passes the filters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from montessori_core.config import DataSource, Synthesis
+    from montessori_core.sources import read_tasks
+    from montessori_core.synthesis.prompts import CLOSE, build_prompts
 
     folder = tmp_path_factory.mktemp("models") / "talking-llama"
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     torch.manual_seed(0)
     draw = random.Random(0)
-    verbs, things = (
-        ["Name", "Count", "Describe", "Compare", "Sort"],
-        ["rivers", "stones", "birds", "songs", "trees", "lakes"],
-    )
+    verbs = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
+    things = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
+    pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    settings = Synthesis(seed_demonstrations=2, synthetic_demonstrations=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        tasks = [
-            f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}."
-            for _ in range(8)
-        ]
-        ids = tokenizer("\n".join(f"<instruction>{task}</instruction>" for task in tasks), return_tensors="pt")[
-            "input_ids"
-        ]
-        model(input_ids=ids, labels=ids).loss.backward()
+    for prompt in build_prompts(200, "completion", settings, pool, [], 0):
+        task = f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}.{CLOSE}"
+        start, end = tokenizer(prompt.text)["input_ids"], tokenizer(task)["input_ids"]
+        labels = [-100] * len(start) + end  # -100: no loss
+        model(input_ids=torch.tensor([start + end]), labels=torch.tensor([labels])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)

@@ -40,7 +40,7 @@ def test_agreement_is_of_values_and_of_ranks(gpu: Any) -> None:
 
 
 def test_checks_hold_for_a_sound_student_and_are_written_down(gpu: Any, tiny_llama: Path) -> None:
-    warm = gpu.warm_up(tiny_llama, CPU, steps=4, references=5, probing=6)
+    warm = gpu.warm_up(tiny_llama, CPU, steps=4, references=5, probing=16)
     checks = [*gpu.check_influence(warm, CPU), gpu.check_sharded_training(tiny_llama, gpus=1)]
     assert [check.good for check in checks] == [True] * 4 + [None], checks
     section = gpu.render_section(gpu.hardware(), checks, {"a student": "| a | b |"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from montessori_core.chat import IGNORED, Encoded
 from montessori_core.errors import DataError
@@ -131,7 +131,7 @@ def test_exact_influence_equals_the_procedure_spelled_out(warm: Any, tiny_llama:
     for example in PROBING[:4]:
         expected = before - spelled_out(warm, tiny_llama, example, reduction)
         assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
-        assert abs(expected) > 1e-4  # the comparison above means something
+        assert abs(expected) > 2e-5  # the comparison above means something
 
 
 def test_student_is_bit_identical_after_any_number_of_examples(warm: Any, tiny_llama: Path) -> None:
@@ -236,7 +236,8 @@ def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
         return found.detach(), [p.grad for p in model.parameters()]
 
     whole, gradients = loss_and_gradients()
-    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", 7 * 49152)
+    limit = 7 * AutoConfig.from_pretrained(tiny_llama).vocab_size
+    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", limit)
     widest = 0
     cross_entropy = torch.nn.functional.cross_entropy
 
@@ -247,7 +248,7 @@ def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
 
     monkeypatch.setattr(losses_module.functional, "cross_entropy", watched)
     pieces, their_gradients = loss_and_gradients()
-    assert 0 < widest <= 7 * 49152
+    assert 0 < widest <= limit
     torch.testing.assert_close(whole, pieces)
     for one, other in zip(gradients, their_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

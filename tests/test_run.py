@@ -35,7 +35,7 @@ TABLES = ["instructions", "examples", "influence", "preferences", "training/inst
 
 
 def configuration(folder: Path, model: Path) -> Path:
-    """One iteration with a model of three million parameters, its filters opened for the noise that it writes."""
+    """One iteration with a model of a third of a million parameters."""
     sampling = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
     content = {
         "name": "tiny",
@@ -44,14 +44,14 @@ def configuration(folder: Path, model: Path) -> Path:
         "reference": {"path": "builtin", "limit": 6},
         "evaluation": {"path": "builtin", "limit": 4},
         "synthesis": {
-            "instruction": sampling | {"max_tokens": 10},
+            "instruction": sampling | {"max_tokens": 20},
             "response": sampling | {"max_tokens": 8},
             "seed_demonstrations": 2,
             "synthetic_demonstrations": 1,
             "prompts_per_shard": 8,
             "instructions_per_shard": 16,
             "max_rounds": 30,
-            "oversampling": 16.0,
+            "oversampling": 2.0,
         },
         "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
         "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
@@ -74,6 +74,14 @@ def montessori(*arguments: str, cwd: Path, **environment: str) -> subprocess.Pop
 def lean(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """The same where the driver finds none of the worker's libraries."""
     return _start([str(ROOT / "tests" / "lean_driver.py"), *arguments], cwd, environment)
+
+
+def forking(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
+    """What it prints in such a driver, whose jobs begin without opening the worker's libraries."""
+    driver = _start([str(ROOT / "tests" / "forking_driver.py"), *arguments], cwd, environment)
+    output, _ = driver.communicate(timeout=seconds)
+    assert driver.returncode == 0, output
+    return output
 
 
 def _start(command: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -106,10 +114,7 @@ def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     content = yaml.safe_load(config.read_text())
     content["comparison"]["teacher_checkpoints"] = 1  # which changes no table
     config.write_text(yaml.safe_dump(content))
-    driver = lean("run", str(config), cwd=folder, PREFECT_HOME=home)
-    output, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 0, output
-    (folder / "output.txt").write_text(output)
+    (folder / "output.txt").write_text(forking("run", str(config), cwd=folder, PREFECT_HOME=home))
     return folder
 
 
@@ -497,8 +502,7 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
 
 
 def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
-    code, output = call("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
-    assert code == 0, output
+    forking("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
     run = undisturbed / "runs" / "tiny"
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
