@@ -230,7 +230,9 @@ class LocalBackend:
 
 def _kill_family(process: psutil.Process) -> list[psutil.Process]:
     """Kill a process and all that it has started; return them."""
-    family = [*process.children(recursive=True), process]
+    family = [process]
+    with suppress(psutil.NoSuchProcess):  # it has ended since it was found
+        family = [*process.children(recursive=True), process]
     for member in family:
         with suppress(psutil.NoSuchProcess):
             member.kill()

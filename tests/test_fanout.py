@@ -548,6 +548,16 @@ def test_nothing_is_started_while_nobody_knows_what_is_at_work(folder: Path) -> 
     assert results(run(folder)) == EXPECTED
 
 
+def test_local_job_that_ends_while_it_is_cancelled_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of this driver stays a zombie until the driver asks for it; one of an earlier driver is gone at once."""
+    job = subprocess.Popen(["sleep", "600"])
+    found = psutil.Process(job.pid)
+    job.kill()
+    job.wait()
+    monkeypatch.setattr("cluster.backends._process", lambda job_id: found)
+    LocalBackend(Resources(), None).cancel([f"{job.pid}:{found.create_time()}"])
+
+
 def test_local_job_that_ends_at_its_limit_has_reached_its_time_limit() -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
     assert classify_loss(backend.reason(f"1:{time.time() - 61}")) == "time_limit"
