@@ -19,6 +19,7 @@ from montessori_core.config import (
     read_experiment,
     read_overridden,
 )
+from montessori_core.errors import ConfigError
 
 _RESAMPLES = 9999
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -79,7 +80,10 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
     """
     content = read_overridden(path, ())
     if isinstance(content.get("experiment"), str):
-        content["experiment"] = read_experiment(path.parent / content["experiment"]).model_dump(mode="json")
+        try:
+            content["experiment"] = read_experiment(path.parent / content["experiment"]).model_dump(mode="json")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: experiment: {error}") from error
     apply_overrides(content, overrides)
     return parse(Study, content, f"{path}: the study")
 

@@ -72,14 +72,14 @@ def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
 
 
-def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     assert [item["text"] for item in items][-1] == "The capital of Italy is\nRome"
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
     settings = {"batch_size": 1, "chat_template": False}  # sums of a padded batch differ in their last bits
 
     def scores(name: str, some: list[Row]) -> list[Row]:
-        open_harness(settings, {"model": tiny_llama, "tasks": tasks})(some, tmp_path / name, print)
+        open_harness(settings, {"model": smollm2, "tasks": tasks})(some, tmp_path / name, print)
         return read_table(tmp_path / name, ITEM_SCORES).to_pylist()
 
     whole = scores("whole", rows)

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -231,6 +231,7 @@ YAML = st.recursive(
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
+@example([("experiment", "elsewhere")], b"", ("teacher", "{}"))
 def test_any_file_is_a_configuration_or_is_refused_by_its_name(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]], noise: bytes, override: tuple[str, str]
 ) -> None:
