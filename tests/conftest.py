@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from playwright.sync_api import Browser, sync_playwright
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -16,6 +17,10 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the cores from other tests
+
+# The same examples each time, however busy the machine is; with a seed of one's own, new ones.
+settings.register_profile("suite", deadline=None, derandomize="MONTESSORI_TEST_SEED" not in os.environ)
+settings.load_profile("suite")
 
 ROOT = Path(__file__).parent.parent
 _SLOWEST_FIRST = (

@@ -229,7 +229,7 @@ YAML = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
 @example([("experiment", "elsewhere")], b"", ("teacher", "{}"))
 def test_any_file_is_a_configuration_or_is_refused_by_its_name(
@@ -284,7 +284,7 @@ EXPERIMENTS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(EXPERIMENTS)
 def test_whatever_fits_is_read_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, experiment: Experiment

@@ -187,7 +187,6 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(PIECES | st.binary(max_size=4), max_size=6).map(b"".join), st.sampled_from(["any.jsonl", "any.json"]))
 def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
@@ -206,7 +205,6 @@ def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
         assert refusal is None or name.encode() in refusal.encode()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=3))
 def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
@@ -236,7 +234,7 @@ ROWS: list[dict[str, object]] = [
 ]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_table_is_refused_or_holds_what_it_held(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -514,7 +514,7 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
     return json.dumps(note).encode()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finished: Stage, data: st.DataObject) -> None:
     results = {finished.part(index) for index in range(6)}

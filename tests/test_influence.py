@@ -30,7 +30,7 @@ from montessori_core.training.moments import Moments, load_moments, save_moments
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.integers(0, 5),
     rate=st.sampled_from([1e-6, 5e-6, 1e-3]),

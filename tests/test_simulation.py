@@ -103,7 +103,7 @@ WORKS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(WORKS, min_size=1, max_size=3),
     st.sampled_from([0.02, 0.2, math.inf]),
