@@ -96,6 +96,7 @@ def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from montessori_core.chat import IGNORED
     from montessori_core.config import DataSource, Synthesis
     from montessori_core.sources import read_tasks
     from montessori_core.synthesis.prompts import CLOSE, build_prompts
@@ -108,12 +109,12 @@ def talking_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
     verbs = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
     things = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
     pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
-    settings = Synthesis(seed_demonstrations=2, synthetic_demonstrations=1)
+    shown = Synthesis(seed_demonstrations=2, synthetic_demonstrations=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for prompt in build_prompts(200, "completion", settings, pool, [], 0):
+    for prompt in build_prompts(200, "completion", shown, pool, [], 0):
         task = f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}.{CLOSE}"
         start, end = tokenizer(prompt.text)["input_ids"], tokenizer(task)["input_ids"]
-        labels = [-100] * len(start) + end  # -100: no loss
+        labels = [IGNORED] * len(start) + end
         model(input_ids=torch.tensor([start + end]), labels=torch.tensor([labels])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -64,7 +64,7 @@ def test_step_equals_torch_adamw_to_the_last_bit(
     assert torch.equal(second, kept[1])
 
 
-def examples(count: int, seed: int, vocabulary: int = 2000) -> list[Encoded]:
+def examples(count: int, seed: int, vocabulary: int = 500) -> list[Encoded]:
     draw = random.Random(seed)
     made = []
     for _ in range(count):
@@ -131,7 +131,7 @@ def test_exact_influence_equals_the_procedure_spelled_out(warm: Any, tiny_llama:
     for example in PROBING[:4]:
         expected = before - spelled_out(warm, tiny_llama, example, reduction)
         assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
-        assert abs(expected) > 2e-5  # the comparison above means something
+        assert abs(expected) > 1e-4  # the comparison above means something
 
 
 def test_student_is_bit_identical_after_any_number_of_examples(warm: Any, tiny_llama: Path) -> None:

@@ -1,5 +1,6 @@
 """The server of `montessori up` goes on where the garbage collector would have it wait for SQLite."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,5 +42,6 @@ def test_a_cursor_given_up_keeps_no_event_loop_waiting(tmp_path: Path, collector
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = float(ended.stdout)
     assert (seconds > 5) == stands_still
-    # The writer gave up. "database is locked" it only says where it asks for the reason before the collector is through.
-    assert ("sqlite3.OperationalError" in ended.stderr) == stands_still
+    # "database is locked", unless the collector takes the connection before the writer can ask it for the reason.
+    gave_up = re.search("sqlite3.OperationalError: (database is locked|not an error)", ended.stderr)
+    assert (gave_up is not None) == stands_still

@@ -154,12 +154,12 @@ def draw_from_nucleus(
     Returns:
         [rows] token ids.
     """
-    size, vocabulary = sorted_tokens, probabilities.shape[1]
-    if size < vocabulary:
-        top, order = probabilities.topk(size, dim=1)
+    vocabulary = probabilities.shape[1]
+    if sorted_tokens < vocabulary:
+        top, order = probabilities.topk(sorted_tokens, dim=1)
     else:
-        size = vocabulary
         top, order = probabilities.sort(dim=1, descending=True)
+    size = order.shape[1]
     mass = top.double().cumsum(1)  # [rows, size]
     if top_p < 1.0:
         before = (mass < top_p).sum(1, keepdim=True)
