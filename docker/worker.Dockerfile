@@ -3,7 +3,7 @@
 #
 #   docker build --file docker/worker.Dockerfile --tag montessori-worker .
 #
-# Built by the Makefile's own steps from docker/worker.lock and docker/generation.lock. CUDA's compiler stays in the image:
+# Built by the Makefile's own steps from requirements/worker.lock and requirements/generation.lock. CUDA's compiler stays in the image:
 # DeepSpeed and vLLM's kernels are compiled where they are first used. It is of the CUDA that the locked torch is built for.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS python
 # hadolint ignore=DL3008

