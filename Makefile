@@ -32,26 +32,28 @@ define INSTALL_TORCH
   || { $(PIP) uv==$(UV_VERSION) && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu torch==$(TORCH_VERSION); }; fi
 endef
 
-.PHONY: quickstart test test-faults check install-driver install-worker install-generation lock test-install test-latest docs clean
+.PHONY: quickstart test test-all test-latest lint check docs install-driver install-worker install-generation lock clean
 
 quickstart: $(VENV)/.local
 	$(BIN)/montessori model fetch smollm2-135m
 	$(BIN)/montessori run configs/quickstart.yaml
 
-test: $(VENV)/.dev $(VENV)-vllm/.ready
+PYTEST := -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+test: lint
+	$(BIN)/python $(PYTEST) --durations 25
+
+test-all: lint $(VENV)-vllm/.ready
+	$(BIN)/python $(PYTEST) --all --durations 50
+	tests/system/install/clean_install.sh
+
+test-latest: $(VENV)-latest/.latest
+	$(VENV)-latest/bin/python -m pytest --numprocesses 2 tests/unit --deselect tests/unit/test_versions.py
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff format --check montessori_core cluster tasks flows tests benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
-
-test-faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -m faults
-
-test-install:
-	tests/clean_install.sh
-
-test-latest: $(VENV)-latest/.latest
-	$(VENV)-latest/bin/python -m pytest tests/unit
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format montessori_core cluster tasks flows tests benchmarks

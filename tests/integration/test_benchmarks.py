@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from judge_server import KEY, QUESTIONS, Judge, judged
-from test_run import ROOT, call, configuration
 
 from montessori_core.atomic import read_json
 from montessori_core.benchmarks.harness import open_harness, open_items
@@ -19,6 +17,9 @@ from montessori_core.config import parse_experiment
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.program import Row
 from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
+from support import ROOT
+from support.judges import KEY, QUESTIONS, Judge, judged
+from support.runs import call, configuration
 
 
 @pytest.fixture

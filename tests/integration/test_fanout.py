@@ -3,12 +3,9 @@
 import errno
 import itertools
 import json
-import os
 import platform
 import signal
 import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import submitit
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.accounting import use_of
@@ -40,75 +37,22 @@ from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.program import Row
+from support import squares
+from support.squares import (
+    CLUSTER,
+    EXPECTED,
+    PROGRAM,
+    SHARDS,
+    computed,
+    jobs_alive,
+    results,
+    run,
+    stage,
+    start_driver,
+    wait_until,
+)
 
-CLUSTER = Cluster(poll_seconds=0.05)
-SHARDS: list[list[Row]] = [[{"n": 10 * shard + row} for row in range(3)] for shard in range(6)]
-PROGRAM = """
-import json, os, signal, time
-from pathlib import Path
-
-def open_squares(settings, inputs):
-    folder = Path(settings["folder"])
-    with (folder / "opened.txt").open("a") as log:
-        log.write(f"{os.getpid()}\\n")
-    if (folder / "does-not-open").exists():
-        raise RuntimeError("the model does not load")
-    if (folder / "no-memory").exists():
-        (folder / "no-memory").unlink()
-        raise MemoryError("another process has it")
-    def compute(rows, output, report):
-        for number, row in enumerate(rows, 1):
-            with (folder / "computed.txt").open("a") as log:
-                log.write(f"{row['n']}\\n")
-            if (folder / f"kill-{row['n']}").exists():
-                (folder / f"kill-{row['n']}").unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-            if (folder / f"fail-{row['n']}").exists():
-                raise ValueError(f"row {row['n']} is bad")
-            if (folder / f"peer-{row['n']}").exists():
-                (folder / f"peer-{row['n']}").unlink()
-                raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
-            if (folder / f"full-{row['n']}").exists():
-                Path("/dev/full").write_text("x")  # no space left on device
-            if (folder / f"hang-{row['n']}").exists():
-                (folder / f"hang-{row['n']}").unlink()
-                time.sleep(600)
-            time.sleep(settings["seconds"])
-            report(number)
-        output.write_text(json.dumps([row["n"] ** 2 for row in rows]))
-    return compute
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "squares_program.py").write_text(PROGRAM)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}")
-    return tmp_path
-
-
-def stage(folder: Path, seconds: float = 0.0, version: int = 1) -> Stage:
-    settings = {"folder": str(folder), "seconds": seconds}
-    return Stage("squares", version, "squares_program:open_squares", settings, {}, {}, folder / "stage", ".json")
-
-
-def run(
-    folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
-) -> list[Path]:
-    resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
-    return fan_out(stage(folder, seconds), shards, resources, CLUSTER)
-
-
-def results(parts: list[Path]) -> list[int]:
-    return [value for part in parts for value in json.loads(part.read_text())]
-
-
-def computed(folder: Path) -> list[int]:
-    log = folder / "computed.txt"
-    return [int(line) for line in log.read_text().split()] if log.exists() else []
-
-
-EXPECTED = [row["n"] ** 2 for shard in SHARDS for row in shard]
+folder = squares.folder
 
 
 def test_parts_come_in_the_order_of_shards_whatever_the_number_of_jobs(folder: Path) -> None:
@@ -335,35 +279,6 @@ def test_progress_reaches_the_end_and_never_falls(folder: Path) -> None:
     assert any(0 < rows < 6 for rows in done)
 
 
-DRIVER = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    from test_fanout import run, results
-    print(results(run(Path({folder!r}), jobs=2, seconds=0.15)))
-"""
-
-
-def start_driver(folder: Path) -> subprocess.Popen[str]:
-    code = textwrap.dedent(DRIVER.format(tests=str(Path(__file__).parent), folder=str(folder)))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(condition: object, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def jobs_alive(folder: Path) -> int:
-    return sum(
-        str(folder) in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
-        for process in psutil.process_iter(["cmdline", "status"])
-        if process.pid != os.getpid()
-    )
-
-
 def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path) -> None:
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
@@ -514,7 +429,6 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
     return json.dumps(note).encode()
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finished: Stage, data: st.DataObject) -> None:
     results = {finished.part(index) for index in range(6)}

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from montessori_core.influence import ResidentStudent
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from support import ROOT
+
 OPEN_RUN = """
 import sys
 from pathlib import Path
@@ -93,7 +95,7 @@ def hub(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
 def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", OPEN_RUN, str(folder), student],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env=os.environ,
         capture_output=True,
         text=True,

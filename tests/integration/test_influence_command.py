@@ -15,8 +15,8 @@ from scipy.stats import spearmanr
 from montessori_core.models import load_model
 from montessori_core.schema import INFLUENCE, read_table
 from montessori_core.training.moments import Moments, cold_moments, save_moments
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = [
     {"instruction": f"Describe object {i}.", "input": "", "output": f"Object {i} is " + "round " * (1 + i % 4)}
     for i in range(20)

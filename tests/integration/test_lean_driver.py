@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_report import write_run
-from test_report_pages import write_study
-from test_run import ROOT, lean
+from support import ROOT
+from support.reports import write_run, write_study
+from support.runs import lean
 
 
 def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from montessori_core.influence.memory import GB, Shape, plan_memory
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 LLAMA_3_8B = Shape(
     parameters=8_030_261_248,
     trained=8_030_261_248,

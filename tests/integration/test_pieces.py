@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import test_fanout as local
 
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.config import Resources
+from support import squares as local
 
 folder = local.folder
 TABLES = local.PROGRAM.replace(

@@ -1,6 +1,5 @@
 """Whole runs through the command line: interrupted anywhere, they end with the tables of an undisturbed run."""
 
-import hashlib
 import json
 import os
 import pty
@@ -14,11 +13,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from judge_server import QUESTIONS, Judge, judged
 
 from cluster.oversight import stages_of
 from cluster.simulation import Disturbances, Machines
@@ -28,82 +25,10 @@ from montessori_core import schema
 from montessori_core.config import Experiment
 from montessori_core.errors import UserError
 from montessori_core.screening import screening_report
+from support import ROOT
+from support.judges import QUESTIONS, Judge, judged
+from support.runs import call, configuration, digests, forking, kill_everything, left_over, montessori
 from tasks.run import Run, reopen_run
-
-ROOT = Path(__file__).parent.parent
-TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
-
-
-def configuration(folder: Path, model: Path) -> Path:
-    """One iteration with a model of a third of a million parameters."""
-    sampling = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
-    content = {
-        "name": "tiny",
-        "teacher": {"model": str(model), "prompt_style": "completion"},
-        "student": {"model": str(model), "max_length": 192},
-        "reference": {"path": "builtin", "limit": 6},
-        "evaluation": {"path": "builtin", "limit": 4},
-        "synthesis": {
-            "instruction": sampling | {"max_tokens": 20},
-            "response": sampling | {"max_tokens": 8},
-            "seed_demonstrations": 2,
-            "synthetic_demonstrations": 1,
-            "prompts_per_shard": 8,
-            "instructions_per_shard": 16,
-            "max_rounds": 30,
-            "oversampling": 2.0,
-        },
-        "warmup": {"examples": 4, "batch_size": 2, "learning_rate": 1e-3},
-        "influence": {"probing_examples": 16, "examples_per_shard": 4, "later_probing_examples": 8},
-        "preferences": {"baseline": "median"},
-        "teacher_update": {"learning_rate": 1e-4, "epochs": 2},
-        "training": {"examples": 6, "batch_size": 2, "learning_rate": 1e-3},
-        "comparison": {"influence_examples": 4},
-        "zero": {"stage": 0},
-        "cluster": {"poll_seconds": 0.1},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def montessori(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    return _start(["-m", "flows.cli", *arguments], cwd, environment)
-
-
-def lean(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """The same where the driver finds none of the worker's libraries."""
-    return _start([str(ROOT / "tests" / "lean_driver.py"), *arguments], cwd, environment)
-
-
-def forking(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
-    """What it prints in such a driver, whose jobs begin without opening the worker's libraries."""
-    driver = _start([str(ROOT / "tests" / "forking_driver.py"), *arguments], cwd, environment)
-    output, _ = driver.communicate(timeout=seconds)
-    assert driver.returncode == 0, output
-    return output
-
-
-def _start(command: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def call(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> tuple[int, str]:
-    process = montessori(*arguments, cwd=cwd, **environment)
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, output
-
-
-def digests(run: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((run / "iteration-1" / f"{name}.parquet").read_bytes()).hexdigest() for name in TABLES}
 
 
 @pytest.fixture(scope="module")
@@ -354,33 +279,6 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed: Path)
     assert "started with another configuration" in output
     assert "warmup.examples: 4 -> 5" in output
     assert "--name" in output
-
-
-def left_over(folder: Path) -> list[str]:
-    """Processes that runs in `folder` have left behind, Prefect's temporary servers among them."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
-            continue
-        try:
-            if str(folder) in process.cwd() or str(folder) in " ".join(process.info["cmdline"] or []):
-                found.append(" ".join(process.info["cmdline"] or []))
-        except psutil.Error:
-            continue
-    return found
-
-
-def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
-    """Kill the driver; by SIGKILL, its jobs as well, but not Prefect's server, which nobody ends then."""
-    family = psutil.Process(driver.pid).children(recursive=True) if how is signal.SIGKILL else []
-    driver.send_signal(how)
-    for process in family:
-        try:
-            if "submitit" in " ".join(process.cmdline()):
-                process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    driver.wait(90)
 
 
 def test_run_interrupted_in_every_stage_ends_with_the_same_tables(

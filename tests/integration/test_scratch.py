@@ -10,6 +10,7 @@ import pytest
 
 from cluster import scratch
 from cluster.scratch import private_folders
+from support import ROOT
 
 HOLD = """
 import sys, time
@@ -44,7 +45,7 @@ def test_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scratch, "_JUST_MADE", 0.0)
-    root = Path(__file__).parent.parent
+    root = ROOT
     holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=root, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     held = Path(holder.stdout.readline().strip())

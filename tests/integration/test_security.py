@@ -20,8 +20,7 @@ from montessori_core.chat import IGNORED, encode_example
 from montessori_core.errors import UserError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.training.checkpoints import checkpoint_folder
-
-ROOT = Path(__file__).parent.parent
+from support import ROOT
 
 
 @pytest.fixture

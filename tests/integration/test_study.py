@@ -13,8 +13,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import JudgeServer
-from test_run import ROOT, call, configuration, forking
 
 from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
@@ -42,6 +40,10 @@ from montessori_core.sources import Task, write_tasks
 from montessori_core.study import Outcome, compare_outcomes, read_study
 from montessori_core.training.dpo import encode_pair
 from montessori_core.utility import open_in_context, open_training_loss
+from support import ROOT
+from support.judges import JudgeServer
+from support.runs import call, configuration, forking
+from support.studies import conversations, environment_of, write_study
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another suite may run beside it
 
@@ -228,45 +230,6 @@ def test_shipped_study_is_read() -> None:
     assert study.seeded(2).seed == 2
 
 
-def conversations(count: int) -> Iterator[Task]:
-    things = ["rivers", "stones", "birds", "songs", "trees", "lakes"]
-    for number in range(count):
-        one, other = things[number % 6], things[(number * 5 + 1 + number // 6) % 6]
-        yield Task(f"c{number}", f"Count {number + 2} {one} and {other}.", f"Here are {one}.")
-
-
-def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object) -> None:
-    """`study.yaml`: every method, and one that a user wrote, at a size for tests."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
-    (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
-    experiment = yaml.safe_load(configuration(folder, model).read_text())
-    experiment["cluster"] |= cluster
-    experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
-    experiment["synthesis"]["oversampling"] = 3.0  # one round does
-    # What a model of this size can learn by heart and vary, so that it writes conversations of its own.
-    lines = [json.dumps({"instruction": task.text, "output": task.response}) for task in conversations(12)]
-    (folder / "reference.jsonl").write_text("\n".join(lines))
-    experiment["reference"] = {"path": str(folder / "reference.jsonl")}
-    experiment["synthesis"]["instruction"]["max_tokens"] = 20
-    experiment["synthesis"]["response"]["max_tokens"] = 12
-    experiment["nomad"] = {"learning_rate": 3e-3, "batch_size": 4, "epochs": 60, "teacher_examples": 10}
-    content = {
-        "name": "tiny-study",
-        "experiment": experiment,
-        "methods": [*REGISTRY, "own:MINE"],
-        "seeds": [3],
-    }
-    (folder / "study.yaml").write_text(yaml.safe_dump(content))
-
-
-def environment_of(folder: Path) -> dict[str, str]:
-    return {
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PYTHONPATH": f"{ROOT}:{folder}",
-        "MONTESSORI_CACHE": str(folder / "cache"),
-    }
-
-
 @pytest.fixture(scope="module")
 def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A study of every method, and of one that a user wrote."""
@@ -304,21 +267,29 @@ def test_every_method_trains_the_same_student_on_equally_many_examples(compared:
     assert all(method in (compared / "output.txt").read_text() for method in rows)
 
 
-def test_methods_select_what_their_papers_say(compared: Path) -> None:
-    seed = compared / "runs" / "tiny-study" / "seed-3"
-    iteration, methods = seed / "iteration-1", seed / "methods"
+@pytest.fixture(scope="module")
+def iteration(compared: Path) -> Path:
+    """Iteration 1, whose probing set all methods share."""
+    return compared / "runs" / "tiny-study" / "seed-3" / "iteration-1"
 
-    # Bootstrap: demonstrations are of the most influential half.
+
+@pytest.fixture(scope="module")
+def methods(compared: Path) -> Path:
+    """The folder of each method's results."""
+    return compared / "runs" / "tiny-study" / "seed-3" / "methods"
+
+
+def test_bootstrap_demonstrates_most_influential_half(iteration: Path, methods: Path) -> None:
     influence = read_table(iteration / "influence.parquet", INFLUENCE).to_pylist()
     ranked = sorted(influence, key=lambda row: -row["influence_student"])
     best = {row["example_id"] for row in ranked[: len(ranked) // 2]}
-    assert {
-        task.id for task in most_influential(iteration / "examples.parquet", iteration / "influence.parquet")
-    } == best
+    tasks = most_influential(iteration / "examples.parquet", iteration / "influence.parquet")
+    assert {task.id for task in tasks} == best
     shown = read_table(methods / "bootstrap" / "round-1" / "training" / "instructions.parquet", INSTRUCTIONS)
     assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= best
 
-    # Response DPO: pairs are of responses to one instruction, and the prompt is that instruction's chat.
+
+def test_response_pairs_answer_the_same_instruction(methods: Path) -> None:
     answers = {
         row["example_id"]: row
         for row in read_table(methods / "response" / "round-1" / "answers" / "examples.parquet", EXAMPLES).to_pylist()
@@ -332,13 +303,15 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
         assert pair["chosen"] == chosen["raw_output"]
         assert pair["chosen_influence_student"] > pair["rejected_influence_student"]
 
-    # A stronger teacher: what the API said is what the student is trained on.
+
+def test_strong_teacher_trains_on_what_the_api_said(methods: Path) -> None:
     strong = read_table(methods / "self_instruct_strong" / "round-1" / "training" / "examples.parquet", EXAMPLES)
     for row in strong.to_pylist():
         assert row["instruction"].startswith("Explain ")
         assert row["response"] == f"An answer to: {row['instruction']}"
 
-    # A judge: the chosen example is the one it scored higher.
+
+def test_llm_judge_chooses_the_higher_score(iteration: Path, methods: Path) -> None:
     table = read_table(methods / "llm_judge" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
     responses = {
         row["example_id"]: row["response"] for row in read_table(iteration / "examples.parquet", EXAMPLES).to_pylist()
@@ -347,28 +320,29 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
         assert pair["chosen_utility"] == len(responses[pair["chosen_id"]]) % 6
         assert pair["chosen_utility"] > pair["rejected_utility"]
 
-    # ARTE: the chosen example is the better demonstration.
-    table = read_table(methods / "arte" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
+
+@pytest.mark.parametrize("method", ["arte", "training_loss"])
+def test_utility_pairs_choose_the_higher_utility(methods: Path, method: str) -> None:
+    """The better demonstration (ARTE); the instruction that the student finds harder (training loss)."""
+    table = read_table(methods / method / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
     assert table.num_rows > 0
     assert all(pair["chosen_utility"] > pair["rejected_utility"] for pair in table.to_pylist())
 
-    # Self-Reward: of each instruction the best and the worst of the student's answers, by score, in two rounds.
-    for number in (1, 2):
-        folder = methods / "self_reward" / f"round-{number}"
-        table = read_table(folder / "preferences.parquet", UTILITY_PREFERENCES)
-        scores = read_table(folder / "scores" / "utility.parquet", UTILITY).to_pylist()
-        assert 0 < table.num_rows <= 3
-        for pair in table.to_pylist():
-            own = [
-                row["utility"] for row in scores if row["prompt_id"] == pair["prompt_id"] and row["utility"] is not None
-            ]
-            assert (pair["chosen_utility"], pair["rejected_utility"]) == (max(own), min(own))
-    second = read_table(
-        methods / "self_reward" / "round-2" / "answers" / "responses" / "part-00000.parquet", GENERATION
-    )
-    assert second.num_rows > 0
 
-    # NOMAD: half of the reference set, and half written by a teacher trained on ten of it, none of that a repetition.
+@pytest.mark.parametrize("number", [1, 2])
+def test_self_reward_pairs_best_with_worst(methods: Path, number: int) -> None:
+    folder = methods / "self_reward" / f"round-{number}"
+    table = read_table(folder / "preferences.parquet", UTILITY_PREFERENCES)
+    scores = read_table(folder / "scores" / "utility.parquet", UTILITY).to_pylist()
+    assert 0 < table.num_rows <= 3
+    for pair in table.to_pylist():
+        own = [row["utility"] for row in scores if row["prompt_id"] == pair["prompt_id"] and row["utility"] is not None]
+        assert (pair["chosen_utility"], pair["rejected_utility"]) == (max(own), min(own))
+    assert read_table(folder / "answers" / "responses" / "part-00000.parquet", GENERATION).num_rows > 0
+
+
+def test_nomad_mixes_real_and_written_examples(methods: Path) -> None:
+    """Half is of the reference set, half written by a teacher trained on ten of it, none of that a repetition."""
     folder = methods / "nomad" / "round-1"
     mixed = read_table(folder / "examples.parquet", EXAMPLES).to_pylist()
     assert [row["prompt_id"] == "real" for row in mixed] == [True] * 3 + [False] * 3
@@ -382,12 +356,8 @@ def test_methods_select_what_their_papers_say(compared: Path) -> None:
     assert nearness["example_id"].to_pylist() == [row["example_id"] for row in mixed[3:]]
     assert all(0.0 < value < 1.0 for value in nearness["norm_sim"].to_pylist())
 
-    # Training loss: the chosen instruction is the one the student finds harder.
-    table = read_table(methods / "training_loss" / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
-    assert table.num_rows > 0
-    assert all(pair["chosen_utility"] > pair["rejected_utility"] for pair in table.to_pylist())
 
-    # LLM2LLM: two rounds, each from the half of the seeds that its student finds hardest.
+def test_llm2llm_imitates_the_hardest_seeds_twice(methods: Path) -> None:
     halves = []
     for number in (1, 2):
         folder = methods / "llm2llm" / f"round-{number}"
@@ -417,7 +387,7 @@ def test_finished_study_is_read_not_repeated(compared: Path) -> None:
     assert "this run was started with another configuration" in output
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_student_that_judges_itself_learns_from_its_own_scores(
     talking_llama: Path, judging_llama: Path, tmp_path: Path
 ) -> None:

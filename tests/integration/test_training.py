@@ -24,6 +24,7 @@ from montessori_core.training.engine import ProgressCallback
 from montessori_core.training.files import LOG_FILE
 from montessori_core.training.moments import Moments, load_moments, weights_checksum
 from montessori_core.training.schedule import rate_factor
+from support.preference_pairs import PAIRS
 from tasks.run import Model
 from tasks.teachers import kept_teachers
 
@@ -158,7 +159,7 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_training_killed_between_its_steps_goes_on_to_the_same_end(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
@@ -205,17 +206,7 @@ def test_training_without_any_usable_example_says_so(tiny_llama: Path, tmp_path:
         sft(tmp_path / "stage", tiny_llama, 0, 1, rows)
 
 
-PAIRS: list[Row] = [
-    {
-        "prompt": f"Tasks:\n<instruction>Count to {i}.</instruction>\n<instruction>",
-        "chosen": f"Name {i} rivers and a lake.</instruction>",
-        "rejected": f"Stop {i}.</instruction>",
-    }
-    for i in range(8)
-]
-
-
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int, processes: int) -> None:
     settings = {
         "teacher": Teacher(model=str(smollm2), prompt_style="completion").model_dump(mode="json"),
@@ -233,7 +224,7 @@ def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int
     assert log[-1]["loss"] < 0.67
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_path: Path) -> None:
     """ZeRO-2 and ZeRO-3 in two processes, on the same pairs: to a thousandth of what the weights moved."""
 

@@ -1,14 +1,14 @@
 """What the images and compose files promise: a login, nothing reached from other machines, no root, no secrets inside."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 from montessori_core.config import read_cluster
+from support import ROOT
 
-DOCKER = Path(__file__).parent.parent / "docker"
+DOCKER = ROOT / "docker"
 
 
 def test_server_asks_for_a_login_and_listens_to_this_machine_only() -> None:

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -29,8 +29,8 @@ from montessori_core.config import (
 )
 from montessori_core.errors import ConfigError
 from montessori_core.study import read_study
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}}
 
 
@@ -229,7 +229,6 @@ YAML = st.recursive(
 )
 
 
-@settings(max_examples=150)
 @given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
 @example([("experiment", "elsewhere")], b"", ("teacher", "{}"))
 def test_any_file_is_a_configuration_or_is_refused_by_its_name(
@@ -284,7 +283,6 @@ EXPERIMENTS = st.builds(
 )
 
 
-@settings(max_examples=50)
 @given(EXPERIMENTS)
 def test_whatever_fits_is_read_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, experiment: Experiment

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
@@ -234,7 +234,6 @@ ROWS: list[dict[str, object]] = [
 ]
 
 
-@settings(max_examples=300)
 @given(st.data())
 def test_damaged_table_is_refused_or_holds_what_it_held(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

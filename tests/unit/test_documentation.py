@@ -19,8 +19,8 @@ from montessori_core.config import DataSource, Experiment
 from montessori_core.errors import DataError
 from montessori_core.sources import read_tasks
 from montessori_core.study import Study
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATION = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,7 +30,6 @@ from montessori_core.training.moments import Moments, load_moments, save_moments
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=60)
 @given(
     steps=st.integers(0, 5),
     rate=st.sampled_from([1e-6, 5e-6, 1e-3]),

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
 
 from montessori_core.api import Answer, AnswerCache, Api, Question
 from montessori_core.errors import UserError
 from montessori_core.judging import open_judge, question_about, read_score
 from montessori_core.schema import UTILITY, read_table
+from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 LAYERS = ["montessori_core", "cluster", "tasks", "flows"]  # each may import itself and what stands before it
 FORBIDDEN = {"montessori_core": {"prefect", "submitit"}, "cluster": {"prefect"}}
 

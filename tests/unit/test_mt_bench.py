@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import JudgeServer, completion, open_with, send, served
 
 from montessori_core.benchmarks.mt_bench import (
     Dialogue,
@@ -25,6 +24,7 @@ from montessori_core.benchmarks.mt_bench import (
 )
 from montessori_core.errors import DataError
 from montessori_core.schema import MT_BENCH, read_table, table_from_rows
+from support.judges import JudgeServer, completion, open_with, send, served
 
 QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorten it."]},

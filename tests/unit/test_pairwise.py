@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import FAULTS, JudgeServer, Reply, completion, open_with, send, served
 
 from montessori_core.api import Answer
 from montessori_core.benchmarks.pairwise import comparison, open_pairwise_judge, outcome_of, read_preference
 from montessori_core.program import Row
 from montessori_core.schema import PAIRWISE, read_table
+from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, send, served
 
 
 class Comparer(JudgeServer):

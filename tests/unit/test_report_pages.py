@@ -6,67 +6,16 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from test_report import HOSTILE, Page, write_run
-from test_run import call
 
-from montessori_core.atomic import write_json
-from montessori_core.benchmarks.scores import score
-from montessori_core.config import parse, write_yaml
 from montessori_core.report import page as pages
 from montessori_core.report.runs import render_runs
 from montessori_core.report.study import study_page
-from montessori_core.schema import SIMILARITY, table_from_rows, write_table
-from montessori_core.study import Outcome, Study, compare_outcomes
-
-METHODS = ("montessori", "self_instruct", "nomad")
-
-
-def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
-    """A study as its flow leaves it."""
-    model = {"model": "smollm2-135m"}
-    content = {"name": "trial", "experiment": {"teacher": model, "student": model}, "methods": METHODS, "seeds": [0, 1]}
-    study = parse(Study, content | {"transfer": [{"model": HOSTILE[0]}]}, "test")
-    random_numbers = np.random.default_rng(0)
-    losses = random_numbers.normal(2.5, 0.3, 40)
-
-    def compared(shift: float) -> list[dict[str, Any]]:
-        outcomes = [
-            Outcome(
-                method,
-                losses + random_numbers.normal(shift * number, 0.02, (2, 40)),
-                np.full(2, 100.0 * (number + 1)),
-                np.full(2, 1e15 * (number + 1)),
-            )
-            for number, method in enumerate(METHODS)
-        ]
-        return compare_outcomes(outcomes, "self_instruct")
-
-    methods = compared(0.01)
-    methods[1]["scores"] = [
-        score("arc_challenge", "acc_norm", 0.314, 0.01, 1172),
-        score("mt_bench", "score", None, None, 0),
-    ]
-    result = {
-        "study": "trial",
-        "seeds": [0, 1],
-        "untrained_loss": 2.7654,
-        "methods": methods,
-        "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
-    }
-    folder.mkdir(parents=True)
-    write_yaml(study, folder / "study.yaml")
-    write_json(result, folder / "comparison.json")
-    for seed in (0, 1):
-        path = folder / f"seed-{seed}" / "methods" / "nomad" / "round-1" / "norm-sim" / "norm-sim.parquet"
-        path.parent.mkdir(parents=True)
-        rows: list[dict[str, object]] = [{"example_id": str(i), "norm_sim": (i * 37 % 500) / 500} for i in range(500)]
-        write_table(table_from_rows(rows, SIMILARITY), path, SIMILARITY)
-    return study, result
+from support.reports import HOSTILE, METHODS, Page, write_run, write_study
+from support.runs import call
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from spacy.language import Language
 from spacy.tokens import Doc
 from spacy.training import Example
 from spacy.vocab import Vocab
-from test_report import page_of, write_run
 
 from montessori_core.report.verbs import (
     OBJECTS,
@@ -20,6 +19,7 @@ from montessori_core.report.verbs import (
     sunburst_figure,
     verb_and_object,
 )
+from support.reports import page_of, write_run
 
 VOCAB = Vocab()
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -32,13 +32,11 @@ def variants(draw: st.DrawFn) -> list[str]:
     return texts
 
 
-@settings(max_examples=500)
 @given(TEXTS, TEXTS)
 def test_f_measure_equals_rouge_score(first: str, second: str) -> None:
     assert f_measure(first, second) == SCORER.score(first, second)["rougeL"].fmeasure
 
 
-@settings(max_examples=100)
 @given(st.lists(TEXTS, max_size=6), st.lists(TEXTS, max_size=12), LIMITS)
 def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[str], limit: float) -> None:
     kept, expected = list(known), []
@@ -49,7 +47,6 @@ def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[st
     assert Accepted(known, limit).add_all(texts) == expected
 
 
-@settings(max_examples=300)
 @given(variants(), LIMITS)
 def test_acceptance_and_nearest_of_variants_equal_comparing_every_pair(texts: list[str], limit: float) -> None:
     accepted, kept = Accepted(max_rouge_l=limit), list[str]()

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
@@ -103,7 +103,6 @@ WORKS = st.builds(
 )
 
 
-@settings(max_examples=150)
 @given(
     st.lists(WORKS, min_size=1, max_size=3),
     st.sampled_from([0.02, 0.2, math.inf]),

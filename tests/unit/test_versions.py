@@ -16,8 +16,8 @@ from packaging.utils import canonicalize_name
 
 from cluster.probes import open_look_around
 from montessori_core.versions import declared
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 LOCKED = re.compile(
     r"^([a-z0-9.-]+)==([^ ;]+)(?: ; ([^\\]*?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )

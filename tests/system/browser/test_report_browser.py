@@ -7,15 +7,13 @@ from typing import Any, Literal
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
-from test_report import HOSTILE, write_run
-from test_report_pages import write_study
 
 from montessori_core.report.page import Page as Report
 from montessori_core.report.render import render_report
 from montessori_core.report.runs import render_runs
 from montessori_core.report.study import study_page
+from support.reports import HOSTILE, write_run, write_study
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = 130  # of each of two iterations: several pages
 expect.set_options(timeout=30_000)
 PAGES = ("report", "runs", "study")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs Montessori in a clean Debian, made for the purpose and taken away again: what the images and `make test` install
-# leans on nothing that happens to be on this machine. `make test-install`; needs root, debootstrap and the package indexes.
+# leans on nothing that happens to be on this machine. part of `make test-all`; needs root, debootstrap and the package indexes.
 #
 #   clean_install.sh [TARGET...]     targets of the Makefile, by default the driver as locked, and what the tests need
 #
@@ -12,7 +12,7 @@ command -v debootstrap >/dev/null || { echo "clean_install.sh: needs debootstrap
 # In namespaces of its own: whatever it mounts and starts is gone when it ends.
 [ -n "${INSIDE:-}" ] || exec env INSIDE=1 unshare --mount --pid --fork --kill-child "$0" "$@"
 
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../../.."
 [ $# -gt 0 ] || set -- install-driver .venv/.dev
 tree=$(mktemp --directory)
 chmod 755 "$tree"  # packages' scripts run as users of their own

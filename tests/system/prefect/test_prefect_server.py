@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import ROOT
+
+from support import ROOT
 
 PROGRAM = """
 import sqlite3, sys, threading, time

@@ -15,13 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import test_fanout as local
-import test_prefect as ui
-import test_run as whole
-import test_study as studies
 import yaml
-from judge_server import JudgeServer
-from test_training import PAIRS
 
 from cluster.backends import largest_array
 from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
@@ -31,8 +25,14 @@ from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Container, Resources, Slurm, Teacher, TeacherUpdate, Zero
 from montessori_core.errors import UserError
 from montessori_core.program import Row
+from support import ROOT, studies
+from support import prefect_server as ui
+from support import runs as whole
+from support import squares as local
+from support.judges import JudgeServer
+from support.preference_pairs import PAIRS
 
-LAB = Path(__file__).parent.parent / "docker" / "slurm"
+LAB = ROOT / "docker" / "slurm"
 SHARDS, EXPECTED = local.SHARDS, local.EXPECTED
 ROWS = [row["n"] for shard in SHARDS for row in shard]
 PROCESSES_PROGRAM = """
@@ -151,7 +151,8 @@ def once(condition: Callable[[], bool], action: Callable[[], object]) -> Callabl
 
 def start_driver(folder: Path, **options: object) -> subprocess.Popen[str]:
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import test_slurm\n"
+        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
+        "from pathlib import Path; import test_slurm\n"
         f"test_slurm.run(Path({str(folder)!r}), **{options!r})"
     )
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -387,7 +388,7 @@ def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> N
     assert len(submissions(folder)) == 1
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -401,7 +402,7 @@ def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
     assert len(submissions(folder)) == 2
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
     talking_llama: Path, tmp_path: Path
@@ -435,7 +436,7 @@ def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
     assert queued() == []
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_run_from_prefect_is_cancelled_and_found_again_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
     """Cancelled: the queue is empty within a minute. Its machine lost, `up` and all: marked as crashed, and its retry waits
@@ -473,7 +474,7 @@ def test_run_from_prefect_is_cancelled_and_found_again_on_slurm(talking_llama: P
     assert queued() == []
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_method_runs_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
     judge = JudgeServer(lambda response: str(len(response) % 6))
@@ -650,7 +651,7 @@ def test_slurm_is_asked_how_large_an_array_may_be() -> None:
     assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
 
 
-@pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.faults), "preemption"])
+@pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
 def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
     """ZeRO-2; the weights are those of an undisturbed training."""
     settings = {

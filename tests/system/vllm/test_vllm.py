@@ -20,8 +20,7 @@ from montessori_core.program import Row
 from montessori_core.schema import GENERATION, MT_BENCH, read_table
 from montessori_core.sources import read_tasks
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
-
-ROOT = Path(__file__).parent.parent
+from support import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_vllm_gives_n_samples_from_their_seeds(
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

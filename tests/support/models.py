@@ -1,0 +1,148 @@
+"""Models of the tests. All are real: SmolLM2-135M, and a tiny Llama with some of its tokens.
+
+They are built once per machine, in the user's cache: their names carry a hash of this file and of the libraries' versions.
+"""
+
+import fcntl
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from montessori_core.atomic import commit
+from montessori_core.models import cache_root, fetch_embedded
+
+
+def _built(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder of a model, building it unless another process or an earlier session did."""
+    recipe = Path(__file__).read_text() + version("torch") + version("transformers")
+    folder = cache_root() / "tests" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with commit(folder) as temporary:
+                build(temporary)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded model, converted once and kept in the user's cache."""
+    return fetch_embedded()
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(smollm2: Path) -> Path:
+    """SmolLM2's tokenizer without its rarer tokens: a model of them is small enough for tests of whole runs."""
+    return _built("small-tokenizer", lambda folder: _write_small_tokenizer(smollm2, folder))
+
+
+def _write_small_tokenizer(smollm2: Path, folder: Path) -> None:
+    folder.mkdir()
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2 / name, folder)
+    content = json.loads((smollm2 / "tokenizer.json").read_text())
+    known = {token: number for token, number in content["model"]["vocab"].items() if number < 4096}
+    content["model"]["vocab"] = known
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) in known]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(small_tokenizer: Path) -> Path:
+    """A Llama of a third of a million parameters with random weights."""
+    return _built("tiny-llama", lambda folder: _write_tiny_llama(small_tokenizer, folder))
+
+
+def _write_tiny_llama(small_tokenizer: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def talking_llama(tiny_llama: Path) -> Path:
+    """The tiny Llama, trained for a moment to answer prompts with tasks, so that most of its output passes the filters."""
+    return _built("talking-llama", lambda folder: _train_talking_llama(tiny_llama, folder))
+
+
+def _train_talking_llama(tiny_llama: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from montessori_core.chat import IGNORED
+    from montessori_core.config import DataSource, Synthesis
+    from montessori_core.sources import read_tasks
+    from montessori_core.synthesis.prompts import CLOSE, build_prompts
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    verbs = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
+    things = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
+    pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    shown = Synthesis(seed_demonstrations=2, synthetic_demonstrations=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for prompt in build_prompts(200, "completion", shown, pool, [], 0):
+        task = f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}.{CLOSE}"
+        start, end = tokenizer(prompt.text)["input_ids"], tokenizer(task)["input_ids"]
+        labels = [IGNORED] * len(start) + end
+        model(input_ids=torch.tensor([start + end]), labels=torch.tensor([labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def judging_llama(talking_llama: Path) -> Path:
+    """The talking Llama, trained for a moment to end what it is asked as a judge with a score, any score."""
+    return _built("judging-llama", lambda folder: _train_judging_llama(talking_llama, folder))
+
+
+def _train_judging_llama(talking_llama: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from montessori_core.chat import encode_example
+    from montessori_core.judging import question_about
+
+    model = AutoModelForCausalLM.from_pretrained(talking_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(talking_llama)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        question = question_about(
+            f"Count {draw.randint(2, 99)} birds.", f"{draw.randint(2, 99)} birds.", response_only=True
+        )
+        example = encode_example(tokenizer, question, f"Score: {draw.randint(1, 5)}", 1024)
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

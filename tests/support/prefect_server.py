@@ -1,0 +1,220 @@
+"""`montessori up` on a free port, and Prefect's API as tests read it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from support import ROOT
+
+CANARY = "hf_canary-that-nobody-should-write-down"
+ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+class Inbox:
+    """Where a notification block posts its messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        messages = self.messages
+
+        class Post(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                messages.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.send_response(200)
+                self.end_headers()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Post)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more."""
+        self._server.shutdown()
+
+
+class Server:
+    """`montessori up` in a folder, and Prefect's API as the tests read it."""
+
+    def __init__(self, folder: Path, deployments: list[dict[str, Any]]) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        (folder / "prefect.yaml").write_text(yaml.safe_dump({"name": "test", "deployments": deployments}))
+        self.deployments = len(deployments)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_HOME": str(folder / "prefect"),
+            "HF_TOKEN": CANARY,
+            "COLUMNS": "200",
+        }
+        self.process = self.up()
+
+    def up(self) -> subprocess.Popen[str]:
+        """Start it; return when it serves."""
+        log = (self.folder / "up.log").open("a")
+        begun = (self.folder / "up.log").stat().st_size
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "up", "--port", str(self.port)],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        wait_until(lambda: b"press Run" in (self.folder / "up.log").read_bytes()[begun:], process=process)
+        wait_until(lambda: len(self.ask("deployments/filter", {})) >= self.deployments)
+        return process
+
+    def ask(self, path: str, content: dict[str, Any] | list[Any] | None = None, method: str | None = None) -> Any:
+        """An answer of the API: to a GET, or to a POST (or another method) of `content`."""
+        data = None if content is None else json.dumps(content).encode()
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/api/{path}", data, kind, method=method)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    body = answer.read()
+                return json.loads(body) if body else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # what the server says when its database is busy; clients ask again
+                    raise
+                time.sleep(1)
+
+    def deployment(self, name: str, flow: str = "montessori") -> dict[str, Any]:
+        """A deployment by its name."""
+        found: dict[str, Any] = self.ask(f"deployments/name/{flow}/{name}")
+        return found
+
+    def start(self, deployment: str, run: str, **parameters: Any) -> str:
+        """Start a run by the API; its id."""
+        preset = self.deployment(deployment)
+        experiment = preset["parameters"]["experiment"] | {"name": run} | parameters.pop("experiment", {})
+        content = {"parameters": {"experiment": experiment, **parameters}, "state": {"type": "SCHEDULED"}}
+        return str(self.ask(f"deployments/{preset['id']}/create_flow_run", content)["id"])
+
+    def run_named(self, name: str) -> str | None:
+        """The flow run of an experiment's name."""
+        for run in self.ask("flow_runs/filter", {"sort": "START_TIME_DESC"}):
+            if run["parent_task_run_id"] is None and run["parameters"].get("experiment", {}).get("name") == name:
+                return str(run["id"])
+        return None
+
+    def state(self, run: str) -> str:
+        """The name of a flow run's state."""
+        return str(self.ask(f"flow_runs/{run}")["state"]["name"])
+
+    def wait_for(self, run: str, *names: str, seconds: float = 300.0) -> None:
+        """Wait until a flow run is in one of some states."""
+
+        def reached() -> bool:
+            state = self.state(run)
+            assert state in names or state not in ENDS, f"{state}: {self.logs(run)[-3000:]}"
+            return state in names
+
+        wait_until(reached, seconds, lambda: f"{self.state(run)}: {self.logs(run)[-3000:]}")
+
+    def at_work(self, deployment: str) -> list[str]:
+        """Runs of a deployment that have begun and not ended."""
+        content = {"deployments": {"id": {"any_": [deployment]}}}
+        found = self.ask("flow_runs/filter", content)
+        return [run["id"] for run in found if run["state"]["name"] in ("Pending", "Running")]
+
+    def set_state(self, run: str, state: str) -> None:
+        """What the UI's buttons send."""
+        self.ask(f"flow_runs/{run}/set_state", {"state": {"type": state, "name": state.capitalize()}, "force": True})
+
+    def logs(self, run: str) -> str:
+        """Messages of a flow run and of its subflows."""
+        ids = [run, *self.subflows(run)]
+        content = {"logs": {"flow_run_id": {"any_": ids}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        found: list[str] = []
+        while page := self.ask("logs/filter", content | {"offset": len(found)}):
+            found += [entry["message"] for entry in page]
+        return "\n".join(found)
+
+    def subflows(self, run: str) -> list[str]:
+        """Ids of a flow run's subflows, at any depth."""
+        found = self.ask("flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}})
+        return [identity for flow in found for identity in (flow["id"], *self.subflows(flow["id"]))]
+
+    def task_runs(self, run: str) -> list[dict[str, Any]]:
+        """Task runs of a flow run's subflows."""
+        content = {"task_runs": {"flow_run_id": {"any_": [run, *self.subflows(run)]}}, "limit": 200}
+        found: list[dict[str, Any]] = self.ask("task_runs/filter", content)
+        return found
+
+    def artifacts(self, run: str) -> list[dict[str, Any]]:
+        """Artifacts of a flow run and of its subflows."""
+        ids = [run, *self.subflows(run)]
+        content = {"artifacts": {"flow_run_id": {"any_": ids}}, "limit": 200}
+        found: list[dict[str, Any]] = self.ask("artifacts/filter", content)
+        return found
+
+    def counts(self, run: str) -> dict[str, tuple[int, int, int]]:
+        """Shards done before, computed now and failed, by stage; of several attempts, the last."""
+        counts = {}
+        for artifact in sorted(self.artifacts(run), key=lambda a: str(a["created"])):
+            if artifact["type"] == "table" and ": shards of " in str(artifact["description"]):
+                [row] = json.loads(artifact["data"])
+                stage = Path(artifact["description"].rpartition(": shards of ")[2])
+                name = str(stage.relative_to(self.runs.resolve())).partition("/")[2]
+                counts[name] = (row["done before"], row["computed now"], row["failed"])
+        return counts
+
+    def copy_of(self, finished: str, name: str, *missing: str) -> Path:
+        """A run in which all is done but some stages of its iteration; `finished` is the run it is copied from."""
+        folder = self.runs / name
+        shutil.copytree(self.runs / self.ask(f"flow_runs/{finished}")["name"], folder)
+        for stage in missing:
+            shutil.rmtree(folder / "iteration-1" / stage)
+        return folder
+
+    def python(self, program: str) -> str:
+        """What a program that talks to this server prints."""
+        environment = self.environment | {"PREFECT_API_URL": f"{self.url}/api"}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    def jobs(self) -> list[psutil.Process]:
+        """Jobs of this server's runs that are alive."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            command = " ".join(process.info["cmdline"] or [])
+            if "submitit" in command and str(self.runs) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    def driver(self, run: str) -> psutil.Process:
+        """The process of a flow run."""
+        name = self.ask(f"flow_runs/{run}")["parameters"]["experiment"]["name"]
+        return psutil.Process(json.loads((self.runs / name / "driver.lock").read_text())["process"])
+
+
+def wait_until(
+    condition: Callable[[], bool],
+    seconds: float = 180.0,
+    explain: Callable[[], str] = lambda: "",
+    process: "subprocess.Popen[str] | None" = None,
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        assert process is None or process.poll() is None
+        time.sleep(0.3)

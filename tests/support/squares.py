@@ -1,0 +1,116 @@
+"""A stage of squares whose rows fail on demand, and a driver for it: for tests of the fan-out, locally and on Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.fanout import fan_out
+from cluster.stage import Stage
+from montessori_core.config import Cluster, Resources
+from montessori_core.program import Row
+from support import ROOT
+
+CLUSTER = Cluster(poll_seconds=0.05)
+SHARDS: list[list[Row]] = [[{"n": 10 * shard + row} for row in range(3)] for shard in range(6)]
+PROGRAM = """
+import json, os, signal, time
+from pathlib import Path
+
+def open_squares(settings, inputs):
+    folder = Path(settings["folder"])
+    with (folder / "opened.txt").open("a") as log:
+        log.write(f"{os.getpid()}\\n")
+    if (folder / "does-not-open").exists():
+        raise RuntimeError("the model does not load")
+    if (folder / "no-memory").exists():
+        (folder / "no-memory").unlink()
+        raise MemoryError("another process has it")
+    def compute(rows, output, report):
+        for number, row in enumerate(rows, 1):
+            with (folder / "computed.txt").open("a") as log:
+                log.write(f"{row['n']}\\n")
+            if (folder / f"kill-{row['n']}").exists():
+                (folder / f"kill-{row['n']}").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (folder / f"fail-{row['n']}").exists():
+                raise ValueError(f"row {row['n']} is bad")
+            if (folder / f"peer-{row['n']}").exists():
+                (folder / f"peer-{row['n']}").unlink()
+                raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
+            if (folder / f"full-{row['n']}").exists():
+                Path("/dev/full").write_text("x")  # no space left on device
+            if (folder / f"hang-{row['n']}").exists():
+                (folder / f"hang-{row['n']}").unlink()
+                time.sleep(600)
+            time.sleep(settings["seconds"])
+            report(number)
+        output.write_text(json.dumps([row["n"] ** 2 for row in rows]))
+    return compute
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "squares_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    return tmp_path
+
+
+def stage(folder: Path, seconds: float = 0.0, version: int = 1) -> Stage:
+    settings = {"folder": str(folder), "seconds": seconds}
+    return Stage("squares", version, "squares_program:open_squares", settings, {}, {}, folder / "stage", ".json")
+
+
+def run(
+    folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
+) -> list[Path]:
+    resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
+    return fan_out(stage(folder, seconds), shards, resources, CLUSTER)
+
+
+def results(parts: list[Path]) -> list[int]:
+    return [value for part in parts for value in json.loads(part.read_text())]
+
+
+def computed(folder: Path) -> list[int]:
+    log = folder / "computed.txt"
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+EXPECTED = [row["n"] ** 2 for shard in SHARDS for row in shard]
+
+
+DRIVER = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    from support.squares import run, results
+    print(results(run(Path({folder!r}), jobs=2, seconds=0.15)))
+"""
+
+
+def start_driver(folder: Path) -> subprocess.Popen[str]:
+    code = textwrap.dedent(DRIVER.format(tests=str(ROOT / "tests"), folder=str(folder)))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition: object, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def jobs_alive(folder: Path) -> int:
+    return sum(
+        str(folder) in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
+        for process in psutil.process_iter(["cmdline", "status"])
+        if process.pid != os.getpid()
+    )
