@@ -122,7 +122,7 @@ def test_modules_and_settings_of_the_method_page_exist() -> None:
 
 
 def test_tests_that_pages_refer_to_exist() -> None:
-    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for page in PAGES:
         for name in re.findall(r"`(test_\w+)(?:\[[^]]*\])?`", page.read_text()):
             assert f"def {name}(" in sources, f"{page.name}: {name}"
