@@ -21,6 +21,7 @@ from montessori_core.training.engine import (
     train,
     training_arguments,
 )
+from montessori_core.training.scoring import score_without_waste
 
 
 def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
@@ -43,6 +44,10 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
         class TeacherTrainer(PlainAdamW, DPOTrainer):  # type: ignore[misc]
             def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
                 return dataset  # tokenised below, as generation tokenises: TRL would add special tokens
+
+            def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                score_without_waste(self.model, pairs=True)
+                return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
         TeacherTrainer.recipe = recipe
         model_path = str(inputs["teacher"])

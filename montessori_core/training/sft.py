@@ -21,6 +21,7 @@ from montessori_core.training.engine import (
     training_arguments,
 )
 from montessori_core.training.moments import gather_moments, save_moments
+from montessori_core.training.scoring import score_without_waste
 
 _RECIPES: dict[str, type[Optimization]] = {"warmup": Warmup, "training": Training, "nomad": Nomad}
 
@@ -80,6 +81,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             processing_class=tokenizer,
             callbacks=[progress, CheckpointCallback()],
         )
+        score_without_waste(trainer.model)
         train(trainer, checkpoints)
         if settings["save_moments"]:
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)

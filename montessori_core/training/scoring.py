@@ -1,0 +1,191 @@
+"""Less work for the same log-probabilities: what TRL's trainers ask of a model, computed without waste.
+
+TRL calls `model(..., labels=labels, fused_lm_head=True)` for per-token log-probabilities. On CPUs it projects every position
+on the vocabulary, and for DPO the model reads each prompt twice, before the chosen and before the rejected output.
+
+Shapes: [rows] sequences of a batch, chosen ones first; [tokens] of the longest of them; [packed] tokens of a prompt, its
+chosen output, the prompt's last token again, and the rejected output; [positions] whose next token has a label.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from montessori_core import flops
+from montessori_core.chat import IGNORED
+
+log = logging.getLogger(__name__)
+
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_TOLERANCES = {torch.float32: 1e-4}  # nats a token, for weights of this kind
+_TOLERANCE = 0.05  # for others: rounding takes some hundredths, a mask that a model ignores whole nats
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Pairs of sequences with one prompt each, packed into one row a pair.
+
+    Attributes:
+        input_ids: [pairs, packed].
+        attention_mask: [pairs, 1, packed, packed], added to attention scores.
+        position_ids: [pairs, packed], as in the sequences by themselves.
+        scored: [rows, tokens - 1], where a labelled next token is predicted: its index in the flattened [pairs * packed];
+            elsewhere -1.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    scored: torch.Tensor
+
+
+def pack_pairs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> Packed:
+    """Pack sequences 0 and n, 1 and n + 1, ... of 2n, which begin with the same prompt.
+
+    The prompt's last token stands a second time before the rejected output, to predict that output's first token. Outputs see
+    the prompt and themselves.
+
+    Args:
+        input_ids: [rows, tokens], padded on the right.
+        attention_mask: [rows, tokens], 0 for padding.
+        labels: [rows, tokens], `IGNORED` in the prompt and the padding.
+        dtype: of the mask.
+    """
+    pairs, device = len(input_ids) // 2, input_ids.device
+    labelled = labels != IGNORED
+    prompts = labelled.int().argmax(1)[:pairs]  # tokens of each prompt
+    ends = attention_mask.sum(1)
+    outputs = (ends - prompts.repeat(2)).tolist()
+    width = max(int(p) + outputs[i] + 1 + outputs[pairs + i] for i, p in enumerate(prompts))
+    ids = input_ids.new_zeros(pairs, width)
+    positions = torch.zeros(pairs, width, dtype=torch.long, device=device)
+    segments = torch.full((pairs, width), -1, device=device)  # 0 prompt, 1 chosen, 2 the repeated token, 3 rejected
+    scored = torch.full((len(labels), labels.shape[1] - 1), -1, device=device)
+    for pair, prompt in enumerate(prompts.tolist()):
+        chosen, rejected = outputs[pair], outputs[pairs + pair]
+        end, start = prompt + chosen, prompt + chosen + 1
+        ids[pair, :end] = input_ids[pair, :end]
+        ids[pair, end : start + rejected] = input_ids[pairs + pair, prompt - 1 : prompt + rejected]
+        positions[pair, :end] = torch.arange(end, device=device)
+        positions[pair, end : start + rejected] = torch.arange(prompt - 1, prompt + rejected, device=device)
+        for segment, first, last in ((0, 0, prompt), (1, prompt, end), (2, end, start), (3, start, start + rejected)):
+            segments[pair, first:last] = segment
+        offset = pair * width
+        scored[pair, prompt - 1 : end - 1] = torch.arange(offset + prompt - 1, offset + end - 1, device=device)
+        scored[pairs + pair, prompt - 1 : prompt + rejected - 1] = torch.arange(
+            offset + end, offset + end + rejected, device=device
+        )
+    scored = scored.masked_fill(~labelled[:, 1:], -1)
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    seen = causal & ((query == key) | ((key == 0) & (query != 2)))
+    # The repeated token sees what the first of its kind saw, and itself.
+    before = torch.arange(width, device=device)[None, None, :] < (prompts - 1)[:, None, None]
+    seen |= (query == 2) & (key == 0) & before
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+    return Packed(ids, mask[:, None], positions, scored)
+
+
+def score_without_waste(model: Any, pairs: bool = False) -> None:
+    """Have a model that TRL gave its fused head project only labelled positions and, for `pairs`, read each prompt once.
+
+    Call it between TRL's `add_fused_lm_head` and the first forward pass. Models that do not take a mask of two dimensions
+    (sliding windows, recurrent states, attention kernels of other kinds) read prompts twice, as before: the first batch is
+    computed both ways and compared.
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    fused = inner.forward
+    shares: list[bool] = [] if pairs and _attends_to_everything(inner.config.get_text_config()) else [False]
+
+    @functools.wraps(fused)  # its signature is looked at
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head") or args or kwargs.get("labels") is None:
+            return fused(*args, **kwargs)
+        if not shares:
+            shares.append(_packing_is_exact(inner, fused, kwargs))
+        return _score_packed(inner, fused, kwargs) if shares[0] else _score_rows(inner, fused, kwargs)
+
+    inner.forward = forward
+
+
+def _attends_to_everything(config: Any) -> bool:
+    """Whether no layer has a window: the first batch may be too short to tell."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return not getattr(config, "sliding_window", None)
+    return set(kinds) == {"full_attention"}
+
+
+def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    with torch.no_grad():
+        apart = _score_rows(model, fused, kwargs).log_probs
+        try:
+            packed = _score_packed(model, fused, kwargs).log_probs
+            scored = (kwargs["labels"][:, 1:] != IGNORED).sum()
+            difference = float((apart - packed).abs().sum() / scored)
+        except (RuntimeError, ValueError, TypeError) as error:
+            log.info("prompts are read twice: %s", error)
+            difference = float("inf")
+    worst = torch.tensor(difference if difference == difference else float("inf"), device=apart.device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+    exact = float(worst) < _TOLERANCES.get(model.dtype, _TOLERANCE)
+    if not exact:
+        log.info("prompts are read twice: this model's log-probabilities differ by %.3g when they are shared", worst)
+    return exact
+
+
+def _score_rows(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    labels = kwargs["labels"]
+    scored = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[:, :-1]
+    return _score(model, fused, kwargs, {}, scored.masked_fill(labels[:, 1:] == IGNORED, -1))
+
+
+def _score_packed(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    packed = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"], model.dtype)
+    changed = {
+        "input_ids": packed.input_ids,
+        "attention_mask": packed.attention_mask,
+        "position_ids": packed.position_ids,
+    }
+    return _score(model, fused, kwargs, changed, packed.scored)
+
+
+def _score(
+    model: Any, fused: Callable[..., Any], kwargs: dict[str, Any], changed: dict[str, Any], scored: torch.Tensor
+) -> Any:
+    """Project only the positions in `scored`; per-token results come back as [rows, tokens - 1], zero where it is -1."""
+    kept = scored >= 0
+    next_tokens = kwargs["labels"][:, 1:][kept][None]  # [1, positions]
+    with _positions_of(model.base_model, scored[kept]):
+        output = fused(**kwargs | changed | {"labels": None, "shift_labels": next_tokens})
+    head = model.get_output_embeddings()
+    flops.spend(head.weight.numel(), next_tokens.numel(), torch.is_grad_enabled())
+    for name in (*_PER_TOKEN, "label_mask"):
+        values = getattr(output, name)
+        if values is not None:
+            setattr(output, name, values.new_zeros(kept.shape).masked_scatter(kept, values))
+    return output
+
+
+@contextmanager
+def _positions_of(backbone: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Have a backbone return the hidden states of some positions of the flattened batch: [1, positions, hidden]."""
+
+    def select(module: Any, args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[positions][None]
+        return output
+
+    handle = backbone.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
