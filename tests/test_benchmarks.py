@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from judge_server import KEY, QUESTIONS, Judge, judged
+from row_programs import as_compute
 from test_run import ROOT, call, configuration
 
 from montessori_core.atomic import read_json
@@ -66,7 +67,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
-    open_items({}, {"tasks": tasks})(
+    as_compute(open_items({}, {"tasks": tasks}))(
         [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", print
     )
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
@@ -79,7 +80,7 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     settings = {"batch_size": 1, "chat_template": False}  # sums of a padded batch differ in their last bits
 
     def scores(name: str, some: list[Row]) -> list[Row]:
-        open_harness(settings, {"model": smollm2, "tasks": tasks})(some, tmp_path / name, print)
+        as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(some, tmp_path / name, print)
         return read_table(tmp_path / name, ITEM_SCORES).to_pylist()
 
     whole = scores("whole", rows)
@@ -95,7 +96,7 @@ def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp
     for shots in (0, 8):
         output = tmp_path / f"{shots}.parquet"
         asked = [row | {"shots": shots} for row in rows]
-        open_harness(settings, {"model": smollm2, "tasks": tasks})(asked, output, print)
+        as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(asked, output, print)
         answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
         bare[shots] = sum(answer.strip().isdigit() for answer in answers)
     assert bare[0] < bare[8] == 6  # eight sums show that a number alone is wanted
@@ -113,7 +114,7 @@ def test_task_of_the_guide_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     assert len(items) == 1000
     row = {"benchmark": "gsm8k_local", "task": "gsm8k_local", "item": 0, "shots": 2}
     settings = {"batch_size": 1, "chat_template": False}
-    open_harness(settings, {"model": smollm2, "tasks": tmp_path})([row], tmp_path / "scores.parquet", print)
+    as_compute(open_harness(settings, {"model": smollm2, "tasks": tmp_path}))([row], tmp_path / "scores.parquet", print)
     (found,) = read_table(tmp_path / "scores.parquet", ITEM_SCORES).to_pylist()
     assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")
 

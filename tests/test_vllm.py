@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from row_programs import as_compute
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
@@ -90,7 +91,7 @@ def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Pat
         rows = judgements([dialogue], {"1": ("It rains.", "It snows.")})
         file = tmp_path / "judge.json"
         file.write_text(endpoint.model_dump_json())
-        judge = open_mt_bench_judge({"endpoint": endpoint.identity()}, {"endpoint": file})
+        judge = as_compute(open_mt_bench_judge({"endpoint": endpoint.identity()}, {"endpoint": file}))
         judge(rows, tmp_path / "part.parquet", lambda done: None)
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -1,0 +1,17 @@
+"""Programs of rows, run in the process of a test."""
+
+from pathlib import Path
+from typing import cast
+
+from cluster.partial_commits import compute_rows
+from montessori_core.program import Compute, Report, Row, RowProgram
+
+
+def as_compute(opened: Compute | RowProgram) -> Compute:
+    """The whole shard's work of a program of rows, undisturbed."""
+    program = cast(RowProgram, opened)
+
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        compute_rows(program, rows, output.parent / f"{output.name}.partial", 0, "key", output, report)
+
+    return compute
