@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from cluster.fanout import Progress
 
+_PAUSE, _LOG_PAUSE = 0.2, 15.0  # seconds between two states that are shown
+
 
 class ProgressBar:
     """Shows the progress of one stage from `fan_out`; a stage that was done before shows as a full bar at once."""
@@ -16,7 +18,7 @@ class ProgressBar:
     def __init__(self, name: str) -> None:
         self._name = name
         self._bar: _Bar | None = None
-        self._pause = 0.2 if sys.stderr.isatty() else 15.0  # seconds between two lines of a log
+        self._pause = _PAUSE if sys.stderr.isatty() else _LOG_PAUSE
         self._shown = 0.0
 
     def __enter__(self) -> "ProgressBar":

@@ -15,3 +15,17 @@ def as_compute(opened: Compute | RowProgram) -> Compute:
         compute_rows(program, rows, output.parent / f"{output.name}.partial", 0, "key", output, report)
 
     return compute
+
+
+class Interrupted(Exception):
+    """The end of a job."""
+
+
+def interrupt_at(rows: int) -> Report:
+    """A report that ends the job once so many rows are done."""
+
+    def report(done: float) -> None:
+        if done >= rows:
+            raise Interrupted
+
+    return report

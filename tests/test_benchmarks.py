@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from judge_server import KEY, QUESTIONS, Judge, judged
-from row_programs import as_compute
+from row_programs import Interrupted, as_compute, interrupt_at
 from test_run import ROOT, call, configuration
 
 from montessori_core.atomic import read_json
@@ -87,6 +87,20 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     assert [(row["task"], row["item"]) for row in whole] == [(row["task"], row["item"]) for row in rows]
     assert len({row["answer"] for row in whole if row["task"] == "own_sums"}) > 1
     assert scores("last", rows[5:]) + scores("first", rows[:5]) == whole[5:] + whole[:5]
+
+
+def test_scores_do_not_depend_on_interruptions(
+    tasks: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("montessori_core.benchmarks.harness._ITEMS_AT_A_TIME", 3)
+    items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
+    rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
+    compute = as_compute(open_harness({"batch_size": 4, "chat_template": False}, {"model": smollm2, "tasks": tasks}))
+    compute(rows, tmp_path / "calm.parquet", lambda done: None)
+    with pytest.raises(Interrupted):
+        compute(rows, tmp_path / "stormy.parquet", interrupt_at(3))
+    compute(rows, tmp_path / "stormy.parquet", lambda done: None)
+    assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
 def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 import test_fanout as local
 from hypothesis import given
 from hypothesis import strategies as st
+from row_programs import Interrupted
 
-from cluster.fanout import ShardsFailed, fan_out
+from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.partial_commits import ShardRecorder, compute_rows, remove_partial_files
 from cluster.stage import Stage
 from montessori_core.config import Resources
@@ -34,7 +36,9 @@ from montessori_core.program import RowProgram
 
 SCHEMA = pa.schema([pa.field("square", pa.int64(), nullable=False), pa.field("text", pa.string())], {"note": "kept"})
 """
-PROGRAM = HEAD + local.PROGRAM.replace("def compute(rows, output, report):", "def compute(rows, recorder):").replace(
+PROGRAM = HEAD + local.PROGRAM.replace(
+    "def compute(rows, output, report):", "def compute(rows, recorder):\n        recorder.progress(0)"
+).replace(
     "report(number)",
     'recorder.finish(number - 1, [{"square": row["n"] ** 2, "text": None}])\n            recorder.progress(number)',
 ).replace('output.write_text(json.dumps([row["n"] ** 2 for row in rows]))', "").replace(
@@ -53,10 +57,6 @@ compute_rows(program, rows, folder / "partial", 3, "key", folder / "part.parquet
 """
 SHARDS: list[list[Row]] = [[{"n": n} for n in range(10)], [{"n": n} for n in range(10, 15)]]
 EXPECTED = [n**2 for n in range(15)]
-
-
-class Interrupted(Exception):
-    """The end of a job."""
 
 
 def records_of(row: Row) -> list[Row]:
@@ -113,6 +113,25 @@ def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
     assert [local.computed(folder).count(n) for n in range(10)] == [1, 1, 1, 1, 1, 1, 1, 2, 1, 1]
     assert not (folder / "stage" / "partial").exists()
     assert pq.read_schema(parts[0]).metadata == {b"note": b"kept"}
+
+
+def test_resumed_rows_have_no_part_in_pace(folder: Path) -> None:
+    """A row takes 0.2 s; those done before would make it less."""
+    slow = replace(stage(folder), settings={"folder": str(folder), "seconds": 0.2})
+    (folder / "fail-12").touch()
+    rows: list[Row] = [{"n": n} for n in range(20)]
+    left: list[float] = []
+
+    def look(progress: Progress) -> None:
+        if progress.seconds_left is not None and progress.rows_done < 20:
+            left.append(progress.seconds_left / (20 - progress.rows_done))
+
+    with pytest.raises(ShardsFailed):
+        fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER)
+    (folder / "fail-12").unlink()
+    fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, look)
+    assert left
+    assert min(left) >= 0.2
 
 
 def test_killed_job_is_computed_again(folder: Path) -> None:
