@@ -118,8 +118,10 @@ class ShardRecorder:
         if time.monotonic() - self._drafted < self._seconds:
             return
         self.commit()
-        self._drafts |= {self.unfinished[number]: draft for number, draft in drafts().items()}
-        text = json.dumps({position: draft for position, draft in self._drafts.items() if position not in self._tables})
+        offered = {self.unfinished[number]: draft for number, draft in drafts().items()}
+        drafts_by_position = self._drafts | offered  # rows that the program has not come to yet keep theirs
+        self._drafts = {p: draft for p, draft in drafts_by_position.items() if p not in self._tables}
+        text = json.dumps(self._drafts)
         write_json({"drafts": text, "sha256": hash_json(text)}, self._draft_file, durable=False)
         self._drafted = time.monotonic()
 
