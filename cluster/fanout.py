@@ -308,8 +308,9 @@ class _Driver:
         done += sum(min(len(shards[index]), note.done) for index, note in notes.items() if note)
         # A job computes its shards in order; one that has begun none of them waits, or loads its program.
         undone = [[index for index in task if index not in self._done] for task in self._alive if begun & set(task)]
-        at_work = [notes.get(left[0]) for left in undone if left]
-        pace = rows_per_second(at_work, stage.manifests(sorted(self._done)[-_PACED:]))
+        at_work = {indices[0] for indices in undone if indices}
+        earlier = stage.manifests(sorted(self._done)[-_PACED:])
+        pace = rows_per_second([notes.get(index) for index in sorted(at_work)], earlier)
         left = (rows - done) / pace if pace else None
         self._on_progress(Progress(done, rows, left, len(shards), begun, self._done, self._failed))
 

@@ -136,9 +136,9 @@ class ShardRecorder:
         """Write the rows that were finished since the last commit."""
         table, positions = self._take_pending()
         if positions:
-            described = table.replace_schema_metadata({**table.schema.metadata, _POSITIONS: json.dumps(positions)})
+            metadata = {**(self._schema.metadata or {}), _POSITIONS: json.dumps(positions)}
             path = self._stem.with_name(f"{self._stem.name}-{hash_json(positions)[:16]}.parquet")
-            write_table(described, path, self._schema)
+            write_table(table.replace_schema_metadata(metadata), path, self._schema)
         self._committed = time.monotonic()
 
     def join(self) -> pa.Table:
@@ -176,7 +176,7 @@ def _read_partial(path: Path, schema: pa.Schema) -> dict[int, pa.Table]:
     """The records of each row in a partial file; none if it is damaged."""
     try:
         table = read_table(path, schema)
-        positions = json.loads(table.schema.metadata[_POSITIONS])
+        positions = json.loads((table.schema.metadata or {})[_POSITIONS])
     except (DataError, LookupError, ValueError):
         return {}
     # Checksums cover the records, not the metadata; the name covers that.
