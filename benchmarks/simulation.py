@@ -4,8 +4,8 @@
     LAB=/tmp/lab python benchmarks/simulation.py --folder /tmp [--runs 4]
     LAB=/tmp/lab docker/slurm/lab.sh stop
 
-Shards sleep a time that differs from shard to shard, and are saved piece by piece. A *pilot* of 8 shards, run first and in
-peace, says what a row costs; from that, 96 shards are predicted and then run --runs times, under each of:
+Shards sleep a time that differs from shard to shard, and are committed whole. A *pilot* of 8 shards, run first and in peace,
+says what a row costs; from that, 96 shards are predicted and then run --runs times, under each of:
 
 * peace, with four jobs at a time and with two;
 * preemption: every running job is put back into the queue (scontrol requeue) at random, once in 20 s on average;
@@ -16,6 +16,7 @@ once, and lets a job that was put back start after --requeue-seconds.
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -48,7 +49,7 @@ def open_sleep(settings, inputs):
     return compute
 """
 NODES = 4
-ROWS, PIECE, SECONDS = 8, 2, 0.3  # rows of a shard and of a piece, and what a row sleeps on average
+ROWS, SECONDS = 8, 0.3  # rows of a shard, and what a row sleeps on average
 SHARDS, SHARDS_PER_JOB = 96, 6
 PREEMPTION, FAILURE, REPAIR = 20.0, 60.0, 20.0  # seconds
 SIMULATIONS = 400
@@ -110,7 +111,6 @@ def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Ev
         os.environ["PYTHONPATH"] = f"{home}{os.pathsep}{Path(__file__).resolve().parent.parent}"
         stage = Stage(
             *("sleep", 1, "sleeping_program:open_sleep", {"seconds": SECONDS}, {}, {}, home / "stage"),
-            piece_rows=PIECE,
             kind="influence",
         )
         rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
@@ -143,7 +143,7 @@ def planned(cost: StageCost, at_once: int) -> Work:
         jobs=[[ROWS * cost.seconds_per_row] * SHARDS_PER_JOB] * (SHARDS // SHARDS_PER_JOB),
         spread=cost.spread / ROWS**0.5,
         opening=cost.opening,
-        saved_every=PIECE * cost.seconds_per_row,
+        saved_every=math.inf,
         nodes=1,
         gpus=0,
         cpus=1,

@@ -16,7 +16,6 @@ class StageCost:
         kind: which section of cluster.resources its jobs got.
         rows: of the whole stage.
         shard_rows: of its first shard.
-        piece_rows: see `cluster.stage.Stage`.
         seconds_per_row: of one job.
         spread: standard deviation of the logarithm of a row's seconds, from how much shards differ; 0 if there was one.
         opening: seconds of a job that do not grow with its rows: until its program can compute, and of a training to load
@@ -28,7 +27,6 @@ class StageCost:
     kind: str
     rows: int
     shard_rows: int
-    piece_rows: int
     seconds_per_row: float
     spread: float
     opening: float
@@ -51,14 +49,13 @@ def cost_of(folder: Path) -> StageCost | None:
     openings = [manifest.opening for manifest in manifests if manifest.opening]
     opening = statistics.mean(openings) if openings else 0.0
     paces = [manifest.row_seconds for manifest in manifests if manifest.row_seconds is not None]
-    if paces and not stage.piece_rows:
+    if paces:
         fixed = (seconds_per_row - statistics.mean(paces)) * rows / shards
         seconds_per_row, opening = statistics.mean(paces), opening + max(0.0, fixed)
     return StageCost(
         kind=stage.kind,
         rows=rows,
         shard_rows=size,
-        piece_rows=stage.piece_rows,
         seconds_per_row=seconds_per_row,
         spread=statistics.stdev(logs) * math.sqrt(size) if len(logs) > 1 else 0.0,
         opening=opening,

@@ -7,6 +7,7 @@ reads both, waits for jobs that run on, and submits only what is missing.
 import logging
 import os
 import platform
+import shutil
 import statistics
 import time
 import uuid
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cluster.backends import SchedulerAway, Task, backend_at, log_file, open_backend
 from cluster.notes import Begun, Failure, read_note
-from cluster.pieces import remove_pieces
+from cluster.pace import rows_per_second
 from cluster.stage import Stage
 from montessori_core.atomic import hash_json, read_json, write_json
 from montessori_core.config import Cluster, Resources
@@ -30,6 +31,7 @@ from montessori_core.program import Row
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
+_PACED = 20  # shards that are done, for the pace of those that have none yet
 _FINAL = ("code_error", "disk_full")  # of what a job says of itself: trying again would end the same
 _REMEDIES = {
     "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
@@ -77,15 +79,17 @@ class Progress:
     """How far a stage is.
 
     Attributes:
-        rows_done, rows: of all shards, those at work included.
+        rows_done, rows: of all shards, those at work included, with fractions for rows at work.
+        seconds_left: at the pace of the jobs at work; None before it is known.
         shards: how many there are.
         begun: shards that some job has begun, done or not.
         done: shards that are done; the driver's own, which grows.
         failed: shards that are not retried.
     """
 
-    rows_done: int
+    rows_done: float
     rows: int
+    seconds_left: float | None
     shards: int
     begun: Set[int]
     done: Set[int]
@@ -253,6 +257,7 @@ class _Driver:
         self._avoid: frozenset[str] = frozenset()
         self._not_before = 0.0
         self._running = 0
+        self._alive: list[Task] = []
         self._unsure: list[Submission] = []
         self._refusals = 0
         self._stopwatch = _Stopwatch()
@@ -287,18 +292,27 @@ class _Driver:
         finally:
             for submission in self._ledger.open_submissions():
                 close_submission(submission, self._cluster, self._ledger)
-        remove_pieces(self._stage.folder / "pieces", self._duplicated & self._done)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
+        shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # what killed jobs and duplicates left
 
     def _report(self) -> None:
-        rows = sum(map(len, self._shards))
-        done = sum(len(self._shards[index]) for index in self._done)
-        begun = {int(name.split(".")[0]) for name in os.listdir(self._stage.folder / "progress") if name[0] != "."}
-        for index in begun & set(range(len(self._shards))) - self._done:
-            noted = read_note(self._stage.progress_file(index), Begun)
-            done += min(len(self._shards[index]), noted.done) if noted else 0
-        self._on_progress(Progress(done, rows, len(self._shards), begun, self._done, self._failed))
+        stage, shards = self._stage, self._shards
+        rows = sum(map(len, shards))
+        done: float = sum(len(shards[index]) for index in self._done)
+        begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
+        notes = {
+            index: read_note(stage.progress_file(index), Begun)
+            for index in begun & set(range(len(shards))) - self._done
+        }
+        done += sum(min(len(shards[index]), note.done) for index, note in notes.items() if note)
+        # A job computes its shards in order; one that has begun none of them waits, or loads its program.
+        undone = [[index for index in task if index not in self._done] for task in self._alive if begun & set(task)]
+        at_work = {indices[0] for indices in undone if indices}
+        earlier = stage.manifests(sorted(self._done)[-_PACED:])
+        pace = rows_per_second([notes.get(index) for index in sorted(at_work)], earlier)
+        left = (rows - done) / pace if pace else None
+        self._on_progress(Progress(done, rows, left, len(shards), begun, self._done, self._failed))
 
     def _look(self) -> set[int]:
         """Update what is done and what failed; return the shards that some job is at work on."""
@@ -306,6 +320,7 @@ class _Driver:
         busy: set[int] = set()
         lost: list[tuple[Submission, str, Task]] = []
         self._running = 0
+        self._alive = []
         limit = self._resources.parallel_jobs
         for submission, ids in self._noted():
             alive = self._backend.alive(submission.name, ids)
@@ -321,6 +336,7 @@ class _Driver:
                 if submission.missed[job_id] < self._backend.polls_until_lost:
                     left += 1
                     busy.update(task)
+                    self._alive.append(task)
                 elif missed < self._backend.polls_until_lost:
                     lost.append((submission, job_id, task))
             if not left:

@@ -14,6 +14,7 @@ from montessori_core.program import Row
 
 _Amount = Annotated[int, Field(ge=0, lt=10**30)]
 _Seconds = Annotated[float, Field(ge=0.0, lt=1e15)]
+_Rows = Annotated[float, Field(ge=0.0, lt=1e15)]
 
 
 class Note(BaseModel):
@@ -32,7 +33,6 @@ class Description(Note):
     inputs: dict[str, str]
     input_hashes: dict[str, str]
     suffix: str
-    piece_rows: int
     kind: str = ""
     shards: Annotated[int, Field(ge=0, lt=10**7)]
 
@@ -59,10 +59,17 @@ class Manifest(Note):
 
 
 class Begun(Note):
-    """How many rows of a shard at work are done, and how long its job takes for one."""
+    """How many rows of a shard at work are done, in fractions, and how long its job takes for one."""
 
-    done: _Amount
+    done: _Rows
     row_seconds: _Seconds | None = None
+
+
+class Drafts(Note):
+    """State of rows that a program has not finished, by position in the shard: JSON as text, and a hash of it."""
+
+    drafts: str
+    sha256: str
 
 
 class Failure(Note):

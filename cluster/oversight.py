@@ -1,18 +1,15 @@
 """Looking at a stage, and reaching into it, from outside its driver: state, logs, cancelling, single shards again."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.backends import backend_at, log_file
 from cluster.fanout import Ledger, close_submission
 from cluster.notes import Begun, Failure, Shard, read_note
+from cluster.pace import rows_per_second
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
-
-_RECENT = 20
-"""Shards whose pace says how fast a stage is now."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,9 @@ class StageState:
     Attributes:
         folder: the stage's.
         shards, done, running, queued, failed: counts of shards.
-        rows, rows_done: of all shards, those at work included.
+        rows, rows_done: of all shards, those at work included, with fractions for rows at work.
         job_seconds: spent on the shards that are done.
-        rows_per_second: at the pace of the last shards, over all jobs; None if it cannot be told.
+        rows_per_second: of all jobs at work together; None before it is known.
         failures: one for each failed shard.
     """
 
@@ -46,7 +43,7 @@ class StageState:
     queued: int
     failed: int
     rows: int
-    rows_done: int
+    rows_done: float
     job_seconds: float
     rows_per_second: float | None
     failures: list[FailedShard]
@@ -62,7 +59,7 @@ class StageState:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the last shards; None if it cannot be told."""
+        """At the pace of the jobs at work; None before it is known."""
         return (self.rows - self.rows_done) / self.rows_per_second if self.rows_per_second else None
 
 
@@ -81,7 +78,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
     stage, shards = Stage.read_with_size(folder)
     done: list[int] = []
     missing: dict[int, Begun | None] = {}
-    begun = 0
+    begun = 0.0
     rows = 0
     for index in range(shards):
         shard = read_note(stage.shard_file(index), Shard)
@@ -108,7 +105,7 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
         rows,
         rows_done,
         sum(manifest.seconds for manifest in manifests),
-        _pace_of_jobs([missing[index] for index in running]) or _pace(stage, done),
+        rows_per_second([missing[index] for index in running], manifests),
         failures,
     )
 
@@ -193,20 +190,3 @@ def _failure(stage: Stage, index: int, failure: Failure) -> FailedShard:
     except UserError:
         log, lines = stage.failure_file(index), failure.traceback.splitlines()[-5:]
     return FailedShard(index, failure.kind, failure.error, lines, log)
-
-
-def _pace(stage: Stage, done: list[int]) -> float | None:
-    """Rows a second, from the time that the last shards took together, however many jobs shared them."""
-    ended = sorted((stage.manifest(index).stat().st_mtime, index) for index in done)[-_RECENT:]
-    if len(ended) < 2:
-        return None
-    rows = sum(len(shard.rows) for _, index in ended[1:] if (shard := read_note(stage.shard_file(index), Shard)))
-    # A stage that stands still gets slower with every look.
-    elapsed = max(ended[-1][0], time.time()) - ended[0][0]
-    return rows / elapsed if elapsed > 0 else None
-
-
-def _pace_of_jobs(at_work: list[Begun | None]) -> float | None:
-    """Rows a second by what jobs say of themselves; None if there are none, or one of them has not said yet."""
-    paces = [1 / begun.row_seconds for begun in at_work if begun and begun.row_seconds]
-    return sum(paces) if paces and len(paces) == len(at_work) else None

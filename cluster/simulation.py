@@ -2,7 +2,7 @@
 
 Stages come one after the other, as in a run. So many jobs of a stage are at work at a time as the nodes hold and
 `parallel_jobs` allows; a job opens its program, then computes its shards. One that is lost, preempted or at its time limit
-goes back into the queue, where Slurm puts it, and goes on from the last piece or checkpoint that it saved. Not simulated:
+goes back into the queue, where Slurm puts it, and goes on from the last commit or checkpoint that it saved. Not simulated:
 straggler copies, nodes excluded after they lost several shards, errors of code. Jobs of several nodes take fixed groups.
 """
 

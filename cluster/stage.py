@@ -7,7 +7,7 @@ carries that key; that a file exists proves nothing. Layout of a stage's folder:
     shards/00003.json                 key and rows of shard 3
     part-00003.parquet | part-00003/  its result
     part-00003.manifest.json          key, rows, bytes and hash of the result: written last
-    pieces/                           rows of shards at work that are done
+    partial/                          finished rows of shards at work
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
@@ -31,15 +31,18 @@ def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
 
 
 class RowClock:
-    """What a job calls as rows of a shard get done: notes how many, and how long a row takes."""
+    """What a job calls as rows of a shard get done, in fractions: notes how many, and how long a row takes.
+
+    The first call says where the job starts: what was done before has no part in its pace.
+    """
 
     def __init__(self, file: Path, pause: float = 0.5) -> None:
         """Write to `file` at most once every `pause` seconds."""
         self._file, self._pause, self._written = file, pause, 0.0
-        self._first: tuple[float, int] | None = None
-        self._last = (0.0, 0)
+        self._first: tuple[float, float] | None = None
+        self._last = (0.0, 0.0)
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: float) -> None:
         """So many rows are done."""
         now = time.monotonic()
         self._first, self._last = self._first or (now, done), (now, done)
@@ -49,7 +52,7 @@ class RowClock:
 
     @property
     def row_seconds(self) -> float | None:
-        """From the first call to the last, so that what comes before and after rows is not in it; None of less than two."""
+        """From the first call to the last, so that what comes before and after rows is not in it; None until one more."""
         if self._first is None or self._last[1] <= self._first[1]:
             return None
         return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
@@ -89,7 +92,6 @@ class Stage:
         input_hashes: content hash of each input (for a hub id: of the id and its revision).
         folder: the stage's folder.
         suffix: '.parquet' for a table, '' for a folder.
-        piece_rows: rows of a table that a job commits at a time, see `cluster.pieces`; 0 commits whole shards.
         kind: which section of cluster.resources its jobs get, for people and plans.
     """
 
@@ -101,7 +103,6 @@ class Stage:
     input_hashes: Mapping[str, str]
     folder: Path
     suffix: str = ".parquet"
-    piece_rows: int = 0
     kind: str = ""
 
     def key(self, rows: list[Row]) -> str:
@@ -119,6 +120,11 @@ class Stage:
     def shard_file(self, index: int) -> Path:
         """Where the rows of shard `index` lie."""
         return self.folder / "shards" / f"{index:05d}.json"
+
+    @property
+    def partial_folder(self) -> Path:
+        """Where partial commits lie."""
+        return self.folder / "partial"
 
     def progress_file(self, index: int) -> Path:
         """Where shard `index` says how far it is."""

@@ -15,13 +15,13 @@ from pathlib import Path
 import submitit
 
 from cluster.notes import Failure, Shard, read_note
-from cluster.pieces import compute_in_pieces, remove_pieces
+from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.rendezvous import join_processes
 from cluster.scratch import private_folders
 from cluster.stage import RowClock, Stage
 from montessori_core.atomic import write_json
 from montessori_core.errors import UserError
-from montessori_core.program import Compute, load_program
+from montessori_core.program import Compute, RowProgram, load_program
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
 
 
 def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:
-    compute: Compute | None = None
+    opened: Compute | RowProgram | None = None
     begun = time.monotonic() - _seconds_alive()
     for index in indices:
         shard = read_note(stage.shard_file(index), Shard)
@@ -58,16 +58,16 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
         log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(shard.rows), platform.node())
         opening = 0.0
         try:
-            if compute is None:
-                compute = load_program(stage.program)(stage.settings, stage.inputs)
+            if opened is None:
+                opened = load_program(stage.program)(stage.settings, stage.inputs)
                 opening = time.monotonic() - begun
-            _compute_shard(stage, index, shard, compute, environment, opening)
+            _compute_shard(stage, index, shard, opened, environment, opening)
         except Exception as error:
             failure = {
                 "job_id": environment.job_id,
                 "attempt": _attempt(),
                 "class": classify_error(error),
-                "opening": compute is None,
+                "opening": opened is None,
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc(),
             }
@@ -107,23 +107,26 @@ def classify_error(error: Exception) -> str:
 
 
 def _compute_shard(
-    stage: Stage, index: int, shard: Shard, compute: Compute, environment: submitit.JobEnvironment, opening: float
+    stage: Stage,
+    index: int,
+    shard: Shard,
+    opened: Compute | RowProgram,
+    environment: submitit.JobEnvironment,
+    opening: float,
 ) -> None:
-    report, pieces = RowClock(stage.progress_file(index)), stage.folder / "pieces"
-    key, rows, size = shard.key, shard.rows, stage.piece_rows
-    if environment.global_rank == 0:
-        with stage.commit_part(
-            index, key, len(rows), environment.job_id, report, environment.num_tasks, opening
-        ) as temporary:
-            if size:
-                compute_in_pieces(pieces, index, key, rows, size, compute, temporary, report)
-            else:
-                compute(rows, temporary, report)
-        if size:
-            remove_pieces(pieces, [index])
+    clock, rows = RowClock(stage.progress_file(index)), shard.rows
+    first, processes, job = environment.global_rank == 0, environment.num_tasks, environment.job_id
+    if isinstance(opened, RowProgram):
+        if first:  # the processes of a job do not share rows
+            with stage.commit_part(index, shard.key, len(rows), job, clock, 1, opening) as temporary:
+                compute_rows(opened, rows, stage.partial_folder, index, shard.key, temporary, clock)
+            remove_partial_files(stage.partial_folder, index)
+    elif first:
+        with stage.commit_part(index, shard.key, len(rows), job, clock, processes, opening) as temporary:
+            opened(rows, temporary, clock)
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"
         try:
-            compute(rows, scratch, lambda done: None)
+            opened(rows, scratch, lambda done: None)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

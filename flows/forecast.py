@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cluster.backends import bundle, deal
 from cluster.costs import StageCost, cost_of
 from cluster.oversight import stages_of
+from cluster.partial_commits import COMMIT_SECONDS
 from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
@@ -178,7 +179,7 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
     if cost.kind == "training":
         saved_every = min(CHECKPOINT_SECONDS, sum(shards) / CHECKPOINTS)
     else:
-        saved_every = cost.piece_rows * cost.seconds_per_row if cost.piece_rows else math.inf
+        saved_every = max(COMMIT_SECONDS, cost.seconds_per_row)
     local = experiment.cluster.profile == "local"
     return Work(
         name=str(stage),

@@ -24,7 +24,7 @@ from montessori_core.schema import INFLUENCE, read_table, write_table
 from montessori_core.screening import estimate_influence, screening_report
 from montessori_core.sources import read_tasks, write_tasks
 from montessori_core.training.files import MOMENTS_FILE
-from tasks.influence import PIECE, PROGRAM
+from tasks.influence import PROGRAM
 from tasks.progress import ProgressBar
 
 _SHARD = 16  # examples
@@ -87,7 +87,6 @@ def measure_influence(
             inputs=inputs,
             input_hashes=hashes,
             folder=folder / name,
-            piece_rows=PIECE,
         )
         with ProgressBar(f"influence, {name}") as bar:
             parts = fan_out(stage, cut_into_shards(some, _SHARD), Resources(), Cluster(), bar.show)

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.oversight import look_at, stages_of
+from cluster.oversight import StageState, look_at, stages_of
 from montessori_core.atomic import read_json
 from montessori_core.report.numbers import duration
 from montessori_core.report.study import gain_text, interval_text, spread_text
@@ -27,10 +27,10 @@ def show_status(run: Run, console: Console) -> None:
                 "running": str(state.running or ""),
                 "queued": str(state.queued or ""),
                 "failed": str(state.failed or ""),
-                "rows computed": f"{state.rows_done}/{state.rows}",
+                "rows computed": f"{int(state.rows_done)}/{state.rows}",
                 "rows/min": f"{60 * state.rows_per_second:.3g}" if at_work and state.rows_per_second else "",
                 "job seconds": f"{state.job_seconds:.0f}",
-                "left": f"about {duration(state.seconds_left)}" if at_work and state.seconds_left else "",
+                "left": _time_left(state) if at_work else "",
             }
         )
     # What nothing is said of takes no room: terminals are narrow, and stages are named in other commands as they stand here.
@@ -58,6 +58,13 @@ def show_status(run: Run, console: Console) -> None:
         console.print("nobody drives this seed of a study; montessori compare goes on with it", soft_wrap=True)
     elif states and not run.finished:
         console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)
+
+
+def _time_left(state: StageState) -> str:
+    """What is left of a stage at work; of one whose jobs have computed nothing yet, that they start."""
+    if state.seconds_left is not None:
+        return f"about {duration(state.seconds_left)}"
+    return "starting" if state.running else ""
 
 
 def print_summary(run: Run, console: Console) -> None:

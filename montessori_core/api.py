@@ -12,6 +12,7 @@ import re
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
@@ -112,12 +113,18 @@ class Api:
         )
         self._turn, self._next_turn = threading.Lock(), 0.0
 
-    def ask(self, questions: Sequence[Question], report: Callable[[int], None] = lambda done: None) -> list[Answer]:
+    def ask(
+        self,
+        questions: Sequence[Question],
+        report: Callable[[int], None] = lambda done: None,
+        receive: Callable[[int, Answer], None] = lambda number, answer: None,
+    ) -> list[Answer]:
         """Put questions, each by itself; those asked before are answered from the cache.
 
         Args:
             questions: what is asked; an equal question is asked once.
             report: called with the number of questions answered so far.
+            receive: called before with each new answer and the place of its question.
 
         Returns:
             [questions] answers, in their order.
@@ -127,9 +134,24 @@ class Api:
                 so far are kept.
         """
         keys = [self._key(question) for question in questions]
-        answers = {key: answer for key in keys if (answer := self._cache.get(key)) is not None}
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for number, key in enumerate(keys):
+            places[key].append(number)
+        answers: dict[str, Answer] = {}
+        answered = 0
+
+        def take(key: str, answer: Answer) -> None:
+            nonlocal answered
+            answers[key] = answer
+            answered += len(places[key])
+            for number in places[key]:
+                receive(number, answer)
+
+        for key in places:
+            if (answer := self._cache.get(key)) is not None:
+                take(key, answer)
         waiting = {key: question for key, question in zip(keys, questions, strict=True) if key not in answers}
-        report(sum(key in answers for key in keys))
+        report(answered)
         spent = self._cache.spent(self._account)
         reserved: dict[Future[Answer], tuple[str, float]] = {}
         left = list(waiting.items())
@@ -152,9 +174,10 @@ class Api:
                     done, _ = wait(reserved, return_when=FIRST_COMPLETED)
                     for future in done:
                         key, _ = reserved.pop(future)
-                        answers[key] = future.result()
-                        spent += self._keep(key, answers[key])
-                    report(sum(key in answers for key in keys))
+                        answer = future.result()
+                        spent += self._keep(key, answer)
+                        take(key, answer)
+                    report(answered)
             except BaseException:
                 for future, (key, _) in reserved.items():
                     if not future.cancel():  # on its way, and paid for

@@ -14,7 +14,13 @@ NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens
 
 def note_influence(table: pa.Table, notes: dict[str, float]) -> pa.Table:
     """Record numbers of the student with a table: all of NOTES, nats."""
-    return table.replace_schema_metadata(_noted(notes).metadata)
+    return table.replace_schema_metadata(noted_schema(notes).metadata)
+
+
+def noted_schema(notes: dict[str, float]) -> pa.Schema:
+    """The schema of a table with which numbers of the student are recorded: all of NOTES, nats."""
+    written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
+    return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
 
 
 def influence_note(table: pa.Table, name: str) -> float:
@@ -38,12 +44,7 @@ def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
     noted = [influence_notes(read_table(part, INFLUENCE, columns=[])) for part in parts]
     notes = {name: max(of_part[name] for of_part in noted) for name in NOTES}
     batches = (batch for part in parts for batch in read_table(part, INFLUENCE).to_batches())
-    return pa.RecordBatchReader.from_batches(_noted(notes), batches)
-
-
-def _noted(notes: dict[str, float]) -> pa.Schema:
-    written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
-    return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
+    return pa.RecordBatchReader.from_batches(noted_schema(notes), batches)
 
 
 def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | int]:

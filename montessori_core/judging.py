@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.api import Answer, Question, open_api
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import UTILITY, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import UTILITY
 
 _SCORE = re.compile(
     r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]{1,3})(?:\s*/\s*([0-9]{1,3}))?[\s*_.]*$", re.IGNORECASE | re.ASCII
@@ -77,7 +77,7 @@ def read_score(answer: Answer, most: int = 6, least: int = 0) -> float | None:
     return float(found[1])
 
 
-def open_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
     Settings: `response_only` (five points in place of six), and see `open_api`. Rows: `example_id`, `prompt_id`,
@@ -86,13 +86,12 @@ def open_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compu
     api, response_only = open_api(settings, inputs), settings["response_only"]
     most = len(points_for(response_only))
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        questions = [Question(question_about(row["instruction"], row["response"], response_only)) for row in rows]
-        answers = api.ask(questions, report=report)
-        records: list[Row] = [
-            {"example_id": row["example_id"], "prompt_id": row["prompt_id"], "utility": read_score(answer, most)}
-            for row, answer in zip(rows, answers, strict=True)
-        ]
-        write_table(table_from_rows(records, UTILITY), output, UTILITY)
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        def receive(position: int, answer: Answer) -> None:
+            ids = {key: rows[position][key] for key in ("example_id", "prompt_id")}
+            recorder.finish(position, [{**ids, "utility": read_score(answer, most)}])
 
-    return compute
+        questions = [Question(question_about(row["instruction"], row["response"], response_only)) for row in rows]
+        api.ask(questions, recorder.progress, receive)
+
+    return RowProgram(UTILITY, compute)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from montessori_core.chat import IGNORED, Encoded
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import SIMILARITY, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import SIMILARITY
 from montessori_core.sources import load_tasks
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def norm_sim(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.asarray((directions(synthetic) @ directions(real).T).max(axis=1))
 
 
-def open_norm_sim(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_norm_sim(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load the student, whose mean last hidden state stands for a text, and the real examples once.
 
     Settings: `max_length`. Inputs: `student`; `real` (tasks). Rows: `example_id`, `instruction`, `response`. The result is a
@@ -146,16 +146,12 @@ def open_norm_sim(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Co
 
     real = np.stack([features(f"{task.text}\n{task.response}") for task in load_tasks(inputs["real"])])
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        found = []
-        for number, row in enumerate(rows, 1):
-            found.append(features(f"{row['instruction']}\n{row['response']}"))
-            report(number)
-        nearest = norm_sim(np.stack(found), real)
-        records: list[Row] = [
-            {"example_id": row["example_id"], "norm_sim": float(value)}
-            for row, value in zip(rows, nearest, strict=True)
-        ]
-        write_table(table_from_rows(records, SIMILARITY), output, SIMILARITY)
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        recorder.progress(0)
+        for position, row in enumerate(rows):
+            example = features(f"{row['instruction']}\n{row['response']}")
+            [nearest] = norm_sim(example[None], real)
+            recorder.finish(position, [{"example_id": row["example_id"], "norm_sim": float(nearest)}])
+            recorder.progress(position + 1)
 
-    return compute
+    return RowProgram(SIMILARITY, compute)

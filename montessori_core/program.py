@@ -23,6 +23,9 @@ Compute = Callable[[list[Row], Path, Report], None]
 class Recorder(Protocol):
     """Takes the results of a shard's rows as they come, in any order; a lost job loses at most a minute of them.
 
+    What was recorded is committed during `progress` and `keep`, never in between: rows that are finished without a call
+    of these, such as those of a batch, are committed together or not at all.
+
     Attributes:
         drafts: state that an earlier job kept of rows it did not finish, by position.
     """
@@ -41,7 +44,11 @@ class Recorder(Protocol):
         ...
 
     def progress(self, done: float) -> None:
-        """Report how many of the rows given to the program are done; a fraction counts rows that are being computed."""
+        """Report how many of the rows given to the program are done; a fraction counts rows that are being computed.
+
+        Call it before the first row and after others were finished, or more often. The first call says where the program
+        starts: drafts and cached answers are no part of its pace.
+        """
         ...
 
 

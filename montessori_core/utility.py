@@ -13,12 +13,12 @@ from montessori_core.influence.jobs import compute_device, encode_tasks
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import UTILITY, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import UTILITY
 from montessori_core.sources import load_tasks
 
 
-def open_training_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_training_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load the student once.
 
     Settings: `student`, `batch_tokens`. Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`,
@@ -37,7 +37,7 @@ def open_training_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) 
     return _utility_of_rows(loss_of)
 
 
-def open_in_context(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_in_context(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load the student and the reference set once: in-context learning in place of a training step (ARTE).
 
     Settings: `student`, `batch_tokens`, `reference_reduction`. Inputs: `student`; `reference` (tasks). Rows: `example_id`,
@@ -85,13 +85,12 @@ def _open_student(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tu
     return Student.model_validate(settings["student"]), tokenizer, losses
 
 
-def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> Compute:
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        records: list[Row] = []
-        for number, row in enumerate(rows, 1):
+def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> RowProgram:
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        recorder.progress(0)
+        for position, row in enumerate(rows):
             ids = {key: row[key] for key in ("example_id", "prompt_id")}
-            records.append({**ids, "utility": utility_of(row)})
-            report(number)
-        write_table(table_from_rows(records, UTILITY), output, UTILITY)
+            recorder.finish(position, [{**ids, "utility": utility_of(row)}])
+            recorder.progress(position + 1)
 
-    return compute
+    return RowProgram(UTILITY, compute)

@@ -21,8 +21,6 @@ from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
 from tasks.synthesis import generate
 
-_ITEMS_IN_A_PIECE, _JUDGEMENTS_IN_A_PIECE, _ANSWERS_IN_A_PIECE = 16, 16, 64
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -114,7 +112,6 @@ def _score_items(run: Run, folder: Path, label: str, student: Model) -> list[Row
         cut_into_shards(rows, benchmarks.items_per_shard),
         models={"model": student},
         files=_task_folder(run),
-        piece_rows=_ITEMS_IN_A_PIECE,
     )
     table = _join(f"{label}: benchmarks, table", folder / "items.parquet", parts, ITEM_SCORES)
     return item_scores(read_table(table, ITEM_SCORES))
@@ -162,13 +159,13 @@ def _answer(
         row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(run.experiment.seed, "benchmark", folder.name, index)]}
     shards = cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard)
     sampling = run.experiment.benchmarks.answers
-    generated, parts = generate(run, folder, label, student, shards, sampling, form, [], _ANSWERS_IN_A_PIECE)
+    generated, parts = generate(run, folder, label, student, shards, sampling, form, [])
     return [row["text"].strip() for row in generated], parts
 
 
 def _judge(run: Run, folder: Path, label: str, program: str, rows: list[Row], upstream: list[Path]) -> list[Path]:
     program = f"montessori_core.benchmarks.{program}"
-    return run.ask("judge", folder, f"{label}, judge", program, {}, rows, upstream, _JUDGEMENTS_IN_A_PIECE)
+    return run.ask("judge", folder, f"{label}, judge", program, {}, rows, upstream)
 
 
 def _task_folder(run: Run) -> dict[str, Path]:

@@ -13,9 +13,6 @@ from montessori_core.schema import REFERENCE_LOSS, read_table
 from tasks.benchmarks import Measured, measure_benchmarks
 from tasks.run import Model, Run, as_rows
 
-_PIECE = 64
-"""Examples that a preempted or killed job can lose."""
-
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -49,7 +46,6 @@ def _measure_loss(run: Run, folder: Path, label: str, model: Model) -> Path:
         },
         [as_rows(run.sources().evaluation)],
         models={"model": model},
-        piece_rows=_PIECE,
     )
     return cast(Path, table)
 

@@ -20,8 +20,6 @@ from tasks.plots import histogram
 from tasks.run import Model, Run
 
 PROGRAM = "montessori_core.influence.jobs:open_influence"
-PIECE = 4
-"""Examples that a preempted or killed job can lose."""
 
 
 def collect_influence(
@@ -44,7 +42,6 @@ def collect_influence(
             models={"student": student, "moments": student},
             files={"reference": run.source_file("reference")},
             upstream=[examples, *parts_so_far[:1]],
-            piece_rows=PIECE,
         )
         parts_so_far.extend(parts)
         return join_influence(parts)

@@ -24,7 +24,6 @@ from tasks.run import Model, Run
 from tasks.synthesis import Synthesized, generate, join_synthesis
 
 _DRAW = "nomad"
-_PIECE = 64  # conversations
 
 
 def train_conversationalist(run: Run, folder: Path, label: str) -> Model:
@@ -82,7 +81,7 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
         shards = cut_into_shards(rows, settings.instructions_per_shard)
         stage = folder / f"conversations-{number}"
         name = label if number == 1 else f"{label}, round {number}"
-        generated, written = generate(run, stage, name, teacher, shards, sampling, "whole", parts[-1:], _PIECE)
+        generated, written = generate(run, stage, name, teacher, shards, sampling, "whole", parts[-1:])
         parts += written
         for row in generated:
             conversation = read_conversation(row["text"], row["finish_reason"])
@@ -133,7 +132,6 @@ def measure_norm_sim(run: Run, folder: Path, label: str, examples: Path) -> Path
         models={"student": run.first_student()},
         files={"real": run.source_file("reference")},
         upstream=[examples],
-        piece_rows=_PIECE,
     )
     return _join_norm_sim(f"{label}: table", folder / "norm-sim.parquet", parts)
 

@@ -1,11 +1,15 @@
 """Progress of a stage on the terminal."""
 
 import sys
+import time
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from cluster.fanout import Progress
+
+_PAUSE, _LOG_PAUSE = 0.2, 15.0  # seconds between two states that are shown
 
 
 class ProgressBar:
@@ -13,7 +17,9 @@ class ProgressBar:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._bar: tqdm | None = None  # type: ignore[type-arg]
+        self._bar: _Bar | None = None
+        self._pause = _PAUSE if sys.stderr.isatty() else _LOG_PAUSE
+        self._shown = 0.0
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -27,15 +33,42 @@ class ProgressBar:
     def show(self, progress: Progress) -> None:
         """Callback for `fan_out`."""
         if self._bar is None:
-            self._bar = tqdm(
-                total=progress.rows,
-                initial=progress.rows_done,
-                smoothing=0,  # rows come by the batch: the pace of the last moments is none
-                desc=self._name,
-                file=sys.stderr,
-                mininterval=0.2 if sys.stderr.isatty() else 15.0,
-                dynamic_ncols=True,
-                bar_format="{desc:<46} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            )
-        self._bar.set_postfix_str(f"shards {len(progress.done)}/{progress.shards}", refresh=False)
-        self._bar.update(progress.rows_done - self._bar.n)
+            self._bar, self._shown = _Bar(progress, self._name), time.monotonic()
+        self._bar.set(progress)
+        if time.monotonic() - self._shown >= self._pause:
+            self._shown = time.monotonic()
+            self._bar.refresh()
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that moves by fractions of rows, and whose remaining time is that of the jobs: a bar's own pace would count
+    what was done before it, and the loading of models.
+    """
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress = progress
+        super().__init__(
+            total=progress.rows,
+            initial=progress.rows_done,
+            desc=name,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            bar_format="{desc:<46} {percent:3d}%|{bar:20}| {rows}/{total_fmt} [{elapsed}<{left}, shards {shards}]",
+        )
+
+    def set(self, progress: Progress) -> None:
+        """Take over how far the stage is, without showing it."""
+        self._progress, self.n = progress, progress.rows_done
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """See tqdm; what `bar_format` names beside tqdm's own."""
+        progress = self._progress
+        left = "starting" if progress.seconds_left is None else tqdm.format_interval(progress.seconds_left)
+        return {
+            **super().format_dict,
+            "rows": int(progress.rows_done),  # whole rows, and never 100 % before the end
+            "percent": int(100 * progress.rows_done / progress.rows) if progress.rows else 100,
+            "left": left if progress.rows_done < progress.rows else tqdm.format_interval(0),
+            "shards": f"{len(progress.done)}/{progress.shards}",
+        }

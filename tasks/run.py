@@ -123,7 +123,6 @@ class Run:
         limits: Mapping[str, Path] | None = None,
         upstream: Sequence[object] = (),
         suffix: str = ".parquet",
-        piece_rows: int = 0,
         read: Callable[[Path], Any] = lambda part: part,
     ) -> list[Any]:
         """Bring a stage to its end and return its results, one for each shard.
@@ -142,7 +141,6 @@ class Run:
             limits: files the program reads that decide no result, so that another content has nothing computed again.
             upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
             suffix: '.parquet' or '' for a folder.
-            piece_rows: see `cluster.stage.Stage`.
             read: what a result becomes for what reads it: by default the path of its part.
         """
         models, files = models or {}, files or {}
@@ -158,7 +156,6 @@ class Run:
             input_hashes={n: m.sha256 for n, m in models.items()} | {n: hash_path(p) for n, p in files.items()},
             folder=folder,
             suffix=suffix,
-            piece_rows=piece_rows,
             kind=kind,
         )
         cluster = self.experiment.cluster
@@ -183,13 +180,12 @@ class Run:
         settings: Mapping[str, Any],
         rows: list[Row],
         upstream: Sequence[object],
-        piece_rows: int,
     ) -> list[Path]:
         """Bring a stage that asks a model behind an API to its end: one job, so that limits and cap hold over all of it.
 
         Args:
             asked: the section of the configuration that says which model.
-            folder, name, program, settings, upstream, piece_rows: see `execute`.
+            folder, name, program, settings, upstream: see `execute`.
             rows: of the one shard.
         """
         endpoint: Endpoint = getattr(self.experiment, asked)
@@ -204,7 +200,6 @@ class Run:
             [rows],
             limits={"endpoint": file},
             upstream=upstream,
-            piece_rows=piece_rows,
         )
 
 

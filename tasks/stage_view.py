@@ -91,7 +91,7 @@ class StageView:
             self._begun[number] = follow.submit(chunk.name, chunk, self._inputs)
 
     def _publish(self, progress: Progress) -> None:
-        ended = progress.rows_done == progress.rows
+        ended = len(progress.done) == progress.shards
         if time.monotonic() - self._published < _UI_PAUSE and not ended:
             return
         self._published = time.monotonic()

@@ -22,7 +22,6 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
 from tasks.run import Model, Run
 
 _PROGRAM = "montessori_core.synthesis.jobs:open_generation"
-_PROMPTS_IN_A_PIECE, _INSTRUCTIONS_IN_A_PIECE = 64, 256  # with 4 samples a prompt, 256 continuations fill a GPU
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,6 @@ def _write_instructions(
         settings.instruction,
         form,
         upstream,
-        _PROMPTS_IN_A_PIECE,
     )
     owners = [prompt for prompt in prompts for _ in samples]
     verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
@@ -289,9 +287,7 @@ def _respond(
     """What the teacher answers to rows of the generation program, and the parts it is from."""
     settings = run.experiment.synthesis
     shards = cut_into_shards(rows, settings.instructions_per_shard)
-    return generate(
-        run, folder, label, teacher, shards, settings.response, "request", upstream, _INSTRUCTIONS_IN_A_PIECE
-    )
+    return generate(run, folder, label, teacher, shards, settings.response, "request", upstream)
 
 
 def generate(
@@ -303,14 +299,13 @@ def generate(
     sampling: Sampling,
     form: Form,
     upstream: list[Path],
-    piece_rows: int,
 ) -> tuple[list[Row], list[Path]]:
     """What a teacher, loaded or behind an API, makes of rows of the generation program; and the parts it is from."""
     drawn = {"sampling": sampling.model_dump(mode="json")}
     if isinstance(teacher, Endpoint):
         rows = [row for shard in shards for row in shard]
         program = "montessori_core.synthesis.jobs:open_api_generation"
-        parts = run.ask("strong_teacher", folder, label, program, drawn, rows, upstream, piece_rows)
+        parts = run.ask("strong_teacher", folder, label, program, drawn, rows, upstream)
     else:
         parts = run.execute(
             folder,
@@ -321,7 +316,6 @@ def generate(
             shards,
             models={"teacher": teacher},
             upstream=upstream,
-            piece_rows=piece_rows,
         )
     return [row for part in parts for row in read_table(part, GENERATION).to_pylist()], parts
 

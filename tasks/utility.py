@@ -23,8 +23,6 @@ from tasks.synthesis import generate
 
 _JUDGEMENTS = 3
 _JUDGING = Sampling(temperature=0.7, top_p=0.9, presence_penalty=0.0, max_tokens=256)
-_PIECE = 64
-"""Examples that a killed job has to measure again, or to look up in the cache of answers."""
 
 
 def measure_training_loss(
@@ -76,7 +74,6 @@ def _measure(
         models={"student": student},
         files=files,
         upstream=[examples],
-        piece_rows=_PIECE,
     )
     return _join(f"{label}: table", folder / "utility.parquet", parts)
 
@@ -94,7 +91,7 @@ def ask_judge(
     if run.experiment.judge is None:
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
     rows, program = measured_rows(examples, first, last), "montessori_core.judging:open_judge"
-    parts = run.ask("judge", folder, label, program, {"response_only": response_only}, rows, [examples], _PIECE)
+    parts = run.ask("judge", folder, label, program, {"response_only": response_only}, rows, [examples])
     return _join(f"{label}: table", folder / "utility.parquet", parts)
 
 
@@ -115,7 +112,7 @@ def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: 
         for row in rows
     ]
     shards = cut_into_shards(asked, run.experiment.synthesis.instructions_per_shard)
-    _, parts = generate(run, folder, label, student, shards, _JUDGING, "request", [examples], _PIECE)
+    _, parts = generate(run, folder, label, student, shards, _JUDGING, "request", [examples])
     return _join(f"{label}: table", folder / "utility.parquet", [_score(f"{label}: scores", folder, rows, parts)])
 
 

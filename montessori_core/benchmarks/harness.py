@@ -14,13 +14,14 @@ from typing import Any
 from montessori_core.atomic import hash_json
 from montessori_core.errors import DataError, UserError
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import ITEM_SCORES, ITEMS, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import ITEM_SCORES, ITEMS
 
 _LONGEST_ANSWER = 2000  # characters kept of what the model wrote
+_ITEMS_AT_A_TIME = 16
 
 
-def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Open the harness, to list what its tasks ask.
 
     Inputs: `tasks`, a folder of task files, or none. Rows: `benchmark` (a task, tag or group of the harness), `limit` (of
@@ -31,9 +32,9 @@ def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compu
     """
     manager = _open_manager(inputs.get("tasks"))
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        records: list[Row] = []
-        for number, row in enumerate(rows, 1):
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        for position, row in enumerate(rows):
+            records: list[Row] = []
             for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():
                 for index, item in enumerate(task.eval_docs):
                     if row["limit"] is not None and index >= row["limit"]:
@@ -46,13 +47,13 @@ def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compu
                             "text": _text_of(task, item),
                         }
                     )
-            report(number)
-        write_table(table_from_rows(records, ITEMS), output, ITEMS)
+            recorder.finish(position, records)
+            recorder.progress(position + 1)
 
-    return compute
+    return RowProgram(ITEMS, compute)
 
 
-def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load a model, to put items to it.
 
     Settings: `batch_size` (requests in a forward pass), `chat_template` (whether prompts are put in the model's template).
@@ -77,23 +78,26 @@ def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Com
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings["batch_size"], device=str(device))
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        records: list[Row] = []
-        for (benchmark, shots), some in _by_benchmark(rows):
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        recorder.progress(done := 0)
+        for positions in _batches(rows):
+            benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
             tasks = loaded.setdefault((benchmark, shots), {})
             if not tasks:
                 tasks |= _load(manager, benchmark, inputs.get("tasks"))
                 for task in tasks.values():
                     _set_shots(task, shots)
                     _draw_by_item(task)
-            asked = {name: sorted(row["item"] for row in some if row["task"] == name) for name in tasks}
-            records += _score(
-                subject, {n: tasks[n] for n in tasks if asked[n]}, asked, benchmark, settings["chat_template"]
-            )
-            report(len({(record["task"], record["item"]) for record in records}))
-        write_table(table_from_rows(records, ITEM_SCORES), output, ITEM_SCORES)
+            items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
+            records: dict[int, list[Row]] = {position: [] for position in positions}
+            for record in _score(subject, tasks, sorted(items), benchmark, settings["chat_template"]):
+                records[items[record["task"], record["item"]]].append(record)
+            for position in positions:
+                recorder.finish(position, records[position])
+            done += len(positions)
+            recorder.progress(done)
 
-    return compute
+    return RowProgram(ITEM_SCORES, compute)
 
 
 def _open_manager(folder: Path | None) -> Any:
@@ -148,14 +152,17 @@ def _draw_by_item(task: Any) -> None:
 
 
 def _score(
-    subject: Any, tasks: dict[str, Any], asked: dict[str, list[int]], benchmark: str, chat_template: bool
+    subject: Any, tasks: dict[str, Any], items: list[tuple[str, int]], benchmark: str, chat_template: bool
 ) -> Iterator[Row]:
     from lm_eval.evaluator import evaluate
 
+    asked: dict[str, list[int]] = {}
+    for name, item in items:
+        asked.setdefault(name, []).append(item)
     results = evaluate(
         subject,
-        {"tasks": tasks, "groups": {}, "group_map": {}},
-        samples={name: asked[name] for name in tasks},
+        {"tasks": {name: task for name, task in tasks.items() if name in asked}, "groups": {}, "group_map": {}},
+        samples=asked,
         bootstrap_iters=0,
         apply_chat_template=chat_template,
     )
@@ -193,8 +200,13 @@ def _plain(doc: Any) -> Any:
     return json.loads(json.dumps(doc, default=str, sort_keys=True))
 
 
-def _by_benchmark(rows: list[Row]) -> list[tuple[tuple[str, int | None], list[Row]]]:
-    groups: dict[tuple[str, int | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["benchmark"], row["shots"]), []).append(row)
-    return list(groups.items())
+def _batches(rows: list[Row]) -> list[list[int]]:
+    """Positions of the rows that are put to the model together: always the same, if those before them are done."""
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    for position, row in enumerate(rows):
+        groups.setdefault((row["benchmark"], row["shots"]), []).append(position)
+    return [
+        positions[start : start + _ITEMS_AT_A_TIME]
+        for positions in groups.values()
+        for start in range(0, len(positions), _ITEMS_AT_A_TIME)
+    ]

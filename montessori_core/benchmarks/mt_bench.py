@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field
 
-from montessori_core.api import Question, open_api
+from montessori_core.api import Answer, Question, open_api
 from montessori_core.benchmarks.files import Entry, Text, read_entries
 from montessori_core.benchmarks.framing import framed
 from montessori_core.errors import DataError
 from montessori_core.judging import read_score
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import MT_BENCH, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import MT_BENCH
 
 REFERENCE_GUIDED = ("math", "reasoning", "coding")
 _MOST, _LEAST = 10, 1
@@ -161,23 +161,21 @@ def question_about(row: Row) -> str:
     return framed(_TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING)
 
 
-def open_mt_bench_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_mt_bench_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
     Settings and inputs: see `open_api`. Rows: those of `judgements`. The result is a table of schema `MT_BENCH`.
     """
     api = open_api(settings, inputs)
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        answers = api.ask([Question(question_about(row)) for row in rows], report=report)
-        records: list[Row] = [
-            {name: row[name] for name in ("question_id", "category", "turn")}
-            | {"score": read_score(answer, _MOST, _LEAST)}
-            for row, answer in zip(rows, answers, strict=True)
-        ]
-        write_table(table_from_rows(records, MT_BENCH), output, MT_BENCH)
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        def receive(position: int, answer: Answer) -> None:
+            asked = {name: rows[position][name] for name in ("question_id", "category", "turn")}
+            recorder.finish(position, [{**asked, "score": read_score(answer, _MOST, _LEAST)}])
 
-    return compute
+        api.ask([Question(question_about(row)) for row in rows], recorder.progress, receive)
+
+    return RowProgram(MT_BENCH, compute)
 
 
 def summarize(table: pa.Table) -> Summary:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from montessori_core.api import Answer, Question, open_api
 from montessori_core.benchmarks.framing import framed
 from montessori_core.judging import last_line
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import PAIRWISE, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import PAIRWISE
 
 Preference = Literal["A", "B", "tie"]
 Outcome = Literal["win", "loss", "tie", "unparsed"]
@@ -63,7 +63,7 @@ def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
     return "tie"
 
 
-def open_pairwise_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_pairwise_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
     Settings and inputs: see `open_api`. Rows: `id`, `instruction`, `answer`, `other`. The result is a table of schema
@@ -71,25 +71,31 @@ def open_pairwise_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path])
     """
     api = open_api(settings, inputs)
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        verdicts: dict[int, Preference | None] = {}
+
+        def receive(number: int, answer: Answer) -> None:
+            verdicts[number] = read_preference(answer)
+            position = number // 2
+            if {2 * position, 2 * position + 1} <= verdicts.keys():
+                outcome = outcome_of(verdicts[2 * position], verdicts[2 * position + 1])
+                recorder.finish(position, [_record(rows[position], outcome)])
+
         orders = [
             comparison(row["instruction"], *pair)
             for row in rows
             for pair in ((row["answer"], row["other"]), (row["other"], row["answer"]))
         ]
-        answers = api.ask([Question(text) for text in orders], report=lambda done: report(done // 2))
-        verdicts = [read_preference(answer) for answer in answers]
-        outcomes = [outcome_of(*pair) for pair in zip(verdicts[::2], verdicts[1::2], strict=True)]
-        records: list[Row] = [
-            {
-                "question_id": row["id"],
-                "outcome": outcome,
-                "preference": _WORTH[outcome],
-                "characters": len(row["answer"]),
-                "other_characters": len(row["other"]),
-            }
-            for row, outcome in zip(rows, outcomes, strict=True)
-        ]
-        write_table(table_from_rows(records, PAIRWISE), output, PAIRWISE)
+        api.ask([Question(text) for text in orders], lambda answered: recorder.progress(answered / 2), receive)
 
-    return compute
+    return RowProgram(PAIRWISE, compute)
+
+
+def _record(row: Row, outcome: Outcome) -> Row:
+    return {
+        "question_id": row["id"],
+        "outcome": outcome,
+        "preference": _WORTH[outcome],
+        "characters": len(row["answer"]),
+        "other_characters": len(row["other"]),
+    }

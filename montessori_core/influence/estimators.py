@@ -21,6 +21,7 @@ from montessori_core.influence.losses import make_batch
 from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of, rounding_noise
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ResidentStudent
+from montessori_core.program import Report
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,18 @@ class InfluenceMeter:
         if estimator == "first_order":
             student.drop_snapshot()
 
-    def measure(self, example: Encoded) -> Measurement:
-        """Measure one example; the student is afterwards what it was before."""
+    def measure(self, example: Encoded, report: Report = lambda share: None) -> Measurement:
+        """Measure one example; the student is afterwards what it was before.
+
+        Args:
+            example: to measure.
+            report: called with the share of the reference set that was read, where all of it is.
+        """
         if example.response_tokens == 0:
             return Measurement("no_response_tokens")
-        return self._measure_exactly(example) if self.slope is None else self._measure_slope(example, self.slope)
+        if self.slope is not None:
+            return self._measure_slope(example, self.slope)
+        return self._measure_exactly(example, lambda done: report(done / len(self._reference)))
 
     def _measure_slope(self, example: Encoded, slope: dict[str, torch.Tensor]) -> Measurement:
         loss, projection = self._student.project_step(make_batch([(0, example)], self._student.device), slope)
@@ -113,13 +121,13 @@ class InfluenceMeter:
         null_step = self._null_projection - projection
         return Measurement("ok", loss, self.null_step_influence + null_step, null_step)
 
-    def _measure_exactly(self, example: Encoded) -> Measurement:
+    def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         loss = self._student.take_step(make_batch([(0, example)], self._student.device))
         if not math.isfinite(loss):
             return Measurement("non_finite")
         seen: list[int] | None = None
         if self._sequential is None:
-            stepped, tokens = self._reference.evaluate(self._student.losses), self._reference.input_tokens
+            stepped, tokens = self._reference.evaluate(self._student.losses, report), self._reference.input_tokens
         else:
             stepped, seen, tokens = self._sequential.evaluate(self._student.losses, self._differences)
         self._student.restore()

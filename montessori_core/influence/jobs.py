@@ -18,17 +18,17 @@ from montessori_core.influence.memory import GB, Shape, plan_memory
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
-from montessori_core.influence_table import note_influence
+from montessori_core.influence_table import noted_schema
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import INFLUENCE, REFERENCE_LOSS, table_from_rows, write_table
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import REFERENCE_LOSS
 from montessori_core.sources import Task, load_tasks
 from montessori_core.training.moments import cold_moments, load_moments
 
 log = logging.getLogger(__name__)
 
 
-def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load the warm student, its moments and the reference set once.
 
     Settings: `student`, `influence`, `warmup` (their configurations; the estimator is 'exact' or 'first_order'),
@@ -82,28 +82,27 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> C
         "reference_tokens": float(reference.input_tokens),
     }
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        records = []
-        for number, row in enumerate(rows, 1):
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        recorder.progress(0)
+        for position, row in enumerate(rows):
             example = encode_example(
                 tokenizer, row["instruction"], row["response"], student.max_length, row["finished"]
             )
-            records.append(
-                {
-                    "example_id": row["example_id"],
-                    "prompt_id": row["prompt_id"],
-                    "tokens": len(example.input_ids),
-                    "response_tokens": example.response_tokens,
-                    "truncated": example.truncated,
-                    "estimator": influence.estimator,
-                    "audited": False,
-                    **vars(meter.measure(example)),
-                }
-            )
-            report(number)
-        write_table(note_influence(table_from_rows(records, INFLUENCE), measured), output, INFLUENCE)
+            measurement = meter.measure(example, lambda share, position=position: recorder.progress(position + share))  # type: ignore[misc]
+            record = {
+                "example_id": row["example_id"],
+                "prompt_id": row["prompt_id"],
+                "tokens": len(example.input_ids),
+                "response_tokens": example.response_tokens,
+                "truncated": example.truncated,
+                "estimator": influence.estimator,
+                "audited": False,
+                **vars(measurement),
+            }
+            recorder.finish(position, [record])
+            recorder.progress(position + 1)
 
-    return compute
+    return RowProgram(noted_schema(measured), compute)
 
 
 def _placement(model: Any, student: Student, influence: Influence, device: torch.device) -> Placement:
@@ -118,7 +117,7 @@ def _placement(model: Any, student: Student, influence: Influence, device: torch
     return plan.placement
 
 
-def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load a model to evaluate its loss on human-written examples.
 
     Settings: `student`, `batch_tokens`. Inputs: `model`. Rows: `id`, `text`, `response`.
@@ -131,17 +130,22 @@ def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path])
     check_tokenizer(tokenizer, model)
     losses = TokenLosses(model.to(device).eval())
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
+    def compute(rows: list[Row], recorder: Recorder) -> None:
         tasks = [Task(**row) for row in rows]
         encoded = encode_tasks(tokenizer, tasks, student.max_length, "evaluation")
-        loss = ReferenceSet(encoded, settings["batch_tokens"], device).evaluate(losses, report)
-        records: list[Row] = [
-            {"example_id": task.id, "loss": float(summed), "response_tokens": int(tokens)}
-            for task, summed, tokens in zip(tasks, loss.summed, loss.tokens, strict=True)
-        ]
-        write_table(table_from_rows(records, REFERENCE_LOSS), output, REFERENCE_LOSS)
+        examples = ReferenceSet(encoded, settings["batch_tokens"], device)
+        recorder.progress(done := 0)
+        # Batches are recorded whole, and group neighbours in length: those that are left stay as they were.
+        for batch in examples.batches:
+            summed = examples.sum_losses(losses, [batch])
+            for position in batch.indices:
+                loss, tokens = float(summed[position]), int(examples.tokens[position])
+                record = {"example_id": tasks[position].id, "loss": loss, "response_tokens": tokens}
+                recorder.finish(position, [record])
+            done += len(batch.indices)
+            recorder.progress(done)
 
-    return compute
+    return RowProgram(REFERENCE_LOSS, compute)
 
 
 def compute_device() -> torch.device:

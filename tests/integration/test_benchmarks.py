@@ -19,6 +19,7 @@ from montessori_core.program import Row
 from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
 from support import ROOT
 from support.judges import KEY, QUESTIONS, Judge, judged
+from support.row_programs import Interrupted, as_compute, interrupt_at
 from support.runs import call, configuration
 
 
@@ -67,7 +68,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
-    open_items({}, {"tasks": tasks})(
+    as_compute(open_items({}, {"tasks": tasks}))(
         [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", print
     )
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
@@ -80,13 +81,27 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     settings = {"batch_size": 1, "chat_template": False}  # sums of a padded batch differ in their last bits
 
     def scores(name: str, some: list[Row]) -> list[Row]:
-        open_harness(settings, {"model": smollm2, "tasks": tasks})(some, tmp_path / name, print)
+        as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(some, tmp_path / name, print)
         return read_table(tmp_path / name, ITEM_SCORES).to_pylist()
 
     whole = scores("whole", rows)
     assert [(row["task"], row["item"]) for row in whole] == [(row["task"], row["item"]) for row in rows]
     assert len({row["answer"] for row in whole if row["task"] == "own_sums"}) > 1
     assert scores("last", rows[5:]) + scores("first", rows[:5]) == whole[5:] + whole[:5]
+
+
+def test_scores_do_not_depend_on_interruptions(
+    tasks: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("montessori_core.benchmarks.harness._ITEMS_AT_A_TIME", 3)
+    items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
+    rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
+    compute = as_compute(open_harness({"batch_size": 4, "chat_template": False}, {"model": smollm2, "tasks": tasks}))
+    compute(rows, tmp_path / "calm.parquet", lambda done: None)
+    with pytest.raises(Interrupted):
+        compute(rows, tmp_path / "stormy.parquet", interrupt_at(3))
+    compute(rows, tmp_path / "stormy.parquet", lambda done: None)
+    assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
 def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
@@ -96,7 +111,7 @@ def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp
     for shots in (0, 8):
         output = tmp_path / f"{shots}.parquet"
         asked = [row | {"shots": shots} for row in rows]
-        open_harness(settings, {"model": smollm2, "tasks": tasks})(asked, output, print)
+        as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(asked, output, print)
         answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
         bare[shots] = sum(answer.strip().isdigit() for answer in answers)
     assert bare[0] < bare[8] == 6  # eight sums show that a number alone is wanted
@@ -114,7 +129,7 @@ def test_task_of_the_guide_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     assert len(items) == 1000
     row = {"benchmark": "gsm8k_local", "task": "gsm8k_local", "item": 0, "shots": 2}
     settings = {"batch_size": 1, "chat_template": False}
-    open_harness(settings, {"model": smollm2, "tasks": tmp_path})([row], tmp_path / "scores.parquet", print)
+    as_compute(open_harness(settings, {"model": smollm2, "tasks": tmp_path}))([row], tmp_path / "scores.parquet", print)
     (found,) = read_table(tmp_path / "scores.parquet", ITEM_SCORES).to_pylist()
     assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")
 

@@ -103,8 +103,12 @@ def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Pa
 
     def look(progress: Progress) -> None:
         state = look_at(folder / "stage", CLUSTER)
-        if 4 <= state.rows_done < 12 and state.seconds_left is not None:
-            left.append(state.seconds_left / (12 - state.rows_done))
+        for seen in (progress, state):
+            if seen.rows_done < 1:
+                assert seen.seconds_left is None
+            elif 4 <= seen.rows_done < 12:
+                assert seen.seconds_left is not None
+                left.append(seen.seconds_left / (12 - seen.rows_done))
 
     fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look)
     assert left

@@ -1,4 +1,4 @@
-"""However influence is cut into shards, dealt to workers, ordered or retried: the joined table has the same bytes."""
+"""However work is cut into shards, dealt to workers, ordered, interrupted or retried: tables have the same bytes."""
 
 import random
 from pathlib import Path
@@ -8,10 +8,12 @@ import pytest
 from cluster.fanout import fan_out
 from cluster.stage import Stage, cut_into_shards
 from montessori_core.config import Cluster, Influence, Resources, Student, Warmup
+from montessori_core.influence.jobs import open_reference_loss
 from montessori_core.influence_table import join_influence
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, write_table
 from montessori_core.sources import Task, write_tasks
+from support.row_programs import Interrupted, as_compute, interrupt_at
 
 DRAW = random.Random(5)
 WORDS = ("hens", "ran", "over", "17", "green", "hills", "but", "slowly")
@@ -59,3 +61,18 @@ def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Pa
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
     assert joined(tmp_path / "many-shards", tiny_llama, estimator, ROWS, 3, 2) == expected
     assert joined(tmp_path / "another-order", tiny_llama, estimator, shuffled, 7, 2) == expected
+
+
+def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
+    """Padding moves last bits, so that rows which are left have to share batches as before."""
+    settings = {"student": {"model": str(tiny_llama), "max_length": 512}, "batch_tokens": 1200}
+    rows: list[Row] = [
+        {"id": row["example_id"], "text": row["instruction"], "response": row["response"]} for row in ROWS
+    ]
+    compute = as_compute(open_reference_loss(settings, {"model": tiny_llama}))
+    compute(rows, tmp_path / "calm.parquet", lambda done: None)
+    for moment in (1, 9, 15):
+        with pytest.raises(Interrupted):
+            compute(rows, tmp_path / "stormy.parquet", interrupt_at(moment))
+    compute(rows, tmp_path / "stormy.parquet", lambda done: None)
+    assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()

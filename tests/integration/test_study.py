@@ -42,6 +42,7 @@ from montessori_core.training.dpo import encode_pair
 from montessori_core.utility import open_in_context, open_training_loss
 from support import ROOT
 from support.judges import JudgeServer
+from support.row_programs import as_compute
 from support.runs import call, configuration, forking
 from support.studies import conversations, environment_of, write_study
 
@@ -140,7 +141,7 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
         "batch_tokens": 512,
         "reference_reduction": "example",
     }
-    compute = open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"})
+    compute = as_compute(open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
     compute(rows, tmp_path / "part.parquet", lambda done: None)
     utility = dict(zip(shown, read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist(), strict=True))
     assert utility["answer"] > 1.0  # nats per token
@@ -148,14 +149,14 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
     assert utility["endless"] is None
     # A reference example that is cut is cut alike with and without a demonstration.
     settings["student"]["max_length"] = 40  # type: ignore[index]
-    compute = open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"})
+    compute = as_compute(open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
     compute(rows[:2], tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].null_count == 0
 
 
 def test_training_loss_leaves_out_what_training_does(smollm2: Path, tmp_path: Path) -> None:
     settings = {"student": {"model": str(smollm2), "max_length": 64}, "batch_tokens": 512}
-    compute = open_training_loss(settings, {"student": smollm2})
+    compute = as_compute(open_training_loss(settings, {"student": smollm2}))
     row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "finished": True}
     rows = [
         row | {"example_id": "whole"},

@@ -12,6 +12,7 @@ import pytest
 
 from montessori_core.config import Endpoint
 from montessori_core.program import Compute, Program
+from support.row_programs import as_compute
 
 KEY = "sk-canary-that-nobody-should-write-down"
 Reply = Callable[[BaseHTTPRequestHandler, str], None]
@@ -153,7 +154,7 @@ def open_with(server: JudgeServer, folder: Path, program: Program) -> Compute:
     """A judge's program, opened with the server as its endpoint."""
     path = folder / "judge.json"
     path.write_text(endpoint(server).model_dump_json())
-    return program({"endpoint": endpoint(server).identity()}, {"endpoint": path})
+    return as_compute(program({"endpoint": endpoint(server).identity()}, {"endpoint": path}))
 
 
 QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about rain.", "Count to four.", "Say hello."]

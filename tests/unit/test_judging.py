@@ -17,6 +17,7 @@ from montessori_core.errors import UserError
 from montessori_core.judging import open_judge, question_about, read_score
 from montessori_core.schema import UTILITY, read_table
 from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
+from support.row_programs import as_compute
 
 
 @pytest.fixture
@@ -231,8 +232,10 @@ def test_stage_has_null_where_a_judge_gave_no_score(server: JudgeServer, tmp_pat
         {"example_id": f"e{n}", "prompt_id": "p", "instruction": "Count.", "response": text}
         for n, text in enumerate(["It is 4", "Score: 6", "no number"])
     ]
-    open_judge(settings, inputs)(rows, tmp_path / "part.parquet", lambda done: None)
+    as_compute(open_judge(settings, inputs))(rows, tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, 6.0, None]
-    open_judge(settings | {"response_only": True}, inputs)(rows, tmp_path / "part.parquet", lambda done: None)
+    as_compute(open_judge(settings | {"response_only": True}, inputs))(
+        rows, tmp_path / "part.parquet", lambda done: None
+    )
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, None, None]  # of five points
     assert ["The instruction is clear" in question for question in server.asked] == [True] * 3 + [False] * 3

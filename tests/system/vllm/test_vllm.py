@@ -21,6 +21,7 @@ from montessori_core.schema import GENERATION, MT_BENCH, read_table
 from montessori_core.sources import read_tasks
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from support import ROOT
+from support.row_programs import as_compute
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Pat
         rows = judgements([dialogue], {"1": ("It rains.", "It snows.")})
         file = tmp_path / "judge.json"
         file.write_text(endpoint.model_dump_json())
-        judge = open_mt_bench_judge({"endpoint": endpoint.identity()}, {"endpoint": file})
+        judge = as_compute(open_mt_bench_judge({"endpoint": endpoint.identity()}, {"endpoint": file}))
         judge(rows, tmp_path / "part.parquet", lambda done: None)
     finally:
         os.killpg(server.pid, signal.SIGKILL)

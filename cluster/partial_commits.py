@@ -1,0 +1,204 @@
+"""Partial commits: finished rows of a shard, written every half minute, so that a lost job loses no more than that.
+
+A partial file holds the records of some rows. Its name carries the shard's index and key, so that rows of another shard
+or of other settings are never taken for its own, and a hash of the positions inside. It is removed once its shard is done.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.notes import Drafts, read_note
+from montessori_core.atomic import hash_json, write_json
+from montessori_core.errors import DataError
+from montessori_core.program import Report, Row, RowProgram
+from montessori_core.schema import read_table, table_from_rows, write_table
+
+COMMIT_SECONDS = 30.0
+"""Time between two partial commits."""
+_POSITIONS = b"montessori.positions"
+"""Metadata of a partial file: [[position in the shard, number of its records], ...] in the order of the records."""
+
+
+def compute_rows(
+    program: RowProgram,
+    rows: list[Row],
+    folder: Path,
+    index: int,
+    key: str,
+    output: Path,
+    report: Report,
+    seconds: float = COMMIT_SECONDS,
+) -> None:
+    """Compute the rows of a shard that are in no partial file, and write the table of all of them.
+
+    The bytes of the table depend on rows and program alone, not on how often the work was interrupted.
+
+    Args:
+        program: computes the rows.
+        rows: of the shard.
+        folder: of the stage's partial files.
+        index: of the shard.
+        key: of the shard.
+        output: path of the table.
+        report: called with the number of rows of the shard that are done.
+        seconds: between two partial commits.
+
+    Raises:
+        RuntimeError: the program returned and left rows unfinished.
+    """
+    folder.mkdir(exist_ok=True)
+    recorder = ShardRecorder(folder, index, key, len(rows), program.schema, report, seconds)
+    if recorder.unfinished:
+        try:
+            with _commit_before_leaving(recorder):
+                program.compute([rows[position] for position in recorder.unfinished], recorder)
+        except BaseException:
+            recorder.commit()
+            raise
+    write_table(recorder.join(), output, program.schema)
+
+
+def remove_partial_files(folder: Path, index: int) -> None:
+    """Remove the partial files of a shard that is done."""
+    for path in folder.glob(f"{index:05d}-*"):
+        path.unlink(missing_ok=True)
+
+
+class ShardRecorder:
+    """The `Recorder` of a shard.
+
+    The program knows rows by their position among the unfinished ones, files by their position in the shard. Two jobs may
+    work on one shard: each joins what it has in memory, so neither needs files that the other may remove.
+
+    Attributes:
+        unfinished: positions in the shard of the rows to compute.
+        drafts: see `Recorder`.
+    """
+
+    def __init__(
+        self, folder: Path, index: int, key: str, rows: int, schema: pa.Schema, report: Report, seconds: float
+    ) -> None:
+        """Read the partial files of a shard; what is damaged counts as not there."""
+        self._stem = folder / f"{index:05d}-{key[:16]}"
+        self._rows, self._schema, self._report, self._seconds = rows, schema, report, seconds
+        self._tables: dict[int, pa.Table] = {}
+        for path in sorted(folder.glob(f"{self._stem.name}-*.parquet")):
+            self._tables |= _read_partial(path, schema)
+        self._pending: dict[int, list[Row]] = {}
+        self.unfinished = [position for position in range(rows) if position not in self._tables]
+        note = read_note(self._draft_file, Drafts)
+        kept = json.loads(note.drafts) if note and note.sha256 == hash_json(note.drafts) else {}
+        self._drafts = {position: kept[str(position)] for position in self.unfinished if str(position) in kept}
+        self.drafts: Mapping[int, Any] = {
+            number: self._drafts[position]
+            for number, position in enumerate(self.unfinished)
+            if position in self._drafts
+        }
+        self._committed = self._drafted = time.monotonic()
+        self._reached = 0.0
+
+    @property
+    def _draft_file(self) -> Path:
+        return self._stem.with_name(f"{self._stem.name}-drafts.json")
+
+    def finish(self, position: int, records: list[Row]) -> None:
+        """See `Recorder`."""
+        self._pending[self.unfinished[position]] = records
+
+    def keep(self, drafts: Callable[[], Mapping[int, Any]]) -> None:
+        """See `Recorder`."""
+        if time.monotonic() - self._drafted < self._seconds:
+            return
+        self.commit()
+        offered = {self.unfinished[number]: draft for number, draft in drafts().items()}
+        drafts_by_position = self._drafts | offered  # rows that the program has not come to yet keep theirs
+        self._drafts = {p: draft for p, draft in drafts_by_position.items() if p not in self._tables}
+        text = json.dumps(self._drafts)
+        write_json({"drafts": text, "sha256": hash_json(text)}, self._draft_file, durable=False)
+        self._drafted = time.monotonic()
+
+    def progress(self, done: float) -> None:
+        """See `Recorder`."""
+        self._reached = min(max(self._reached, done), float(len(self.unfinished)))
+        self._report(self._rows - len(self.unfinished) + self._reached)
+        if time.monotonic() - self._committed >= self._seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write the rows that were finished since the last commit."""
+        table, positions = self._take_pending()
+        if positions:
+            metadata = {**(self._schema.metadata or {}), _POSITIONS: json.dumps(positions)}
+            path = self._stem.with_name(f"{self._stem.name}-{hash_json(positions)[:16]}.parquet")
+            write_table(table.replace_schema_metadata(metadata), path, self._schema)
+        self._committed = time.monotonic()
+
+    def join(self) -> pa.Table:
+        """Return the records of all rows, in their order.
+
+        Raises:
+            RuntimeError: rows are unfinished.
+        """
+        self._take_pending()
+        missing = [position for position in self.unfinished if position not in self._tables]
+        if missing:
+            raise RuntimeError(f"the program returned with {len(missing)} of {self._rows} rows unfinished")
+        tables = [self._tables[position] for position in range(self._rows)]
+        return pa.concat_tables([self._schema.empty_table(), *tables])
+
+    def _take_pending(self) -> tuple[pa.Table, list[list[int]]]:
+        """The table of pending rows, and the positions of its records."""
+        pending, self._pending = self._pending, {}
+        table = table_from_rows([record for records in pending.values() for record in records], self._schema)
+        positions = [[position, len(records)] for position, records in pending.items()]
+        self._tables |= _split(table, positions)
+        return table, positions
+
+
+def _split(table: pa.Table, positions: list[list[int]]) -> dict[int, pa.Table]:
+    """The records of each row."""
+    tables, start = {}, 0
+    for position, count in positions:
+        tables[position] = table.slice(start, count)
+        start += count
+    return tables
+
+
+def _read_partial(path: Path, schema: pa.Schema) -> dict[int, pa.Table]:
+    """The records of each row in a partial file; none if it is damaged."""
+    try:
+        table = read_table(path, schema)
+        positions = json.loads((table.schema.metadata or {})[_POSITIONS])
+    except (DataError, LookupError, ValueError):
+        return {}
+    # Checksums cover the records, not the metadata; the name covers that.
+    return _split(table, positions) if path.stem.endswith(hash_json(positions)[:16]) else {}
+
+
+@contextmanager
+def _commit_before_leaving(recorder: ShardRecorder) -> Iterator[None]:
+    """Commit when the scheduler says that the job has to go, then have submitit put it back into the queue."""
+    leave = signal.getsignal(signal.SIGUSR2)
+    if not callable(leave):
+        yield
+        return
+
+    def commit_and_leave(number: int, frame: FrameType | None) -> None:
+        try:
+            recorder.commit()
+        finally:
+            leave(number, frame)
+
+    signal.signal(signal.SIGUSR2, commit_and_leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, leave)
