@@ -1,5 +1,9 @@
 """Generation: the paper's decoding, drawn from seeds; prompts from draws of their own."""
 
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -8,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from judge_server import JudgeServer, endpoint, served
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from montessori_core.config import DataSource, Sampling, Synthesis
 from montessori_core.models import load_tokenizer
+from montessori_core.program import Row
+from montessori_core.schema import GENERATION
 from montessori_core.sources import Task, read_tasks
 from montessori_core.synthesis import row_cache, transformers_engine
 from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
+from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from montessori_core.synthesis.transformers_engine import SeededSampler, TransformersEngine, draw_from_nucleus
 
@@ -204,3 +212,84 @@ def test_progress_moves_at_every_step(tiny_llama: Path) -> None:
     assert all(before <= after for before, after in pairwise(progress))
     assert len(set(progress)) > 0.9 * len(progress)
     assert progress[-1] == len(requests)
+
+
+class Killed(Exception):
+    """Raised in place of a job's death."""
+
+
+class MemoryRecorder:
+    """Keeps what a program records, as JSON; a job dies when it records its n-th progress."""
+
+    def __init__(self, drafts: dict[int, Any], lifetime: float = math.inf) -> None:
+        self.drafts = drafts
+        self.finished: dict[int, list[Row]] = {}
+        self.reported: list[float] = []
+        self.kept: dict[int, Any] = {}
+        self._lifetime = lifetime
+
+    def finish(self, position: int, records: list[Row]) -> None:
+        assert position not in self.finished
+        self.finished[position] = records
+
+    def keep(self, drafts: Callable[[], Mapping[int, Any]]) -> None:
+        self.kept = {int(position): draft for position, draft in json.loads(json.dumps(drafts())).items()}
+
+    def progress(self, done: float) -> None:
+        self.reported.append(done)
+        if len(self.reported) >= self._lifetime:
+            raise Killed
+
+
+def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
+    sampling = Sampling(presence_penalty=0.5, max_tokens=24).model_dump(mode="json")
+    settings = {"engine": "transformers", "sampling": sampling, "form": "tagged"}
+    program = open_generation(settings, {"teacher": talking_llama})
+    assert program.schema is GENERATION
+    prompts = build_prompts(6, "completion", Synthesis(), SEEDS, SYNTHETIC, seed=0)
+    rows: list[Row] = [
+        {"ids": [f"{prompt.id}-s{sample}" for sample in range(3)], "text": prompt.text, "seeds": [position, 1, 2]}
+        for position, prompt in enumerate(prompts)
+    ]
+    undisturbed = MemoryRecorder({})
+    program.compute(rows, undisturbed)
+    assert sorted(undisturbed.finished) == list(range(6))
+    assert undisturbed.reported[-1] == pytest.approx(6)
+
+    finished: dict[int, list[Row]] = {}
+    drafts: dict[int, Any] = {}
+    jobs = 0
+    while left := [position for position in range(6) if position not in finished]:
+        recorder = MemoryRecorder({left.index(position): draft for position, draft in drafts.items()}, lifetime=10)
+        with suppress(Killed):
+            program.compute([rows[position] for position in left], recorder)
+        finished |= {left[place]: records for place, records in recorder.finished.items()}
+        drafts = {left[place]: draft for place, draft in recorder.kept.items()}
+        jobs += 1
+    assert jobs > 2
+    assert finished == undisturbed.finished
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JudgeServer]:
+    yield from served(JudgeServer(), monkeypatch, tmp_path)
+
+
+def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) -> None:
+    file = tmp_path / "teacher.json"
+    file.write_text(endpoint(server).model_dump_json())
+    settings = {"endpoint": endpoint(server).identity(), "sampling": Sampling(max_tokens=9).model_dump(mode="json")}
+    recorder = MemoryRecorder({})
+    rows: list[Row] = [
+        {"ids": ["a-1", "a-2"], "text": "Sing.", "seeds": [1, 2]},
+        {"ids": ["b-1"], "text": "Dance.", "seeds": [3]},
+    ]
+    open_api_generation(settings, {"endpoint": file}).compute(rows, recorder)
+    assert {place: [record["row_id"] for record in records] for place, records in recorder.finished.items()} == {
+        0: ["a-1", "a-2"],
+        1: ["b-1"],
+    }
+    assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.reported[-1] == 2
+    assert len(server.asked) == 3

@@ -25,7 +25,7 @@ from montessori_core.synthesis.row_cache import SLACK, RowCache, fits_row_cache
 _ROWS = 32  # continuations decoded together: on CPUs a decoding step costs little more for 32 rows than for 8
 _CACHE_BYTES = 2 * 2**30  # keys and values of all rows; models with larger ones decode fewer rows together
 _READ_TOKENS = 512  # read in one pass: enough to keep a CPU busy, few enough to report progress
-_READING_COST = 0.25  # of a token, in written tokens, measured with SmolLM2
+_READING_COST = 0.3  # of a token, in written ones, measured with SmolLM2
 _STOP_WINDOW = 16  # tokens at the end of a continuation in which a stop string is looked for
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
 from montessori_core import flops
 from montessori_core.config import Sampling
@@ -39,24 +38,17 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
         """See `Engine.generate`. There are no drafts: vLLM draws from a generator, which cannot begin in the middle."""
         prompts = {text: self._encode(text) for text in {request.prompt for request in requests}}
-        progress = Progress([0.0] * len(requests), sampling.max_tokens)
-        engine = self._llm.llm_engine
-        for index, request in enumerate(requests):
-            parameters = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                presence_penalty=sampling.presence_penalty,
-                repetition_penalty=sampling.repetition_penalty,
-                max_tokens=sampling.max_tokens,
-                stop=[stop] if stop else None,
-                include_stop_str_in_output=True,
-                seed=request.seed % 2**31,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(str(index), {"prompt_token_ids": prompts[request.prompt]}, parameters)
+        names = self._llm.enqueue(
+            [{"prompt_token_ids": prompts[request.prompt]} for request in requests],
+            [_parameters(sampling, stop, request.seed) for request in requests],
+            use_tqdm=False,
+        )
         flops.spend(self._weights, sum(map(len, prompts.values())))
-        while engine.has_unfinished_requests():
-            finished = {int(output.request_id): _read(output.outputs[0]) for output in engine.step()}
+        index = {name.partition("-")[0]: place for place, name in enumerate(names)}  # vLLM appends random characters
+        progress = Progress([0.0] * len(requests), sampling.max_tokens)
+        while self._llm.llm_engine.has_unfinished_requests():
+            outputs = self._llm.llm_engine.step()
+            finished = {index[output.request_id]: _read(output.outputs[0]) for output in outputs}
             for generated in finished.values():
                 progress.end(generated.tokens)
                 flops.spend(self._weights, generated.tokens)
@@ -65,6 +57,19 @@ class VllmEngine:
     def _encode(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_tokens,
+        stop=[stop] if stop else None,
+        include_stop_str_in_output=True,
+        seed=seed % 2**31,
+    )
 
 
 def _read(completion: Any) -> Generated:
