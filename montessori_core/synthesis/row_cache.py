@@ -43,10 +43,10 @@ class RowCache(Cache):
             layer.reserve(width)
             layer.rows, layer.width = rows, width
 
-    def copy_row(self, source: "RowCache", row: int, start: int, length: int, slot: int) -> None:
-        """Let a slot in use end with `length` columns of a row of `source`, from its used column `start` on."""
+    def copy_row(self, source: "RowCache", row: int, length: int, slot: int, skipped: int = 0) -> None:
+        """Let a slot in use end with `length` columns of a row of `source`: its last ones, but for some that are skipped."""
         for layer, other in zip(self._row_layers, source._row_layers, strict=True):
-            layer.copy_row(other, row, start, length, slot)
+            layer.copy_row(other, row, length, slot, skipped)
 
 
 class _RowLayer(DynamicLayer):
@@ -93,13 +93,13 @@ class _RowLayer(DynamicLayer):
             self._buffers[place] = new
         self._end = width
 
-    def copy_row(self, source: "_RowLayer", row: int, start: int, length: int, slot: int) -> None:
+    def copy_row(self, source: "_RowLayer", row: int, length: int, slot: int, skipped: int) -> None:
         if not length:
             return
         self._allocate_like(*source._buffers)
-        first = source._end - source.width + start
+        end = source._end - skipped
         for buffer, other in zip(self._buffers, source._buffers, strict=True):
-            buffer[slot, :, self._end - length : self._end] = other[row, :, first : first + length]
+            buffer[slot, :, self._end - length : self._end] = other[row, :, end - length : end]
 
     def _allocate_like(self, *states: torch.Tensor) -> None:
         if not self._buffers:

@@ -122,6 +122,7 @@ class _Batch:
     def __init__(self, model: Any, pad: int, rows: Sequence[_Row], sampling: Sampling) -> None:
         """Read what the contexts of all `rows` begin with; these are the rows that will be read."""
         self.rows: list[_Row] = []
+        self._ready: list[tuple[_Row, Any, int]] = []  # read, but without room; see `_read_group`
         self._model, self._pad, self._device = model, pad, model.device
         self._slots, self._joins = min(_ROWS, len(rows)), fits_row_cache(model.config)
         parameters = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
@@ -141,34 +142,47 @@ class _Batch:
 
     @torch.inference_mode()
     def read(self, waiting: list[_Row]) -> bool:
-        """Move rows from the front of `waiting`, longest first, into the batch; return False if there is no room."""
-        contexts: list[list[int]] = []
-        sources = []  # the context of each row
+        """Move rows from the front of `waiting`, longest first, into the batch; return False if none had to or could."""
         room = self._slots - len(self.rows) if self._joins or not self.rows else 0
-        for row in waiting[:room]:
-            if contexts[-1:] != [row.context]:
-                contexts.append(row.context)
-                if self._joins and len(contexts) > 1 and self._tokens_to_read(contexts) > _READ_TOKENS:
-                    break
-            sources.append(len(contexts) - 1)
-        if not sources:
+        if not room or not (waiting or self._ready):
             return False
-        cache = self._run(contexts[: sources[-1] + 1], self._shared)
-        start, width = len(self.rows), len(contexts[0])
-        self.rows += waiting[: len(sources)]
-        del waiting[: len(sources)]
+        if not self._ready:
+            self._ready = self._read_group(waiting, room)
+        joining, self._ready = self._ready[:room], self._ready[room:]
+        slots = range(len(self.rows), len(self.rows) + len(joining))
+        self.rows += [row for row, _, _ in joining]
         if self._joins:
-            self._width = max(self._width, width)
+            self._width = max(self._width, *(row.length for row, _, _ in joining))
             self._cache.use(len(self.rows), self._width)
         else:
-            cache.reorder_cache(torch.tensor(sources, device=self._device))
-            self._cache, self._width = cache, width
-        for slot, source in enumerate(sources, start):
-            row = self.rows[slot]
+            self._cache, self._width = joining[0][1], joining[0][0].length
+            self._cache.reorder_cache(torch.tensor([place for _, _, place in joining], device=self._device))
+        for slot, (row, cache, place) in zip(slots, joining, strict=True):
             self._sampler.place(slot, row.seed, row.prompt, row.drawn)
             if self._joins:
-                self._cache.copy_row(cache, source, width - row.length, row.length, slot)
+                self._cache.copy_row(cache, place, row.length, slot)
         return True
+
+    def _read_group(self, waiting: list[_Row], room: int) -> list[tuple[_Row, Any, int]]:
+        """Read contexts for about `room` rows; return all rows that have one of them, each with a cache and its row there.
+
+        A context is read once: rows without room are kept by the caller.
+        """
+        contexts: list[list[int]] = []
+        places: list[int] = []
+        for row in waiting:
+            if contexts[-1:] != [row.context]:
+                tokens = (len(contexts) + 1) * (len(waiting[0].context) - self._shared)
+                if len(places) >= room or (self._joins and contexts and tokens > _READ_TOKENS):
+                    break
+                contexts.append(row.context)
+            elif len(places) >= room and not self._joins:
+                break  # the cache of transformers holds the rows at work and no others
+            places.append(len(contexts) - 1)
+        cache = self._run(contexts, self._shared)
+        group = [(row, cache, place) for row, place in zip(waiting, places, strict=False)]
+        del waiting[: len(group)]
+        return group
 
     @torch.inference_mode()
     def decode(self) -> None:
@@ -197,14 +211,10 @@ class _Batch:
             if slot != source:
                 self._sampler.move(source, slot)
                 if self._joins:
-                    length = self.rows[source].length
-                    self._cache.copy_row(self._cache, source, self._width - length, length, slot)
+                    self._cache.copy_row(self._cache, source, self.rows[source].length, slot)
         if order and slots and not self._joins:
             self._cache.reorder_cache(torch.tensor(order, device=self._device))
         self.rows = [self.rows[source] for source in order]
-
-    def _tokens_to_read(self, contexts: Sequence[Sequence[int]]) -> int:
-        return len(contexts) * (len(contexts[0]) - self._shared)
 
     def _run(self, contexts: Sequence[Sequence[int]], shared: int) -> Any:
         """Read contexts, the longest first, of which the first `shared` tokens are in the prefix; return their cache.
@@ -216,9 +226,8 @@ class _Batch:
         if shared:
             cache.use(len(contexts), shared)
             for row, context in enumerate(contexts):
-                kept = shared - (width - len(context))
-                if kept > 0:
-                    cache.copy_row(self._prefix, 0, 0, kept, row)
+                read_again = min(shared, width - len(context))
+                cache.copy_row(self._prefix, 0, shared - read_again, row, skipped=read_again)
         padded = [[self._pad] * (width - len(context)) + list(context) for context in contexts]
         ids = torch.tensor(padded, device=self._device)
         lengths = torch.tensor([len(context) for context in contexts], device=self._device)
