@@ -93,7 +93,8 @@ def main() -> None:
             pace = written / processor_seconds
             plain = plain or pace
             print(  # noqa: T201
-                f"| {turn} | {name} | {written} | {seconds:.1f} | {processor_seconds:.1f} | {pace:.1f} | {pace / plain:.2f} |",
+                f"| {turn} | {name} | {written} | {seconds:.1f} | {processor_seconds:.1f} | {pace:.1f} | "
+                f"{pace / plain:.2f} |",
                 flush=True,
             )
     for text in texts[: arguments.texts]:
