@@ -1,11 +1,11 @@
 """Generation engines behind one interface: vLLM on GPUs, transformers on CPUs.
 
-Every sample has a seed of its own: what is drawn for it depends on that seed and on the model's probabilities, not on
-which samples were drawn before. (The probabilities themselves vary in the last bits with the batch a sample is in.)
+Every continuation has a seed of its own: what is drawn for it depends on that seed and on the model's probabilities, not
+on what else is generated. (The probabilities themselves vary in the last bits with the batch a continuation is in.)
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,10 +18,17 @@ so is what follows a request and its answer, to get a reply."""
 
 @dataclass(frozen=True)
 class Request:
-    """A text to continue, once for each seed."""
+    """A text to continue.
+
+    Attributes:
+        prompt: the text. Requests with the same prompt, or the same beginning, share the reading of it.
+        seed: what the draws depend on; the n-th token takes the n-th draw.
+        drawn: token ids with which the continuation begins, drawn by an earlier job.
+    """
 
     prompt: str
-    seeds: tuple[int, ...]
+    seed: int
+    drawn: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,24 +40,69 @@ class Generated:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step of an engine brought.
+
+    Attributes:
+        finished: continuations that ended, by the index of their request.
+        drafts: returns the token ids of unfinished continuations, by the index of their request. Valid until the next step.
+        done: requests done so far; a fraction counts those at work. It never decreases.
+    """
+
+    finished: Mapping[int, Generated]
+    drafts: Callable[[], dict[int, list[int]]]
+    done: float
+
+
 class Engine(Protocol):
     """A loaded model that continues texts."""
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, stop: str | None, report: Callable[[int], None]
-    ) -> list[list[Generated]]:
-        """Continue every request.
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
+        """Continue every request, in an order of the engine's choice.
 
         Args:
-            requests: [requests].
+            requests: what to continue.
             sampling: decoding parameters.
             stop: a string that ends a continuation and is kept at its end; the model's end token always ends it.
-            report: called with the number of requests finished so far.
-
-        Returns:
-            [requests][seeds] continuations, in the order asked for.
         """
         ...
+
+
+class Progress:
+    """Requests done, where a request at work counts by what is read and written of it.
+
+    A continuation is expected to need as many tokens as those that ended needed on average, the limit while none has.
+    """
+
+    def __init__(self, reading: Sequence[float], limit: int) -> None:
+        """`reading`: [requests] what reading each prompt costs, in written tokens; `limit`: most tokens written."""
+        self._reading, self._limit = reading, limit
+        self._ended = self._tokens = 0
+        self._done = 0.0
+
+    def end(self, tokens: int) -> None:
+        """Count a continuation that ended."""
+        self._ended += 1
+        self._tokens += tokens
+
+    def done(self, written: Iterable[tuple[int, int]]) -> float:
+        """Return the requests done, given index and tokens so far of those whose prompts are read."""
+        expected = max(1.0, self._tokens / self._ended) if self._ended else float(self._limit)
+        shares = (
+            (self._reading[index] + min(tokens, expected)) / (self._reading[index] + expected)
+            for index, tokens in written
+        )
+        self._done = max(self._done, self._ended + sum(shares))
+        return self._done
+
+
+def continuations(steps: Iterable[Step]) -> list[Generated]:
+    """Run an engine to its end; return [requests] continuations."""
+    finished: dict[int, Generated] = {}
+    for step in steps:
+        finished |= step.finished
+    return [finished[index] for index in range(len(finished))]
 
 
 def open_engine(engine: str, model: str, tokenizer: Any) -> Engine:

@@ -1,6 +1,9 @@
 """Generation on a node: the programs behind the two generation stages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +11,19 @@ from montessori_core.api import Question, open_api
 from montessori_core.chat import render_conversation, render_prompt
 from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
-from montessori_core.program import Compute, Report, Row
-from montessori_core.schema import GENERATION, table_from_rows, write_table
-from montessori_core.synthesis.generation import Form, Request, open_engine
+from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.schema import GENERATION
+from montessori_core.synthesis.generation import Form, Generated, Request, Step, open_engine
 from montessori_core.synthesis.prompts import CLOSE
 
 
-def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load the teacher once.
 
     Settings: `engine`, `sampling`, `form` (see `Form`). Inputs: `teacher`. Rows: `ids` (one per sample), `seeds`, and `text`;
     for a reply `turns` in its place: request, answer, and what the request's author says then.
+
+    A row's draft holds for each sample its token ids so far, or what became of it.
     """
     sampling = Sampling.model_validate(settings["sampling"])
     model = str(inputs["teacher"])
@@ -27,24 +32,61 @@ def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
     form: Form = settings["form"]
     stop = CLOSE if form == "tagged" else None
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        texts = [_render(tokenizer, row, form) for row in rows]
-        requests = [Request(text, tuple(row["seeds"])) for text, row in zip(texts, rows, strict=True)]
-        continuations = engine.generate(requests, sampling, stop, report)
-        records: list[Row] = [
-            {
-                "row_id": row_id,
-                "prompt": request.prompt,
-                "text": generated.text,
-                "finish_reason": generated.finish_reason,
-                "tokens": generated.tokens,
-            }
-            for row, request, samples in zip(rows, requests, continuations, strict=True)
-            for row_id, generated in zip(row["ids"], samples, strict=True)
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        prompts = [_render(tokenizer, row, form) for row in rows]
+        samples = [_resume(row, recorder.drafts.get(position)) for position, row in enumerate(rows)]
+        places = [
+            (position, place)
+            for position, row_samples in enumerate(samples)
+            for place, sample in enumerate(row_samples)
+            if not isinstance(sample, Generated)
         ]
-        write_table(table_from_rows(records, GENERATION), output, GENERATION)
+        requests = [
+            Request(prompts[position], rows[position]["seeds"][place], tuple(samples[position][place]))
+            for position, place in places
+        ]
+        total = sum(map(len, samples))
 
-    return compute
+        def drafts(step: Step) -> dict[int, Any]:
+            for index, tokens in step.drafts().items():
+                position, place = places[index]
+                samples[position][place] = tokens
+            unfinished = {position for position, place in places if not isinstance(samples[position][place], Generated)}
+            return {
+                position: [asdict(sample) if isinstance(sample, Generated) else sample for sample in samples[position]]
+                for position in sorted(unfinished)
+                if any(samples[position])
+            }
+
+        for step in engine.generate(requests, sampling, stop):
+            for index, generated in step.finished.items():
+                position, place = places[index]
+                samples[position][place] = generated
+                if all(isinstance(sample, Generated) for sample in samples[position]):
+                    recorder.finish(position, _records(rows[position], prompts[position], samples[position]))
+            recorder.keep(partial(drafts, step))
+            recorder.progress((total - len(requests) + step.done) * len(rows) / total)
+
+    return RowProgram(GENERATION, compute)
+
+
+def _resume(row: Row, draft: list[Any] | None) -> list[Any]:
+    """Return [samples] token ids that were drawn, or what was generated, as kept in a row's draft."""
+    samples = draft or [[] for _ in row["seeds"]]
+    return [Generated(**sample) if isinstance(sample, dict) else sample for sample in samples]
+
+
+def _records(row: Row, prompt: str, samples: Sequence[Generated]) -> list[Row]:
+    return [
+        {
+            "row_id": row_id,
+            "prompt": prompt,
+            "text": generated.text,
+            "finish_reason": generated.finish_reason,
+            "tokens": generated.tokens,
+        }
+        for row_id, generated in zip(row["ids"], samples, strict=True)
+    ]
 
 
 def _render(tokenizer: Any, row: Row, form: Form) -> str:
@@ -53,34 +95,29 @@ def _render(tokenizer: Any, row: Row, form: Form) -> str:
     return render_prompt(tokenizer, row["text"]) if form == "request" else str(row["text"])
 
 
-def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Open a teacher behind an API.
 
     Settings: `sampling` (without its repetition penalty, which the protocol does not have), and see `open_api`. Rows: as for
-    `open_generation`, of which each seed is a draw.
+    `open_generation`, of which each seed is a draw. Rows need no drafts: the API's cache keeps every answer.
     """
     sampling = Sampling.model_validate(settings["sampling"])
     api = open_api(settings, inputs)
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
-        drawn = [(row, row_id, seed) for row in rows for row_id, seed in zip(row["ids"], row["seeds"], strict=True)]
+    def compute(rows: list[Row], recorder: Recorder) -> None:
         questions = [
             Question(
                 row["text"], sampling.temperature, sampling.top_p, sampling.presence_penalty, sampling.max_tokens, seed
             )
-            for row, _, seed in drawn
+            for row in rows
+            for seed in row["seeds"]
         ]
-        answers = api.ask(questions, lambda done: report(done * len(rows) // len(drawn)))
-        records: list[Row] = [
-            {
-                "row_id": row_id,
-                "prompt": row["text"],
-                "text": answer.text,
-                "finish_reason": answer.finish_reason,
-                "tokens": answer.output_tokens,
-            }
-            for (row, row_id, _), answer in zip(drawn, answers, strict=True)
-        ]
-        write_table(table_from_rows(records, GENERATION), output, GENERATION)
+        answers = iter(api.ask(questions, lambda done: recorder.progress(done * len(rows) / len(questions))))
+        for position, row in enumerate(rows):
+            samples = [
+                Generated(answer.text, answer.output_tokens, answer.finish_reason)
+                for answer in islice(answers, len(row["seeds"]))
+            ]
+            recorder.finish(position, _records(row, row["text"], samples))
 
-    return compute
+    return RowProgram(GENERATION, compute)

@@ -1,143 +1,315 @@
 """Generation with transformers: the engine for CPUs and for trying things out.
 
-Shapes: [rows] continuations in a batch, [vocabulary] tokens of the model.
+Continuous batching: a row that ends leaves the batch at once, and one that waits takes its place. What all prompts of a call
+begin with is read once, and so is a prompt with several continuations.
+
+Shapes: [rows] continuations at work, [vocabulary] tokens of the model.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache
 
 from montessori_core.config import Sampling
 from montessori_core.models import load_model
-from montessori_core.synthesis.generation import Generated, Request
+from montessori_core.processor import generation_dtype
+from montessori_core.synthesis.generation import Generated, Progress, Request, Step
+from montessori_core.synthesis.row_cache import SLACK, RowCache, fits_row_cache
 
 _ROWS = 32  # continuations decoded together: on CPUs a decoding step costs little more for 32 rows than for 8
+_CACHE_BYTES = 2 * 2**30  # keys and values of all rows; models with larger ones decode fewer rows together
+_READ_TOKENS = 512  # read in one pass: enough to keep a CPU busy, few enough to report progress
+_READING_COST = 0.3  # of a token, in written ones, measured with SmolLM2
 _STOP_WINDOW = 16  # tokens at the end of a continuation in which a stop string is looked for
 
 
 class TransformersEngine:
-    """A model in bfloat16 on the GPU if there is one, else on the CPU."""
+    """A model in bfloat16 on the GPU if there is one, else on the CPU in the number type it is faster in."""
 
     def __init__(self, model: str, tokenizer: Any) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(model, torch.bfloat16).to(self._device).eval()
+        dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, generation_dtype())
+        self._model = load_model(model, dtype).to(self._device).eval()
         self._tokenizer = tokenizer
+        ends = self._model.generation_config.eos_token_id
+        self._ends = {ends} if isinstance(ends, int) else set(ends or [])
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, stop: str | None, report: Callable[[int], None]
-    ) -> list[list[Generated]]:
-        """See `Engine.generate`. Requests of similar length share a batch; a prompt is read once for all its seeds."""
-        ids = [self._tokenizer(request.prompt, add_special_tokens=False)["input_ids"] for request in requests]
-        by_samples: dict[int, list[int]] = {}
-        for index in sorted(range(len(requests)), key=lambda i: len(ids[i])):
-            by_samples.setdefault(len(requests[index].seeds), []).append(index)
-        results: dict[int, list[Generated]] = {}
-        for samples, members in by_samples.items():
-            size = max(1, _ROWS // samples)
-            for start in range(0, len(members), size):
-                batch = members[start : start + size]
-                seeds = [seed for index in batch for seed in requests[index].seeds]
-                rows = self._continue([ids[index] for index in batch], seeds, sampling, stop)
-                for position, index in enumerate(batch):
-                    results[index] = rows[position * samples : (position + 1) * samples]
-                report(len(results))
-        return [results[index] for index in range(len(requests))]
-
-    @torch.inference_mode()
-    def _continue(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, stop: str | None
-    ) -> list[Generated]:
-        samples = len(seeds) // len(prompts)
-        width = max(map(len, prompts))
-        pad = self._tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self._device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self._device
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
+        """See `Engine.generate`."""
+        prompts = {text: self._encode(text) for text in {request.prompt for request in requests}}
+        rows = [
+            _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
+            for index, request in enumerate(requests)
+        ]
+        # The longest first: neighbours have similar lengths, and equal contexts stand together.
+        waiting = sorted(rows, key=lambda row: (row.length, row.context), reverse=True)
+        unfinished = {row.index: row for row in rows}
+        sharing = Counter(tuple(row.context) for row in rows)
+        progress = Progress(
+            [_READING_COST * row.length / sharing[tuple(row.context)] for row in rows], sampling.max_tokens
         )
+        batch = _Batch(self._model, self._tokenizer.pad_token_id, rows, sampling) if rows else None
+        while batch and unfinished:
+            finished: dict[int, Generated] = {}
+            if not batch.read(waiting):
+                batch.decode()
+                slots = [slot for slot, row in enumerate(batch.rows) if self._has_ended(row, sampling, stop)]
+                for slot in slots:
+                    row = unfinished.pop(batch.rows[slot].index)
+                    finished[row.index] = self._finish(row, sampling, stop)
+                    progress.end(finished[row.index].tokens)
+                batch.remove(slots)
+            yield Step(
+                finished,
+                lambda: {row.index: list(row.drawn) for row in unfinished.values() if row.drawn},
+                progress.done((row.index, len(row.drawn)) for row in batch.rows),
+            )
 
-        cache = DynamicCache(config=self._model.config)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self._model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(samples)
-        ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    def _encode(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
 
-        sampler = SeededSampler(ids, mask, seeds, sampling)
-        stopping = [_StopString(self._tokenizer, stop, width)] if stop else []
-        output = self._model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            do_sample=False,  # the sampler leaves one token to choose from
-            max_new_tokens=sampling.max_tokens,
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList(stopping),
-        )
-        return [self._read(row, sampling.max_tokens, stop) for row in output[:, width:].tolist()]
+    def _has_ended(self, row: "_Row", sampling: Sampling, stop: str | None) -> bool:
+        if row.drawn[-1] in self._ends or len(row.drawn) >= sampling.max_tokens:
+            return True
+        return stop is not None and stop in self._tokenizer.decode(row.drawn[-_STOP_WINDOW:])
 
-    def _read(self, tokens: list[int], limit: int, stop: str | None) -> Generated:
-        end_ids = self._model.generation_config.eos_token_id
-        ends = {end_ids} if isinstance(end_ids, int) else set(end_ids or [])
-        length = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
-        ended = length < len(tokens)
-        text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    def _finish(self, row: "_Row", sampling: Sampling, stop: str | None) -> Generated:
+        tokens = row.drawn[:-1] if row.drawn[-1] in self._ends else row.drawn
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], length, "stop")
-        return Generated(text, length, "stop" if ended or length < limit else "length")
+            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop")
+        return Generated(text, len(tokens), "length" if len(tokens) == sampling.max_tokens else "stop")
 
 
-class SeededSampler(LogitsProcessor):
-    """Temperature, nucleus and penalties as vLLM applies them, then one draw per row from the row's own seed.
+@dataclass
+class _Row:
+    """A continuation: the index of its request, its seed, the prompt's token ids, and those drawn so far."""
 
-    The presence penalty counts generated tokens, the repetition penalty those of the prompt as well. All tokens but the
-    drawn one get minus infinity.
+    index: int
+    seed: int
+    prompt: list[int]
+    drawn: list[int]
+
+    @property
+    def context(self) -> list[int]:
+        """Tokens to read before it decodes; the last one is read by the step that draws the next."""
+        return (self.prompt + self.drawn)[:-1]
+
+    @property
+    def length(self) -> int:
+        """Length of the context."""
+        return len(self.prompt) + len(self.drawn) - 1
+
+
+class _Batch:
+    """Rows that a model decodes together.
+
+    Models with states other than keys and values (Mamba and other recurrent layers) get the cache of transformers: their
+    rows leave as others do, but new ones enter only when all have left.
+
+    Attributes:
+        rows: [slots in use].
     """
 
-    def __init__(self, prompt_ids: torch.Tensor, mask: torch.Tensor, seeds: Sequence[int], sampling: Sampling) -> None:
-        """`prompt_ids`, `mask`: [rows, prompt tokens], padded on the left; `seeds`: [rows]."""
-        self._prompt_ids, self._mask, self._sampling = prompt_ids, mask, sampling
-        draws = [np.random.Generator(np.random.Philox(seed)).random(sampling.max_tokens) for seed in seeds]
-        self._draws = torch.tensor(np.stack(draws), device=prompt_ids.device)  # [rows, tokens], float64
-        self._generated: torch.Tensor | None = None  # [rows, vocabulary]
-        self._in_prompt: torch.Tensor | None = None  # [rows, vocabulary]
+    @torch.inference_mode()
+    def __init__(self, model: Any, pad: int, rows: Sequence[_Row], sampling: Sampling) -> None:
+        """Read what the contexts of all `rows` begin with; these are the rows that will be read."""
+        self.rows: list[_Row] = []
+        self._ready: list[tuple[_Row, Any, int]] = []  # read, but without room; see `_read_group`
+        self._model, self._pad, self._device = model, pad, model.device
+        self._slots, self._joins = min(_ROWS, len(rows)), fits_row_cache(model.config)
+        parameters = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # until transformers 5.23
+        self._prefix: Any = None
+        self._shared = self._width = 0  # length of the prefix; columns in use
+        if self._joins:
+            contexts = [row.context for row in rows]
+            self._shared = _common_length(min(contexts), max(contexts))
+            self._prefix = self._run([contexts[0][: self._shared] or [pad]], 0)
+            longest = max(len(row.prompt) for row in rows) + sampling.max_tokens + SLACK
+            self._slots = max(1, min(self._slots, _CACHE_BYTES // (self._prefix.token_bytes * longest)))
+        self._cache: Any = self._new_cache(self._slots)
+        self._sampler = SeededSampler(
+            self._slots, model.get_output_embeddings().weight.shape[0], sampling, self._device
+        )
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`input_ids`: [rows, tokens so far]; `scores`: [rows, vocabulary]."""
-        step = input_ids.shape[1] - self._prompt_ids.shape[1]
-        scores = scores.float()
-        self._remember(input_ids, step, scores)
-        scores = self._penalize(scores) / self._sampling.temperature
-        chosen = draw_from_nucleus(scores.softmax(-1), self._sampling.top_p, self._draws[:, step])
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+    @torch.inference_mode()
+    def read(self, waiting: list[_Row]) -> bool:
+        """Move rows from the front of `waiting`, longest first, into the batch; return False if none had to or could."""
+        room = self._slots - len(self.rows) if self._joins or not self.rows else 0
+        if not room or not (waiting or self._ready):
+            return False
+        if not self._ready:
+            self._ready = self._read_group(waiting, room)
+        joining, self._ready = self._ready[:room], self._ready[room:]
+        slots = range(len(self.rows), len(self.rows) + len(joining))
+        self.rows += [row for row, _, _ in joining]
+        if self._joins:
+            self._width = max(self._width, *(row.length for row, _, _ in joining))
+            self._cache.use(len(self.rows), self._width)
+        else:
+            self._cache, self._width = joining[0][1], joining[0][0].length
+            self._cache.reorder_cache(torch.tensor([place for _, _, place in joining], device=self._device))
+        for slot, (row, cache, place) in zip(slots, joining, strict=True):
+            self._sampler.place(slot, row.seed, row.prompt, row.drawn)
+            if self._joins:
+                self._cache.copy_row(cache, place, row.length, slot)
+        return True
 
-    def _remember(self, input_ids: torch.Tensor, step: int, scores: torch.Tensor) -> None:
-        if self._generated is None or self._in_prompt is None:
-            self._generated = torch.zeros_like(scores, dtype=torch.bool)
-            self._in_prompt = (
-                torch.zeros_like(scores, dtype=torch.int32)
-                .scatter_add_(1, self._prompt_ids, self._mask.to(torch.int32))
-                .bool()
-            )
-        if step:
-            self._generated.scatter_(1, input_ids[:, -1:], True)
+    def _read_group(self, waiting: list[_Row], room: int) -> list[tuple[_Row, Any, int]]:
+        """Read contexts for about `room` rows; return all rows that have one of them, each with a cache and its row there.
+
+        A context is read once: rows without room are kept by the caller.
+        """
+        contexts: list[list[int]] = []
+        places: list[int] = []
+        for row in waiting:
+            if contexts[-1:] != [row.context]:
+                tokens = (len(contexts) + 1) * (len(waiting[0].context) - self._shared)
+                if len(places) >= room or (self._joins and contexts and tokens > _READ_TOKENS):
+                    break
+                contexts.append(row.context)
+            elif len(places) >= room and not self._joins:
+                break  # the cache of transformers holds the rows at work and no others
+            places.append(len(contexts) - 1)
+        cache = self._run(contexts, self._shared)
+        group = [(row, cache, place) for row, place in zip(waiting, places, strict=False)]
+        del waiting[: len(group)]
+        return group
+
+    @torch.inference_mode()
+    def decode(self) -> None:
+        """Draw a token for every row."""
+        lengths = torch.tensor([row.length for row in self.rows], device=self._device)
+        if self._joins:
+            self._width = int(lengths.max())  # rows that were longer may have left
+            self._cache.use(len(self.rows), self._width)
+        columns = torch.arange(self._width + 1, device=self._device)
+        mask = (columns >= self._width - lengths[:, None]).long()
+        ids = torch.tensor([[(row.drawn or row.prompt)[-1]] for row in self.rows], device=self._device)
+        logits = self._forward(ids, mask, lengths[:, None], self._cache)
+        self._width += 1
+        drawn = self._sampler.draw(logits, [len(row.drawn) for row in self.rows])
+        for row, token in zip(self.rows, drawn.tolist(), strict=True):
+            row.drawn.append(token)
+
+    @torch.inference_mode()
+    def remove(self, slots: Sequence[int]) -> None:
+        """Remove rows; the last rows take their slots."""
+        order = list(range(len(self.rows)))
+        for slot in sorted(slots, reverse=True):
+            order[slot] = order[-1]
+            order.pop()
+        for slot, source in enumerate(order):
+            if slot != source:
+                self._sampler.move(source, slot)
+                if self._joins:
+                    self._cache.copy_row(self._cache, source, self.rows[source].length, slot)
+        if order and slots and not self._joins:
+            self._cache.reorder_cache(torch.tensor(order, device=self._device))
+        self.rows = [self.rows[source] for source in order]
+
+    def _run(self, contexts: Sequence[Sequence[int]], shared: int) -> Any:
+        """Read contexts, the longest first, of which the first `shared` tokens are in the prefix; return their cache.
+
+        The last tokens of each are read, as many as the longest context needs: no padding, unless a context is shorter.
+        """
+        width = len(contexts[0])
+        cache = self._new_cache(len(contexts))
+        if shared:
+            cache.use(len(contexts), shared)
+            for row, context in enumerate(contexts):
+                read_again = min(shared, width - len(context))
+                cache.copy_row(self._prefix, 0, shared - read_again, row, skipped=read_again)
+        padded = [[self._pad] * (width - len(context)) + list(context) for context in contexts]
+        ids = torch.tensor(padded, device=self._device)
+        lengths = torch.tensor([len(context) for context in contexts], device=self._device)
+        positions = torch.arange(width, device=self._device) - (width - lengths[:, None])  # negative in the padding
+        for start in range(shared, width, _READ_TOKENS if self._joins else max(1, width)):
+            end = start + _READ_TOKENS if self._joins else width
+            mask = (positions[:, :end] >= 0).long()
+            self._forward(ids[:, start:end], mask, positions[:, start:end].clamp(min=0), cache)
+        return cache
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """Return [rows, vocabulary] logits of the next token. `ids`, `positions`: [rows, tokens]; `mask`: [rows, columns]."""
+        if all(cache.is_linear) and cache.has_previous_state():
+            mask = None  # without attention there are no columns: the mask is of the ids
+        output = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{self._cache_name: cache}
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _new_cache(self, rows: int) -> Any:
+        config = self._model.config
+        return RowCache(config, rows) if self._joins else DynamicCache(config=config)
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+class SeededSampler:
+    """Temperature, nucleus and penalties as vLLM applies them, then one draw per row from the row's own seed.
+
+    The presence penalty counts generated tokens, the repetition penalty those of the prompt as well.
+    """
+
+    def __init__(self, slots: int, vocabulary: int, sampling: Sampling, device: torch.device) -> None:
+        self._sampling = sampling
+        self._draws = torch.zeros((slots, sampling.max_tokens), dtype=torch.float64, device=device)
+        self._in_prompt = torch.zeros((slots, vocabulary), dtype=torch.bool, device=device)
+        self._generated = torch.zeros_like(self._in_prompt)
+
+    def place(self, slot: int, seed: int, prompt: Sequence[int], drawn: Sequence[int]) -> None:
+        """Put a row into a slot: its seed, and token ids of its prompt and of what was drawn so far."""
+        draws = np.random.Generator(np.random.Philox(seed)).random(self._sampling.max_tokens)
+        self._draws[slot] = torch.from_numpy(draws)
+        for seen, tokens in ((self._in_prompt, prompt), (self._generated, drawn)):
+            seen[slot] = False
+            seen[slot, torch.tensor(tokens, dtype=torch.long)] = True
+
+    def move(self, source: int, slot: int) -> None:
+        """Move a row to another slot."""
+        for state in (self._draws, self._in_prompt, self._generated):
+            state[slot] = state[source]
+
+    def draw(self, logits: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+        """Draw a token for the row in each of the first slots.
+
+        Args:
+            logits: [rows, vocabulary].
+            steps: [rows] tokens drawn before.
+
+        Returns:
+            [rows] token ids.
+        """
+        slots = torch.arange(len(steps), device=logits.device)
+        scores = self._penalize(logits.float()) / self._sampling.temperature
+        draws = self._draws[slots, torch.tensor(steps, device=logits.device)]
+        chosen = draw_from_nucleus(scores.softmax(-1), self._sampling.top_p, draws)
+        self._generated[slots, chosen] = True
+        return chosen
 
     def _penalize(self, scores: torch.Tensor) -> torch.Tensor:
-        assert self._generated is not None
-        assert self._in_prompt is not None
-        factor = self._sampling.repetition_penalty
+        generated, in_prompt = self._generated[: len(scores)], self._in_prompt[: len(scores)]
+        factor, presence = self._sampling.repetition_penalty, self._sampling.presence_penalty
         if factor != 1.0:
             scaled = torch.where(scores > 0, scores / factor, scores * factor)
-            scores = torch.where(self._generated | self._in_prompt, scaled, scores)
-        return scores - self._sampling.presence_penalty * self._generated
+            scores = torch.where(generated | in_prompt, scaled, scores)
+        return scores - presence * generated if presence else scores
 
 
 def draw_from_nucleus(
@@ -174,15 +346,3 @@ def draw_from_nucleus(
     if size < vocabulary and beyond.any():
         chosen[beyond] = draw_from_nucleus(probabilities[beyond], top_p, draws[beyond], vocabulary)
     return chosen
-
-
-class _StopString(StoppingCriteria):
-    """Ends a row once the string stands at the end of what it generated."""
-
-    def __init__(self, tokenizer: Any, stop: str, prompt_width: int) -> None:
-        self._tokenizer, self._stop, self._prompt_width = tokenizer, stop, prompt_width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        start = max(self._prompt_width, input_ids.shape[1] - _STOP_WINDOW)
-        tails = self._tokenizer.batch_decode(input_ids[:, start:])
-        return torch.tensor([self._stop in tail for tail in tails], device=input_ids.device)

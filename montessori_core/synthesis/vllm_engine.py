@@ -1,7 +1,7 @@
 """Generation with vLLM: the engine for GPUs."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from vllm import LLM, SamplingParams
 from montessori_core import flops
 from montessori_core.config import Sampling
 from montessori_core.models import fetch_model
-from montessori_core.synthesis.generation import Generated, Request
-
-_CHUNK = 1024  # requests handed over together: enough to fill any GPU, few enough to report progress
+from montessori_core.processor import generation_dtype
+from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 
 
 class VllmEngine:
@@ -28,7 +27,7 @@ class VllmEngine:
         self._llm = LLM(
             model=str(folder),
             trust_remote_code=False,
-            dtype="bfloat16",
+            dtype="bfloat16" if torch.cuda.is_available() else generation_dtype(),
             seed=0,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
             enable_prefix_caching=True,  # a prompt is read once for all its samples
@@ -36,46 +35,41 @@ class VllmEngine:
         )
         self._tokenizer = tokenizer
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, stop: str | None, report: Callable[[int], None]
-    ) -> list[list[Generated]]:
-        """See `Engine.generate`."""
-        results: list[list[Generated]] = []
-        for start in range(0, len(requests), _CHUNK):
-            results += self._generate_chunk(requests[start : start + _CHUNK], sampling, stop)
-            report(len(results))
-        return results
-
-    def _generate_chunk(
-        self, requests: Sequence[Request], sampling: Sampling, stop: str | None
-    ) -> list[list[Generated]]:
-        prompts, parameters = [], []
-        for request in requests:
-            ids = self._encode(request.prompt)
-            for seed in request.seeds:
-                prompts.append({"prompt_token_ids": ids})
-                parameters.append(
-                    SamplingParams(
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        presence_penalty=sampling.presence_penalty,
-                        repetition_penalty=sampling.repetition_penalty,
-                        max_tokens=sampling.max_tokens,
-                        stop=[stop] if stop else None,
-                        include_stop_str_in_output=True,
-                        seed=seed % 2**31,
-                    )
-                )
-        outputs = iter(self._llm.generate(prompts, parameters, use_tqdm=False))
-        results = [[_read(next(outputs).outputs[0]) for _ in request.seeds] for request in requests]
-        read = {request.prompt: len(self._encode(request.prompt)) for request in requests}
-        written = sum(generated.tokens for samples in results for generated in samples)
-        flops.spend(self._weights, sum(read.values()) + written)
-        return results
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
+        """See `Engine.generate`. There are no drafts: vLLM draws from a generator, which cannot begin in the middle."""
+        prompts = {text: self._encode(text) for text in {request.prompt for request in requests}}
+        names = self._llm.enqueue(
+            [{"prompt_token_ids": prompts[request.prompt]} for request in requests],
+            [_parameters(sampling, stop, request.seed) for request in requests],
+            use_tqdm=False,
+        )
+        flops.spend(self._weights, sum(map(len, prompts.values())))
+        index = {name.partition("-")[0]: place for place, name in enumerate(names)}  # vLLM appends random characters
+        progress = Progress([0.0] * len(requests), sampling.max_tokens)
+        while self._llm.llm_engine.has_unfinished_requests():
+            outputs = self._llm.llm_engine.step()
+            finished = {index[output.request_id]: _read(output.outputs[0]) for output in outputs}
+            for generated in finished.values():
+                progress.end(generated.tokens)
+                flops.spend(self._weights, generated.tokens)
+            yield Step(finished, dict, progress.done(()))
 
     def _encode(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_tokens,
+        stop=[stop] if stop else None,
+        include_stop_str_in_output=True,
+        seed=seed % 2**31,
+    )
 
 
 def _read(completion: Any) -> Generated:

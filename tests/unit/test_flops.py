@@ -9,7 +9,7 @@ from montessori_core.chat import encode_example
 from montessori_core.config import Sampling
 from montessori_core.influence.losses import TokenLosses, make_batch
 from montessori_core.models import load_model, load_tokenizer
-from montessori_core.synthesis.generation import Request
+from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
 _ATTENTION, _MLP, _NORMS = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64  # of the tiny Llama, a layer
@@ -45,10 +45,11 @@ def test_losses_project_onto_the_vocabulary_only_what_carries_loss(tiny_llama: P
 def test_generation_reads_a_prompt_once_and_every_token_it_writes(tiny_llama: Path) -> None:
     engine = TransformersEngine(str(tiny_llama), load_tokenizer(str(tiny_llama)))
     flops.spent_since_last()
-    engine.generate([Request("one two three", (1, 2))], Sampling(max_tokens=5), None, lambda done: None)
+    continuations(engine.generate([Request("one two three", seed) for seed in (1, 2)], Sampling(max_tokens=5), None))
     few = flops.spent_since_last()
-    engine.generate([Request("one two three " * 50, (1, 2))], Sampling(max_tokens=5), None, lambda done: None)
-    prompt = len(load_tokenizer(str(tiny_llama))("one two three " * 50, add_special_tokens=False)["input_ids"])
+    text = "one two three " * 50
+    continuations(engine.generate([Request(text, seed) for seed in (1, 2)], Sampling(max_tokens=5), None))
+    prompt = len(load_tokenizer(str(tiny_llama))(text, add_special_tokens=False)["input_ids"])
     more = flops.spent_since_last() - few
     assert abs(more / (2 * LAYERS) - prompt) < 10
 

@@ -1,16 +1,28 @@
 """Generation: the paper's decoding, drawn from seeds; prompts from draws of their own."""
 
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from judge_server import JudgeServer, endpoint, served
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from montessori_core.config import DataSource, Sampling, Synthesis
 from montessori_core.models import load_tokenizer
+from montessori_core.program import Row
+from montessori_core.schema import GENERATION
 from montessori_core.sources import Task, read_tasks
-from montessori_core.synthesis.generation import Request, open_engine
+from montessori_core.synthesis import row_cache, transformers_engine
+from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
+from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from montessori_core.synthesis.transformers_engine import SeededSampler, TransformersEngine, draw_from_nucleus
 
@@ -65,13 +77,96 @@ def test_wide_and_narrow_nuclei_are_drawn_alike(top_p: float) -> None:
 
 
 def test_penalties_count_what_vllm_counts() -> None:
-    prompt, mask = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]])  # token 0 is padding
     sampling = Sampling(temperature=1.0, top_p=1.0, presence_penalty=0.5, repetition_penalty=2.0, max_tokens=4)
-    sampler = SeededSampler(prompt, mask, [7], sampling)
-    scores = torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0]])
-    sampler._remember(prompt, 0, scores)
-    sampler._remember(torch.tensor([[0, 1, 2, 3]]), 1, scores)
-    assert sampler._penalize(scores).tolist() == [[1.0, 0.5, -2.0, 0.0, 1.0]]
+    sampler = SeededSampler(1, 5, sampling, torch.device("cpu"))
+    sampler.place(0, 7, [1, 2], [3])
+    assert sampler._penalize(torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0]])).tolist() == [[1.0, 0.5, -2.0, 0.0, 1.0]]
+
+
+def reference(model: Any, tokenizer: Any, request: Request, sampling: Sampling, stop: str | None) -> Generated:
+    """Continue a request by itself, without a cache."""
+    prompt: list[int] = tokenizer(request.prompt)["input_ids"]
+    draws = np.random.Generator(np.random.Philox(request.seed)).random(sampling.max_tokens)
+    drawn: list[int] = []
+    while len(drawn) < sampling.max_tokens:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + drawn]), use_cache=False).logits[0, -1]
+        for token in {*prompt, *drawn}:
+            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
+        logits[list(set(drawn))] -= sampling.presence_penalty
+        probabilities = (logits / sampling.temperature).softmax(-1)
+        draw = torch.tensor(draws[len(drawn) : len(drawn) + 1])
+        token = int(draw_from_nucleus(probabilities[None], sampling.top_p, draw))
+        if token == tokenizer.eos_token_id:
+            return Generated(tokenizer.decode(drawn, skip_special_tokens=True), len(drawn), "stop")
+        drawn.append(token)
+        text = tokenizer.decode(drawn, skip_special_tokens=True)
+        if stop and stop in text:
+            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop")
+    return Generated(text, len(drawn), "length")
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.3,
+}
+MODELS = {
+    "llama": lambda: LlamaConfig(**_SMALL),
+    "mistral-sliding": lambda: MistralConfig(**_SMALL, sliding_window=8),
+    "gemma3-sliding": lambda: Gemma3TextConfig(
+        **_SMALL, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "lfm2-convolutions": lambda: Lfm2Config(**_SMALL, layer_types=["conv", "full_attention", "conv"]),
+    "mamba": lambda: MambaConfig(
+        hidden_size=64, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stop", ["s", None])
+def test_batch_writes_what_single_rows_do(
+    name: str, stop: str | None, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    torch.manual_seed(0)
+    config = MODELS[name]()
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
+    monkeypatch.setattr(transformers_engine, "_ROWS", 3)
+    monkeypatch.setattr(transformers_engine, "_READ_TOKENS", 16)
+    monkeypatch.setattr(row_cache, "SLACK", 4)
+    engine = TransformersEngine(str(tmp_path), tokenizer)
+    sampling = Sampling(temperature=0.9, top_p=0.8, presence_penalty=0.7, repetition_penalty=1.3, max_tokens=20)
+    texts = ["Name a river", "Name a city.", "Name a river in Asia and " + "one in Europe " * 9, "Name" + " it" * 20]
+    requests = [Request(text, seed) for seed, text in enumerate(texts * 2 + texts[:1])]
+    expected = [reference(engine._model, tokenizer, request, sampling, stop) for request in requests]
+    assert continuations(engine.generate(requests, sampling, stop)) == expected
+    assert len({generated.tokens for generated in expected}) > 2 or stop is None
+    assert run_interrupted(engine, requests, sampling, stop) == expected
+
+
+def run_interrupted(
+    engine: TransformersEngine, requests: list[Request], sampling: Sampling, stop: str | None
+) -> list[Generated]:
+    """Run an engine that is stopped after every eleven steps and resumed from its drafts."""
+    finished: dict[int, Generated] = {}
+    while left := [index for index in range(len(requests)) if index not in finished]:
+        for step in islice(engine.generate([requests[index] for index in left], sampling, stop), 11):
+            finished |= {left[place]: generated for place, generated in step.finished.items()}
+        for place, tokens in step.drafts().items():
+            requests = list(requests)
+            requests[left[place]] = replace(requests[left[place]], drawn=tuple(tokens))
+    return [finished[index] for index in range(len(requests))]
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +180,11 @@ def test_engine_draws_each_sample_from_its_seed(engine: Any) -> None:
     seeds = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
     (prompt,) = build_prompts(1, "completion", Synthesis(), seeds, [], seed=0)
     sampling = Sampling(max_tokens=24, presence_penalty=0.0)
-    requests = [Request(prompt.text, (1, 2, 1, 3))]
-    done: list[int] = []
-    (first,) = engine.generate(requests, sampling, CLOSE, done.append)
-    (again,) = engine.generate(requests, sampling, CLOSE, done.append)
-    assert first == again
+    requests = [Request(prompt.text, seed) for seed in (1, 2, 1, 3)]
+    first = continuations(engine.generate(requests, sampling, CLOSE))
+    assert first == continuations(engine.generate(requests, sampling, CLOSE))
     assert first[0] == first[2]
     assert len({sample.text for sample in first}) == 3
-    assert done == [1, 1]
     for sample in first:
         if sample.finish_reason == "stop":
             assert sample.text.endswith(CLOSE) or CLOSE not in sample.text
@@ -100,14 +192,104 @@ def test_engine_draws_each_sample_from_its_seed(engine: Any) -> None:
             assert sample.tokens == 24
 
 
-def test_reading_a_prompt_once_for_all_samples_changes_nothing(smollm2: Path, engine: Any) -> None:
-    """Near-greedy sampling equals transformers' own greedy search, prompts of different length in one batch."""
+def test_near_greedy_sampling_equals_greedy_search(smollm2: Path, engine: Any) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     texts = ["The capital of France is", "Water boils at one hundred degrees, and it freezes at"]
     sampling = Sampling(temperature=1e-4, top_p=1e-6, presence_penalty=0.0, max_tokens=8)
-    found = engine.generate([Request(text, (1, 2)) for text in texts], sampling, None, lambda done: None)
-    for text, samples in zip(texts, found, strict=True):
+    requests = [Request(text, seed) for text in texts for seed in (1, 2)]
+    samples = continuations(engine.generate(requests, sampling, None))
+    for place, text in enumerate(texts):
         ids = tokenizer(text, return_tensors="pt")
         greedy = engine._model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         expected = tokenizer.decode(greedy, skip_special_tokens=True)
-        assert [sample.text for sample in samples] == [expected, expected]
+        assert [sample.text for sample in samples[2 * place : 2 * place + 2]] == [expected, expected]
+
+
+def test_progress_moves_at_every_step(tiny_llama: Path) -> None:
+    engine = TransformersEngine(str(tiny_llama), load_tokenizer(str(tiny_llama)))
+    requests = [Request("Count " * length, seed) for length in (40, 80, 160) for seed in range(8)]
+    progress = [step.done for step in engine.generate(requests, Sampling(max_tokens=12), None)]
+    assert all(before <= after for before, after in pairwise(progress))
+    assert len(set(progress)) > 0.9 * len(progress)
+    assert progress[-1] == len(requests)
+
+
+class Killed(Exception):
+    """Raised in place of a job's death."""
+
+
+class MemoryRecorder:
+    """Keeps what a program records, as JSON; a job dies when it records its n-th progress."""
+
+    def __init__(self, drafts: dict[int, Any], lifetime: float = math.inf) -> None:
+        self.drafts = drafts
+        self.finished: dict[int, list[Row]] = {}
+        self.reported: list[float] = []
+        self.kept: dict[int, Any] = {}
+        self._lifetime = lifetime
+
+    def finish(self, position: int, records: list[Row]) -> None:
+        assert position not in self.finished
+        self.finished[position] = records
+
+    def keep(self, drafts: Callable[[], Mapping[int, Any]]) -> None:
+        self.kept = {int(position): draft for position, draft in json.loads(json.dumps(drafts())).items()}
+
+    def progress(self, done: float) -> None:
+        self.reported.append(done)
+        if len(self.reported) >= self._lifetime:
+            raise Killed
+
+
+def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
+    sampling = Sampling(presence_penalty=0.5, max_tokens=24).model_dump(mode="json")
+    settings = {"engine": "transformers", "sampling": sampling, "form": "tagged"}
+    program = open_generation(settings, {"teacher": talking_llama})
+    assert program.schema is GENERATION
+    prompts = build_prompts(6, "completion", Synthesis(), SEEDS, SYNTHETIC, seed=0)
+    rows: list[Row] = [
+        {"ids": [f"{prompt.id}-s{sample}" for sample in range(3)], "text": prompt.text, "seeds": [position, 1, 2]}
+        for position, prompt in enumerate(prompts)
+    ]
+    undisturbed = MemoryRecorder({})
+    program.compute(rows, undisturbed)
+    assert sorted(undisturbed.finished) == list(range(6))
+    assert undisturbed.reported[-1] == pytest.approx(6)
+
+    finished: dict[int, list[Row]] = {}
+    drafts: dict[int, Any] = {}
+    jobs = 0
+    while left := [position for position in range(6) if position not in finished]:
+        recorder = MemoryRecorder({left.index(position): draft for position, draft in drafts.items()}, lifetime=10)
+        with suppress(Killed):
+            program.compute([rows[position] for position in left], recorder)
+        finished |= {left[place]: records for place, records in recorder.finished.items()}
+        drafts = {left[place]: draft for place, draft in recorder.kept.items()}
+        jobs += 1
+    assert jobs > 2
+    assert finished == undisturbed.finished
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JudgeServer]:
+    yield from served(JudgeServer(), monkeypatch, tmp_path)
+
+
+def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) -> None:
+    file = tmp_path / "teacher.json"
+    file.write_text(endpoint(server).model_dump_json())
+    settings = {"endpoint": endpoint(server).identity(), "sampling": Sampling(max_tokens=9).model_dump(mode="json")}
+    recorder = MemoryRecorder({})
+    rows: list[Row] = [
+        {"ids": ["a-1", "a-2"], "text": "Sing.", "seeds": [1, 2]},
+        {"ids": ["b-1"], "text": "Dance.", "seeds": [3]},
+    ]
+    open_api_generation(settings, {"endpoint": file}).compute(rows, recorder)
+    assert {place: [record["row_id"] for record in records] for place, records in recorder.finished.items()} == {
+        0: ["a-1", "a-2"],
+        1: ["b-1"],
+    }
+    assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.reported[-1] == 2
+    assert len(server.asked) == 3
