@@ -34,6 +34,7 @@ _CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out", "Z
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
 _SBATCH_PATIENCE = 120.0  # seconds
 _USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
+_KILL_PATIENCE = 10.0  # seconds; a process that reads from a disk may take some to end
 _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 _SILENCE = 300.0  # seconds that a controller may need to come back
 
@@ -192,7 +193,7 @@ class LocalBackend:
             threads=self._resources.cpus_per_process,
             ranks=self._resources.processes_per_node,
             seconds=60.0 * self._resources.time_limit_minutes,
-            gpus=",".join(map(str, gpus)),
+            environment=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
         )
         try:
             return warm_process().start(job)
@@ -251,7 +252,10 @@ class LocalBackend:
             process = _process(job_id)
             if process is None:
                 continue
-            psutil.wait_procs(kill_family(process), timeout=10)
+            family = kill_family(process)
+            deadline = time.monotonic() + _KILL_PATIENCE
+            while any(map(_lives, family)) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
@@ -263,12 +267,20 @@ class LocalBackend:
         pass
 
 
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that nobody has asked for its exit code does not: init may take seconds for that."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _process(job_id: str) -> psutil.Process | None:
     pid, _, started = job_id.partition(":")
     try:
         process = psutil.Process(int(pid))
         same = abs(process.create_time() - float(started)) < 0.05
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        return process if same and _lives(process) else None
     except psutil.NoSuchProcess:
         return None
 

@@ -5,9 +5,9 @@ the job's ranks and becomes their supervisor (`cluster.supervisor`), which repor
 the driver answers. So no job computes that a later driver cannot find: one that has no answer leaves, one that has it shows
 the submission's folder in its command line. The warm process ends with the driver, jobs live on.
 
-A job sees the environment and working directory that the driver has when it submits: where they are not those of the
-warm process any more, another one takes its place. What differs from a new interpreter: jobs of one warm process share the
-seed of `hash`, and see modules as they were when it was started.
+A job gets the environment that the driver has when it submits. Where the warm process has another working directory, or
+other values of variables that are read by imports, a new one takes its place. What differs from a new interpreter: jobs of
+one warm process share the seed of `hash`, and see modules as they were when it was started.
 """
 
 import atexit
@@ -29,8 +29,11 @@ from cluster.supervisor import redirect_output
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _PATIENCE = 300.0  # seconds that imports may take
+_READ_BY_IMPORTS = (
+    "ACCELERATE_", "ATEN_", "CUDA_", "HF_", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTORCH_",
+    "TORCH", "TRANSFORMERS_", "TRL_",
+)  # fmt: skip
 _PRELOADED = (
-    "cluster.worker",
     "pyarrow.parquet",
     "montessori_core.influence.jobs",
     "montessori_core.models",
@@ -57,7 +60,7 @@ class Job:
         threads: of each rank.
         ranks: processes that work on the task together.
         seconds: time limit.
-        gpus: the value of CUDA_VISIBLE_DEVICES.
+        environment: variables.
     """
 
     folder: str
@@ -66,7 +69,7 @@ class Job:
     threads: int
     ranks: int
     seconds: float
-    gpus: str
+    environment: dict[str, str]
 
 
 class WarmProcess:
@@ -90,7 +93,7 @@ class WarmProcess:
         return int(self._process.pid)
 
     def fits(self) -> bool:
-        """Whether it is there, and jobs that it forks would find the environment and the working directory of now."""
+        """Whether it is there, and has imported in the working directory and with the variables of now."""
         return self._process.poll() is None and self._context == _context()
 
     def start(self, job: Job) -> str:
@@ -141,16 +144,17 @@ def _close() -> None:
 atexit.register(_close)
 
 
-def _context() -> tuple[dict[str, str], str]:
-    return dict(os.environ), os.getcwd()
+def _context() -> tuple[str, dict[str, str]]:
+    return os.getcwd(), {name: value for name, value in os.environ.items() if name.startswith(_READ_BY_IMPORTS)}
 
 
 def main() -> None:
-    """What the warm process does: import, then fork a job for each socket that comes in, until the driver is gone."""
+    """Import what jobs import, then fork a job for each socket that the driver sends, until it is gone."""
     control = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; whether jobs end is the driver's to say
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # jobs that have ended leave no zombies
+    importlib.import_module("cluster.worker").set_library_defaults()
     for name in _PRELOADED:
         with suppress(Exception):  # a job that needs it reports the error
             importlib.import_module(name)
@@ -189,14 +193,14 @@ def _become_job(driver: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with driver.makefile() as request:
         job = Job(**json.loads(request.readline()))
-    # As submitit's own controller has it.
-    os.environ.update(
+    os.environ.clear()
+    os.environ.update(job.environment)
+    os.environ.update(  # as submitit's own controller does
         SUBMITIT_EXECUTOR="local",
         SUBMITIT_LOCAL_JOB_ID=str(os.getpid()),
         SUBMITIT_LOCAL_NTASKS=str(job.ranks),
         SUBMITIT_LOCAL_JOB_NUM_NODES="1",
         SUBMITIT_LOCAL_NODEID="0",
-        CUDA_VISIBLE_DEVICES=job.gpus,
     )
     submission = DelayedSubmission(run_task, job.stage_folder, job.task, job.threads)
     submission.set_timeout(job.seconds / 60, 0)
@@ -232,10 +236,12 @@ def _work(job: Job, rank: int) -> None:
     paths = JobPaths(job.folder, os.environ["SUBMITIT_LOCAL_JOB_ID"], rank)
     redirect_output(paths.stdout, paths.stderr)
     os.environ.update(SUBMITIT_LOCAL_GLOBALID=str(rank), SUBMITIT_LOCAL_LOCALID=str(rank))
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # the only generator that a fork inherits and a new process seeds by chance
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(job.threads)  # it looked at OMP_NUM_THREADS when it was imported
+    # A new interpreter has these seeded by chance, and torch told by OMP_NUM_THREADS when it is imported.
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.seed()
+        torch.set_num_threads(job.threads)
     process_job(job.folder)
 
 

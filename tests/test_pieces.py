@@ -1,5 +1,6 @@
 """Shards committed piece by piece: what a killed job has finished is kept, and the part is that of an undisturbed run."""
 
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ def stage(folder: Path, version: int = 1) -> Stage:
 
 
 def run(folder: Path, version: int = 1) -> list[Path]:
-    return fan_out(stage(folder, version), SHARDS, Resources(cpus_per_process=1), local.CLUSTER)
+    return fan_out(stage(folder, version), SHARDS, Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
 
 
 def squares(parts: list[Path]) -> list[int]:

@@ -211,7 +211,7 @@ class Server:
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = " ".join(process.info["cmdline"] or [])
-            if "submitit" in command and str(self.runs) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+            if "cluster.supervisor" in command and str(self.runs) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
 

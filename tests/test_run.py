@@ -76,9 +76,9 @@ def lean(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str
     return _start([str(ROOT / "tests" / "lean_driver.py"), *arguments], cwd, environment)
 
 
-def forking(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
-    """What it prints in such a driver, whose jobs begin without opening the worker's libraries."""
-    driver = _start([str(ROOT / "tests" / "forking_driver.py"), *arguments], cwd, environment)
+def finish_lean(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
+    """Return what such a driver prints until its end."""
+    driver = lean(*arguments, cwd=cwd, **environment)
     output, _ = driver.communicate(timeout=seconds)
     assert driver.returncode == 0, output
     return output
@@ -114,7 +114,7 @@ def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     content = yaml.safe_load(config.read_text())
     content["comparison"]["teacher_checkpoints"] = 1  # which changes no table
     config.write_text(yaml.safe_dump(content))
-    (folder / "output.txt").write_text(forking("run", str(config), cwd=folder, PREFECT_HOME=home))
+    (folder / "output.txt").write_text(finish_lean("run", str(config), cwd=folder, PREFECT_HOME=home))
     return folder
 
 
@@ -376,7 +376,7 @@ def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
     driver.send_signal(how)
     for process in family:
         try:
-            if "submitit" in " ".join(process.cmdline()):
+            if any(module in " ".join(process.cmdline()) for module in ("submitit", "cluster.")):
                 process.kill()
         except psutil.NoSuchProcess:
             continue
@@ -502,7 +502,7 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
 
 
 def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
-    forking("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
+    finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
     run = undisturbed / "runs" / "tiny"
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)

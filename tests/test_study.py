@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer
-from test_run import ROOT, call, configuration, forking
+from test_run import ROOT, call, configuration, finish_lean
 
 from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
@@ -274,7 +274,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("study")
     write_study(folder, talking_llama, judge)
     environment = environment_of(folder)
-    (folder / "output.txt").write_text(forking("compare", "study.yaml", cwd=folder, seconds=1600, **environment))
+    (folder / "output.txt").write_text(finish_lean("compare", "study.yaml", cwd=folder, seconds=1600, **environment))
     yield folder
     judge.close()
 
