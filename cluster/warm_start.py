@@ -184,15 +184,18 @@ def _refuse_cuda() -> None:
 
 
 def _become_job(driver: socket.socket) -> None:
-    """Fork the ranks, and become their supervisor; returns in ranks, when they are ready."""
+    """Fork the ranks and become their supervisor; returns in a rank, when its work is done."""
     from submitit.core.utils import DelayedSubmission, JobPaths
 
     from cluster.worker import run_task
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with driver.makefile() as request:
-        job = Job(**json.loads(request.readline()))
+    with driver.makefile() as requests:
+        request = requests.readline()
+    if not request:
+        return  # the driver has died
+    job = Job(**json.loads(request))
     os.environ.clear()
     os.environ.update(job.environment)
     os.environ.update(  # as submitit's own controller does

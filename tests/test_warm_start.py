@@ -14,12 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import warm_start
 from cluster.backends import LocalBackend
 from cluster.fanout import Ledger, fan_out
 from cluster.notes import Failure, read_note
 from cluster.stage import Stage
-from cluster.warm_start import Job, WarmProcess, warm_process
+from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
 from montessori_core.program import Row
 
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 CLUSTER = Cluster(poll_seconds=0.05)
 PROGRAM = """
 import ctypes, json, os, random, signal, subprocess, sys, time
-import numpy, psutil, torch
+import psutil
 from pathlib import Path
 
 def open_expressions(settings, inputs):
@@ -47,6 +46,7 @@ def open_expressions(settings, inputs):
     return compute
 """
 
+NUMPY, TORCH = "__import__('numpy')", "__import__('torch')"
 HANGS = "(folder / 'child.txt').write_text(str(subprocess.Popen(['sleep', '600']).pid)) and time.sleep(600)"
 
 
@@ -55,6 +55,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder on the jobs' path, the same for all tests, so that one warm process serves them."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "expressions_program.py").write_text(PROGRAM)
+    (folder / "absent").mkdir()
+    for library in ("torch", "transformers", "datasets"):
+        (folder / "absent" / f"{library}.py").write_text("raise ImportError('not needed here')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
         yield folder
@@ -64,6 +67,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def stage(programs: Path, tmp_path: Path) -> Stage:
     program = "expressions_program:open_expressions"
     return Stage("expressions", 1, program, {"folder": str(tmp_path)}, {}, {}, tmp_path / "stage", ".json")
+
+
+@pytest.fixture
+def quick(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm processes that import in no time: for what they have imported does not matter here."""
+    monkeypatch.setenv("PYTHONPATH", f"{programs / 'absent'}{os.pathsep}{os.environ['PYTHONPATH']}")
 
 
 def shards_of(*values: str) -> list[list[Row]]:
@@ -114,6 +123,7 @@ def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
     assert run(stage, "'trl.trainer.dpo_trainer' in sys.modules") == [True]
 
 
+@pytest.mark.usefixtures("quick")
 def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_KEPT", "before")
     monkeypatch.setenv("MONTESSORI_REMOVED", "before")
@@ -130,7 +140,7 @@ def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytes
 def test_job_starts_like_new_interpreter(stage: Stage) -> None:
     state = (
         "[os.getcwd(), sys.stdin.read(), str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGCHLD)), "
-        "os.environ['OMP_NUM_THREADS'], torch.get_num_threads(), "
+        "os.environ['OMP_NUM_THREADS'], " + TORCH + ".get_num_threads(), "
         "subprocess.run(['sh', '-c', 'exit 3']).returncode, len(os.listdir('/proc/self/fd')) < 20]"
     )
     forked = run(stage, state, cpus_per_process=1)
@@ -140,10 +150,11 @@ def test_job_starts_like_new_interpreter(stage: Stage) -> None:
 
 
 def test_jobs_draw_different_random_numbers(stage: Stage) -> None:
-    first, second = run(stage, *["[random.random(), numpy.random.random(), float(torch.rand(()))]"] * 2)
+    first, second = run(stage, *[f"[random.random(), {NUMPY}.random.random(), float({TORCH}.rand(()))]"] * 2)
     assert all(one != other for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("crash", "number"), [("os.abort()", signal.SIGABRT), ("ctypes.string_at(0)", signal.SIGSEGV)])
 def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
     pid = warm_process().pid
@@ -153,6 +164,7 @@ def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.
     assert warm_process().pid == pid
 
 
+@pytest.mark.usefixtures("quick")
 def test_error_of_job_is_in_its_log(stage: Stage) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as failure:
         run(stage, "1 / 0")
@@ -192,6 +204,7 @@ def warm_processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(driver.pid).children() if "cluster.warm_start" in child.cmdline()]
 
 
+@pytest.mark.usefixtures("quick")
 def test_jobs_outlive_killed_driver(stage: Stage) -> None:
     values = ["time.sleep(4) or 5", "time.sleep(4) or 6"]
     driver = start_driver(stage, *values)
@@ -204,6 +217,7 @@ def test_jobs_outlive_killed_driver(stage: Stage) -> None:
     assert computed(stage) == [0, 1]
 
 
+@pytest.mark.usefixtures("quick")
 def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
     driver = start_driver(stage, "time.sleep(4) or 5", "time.sleep(4) or 6", "7")
     wait_until(lambda: computed(stage) == [0, 1])
@@ -213,6 +227,7 @@ def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
     assert computed(stage) == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("quick")
 def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
     before = warm_process()
     os.kill(before.pid, signal.SIGKILL)
@@ -222,6 +237,7 @@ def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
     assert warm_process().pid != before.pid
 
 
+@pytest.mark.usefixtures("quick")
 def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
     file = stage.folder.parent / "child.txt"
     job_id = warm_process().start(job_of(stage, HANGS))
@@ -234,6 +250,7 @@ def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
     assert not any(lives(pid) for pid in (ranks[0].pid, int(file.read_text())))
 
 
+@pytest.mark.usefixtures("quick")
 def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
     job_id = warm_process().start(job_of(stage, "time.sleep(600)"))
     wait_until(lambda: computed(stage))
@@ -243,6 +260,7 @@ def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
     wait_until(lambda: not lives(rank.pid), 10)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("deaf", [False, True])
 def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
     """A rank hears SIGUSR2 halfway, as submitit has it; one that hears nothing is killed at the limit."""
@@ -265,6 +283,7 @@ def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
         assert failure.kind == "time_limit"
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("answered", [False, True])
 def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) -> None:
     """The driver's part by hand: whoever could not be found by the next driver never computes."""
@@ -283,17 +302,18 @@ def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) ->
         ours.sendall(b"+")
     ours.close()
     wait_until(lambda: not backend.alive("", [job_id]), 10)
-    assert not lives(ranks[0].pid)
+    wait_until(lambda: not lives(ranks[0].pid), 10)
     assert computed(stage) == ([0] if answered else [])
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("moment", ["asked", "noted"])
 def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, moment: str) -> None:
-    """Before a job has answered, or when all have and the ledger has no id of them."""
+    """Before it has told a job what to do, or when all are at work and the ledger has no id of them."""
     values = ["time.sleep(2) or 5", "time.sleep(2) or 6"]
     die = "os.kill(os.getpid(), signal.SIGKILL)"
     before = {
-        "asked": f"tests.warm_start.json.dumps = lambda job: {die}",
+        "asked": f"send = tests.socket.send_fds\ntests.socket.send_fds = lambda *message: (send(*message), {die})",
         "noted": "save = tests.Ledger.save\n"
         f"tests.Ledger.save = lambda ledger: {die} if ledger.submissions[-1].ids else save(ledger)",
     }[moment]
@@ -310,8 +330,9 @@ def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, momen
     assert set(computed(stage)) == {0, 1}
 
 
+@pytest.mark.usefixtures("quick")
 def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr("cluster.backends._gpus_of_this_machine", lambda: [2, 5])
     stage.write(shards := shards_of("time.sleep(600)"), [stage.key(shards[0])])
     backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
     folder = stage.folder / "jobs" / "gpus"
@@ -323,13 +344,15 @@ def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyP
     assert backend._free_gpus() == [2, 5]
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("library", "forked"),
     [
         ("raise ImportError('broken')", True),
         ("import os; os._exit(3)", False),
         (
-            "import mmap; kept = mmap.mmap(open(__file__.replace('datasets.py', 'libcuda.so.1')).fileno(), 0, prot=1)",
+            "import mmap; file = open(__file__.replace('datasets.py', 'libcuda.so.1'))\n"
+            "opened = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)",
             False,
         ),
     ],
