@@ -28,6 +28,7 @@ from pathlib import Path
 from cluster.supervisor import redirect_output
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_CUDA_ERROR_NOT_INITIALIZED = 3  # of cuda.h
 _PATIENCE = 300.0  # seconds that imports may take
 _READ_BY_IMPORTS = (
     "ACCELERATE_", "ATEN_", "CUDA_", "HF_", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTORCH_",
@@ -77,6 +78,7 @@ class WarmProcess:
 
     def __init__(self) -> None:
         self._context = _context()
+        self._answered = False
         self._control, theirs = socket.socketpair()
         with theirs:
             # What imports have to say, each job would say again into its log; errors, too.
@@ -93,8 +95,8 @@ class WarmProcess:
         return int(self._process.pid)
 
     def fits(self) -> bool:
-        """Whether it is there, and has imported in the working directory and with the variables of now."""
-        return self._process.poll() is None and self._context == _context()
+        """Whether no other would do better: one of another context, or in place of one that ended after it had answered."""
+        return self._context == _context() and (self._process.poll() is None or not self._answered)
 
     def start(self, job: Job) -> str:
         """Fork a job; return its id, as `cluster.backends.LocalBackend` has it.
@@ -113,6 +115,7 @@ class WarmProcess:
             if not job_id:
                 raise ConnectionError(f"process {self.pid} ended, or could not fork")
             ours.sendall(b"+")
+        self._answered = True
         return job_id
 
     def close(self) -> None:
@@ -173,14 +176,16 @@ def main() -> None:
 
 
 def _refuse_cuda() -> None:
-    """A process that forks after CUDA was initialised has children for which CUDA does not work.
+    """Leave if CUDA was initialised: it does not work in children of such a process.
 
     Raises:
-        RuntimeError: a library has opened CUDA's driver.
+        RuntimeError: a library has initialised it.
+        OSError, AttributeError: CUDA's library was loaded and cannot be asked.
     """
-    with suppress(FileNotFoundError):  # not on Linux
-        if "libcuda.so" in Path("/proc/self/maps").read_text():
-            raise RuntimeError("a library opened CUDA when it was imported")
+    if "libcuda.so" not in Path("/proc/self/maps").read_text():
+        return
+    if ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _CUDA_ERROR_NOT_INITIALIZED:
+        raise RuntimeError("a library has initialised CUDA when it was imported")
 
 
 def _become_job(driver: socket.socket) -> None:

@@ -229,6 +229,7 @@ def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
+    assert run(stage, "0") == [0]
     before = warm_process()
     os.kill(before.pid, signal.SIGKILL)
     with pytest.raises(OSError, match=r"ended|Broken pipe|reset"):
@@ -364,7 +365,10 @@ def test_broken_library_breaks_no_job(
     (tmp_path / "datasets.py").write_text(library)
     (tmp_path / "libcuda.so.1").write_text("a library")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    assert run(stage, "'cluster.supervisor' in Path(f'/proc/{os.getppid()}/cmdline').read_text()") == [forked]
+    pid = warm_process().pid
+    forks = "'cluster.supervisor' in Path(f'/proc/{os.getppid()}/cmdline').read_text()"
+    assert run(stage, forks, forks) == [forked, forked]
+    assert warm_process().pid == pid  # another one would end like it
 
 
 def test_warm_process_follows_variables_read_by_imports(monkeypatch: pytest.MonkeyPatch) -> None:
