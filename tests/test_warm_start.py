@@ -123,20 +123,6 @@ def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
     assert run(stage, "'trl.trainer.dpo_trainer' in sys.modules") == [True]
 
 
-@pytest.mark.usefixtures("quick")
-def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MONTESSORI_KEPT", "before")
-    monkeypatch.setenv("MONTESSORI_REMOVED", "before")
-    pid = warm_process().pid
-    monkeypatch.setenv("MONTESSORI_KEPT", "after")
-    monkeypatch.delenv("MONTESSORI_REMOVED")
-    [seen] = run(stage, "dict(os.environ)")
-    assert seen["MONTESSORI_KEPT"] == "after"
-    assert "MONTESSORI_REMOVED" not in seen
-    assert seen["CUDA_VISIBLE_DEVICES"] == ""
-    assert warm_process().pid == pid
-
-
 def test_job_starts_like_new_interpreter(stage: Stage) -> None:
     state = (
         "[os.getcwd(), sys.stdin.read(), str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGCHLD)), "
@@ -152,6 +138,27 @@ def test_job_starts_like_new_interpreter(stage: Stage) -> None:
 def test_jobs_draw_different_random_numbers(stage: Stage) -> None:
     first, second = run(stage, *[f"[random.random(), {NUMPY}.random.random(), float({TORCH}.rand(()))]"] * 2)
     assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
+    together = Stage("together", 1, "cluster.probes:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
+    [part] = fan_out(together, [[{"n": 0}]], Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
+    assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
+    assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONTESSORI_KEPT", "before")
+    monkeypatch.setenv("MONTESSORI_REMOVED", "before")
+    pid = warm_process().pid
+    monkeypatch.setenv("MONTESSORI_KEPT", "after")
+    monkeypatch.delenv("MONTESSORI_REMOVED")
+    [seen] = run(stage, "dict(os.environ)")
+    assert seen["MONTESSORI_KEPT"] == "after"
+    assert "MONTESSORI_REMOVED" not in seen
+    assert seen["CUDA_VISIBLE_DEVICES"] == ""
+    assert warm_process().pid == pid
 
 
 @pytest.mark.usefixtures("quick")
@@ -172,13 +179,6 @@ def test_error_of_job_is_in_its_log(stage: Stage) -> None:
     log = Path(failed.log).read_text()
     assert "Traceback" in log
     assert "ZeroDivisionError: division by zero" in log
-
-
-def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
-    together = Stage("together", 1, "cluster.probes:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
-    [part] = fan_out(together, [[{"n": 0}]], Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
-    assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
-    assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
 
 
 DRIVER = """
