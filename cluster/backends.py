@@ -1,4 +1,4 @@
-"""Two ways to run jobs behind one interface: processes of this machine, and Slurm. Both submit through submitit."""
+"""Two ways to run jobs behind one interface: processes of this machine, and Slurm. Both run jobs through submitit."""
 
 import itertools
 import logging
@@ -21,6 +21,8 @@ import psutil
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from cluster.supervisor import kill_family
+from cluster.warm_start import Job, warm_process
 from cluster.worker import run_task
 from montessori_core.config import Cluster, Resources, Slurm
 from montessori_core.errors import UserError
@@ -32,6 +34,7 @@ _CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out", "Z
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
 _SBATCH_PATIENCE = 120.0  # seconds
 _USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
+_KILL_PATIENCE = 10.0  # seconds; a process that reads from a disk may take some to end
 _CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
 _SILENCE = 300.0  # seconds that a controller may need to come back
 
@@ -113,7 +116,10 @@ def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> 
     """The backend of the configured profile."""
     if cluster.profile == "slurm":
         return SlurmBackend(cluster, resources, python or cluster.slurm.python)
-    return LocalBackend(resources, python)
+    backend = LocalBackend(resources, python)
+    if backend.forks_jobs:
+        warm_process()  # what jobs import is then imported while the driver prepares them
+    return backend
 
 
 def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
@@ -128,8 +134,9 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
     """
     if host not in (None, platform.node()):
         return None
-    profile = "local" if host else "slurm"
-    return open_backend(cluster.model_copy(update={"profile": profile}), Resources(), None)
+    if host is not None:
+        return LocalBackend(Resources(), None)
+    return open_backend(cluster.model_copy(update={"profile": "slurm"}), Resources(), None)
 
 
 def log_file(folder: Path, job_id: str) -> Path:
@@ -138,12 +145,18 @@ def log_file(folder: Path, job_id: str) -> Path:
 
 
 class LocalBackend:
-    """Jobs as processes of this machine. An id is a process id and its start time, so that it is never mistaken."""
+    """Jobs as processes of this machine. An id is a process id and its start time, so that it is never mistaken.
+
+    Attributes:
+        forks_jobs: whether jobs are forked from this driver's warm process (`cluster.warm_start`). Jobs in another
+            environment are not, nor are any on macOS, whose libraries do not take a fork well.
+    """
 
     polls_until_lost = 1
 
     def __init__(self, resources: Resources, python: str | None) -> None:
         self._resources, self._python = resources, python
+        self.forks_jobs = python is None and sys.platform == "linux"
         self._known: set[str] = set()
         self._gpus = _gpus_of_this_machine() if resources.gpus_per_node else []
         if len(self._gpus) < resources.gpus_per_node:
@@ -161,26 +174,49 @@ class LocalBackend:
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
-        resources = self._resources
-        python = shlex.quote(self._python) if self._python else None
-        executor = submitit.LocalExecutor(folder=folder, python=python)
-        ids = []
         free = iter(self._free_gpus())
+        ids = []
         for task in tasks:
-            executor.update_parameters(
-                timeout_min=resources.time_limit_minutes,
-                tasks_per_node=resources.processes_per_node,
-                gpus_per_node=resources.gpus_per_node,
-                visible_gpus=tuple(itertools.islice(free, resources.gpus_per_node)),
-            )
-            job = executor.submit(run_task, str(stage_folder), task, resources.cpus_per_process)
-            try:
-                started = psutil.Process(int(job.job_id)).create_time()
-            except psutil.NoSuchProcess:
-                started = 0.0
-            ids.append(f"{job.job_id}:{started}")
+            gpus = tuple(itertools.islice(free, self._resources.gpus_per_node))
+            job_id = self._fork_job(folder, task, stage_folder, gpus) if self.forks_jobs else None
+            ids.append(job_id or self._start_job(folder, task, stage_folder, gpus))
         self._known.update(ids)
         return ids
+
+    def _fork_job(self, folder: Path, task: Task, stage_folder: Path, gpus: tuple[int, ...]) -> str | None:
+        """Start a job from the warm process; None if that does not answer."""
+        folder.mkdir(exist_ok=True)
+        job = Job(
+            folder=str(folder),
+            stage_folder=str(stage_folder),
+            task=task,
+            threads=self._resources.cpus_per_process,
+            ranks=self._resources.processes_per_node,
+            seconds=60.0 * self._resources.time_limit_minutes,
+            environment=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
+        )
+        try:
+            return warm_process().start(job)
+        except OSError as error:
+            log.warning("starting a job without the warm process: %s", error)
+            return None
+
+    def _start_job(self, folder: Path, task: Task, stage_folder: Path, gpus: tuple[int, ...]) -> str:
+        """Start a job in a Python of its own."""
+        resources = self._resources
+        executor = submitit.LocalExecutor(folder=folder, python=shlex.quote(self._python) if self._python else None)
+        executor.update_parameters(
+            timeout_min=resources.time_limit_minutes,
+            tasks_per_node=resources.processes_per_node,
+            gpus_per_node=resources.gpus_per_node,
+            visible_gpus=gpus,
+        )
+        job = executor.submit(run_task, str(stage_folder), task, resources.cpus_per_process)
+        try:
+            started = psutil.Process(int(job.job_id)).create_time()
+        except psutil.NoSuchProcess:
+            started = 0.0
+        return f"{job.job_id}:{started}"
 
     def _free_gpus(self) -> list[int]:
         """Those that no job at work has, jobs of an earlier driver included."""
@@ -199,7 +235,7 @@ class LocalBackend:
         found = []
         for process in psutil.process_iter(["cmdline", "create_time"]):
             command = process.info["cmdline"] or []
-            if "submitit.local._local" in command and str(folder) in command:
+            if {"cluster.supervisor", "submitit.local._local"} & set(command) and str(folder) in command:
                 found.append(f"{process.pid}:{process.info['create_time']}")
         return found
 
@@ -216,7 +252,10 @@ class LocalBackend:
             process = _process(job_id)
             if process is None:
                 continue
-            psutil.wait_procs(_kill_family(process), timeout=10)
+            family = kill_family(process)
+            deadline = time.monotonic() + _KILL_PATIENCE
+            while any(map(_lives, family)) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
@@ -228,15 +267,12 @@ class LocalBackend:
         pass
 
 
-def _kill_family(process: psutil.Process) -> list[psutil.Process]:
-    """Kill a process and all that it has started; return them."""
-    family = [process]
-    with suppress(psutil.NoSuchProcess):  # it has ended since it was found
-        family = [*process.children(recursive=True), process]
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    return family
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that nobody has asked for its exit code does not: init may take seconds for that."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _process(job_id: str) -> psutil.Process | None:
@@ -244,7 +280,7 @@ def _process(job_id: str) -> psutil.Process | None:
     try:
         process = psutil.Process(int(pid))
         same = abs(process.create_time() - float(started)) < 0.05
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        return process if same and _lives(process) else None
     except psutil.NoSuchProcess:
         return None
 
@@ -272,7 +308,7 @@ def _limited(folder: Path) -> Iterator[None]:
         for child in psutil.Process().children():
             with suppress(psutil.Error):
                 if any(str(folder) in argument for argument in child.cmdline()):
-                    _kill_family(child)
+                    kill_family(child)
 
     clock = threading.Timer(_SBATCH_PATIENCE, end)
     clock.start()

@@ -151,8 +151,8 @@ def _read_submissions(file: Path) -> list[Submission]:
         # Taken for empty, it would have jobs that are still at work started a second time.
         raise UserError(
             f"{file}: damaged, so that nobody knows which jobs may still be at work. End those that are (Slurm: squeue --me, "
-            "names that begin with montessori-; local: processes of submitit), then remove the file and resume the run: what "
-            "is done is kept"
+            "names that begin with montessori-; local: cluster.supervisor or submitit), then remove the file and "
+            "resume the run: what is done is kept"
         )
     return submissions
 

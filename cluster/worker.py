@@ -36,14 +36,19 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before torch is imported: the number of threads is then that of its pools, too.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_library_defaults()
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
     stage.note_node(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
     with private_folders(f"{environment.job_id}-{environment.global_rank}"):
         join_processes(environment, stage.folder / "jobs")
         _compute_shards(stage, indices, environment)
+
+
+def set_library_defaults() -> None:
+    """Set variables that libraries read when they are imported, unless the user has."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:

@@ -86,7 +86,7 @@ def test_use_of_a_stage_is_what_its_jobs_took(folder: Path, monkeypatch: pytest.
 
 def test_cost_of_a_stage_is_what_its_manifests_say(folder: Path) -> None:
     kind = replace(stage(folder, seconds=0.2), kind="influence")
-    fan_out(kind, SHARDS, Resources(cpus_per_process=1), CLUSTER)
+    fan_out(kind, SHARDS, Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
     cost = cost_of(kind.folder)
     assert cost is not None
     assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
@@ -110,7 +110,7 @@ def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Pa
                 assert seen.seconds_left is not None
                 left.append(seen.seconds_left / (12 - seen.rows_done))
 
-    fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look)
+    fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
     assert left
     assert all(0.3 <= seconds < 3 for seconds in left)
 
@@ -260,10 +260,10 @@ def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
 
 def test_result_of_other_settings_rows_or_version_is_not_taken(folder: Path) -> None:
     run(folder)
-    fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER)
+    fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER, python=sys.executable)
     assert computed(folder).count(0) == 2
     changed = [[{"n": 5}], *SHARDS[1:]]
-    assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER))[0] == 25
+    assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER, python=sys.executable))[0] == 25
     assert computed(folder).count(10) == 2
 
 
@@ -276,7 +276,7 @@ def test_resources_do_not_enter_the_key(folder: Path) -> None:
 
 def test_progress_reaches_the_end_and_never_falls(folder: Path) -> None:
     seen: list[Progress] = []
-    fan_out(stage(folder, 0.3), SHARDS[:2], Resources(cpus_per_process=1), CLUSTER, seen.append)
+    fan_out(stage(folder, 0.3), SHARDS[:2], Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable)
     done = [progress.rows_done for progress in seen]
     assert done == sorted(done)
     assert done[-1] == 6

@@ -1,6 +1,7 @@
 """However work is cut into shards, dealt to workers, ordered, interrupted or retried: tables have the same bytes."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,16 @@ ROWS: list[Row] = [
 ]
 
 
-def joined(folder: Path, model: Path, estimator: str, rows: list[Row], size: int, jobs: int) -> bytes:
+def joined(
+    folder: Path,
+    model: Path,
+    estimator: str,
+    rows: list[Row],
+    size: int,
+    jobs: int,
+    threads: int = 1,
+    python: str | None = None,
+) -> bytes:
     """The bytes of the joined table, its rows in the order of ROWS."""
     folder.mkdir()
     reference = folder / "reference.jsonl"
@@ -48,8 +58,8 @@ def joined(folder: Path, model: Path, estimator: str, rows: list[Row], size: int
         {},
         folder / "stage",
     )
-    resources = Resources(parallel_jobs=jobs, cpus_per_process=1)
-    parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster())
+    resources = Resources(parallel_jobs=jobs, cpus_per_process=threads)
+    parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster(), python=python)
     table = join_influence(parts).read_all()
     write_table(table.sort_by("example_id").combine_chunks(), folder / "influence.parquet", INFLUENCE)
     return (folder / "influence.parquet").read_bytes()
@@ -76,3 +86,8 @@ def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_pa
             compute(rows, tmp_path / "stormy.parquet", interrupt_at(moment))
     compute(rows, tmp_path / "stormy.parquet", lambda done: None)
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
+
+
+def test_influence_of_forked_job_is_that_of_new_interpreter(tiny_llama: Path, tmp_path: Path) -> None:
+    forked = joined(tmp_path / "forked", tiny_llama, "first_order", ROWS, 20, 1, threads=2)
+    assert forked == joined(tmp_path / "new", tiny_llama, "first_order", ROWS, 20, 1, threads=2, python=sys.executable)

@@ -96,7 +96,7 @@ def stage(folder: Path, version: int = 1) -> Stage:
 
 
 def run(folder: Path, version: int = 1) -> list[Path]:
-    return fan_out(stage(folder, version), SHARDS, Resources(cpus_per_process=1), local.CLUSTER)
+    return fan_out(stage(folder, version), SHARDS, Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
 
 
 def squares(parts: list[Path]) -> list[int]:
@@ -127,7 +127,7 @@ def test_resumed_rows_have_no_part_in_pace(folder: Path) -> None:
             left.append(progress.seconds_left / (20 - progress.rows_done))
 
     with pytest.raises(ShardsFailed):
-        fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER)
+        fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
     (folder / "fail-12").unlink()
     fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, look)
     assert left

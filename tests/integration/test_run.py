@@ -27,7 +27,7 @@ from montessori_core.errors import UserError
 from montessori_core.screening import screening_report
 from support import ROOT
 from support.judges import QUESTIONS, Judge, judged
-from support.runs import call, configuration, digests, forking, kill_everything, left_over, montessori
+from support.runs import call, configuration, digests, finish_lean, kill_everything, left_over, montessori
 from tasks.run import Run, reopen_run
 
 
@@ -39,7 +39,7 @@ def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     content = yaml.safe_load(config.read_text())
     content["comparison"]["teacher_checkpoints"] = 1  # which changes no table
     config.write_text(yaml.safe_dump(content))
-    (folder / "output.txt").write_text(forking("run", str(config), cwd=folder, PREFECT_HOME=home))
+    (folder / "output.txt").write_text(finish_lean("run", str(config), cwd=folder, PREFECT_HOME=home))
     return folder
 
 
@@ -400,7 +400,7 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
 
 
 def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
-    forking("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
+    finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
     run = undisturbed / "runs" / "tiny"
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)

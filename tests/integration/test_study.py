@@ -43,7 +43,7 @@ from montessori_core.utility import open_in_context, open_training_loss
 from support import ROOT
 from support.judges import JudgeServer
 from support.row_programs import as_compute
-from support.runs import call, configuration, forking
+from support.runs import call, configuration, finish_lean
 from support.studies import conversations, environment_of, write_study
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another suite may run beside it
@@ -238,7 +238,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("study")
     write_study(folder, talking_llama, judge)
     environment = environment_of(folder)
-    (folder / "output.txt").write_text(forking("compare", "study.yaml", cwd=folder, seconds=1600, **environment))
+    (folder / "output.txt").write_text(finish_lean("compare", "study.yaml", cwd=folder, seconds=1600, **environment))
     yield folder
     judge.close()
 

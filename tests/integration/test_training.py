@@ -149,7 +149,7 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
             whole = [path.parent.name for path in stage.glob("checkpoints/*/checkpoint-*/whole")]
             if any(int(name.split("-")[1]) > beyond for name in whole):
                 for process in psutil.process_iter(["cmdline"]):
-                    if "submitit" in (line := " ".join(process.info["cmdline"] or [])) and str(stage) in line:
+                    if "cluster.supervisor" in (line := " ".join(process.info["cmdline"] or [])) and str(stage) in line:
                         process.kill()
                 return
             time.sleep(0.01)

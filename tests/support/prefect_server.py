@@ -197,7 +197,8 @@ class Server:
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = " ".join(process.info["cmdline"] or [])
-            if "submitit" in command and str(self.runs) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+            lives = process.info["status"] != psutil.STATUS_ZOMBIE
+            if lives and "cluster.supervisor" in command and str(self.runs) in command:
                 found.append(process)
         return found
 

@@ -57,9 +57,9 @@ def lean(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str
     return _start([str(ROOT / "tests" / "support" / "lean_driver.py"), *arguments], cwd, environment)
 
 
-def forking(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
-    """What it prints in such a driver, whose jobs begin without opening the worker's libraries."""
-    driver = _start([str(ROOT / "tests" / "support" / "forking_driver.py"), *arguments], cwd, environment)
+def finish_lean(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
+    """Return what such a driver prints until its end."""
+    driver = lean(*arguments, cwd=cwd, **environment)
     output, _ = driver.communicate(timeout=seconds)
     assert driver.returncode == 0, output
     return output
@@ -107,7 +107,7 @@ def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
     driver.send_signal(how)
     for process in family:
         try:
-            if "submitit" in " ".join(process.cmdline()):
+            if any(module in " ".join(process.cmdline()) for module in ("submitit", "cluster.")):
                 process.kill()
         except psutil.NoSuchProcess:
             continue

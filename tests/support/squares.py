@@ -72,7 +72,8 @@ def run(
     folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
 ) -> list[Path]:
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
-    return fan_out(stage(folder, seconds), shards, resources, CLUSTER)
+    # A warm process would have to import everything again for each test's PYTHONPATH.
+    return fan_out(stage(folder, seconds), shards, resources, CLUSTER, python=sys.executable)
 
 
 def results(parts: list[Path]) -> list[int]:

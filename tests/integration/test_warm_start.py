@@ -1,0 +1,383 @@
+"""Local jobs forked from a warm process: they start, are found and end like jobs of an interpreter of their own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.backends import LocalBackend
+from cluster.fanout import Ledger, fan_out
+from cluster.notes import Failure, read_note
+from cluster.stage import Stage
+from cluster.warm_start import Job, warm_process
+from montessori_core.config import Cluster, Resources
+from montessori_core.program import Row
+from support import ROOT
+
+CLUSTER = Cluster(poll_seconds=0.05)
+PROGRAM = """
+import ctypes, json, os, random, signal, subprocess, sys, time
+import psutil
+from pathlib import Path
+
+def open_expressions(settings, inputs):
+    folder = Path(settings["folder"])
+    def first_time(name):
+        try:
+            (folder / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+    def compute(rows, output, report):
+        values = []
+        for row in rows:
+            print(row["n"], file=(folder / "computed.txt").open("a"))
+            values.append(eval(row["value"], globals() | locals() | {"first_time": first_time, "folder": folder}))
+        output.write_text(json.dumps(values))
+    return compute
+"""
+
+NUMPY, TORCH = "__import__('numpy')", "__import__('torch')"
+HANGS = "(folder / 'child.txt').write_text(str(subprocess.Popen(['sleep', '600']).pid)) and time.sleep(600)"
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on the jobs' path, the same for all tests, so that one warm process serves them."""
+    folder = tmp_path_factory.mktemp("programs")
+    (folder / "expressions_program.py").write_text(PROGRAM)
+    (folder / "absent").mkdir()
+    for library in ("torch", "transformers", "datasets"):
+        (folder / "absent" / f"{library}.py").write_text("raise ImportError('not needed here')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+        yield folder
+
+
+@pytest.fixture
+def stage(programs: Path, tmp_path: Path) -> Stage:
+    program = "expressions_program:open_expressions"
+    return Stage("expressions", 1, program, {"folder": str(tmp_path)}, {}, {}, tmp_path / "stage", ".json")
+
+
+@pytest.fixture
+def quick(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm processes that import in no time: for what they have imported does not matter here."""
+    monkeypatch.setenv("PYTHONPATH", f"{programs / 'absent'}{os.pathsep}{os.environ['PYTHONPATH']}")
+
+
+def shards_of(*values: str) -> list[list[Row]]:
+    """Shards of one row, a Python expression that a job evaluates."""
+    return [[{"n": number, "value": value}] for number, value in enumerate(values)]
+
+
+def run(stage: Stage, *values: str, **options: Any) -> list[Any]:
+    resources = Resources(**{"parallel_jobs": 2, "cpus_per_process": 1} | options)
+    parts = fan_out(stage, shards_of(*values), resources, CLUSTER)
+    return [value for part in parts for value in json.loads(part.read_text())]
+
+
+def computed(stage: Stage) -> list[int]:
+    file = stage.folder.parent / "computed.txt"
+    return sorted(map(int, file.read_text().split())) if file.exists() else []
+
+
+def job_of(stage: Stage, *values: str, seconds: float = 600.0) -> Job:
+    """A job for shards that no fan-out watches over."""
+    shards = shards_of(*values)
+    stage.write(shards, [stage.key(rows) for rows in shards])
+    folder = stage.folder / "jobs" / "by-hand"
+    folder.mkdir(parents=True)
+    return Job(str(folder), str(stage.folder), list(range(len(shards))), 1, 1, seconds, dict(os.environ))
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def logs(stage: Stage) -> str:
+    return "".join(path.read_text() for path in sorted((stage.folder / "jobs").rglob("*_log.err")))
+
+
+def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
+    pid = warm_process().pid
+    parents = run(stage, *["[os.getpid(), psutil.Process(os.getppid()).ppid()]"] * 2)
+    assert [parent for _, parent in parents] == [pid, pid]
+    assert len({own for own, _ in parents}) == 2
+    assert run(stage, "'trl.trainer.dpo_trainer' in sys.modules") == [True]
+
+
+def test_job_starts_like_new_interpreter(stage: Stage) -> None:
+    state = (
+        "[os.getcwd(), sys.stdin.read(), str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGCHLD)), "
+        "os.environ['OMP_NUM_THREADS'], " + TORCH + ".get_num_threads(), "
+        "subprocess.run(['sh', '-c', 'exit 3']).returncode, len(os.listdir('/proc/self/fd')) < 20]"
+    )
+    forked = run(stage, state, cpus_per_process=1)
+    parts = fan_out(stage, shards_of(f"{state} "), Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
+    [fresh] = json.loads(parts[0].read_text())
+    assert forked[0] == fresh
+
+
+def test_jobs_draw_different_random_numbers(stage: Stage) -> None:
+    first, second = run(stage, *[f"[random.random(), {NUMPY}.random.random(), float({TORCH}.rand(()))]"] * 2)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
+    together = Stage("together", 1, "cluster.probes:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
+    [part] = fan_out(together, [[{"n": 0}]], Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
+    assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
+    assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MONTESSORI_KEPT", "before")
+    monkeypatch.setenv("MONTESSORI_REMOVED", "before")
+    pid = warm_process().pid
+    monkeypatch.setenv("MONTESSORI_KEPT", "after")
+    monkeypatch.delenv("MONTESSORI_REMOVED")
+    [seen] = run(stage, "dict(os.environ)")
+    assert seen["MONTESSORI_KEPT"] == "after"
+    assert "MONTESSORI_REMOVED" not in seen
+    assert seen["CUDA_VISIBLE_DEVICES"] == ""
+    assert warm_process().pid == pid
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("crash", "number"), [("os.abort()", signal.SIGABRT), ("ctypes.string_at(0)", signal.SIGSEGV)])
+def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
+    pid = warm_process().pid
+    assert run(stage, f"first_time('crash') and {crash}", "time.sleep(2) or 7") == [False, 7]
+    assert computed(stage) == [0, 0, 1]
+    assert f"ended by signal {number} " in logs(stage)
+    assert warm_process().pid == pid
+
+
+@pytest.mark.usefixtures("quick")
+def test_error_of_job_is_in_its_log(stage: Stage) -> None:
+    with pytest.raises(Exception, match="ZeroDivisionError") as failure:
+        run(stage, "1 / 0")
+    [failed] = failure.value.failures  # type: ignore[attr-defined]
+    log = Path(failed.log).read_text()
+    assert "Traceback" in log
+    assert "ZeroDivisionError: division by zero" in log
+
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_warm_start as tests
+from pathlib import Path
+folder = Path({folder!r})
+stage = tests.Stage("expressions", 1, "expressions_program:open_expressions", {{"folder": str(folder)}}, {{}}, {{}},
+                    folder / "stage", ".json")
+{before}
+print(tests.run(stage, *{values!r}))
+"""
+
+
+def start_driver(stage: Stage, *values: str, before: str = "") -> subprocess.Popen[str]:
+    tests, folder = str(Path(__file__).parent), str(stage.folder.parent)
+    code = DRIVER.format(tests=tests, folder=folder, values=values, before=before)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def warm_processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(driver.pid).children() if "cluster.warm_start" in child.cmdline()]
+
+
+@pytest.mark.usefixtures("quick")
+def test_jobs_outlive_killed_driver(stage: Stage) -> None:
+    values = ["time.sleep(4) or 5", "time.sleep(4) or 6"]
+    driver = start_driver(stage, *values)
+    wait_until(lambda: computed(stage) == [0, 1])
+    [warm] = warm_processes_of(driver)
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not lives(warm.pid), 10)
+    assert run(stage, *values) == [5, 6]
+    assert computed(stage) == [0, 1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
+    driver = start_driver(stage, "time.sleep(4) or 5", "time.sleep(4) or 6", "7")
+    wait_until(lambda: computed(stage) == [0, 1])
+    warm_processes_of(driver)[0].kill()
+    output, errors = driver.communicate(timeout=60)
+    assert output.strip() == "[5, 6, 7]", errors
+    assert computed(stage) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("quick")
+def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
+    assert run(stage, "0") == [0]
+    before = warm_process()
+    os.kill(before.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match=r"ended|Broken pipe|reset"):
+        before.start(job_of(stage, "1"))
+    assert run(stage, "1", "2") == [1, 2]
+    assert warm_process().pid != before.pid
+
+
+@pytest.mark.usefixtures("quick")
+def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
+    file = stage.folder.parent / "child.txt"
+    job_id = warm_process().start(job_of(stage, HANGS))
+    wait_until(lambda: file.exists() and file.read_text())
+    backend = LocalBackend(Resources(), None)
+    assert backend.alive("", [job_id]) == {job_id}
+    ranks = psutil.Process(int(job_id.split(":")[0])).children()
+    backend.cancel([job_id])
+    assert backend.alive("", [job_id]) == set()
+    assert not any(lives(pid) for pid in (ranks[0].pid, int(file.read_text())))
+
+
+@pytest.mark.usefixtures("quick")
+def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
+    job_id = warm_process().start(job_of(stage, "time.sleep(600)"))
+    wait_until(lambda: computed(stage))
+    supervisor = psutil.Process(int(job_id.split(":")[0]))
+    [rank] = supervisor.children()
+    supervisor.kill()
+    wait_until(lambda: not lives(rank.pid), 10)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("deaf", [False, True])
+def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
+    """A rank hears SIGUSR2 halfway, as submitit has it; one that hears nothing is killed at the limit."""
+    mask = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGINT]) or " if deaf else ""
+    job = job_of(stage, f"{mask}{HANGS}", seconds=4.0)
+    code = (
+        f"from cluster.warm_start import *; print(WarmProcess().start(Job(**{vars(job)!r})), flush=True); os._exit(0)"
+    )
+    job_id = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    wait_until(lambda: computed(stage))
+    assert LocalBackend(Resources(), None).alive("", [job_id])
+    wait_until(lambda: not LocalBackend(Resources(), None).alive("", [job_id]), 20)
+    failure = read_note(stage.failure_file(0), Failure)
+    if deaf:
+        assert failure is None
+        assert "the time limit of 0.0666667 minutes is over" in logs(stage)
+        assert not lives(int((stage.folder.parent / "child.txt").read_text()))
+    else:
+        assert failure is not None
+        assert failure.kind == "time_limit"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("answered", [False, True])
+def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) -> None:
+    """The driver's part by hand: whoever could not be found by the next driver never computes."""
+    job = job_of(stage, "7")
+    ours, theirs = socket.socketpair()
+    socket.send_fds(warm_process()._control, [b"+"], [theirs.fileno()])
+    theirs.close()
+    ours.sendall(json.dumps(vars(job)).encode() + b"\n")
+    job_id = ours.makefile().readline().strip()
+    backend = LocalBackend(Resources(), None)
+    assert backend.find("by-hand", Path(job.folder)) == [job_id]
+    ranks = psutil.Process(int(job_id.split(":")[0])).children()
+    time.sleep(0.5)
+    assert computed(stage) == []
+    if answered:
+        ours.sendall(b"+")
+    ours.close()
+    wait_until(lambda: not backend.alive("", [job_id]), 10)
+    wait_until(lambda: not lives(ranks[0].pid), 10)
+    assert computed(stage) == ([0] if answered else [])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("moment", ["asked", "noted"])
+def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, moment: str) -> None:
+    """Before it has told a job what to do, or when all are at work and the ledger has no id of them."""
+    values = ["time.sleep(2) or 5", "time.sleep(2) or 6"]
+    die = "os.kill(os.getpid(), signal.SIGKILL)"
+    before = {
+        "asked": f"send = tests.socket.send_fds\ntests.socket.send_fds = lambda *message: (send(*message), {die})",
+        "noted": "save = tests.Ledger.save\n"
+        f"tests.Ledger.save = lambda ledger: {die} if ledger.submissions[-1].ids else save(ledger)",
+    }[moment]
+    driver = start_driver(stage, *values, before=before)
+    driver.wait(60)
+    assert driver.returncode == -signal.SIGKILL
+    [submission] = Ledger(stage.folder / "jobs").submissions
+    assert submission.ids is None
+    folder = stage.folder / "jobs" / submission.name
+    found = LocalBackend(Resources(), None).find(submission.name, folder)
+    assert len(found) == (2 if moment == "noted" else 0)
+    assert run(stage, *values) == [5, 6]
+    assert LocalBackend(Resources(), None).alive("", found) == set()
+    assert set(computed(stage)) == {0, 1}
+
+
+@pytest.mark.usefixtures("quick")
+def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.backends._gpus_of_this_machine", lambda: [2, 5])
+    stage.write(shards := shards_of("time.sleep(600)"), [stage.key(shards[0])])
+    backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
+    folder = stage.folder / "jobs" / "gpus"
+    folder.parent.mkdir()
+    ids = backend.submit("gpus", folder, [[0]], stage.folder, 1, frozenset())
+    next_backend.alive("gpus", ids)  # of a driver that takes over
+    assert backend._free_gpus() == next_backend._free_gpus() == [5]
+    backend.cancel(ids)
+    assert backend._free_gpus() == [2, 5]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("library", "forked"),
+    [
+        ("raise ImportError('broken')", True),
+        ("import os; os._exit(3)", False),
+        (
+            "import mmap; file = open(__file__.replace('datasets.py', 'libcuda.so.1'))\n"
+            "opened = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)",
+            False,
+        ),
+    ],
+    ids=["import error", "crash", "CUDA opened"],
+)
+def test_broken_library_breaks_no_job(
+    stage: Stage, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, forked: bool
+) -> None:
+    (tmp_path / "datasets.py").write_text(library)
+    (tmp_path / "libcuda.so.1").write_text("a library")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    pid = warm_process().pid
+    forks = "'cluster.supervisor' in Path(f'/proc/{os.getppid()}/cmdline').read_text()"
+    assert run(stage, forks, forks) == [forked, forked]
+    assert warm_process().pid == pid  # another one would end like it
+
+
+def test_warm_process_follows_variables_read_by_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = warm_process().pid
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    assert warm_process().pid != before
+
+
+def test_warm_process_ends_with_its_driver() -> None:
+    code = "from cluster.warm_start import *; print(warm_process().pid, flush=True)"
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert not lives(pid)
