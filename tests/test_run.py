@@ -132,6 +132,8 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
     }
     for name, expected in tables.items():
         assert schema.read_table(run / "iteration-1" / f"{name}.parquet", expected).num_rows > 0
+    moments = {path.relative_to(run).parts[:2] for path in run.rglob("adamw.safetensors")}
+    assert moments == {("iteration-1", "warmup")}
     for name in ("warmup", "teacher", "student"):
         assert (run / "iteration-1" / name / "part-00000" / "model.safetensors").exists()
     metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
@@ -502,8 +504,12 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
 
 
 def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
-    forking("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
     run = undisturbed / "runs" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
+    output = forking("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
+    assert "iteration 1: student training: training again, since a later iteration needs the AdamW moments" in output
+    changed = [path for path, then in before.items() if path.stat().st_mtime_ns != then]
+    assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # to the same weights
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
