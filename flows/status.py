@@ -5,6 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.accounting import use_of
+from cluster.costs import cost_of
 from cluster.oversight import look_at, stages_of
 from montessori_core.atomic import read_json
 from montessori_core.report.numbers import duration
@@ -102,7 +104,27 @@ def print_summary(run: Run, console: Console) -> None:
         for name, texts in scores.items():
             table.add_row(name, ", ".join(texts))
         console.print(table)
+    _print_times(run, console)
     console.print(f"report: {run.folder / 'report.html'}", soft_wrap=True)
+
+
+def _print_times(run: Run, console: Console) -> None:
+    """Print how long each stage took."""
+    costs = {folder: cost for folder in stages_of(run.folder) if (cost := cost_of(folder))}
+    if not costs:
+        return
+    table = Table("stage", "rows", "seconds", "job seconds", title="time of each stage", title_justify="left")
+    uses = {folder: use_of(folder) for folder in costs}
+    for folder, cost in costs.items():
+        name, seconds = str(folder.relative_to(run.folder)), cost.ended - cost.begun
+        table.add_row(name, f"{cost.rows:,}", f"{seconds:,.0f}", f"{uses[folder].seconds:,.0f}")
+    table.add_section()
+    seconds = max(cost.ended for cost in costs.values()) - min(cost.begun for cost in costs.values())
+    table.add_row("all stages", "", f"{seconds:,.0f}", f"{sum(use.seconds for use in uses.values()):,.0f}")
+    console.print(table)
+    console.print(
+        "seconds: by the clock, from a stage's first job to its last result; pauses of the run are among them"
+    )
 
 
 def print_comparison(folder: Path, console: Console) -> None:

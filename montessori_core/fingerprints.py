@@ -58,18 +58,42 @@ def hash_tensors(file: Path) -> list[tuple[str, str, list[int], str]]:
     Raises:
         DataError: the file is damaged.
     """
+    header, start = _read_header(file)
     try:
+        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
+            hashes = {name: _hash_stream(stream, start + begin, end - begin) for begin, end, name in places}
+        return [(name, entry["dtype"], entry["shape"], hashes[name]) for name, entry in header.items()]
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(file, error) from error
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shape of each tensor of the model that a folder holds; only the headers of its files are read.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    headers = [_read_header(file)[0] for file in _weight_files(folder)]
+    return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The description of each tensor in a safetensors file, and where their bytes start."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        try:
             if not 2 <= size <= file.stat().st_size:
                 raise ValueError(f"a header of {size} bytes")
             header = json.loads(stream.read(size))
             header.pop("__metadata__", None)
-            places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-            hashes = {name: _hash_stream(stream, 8 + size + begin, end - begin) for begin, end, name in places}
-        return [(name, entry["dtype"], entry["shape"], hashes[name]) for name, entry in header.items()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: no safetensors file, or a damaged one ({error}); fetch or write it again") from error
+        except (ValueError, AttributeError) as error:
+            raise _damaged(file, error) from error
+    return header, 8 + size
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: no safetensors file, or a damaged one ({error}); fetch or write it again")
 
 
 def _hash_stream(stream: BinaryIO, begin: int, count: int) -> str:
