@@ -24,8 +24,9 @@ from tasks.run import Run, record_speed
 
 _JOB_SECONDS = 8.0
 """Until a job's program can compute, and between two jobs."""
-_EFFICIENCY = {"read": 0.5, "write": 0.12, "learn": 0.5}
-"""Share of the GFLOP/s of a matrix product: reading texts, writing them token by token, and reading them with gradients."""
+_EFFICIENCY = {"prompt": 0.8, "write": 0.6, "read": 0.5, "learn": 0.5}
+"""Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes, token by token, in bfloat16; all else,
+reading and learning, is in fp32. From the quickstart on 217 GFLOP/s, see docs/benchmarks.md."""
 _CHARACTERS_PER_TOKEN = 4.0
 _FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt beside its demonstrations
 _TAGS = 10  # tokens around a demonstration, or around a turn of a chat
@@ -66,7 +67,9 @@ def announce(run: Run, console: Console) -> None:
     stages = list(planned_stages(experiment, sizes))
     gflops = _speed_for(experiment)
     title = f"{experiment.name}: teacher {experiment.teacher.model}, student {experiment.student.model}"
-    table = Table("stage", "work", *(["about"] if gflops else []), title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "work", *(["about"] if gflops else [])):
+        table.add_column(column, no_wrap=True)
     for stage in stages:
         table.add_row(stage.name, stage.work, *([duration(stage.seconds(gflops))] if gflops else []))
     console.print(table)
@@ -149,10 +152,10 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
     def synthesis(label: str, count: int) -> PlannedStage:
         candidates = math.ceil(count * experiment.synthesis.oversampling)
         prompts = math.ceil(candidates / experiment.synthesis.samples_per_prompt)
-        read = prompts * sizes.prompt + count * (sizes.instruction + _TAGS)
+        prompt = prompts * sizes.prompt + count * (sizes.instruction + _TAGS)
         write = candidates * sizes.instruction + count * sizes.response
         work = f"{candidates:,} candidates, {count:,} examples"
-        return PlannedStage(label, work, 2, _flops(sizes.teacher, read=read, write=write))
+        return PlannedStage(label, work, 2, _flops(sizes.teacher, prompt=prompt, write=write))
 
     def training(label: str, recipe: Warmup | Training) -> PlannedStage:
         tokens = recipe.examples * recipe.epochs * sizes.example
@@ -206,10 +209,6 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
             yield from student_of(f"{name}, teacher {kept} on the way", measured=False)
 
 
-def _flops(weights: int, read: float = 0, write: float = 0, learn: float = 0) -> dict[str, float]:
-    """Operations of so many tokens read, written, and read with gradients."""
-    return {
-        "read": FORWARD * weights * read,
-        "write": FORWARD * weights * write,
-        "learn": (FORWARD + BACKWARD) * weights * learn,
-    }
+def _flops(weights: int, **tokens: float) -> dict[str, float]:
+    """Operations of so many tokens through so many weights, by kind of work."""
+    return {kind: (FORWARD + BACKWARD * (kind == "learn")) * weights * count for kind, count in tokens.items()}

@@ -113,7 +113,9 @@ def _print_times(run: Run, console: Console) -> None:
     costs = {folder: cost for folder in stages_of(run.folder) if (cost := cost_of(folder))}
     if not costs:
         return
-    table = Table("stage", "rows", "seconds", "job seconds", title="time of each stage", title_justify="left")
+    table = Table(title="time of each stage", title_justify="left")
+    for column in ("stage", "rows", "seconds", "job seconds"):
+        table.add_column(column, no_wrap=True)
     uses = {folder: use_of(folder) for folder in costs}
     for folder, cost in costs.items():
         name, seconds = str(folder.relative_to(run.folder)), cost.ended - cost.begun

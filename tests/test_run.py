@@ -305,6 +305,31 @@ def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
         assert text in output
 
 
+def test_run_announces_its_stages_before_any_job(undisturbed: Path) -> None:
+    output = (undisturbed / "output.txt").read_text()
+    announced, separator, rest = output.partition("GFLOP/s")
+    assert separator
+    assert "iteration 1: probing set: instructions" not in announced  # a progress bar
+    for stage in (
+        "iteration 1: warm-up and probing set",
+        "iteration 1: teacher update",
+        "unmodified teacher: held-out loss",
+    ):
+        assert stage in announced
+        assert stage in rest
+    provenance = json.loads((undisturbed / "runs" / "tiny" / "provenance.json").read_text())
+    assert provenance["driver"]["gflops"] > 0
+
+
+def test_run_ends_with_time_of_each_stage(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    table = (undisturbed / "output.txt").read_text().split("time of each stage")[1]
+    rows = {line.split()[1]: line.split() for line in table.splitlines() if line.startswith("│")}
+    stages = [str(folder.relative_to(run)) for folder in stages_of(run)]
+    assert [name for name in rows if name != "all"] == stages
+    assert all(float(rows[stage][5].replace(",", "")) > 0 for stage in stages if stage.endswith("student"))
+
+
 def test_comparison_shows_both_teachers_the_same_prompts(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     prompts = [
