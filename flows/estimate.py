@@ -25,8 +25,8 @@ from tasks.run import Run, record_speed
 _JOB_SECONDS = 8.0
 """Until a job's program can compute, and between two jobs."""
 _EFFICIENCY = {"prompt": 0.8, "write": 0.6, "read": 0.5, "learn": 0.5}
-"""Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes, token by token, in bfloat16; all else,
-reading and learning, is in fp32. From the quickstart on 217 GFLOP/s, see docs/benchmarks.md."""
+"""Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes, token by token, in bfloat16; all
+else, reading and learning, is in fp32. From the quickstart on 217 GFLOP/s, see docs/benchmarks.md."""
 _CHARACTERS_PER_TOKEN = 4.0
 _FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt beside its demonstrations
 _TAGS = 10  # tokens around a demonstration, or around a turn of a chat
