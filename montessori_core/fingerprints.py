@@ -125,7 +125,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise DataError(f"{index}: no index of weights; fetch or write it again") from error
 
 
-def _settings(file: Path) -> Any:
+def _settings(file: Path) -> dict[str, Any]:
     """The content of a JSON file as equal models have it alike."""
     content = _read_json(file)
     if file.name == "tokenizer.json":
@@ -133,8 +133,10 @@ def _settings(file: Path) -> Any:
         if "merges" in model:  # older libraries write a pair as one string
             model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     elif file.name == ADAPTER:
-        content = {name: sorted(value) if isinstance(value, list) else value for name, value in content.items()}
-    return _without_traces(content) if file.name.endswith("config.json") else content
+        # Sets, such as the layers that are adapted, are written in any order.
+        content = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in content.items()}
+    settings: dict[str, Any] = _without_traces(content) if file.name.endswith("config.json") else content
+    return settings
 
 
 def _without_traces(content: Any) -> Any:
@@ -146,8 +148,11 @@ def _without_traces(content: Any) -> Any:
     return {_RENAMED.get(name, name): _without_traces(value) for name, value in kept.items()}
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} where an object belongs")
     except ValueError as error:
-        raise DataError(f"{file}: no JSON ({error}); fetch or write it again") from error
+        raise DataError(f"{file}: no JSON of a model, or damaged ({error}); fetch or write it again") from error
+    return content

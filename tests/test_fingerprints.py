@@ -144,6 +144,13 @@ def test_hash_model_refuses_truncated_weights(model: Path, size: int) -> None:
         hash_model(model)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_hash_model_refuses_damaged_settings(model: Path, content: str) -> None:
+    (model / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer_config.json: .*damaged"):
+        hash_model(model)
+
+
 def test_tokenizer_saves_nothing_of_environment(tiny_llama: Path, tmp_path: Path) -> None:
     load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path)
     assert not {"local_files_only", "is_local"} & set(json.loads((tmp_path / "tokenizer_config.json").read_text()))
