@@ -25,6 +25,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 import psutil
 import typer
 
+from cluster.oversight import stages_of
 from cluster.simulation import Disturbances, Machines
 from flows.terminal import open_terminal
 from montessori_core.config import (
@@ -113,6 +114,10 @@ def run(
 
     opened, warnings = open_run(experiment, run_root / experiment.name)
     _warn(warnings)
+    if not stages_of(opened.folder):
+        from flows.estimate import announce
+
+        announce(opened, console)
     _drive(opened)
 
 

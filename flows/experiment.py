@@ -66,7 +66,7 @@ def montessori(
     run, warnings = open_run(experiment, folder)
     for warning in warnings:
         get_run_logger().warning(warning)
-    _iterate(run, approve)
+    _iterate(run, approve, scheduled=bool(add_iterations))
 
 
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)
@@ -75,12 +75,13 @@ def experiment(run: Run) -> None:
     _iterate(run, approve=False)
 
 
-def _iterate(run: Run, approve: bool) -> None:
+def _iterate(run: Run, approve: bool, scheduled: bool = False) -> None:
     with only_driver(run.folder):
         list_items(run)
         done: Iteration | None = None
         for number in range(1, run.experiment.iterations + 1):
-            done = iteration(run, number, done, approve)
+            continued = scheduled or number < run.experiment.iterations  # a schedule's next flow run adds one
+            done = iteration(run, number, done, approve, continued)
             write_report(run)
 
 

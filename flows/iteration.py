@@ -83,8 +83,16 @@ def _measure_training_influence(run: Run, folder: Path, label: str, student: Mod
 
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
-def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) -> Iteration:
-    """Tailor the teacher to the student once, and train the student on what the teacher then writes."""
+def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, continued: bool) -> Iteration:
+    """Tailor the teacher to the student once, and train the student on what the teacher then writes.
+
+    Args:
+        run: the run.
+        number: of the iteration, counted from 1.
+        previous: what the iteration before left.
+        approve: wait for a person before the teacher update.
+        continued: a later iteration goes on from the student.
+    """
     experiment, folder = run.experiment, run.iteration(number)
     name = f"iteration {number}"
     tailored = tailor(
@@ -102,7 +110,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool) 
         tailored.training.examples,
         experiment.training,
         experiment.training.examples,
-        save_moments=True,
+        save_moments=continued,
     )
 
     training_influence = _measure_training_influence(

@@ -5,6 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.accounting import use_of
+from cluster.costs import cost_of
 from cluster.oversight import StageState, look_at, stages_of
 from montessori_core.atomic import read_json
 from montessori_core.report.numbers import duration
@@ -109,7 +111,29 @@ def print_summary(run: Run, console: Console) -> None:
         for name, texts in scores.items():
             table.add_row(name, ", ".join(texts))
         console.print(table)
+    _print_times(run, console)
     console.print(f"report: {run.folder / 'report.html'}", soft_wrap=True)
+
+
+def _print_times(run: Run, console: Console) -> None:
+    """Print how long each stage took."""
+    costs = {folder: cost for folder in stages_of(run.folder) if (cost := cost_of(folder))}
+    if not costs:
+        return
+    table = Table(title="time of each stage", title_justify="left")
+    for column in ("stage", "rows", "seconds", "job seconds"):
+        table.add_column(column, no_wrap=True)
+    uses = {folder: use_of(folder) for folder in costs}
+    for folder, cost in costs.items():
+        name, seconds = str(folder.relative_to(run.folder)), cost.ended - cost.begun
+        table.add_row(name, f"{cost.rows:,}", f"{seconds:,.0f}", f"{uses[folder].seconds:,.0f}")
+    table.add_section()
+    seconds = max(cost.ended for cost in costs.values()) - min(cost.begun for cost in costs.values())
+    table.add_row("all stages", "", f"{seconds:,.0f}", f"{sum(use.seconds for use in uses.values()):,.0f}")
+    console.print(table)
+    console.print(
+        "seconds: by the clock, from a stage's first job to its last result; pauses of the run are among them"
+    )
 
 
 def print_comparison(folder: Path, console: Console) -> None:

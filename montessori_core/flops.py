@@ -9,7 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-_FORWARD, _BACKWARD = 2, 4
+from montessori_core.fingerprints import weight_shapes
+
+FORWARD, BACKWARD = 2, 4
 _spent = _told = 0
 
 
@@ -23,7 +25,7 @@ def spent_since_last() -> int:
 def spend(weights: int, tokens: int, backward: bool = False) -> None:
     """Count so many tokens through so many weights, and back if they will be trained on."""
     global _spent
-    _spent += (_FORWARD + backward * _BACKWARD) * weights * tokens
+    _spent += (FORWARD + backward * BACKWARD) * weights * tokens
 
 
 def count(model: Any) -> Any:
@@ -53,12 +55,7 @@ def _size(parameter: Any) -> int:
 
 
 def weights_of(folder: Path) -> int:
-    """The same weights of a model that another library loads, read from its safetensors files."""
-    from safetensors import safe_open
-
-    sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as tensors:
-            sizes |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    """The same weights of a model that is not loaded here, from the headers of its safetensors files."""
+    sizes = {name: math.prod(shape) for name, shape in weight_shapes(folder).items()}
     tied = not any(name.endswith("lm_head.weight") for name in sizes)
     return sum(size for name, size in sizes.items() if tied or not name.endswith("embed_tokens.weight"))

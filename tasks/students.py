@@ -1,18 +1,31 @@
 """Warm-up and training of the student."""
 
+import logging
 from pathlib import Path
 from typing import cast
 
 from montessori_core.config import Training, Warmup
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, read_table
+from montessori_core.training.files import MOMENTS_FILE
 from tasks.run import Model, Run
+
+log = logging.getLogger(__name__)
 
 
 def train_student(
     run: Run, folder: Path, label: str, examples: Path, recipe: Warmup | Training, first: int, save_moments: bool
 ) -> Model:
-    """Train a student, from its first weights, on the first so many rows of an example table."""
+    """Train a student, from its first weights, on the first so many rows of an example table.
+
+    AdamW's moments take twice the room of the weights: they are saved only if `save_moments`, for an iteration that
+    continues from this student. If that is decided after the training, it is repeated.
+    """
+    result = folder / "part-00000"
+    if (result / MOMENTS_FILE).exists():
+        save_moments = True
+    elif save_moments and result.exists():
+        log.warning("%s: training again, since a later iteration needs the AdamW moments that were not kept", label)
     rows = training_rows(examples)[:first]
     (trained,) = run.execute(
         folder,

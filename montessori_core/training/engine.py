@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from montessori_core.atomic import hash_json, hash_path, write_json
 from montessori_core.config import Optimization, Zero
-from montessori_core.models import FINGERPRINT
+from montessori_core.models import write_fingerprint
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import evenly_spread, last_whole
 from montessori_core.training.files import COUNTS_FILE, KEPT, LOG_FILE
@@ -180,8 +179,7 @@ def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
-        hashed = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FINGERPRINT)
-        write_json({"sha256": hash_json([[file.name, hash_path(file)] for file in hashed])}, folder / FINGERPRINT)
+        write_fingerprint(folder)
 
 
 def _log_of(state: TrainerState) -> list[dict[str, float]]:

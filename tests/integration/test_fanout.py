@@ -6,6 +6,7 @@ import json
 import platform
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path

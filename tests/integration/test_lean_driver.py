@@ -33,7 +33,7 @@ def test_a_run_on_nodes_is_opened_without_torch(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors
     program = f"""
 from lean_driver import become_lean
 become_lean()

@@ -92,7 +92,8 @@ def test_an_adapter_is_another_model_when_what_it_adapts_changes(warm: Path, tin
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     before = fingerprint(adapter)
-    (base / "extra.txt").write_text("changed")
+    changed = json.loads((base / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (base / "config.json").write_text(json.dumps(changed))
     assert fingerprint(adapter) != before
 
 

@@ -49,7 +49,7 @@ def test_model_fetched_twice_at_once_is_written_once(smollm2: Path, tmp_path: Pa
         "from montessori_core.models import fetch_embedded\n"
         "print((fetch_embedded() / 'model.safetensors').stat().st_ino)"
     )
-    environment = os.environ | {"MONTESSORI_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"MONTESSORI_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
     both = [
         subprocess.Popen([sys.executable, "-c", fetch], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -79,11 +79,3 @@ def test_unusable_models_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="montessori model fetch"):
         local_path("smollm2-135m")
-
-
-def test_fingerprint_follows_content(tiny_llama: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "elsewhere"
-    shutil.copytree(tiny_llama, copy)
-    assert fingerprint(copy) == fingerprint(tiny_llama)
-    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
-    assert fingerprint(copy) != fingerprint(tiny_llama)

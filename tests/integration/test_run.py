@@ -57,6 +57,8 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
     }
     for name, expected in tables.items():
         assert schema.read_table(run / "iteration-1" / f"{name}.parquet", expected).num_rows > 0
+    moments = {path.relative_to(run).parts[:2] for path in run.rglob("adamw.safetensors")}
+    assert moments == {("iteration-1", "warmup")}
     for name in ("warmup", "teacher", "student"):
         assert (run / "iteration-1" / name / "part-00000" / "model.safetensors").exists()
     metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
@@ -226,6 +228,31 @@ def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
     for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
         assert text in output
+
+
+def test_run_announces_its_stages_before_any_job(undisturbed: Path) -> None:
+    output = (undisturbed / "output.txt").read_text()
+    announced, separator, rest = output.partition("GFLOP/s")
+    assert separator
+    assert "iteration 1: probing set: instructions" not in announced  # a progress bar
+    for stage in (
+        "iteration 1: warm-up and probing set",
+        "iteration 1: teacher update",
+        "unmodified teacher: held-out loss",
+    ):
+        assert stage in announced
+        assert stage in rest
+    provenance = json.loads((undisturbed / "runs" / "tiny" / "provenance.json").read_text())
+    assert provenance["driver"]["gflops"] > 0
+
+
+def test_run_ends_with_time_of_each_stage(undisturbed: Path) -> None:
+    run = undisturbed / "runs" / "tiny"
+    table = (undisturbed / "output.txt").read_text().split("time of each stage")[1]
+    rows = {line.split()[1]: line.split() for line in table.splitlines() if line.startswith("│")}
+    stages = [str(folder.relative_to(run)) for folder in stages_of(run)]
+    assert [name for name in rows if name != "all"] == stages
+    assert all(float(rows[stage][5].replace(",", "")) > 0 for stage in stages if stage.endswith("student"))
 
 
 def test_comparison_shows_both_teachers_the_same_prompts(undisturbed: Path) -> None:
@@ -400,8 +427,12 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
 
 
 def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
-    finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
     run = undisturbed / "runs" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
+    output = finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
+    assert "iteration 1: student training: training again, since a later iteration needs the AdamW moments" in output
+    changed = [path for path, then in before.items() if path.stat().st_mtime_ns != then]
+    assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # to the same weights
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()

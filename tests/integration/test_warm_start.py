@@ -183,7 +183,7 @@ def test_error_of_job_is_in_its_log(stage: Stage) -> None:
 
 DRIVER = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_warm_start as tests
 from pathlib import Path
 folder = Path({folder!r})
@@ -195,7 +195,7 @@ print(tests.run(stage, *{values!r}))
 
 
 def start_driver(stage: Stage, *values: str, before: str = "") -> subprocess.Popen[str]:
-    tests, folder = str(Path(__file__).parent), str(stage.folder.parent)
+    tests, folder = [str(ROOT / "tests"), str(Path(__file__).parent)], str(stage.folder.parent)
     code = DRIVER.format(tests=tests, folder=folder, values=values, before=before)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,0 +1,104 @@
+"""What is said of a run before its first job."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flows import estimate
+from flows.estimate import PlannedStage, Sizes, announce, planned_stages
+from montessori_core.config import Experiment
+from montessori_core.speed import measure_gflops
+from tasks.run import open_run
+
+SIZES = Sizes(
+    teacher=100,
+    student=10,
+    prompt=200,
+    instruction=40,
+    response=80,
+    example=130,
+    reference=20,
+    evaluation=32,
+    reference_tokens=2000,
+    evaluation_tokens=3000,
+)
+
+
+def experiment(model: Path | str, **sections: object) -> Experiment:
+    content = {"teacher": {"model": str(model)}, "student": {"model": str(model)}, "name": "trial", **sections}
+    return Experiment.model_validate(content)
+
+
+def planned(**sections: object) -> dict[str, PlannedStage]:
+    return {stage.name: stage for stage in planned_stages(experiment("smollm2-135m", **sections), SIZES)}
+
+
+def test_planned_stages_grow_with_sizes() -> None:
+    small, large = (
+        planned(training={"examples": count}, influence={"probing_examples": 10, "estimator": "first_order"})
+        for count in (100, 1000)
+    )
+    grown = {name for name in small if large[name].flops != small[name].flops}
+    parts = ("training set", "student training", "influence of the training set")
+    assert grown == {f"{who}: {part}" for who in ("iteration 1", "unmodified teacher") for part in parts}
+    written, trained = (f"iteration 1: {part}" for part in parts[:2])
+    assert large[written].flops["write"] == pytest.approx(10 * small[written].flops["write"])
+    assert small[trained].flops == {"learn": 6 * 10 * 100 * 130}
+
+
+def test_planned_stages_count_exact_measurements() -> None:
+    def flops(estimator: str, probing: int = 1000) -> dict[str, float]:
+        stages = planned(influence={"probing_examples": probing, "estimator": estimator})
+        return stages["iteration 1: influence of the probing set"].flops
+
+    assert flops("exact")["read"] == 2 * 10 * 2000 * (3 + 1000)
+    assert flops("first_order")["read"] == 2 * 10 * 2000 * 3
+    assert flops("first_order")["read"] < flops("screened")["read"] < flops("exact")["read"]
+
+
+def test_planned_stages_follow_iterations_and_comparison() -> None:
+    names = list(planned(iterations=2, comparison={"unmodified_teacher": False, "influence_examples": 0}))
+    assert names.count("iteration 2: probing set") == 1
+    assert not any("unmodified" in name or "influence of the training set" in name for name in names)
+    assert [name for name in names if "warm-up" in name] == [
+        "iteration 1: warm-up and probing set",
+        "iteration 1: student warm-up",
+    ]
+
+
+def test_planned_stage_takes_less_on_faster_machine() -> None:
+    stage = PlannedStage("s", "w", 2, {"learn": 1e12})
+    assert stage.seconds(50) - stage.seconds(100) == pytest.approx(1e12 / (0.5 * 100e9))
+
+
+def test_announce_measures_no_speed_for_gpus(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "measure_gflops", lambda threads: pytest.fail("measured"))
+    monkeypatch.setattr("cluster.backends._gpus_of_this_machine", lambda: ["0"])
+    on_gpu = {"resources": {"influence": {"gpus_per_node": 1}}}
+    run, _ = open_run(experiment(tiny_llama, cluster=on_gpu), tmp_path / "run")
+    announce(run, Console(width=140))
+    shown = capsys.readouterr().out
+    assert "iteration 1: teacher update" in shown
+    assert "plan CONFIG --simulate" in shown
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["driver"]["gflops"] is None
+
+
+def test_speed_survives_reopening(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "measure_gflops", lambda threads: 217.04)
+    run, _ = open_run(experiment(tiny_llama), tmp_path / "run")
+    announce(run, Console(quiet=True))
+    open_run(run.experiment, run.folder)
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["driver"]["gflops"] == 217.0
+
+
+def test_measure_gflops_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = measure_gflops(1)
+    assert speed is not None
+    assert 1 < speed < 10_000
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert measure_gflops(1) is None
