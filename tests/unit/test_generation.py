@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judge_server import JudgeServer, endpoint, served
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from montessori_core.config import DataSource, Sampling, Synthesis
@@ -25,6 +24,7 @@ from montessori_core.synthesis.generation import Generated, Request, continuatio
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from montessori_core.synthesis.transformers_engine import SeededSampler, TransformersEngine, draw_from_nucleus
+from support.judges import JudgeServer, endpoint, served
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]
 SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]
