@@ -49,7 +49,7 @@ def cost_of(folder: Path) -> StageCost | None:
     openings = [manifest.opening for manifest in manifests if manifest.opening]
     opening = statistics.mean(openings) if openings else 0.0
     paces = [manifest.row_seconds for manifest in manifests if manifest.row_seconds is not None]
-    if paces:
+    if paces and not stage.suffix:  # a training, which loads and saves models beside its rows
         fixed = (seconds_per_row - statistics.mean(paces)) * rows / shards
         seconds_per_row, opening = statistics.mean(paces), opening + max(0.0, fixed)
     return StageCost(

@@ -18,7 +18,6 @@ from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import ITEM_SCORES, ITEMS
 
 _LONGEST_ANSWER = 2000  # characters kept of what the model wrote
-_ITEMS_AT_A_TIME = 16
 
 
 def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
@@ -56,10 +55,10 @@ def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowPr
 def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
     """Load a model, to put items to it.
 
-    Settings: `batch_size` (requests in a forward pass), `chat_template` (whether prompts are put in the model's template).
-    Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`, `item` (its place in the task's
-    evaluation set), `shots` (demonstrations; none takes the task's own number). The result is a table of schema
-    `ITEM_SCORES`.
+    Settings: `batch_size` (items that are scored together, and requests in a forward pass), `chat_template` (whether prompts
+    are put in the model's template). Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`,
+    `item` (its place in the task's evaluation set), `shots` (demonstrations; none takes the task's own number). The result
+    is a table of schema `ITEM_SCORES`.
 
     Raises:
         UserError: the harness is not installed.
@@ -80,7 +79,7 @@ def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Row
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
         recorder.progress(done := 0)
-        for positions in _batches(rows):
+        for positions in _batches(rows, settings["batch_size"]):
             benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
             tasks = loaded.setdefault((benchmark, shots), {})
             if not tasks:
@@ -200,13 +199,11 @@ def _plain(doc: Any) -> Any:
     return json.loads(json.dumps(doc, default=str, sort_keys=True))
 
 
-def _batches(rows: list[Row]) -> list[list[int]]:
-    """Positions of the rows that are put to the model together: always the same, if those before them are done."""
+def _batches(rows: list[Row], size: int) -> list[list[int]]:
+    """Positions of the rows that are put to the model together: the same whichever batches were recorded before."""
     groups: dict[tuple[str, int | None], list[int]] = {}
     for position, row in enumerate(rows):
         groups.setdefault((row["benchmark"], row["shots"]), []).append(position)
     return [
-        positions[start : start + _ITEMS_AT_A_TIME]
-        for positions in groups.values()
-        for start in range(0, len(positions), _ITEMS_AT_A_TIME)
+        positions[start : start + size] for positions in groups.values() for start in range(0, len(positions), size)
     ]

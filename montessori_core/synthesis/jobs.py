@@ -51,18 +51,17 @@ def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> 
             for index, tokens in step.drafts().items():
                 position, place = places[index]
                 samples[position][place] = tokens
-            unfinished = {position for position, place in places if not isinstance(samples[position][place], Generated)}
             return {
-                position: [asdict(sample) if isinstance(sample, Generated) else sample for sample in samples[position]]
-                for position in sorted(unfinished)
-                if any(samples[position])
+                position: [asdict(sample) if isinstance(sample, Generated) else sample for sample in row_samples]
+                for position, row_samples in enumerate(samples)
+                if any(row_samples) and not _is_complete(row_samples)
             }
 
         for step in engine.generate(requests, sampling, stop):
             for index, generated in step.finished.items():
                 position, place = places[index]
                 samples[position][place] = generated
-                if all(isinstance(sample, Generated) for sample in samples[position]):
+                if _is_complete(samples[position]):
                     recorder.finish(position, _records(rows[position], prompts[position], samples[position]))
             recorder.keep(partial(drafts, step))
             recorder.progress((total - len(requests) + step.done) * len(rows) / total)
@@ -74,6 +73,10 @@ def _resume(row: Row, draft: list[Any] | None) -> list[Any]:
     """Return [samples] token ids that were drawn, or what was generated, as kept in a row's draft."""
     samples = draft or [[] for _ in row["seeds"]]
     return [Generated(**sample) if isinstance(sample, dict) else sample for sample in samples]
+
+
+def _is_complete(samples: Sequence[Any]) -> bool:
+    return all(isinstance(sample, Generated) for sample in samples)
 
 
 def _records(row: Row, prompt: str, samples: Sequence[Generated]) -> list[Row]:

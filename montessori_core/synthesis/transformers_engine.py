@@ -42,6 +42,8 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
         """See `Engine.generate`."""
+        if not requests:
+            return
         prompts = {text: self._encode(text) for text in {request.prompt for request in requests}}
         rows = [
             _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
@@ -54,8 +56,8 @@ class TransformersEngine:
         progress = Progress(
             [_READING_COST * row.length / sharing[tuple(row.context)] for row in rows], sampling.max_tokens
         )
-        batch = _Batch(self._model, self._tokenizer.pad_token_id, rows, sampling) if rows else None
-        while batch and unfinished:
+        batch = _Batch(self._model, self._tokenizer.pad_token_id, rows, sampling)
+        while unfinished:
             finished: dict[int, Generated] = {}
             if not batch.read(waiting):
                 batch.decode()
@@ -131,7 +133,7 @@ class _Batch:
         self._shared = self._width = 0  # length of the prefix; columns in use
         if self._joins:
             contexts = [row.context for row in rows]
-            self._shared = _common_length(min(contexts), max(contexts))
+            self._shared = _common_length(min(contexts), max(contexts))  # what these two begin with, all do
             self._prefix = self._run([contexts[0][: self._shared] or [pad]], 0)
             longest = max(len(row.prompt) for row in rows) + sampling.max_tokens + SLACK
             self._slots = max(1, min(self._slots, _CACHE_BYTES // (self._prefix.token_bytes * longest)))
