@@ -1,6 +1,5 @@
 """The machine that a table of seconds was measured on: `python benchmarks/machine.py`."""
 
-import os
 import time
 
 import torch
@@ -12,10 +11,10 @@ _SECONDS = 1.0
 
 
 def describe_machine() -> str:
-    """Return one line: processor, cores, instructions torch uses, speed of one core, number type of generation."""
+    """Return one line: processor, threads and instructions that torch uses, speed of one core, number type of generation."""
     instructions = torch.backends.cpu.get_cpu_capability()
     return (
-        f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, {instructions}, {core_gflops():.0f} GFLOP/s in fp32 on "
+        f"{processor_name()}, {torch.get_num_threads()} threads, {instructions}, {core_gflops():.0f} GFLOP/s in fp32 on "
         f"one core, generates in {generation_dtype()}"
     )
 

@@ -142,12 +142,13 @@ def test_batch_writes_what_single_rows_do(
     config.vocab_size = len(tokenizer)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
-    monkeypatch.setattr(transformers_engine, "_ROWS", 3)
+    monkeypatch.setattr(transformers_engine, "_ROWS", 5)
     monkeypatch.setattr(transformers_engine, "_READ_TOKENS", 16)
     monkeypatch.setattr(row_cache, "SLACK", 4)
     engine = TransformersEngine(str(tmp_path), tokenizer)
     sampling = Sampling(temperature=0.9, top_p=0.8, presence_penalty=0.7, repetition_penalty=1.3, max_tokens=20)
-    texts = ["Name a river", "Name a city.", "Name a river in Asia and " + "one in Europe " * 9, "Name" + " it" * 20]
+    start = "Name a river and a city"
+    texts = [start + end for end in ("", " in Asia", " or one in Europe", " and it" * 10)]
     requests = [Request(text, seed) for seed, text in enumerate(texts * 2 + texts[:1])]
     expected = [reference(engine._model, tokenizer, request, sampling, stop) for request in requests]
     assert continuations(engine.generate(requests, sampling, stop)) == expected
