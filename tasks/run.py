@@ -36,6 +36,7 @@ from montessori_core.config import (
 )
 from montessori_core.errors import UserError
 from montessori_core.models import commit_of, fetch_model, fingerprint
+from montessori_core.processor import generation_dtype, processor_name
 from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.versions import check_versions
@@ -424,7 +425,8 @@ def _provenance(run: Run) -> dict[str, Any]:
         "git_revision": revision.stdout.strip() or None,
         "driver": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor_name(),
+            "generation_dtype": generation_dtype(),
             "cores": os.cpu_count(),
             "gflops": before.get("gflops"),
         },
@@ -438,15 +440,6 @@ def record_speed(run: Run, gflops: float) -> None:
     provenance = read_json(run.folder / _PROVENANCE)
     provenance["driver"]["gflops"] = round(gflops, 1)
     write_json(provenance, run.folder / _PROVENANCE)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def as_rows(tasks: list[Task]) -> list[Row]:
