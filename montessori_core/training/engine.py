@@ -119,14 +119,26 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, report: Report, recipe: Optimization) -> None:
         self._report, self._recipe = report, recipe
+        self._micro_batches = 0  # since the last step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.on_step_end(args, state, control)  # the clock starts here: a training may have a single step
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._micro_batches += 1
+        self._tell(args, state)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._report(state.global_step * self._recipe.batch_size // self._recipe.epochs)
+        self._micro_batches = 0
+        self._tell(args, state)
+
+    def _tell(self, args: TrainingArguments, state: TrainerState) -> None:
+        steps = state.global_step + self._micro_batches / args.gradient_accumulation_steps
+        self._report(steps * self._recipe.batch_size / self._recipe.epochs)
 
 
 class KeepCallback(TrainerCallback):

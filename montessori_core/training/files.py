@@ -5,4 +5,4 @@ COUNTS_FILE = "training_counts.json"  # how many examples could be used
 MOMENTS_FILE = "adamw.safetensors"  # AdamW's moments, per parameter
 KEPT = "kept"  # folder of models on the way, one a folder step-N
 CHECKPOINTS = 10  # evenly spread over a training
-CHECKPOINT_SECONDS = 900.0  # after which one more is saved
+CHECKPOINT_SECONDS = 60.0  # after which one more is saved, unless saving takes long
