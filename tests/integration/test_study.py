@@ -194,6 +194,7 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
     assert second["flops"] == 30e9
 
 
+@pytest.mark.slow
 def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: Path, tmp_path: Path) -> None:
     experiment = configuration(tmp_path, talking_llama)
     study = tmp_path / "study.yaml"
@@ -375,6 +376,7 @@ def test_llm2llm_imitates_the_hardest_seeds_twice(methods: Path) -> None:
     assert all(len(ids) == 1 for ids in texts.values())
 
 
+@pytest.mark.slow
 def test_finished_study_is_read_not_repeated(compared: Path) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in (compared / "runs").rglob("part-*") if "manifest" not in path.name

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,17 @@ class Server:
             if lives and "cluster.supervisor" in command and str(self.runs) in command:
                 found.append(process)
         return found
+
+    def hold_job(self, seconds: float = 120.0) -> None:
+        """Wait for a job and stop it in its tracks, so that it is still there when a test reaches for it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with suppress(psutil.NoSuchProcess):  # it ended in this very moment
+                for job in self.jobs():
+                    for process in [*job.children(recursive=True), job]:
+                        process.suspend()
+                    return
+        raise AssertionError("no job was started")
 
     def driver(self, run: str) -> psutil.Process:
         """The process of a flow run."""
