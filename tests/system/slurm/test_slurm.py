@@ -196,6 +196,7 @@ def test_shards_beyond_the_largest_array_go_to_further_arrays(folder: Path) -> N
     assert sorted(local.computed(folder)) == ROWS[:9]
 
 
+@pytest.mark.slow
 def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder: Path) -> None:
     until_30 = 'while row["n"] == 0 and "30" not in (folder / "computed.txt").read_text().split(): time.sleep(0.2)'
     (folder / "squares_program.py").write_text(local.PROGRAM.replace('time.sleep(settings["seconds"])', until_30))
@@ -214,6 +215,7 @@ def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder:
     assert "ArrayTaskThrottle=2" in throttle.stdout
 
 
+@pytest.mark.slow
 def test_limit_on_submitted_jobs_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no job of ours in the queue, it is the array that is too large, and nothing to wait for."""
     refuse = 'echo "sbatch: error: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1'
@@ -270,6 +272,7 @@ def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None
     assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
 
 
+@pytest.mark.slow
 def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
     (folder / "full-21").touch()
     with pytest.raises(ShardsFailed, match=r"shard 2 \(disk_full\)"):
@@ -279,6 +282,7 @@ def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder:
     assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
 
 
+@pytest.mark.slow
 def test_lost_shard_stops_at_its_budget_with_slurms_reason(folder: Path) -> None:
     (folder / "squares_program.py").write_text("import os\ndef open_squares(settings, inputs): os._exit(3)")
     with pytest.raises(ShardsFailed, match=r"lost.*FAILED.*on node.*1 times"):
@@ -296,6 +300,7 @@ def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path)
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.slow
 def test_node_that_loses_several_shards_gets_no_more(folder: Path) -> None:
     """A node whose jobs die at once would otherwise eat the whole queue, faster than any other computes it."""
     broken = 'if os.environ["SLURMD_NODENAME"] == "node1": os._exit(9)'
@@ -320,6 +325,7 @@ def test_interrupted_driver_leaves_no_job(folder: Path) -> None:
     assert local.results(run(folder)) == EXPECTED
 
 
+@pytest.mark.slow
 def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch = folder / "bin" / "sbatch"
     put_command(sbatch, f'{shutil.which("sbatch")} "$@"; kill -KILL $PPID')
@@ -337,6 +343,7 @@ def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monke
     assert queued(f"--name={orphan.name}") == []
 
 
+@pytest.mark.slow
 def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> None:
     cancel = once(
         lambda: len(local.computed(folder)) >= 2,
@@ -347,6 +354,7 @@ def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> No
     assert len(submissions(folder)) == 2
 
 
+@pytest.mark.slow
 def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = break_squeue(folder, monkeypatch, 4)  # before the first submission; then again while tasks run
     more_failures = once(lambda: len(local.computed(folder)) >= 2, lambda: failures.write_text("\n" * 4))
@@ -356,6 +364,7 @@ def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.Monkey
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("taken", "hangs"), [(False, False), (True, False), (True, True)])
 def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool) -> None:
     """A busy controller answers late, too late, or never: then it may have taken jobs whose ids nobody was told."""
@@ -376,6 +385,7 @@ def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPat
     assert queued() == []
 
 
+@pytest.mark.slow
 def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> None:
     # What Slurm sends ahead of the limit, sent by hand: limits are minutes.
     signal_tasks = once(
@@ -508,6 +518,7 @@ def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
     assert len(submissions(folder)) == 1  # Slurm ran them again by itself
 
 
+@pytest.mark.slow
 def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
     def drain() -> None:
         subprocess.run(["scontrol", "update", "nodename=node1", "state=drain", "reason=test"], check=True)
@@ -521,6 +532,7 @@ def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
     assert sorted(local.computed(folder)) == ROWS
 
 
+@pytest.mark.slow
 def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
     def requeue() -> None:
         subprocess.run(["scontrol", "requeue", queued("--states=RUNNING", "--format=%i")[0]], check=True)
@@ -539,6 +551,7 @@ def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.slow
 def test_controller_may_be_restarted(folder: Path) -> None:
     restarted = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("restart-controller"))
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=restarted)) == EXPECTED
@@ -546,12 +559,14 @@ def test_controller_may_be_restarted(folder: Path) -> None:
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.slow
 def test_killed_controller_may_come_back(folder: Path) -> None:
     """It reads the state it last wrote: jobs that started since may be unknown to it, or at work without its knowing."""
     killed = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("kill-controller"))
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=killed)) == EXPECTED
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="nodes of an ordinary user's lab have no names of their own")
 def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> None:
     """Slurm drains the node and puts them back into the queue, but held, for somebody to release."""
@@ -567,6 +582,7 @@ def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> N
     assert queued() == []
 
 
+@pytest.mark.slow
 def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
     stage = local.stage(folder, version=2)
     run(folder, SHARDS[4:5], stage=local.stage(folder, version=1))
@@ -583,6 +599,7 @@ def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
     assert sorted(local.computed(folder)) == sorted([*ROWS, *again, *ROWS[12:15]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["slurm", "local"])
 def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> None:
     driver = start_driver(folder, seconds=0.6) if first == "slurm" else local.start_driver(folder)
@@ -595,6 +612,7 @@ def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> 
     assert local.jobs_alive(folder / "stage") == 0
 
 
+@pytest.mark.slow
 def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
     """No decision rests on a clock: node1's processes and the files they write are an hour ahead, node2's an hour behind."""
     (folder / "sitecustomize.py").write_text(SKEW)
@@ -608,6 +626,7 @@ def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
     assert len(local.computed(folder)) == len(ROWS) + 2
 
 
+@pytest.mark.slow
 def test_hanging_node_does_not_hold_up_the_stage(folder: Path) -> None:
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace(
@@ -626,6 +645,7 @@ def test_hanging_node_does_not_hold_up_the_stage(folder: Path) -> None:
     assert queued() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
 def test_jobs_run_in_the_container_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
     """Neither runtime is here: commands in their place note what they were given, and run the rest on the node itself."""
@@ -651,6 +671,7 @@ def test_slurm_is_asked_how_large_an_array_may_be() -> None:
     assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
 def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
     """ZeRO-2; the weights are those of an undisturbed training."""
@@ -708,6 +729,7 @@ def test_processes_of_a_job_find_each_other_across_nodes(folder: Path) -> None:
     assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
 
 
+@pytest.mark.slow
 def test_failing_process_does_not_leave_the_others_waiting(folder: Path) -> None:
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
     with pytest.raises(ShardsFailed, match="rank 1 is bad"):
@@ -730,6 +752,7 @@ def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
     assert queued() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
@@ -764,6 +787,7 @@ def test_doctor_names_what_is_wrong_and_the_remedy(
     assert queued() == []
 
 
+@pytest.mark.slow
 def test_doctor_notices_a_folder_that_nodes_do_not_share() -> None:
     """Each node of the lab has a /dev/shm of its own, as nodes of a cluster have a /tmp."""
     private = Path("/dev/shm") / f"montessori-doctor-{os.getpid()}"
@@ -775,6 +799,7 @@ def test_doctor_notices_a_folder_that_nodes_do_not_share() -> None:
     assert "is this folder on a shared file system" in output
 
 
+@pytest.mark.slow
 def test_doctor_gives_up_on_jobs_that_wait_too_long(tmp_path: Path) -> None:
     code, output = doctor(tmp_path, {"slurm": {"extra": {"begin": "now+1hour"}}}, "--patience", "3")
     assert code == 1
