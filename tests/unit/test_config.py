@@ -70,6 +70,7 @@ def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
             {"influence": {"estimator": "magic"}},
             "influence.estimator: Input should be 'exact', 'first_order' or 'screened'",
         ),
+        ({"influence": {"example_weight": 0.0}}, "influence.example_weight: Input should be greater than 0"),
         (
             {"influence": {"sequential": {}}},
             "influence: sequential evaluation belongs to estimator: exact, not screened",
