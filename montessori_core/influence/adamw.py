@@ -2,7 +2,7 @@
 
 The operations and their order are those of `torch.optim.AdamW` (single-tensor), so that the result is the same to the
 last bit in fp32. A tensor is worked through in pieces: on a CPU they stay in the cache from the first operation to the
-last, on a GPU they bound what visits from host memory. All operations are elementwise, so the pieces change no bit.
+last, on a GPU they bound what visits from host memory. All operations of a step are elementwise, so the pieces change no bit.
 """
 
 import math
