@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
     setting = prepare(arguments)
+    if arguments.weights:
+        publish(
+            [f"### {arguments.title}", "", *weights_table(setting, arguments.weights, arguments.seed)], arguments.out
+        )
+        return
     oracle_meter = InfluenceMeter(setting.resident(), setting.reference)
     momentum = oracle_meter.null_step_influence
     momentum_by_example = influence_by_example(oracle_meter.student_loss, oracle_meter.null_step_loss, "example")
@@ -109,10 +114,59 @@ def main() -> None:
     lines += sequential_table(setting, {"student": differences, "null step": against_null_step})
     if arguments.double:
         lines += [double_check(setting, oracle, arguments.double), ""]
+    publish(lines, arguments.out)
+
+
+def publish(lines: list[str], out: Path | None) -> None:
+    """Print lines, and append them to a file."""
     print("\n".join(lines))  # noqa: T201
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
+    if out:
+        with out.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
+
+
+def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str]:
+    """First order against exact, both in fp32, at each weight of the example in the step; and the weights' ranks."""
+    exact: list[np.ndarray] = []
+    rows = []
+    for weight in weights:
+        weighted = replace(setting, adamw=replace(setting.adamw, example_weight=weight))
+        against: dict[str, np.ndarray] = {}
+        for estimator in ("exact", "first_order"):
+            meter = InfluenceMeter(weighted.resident(), setting.reference, estimator)
+            found = [
+                meter.measure(example) for example in tqdm(setting.probing, desc=f"{estimator}, weight {weight:g}")
+            ]
+            against[estimator] = np.array([one.influence_null_step for one in found], dtype=np.float64)
+        exact.append(against["exact"])
+        errors = against["first_order"] - against["exact"]
+        rows.append(
+            [
+                f"{weight:g}",
+                f"{(against['exact'] > 0).mean():.0%}",
+                f"{np.median([one.dominated_share for one in found]):.1%}",
+                f"{against['exact'].mean():.1e}",
+                f"{against['exact'].std(ddof=1):.1e}",
+                f"{spearmanr(against['exact'], against['first_order']).statistic:.4f}",
+                f"{np.sqrt(np.mean(errors**2)):.1e}",
+                f"{spearmanr(against['exact'], [one.gradient_norm for one in found]).statistic:.2f}",
+                f"{spearmanr(against['exact'], [e.response_tokens for e in setting.probing]).statistic:.2f}",
+            ]
+        )
+    columns = ["weight", "above the null step", "dominated share", "mean", "sd", "first order, Spearman", "rms error"]
+    columns += ["Spearman with norm", "with tokens", *(f"with weight {weight:g}" for weight in weights)]
+    for row, ours in zip(rows, exact, strict=True):
+        row += [f"{spearmanr(ours, theirs).statistic:.2f}" for theirs in exact]
+    return [
+        f"{len(setting.probing)} probing examples, {len(setting.reference)} reference examples, {setting.moments.step} "
+        f"warm-up steps, learning rate {setting.adamw.learning_rate:g}, seed {seed}; influence against the null step, which "
+        f"itself has {meter.null_step_influence:.2e}; noise floor {meter.noise_floor:.1e}.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
 
 
 def add_other_precisions(
@@ -138,6 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--probing", type=int, default=100, help="probing examples")
     parser.add_argument("--bf16-probing", type=int, default=40, help="of them, measured in bf16: it takes as long")
     parser.add_argument("--brief", action="store_true", help="only the oracle, first order in fp32, and bfloat16")
+    parser.add_argument("--weights", type=float, nargs="+", help="instead: exact and first order at these weights")
     parser.add_argument("--references", type=int, default=64, help="reference examples")
     parser.add_argument("--warmup-steps", type=int, default=20, help="warm-up steps of 4 examples")
     parser.add_argument("--learning-rate", type=float, default=5e-6, help="peak of the warm-up, and of the one step")

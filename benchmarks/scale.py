@@ -135,6 +135,8 @@ def make_tables(folder: Path, rows: int) -> None:
             "estimator": ["exact"] * len(numbers),
             "audited": [False] * len(numbers),
             "first_order_null_step": [None] * len(numbers),
+            "gradient_norm": draw.random(len(numbers)),
+            "dominated_share": draw.random(len(numbers)),
         }
         table = note_influence(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
         pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")  # not flushed one by one

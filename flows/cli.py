@@ -302,6 +302,9 @@ def influence(
         ),
     ] = "screened",
     learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
+    example_weight: Annotated[
+        float, typer.Option(help="What the example's gradient is multiplied by before AdamW's arithmetic, e.g. 0.125.")
+    ] = 1.0,
     baseline: Annotated[
         str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
     ] = "student",
@@ -342,6 +345,7 @@ def influence(
     options = {
         "estimator": estimator,
         "learning_rate": learning_rate,
+        "example_weight": example_weight,
         "reference_reduction": reference_reduction,
         "dtype": dtype,
         "screening": {"audit_examples": audit_examples},

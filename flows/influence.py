@@ -16,7 +16,7 @@ from cluster.stage import Stage, cut_into_shards
 from montessori_core.atomic import hash_path
 from montessori_core.config import Cluster, DataSource, Influence, Preferences, Resources, Student, Warmup
 from montessori_core.errors import ConfigError, DataError, UserError
-from montessori_core.influence_table import join_influence, summarize_influence
+from montessori_core.influence_table import domination_warning, join_influence, summarize_influence
 from montessori_core.models import fetch_model, fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
@@ -162,6 +162,10 @@ def _summarize(table: pa.Table, threshold: float, baseline: str, console: Consol
         lines.add_row(f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}")
     lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats/token")
     lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats/token")
+    lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
+    lines.add_row(
+        "dominated by the own gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
+    )
     screening = screening_report(table)
     if screening is not None:
         lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
@@ -175,6 +179,9 @@ def _summarize(table: pa.Table, threshold: float, baseline: str, console: Consol
     if 0 < read < whole:
         lines.add_row("reference tokens saved", f"{1 - read / whole:.0%}")
     console.print(lines)
+    warning = domination_warning(summary)
+    if warning:
+        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
 
 
 def _sparkline(values: Any) -> str:

@@ -1,15 +1,21 @@
 """The joined influence table: one row an example, and what its workers noted about the student."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from montessori_core.schema import INFLUENCE, read_table
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
+SUMMARIZED = ("status", "influence_student", "influence_null_step", "gradient_norm", "dominated_share")
+"""The columns that a summary reads."""
+
+_DOMINATED = 0.5
+"""Median `dominated_share` above which a table has a warning."""
 
 
 def note_influence(table: pa.Table, notes: dict[str, float]) -> pa.Table:
@@ -51,11 +57,11 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
     """What a person wants to know of a table; shares are of the rows that could be measured.
 
     Args:
-        table: an influence table.
+        table: an influence table, or its columns SUMMARIZED.
         threshold: the `influence_student` above which an example counts as helpful.
     """
     measured = pc.equal(table["status"], "ok")
-    student, null_step = (table[f"influence_{of}"].filter(measured).to_numpy() for of in ("student", "null_step"))
+    student, null_step, norms, dominated = (table[name].filter(measured).to_numpy() for name in SUMMARIZED[1:])
 
     def share(helpful: int) -> float:
         return helpful / len(student) if len(student) else math.nan
@@ -69,5 +75,24 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         "share_positive_student": share(int((student > 0).sum())),
         "share_positive_null_step": share(int((null_step > 0).sum())),
         "mean_influence_student": float(student.mean()) if len(student) else math.nan,
+        "median_gradient_norm": float(np.median(norms)) if len(student) else math.nan,
+        "median_dominated_share": float(np.median(dominated)) if len(student) else math.nan,
         **influence_notes(table),
     }
+
+
+def domination_warning(summary: Mapping[str, float | int]) -> str | None:
+    """Return a warning if the examples' own gradients decide most of AdamW's denominator.
+
+    Args:
+        summary: see `summarize_influence`.
+    """
+    share = summary["median_dominated_share"]
+    if not share > _DOMINATED:
+        return None
+    return (
+        f"the example's own gradient decides AdamW's denominator in {share:.0%} of the coordinates (median over examples), "
+        "so that it damps the momentum whatever the example says, and influence may follow the gradient's size and the "
+        "response's length; lower influence.example_weight (1/8: the authors' code on 8 GPUs, 1/32: a batch of 32), or "
+        "warm the student up for longer"
+    )

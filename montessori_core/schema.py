@@ -64,7 +64,7 @@ EXAMPLES = _schema(
 
 INFLUENCE = _schema(
     "influence",
-    2,
+    3,
     _field("example_id", _TEXT, "the example"),
     _field("prompt_id", _TEXT, "its prompt"),
     _field("status", _TEXT, "'ok', 'no_response_tokens' or 'non_finite'; only 'ok' rows carry influence"),
@@ -87,6 +87,14 @@ INFLUENCE = _schema(
         "first_order_null_step",
         _REAL,
         "first-order estimate of influence_null_step, nats, before an exact one replaced or the audit corrected it",
+        nullable=True,
+    ),
+    _field("gradient_norm", _REAL, "norm of the example's gradient, before influence.example_weight", nullable=True),
+    _field(
+        "dominated_share",
+        _REAL,
+        "share of the coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v: the example's own gradient, of weight w, "
+        "decides AdamW's denominator",
         nullable=True,
     ),
 )

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from cluster.stage import cut_into_shards
 from montessori_core.config import Experiment
-from montessori_core.influence_table import join_influence, summarize_influence
+from montessori_core.influence_table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models import moments_fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
@@ -63,9 +63,13 @@ def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
 def _join(label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, parts: list[Path]) -> Path:
     """Write the table that the parts make, and its summary."""
     write_table(joined, table, INFLUENCE)
-    written = read_table(table, INFLUENCE, ["status", "influence_student", "influence_null_step"])
+    written = read_table(table, INFLUENCE, SUMMARIZED)
     threshold = threshold_of(written, baseline)
-    _publish(label, summarize_influence(written, threshold), screening_report(written))
+    summary = summarize_influence(written, threshold)
+    warning = domination_warning(summary)
+    if warning:
+        get_run_logger().warning("%s: %s", label, warning)
+    _publish(label, summary, screening_report(written), warning)
     values = written["influence_student"].drop_null().to_numpy()
     if len(values):
         title = f"Influence of {len(values)} examples; right of the line they help"
@@ -75,7 +79,14 @@ def _join(label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, 
 
 def influence_settings(experiment: Experiment, estimator: str) -> dict[str, Any]:
     """What decides a measurement, for `montessori_core.influence.jobs:open_influence`; sizes and screening do not."""
-    measured = {"dtype", "reference_reduction", "learning_rate", "reference_batch_tokens", "sequential"}
+    measured = {
+        "dtype",
+        "reference_reduction",
+        "learning_rate",
+        "example_weight",
+        "reference_batch_tokens",
+        "sequential",
+    }
     influence = experiment.influence
     sequential = influence.sequential if estimator == "exact" else None
     return {
@@ -86,10 +97,13 @@ def influence_settings(experiment: Experiment, estimator: str) -> dict[str, Any]
     }
 
 
-def _publish(label: str, summary: dict[str, float | int], screening: ScreeningReport | None) -> None:
+def _publish(
+    label: str, summary: dict[str, float | int], screening: ScreeningReport | None, warning: str | None
+) -> None:
     lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items()]
     if screening is not None:
         lines += [
             f"| {field.name.replace('_', ' ')} | {getattr(screening, field.name)} |" for field in fields(screening)
         ]
-    create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines]), description=label)
+    notes = ["", f"**Warning**: {warning}"] if warning else []
+    create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines, *notes]), description=label)

@@ -36,7 +36,7 @@ def collect_preferences(run: Run, folder: Path, label: str, examples: Path, infl
     table = read_table(influence, INFLUENCE, columns)
     pairs = pair_by_influence(table, settings)
     if pairs.num_rows == 0:
-        summary = summarize_influence(table, threshold_of(table, settings.baseline))
+        summary = summarize_influence(read_table(influence, INFLUENCE), threshold_of(table, settings.baseline))
         raise UserError(
             f"{label}: no preference pairs: no prompt has both an example above and one below the threshold "
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "

@@ -35,6 +35,8 @@ class Measurement:
         influence_null_step: against the null step, nats.
         standard_error: of influence_null_step over the reference examples, nats.
         reference_tokens: tokens of the reference set that were read for this example.
+        gradient_norm: of the example's gradient, unweighted.
+        dominated_share: of the coordinates, those in which the example's weighted gradient decides AdamW's denominator.
     """
 
     status: str
@@ -43,6 +45,8 @@ class Measurement:
     influence_null_step: float | None = None
     standard_error: float | None = None
     reference_tokens: int = 0
+    gradient_norm: float | None = None
+    dominated_share: float | None = None
 
 
 class InfluenceMeter:
@@ -115,15 +119,22 @@ class InfluenceMeter:
         return self._measure_exactly(example, lambda done: report(done / len(self._reference)))
 
     def _measure_slope(self, example: Encoded, slope: dict[str, torch.Tensor]) -> Measurement:
-        loss, projection = self._student.project_step(make_batch([(0, example)], self._student.device), slope)
+        own, projection = self._student.project_step(make_batch([(0, example)], self._student.device), slope)
         if not math.isfinite(projection):
-            return Measurement("non_finite", loss if math.isfinite(loss) else None)
+            return Measurement("non_finite", own.loss if math.isfinite(own.loss) else None)
         null_step = self._null_projection - projection
-        return Measurement("ok", loss, self.null_step_influence + null_step, null_step)
+        return Measurement(
+            "ok",
+            own.loss,
+            self.null_step_influence + null_step,
+            null_step,
+            gradient_norm=own.norm,
+            dominated_share=own.dominated_share,
+        )
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
-        loss = self._student.take_step(make_batch([(0, example)], self._student.device))
-        if not math.isfinite(loss):
+        own = self._student.take_step(make_batch([(0, example)], self._student.device))
+        if not math.isfinite(own.loss):
             return Measurement("non_finite")
         seen: list[int] | None = None
         if self._sequential is None:
@@ -137,8 +148,10 @@ class InfluenceMeter:
         against_student, _ = influence_of(before, stepped, self._reduction)
         against_null_step, error = influence_of(null_step, stepped, self._reduction)
         if not math.isfinite(against_student):
-            return Measurement("non_finite", loss, reference_tokens=tokens)
-        return Measurement("ok", loss, against_student, against_null_step, error, tokens)
+            return Measurement("non_finite", own.loss, reference_tokens=tokens)
+        return Measurement(
+            "ok", own.loss, against_student, against_null_step, error, tokens, own.norm, own.dominated_share
+        )
 
     def _differences(self, stepped: Loss, seen: Any) -> torch.Tensor:
         before = self.student_loss if self._baseline == "student" else self.null_step_loss

@@ -64,6 +64,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> R
                 warmup.epsilon,
                 warmup.weight_decay,
                 moments.step + 1,
+                influence.example_weight,
             ),
             device,
             mixed=influence.dtype == "mixed",

@@ -8,12 +8,13 @@ device piece by piece (`montessori plan` says which).
 import math
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from montessori_core.errors import DataError
-from montessori_core.influence.adamw import AdamW
+from montessori_core.influence.adamw import AdamW, GradientTally
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.training.moments import Moments, weights_checksum
 
@@ -22,6 +23,21 @@ Placement = Mapping[str, Home]
 """Where 'moments', 'snapshot' and 'slope' live."""
 
 ON_DEVICE: Placement = {"moments": "device", "snapshot": "device", "slope": "device"}
+
+
+@dataclass(frozen=True)
+class ExampleGradient:
+    """What a backward pass on an example found; the norm and the share say nothing if the loss is not finite.
+
+    Attributes:
+        loss: before the step, nats per token.
+        norm: of the unweighted gradient.
+        dominated_share: of all coordinates, those in which the weighted gradient decides AdamW's denominator.
+    """
+
+    loss: float
+    norm: float
+    dominated_share: float
 
 
 class ResidentStudent:
@@ -66,6 +82,7 @@ class ResidentStudent:
             for tensors in (moments.first, moments.second)
         )
         self._snapshot = {name: self._stored(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
+        self._coordinates = sum(p.numel() for p in self.parameters.values())
 
     @torch.no_grad()
     def take_null_step(self) -> None:
@@ -73,8 +90,8 @@ class ResidentStudent:
         for name, parameter in self.parameters.items():
             self._step(name, parameter, None)
 
-    def take_step(self, batch: Batch) -> float:
-        """Move the weights by one step on an example; return its loss before. A loss that is not finite moves nothing."""
+    def take_step(self, batch: Batch) -> ExampleGradient:
+        """Move the weights by one step on an example. A loss that is not finite moves nothing."""
         return self._backward(batch, self._step)
 
     def disturb(self) -> None:
@@ -87,8 +104,8 @@ class ResidentStudent:
         for name, parameter in self.parameters.items():
             parameter.copy_(self._snapshot[name], non_blocking=True)
 
-    def project_step(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-        """The example's loss, and <direction, step on the example>; the step is not taken.
+    def project_step(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> tuple[ExampleGradient, float]:
+        """The example's gradient, and <direction, step on the example>; the step is not taken.
 
         Args:
             batch: the example.
@@ -96,11 +113,11 @@ class ResidentStudent:
         """
         projections: list[float] = []
 
-        def project(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            projections.append(self._project(name, direction[name], gradient))
+        def project(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor, tally: GradientTally) -> None:
+            projections.append(self._project(name, direction[name], gradient, tally))
 
-        loss = self._backward(batch, project)
-        return loss, math.fsum(projections) if all(map(math.isfinite, projections)) else math.nan
+        found = self._backward(batch, project)
+        return found, math.fsum(projections) if all(map(math.isfinite, projections)) else math.nan
 
     @torch.no_grad()
     def project_null_step(self, direction: Mapping[str, torch.Tensor]) -> float:
@@ -122,20 +139,31 @@ class ResidentStudent:
         """Free the snapshot: no step will be taken again."""
         self._snapshot.clear()
 
-    def _backward(self, batch: Batch, use: Callable[[str, torch.nn.Parameter, torch.Tensor], None]) -> float:
+    def _backward(
+        self, batch: Batch, use: Callable[[str, torch.nn.Parameter, torch.Tensor, GradientTally], None]
+    ) -> ExampleGradient:
+        tally = GradientTally()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
             loss = example_loss(self.losses, batch)
         value = float(loss.detach())
         if math.isfinite(value):
-            with _gradients_used_by(self.parameters, use):
+            with _gradients_used_by(self.parameters, lambda name, p, gradient: use(name, p, gradient, tally)):
                 loss.backward()
-        return value
+        return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
 
-    def _step(self, name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor | None) -> None:
-        self._adamw.step_(parameter, gradient, self._first[name], self._second[name])
+    def _step(
+        self,
+        name: str,
+        parameter: torch.nn.Parameter,
+        gradient: torch.Tensor | None,
+        tally: GradientTally | None = None,
+    ) -> None:
+        self._adamw.step_(parameter, gradient, self._first[name], self._second[name], tally)
 
-    def _project(self, name: str, direction: torch.Tensor, gradient: torch.Tensor | None) -> float:
-        return self._adamw.project(direction, gradient, self._first[name], self._second[name], self.device)
+    def _project(
+        self, name: str, direction: torch.Tensor, gradient: torch.Tensor | None, tally: GradientTally | None = None
+    ) -> float:
+        return self._adamw.project(direction, gradient, self._first[name], self._second[name], self.device, tally)
 
     def _stored(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
         tensor = tensor.contiguous()

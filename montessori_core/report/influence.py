@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from montessori_core.influence_table import domination_warning
 from montessori_core.report import numbers
 from montessori_core.report.contents import Contents, Influence, Iteration
 from montessori_core.report.figures import (
@@ -59,8 +60,20 @@ def influence_section(run: Contents, unit: Unit) -> Section:
         if across
         else blocks,
         introduction=INTRODUCTION.format(unit=unit),
+        note=_warnings(run),
         absent="No influence has been measured yet.",
     )
+
+
+def _warnings(run: Contents) -> str:
+    """What to mind about the tables, in one paragraph."""
+    found = [
+        (run.in_iteration(part.label, iteration), domination_warning(part.summary))
+        for iteration in run.iterations
+        for part in (iteration.influence, iteration.training_influence)
+        if part
+    ]
+    return " ".join(f"Warning, {label}: {warning}." for label, warning in found if warning)
 
 
 def _of_iteration(iteration: Iteration, run: Contents, unit: Unit) -> Block:
@@ -275,6 +288,10 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
         ),
         row(f"noise floor ({unit})", lambda part: unit.size(part.summary["noise_floor"])),
         row("reference loss of the student (nats)", lambda part: numbers.loss(part.summary["student_loss"])),
+        row(
+            "coordinates that the example's own gradient dominates (median share)",
+            lambda part: numbers.share(part.summary["median_dominated_share"]),
+        ),
     ]
     if any(part.screening for part in sets):
         rows += [

@@ -60,6 +60,21 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
     assert (folder / "influence.parquet").read_bytes() == content
 
 
+def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Path) -> None:
+    """Without a warm state every coordinate that has a gradient is dominated at any weight, and that is said."""
+    options = ["--learning-rate", "1e-4", "--estimator", "first_order"]
+    tables = []
+    for weight in ("1", "1e-6"):
+        code, output = call(folder, tiny_llama, *options, "--example-weight", weight)
+        assert code == 0, output
+        assert "own gradient decides AdamW's denominator" in output
+        tables.append(read_table(folder / "influence.parquet", INFLUENCE).to_pylist())
+    for one, other in zip(*tables, strict=True):
+        assert one["gradient_norm"] == other["gradient_norm"] > 0
+        assert one["influence_student"] != other["influence_student"]
+        assert one["dominated_share"] > 0.5
+
+
 def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder: Path) -> None:
     """More examples than the audit, so that some rows stay first order; the exact rows are those of a run all exact."""
     many = [
@@ -134,6 +149,7 @@ def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step' or 'median'"),
         (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda, cuda:N"),
         (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
+        (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),
         (["--reference", "absent.jsonl"], "absent.jsonl: cannot be read"),
     ):

@@ -179,6 +179,8 @@ def write_influence(path: Path, draw: str, examples: int, shift: float) -> None:
                 "audited": measured,
                 "reference_tokens": 900,
                 "first_order_null_step": value + random_numbers.gauss(0, 3e-5) if measured else None,
+                "gradient_norm": 4.0 + i if measured else None,
+                "dominated_share": 0.25 if measured else None,
             }
         )
     notes = {"noise_floor": 2e-5, "null_step_influence": -5e-4, "student_loss": 2.5, "reference_tokens": 900.0}

@@ -15,6 +15,7 @@ from montessori_core.config import (
     DataSource,
     Endpoint,
     Experiment,
+    Influence,
     Sampling,
     Slurm,
     Student,
@@ -30,6 +31,7 @@ from montessori_core.config import (
 from montessori_core.errors import ConfigError
 from montessori_core.study import read_study
 from support import ROOT
+from tasks.influence import influence_settings
 
 MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}}
 
@@ -70,6 +72,7 @@ def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
             {"influence": {"estimator": "magic"}},
             "influence.estimator: Input should be 'exact', 'first_order' or 'screened'",
         ),
+        ({"influence": {"example_weight": 0.0}}, "influence.example_weight: Input should be greater than 0"),
         (
             {"influence": {"sequential": {}}},
             "influence: sequential evaluation belongs to estimator: exact, not screened",
@@ -263,6 +266,7 @@ SAMPLING = st.builds(
 )
 EXPERIMENTS = st.builds(
     Experiment,
+    Influence,
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,79}\Z"),
     seed=st.integers(0, 2**31 - 1),
     teacher=st.builds(Teacher, model=TEXT, revision=st.none() | TEXT),
@@ -302,3 +306,11 @@ def test_resources_and_name_are_not_part_of_the_method() -> None:
     assert plain.method() == moved.method()
     changed = parse_experiment(MINIMAL | {"warmup": {"examples": 7}}, "c")
     assert differences(plain.method(), changed.method()) == ["warmup.examples: 1000 -> 7"]
+
+
+def test_influence_settings_have_all_that_decides_a_measurement() -> None:
+    experiment = parse_experiment(MINIMAL | {"influence": {"example_weight": 0.125}}, "mine.yaml")
+    settings = influence_settings(experiment, "exact")["influence"]
+    assert settings["example_weight"] == 0.125
+    sizes = {"probing_examples", "later_probing_examples", "examples_per_shard"}
+    assert Influence.model_fields.keys() - settings.keys() == {"screening", *sizes}

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ CPU = torch.device("cpu")
     beta2=st.sampled_from([0.95, 0.999]),
     epsilon=st.sampled_from([1e-8, 1e-6]),
     decay=st.sampled_from([0.0, 0.1]),
+    share=st.sampled_from([1.0, 1 / 8, 1 / 32, 0.3]),
     seed=st.integers(0, 1000),
 )
 def test_step_equals_torch_adamw_to_the_last_bit(
-    steps: int, rate: float, beta1: float, beta2: float, epsilon: float, decay: float, seed: int
+    steps: int, rate: float, beta1: float, beta2: float, epsilon: float, decay: float, share: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(37, generator=generator))
@@ -55,8 +57,8 @@ def test_step_equals_torch_adamw_to_the_last_bit(
     second = state["exp_avg_sq"].clone() if steps else torch.zeros(37)
     kept = first.clone(), second.clone()
     ours, gradient = weight.detach().clone(), torch.randn(37, generator=generator)
-    AdamW(rate, beta1, beta2, epsilon, decay, steps + 1).step_(ours, gradient, first, second)
-    weight.grad = gradient.clone()
+    AdamW(rate, beta1, beta2, epsilon, decay, steps + 1, share).step_(ours, gradient, first, second)
+    weight.grad = share * gradient
     optimizer.step()
     assert torch.equal(ours, weight)
     assert torch.equal(first, kept[0])
@@ -98,10 +100,11 @@ def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
     model.load_state_dict(warm[0].state_dict())
     reference = ReferenceSet(REFERENCE, options.pop("batch_tokens", 128), CPU)
     placement = options.pop("placement", ON_DEVICE)
-    return InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU, placement=placement), reference, **options)
+    step = replace(STEP, example_weight=options.pop("weight", 1.0))
+    return InfluenceMeter(ResidentStudent(model, warm[1], step, CPU, placement=placement), reference, **options)
 
 
-def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str) -> float:
+def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str, weight: float = 1.0) -> float:
     """Loss after one step as the paper has it: a fresh copy, torch's optimizer, full logits, one example at a time."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     model.load_state_dict(warm[0].state_dict())
@@ -109,7 +112,7 @@ def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction:
     optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # loading shares tensors, and a step changes them
     if example is not None:
         ids = torch.tensor([example.input_ids])
-        model(input_ids=ids, labels=torch.tensor([example.labels])).loss.backward()
+        (weight * model(input_ids=ids, labels=torch.tensor([example.labels])).loss).backward()
         optimizer.step()
     sums, counts = [], []
     with torch.no_grad():
@@ -123,12 +126,14 @@ def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction:
     return sum(sums) / sum(counts)
 
 
-@pytest.mark.parametrize("reduction", ["example", "token"])
-def test_exact_influence_equals_the_procedure_spelled_out(warm: Any, tiny_llama: Path, reduction: str) -> None:
-    fast = meter(warm, tiny_llama, reduction=reduction)
+@pytest.mark.parametrize(("reduction", "weight"), [("example", 1.0), ("token", 1.0), ("example", 1 / 8)])
+def test_exact_influence_equals_the_procedure_spelled_out(
+    warm: Any, tiny_llama: Path, reduction: str, weight: float
+) -> None:
+    fast = meter(warm, tiny_llama, reduction=reduction, weight=weight)
     before = spelled_out(warm, tiny_llama, None, reduction)
     for example in PROBING[:4]:
-        expected = before - spelled_out(warm, tiny_llama, example, reduction)
+        expected = before - spelled_out(warm, tiny_llama, example, reduction, weight)
         assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
         assert abs(expected) > 1e-4  # the comparison above means something
 
@@ -184,6 +189,42 @@ def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
     assert float((oracle - estimate).abs().max()) < 0.1 * float(oracle.max() - oracle.min())
 
 
+@pytest.mark.parametrize("weight", [1 / 8, 1 / 32])
+def test_first_order_agrees_with_exact_at_small_weights(warm: Any, tiny_llama: Path, weight: float) -> None:
+    exact, fast = (
+        [meter(warm, tiny_llama, estimator=estimator, weight=weight).measure(example) for example in PROBING]
+        for estimator in ("exact", "first_order")
+    )
+    oracle, estimate = (torch.tensor([one.influence_null_step for one in found]) for found in (exact, fast))
+    assert torch.equal(oracle.argsort(), estimate.argsort())
+    assert float((oracle - estimate).abs().max()) < 0.1 * float(oracle.max() - oracle.min())
+    heavy = torch.tensor([meter(warm, tiny_llama).measure(example).influence_null_step for example in PROBING])
+    assert float((heavy - oracle).abs().min()) > float((estimate - oracle).abs().max())
+
+
+@pytest.mark.parametrize("weight", [1.0, 1 / 8])
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_norm_and_domination_are_those_of_torchs_gradient(
+    warm: Any, tiny_llama: Path, estimator: str, weight: float
+) -> None:
+    """The norm is that of the unweighted gradient, the share that of the weighted one."""
+    resident = meter(warm, tiny_llama, estimator=estimator, weight=weight)
+    for example in PROBING[:3]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+        model.load_state_dict(warm[0].state_dict())
+        example_loss(TokenLosses(model), make_batch([(0, example)], CPU)).backward()
+        gradients = {name: p.grad.double() for name, p in model.named_parameters()}
+        dominated = sum(
+            int((0.001 * (weight * g).square() > 0.999 * warm[1].second[name].double()).sum())
+            for name, g in gradients.items()
+        )
+        count = sum(g.numel() for g in gradients.values())
+        found = resident.measure(example)
+        assert found.gradient_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-12)
+        assert found.dominated_share == pytest.approx(dominated / count, abs=2 / count)  # rounding of a tie
+        assert found.dominated_share > 0
+
+
 def test_batches_of_the_reference_set_do_not_change_its_loss(warm: Any, tiny_llama: Path) -> None:
     warm_losses = TokenLosses(warm[0])
     losses = [ReferenceSet(REFERENCE, tokens, CPU).evaluate(warm_losses).summed for tokens in (1, 100, 10_000)]
@@ -194,14 +235,14 @@ def test_batches_of_the_reference_set_do_not_change_its_loss(warm: Any, tiny_lla
 def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any, tiny_llama: Path) -> None:
     resident = meter(warm, tiny_llama)
     expected = resident.measure(PROBING[0])
-    assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)).status == "no_response_tokens"
+    assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)) == Measurement("no_response_tokens")
     weight = resident._student.parameters["model.embed_tokens.weight"]
     with torch.no_grad():
         weight[1999] = torch.inf
     resident._student._snapshot["model.embed_tokens.weight"][1999] = torch.inf
     broken = resident.measure(Encoded([5, 1999, 7], [IGNORED, 1999, 7], False))
     assert broken.status == "non_finite"
-    assert broken.influence_student is None
+    assert broken.influence_student is broken.gradient_norm is broken.dominated_share is None
     with torch.no_grad():
         weight[1999] = warm[0].get_input_embeddings().weight[1999]
     resident._student._snapshot["model.embed_tokens.weight"][1999] = weight[1999].detach()

@@ -15,7 +15,13 @@ import pytest
 from montessori_core import preferences, schema
 from montessori_core.config import Preferences
 from montessori_core.errors import DataError
-from montessori_core.influence_table import influence_note, join_influence, note_influence, summarize_influence
+from montessori_core.influence_table import (
+    domination_warning,
+    influence_note,
+    join_influence,
+    note_influence,
+    summarize_influence,
+)
 from montessori_core.preferences import pair_by_influence, threshold_of, write_preferences
 from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, check, read_table, table_from_rows, write_table
 
@@ -54,6 +60,8 @@ def influence(values: dict[str, float | None], null_step: float = 0.0, noise: fl
             "estimator": "exact",
             "audited": False,
             "reference_tokens": 900,
+            "gradient_norm": value and abs(value),
+            "dominated_share": value and abs(value) / 10,
         }
         for name, value in values.items()
     ]
@@ -118,6 +126,17 @@ def test_join_keeps_order_and_the_largest_noise(tmp_path: Path) -> None:
     assert joined["example_id"].to_pylist() == ["a1", "b1"]
     assert summarize_influence(joined, 1.5)["noise_floor"] == 3e-9
     assert summarize_influence(joined, 1.5)["share_positive"] == 0.5
+
+
+def test_summary_warns_of_gradients_that_dominate() -> None:
+    summary = summarize_influence(influence(VALUES), 0.0)
+    assert (summary["median_gradient_norm"], summary["median_dominated_share"]) == (2.0, 0.2)
+    assert domination_warning(summary) is None
+    warning = domination_warning(summarize_influence(influence({"a1": 4.0, "a2": 6.0, "a3": -8.0, "a4": None}), 0.0))
+    assert warning is not None
+    assert "60% of the coordinates" in warning
+    assert "influence.example_weight" in warning
+    assert domination_warning(summarize_influence(influence({"a1": None}), 0.0)) is None
 
 
 def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:

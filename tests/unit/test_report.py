@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -171,6 +172,19 @@ def test_batches_count_what_helps_in_the_order_of_the_training_set(run: Path) ->
     sizes = (16, 16, 7)
     assert sum(share * size for share, size in zip(shares.values(), sizes, strict=True)) == pytest.approx(18)
     assert shares[1] == sum(value > part.threshold for value in values[:16]) / 16
+
+
+def test_gradients_that_dominate_are_warned_of(run: Path, tmp_path: Path) -> None:
+    assert "own gradient decides" not in page_of(run).text
+    folder = shutil.copytree(run, tmp_path / "run")
+    path = folder / "iteration-1" / "influence.parquet"
+    table = read_table(path, INFLUENCE)
+    index = table.column_names.index("dominated_share")
+    shares = pa.array([0.625] * (table.num_rows - 1) + [None])
+    write_table(table.set_column(index, INFLUENCE.field(index), shares), path, INFLUENCE)
+    text = page_of(folder).text
+    assert "Warning, Probing set (teacher before): the example's own gradient decides" in text
+    assert "in 62% of the coordinates" in text
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ class Bench:
                 "reference_tokens": 100 if estimator == "exact" else 0,
                 "estimator": estimator,
                 "audited": False,
+                "gradient_norm": 2.0 + len(name),
+                "dominated_share": 0.5 if estimator == "exact" else 0.25,
             }
             for row in rows
         ]
@@ -65,6 +67,10 @@ def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
     confirmed = [r for r in table.to_pylist() if r["estimator"] == "exact"]
     assert len(confirmed) == report.audited + report.confirmed == sum(bench.measured.values()) - 2000
     assert sum(r["audited"] for r in table.to_pylist()) == 100
+    passes = {"first_order": {(8.0, 0.25)}, "exact": {(7.0, 0.5), (9.0, 0.5)}}  # screen; audit and confirm
+    for estimator, expected in passes.items():
+        rows = [r for r in table.to_pylist() if r["estimator"] == estimator]
+        assert {(r["gradient_norm"], r["dominated_share"]) for r in rows} == expected
     assert all(r["influence_student"] == bench.exact[r["example_id"]] for r in confirmed)
     assert all(r["first_order_null_step"] == bench.estimate[r["example_id"]] for r in confirmed)
     assert report.confirmed < 300  # the width is that of the errors, not of the influences
