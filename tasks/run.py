@@ -46,7 +46,7 @@ from tasks.stage_view import StageView
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _PROVENANCE = "provenance.json"
 _COMMITS = "models.json"  # of the hub's models, by name and revision asked for
-Kind = Literal["generation", "training", "influence", "evaluation", "judging"]
+Kind = Literal["generation", "training", "teacher_update", "influence", "evaluation", "judging"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
 
