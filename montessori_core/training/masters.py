@@ -1,7 +1,7 @@
 """fp32 masters: the weights that AdamW moves, while a GPU computes with their bf16 copies.
 
-DeepSpeed makes the masters from the bf16 copies and saves the copies; at the paper's rates either loses most of what a training
-moved. All functions go parameter by parameter, so that no process holds a second whole model beside its share.
+DeepSpeed makes the masters from the bf16 copies and saves the copies; at the paper's rates either loses most of what a
+training moved. All functions go parameter by parameter, so that no process holds a second whole model beside its share.
 """
 
 from collections.abc import Iterator

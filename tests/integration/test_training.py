@@ -172,9 +172,7 @@ def bf16(monkeypatch: pytest.MonkeyPatch) -> str:
     return "support.bf16:open_sft"
 
 
-@pytest.mark.parametrize(
-    ("stage", "processes"), [(0, 1), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_bf16_training_saves_fp32_masters(
     tiny_llama: Path, tmp_path: Path, bf16: str, stage: int, processes: int
 ) -> None:
