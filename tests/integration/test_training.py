@@ -41,6 +41,7 @@ ROWS: list[Row] = [
     }
     for i in range(8)
 ]
+SFT = "montessori_core.training.sft:open_sft"
 RECIPE = Warmup(learning_rate=1e-3, batch_size=4, micro_batch_size=2, weight_decay=0.01, max_grad_norm=0.5)
 
 
@@ -70,7 +71,7 @@ def sft(
     rows: list[Row] = ROWS,
     offload: str = "none",
     recipe: Warmup = RECIPE,
-    program: str = "montessori_core.training.sft:open_sft",
+    program: str = SFT,
 ) -> Path:
     settings = {
         "student": Student(model=str(model), max_length=128).model_dump(mode="json"),
@@ -220,6 +221,22 @@ def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: 
         ResidentStudent(rounded, load_moments(part), adamw, torch.device("cpu"))
 
 
+def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path, tmp_path: Path, bf16: str) -> None:
+    """At the paper's rate: each by at most 3.2 rates a step (AdamW's bound), far less than rounding to bf16 would move it."""
+    settings = {
+        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
+        "recipe": TeacherUpdate(batch_size=2, micro_batch_size=1).model_dump(mode="json"),
+        "zero": Zero(stage=2).model_dump(mode="json"),
+        "seed": 0,
+    }
+    part = execute(tmp_path / "stage", bf16.replace("sft", "dpo"), settings, tiny_llama, PAIRS, 1)
+    trained, start = load_file(part / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
+    moved = max(float((trained[name] - weight).abs().max()) for name, weight in start.items())
+    rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
+    steps = len(json.loads((part / LOG_FILE).read_text()))
+    assert 0 < moved <= 3.2e-6 * steps < rounded / 2
+
+
 def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
     """In the background: kill -9 the jobs of a stage once a checkpoint of more than so many steps is whole."""
 
@@ -243,10 +260,23 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
 def test_training_killed_between_its_steps_goes_on_to_the_same_end(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
+    kill_and_compare(tmp_path, tiny_llama, stage, processes, SFT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), (3, 2)])
+def test_killed_bf16_training_goes_on_from_its_masters(
+    tiny_llama: Path, tmp_path: Path, bf16: str, stage: int, processes: int
+) -> None:
+    kill_and_compare(tmp_path, tiny_llama, stage, processes, bf16)
+
+
+def kill_and_compare(tmp_path: Path, tiny_llama: Path, stage: int, processes: int, program: str) -> None:
+    """Train with and without a kill -9 after ten steps: to the same weights, moments and log."""
     rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(20) for row in ROWS]
-    undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows)
+    undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows, program=program)
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
-    part = sft(tmp_path / "killed", tiny_llama, stage, processes, rows)
+    part = sft(tmp_path / "killed", tiny_llama, stage, processes, rows, program=program)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
     assert "going on from checkpoint-" in logs
