@@ -130,6 +130,8 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
     token = scratch / "token"
     token.write_text(uuid.uuid4().hex)
     kinds: dict[str, tuple[str, ...]] = {"influence": _TRAINING, "training": _TRAINING}
+    if cluster.resources.teacher_update != cluster.resources.training:
+        kinds["teacher_update"] = _TRAINING
     if cluster.generation_python is not None:
         kinds["generation"] = _GENERATION
     ranges = declared(["train"])

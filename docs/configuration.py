@@ -59,7 +59,10 @@ def _rows(section: dict[str, Any], known: dict[str, Any], prefix: str, given: di
         inner, many = _section_in(field, known)
         default = given.get(name, field.get("default", ...))
         own = default if isinstance(default, dict) else {}
-        shown = "must be given" if default is ... else f"`{_yaml(default)}`"
+        if default is not ...:
+            shown = f"`{_yaml(default)}`"
+        else:  # a default that is another field's has its description say so
+            shown = "must be given" if name in section.get("required", ()) else ""
         if inner is None or many:
             yield Row(path, _kind(field), shown, field["description"])
         else:

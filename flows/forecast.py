@@ -176,7 +176,7 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
     else:
         size = cost.shard_rows if cost.shard_rows < cost.rows else rows
     shards = [min(size, rows - start) * cost.seconds_per_row for start in range(0, rows, size)]
-    if cost.kind == "training":
+    if cost.kind in ("training", "teacher_update"):
         saved_every = min(CHECKPOINT_SECONDS, sum(shards) / CHECKPOINTS)
     else:
         saved_every = max(COMMIT_SECONDS, cost.seconds_per_row)

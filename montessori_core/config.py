@@ -509,7 +509,12 @@ class StageResources(Section):
     """Resources by stage."""
 
     generation: Resources = Field(Resources(), description="Instruction and response generation.")
-    training: Resources = Field(Resources(), description="Warm-up, student training and teacher update.")
+    training: Resources = Field(Resources(), description="Warm-up and student training.")
+    teacher_update: Resources = Field(
+        default_factory=lambda stages: stages["training"],
+        description="Teacher update; none takes those of training. The paper's batch of 2 pairs has work for two processes "
+        "at most, fewer than a node has GPUs.",
+    )
     influence: Resources = Field(Resources(), description="Local data influence.")
     evaluation: Resources = Field(Resources(), description="Held-out loss, and tasks of lm-evaluation-harness.")
     judging: Resources = Field(
@@ -621,18 +626,19 @@ class Experiment(Section):
         return self
 
     def check_batch(self, section: str) -> None:
-        """See that a recipe's batches can be dealt to the training processes.
+        """See that a recipe's batches can be dealt to the processes of its jobs.
 
         Raises:
             ValueError: they cannot.
         """
-        resources = self.cluster.resources.training
+        stage = "teacher_update" if section == "teacher_update" else "training"
+        resources: Resources = getattr(self.cluster.resources, stage)
         processes = resources.nodes * resources.processes_per_node
         recipe: Optimization = getattr(self, section)
         if recipe.batch_size % (recipe.micro_batch_size * processes):
             raise ValueError(
                 f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "
-                f"({recipe.micro_batch_size}) x {processes} training processes"
+                f"({recipe.micro_batch_size}) x {processes} processes; change them, or cluster.resources.{stage}"
             )
 
     @model_validator(mode="after")

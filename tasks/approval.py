@@ -39,8 +39,8 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
     )
     if not answer.update_the_teacher:
         raise UserError(
-            f"iteration {number}: the teacher update was not approved. Change preferences or influence in the configuration "
-            "under a new name, or start this run again to be asked once more"
+            f"iteration {number}: the teacher update was not approved. Start this run again to be asked once more, "
+            "with other preferences if you like, or change influence under a new name"
         )
     write_json({"preferences": pairs}, noted)
 

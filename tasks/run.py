@@ -46,7 +46,14 @@ from tasks.stage_view import StageView
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _PROVENANCE = "provenance.json"
 _COMMITS = "models.json"  # of the hub's models, by name and revision asked for
-Kind = Literal["generation", "training", "influence", "evaluation", "judging"]
+_FIRST_STAGES = {
+    "preferences.": "preference pairs",
+    "teacher_update.": "teacher update",
+    "training.examples:": "training set",
+    "training.": "student training",
+}
+"""Settings that a run may change, with the first stage that each decides, in the order of the stages."""
+Kind = Literal["generation", "training", "teacher_update", "influence", "evaluation", "judging"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
 
@@ -208,19 +215,26 @@ class Run:
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     """Create the folder of a run, or open it if it is of the same configuration; also return warnings.
 
+    Settings that decide only preference pairs and what follows them may change: stages before keep their keys and results.
     Everything that can be wrong with configuration, data, models and folder is found here, before any job.
 
     Raises:
         UserError: it is wrong; the message says what and how to mend it.
     """
     config = folder / "config.yaml"
+    changed: list[str] = []
     if config.exists():
-        _check_same(experiment, config)
+        changed = _changes(experiment, config)
         _refuse_second_driver(folder)
     begun = Run(folder, experiment)
     complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
     sources = begun.sources() if complete else read_sources(experiment)
     warnings = check_sources(sources, experiment)
+    if changed:
+        warnings.append(
+            f"changed settings: all before the {_first_stage(changed, experiment)} is kept, the rest is computed again:\n  "
+            + "\n  ".join(changed)
+        )
     _check_benchmarks(begun)
     check_environment(experiment)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}
@@ -236,6 +250,9 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
                 write_tasks(getattr(sources, name), run.source_file(name))
         _copy_benchmarks(run)
         write_json(commits, folder / _COMMITS)
+        if changed:
+            for metrics in folder.glob("iteration-*/metrics.json"):
+                metrics.unlink()  # the run is not finished any more
         write_yaml(experiment, config)
         write_json(_provenance(run), folder / _PROVENANCE)
     except OSError as error:
@@ -388,19 +405,37 @@ def check_environment(experiment: Experiment) -> None:
         open_backend(experiment.cluster, resources, None)
 
 
-def _check_same(experiment: Experiment, config: Path) -> None:
+def _changes(experiment: Experiment, config: Path) -> list[str]:
+    """Return the settings in which an experiment differs from a run's, one `path: before -> after` line each.
+
+    Raises:
+        UserError: what was computed before the preference pairs depends on one of them.
+    """
     before = read_experiment(config)
     then, now = before.method(), experiment.method()
     if before.judge is None:
         then["judge"] = now["judge"]  # nothing was judged so far
     changed = differences(then, now)
-    if changed:
+    fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
+    if fixed:
         raise UserError(
             f"{config.parent}: this run was started with another configuration:\n  "
-            + "\n  ".join(changed)
-            + "\nGive the new configuration another --name, or resume the run as it was: "
-            + f"montessori resume {config.parent}"
+            + "\n  ".join(fixed)
+            + "\nOnly preferences, teacher_update and training may change. Give the new configuration another --name, or "
+            + f"resume the run as it was: montessori resume {config.parent}"
         )
+    return changed
+
+
+def _first_stage(changed: list[str], experiment: Experiment) -> str:
+    """Return the first stage whose key, or table, depends on the changed settings, for people."""
+    if any(line.startswith("preferences.baseline:") for line in changed):
+        # Exact measurements are made for its threshold.
+        if experiment.influence.sequential is not None:
+            return "influence of the probing set"
+        if experiment.influence.estimator == "screened":
+            return "confirmation of influence near the threshold"
+    return next(stage for setting, stage in _FIRST_STAGES.items() if any(line.startswith(setting) for line in changed))
 
 
 def _name_of(section: Teacher | Student) -> str:

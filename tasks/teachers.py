@@ -111,7 +111,7 @@ def update_teacher(
     (updated,) = run.execute(
         folder,
         label,
-        "training",
+        "teacher_update",
         "montessori_core.training.dpo:open_dpo",
         {
             "teacher": run.experiment.teacher.model_dump(mode="json") | style,

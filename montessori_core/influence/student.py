@@ -16,7 +16,7 @@ import torch
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW, GradientTally
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
-from montessori_core.training.moments import Moments, weights_checksum
+from montessori_core.training.moments import Moments, number_type, weights_checksums
 
 Home = Literal["device", "host"]
 Placement = Mapping[str, Home]
@@ -220,7 +220,10 @@ def _check_moments(moments: Moments, parameters: Mapping[str, torch.nn.Parameter
             f"the AdamW moments are of another model: {len(unknown)} parameters have no counterpart (e.g. {unknown[:2]}), "
             f"{len(wrong)} differ in shape; use the moments that were saved with this student"
         )
-    if moments.weights is not None and moments.weights != weights_checksum(parameters):
+    if moments.weights is None:
+        return
+    loaded = number_type(next(iter(parameters.values())).dtype)
+    if moments.weights[loaded] != weights_checksums(parameters.items())[loaded]:
         raise DataError(
             "the AdamW moments fit this architecture but were saved with other weights; use the moments that were saved "
             "with this very student"

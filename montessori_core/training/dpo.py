@@ -76,7 +76,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 callbacks=[progress, CheckpointCallback()],
             )
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.get("keep", 0), checkpoints))
-            train(trainer, checkpoints)
+            train(trainer, Path(model_path), checkpoints)
         counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 

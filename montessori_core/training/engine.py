@@ -15,6 +15,7 @@ from montessori_core.models import write_fingerprint
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import evenly_spread, last_whole
 from montessori_core.training.files import COUNTS_FILE, KEPT, LOG_FILE
+from montessori_core.training.masters import MastersCallback, gather_masters
 from montessori_core.training.schedule import rate_factor
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,16 @@ def start_processes() -> None:
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
 
+def computes_in_bf16() -> bool:
+    """Whether passes take bf16 copies of the weights; AdamW moves fp32 masters in any case."""
+    return torch.cuda.is_available()
+
+
 def deepspeed_config(zero: Zero) -> dict[str, Any]:
     """DeepSpeed's configuration from ours; sizes that depend on the recipe are filled in by transformers."""
-    optimization: dict[str, Any] = {"stage": zero.stage, "overlap_comm": torch.cuda.is_available()}
+    # DeepSpeed (0.19) accumulates the gradients of bf16 weights in fp32 only where it partitions the optimizer.
+    stage = max(zero.stage, 1) if computes_in_bf16() else zero.stage
+    optimization: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available()}
     if zero.offload != "none":
         optimization["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload == "all":
@@ -50,7 +58,9 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
         # AdamW comes from torch, not from DeepSpeed's kernels, so that influence can repeat its step exactly.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": torch.cuda.is_available()},
+        "bf16": {"enabled": computes_in_bf16()},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
     }
 
 
@@ -66,7 +76,7 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
         "num_train_epochs": recipe.epochs,
         "learning_rate": recipe.learning_rate,
         "max_grad_norm": recipe.max_grad_norm,
-        "bf16": torch.cuda.is_available(),
+        "bf16": computes_in_bf16(),
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": torch.cuda.is_available(),
         "dataloader_drop_last": False,
@@ -157,10 +167,18 @@ class KeepCallback(TrainerCallback):
             _save_model(self._trainer, self._tokenizer, self._folder / f"step-{state.global_step:07d}")
 
 
-def train(trainer: Any, checkpoints: Path) -> None:
-    """Train, from the last whole checkpoint if there is one: with the same data order, to the same end."""
+def train(trainer: Any, model: Path, checkpoints: Path) -> None:
+    """Train, from the last whole checkpoint if there is one: with the same data order, to the same end.
+
+    Args:
+        trainer: with the model in place.
+        model: the folder the model was loaded from.
+        checkpoints: of this training.
+    """
     last = last_whole(checkpoints)
-    if last is not None:
+    if last is None:
+        trainer.add_callback(MastersCallback(trainer, model))
+    else:
         log.info("going on from %s", last.name)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
 
@@ -172,7 +190,7 @@ def save_trained(
     checkpoints: Path,
     folder: Path,
 ) -> None:
-    """Write consolidated weights, tokenizer, log and counts. All processes must call it; rank 0 writes.
+    """Write fp32 masters, tokenizer, log and counts. All processes must call it; rank 0 writes.
 
     Checkpoints are of no use any more, and removed.
     """
@@ -187,11 +205,16 @@ def save_trained(
 
 
 def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
-        write_fingerprint(folder)
+    masters = gather_masters(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return
+    trainer.model.save_pretrained(folder, state_dict=masters)
+    config = folder / "config.json"
+    if computes_in_bf16() and config.exists():  # it names the number type of the copies
+        content = json.loads(config.read_text()) | {"dtype": "float32"}
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
+    write_fingerprint(folder)
 
 
 def _log_of(state: TrainerState) -> list[dict[str, float]]:

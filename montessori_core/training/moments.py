@@ -1,7 +1,7 @@
 """AdamW's moments after a training, per parameter, in safetensors: what a warm one-step influence starts from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from montessori_core.atomic import hash_json
 from montessori_core.errors import DataError
 from montessori_core.training.files import MOMENTS_FILE
+from montessori_core.training.masters import trained_parameters, whole
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -22,43 +25,48 @@ class Moments:
     Attributes:
         first, second: the moments of each parameter that is trained, by its name.
         step: steps taken.
-        weights: checksum of the weights they were left with; None if it is not known.
+        weights: checksums of the weights they were left with, see `weights_checksums`; None if they are not known.
     """
 
     first: Mapping[str, torch.Tensor]
     second: Mapping[str, torch.Tensor]
     step: int
-    weights: str | None = None
+    weights: Mapping[str, str] | None = None
 
 
-def weights_checksum(parameters: Mapping[str, torch.Tensor]) -> str:
-    """What tells weights from others of the same shapes: the same for fp32 weights and for their bf16 copy."""
-    sums = {}
-    for name, parameter in sorted(parameters.items()):
-        bits = parameter.detach().to(torch.bfloat16).view(torch.int16)
-        sums[name] = int(bits.sum(dtype=torch.int64))
-    return hash_json(sums)
+def weights_checksums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Return what tells weights from others of the same shapes, by the number type they are loaded in.
+
+    Of fp32 masters, the checksum 'float32' is theirs alone; 'bfloat16' is that of every copy rounded to bf16.
+
+    Args:
+        weights: names and tensors, one after the other; none is kept.
+    """
+    sums: dict[torch.dtype, dict[str, int]] = {dtype: {} for dtype in _BITS}
+    for name, tensor in weights:
+        for dtype, bits in _BITS.items():
+            sums[dtype][name] = int(tensor.detach().to(dtype).view(bits).sum(dtype=torch.int64))
+    return {number_type(dtype): hash_json(sums[dtype]) for dtype in sums}
 
 
-def gather_moments(engine: Any, step: int) -> Moments:
-    """Collect the moments from a DeepSpeed engine, whatever its ZeRO stage. All processes must call it."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+def number_type(dtype: torch.dtype) -> str:
+    """Return the name of a number type, as 'float32'."""
+    return str(dtype).removeprefix("torch.")
 
-    first, second, weights = {}, {}, {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if engine.zero_optimization_stage() > 0 or hasattr(parameter, "_hp_mapping"):
-            m, v = (safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
-            w = safe_get_full_fp32_param(parameter)
-        else:
-            state = engine.optimizer.state[parameter]
-            m, v, w = state["exp_avg"], state["exp_avg_sq"], parameter
-        if m is None or v is None:
-            raise RuntimeError(f"DeepSpeed holds no AdamW state for {name}")
-        first[name], second[name] = (t.detach().float().cpu().reshape(m.shape).clone() for t in (m, v))
-        weights[name] = w
-    return Moments(first, second, step, weights_checksum(weights))
+
+def gather_moments(engine: Any, step: int) -> Moments | None:
+    """Collect the moments from a DeepSpeed engine on rank 0's host; None elsewhere. All processes must call it."""
+    first, second = {}, {}
+
+    def masters() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in trained_parameters(engine):
+            m, v = (whole(engine, parameter, state) for state in ("exp_avg", "exp_avg_sq"))
+            if torch.distributed.get_rank() == 0:
+                first[name], second[name] = m.cpu().clone(), v.cpu().clone()
+            yield name, whole(engine, parameter)
+
+    checksums = weights_checksums(masters())
+    return Moments(first, second, step, checksums) if first else None
 
 
 def cold_moments(model: Any) -> Moments:
@@ -76,7 +84,7 @@ def save_moments(moments: Moments, folder: Path) -> None:
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
-    state = json.dumps({"step": moments.step, "weights": moments.weights})
+    state = json.dumps({"step": moments.step, "weights": moments.weights}, sort_keys=True)
     save_file(tensors, folder / MOMENTS_FILE, metadata={"adamw": state})
 
 

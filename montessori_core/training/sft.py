@@ -82,12 +82,13 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             callbacks=[progress, CheckpointCallback()],
         )
         score_without_waste(trainer.model)
-        train(trainer, checkpoints)
+        train(trainer, Path(model_path), checkpoints)
         if settings["save_moments"]:
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
-            if trainer.is_world_process_zero():
+            if moments is not None:
                 output.mkdir(parents=True, exist_ok=True)
                 save_moments(moments, output)
+            del moments  # twice the room of the weights, which are gathered next
         counts = {
             "examples": len(usable),
             "truncated": sum(example.truncated for example in usable),

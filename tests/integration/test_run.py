@@ -22,7 +22,7 @@ from cluster.simulation import Disturbances, Machines
 from cluster.stage import Stage
 from flows.forecast import costs_may_differ, forecast, planned_stages
 from montessori_core import schema
-from montessori_core.config import Experiment
+from montessori_core.config import Experiment, Preferences
 from montessori_core.errors import UserError
 from montessori_core.screening import screening_report
 from support import ROOT
@@ -306,6 +306,40 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed: Path)
     assert "started with another configuration" in output
     assert "warmup.examples: 4 -> 5" in output
     assert "--name" in output
+
+
+def test_changed_preferences_keep_everything_upstream(undisturbed: Path, tmp_path: Path) -> None:
+    """Of a finished run: pairs, teacher, training set, student and report are made again, and nothing before them."""
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    original, run = undisturbed / "runs" / "tiny", tmp_path / "runs" / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
+    tables, metrics = digests(run), json.loads((run / "iteration-1" / "metrics.json").read_text())
+    report = (run / "report.html").stat().st_mtime_ns
+    config = str(undisturbed / "tiny.yaml")
+    settings = ["--set", "preferences.baseline=null_step", "--set", "preferences.max_pairs=3"]
+    code, output = call("run", config, *settings, "--set", "warmup.examples=5", cwd=tmp_path)
+    assert (code, "warmup.examples: 4 -> 5" in output, "max_pairs" in output) == (1, True, False)
+    code, output = call("run", config, *settings, cwd=tmp_path)
+    assert code == 0, output
+    assert "all before the confirmation of influence near the threshold is kept" in output
+    assert "preferences.baseline: 'median' -> 'null_step'" in output
+    changed = {path.parent.relative_to(run) for path, then in before.items() if path.stat().st_mtime_ns != then}
+    kept = {path.parent.relative_to(run) for path in before} - changed
+    first = Path("iteration-1")
+    assert {first / name for name in ("teacher", "student", "evaluation", "training/responses-1")} <= changed
+    assert {first / name for name in ("instructions-1", "warmup", "influence", "influence-audit")} <= kept
+    assert {path for path in changed if path.parts[0] != "iteration-1"} == set()
+    differing = {name for name, digest in digests(run).items() if digest != tables[name]}
+    assert differing == {"influence", "preferences", "training/instructions", "training/examples"}
+    measured = [pq.read_table(folder / "iteration-1" / "influence.parquet") for folder in (run, original)]
+    assert measured[0].equals(measured[1])  # but for its note on the threshold
+    assert pq.read_table(run / "iteration-1" / "preferences.parquet").num_rows == 3
+    again = json.loads((run / "iteration-1" / "metrics.json").read_text())
+    assert again["preferences"]["pairs"] == 3 != metrics["preferences"]["pairs"]
+    assert again["held_out_loss"]["student"] != metrics["held_out_loss"]["student"]
+    assert again["held_out_loss"]["unmodified"] == metrics["held_out_loss"]["unmodified"]
+    assert (run / "report.html").stat().st_mtime_ns != report
+    assert reopen_run(run).experiment.preferences == Preferences(baseline="null_step", max_pairs=3)
 
 
 def test_run_interrupted_in_every_stage_ends_with_the_same_tables(

@@ -385,7 +385,7 @@ def test_finished_study_is_read_not_repeated(compared: Path) -> None:
     code, output = call("compare", "study.yaml", cwd=compared, **environment)
     assert code == 0, output
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    code, output = call("compare", "study.yaml", "--set", "experiment.training.examples=5", cwd=compared, **environment)
+    code, output = call("compare", "study.yaml", "--set", "experiment.warmup.examples=5", cwd=compared, **environment)
     assert code == 1
     assert "this run was started with another configuration" in output
 

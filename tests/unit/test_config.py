@@ -16,12 +16,14 @@ from montessori_core.config import (
     Endpoint,
     Experiment,
     Influence,
+    Resources,
     Sampling,
     Slurm,
     Student,
     Synthesis,
     Teacher,
     differences,
+    parse,
     parse_experiment,
     read_cluster,
     read_experiment,
@@ -85,7 +87,11 @@ def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
         ({"training": {"schedule": {"warmup": 0.5}}}, "training.schedule: warmup + stable + decay must be 1, not 1.4"),
         ({"zero": {"stage": 0, "offload": "optimizer"}}, "zero: offload: optimizer needs stage 1, 2 or 3"),
         ({"cluster": {"resources": {"training": {"nodes": 2}}}}, "cluster: resources.training.nodes is 2, but profile"),
-        ({"cluster": {"resources": {"training": {"processes_per_node": 3}}}}, "x 3 training processes"),
+        ({"cluster": {"resources": {"training": {"processes_per_node": 3}}}}, "x 3 processes; change them"),
+        (
+            {"cluster": {"resources": {"teacher_update": {"processes_per_node": 3}}}},
+            "teacher_update.batch_size (2) must be a multiple of teacher_update.micro_batch_size (2) x 3 processes",
+        ),
         ({"name": "../escape"}, "name: a name has letters"),
         ({"warmup": {"learning_rate": float("inf")}}, "warmup.learning_rate: Input should be a finite number"),
         (
@@ -314,3 +320,20 @@ def test_influence_settings_have_all_that_decides_a_measurement() -> None:
     assert settings["example_weight"] == 0.125
     sizes = {"probing_examples", "later_probing_examples", "examples_per_shard"}
     assert Influence.model_fields.keys() - settings.keys() == {"screening", *sizes}
+
+
+def test_teacher_update_takes_training_resources_by_default() -> None:
+    training = {"processes_per_node": 8, "gpus_per_node": 8}
+    assert parse(Cluster, {"resources": {"training": training}}, "a").resources.teacher_update.gpus_per_node == 8
+    both = {"training": training, "teacher_update": {"processes_per_node": 2}}
+    assert parse(Cluster, {"resources": both}, "a").resources.teacher_update == Resources(processes_per_node=2)
+
+
+@pytest.mark.parametrize("name", ["paper-8b", "paper-1b"])
+def test_paper_presets_update_teacher_as_table_4_does(name: str) -> None:
+    experiment = read_experiment(ROOT / "configs" / f"{name}.yaml")
+    recipe, resources = experiment.teacher_update, experiment.cluster.resources.teacher_update
+    assert (recipe.batch_size, recipe.learning_rate, recipe.beta, recipe.epochs) == (2, 1e-6, 0.1, 1)
+    assert resources.nodes * resources.processes_per_node == resources.gpus_per_node == 2
+    shared = read_cluster(ROOT / "configs" / "clusters" / "slurm.yaml")
+    parse_experiment(experiment.model_dump(mode="json") | {"cluster": shared.model_dump(mode="json")}, name)

@@ -26,7 +26,7 @@ from montessori_core.influence import losses as losses_module
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
-from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksum
+from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums
 
 CPU = torch.device("cpu")
 
@@ -389,7 +389,7 @@ def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
     foreign = Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1)
     with pytest.raises(DataError, match="moments are of another model"):
         meter((warm[0], foreign, None), tiny_llama)
-    marked = Moments(warm[1].first, warm[1].second, 6, weights_checksum(dict(warm[0].named_parameters())))
+    marked = Moments(warm[1].first, warm[1].second, 6, weights_checksums(warm[0].named_parameters()))
     save_moments(marked, tmp_path)
     meter((warm[0], load_moments(tmp_path), None), tiny_llama)
     untrained = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
