@@ -130,7 +130,9 @@ class Synthesis(Section):
         2, ge=0, description="Demonstrations a prompt takes from the last iteration; from the seeds while none."
     )
     instruction: Sampling = Field(
-        Sampling(temperature=1.0, repetition_penalty=1.5), description="Decoding of instructions."
+        Sampling(temperature=1.0),
+        description="Decoding of instructions. Table 5 prints a repetition penalty of 1.5, which the authors' code does "
+        "not set: it counts the prompt, whose demonstrations end with the closing tag that an instruction must end with.",
     )
     response: Sampling = Field(Sampling(temperature=0.6), description="Decoding of responses.")
     filters: Filters = Field(Filters(), description="Which instructions are kept.")

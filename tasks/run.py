@@ -39,6 +39,7 @@ from montessori_core.models import commit_of, fetch_model, fingerprint
 from montessori_core.processor import generation_dtype, processor_name
 from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
 from tasks.progress import ProgressBar
 from tasks.stage_view import StageView
@@ -220,7 +221,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     begun = Run(folder, experiment)
     complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
     sources = begun.sources() if complete else read_sources(experiment)
-    warnings = check_sources(sources, experiment)
+    warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
     _check_benchmarks(begun)
     check_environment(experiment)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}

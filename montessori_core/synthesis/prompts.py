@@ -9,6 +9,7 @@ from montessori_core.config import Synthesis
 from montessori_core.sources import Task
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
+_MOST_REPETITION_PENALTY = 1.2
 
 _REQUEST = """\
 You write tasks that teach an assistant. Read the example tasks below, then write one new task of your own.
@@ -45,6 +46,17 @@ class Prompt:
 def seed_of(*parts: object) -> int:
     """A seed that depends on nothing but `parts`, the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def check_decoding(settings: Synthesis) -> list[str]:
+    """Return a warning if the repetition penalty suppresses the tag that an instruction must end with."""
+    penalty = settings.instruction.repetition_penalty
+    if penalty <= _MOST_REPETITION_PENALTY:
+        return []
+    return [
+        f"synthesis.instruction.repetition_penalty is {penalty:g}: it counts the prompt, which shows {CLOSE} after every "
+        f"demonstration, so that few outputs will have one and be accepted; set it to {_MOST_REPETITION_PENALTY:g} or less"
+    ]
 
 
 def build_prompts(
