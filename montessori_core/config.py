@@ -124,6 +124,11 @@ class Synthesis(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="Generation engine; 'auto' takes vLLM where it is installed, else transformers."
     )
+    request: Literal["own", "paper"] = Field(
+        "own",
+        description="Words of the request in prompt_style: chat. 'own' asks for the task alone, one to three sentences long; "
+        "'paper' is Figure 13: an explanation first, then an instruction of any length, with its input.",
+    )
     samples_per_prompt: Count = Field(4, description="Instructions generated for each prompt.")
     seed_demonstrations: int = Field(6, ge=0, description="Demonstrations a prompt takes from the seed pool.")
     synthetic_demonstrations: int = Field(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from montessori_core.config import Synthesis
 from montessori_core.sources import Task
+from montessori_core.synthesis.paper_request import PAPER_REQUEST
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
 _MOST_REPETITION_PENALTY = 1.2
@@ -80,12 +81,14 @@ def build_prompts(
         wanted = settings.seed_demonstrations + settings.synthetic_demonstrations
         demonstrations = synthetic + draw.sample(seed_pool, wanted - len(synthetic))
         draw.shuffle(demonstrations)
-        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _text(style, demonstrations)))
+        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _text(style, settings, demonstrations)))
     return prompts
 
 
-def _text(style: str, demonstrations: Sequence[Task]) -> str:
+def _text(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
+    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
+    if style == "chat" and settings.request == "paper":
+        return f"{PAPER_REQUEST}{shown}\n"
     # str.replace, not str.format: demonstrations may hold braces.
     template = _REQUEST if style == "chat" else _LIST
-    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
     return template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{demonstrations}", shown)

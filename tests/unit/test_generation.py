@@ -47,6 +47,16 @@ def test_seeds_take_the_place_of_absent_synthetic_tasks() -> None:
     assert prompt.text.endswith("<instruction>")
 
 
+def test_paper_request_is_followed_by_the_demonstrations() -> None:
+    (prompt,) = build_prompts(1, "chat", Synthesis(request="paper"), SEEDS, [], seed=0)
+    request, *shown = prompt.text.partition("generate only one instruction.\n")
+    assert "1. Briefly explain why you generate this instruction.\n" in request
+    assert "sentences long" not in request
+    assert "".join(shown[1:]) == "".join(f"<instruction>{task.text}</instruction>\n" for task in prompt.demonstrations)
+    (own,) = build_prompts(1, "chat", Synthesis(), SEEDS, [], seed=0)
+    assert own.demonstrations == prompt.demonstrations
+
+
 def test_a_prompt_depends_on_its_number_alone() -> None:
     many = build_prompts(10, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=3)
     assert build_prompts(4, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=3, first=6) == many[6:]

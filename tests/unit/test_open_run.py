@@ -32,9 +32,7 @@ def test_open_run_warns_of_repetition_penalty(penalty: float, warned: bool, tiny
 
 
 @pytest.mark.parametrize(("words", "warned"), [(8, True), (0, False)])
-def test_open_run_warns_of_references_in_benchmarks(
-    words: int, warned: bool, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_open_run_warns_of_references_in_benchmarks(words: int, warned: bool, tiny_llama: Path, tmp_path: Path) -> None:
     shared = "What are the names of some famous actors that started their careers on Broadway?"
     write_jsonl(tmp_path / "reference.jsonl", [{"instruction": shared.upper(), "output": "Some."}, OTHER])
     write_jsonl(tmp_path / "outputs.jsonl", [{"instruction": shared, "output": "Several."}, OTHER])
