@@ -36,6 +36,12 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+def text_beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the token that a text begins with, as the model was trained; empty where its tokenizer puts none."""
+    begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if begins else ""
+
+
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", request: str) -> str:
     """The text a model continues to answer `request`, up to where its answer begins."""
     return str(

@@ -6,6 +6,7 @@ paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the desc
 
 import re
 import reprlib
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -247,6 +248,14 @@ class Nomad(Optimization):
         ge=0.0,
         lt=1.0,
         description="Share of reference examples in the student's training set, as far as there are enough of them.",
+    )
+    sampling: Sampling = Field(
+        Sampling(temperature=1.0, presence_penalty=0.0, max_tokens=2048), description="Decoding of conversations."
+    )
+    training: Optimization | None = Field(
+        None,
+        description="Recipe of the student for this method alone (the paper: learning rate 2e-5, batches of 128, 4 epochs); "
+        "none takes the experiment's, as all methods do.",
     )
 
 
@@ -620,14 +629,14 @@ class Experiment(Section):
         return self
 
     def check_batch(self, section: str) -> None:
-        """See that a recipe's batches can be dealt to the training processes.
+        """See that the batches of a recipe, named by its path, can be dealt to the training processes.
 
         Raises:
             ValueError: they cannot.
         """
         resources = self.cluster.resources.training
         processes = resources.nodes * resources.processes_per_node
-        recipe: Optimization = getattr(self, section)
+        recipe: Optimization = attrgetter(section)(self)
         if recipe.batch_size % (recipe.micro_batch_size * processes):
             raise ValueError(
                 f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from montessori_core.chat import IGNORED, Encoded
+from montessori_core.chat import IGNORED, Encoded, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import SIMILARITY
 from montessori_core.sources import load_tasks
@@ -67,7 +67,7 @@ def encode_conversation(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # Piece by piece, so that the beginning has the very tokens that generation begins with.
-    prompt = [*ids(USER), *ids(f" {instruction}"), *ids(_ASSISTANT)]
+    prompt = [*ids(f"{text_beginning(tokenizer)}{USER}"), *ids(f" {instruction}"), *ids(_ASSISTANT)]
     answer = ids(f" {response}")
     labels = [*([IGNORED] * len(prompt) if mask_prompt else prompt), *answer]
     end = tokenizer.eos_token_id
