@@ -92,7 +92,9 @@ class DataSource(Section):
 class Sampling(Section):
     """Decoding parameters of one kind of generation (paper, Table 5)."""
 
-    temperature: float = Field(1.0, gt=0.0, description="Softmax temperature.")
+    temperature: float = Field(
+        1.0, ge=0.0, description="Softmax temperature; 0 takes the most probable token every time."
+    )
     top_p: float = Field(0.9, gt=0.0, le=1.0, description="Nucleus: smallest set of tokens with this probability.")
     presence_penalty: float = Field(
         1.0, ge=-2.0, le=2.0, description="Subtracted from the logit of every token generated before."
@@ -448,9 +450,15 @@ class Benchmarks(Section):
     mt_bench_references: str | None = Field(
         None, description="MT-Bench: reference answers (.jsonl) to its questions of maths, coding and reasoning."
     )
+    mt_bench_temperature: float | None = Field(
+        None,
+        ge=0.0,
+        description="MT-Bench: one temperature for all questions; none decodes each category as FastChat does: writing and "
+        "roleplay at 0.7, stem and humanities at 0.1, extraction, math, coding and reasoning at 0, others at 0.7.",
+    )
     answers: Sampling = Field(
         Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
-        description="Decoding of the students' answers that are judged.",
+        description="Decoding of the students' answers that are judged; MT-Bench has temperatures of its own.",
     )
     contamination_words: int = Field(
         8, ge=0, description="An item counts as seen if so many of its words stand in a row in training data; 0 is off."

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 from montessori_core.config import Sampling
 
 Form = Literal["tagged", "whole", "request", "reply"]
-"""A tagged or whole text is continued as it stands, after the token that texts begin with; a tagged one up to the closing tag.
-A request is put by the template, and so is what follows a request and its answer, to get a reply."""
+"""A tagged or whole text is continued as it stands, after the token that texts begin with, a tagged one up to the closing
+tag. A request is put by the template, and so is what follows a request and its answer, to get a reply."""
 
 
 @dataclass(frozen=True)

@@ -299,9 +299,13 @@ class SeededSampler:
             [rows] token ids.
         """
         slots = torch.arange(len(steps), device=logits.device)
-        scores = self._penalize(logits.float()) / self._sampling.temperature
-        draws = self._draws[slots, torch.tensor(steps, device=logits.device)]
-        chosen = draw_from_nucleus(scores.softmax(-1), self._sampling.top_p, draws)
+        scores = self._penalize(logits.float())
+        if self._sampling.temperature == 0.0:
+            chosen = scores.argmax(-1)
+        else:
+            probabilities = (scores / self._sampling.temperature).softmax(-1)
+            draws = self._draws[slots, torch.tensor(steps, device=logits.device)]
+            chosen = draw_from_nucleus(probabilities, self._sampling.top_p, draws)
         self._generated[slots, chosen] = True
         return chosen
 

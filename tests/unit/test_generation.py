@@ -86,6 +86,16 @@ def test_wide_and_narrow_nuclei_are_drawn_alike(top_p: float) -> None:
         assert probabilities[row, chosen] == pytest.approx(float(probabilities[row, expected]), rel=1e-5)
 
 
+def test_temperature_zero_takes_the_most_probable_token() -> None:
+    sampling = Sampling(temperature=0.0, top_p=1.0, presence_penalty=2.0, max_tokens=4)
+    sampler = SeededSampler(2, 4, sampling, torch.device("cpu"))
+    for slot in (0, 1):
+        sampler.place(slot, slot, [0], [])
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [1.0, 0.0, 0.5, 1.5]])
+    assert sampler.draw(logits, [0, 0]).tolist() == [1, 3]
+    assert sampler.draw(logits, [1, 1]).tolist() == [2, 0]
+
+
 def test_penalties_count_what_vllm_counts() -> None:
     sampling = Sampling(temperature=1.0, top_p=1.0, presence_penalty=0.5, repetition_penalty=2.0, max_tokens=4)
     sampler = SeededSampler(1, 5, sampling, torch.device("cpu"))
