@@ -8,6 +8,7 @@ import numpy as np
 
 from montessori_core.report import numbers
 from montessori_core.report.benchmarks import score_name
+from montessori_core.report.cost import OPERATIONS
 from montessori_core.report.figures import (
     DASHES,
     GREY,
@@ -178,8 +179,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     operations = {row["method"]: float(row["flops"]) for row in sorted(rows, key=lambda row: -row["flops"])}
     return bar_figure(
         "Floating-point operations of each method (Table 8)",
-        "Of one seed, by the rule of Appendix E.3: two for each weight and token forward, twice as many backward. Models "
-        "behind an API do theirs elsewhere.",
+        f"Of one seed. {OPERATIONS} Models behind an API do theirs elsewhere.",
         "operations",
         operations,
         [numbers.significant(value, 3) for value in operations.values()],

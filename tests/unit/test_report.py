@@ -99,6 +99,15 @@ def test_names_in_the_metrics_are_escaped_in_page_and_figures(run: Path, tmp_pat
     assert all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in report.data)
 
 
+def test_costs_say_what_the_papers_numbers_count(run: Path, tmp_path: Path) -> None:
+    report, study = page_of(run), Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
+    for page in (report, study):
+        assert "Appendix E.3 charges a pass over 128 tokens for every token" in page.text
+        assert "(Appendix E.3)" not in page.text
+        assert "rule of Appendix E.3" not in page.text
+    assert "wall time of 8 H100s together, 107 and 28 GPU-seconds" in report.text
+
+
 def test_judged_scores_say_whose_prompts_judged(run: Path, tmp_path: Path) -> None:
     page = page_of(run)
     assert "MT-Bench (own judge prompts), score writing" in page.text
