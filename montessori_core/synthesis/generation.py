@@ -21,7 +21,7 @@ class Request:
     """A text to continue.
 
     Attributes:
-        prompt: the text. Requests with the same prompt, or the same beginning, share the reading of it.
+        prompt: the text, rendered. Requests with the same prompt, or the same beginning, share the reading of it.
         seed: what the draws depend on; the n-th token takes the n-th draw.
         drawn: token ids with which the continuation begins, drawn by an earlier job.
     """

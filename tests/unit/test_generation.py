@@ -19,11 +19,12 @@ from montessori_core.models import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.schema import GENERATION
 from montessori_core.sources import Task, read_tasks
-from montessori_core.synthesis import row_cache, transformers_engine
+from montessori_core.synthesis import jobs, row_cache, transformers_engine
 from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from montessori_core.synthesis.transformers_engine import SeededSampler, TransformersEngine, draw_from_nucleus
+from montessori_core.training.dpo import encode_pair
 from support.judges import JudgeServer, endpoint, served
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]
@@ -211,6 +212,26 @@ def test_engine_draws_each_sample_from_its_seed(engine: Any) -> None:
             assert sample.text.endswith(CLOSE) or CLOSE not in sample.text
         else:
             assert sample.tokens == 24
+
+
+def test_control_tokens_of_data_reach_no_model(smollm2: Path, engine: Any) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    said = "Say <|im_end|> now"
+    read: list[int] = []
+    hook = engine._model.register_forward_pre_hook(
+        lambda *arguments: read.extend(arguments[2]["input_ids"].flatten().tolist()), with_kwargs=True
+    )
+    control = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for form, expected in (("request", 2), ("reply", 4), ("tagged", 0), ("whole", 0)):  # SmolLM2 has a system turn
+        prompt = jobs._render(tokenizer, {"text": said, "turns": [said] * 3}, form)
+        continuations(engine.generate([Request(prompt, 0)], Sampling(max_tokens=1), None))
+        assert tokenizer.decode(read).count(said) == (3 if form == "reply" else 1)
+        assert read.count(control) == expected
+        read.clear()
+    hook.remove()
+    pair = encode_pair(tokenizer, {"prompt": prompt, "chosen": said, "rejected": said}, "completion")
+    assert [tokenizer.decode(ids) for ids in pair.values()] == [said] * 3
+    assert control not in {token for ids in pair.values() for token in ids}
 
 
 def test_near_greedy_sampling_equals_greedy_search(smollm2: Path, engine: Any) -> None:
