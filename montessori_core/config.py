@@ -257,7 +257,7 @@ class Nomad(Optimization):
     training: Optimization | None = Field(
         None,
         description="Recipe of the student for this method alone (the paper: learning rate 2e-5, batches of 128, 4 epochs); "
-        "none takes the experiment's, as all methods do.",
+        "none takes the experiment's, as all methods do, and as the students of `transfer` do in any case.",
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from flows.methods import REGISTRY, tailoring
 from flows.methods import nomad as nomad_method
@@ -101,5 +102,10 @@ def test_nomad_refuses_teacher_set_of_few_batches(
     study = {"experiment": experiment, "methods": ["nomad"], "baseline": "nomad", "seeds": [0]}
     with pytest.raises(UserError, match=rf"train the teacher for {steps} steps, .*; give a larger reference set"):
         open_study(Study.model_validate(study), tmp_path / "refused")
-    experiment["nomad"] = changes | {"batch_size": 8, "teacher_examples": 60}
+    experiment["nomad"] = {"training": {"batch_size": 2}}
+    experiment["cluster"] = {"resources": {"training": {"processes_per_node": 2}}}
+    experiment["teacher_update"] = {"batch_size": 4}
+    with pytest.raises(ValidationError, match=r"nomad.training.batch_size \(2\) must be a multiple"):
+        Study.model_validate(study)
+    experiment |= {"nomad": changes | {"batch_size": 8, "teacher_examples": 60}, "cluster": {}}
     open_study(Study.model_validate(study), tmp_path / "fits")
