@@ -5,8 +5,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.methods.self_instruct import imitate_seeds
-from flows.methods.tailoring import Probed, tailor
+from flows.methods.tailoring import Probed, tailor, write_training_set
 from flows.trajectory import follow_update
 from montessori_core.program import Row
 from tasks.benchmarks import compare_answers, find_copies
@@ -51,7 +50,7 @@ def unmodified_teacher(run: Run, probed: Probed) -> Unmodified:
     """
     experiment, folder = run.experiment, run.folder / "unmodified"
     label = "unmodified teacher"
-    training = imitate_seeds(run, folder / "training", label, [probed.synthesized.examples])
+    training = write_training_set(run, folder / "training", label, run.first_teacher())
     student = train_student(
         run,
         folder / "student",

@@ -80,6 +80,9 @@ def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
         warnings.update(warning for _, of_run in opened for warning in of_run)
     if len(seeded[0].run.sources().evaluation) < 2:
         raise ConfigError("experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit")
+    for method in map(find_method, study.methods):
+        if method.check is not None:
+            method.check(seeded[0].run)
     write_yaml(study, folder / STUDY)
     return seeded, sorted(warnings)
 

@@ -25,7 +25,7 @@ def follow_update(
     worth: dict[int, Evaluated] = {}
     for step, teacher in kept_teachers(tailored.teacher).items():
         folder, label = run.iteration(number) / "checkpoints" / f"step-{step}", f"iteration {number}, step {step}"
-        written = write_training_set(run, folder / "training", label, teacher, tailored.probed, number, synthetic_pool)
+        written = write_training_set(run, folder / "training", label, teacher, number, synthetic_pool)
         trained = train_student(
             run,
             folder / "student",

@@ -1,10 +1,14 @@
 """From an instruction and a response to token ids, with the loss on the response alone (Appendix A).
 
 The mask comes from character offsets in the rendered chat template, never from searching the response in the text:
-templates trim and repeat what they are given.
+templates trim and repeat what they are given. Control tokens are the template's alone: an instruction that says
+`<|im_end|>` ends no turn.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from montessori_core.errors import UserError
@@ -12,6 +16,7 @@ from montessori_core.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MARK = "\u2060"
 IGNORED = -100  # label of a token that carries no loss, as torch's cross-entropy has it
 
 
@@ -36,19 +41,85 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+def text_beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the token that a text begins with, as the model was trained; empty where its tokenizer puts none."""
+    begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if begins else ""
+
+
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", request: str) -> str:
-    """The text a model continues to answer `request`, up to where its answer begins."""
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True
-        )
-    )
+    """The text a model continues to answer `request`, up to where its answer begins; `encode_rendered` tokenizes it."""
+    return _render(tokenizer, [{"role": "user", "content": request}], add_generation_prompt=True)
 
 
 def render_conversation(tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, follow_up: str) -> str:
     """The text a model continues to answer `follow_up`, after it answered `instruction` with `response`."""
     turns = [*_turns(instruction, response), {"role": "user", "content": follow_up}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _render(tokenizer, turns, add_generation_prompt=True)
+
+
+def mark_control_tokens(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
+    """Return the content of a turn, in which names of control tokens are marked as characters for `encode_rendered`.
+
+    The mark is a word joiner, which is invisible, after the first character of each name.
+    """
+    return _patterns(tokenizer).named.sub(lambda found: f"{found[0][0]}{_MARK}{found[0][1:]}", content)
+
+
+def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenize a rendered text: the template's control tokens are tokens, marked ones are characters.
+
+    Returns:
+        [tokens] ids, and [tokens] where each begins and ends in the text without marks.
+    """
+    patterns = _patterns(tokenizer)
+    if not patterns.marked.search(text):
+        batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(batch["input_ids"]), list(batch["offset_mapping"])
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    start = 0
+    for part in patterns.named.split(text):
+        plain = patterns.unmark(part)
+        batch = tokenizer(
+            plain, add_special_tokens=False, split_special_tokens=plain != part, return_offsets_mapping=True
+        )
+        ids += batch["input_ids"]
+        offsets += [(start + first, start + last) for first, last in batch["offset_mapping"]]
+        start += len(plain)
+    return ids, offsets
+
+
+def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Tokenize a text in which no control tokens are meant, whatever it says; return [tokens] ids."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Where the names of a tokenizer's control tokens stand in a text, as they are (a group) and marked."""
+
+    named: re.Pattern[str]
+    marked: re.Pattern[str]
+
+    def unmark(self, text: str) -> str:
+        """Return a text without marks."""
+        return self.marked.sub(lambda found: found[0].replace(_MARK, "", 1), text)
+
+
+@lru_cache(maxsize=8)
+def _patterns(tokenizer: "PreTrainedTokenizerBase") -> _Patterns:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(special, key=len, reverse=True)
+    named, marked = (
+        "|".join(map(re.escape, forms)) or "(?!)" for forms in (names, [f"{n[0]}{_MARK}{n[1:]}" for n in names])
+    )
+    return _Patterns(re.compile(f"({named})"), re.compile(marked))
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    marked = [turn | {"content": mark_control_tokens(tokenizer, turn["content"])} for turn in turns]
+    return str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def encode_example(
@@ -75,19 +146,17 @@ def encode_example(
     """
     before = _turns(*demonstration) if demonstration else []
     turns = [*before, *_turns(instruction, response)]
-    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    prompt = _render(tokenizer, turns[:-1], add_generation_prompt=True)
+    text = _render(tokenizer, turns, add_generation_prompt=False)
     if not text.startswith(prompt):
         raise UserError(
             "the chat template changes the prompt once the answer is known, so that the response cannot be told from "
             "it; give the tokenizer a template whose generation prompt is a prefix of the conversation"
         )
-    batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = list(batch["input_ids"])
+    ids, offsets = encode_rendered(tokenizer, text)
     # A token on the border, such as a blank of the prompt joined to the first word, is the response's.
-    labels = [
-        token if end > len(prompt) else IGNORED for token, (_, end) in zip(ids, batch["offset_mapping"], strict=True)
-    ]
+    border = len(_patterns(tokenizer).unmark(prompt))
+    labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
     ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id, finished)
     return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
 

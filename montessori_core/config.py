@@ -6,6 +6,7 @@ paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the desc
 
 import re
 import reprlib
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -91,7 +92,9 @@ class DataSource(Section):
 class Sampling(Section):
     """Decoding parameters of one kind of generation (paper, Table 5)."""
 
-    temperature: float = Field(1.0, gt=0.0, description="Softmax temperature.")
+    temperature: float = Field(
+        1.0, ge=0.0, description="Softmax temperature; 0 takes the most probable token every time."
+    )
     top_p: float = Field(0.9, gt=0.0, le=1.0, description="Nucleus: smallest set of tokens with this probability.")
     presence_penalty: float = Field(
         1.0, ge=-2.0, le=2.0, description="Subtracted from the logit of every token generated before."
@@ -124,13 +127,20 @@ class Synthesis(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="Generation engine; 'auto' takes vLLM where it is installed, else transformers."
     )
+    request: Literal["own", "paper"] = Field(
+        "own",
+        description="Words of the request in prompt_style: chat. 'own' asks for the task alone, one to three sentences long; "
+        "'paper' is Figure 13: an explanation first, then an instruction of any length, with its input.",
+    )
     samples_per_prompt: Count = Field(4, description="Instructions generated for each prompt.")
     seed_demonstrations: int = Field(6, ge=0, description="Demonstrations a prompt takes from the seed pool.")
     synthetic_demonstrations: int = Field(
         2, ge=0, description="Demonstrations a prompt takes from the last iteration; from the seeds while none."
     )
     instruction: Sampling = Field(
-        Sampling(temperature=1.0, repetition_penalty=1.5), description="Decoding of instructions."
+        Sampling(temperature=1.0),
+        description="Decoding of instructions. Table 5 prints a repetition penalty of 1.5, which the authors' code does "
+        "not set: it counts the prompt, whose demonstrations end with the closing tag that an instruction must end with.",
     )
     response: Sampling = Field(Sampling(temperature=0.6), description="Decoding of responses.")
     filters: Filters = Field(Filters(), description="Which instructions are kept.")
@@ -240,6 +250,14 @@ class Nomad(Optimization):
         ge=0.0,
         lt=1.0,
         description="Share of reference examples in the student's training set, as far as there are enough of them.",
+    )
+    sampling: Sampling = Field(
+        Sampling(temperature=1.0, presence_penalty=0.0, max_tokens=2048), description="Decoding of conversations."
+    )
+    training: Optimization | None = Field(
+        None,
+        description="Recipe of the student for this method alone (the paper: learning rate 2e-5, batches of 128, 4 epochs); "
+        "none takes the experiment's, as all methods do, and as the students of `transfer` do in any case.",
     )
 
 
@@ -440,9 +458,15 @@ class Benchmarks(Section):
     mt_bench_references: str | None = Field(
         None, description="MT-Bench: reference answers (.jsonl) to its questions of maths, coding and reasoning."
     )
+    mt_bench_temperature: float | None = Field(
+        None,
+        ge=0.0,
+        description="MT-Bench: one temperature for all questions; none decodes each category as FastChat does: writing and "
+        "roleplay at 0.7, stem and humanities at 0.1, extraction, math, coding and reasoning at 0, others at 0.7.",
+    )
     answers: Sampling = Field(
         Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
-        description="Decoding of the students' answers that are judged.",
+        description="Decoding of the students' answers that are judged; MT-Bench has temperatures of its own.",
     )
     contamination_words: int = Field(
         8, ge=0, description="An item counts as seen if so many of its words stand in a row in training data; 0 is off."
@@ -626,7 +650,7 @@ class Experiment(Section):
         return self
 
     def check_batch(self, section: str) -> None:
-        """See that a recipe's batches can be dealt to the processes of its jobs.
+        """See that the batches of a recipe, named by its path, can be dealt to the processes of its jobs.
 
         Raises:
             ValueError: they cannot.
@@ -634,7 +658,7 @@ class Experiment(Section):
         stage = "teacher_update" if section == "teacher_update" else "training"
         resources: Resources = getattr(self.cluster.resources, stage)
         processes = resources.nodes * resources.processes_per_node
-        recipe: Optimization = getattr(self, section)
+        recipe: Optimization = attrgetter(section)(self)
         if recipe.batch_size % (recipe.micro_batch_size * processes):
             raise ValueError(
                 f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "

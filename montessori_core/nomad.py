@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from montessori_core.chat import IGNORED, Encoded
+from montessori_core.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import SIMILARITY
 from montessori_core.sources import load_tasks
@@ -62,13 +62,10 @@ def encode_conversation(
         finished: the response is whole, so its end token is trained, too.
         mask_prompt: only the response carries loss, as is usual; the paper's point is that the instruction should.
     """
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     # Piece by piece, so that the beginning has the very tokens that generation begins with.
-    prompt = [*ids(USER), *ids(f" {instruction}"), *ids(_ASSISTANT)]
-    answer = ids(f" {response}")
+    beginning, _ = encode_rendered(tokenizer, f"{text_beginning(tokenizer)}{USER}")
+    request, answer = (encode_plain(tokenizer, f" {text}") for text in (instruction, response))
+    prompt = [*beginning, *request, *encode_plain(tokenizer, _ASSISTANT)]
     labels = [*([IGNORED] * len(prompt) if mask_prompt else prompt), *answer]
     end = tokenizer.eos_token_id
     whole = [*prompt, *answer, end]

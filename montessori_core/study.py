@@ -55,6 +55,8 @@ class Study(Section):
     def _conversations_fit_processes(self) -> "Study":
         if "nomad" in self.methods:
             self.experiment.check_batch("nomad")
+            if self.experiment.nomad.training is not None:
+                self.experiment.check_batch("nomad.training")
         return self
 
     def seeded(self, seed: int, student: Student | None = None) -> Experiment:

@@ -13,6 +13,7 @@ from montessori_core.atomic import write_json
 from montessori_core.benchmarks import alpaca_eval, mt_bench
 from montessori_core.benchmarks.contamination import overlapping
 from montessori_core.benchmarks.scores import item_scores, mt_bench_scores, win_rate_scores
+from montessori_core.config import Sampling
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.sources import Task
@@ -120,7 +121,8 @@ def _score_items(run: Run, folder: Path, label: str, student: Model) -> list[Row
 def _answer_alpaca_eval(run: Run, folder: Path, label: str, student: Model) -> Path:
     asked = [one.instruction for one in alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))]
     rows: list[Row] = [{"text": instruction} for instruction in asked]
-    answers, parts = _answer(run, folder / "alpaca-eval-answers", f"{label}, answers", student, rows, "request")
+    place, sampling = folder / "alpaca-eval-answers", run.experiment.benchmarks.answers
+    answers, parts = _answer(run, place, f"{label}, answers", student, rows, "request", sampling)
     outputs = [
         {"instruction": instruction, "output": answer, "generator": label}
         for instruction, answer in zip(asked, answers, strict=True)
@@ -130,13 +132,21 @@ def _answer_alpaca_eval(run: Run, folder: Path, label: str, student: Model) -> P
 
 def _score_mt_bench(run: Run, folder: Path, label: str, student: Model) -> list[Row]:
     dialogues = _dialogues(run)
-    opening: list[Row] = [{"text": one.questions[0]} for one in dialogues]
-    first, _ = _answer(run, folder / "mt-bench-turn-1", f"{label}, turn 1", student, opening, "request")
-    following: list[Row] = [
-        {"turns": [one.questions[0], answer, one.questions[1]]} for one, answer in zip(dialogues, first, strict=True)
-    ]
-    second, parts = _answer(run, folder / "mt-bench-turn-2", f"{label}, turn 2", student, following, "reply")
-    answers = {one.id: pair for one, pair in zip(dialogues, zip(first, second, strict=True), strict=True)}
+    forced = run.experiment.benchmarks.mt_bench_temperature
+    answers: dict[str, tuple[str, str]] = {}
+    parts: list[Path] = []
+    for temperature in sorted({one.temperature if forced is None else forced for one in dialogues}):
+        asked = [one for one in dialogues if forced is not None or one.temperature == temperature]
+        sampling = run.experiment.benchmarks.answers.model_copy(update={"temperature": temperature})
+        place, name = f"mt-bench-{temperature:g}-turn", f"{label} at temperature {temperature:g}, turn"
+        opening: list[Row] = [{"text": one.questions[0]} for one in asked]
+        first, _ = _answer(run, folder / f"{place}-1", f"{name} 1", student, opening, "request", sampling)
+        following: list[Row] = [
+            {"turns": [one.questions[0], answer, one.questions[1]]} for one, answer in zip(asked, first, strict=True)
+        ]
+        second, written = _answer(run, folder / f"{place}-2", f"{name} 2", student, following, "reply", sampling)
+        parts += written
+        answers |= {one.id: pair for one, pair in zip(asked, zip(first, second, strict=True), strict=True)}
     judged = _judge(
         run, folder / "mt-bench", label, "mt_bench:open_mt_bench_judge", mt_bench.judgements(dialogues, answers), parts
     )
@@ -152,13 +162,12 @@ def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
 
 
 def _answer(
-    run: Run, folder: Path, label: str, student: Model, rows: list[Row], form: Form
+    run: Run, folder: Path, label: str, student: Model, rows: list[Row], form: Form, sampling: Sampling
 ) -> tuple[list[str], list[Path]]:
     """One answer to each row, and the parts they are from."""
     for index, row in enumerate(rows):
         row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(run.experiment.seed, "benchmark", folder.name, index)]}
     shards = cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard)
-    sampling = run.experiment.benchmarks.answers
     generated, parts = generate(run, folder, label, student, shards, sampling, form, [])
     return [row["text"].strip() for row in generated], parts
 

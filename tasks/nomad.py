@@ -24,6 +24,23 @@ from tasks.run import Model, Run
 from tasks.synthesis import Synthesized, generate, join_synthesis
 
 _DRAW = "nomad"
+_FEWEST_STEPS = 10
+
+
+def check_teacher_set(run: Run) -> None:
+    """Refuse a reference set on which the teacher would take too few steps to learn what a conversation is.
+
+    Raises:
+        UserError: it is too small for the batches.
+    """
+    nomad = run.experiment.nomad
+    examples = min(len(run.sources().reference), nomad.teacher_examples)
+    steps = nomad.epochs * math.ceil(examples / nomad.batch_size)
+    if steps < _FEWEST_STEPS:
+        raise UserError(
+            f"nomad: {examples} reference examples in batches of {nomad.batch_size} train the teacher for {steps} steps, but "
+            f"it needs {_FEWEST_STEPS} or more; give a larger reference set, lower nomad.batch_size or raise nomad.epochs"
+        )
 
 
 def train_conversationalist(run: Run, folder: Path, label: str) -> Model:
@@ -64,9 +81,6 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
         UserError: after `synthesis.max_rounds` rounds too few were kept.
     """
     settings, seed = run.experiment.synthesis, run.experiment.seed
-    sampling = settings.instruction.model_copy(
-        update={"max_tokens": settings.instruction.max_tokens + settings.response.max_tokens}
-    )
     accepted = Accepted([one.text for one in run.sources().reference], settings.filters.max_rouge_l)
     candidates: list[Row] = []
     examples: list[Row] = []
@@ -81,7 +95,9 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
         shards = cut_into_shards(rows, settings.instructions_per_shard)
         stage = folder / f"conversations-{number}"
         name = label if number == 1 else f"{label}, round {number}"
-        generated, written = generate(run, stage, name, teacher, shards, sampling, "whole", parts[-1:])
+        generated, written = generate(
+            run, stage, name, teacher, shards, run.experiment.nomad.sampling, "whole", parts[-1:]
+        )
         parts += written
         for row in generated:
             conversation = read_conversation(row["text"], row["finish_reason"])

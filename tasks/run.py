@@ -23,6 +23,7 @@ from cluster.fanout import Progress, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
+from montessori_core.benchmarks.contamination import overlapping
 from montessori_core.benchmarks.mt_bench import read_dialogues
 from montessori_core.config import (
     Endpoint,
@@ -39,6 +40,7 @@ from montessori_core.models import commit_of, fetch_model, fingerprint
 from montessori_core.processor import generation_dtype, processor_name
 from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
 from tasks.progress import ProgressBar
 from tasks.stage_view import StageView
@@ -229,13 +231,15 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     begun = Run(folder, experiment)
     complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
     sources = begun.sources() if complete else read_sources(experiment)
-    warnings = check_sources(sources, experiment)
+    warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
     if changed:
         warnings.append(
-            f"changed settings: all before the {_first_stage(changed, experiment)} is kept, the rest is computed again:\n  "
-            + "\n  ".join(changed)
+            f"changed settings: all before the {_first_stage(changed, experiment)} is kept, the rest is computed again:
+  "
+            + "
+  ".join(changed)
         )
-    _check_benchmarks(begun)
+    warnings += _seen_references(sources.reference, _check_benchmarks(begun), experiment.benchmarks.contamination_words)
     check_environment(experiment)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
@@ -354,8 +358,11 @@ def _end_orphaned_servers(holder: dict[str, Any]) -> None:
                 process.kill()
 
 
-def _check_benchmarks(run: Run) -> None:
+def _check_benchmarks(run: Run) -> dict[str, list[str]]:
     """See that what the section `benchmarks` names can be used: the run's copies, once it has them.
+
+    Returns:
+        The texts that answers are judged on, by the setting that names them.
 
     Raises:
         UserError: something cannot; the message names it.
@@ -364,15 +371,39 @@ def _check_benchmarks(run: Run) -> None:
     for setting, path in paths.items():
         if not os.path.exists(path):
             raise UserError(f"benchmarks.{setting}: {path}: not found; correct the path")
+    texts: dict[str, list[str]] = {}
     if "alpaca_eval" in paths:
-        outputs = len(read_outputs(paths["alpaca_eval"]))
+        texts["alpaca_eval"] = [one.instruction for one in read_outputs(paths["alpaca_eval"])]
+        outputs = len(texts["alpaca_eval"])
         if "alpaca_eval_difficulty" in paths and len(read_difficulties(paths["alpaca_eval_difficulty"])) != outputs:
             raise UserError(
                 f"benchmarks.alpaca_eval_difficulty: {paths['alpaca_eval_difficulty']} is not for the {outputs} instructions "
                 f"of {paths['alpaca_eval']}; it is for AlpacaEval's own, in their order: leave it out for others"
             )
     if "mt_bench" in paths:
-        read_dialogues(paths["mt_bench"], paths.get("mt_bench_references"))
+        dialogues = read_dialogues(paths["mt_bench"], paths.get("mt_bench_references"))
+        texts["mt_bench"] = [question for one in dialogues for question in one.questions]
+    return texts
+
+
+def _seen_references(reference: list[Task], texts: Mapping[str, list[str]], words: int) -> list[str]:
+    """Return a warning for each benchmark that reference instructions stand in; none if `words` is 0.
+
+    Args:
+        reference: what influence is measured on.
+        texts: what answers are judged on, by the setting that names it.
+        words: an instruction stands in a text that has so many of its words in a row.
+    """
+    warnings = []
+    for setting, items in texts.items() if words else ():
+        seen = overlapping([task.text for task in reference], items, words)
+        if any(seen):
+            warnings.append(
+                f"{sum(seen)} of {len(reference)} reference examples also stand in benchmarks.{setting}, e.g. "
+                f"{reference[seen.index(True)].id}: influence is measured on what students are tested on, so that their "
+                "scores there say nothing about other tasks"
+            )
+    return warnings
 
 
 def _named(run: Run) -> dict[str, Path]:

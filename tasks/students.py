@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import cast
 
-from montessori_core.config import Training, Warmup
+from montessori_core.config import Optimization, Warmup
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, read_table
 from montessori_core.training.files import MOMENTS_FILE
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def train_student(
-    run: Run, folder: Path, label: str, examples: Path, recipe: Warmup | Training, first: int, save_moments: bool
+    run: Run, folder: Path, label: str, examples: Path, recipe: Optimization, first: int, save_moments: bool
 ) -> Model:
     """Train a student, from its first weights, on the first so many rows of an example table.
 

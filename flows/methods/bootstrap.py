@@ -15,7 +15,7 @@ def _propose(now: Round) -> Proposal:
     run, teacher = now.run, now.run.first_teacher()
     probed = probe(run, 1, teacher, None, None)
     seeds = most_influential(probed.synthesized.examples, measure(run, 1, probed))
-    training = write_training_set(run, now.folder / "training", now.label, teacher, probed, seed_pool=seeds)
+    training = write_training_set(run, now.folder / "training", now.label, teacher, seed_pool=seeds)
     return Proposal(training.examples, teacher)
 
 

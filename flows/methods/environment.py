@@ -86,6 +86,7 @@ class Method:
         propose: makes the data of a round.
         rounds: how many there are.
         needs: a part of the experiment that must be set for it.
+        check: raises a UserError if the method cannot do with a run's sets; called before anything is computed.
         trains_student: the student it returns learned otherwise than from examples, all of its weights; so there is no data
             to try on other students.
     """
@@ -95,4 +96,5 @@ class Method:
     propose: Callable[[Round], Proposal]
     rounds: Callable[[Experiment], int] = one_round
     needs: Literal["judge", "strong_teacher"] | None = None
+    check: Callable[[Run], None] | None = None
     trains_student: bool = False

@@ -4,7 +4,8 @@ The real examples are the reference set.
 """
 
 from flows.methods.environment import Method, Proposal, Round
-from tasks.nomad import measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
+from tasks.nomad import check_teacher_set, measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
+from tasks.students import train_student
 
 
 def _propose(now: Round) -> Proposal:
@@ -15,11 +16,15 @@ def _propose(now: Round) -> Proposal:
     written = write_conversations(run, folder / "training", f"{label}: conversations", teacher, count - real)
     measure_norm_sim(run, folder / "norm-sim", f"{label}: nearness to real examples", written.examples)
     mixed = mix_with_real(run, f"{label}: real and synthetic", written.examples, real, folder / "examples.parquet")
-    return Proposal(mixed, teacher)
+    recipe, student = run.experiment.nomad.training, None
+    if recipe is not None:
+        student = train_student(run, folder / "student", f"{label}: student training", mixed, recipe, count, False)
+    return Proposal(mixed, teacher, student)
 
 
 NOMAD = Method(
     "nomad",
     "The teacher, trained on whole conversations of the reference set, writes more; the student learns from both.",
     _propose,
+    check=check_teacher_set,
 )

@@ -37,7 +37,7 @@ def _propose(now: Round) -> Proposal:
     updated = update_teacher(
         run, now.folder / "teacher", f"{now.label}: teacher update", teacher, preferences, answered=answered
     )
-    training = write_training_set(run, now.folder / "training", now.label, updated, probed)
+    training = write_training_set(run, now.folder / "training", now.label, updated)
     return Proposal(training.examples, updated)
 
 

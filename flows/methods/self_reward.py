@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.methods.environment import Method, Proposal, Round
-from flows.methods.self_instruct import imitate_seeds
+from flows.methods.tailoring import write_training_set
 from montessori_core.preferences import best_of_each_prompt
 from montessori_core.schema import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
 from tasks.synthesis import answer_again, join_examples
@@ -21,7 +21,7 @@ from tasks.utility import ask_judge, judge_oneself
 def _propose(now: Round) -> Proposal:
     run, label = now.run, now.label
     student = now.feedback.student if now.feedback else run.first_student()
-    asked = imitate_seeds(run, now.folder.parent / "instructions", "self_reward", earlier=[])
+    asked = write_training_set(run, now.folder.parent / "instructions", "self_reward", run.first_teacher())
     first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
     answered = answer_again(
         run,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from montessori_core.config import Endpoint
 from montessori_core.sources import Task
 from tasks.approval import approve_update
 from tasks.influence import collect_influence
@@ -54,7 +55,7 @@ def tailor(
         approve_update(run, number, influence, preferences)
     keep = run.experiment.comparison.teacher_checkpoints
     updated = update_teacher(run, folder / "teacher", f"{name}: teacher update", teacher, preferences, keep=keep)
-    training = write_training_set(run, folder / "training", name, updated, probed, number, synthetic_pool)
+    training = write_training_set(run, folder / "training", name, updated, number, synthetic_pool)
     return Tailored(probed, influence, preferences, updated, training)
 
 
@@ -105,20 +106,21 @@ def write_training_set(
     run: Run,
     folder: Path,
     label: str,
-    teacher: Model,
-    probed: Probed,
+    teacher: Model | Endpoint,
     number: int = 1,
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
 ) -> Synthesized:
-    """Let a teacher write the training set of an iteration, from the prompts that every method has; none of it was probed.
+    """Let a teacher write the training set of an iteration, from the prompts that every method has.
+
+    What was probed may be written again, as in the authors' code: only a tailored teacher has a probing set, and a set that
+    avoids it would lack what that teacher writes most.
 
     Args:
         run: the run.
         folder: of the set.
         label: for people.
-        teacher: who writes.
-        probed: whose instructions are not repeated.
+        teacher: who writes: a model, or one behind an API.
         number: of the iteration.
         synthetic_pool: training examples of the last iteration.
         seed_pool: what prompts demonstrate; None takes the run's.
@@ -130,7 +132,7 @@ def write_training_set(
         teacher,
         count=run.experiment.training.examples,
         draw=f"i{number}-training",
-        earlier=[probed.synthesized.examples],
+        earlier=[],
         synthetic_pool=synthetic_pool,
         seed_pool=seed_pool,
     )

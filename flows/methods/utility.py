@@ -18,7 +18,7 @@ def _propose(now: Round, measure: Callable[[Round, Probed], Path]) -> Proposal:
     updated = update_teacher(
         run, now.folder / "teacher", f"{now.label}: teacher update", teacher, preferences, UTILITY_PREFERENCES
     )
-    training = write_training_set(run, now.folder / "training", now.label, updated, probed)
+    training = write_training_set(run, now.folder / "training", now.label, updated)
     return Proposal(training.examples, updated)
 
 

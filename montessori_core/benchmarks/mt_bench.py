@@ -23,6 +23,17 @@ from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import MT_BENCH
 
 REFERENCE_GUIDED = ("math", "reasoning", "coding")
+_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+}
+_OTHER_TEMPERATURE = 0.7
 _MOST, _LEAST = 10, 1
 _CRITERIA = (
     "Weigh whether it is right, does what was asked, helps the person who asks, and goes as deep as the question needs; "
@@ -60,6 +71,11 @@ class Dialogue:
     category: str
     questions: tuple[str, str]
     references: tuple[str, ...]
+
+    @property
+    def temperature(self) -> float:
+        """At which FastChat decodes answers of the category (`temperature_config` of its `llm_judge/common.py`)."""
+        return _TEMPERATURES.get(self.category, _OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)

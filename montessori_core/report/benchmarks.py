@@ -29,6 +29,7 @@ MODELS = {
     "untrained": "untrained student",
     "previous": "student of the iteration before",
 }
+_JUDGED = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}
 _COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous": WARM}
 
 
@@ -180,7 +181,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
         )
         figures.append(
             grouped_dot_figure(
-                _name(benchmark),
+                score_name(benchmark),
                 f"{better}; the bars are 95 % intervals, and models whose bars overlap widely are not told apart.",
                 groups,
                 "score",
@@ -196,7 +197,7 @@ def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     metrics = list(dict.fromkeys((entry["benchmark"], entry["metric"]) for _, entry in scores))
     rows = [
         [
-            f"{_name(benchmark)}, {metric.replace('_', ' ')}",
+            f"{score_name(benchmark)}, {metric.replace('_', ' ')}",
             *(_score_text(cells.get((benchmark, metric, label))) for label in labels),
         ]
         for benchmark, metric in metrics
@@ -246,8 +247,8 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
     drawn["legend"] |= {"traceorder": "normal"}
     return Figure(
         "Head-to-head comparisons (Figure 4)",
-        "Each bar is one pairing, judged answer by answer: more blue than red means that the first model wins more often "
-        "than it loses; the numbers are comparisons, and unparsed ones had no readable judgement.",
+        "Each bar is one pairing, judged answer by answer with prompts of our own: more blue than red means that the first "
+        "model wins more often than it loses; the numbers are comparisons, and unparsed ones had no readable judgement.",
         {"data": bars, "layout": drawn},
         ["pairing", "wins", "ties", "losses", "unparsed"],
         [(label, *(entry[kind] for kind, _ in kinds)) for label, entry in played],
@@ -272,7 +273,13 @@ def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
 
 
 def _name(benchmark: str) -> str:
-    return {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}.get(benchmark, benchmark)
+    return _JUDGED.get(benchmark, benchmark)
+
+
+def score_name(benchmark: str) -> str:
+    """Return the name of a benchmark as its scores have it: those of judges say that the published prompts are not used."""
+    name, separator, against = benchmark.partition(" against ")
+    return f"{_name(name)} (own judge prompts){separator}{against}" if name in _JUDGED else benchmark
 
 
 def _signed(value: float | None) -> str:

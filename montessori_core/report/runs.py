@@ -16,7 +16,7 @@ from montessori_core.report.benchmarks import (
     scores_of,
 )
 from montessori_core.report.contents import Contents, Influence, Iteration, read_contents
-from montessori_core.report.cost import gpu_hours, job_hours
+from montessori_core.report.cost import OPERATIONS, gpu_hours, job_hours
 from montessori_core.report.figures import DASHES, SERIES, Dot, Sample, bar_figure
 from montessori_core.report.influence import distribution_figure, influence_unit
 from montessori_core.report.numbers import UNKNOWN, Unit
@@ -212,7 +212,7 @@ def _cost(runs: Sequence[Contents]) -> Section:
         figures.append(
             bar_figure(
                 "Floating-point operations (Table 8)",
-                "All stages of a run together, two operations for each weight and token forward, twice as many backward.",
+                f"All stages of a run together. {OPERATIONS}",
                 "operations",
                 operations,
                 [numbers.significant(value, 3) for value in operations.values()],

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from montessori_core.report import numbers
+from montessori_core.report.benchmarks import score_name
+from montessori_core.report.cost import OPERATIONS
 from montessori_core.report.figures import (
     DASHES,
     GREY,
@@ -87,7 +89,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
 def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
     """Benchmarks of each method's student, as in Tables 1 and 2: mean over the seeds, and standard error over items."""
     of_methods = [
-        {f"{one['benchmark']}: {one['metric'].replace('_', ' ')}": one for one in row.get("scores", [])} for row in rows
+        {f"{score_name(one['benchmark'])}: {one['metric'].replace('_', ' ')}": one for one in row.get("scores", [])}
+        for row in rows
     ]
     names = list(dict.fromkeys(name for scores in of_methods for name in scores))
     if not names:
@@ -176,8 +179,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     operations = {row["method"]: float(row["flops"]) for row in sorted(rows, key=lambda row: -row["flops"])}
     return bar_figure(
         "Floating-point operations of each method (Table 8)",
-        "Of one seed, by the rule of Appendix E.3: two for each weight and token forward, twice as many backward. Models "
-        "behind an API do theirs elsewhere.",
+        f"Of one seed. {OPERATIONS} Models behind an API do theirs elsewhere.",
         "operations",
         operations,
         [numbers.significant(value, 3) for value in operations.values()],

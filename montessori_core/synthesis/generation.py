@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 from montessori_core.config import Sampling
 
 Form = Literal["tagged", "whole", "request", "reply"]
-"""A tagged or whole text is continued as it stands, a tagged one up to the closing tag; a request is put by the template, and
-so is what follows a request and its answer, to get a reply."""
+"""A tagged or whole text is continued as it stands, after the token that texts begin with, a tagged one up to the closing
+tag. A request is put by the template, and so is what follows a request and its answer, to get a reply."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Request:
     """A text to continue.
 
     Attributes:
-        prompt: the text. Requests with the same prompt, or the same beginning, share the reading of it.
+        prompt: the text, rendered. Requests with the same prompt, or the same beginning, share the reading of it.
         seed: what the draws depend on; the n-th token takes the n-th draw.
         drawn: token ids with which the continuation begins, drawn by an earlier job.
     """

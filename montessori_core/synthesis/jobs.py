@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.api import Question, open_api
-from montessori_core.chat import render_conversation, render_prompt
+from montessori_core.chat import mark_control_tokens, render_conversation, render_prompt, text_beginning
 from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
@@ -95,7 +95,9 @@ def _records(row: Row, prompt: str, samples: Sequence[Generated]) -> list[Row]:
 def _render(tokenizer: Any, row: Row, form: Form) -> str:
     if form == "reply":
         return render_conversation(tokenizer, *row["turns"])
-    return render_prompt(tokenizer, row["text"]) if form == "request" else str(row["text"])
+    if form == "request":
+        return render_prompt(tokenizer, row["text"])
+    return text_beginning(tokenizer) + mark_control_tokens(tokenizer, row["text"])
 
 
 def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:

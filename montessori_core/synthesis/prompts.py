@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from montessori_core.config import Synthesis
 from montessori_core.sources import Task
+from montessori_core.synthesis.paper_request import PAPER_REQUEST
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
+_MOST_REPETITION_PENALTY = 1.2
 
 _REQUEST = """\
 You write tasks that teach an assistant. Read the example tasks below, then write one new task of your own.
@@ -47,6 +49,17 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
+def check_decoding(settings: Synthesis) -> list[str]:
+    """Return a warning if the repetition penalty suppresses the tag that an instruction must end with."""
+    penalty = settings.instruction.repetition_penalty
+    if penalty <= _MOST_REPETITION_PENALTY:
+        return []
+    return [
+        f"synthesis.instruction.repetition_penalty is {penalty:g}: it counts the prompt, which shows {CLOSE} after every "
+        f"demonstration, so that few outputs will have one and be accepted; set it to {_MOST_REPETITION_PENALTY:g} or less"
+    ]
+
+
 def build_prompts(
     count: int,
     style: str,
@@ -68,12 +81,14 @@ def build_prompts(
         wanted = settings.seed_demonstrations + settings.synthetic_demonstrations
         demonstrations = synthetic + draw.sample(seed_pool, wanted - len(synthetic))
         draw.shuffle(demonstrations)
-        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _text(style, demonstrations)))
+        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _text(style, settings, demonstrations)))
     return prompts
 
 
-def _text(style: str, demonstrations: Sequence[Task]) -> str:
+def _text(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
+    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
+    if style == "chat" and settings.request == "paper":
+        return f"{PAPER_REQUEST}{shown}\n"
     # str.replace, not str.format: demonstrations may hold braces.
     template = _REQUEST if style == "chat" else _LIST
-    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
     return template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{demonstrations}", shown)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from montessori_core.chat import encode_rendered
 from montessori_core.config import Sampling
 from montessori_core.models import load_model
 from montessori_core.processor import generation_dtype
@@ -44,7 +45,8 @@ class TransformersEngine:
         """See `Engine.generate`."""
         if not requests:
             return
-        prompts = {text: self._encode(text) for text in {request.prompt for request in requests}}
+        texts = {request.prompt for request in requests}
+        prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
         rows = [
             _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
             for index, request in enumerate(requests)
@@ -72,10 +74,6 @@ class TransformersEngine:
                 lambda: {row.index: list(row.drawn) for row in unfinished.values() if row.drawn},
                 progress.done((row.index, len(row.drawn)) for row in batch.rows),
             )
-
-    def _encode(self, prompt: str) -> list[int]:
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _has_ended(self, row: "_Row", sampling: Sampling, stop: str | None) -> bool:
         if row.drawn[-1] in self._ends or len(row.drawn) >= sampling.max_tokens:
@@ -299,9 +297,13 @@ class SeededSampler:
             [rows] token ids.
         """
         slots = torch.arange(len(steps), device=logits.device)
-        scores = self._penalize(logits.float()) / self._sampling.temperature
-        draws = self._draws[slots, torch.tensor(steps, device=logits.device)]
-        chosen = draw_from_nucleus(scores.softmax(-1), self._sampling.top_p, draws)
+        scores = self._penalize(logits.float())
+        if self._sampling.temperature == 0.0:
+            chosen = scores.argmax(-1)
+        else:
+            probabilities = (scores / self._sampling.temperature).softmax(-1)
+            draws = self._draws[slots, torch.tensor(steps, device=logits.device)]
+            chosen = draw_from_nucleus(probabilities, self._sampling.top_p, draws)
         self._generated[slots, chosen] = True
         return chosen
 

@@ -8,6 +8,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from montessori_core import flops
+from montessori_core.chat import encode_rendered
 from montessori_core.config import Sampling
 from montessori_core.models import fetch_model
 from montessori_core.processor import generation_dtype
@@ -37,7 +38,8 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
         """See `Engine.generate`. There are no drafts: vLLM draws from a generator, which cannot begin in the middle."""
-        prompts = {text: self._encode(text) for text in {request.prompt for request in requests}}
+        texts = {request.prompt for request in requests}
+        prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
         names = self._llm.enqueue(
             [{"prompt_token_ids": prompts[request.prompt]} for request in requests],
             [_parameters(sampling, stop, request.seed) for request in requests],
@@ -53,10 +55,6 @@ class VllmEngine:
                 progress.end(generated.tokens)
                 flops.spend(self._weights, generated.tokens)
             yield Step(finished, dict, progress.done(()))
-
-    def _encode(self, prompt: str) -> list[int]:
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingParams:

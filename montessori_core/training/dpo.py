@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from montessori_core.chat import encode_plain, encode_rendered
 from montessori_core.config import Teacher, TeacherUpdate, Zero
 from montessori_core.errors import DataError
 from montessori_core.models import load_model, load_tokenizer
@@ -117,13 +118,10 @@ def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
         ended = style == "chat" and row.get(f"{output}_finished", True)
         return [tokenizer.eos_token_id] if ended else []
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     return {
-        "prompt_ids": ids(row["prompt"]),
-        "chosen_ids": ids(row["chosen"]) + end("chosen"),
-        "rejected_ids": ids(row["rejected"]) + end("rejected"),
+        "prompt_ids": encode_rendered(tokenizer, row["prompt"])[0],
+        "chosen_ids": encode_plain(tokenizer, row["chosen"]) + end("chosen"),
+        "rejected_ids": encode_plain(tokenizer, row["rejected"]) + end("rejected"),
     }
 
 

@@ -36,6 +36,7 @@ def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object
     experiment["synthesis"]["instruction"]["max_tokens"] = 20
     experiment["synthesis"]["response"]["max_tokens"] = 12
     experiment["nomad"] = {"learning_rate": 3e-3, "batch_size": 4, "epochs": 60, "teacher_examples": 10}
+    experiment["nomad"]["sampling"] = {"top_p": 1.0, "presence_penalty": 0.0, "max_tokens": 32}
     content = {
         "name": "tiny-study",
         "experiment": experiment,

@@ -32,6 +32,7 @@ from montessori_core.config import (
 )
 from montessori_core.errors import ConfigError
 from montessori_core.study import read_study
+from montessori_core.synthesis.prompts import check_decoding
 from support import ROOT
 from tasks.influence import influence_settings
 
@@ -61,6 +62,13 @@ def test_every_field_is_described() -> None:
 def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
     experiment = read_experiment(path)
     assert parse_experiment(yaml.safe_load(to_yaml(experiment)), "round trip") == experiment
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
+    synthesis = read_experiment(path).synthesis
+    assert synthesis.instruction.repetition_penalty == 1.0
+    assert check_decoding(synthesis) == []
 
 
 @pytest.mark.parametrize(

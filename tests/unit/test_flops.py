@@ -1,4 +1,4 @@
-"""Operations are counted by the rule of Appendix E.3, whatever code calls the model."""
+"""Operations are two for each weight and token forward and four backward, whatever code calls the model."""
 
 from pathlib import Path
 

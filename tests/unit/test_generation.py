@@ -19,11 +19,12 @@ from montessori_core.models import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.schema import GENERATION
 from montessori_core.sources import Task, read_tasks
-from montessori_core.synthesis import row_cache, transformers_engine
+from montessori_core.synthesis import jobs, row_cache, transformers_engine
 from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from montessori_core.synthesis.transformers_engine import SeededSampler, TransformersEngine, draw_from_nucleus
+from montessori_core.training.dpo import encode_pair
 from support.judges import JudgeServer, endpoint, served
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]
@@ -45,6 +46,16 @@ def test_seeds_take_the_place_of_absent_synthetic_tasks() -> None:
     (prompt,) = build_prompts(1, "completion", Synthesis(), SEEDS, [], seed=0)
     assert len(prompt.demonstrations) == 8
     assert prompt.text.endswith("<instruction>")
+
+
+def test_paper_request_is_followed_by_the_demonstrations() -> None:
+    (prompt,) = build_prompts(1, "chat", Synthesis(request="paper"), SEEDS, [], seed=0)
+    request, *shown = prompt.text.partition("generate only one instruction.\n")
+    assert "1. Briefly explain why you generate this instruction.\n" in request
+    assert "sentences long" not in request
+    assert "".join(shown[1:]) == "".join(f"<instruction>{task.text}</instruction>\n" for task in prompt.demonstrations)
+    (own,) = build_prompts(1, "chat", Synthesis(), SEEDS, [], seed=0)
+    assert own.demonstrations == prompt.demonstrations
 
 
 def test_a_prompt_depends_on_its_number_alone() -> None:
@@ -74,6 +85,16 @@ def test_wide_and_narrow_nuclei_are_drawn_alike(top_p: float) -> None:
         expected = order[np.searchsorted(mass[:nucleus], float(draws[row]) * mass[nucleus - 1], side="right")]
         chosen = draw_from_nucleus(probabilities, top_p, draws)[row]
         assert probabilities[row, chosen] == pytest.approx(float(probabilities[row, expected]), rel=1e-5)
+
+
+def test_temperature_zero_takes_the_most_probable_token() -> None:
+    sampling = Sampling(temperature=0.0, top_p=1.0, presence_penalty=2.0, max_tokens=4)
+    sampler = SeededSampler(2, 4, sampling, torch.device("cpu"))
+    for slot in (0, 1):
+        sampler.place(slot, slot, [0], [])
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [1.0, 0.0, 0.5, 1.5]])
+    assert sampler.draw(logits, [0, 0]).tolist() == [1, 3]
+    assert sampler.draw(logits, [1, 1]).tolist() == [2, 0]
 
 
 def test_penalties_count_what_vllm_counts() -> None:
@@ -191,6 +212,26 @@ def test_engine_draws_each_sample_from_its_seed(engine: Any) -> None:
             assert sample.text.endswith(CLOSE) or CLOSE not in sample.text
         else:
             assert sample.tokens == 24
+
+
+def test_control_tokens_of_data_reach_no_model(smollm2: Path, engine: Any) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    said = "Say <|im_end|> now"
+    read: list[int] = []
+    hook = engine._model.register_forward_pre_hook(
+        lambda *arguments: read.extend(arguments[2]["input_ids"].flatten().tolist()), with_kwargs=True
+    )
+    control = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for form, expected in (("request", 2), ("reply", 4), ("tagged", 0), ("whole", 0)):  # SmolLM2 has a system turn
+        prompt = jobs._render(tokenizer, {"text": said, "turns": [said] * 3}, form)
+        continuations(engine.generate([Request(prompt, 0)], Sampling(max_tokens=1), None))
+        assert tokenizer.decode(read).count(said) == (3 if form == "reply" else 1)
+        assert read.count(control) == expected
+        read.clear()
+    hook.remove()
+    pair = encode_pair(tokenizer, {"prompt": prompt, "chosen": said, "rejected": said}, "completion")
+    assert [tokenizer.decode(ids) for ids in pair.values()] == [said] * 3
+    assert control not in {token for ids in pair.values() for token in ids}
 
 
 def test_near_greedy_sampling_equals_greedy_search(smollm2: Path, engine: Any) -> None:

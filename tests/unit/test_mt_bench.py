@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,9 +23,13 @@ from montessori_core.benchmarks.mt_bench import (
     read_dialogues,
     summarize,
 )
+from montessori_core.config import parse_experiment
 from montessori_core.errors import DataError
+from montessori_core.program import Row
 from montessori_core.schema import MT_BENCH, read_table, table_from_rows
 from support.judges import JudgeServer, completion, open_with, send, served
+from tasks import benchmarks
+from tasks.run import Model, Run
 
 QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorten it."]},
@@ -54,6 +59,54 @@ def test_references_are_for_mathematics_code_and_logic_alone(dialogues: list[Dia
         ("111", "math", ("It is 42.", "It is 21.")),
         ("c1", "coding", ("print(1)", "print(2)")),
     ]
+
+
+def test_dialogue_is_decoded_by_category() -> None:
+    categories = ["writing", "roleplay", "stem", "humanities", "extraction", "math", "coding", "reasoning", "own"]
+    temperatures = [Dialogue("1", category, ("a", "b"), ()).temperature for category in categories]
+    assert temperatures == [0.7, 0.7, 0.1, 0.1, 0.0, 0.0, 0.0, 0.0, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("forced", "expected"),
+    [
+        (None, {"Write a poem.": 0.7, "What is 6 x 7?": 0.0, "Print 1.": 0.0}),
+        (0.3, {"Write a poem.": 0.3, "What is 6 x 7?": 0.3, "Print 1.": 0.3}),
+    ],
+)
+def test_answers_are_decoded_at_their_temperatures(
+    forced: float | None, expected: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"mt_bench": "mt_bench.jsonl", "mt_bench_references": "mt_bench_references.jsonl"}
+    (tmp_path / "sources").mkdir()
+    for name, entries in zip(files.values(), (QUESTIONS, REFERENCES), strict=True):
+        write(tmp_path / "sources" / name, entries)
+    model = {"model": "m"}
+    content = {"teacher": model, "student": model, "judge": {"model": "judge"}}
+    content["benchmarks"] = files | {"mt_bench_temperature": forced}  # type: ignore[assignment]
+    run = Run(tmp_path, parse_experiment(content, "test"))
+    decoded: dict[str, list[float]] = {}
+
+    def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
+        rows = [row for shard in arguments[4] for row in shard]
+        for row in rows:
+            question = row["turns"][0] if "turns" in row else row["text"]
+            decoded.setdefault(question, []).append(arguments[5].temperature)
+        return [{"text": f"Answer to {row.get('text', row.get('turns'))}"} for row in rows], []
+
+    judged: list[list[Row]] = []
+    monkeypatch.setattr(benchmarks, "generate", generate)
+    monkeypatch.setattr(benchmarks, "_judge", lambda *arguments: judged.append(arguments[4]) or [])
+    monkeypatch.setattr(benchmarks, "_join", lambda *_: tmp_path)
+    monkeypatch.setattr(benchmarks, "read_table", lambda *_: graded())
+    benchmarks._score_mt_bench(run, tmp_path, "test", Model("m", "0"))
+    assert decoded == {question: [temperature] * 2 for question, temperature in expected.items()}
+    answers = {row["question_id"]: row["answers"][0] for row in judged[0]}
+    assert answers == {str(one["question_id"]): f"Answer to {one['turns'][0]}" for one in QUESTIONS}
+
+
+def graded() -> pa.Table:
+    return table_from_rows([{"question_id": "81", "category": "writing", "turn": 1, "score": 7.0}], MT_BENCH)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
-from montessori_core.chat import IGNORED
+from montessori_core.chat import IGNORED, text_beginning
 from montessori_core.models import load_tokenizer
 from montessori_core.nomad import (
     CODE,
@@ -36,6 +37,21 @@ def test_teacher_learns_the_instruction_unless_it_is_masked(smollm2: Path, maske
     assert encode_conversation(tokenizer, "Name a river.", "The Danube.", 5).truncated
     cut = encode_conversation(tokenizer, "Name a river.", "The Dan", 64, finished=False)
     assert cut.labels[-1] == IGNORED  # it was not at its end
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_conversations_begin_as_their_generation_does(smollm2: Path, begins: bool) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    tokenizer.bos_token = "<|endoftext|>"
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+        )
+    encoded = encode_conversation(tokenizer, "Name a river.", "The Danube.", 64)
+    beginning = tokenizer(f"{text_beginning(tokenizer)}{USER}", add_special_tokens=False)["input_ids"]
+    assert [token == tokenizer.bos_token_id for token in beginning] == [True] * begins + [False, False]
+    assert encoded.input_ids[: len(beginning)] == beginning
+    assert encoded.labels[: len(beginning)] == beginning
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from montessori_core.preferences import threshold_of
 from montessori_core.report.contents import Influence
 from montessori_core.report.influence import histogram_edges, positive_shares
 from montessori_core.report.render import render_report
+from montessori_core.report.study import study_page
 from montessori_core.report.texts import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
 from montessori_core.schema import (
     INFLUENCE,
@@ -33,7 +34,7 @@ from montessori_core.schema import (
     write_table,
 )
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS, TOO_SHORT
-from support.reports import HOSTILE, SHOWN, Page, metrics, page_of, score, stage_use, write_run
+from support.reports import HOSTILE, SHOWN, Page, metrics, page_of, score, stage_use, write_run, write_study
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,23 @@ def test_names_in_the_metrics_are_escaped_in_page_and_figures(run: Path, tmp_pat
     assert "<img" not in json.dumps(page.plots)
     assert page.text.count(name) >= 5
     assert all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in report.data)
+
+
+def test_costs_say_what_the_papers_numbers_count(run: Path, tmp_path: Path) -> None:
+    report, study = page_of(run), Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
+    for page in (report, study):
+        assert "Appendix E.3 charges a pass over 128 tokens for every token" in page.text
+        assert "(Appendix E.3)" not in page.text
+        assert "rule of Appendix E.3" not in page.text
+    assert "wall time of 8 H100s together, 107 and 28 GPU-seconds" in report.text
+
+
+def test_judged_scores_say_whose_prompts_judged(run: Path, tmp_path: Path) -> None:
+    page = page_of(run)
+    assert "MT-Bench (own judge prompts), score writing" in page.text
+    assert "arc_challenge, acc norm" in page.text
+    study = Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
+    assert "MT-Bench (own judge prompts): score" in study.text
 
 
 def test_only_the_pages_own_scripts_may_run(hostile: Page) -> None:

@@ -1,0 +1,55 @@
+"""What is said about a run before its first job."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from montessori_core.config import parse_experiment, read_experiment
+from support import ROOT
+from tasks.run import open_run
+
+OTHER = {"instruction": "Count the rivers of the country that you know best.", "output": "Seven."}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one object a line."""
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def warnings_of(folder: Path, model: Path, **sections: Any) -> list[str]:
+    """Open a run with a model as teacher and student; return its warnings."""
+    content = {"teacher": {"model": str(model)}, "student": {"model": str(model)}} | sections
+    return open_run(parse_experiment(content, "test"), folder / "run")[1]
+
+
+@pytest.mark.parametrize(("penalty", "warned"), [(1.0, False), (1.2, False), (1.5, True)])
+def test_open_run_warns_of_repetition_penalty(penalty: float, warned: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    instruction = {"repetition_penalty": penalty}
+    warnings = warnings_of(tmp_path, tiny_llama, synthesis={"instruction": instruction})
+    assert ["repetition_penalty is 1.5" in warning for warning in warnings] == [True] * warned
+
+
+@pytest.mark.parametrize(("words", "warned"), [(8, True), (0, False)])
+def test_open_run_warns_of_references_in_benchmarks(words: int, warned: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    shared = "What are the names of some famous actors that started their careers on Broadway?"
+    write_jsonl(tmp_path / "reference.jsonl", [{"instruction": shared.upper(), "output": "Some."}, OTHER])
+    write_jsonl(tmp_path / "outputs.jsonl", [{"instruction": shared, "output": "Several."}, OTHER])
+    write_jsonl(tmp_path / "questions.jsonl", [{"question_id": 1, "category": "writing", "turns": ["Sing.", "Stop."]}])
+    benchmarks = {
+        "alpaca_eval": str(tmp_path / "outputs.jsonl"),
+        "mt_bench": str(tmp_path / "questions.jsonl"),
+        "contamination_words": words,
+    }
+    sections = {"reference": {"path": str(tmp_path / "reference.jsonl")}, "judge": {"model": "judge"}}
+    warnings = warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, **sections)
+    assert ["2 of 2 reference examples also stand in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
+
+
+@pytest.mark.parametrize("name", ["paper-1b", "paper-8b"])
+def test_paper_configurations_measure_on_unseen_alpaca(name: str) -> None:
+    experiment = read_experiment(ROOT / "configs" / f"{name}.yaml")
+    seeds, reference = experiment.seed_pool, experiment.reference
+    assert (reference.path, reference.split, reference.limit) == ("vicgalle/alpaca-gpt4", "train", 256)
+    assert (seeds.path, seeds.split, seeds.limit) == ("vicgalle/alpaca-gpt4", "train[256:]", None)

@@ -1,0 +1,63 @@
+"""From a teacher's raw output to examples and to what DPO trains."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from montessori_core.config import parse_experiment
+from montessori_core.preferences import write_preferences
+from montessori_core.rouge import Accepted
+from montessori_core.schema import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
+from montessori_core.sources import Task
+from montessori_core.synthesis.prompts import build_prompts
+from tasks import synthesis
+from tasks.run import Model, Run
+
+EXPLAINED = (
+    "1. Explanation: a question about {thing} trains knowledge of nature.\n2. It needs no input.\n"
+    "3. <instruction>YOUR INSTRUCTION</instruction>\n\n<instruction>Why do {thing} differ in colour?</instruction>"
+)
+
+
+def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = [EXPLAINED.format(thing=thing) for thing in ("most birds", "many rivers", "some stones")]
+    written = iter([outputs, ["By their pigments."] * 3])
+
+    def generate(*arguments: Any) -> tuple[list[dict[str, Any]], list[Path]]:
+        (shard,) = arguments[4]
+        ids = [name for row in shard for name in row["ids"]]
+        return [
+            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop"}
+            for name, text in zip(ids, next(written), strict=True)
+        ], []
+
+    monkeypatch.setattr(synthesis, "generate", generate)
+    settings = {"request": "paper", "samples_per_prompt": 3}
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": settings}
+    run = Run(tmp_path, parse_experiment(content, "test"))
+    teacher = Model("t", "0")
+    seeds = [Task(str(number), f"Task {number}") for number in range(8)]
+    prompts = build_prompts(1, "chat", run.experiment.synthesis, seeds, [], seed=0)
+    candidates, _ = synthesis._write_instructions(
+        run, tmp_path, "test", teacher, "chat", prompts, "draw", Accepted([], 0.9), []
+    )
+    assert candidates[1]["instruction"] == "Why do many rivers differ in colour?"
+    assert [candidate["rejection"] for candidate in candidates] == [None] * 3
+    examples, _ = synthesis._write_responses(run, tmp_path, "test", teacher, candidates, "draw", [])
+    write_table(table_from_rows(examples, EXAMPLES), tmp_path / "examples.parquet", EXAMPLES)
+    names = [example["example_id"] for example in examples]
+    pairs = pa.table(
+        {
+            "prompt_id": ["draw-p000000"],
+            "chosen_id": names[:1],
+            "chosen_utility": [1.0],
+            "rejected_id": names[2:],
+            "rejected_utility": [0.0],
+        }
+    )
+    path = tmp_path / "preferences.parquet"
+    write_preferences(pairs, tmp_path / "examples.parquet", path, UTILITY_PREFERENCES)
+    (pair,) = read_table(path, UTILITY_PREFERENCES).to_pylist()
+    assert (pair["chosen"], pair["rejected"]) == (outputs[0], outputs[2])
