@@ -234,10 +234,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
     if changed:
         warnings.append(
-            f"changed settings: all before the {_first_stage(changed, experiment)} is kept, the rest is computed again:
-  "
-            + "
-  ".join(changed)
+            f"changed settings: all before the {_first_stage(changed, experiment)} is kept, the rest is computed again:\n  "
+            + "\n  ".join(changed)
         )
     warnings += _seen_references(sources.reference, _check_benchmarks(begun), experiment.benchmarks.contamination_words)
     check_environment(experiment)
