@@ -35,7 +35,7 @@ def test_a_run_on_nodes_is_opened_without_torch(tmp_path: Path) -> None:
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors
     program = f"""
-from lean_driver import become_lean
+from support.lean_driver import become_lean
 become_lean()
 from pathlib import Path
 from montessori_core.config import read_experiment

@@ -280,7 +280,6 @@ SAMPLING = st.builds(
 )
 EXPERIMENTS = st.builds(
     Experiment,
-    Influence,
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,79}\Z"),
     seed=st.integers(0, 2**31 - 1),
     teacher=st.builds(Teacher, model=TEXT, revision=st.none() | TEXT),
