@@ -22,11 +22,11 @@ from montessori_core.sources import Sources, Task
 from montessori_core.speed import measure_gflops
 from tasks.run import Run, record_speed
 
-_JOB_SECONDS = 8.0
-"""Until a job's program can compute, and between two jobs."""
-_EFFICIENCY = {"prompt": 0.8, "write": 0.6, "read": 0.5, "learn": 0.5}
-"""Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes, token by token, in bfloat16; all
-else, reading and learning, is in fp32. From the quickstart on 217 GFLOP/s, see docs/benchmarks.md."""
+_JOB_SECONDS = 3.0
+"""To load a model and to save results, and between two jobs; jobs are forked from a warm process."""
+_EFFICIENCY = {"prompt": 0.5, "write": 0.25, "read": 0.5, "learn": 0.5}
+"""Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes token by token, the student reads
+and learns. From the FLOPs and seconds of a quickstart's stages, all in fp32 (docs/benchmarks.md)."""
 _CHARACTERS_PER_TOKEN = 4.0
 _FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt beside its demonstrations
 _TAGS = 10  # tokens around a demonstration, or around a turn of a chat
@@ -175,7 +175,7 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
 
     def update(label: str, probing: int) -> PlannedStage:
         pairs = min(experiment.preferences.max_pairs or probing, math.ceil(_PAIRED * probing))
-        tokens = 2 * pairs * (sizes.prompt + sizes.instruction)
+        tokens = pairs * (sizes.prompt + 2 * sizes.instruction)
         operations = _flops(sizes.teacher, read=tokens, learn=tokens * experiment.teacher_update.epochs)
         return PlannedStage(label, f"about {pairs:,} pairs", 1, operations)
 
