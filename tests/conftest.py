@@ -1,4 +1,4 @@
-"""Tiers, order and groups of the tests, and settings that hold for all of them.
+"""Tiers and order of the tests, and settings that hold for all of them.
 
 `make test` runs what has no `slow` mark; `--all` runs everything, and a test that is named by its id always runs.
 """
@@ -34,15 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("all" if config.getoption("--all") else "quick")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests, group those that share a server or a module's fixtures, and begin with the longest."""
-    for item in items:
-        place = item.path.relative_to(TESTS)
-        if place.parts[0] == "system":
-            item.add_marker(pytest.mark.xdist_group(place.parts[1]))
-        elif place.parts[0] == "integration":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Leave out slow tests, and begin with the files that take longest."""
     items.sort(key=_order)
     if config.getoption("--all"):
         return

@@ -74,6 +74,7 @@ def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
 
 
+@pytest.mark.slow
 def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     assert [item["text"] for item in items][-1] == "The capital of Italy is\nRome"
@@ -157,6 +158,7 @@ def test_scores_of_seeds_are_averaged_in_their_order() -> None:
     assert second["mean"] is None
 
 
+@pytest.mark.slow
 def test_any_model_is_evaluated_and_paid_for_once(
     judge: Judge, tasks: Path, talking_llama: Path, tmp_path: Path
 ) -> None:

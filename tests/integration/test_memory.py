@@ -65,6 +65,7 @@ print(json.dumps({"measured": status("VmHWM") - before, "planned": plan.device})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
 @pytest.mark.parametrize("sizes", [(512, 1024, 8, 32000), (576, 1536, 16, 49152)], ids=["37M", "92M"])
 def test_plan_is_just_above_measured_peak_memory(sizes: tuple[int, ...], estimator: str) -> None:

@@ -181,6 +181,7 @@ def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
     assert (code, "--pilot RUN_DIR" in output) == (1, True)
 
 
+@pytest.mark.slow
 def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     manifests = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
@@ -265,6 +266,7 @@ def test_comparison_shows_both_teachers_the_same_prompts(undisturbed: Path) -> N
     assert len(shared) >= min(map(len, prompts)) > 0
 
 
+@pytest.mark.slow
 def test_finished_run_says_so_and_computes_nothing(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
@@ -420,6 +422,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_driver_killed_while_it_joins_tables_is_followed_by_the_same_tables(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(undisturbed / "runs" / "tiny", run)

@@ -158,6 +158,7 @@ def test_influence_does_not_depend_on_what_was_measured_before(warm: Any, tiny_l
     assert alone == found[-1]
 
 
+@pytest.mark.slow
 def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
     """On the real student, with real reference examples and the paper's rate for small models."""
     from montessori_core.chat import encode_example

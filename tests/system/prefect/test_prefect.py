@@ -289,6 +289,7 @@ def test_failed_shards_send_a_message_and_retry_computes_only_them(
     wait_until(lambda: any("iteration is finished: retried" in text for text in inbox.messages), 60)
 
 
+@pytest.mark.slow
 def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str, page: Page) -> None:
     folder = server.copy_of(finished, "cancelled", "warmup")
     run = server.start("tiny", "cancelled")
@@ -320,6 +321,7 @@ def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_o
     assert digests(folder) == digests(server.runs / "finished")
 
 
+@pytest.mark.slow
 def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
@@ -343,6 +345,7 @@ def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, 
     server.wait_for(again, "Completed")
 
 
+@pytest.mark.slow
 def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server, finished: str) -> None:
     server.copy_of(finished, "weekly")
     runs = [server.start("alone", "weekly", add_iterations=1) for _ in range(2)]

@@ -23,6 +23,8 @@ from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from support import ROOT
 from support.row_programs import as_compute
 
+pytestmark = pytest.mark.slow  # vLLM has an environment of its own
+
 
 @pytest.fixture(scope="module")
 def vllm_python() -> str:
@@ -67,7 +69,6 @@ def test_vllm_gives_n_samples_from_their_seeds(
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
 
 
-@pytest.mark.slow
 def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
