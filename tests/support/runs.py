@@ -94,8 +94,9 @@ def left_over(folder: Path) -> list[str]:
         if process.info["status"] == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
             continue
         try:
-            if str(folder) in process.cwd() or str(folder) in " ".join(process.info["cmdline"] or []):
-                found.append(" ".join(process.info["cmdline"] or []))
+            command = " ".join(process.info["cmdline"] or [])
+            if command and (str(folder) in process.cwd() or str(folder) in command):  # one without is about to be gone
+                found.append(command)
         except psutil.Error:
             continue
     return found
