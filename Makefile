@@ -65,7 +65,7 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 $(VENV)/.local: requirements/local.lock pyproject.toml Makefile
-	@echo "Installing the locked environment into $(VENV) (about 600 MB to download, $(TORCH) build of torch)"
+	@echo "Installing the locked environment into $(VENV) (2 GB on disk, $(TORCH) build of torch)"
 	$(NEW_VENV)
 	$(LOCKED) $<
 	$(INSTALL_TORCH)
