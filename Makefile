@@ -21,7 +21,7 @@ LOCKED = $(PIP) --no-deps --require-hashes --requirement
 
 define NEW_VENV
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Montessori needs Python 3.11 or newer; make PYTHON=python3.x")'
-$(PYTHON) -m venv $(@D)
+$(PYTHON) -m venv $(BIN:/bin=)
 endef
 
 # A mirror or a folder of wheels that pip is set up with may have the CPU build; uv knows where PyTorch publishes it.
@@ -100,7 +100,7 @@ $(VENV)/.docs: requirements/dev.lock pyproject.toml
 
 # Montessori is installed last and without dependencies, so that nothing unlocked comes along.
 install-driver install-worker install-generation: install-%: requirements/%.lock
-	$(PYTHON) -m venv $(VENV)
+	$(NEW_VENV)
 	$(LOCKED) $<
 	$(PIP) --no-deps .
 
@@ -111,7 +111,6 @@ NO_CUDA := --config-file requirements/no-cuda.toml --no-emit-package torch --con
 lock: $(VENV)/.dev
 	$(PIP) uv==$(UV_VERSION)
 	echo torch==$(TORCH_VERSION) >$(VENV)/torch.txt
-	cd requirements && for lock in dev local driver worker generation generation-cpu; do touch $$lock.lock; done
 	$(UV) $(NO_CUDA) pyproject.toml --extra dev --output-file requirements/dev.lock
 	$(UV) $(NO_CUDA) pyproject.toml --extra local --constraint requirements/dev.lock --output-file requirements/local.lock
 	$(UV) pyproject.toml --constraint requirements/dev.lock --output-file requirements/driver.lock
