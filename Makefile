@@ -26,15 +26,15 @@ endef
 
 # A mirror or a folder of wheels that pip is set up with may have the CPU build; uv knows where PyTorch publishes it.
 define INSTALL_TORCH
-@$(BIN)/python -c 'from importlib.metadata import version; assert version("torch").split("+")[0] == "$(TORCH_VERSION)"' 2>/dev/null \
- || if [ $(TORCH) = cuda ]; then $(PIP) torch==$(TORCH_VERSION); \
+@$(BIN)/python -c 'from importlib.metadata import version; version, _, build = version("torch").partition("+"); assert version == "$(TORCH_VERSION)" and (build, "$(TORCH)") != ("cpu", "cuda")' 2>/dev/null \
+ || if [ $(TORCH) = cuda ]; then $(BIN)/python -m pip uninstall --quiet --yes torch; $(PIP) torch==$(TORCH_VERSION); \
  else $(PIP) --no-deps torch==$(TORCH_VERSION)+cpu 2>/dev/null \
   || { $(PIP) uv==$(UV_VERSION) && $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu torch==$(TORCH_VERSION); }; fi
 endef
 
 .PHONY: quickstart test test-all test-latest lint check docs install-driver install-worker install-generation lock clean
 
-quickstart: $(VENV)/.local
+quickstart: $(VENV)/.local-$(TORCH)
 	$(BIN)/montessori model fetch smollm2-135m
 	$(BIN)/montessori run configs/quickstart.yaml
 
@@ -64,7 +64,7 @@ check: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-$(VENV)/.local: requirements/local.lock pyproject.toml Makefile
+$(VENV)/.local-$(TORCH): requirements/local.lock pyproject.toml Makefile
 	@echo "Installing the locked environment into $(VENV) (2 GB on disk, $(TORCH) build of torch)"
 	$(NEW_VENV)
 	$(LOCKED) $<
@@ -72,7 +72,7 @@ $(VENV)/.local: requirements/local.lock pyproject.toml Makefile
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.dev: requirements/dev.lock $(VENV)/.local
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.local-$(TORCH)
 	$(LOCKED) $<
 	touch $@
 

@@ -50,6 +50,11 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 score_without_waste(self.model, pairs=True)
                 return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
+            def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+                log_probabilities = super().compute_ref_log_probs(model, inputs)
+                progress.on_read(len(log_probabilities[0]) * self.accelerator.num_processes)
+                return log_probabilities
+
         TeacherTrainer.recipe = recipe
         model_path = str(inputs["teacher"])
         checkpoints = checkpoint_folder(output, settings, model_path, rows)
@@ -67,7 +72,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             max_length=recipe.max_length,
             precompute_ref_log_probs=True,  # no second teacher in memory
         )
-        progress = ProgressCallback(report, recipe)
+        progress = ProgressCallback(report, recipe, read_before=len(fitting))
         with shared_dataset(fitting, output.parent) as data:
             trainer = TeacherTrainer(
                 model=load_model(model_path, torch.float32),

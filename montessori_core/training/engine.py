@@ -125,11 +125,24 @@ class PlainAdamW:
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells the job's report how many examples are done."""
+    """Report how many of the examples are done, in fractions: epochs and a pass before training count by their work.
 
-    def __init__(self, report: Report, recipe: Optimization) -> None:
-        self._report, self._recipe = report, recipe
+    Args:
+        report: of the job.
+        recipe: of the training.
+        read_before: examples that a forward pass before the training reads; it takes a third of an epoch's work.
+    """
+
+    def __init__(self, report: Report, recipe: Optimization, read_before: int = 0) -> None:
+        self._report, self._recipe, self._read_before = report, recipe, read_before
+        self._read = 0
+        self._read_share = 1 / (1 + 3 * recipe.epochs) if read_before else 0.0
         self._micro_batches = 0  # since the last step
+
+    def on_read(self, examples: int) -> None:
+        """Count examples, of all processes, that the pass before the training has read."""
+        self._read = min(self._read + examples, self._read_before)
+        self._report(self._read * self._read_share)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,7 +161,8 @@ class ProgressCallback(TrainerCallback):
 
     def _tell(self, args: TrainingArguments, state: TrainerState) -> None:
         steps = state.global_step + self._micro_batches / args.gradient_accumulation_steps
-        self._report(steps * self._recipe.batch_size / self._recipe.epochs)
+        trained = steps * self._recipe.batch_size / self._recipe.epochs
+        self._report(self._read_before * self._read_share + trained * (1 - self._read_share))
 
 
 class KeepCallback(TrainerCallback):

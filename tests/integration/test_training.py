@@ -56,6 +56,23 @@ def test_pace_of_a_training_of_a_single_step_is_known(tmp_path: Path) -> None:
     assert clock.row_seconds == pytest.approx(0.1 / RECIPE.batch_size, rel=0.5)
 
 
+def test_progress_counts_the_pass_before_training(tmp_path: Path) -> None:
+    """Reading 4 examples is 1/7 of the work if two epochs of training, three times as dear, follow."""
+    reported: list[float] = []
+    recipe = RECIPE.model_copy(update={"epochs": 2})
+    progress, arguments, state = (
+        ProgressCallback(reported.append, recipe, read_before=4),
+        TrainingArguments(str(tmp_path)),
+        TrainerState(),
+    )
+    for _ in range(3):
+        progress.on_read(2)  # processes read some examples twice where these do not divide
+    progress.on_train_begin(arguments, state, TrainerControl())
+    for state.global_step in (1, 2):
+        progress.on_step_end(arguments, state, TrainerControl())
+    assert reported == pytest.approx([2 / 7, 4 / 7, 4 / 7, 4 / 7, 16 / 7, 4])
+
+
 def execute(folder: Path, program: str, settings: dict[str, Any], model: Path, rows: list[Row], processes: int) -> Path:
     stage = Stage("training", 1, program, settings, {"student": model, "teacher": model}, {}, folder, "")
     resources = Resources(processes_per_node=processes, cpus_per_process=max(1, 2 // processes))

@@ -411,7 +411,8 @@ def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(s
     assert (row["method"], row["gain"]) == ("self_instruct", 0.0)
     result = json.loads((server.runs / "study" / "comparison.json").read_text())
     [transferred] = result["transfer"]
-    # A student of random weights guesses among 4096 tokens; the study's own student has learned to write tasks only.
+    # A student of random weights guesses among 4096 tokens; the study's own has learned to write tasks only. How much worse
+    # it is depends on the processor that the test's model was trained on: by 0.4 and by more than 1 were seen.
     assert transferred["methods"][0]["held_out_loss"] == pytest.approx(math.log(4096), abs=0.3)
     assert result["methods"][0]["held_out_loss"] > transferred["methods"][0]["held_out_loss"] + 0.1
     page = (server.runs / "study" / "comparison.html").read_text()
