@@ -52,6 +52,10 @@ class Backend(Protocol):
     polls_until_lost: int
     """Looks in a row at which a job must be missing before it counts as lost."""
 
+    def prepare(self) -> None:
+        """Begin what takes seconds before the first job can start, without waiting for it."""
+        ...
+
     def group(self, shards: Sequence[int], free: int) -> list[Task]:
         """Cut shards into the tasks to submit now, if so many more may run; the rest waits."""
         ...
@@ -116,10 +120,7 @@ def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> 
     """The backend of the configured profile."""
     if cluster.profile == "slurm":
         return SlurmBackend(cluster, resources, python or cluster.slurm.python)
-    backend = LocalBackend(resources, python)
-    if backend.forks_jobs:
-        warm_process()  # what jobs import is then imported while the driver prepares them
-    return backend
+    return LocalBackend(resources, python)
 
 
 def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
@@ -164,6 +165,11 @@ class LocalBackend:
                 f"a job asks for {resources.gpus_per_node} GPUs, and this machine has {len(self._gpus)} "
                 "(nvidia-smi, CUDA_VISIBLE_DEVICES); lower gpus_per_node in cluster.resources"
             )
+
+    def prepare(self) -> None:
+        """Start the warm process: what jobs import is imported while the driver prepares them."""
+        if self.forks_jobs:
+            warm_process()
 
     def group(self, shards: Sequence[int], free: int) -> list[Task]:
         """Deal shards evenly to the jobs that may still start; resident workers go from shard to shard."""
@@ -343,6 +349,9 @@ class SlurmBackend:
         self._python, self._container_options = command_of(cluster.slurm, python)
         self._largest_array = cluster.slurm.max_array_size
         self._silent = False
+
+    def prepare(self) -> None:
+        pass  # jobs start on nodes
 
     def group(self, shards: Sequence[int], free: int) -> list[Task]:
         """Cut shards into tasks for one array, of which the scheduler lets so many run at a time as may."""
