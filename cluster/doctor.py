@@ -139,9 +139,9 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
         resources: Resources = getattr(cluster.resources, kind)
         python = cluster.generation_python if kind == "generation" else None
         stage = Stage(
-            name=f"doctor-{kind}",
+            program="look-around",
             version=1,
-            program="cluster.probes:open_look_around",
+            entry="cluster.probes:open_look_around",
             settings={"packages": {name: ranges.get(name, "") for name in packages}},
             inputs={"token": token},
             input_hashes={},
@@ -158,7 +158,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
     together = cluster.resources.training.model_copy(
         update={"nodes": nodes, "processes_per_node": 2 // nodes, "infrastructure_retries": 0}
     )
-    stage = Stage("doctor-together", 1, "cluster.probes:open_all_reduce", {}, {}, {}, scratch / "together", ".json")
+    stage = Stage("all-reduce", 1, "cluster.probes:open_all_reduce", {}, {}, {}, scratch / "together", ".json")
     outcome = _try(stage, together, cluster, patience, _APART)
     if isinstance(outcome, Finding):
         yield outcome

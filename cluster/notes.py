@@ -26,10 +26,11 @@ class Note(BaseModel):
 class Description(Note):
     """A stage, as its workers are told of it; see `cluster.stage.Stage`. `shards` is how many there are."""
 
-    name: str
-    version: int
     program: str
+    version: int
+    entry: str
     settings: dict[str, Any]
+    settings_type: str | None
     inputs: dict[str, str]
     input_hashes: dict[str, str]
     suffix: str

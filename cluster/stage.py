@@ -22,7 +22,7 @@ from cluster.notes import Description, Manifest, Start, read_note
 from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.errors import UserError
-from montessori_core.program import Row
+from montessori_core.program import Program, Row, SettingsT
 
 
 def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
@@ -84,30 +84,57 @@ class Stage:
     """What to run and where its results go.
 
     Attributes:
-        name: for people, e.g. 'influence'.
-        version: raised when the program's results change for the same settings.
-        program: `module:function`, see `montessori_core.program`.
+        program, version, entry: see `montessori_core.program.Program`.
         settings: plain data, without resources.
         inputs: files and folders the program reads, by name.
-        input_hashes: content hash of each input (for a hub id: of the id and its revision).
+        input_hashes: content hash of each input that decides results (for a hub id: of the id and its revision).
         folder: the stage's folder.
         suffix: '.parquet' for a table, '' for a folder.
         kind: which section of cluster.resources its jobs get, for people and plans.
+        settings_type: `module:class` that validates the settings on a node; None hands them over as they are.
     """
 
-    name: str
-    version: int
     program: str
+    version: int
+    entry: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
     input_hashes: Mapping[str, str]
     folder: Path
     suffix: str = ".parquet"
     kind: str = ""
+    settings_type: str | None = None
+
+    @staticmethod
+    def of(
+        program: Program[SettingsT],
+        settings: SettingsT,
+        folder: Path,
+        inputs: Mapping[str, Path],
+        input_hashes: Mapping[str, str],
+    ) -> "Stage":
+        """The stage of a declared program."""
+        return Stage(
+            program.name,
+            program.version,
+            program.entry,
+            settings.model_dump(mode="json"),
+            inputs,
+            input_hashes,
+            folder,
+            program.suffix,
+            program.kind,
+            f"{program.settings.__module__}:{program.settings.__qualname__}",
+        )
+
+    @property
+    def name(self) -> str:
+        """Of its folder, for people."""
+        return self.folder.name
 
     def key(self, rows: list[Row]) -> str:
-        """What a shard's result is decided by, hashed."""
-        return hash_json([self.name, self.version, self.program, self.settings, self.input_hashes, rows])
+        """What a shard's result is decided by, hashed: where code and folders lie has no part in it."""
+        return hash_json([self.program, self.version, self.settings, self.input_hashes, rows])
 
     def part(self, index: int) -> Path:
         """Where shard `index` puts its result."""

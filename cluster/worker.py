@@ -21,7 +21,7 @@ from cluster.scratch import private_folders
 from cluster.stage import RowClock, Stage
 from montessori_core.atomic import write_json
 from montessori_core.errors import UserError
-from montessori_core.program import Compute, RowProgram, load_program
+from montessori_core.program import Compute, RowProgram, open_program
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
         opening = 0.0
         try:
             if opened is None:
-                opened = load_program(stage.program)(stage.settings, stage.inputs)
+                opened = open_program(stage.entry, stage.settings_type, stage.settings, stage.inputs)
                 opening = time.monotonic() - begun
             _compute_shard(stage, index, shard, opened, environment, opening)
         except Exception as error:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from montessori_core import programs
 from montessori_core.config import Endpoint
 from montessori_core.errors import UserError
 from montessori_core.models import cache_root
@@ -261,14 +262,14 @@ class Api:
         return dollars <= (math.inf if cap is None else cap)
 
 
-def open_api(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Api:
+def open_api(settings: programs.Asked, inputs: Mapping[str, Path]) -> Api:
     """The endpoint of a stage.
 
-    Settings: `endpoint` (what decides its answers). Inputs: `endpoint` (its whole configuration, whose path is the account
+    Inputs: `endpoint` (its whole configuration, whose path is the account
     that spending is counted for).
     """
     endpoint = Endpoint.model_validate_json(inputs["endpoint"].read_bytes())
-    assert endpoint.identity() == settings["endpoint"]
+    assert endpoint.identity() == settings.endpoint
     return Api(endpoint, str(inputs["endpoint"]))
 
 

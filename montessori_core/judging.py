@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from montessori_core import programs
 from montessori_core.api import Answer, Question, open_api
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import UTILITY
@@ -77,13 +77,13 @@ def read_score(answer: Answer, most: int = 6, least: int = 0) -> float | None:
     return float(found[1])
 
 
-def open_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
-    Settings: `response_only` (five points in place of six), and see `open_api`. Rows: `example_id`, `prompt_id`,
+    Inputs: see `open_api`. Rows: `example_id`, `prompt_id`,
     `instruction`, `response`. The result is a table of schema `UTILITY`: the score, or null.
     """
-    api, response_only = open_api(settings, inputs), settings["response_only"]
+    api, response_only = open_api(settings, inputs), settings.response_only
     most = len(points_for(response_only))
 
     def compute(rows: list[Row], recorder: Recorder) -> None:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from montessori_core import programs
 from montessori_core.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import SIMILARITY
@@ -119,10 +120,10 @@ def norm_sim(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.asarray((directions(synthetic) @ directions(real).T).max(axis=1))
 
 
-def open_norm_sim(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram:
     """Load the student, whose mean last hidden state stands for a text, and the real examples once.
 
-    Settings: `max_length`. Inputs: `student`; `real` (tasks). Rows: `example_id`, `instruction`, `response`. The result is a
+    Inputs: `student`; `real` (tasks). Rows: `example_id`, `instruction`, `response`. The result is a
     table of schema `SIMILARITY`.
     """
     import torch
@@ -136,7 +137,7 @@ def open_norm_sim(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Ro
 
     @torch.inference_mode()
     def features(text: str) -> np.ndarray:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: settings["max_length"]]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: settings.max_length]
         states = model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True).hidden_states[-1]
         found: np.ndarray = states[0].mean(dim=0).cpu().numpy()
         return found

@@ -1,16 +1,20 @@
 """What a job runs: a *program*, opened once with its settings, then applied to one shard after another.
 
-A program is named `module:function`. The function loads what every shard needs (a resident model) and returns the
-compute function. Programs get plain data and know neither the scheduler nor the driver.
+A program is declared once, see `montessori_core.programs`. Its entry loads what every shard needs (a resident model) and
+returns the compute function. Entries know neither the scheduler nor the driver.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import pyarrow as pa
+from pydantic import BaseModel
+
+Kind = Literal["generation", "training", "teacher_update", "influence", "evaluation", "judging"]
+"""A section of `cluster.resources`."""
 
 Row = dict[str, Any]
 Report = Callable[[float], None]
@@ -66,12 +70,48 @@ class RowProgram:
     compute: Callable[[list[Row], Recorder], None]
 
 
-Program = Callable[[Mapping[str, Any], Mapping[str, Path]], Compute | RowProgram]
-"""Opens a stage from its settings and its input paths."""
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
-def load_program(name: str) -> Program:
-    """Import the function that `module:function` names."""
-    module, _, function = name.partition(":")
-    program: Program = getattr(importlib.import_module(module), function)
-    return program
+@dataclass(frozen=True)
+class Program(Generic[SettingsT]):
+    """The declaration of a program.
+
+    Attributes:
+        name: enters the key of every shard; it is never renamed.
+        version: enters the key; raised when results change for equal settings, inputs and rows.
+        entry: `module:function`, which opens the program on a node with its settings and the paths of its inputs. It does not
+            enter the key: code may move.
+        settings: what the program is opened with, validated on the driver and on the node.
+        kind: which resources its jobs get.
+        suffix: of a shard's result: '.parquet' for a table, '' for a folder.
+    """
+
+    name: str
+    version: int
+    entry: str
+    settings: type[SettingsT]
+    kind: Kind
+    suffix: str = ".parquet"
+
+
+def open_program(
+    entry: str, settings_type: str | None, settings: Mapping[str, Any], inputs: Mapping[str, Path]
+) -> Compute | RowProgram:
+    """Open a program on the node that computes it.
+
+    Args:
+        entry: see `Program`.
+        settings_type: `module:class` that validates the settings; None hands them over as they are.
+        settings: plain data.
+        inputs: paths by the names that the entry knows them by.
+    """
+    validated = load(settings_type).model_validate(settings) if settings_type else settings
+    opened: Compute | RowProgram = load(entry)(validated, inputs)
+    return opened
+
+
+def load(name: str) -> Any:
+    """Import what `module:name` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from montessori_core import programs
 from montessori_core.chat import IGNORED, Encoded, encode_example
-from montessori_core.config import Student
 from montessori_core.influence.jobs import compute_device, encode_tasks
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet, influence_of
@@ -18,51 +18,51 @@ from montessori_core.schema import UTILITY
 from montessori_core.sources import load_tasks
 
 
-def open_training_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram:
     """Load the student once.
 
-    Settings: `student`, `batch_tokens`. Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`,
+    Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`,
     `finished`. The result is a table of schema `UTILITY`: the mean loss of training on the example, nats per token; null
     where no token of the response fits into the student's `max_length`.
     """
-    student, tokenizer, losses = _open_student(settings, inputs)
+    tokenizer, losses = _open_student(inputs)
     device = compute_device()
 
     def loss_of(row: Row) -> float | None:
-        example = encode_example(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"])
+        example = encode_example(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"])
         if not example.response_tokens:
             return None
-        return ReferenceSet([example], settings["batch_tokens"], device).evaluate(losses).reduce("example")
+        return ReferenceSet([example], settings.batch_tokens, device).evaluate(losses).reduce("example")
 
     return _utility_of_rows(loss_of)
 
 
-def open_in_context(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_in_context(settings: programs.InContext, inputs: Mapping[str, Path]) -> RowProgram:
     """Load the student and the reference set once: in-context learning in place of a training step (ARTE).
 
-    Settings: `student`, `batch_tokens`, `reference_reduction`. Inputs: `student`; `reference` (tasks). Rows: `example_id`,
+    Inputs: `student`; `reference` (tasks). Rows: `example_id`,
     `prompt_id`, `instruction`, `response`. The result is a table of schema `UTILITY`: how much lower the reference loss is
     with the example shown before each reference example than without, nats per token; null where the two do not fit
     together into twice the student's `max_length`.
     """
-    student, tokenizer, losses = _open_student(settings, inputs)
+    tokenizer, losses = _open_student(inputs)
     device = compute_device()
     tasks = load_tasks(inputs["reference"])
-    alone = encode_tasks(tokenizer, tasks, student.max_length, "reference")
-    before = ReferenceSet(alone, settings["batch_tokens"], device).evaluate(losses)
+    alone = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
+    before = ReferenceSet(alone, settings.batch_tokens, device).evaluate(losses)
 
     def worth_of(row: Row) -> float | None:
         shown = []
         for task, plain in zip(tasks, alone, strict=True):
             demonstration = row["instruction"], row["response"]
             whole = encode_example(
-                tokenizer, task.text, task.response, 2 * student.max_length, demonstration=demonstration
+                tokenizer, task.text, task.response, 2 * settings.max_length, demonstration=demonstration
             )
             shown.append(first_labels(whole, plain.response_tokens))
             if shown[-1].response_tokens < plain.response_tokens:
                 return None
-        after = ReferenceSet(shown, settings["batch_tokens"], device).evaluate(losses)
-        return influence_of(before, after, settings["reference_reduction"])[0]
+        after = ReferenceSet(shown, settings.batch_tokens, device).evaluate(losses)
+        return influence_of(before, after, settings.reference_reduction)[0]
 
     return _utility_of_rows(worth_of)
 
@@ -76,13 +76,13 @@ def first_labels(example: Encoded, count: int) -> Encoded:
     return replace(example, labels=labels)
 
 
-def _open_student(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tuple[Student, Any, TokenLosses]:
+def _open_student(inputs: Mapping[str, Path]) -> tuple[Any, TokenLosses]:
     path = str(inputs["student"])
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.float32)
     check_tokenizer(tokenizer, model)
     losses = TokenLosses(model.to(compute_device()).eval())
-    return Student.model_validate(settings["student"]), tokenizer, losses
+    return tokenizer, losses
 
 
 def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> RowProgram:

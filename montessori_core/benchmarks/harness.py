@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from montessori_core import programs
 from montessori_core.atomic import hash_json
 from montessori_core.errors import DataError, UserError
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer
@@ -20,7 +21,7 @@ from montessori_core.schema import ITEM_SCORES, ITEMS
 _LONGEST_ANSWER = 2000  # characters kept of what the model wrote
 
 
-def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the harness, to list what its tasks ask.
 
     Inputs: `tasks`, a folder of task files, or none. Rows: `benchmark` (a task, tag or group of the harness), `limit` (of
@@ -52,11 +53,10 @@ def open_items(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowPr
     return RowProgram(ITEMS, compute)
 
 
-def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram:
     """Load a model, to put items to it.
 
-    Settings: `batch_size` (items that are scored together, and requests in a forward pass), `chat_template` (whether prompts
-    are put in the model's template). Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`,
+    Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`,
     `item` (its place in the task's evaluation set), `shots` (demonstrations; none takes the task's own number). The result
     is a table of schema `ITEM_SCORES`.
 
@@ -74,12 +74,12 @@ def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Row
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
     check_tokenizer(tokenizer, model)
-    subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings["batch_size"], device=str(device))
+    subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
         recorder.progress(done := 0)
-        for positions in _batches(rows, settings["batch_size"]):
+        for positions in _batches(rows, settings.batch_size):
             benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
             tasks = loaded.setdefault((benchmark, shots), {})
             if not tasks:
@@ -89,7 +89,7 @@ def open_harness(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Row
                     _draw_by_item(task)
             items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
             records: dict[int, list[Row]] = {position: [] for position in positions}
-            for record in _score(subject, tasks, sorted(items), benchmark, settings["chat_template"]):
+            for record in _score(subject, tasks, sorted(items), benchmark, settings.chat_template):
                 records[items[record["task"], record["item"]]].append(record)
             for position in positions:
                 recorder.finish(position, records[position])

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field
 
+from montessori_core import programs
 from montessori_core.api import Answer, Question, open_api
 from montessori_core.benchmarks.files import Entry, Text, read_entries
 from montessori_core.benchmarks.framing import framed
@@ -177,10 +178,10 @@ def question_about(row: Row) -> str:
     return framed(_TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING)
 
 
-def open_mt_bench_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_mt_bench_judge(settings: programs.Asked, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
-    Settings and inputs: see `open_api`. Rows: those of `judgements`. The result is a table of schema `MT_BENCH`.
+    Inputs: see `open_api`. Rows: those of `judgements`. The result is a table of schema `MT_BENCH`.
     """
     api = open_api(settings, inputs)
 

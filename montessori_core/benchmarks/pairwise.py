@@ -6,8 +6,9 @@ A judge that prefers whatever stands first contradicts itself when the order is 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from montessori_core import programs
 from montessori_core.api import Answer, Question, open_api
 from montessori_core.benchmarks.framing import framed
 from montessori_core.judging import last_line
@@ -63,10 +64,10 @@ def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
     return "tie"
 
 
-def open_pairwise_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_pairwise_judge(settings: programs.Asked, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
-    Settings and inputs: see `open_api`. Rows: `id`, `instruction`, `answer`, `other`. The result is a table of schema
+    Inputs: see `open_api`. Rows: `id`, `instruction`, `answer`, `other`. The result is a table of schema
     `PAIRWISE`: how `answer` fares against `other`.
     """
     api = open_api(settings, inputs)

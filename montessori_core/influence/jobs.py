@@ -4,12 +4,12 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from montessori_core import programs
 from montessori_core.chat import Encoded, encode_example
-from montessori_core.config import Influence, Student, Warmup
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.estimators import InfluenceMeter
@@ -28,58 +28,54 @@ from montessori_core.training.moments import cold_moments, load_moments
 log = logging.getLogger(__name__)
 
 
-def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str, Path]) -> RowProgram:
     """Load the warm student, its moments and the reference set once.
 
-    Settings: `student`, `influence`, `warmup` (their configurations; the estimator is 'exact' or 'first_order'),
-    `baseline` (whose sign a sequential measurement decides, or none). Inputs: `student`;
-    `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks). Rows:
+    Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks).
+    Rows:
     `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
     """
-    student = Student.model_validate(settings["student"])
-    influence = Influence.model_validate(settings["influence"])
-    warmup = Warmup.model_validate(settings["warmup"])
+    step = settings.step
     device = compute_device()
     path = str(inputs["student"])
     tokenizer = load_tokenizer(path)
-    dtype = torch.bfloat16 if influence.dtype == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     model = load_model(path, dtype)
     check_tokenizer(tokenizer, model)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     reference = ReferenceSet(
-        encode_tasks(tokenizer, load_tasks(inputs["reference"]), student.max_length, "reference"),
-        influence.reference_batch_tokens,
+        encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
+        settings.reference_batch_tokens,
         device,
     )
-    sequential = influence.sequential
-    assert influence.estimator != "screened", "a composition of the other two, see montessori_core.screening"
+    sequential = settings.sequential
     meter = InfluenceMeter(
         ResidentStudent(
             model.to(device),
             moments,
             AdamW(
-                influence.learning_rate or warmup.learning_rate,
-                warmup.beta1,
-                warmup.beta2,
-                warmup.epsilon,
-                warmup.weight_decay,
+                step.learning_rate,
+                step.beta1,
+                step.beta2,
+                step.epsilon,
+                step.weight_decay,
                 moments.step + 1,
-                influence.example_weight,
+                step.example_weight,
             ),
             device,
-            mixed=influence.dtype == "mixed",
-            placement=_placement(model, student, influence, device),
+            mixed=settings.dtype == "mixed",
+            placement=_placement(model, settings, device),
         ),
         reference,
-        influence.estimator,
-        influence.reference_reduction,
+        settings.estimator,
+        settings.reference_reduction,
         SequentialReference(reference, sequential.block, sequential.error_rate) if sequential else None,
-        settings["baseline"] or "student",
+        settings.baseline or "student",
     )
     measured = {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
-        "student_loss": meter.student_loss.reduce(influence.reference_reduction),
+        "student_loss": meter.student_loss.reduce(settings.reference_reduction),
         "reference_tokens": float(reference.input_tokens),
     }
 
@@ -87,7 +83,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> R
         recorder.progress(0)
         for position, row in enumerate(rows):
             example = encode_example(
-                tokenizer, row["instruction"], row["response"], student.max_length, row["finished"]
+                tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]
             )
             measurement = meter.measure(example, lambda share, position=position: recorder.progress(position + share))  # type: ignore[misc]
             record = {
@@ -96,7 +92,7 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> R
                 "tokens": len(example.input_ids),
                 "response_tokens": example.response_tokens,
                 "truncated": example.truncated,
-                "estimator": influence.estimator,
+                "estimator": settings.estimator,
                 "audited": False,
                 **vars(measurement),
             }
@@ -106,24 +102,24 @@ def open_influence(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> R
     return RowProgram(noted_schema(measured), compute)
 
 
-def _placement(model: Any, student: Student, influence: Influence, device: torch.device) -> Placement:
+def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torch.device) -> Placement:
     """Where moments, snapshot and slope go, by the memory the device really has."""
     if device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(device)
     shape = Shape.of(model)
-    estimator: Literal["exact", "first_order"] = "exact" if influence.estimator == "exact" else "first_order"
-    plan = plan_memory(shape, estimator, influence.dtype, student.max_length, influence.reference_batch_tokens, memory)
+    plan = plan_memory(
+        shape, settings.estimator, settings.dtype, settings.max_length, settings.reference_batch_tokens, memory
+    )
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
     return plan.placement
 
 
-def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram:
     """Load a model to evaluate its loss on human-written examples.
 
-    Settings: `student`, `batch_tokens`. Inputs: `model`. Rows: `id`, `text`, `response`.
+    Inputs: `model`. Rows: `id`, `text`, `response`.
     """
-    student = Student.model_validate(settings["student"])
     path = str(inputs["model"])
     device = compute_device()
     tokenizer = load_tokenizer(path)
@@ -133,8 +129,8 @@ def open_reference_loss(settings: Mapping[str, Any], inputs: Mapping[str, Path])
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
         tasks = [Task(**row) for row in rows]
-        encoded = encode_tasks(tokenizer, tasks, student.max_length, "evaluation")
-        examples = ReferenceSet(encoded, settings["batch_tokens"], device)
+        encoded = encode_tasks(tokenizer, tasks, settings.max_length, "evaluation")
+        examples = ReferenceSet(encoded, settings.batch_tokens, device)
         recorder.progress(done := 0)
         # Batches are recorded whole, and group neighbours in length: those that are left stay as they were.
         for batch in examples.batches:

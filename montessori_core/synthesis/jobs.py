@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from montessori_core import programs
 from montessori_core.api import Question, open_api
 from montessori_core.chat import mark_control_tokens, render_conversation, render_prompt, text_beginning
-from montessori_core.config import Sampling
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import GENERATION
@@ -17,19 +17,18 @@ from montessori_core.synthesis.generation import Form, Generated, Request, Step,
 from montessori_core.synthesis.prompts import CLOSE
 
 
-def open_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram:
     """Load the teacher once.
 
-    Settings: `engine`, `sampling`, `form` (see `Form`). Inputs: `teacher`. Rows: `ids` (one per sample), `seeds`, and `text`;
+    Inputs: `teacher`. Rows: `ids` (one per sample), `seeds`, and `text`;
     for a reply `turns` in its place: request, answer, and what the request's author says then.
 
     A row's draft holds for each sample its token ids so far, or what became of it.
     """
-    sampling = Sampling.model_validate(settings["sampling"])
+    sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
-    engine = open_engine(settings["engine"], model, tokenizer)
-    form: Form = settings["form"]
+    engine = open_engine(settings.engine, model, tokenizer)
     stop = CLOSE if form == "tagged" else None
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
@@ -100,13 +99,13 @@ def _render(tokenizer: Any, row: Row, form: Form) -> str:
     return text_beginning(tokenizer) + mark_control_tokens(tokenizer, row["text"])
 
 
-def open_api_generation(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> RowProgram:
+def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, Path]) -> RowProgram:
     """Open a teacher behind an API.
 
-    Settings: `sampling` (without its repetition penalty, which the protocol does not have), and see `open_api`. Rows: as for
+    The repetition penalty of the sampling is left out: the protocol has none. Inputs: see `open_api`. Rows: as for
     `open_generation`, of which each seed is a draw. Rows need no drafts: the API's cache keeps every answer.
     """
-    sampling = Sampling.model_validate(settings["sampling"])
+    sampling = settings.sampling
     api = open_api(settings, inputs)
 
     def compute(rows: list[Row], recorder: Recorder) -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from montessori_core import programs
 from montessori_core.chat import encode_plain, encode_rendered
-from montessori_core.config import Teacher, TeacherUpdate, Zero
 from montessori_core.errors import DataError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
@@ -25,17 +25,14 @@ from montessori_core.training.engine import (
 from montessori_core.training.scoring import score_without_waste
 
 
-def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
     """Update a teacher on the preference pairs of its one shard; the result is a model folder.
 
-    Settings: `teacher`, `recipe`, `zero` (their configurations), `seed`, and `keep`, how many teachers on the way are kept in
-    the folder `kept` of the result, if any. The teacher's weights are the input `teacher`.
+    The teacher's weights are the input `teacher`. Teachers on the way go into the folder `kept` of the result.
     Rows: `prompt`, `chosen`, `rejected`, and see `encode_pair`. The prompt is the very text the teacher continued, and the
     outputs are what it wrote, so that likelihoods are those of generation.
     """
-    teacher = Teacher.model_validate(settings["teacher"])
-    recipe = TeacherUpdate.model_validate(settings["recipe"])
-    zero = Zero.model_validate(settings["zero"])
+    recipe = settings.recipe
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         start_processes()
@@ -57,9 +54,9 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
 
         TeacherTrainer.recipe = recipe
         model_path = str(inputs["teacher"])
-        checkpoints = checkpoint_folder(output, settings, model_path, rows)
+        checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
-        pairs = [encode_pair(tokenizer, row, teacher.prompt_style) for row in rows]
+        pairs = [encode_pair(tokenizer, row, settings.prompt_style) for row in rows]
         fitting = [pair for pair in pairs if longest(pair) <= recipe.max_length]
         if not fitting:
             raise DataError(
@@ -67,7 +64,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 f"(the shortest has {min(map(longest, pairs))}); raise it"
             )
         arguments = DPOConfig(
-            **training_arguments(recipe, zero, settings["seed"], checkpoints, len(fitting)),
+            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(fitting)),
             beta=recipe.beta,
             max_length=recipe.max_length,
             precompute_ref_log_probs=True,  # no second teacher in memory
@@ -81,7 +78,7 @@ def open_dpo(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
                 processing_class=tokenizer,
                 callbacks=[progress, CheckpointCallback()],
             )
-            trainer.add_callback(KeepCallback(trainer, tokenizer, settings.get("keep", 0), checkpoints))
+            trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))
             train(trainer, Path(model_path), checkpoints)
         counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}
         save_trained(trainer, tokenizer, counts, checkpoints, output)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from montessori_core import programs
 from montessori_core.chat import encode_example
-from montessori_core.config import Nomad, Optimization, Student, Training, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer, with_lora
 from montessori_core.nomad import encode_conversation
@@ -23,20 +22,13 @@ from montessori_core.training.engine import (
 from montessori_core.training.moments import gather_moments, save_moments
 from montessori_core.training.scoring import score_without_waste
 
-_RECIPES: dict[str, type[Optimization]] = {"warmup": Warmup, "training": Training, "nomad": Nomad}
 
-
-def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
     """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if asked for.
 
-    With a recipe of NOMAD it is a teacher that is trained, on conversations.
-
-    Settings: `student`, `recipe`, `zero` (their configurations), `seed`, `save_moments`. The student's first weights are
-    the input `student`. Rows: `instruction`, `response`, `finished`.
+    The student's first weights are the input `student`. Rows: `instruction`, `response`, `finished`.
     """
-    student = Student.model_validate(settings["student"])
-    recipe = _RECIPES[settings["recipe_kind"]].model_validate(settings["recipe"])
-    zero = Zero.model_validate(settings["zero"])
+    recipe = settings.recipe
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         start_processes()
@@ -49,13 +41,13 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
 
         StudentTrainer.recipe = recipe
         model_path = str(inputs["student"])
-        checkpoints = checkpoint_folder(output, settings, model_path, rows)
+        checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
         encode = encode_example
-        if isinstance(recipe, Nomad):
-            encode = partial(encode_conversation, mask_prompt=recipe.mask_prompts)
+        if settings.conversations:
+            encode = partial(encode_conversation, mask_prompt=settings.mask_prompts)
         encoded = [
-            encode(tokenizer, row["instruction"], row["response"], student.max_length, row["finished"]) for row in rows
+            encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]) for row in rows
         ]
         usable = [example for example in encoded if example.response_tokens]
         if not usable:
@@ -64,16 +56,16 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
             {"input_ids": [example.input_ids for example in usable], "labels": [example.labels for example in usable]}
         )
         arguments = SFTConfig(
-            **training_arguments(recipe, zero, settings["seed"], checkpoints, len(usable)),
-            max_length=student.max_length,
+            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(usable)),
+            max_length=settings.max_length,
             packing=False,
         )
         progress = ProgressCallback(report, recipe)
         model = load_model(model_path, torch.float32)
         check_tokenizer(tokenizer, model)
-        if student.lora is not None:
-            torch.manual_seed(settings["seed"])  # the matrices start at random
-            model = with_lora(model, student.lora)
+        if settings.lora is not None:
+            torch.manual_seed(settings.seed)  # the matrices start at random
+            model = with_lora(model, settings.lora)
         trainer = StudentTrainer(
             model=model,
             args=arguments,
@@ -83,7 +75,7 @@ def open_sft(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute
         )
         score_without_waste(trainer.model)
         train(trainer, Path(model_path), checkpoints)
-        if settings["save_moments"]:
+        if settings.save_moments:
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
             if moments is not None:
                 output.mkdir(parents=True, exist_ok=True)
