@@ -45,8 +45,8 @@ def check_steps(run: Run) -> None:
         steps = recipe.epochs * math.ceil(examples / recipe.batch_size)
         if steps < _FEWEST_STEPS:
             raise UserError(
-                f"{section}: {examples} examples in batches of {recipe.batch_size} train for {steps} steps, but {_FEWEST_STEPS} "
-                f"or more are needed; give {remedy}, lower {section}.batch_size or raise {section}.epochs"
+                f"{section}: {examples} examples in batches of {recipe.batch_size} train for {steps} steps, fewer than "
+                f"{_FEWEST_STEPS}; give {remedy}, lower {section}.batch_size or raise {section}.epochs"
             )
 
 

@@ -96,7 +96,7 @@ def open_pairwise_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path])
     """
     api, published = open_api(settings, inputs), settings["prompts"] == "published"
 
-    def ask(*texts: str) -> Question:
+    def question(*texts: str) -> Question:
         return published_comparison(*texts) if published else Question(comparison(*texts))
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
@@ -110,12 +110,12 @@ def open_pairwise_judge(settings: Mapping[str, Any], inputs: Mapping[str, Path])
                 judged = _by_probability(*pair) if published else _by_verdict(*pair)
                 recorder.finish(position, [_record(rows[position], *judged)])
 
-        orders = [
-            ask(row["instruction"], *pair)
+        questions = [
+            question(row["instruction"], *pair)
             for row in rows
             for pair in ((row["answer"], row["other"]), (row["other"], row["answer"]))
         ]
-        api.ask(orders, lambda answered: recorder.progress(answered / 2), receive)
+        api.ask(questions, lambda answered: recorder.progress(answered / 2), receive)
 
     return RowProgram(PAIRWISE, compute)
 

@@ -164,14 +164,19 @@ QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about r
 
 
 class Judge(JudgeServer):
-    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns."""
+    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns.
+
+    Asked by published prompts, it prefers what stands first and gives 6.
+    """
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         if question.startswith("You compare"):
             answers = [question.partition(f"= Answer {name}\n")[2].partition("\n\n====")[0] for name in "AB"]
             better = "tie" if len(answers[0]) == len(answers[1]) else "AB"[len(answers[1]) > len(answers[0])]
             return send(handler, 200, completion(f"One is longer.\nBetter: {better}"))
-        return send(handler, 200, completion(f"Good.\nScore: {4 if 'second of two answers' in question else 7}"))
+        if question.startswith("I require a leaderboard"):
+            return send(handler, 200, completion("m", "length", {"m": -0.1, "M": -2.4}))
+        return send(handler, 200, completion(f"Good: [[6]].\nScore: {4 if 'second of two answers' in question else 7}"))
 
 
 def judged(judge: Judge, folder: Path) -> dict[str, Any]:
