@@ -464,6 +464,11 @@ class Benchmarks(Section):
         description="MT-Bench: one temperature for all questions; none decodes each category as FastChat does: writing and "
         "roleplay at 0.7, stem and humanities at 0.1, extraction, math, coding and reasoning at 0, others at 0.7.",
     )
+    judge_prompts: Literal["own", "published"] = Field(
+        "own",
+        description="How the judge is asked: 'own' prompts, whose verdict is the last line of the answer; 'published' are "
+        "AlpacaEval's (the probability of one token) and FastChat's ([[rating]]). Scores are labelled by it.",
+    )
     answers: Sampling = Field(
         Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
         description="Decoding of the students' answers that are judged; MT-Bench has temperatures of its own.",

@@ -162,7 +162,13 @@ PAIRWISE = _schema(
         "of the answer against the other, over both orders: 'win', 'loss', 'tie' (also when the orders disagree) or "
         "'unparsed' (a judgement that could not be read)",
     ),
-    _field("preference", _REAL, "win 1, tie 0.5, loss 0; null if unparsed", nullable=True),
+    _field(
+        "preference",
+        _REAL,
+        "win 1, tie 0.5, loss 0; by the published prompt the judge's probability that the answer is better, mean over both "
+        "orders; null if unparsed",
+        nullable=True,
+    ),
     _field("characters", _WHOLE, "length of the answer"),
     _field("other_characters", _WHOLE, "length of the other answer"),
 )

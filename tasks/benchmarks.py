@@ -12,7 +12,7 @@ from cluster.stage import cut_into_shards
 from montessori_core.atomic import write_json
 from montessori_core.benchmarks import alpaca_eval, mt_bench
 from montessori_core.benchmarks.contamination import overlapping
-from montessori_core.benchmarks.scores import item_scores, mt_bench_scores, win_rate_scores
+from montessori_core.benchmarks.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
 from montessori_core.config import Sampling
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
@@ -66,7 +66,8 @@ def measure_benchmarks(run: Run, folder: Path, label: str, student: Model) -> Me
         answers = _answer_alpaca_eval(run, folder, f"{label}: AlpacaEval", student)
         baseline = run.benchmark_file("alpaca_eval")
         rates = compare_answers(run, folder / "alpaca-eval", f"{label}: AlpacaEval", answers, baseline)
-        scores += win_rate_scores("alpaca_eval", rates)
+        prompts = run.experiment.benchmarks.judge_prompts
+        scores += win_rate_scores(judged_benchmark("alpaca_eval", prompts), rates)
     if run.experiment.benchmarks.mt_bench is not None:
         scores += _score_mt_bench(run, folder, f"{label}: MT-Bench", student)
     if scores:
@@ -151,7 +152,8 @@ def _score_mt_bench(run: Run, folder: Path, label: str, student: Model) -> list[
         run, folder / "mt-bench", label, "mt_bench:open_mt_bench_judge", mt_bench.judgements(dialogues, answers), parts
     )
     table = _join(f"{label}: table", folder / "mt-bench.parquet", judged, MT_BENCH)
-    return mt_bench_scores(mt_bench.summarize(read_table(table, MT_BENCH)))
+    name = judged_benchmark("mt_bench", run.experiment.benchmarks.judge_prompts)
+    return mt_bench_scores(name, mt_bench.summarize(read_table(table, MT_BENCH)))
 
 
 def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
@@ -174,7 +176,8 @@ def _answer(
 
 def _judge(run: Run, folder: Path, label: str, program: str, rows: list[Row], upstream: list[Path]) -> list[Path]:
     program = f"montessori_core.benchmarks.{program}"
-    return run.ask("judge", folder, f"{label}, judge", program, {}, rows, upstream)
+    settings = {"prompts": run.experiment.benchmarks.judge_prompts}
+    return run.ask("judge", folder, f"{label}, judge", program, settings, rows, upstream)
 
 
 def _task_folder(run: Run) -> dict[str, Path]:
