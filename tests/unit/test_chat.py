@@ -28,6 +28,10 @@ EMPTY_SYSTEM = (
     "<|im_start|>system\n<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+OTHER_END = (  # as Gemma has it
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 NO_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -153,11 +157,24 @@ def test_marks_are_never_read(unchanged: Any, text: str) -> None:
     assert offsets[-1][1] == len("<|im_start|>") + len(text) + len("<|im_end|>")
 
 
-def test_a_response_that_was_cut_does_not_teach_to_stop(tokenizer: Any) -> None:
-    whole = encode_example(tokenizer, "Count.", "one two three", 512)
-    cut = encode_example(tokenizer, "Count.", "one two three", 512, finished=False)
-    assert cut.labels[:-1] == whole.labels[:-1]
-    assert cut.labels[-1] == IGNORED
+@pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END, OTHER_END])
+@pytest.mark.parametrize("response", ["one two three", f"one {HOSTILE}", "response"])
+def test_cut_response_does_not_teach_to_stop(tokenizer: Any, template: str | None, response: str) -> None:
+    if template:
+        tokenizer.chat_template = template
+    whole = encode_example(tokenizer, "Count.", response, 512)
+    cut = encode_example(tokenizer, "Count.", response, 512, finished=False)
+    assert cut.input_ids == whole.input_ids
+    assert trained_text(tokenizer, cut).lstrip() == response
+    assert trained_text(tokenizer, whole).endswith("<|im_end|>")
+
+
+def test_templates_with_a_date_render_alike_every_day(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y, %B %m') %}{% endif %}"
+        f"{{{{ day }}}} {{{{ strftime_now('%f') }}}}\n{NO_END}"
+    )
+    assert render_prompt(tokenizer, "Hi") == "26 Jul 2024, July 07 %f\nuser: Hi\nassistant: "
 
 
 def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> None:
