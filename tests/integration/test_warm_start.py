@@ -371,9 +371,20 @@ def test_broken_library_breaks_no_job(
     assert warm_process().pid == pid  # another one would end like it
 
 
-def test_warm_process_follows_variables_read_by_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+def test_deaf_warm_process_is_waited_for_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.warm_start._PATIENCE", 1.0)
+    deaf = warm_process()
+    os.kill(deaf.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        deaf.start(job_of(stage, "1"))
+    wait_until(lambda: not lives(deaf.pid), 10)
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "XDG_CACHE_HOME"])
+def test_warm_process_follows_variables_read_by_imports(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     before = warm_process().pid
-    monkeypatch.setenv("HF_HOME", "/somewhere")
+    monkeypatch.setenv(variable, "/somewhere")
     assert warm_process().pid != before
 
 
