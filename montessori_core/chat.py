@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from montessori_core.errors import UserError
@@ -88,11 +89,10 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     start = 0
-    for part in patterns.named.split(text):
-        plain = patterns.unmark(part)
-        batch = tokenizer(
-            plain, add_special_tokens=False, split_special_tokens=plain != part, return_offsets_mapping=True
-        )
+    # Only parts with marks are tokenized by themselves: some tokenizers begin a text with a blank, but no part of it.
+    for marked, parts in groupby(patterns.named.split(text), lambda part: bool(patterns.marked.search(part))):
+        plain = patterns.unmark("".join(parts))
+        batch = tokenizer(plain, add_special_tokens=False, split_special_tokens=marked, return_offsets_mapping=True)
         ids += batch["input_ids"]
         offsets += [(start + first, start + last) for first, last in batch["offset_mapping"]]
         start += len(plain)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from montessori_core.chat import (
     IGNORED,
@@ -185,6 +187,24 @@ def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> No
     assert short.input_ids == whole.input_ids[:-3]
     nothing_left = encode_example(tokenizer, "Count. " * 50, "one", 40)
     assert nothing_left.response_tokens == 0
+
+
+def test_marked_part_leaves_the_other_parts_alone() -> None:
+    """Of a tokenizer that begins a text, but no later part of it, with a blank, as Llama 2's does."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=list("</>"))
+    words.train_from_iterator(["user assistant say hi one two"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    clean, marked = (encode_example(tokenizer, text, "one two", 64).input_ids for text in ("say hi", "say </s> hi"))
+    assert tokenizer.convert_ids_to_tokens(marked[:1]) == ["<s>"]
+    second_turn = -clean[::-1].index(tokenizer.bos_token_id) - 1
+    assert marked[second_turn:] == clean[second_turn:]
+    assert marked.count(tokenizer.eos_token_id) == clean.count(tokenizer.eos_token_id)
 
 
 def test_tokenizer_without_a_template_gets_the_papers(tokenizer: Any, tmp_path: Path) -> None:
