@@ -262,15 +262,23 @@ def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
     return folder / "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("write", [_write_renamed, _write_float16, _write_adapter])
+@pytest.mark.parametrize(
+    ("write", "stage", "processes"),
+    [
+        (_write_renamed, 0, 1),
+        (_write_float16, 0, 1),
+        (_write_adapter, 0, 1),
+        pytest.param(_write_renamed, 3, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_bf16_training_starts_from_unrounded_weights(
-    tiny_llama: Path, tmp_path: Path, bf16: str, write: Callable[[Path, Path], Path]
+    tiny_llama: Path, tmp_path: Path, bf16: str, write: Callable[[Path, Path], Path], stage: int, processes: int
 ) -> None:
     """Whatever their names and number type: each moves by at most 3.2 rates a step (AdamW's bound)."""
     torch.manual_seed(0)
     file = write(tmp_path / "start", tiny_llama)
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6, "weight_decay": 0.0})
-    part = sft(tmp_path / "stage", file.parent, 0, 1, recipe=recipe, program=bf16)
+    part = sft(tmp_path / "stage", file.parent, stage, processes, recipe=recipe, program=bf16)
     trained = load_file(part / file.name)
     start = {name: weight.float() for name, weight in load_file(file).items()}
     assert trained.keys() == start.keys()

@@ -262,6 +262,17 @@ def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_child_of_killed_rank_ends_with_job(stage: Stage) -> None:
+    file = stage.folder.parent / "child.txt"
+    job_id = warm_process().start(job_of(stage, HANGS))
+    wait_until(lambda: file.exists() and file.read_text())
+    [rank] = psutil.Process(int(job_id.split(":")[0])).children()
+    rank.kill()
+    wait_until(lambda: not LocalBackend(Resources(), None).alive("", [job_id]), 10)
+    assert not lives(int(file.read_text()))
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("deaf", [False, True])
 def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
     """A rank hears SIGUSR2 halfway, as submitit has it; one that hears nothing is killed at the limit."""
