@@ -127,7 +127,8 @@ def _attends_to_everything(config: Any) -> bool:
     """Whether no layer has a window: the first batch may be too short to tell."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return not any(getattr(config, name, None) for name in ("sliding_window", "window_size"))  # GPT-Neo's is the latter
+        # GPT-Neo's is its window_size.
+        return not any(getattr(config, name, None) for name in ("sliding_window", "window_size"))
     return set(kinds) == {"full_attention"}
 
 
