@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, TrainerState, TrainingArguments
 
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import RowClock, Stage
 from montessori_core.chat import encode_example
-from montessori_core.config import Cluster, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
+from montessori_core.config import Cluster, Lora, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
-from montessori_core.models import fingerprint, load_model, load_tokenizer
+from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.engine import ProgressCallback
@@ -252,6 +253,55 @@ def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path
     rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
     steps = len(json.loads((part / LOG_FILE).read_text()))
     assert 0 < moved <= 3.2e-6 * steps < rounded / 2
+
+
+def _write_renamed(folder: Path, tiny_llama: Path) -> Path:
+    """A mixture of experts: files hold each expert's weights, the model one tensor of all."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes, **ends)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def _write_float16(folder: Path, tiny_llama: Path) -> Path:
+    load_model(str(tiny_llama), torch.float16).save_pretrained(folder)
+    load_tokenizer(str(tiny_llama)).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
+    model = with_lora(load_model(str(tiny_llama), torch.float32), Lora(rank=4, alpha=8))
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny_llama)).save_pretrained(folder)
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("write", "stage", "processes"),
+    [
+        (_write_renamed, 0, 1),
+        (_write_float16, 0, 1),
+        (_write_adapter, 0, 1),
+        pytest.param(_write_renamed, 3, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_training_starts_from_unrounded_weights(
+    tiny_llama: Path, tmp_path: Path, bf16: str, write: Callable[[Path, Path], Path], stage: int, processes: int
+) -> None:
+    """Whatever their names and number type: each moves by at most 3.2 rates a step (AdamW's bound)."""
+    torch.manual_seed(0)
+    file = write(tmp_path / "start", tiny_llama)
+    recipe = RECIPE.model_copy(update={"learning_rate": 5e-6, "weight_decay": 0.0})
+    part = sft(tmp_path / "stage", file.parent, stage, processes, recipe=recipe, program=bf16)
+    trained = load_file(part / file.name)
+    start = {name: weight.float() for name, weight in load_file(file).items()}
+    assert trained.keys() == start.keys()
+    moved = max(float((trained[name] - weight).abs().max()) for name, weight in start.items())
+    rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
+    assert 0 < moved <= 3.2 * 5e-6 * 2 < rounded / 2
 
 
 def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
