@@ -84,8 +84,9 @@ class TransformersEngine:
         tokens = row.drawn[:-1] if row.drawn[-1] in self._ends else row.drawn
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop")
-        return Generated(text, len(tokens), "length" if len(tokens) == sampling.max_tokens else "stop")
+            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop", row.drawn)
+        reason = "length" if len(tokens) == sampling.max_tokens else "stop"
+        return Generated(text, len(tokens), reason, row.drawn)
 
 
 @dataclass
