@@ -27,13 +27,17 @@ def _schema(name: str, version: int, *fields: pa.Field) -> pa.Schema:
 
 
 _TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
-_IDS = pa.list_(pa.int32())
 
 
 def _output_ids(output: str = "") -> tuple[pa.Field, pa.Field]:
     """Columns with the tokens of a raw output, of a row or, with a prefix, of one of its two outputs."""
     return (
-        _field(f"{output}output_ids", _IDS, "token ids of the raw output as drawn; null from an API", nullable=True),
+        _field(
+            f"{output}output_ids",
+            pa.list_(_WHOLE),
+            "token ids of the raw output as drawn; null from an API",
+            nullable=True,
+        ),
         _field(f"{output}vocabulary", _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
     )
 

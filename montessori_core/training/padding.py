@@ -54,18 +54,22 @@ class EvenSteps:
 
 
 class EvenPairs(EvenSteps):
-    """Mixed into a DPO trainer whose padding has equal outputs, chosen and rejected: a loss of log 2, and no gradient."""
+    """Mixed into a DPO trainer whose padding has equal outputs, chosen and rejected: a loss of log 2, and no gradient.
+
+    Attributes:
+        recipe: of the training.
+    """
+
+    recipe: Optimization
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Called by the trainer for a micro-batch, over whose pairs TRL takes means: in the last step, padding included."""
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
-        arguments, state = self.args, self.state  # type: ignore[attr-defined]
-        rows = len(self.train_dataset)  # type: ignore[attr-defined]
-        batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-        steps = -(-rows // batch)
-        if not self.padding or (state.global_step + 1) % steps:
+        rows, batch_size = len(self.train_dataset), self.recipe.batch_size  # type: ignore[attr-defined]
+        steps = math.ceil(rows / batch_size)
+        if not self.padding or (self.state.global_step + 1) % steps:  # type: ignore[attr-defined]
             return loss
-        rows -= (steps - 1) * batch  # of the last step
+        rows -= (steps - 1) * batch_size  # of the last step
         pairs = rows - self.padding
         metrics = self._metrics["train"]  # type: ignore[attr-defined]
         for name in ("rewards/margins", "rewards/accuracies"):
