@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from montessori_core.atomic import hash_json
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
 def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Tokenize a text in which no control tokens are meant, whatever it says; return [tokens] ids."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def hash_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the SHA-256 of a tokenizer's tokens and their ids: under equal hashes ids are the same tokens."""
+    return hash_json(tokenizer.get_vocab())
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ class Synthesis(Section):
         "filters removed, at the acceptance rate seen so far.",
     )
     max_rounds: Count = Field(6, description="Rounds of generation before too low an acceptance is an error.")
-    prompts_per_shard: Count = Field(256, description="Prompts in one shard of instruction generation.")
-    instructions_per_shard: Count = Field(512, description="Instructions in one shard of response generation.")
+    prompts_per_shard: Count = Field(256, description="Most prompts in one shard of instruction generation.")
+    instructions_per_shard: Count = Field(512, description="Most instructions in one shard of response generation.")
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":
@@ -329,7 +329,7 @@ class Influence(Section):
     reference_batch_tokens: Count = Field(
         2048, description="Tokens of a batch of reference examples, padding included."
     )
-    examples_per_shard: Count = Field(64, description="Probing examples in one shard.")
+    examples_per_shard: Count = Field(64, description="Most probing examples in one shard.")
 
     @model_validator(mode="after")
     def _sequential_is_exact(self) -> "Influence":
@@ -443,7 +443,7 @@ class Benchmarks(Section):
     )
     chat_template: bool = Field(False, description="Put the prompts of these tasks in the student's chat template.")
     batch_size: Count = Field(16, description="Requests of these tasks in one forward pass.")
-    items_per_shard: Count = Field(500, description="Items of these tasks in one shard.")
+    items_per_shard: Count = Field(500, description="Most items of these tasks in one shard.")
     alpaca_eval: str | None = Field(
         None,
         description="AlpacaEval: a file (.json or .jsonl) with instruction and output, the answers that the student's are "
@@ -511,9 +511,11 @@ class Resources(Section):
     cpus_per_process: Count = Field(2, description="CPU cores, and threads, of each process.")
     memory_gb: Count | None = Field(None, description="Memory of each node, GB; none takes the scheduler's default.")
     time_limit_minutes: Count = Field(240, description="Wall time after which the scheduler ends the job, minutes.")
-    parallel_jobs: Count = Field(1, description="Most jobs of the stage at a time.")
+    parallel_jobs: Count = Field(
+        1, description="Most jobs of the stage at a time. A new stage is cut into shards so that all of them have work."
+    )
     shards_per_job: Count = Field(
-        16, description="Slurm: shards one array task works through. Local: shards are dealt evenly to the jobs."
+        16, description="Slurm: most shards that one array task works through. Shards are dealt evenly to the jobs."
     )
     infrastructure_retries: int = Field(
         3,

@@ -147,11 +147,13 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
             for start in range(0, pairs.num_rows, ROW_GROUP):
                 some = slice(start, start + ROW_GROUP)
                 wanted, places = np.unique(np.stack([chosen[some], rejected[some]]), return_inverse=True)
-                texts = _take(file, ["prompt", "raw_output"], wanted)
+                texts = _take(file, ["prompt", "raw_output", "output_ids", "vocabulary"], wanted)
                 best, worst = places.reshape(2, -1)
                 table = pairs[some].append_column("prompt", texts["prompt"].take(best))
-                table = table.append_column("chosen", texts["raw_output"].take(best))
-                table = table.append_column("rejected", texts["raw_output"].take(worst))
+                for role, rows_of_role in (("chosen", best), ("rejected", worst)):
+                    table = table.append_column(role, texts["raw_output"].take(rows_of_role))
+                    for name in ("output_ids", "vocabulary"):
+                        table = table.append_column(f"{role}_{name}", texts[name].take(rows_of_role))
                 yield from table.select(schema.names).cast(schema).to_batches()
 
     write_table(pa.RecordBatchReader.from_batches(schema, with_texts()), path, schema)

@@ -28,14 +28,29 @@ def _schema(name: str, version: int, *fields: pa.Field) -> pa.Schema:
 
 _TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
 
+
+def _output_ids(output: str = "") -> tuple[pa.Field, pa.Field]:
+    """Columns with the tokens of a raw output, of a row or, with a prefix, of one of its two outputs."""
+    return (
+        _field(
+            f"{output}output_ids",
+            pa.list_(_WHOLE),
+            "token ids of the raw output as drawn; null from an API",
+            nullable=True,
+        ),
+        _field(f"{output}vocabulary", _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
+    )
+
+
 GENERATION = _schema(
     "generation",
-    1,
+    2,
     _field("row_id", _TEXT, "what was generated: candidate or example"),
     _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
     _field("text", _TEXT, "the model's raw output, stop string included"),
     _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
     _field("tokens", _WHOLE, "tokens generated"),
+    *_output_ids(),
 )
 
 INSTRUCTIONS = _schema(
@@ -52,7 +67,7 @@ INSTRUCTIONS = _schema(
 
 EXAMPLES = _schema(
     "examples",
-    1,
+    2,
     _field("example_id", _TEXT, "candidate id of the instruction"),
     _field("prompt_id", _TEXT, "the prompt p"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
@@ -60,6 +75,7 @@ EXAMPLES = _schema(
     _field("instruction", _TEXT, "instruction x"),
     _field("response", _TEXT, "response y"),
     _field("response_finished", _TRUTH, "false if the response was cut at the token limit"),
+    *_output_ids(),
 )
 
 INFLUENCE = _schema(
@@ -101,7 +117,7 @@ INFLUENCE = _schema(
 
 PREFERENCES = _schema(
     "preferences",
-    1,
+    2,
     _field("prompt_id", _TEXT, "the prompt p"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
     _field("chosen", _TEXT, "raw output with the helpful instruction x+"),
@@ -112,6 +128,8 @@ PREFERENCES = _schema(
     _field("rejected_influence_student", _REAL, "influence of x- against the student, nats"),
     _field("chosen_influence_null_step", _REAL, "influence of x+ against the null step, nats"),
     _field("rejected_influence_null_step", _REAL, "influence of x- against the null step, nats"),
+    *_output_ids("chosen_"),
+    *_output_ids("rejected_"),
 )
 
 UTILITY = _schema(
@@ -126,7 +144,7 @@ UTILITY = _schema(
 
 UTILITY_PREFERENCES = _schema(
     "utility_preferences",
-    1,
+    2,
     _field("prompt_id", _TEXT, "the prompt p"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
     _field("chosen", _TEXT, "raw output of higher utility"),
@@ -135,6 +153,8 @@ UTILITY_PREFERENCES = _schema(
     _field("rejected_id", _TEXT, "example of the rejected output"),
     _field("chosen_utility", _REAL, "utility of the chosen example"),
     _field("rejected_utility", _REAL, "utility of the rejected example"),
+    *_output_ids("chosen_"),
+    *_output_ids("rejected_"),
 )
 
 SIMILARITY = _schema(

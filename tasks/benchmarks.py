@@ -8,7 +8,6 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.atomic import write_json
 from montessori_core.benchmarks import alpaca_eval, mt_bench
 from montessori_core.benchmarks.contamination import overlapping
@@ -111,7 +110,7 @@ def _score_items(run: Run, folder: Path, label: str, student: Model) -> list[Row
         "evaluation",
         "montessori_core.benchmarks.harness:open_harness",
         {"batch_size": benchmarks.batch_size, "chat_template": benchmarks.chat_template},
-        cut_into_shards(rows, benchmarks.items_per_shard),
+        run.cut(folder / "items", "evaluation", rows, benchmarks.items_per_shard),
         models={"model": student},
         files=_task_folder(run),
     )
@@ -169,7 +168,7 @@ def _answer(
     """One answer to each row, and the parts they are from."""
     for index, row in enumerate(rows):
         row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(run.experiment.seed, "benchmark", folder.name, index)]}
-    shards = cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard)
+    shards = run.cut(folder, "generation", rows, run.experiment.synthesis.instructions_per_shard)
     generated, parts = generate(run, folder, label, student, shards, sampling, form, [])
     return [row["text"].strip() for row in generated], parts
 

@@ -9,7 +9,6 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.config import Experiment
 from montessori_core.influence_table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models import moments_fingerprint
@@ -34,13 +33,14 @@ def collect_influence(
     parts_so_far: list[Path] = []
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
+        place = folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}")
         parts: list[Path] = run.execute(
-            folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}"),
+            place,
             label if name == estimator else f"{label}, {name}",
             "influence",
             PROGRAM,
             influence_settings(run.experiment, estimator),
-            cut_into_shards(some, settings.examples_per_shard),
+            run.cut(place, "influence", some, settings.examples_per_shard),
             models={"student": student, "moments": moments},
             files={"reference": run.source_file("reference")},
             upstream=[examples, *parts_so_far[:1]],

@@ -11,7 +11,6 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.config import Optimization
 from montessori_core.errors import UserError
 from montessori_core.nomad import USER, judge_conversation, read_conversation
@@ -99,8 +98,8 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
         rate = len(examples) / len(candidates) if examples else 1.0 / settings.oversampling
         names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + math.ceil(missing / rate))]
         rows: list[Row] = [{"ids": [name], "text": USER, "seeds": [seed_of(seed, name)]} for name in names]
-        shards = cut_into_shards(rows, settings.instructions_per_shard)
         stage = folder / f"conversations-{number}"
+        shards = run.cut(stage, "generation", rows, settings.instructions_per_shard)
         name = label if number == 1 else f"{label}, round {number}"
         generated, written = generate(
             run, stage, name, teacher, shards, run.experiment.nomad.sampling, "whole", parts[-1:]
@@ -151,7 +150,7 @@ def measure_norm_sim(run: Run, folder: Path, label: str, examples: Path) -> Path
         "influence",
         "montessori_core.nomad:open_norm_sim",
         {"max_length": run.experiment.student.max_length},
-        cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard),
+        run.cut(folder, "influence", rows, run.experiment.synthesis.instructions_per_shard),
         models={"student": run.first_student()},
         files={"real": run.source_file("reference")},
         upstream=[examples],

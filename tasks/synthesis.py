@@ -9,7 +9,6 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -22,6 +21,8 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
 from tasks.run import Model, Run
 
 _PROGRAM = "montessori_core.synthesis.jobs:open_generation"
+_DRAWN = ("output_ids", "vocabulary")
+"""What a row of generation knows of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _write_instructions(
         }
         for prompt in prompts
     ]
-    shards = cut_into_shards(rows, settings.prompts_per_shard)
+    shards = run.cut(folder, "generation", rows, settings.prompts_per_shard)
     form: Form = "tagged" if style == "completion" else "request"
     generated, parts = generate(
         run,
@@ -173,6 +174,7 @@ def _write_instructions(
             "raw_output": row["text"],
             "instruction": verdict.instruction,
             "rejection": verdict.rejection,
+            **{key: row[key] for key in _DRAWN},
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
@@ -208,7 +210,7 @@ def _write_responses(
         examples.append(
             {
                 "example_id": candidate["candidate_id"],
-                **{key: candidate[key] for key in ("prompt_id", "prompt", "raw_output", "instruction")},
+                **{key: candidate.get(key) for key in ("prompt_id", "prompt", "raw_output", "instruction", *_DRAWN)},
                 "response": row["text"].strip(),
                 "response_finished": row["finish_reason"] == "stop",
             }
@@ -252,6 +254,7 @@ def answer_again(
             "instruction": row["instruction"],
             "response": response["text"].strip(),
             "response_finished": response["finish_reason"] == "stop",
+            **{key: response[key] for key in _DRAWN},
         }
         for row, response in zip(owners, generated, strict=True)
         if response["text"].strip()
@@ -286,7 +289,7 @@ def _respond(
 ) -> tuple[list[Row], list[Path]]:
     """What the teacher answers to rows of the generation program, and the parts it is from."""
     settings = run.experiment.synthesis
-    shards = cut_into_shards(rows, settings.instructions_per_shard)
+    shards = run.cut(folder, "generation", rows, settings.instructions_per_shard)
     return generate(run, folder, label, teacher, shards, settings.response, "request", upstream)
 
 

@@ -100,7 +100,8 @@ def update_teacher(
         keep: how many teachers on the way are kept, see `kept_teachers`.
     """
     pairs = read_table(preferences, schema)
-    rows = pairs.select(["prompt", "chosen", "rejected"]).to_pylist()
+    drawn = [f"{output}_{name}" for output in ("chosen", "rejected") for name in ("output_ids", "vocabulary")]
+    rows = pairs.select(["prompt", "chosen", "rejected", *drawn]).to_pylist()
     style = {}
     if answered is not None:
         style = {"prompt_style": "chat"}

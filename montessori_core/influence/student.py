@@ -147,8 +147,19 @@ class ResidentStudent:
             loss = example_loss(self.losses, batch)
         value = float(loss.detach())
         if math.isfinite(value):
-            with _gradients_used_by(self.parameters, lambda name, p, gradient: use(name, p, gradient, tally)):
+            reached: set[str] = set()
+
+            def reach(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+                reached.add(name)
+                use(name, parameter, gradient, tally)
+
+            with _gradients_used_by(self.parameters, reach):
                 loss.backward()
+            # An expert that no token was sent to has no gradient. The other examples of a training batch reach it, and so
+            # does the null step: its momentum moves it all the same.
+            with torch.no_grad():
+                for name in self.parameters.keys() - reached:
+                    use(name, self.parameters[name], torch.zeros_like(self.parameters[name]), tally)
         return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
 
     def _step(

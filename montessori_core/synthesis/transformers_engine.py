@@ -102,8 +102,8 @@ class TransformersEngine:
         tokens = row.drawn[:-1] if ended else row.drawn
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop")
-        return Generated(text, len(tokens), "stop" if ended else "length")
+            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop", row.drawn)
+        return Generated(text, len(tokens), "stop" if ended else "length", row.drawn)
 
 
 @dataclass

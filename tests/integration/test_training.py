@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, Tr
 
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import RowClock, Stage
-from montessori_core.chat import encode_example
+from montessori_core.chat import encode_example, hash_vocabulary
 from montessori_core.config import Cluster, Lora, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
@@ -103,14 +103,14 @@ def sft(
 
 
 def plain_torch(
-    model: Path, rate: float = 1e-3, copies: torch.dtype = torch.float32
+    model: Path, rate: float = 1e-3, copies: torch.dtype = torch.float32, rows: list[Row] = ROWS
 ) -> tuple[dict[str, torch.Tensor], Moments, list[float]]:
     """The same training as a loop anyone can read: token mean over the batch, clipping, AdamW, linear ramp.
 
     Passes take `copies` of the weights; gradients are added up, and weights moved, in fp32.
     """
     tokenizer = load_tokenizer(str(model))
-    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in ROWS]
+    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in rows]
     order = sampled_order(len(encoded))
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     copy = AutoModelForCausalLM.from_pretrained(model, dtype=copies).train()
@@ -182,6 +182,18 @@ def test_training_equals_plain_torch_at_every_zero_stage(
         assert (trained[name] - weight).abs().max() <= 1e-3 * moved, name
         torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
         torch.testing.assert_close(kept.second[name], moments.second[name], rtol=1e-3, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [5, 7])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, count: int, processes: int) -> None:
+    """One example or three are left for it: one process of two has no example, or one has less than its micro-batch."""
+    weights, moments, losses = plain_torch(tiny_llama, rows=ROWS[:count])
+    part = sft(tmp_path / "stage", tiny_llama, 2, processes, ROWS[:count])
+    kept = load_moments(part)
+    assert [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())] == pytest.approx(losses, rel=1e-4)
+    for name in weights:
+        torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
 
 
 @pytest.fixture
@@ -427,6 +439,29 @@ def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_
             assert (together[name] - weight).abs().max() <= 1e-3 * moved, (stage, name)
 
 
+def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> None:
+    """One pair is left for it: in micro-batches of one, or as one row of four in two processes."""
+
+    def update(processes: int, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+        recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch)
+        settings = {
+            "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
+            "zero": Zero(stage=2).model_dump(mode="json"),
+            "seed": 0,
+        }
+        folder, program = tmp_path / str(processes), "montessori_core.training.dpo:open_dpo"
+        part = execute(folder, program, settings, tiny_llama, PAIRS[:5], processes)
+        return load_file(part / "model.safetensors"), json.loads((part / LOG_FILE).read_text())
+
+    start, (alone, expected), (together, log) = load_file(tiny_llama / "model.safetensors"), update(1, 1), update(2, 2)
+    assert len(log) == 2
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert [one[name] for one in log] == pytest.approx([one[name] for one in expected], rel=1e-3, abs=1e-5)
+    for name, weight in alone.items():
+        assert (together[name] - weight).abs().max() <= 1e-3 * (weight - start[name]).abs().max(), name
+
+
 def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
     """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
     settings = {
@@ -460,6 +495,10 @@ def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:
     assert tokenizer.decode(pair["chosen_ids"]) == PAIRS[0]["chosen"]
     chat = encode_pair(tokenizer, PAIRS[0], "chat")
     assert chat["chosen_ids"] == [*pair["chosen_ids"], tokenizer.eos_token_id]
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "Name"]  # not how the tokenizer would cut it
+    drawn = PAIRS[0] | {"chosen_output_ids": letters, "chosen_vocabulary": hash_vocabulary(tokenizer)}
+    assert encode_pair(tokenizer, drawn, "chat") == chat | {"chosen_ids": letters}
+    assert encode_pair(tokenizer, drawn | {"chosen_vocabulary": "another"}, "chat") == chat
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 100, 313])

@@ -1,5 +1,6 @@
 """Generation: the paper's decoding, drawn from seeds; prompts from draws of their own."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from transformers import (
     PhiConfig,
 )
 
+from montessori_core.chat import hash_vocabulary
 from montessori_core.config import DataSource, Sampling, Synthesis
 from montessori_core.errors import UserError
 from montessori_core.models import load_tokenizer
@@ -130,12 +132,13 @@ def reference(model: Any, tokenizer: Any, request: Request, sampling: Sampling, 
         draw = torch.tensor(draws[len(drawn) : len(drawn) + 1])
         token = int(draw_from_nucleus(probabilities[None], sampling.top_p, draw))
         if token == tokenizer.eos_token_id:
-            return Generated(tokenizer.decode(drawn, skip_special_tokens=True), len(drawn), "stop")
+            text = tokenizer.decode(drawn, skip_special_tokens=True)
+            return Generated(text, len(drawn), "stop", [*drawn, token])
         drawn.append(token)
         text = tokenizer.decode(drawn, skip_special_tokens=True)
         if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop")
-    return Generated(text, len(drawn), "length")
+            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop", drawn)
+    return Generated(text, len(drawn), "length", drawn)
 
 
 _SMALL: dict[str, Any] = {
@@ -372,6 +375,10 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
         jobs += 1
     assert jobs > 2
     assert finished == undisturbed.finished
+    tokenizer = load_tokenizer(str(talking_llama))
+    for record in itertools.chain.from_iterable(finished.values()):
+        assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["text"])
+        assert record["vocabulary"] == hash_vocabulary(tokenizer)
 
 
 @pytest.fixture
@@ -394,5 +401,6 @@ def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) 
         1: ["b-1"],
     }
     assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.finished[1][0]["output_ids"] is recorder.finished[1][0]["vocabulary"] is None
     assert recorder.reported[-1] == 2
     assert len(server.asked) == 3

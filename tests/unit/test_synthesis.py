@@ -29,7 +29,8 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
         (shard,) = arguments[4]
         ids = [name for row in shard for name in row["ids"]]
         return [
-            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop"}
+            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop", "output_ids": [len(text)]}
+            | {"vocabulary": "v"}
             for name, text in zip(ids, next(written), strict=True)
         ], []
 
@@ -61,3 +62,5 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
     write_preferences(pairs, tmp_path / "examples.parquet", path, UTILITY_PREFERENCES)
     (pair,) = read_table(path, UTILITY_PREFERENCES).to_pylist()
     assert (pair["chosen"], pair["rejected"]) == (outputs[0], outputs[2])
+    assert (pair["chosen_output_ids"], pair["rejected_output_ids"]) == ([len(outputs[0])], [len(outputs[2])])
+    assert pair["chosen_vocabulary"] == pair["rejected_vocabulary"] == "v"
