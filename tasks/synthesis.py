@@ -113,8 +113,8 @@ def synthesize(
 def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:
     """Return how many candidates the next round of generation writes.
 
-    Acceptance falls as the accepted set grows, which repeats are compared with. So the last round's counts, not that of all,
-    and more is written than it asks for; else each round leaves a share of what the one before left.
+    The more is accepted, the more candidates repeat it. So the acceptance of the last round counts, not that of all, and a
+    fifth is added; otherwise each round leaves a share of what the one before it left.
 
     Args:
         missing: examples still wanted.
