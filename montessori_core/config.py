@@ -148,7 +148,7 @@ class Synthesis(Section):
         1.3,
         ge=1.0,
         description="First round: candidates generated for each example wanted. Later rounds fill what the "
-        "filters removed, at the acceptance rate seen so far.",
+        "filters removed, at the last round's acceptance, and a fifth more: acceptance falls as the accepted set grows.",
     )
     max_rounds: Count = Field(6, description="Rounds of generation before too low an acceptance is an error.")
     prompts_per_shard: Count = Field(256, description="Most prompts in one shard of instruction generation.")

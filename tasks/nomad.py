@@ -21,7 +21,7 @@ from montessori_core.sources import Task
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
 from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
-from tasks.synthesis import Synthesized, generate, join_synthesis
+from tasks.synthesis import Synthesized, count_candidates, generate, join_synthesis
 
 _DRAW = "nomad"
 _FEWEST_STEPS = 10
@@ -91,12 +91,13 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
     candidates: list[Row] = []
     examples: list[Row] = []
     parts: list[Path] = []
+    rounds: list[tuple[int, int]] = []
     for number in range(1, settings.max_rounds + 1):
         missing = count - len(examples)
         if missing == 0:
             break
-        rate = len(examples) / len(candidates) if examples else 1.0 / settings.oversampling
-        names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + math.ceil(missing / rate))]
+        wanted = count_candidates(missing, rounds, settings.oversampling)
+        names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + wanted)]
         rows: list[Row] = [{"ids": [name], "text": USER, "seeds": [seed_of(seed, name)]} for name in names]
         stage = folder / f"conversations-{number}"
         shards = run.cut(stage, "generation", rows, settings.instructions_per_shard)
@@ -134,6 +135,7 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
                         "response_finished": True,
                     }
                 )
+        rounds.append((len(generated), len(examples) - (count - missing)))
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(f"{label}: table", folder, *tables, count, parts)
 
