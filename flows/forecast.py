@@ -25,6 +25,7 @@ from cluster.simulation import Disturbances, Machines, Spent, Work, room, simula
 from cluster.stage import shard_size
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
+from montessori_core.pilot import PILOT
 from montessori_core.report.numbers import duration
 from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
 from tasks.run import Run
@@ -155,6 +156,10 @@ def _size(stage: PurePath, experiment: Experiment) -> int:
         return experiment.training.examples
     if name.startswith(("instructions-", "responses-")):
         return warming + probing
+    if name == "influence-pilot":
+        return 1  # it does not grow
+    if name == "influence" and measured >= 4 * PILOT:
+        return measured - PILOT
     audited = min(measured, influence.screening.audit_examples)
     if name.endswith("influence-audit"):
         return audited

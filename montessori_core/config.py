@@ -341,17 +341,24 @@ class Influence(Section):
         return self
 
 
+Baseline = Literal["student", "null_step", "median", "prompt"]
+
+
 class Preferences(Section):
     """How influence becomes preference pairs (Eq. 3)."""
 
-    baseline: Literal["student", "null_step", "median"] = Field(
+    baseline: Baseline = Field(
         "student",
         description="What an example is compared with: the student as it is (the paper's sign), the null step (what "
-        "momentum alone would do), or the median of the probing set. The first two share one sign among most examples "
-        "when momentum outweighs a single example, which leaves few pairs; the median never does.",
+        "momentum alone would do), the median of the probing set, or the mean of the examples of its prompt. Of the first "
+        "two, most examples lie on one side when momentum outweighs a single example, which leaves few pairs; the mean of "
+        "a prompt leaves pairs in every prompt.",
     )
     margin: float = Field(
-        0.0, ge=0.0, description="Chosen lie more than this above the threshold, rejected more than this below, nats."
+        0.0,
+        ge=0.0,
+        description="Keep pairs that differ in influence by more than so many standard errors of the difference over the "
+        "reference examples, the errors of both being taken as independent; 0 keeps all that rounding does not blur.",
     )
     max_pairs: Count | None = Field(
         None, description="Keep only so many pairs, those with the widest influence gap; none keeps all."
@@ -674,9 +681,10 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sequential_needs_a_threshold(self) -> "Experiment":
-        if self.influence.sequential is not None and self.preferences.baseline == "median":
+        baseline = self.preferences.baseline
+        if self.influence.sequential is not None and baseline in ("median", "prompt"):
             raise ValueError(
-                "influence.sequential decides signs one by one, but preferences.baseline: median has no threshold until "
+                f"influence.sequential decides signs one by one, but preferences.baseline: {baseline} has no threshold until "
                 "all are measured; set baseline: student or null_step, or sequential: null"
             )
         return self

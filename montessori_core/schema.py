@@ -80,7 +80,7 @@ EXAMPLES = _schema(
 
 INFLUENCE = _schema(
     "influence",
-    3,
+    4,
     _field("example_id", _TEXT, "the example"),
     _field("prompt_id", _TEXT, "its prompt"),
     _field("status", _TEXT, "'ok', 'no_response_tokens' or 'non_finite'; only 'ok' rows carry influence"),
@@ -93,7 +93,8 @@ INFLUENCE = _schema(
     _field(
         "standard_error",
         _REAL,
-        "standard error of influence_null_step over the reference examples, nats; null if the estimator has none",
+        "standard error of influence_null_step over the reference examples, nats; of a first-order row by two halves of the "
+        "set (one degree of freedom: take the root mean square of many rows); NaN with a single reference example",
         nullable=True,
     ),
     _field("reference_tokens", pa.int64(), "tokens of the reference set read for this row"),
