@@ -35,6 +35,7 @@ from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, 
 
 SHARD = 100  # rows
 PROMPT, INSTRUCTION, RESPONSE = 2500, 200, 500  # bytes
+OUTPUT_TOKENS = 50
 SAMPLES = 4  # of a prompt
 _POLL = 1.0  # seconds between looks
 
@@ -113,6 +114,8 @@ def make_tables(folder: Path, rows: int) -> None:
                 "instruction": instructions,
                 "response": [text[place : place + RESPONSE] for place in places[1]],
                 "response_finished": [True] * len(numbers),
+                "output_ids": draw.integers(0, 128_000, (len(numbers), OUTPUT_TOKENS), dtype=np.int32).tolist(),
+                "vocabulary": ["0" * 64] * len(numbers),
             }
             yield pa.RecordBatch.from_pydict(columns, schema=EXAMPLES)
 
@@ -193,6 +196,10 @@ def join_at_once(folder: Path, rows: int) -> dict[str, Any]:
             "rejected_influence_student": worst["influence_student"],
             "chosen_influence_null_step": best["influence_null_step"],
             "rejected_influence_null_step": worst["influence_null_step"],
+            "chosen_output_ids": texts[best["example_id"]]["output_ids"],
+            "chosen_vocabulary": texts[best["example_id"]]["vocabulary"],
+            "rejected_output_ids": texts[worst["example_id"]]["output_ids"],
+            "rejected_vocabulary": texts[worst["example_id"]]["vocabulary"],
         }
         for prompt in helpful
         for best in helpful[prompt]

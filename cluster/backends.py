@@ -111,9 +111,9 @@ def deal(shards: Sequence[AnyShard], jobs: int) -> list[list[AnyShard]]:
     return [list(shards[start::jobs]) for start in range(jobs)]
 
 
-def bundle(shards: Sequence[AnyShard], size: int) -> list[list[AnyShard]]:
-    """Shards by task of an array, so many each but the last."""
-    return [list(shards[start : start + size]) for start in range(0, len(shards), size)]
+def deal_to_array(shards: Sequence[AnyShard], at_once: int, most: int) -> list[list[AnyShard]]:
+    """Shards by task of an array: dealt evenly to as many as run at once, to more where one would have more than `most`."""
+    return deal(shards, max(at_once, -(-len(shards) // most)))
 
 
 def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> Backend:
@@ -358,7 +358,7 @@ class SlurmBackend:
         # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
         if free <= 0 or self._squeue("--me") is None:
             return []
-        tasks = bundle(shards, self._resources.shards_per_job)
+        tasks = deal_to_array(shards, free, self._resources.shards_per_job)
         if self._largest_array is None:
             self._largest_array = (largest_array() or _USUAL_ARRAY_LIMIT) - 1
         return tasks[: self._largest_array]

@@ -133,12 +133,15 @@ class ShardRecorder:
             self.commit()
 
     def commit(self) -> None:
-        """Write the rows that were finished since the last commit."""
-        table, positions = self._take_pending()
+        """Write the rows that were finished since the last commit. A signal's handler may commit in the midst of it."""
+        pending = dict(self._pending)
+        table, positions = self._hold(pending)
         if positions:
             metadata = {**(self._schema.metadata or {}), _POSITIONS: json.dumps(positions)}
             path = self._stem.with_name(f"{self._stem.name}-{hash_json(positions)[:16]}.parquet")
             write_table(table.replace_schema_metadata(metadata), path, self._schema)
+        for position in pending:
+            self._pending.pop(position, None)
         self._committed = time.monotonic()
 
     def join(self) -> pa.Table:
@@ -147,16 +150,15 @@ class ShardRecorder:
         Raises:
             RuntimeError: rows are unfinished.
         """
-        self._take_pending()
+        self._hold(self._pending)
         missing = [position for position in self.unfinished if position not in self._tables]
         if missing:
             raise RuntimeError(f"the program returned with {len(missing)} of {self._rows} rows unfinished")
         tables = [self._tables[position] for position in range(self._rows)]
         return pa.concat_tables([self._schema.empty_table(), *tables])
 
-    def _take_pending(self) -> tuple[pa.Table, list[list[int]]]:
-        """The table of pending rows, and the positions of its records."""
-        pending, self._pending = self._pending, {}
+    def _hold(self, pending: Mapping[int, list[Row]]) -> tuple[pa.Table, list[list[int]]]:
+        """Hold pending rows as a table; return it, and the positions of its records."""
         table = table_from_rows([record for records in pending.values() for record in records], self._schema)
         positions = [[position, len(records)] for position, records in pending.items()]
         self._tables |= _split(table, positions)

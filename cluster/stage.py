@@ -11,6 +11,7 @@ carries that key; that a file exists proves nothing. Layout of a stage's folder:
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.notes import Description, Manifest, Start, read_note
+from cluster.notes import Description, Manifest, Shard, Start, read_note
 from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.errors import UserError
@@ -28,6 +29,24 @@ from montessori_core.program import Program, Row, SettingsT
 def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
     """[shards][rows], `size` rows each but the last."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def shard_size(rows: int, jobs: int, largest: int) -> int:
+    """Rows of a shard, so that every one of so many jobs has as many shards as the others; at most `largest`."""
+    shards_of_job = max(1, math.ceil(rows / (jobs * largest)))
+    return max(1, math.ceil(rows / (jobs * shards_of_job)))
+
+
+def cut_for_jobs(folder: Path, rows: list[Row], jobs: int, largest: int) -> list[list[Row]]:
+    """[shards][rows] of `shard_size`; or as so many rows of the stage in `folder` were cut before.
+
+    The rows of a shard are part of its key: a run that is resumed with more or fewer jobs keeps what is done.
+    """
+    first, before = read_note(folder / "shards" / "00000.json", Shard), read_note(folder / "stage.json", Description)
+    size = shard_size(len(rows), jobs, largest)
+    if first and before and first.rows and math.ceil(len(rows) / len(first.rows)) == before.shards:
+        size = len(first.rows)
+    return cut_into_shards(rows, size)
 
 
 class RowClock:

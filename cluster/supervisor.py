@@ -4,6 +4,7 @@
 the submission's folder, the environment names the GPUs, and the job costs no second copy of what its ranks have imported.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from types import FrameType
 
 import psutil
 
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 _WARNING_SECONDS = 30.0  # between SIGUSR2 and the time limit, as submitit has it for local jobs
 _GRACE_SECONDS = 1.0  # between SIGINT and SIGKILL, likewise
 
@@ -30,6 +32,8 @@ def main(folder: Path, gate: int, seconds: float, pids: Sequence[int]) -> None:
         seconds: time limit.
         pids: of the ranks, children of this process.
     """
+    # What a rank that was killed has started (an engine that holds a GPU's memory) becomes a child of this process.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     ranks = [psutil.Process(pid) for pid in pids]
     signal.signal(signal.SIGTERM, lambda number, frame: _forward(ranks, number, frame))
     os.write(0, f"{os.getpid()}:{psutil.Process().create_time()}\n".encode())
@@ -94,8 +98,8 @@ def _forward(ranks: list[psutil.Process], number: int, frame: FrameType | None) 
 
 
 def _end(ranks: list[psutil.Process]) -> None:
-    """End ranks that are left, and what they have started."""
-    family = [member for rank in ranks if rank.is_running() for member in family_of(rank)]
+    """End ranks that are left, and what ranks have started."""
+    family = psutil.Process().children(recursive=True)
     _forward(ranks, signal.SIGINT, None)
     _, alive = psutil.wait_procs(family, _GRACE_SECONDS)
     for member in alive:

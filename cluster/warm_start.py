@@ -31,8 +31,8 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _CUDA_ERROR_NOT_INITIALIZED = 3  # of cuda.h
 _PATIENCE = 300.0  # seconds that imports may take
 _READ_BY_IMPORTS = (
-    "ACCELERATE_", "ATEN_", "CUDA_", "HF_", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "PYTORCH_",
-    "TORCH", "TRANSFORMERS_", "TRL_",
+    "ACCELERATE_", "ATEN_", "CUDA_", "HF_", "HOME", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON",
+    "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRL_", "XDG_CACHE_HOME",
 )  # fmt: skip
 _PRELOADED = (
     "pyarrow.parquet",
@@ -110,8 +110,12 @@ class WarmProcess:
                 socket.send_fds(self._control, [b"+"], [theirs.fileno()])
             ours.settimeout(_PATIENCE)
             ours.sendall(json.dumps(vars(job)).encode() + b"\n")
-            with ours.makefile() as answers:
-                job_id = answers.readline().strip()
+            try:
+                with ours.makefile() as answers:
+                    job_id = answers.readline().strip()
+            except TimeoutError:
+                self._process.kill()  # or every later job would wait as long
+                raise
             if not job_id:
                 raise ConnectionError(f"process {self.pid} ended, or could not fork")
             ours.sendall(b"+")

@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from cluster.backends import bundle, deal
+from cluster.backends import deal, deal_to_array
 from cluster.costs import StageCost, cost_of
 from cluster.oversight import stages_of
 from cluster.partial_commits import COMMIT_SECONDS
 from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
+from cluster.stage import shard_size
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
+from montessori_core.pilot import PILOT
 from montessori_core.report.numbers import duration
 from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
 from tasks.run import Run
@@ -154,6 +156,10 @@ def _size(stage: PurePath, experiment: Experiment) -> int:
         return experiment.training.examples
     if name.startswith(("instructions-", "responses-")):
         return warming + probing
+    if name == "influence-pilot":
+        return 1  # it does not grow
+    if name == "influence" and measured >= 4 * PILOT:
+        return measured - PILOT
     audited = min(measured, influence.screening.audit_examples)
     if name.endswith("influence-audit"):
         return audited
@@ -166,6 +172,7 @@ def _size(stage: PurePath, experiment: Experiment) -> int:
 
 def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, around: float) -> Work:
     resources: Resources = getattr(experiment.cluster.resources, cost.kind)
+    at_once = resources.parallel_jobs
     influence, synthesis = experiment.influence, experiment.synthesis
     if cost.kind == "influence":
         size = influence.examples_per_shard
@@ -175,6 +182,8 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
         size = synthesis.instructions_per_shard
     else:
         size = cost.shard_rows if cost.shard_rows < cost.rows else rows
+    if cost.kind in ("influence", "generation"):
+        size = shard_size(rows, at_once, size)
     shards = [min(size, rows - start) * cost.seconds_per_row for start in range(0, rows, size)]
     if cost.kind in ("training", "teacher_update"):
         saved_every = min(CHECKPOINT_SECONDS, sum(shards) / CHECKPOINTS)
@@ -183,14 +192,14 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
     local = experiment.cluster.profile == "local"
     return Work(
         name=str(stage),
-        jobs=deal(shards, resources.parallel_jobs) if local else bundle(shards, resources.shards_per_job),
+        jobs=deal(shards, at_once) if local else deal_to_array(shards, at_once, resources.shards_per_job),
         spread=cost.spread / math.sqrt(min(size, rows)),
         opening=cost.opening,
         saved_every=saved_every,
         nodes=resources.nodes,
         gpus=resources.gpus_per_node,
         cpus=resources.processes_per_node * resources.cpus_per_process,
-        at_once=resources.parallel_jobs,
+        at_once=at_once,
         limit=60.0 * resources.time_limit_minutes,
         around=around,
     )

@@ -117,8 +117,10 @@ def check_baseline(baseline: str) -> str:
     """The same baseline.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or each example would be compared with itself.
     """
+    if baseline == "prompt":
+        raise ConfigError("--baseline prompt: these examples have no prompts in common; take median")
     try:
         return Preferences.model_validate({"baseline": baseline}).baseline
     except ValidationError as error:
@@ -162,6 +164,7 @@ def _summarize(table: pa.Table, threshold: float, baseline: str, console: Consol
         lines.add_row(f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}")
     lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats/token")
     lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats/token")
+    lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats/token")
     lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
     lines.add_row(
         "dominated by the own gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"

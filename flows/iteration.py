@@ -159,5 +159,6 @@ def _head_to_head(run: Run, number: int, evaluated: dict[str, Evaluated]) -> lis
         if answers is not None:
             folder = run.iteration(number) / "head-to-head" / part
             rates = compare_answers(run, folder, f"iteration {number}: student against {part}", own, answers)
-            rows.append({"model": "student", "against": part, **asdict(rates)})
+            prompts = run.experiment.benchmarks.judge_prompts
+            rows.append({"model": "student", "against": part, "judge_prompts": prompts, **asdict(rates)})
     return rows

@@ -17,7 +17,7 @@ from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round
 from montessori_core.atomic import write_json
-from montessori_core.benchmarks.scores import mean_over_seeds, win_rate_scores
+from montessori_core.benchmarks.scores import judged_benchmark, mean_over_seeds, win_rate_scores
 from montessori_core.config import RUN_NAME, write_yaml
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.report.study import study_page
@@ -182,11 +182,12 @@ def _against_baseline(study: Study, run: Run, evaluated: dict[str, Evaluated]) -
     """Add how each method's answers to AlpacaEval's instructions fare against the baseline's (Table 1)."""
     baseline = find_method(study.baseline).name
     others = evaluated[baseline].benchmarks.answers
+    benchmark = judged_benchmark("alpaca_eval", run.experiment.benchmarks.judge_prompts)
     for name, one in evaluated.items():
         if others is not None and one.benchmarks.answers is not None and name != baseline:
             folder = run.folder / "methods" / name / f"against-{baseline}"
             rates = compare_answers(run, folder, f"{name}: against {baseline}", one.benchmarks.answers, others)
-            one.benchmarks.scores.extend(win_rate_scores(f"alpaca_eval against {baseline}", rates))
+            one.benchmarks.scores.extend(win_rate_scores(f"{benchmark} against {baseline}", rates))
 
 
 def transfer(run: Run, method: Method, proposal: Proposal) -> Evaluated:

@@ -31,19 +31,24 @@ _NO_ANSWER = ("content_filter", "context_length_exceeded")  # refusals that are 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, why it ended ('stop', 'length', or why there is no text), and the tokens that were paid for."""
+    """What the model said, why it ended ('stop', 'length', or why there is no text), and the tokens that were paid for.
+
+    `first_token` has the log-probabilities of the likeliest first tokens, if they were asked for and the server gives them.
+    """
 
     text: str
     finish_reason: str
     input_tokens: int
     output_tokens: int
+    first_token: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Question:
     """A user message, and how its answer is drawn: at most `max_tokens`, if that is less than the endpoint's own limit.
 
-    Questions that differ in `draw` alone are asked anew.
+    Questions that differ in `draw` alone are asked anew. `likeliest` is how many first tokens come with their
+    log-probabilities.
     """
 
     text: str
@@ -52,6 +57,8 @@ class Question:
     presence_penalty: float = 0.0
     max_tokens: int | None = None
     draw: int = 0
+    system: str = ""
+    likeliest: int = 0
 
 
 class AnswerCache:
@@ -200,16 +207,18 @@ class Api:
     def _fetch(self, question: Question) -> Answer:
         import openai
 
+        logprobs: dict[str, Any] = {"logprobs": True, "top_logprobs": question.likeliest} if question.likeliest else {}
         for attempt in range(self._endpoint.retries + 1):
             self._wait_for_turn()
             try:
                 completion = self._client.chat.completions.create(
                     model=self._endpoint.model,
-                    messages=[{"role": "user", "content": question.text}],
+                    messages=_messages(question),
                     temperature=question.temperature,
                     top_p=question.top_p,
                     presence_penalty=question.presence_penalty,
                     max_tokens=self._limit(question),
+                    **logprobs,
                 )
                 return _read(completion)
             except openai.APIStatusError as error:
@@ -248,7 +257,7 @@ class Api:
 
     def _most(self, question: Question) -> float:
         """Dollars a question can cost at most: no token is shorter than a byte, and templates add a few."""
-        return self._price(len(question.text.encode()) + 64, self._limit(question))
+        return self._price(len((question.system + question.text).encode()) + 64, self._limit(question))
 
     def _limit(self, question: Question) -> int:
         return min(self._endpoint.max_tokens, question.max_tokens or self._endpoint.max_tokens)
@@ -273,6 +282,11 @@ def open_api(settings: programs.Asked, inputs: Mapping[str, Path]) -> Api:
     return Api(endpoint, str(inputs["endpoint"]))
 
 
+def _messages(question: Question) -> list[Any]:
+    system = [{"role": "system", "content": question.system}] if question.system else []
+    return [*system, {"role": "user", "content": question.text}]
+
+
 def _read(completion: Any) -> Answer:
     """An answer of the protocol; anything else raises ValueError, TypeError, AttributeError or LookupError.
 
@@ -285,4 +299,14 @@ def _read(completion: Any) -> Answer:
         raise ValueError(f"no numbers of tokens: {usage.prompt_tokens}, {usage.completion_tokens}")
     # Half of a surrogate pair, as of an emoji that was cut in two, can be written to no file.
     text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")
-    return Answer(text, reason, int(usage.prompt_tokens), int(usage.completion_tokens))
+    return Answer(text, reason, int(usage.prompt_tokens), int(usage.completion_tokens), _first_token(choice))
+
+
+def _first_token(choice: Any) -> dict[str, float] | None:
+    tokens = choice.logprobs.content if choice.logprobs else None
+    if not tokens:
+        return None
+    likeliest = {one.token: float(one.logprob) for one in tokens[0].top_logprobs}
+    if not all(map(math.isfinite, likeliest.values())):
+        raise ValueError(f"no log-probabilities: {likeliest}")
+    return likeliest

@@ -9,14 +9,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+from montessori_core.atomic import hash_json
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "\u2060"
+# Templates that ask for today's date (Llama 3.2, SmolLM3) get one day, so that a run gives the same tomorrow.
+_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"} | dict.fromkeys(
+    ("%H", "%M", "%S"), "00"
+)
+_ON_ONE_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{directive}', '{value}')" for directive, value in _DAY.items())
+    + " }}{% endmacro %}\n"
+)
 IGNORED = -100  # label of a token that carries no loss, as torch's cross-entropy has it
 
 
@@ -79,11 +90,10 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     start = 0
-    for part in patterns.named.split(text):
-        plain = patterns.unmark(part)
-        batch = tokenizer(
-            plain, add_special_tokens=False, split_special_tokens=plain != part, return_offsets_mapping=True
-        )
+    # Only parts with marks are tokenized by themselves: some tokenizers begin a text with a blank, but no part of it.
+    for marked, parts in groupby(patterns.named.split(text), lambda part: bool(patterns.marked.search(part))):
+        plain = patterns.unmark("".join(parts))
+        batch = tokenizer(plain, add_special_tokens=False, split_special_tokens=marked, return_offsets_mapping=True)
         ids += batch["input_ids"]
         offsets += [(start + first, start + last) for first, last in batch["offset_mapping"]]
         start += len(plain)
@@ -93,6 +103,12 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
 def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Tokenize a text in which no control tokens are meant, whatever it says; return [tokens] ids."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def hash_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the SHA-256 of a tokenizer's tokens and their ids: under equal hashes ids are the same tokens."""
+    return hash_json(tokenizer.get_vocab())
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,14 @@ def _patterns(tokenizer: "PreTrainedTokenizerBase") -> _Patterns:
 
 def _render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
     marked = [turn | {"content": mark_control_tokens(tokenizer, turn["content"])} for turn in turns]
-    return str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt))
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _ON_ONE_DAY + template
+    return str(
+        tokenizer.apply_chat_template(
+            marked, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    )
 
 
 def encode_example(
@@ -154,10 +177,15 @@ def encode_example(
             "it; give the tokenizer a template whose generation prompt is a prefix of the conversation"
         )
     ids, offsets = encode_rendered(tokenizer, text)
+    unmark = _patterns(tokenizer).unmark
     # A token on the border, such as a blank of the prompt joined to the first word, is the response's.
-    border = len(_patterns(tokenizer).unmark(prompt))
+    border = len(unmark(prompt))
     labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
-    ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id, finished)
+    ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id)
+    if not finished:
+        response_end = len(unmark(text.removesuffix(_text_after_response(tokenizer, turns[:-1], prompt))))
+        kept = min(sum(end <= response_end for _, end in offsets), len(labels) - 1)
+        labels[kept:] = [IGNORED] * (len(labels) - kept)
     return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
 
 
@@ -165,13 +193,16 @@ def _turns(instruction: str, response: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
 
 
-def _end_at_end_token(ids: list[int], labels: list[int], end: int, finished: bool) -> tuple[list[int], list[int]]:
+def _text_after_response(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], prompt: str) -> str:
+    """Return what the template writes after an assistant's turn: its end of a turn need not be the end token."""
+    probe = "response"
+    text = _render(tokenizer, [*turns, {"role": "assistant", "content": probe}], add_generation_prompt=False)
+    return text[len(prompt) :].rpartition(probe)[2]
+
+
+def _end_at_end_token(ids: list[int], labels: list[int], end: int) -> tuple[list[int], list[int]]:
     """Drop what the template writes after the assistant's end token; add that token where the template has none."""
     last = max((position for position, label in enumerate(labels) if label == end), default=None)
     if last is None:
-        ids, labels = [*ids, end], [*labels, end]
-    else:
-        ids, labels = ids[: last + 1], labels[: last + 1]
-    if not finished:
-        labels[-1] = IGNORED
-    return ids, labels
+        return [*ids, end], [*labels, end]
+    return ids[: last + 1], labels[: last + 1]

@@ -148,11 +148,11 @@ class Synthesis(Section):
         1.3,
         ge=1.0,
         description="First round: candidates generated for each example wanted. Later rounds fill what the "
-        "filters removed, at the acceptance rate seen so far.",
+        "filters removed, at the last round's acceptance, and a fifth more: acceptance falls as the accepted set grows.",
     )
     max_rounds: Count = Field(6, description="Rounds of generation before too low an acceptance is an error.")
-    prompts_per_shard: Count = Field(256, description="Prompts in one shard of instruction generation.")
-    instructions_per_shard: Count = Field(512, description="Instructions in one shard of response generation.")
+    prompts_per_shard: Count = Field(256, description="Most prompts in one shard of instruction generation.")
+    instructions_per_shard: Count = Field(512, description="Most instructions in one shard of response generation.")
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":
@@ -329,7 +329,7 @@ class Influence(Section):
     reference_batch_tokens: Count = Field(
         2048, description="Tokens of a batch of reference examples, padding included."
     )
-    examples_per_shard: Count = Field(64, description="Probing examples in one shard.")
+    examples_per_shard: Count = Field(64, description="Most probing examples in one shard.")
 
     @model_validator(mode="after")
     def _sequential_is_exact(self) -> "Influence":
@@ -341,17 +341,24 @@ class Influence(Section):
         return self
 
 
+Baseline = Literal["student", "null_step", "median", "prompt"]
+
+
 class Preferences(Section):
     """How influence becomes preference pairs (Eq. 3)."""
 
-    baseline: Literal["student", "null_step", "median"] = Field(
+    baseline: Baseline = Field(
         "student",
         description="What an example is compared with: the student as it is (the paper's sign), the null step (what "
-        "momentum alone would do), or the median of the probing set. The first two share one sign among most examples "
-        "when momentum outweighs a single example, which leaves few pairs; the median never does.",
+        "momentum alone would do), the median of the probing set, or the mean of the examples of its prompt. Of the first "
+        "two, most examples lie on one side when momentum outweighs a single example, which leaves few pairs; the mean of "
+        "a prompt leaves pairs in every prompt.",
     )
     margin: float = Field(
-        0.0, ge=0.0, description="Chosen lie more than this above the threshold, rejected more than this below, nats."
+        0.0,
+        ge=0.0,
+        description="Keep pairs that differ in influence by more than so many standard errors of the difference over the "
+        "reference examples, the errors of both being taken as independent; 0 keeps all that rounding does not blur.",
     )
     max_pairs: Count | None = Field(
         None, description="Keep only so many pairs, those with the widest influence gap; none keeps all."
@@ -443,7 +450,7 @@ class Benchmarks(Section):
     )
     chat_template: bool = Field(False, description="Put the prompts of these tasks in the student's chat template.")
     batch_size: Count = Field(16, description="Requests of these tasks in one forward pass.")
-    items_per_shard: Count = Field(500, description="Items of these tasks in one shard.")
+    items_per_shard: Count = Field(500, description="Most items of these tasks in one shard.")
     alpaca_eval: str | None = Field(
         None,
         description="AlpacaEval: a file (.json or .jsonl) with instruction and output, the answers that the student's are "
@@ -463,6 +470,11 @@ class Benchmarks(Section):
         ge=0.0,
         description="MT-Bench: one temperature for all questions; none decodes each category as FastChat does: writing and "
         "roleplay at 0.7, stem and humanities at 0.1, extraction, math, coding and reasoning at 0, others at 0.7.",
+    )
+    judge_prompts: Literal["own", "published"] = Field(
+        "own",
+        description="How the judge is asked: 'own' prompts, whose verdict is the last line of the answer; 'published' are "
+        "AlpacaEval's (the probability of one token) and FastChat's ([[rating]]). Scores are labelled by it.",
     )
     answers: Sampling = Field(
         Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
@@ -506,9 +518,11 @@ class Resources(Section):
     cpus_per_process: Count = Field(2, description="CPU cores, and threads, of each process.")
     memory_gb: Count | None = Field(None, description="Memory of each node, GB; none takes the scheduler's default.")
     time_limit_minutes: Count = Field(240, description="Wall time after which the scheduler ends the job, minutes.")
-    parallel_jobs: Count = Field(1, description="Most jobs of the stage at a time.")
+    parallel_jobs: Count = Field(
+        1, description="Most jobs of the stage at a time. A new stage is cut into shards so that all of them have work."
+    )
     shards_per_job: Count = Field(
-        16, description="Slurm: shards one array task works through. Local: shards are dealt evenly to the jobs."
+        16, description="Slurm: most shards that one array task works through. Shards are dealt evenly to the jobs."
     )
     infrastructure_retries: int = Field(
         3,
@@ -667,9 +681,10 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sequential_needs_a_threshold(self) -> "Experiment":
-        if self.influence.sequential is not None and self.preferences.baseline == "median":
+        baseline = self.preferences.baseline
+        if self.influence.sequential is not None and baseline in ("median", "prompt"):
             raise ValueError(
-                "influence.sequential decides signs one by one, but preferences.baseline: median has no threshold until "
+                f"influence.sequential decides signs one by one, but preferences.baseline: {baseline} has no threshold until "
                 "all are measured; set baseline: student or null_step, or sequential: null"
             )
         return self

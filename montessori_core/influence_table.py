@@ -11,7 +11,14 @@ import pyarrow.compute as pc
 from montessori_core.schema import INFLUENCE, read_table
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
-SUMMARIZED = ("status", "influence_student", "influence_null_step", "gradient_norm", "dominated_share")
+SUMMARIZED = (
+    "status",
+    "influence_student",
+    "influence_null_step",
+    "gradient_norm",
+    "dominated_share",
+    "standard_error",
+)
 """The columns that a summary reads."""
 
 _DOMINATED = 0.5
@@ -61,7 +68,7 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         threshold: the `influence_student` above which an example counts as helpful.
     """
     measured = pc.equal(table["status"], "ok")
-    student, null_step, norms, dominated = (table[name].filter(measured).to_numpy() for name in SUMMARIZED[1:])
+    student, null_step, norms, dominated, errors = (table[name].filter(measured).to_numpy() for name in SUMMARIZED[1:])
 
     def share(helpful: int) -> float:
         return helpful / len(student) if len(student) else math.nan
@@ -76,6 +83,7 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         "share_positive_null_step": share(int((null_step > 0).sum())),
         "mean_influence_student": float(student.mean()) if len(student) else math.nan,
         "median_gradient_norm": float(np.median(norms)) if len(student) else math.nan,
+        "standard_error": float(np.sqrt(np.mean(errors.astype(np.float64) ** 2))) if len(student) else math.nan,
         "median_dominated_share": float(np.median(dominated)) if len(student) else math.nan,
         **influence_notes(table),
     }

@@ -137,7 +137,7 @@ def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> 
 
     @torch.inference_mode()
     def features(text: str) -> np.ndarray:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: settings.max_length]
+        ids = encode_plain(tokenizer, text)[: settings.max_length]
         states = model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True).hidden_states[-1]
         found: np.ndarray = states[0].mean(dim=0).cpu().numpy()
         return found

@@ -20,9 +20,20 @@ Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.int64]
 """Of rows in a table, from 0."""
 
+PAIRED = (
+    "example_id",
+    "prompt_id",
+    "status",
+    "influence_student",
+    "influence_null_step",
+    "standard_error",
+    "estimator",
+)
+"""The columns of an influence table that pairs are made from."""
+
 
 def threshold_of(influence: pa.Table, baseline: str) -> float:
-    """The `influence_student` that divides helpful from harmful examples, nats.
+    """The `influence_student` that divides a set into helpful and harmful examples, nats; 'prompt' takes the median, too.
 
     Args:
         influence: the probing set's table.
@@ -30,27 +41,67 @@ def threshold_of(influence: pa.Table, baseline: str) -> float:
     """
     if baseline == "null_step":
         return influence_note(influence, "null_step_influence")
-    if baseline == "median":
+    if baseline in ("median", "prompt"):
         measured = influence["influence_student"].filter(pc.equal(influence["status"], "ok"))
         return float(np.median(measured.to_numpy())) if len(measured) else 0.0
     return 0.0
+
+
+def thresholds_of(influence: pa.Table, baseline: str) -> Floats:
+    """[rows] The `influence_student` that each row is compared with, nats.
+
+    'prompt' is the mean of the measured rows of the prompt, NaN without any. Not the median: of three rows, the middle one
+    would be its own threshold and make no pair; and a mean divides where the widest gap is, which is known best.
+
+    Args:
+        influence: the probing set's table.
+        baseline: see `config.Preferences`.
+    """
+    if baseline != "prompt":
+        return np.full(influence.num_rows, threshold_of(influence, baseline))
+    values = influence["influence_student"].to_numpy()
+    prompts = pc.index_in(influence["prompt_id"], pc.unique(influence["prompt_id"])).to_numpy()
+    measured = np.isfinite(values)
+    sums, counts = (np.bincount(prompts[measured], weights, len(values)) for weights in (values[measured], None))
+    with np.errstate(invalid="ignore"):
+        means: Floats = (sums / counts)[prompts]
+    return means
 
 
 def pair_by_influence(influence: pa.Table, settings: Preferences) -> pa.Table:
     """The preference table but its texts, in the order of prompts and examples.
 
     Influence within the noise floor of the threshold has no sign to speak of, so such examples make no pairs; neither do
-    rows that are not 'ok'.
+    rows that are not 'ok', nor, with a margin, rows whose standard error is not known.
 
     Args:
-        influence: of the probing examples.
+        influence: of the probing examples, at least its columns PAIRED.
         settings: baseline, margin and limit.
     """
-    threshold = threshold_of(influence, settings.baseline)
-    margin = max(settings.margin, influence_note(influence, "noise_floor"))
+    measured = influence.select(PAIRED).filter(pc.equal(influence["status"], "ok"))
+    thresholds, floor = thresholds_of(measured, settings.baseline), influence_note(influence, "noise_floor")
+    best, worst = pair_up(measured, "influence_student", thresholds, floor)
+    if settings.margin:
+        influences, errors = measured["influence_student"].to_numpy(), standard_errors(measured)
+        sure = influences[best] - influences[worst] > settings.margin * np.hypot(errors[best], errors[worst])
+        best, worst = best[sure], worst[sure]
     values = ["influence_student", "influence_null_step"]
-    measured = influence.select(["example_id", "prompt_id", *values]).filter(pc.equal(influence["status"], "ok"))
-    return _pairs(measured, values, *pair_up(measured, values[0], threshold, margin, settings.max_pairs))
+    return _pairs(measured, values, *keep_widest(measured, "influence_student", best, worst, settings.max_pairs))
+
+
+def standard_errors(measured: pa.Table) -> Floats:
+    """[rows] Standard error of each influence over the reference examples, nats; NaN where it is not known.
+
+    First-order rows have one degree of freedom each, so that all of them get their root mean square.
+
+    Args:
+        measured: rows of an influence table that are 'ok'.
+    """
+    errors: Floats = measured["standard_error"].to_numpy().astype(np.float64)
+    first_order = pc.equal(measured["estimator"], "first_order").to_numpy()
+    if first_order.any():
+        errors = np.where(first_order, np.sqrt(np.mean(errors[first_order] ** 2)), errors)
+    return errors
 
 
 def pair_by_utility(utility: pa.Table, max_pairs: int | None) -> pa.Table:
@@ -62,7 +113,8 @@ def pair_by_utility(utility: pa.Table, max_pairs: int | None) -> pa.Table:
     """
     known = utility.filter(pc.is_valid(utility["utility"]))
     threshold = float(np.median(known["utility"].to_numpy())) if known.num_rows else 0.0
-    return _pairs(known, ["utility"], *pair_up(known, "utility", threshold, 0.0, max_pairs))
+    best, worst = pair_up(known, "utility", np.full(known.num_rows, threshold), 0.0)
+    return _pairs(known, ["utility"], *keep_widest(known, "utility", best, worst, max_pairs))
 
 
 def pair_extremes(utility: pa.Table) -> pa.Table:
@@ -90,23 +142,20 @@ def best_of_each_prompt(examples: pa.Table, utility: pa.Table) -> pa.Table:
     return examples.filter(pc.is_in(examples["example_id"], pa.array([row["example_id"] for row in best.values()])))
 
 
-def pair_up(
-    rows: pa.Table, utility: str, threshold: float, margin: float, max_pairs: int | None
-) -> tuple[Positions, Positions]:
-    """Within each prompt, every row above the threshold with every row below it; of too many, the widest gaps.
+def pair_up(rows: pa.Table, utility: str, thresholds: Floats, floor: float) -> tuple[Positions, Positions]:
+    """Within each prompt, every row above its threshold with every row below.
 
     Args:
         rows: examples with their `prompt_id`.
         utility: the column that is compared.
-        threshold: divides better from worse.
-        margin: rows this near to the threshold belong to neither.
-        max_pairs: None for no limit.
+        thresholds: [rows] what divides better from worse.
+        floor: rows this near to their threshold belong to neither.
 
     Returns:
         [pairs] the better row of each, [pairs] the worse; by prompts in the order of their first better row.
     """
     values: Floats = rows[utility].to_numpy()
-    helpful, harmful = np.flatnonzero(values > threshold + margin), np.flatnonzero(values < threshold - margin)
+    helpful, harmful = np.flatnonzero(values > thresholds + floor), np.flatnonzero(values < thresholds - floor)
     # Prompts as numbers, in the order in which the first helpful row of each comes.
     prompts = pc.unique(rows["prompt_id"].take(helpful))
     numbers: Positions = pc.index_in(rows["prompt_id"], prompts).fill_null(-1).to_numpy()
@@ -117,11 +166,18 @@ def pair_up(
     of_helpful = rivals[numbers[helpful]]
     best = np.repeat(helpful, of_helpful)
     which = np.arange(len(best)) - np.repeat(np.cumsum(of_helpful) - of_helpful, of_helpful)
-    worst = harmful[first_rival[numbers[best]] + which]
-    if max_pairs is not None and len(best) > max_pairs:
-        widest = np.sort(np.argsort(values[worst] - values[best], kind="stable")[:max_pairs])
-        best, worst = best[widest], worst[widest]
-    return best, worst
+    return best, harmful[first_rival[numbers[best]] + which]
+
+
+def keep_widest(
+    rows: pa.Table, utility: str, best: Positions, worst: Positions, max_pairs: int | None
+) -> tuple[Positions, Positions]:
+    """The pairs with the widest gaps in a column, in their order; all of them without a limit."""
+    if max_pairs is None or len(best) <= max_pairs:
+        return best, worst
+    values: Floats = rows[utility].to_numpy()
+    widest = np.sort(np.argsort(values[worst] - values[best], kind="stable")[:max_pairs])
+    return best[widest], worst[widest]
 
 
 def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Schema) -> None:
@@ -147,11 +203,13 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
             for start in range(0, pairs.num_rows, ROW_GROUP):
                 some = slice(start, start + ROW_GROUP)
                 wanted, places = np.unique(np.stack([chosen[some], rejected[some]]), return_inverse=True)
-                texts = _take(file, ["prompt", "raw_output"], wanted)
+                texts = _take(file, ["prompt", "raw_output", "output_ids", "vocabulary"], wanted)
                 best, worst = places.reshape(2, -1)
                 table = pairs[some].append_column("prompt", texts["prompt"].take(best))
-                table = table.append_column("chosen", texts["raw_output"].take(best))
-                table = table.append_column("rejected", texts["raw_output"].take(worst))
+                for role, rows_of_role in (("chosen", best), ("rejected", worst)):
+                    table = table.append_column(role, texts["raw_output"].take(rows_of_role))
+                    for name in ("output_ids", "vocabulary"):
+                        table = table.append_column(f"{role}_{name}", texts[name].take(rows_of_role))
                 yield from table.select(schema.names).cast(schema).to_batches()
 
     write_table(pa.RecordBatchReader.from_batches(schema, with_texts()), path, schema)

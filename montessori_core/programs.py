@@ -43,6 +43,12 @@ class Judging(Asked):
     response_only: bool = Field(description="Five points for the response, in place of six with the instruction's.")
 
 
+class BenchmarkJudging(Asked):
+    """How a judge of a benchmark is asked."""
+
+    prompts: Literal["own", "published"]
+
+
 class Sft(Section):
     """Supervised fine-tuning."""
 
@@ -87,7 +93,9 @@ class InfluenceMeasurement(Section):
     reference_reduction: Literal["example", "token"]
     reference_batch_tokens: int
     sequential: Sequential | None
-    baseline: str | None = Field(description="Whose sign a sequential measurement decides; none without one.")
+    baseline: Literal["student", "null_step"] | None = Field(
+        description="Whose sign a sequential measurement decides; none without one."
+    )
 
 
 class ModelLoss(Section):
@@ -127,7 +135,11 @@ TRAINING_LOSS = Program("training-loss", 1, f"{_CORE}.utility:open_training_loss
 IN_CONTEXT = Program("in-context", 1, f"{_CORE}.utility:open_in_context", InContext, "influence")
 NORM_SIM = Program("norm-sim", 1, f"{_CORE}.nomad:open_norm_sim", Similarity, "influence")
 JUDGE = Program("judge", 1, f"{_CORE}.judging:open_judge", Judging, "judging")
-PAIRWISE_JUDGE = Program("pairwise-judge", 1, f"{_CORE}.benchmarks.pairwise:open_pairwise_judge", Asked, "judging")
-MT_BENCH_JUDGE = Program("mt-bench-judge", 1, f"{_CORE}.benchmarks.mt_bench:open_mt_bench_judge", Asked, "judging")
+PAIRWISE_JUDGE = Program(
+    "pairwise-judge", 1, f"{_CORE}.benchmarks.pairwise:open_pairwise_judge", BenchmarkJudging, "judging"
+)
+MT_BENCH_JUDGE = Program(
+    "mt-bench-judge", 1, f"{_CORE}.benchmarks.mt_bench:open_mt_bench_judge", BenchmarkJudging, "judging"
+)
 BENCHMARK_ITEMS = Program("benchmark-items", 1, f"{_CORE}.benchmarks.harness:open_items", NoSettings, "evaluation")
 HARNESS = Program("harness", 1, f"{_CORE}.benchmarks.harness:open_harness", Harness, "evaluation")

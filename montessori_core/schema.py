@@ -28,14 +28,29 @@ def _schema(name: str, version: int, *fields: pa.Field) -> pa.Schema:
 
 _TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
 
+
+def _output_ids(output: str = "") -> tuple[pa.Field, pa.Field]:
+    """Columns with the tokens of a raw output, of a row or, with a prefix, of one of its two outputs."""
+    return (
+        _field(
+            f"{output}output_ids",
+            pa.list_(_WHOLE),
+            "token ids of the raw output as drawn; null from an API",
+            nullable=True,
+        ),
+        _field(f"{output}vocabulary", _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
+    )
+
+
 GENERATION = _schema(
     "generation",
-    1,
+    2,
     _field("row_id", _TEXT, "what was generated: candidate or example"),
     _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
     _field("text", _TEXT, "the model's raw output, stop string included"),
     _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
     _field("tokens", _WHOLE, "tokens generated"),
+    *_output_ids(),
 )
 
 INSTRUCTIONS = _schema(
@@ -52,7 +67,7 @@ INSTRUCTIONS = _schema(
 
 EXAMPLES = _schema(
     "examples",
-    1,
+    2,
     _field("example_id", _TEXT, "candidate id of the instruction"),
     _field("prompt_id", _TEXT, "the prompt p"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
@@ -60,11 +75,12 @@ EXAMPLES = _schema(
     _field("instruction", _TEXT, "instruction x"),
     _field("response", _TEXT, "response y"),
     _field("response_finished", _TRUTH, "false if the response was cut at the token limit"),
+    *_output_ids(),
 )
 
 INFLUENCE = _schema(
     "influence",
-    3,
+    4,
     _field("example_id", _TEXT, "the example"),
     _field("prompt_id", _TEXT, "its prompt"),
     _field("status", _TEXT, "'ok', 'no_response_tokens' or 'non_finite'; only 'ok' rows carry influence"),
@@ -77,7 +93,8 @@ INFLUENCE = _schema(
     _field(
         "standard_error",
         _REAL,
-        "standard error of influence_null_step over the reference examples, nats; null if the estimator has none",
+        "standard error of influence_null_step over the reference examples, nats; of a first-order row by two halves of the "
+        "set (one degree of freedom: take the root mean square of many rows); NaN with a single reference example",
         nullable=True,
     ),
     _field("reference_tokens", pa.int64(), "tokens of the reference set read for this row"),
@@ -101,7 +118,7 @@ INFLUENCE = _schema(
 
 PREFERENCES = _schema(
     "preferences",
-    1,
+    2,
     _field("prompt_id", _TEXT, "the prompt p"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
     _field("chosen", _TEXT, "raw output with the helpful instruction x+"),
@@ -112,6 +129,8 @@ PREFERENCES = _schema(
     _field("rejected_influence_student", _REAL, "influence of x- against the student, nats"),
     _field("chosen_influence_null_step", _REAL, "influence of x+ against the null step, nats"),
     _field("rejected_influence_null_step", _REAL, "influence of x- against the null step, nats"),
+    *_output_ids("chosen_"),
+    *_output_ids("rejected_"),
 )
 
 UTILITY = _schema(
@@ -126,7 +145,7 @@ UTILITY = _schema(
 
 UTILITY_PREFERENCES = _schema(
     "utility_preferences",
-    1,
+    2,
     _field("prompt_id", _TEXT, "the prompt p"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
     _field("chosen", _TEXT, "raw output of higher utility"),
@@ -135,6 +154,8 @@ UTILITY_PREFERENCES = _schema(
     _field("rejected_id", _TEXT, "example of the rejected output"),
     _field("chosen_utility", _REAL, "utility of the chosen example"),
     _field("rejected_utility", _REAL, "utility of the rejected example"),
+    *_output_ids("chosen_"),
+    *_output_ids("rejected_"),
 )
 
 SIMILARITY = _schema(
@@ -162,7 +183,13 @@ PAIRWISE = _schema(
         "of the answer against the other, over both orders: 'win', 'loss', 'tie' (also when the orders disagree) or "
         "'unparsed' (a judgement that could not be read)",
     ),
-    _field("preference", _REAL, "win 1, tie 0.5, loss 0; null if unparsed", nullable=True),
+    _field(
+        "preference",
+        _REAL,
+        "win 1, tie 0.5, loss 0; by the published prompt the judge's probability that the answer is better, mean over both "
+        "orders; null if unparsed",
+        nullable=True,
+    ),
     _field("characters", _WHOLE, "length of the answer"),
     _field("other_characters", _WHOLE, "length of the other answer"),
 )

@@ -7,6 +7,9 @@ other examples are drawn alike). First order is corrected by the offset; example
 threshold are confirmed exactly. The other half, which had no part in setting either, says how often the signs that come
 out agree with exact ones. If they agree too seldom even so, every example is measured exactly. Which examples are
 audited follows from their ids alone.
+
+With the mean of its prompt for a threshold, a row is in doubt if it may lie on the other side of the estimated mean. That
+settles the order of pairs: both rows are exact, or one lies farther from the mean than first order is uncertain.
 """
 
 import hashlib
@@ -24,7 +27,7 @@ from scipy.stats import beta, spearmanr
 
 from montessori_core.config import Influence, Screening
 from montessori_core.influence_table import influence_note
-from montessori_core.preferences import Floats, Positions, threshold_of
+from montessori_core.preferences import Floats, Positions, thresholds_of
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, check
 
@@ -72,7 +75,7 @@ class ScreeningReport:
         audited: examples measured both ways.
         confirmed: examples beyond the audit whose sign was in doubt, measured exactly.
         offset: what first order was corrected by, nats.
-        width: half the width of doubt around the threshold, nats.
+        width: half the width of doubt around a threshold, nats.
         spearman: rank correlation of first order and exact over the audit.
         first_order: how often the signs of first order alone agree with exact ones, over the audit.
         screened: the same after correction and confirmation, over the half of the audit that did not set them.
@@ -123,15 +126,18 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
     sound = np.isfinite(true)
     calibrating = np.arange(len(audit)) % 2 == 0
     offset = float(np.median((true - estimated)[calibrating & sound])) if (calibrating & sound).any() else 0.0
-    corrected, uncorrected = estimated + offset, threshold_of(table, baseline)
-    threshold = uncorrected + (offset if baseline == "median" else 0.0)
+    corrected, thresholds = estimated + offset, thresholds_of(table, baseline)
+    moving = baseline in ("median", "prompt")  # a threshold that is made of the estimates has their common error
+    if moving:
+        thresholds = thresholds + offset
+    threshold = thresholds[audit]
     clear = sound & (np.abs(true - threshold) > floor)
     agreement = Agreement.of(_agree(corrected, true, threshold)[clear])
     fell_back = agreement.signs > 0 and agreement.share < settings.minimum_agreement
     # Errors of unmeasurable examples are infinite: too many of them, and everything is in doubt.
     errors = np.where(sound, np.abs(corrected - true), np.inf)
     width = max(floor, conformal_width(errors[calibrating], settings.error_rate))
-    doubtful = usable.to_numpy() & (fell_back | (np.abs(first_order + offset - threshold) <= width))
+    doubtful = usable.to_numpy() & (fell_back | (np.abs(first_order + offset - thresholds) <= width))
     doubtful[audit] = False
     confirmed = exactly("confirm", np.flatnonzero(doubtful))
 
@@ -142,7 +148,7 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
         offset=offset,
         width=width,
         spearman=float(spearmanr(estimated[sound], true[sound]).statistic) if sound.sum() > 2 else math.nan,
-        first_order=Agreement.of(_agree(estimated, true, uncorrected)[clear]),
+        first_order=agreement if moving else Agreement.of(_agree(estimated, true, threshold)[clear]),
         screened=Agreement.of(settled[~calibrating & clear]),
         fell_back=fell_back,
     )
@@ -179,7 +185,7 @@ def conformal_width(errors: Floats, error_rate: float) -> float:
     return float(np.sort(errors)[rank - 1]) if 0 < rank <= len(errors) else math.inf
 
 
-def _agree(estimated: Floats, true: Floats, threshold: float) -> npt.NDArray[np.bool_]:
+def _agree(estimated: Floats, true: Floats, threshold: Floats) -> npt.NDArray[np.bool_]:
     agreeing: npt.NDArray[np.bool_] = (estimated > threshold) == (true > threshold)
     return agreeing
 

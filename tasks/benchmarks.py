@@ -8,11 +8,10 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.atomic import write_json
 from montessori_core.benchmarks import alpaca_eval, mt_bench
 from montessori_core.benchmarks.contamination import overlapping
-from montessori_core.benchmarks.scores import item_scores, mt_bench_scores, win_rate_scores
+from montessori_core.benchmarks.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
 from montessori_core.config import Sampling
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
@@ -66,7 +65,8 @@ def measure_benchmarks(run: Run, folder: Path, label: str, student: Model) -> Me
         answers = _answer_alpaca_eval(run, folder, f"{label}: AlpacaEval", student)
         baseline = run.benchmark_file("alpaca_eval")
         rates = compare_answers(run, folder / "alpaca-eval", f"{label}: AlpacaEval", answers, baseline)
-        scores += win_rate_scores("alpaca_eval", rates)
+        prompts = run.experiment.benchmarks.judge_prompts
+        scores += win_rate_scores(judged_benchmark("alpaca_eval", prompts), rates)
     if run.experiment.benchmarks.mt_bench is not None:
         scores += _score_mt_bench(run, folder, f"{label}: MT-Bench", student)
     if scores:
@@ -110,7 +110,7 @@ def _score_items(run: Run, folder: Path, label: str, student: Model) -> list[Row
         "evaluation",
         "montessori_core.benchmarks.harness:open_harness",
         {"batch_size": benchmarks.batch_size, "chat_template": benchmarks.chat_template},
-        cut_into_shards(rows, benchmarks.items_per_shard),
+        run.cut(folder / "items", "evaluation", rows, benchmarks.items_per_shard),
         models={"model": student},
         files=_task_folder(run),
     )
@@ -151,7 +151,8 @@ def _score_mt_bench(run: Run, folder: Path, label: str, student: Model) -> list[
         run, folder / "mt-bench", label, "mt_bench:open_mt_bench_judge", mt_bench.judgements(dialogues, answers), parts
     )
     table = _join(f"{label}: table", folder / "mt-bench.parquet", judged, MT_BENCH)
-    return mt_bench_scores(mt_bench.summarize(read_table(table, MT_BENCH)))
+    name = judged_benchmark("mt_bench", run.experiment.benchmarks.judge_prompts)
+    return mt_bench_scores(name, mt_bench.summarize(read_table(table, MT_BENCH)))
 
 
 def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
@@ -167,14 +168,15 @@ def _answer(
     """One answer to each row, and the parts they are from."""
     for index, row in enumerate(rows):
         row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(run.experiment.seed, "benchmark", folder.name, index)]}
-    shards = cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard)
+    shards = run.cut(folder, "generation", rows, run.experiment.synthesis.instructions_per_shard)
     generated, parts = generate(run, folder, label, student, shards, sampling, form, [])
     return [row["text"].strip() for row in generated], parts
 
 
 def _judge(run: Run, folder: Path, label: str, program: str, rows: list[Row], upstream: list[Path]) -> list[Path]:
     program = f"montessori_core.benchmarks.{program}"
-    return run.ask("judge", folder, f"{label}, judge", program, {}, rows, upstream)
+    settings = {"prompts": run.experiment.benchmarks.judge_prompts}
+    return run.ask("judge", folder, f"{label}, judge", program, settings, rows, upstream)
 
 
 def _task_folder(run: Run) -> dict[str, Path]:

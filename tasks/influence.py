@@ -9,10 +9,10 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.config import Experiment
 from montessori_core.influence_table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models import moments_fingerprint
+from montessori_core.pilot import measure_after_pilot
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
@@ -24,32 +24,60 @@ PROGRAM = "montessori_core.influence.jobs:open_influence"
 
 
 def collect_influence(
-    run: Run, folder: Path, table: Path, label: str, student: Model, examples: Path, first: int, last: int
+    run: Run,
+    folder: Path,
+    table: Path,
+    label: str,
+    student: Model,
+    examples: Path,
+    first: int,
+    last: int,
+    paired: bool = False,
 ) -> Path:
-    """Measure rows `first` to `last` of an example table and join the shards into `table`."""
+    """Measure rows `first` to `last` of an example table and join the shards into `table`.
+
+    If they are to be `paired`, the first of many are measured before the others, to warn of too few pairs.
+    """
     settings = run.experiment.influence
     baseline = run.experiment.preferences.baseline
     rows = measured_rows(examples, first, last)
     moments = Model(student.path, moments_fingerprint(Path(student.path)))
     parts_so_far: list[Path] = []
+    warnings: list[str] = []
 
-    def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
+    def execute(name: str, estimator: str, some: list[Row]) -> list[Path]:
+        place = folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}")
         parts: list[Path] = run.execute(
-            folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}"),
+            place,
             label if name == estimator else f"{label}, {name}",
             "influence",
             PROGRAM,
             influence_settings(run.experiment, estimator),
-            cut_into_shards(some, settings.examples_per_shard),
+            run.cut(place, "influence", some, settings.examples_per_shard),
             models={"student": student, "moments": moments},
             files={"reference": run.source_file("reference")},
             upstream=[examples, *parts_so_far[:1]],
         )
         parts_so_far.extend(parts)
+        return parts
+
+    def warn(warning: str) -> None:
+        warnings.append(warning)
+        get_run_logger().warning("%s: %s", label, warning)
+
+    def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
+        if not paired or name not in ("screen", estimator):
+            return join_influence(execute(name, estimator, some))
+        parts = measure_after_pilot(
+            some,
+            lambda part, is_pilot: execute("pilot" if is_pilot else name, estimator, part),
+            run.experiment.preferences,
+            warn,
+        )
         return join_influence(parts)
 
     joined = estimate_influence(rows, measure, settings, baseline)
-    return _join(f"{label}: table", joined, table, baseline, parts_so_far)
+    return _join(f"{label}: table", joined, table, baseline, parts_so_far, warnings)
 
 
 def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
@@ -60,7 +88,9 @@ def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _join(label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, parts: list[Path]) -> Path:
+def _join(
+    label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, parts: list[Path], warnings: list[str]
+) -> Path:
     """Write the table that the parts make, and its summary."""
     write_table(joined, table, INFLUENCE)
     written = read_table(table, INFLUENCE, SUMMARIZED)
@@ -69,7 +99,7 @@ def _join(label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, 
     warning = domination_warning(summary)
     if warning:
         get_run_logger().warning("%s: %s", label, warning)
-    _publish(label, summary, screening_report(written), warning)
+    _publish(label, summary, screening_report(written), [*warnings, *([warning] if warning else [])])
     values = written["influence_student"].drop_null().to_numpy()
     if len(values):
         title = f"Influence of {len(values)} examples; right of the line they help"
@@ -98,12 +128,12 @@ def influence_settings(experiment: Experiment, estimator: str) -> dict[str, Any]
 
 
 def _publish(
-    label: str, summary: dict[str, float | int], screening: ScreeningReport | None, warning: str | None
+    label: str, summary: dict[str, float | int], screening: ScreeningReport | None, warnings: list[str]
 ) -> None:
     lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items()]
     if screening is not None:
         lines += [
             f"| {field.name.replace('_', ' ')} | {getattr(screening, field.name)} |" for field in fields(screening)
         ]
-    notes = ["", f"**Warning**: {warning}"] if warning else []
+    notes = [line for warning in warnings for line in ("", f"**Warning**: {warning}")]
     create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines, *notes]), description=label)

@@ -11,7 +11,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
+from montessori_core.config import Optimization
 from montessori_core.errors import UserError
 from montessori_core.nomad import USER, judge_conversation, read_conversation
 from montessori_core.program import Row
@@ -21,26 +21,32 @@ from montessori_core.sources import Task
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
 from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
-from tasks.synthesis import Synthesized, generate, join_synthesis
+from tasks.synthesis import Synthesized, count_candidates, generate, join_synthesis
 
 _DRAW = "nomad"
 _FEWEST_STEPS = 10
+_AFTER_THE_TEACHER = {"real_share", "sampling", "training"}  # of `nomad`: they decide what comes later
 
 
-def check_teacher_set(run: Run) -> None:
-    """Refuse a reference set on which the teacher would take too few steps to learn what a conversation is.
+def check_steps(run: Run) -> None:
+    """Refuse sets on which the teacher, or a student with a recipe of its own, would take too few steps to learn.
 
     Raises:
-        UserError: it is too small for the batches.
+        UserError: a set is too small for the batches.
     """
     nomad = run.experiment.nomad
-    examples = min(len(run.sources().reference), nomad.teacher_examples)
-    steps = nomad.epochs * math.ceil(examples / nomad.batch_size)
-    if steps < _FEWEST_STEPS:
-        raise UserError(
-            f"nomad: {examples} reference examples in batches of {nomad.batch_size} train the teacher for {steps} steps, but "
-            f"it needs {_FEWEST_STEPS} or more; give a larger reference set, lower nomad.batch_size or raise nomad.epochs"
-        )
+    recipes: dict[str, tuple[Optimization, int, str]] = {
+        "nomad": (nomad, min(len(run.sources().reference), nomad.teacher_examples), "a larger reference set")
+    }
+    if nomad.training is not None:
+        recipes["nomad.training"] = nomad.training, run.experiment.training.examples, "more training.examples"
+    for section, (recipe, examples, remedy) in recipes.items():
+        steps = recipe.epochs * math.ceil(examples / recipe.batch_size)
+        if steps < _FEWEST_STEPS:
+            raise UserError(
+                f"{section}: {examples} examples in batches of {recipe.batch_size} train for {steps} steps, fewer than "
+                f"{_FEWEST_STEPS}; give {remedy}, lower {section}.batch_size or raise {section}.epochs"
+            )
 
 
 def train_conversationalist(run: Run, folder: Path, label: str) -> Model:
@@ -56,7 +62,7 @@ def train_conversationalist(run: Run, folder: Path, label: str) -> Model:
         {
             "student": student.model_dump(mode="json") | {"lora": None},
             "recipe_kind": "nomad",
-            "recipe": nomad.model_dump(mode="json"),
+            "recipe": nomad.model_dump(mode="json", exclude=_AFTER_THE_TEACHER),
             "zero": run.experiment.zero.model_dump(mode="json"),
             "seed": run.experiment.seed,
             "save_moments": False,
@@ -85,15 +91,16 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
     candidates: list[Row] = []
     examples: list[Row] = []
     parts: list[Path] = []
+    rounds: list[tuple[int, int]] = []
     for number in range(1, settings.max_rounds + 1):
         missing = count - len(examples)
         if missing == 0:
             break
-        rate = len(examples) / len(candidates) if examples else 1.0 / settings.oversampling
-        names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + math.ceil(missing / rate))]
+        wanted = count_candidates(missing, rounds, settings.oversampling)
+        names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + wanted)]
         rows: list[Row] = [{"ids": [name], "text": USER, "seeds": [seed_of(seed, name)]} for name in names]
-        shards = cut_into_shards(rows, settings.instructions_per_shard)
         stage = folder / f"conversations-{number}"
+        shards = run.cut(stage, "generation", rows, settings.instructions_per_shard)
         name = label if number == 1 else f"{label}, round {number}"
         generated, written = generate(
             run, stage, name, teacher, shards, run.experiment.nomad.sampling, "whole", parts[-1:]
@@ -128,6 +135,7 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
                         "response_finished": True,
                     }
                 )
+        rounds.append((len(generated), len(examples) - (count - missing)))
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(f"{label}: table", folder, *tables, count, parts)
 
@@ -144,7 +152,7 @@ def measure_norm_sim(run: Run, folder: Path, label: str, examples: Path) -> Path
         "influence",
         "montessori_core.nomad:open_norm_sim",
         {"max_length": run.experiment.student.max_length},
-        cut_into_shards(rows, run.experiment.synthesis.instructions_per_shard),
+        run.cut(folder, "influence", rows, run.experiment.synthesis.instructions_per_shard),
         models={"student": run.first_student()},
         files={"real": run.source_file("reference")},
         upstream=[examples],
@@ -175,7 +183,5 @@ def mix_with_real(run: Run, label: str, written: Path, real: int, path: Path) ->
 
 
 def _as_example(one: Task) -> Row:
-    if not one.response.strip():
-        raise UserError(f"reference: {one.id} has no response, so that there is nothing to train on")
     text = {"prompt_id": "real", "prompt": "", "raw_output": "", "instruction": one.text, "response": one.response}
     return {"example_id": f"real-{one.id}", "response_finished": True, **text}

@@ -20,7 +20,7 @@ import psutil
 
 from cluster.backends import open_backend
 from cluster.fanout import Progress, fan_out
-from cluster.stage import Stage
+from cluster.stage import Stage, cut_for_jobs
 from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
 from montessori_core.benchmarks.contamination import overlapping
@@ -120,6 +120,11 @@ class Run:
         # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
         commits = read_json(self.folder / _COMMITS) or {}
         return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
+
+    def cut(self, folder: Path, kind: Kind, rows: list[Row], largest: int) -> list[list[Row]]:
+        """[shards][rows] of a stage in `folder`, of at most `largest` rows: see `cut_for_jobs`."""
+        resources: Resources = getattr(self.experiment.cluster.resources, kind)
+        return cut_for_jobs(folder, rows, resources.parallel_jobs, largest)
 
     def execute(
         self,

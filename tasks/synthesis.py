@@ -1,6 +1,7 @@
 """Synthesis (Section 4.1 of the design): prompts, instructions, filters, responses, until enough examples are kept."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -22,6 +22,9 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
 from tasks.run import Model, Run
 
 _PROGRAM = "montessori_core.synthesis.jobs:open_generation"
+_DRAWN = ("output_ids", "vocabulary")
+"""What a row of generation knows of its tokens."""
+_LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acceptance asks for
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,12 @@ def synthesize(
     examples: list[Row] = []
     prompts_used = 0
     parts: list[Path] = []
+    rounds: list[tuple[int, int]] = []
     for number in range(1, settings.max_rounds + 1):
         missing = count - len(examples)
         if missing == 0:
             break
-        rate = len(examples) / len(candidates) if examples else 1.0 / settings.oversampling
-        wanted = math.ceil(missing / rate / settings.samples_per_prompt)
+        wanted = math.ceil(count_candidates(missing, rounds, settings.oversampling) / settings.samples_per_prompt)
         prompts = build_prompts(
             wanted,
             style,
@@ -102,9 +105,29 @@ def synthesize(
         examples += answered
         candidates += fresh
         parts += written + responses
+        rounds.append((len(fresh), len(answered)))
     # Tables, not rows: Prefect looks into lists, and there may be many.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(label, folder, *tables, count, parts)
+
+
+def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:
+    """Return how many candidates the next round of generation writes.
+
+    The more is accepted, the more candidates repeat it. So the acceptance of the last round counts, not that of all, and a
+    fifth is added; otherwise each round leaves a share of what the one before it left.
+
+    Args:
+        missing: examples still wanted.
+        rounds: candidates and accepted examples of each round so far.
+        oversampling: candidates for an example while none was accepted.
+    """
+    candidates = kept = 0
+    for written, accepted in reversed(rounds):
+        candidates, kept = candidates + written, kept + accepted
+        if kept:
+            return math.ceil(_LATER_ROUNDS * missing * candidates / kept)
+    return math.ceil(missing * oversampling)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
@@ -150,7 +173,7 @@ def _write_instructions(
         }
         for prompt in prompts
     ]
-    shards = cut_into_shards(rows, settings.prompts_per_shard)
+    shards = run.cut(folder, "generation", rows, settings.prompts_per_shard)
     form: Form = "tagged" if style == "completion" else "request"
     generated, parts = generate(
         run,
@@ -173,6 +196,7 @@ def _write_instructions(
             "raw_output": row["text"],
             "instruction": verdict.instruction,
             "rejection": verdict.rejection,
+            **{key: row[key] for key in _DRAWN},
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
@@ -208,7 +232,7 @@ def _write_responses(
         examples.append(
             {
                 "example_id": candidate["candidate_id"],
-                **{key: candidate[key] for key in ("prompt_id", "prompt", "raw_output", "instruction")},
+                **{key: candidate.get(key) for key in ("prompt_id", "prompt", "raw_output", "instruction", *_DRAWN)},
                 "response": row["text"].strip(),
                 "response_finished": row["finish_reason"] == "stop",
             }
@@ -252,6 +276,7 @@ def answer_again(
             "instruction": row["instruction"],
             "response": response["text"].strip(),
             "response_finished": response["finish_reason"] == "stop",
+            **{key: response[key] for key in _DRAWN},
         }
         for row, response in zip(owners, generated, strict=True)
         if response["text"].strip()
@@ -286,7 +311,7 @@ def _respond(
 ) -> tuple[list[Row], list[Path]]:
     """What the teacher answers to rows of the generation program, and the parts it is from."""
     settings = run.experiment.synthesis
-    shards = cut_into_shards(rows, settings.instructions_per_shard)
+    shards = run.cut(folder, "generation", rows, settings.instructions_per_shard)
     return generate(run, folder, label, teacher, shards, settings.response, "request", upstream)
 
 

@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core.errors import UserError
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import (
+    PAIRED,
     pair_by_influence,
     pair_by_utility,
     pair_extremes,
@@ -32,15 +33,14 @@ def collect_preferences(run: Run, folder: Path, label: str, examples: Path, infl
         UserError: no prompt has both a helpful and a harmful example.
     """
     settings = run.experiment.preferences
-    columns = ("example_id", "prompt_id", "status", "influence_student", "influence_null_step")
-    table = read_table(influence, INFLUENCE, columns)
+    table = read_table(influence, INFLUENCE, PAIRED)
     pairs = pair_by_influence(table, settings)
     if pairs.num_rows == 0:
         summary = summarize_influence(read_table(influence, INFLUENCE), threshold_of(table, settings.baseline))
         raise UserError(
             f"{label}: no preference pairs: no prompt has both an example above and one below the threshold "
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
-            "Set preferences.baseline=median, lower preferences.margin, or raise influence.probing_examples"
+            "Set preferences.baseline=prompt, lower preferences.margin, or raise influence.probing_examples"
         )
     write_preferences(pairs, examples, folder / "preferences.parquet", PREFERENCES)
     _publish(label, pairs, settings.baseline)
@@ -100,7 +100,8 @@ def update_teacher(
         keep: how many teachers on the way are kept, see `kept_teachers`.
     """
     pairs = read_table(preferences, schema)
-    rows = pairs.select(["prompt", "chosen", "rejected"]).to_pylist()
+    drawn = [f"{output}_{name}" for output in ("chosen", "rejected") for name in ("output_ids", "vocabulary")]
+    rows = pairs.select(["prompt", "chosen", "rejected", *drawn]).to_pylist()
     style = {}
     if answered is not None:
         style = {"prompt_style": "chat"}

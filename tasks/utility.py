@@ -9,7 +9,6 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.stage import cut_into_shards
 from montessori_core.api import Answer
 from montessori_core.config import Sampling
 from montessori_core.errors import UserError
@@ -70,7 +69,7 @@ def _measure(
             "batch_tokens": run.experiment.influence.reference_batch_tokens,
             **settings,
         },
-        cut_into_shards(measured_rows(examples, first, last), run.experiment.influence.examples_per_shard),
+        run.cut(folder, "influence", measured_rows(examples, first, last), run.experiment.influence.examples_per_shard),
         models={"student": student},
         files=files,
         upstream=[examples],
@@ -111,7 +110,7 @@ def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: 
         }
         for row in rows
     ]
-    shards = cut_into_shards(asked, run.experiment.synthesis.instructions_per_shard)
+    shards = run.cut(folder, "generation", asked, run.experiment.synthesis.instructions_per_shard)
     _, parts = generate(run, folder, label, student, shards, _JUDGING, "request", [examples])
     return _join(f"{label}: table", folder / "utility.parquet", [_score(f"{label}: scores", folder, rows, parts)])
 

@@ -1,20 +1,21 @@
-"""LLM2LLM (Lee et al., 2024): more of what the student finds hard, in rounds."""
+"""LLM2LLM (Lee et al., 2024): more of what the student finds hard, in rounds; the first student is trained on the seeds."""
 
 from pathlib import Path
 
 import pyarrow.compute as pc
 
 from flows.methods.environment import Method, Proposal, Round
+from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from montessori_core.schema import EXAMPLES, UTILITY, read_table
 from montessori_core.selection import upper_half
-from tasks.synthesis import answer_seeds, join_examples, synthesize
+from tasks.synthesis import join_examples, synthesize
 from tasks.utility import measure_training_loss
 
 
 def _propose(now: Round) -> Proposal:
     run, teacher = now.run, now.run.first_teacher()
-    answered = answer_seeds(run, run.folder / "answered-seeds", "the teacher answers the seed pool", teacher)
-    student = now.feedback.student if now.feedback else run.first_student()
+    answered = answer_seed_pool(run)
+    student = now.feedback.student if now.feedback else train_on_seeds(run, answered)
     label, count = f"{now.label}: loss on the seeds", read_table(answered, EXAMPLES).num_rows
     losses = measure_training_loss(run, now.folder / "seed-loss", label, student, answered, 0, count)
     hard = set(hardest_half(losses))

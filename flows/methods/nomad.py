@@ -4,7 +4,7 @@ The real examples are the reference set.
 """
 
 from flows.methods.environment import Method, Proposal, Round
-from tasks.nomad import check_teacher_set, measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
+from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
 from tasks.students import train_student
 
 
@@ -12,7 +12,8 @@ def _propose(now: Round) -> Proposal:
     run, folder, label = now.run, now.folder, now.label
     teacher = train_conversationalist(run, folder / "teacher", f"{label}: teacher on conversations")
     count = run.experiment.training.examples
-    real = min(round(count * run.experiment.nomad.real_share), len(run.sources().reference))
+    # At least one is written, however near to 1 the share.
+    real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))
     written = write_conversations(run, folder / "training", f"{label}: conversations", teacher, count - real)
     measure_norm_sim(run, folder / "norm-sim", f"{label}: nearness to real examples", written.examples)
     mixed = mix_with_real(run, f"{label}: real and synthetic", written.examples, real, folder / "examples.parquet")
@@ -26,5 +27,5 @@ NOMAD = Method(
     "nomad",
     "The teacher, trained on whole conversations of the reference set, writes more; the student learns from both.",
     _propose,
-    check=check_teacher_set,
+    check=check_steps,
 )

@@ -32,6 +32,7 @@ def _propose(now: Round) -> Proposal:
         answered,
         0,
         read_table(answered, EXAMPLES).num_rows,
+        paired=True,
     )
     preferences = collect_preferences(run, now.folder, now.label, answered, influence)
     updated = update_teacher(

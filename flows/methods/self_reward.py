@@ -1,7 +1,7 @@
 """Self-Reward (Yuan et al., 2024): the student answers, a judge scores, and DPO trains the student on its own answers.
 
-The judge is the student itself, or a model behind an API if the experiment has one. Instructions are the unmodified
-teacher's.
+It is trained on the answered seeds first (SFT, Appendix E.3). The judge is the student itself, or a model behind an API if
+the experiment has one. Instructions are the unmodified teacher's.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.methods.environment import Method, Proposal, Round
+from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
 from montessori_core.preferences import best_of_each_prompt
 from montessori_core.schema import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
@@ -20,7 +21,7 @@ from tasks.utility import ask_judge, judge_oneself
 
 def _propose(now: Round) -> Proposal:
     run, label = now.run, now.label
-    student = now.feedback.student if now.feedback else run.first_student()
+    student = now.feedback.student if now.feedback else train_on_seeds(run, answer_seed_pool(run))
     asked = write_training_set(run, now.folder.parent / "instructions", "self_reward", run.first_teacher())
     first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
     answered = answer_again(
@@ -64,7 +65,8 @@ def _write_best(label: str, answered: Path, scores: Path, path: Path) -> Path:
 
 SELF_REWARD = Method(
     "self_reward",
-    "The student answers the unmodified teacher's instructions; DPO of it on what a judge, or itself, prefers; two rounds.",
+    "The student, trained on the seeds, answers the unmodified teacher's instructions; DPO of it on what a judge, or itself, "
+    "prefers; two rounds.",
     _propose,
     rounds=lambda experiment: 2,
     trains_student=True,

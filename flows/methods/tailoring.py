@@ -99,6 +99,7 @@ def measure(run: Run, number: int, probed: Probed) -> Path:
         probed.synthesized.examples,
         probed.first,
         probed.last,
+        paired=True,
     )
 
 

@@ -1,10 +1,12 @@
 """MT-Bench (Zheng et al., 2023): two turns a question, each answer graded from 1 to 10 by a judge.
 
 Answers to questions about mathematics, code and logic are graded beside a reference answer, since a judge that solves them
-itself errs. Questions and references are read in the format of the published files; the judge's questions are our own.
+itself errs. Questions and references are read in the format of the published files; the judge is asked by prompts of our
+own, or by FastChat's.
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from montessori_core import programs
 from montessori_core.api import Answer, Question, open_api
 from montessori_core.benchmarks.files import Entry, Text, read_entries
 from montessori_core.benchmarks.framing import framed
+from montessori_core.benchmarks.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.errors import DataError
 from montessori_core.judging import read_score
 from montessori_core.program import Recorder, Row, RowProgram
@@ -36,6 +39,8 @@ _TEMPERATURES = {
 }
 _OTHER_TEMPERATURE = 0.7
 _MOST, _LEAST = 10, 1
+_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII), re.compile(r"\[(\d+\.?\d*)\]", re.ASCII))
+_PUBLISHED_TOKENS = 2048
 _CRITERIA = (
     "Weigh whether it is right, does what was asked, helps the person who asks, and goes as deep as the question needs; "
     "length by itself is no merit. 1 is an answer of no use, 5 one that helps in part, 10 one that leaves nothing to wish "
@@ -178,19 +183,44 @@ def question_about(row: Row) -> str:
     return framed(_TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING)
 
 
-def open_mt_bench_judge(settings: programs.Asked, inputs: Mapping[str, Path]) -> RowProgram:
+def published_question(row: Row) -> Question:
+    """Return FastChat's question about the last answer of a row of `judgements`, decoded as FastChat decodes it."""
+    prompt = PUBLISHED[row["turn"], bool(row["references"])]
+    texts = {f"ref_answer_{number}": text for number, text in enumerate(row["references"], 1)}
+    if row["turn"] == 1:
+        texts |= {"question": row["questions"][0], "answer": row["answers"][0]}
+    else:
+        for number, pair in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
+            texts |= {f"question_{number}": pair[0], f"answer_{number}": pair[1]}
+    return Question(prompt.fill(**texts), max_tokens=_PUBLISHED_TOKENS, system=prompt.system)
+
+
+def read_rating(answer: Answer) -> float | None:
+    """Return the first `[[rating]]` of an answer, else the first `[rating]`, as FastChat does; None if there is none.
+
+    A rating out of range is none, though FastChat counts it.
+    """
+    found = next((match for pattern in _RATINGS if (match := pattern.search(answer.text))), None)
+    rating = float(found[1]) if found else math.nan
+    return rating if _LEAST <= rating <= _MOST else None
+
+
+def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
-    Inputs: see `open_api`. Rows: those of `judgements`. The result is a table of schema `MT_BENCH`.
+    Inputs: see `open_api`. Rows: those of `judgements`. The result is a table of
+    schema `MT_BENCH`.
     """
-    api = open_api(settings, inputs)
+    api, published = open_api(settings, inputs), settings.prompts == "published"
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
         def receive(position: int, answer: Answer) -> None:
             asked = {name: rows[position][name] for name in ("question_id", "category", "turn")}
-            recorder.finish(position, [{**asked, "score": read_score(answer, _MOST, _LEAST)}])
+            score = read_rating(answer) if published else read_score(answer, _MOST, _LEAST)
+            recorder.finish(position, [{**asked, "score": score}])
 
-        api.ask([Question(question_about(row)) for row in rows], recorder.progress, receive)
+        questions = [published_question(row) if published else Question(question_about(row)) for row in rows]
+        api.ask(questions, recorder.progress, receive)
 
     return RowProgram(MT_BENCH, compute)
 

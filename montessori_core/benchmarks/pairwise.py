@@ -1,8 +1,12 @@
 """Two answers to one instruction, compared by a judge in both orders (Section 4.1, Evaluation Methods).
 
 A judge that prefers whatever stands first contradicts itself when the order is turned round: disagreement is a tie.
+
+By AlpacaEval's published prompt the judge names the better output in one token, and its probability is the preference.
+AlpacaEval asks in one order, drawn at random; the mean over both is what that expects.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Literal
 from montessori_core import programs
 from montessori_core.api import Answer, Question, open_api
 from montessori_core.benchmarks.framing import framed
+from montessori_core.benchmarks.published_prompts import ALPACA_EVAL
 from montessori_core.judging import last_line
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import PAIRWISE
@@ -48,6 +53,26 @@ def read_preference(answer: Answer) -> Preference | None:
     return "A" if found[1] else "B" if found[2] else "tie"
 
 
+def published_comparison(instruction: str, first: str, second: str) -> Question:
+    """Return AlpacaEval's question about two outputs, decoded as `weighted_alpaca_eval_gpt4_turbo` decodes it."""
+    text = ALPACA_EVAL.fill(instruction=instruction, output_1=first, output_2=second)
+    return Question(text, temperature=1.0, max_tokens=1, system=ALPACA_EVAL.system, likeliest=5)
+
+
+def read_probability(answer: Answer) -> float | None:
+    """Return the probability that the first output is the better one, as AlpacaEval's `logprob_parser` reads it.
+
+    It is that of the token `m` against `M`; a token that is not among the likeliest has none. Without log-probabilities the
+    token that was drawn decides, which has the same mean. None if neither token is there.
+    """
+    likeliest = {answer.text.strip(): 0.0} if answer.first_token is None else answer.first_token
+    first, second = (likeliest.get(name, -math.inf) for name in ("m", "M"))
+    most = max(first, second)
+    if most == -math.inf:
+        return None
+    return math.exp(first - most) / (math.exp(first - most) + math.exp(second - most))
+
+
 def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
     """How an answer fares.
 
@@ -64,39 +89,62 @@ def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
     return "tie"
 
 
-def open_pairwise_judge(settings: programs.Asked, inputs: Mapping[str, Path]) -> RowProgram:
+def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the judge's endpoint.
 
-    Inputs: see `open_api`. Rows: `id`, `instruction`, `answer`, `other`. The result is a table of schema
-    `PAIRWISE`: how `answer` fares against `other`.
+    Inputs: see `open_api`. Rows: `id`, `instruction`, `answer`, `other`. The result
+    is a table of schema `PAIRWISE`: how `answer` fares against `other`.
     """
-    api = open_api(settings, inputs)
+    api, published = open_api(settings, inputs), settings.prompts == "published"
+
+    def question(*texts: str) -> Question:
+        return published_comparison(*texts) if published else Question(comparison(*texts))
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
-        verdicts: dict[int, Preference | None] = {}
+        answers: dict[int, Answer] = {}
 
         def receive(number: int, answer: Answer) -> None:
-            verdicts[number] = read_preference(answer)
+            answers[number] = answer
             position = number // 2
-            if {2 * position, 2 * position + 1} <= verdicts.keys():
-                outcome = outcome_of(verdicts[2 * position], verdicts[2 * position + 1])
-                recorder.finish(position, [_record(rows[position], outcome)])
+            if {2 * position, 2 * position + 1} <= answers.keys():
+                pair = answers[2 * position], answers[2 * position + 1]
+                judged = _by_probability(*pair) if published else _by_verdict(*pair)
+                recorder.finish(position, [_record(rows[position], *judged)])
 
-        orders = [
-            comparison(row["instruction"], *pair)
+        questions = [
+            question(row["instruction"], *pair)
             for row in rows
             for pair in ((row["answer"], row["other"]), (row["other"], row["answer"]))
         ]
-        api.ask([Question(text) for text in orders], lambda answered: recorder.progress(answered / 2), receive)
+        api.ask(questions, lambda answered: recorder.progress(answered / 2), receive)
 
     return RowProgram(PAIRWISE, compute)
 
 
-def _record(row: Row, outcome: Outcome) -> Row:
+def _by_verdict(first: Answer, second: Answer) -> tuple[Outcome, float | None]:
+    outcome = outcome_of(read_preference(first), read_preference(second))
+    return outcome, _WORTH[outcome]
+
+
+def _by_probability(first: Answer, second: Answer) -> tuple[Outcome, float | None]:
+    chances = read_probability(first), read_probability(second)
+    outcome = outcome_of(*map(_likelier, chances))
+    if chances[0] is None or chances[1] is None:
+        return outcome, None
+    return outcome, (chances[0] + 1.0 - chances[1]) / 2.0
+
+
+def _likelier(chance: float | None) -> Preference | None:
+    if chance is None:
+        return None
+    return "tie" if chance == 0.5 else "A" if chance > 0.5 else "B"
+
+
+def _record(row: Row, outcome: Outcome, preference: float | None) -> Row:
     return {
         "question_id": row["id"],
         "outcome": outcome,
-        "preference": _WORTH[outcome],
+        "preference": preference,
         "characters": len(row["answer"]),
         "other_characters": len(row["other"]),
     }

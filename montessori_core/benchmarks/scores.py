@@ -61,7 +61,12 @@ def win_rate_scores(benchmark: str, rates: WinRates) -> list[Row]:
     return [score(benchmark, metric, *rate, judged, unparsed=rates.unparsed) for metric, rate in found.items()]
 
 
-def mt_bench_scores(summary: Summary) -> list[Row]:
+def judged_benchmark(name: str, prompts: str) -> str:
+    """Return the name under which scores of a judged benchmark stand; `prompts` is 'own' or 'published'."""
+    return name if prompts == "own" else f"{name}_{prompts}"
+
+
+def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
     """Means from 1 to 10: over all judgements, by turn and by category."""
     parts = [
         ("score", summary.overall),
@@ -69,7 +74,7 @@ def mt_bench_scores(summary: Summary) -> list[Row]:
         *((f"score_{category}", part) for category, part in summary.by_category.items()),
     ]
     return [
-        score("mt_bench", metric, part.mean, part.standard_error, part.judged, unparsed=part.unparsed)
+        score(benchmark, metric, part.mean, part.standard_error, part.judged, unparsed=part.unparsed)
         for metric, part in parts
     ]
 

@@ -6,7 +6,7 @@ last, on a GPU they bound what visits from host memory. All operations of a step
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ class AdamW:
             second: exp_avg_sq, like `weight`.
             tally: counts the gradient.
         """
-        for w, g, m, v in _pieces(weight.device, weight, gradient, first, second):
+        for g, m, v, w in _pieces(weight.device, weight, gradient, first, second, weight):
             if self.weight_decay:
                 w.mul_(1 - self.learning_rate * self.weight_decay)
             numerator, denominator = self._fraction(g, m, v, tally)
@@ -87,28 +87,30 @@ class AdamW:
 
     def project(
         self,
-        direction: torch.Tensor,
+        directions: Sequence[torch.Tensor],
         gradient: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
         device: torch.device,
         tally: GradientTally | None = None,
-    ) -> float:
-        """<direction, the step `gradient` leads to>, summed in fp64; weight decay, which no gradient changes, left out.
+    ) -> list[float]:
+        """<direction, the step `gradient` leads to> of each direction, summed in fp64; weight decay, which no gradient
+        changes, left out.
 
         Args:
-            direction: [any shape].
-            gradient: like `direction`; None is a zero gradient.
-            first: exp_avg, like `direction`.
-            second: exp_avg_sq, like `direction`.
+            directions: [directions][any shape], which may be of other types.
+            gradient: like a direction; None is a zero gradient.
+            first: exp_avg, like a direction.
+            second: exp_avg_sq, like a direction.
             device: where to compute; the tensors may live elsewhere.
             tally: counts the gradient.
         """
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for d, g, m, v in _pieces(device, direction, gradient, first, second):
+        totals = torch.zeros(len(directions), dtype=torch.float64, device=device)
+        for g, m, v, *along in _pieces(device, first, gradient, first, second, *directions):
             numerator, denominator = self._fraction(g, m, v, tally)
-            total += numerator.div_(denominator).mul_(d).sum(dtype=torch.float64)
-        return -self._rate * float(total)
+            step = numerator.div_(denominator)
+            totals += torch.stack([(step * d).sum(dtype=torch.float64) for d in along])
+        return [-self._rate * total for total in totals.tolist()]
 
     @property
     def _rate(self) -> float:
@@ -131,12 +133,12 @@ def _values(scalars: list[torch.Tensor]) -> list[float]:
 
 
 def _pieces(
-    device: torch.device, like: torch.Tensor, gradient: torch.Tensor | None, first: torch.Tensor, second: torch.Tensor
+    device: torch.device, like: torch.Tensor, gradient: torch.Tensor | None, *others: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """All four, piece by piece on `device`; those that live there already are not copied."""
+    """A gradient (None: zeros like `like`) and others, piece by piece on `device`; what lives there is not copied."""
     if gradient is None:
         gradient = torch.zeros_like(like)
     size = _PIECE[device.type]
-    flat = like.view(-1), gradient.reshape(-1), first.view(-1), second.view(-1)
+    flat = gradient.reshape(-1), *(tensor.view(-1) for tensor in others)
     for pieces in zip(*(tensor.split(size) for tensor in flat), strict=True):
         yield tuple(piece.to(device, non_blocking=True) for piece in pieces)

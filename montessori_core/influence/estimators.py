@@ -5,8 +5,9 @@ step m0 the reference loss is linear in what an example adds to it,
 
     influence(z) = [L(m) - L(m0)] - <gradient of L at m0, step(z) - null step>,
 
-so that one gradient of the reference set serves every example. An example's influence depends on student, moments and
-reference set alone: never on its neighbours, on what was measured before, or on how the work was cut.
+so that one gradient of the reference set serves every example; that of a random half of the set gives the standard error.
+An example's influence depends on student, moments and reference set alone: never on its neighbours, on what was measured
+before, or on how the work was cut.
 """
 
 import math
@@ -18,7 +19,14 @@ import torch
 from montessori_core.chat import Encoded
 from montessori_core.errors import DataError
 from montessori_core.influence.losses import make_batch
-from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of, rounding_noise
+from montessori_core.influence.reference import (
+    Loss,
+    ReferenceSet,
+    error_by_halves,
+    influence_by_example,
+    influence_of,
+    rounding_noise,
+)
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.program import Report
@@ -33,7 +41,8 @@ class Measurement:
         example_loss: the student's mean loss on the response, nats per token.
         influence_student: against the student, nats; positive = helps.
         influence_null_step: against the null step, nats.
-        standard_error: of influence_null_step over the reference examples, nats.
+        standard_error: of influence_null_step over the reference examples, nats. Exact: from all of them; first order: from
+            two halves, so that one says little and the root mean square of many is to be taken.
         reference_tokens: tokens of the reference set that were read for this example.
         gradient_norm: of the example's gradient, unweighted.
         dominated_share: of the coordinates, those in which the example's weighted gradient decides AdamW's denominator.
@@ -99,8 +108,8 @@ class InfluenceMeter:
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
         self.slope: dict[str, torch.Tensor] | None = None
         if estimator == "first_order":
-            self.slope = student.gradient_of(lambda: reference.backward(student.losses, reduction))
-            self._null_projection = student.project_null_step(self.slope)
+            self.slope, self._half_slope = self._reference_slopes()
+            self._null_projections = student.project_null_step([self.slope, self._half_slope])
         student.restore()
         if estimator == "first_order":
             student.drop_snapshot()
@@ -119,18 +128,30 @@ class InfluenceMeter:
         return self._measure_exactly(example, lambda done: report(done / len(self._reference)))
 
     def _measure_slope(self, example: Encoded, slope: dict[str, torch.Tensor]) -> Measurement:
-        own, projection = self._student.project_step(make_batch([(0, example)], self._student.device), slope)
-        if not math.isfinite(projection):
+        batch = make_batch([(0, example)], self._student.device)
+        own, projections = self._student.project_step(batch, [slope, self._half_slope])
+        if not all(map(math.isfinite, projections)):
             return Measurement("non_finite", own.loss if math.isfinite(own.loss) else None)
-        null_step = self._null_projection - projection
+        null_step, first_half = (null - at for null, at in zip(self._null_projections, projections, strict=True))
         return Measurement(
             "ok",
             own.loss,
             self.null_step_influence + null_step,
             null_step,
+            error_by_halves(first_half, null_step - first_half, self._halves),
             gradient_norm=own.norm,
             dominated_share=own.dominated_share,
         )
+
+    def _reference_slopes(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The gradient of the reference loss where the student stands, and what the first half of the set adds to it."""
+        student, reference = self._student, self._reference
+        first, second = reference.halves()
+        self._halves = len(first), len(second)
+        slope = student.gradient_of(lambda: reference.backward(student.losses, self._reduction, first))
+        half_slope = student.halve(slope)
+        student.gradient_of(lambda: reference.backward(student.losses, self._reduction, second), onto=slope)
+        return slope, half_slope
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         own = self._student.take_step(make_batch([(0, example)], self._student.device))

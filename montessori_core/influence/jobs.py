@@ -32,8 +32,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     """Load the warm student, its moments and the reference set once.
 
     Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks).
-    Rows:
-    `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
+    Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
     """
     step = settings.step
     device = compute_device()

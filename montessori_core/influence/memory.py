@@ -1,6 +1,6 @@
 """What the influence of a student takes in memory, and what goes where (`montessori plan`).
 
-Weights must be on the device; so must the activations of a pass and one gradient at a time. Moments, snapshot and slope
+Weights must be on the device; so must the activations of a pass and one gradient at a time. Moments, snapshot and slopes
 are read once per example, piece by piece, so they may live in (pinned) host memory at the price of the copies. They
 stay on the device in the order in which a byte saves most, for as long as they fit.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from montessori_core.influence.losses import LOGITS_AT_A_TIME
-from montessori_core.influence.student import Home, Placement
+from montessori_core.influence.student import ON_DEVICE, Home, Placement
 
 GB = 1e9
 _SPARE = 0.92
@@ -93,7 +93,7 @@ class MemoryPlan:
     def placement(self) -> Placement:
         """For `ResidentStudent`."""
         homes = {need.name: need.home for need in self.needs}
-        return {kind: homes.get(kind, "device") for kind in ("moments", "snapshot", "slope")}
+        return {kind: homes.get(kind, "device") for kind in ON_DEVICE}
 
 
 def plan_memory(
@@ -108,7 +108,8 @@ def plan_memory(
 
     Args:
         shape: of the student.
-        estimator: 'exact' needs the snapshot; 'first_order' needs the slope, and the snapshot until it has it.
+        estimator: 'exact' needs the snapshot; 'first_order' needs the slope, that of half the reference set in
+            bf16, and the snapshot until it has them.
         dtype: see `config.Influence`.
         max_length: tokens of the longest example.
         reference_batch_tokens: tokens of a batch of reference examples.
@@ -128,11 +129,11 @@ def plan_memory(
         Need("activations", max(learning, passing), "device"),
         Need("logits", 3 * logits, "device"),
     ]
-    movable = {"moments": 2, "slope": 1, "snapshot": 1}
-    if estimator == "exact":
-        del movable["slope"]
-    for name, copies in movable.items():
-        size = copies * shape.trained * width
+    movable = {"moments": 2 * width, "snapshot": width}
+    if estimator == "first_order":
+        movable = {"moments": 2 * width, "slope": width, "half slope": 2, "snapshot": width}
+    for name, bytes_each in movable.items():
+        size = bytes_each * shape.trained
         taken = sum(need.size for need in needs if need.home == "device")
         needs.append(Need(name, size, "device" if taken + size <= device_limit * _SPARE else "host"))
     return MemoryPlan(tuple(needs), device_limit)

@@ -4,6 +4,7 @@ Shapes: [examples] in the order the reference set was given.
 """
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch
 from montessori_core.chat import Encoded
 from montessori_core.influence.losses import Batch, TokenLosses, group_by_length, make_batch
 from montessori_core.program import Report
+
+_ORDER_SEED = 20250211  # any; the order must be the same for every worker
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,17 @@ def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, floa
     return float(differences.mean()), error
 
 
+def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> float:
+    """Standard error of first + second, where random halves of the reference set, of these sizes, add these.
+
+    It has one degree of freedom; its square is right in the mean. NaN for an empty half.
+    """
+    if 0 in sizes:
+        return math.nan
+    weight = math.sqrt(sizes[1] / sizes[0])
+    return abs(first * weight - second / weight)
+
+
 def rounding_noise(student: Loss, disturbed: Loss, reduction: str) -> float:
     """Two standard deviations of what rounding adds to an influence, nats.
 
@@ -64,6 +78,13 @@ def rounding_noise(student: Loss, disturbed: Loss, reduction: str) -> float:
     differences = influence_by_example(student, disturbed, reduction)
     independent = float(differences.square().mean().sqrt()) / math.sqrt(len(differences))
     return 2.0 * max(abs(float(differences.mean())), independent)
+
+
+def random_order(count: int) -> list[int]:
+    """One fixed random order of the reference examples, the same for every worker."""
+    order = list(range(count))
+    random.Random(_ORDER_SEED).shuffle(order)
+    return order
 
 
 class ReferenceSet:
@@ -106,9 +127,15 @@ class ReferenceSet:
             report(done)
         return summed
 
-    def backward(self, losses: TokenLosses, reduction: str) -> None:
-        """Backward passes, one a batch, whose gradients sum to that of the reference loss."""
-        for batch in self.batches:
+    def halves(self) -> tuple[list[int], list[int]]:
+        """The examples, divided at random; of an odd number the second half has one more."""
+        order = random_order(len(self))
+        middle = len(order) // 2
+        return order[:middle], order[middle:]
+
+    def backward(self, losses: TokenLosses, reduction: str, indices: Sequence[int]) -> None:
+        """Backward passes, one a batch, whose gradients sum to what these examples add to that of the reference loss."""
+        for batch in self.batched(indices, self.batch_tokens):
             tokens = self.tokens[batch.indices].to(self._device)
             whole = float(self.tokens.sum())
             share = 1 / (tokens * len(self)) if reduction == "example" else torch.full_like(tokens, 1 / whole)

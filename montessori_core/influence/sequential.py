@@ -5,7 +5,6 @@ whether the mean over the *whole* set can still have the other sign. The allowed
 that their union stays within it (Bonferroni); the whole set, read to its end, decides exactly and spends nothing.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,7 @@ import torch
 from scipy.special import stdtrit
 
 from montessori_core.influence.losses import Batch, TokenLosses
-from montessori_core.influence.reference import Loss, ReferenceSet
-
-_ORDER_SEED = 20250211  # any; the order must be the same for every worker
+from montessori_core.influence.reference import Loss, ReferenceSet, random_order
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class SequentialReference:
 
     def __init__(self, reference: ReferenceSet, block: int, error_rate: float) -> None:
         """`block` examples at a look; `error_rate` bounds the share of wrong signs."""
-        order = list(range(len(reference)))
-        random.Random(_ORDER_SEED).shuffle(order)
+        order = random_order(len(reference))
         ends = [*range(block, len(order), block), len(order)]
         starts = [0, *ends[:-1]]
         self._reference, self._count = reference, len(order)

@@ -1,12 +1,12 @@
 """The resident student: loaded once, stepped and restored for one example after another.
 
 A gradient lives only until its parameter has used it, during the backward pass: what is resident is weights, moments and,
-where steps are really taken, a snapshot of the weights. Moments, snapshot and slope may live in host memory and visit the
+where steps are really taken, a snapshot of the weights. Moments, snapshot and slopes may live in host memory and visit the
 device piece by piece (`montessori plan` says which).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,10 +19,11 @@ from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.training.moments import Moments, number_type, weights_checksums
 
 Home = Literal["device", "host"]
+Direction = Mapping[str, torch.Tensor]
 Placement = Mapping[str, Home]
-"""Where 'moments', 'snapshot' and 'slope' live."""
+"""Where 'moments', 'snapshot', 'slope' and 'half slope' live."""
 
-ON_DEVICE: Placement = {"moments": "device", "snapshot": "device", "slope": "device"}
+ON_DEVICE: Placement = {"moments": "device", "snapshot": "device", "slope": "device", "half slope": "device"}
 
 
 @dataclass(frozen=True)
@@ -104,29 +105,36 @@ class ResidentStudent:
         for name, parameter in self.parameters.items():
             parameter.copy_(self._snapshot[name], non_blocking=True)
 
-    def project_step(self, batch: Batch, direction: Mapping[str, torch.Tensor]) -> tuple[ExampleGradient, float]:
-        """The example's gradient, and <direction, step on the example>; the step is not taken.
+    def project_step(self, batch: Batch, directions: Sequence[Direction]) -> tuple[ExampleGradient, list[float]]:
+        """The example's gradient, and <direction, step on the example> of each direction; the step is not taken.
 
         Args:
             batch: the example.
-            direction: like the parameters, by name.
+            directions: each like the parameters, by name.
         """
-        projections: list[float] = []
+        projections: list[list[float]] = []
 
         def project(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor, tally: GradientTally) -> None:
-            projections.append(self._project(name, direction[name], gradient, tally))
+            projections.append(self._project(name, directions, gradient, tally))
 
         found = self._backward(batch, project)
-        return found, math.fsum(projections) if all(map(math.isfinite, projections)) else math.nan
+        return found, _sums(projections, len(directions))
 
     @torch.no_grad()
-    def project_null_step(self, direction: Mapping[str, torch.Tensor]) -> float:
-        """<direction, null step>."""
-        return math.fsum(self._project(name, direction[name], None) for name in self.parameters)
+    def project_null_step(self, directions: Sequence[Direction]) -> list[float]:
+        """<direction, null step> of each direction."""
+        return _sums([self._project(name, directions, None) for name in self.parameters], len(directions))
 
-    def gradient_of(self, accumulate: Callable[[], None]) -> dict[str, torch.Tensor]:
-        """The sum of the gradients of all backward passes that `accumulate` makes, by name: the slope."""
-        slope = {name: self._stored(torch.zeros_like(p), "slope") for name, p in self.parameters.items()}
+    def gradient_of(
+        self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The sum of the gradients of all backward passes that `accumulate` makes, by name: the slope.
+
+        Args:
+            accumulate: makes the passes.
+            onto: a slope that they are added to, in place; None starts a new one.
+        """
+        slope = onto or {name: self._stored(torch.zeros_like(p), "slope") for name, p in self.parameters.items()}
 
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             slope[name] += gradient.to(slope[name].device)
@@ -134,6 +142,11 @@ class ResidentStudent:
         with _gradients_used_by(self.parameters, add):
             accumulate()
         return slope
+
+    @torch.no_grad()
+    def halve(self, slope: Direction) -> dict[str, torch.Tensor]:
+        """A copy of a slope in bf16, half the size where it is fp32: enough for a standard error."""
+        return {name: self._stored(gradient.to(torch.bfloat16), "half slope") for name, gradient in slope.items()}
 
     def drop_snapshot(self) -> None:
         """Free the snapshot: no step will be taken again."""
@@ -147,8 +160,19 @@ class ResidentStudent:
             loss = example_loss(self.losses, batch)
         value = float(loss.detach())
         if math.isfinite(value):
-            with _gradients_used_by(self.parameters, lambda name, p, gradient: use(name, p, gradient, tally)):
+            reached: set[str] = set()
+
+            def reach(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+                reached.add(name)
+                use(name, parameter, gradient, tally)
+
+            with _gradients_used_by(self.parameters, reach):
                 loss.backward()
+            # An expert that no token was sent to has no gradient. The other examples of a training batch reach it, and so
+            # does the null step: its momentum moves it all the same.
+            with torch.no_grad():
+                for name in self.parameters.keys() - reached:
+                    use(name, self.parameters[name], torch.zeros_like(self.parameters[name]), tally)
         return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
 
     def _step(
@@ -161,9 +185,14 @@ class ResidentStudent:
         self._adamw.step_(parameter, gradient, self._first[name], self._second[name], tally)
 
     def _project(
-        self, name: str, direction: torch.Tensor, gradient: torch.Tensor | None, tally: GradientTally | None = None
-    ) -> float:
-        return self._adamw.project(direction, gradient, self._first[name], self._second[name], self.device, tally)
+        self,
+        name: str,
+        directions: Sequence[Direction],
+        gradient: torch.Tensor | None,
+        tally: GradientTally | None = None,
+    ) -> list[float]:
+        along = [direction[name] for direction in directions]
+        return self._adamw.project(along, gradient, self._first[name], self._second[name], self.device, tally)
 
     def _stored(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
         tensor = tensor.contiguous()
@@ -171,6 +200,13 @@ class ResidentStudent:
             return tensor.to(self.device)
         on_host = tensor.cpu()
         return on_host.pin_memory() if self.device.type == "cuda" else on_host
+
+
+def _sums(projections: Sequence[Sequence[float]], count: int) -> list[float]:
+    """[count] Sums over [parameters][count]; NaN where one of them is not finite."""
+    if not all(math.isfinite(value) for of_parameter in projections for value in of_parameter):
+        return [math.nan] * count
+    return [math.fsum(of_parameter[i] for of_parameter in projections) for i in range(count)]
 
 
 @torch.no_grad()

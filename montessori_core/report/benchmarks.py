@@ -221,6 +221,7 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
     """
     kinds = (("wins", AFTER), ("ties", GREY), ("losses", REJECTED), ("unparsed", TEACHER))
     totals = [sum(entry[kind] for kind, _ in kinds) or 1 for _, entry in played]
+    prompts = sorted({"published" if entry.get("judge_prompts") == "published" else "own" for _, entry in played})
     bars = []
     for kind, colour in kinds:
         numbers_of = [entry[kind] for _, entry in played]
@@ -247,8 +248,9 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
     drawn["legend"] |= {"traceorder": "normal"}
     return Figure(
         "Head-to-head comparisons (Figure 4)",
-        "Each bar is one pairing, judged answer by answer with prompts of our own: more blue than red means that the first "
-        "model wins more often than it loses; the numbers are comparisons, and unparsed ones had no readable judgement.",
+        f"Each bar is one pairing, judged answer by answer with {' and '.join(prompts)} judge prompts: more blue than red "
+        "means that the first model wins more often than it loses; the numbers are comparisons, and unparsed ones had no "
+        "readable judgement.",
         {"data": bars, "layout": drawn},
         ["pairing", "wins", "ties", "losses", "unparsed"],
         [(label, *(entry[kind] for kind, _ in kinds)) for label, entry in played],
@@ -277,9 +279,11 @@ def _name(benchmark: str) -> str:
 
 
 def score_name(benchmark: str) -> str:
-    """Return the name of a benchmark as its scores have it: those of judges say that the published prompts are not used."""
+    """Return the name of a benchmark as its scores have it: those of judges say by whose prompts they are."""
     name, separator, against = benchmark.partition(" against ")
-    return f"{_name(name)} (own judge prompts){separator}{against}" if name in _JUDGED else benchmark
+    judged = name.removesuffix("_published")
+    prompts = "own" if judged == name else "published"
+    return f"{_JUDGED[judged]} ({prompts} judge prompts){separator}{against}" if judged in _JUDGED else benchmark
 
 
 def _signed(value: float | None) -> str:

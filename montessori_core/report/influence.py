@@ -84,7 +84,7 @@ def _of_iteration(iteration: Iteration, run: Contents, unit: Unit) -> Block:
     ]
     first = sets[0][0]
     marks = {"student": 0.0, "null step": first.summary["null_step_influence"]}
-    if run.baseline == "median":
+    if run.baseline in ("median", "prompt"):
         marks["median"] = first.threshold
     figures = [
         influence_figure(
@@ -287,6 +287,10 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
             lambda part: unit.text(part.summary["null_step_influence"]),
         ),
         row(f"noise floor ({unit})", lambda part: unit.size(part.summary["noise_floor"])),
+        row(
+            f"standard error over the reference examples ({unit}, root mean square)",
+            lambda part: unit.size(part.summary["standard_error"]),
+        ),
         row("reference loss of the student (nats)", lambda part: numbers.loss(part.summary["student_loss"])),
         row(
             "coordinates that the example's own gradient dominates (median share)",

@@ -11,6 +11,7 @@ THRESHOLDS = {
     "student": "the student as it is",
     "null_step": "the null step",
     "median": "the median of the probing set",
+    "prompt": "the median of the probing set; in pairs, the mean of the prompt",
 }
 
 

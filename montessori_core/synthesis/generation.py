@@ -33,11 +33,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """One continuation: its text (stop string included), token count, and why it ended ('stop' or 'length')."""
+    """One continuation.
+
+    Attributes:
+        text: stop string included.
+        tokens: how many were written.
+        finish_reason: why it ended, 'stop' or 'length'.
+        token_ids: what was drawn: the end token included, and a last token whole that goes on behind the stop string; None
+            from an API.
+    """
 
     text: str
     tokens: int
     finish_reason: str
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ from typing import Any
 
 from montessori_core import programs
 from montessori_core.api import Question, open_api
-from montessori_core.chat import mark_control_tokens, render_conversation, render_prompt, text_beginning
+from montessori_core.chat import (
+    hash_vocabulary,
+    mark_control_tokens,
+    render_conversation,
+    render_prompt,
+    text_beginning,
+)
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.schema import GENERATION
@@ -28,6 +34,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
+    vocabulary = hash_vocabulary(tokenizer)
     engine = open_engine(settings.engine, model, tokenizer)
     stop = CLOSE if form == "tagged" else None
 
@@ -61,7 +68,8 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
                 position, place = places[index]
                 samples[position][place] = generated
                 if _is_complete(samples[position]):
-                    recorder.finish(position, _records(rows[position], prompts[position], samples[position]))
+                    records = _records(rows[position], prompts[position], samples[position], vocabulary)
+                    recorder.finish(position, records)
             recorder.keep(partial(drafts, step))
             recorder.progress((total - len(requests) + step.done) * len(rows) / total)
 
@@ -78,7 +86,7 @@ def _is_complete(samples: Sequence[Any]) -> bool:
     return all(isinstance(sample, Generated) for sample in samples)
 
 
-def _records(row: Row, prompt: str, samples: Sequence[Generated]) -> list[Row]:
+def _records(row: Row, prompt: str, samples: Sequence[Generated], vocabulary: str | None = None) -> list[Row]:
     return [
         {
             "row_id": row_id,
@@ -86,6 +94,8 @@ def _records(row: Row, prompt: str, samples: Sequence[Generated]) -> list[Row]:
             "text": generated.text,
             "finish_reason": generated.finish_reason,
             "tokens": generated.tokens,
+            "output_ids": generated.token_ids,
+            "vocabulary": vocabulary,
         }
         for row_id, generated in zip(row["ids"], samples, strict=True)
     ]

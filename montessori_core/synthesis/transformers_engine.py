@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from montessori_core.chat import encode_rendered
 from montessori_core.config import Sampling
+from montessori_core.errors import UserError
 from montessori_core.models import load_model
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
@@ -27,6 +28,7 @@ _ROWS = 32  # continuations decoded together: on CPUs a decoding step costs litt
 _CACHE_BYTES = 2 * 2**30  # keys and values of all rows; models with larger ones decode fewer rows together
 _READ_TOKENS = 512  # read in one pass: enough to keep a CPU busy, few enough to report progress
 _READING_COST = 0.3  # of a token, in written ones, measured with SmolLM2
+_PADDING = 0  # masked, so any token that the model has; tokenizers may have added one that it has not
 _STOP_WINDOW = 16  # tokens at the end of a continuation in which a stop string is looked for
 
 
@@ -39,14 +41,27 @@ class TransformersEngine:
         self._model = load_model(model, dtype).to(self._device).eval()
         self._tokenizer = tokenizer
         ends = self._model.generation_config.eos_token_id
-        self._ends = {ends} if isinstance(ends, int) else set(ends or [])
+        # The tokenizer's end token is the one that trainings of ours teach (`chat.encode_example`).
+        self._ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])}
+        text_config = self._model.config.get_text_config()
+        self._positions: int | None = getattr(text_config, "max_position_embeddings", None)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. A continuation that reaches the model's last position ends there, as with vLLM.
+
+        Raises:
+            UserError: a prompt is longer than the model's positions.
+        """
         if not requests:
             return
         texts = {request.prompt for request in requests}
         prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
+        longest = max(map(len, prompts.values()))
+        if self._positions is not None and longest >= self._positions:
+            raise UserError(
+                f"a prompt has {longest} tokens, and the model has {self._positions} positions for prompt and output; show "
+                "fewer demonstrations (synthesis.seed_demonstrations), or take a model with more positions"
+            )
         rows = [
             _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
             for index, request in enumerate(requests)
@@ -58,7 +73,7 @@ class TransformersEngine:
         progress = Progress(
             [_READING_COST * row.length / sharing[tuple(row.context)] for row in rows], sampling.max_tokens
         )
-        batch = _Batch(self._model, self._tokenizer.pad_token_id, rows, sampling)
+        batch = _Batch(self._model, rows, sampling)
         while unfinished:
             finished: dict[int, Generated] = {}
             if not batch.read(waiting):
@@ -66,7 +81,7 @@ class TransformersEngine:
                 slots = [slot for slot, row in enumerate(batch.rows) if self._has_ended(row, sampling, stop)]
                 for slot in slots:
                     row = unfinished.pop(batch.rows[slot].index)
-                    finished[row.index] = self._finish(row, sampling, stop)
+                    finished[row.index] = self._finish(row, stop)
                     progress.end(finished[row.index].tokens)
                 batch.remove(slots)
             yield Step(
@@ -78,14 +93,17 @@ class TransformersEngine:
     def _has_ended(self, row: "_Row", sampling: Sampling, stop: str | None) -> bool:
         if row.drawn[-1] in self._ends or len(row.drawn) >= sampling.max_tokens:
             return True
+        if len(row.prompt) + len(row.drawn) == self._positions:
+            return True
         return stop is not None and stop in self._tokenizer.decode(row.drawn[-_STOP_WINDOW:])
 
-    def _finish(self, row: "_Row", sampling: Sampling, stop: str | None) -> Generated:
-        tokens = row.drawn[:-1] if row.drawn[-1] in self._ends else row.drawn
+    def _finish(self, row: "_Row", stop: str | None) -> Generated:
+        ended = row.drawn[-1] in self._ends
+        tokens = row.drawn[:-1] if ended else row.drawn
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop")
-        return Generated(text, len(tokens), "length" if len(tokens) == sampling.max_tokens else "stop")
+            return Generated(text[: text.index(stop) + len(stop)], len(tokens), "stop", row.drawn)
+        return Generated(text, len(tokens), "stop" if ended else "length", row.drawn)
 
 
 @dataclass
@@ -119,11 +137,11 @@ class _Batch:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, pad: int, rows: Sequence[_Row], sampling: Sampling) -> None:
+    def __init__(self, model: Any, rows: Sequence[_Row], sampling: Sampling) -> None:
         """Read what the contexts of all `rows` begin with; these are the rows that will be read."""
         self.rows: list[_Row] = []
         self._ready: list[tuple[_Row, Any, int]] = []  # read, but without room; see `_read_group`
-        self._model, self._pad, self._device = model, pad, model.device
+        self._model, self._device = model, model.device
         self._slots, self._joins = min(_ROWS, len(rows)), fits_row_cache(model.config)
         parameters = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # until transformers 5.23
@@ -132,7 +150,7 @@ class _Batch:
         if self._joins:
             contexts = [row.context for row in rows]
             self._shared = _common_length(min(contexts), max(contexts))  # what these two begin with, all do
-            self._prefix = self._run([contexts[0][: self._shared] or [pad]], 0)
+            self._prefix = self._run([contexts[0][: self._shared] or [_PADDING]], 0)
             longest = max(len(row.prompt) for row in rows) + sampling.max_tokens + SLACK
             self._slots = max(1, min(self._slots, _CACHE_BYTES // (self._prefix.token_bytes * longest)))
         self._cache: Any = self._new_cache(self._slots)
@@ -228,7 +246,7 @@ class _Batch:
             for row, context in enumerate(contexts):
                 read_again = min(shared, width - len(context))
                 cache.copy_row(self._prefix, 0, shared - read_again, row, skipped=read_again)
-        padded = [[self._pad] * (width - len(context)) + list(context) for context in contexts]
+        padded = [[_PADDING] * (width - len(context)) + list(context) for context in contexts]
         ids = torch.tensor(padded, device=self._device)
         lengths = torch.tensor([len(context) for context in contexts], device=self._device)
         positions = torch.arange(width, device=self._device) - (width - lengths[:, None])  # negative in the padding

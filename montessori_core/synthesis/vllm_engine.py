@@ -71,6 +71,5 @@ def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingPara
 
 
 def _read(completion: Any) -> Generated:
-    return Generated(
-        completion.text, len(completion.token_ids), "length" if completion.finish_reason == "length" else "stop"
-    )
+    reason = "length" if completion.finish_reason == "length" else "stop"
+    return Generated(completion.text, len(completion.token_ids), reason, list(completion.token_ids))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
-from montessori_core.chat import encode_plain, encode_rendered
+from montessori_core.chat import encode_plain, encode_rendered, hash_vocabulary
 from montessori_core.errors import DataError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
@@ -22,6 +22,7 @@ from montessori_core.training.engine import (
     train,
     training_arguments,
 )
+from montessori_core.training.padding import EvenPairs, padding_rows
 from montessori_core.training.scoring import score_without_waste
 
 
@@ -39,7 +40,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
         import torch
         from trl import DPOConfig, DPOTrainer
 
-        class TeacherTrainer(PlainAdamW, DPOTrainer):  # type: ignore[misc]
+        class TeacherTrainer(PlainAdamW, EvenPairs, DPOTrainer):  # type: ignore[misc]
             def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
                 return dataset  # tokenised below, as generation tokenises: TRL would add special tokens
 
@@ -63,14 +64,17 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
                 f"none of {len(pairs)} preference pairs fits into teacher_update.max_length={recipe.max_length} tokens "
                 f"(the shortest has {min(map(longest, pairs))}); raise it"
             )
+        TeacherTrainer.padding = padding_rows(len(fitting), recipe)
+        end = [tokenizer.eos_token_id]
+        padding = [{"prompt_ids": end, "chosen_ids": end, "rejected_ids": end}] * TeacherTrainer.padding
         arguments = DPOConfig(
             **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(fitting)),
             beta=recipe.beta,
             max_length=recipe.max_length,
             precompute_ref_log_probs=True,  # no second teacher in memory
         )
-        progress = ProgressCallback(report, recipe, read_before=len(fitting))
-        with shared_dataset(fitting, output.parent) as data:
+        progress = ProgressCallback(report, recipe, read_before=len(fitting) + len(padding))
+        with shared_dataset([*fitting, *padding], output.parent) as data:
             trainer = TeacherTrainer(
                 model=load_model(model_path, torch.float32),
                 args=arguments,
@@ -113,17 +117,21 @@ def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[
 def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
     """Token ids of prompt, chosen and rejected output.
 
-    An output of a chat ends with the end token, unless the row says that it was cut (`chosen_finished`, `rejected_finished`).
+    The ids of an output are those that were drawn (`chosen_output_ids`, `rejected_output_ids`), if they are of this
+    tokenizer's vocabulary. Otherwise its text is tokenized, and one of a chat ends with the end token, unless the row says
+    that it was cut (`chosen_finished`, `rejected_finished`).
     """
 
-    def end(output: str) -> list[int]:
+    def ids_of(output: str) -> list[int]:
+        if row.get(f"{output}_vocabulary") == hash_vocabulary(tokenizer):
+            return list(row[f"{output}_output_ids"])
         ended = style == "chat" and row.get(f"{output}_finished", True)
-        return [tokenizer.eos_token_id] if ended else []
+        return encode_plain(tokenizer, row[output]) + ([tokenizer.eos_token_id] if ended else [])
 
     return {
         "prompt_ids": encode_rendered(tokenizer, row["prompt"])[0],
-        "chosen_ids": encode_plain(tokenizer, row["chosen"]) + end("chosen"),
-        "rejected_ids": encode_plain(tokenizer, row["rejected"]) + end("rejected"),
+        "chosen_ids": ids_of("chosen"),
+        "rejected_ids": ids_of("rejected"),
     }
 
 

@@ -18,11 +18,15 @@ import torch
 
 from montessori_core import flops
 from montessori_core.chat import IGNORED
+from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TOLERANCES = {torch.float32: 1e-4}  # nats a token, for weights of this kind
+_HEAD_TOLERANCES = {torch.float32: 1e-3}  # likewise, of logits that may be large
+_HEAD_TOLERANCE = 0.5
+_CHECKED_TOKENS = 16
 _TOLERANCE = 0.05  # for others: rounding takes some hundredths, a mask that a model ignores whole nats
 
 
@@ -98,16 +102,20 @@ def score_without_waste(model: Any, pairs: bool = False) -> None:
 
     Call it between TRL's `add_fused_lm_head` and the first forward pass. Models that do not take a mask of two dimensions
     (sliding windows, recurrent states, attention kernels of other kinds) read prompts twice, as before: the first batch is
-    computed both ways and compared.
+    computed both ways and compared. TRL's head is compared with the model's own, once.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     fused = inner.forward
     shares: list[bool] = [] if pairs and _attends_to_everything(inner.config.get_text_config()) else [False]
+    heads_agree: list[bool] = []
 
     @functools.wraps(fused)  # its signature is looked at
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("fused_lm_head") or args or kwargs.get("labels") is None:
             return fused(*args, **kwargs)
+        if not heads_agree:
+            _check_head(inner, fused, kwargs["input_ids"][:1, :_CHECKED_TOKENS])
+            heads_agree.append(True)
         if not shares:
             shares.append(_packing_is_exact(inner, fused, kwargs))
         return _score_packed(inner, fused, kwargs) if shares[0] else _score_rows(inner, fused, kwargs)
@@ -119,8 +127,29 @@ def _attends_to_everything(config: Any) -> bool:
     """Whether no layer has a window: the first batch may be too short to tell."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return not getattr(config, "sliding_window", None)
+        # GPT-Neo's is its window_size.
+        return not any(getattr(config, name, None) for name in ("sliding_window", "window_size"))
     return set(kinds) == {"full_attention"}
+
+
+@torch.no_grad()
+def _check_head(model: Any, fused: Callable[..., Any], ids: torch.Tensor) -> None:
+    """Compare the log-probabilities of TRL's fused head with those of the model's own logits. `ids`: [1, tokens].
+
+    Raises:
+        UserError: TRL does not know what this model does to its logits, such as a cap of its own.
+    """
+    training = model.training
+    model.eval()  # dropout differs from pass to pass
+    logits = fused(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    difference = float((fused(input_ids=ids, labels=ids, fused_lm_head=True).log_probs - expected).abs().mean())
+    model.train(training)
+    if difference > _HEAD_TOLERANCES.get(model.dtype, _HEAD_TOLERANCE):
+        raise UserError(
+            f"{type(model).__name__} changes its logits in a way that TRL's fused head does not know: log-probabilities "
+            f"differ by {difference:.3g}; take another model"
+        )
 
 
 def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

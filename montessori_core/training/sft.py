@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from montessori_core import programs
-from montessori_core.chat import encode_example
+from montessori_core.chat import IGNORED, Encoded, encode_example
 from montessori_core.errors import DataError
 from montessori_core.models import check_tokenizer, load_model, load_tokenizer, with_lora
 from montessori_core.nomad import encode_conversation
@@ -20,6 +20,7 @@ from montessori_core.training.engine import (
     training_arguments,
 )
 from montessori_core.training.moments import gather_moments, save_moments
+from montessori_core.training.padding import EvenSteps, padding_rows
 from montessori_core.training.scoring import score_without_waste
 
 
@@ -36,7 +37,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        class StudentTrainer(PlainAdamW, SFTTrainer):  # type: ignore[misc]
+        class StudentTrainer(PlainAdamW, EvenSteps, SFTTrainer):  # type: ignore[misc]
             pass
 
         StudentTrainer.recipe = recipe
@@ -52,8 +53,12 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
         usable = [example for example in encoded if example.response_tokens]
         if not usable:
             raise DataError("no training example has a response within student.max_length tokens; raise max_length")
+        StudentTrainer.padding = padding_rows(len(usable), recipe)
+        end = tokenizer.eos_token_id
+        # TRL drops rows without a label; that of a first token, which nothing predicts, carries no loss.
+        padded = [*usable, *[Encoded([end, end], [end, IGNORED], False)] * StudentTrainer.padding]
         data = Dataset.from_dict(
-            {"input_ids": [example.input_ids for example in usable], "labels": [example.labels for example in usable]}
+            {"input_ids": [example.input_ids for example in padded], "labels": [example.labels for example in padded]}
         )
         arguments = SFTConfig(
             **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(usable)),

@@ -210,6 +210,13 @@ def test_any_model_is_evaluated_and_paid_for_once(
     assert (code, len(judge.asked)) == (0, asked), output
     assert read_json(folder / "evaluation.json") == result
 
+    code, output = call(*command, "--set", "benchmarks.judge_prompts=published", cwd=tmp_path, **secrets)
+    assert code == 0, output
+    scores = {(one["benchmark"], one["metric"]): one["mean"] for one in read_json(folder / "evaluation.json")["scores"]}
+    assert scores["alpaca_eval_published", "win_rate"] == 0.5  # each order prefers its first answer
+    assert scores["mt_bench_published", "score"] == 6.0
+    assert not {"alpaca_eval", "mt_bench"} & {benchmark for benchmark, _ in scores}
+
 
 def test_what_cannot_be_used_is_said_before_anything_is_computed(
     judge: Judge, talking_llama: Path, tmp_path: Path

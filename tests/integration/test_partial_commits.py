@@ -334,6 +334,26 @@ def test_signal_to_leave_commits_finished_rows(tmp_path: Path, monkeypatch: pyte
     assert compute(tmp_path, SHARDS[0]) == list(range(1, 10))
 
 
+def test_signal_during_commit_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "partial").mkdir()
+
+    def recorder() -> ShardRecorder:
+        return ShardRecorder(tmp_path / "partial", 0, "key", 3, SCHEMA, lambda done: None, 60.0)
+
+    leaving = recorder()
+
+    def interrupted(*arguments: Any) -> None:
+        monkeypatch.undo()
+        leaving.commit()  # of the handler, which does not come back
+        raise Interrupted
+
+    monkeypatch.setattr("cluster.partial_commits.write_table", interrupted)
+    leaving.finish(0, [{"square": 0, "text": None}])
+    with pytest.raises(Interrupted):
+        leaving.commit()
+    assert recorder().unfinished == [1, 2]
+
+
 def test_progress_counts_rows_of_earlier_jobs(tmp_path: Path) -> None:
     rows: list[Row] = [{"n": n} for n in range(5)]
     compute(tmp_path, rows, [[0, 3]], stop=1)

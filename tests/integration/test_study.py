@@ -14,10 +14,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.accounting import use_of
 from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method
+from montessori_core.atomic import read_json
 from montessori_core.errors import ConfigError
 from montessori_core.models import load_tokenizer
 from montessori_core.preferences import best_of_each_prompt, pair_by_utility, pair_extremes, write_preferences
@@ -343,6 +345,18 @@ def test_self_reward_pairs_best_with_worst(methods: Path, number: int) -> None:
     assert read_table(folder / "answers" / "responses" / "part-00000.parquet", GENERATION).num_rows > 0
 
 
+def test_first_student_learns_from_all_seeds(compared: Path, methods: Path) -> None:
+    """LLM2LLM and Self-Reward share the answered seeds and the student trained on them, and pay for both."""
+    seed = methods.parent
+    answered = read_table(seed / "answered-seeds" / "examples.parquet", EXAMPLES).num_rows
+    counts = read_json(seed / "seed-student" / "part-00000" / "training_counts.json")
+    assert counts["examples"] + counts["left_out"] == answered > 0
+    result = read_json(compared / "runs" / "tiny-study" / "comparison.json")
+    flops = {row["method"]: row["flops"] for row in result["methods"]}
+    shared = use_of(seed / "answered-seeds" / "responses").flops + use_of(seed / "seed-student").flops
+    assert min(flops["llm2llm"], flops["self_reward"]) > shared > 0
+
+
 def test_nomad_mixes_real_and_written_examples(methods: Path) -> None:
     """Half is of the reference set, half written by a teacher trained on ten of it, none of that a repetition."""
     folder = methods / "nomad" / "round-1"
@@ -396,6 +410,7 @@ def test_student_that_judges_itself_learns_from_its_own_scores(
 ) -> None:
     experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     experiment["student"]["model"] = str(judging_llama)
+    experiment["training"]["learning_rate"] = 1e-6  # the seeds hold no judgements, so that SFT unlearns them
     content = {"name": "own", "experiment": experiment, "methods": ["self_reward"], "baseline": "self_reward"}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | {"seeds": [0]}))
     code, output = call("compare", "study.yaml", cwd=tmp_path, seconds=800, **environment_of(tmp_path))

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, TrainerState, TrainingArguments
 
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import RowClock, Stage
-from montessori_core.chat import encode_example
-from montessori_core.config import Cluster, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
+from montessori_core.chat import encode_example, hash_vocabulary
+from montessori_core.config import Cluster, Lora, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
-from montessori_core.models import fingerprint, load_model, load_tokenizer
+from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.engine import ProgressCallback
@@ -102,14 +103,14 @@ def sft(
 
 
 def plain_torch(
-    model: Path, rate: float = 1e-3, copies: torch.dtype = torch.float32
+    model: Path, rate: float = 1e-3, copies: torch.dtype = torch.float32, rows: list[Row] = ROWS
 ) -> tuple[dict[str, torch.Tensor], Moments, list[float]]:
     """The same training as a loop anyone can read: token mean over the batch, clipping, AdamW, linear ramp.
 
     Passes take `copies` of the weights; gradients are added up, and weights moved, in fp32.
     """
     tokenizer = load_tokenizer(str(model))
-    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in ROWS]
+    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in rows]
     order = sampled_order(len(encoded))
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     copy = AutoModelForCausalLM.from_pretrained(model, dtype=copies).train()
@@ -183,6 +184,18 @@ def test_training_equals_plain_torch_at_every_zero_stage(
         torch.testing.assert_close(kept.second[name], moments.second[name], rtol=1e-3, atol=1e-10)
 
 
+@pytest.mark.parametrize("count", [5, 7])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, count: int, processes: int) -> None:
+    """One example or three are left for it: one process of two has no example, or one has less than its micro-batch."""
+    weights, moments, losses = plain_torch(tiny_llama, rows=ROWS[:count])
+    part = sft(tmp_path / "stage", tiny_llama, 2, processes, ROWS[:count])
+    kept = load_moments(part)
+    assert [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())] == pytest.approx(losses, rel=1e-4)
+    for name in weights:
+        torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
+
+
 @pytest.fixture
 def bf16(monkeypatch: pytest.MonkeyPatch) -> str:
     """The program `open_sft` where passes take bf16 copies of the weights, for jobs of this test."""
@@ -252,6 +265,55 @@ def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path
     rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
     steps = len(json.loads((part / LOG_FILE).read_text()))
     assert 0 < moved <= 3.2e-6 * steps < rounded / 2
+
+
+def _write_renamed(folder: Path, tiny_llama: Path) -> Path:
+    """A mixture of experts: files hold each expert's weights, the model one tensor of all."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes, **ends)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def _write_float16(folder: Path, tiny_llama: Path) -> Path:
+    load_model(str(tiny_llama), torch.float16).save_pretrained(folder)
+    load_tokenizer(str(tiny_llama)).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
+    model = with_lora(load_model(str(tiny_llama), torch.float32), Lora(rank=4, alpha=8))
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny_llama)).save_pretrained(folder)
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("write", "stage", "processes"),
+    [
+        (_write_renamed, 0, 1),
+        (_write_float16, 0, 1),
+        (_write_adapter, 0, 1),
+        pytest.param(_write_renamed, 3, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_training_starts_from_unrounded_weights(
+    tiny_llama: Path, tmp_path: Path, bf16: str, write: Callable[[Path, Path], Path], stage: int, processes: int
+) -> None:
+    """Whatever their names and number type: each moves by at most 3.2 rates a step (AdamW's bound)."""
+    torch.manual_seed(0)
+    file = write(tmp_path / "start", tiny_llama)
+    recipe = RECIPE.model_copy(update={"learning_rate": 5e-6, "weight_decay": 0.0})
+    part = sft(tmp_path / "stage", file.parent, stage, processes, recipe=recipe, program=bf16)
+    trained = load_file(part / file.name)
+    start = {name: weight.float() for name, weight in load_file(file).items()}
+    assert trained.keys() == start.keys()
+    moved = max(float((trained[name] - weight).abs().max()) for name, weight in start.items())
+    rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
+    assert 0 < moved <= 3.2 * 5e-6 * 2 < rounded / 2
 
 
 def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
@@ -377,6 +439,29 @@ def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_
             assert (together[name] - weight).abs().max() <= 1e-3 * moved, (stage, name)
 
 
+def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> None:
+    """One pair is left for it: in micro-batches of one, or as one row of four in two processes."""
+
+    def update(processes: int, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+        recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch)
+        settings = {
+            "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
+            "zero": Zero(stage=2).model_dump(mode="json"),
+            "seed": 0,
+        }
+        folder, program = tmp_path / str(processes), "montessori_core.training.dpo:open_dpo"
+        part = execute(folder, program, settings, tiny_llama, PAIRS[:5], processes)
+        return load_file(part / "model.safetensors"), json.loads((part / LOG_FILE).read_text())
+
+    start, (alone, expected), (together, log) = load_file(tiny_llama / "model.safetensors"), update(1, 1), update(2, 2)
+    assert len(log) == 2
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        assert [one[name] for one in log] == pytest.approx([one[name] for one in expected], rel=1e-3, abs=1e-5)
+    for name, weight in alone.items():
+        assert (together[name] - weight).abs().max() <= 1e-3 * (weight - start[name]).abs().max(), name
+
+
 def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
     """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
     settings = {
@@ -410,6 +495,10 @@ def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:
     assert tokenizer.decode(pair["chosen_ids"]) == PAIRS[0]["chosen"]
     chat = encode_pair(tokenizer, PAIRS[0], "chat")
     assert chat["chosen_ids"] == [*pair["chosen_ids"], tokenizer.eos_token_id]
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "Name"]  # not how the tokenizer would cut it
+    drawn = PAIRS[0] | {"chosen_output_ids": letters, "chosen_vocabulary": hash_vocabulary(tokenizer)}
+    assert encode_pair(tokenizer, drawn, "chat") == chat | {"chosen_ids": letters}
+    assert encode_pair(tokenizer, drawn | {"chosen_vocabulary": "another"}, "chat") == chat
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 100, 313])

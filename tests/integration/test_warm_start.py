@@ -262,6 +262,17 @@ def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_child_of_killed_rank_ends_with_job(stage: Stage) -> None:
+    file = stage.folder.parent / "child.txt"
+    job_id = warm_process().start(job_of(stage, HANGS))
+    wait_until(lambda: file.exists() and file.read_text())
+    [rank] = psutil.Process(int(job_id.split(":")[0])).children()
+    rank.kill()
+    wait_until(lambda: not LocalBackend(Resources(), None).alive("", [job_id]), 10)
+    assert not lives(int(file.read_text()))
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("deaf", [False, True])
 def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
     """A rank hears SIGUSR2 halfway, as submitit has it; one that hears nothing is killed at the limit."""
@@ -371,9 +382,20 @@ def test_broken_library_breaks_no_job(
     assert warm_process().pid == pid  # another one would end like it
 
 
-def test_warm_process_follows_variables_read_by_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+def test_deaf_warm_process_is_waited_for_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.warm_start._PATIENCE", 1.0)
+    deaf = warm_process()
+    os.kill(deaf.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        deaf.start(job_of(stage, "1"))
+    wait_until(lambda: not lives(deaf.pid), 10)
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "XDG_CACHE_HOME"])
+def test_warm_process_follows_variables_read_by_imports(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     before = warm_process().pid
-    monkeypatch.setenv("HF_HOME", "/somewhere")
+    monkeypatch.setenv(variable, "/somewhere")
     assert warm_process().pid != before
 
 

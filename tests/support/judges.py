@@ -27,7 +27,7 @@ class JudgeServer:
     def __init__(self, score: Callable[[str], str] = lambda response: response.split()[-1]) -> None:
         self.score = score
         self.asked: list[str] = []
-        self.limits: list[int] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.faults: list[Reply] = []
         self.at_once = self.most_at_once = 0
@@ -39,10 +39,10 @@ class JudgeServer:
 
             def do_POST(self) -> None:
                 content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                question = content["messages"][0]["content"]
+                question = content["messages"][-1]["content"]
                 with lock:
                     served.asked.append(question)
-                    served.limits.append(content["max_tokens"])
+                    served.requests.append(content)
                     served.keys.add(self.headers["Authorization"])
                     served.at_once += 1
                     served.most_at_once = max(served.most_at_once, served.at_once)
@@ -98,15 +98,18 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
     handler.wfile.write(body)
 
 
-def completion(text: str | None, finish_reason: str = "stop") -> bytes:
+def completion(text: str | None, finish_reason: str = "stop", first_token: dict[str, float] | None = None) -> bytes:
+    """Body of an answer; `first_token` has log-probabilities."""
     message = {"role": "assistant", "content": text}
+    likeliest = [{"token": token, "logprob": value, "bytes": None} for token, value in (first_token or {}).items()]
+    logprobs = {"content": [likeliest[0] | {"top_logprobs": likeliest}]} if likeliest else None
     return json.dumps(
         {
             "id": "x",
             "object": "chat.completion",
             "created": 0,
             "model": "judge",
-            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
         }
     ).encode()
@@ -150,25 +153,30 @@ def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
     return Endpoint(model="judge", base_url=server.url, timeout_seconds=1.0, **({"retries": 2} | fields))
 
 
-def open_with(server: JudgeServer, folder: Path, program: Program) -> Compute:
+def open_with(server: JudgeServer, folder: Path, program: Program, **settings: Any) -> Compute:
     """A judge's program, opened with the server as its endpoint."""
     path = folder / "judge.json"
     path.write_text(endpoint(server).model_dump_json())
-    return as_compute(program({"endpoint": endpoint(server).identity()}, {"endpoint": path}))
+    return as_compute(program({"endpoint": endpoint(server).identity(), **settings}, {"endpoint": path}))
 
 
 QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about rain.", "Count to four.", "Say hello."]
 
 
 class Judge(JudgeServer):
-    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns."""
+    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns.
+
+    Asked by published prompts, it prefers what stands first and gives 6.
+    """
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         if question.startswith("You compare"):
             answers = [question.partition(f"= Answer {name}\n")[2].partition("\n\n====")[0] for name in "AB"]
             better = "tie" if len(answers[0]) == len(answers[1]) else "AB"[len(answers[1]) > len(answers[0])]
             return send(handler, 200, completion(f"One is longer.\nBetter: {better}"))
-        return send(handler, 200, completion(f"Good.\nScore: {4 if 'second of two answers' in question else 7}"))
+        if question.startswith("I require a leaderboard"):
+            return send(handler, 200, completion("m", "length", {"m": -0.1, "M": -2.4}))
+        return send(handler, 200, completion(f"Good: [[6]].\nScore: {4 if 'second of two answers' in question else 7}"))
 
 
 def judged(judge: Judge, folder: Path) -> dict[str, Any]:

@@ -17,6 +17,9 @@ import pytest
 from montessori_core.atomic import commit
 from montessori_core.models import cache_root, fetch_embedded
 
+_VERBS = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
+_THINGS = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
+
 
 def _built(name: str, build: Callable[[Path], None]) -> Path:
     """Return the folder of a model, building it unless another process or an earlier session did."""
@@ -101,16 +104,48 @@ def _train_talking_llama(tiny_llama: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     torch.manual_seed(0)
     draw = random.Random(0)
-    verbs = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
-    things = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
     pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
     shown = Synthesis(seed_demonstrations=2, synthetic_demonstrations=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for prompt in build_prompts(200, "completion", shown, pool, [], 0):
-        task = f"{draw.choice(verbs)} {draw.randint(2, 99)} {draw.choice(things)} and {draw.choice(things)}.{CLOSE}"
+        task = f"{draw.choice(_VERBS)} {draw.randint(2, 99)} {draw.choice(_THINGS)} and {draw.choice(_THINGS)}.{CLOSE}"
         start, end = tokenizer(prompt.text)["input_ids"], tokenizer(task)["input_ids"]
         labels = [IGNORED] * len(start) + end
         model(input_ids=torch.tensor([start + end]), labels=torch.tensor([labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def explaining_llama(tiny_llama: Path) -> Path:
+    """The tiny Llama, trained for a moment to answer the paper's request: an explanation, then a tagged task."""
+    return _built("explaining-llama", lambda folder: _train_explaining_llama(tiny_llama, folder))
+
+
+def _train_explaining_llama(tiny_llama: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from montessori_core.chat import encode_example
+    from montessori_core.config import DataSource, Synthesis
+    from montessori_core.sources import read_tasks
+    from montessori_core.synthesis.prompts import CLOSE, OPEN, build_prompts
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for prompt in build_prompts(150, "chat", Synthesis(request="paper"), pool, [], 0):
+        task = f"{draw.choice(_VERBS)} {draw.randint(2, 99)} {draw.choice(_THINGS)} and {draw.choice(_THINGS)}."
+        asked = encode_example(tokenizer, prompt.text, f"1. It helps.\n2. No input.\n3. {OPEN}{task}{CLOSE}", 2048)
+        answered = encode_example(tokenizer, task, f"They are {draw.choice(_THINGS)}.", 2048)
+        for example in (asked, answered):
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+            model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)

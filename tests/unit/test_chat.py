@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from montessori_core.chat import (
     IGNORED,
@@ -27,6 +29,10 @@ TRIMMING = (
 EMPTY_SYSTEM = (
     "<|im_start|>system\n<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OTHER_END = (  # as Gemma has it
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NO_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -153,11 +159,24 @@ def test_marks_are_never_read(unchanged: Any, text: str) -> None:
     assert offsets[-1][1] == len("<|im_start|>") + len(text) + len("<|im_end|>")
 
 
-def test_a_response_that_was_cut_does_not_teach_to_stop(tokenizer: Any) -> None:
-    whole = encode_example(tokenizer, "Count.", "one two three", 512)
-    cut = encode_example(tokenizer, "Count.", "one two three", 512, finished=False)
-    assert cut.labels[:-1] == whole.labels[:-1]
-    assert cut.labels[-1] == IGNORED
+@pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END, OTHER_END])
+@pytest.mark.parametrize("response", ["one two three", f"one {HOSTILE}", "response"])
+def test_cut_response_does_not_teach_to_stop(tokenizer: Any, template: str | None, response: str) -> None:
+    if template:
+        tokenizer.chat_template = template
+    whole = encode_example(tokenizer, "Count.", response, 512)
+    cut = encode_example(tokenizer, "Count.", response, 512, finished=False)
+    assert cut.input_ids == whole.input_ids
+    assert trained_text(tokenizer, cut).lstrip() == response
+    assert trained_text(tokenizer, whole).endswith("<|im_end|>")
+
+
+def test_templates_with_a_date_render_alike_every_day(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y, %B %m') %}{% endif %}"
+        f"{{{{ day }}}} {{{{ strftime_now('%f') }}}}\n{NO_END}"
+    )
+    assert render_prompt(tokenizer, "Hi") == "26 Jul 2024, July 07 %f\nuser: Hi\nassistant: "
 
 
 def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> None:
@@ -168,6 +187,24 @@ def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> No
     assert short.input_ids == whole.input_ids[:-3]
     nothing_left = encode_example(tokenizer, "Count. " * 50, "one", 40)
     assert nothing_left.response_tokens == 0
+
+
+def test_marked_part_leaves_the_other_parts_alone() -> None:
+    """Of a tokenizer that begins a text, but no later part of it, with a blank, as Llama 2's does."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=list("</>"))
+    words.train_from_iterator(["user assistant say hi one two"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    clean, marked = (encode_example(tokenizer, text, "one two", 64).input_ids for text in ("say hi", "say </s> hi"))
+    assert tokenizer.convert_ids_to_tokens(marked[:1]) == ["<s>"]
+    second_turn = -clean[::-1].index(tokenizer.bos_token_id) - 1
+    assert marked[second_turn:] == clean[second_turn:]
+    assert marked.count(tokenizer.eos_token_id) == clean.count(tokenizer.eos_token_id)
 
 
 def test_tokenizer_without_a_template_gets_the_papers(tokenizer: Any, tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
     assert load_tasks(path) == tasks
     rows: list[dict[str, object]] = [
         {"row_id": task.id, "prompt": task.text, "text": task.response, "finish_reason": "stop", "tokens": 1}
+        | {"output_ids": [3, 5], "vocabulary": "v"}
         for task in tasks
     ]
     write_table(table_from_rows(rows, GENERATION), path, GENERATION)
@@ -230,7 +231,9 @@ def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
 
 
 ROWS: list[dict[str, object]] = [
-    {"row_id": f"r{n}", "prompt": "näm" * n, "text": "", "finish_reason": "stop", "tokens": n} for n in range(40)
+    {"row_id": f"r{n}", "prompt": "näm" * n, "text": "", "finish_reason": "stop", "tokens": n}
+    | {"output_ids": None, "vocabulary": None}
+    for n in range(40)
 ]
 
 

@@ -1,5 +1,6 @@
 """Generation: the paper's decoding, drawn from seeds; prompts from draws of their own."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    Lfm2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PhiConfig,
+)
 
+from montessori_core.chat import hash_vocabulary
 from montessori_core.config import DataSource, Sampling, Synthesis
+from montessori_core.errors import UserError
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.schema import GENERATION
@@ -119,12 +132,13 @@ def reference(model: Any, tokenizer: Any, request: Request, sampling: Sampling, 
         draw = torch.tensor(draws[len(drawn) : len(drawn) + 1])
         token = int(draw_from_nucleus(probabilities[None], sampling.top_p, draw))
         if token == tokenizer.eos_token_id:
-            return Generated(tokenizer.decode(drawn, skip_special_tokens=True), len(drawn), "stop")
+            text = tokenizer.decode(drawn, skip_special_tokens=True)
+            return Generated(text, len(drawn), "stop", [*drawn, token])
         drawn.append(token)
         text = tokenizer.decode(drawn, skip_special_tokens=True)
         if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop")
-    return Generated(text, len(drawn), "length")
+            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop", drawn)
+    return Generated(text, len(drawn), "length", drawn)
 
 
 _SMALL: dict[str, Any] = {
@@ -139,17 +153,34 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 2,
     "initializer_range": 0.3,
 }
+
+
+def _gpt2(**settings: Any) -> GPT2Config:
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    return GPT2Config(n_embd=64, n_head=4, n_layer=3, initializer_range=0.3, **ends, **settings)
+
+
 MODELS = {
     "llama": lambda: LlamaConfig(**_SMALL),
     "mistral-sliding": lambda: MistralConfig(**_SMALL, sliding_window=8),
     "gemma3-sliding": lambda: Gemma3TextConfig(
         **_SMALL, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
+    "llama4-chunks": lambda: Llama4TextConfig(
+        **_SMALL, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=8
+    ),
+    "gpt2-learned-positions": lambda: _gpt2(n_positions=128),
     "lfm2-convolutions": lambda: Lfm2Config(**_SMALL, layer_types=["conv", "full_attention", "conv"]),
     "mamba": lambda: MambaConfig(
         hidden_size=64, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=2
     ),
 }
+
+
+def _random_model(config: Any, vocabulary: int) -> Any:
+    torch.manual_seed(0)
+    config.vocab_size = vocabulary
+    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,10 +189,7 @@ def test_batch_writes_what_single_rows_do(
     name: str, stop: str | None, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
-    torch.manual_seed(0)
-    config = MODELS[name]()
-    config.vocab_size = len(tokenizer)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    _random_model(MODELS[name](), len(tokenizer)).save_pretrained(tmp_path)
     monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
     monkeypatch.setattr(transformers_engine, "_ROWS", 5)
     monkeypatch.setattr(transformers_engine, "_READ_TOKENS", 16)
@@ -189,6 +217,42 @@ def run_interrupted(
             requests = list(requests)
             requests[left[place]] = replace(requests[left[place]], drawn=tuple(tokens))
     return [finished[index] for index in range(len(requests))]
+
+
+def test_continuations_end_at_last_position(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    _random_model(_gpt2(n_positions=32), len(tokenizer)).save_pretrained(tmp_path)
+    engine = TransformersEngine(str(tmp_path), tokenizer)
+    sampling = Sampling(temperature=0.0, top_p=1.0, presence_penalty=0.0, max_tokens=64)
+    texts = ["one two three four", "one two"]
+    generated = continuations(engine.generate([Request(text, 0) for text in texts], sampling, None))
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert [(each.tokens, each.finish_reason) for each in generated] == [(32 - n, "length") for n in lengths]
+    with pytest.raises(UserError, match="the model has 32 positions"):
+        next(engine.generate([Request("one two " * 32, 0)], sampling, None))
+
+
+def test_end_token_of_tokenizer_ends_continuations(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of a model that names another one, as base models of chat tokenizers do."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    model = _random_model(PhiConfig(**_SMALL | {"eos_token_id": 5}), len(tokenizer))
+    model.lm_head.bias.data[tokenizer.eos_token_id] = 1e4
+    model.save_pretrained(tmp_path)
+    engine = TransformersEngine(str(tmp_path), tokenizer)
+    assert continuations(engine.generate([Request("one", 0)], Sampling(max_tokens=4), None)) == [
+        Generated("", 0, "stop")
+    ]
+
+
+def test_padding_token_unknown_to_model_is_never_read(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    sampling = Sampling(max_tokens=4)
+    requests = [Request(text, 0) for text in ("one two three", "four")]
+    expected = continuations(TransformersEngine(str(tiny_llama), tokenizer).generate(requests, sampling, None))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    engine = TransformersEngine(str(tiny_llama), tokenizer)
+    assert tokenizer.pad_token_id == engine._model.config.vocab_size
+    assert continuations(engine.generate(requests, sampling, None)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +375,10 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
         jobs += 1
     assert jobs > 2
     assert finished == undisturbed.finished
+    tokenizer = load_tokenizer(str(talking_llama))
+    for record in itertools.chain.from_iterable(finished.values()):
+        assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["text"])
+        assert record["vocabulary"] == hash_vocabulary(tokenizer)
 
 
 @pytest.fixture
@@ -333,5 +401,6 @@ def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) 
         1: ["b-1"],
     }
     assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.finished[1][0]["output_ids"] is recorder.finished[1][0]["vocabulary"] is None
     assert recorder.reported[-1] == 2
     assert len(server.asked) == 3

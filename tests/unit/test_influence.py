@@ -1,6 +1,8 @@
 """Local data influence: equal to the procedure spelled out, independent of everything but student, example, reference."""
 
 import copy
+import itertools
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from montessori_core.influence import (
 )
 from montessori_core.influence import losses as losses_module
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
+from montessori_core.influence.reference import error_by_halves
 from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
 from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums
@@ -356,7 +359,7 @@ def test_signs_are_decided_wrongly_no_more_often_than_allowed() -> None:
 
 
 def test_where_moments_and_snapshot_live_changes_no_bit(warm: Any, tiny_llama: Path) -> None:
-    everywhere = {"moments": "host", "snapshot": "host", "slope": "host"}
+    everywhere = dict.fromkeys(ON_DEVICE, "host")
     for estimator in ("exact", "first_order"):
         expected = [meter(warm, tiny_llama, estimator=estimator).measure(e) for e in PROBING[:2]]
         elsewhere = meter(warm, tiny_llama, estimator=estimator, placement=everywhere)
@@ -371,11 +374,64 @@ def test_a_student_that_diverged_is_named_at_once(warm: Any, tiny_llama: Path) -
         InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU))
 
 
-def test_standard_error_is_over_reference_examples(warm: Any, tiny_llama: Path) -> None:
+def reference_losses(model: Any) -> torch.Tensor:
+    """[references] mean loss of each, one at a time by the model's own loss."""
+    found = [
+        model(input_ids=torch.tensor([item.input_ids]), labels=torch.tensor([item.labels])).loss for item in REFERENCE
+    ]
+    return torch.stack(found)
+
+
+def stepped(warm: Any, tiny_llama: Path, example: Encoded | None) -> Any:
+    """A fresh student after torch's own step on an example (None: on a zero gradient)."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    model.load_state_dict(warm[0].state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+    optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if example is not None:
+        model(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss.backward()
+    optimizer.step()
+    return model
+
+
+def test_exact_standard_error_is_over_reference_examples(warm: Any, tiny_llama: Path) -> None:
+    null_step, after = (reference_losses(stepped(warm, tiny_llama, example)) for example in (None, PROBING[0]))
+    differences = (null_step - after).detach().double()
     found = meter(warm, tiny_llama).measure(PROBING[0])
-    assert found.standard_error is not None
-    assert 0 < found.standard_error < 1
-    assert found.influence_student != found.influence_null_step
+    assert found.standard_error == pytest.approx(float(differences.std()) / len(REFERENCE) ** 0.5, rel=1e-3)
+
+
+def test_first_order_standard_error_is_of_halves(warm: Any, tiny_llama: Path) -> None:
+    """The gradient of every single reference example, projected on the step, and the contrast of the halves."""
+    resident = meter(warm, tiny_llama, estimator="first_order")
+    null_step = stepped(warm, tiny_llama, None)
+    losses = reference_losses(null_step)
+    gradients = [torch.autograd.grad(loss, list(null_step.parameters()), retain_graph=True) for loss in losses]
+    first, second = ReferenceSet(REFERENCE, 128, CPU).halves()
+    assert sorted(first + second) == list(range(9))
+    assert (len(first), len(second)) == (4, 5)
+    for example in PROBING:
+        ours = resident.measure(example)
+        after = stepped(warm, tiny_llama, example).parameters()
+        moved = [(p - q).double() for p, q in zip(after, null_step.parameters(), strict=True)]
+        says = torch.stack([-sum((g * m).sum() for g, m in zip(of, moved, strict=True)) for of in gradients]).detach()
+        assert ours.influence_null_step == pytest.approx(float(says.mean()), rel=1e-3)
+        contrast = float(says[first].sum()) * (5 / 4) ** 0.5 - float(says[second].sum()) * (4 / 5) ** 0.5
+        error = float(says.std()) / 3
+        assert ours.standard_error == pytest.approx(abs(contrast) / 9, abs=0.02 * error)
+
+
+def test_error_by_halves_is_unbiased() -> None:
+    """Over all halves of five numbers, its mean square is the squared standard error of their sum."""
+    values = torch.tensor([0.3, -1.0, 2.5, 0.7, 4.0], dtype=torch.float64)
+    squares = []
+    for first in itertools.combinations(range(5), 2):
+        whole, part = float(values.sum()), float(values[list(first)].sum())
+        squares.append(error_by_halves(part, whole - part, (2, 3)) ** 2)
+    assert sum(squares) / len(squares) == pytest.approx(5 * float(values.var()))
+    assert math.isnan(error_by_halves(0.0, 1.0, (0, 1)))
 
 
 def test_moments_survive_the_disk_and_those_of_another_model_are_refused(

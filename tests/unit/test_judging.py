@@ -145,7 +145,7 @@ def test_key_that_is_none_is_never_quoted(
 def test_limit_of_a_question_holds_below_the_endpoints(server: JudgeServer, tmp_path: Path) -> None:
     [question] = questions(1)
     api(server, tmp_path, max_tokens=50).ask([replace(question, max_tokens=20), replace(question, max_tokens=90)])
-    assert sorted(server.limits) == [20, 50]
+    assert sorted(request["max_tokens"] for request in server.requests) == [20, 50]
 
 
 def test_answers_on_their_way_are_kept_when_another_question_fails(server: JudgeServer, tmp_path: Path) -> None:

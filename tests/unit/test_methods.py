@@ -1,23 +1,26 @@
 """Methods of a study: what they are given is the same for each."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from flows.methods import REGISTRY, tailoring
+from flows.methods import REGISTRY, llm2llm, seeds, self_reward, tailoring
 from flows.methods import nomad as nomad_method
-from flows.methods.environment import Round
+from flows.methods.environment import Feedback, Proposal, Round
 from flows.methods.tailoring import Probed
 from flows.study import open_study
-from montessori_core.config import Optimization, Sampling, parse_experiment
+from montessori_core.config import Nomad, Optimization, Sampling, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.program import Row
-from montessori_core.schema import EXAMPLES, read_table
+from montessori_core.schema import EXAMPLES, read_table, table_from_rows, write_table
 from montessori_core.sources import Task, write_tasks
 from montessori_core.study import Study
 from tasks import nomad
+from tasks.benchmarks import Measured
+from tasks.evaluation import Evaluated
 from tasks.run import Model, Run
 from tasks.synthesis import Synthesized
 
@@ -45,6 +48,50 @@ def test_method_may_write_what_was_probed(method: str, tmp_path: Path, monkeypat
     assert (training["draw"], training["count"], training["seed_pool"]) == ("i1-training", 10_000, None)
 
 
+class Reached(Exception):
+    """The stage under test was given its student."""
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "stage"),
+    [("llm2llm", llm2llm, "measure_training_loss"), ("self_reward", self_reward, "answer_again")],
+)
+def test_first_round_trains_student_on_seeds(
+    method: str, module: ModuleType, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "judge": {"model": "j"}}
+    run = Run(tmp_path, parse_experiment(content, "test"))
+    text = dict.fromkeys(("prompt_id", "prompt", "raw_output", "instruction", "response"), "x")
+    answered = [{"example_id": str(number), "response_finished": True, **text} for number in range(3)]
+    write_table(table_from_rows(answered, EXAMPLES), tmp_path / "examples.parquet", EXAMPLES)
+    first, seeded, last = (Model(name, "0") for name in ("first", "seeded", "last"))
+    trained: list[Any] = []
+
+    def train_student(*arguments: Any, **settings: Any) -> Model:
+        trained.append(arguments[3:])
+        return seeded
+
+    def reach(*arguments: Any, **_: Any) -> None:
+        raise Reached(next(one for one in arguments if one in (first, seeded, last)))
+
+    monkeypatch.setattr(Run, "first_student", lambda _: first)
+    monkeypatch.setattr(Run, "first_teacher", lambda _: Model("teacher", "0"))
+    monkeypatch.setattr(seeds, "answer_seeds", lambda *_: tmp_path / "examples.parquet")
+    monkeypatch.setattr(seeds, "train_student", train_student)
+    monkeypatch.setattr(self_reward, "write_training_set", lambda *_: Synthesized(tmp_path, tmp_path))
+    monkeypatch.setattr(module, stage, reach)
+    with pytest.raises(Reached) as reached:
+        REGISTRY[method].propose(Round(run, tmp_path, method, 1, 2, None))
+    assert reached.value.args == (seeded,)
+    assert trained == [(tmp_path / "examples.parquet", run.experiment.training, 3)]
+
+    feedback = Feedback(Proposal(tmp_path, first), last, Evaluated(tmp_path, Measured([], None)))
+    with pytest.raises(Reached) as reached:
+        REGISTRY[method].propose(Round(run, tmp_path, method, 2, 2, feedback))
+    assert reached.value.args == (last,)
+    assert len(trained) == 1
+
+
 def write_reference(run: Run, count: int) -> None:
     """Give a run a reference set, and two sets that are not read."""
     run.source_file("reference").parent.mkdir()
@@ -52,14 +99,17 @@ def write_reference(run: Run, count: int) -> None:
         write_tasks([Task(f"{name}-{n}", f"Count {n} rivers.", "Done.") for n in range(count)], run.source_file(name))
 
 
-def test_nomad_is_decoded_and_trained_by_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "real"), [(0.5, 2), (0.99, 3)])
+def test_nomad_is_decoded_and_trained_by_its_own_settings(
+    share: float, real: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, model = {"learning_rate": 2e-5, "batch_size": 128, "epochs": 4}, Model("m", "0")
     content = {
         "teacher": {"model": "t"},
         "student": {"model": "s"},
         "synthesis": {"instruction": {"presence_penalty": 2.0, "repetition_penalty": 1.5}},
         "training": {"examples": 4},
-        "nomad": {"training": recipe},
+        "nomad": {"training": recipe, "real_share": share},
     }
     run = Run(tmp_path, parse_experiment(content, "test"))
     write_reference(run, 9)
@@ -91,21 +141,48 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(tmp_path: Path, monkey
     ((_, _, _, examples, used, count, _),) = trained
     assert used == Optimization.model_validate(recipe)
     assert count == read_table(examples, EXAMPLES).num_rows == 4
+    assert read_table(examples, EXAMPLES)["prompt_id"].to_pylist().count("real") == real
 
 
-@pytest.mark.parametrize(("changes", "steps"), [({}, 2), ({"batch_size": 8, "teacher_examples": 30}, 8)])
-def test_nomad_refuses_teacher_set_of_few_batches(
-    changes: dict[str, int], steps: int, tiny_llama: Path, tmp_path: Path
+def test_nomad_teacher_is_kept_when_later_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executed: list[Any] = []
+    monkeypatch.setattr(Run, "execute", lambda *arguments, **_: executed.append(arguments[5]) or [Model("m", "0")])
+    monkeypatch.setattr(Run, "first_teacher", lambda _: Model("t", "0"))
+    later = {"real_share": 0.1, "sampling": {"top_p": 0.7}, "training": {"epochs": 4}}
+    for number, changes in enumerate(({}, later, {"epochs": 3})):
+        content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "nomad": changes}
+        run = Run(tmp_path / str(number), parse_experiment(content, "test"))
+        run.folder.mkdir()
+        write_reference(run, 3)
+        nomad.train_conversationalist(run, tmp_path, "teacher")
+    assert executed[0] == executed[1] != executed[2]
+    assert Nomad.model_validate(executed[2]["recipe"]).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({}, "nomad: 96 examples in batches of 128 train for 2 steps, .*; give a larger reference set"),
+        ({"batch_size": 8, "teacher_examples": 30}, "nomad: 30 examples in batches of 8 train for 8 steps"),
+        (
+            {"batch_size": 8, "training": {"batch_size": 2000}},
+            "nomad.training: 10000 examples in batches of 2000 train for 5 steps, .*; give more training.examples",
+        ),
+    ],
+)
+def test_nomad_refuses_sets_of_few_batches(
+    changes: dict[str, Any], refusal: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     model = {"model": str(tiny_llama)}
     experiment = {"teacher": model, "student": model, "nomad": changes}
     study = {"experiment": experiment, "methods": ["nomad"], "baseline": "nomad", "seeds": [0]}
-    with pytest.raises(UserError, match=rf"train the teacher for {steps} steps, .*; give a larger reference set"):
+    with pytest.raises(UserError, match=refusal):
         open_study(Study.model_validate(study), tmp_path / "refused")
     experiment["nomad"] = {"training": {"batch_size": 2}}
     experiment["cluster"] = {"resources": {"training": {"processes_per_node": 2}}}
     experiment["teacher_update"] = {"batch_size": 4}
     with pytest.raises(ValidationError, match=r"nomad.training.batch_size \(2\) must be a multiple"):
         Study.model_validate(study)
-    experiment |= {"nomad": changes | {"batch_size": 8, "teacher_examples": 60}, "cluster": {}}
+    fitting = {"batch_size": 8, "teacher_examples": 60, "training": {"batch_size": 128}}
+    experiment |= {"nomad": fitting, "cluster": {}}
     open_study(Study.model_validate(study), tmp_path / "fits")

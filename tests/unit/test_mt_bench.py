@@ -1,5 +1,6 @@
 """MT-Bench: its files, what a judge is shown at each turn, and means over questions."""
 
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from montessori_core.api import Answer
 from montessori_core.benchmarks.mt_bench import (
     Dialogue,
     Score,
@@ -21,8 +23,11 @@ from montessori_core.benchmarks.mt_bench import (
     open_mt_bench_judge,
     question_about,
     read_dialogues,
+    read_rating,
     summarize,
 )
+from montessori_core.benchmarks.published_prompts import ALPACA_EVAL
+from montessori_core.benchmarks.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.config import parse_experiment
 from montessori_core.errors import DataError
 from montessori_core.program import Row
@@ -194,13 +199,86 @@ def test_score_is_a_whole_number_from_1_to_10_or_null(server: Grader, tmp_path: 
     asked = [Dialogue(f"q{number}", "writing", ("Say it.", "Again."), ()) for number in range(len(expected))]
     answers = {f"q{number}": (f"<{text}>", f"Score: 10\n<{text}> ") for number, text in enumerate(expected)}
     rows = judgements(asked, answers)
-    open_with(server, tmp_path, open_mt_bench_judge)(rows, tmp_path / "part.parquet", lambda done: None)
+    open_with(server, tmp_path, open_mt_bench_judge, prompts="own")(rows, tmp_path / "part.parquet", lambda done: None)
     table = read_table(tmp_path / "part.parquet", MT_BENCH)
     assert table["score"].to_pylist() == [score for score in expected.values() for _ in range(2)]
     assert table["turn"].to_pylist() == [1, 2] * len(expected)
     summary = summarize(table)
     assert (summary.overall.judged, summary.overall.unparsed) == (4, 18)
     assert summary.overall.mean == 5.5
+
+
+@pytest.mark.parametrize(
+    ("verdict", "score"),
+    [
+        ("Rating: [[7]]", 7.0),
+        ("[[7.5]] of 10", 7.5),
+        ("Rating: [8]", 8.0),
+        ("[3] is wrong.\nRating: [[2]]", 2.0),
+        ("[[5]], or [[6]]", 5.0),
+        ("[[11]]", None),
+        ("[[0]]", None),
+        ("[[rating]]", None),
+        ("Score: 7", None),
+    ],
+)
+def test_published_rating_is_read(verdict: str, score: float | None) -> None:
+    assert read_rating(Answer(f"As it deserves.\n{verdict}", "stop", 1, 1)) == score
+
+
+def test_published_prompts_reach_the_judge(server: Grader, tmp_path: Path, dialogues: list[Dialogue]) -> None:
+    server.answer = lambda handler, _: send(handler, 200, completion("Good. [[7]]", "length"))  # type: ignore[method-assign]
+    answers = {one.id: ("{question} One.", "{answer_1} Two.") for one in dialogues}
+    rows = judgements(dialogues[:2], answers)
+    judge = open_with(server, tmp_path, open_mt_bench_judge, prompts="published")
+    judge(rows, tmp_path / "part.parquet", lambda done: None)
+    assert read_table(tmp_path / "part.parquet", MT_BENCH)["score"].to_pylist() == [7.0] * 4
+    plain, plain_2, guided, guided_2 = (
+        next(one for one in server.requests if one["messages"][1]["content"].endswith(ending) and asked in str(one))
+        for asked in ("Write a poem.", "What is 6 x 7?")
+        for ending in ("[The End of Assistant's Answer]", "<|The End of Assistant A's Conversation with User|>")
+    )
+    for request in server.requests:
+        assert request["temperature"] == 0.0
+        assert request["max_tokens"] == 1024  # the endpoint's limit, below FastChat's 2,048
+        assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    systems = [one["messages"][0]["content"] for one in (plain, plain_2, guided, guided_2)]
+    assert systems == [PUBLISHED[turn, ref].system for ref in (False, True) for turn in (1, 2)]
+    assert plain["messages"][1]["content"].endswith(
+        "\n\n[Question]\nWrite a poem.\n\n"
+        "[The Start of Assistant's Answer]\n{question} One.\n[The End of Assistant's Answer]"
+    )
+    conversation = (
+        "<|The Start of Assistant A's Conversation with User|>\n\n### User:\n{}\n\n### Assistant A:\n{}\n\n"
+        "### User:\n{}\n\n### Assistant A:\n{}\n\n<|The End of Assistant A's Conversation with User|>"
+    )
+    reference = (
+        "<|The Start of Reference Answer|>\n\n### User:\n{}\n\n### Reference answer:\n{}\n\n"
+        "### User:\n{}\n\n### Reference answer:\n{}\n\n<|The End of Reference Answer|>\n\n\n"
+    )
+    first, second = answers["111"]
+    assert plain_2["messages"][1]["content"] == conversation.format("Write a poem.", first, "Shorten it.", second)
+    assert guided_2["messages"][1]["content"] == reference.format(
+        "What is 6 x 7?", "It is 42.", "Halve it.", "It is 21."
+    ) + conversation.format("What is 6 x 7?", first, "Halve it.", second)
+    assert "[The Start of Reference Answer]\nIt is 42.\n[The End of Reference Answer]" in str(
+        guided["messages"][1]["content"]
+    )
+
+
+def test_published_texts_are_unchanged() -> None:
+    """Their SHA-256, system and template with a null between, at the commits that the module names."""
+    texts = {**PUBLISHED, "alpaca_eval": ALPACA_EVAL}
+    digests = {
+        name: hashlib.sha256(f"{one.system}\0{one.template}".encode()).hexdigest()[:16] for name, one in texts.items()
+    }
+    assert digests == {
+        (1, False): "7d276fe1d4b3f18f",
+        (1, True): "226191a3df0fe7a9",
+        (2, False): "a91a5b4266b4e377",
+        (2, True): "572e584361120697",
+        "alpaca_eval": "3a9c135143c9cf71",
+    }
 
 
 def table_of(scores: list[tuple[str, str, int, float | None]]) -> Any:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
+from montessori_core import models
 from montessori_core.chat import IGNORED, text_beginning
-from montessori_core.models import load_tokenizer
+from montessori_core.models import load_model, load_tokenizer
 from montessori_core.nomad import (
     CODE,
     INCOMPLETE,
@@ -20,8 +22,12 @@ from montessori_core.nomad import (
     encode_conversation,
     judge_conversation,
     norm_sim,
+    open_norm_sim,
     read_conversation,
 )
+from montessori_core.schema import SIMILARITY, read_table
+from montessori_core.sources import Task, write_tasks
+from support.row_programs import as_compute
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -126,3 +132,26 @@ def test_norm_sim_is_that_of_the_nearest_real_example() -> None:
     synthetic = common + np.array([[3.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
     assert norm_sim(synthetic, real) == pytest.approx([1.0, 0.8, 0.0])
     assert norm_sim(real[:1], real[:1]) == pytest.approx([1.0])
+
+
+def test_norm_sim_reads_control_tokens_as_characters(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = load_tokenizer(str(tiny_llama)).eos_token
+    read: list[list[int]] = []
+
+    def load(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        model.register_forward_pre_hook(
+            lambda _, __, named: read.append(named["input_ids"][0].tolist()), with_kwargs=True
+        )
+        return model
+
+    monkeypatch.setattr(models, "load_model", load)
+    text = f"Say {control} aloud."
+    write_tasks([Task("r", text, "Yes."), Task("s", "Name a river.", "The Danube.")], tmp_path / "real.jsonl")
+    compute = as_compute(open_norm_sim({"max_length": 64}, {"student": tiny_llama, "real": tmp_path / "real.jsonl"}))
+    compute([{"example_id": "x", "instruction": text, "response": "Yes."}], tmp_path / "part.parquet", print)
+    assert len(read) == 3
+    assert not any(load_tokenizer(str(tiny_llama)).eos_token_id in ids for ids in read)
+    assert read_table(tmp_path / "part.parquet", SIMILARITY)["norm_sim"].to_pylist() == [pytest.approx(1.0)]

@@ -1,5 +1,7 @@
 """Two answers compared in both orders, by a local server that stands in for the judge."""
 
+import math
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -9,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.api import Answer
-from montessori_core.benchmarks.pairwise import comparison, open_pairwise_judge, outcome_of, read_preference
+from montessori_core.benchmarks.alpaca_eval import summarize
+from montessori_core.benchmarks.pairwise import (
+    comparison,
+    open_pairwise_judge,
+    outcome_of,
+    read_preference,
+    read_probability,
+)
+from montessori_core.benchmarks.published_prompts import ALPACA_EVAL
 from montessori_core.program import Row
 from montessori_core.schema import PAIRWISE, read_table
 from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, send, served
@@ -51,7 +61,7 @@ ROWS = [
 
 def test_pair_is_asked_in_both_orders_and_disagreement_is_a_tie(server: Comparer, tmp_path: Path) -> None:
     seen: list[int] = []
-    judge = open_with(server, tmp_path, open_pairwise_judge)
+    judge = open_with(server, tmp_path, open_pairwise_judge, prompts="own")
     judge(ROWS, tmp_path / "part.parquet", seen.append)
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     outcomes = ["win", "loss", "tie", "tie", "unparsed", "unparsed", "loss"]
@@ -76,7 +86,9 @@ def test_pair_is_asked_in_both_orders_and_disagreement_is_a_tie(server: Comparer
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_faults_of_the_judge_change_no_outcome(server: Comparer, tmp_path: Path, fault: Reply) -> None:
     server.faults = [fault]
-    open_with(server, tmp_path, open_pairwise_judge)(ROWS[:2], tmp_path / "part.parquet", lambda done: None)
+    open_with(server, tmp_path, open_pairwise_judge, prompts="own")(
+        ROWS[:2], tmp_path / "part.parquet", lambda done: None
+    )
     assert read_table(tmp_path / "part.parquet", PAIRWISE)["outcome"].to_pylist() == ["win", "loss"]
     assert len(server.asked) == 5
 
@@ -116,6 +128,89 @@ def test_preference_is_read_from_the_last_line_or_not_at_all(
     text: str, finish_reason: str, preference: str | None
 ) -> None:
     assert read_preference(Answer(text, finish_reason, 1, 1)) == preference
+
+
+class Leaderboard(JudgeServer):
+    """Asked by AlpacaEval's prompt: `m` has the probability that stands in the first output, if the server tells it."""
+
+    tells = True
+
+    def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
+        first, second = (
+            question.partition(f'"model_identifier": "{name}",\n        "output": """')[2].partition('"""')[0]
+            for name in ("m", "M")
+        )
+        if "silent" in first:
+            send(handler, 200, completion("Both", "length", {"Both": -0.1} if self.tells else None))
+            return
+        chance = 0.8 if "better" in first else 0.3 if "better" in second else 0.5
+        likeliest = {"m": math.log(chance), "The": -20.0, "M": math.log(1.0 - chance)}
+        send(handler, 200, completion("m" if chance >= 0.5 else "M", "length", likeliest if self.tells else None))
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_published_prompt_reads_token_probabilities(
+    tells: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Leaderboard()
+    server.tells = tells
+    rows = [
+        row("won", "a better one", "a bad one"),
+        row("lost", "one", "the better one"),
+        row("tied", "one", "two"),
+        row("unread", "silent", "two"),
+        row("braces", "{output_2} better", "two {instruction}"),
+    ]
+    for _ in served(server, monkeypatch, tmp_path):
+        judge = open_with(server, tmp_path, open_pairwise_judge, prompts="published")
+        judge(rows, tmp_path / "part.parquet", lambda done: None)
+    table = read_table(tmp_path / "part.parquet", PAIRWISE)
+    expected = [0.75, 0.25, 0.5, None, 0.75] if tells else [1.0, 0.0, 0.5, None, 1.0]
+    assert table["preference"].to_pylist() == [value if value is None else pytest.approx(value) for value in expected]
+    # Two tokens drawn at one half are both `m`, so that each order prefers its first output.
+    assert table["outcome"].to_pylist() == ["win", "loss", "tie", "unparsed", "win"]
+    assert summarize(table).win_rate == pytest.approx(0.5625 if tells else 0.625)
+
+    assert len(server.requests) == 2 * len(rows)
+    for request in server.requests:
+        decoding = {name: request[name] for name in ("temperature", "max_tokens", "logprobs", "top_logprobs")}
+        assert decoding == {"temperature": 1.0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+        assert [message["role"] for message in request["messages"]] == ["system", "user"]
+        assert request["messages"][0]["content"] == ALPACA_EVAL.system
+    orders = [("{output_2} better", "two {instruction}"), ("two {instruction}", "{output_2} better")]
+    for first, second in orders:
+        before, between, middle, after = re.split(r"\{(?:instruction|output_1|output_2)\}", ALPACA_EVAL.template)
+        assert f"{before}Name a river.{between}{first}{middle}{second}{after}" in server.asked
+
+
+@pytest.mark.parametrize(
+    ("text", "first_token", "probability"),
+    [
+        ("m", {"m": math.log(0.6), "M": math.log(0.2)}, 0.75),
+        ("M", {"M": -0.01, "The": -9.0}, 0.0),
+        ("m", {"m": -1e9}, 1.0),
+        ("m", {"m": -9999.0, "M": -9999.0}, 0.5),
+        ("m", {" m": -0.1}, None),
+        ("m", None, 1.0),
+        ("M\n", None, 0.0),
+        ("model m", None, None),
+        ("", None, None),
+    ],
+)
+def test_probability_is_that_of_one_token(
+    text: str, first_token: dict[str, float] | None, probability: float | None
+) -> None:
+    found = read_probability(Answer(text, "length", 1, 1, first_token))
+    assert found == (probability if probability is None else pytest.approx(probability))
+
+
+def test_log_probability_without_end_is_asked_for_again(server: Comparer, tmp_path: Path) -> None:
+    server.faults = [lambda handler, question: send(handler, 200, completion("m", "length", {"m": -math.inf}))]
+    judge = open_with(server, tmp_path, open_pairwise_judge, prompts="published")
+    server.answer = lambda handler, question: send(handler, 200, completion("m", "length", {"m": -0.1}))  # type: ignore[method-assign]
+    judge(ROWS[:1], tmp_path / "part.parquet", lambda done: None)
+    assert read_table(tmp_path / "part.parquet", PAIRWISE)["outcome"].to_pylist() == ["tie"]
+    assert len(server.asked) == 3
 
 
 VERDICTS = st.sampled_from(["Better: A", "Better: B", "Better: tie"])

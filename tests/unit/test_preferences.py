@@ -22,7 +22,7 @@ from montessori_core.influence_table import (
     note_influence,
     summarize_influence,
 )
-from montessori_core.preferences import pair_by_influence, threshold_of, write_preferences
+from montessori_core.preferences import pair_by_influence, threshold_of, thresholds_of, write_preferences
 from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, check, read_table, table_from_rows, write_table
 
 
@@ -44,7 +44,13 @@ def examples(*ids: str) -> pa.Table:
     )
 
 
-def influence(values: dict[str, float | None], null_step: float = 0.0, noise: float = 0.0) -> pa.Table:
+def influence(
+    values: dict[str, float | None],
+    null_step: float = 0.0,
+    noise: float = 0.0,
+    errors: dict[str, float] | None = None,
+    estimator: str = "exact",
+) -> pa.Table:
     rows: list[dict[str, Any]] = [
         {
             "example_id": name,
@@ -56,8 +62,8 @@ def influence(values: dict[str, float | None], null_step: float = 0.0, noise: fl
             "example_loss": 1.0,
             "influence_student": value,
             "influence_null_step": None if value is None else value - null_step,
-            "standard_error": None,
-            "estimator": "exact",
+            "standard_error": (errors or {}).get(name),
+            "estimator": estimator,
             "audited": False,
             "reference_tokens": 900,
             "gradient_norm": value and abs(value),
@@ -99,9 +105,46 @@ def test_baseline_moves_the_threshold() -> None:
     assert pairs(Preferences(baseline="median")) == pairs(Preferences())
 
 
-def test_nothing_within_noise_or_margin_makes_a_pair() -> None:
+def test_prompt_baseline_pairs_around_its_mean() -> None:
+    """An odd number of rows makes as many pairs as it can, and a row alone in its prompt makes none."""
+    table = influence(VALUES | {"e1": 1.0, "e2": 2.0, "e3": 9.0, "f1": 0.1, "f2": 0.1, "f3": 0.1})
+    found = pair_by_influence(table, Preferences(baseline="prompt"))
+    assert list(zip(found["chosen_id"].to_pylist(), found["rejected_id"].to_pylist(), strict=True)) == [
+        *(("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")),
+        *(("b1", "b2"), ("d1", "d2"), ("e3", "e1"), ("e3", "e2")),
+    ]
+    assert thresholds_of(table, "prompt")[:8].tolist() == [0.25] * 4 + [4.5] * 2 + [-1.0] * 2
+    assert np.isnan(thresholds_of(influence({"a1": None}), "prompt")).all()
+
+
+def test_prompt_baseline_ignores_common_momentum() -> None:
+    moved = {name: None if value is None else value + 1024.0 for name, value in VALUES.items()}
+    settings = Preferences(baseline="prompt")
+    assert pair_by_influence(influence(moved), Preferences()).num_rows == 0
+    chosen = [pair_by_influence(influence(of), settings)["chosen_id"].to_pylist() for of in (VALUES, moved)]
+    assert chosen[0] == chosen[1] != []
+
+
+def test_nothing_within_noise_makes_a_pair() -> None:
     assert pairs(Preferences(), noise=1.5) == [("a1", "a4")]
-    assert pairs(Preferences(margin=1.5)) == [("a1", "a4")]
+
+
+def test_margin_is_in_standard_errors() -> None:
+    """Gaps of a1 and a2 to a3 and a4 are 4, 5, 2 and 3; the standard errors of a pair are 1, 2 and 5."""
+    errors = {"a1": 0.6, "a2": 3.0, "a3": 0.8, "a4": 4.0}
+
+    def kept(margin: float, estimator: str = "exact", **known: float) -> list[tuple[str, str]]:
+        table = pair_by_influence(influence(VALUES, errors=known, estimator=estimator), Preferences(margin=margin))
+        return list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True))
+
+    assert kept(0.5, **errors) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")]
+    assert kept(0.62, **errors) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3")]
+    assert kept(3.9, **errors) == [("a1", "a3")]
+    assert kept(4.1, **errors) == []
+    assert kept(0.1, a1=0.6, a3=0.8, a4=4.0) == [("a1", "a3"), ("a1", "a4")]  # that of a2 is not known
+    # First order: each row has the root mean square of all, here 2; two of them differ by 2.8.
+    first_order = dict.fromkeys(VALUES, 0.0) | {"a1": 6.0}
+    assert kept(1.0, "first_order", **first_order) == [("a1", "a3"), ("a1", "a4"), ("a2", "a4")]
 
 
 def test_a_limit_keeps_the_widest_gaps_in_table_order() -> None:
@@ -141,17 +184,26 @@ def test_summary_warns_of_gradients_that_dominate() -> None:
 
 def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:
     """The definition in plain words: within a prompt all helpful against all harmful examples, the widest gaps of them."""
-    threshold = threshold_of(influence, settings.baseline)
-    margin = max(settings.margin, influence_note(influence, "noise_floor"))
+    floor = influence_note(influence, "noise_floor")
     measured = [row for row in influence.to_pylist() if row["status"] == "ok"]
-    helpful = [row for row in measured if row["influence_student"] > threshold + margin]
-    harmful = [row for row in measured if row["influence_student"] < threshold - margin]
+
+    def threshold(row: dict[str, Any]) -> float:
+        if settings.baseline != "prompt":
+            return threshold_of(influence, settings.baseline)
+        return float(np.mean([r["influence_student"] for r in measured if r["prompt_id"] == row["prompt_id"]]))
+
+    def sure(best: dict[str, Any], worst: dict[str, Any]) -> bool:
+        error = float(np.hypot(best["standard_error"], worst["standard_error"]))
+        return bool(best["influence_student"] - worst["influence_student"] > settings.margin * error)
+
+    helpful = [row for row in measured if row["influence_student"] > threshold(row) + floor]
+    harmful = [row for row in measured if row["influence_student"] < threshold(row) - floor]
     paired = [
         (best, worst)
         for prompt in dict.fromkeys(row["prompt_id"] for row in helpful)
         for best in helpful
         for worst in harmful
-        if best["prompt_id"] == worst["prompt_id"] == prompt
+        if best["prompt_id"] == worst["prompt_id"] == prompt and sure(best, worst)
     ]
     widest = sorted(paired, key=lambda pair: pair[1]["influence_student"] - pair[0]["influence_student"])
     texts = {row["example_id"]: row for row in examples.to_pylist()}
@@ -183,12 +235,13 @@ def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
         draw = random.Random(seed)
         ids = [f"{draw.choice('abcdefg')}{n}" for n in range(draw.randint(1, 50))]  # prompts interleaved
         values = {name: draw.choice([None, round(draw.gauss(0, 1), 1), draw.gauss(0, 1)]) for name in ids}
-        measured = influence(dict(draw.sample(sorted(values.items()), len(ids) * 3 // 4)), 0.2, draw.choice([0.0, 0.3]))
+        sample = dict(draw.sample(sorted(values.items()), len(ids) * 3 // 4))
+        measured = influence(sample, 0.2, draw.choice([0.0, 0.3]), {name: draw.random() for name in ids})
         texts = examples(*ids)
         write_table(texts, tmp_path / "examples.parquet", EXAMPLES)
-        for baseline in ("student", "null_step", "median"):
+        for baseline in ("student", "null_step", "median", "prompt"):
             settings = Preferences(
-                baseline=baseline, max_pairs=draw.choice([None, 1, 20]), margin=draw.choice([0.0, 0.1])
+                baseline=baseline, max_pairs=draw.choice([None, 1, 20]), margin=draw.choice([0.0, 1.0])
             )
             made = pair_by_influence(measured, settings)
             write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)

@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.atomic import write_json
+from montessori_core.benchmarks.scores import judged_benchmark
 from montessori_core.errors import DataError
 from montessori_core.preferences import threshold_of
+from montessori_core.report.benchmarks import score_name
 from montessori_core.report.contents import Influence
 from montessori_core.report.influence import histogram_edges, positive_shares
 from montessori_core.report.render import render_report
@@ -113,8 +115,19 @@ def test_judged_scores_say_whose_prompts_judged(run: Path, tmp_path: Path) -> No
     page = page_of(run)
     assert "MT-Bench (own judge prompts), score writing" in page.text
     assert "arc_challenge, acc norm" in page.text
+    assert "judged answer by answer with own judge prompts" in page.text
     study = Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     assert "MT-Bench (own judge prompts): score" in study.text
+
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = metrics(1)
+    content["scores"] = [score("student", judged_benchmark("mt_bench", "published"), "score_writing", 6.0)]
+    content["head_to_head"][0]["judge_prompts"] = "published"
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    page = page_of(folder)
+    assert "MT-Bench (published judge prompts), score writing" in page.text
+    assert "judged answer by answer with own and published judge prompts" in page.text
+    assert score_name("alpaca_eval_published against x") == "AlpacaEval (published judge prompts) against x"
 
 
 def test_only_the_pages_own_scripts_may_run(hostile: Page) -> None:

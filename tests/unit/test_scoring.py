@@ -4,10 +4,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    RecurrentGemmaConfig,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from montessori_core.chat import IGNORED
+from montessori_core.errors import UserError
 from montessori_core.training.scoring import pack_pairs, score_without_waste
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
@@ -95,3 +110,47 @@ def test_packed_rows_are_prompt_and_two_outputs() -> None:
     assert seen[5] == [1, 1, 0, 0, 0, 1, 0, 0, 0, 0]  # the repeated token: what stood before it, and itself
     assert seen[7] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0]  # the rejected output: prompt and itself
     assert packed.scored.tolist() == [[-1, -1, 2, 3, -1, -1], [-1, -1, 5, 6, 7, 8]]
+
+
+CHANGED_LOGITS = {
+    "gemma2 caps": Gemma2Config(**ATTENTION, head_dim=8, final_logit_softcapping=3.0, initializer_range=0.3),
+    "gemma3 caps": Gemma3TextConfig(**ATTENTION, head_dim=8, final_logit_softcapping=3.0, initializer_range=0.3),
+    "cohere scales": CohereConfig(**ATTENTION, logit_scale=0.25, initializer_range=0.3),
+    "granite divides": GraniteConfig(**ATTENTION, logits_scaling=8.0, initializer_range=0.3),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["rows", "pairs"])
+@pytest.mark.parametrize("config", CHANGED_LOGITS.values(), ids=CHANGED_LOGITS.keys())
+def test_loss_equals_models_own(config: Any, shared: bool) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = model(**pairs()).loss
+    add_fused_lm_head(model, outputs=FIELDS[:-1])
+    score_without_waste(model, pairs=shared)
+    assert torch.allclose(model(**pairs(), fused_lm_head=True).loss, expected, atol=1e-5)
+
+
+def test_unknown_change_of_logits_is_refused() -> None:
+    """TRL does not apply the cap of RecurrentGemma, which has another name than Gemma's."""
+    torch.manual_seed(0)
+    layers = {"block_types": ("recurrent", "attention"), "attention_window_size": 8, "lru_width": 32}
+    model = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**ATTENTION, **layers, logits_soft_cap=0.1)).train()
+    add_fused_lm_head(model)
+    score_without_waste(model)
+    with pytest.raises(UserError, match="RecurrentGemmaForCausalLM changes its logits"):
+        model(**pairs(), fused_lm_head=True)
+    assert model.training
+
+
+def test_window_beyond_first_batch_is_noticed() -> None:
+    """A first batch that fits into the window tells nothing of the next ones."""
+    layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16}
+    config = GPTNeoConfig(vocab_size=101, hidden_size=32, max_position_embeddings=64, **layers)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = model(**pairs()).loss
+    add_fused_lm_head(model)
+    score_without_waste(model, pairs=True)
+    model(**pairs((3,), (2, 4)), fused_lm_head=True)
+    assert torch.allclose(model(**pairs(), fused_lm_head=True).loss, expected, atol=1e-6)

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from montessori_core.config import Influence, Screening
+from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.influence_table import note_influence
+from montessori_core.preferences import pair_by_influence
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, table_from_rows
 from montessori_core.screening import (
@@ -25,10 +26,11 @@ SETTINGS = Screening(audit_examples=100)
 class Bench:
     """Rows whose exact influence is known, and a first-order estimate of a given error; counts what is measured."""
 
-    def __init__(self, count: int, error: float, seed: int = 0, shift: float = 0.0) -> None:
+    def __init__(self, count: int, error: float, seed: int = 0, shift: float = 0.0, apart: float = 0.0) -> None:
+        """`apart` is how far the means of prompts, of four rows each, lie from one another."""
         draw = random.Random(seed)
-        self.rows: list[Row] = [{"example_id": f"e{n:04d}"} for n in range(count)]
-        self.exact = {row["example_id"]: draw.gauss(0.2, 1.0) for row in self.rows}
+        self.rows: list[Row] = [{"example_id": f"e{n:04d}", "prompt_id": f"p{n // 4}"} for n in range(count)]
+        self.exact = {row["example_id"]: draw.gauss(0.2, 1.0) + n // 4 * apart for n, row in enumerate(self.rows)}
         self.estimate = {name: value + shift + draw.gauss(0.0, error) for name, value in self.exact.items()}
         self.measured: dict[str, int] = {}
 
@@ -38,7 +40,7 @@ class Bench:
         records = [
             {
                 "example_id": row["example_id"],
-                "prompt_id": "p",
+                "prompt_id": row["prompt_id"],
                 "status": "ok",
                 "tokens": 9,
                 "response_tokens": 5,
@@ -97,6 +99,26 @@ def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -
             assert row["influence_student"] == pytest.approx(shifted.exact[row["example_id"]], abs=0.3)
 
 
+def test_prompt_baseline_settles_order_within_prompts() -> None:
+    """Prompts lie far apart, so that no threshold of the whole set divides them; an error that all share cancels."""
+    bench = Bench(800, error=0.2, shift=0.8, apart=10.0)
+
+    def wrong_pairs(table: pa.Table) -> int:
+        pairs = pair_by_influence(table, Preferences(baseline="prompt"))
+        assert pairs.num_rows > 600
+        ids = zip(pairs["chosen_id"].to_pylist(), pairs["rejected_id"].to_pylist(), strict=True)
+        return sum(bench.exact[chosen] < bench.exact[rejected] for chosen, rejected in ids)
+
+    table = screen(bench.rows, bench.measure, SETTINGS, "prompt")
+    report = screening_report(table)
+    assert report is not None
+    assert not report.fell_back
+    assert report.first_order.share > 0.9
+    assert 0 < report.confirmed < 400
+    alone = wrong_pairs(bench.measure("screen", "first_order", bench.rows).read_all())
+    assert wrong_pairs(table) < alone / 3
+
+
 def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> None:
     """95 % intervals for first order over many draws; and the error rate of the width holds on average."""
     covered = exceeding = 0
@@ -123,7 +145,7 @@ def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> Non
     assert set(table["estimator"].to_pylist()) == {"exact"}
 
 
-@pytest.mark.parametrize("baseline", ["student", "null_step", "median"])
+@pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
 def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str) -> None:
     bench = Bench(500, error=0.1)
     table = screen(bench.rows, bench.measure, SETTINGS, baseline)

@@ -1,12 +1,13 @@
 """From a teacher's raw output to examples and to what DPO trains."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from montessori_core.config import parse_experiment
+from montessori_core.config import Synthesis, parse_experiment
 from montessori_core.preferences import write_preferences
 from montessori_core.rouge import Accepted
 from montessori_core.schema import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
@@ -29,7 +30,8 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
         (shard,) = arguments[4]
         ids = [name for row in shard for name in row["ids"]]
         return [
-            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop"}
+            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop", "output_ids": [len(text)]}
+            | {"vocabulary": "v"}
             for name, text in zip(ids, next(written), strict=True)
         ], []
 
@@ -61,3 +63,26 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
     write_preferences(pairs, tmp_path / "examples.parquet", path, UTILITY_PREFERENCES)
     (pair,) = read_table(path, UTILITY_PREFERENCES).to_pylist()
     assert (pair["chosen"], pair["rejected"]) == (outputs[0], outputs[2])
+    assert (pair["chosen_output_ids"], pair["rejected_output_ids"]) == ([len(outputs[0])], [len(outputs[2])])
+    assert pair["chosen_vocabulary"] == pair["rejected_vocabulary"] == "v"
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.3, 0.05])
+def test_rounds_suffice_where_acceptance_falls(rate: float) -> None:
+    settings = Synthesis()
+    rounds: list[tuple[int, int]] = []
+    kept, scale = 0, 10_000  # half as many are accepted once this many are
+    while kept < 11_000 and len(rounds) < settings.max_rounds:
+        written = synthesis.count_candidates(11_000 - kept, rounds, settings.oversampling)
+        # The integral of d kept = rate / (1 + kept / scale) d written.
+        after = int(scale * (math.sqrt((1 + kept / scale) ** 2 + 2 * rate * written / scale) - 1))
+        rounds.append((written, after - kept))
+        kept = after
+    assert kept >= 11_000
+
+
+def test_rounds_that_keep_nothing_ask_for_more() -> None:
+    assert synthesis.count_candidates(10, [], 1.3) == synthesis.count_candidates(10, [(40, 0)], 1.3) == 13
+    assert synthesis.count_candidates(1, [(100, 50)], 1.3) == 3
+    assert synthesis.count_candidates(1, [(100, 50), (3, 0)], 1.3) == 3
+    assert synthesis.count_candidates(1, [(100, 2), (60, 0)], 1.3) == 96

@@ -179,7 +179,7 @@ def preempt() -> None:
 
 
 def test_results_are_those_of_the_local_profile(folder: Path) -> None:
-    parts = run(folder, shards_per_job=2)
+    parts = run(folder, parallel_jobs=3, shards_per_job=2)
     assert local.results(parts) == EXPECTED
     of_slurm = [part.read_bytes() for part in parts]
     for part in parts:
@@ -255,7 +255,7 @@ def test_what_sbatch_refuses_is_said(folder: Path) -> None:
 
 def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
     (folder / "kill-31").touch()
-    assert local.results(run(folder, shards_per_job=2)) == EXPECTED
+    assert local.results(run(folder, parallel_jobs=3, shards_per_job=2)) == EXPECTED
     assert sorted(local.computed(folder)) == sorted([*ROWS, 30, 31])
 
 
@@ -391,7 +391,7 @@ def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> N
     signal_tasks = once(
         lambda: len(local.computed(folder)) >= 4, lambda: subprocess.run(["scancel", "--me", "--signal=USR2"])
     )
-    parts = run(folder, SHARDS[:3], seconds=0.6, shards_per_job=3, on_progress=signal_tasks)
+    parts = run(folder, SHARDS[:3], seconds=0.6, parallel_jobs=1, shards_per_job=3, on_progress=signal_tasks)
     assert local.results(parts) == EXPECTED[:9]
     assert local.computed(folder).count(0) == 1  # the shard that was done stayed done
     assert len(local.computed(folder)) > 9

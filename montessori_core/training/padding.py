@@ -1,0 +1,77 @@
+"""Every example counts once, however many processes there are.
+
+Where processes x micro_batch_size does not divide the examples, accelerate fills the last step of an epoch with examples
+from its beginning, which then count twice. Here rows that carry no loss fill it, always the last of the epoch.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import Sampler
+
+from montessori_core.config import Optimization
+
+
+def padding_rows(examples: int, recipe: Optimization) -> int:
+    """Return how many rows to add to so many examples, so that all processes have whole micro-batches."""
+    return -examples % (recipe.micro_batch_size * int(os.environ["WORLD_SIZE"]))
+
+
+class PaddedSampler(Sampler[int]):
+    """The examples in random order, another in each epoch; then the padding, which stands behind them in the data set."""
+
+    def __init__(self, examples: int, padding: int, seed: int) -> None:
+        self._shuffled = SeedableRandomSampler(range(examples), data_seed=seed)
+        self._padding = range(examples, examples + padding)
+
+    def __len__(self) -> int:
+        return len(self._shuffled) + len(self._padding)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._shuffled
+        yield from self._padding
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate."""
+        self._shuffled.set_epoch(epoch)
+
+
+class EvenSteps:
+    """Mixed into a trainer whose data set ends with rows of padding.
+
+    Attributes:
+        padding: number of these rows.
+    """
+
+    padding = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PaddedSampler:
+        arguments, rows = self.args, self.train_dataset  # type: ignore[attr-defined]
+        return PaddedSampler(len(rows) - self.padding, self.padding, arguments.data_seed)
+
+
+class EvenPairs(EvenSteps):
+    """Mixed into a DPO trainer whose padding has equal outputs, chosen and rejected: a loss of log 2, and no gradient.
+
+    Attributes:
+        recipe: of the training.
+    """
+
+    recipe: Optimization
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by the trainer for a micro-batch, over whose pairs TRL takes means: in the last step, padding included."""
+        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        rows, batch_size = len(self.train_dataset), self.recipe.batch_size  # type: ignore[attr-defined]
+        steps = math.ceil(rows / batch_size)
+        if not self.padding or (self.state.global_step + 1) % steps:  # type: ignore[attr-defined]
+            return loss
+        rows -= (steps - 1) * batch_size  # of the last step
+        pairs = rows - self.padding
+        metrics = self._metrics["train"]  # type: ignore[attr-defined]
+        for name in ("rewards/margins", "rewards/accuracies"):
+            metrics[name][-1] *= rows / pairs
+        return (loss * rows - math.log(2) * self.padding) / pairs

@@ -1,0 +1,106 @@
+"""The pilot of a probing set: measured once, and first; it warns of too few pairs and says what to do."""
+
+import random
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from montessori_core.config import Preferences
+from montessori_core.influence_table import join_influence, note_influence
+from montessori_core.pilot import foretell_pairs, measure_after_pilot, pilot_size
+from montessori_core.program import Row
+from montessori_core.schema import INFLUENCE, table_from_rows, write_table
+
+
+def rows(count: int, of_prompt: int = 4) -> list[Row]:
+    return [{"example_id": f"e{n}", "prompt_id": f"p{n // of_prompt}"} for n in range(count)]
+
+
+def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
+    """Values of every row's own, of standard deviation `scale`, around a common one."""
+    records = [
+        {
+            **row,
+            "status": "ok",
+            "tokens": 9,
+            "response_tokens": 5,
+            "truncated": False,
+            "influence_student": common + (value := random.Random(row["example_id"]).gauss(0, scale)),
+            "influence_null_step": value,
+            "standard_error": 0.3,
+            "reference_tokens": 0,
+            "estimator": "first_order",
+            "audited": False,
+        }
+        for row in some
+    ]
+    notes = {"noise_floor": 1e-3, "null_step_influence": common, "student_loss": 2.0, "reference_tokens": 9.0}
+    return note_influence(table_from_rows(records, INFLUENCE), notes)
+
+
+@pytest.mark.parametrize(
+    ("count", "of_prompt", "size"),
+    [(255, 4, 0), (256, 4, 64), (256, 3, 66), (300, 64, 64), (300, 65, 65), (300, 300, 0)],
+)
+def test_pilot_is_64_rows_of_whole_prompts(count: int, of_prompt: int, size: int) -> None:
+    assert pilot_size(rows(count, of_prompt)) == size
+
+
+@pytest.mark.parametrize(("common", "warned"), [(0.0, False), (9.0, True)])
+def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def measure(some: list[Row], is_pilot: bool) -> list[Path]:
+        events.append(f"pilot {len(some)}" if is_pilot else f"others {len(some)}")
+        part = tmp_path / f"{len(events)}.parquet"
+        write_table(influence(some, common), part, INFLUENCE)
+        return [part]
+
+    warnings: list[str] = []
+
+    def warn(warning: str) -> None:
+        events.append("warning")
+        warnings.append(warning)
+
+    parts = measure_after_pilot(rows(300), measure, Preferences(baseline="student"), warn)
+    assert events == ["pilot 64", *["warning"] * warned, "others 236"]
+    assert join_influence(parts).read_all().equals(influence(rows(300), common))
+    if warned:
+        assert (
+            "first 64 examples make 0 preference pairs (preferences.baseline=student), so that all 300" in warnings[0]
+        )
+        assert "With preferences.baseline=" in warnings[0]
+
+
+def test_small_sets_have_no_pilot(tmp_path: Path) -> None:
+    calls: list[tuple[int, bool]] = []
+
+    def measure(some: list[Row], is_pilot: bool) -> list[Path]:
+        calls.append((len(some), is_pilot))
+        return []
+
+    measure_after_pilot(rows(255), measure, Preferences(), pytest.fail)
+    assert calls == [(255, False)]
+
+
+def test_foretold_remedy_makes_pairs() -> None:
+    pilot = influence(rows(64), common=9.0)
+    warning = foretell_pairs(pilot, Preferences(baseline="student"), 10_000)
+    assert warning is not None
+    remedy = re.search(r"With preferences.baseline=(\w+) they make (\d+)", warning)
+    assert remedy is not None
+    assert foretell_pairs(pilot, Preferences(baseline=remedy[1]), 10_000) is None
+    assert int(remedy[2]) > 40
+
+
+def test_foretelling_blames_margin_where_baselines_agree() -> None:
+    """Examples differ by less than the reference examples can tell."""
+    warning = foretell_pairs(influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000)
+    assert warning is not None
+    assert "lower preferences.margin" in warning
+
+
+def test_foretelling_ignores_the_limit() -> None:
+    assert foretell_pairs(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None

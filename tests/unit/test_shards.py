@@ -1,0 +1,71 @@
+"""How the rows of a stage are cut: work for all jobs that are allowed, and the same cut when a run is resumed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.backends import deal_to_array
+from cluster.fanout import fan_out
+from cluster.stage import cut_for_jobs, shard_size
+from montessori_core.config import Resources, parse_experiment
+from montessori_core.program import Row
+from support.squares import CLUSTER, computed, folder, results, stage
+from tasks.run import Run
+
+__all__ = ["folder"]
+
+
+@given(rows=st.integers(1, 20_000), jobs=st.integers(1, 100), largest=st.integers(1, 600))
+def test_shards_give_all_jobs_equal_work(rows: int, jobs: int, largest: int) -> None:
+    """Up to the shards that rounding leaves over."""
+    size = shard_size(rows, jobs, largest)
+    assert 1 <= size <= largest
+    shards = -(-rows // size)
+    assert shards <= jobs * -(-rows // (jobs * largest))
+    assert size == 1 or (size - 1) * jobs * -(-rows // (jobs * largest)) < rows  # a row less would not do
+
+
+@pytest.mark.parametrize(
+    ("rows", "jobs", "largest", "tasks"),
+    [
+        (100, 64, 64, 50),  # audit: two exact measurements each, where 64 and 36 were one job
+        (800, 64, 64, 62),  # confirmation
+        (10_000, 64, 64, 64),
+        (3250, 8, 256, 8),  # generation
+    ],
+)
+def test_array_has_tasks_for_all_jobs(rows: int, jobs: int, largest: int, tasks: int) -> None:
+    size = shard_size(rows, jobs, largest)
+    dealt = deal_to_array(range(-(-rows // size)), jobs, 16)
+    assert len(dealt) == tasks
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_array_task_has_no_more_shards_than_allowed() -> None:
+    assert [len(task) for task in deal_to_array(range(10), 2, 3)] == [3, 3, 2, 2]
+
+
+def test_resumed_run_keeps_shards_when_jobs_change(folder: Path) -> None:
+    rows: list[Row] = [{"n": n} for n in range(12)]
+    cuts = []
+    for jobs in (2, 5, 1):
+        shards = cut_for_jobs(stage(folder).folder, rows, jobs, 8)
+        parts = fan_out(stage(folder), shards, Resources(parallel_jobs=jobs), CLUSTER, python=sys.executable)
+        assert results(parts) == [n**2 for n in range(12)]
+        cuts.append(shards)
+    assert [len(shard) for shard in cuts[0]] == [6, 6]
+    assert cuts[0] == cuts[1] == cuts[2]
+    assert sorted(computed(folder)) == list(range(12))
+    assert [len(shard) for shard in cut_for_jobs(stage(folder).folder, rows * 4, 2, 8)] == [8] * 6  # other rows
+
+
+def test_run_cuts_stage_for_its_own_jobs(tmp_path: Path) -> None:
+    resources = {"influence": {"parallel_jobs": 64}, "generation": {"parallel_jobs": 8}}
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "cluster": {"resources": resources}}
+    run = Run(tmp_path, parse_experiment(content, "test"))
+    rows: list[Row] = [{"n": n} for n in range(100)]
+    assert len(run.cut(tmp_path, "influence", rows, 64)) == 50
+    assert len(run.cut(tmp_path, "generation", rows, 256)) == 8
