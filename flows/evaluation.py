@@ -15,6 +15,7 @@ from tasks.benchmarks import list_items
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
 from tasks.run import Run, only_driver, open_run
+from tasks.stage import Step
 
 RESULT = "evaluation.json"
 
@@ -62,7 +63,7 @@ def open_evaluation(experiment: Experiment, model: str, folder: Path) -> tuple[R
 def _evaluate(run: Run) -> None:
     with only_driver(run.folder):
         list_items(run)
-        evaluated = evaluate_student(run, run.folder / "evaluation", run.experiment.name, run.first_student())
+        evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), run.first_student())
         loss = summarize_loss(evaluated.losses)
         result = {
             "model": run.experiment.student.model,

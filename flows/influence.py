@@ -20,11 +20,11 @@ from montessori_core.influence_table import domination_warning, join_influence, 
 from montessori_core.models import fetch_model, fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
+from montessori_core.programs import INFLUENCE, measurement_settings
 from montessori_core.schema import INFLUENCE, read_table, write_table
 from montessori_core.screening import estimate_influence, screening_report
 from montessori_core.sources import read_tasks, write_tasks
 from montessori_core.training.files import MOMENTS_FILE
-from tasks.influence import PROGRAM
 from tasks.progress import ProgressBar
 
 _SHARD = 16  # examples
@@ -73,21 +73,8 @@ def measure_influence(
     ]
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
-        chosen = influence.model_copy(update={"estimator": estimator})
-        stage = Stage(
-            name="influence",
-            version=1,
-            program=PROGRAM,
-            settings={
-                "student": student.model_dump(mode="json"),
-                "influence": chosen.model_dump(mode="json", exclude={"screening"}),
-                "warmup": Warmup().model_dump(mode="json"),
-                "baseline": baseline if influence.sequential else None,
-            },
-            inputs=inputs,
-            input_hashes=hashes,
-            folder=folder / name,
-        )
+        settings = measurement_settings(influence, Warmup(), student.max_length, estimator, baseline)
+        stage = Stage.of(INFLUENCE, settings, folder / name, inputs, hashes)
         with ProgressBar(f"influence, {name}") as bar:
             parts = fan_out(stage, cut_into_shards(some, _SHARD), Resources(), Cluster(), bar.show)
         return join_influence(parts)

@@ -13,6 +13,7 @@ from tasks.evaluation import Evaluated, evaluate
 from tasks.influence import collect_influence
 from tasks.metrics import Benchmarked, IterationFiles, write_metrics
 from tasks.run import Model, Run
+from tasks.stage import Step
 from tasks.students import train_student
 from tasks.synthesis import Synthesized
 
@@ -48,36 +49,20 @@ def unmodified_teacher(run: Run, probed: Probed) -> Unmodified:
 
     The influence of its examples is measured on the same warm student as that of the updated teacher's (Figure 3d).
     """
-    experiment, folder = run.experiment, run.folder / "unmodified"
-    label = "unmodified teacher"
-    training = write_training_set(run, folder / "training", label, run.first_teacher())
-    student = train_student(
-        run,
-        folder / "student",
-        f"{label}: student training",
-        training.examples,
-        experiment.training,
-        experiment.training.examples,
-        save_moments=False,
-    )
-    _measure_training_influence(run, folder, label, probed.student, training.examples)
-    return Unmodified(training, evaluate(run, folder / "evaluation", label, student))
+    step, recipe = Step(run, run.folder / "unmodified", "unmodified teacher"), run.experiment.training
+    training = write_training_set(step, run.first_teacher())
+    student = train_student(step.at("student", "student training"), training.examples, recipe, recipe.examples)
+    _measure_training_influence(step, probed.student, training.examples)
+    return Unmodified(training, evaluate(step.at("evaluation"), student))
 
 
-def _measure_training_influence(run: Run, folder: Path, label: str, student: Model, examples: Path) -> Path | None:
+def _measure_training_influence(step: Step, student: Model, examples: Path) -> Path | None:
     """The influence of the first examples of a training set, unless that is switched off."""
-    count = run.experiment.comparison.influence_examples
+    count = step.experiment.comparison.influence_examples
     if not count:
         return None
     return collect_influence(
-        run,
-        folder / "training-influence",
-        folder / "training-influence.parquet",
-        f"{label}: influence of the training set",
-        student,
-        examples,
-        0,
-        count,
+        step.at("training-influence", "influence of the training set"), student, examples, 0, count
     )
 
 
@@ -92,35 +77,26 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         approve: wait for a person before the teacher update.
         continued: a later iteration goes on from the student.
     """
-    experiment, folder = run.experiment, run.iteration(number)
-    name = f"iteration {number}"
+    experiment, step = run.experiment, Step.iteration(run, number)
     tailored = tailor(
-        run,
+        step,
         number,
         previous.teacher if previous else run.first_teacher(),
         previous.student if previous else None,
         previous.training.examples if previous else None,
         approve,
     )
-    trained = train_student(
-        run,
-        folder / "student",
-        f"{name}: student training",
-        tailored.training.examples,
-        experiment.training,
-        experiment.training.examples,
-        save_moments=continued,
-    )
-
-    training_influence = _measure_training_influence(
-        run, folder, name, tailored.probed.student, tailored.training.examples
-    )
-    evaluated = {"student": evaluate(run, folder / "evaluation", name, trained)}
+    examples, recipe = tailored.training.examples, experiment.training
+    training = step.at("student", "student training")
+    trained = train_student(training, examples, recipe, recipe.examples, save_moments=continued)
+    training_influence = _measure_training_influence(step, tailored.probed.student, examples)
+    evaluated = {"student": evaluate(step.at("evaluation"), trained)}
     if previous is not None:
         evaluated |= {part: one for part, one in previous.evaluated.items() if part in ("untrained", "unmodified")}
         evaluated["previous"] = previous.evaluated["student"]
     else:
-        evaluated["untrained"] = evaluate(run, run.folder / "untrained", "untrained student", run.first_student())
+        untrained = Step(run, run.folder / "untrained", "untrained student")
+        evaluated["untrained"] = evaluate(untrained, run.first_student())
         if experiment.comparison.unmodified_teacher:
             evaluated["unmodified"] = unmodified_teacher(run, tailored.probed).evaluated
     trajectory = []
@@ -142,7 +118,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         Benchmarked(
             {part: one.benchmarks.scores for part, one in evaluated.items()},
             _head_to_head(run, number, evaluated),
-            find_copies(run, f"{name}: copies", folder / "contamination.json", tailored.training.examples),
+            find_copies(run, f"{step.label}: copies", step.folder / "contamination.json", examples),
         ),
     )
     return Iteration(tailored.teacher, trained, tailored.training, evaluated)
@@ -157,8 +133,8 @@ def _head_to_head(run: Run, number: int, evaluated: dict[str, Evaluated]) -> lis
     rows = []
     for part, answers in others.items():
         if answers is not None:
-            folder = run.iteration(number) / "head-to-head" / part
-            rates = compare_answers(run, folder, f"iteration {number}: student against {part}", own, answers)
+            against = Step.iteration(run, number).at(f"head-to-head/{part}", f"student against {part}")
+            rates = compare_answers(against, own, answers)
             prompts = run.experiment.benchmarks.judge_prompts
             rows.append({"model": "student", "against": part, "judge_prompts": prompts, **asdict(rates)})
     return rows

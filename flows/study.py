@@ -26,6 +26,7 @@ from montessori_core.study import Outcome, Study, compare_outcomes
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss
 from tasks.run import Model, Run, driver_of, only_driver, open_run
+from tasks.stage import Step
 from tasks.students import train_student
 from tasks.studies import PAGE, RESULT, STUDY
 
@@ -163,7 +164,7 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
         for one in seeded:
             for run in (one.run, *one.others):
                 list_items(run)
-        untrained = evaluate(first, folder.resolve() / "untrained", "untrained student", first.first_student())
+        untrained = evaluate(Step(first, folder.resolve() / "untrained", "untrained student"), first.first_student())
         for one in seeded:
             with only_driver(one.run.folder):
                 for method in methods:
@@ -186,24 +187,21 @@ def _against_baseline(study: Study, run: Run, evaluated: dict[str, Evaluated]) -
     for name, one in evaluated.items():
         if others is not None and one.benchmarks.answers is not None and name != baseline:
             folder = run.folder / "methods" / name / f"against-{baseline}"
-            rates = compare_answers(run, folder, f"{name}: against {baseline}", one.benchmarks.answers, others)
+            against = Step(run, folder, f"{name}: against {baseline}")
+            rates = compare_answers(against, one.benchmarks.answers, others)
             one.benchmarks.scores.extend(win_rate_scores(f"{benchmark} against {baseline}", rates))
 
 
 def transfer(run: Run, method: Method, proposal: Proposal) -> Evaluated:
     """What another student is worth, trained on the data that a method proposed (Section 5.4)."""
-    folder = run.folder / method.name
-    label = f"{method.name}, to {run.folder.name}"
-    student = _train(run, folder, label, proposal, save_moments=False)
-    return evaluate(run, folder / "evaluation", label, student)
+    step = Step(run, run.folder / method.name, f"{method.name}, to {run.folder.name}")
+    return evaluate(step.at("evaluation"), _train(step, proposal))
 
 
-def _train(run: Run, folder: Path, label: str, proposal: Proposal, save_moments: bool) -> Model:
+def _train(step: Step, proposal: Proposal, save_moments: bool = False) -> Model:
     """The run's student, trained from its first weights on as many of the proposed examples as every method is given."""
-    training, label = run.experiment.training, f"{label}: student training"
-    return train_student(
-        run, folder / "student", label, proposal.examples, training, training.examples, save_moments=save_moments
-    )
+    recipe, training = step.experiment.training, step.at("student", "student training")
+    return train_student(training, proposal.examples, recipe, recipe.examples, save_moments)
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
@@ -218,13 +216,14 @@ def play(run: Run, method: Method) -> Feedback:
     for number in range(1, rounds + 1):
         folder = run.folder / "methods" / method.name / f"round-{number}"
         label = method.name if rounds == 1 else f"{method.name}, round {number}"
-        proposal = method.propose(Round(run, folder, label, number, rounds, feedback))
+        step = Step(run, folder, label)
+        proposal = method.propose(Round(step, number, rounds, feedback))
         last = number == rounds
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
         if last and not method.trains_student and proposed < wanted:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {wanted}")
-        student = proposal.student or _train(run, folder, label, proposal, save_moments=not last)
-        feedback = Feedback(proposal, student, evaluate(run, folder / "evaluation", label, student))
+        student = proposal.student or _train(step, proposal, save_moments=not last)
+        feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student))
     assert feedback is not None
     return feedback
 

@@ -8,6 +8,7 @@ from flows.methods.tailoring import Tailored, write_training_set
 from montessori_core.program import Row
 from tasks.evaluation import Evaluated, evaluate, summarize_loss
 from tasks.run import Run
+from tasks.stage import Step
 from tasks.students import train_student
 from tasks.teachers import kept_teachers, reward_margins
 
@@ -24,18 +25,12 @@ def follow_update(
     margins = reward_margins(tailored.teacher)
     worth: dict[int, Evaluated] = {}
     for step, teacher in kept_teachers(tailored.teacher).items():
-        folder, label = run.iteration(number) / "checkpoints" / f"step-{step}", f"iteration {number}, step {step}"
-        written = write_training_set(run, folder / "training", label, teacher, number, synthetic_pool)
-        trained = train_student(
-            run,
-            folder / "student",
-            f"{label}: student training",
-            written.examples,
-            run.experiment.training,
-            run.experiment.training.examples,
-            save_moments=False,
-        )
-        worth[step] = evaluate(run, folder / "evaluation", label, trained)
+        folder = run.iteration(number) / "checkpoints" / f"step-{step}"
+        own = Step(run, folder, f"iteration {number}, step {step}")
+        written = write_training_set(own, teacher, number, synthetic_pool)
+        training = run.experiment.training
+        trained = train_student(own.at("student", "student training"), written.examples, training, training.examples)
+        worth[step] = evaluate(own.at("evaluation"), trained)
     worth[max(margins)] = student
     return [
         {

@@ -193,6 +193,10 @@ class Optimization(Section):
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW: decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients are scaled down to this norm; 0 is off.")
 
+    def shared(self) -> "Optimization":
+        """What decides a training on given rows: the fields that all recipes have."""
+        return Optimization.model_validate(self.model_dump(include=set(Optimization.model_fields)))
+
     @model_validator(mode="after")
     def _whole_accumulation(self) -> "Optimization":
         if self.batch_size % self.micro_batch_size:

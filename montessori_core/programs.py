@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from montessori_core.config import Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
+from montessori_core.config import Influence, Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
 from montessori_core.program import Program
 from montessori_core.synthesis.generation import Form
 
@@ -95,6 +95,39 @@ class InfluenceMeasurement(Section):
     sequential: Sequential | None
     baseline: Literal["student", "null_step"] | None = Field(
         description="Whose sign a sequential measurement decides; none without one."
+    )
+
+
+def measurement_settings(
+    influence: Influence, warmup: Optimization, max_length: int, estimator: str, baseline: str
+) -> InfluenceMeasurement:
+    """The settings of a measurement by one of the two estimators that jobs have.
+
+    Args:
+        influence: the configuration.
+        warmup: whose AdamW takes the one step, at its peak rate unless `influence` has another.
+        max_length: tokens of an example.
+        estimator: 'exact' or 'first_order'.
+        baseline: see `config.Preferences`; a sequential measurement decides signs against it.
+    """
+    sequential = influence.sequential if estimator == "exact" else None
+    step = AdamWStep(
+        learning_rate=influence.learning_rate or warmup.learning_rate,
+        beta1=warmup.beta1,
+        beta2=warmup.beta2,
+        epsilon=warmup.epsilon,
+        weight_decay=warmup.weight_decay,
+        example_weight=influence.example_weight,
+    )
+    return InfluenceMeasurement.model_validate(
+        {
+            **influence.model_dump(include={"dtype", "reference_reduction", "reference_batch_tokens"}),
+            "max_length": max_length,
+            "estimator": estimator,
+            "step": step,
+            "sequential": sequential,
+            "baseline": baseline if sequential else None,
+        }
     )
 
 

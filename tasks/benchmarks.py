@@ -8,17 +8,19 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from montessori_core import programs
 from montessori_core.atomic import write_json
 from montessori_core.benchmarks import alpaca_eval, mt_bench
 from montessori_core.benchmarks.contamination import overlapping
 from montessori_core.benchmarks.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
 from montessori_core.config import Sampling
-from montessori_core.program import Row
+from montessori_core.program import Program, Row
 from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.sources import Task
 from montessori_core.synthesis.generation import Form
 from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
+from tasks.stage import Step
 from tasks.synthesis import generate
 
 
@@ -43,48 +45,41 @@ def list_items(run: Run) -> Path | None:
     benchmarks = run.experiment.benchmarks
     if not benchmarks.tasks:
         return None
-    parts = run.execute(
-        _items(run).with_suffix(""),
-        "benchmarks: items",
-        "evaluation",
-        "montessori_core.benchmarks.harness:open_items",
-        {},
-        [[{"benchmark": one.name, "limit": one.limit} for one in benchmarks.tasks]],
-        files=_task_folder(run),
-    )
+    step = Step(run, _items(run).with_suffix(""), "benchmarks: items")
+    rows: list[Row] = [{"benchmark": one.name, "limit": one.limit} for one in benchmarks.tasks]
+    parts = step.execute(programs.BENCHMARK_ITEMS, programs.NoSettings(), rows, files=_task_folder(run))
     return _join("benchmarks: items, table", _items(run), parts, ITEMS)
 
 
-def measure_benchmarks(run: Run, folder: Path, label: str, student: Model) -> Measured:
+def measure_benchmarks(step: Step, student: Model) -> Measured:
     """Put a student to all benchmarks that the configuration names; `list_items` comes first."""
+    benchmarks = step.experiment.benchmarks
     scores: list[Row] = []
-    if run.experiment.benchmarks.tasks:
-        scores += _score_items(run, folder, label, student)
+    if benchmarks.tasks:
+        scores += _score_items(step, student)
     answers = None
-    if run.experiment.benchmarks.alpaca_eval is not None:
-        answers = _answer_alpaca_eval(run, folder, f"{label}: AlpacaEval", student)
-        baseline = run.benchmark_file("alpaca_eval")
-        rates = compare_answers(run, folder / "alpaca-eval", f"{label}: AlpacaEval", answers, baseline)
-        prompts = run.experiment.benchmarks.judge_prompts
-        scores += win_rate_scores(judged_benchmark("alpaca_eval", prompts), rates)
-    if run.experiment.benchmarks.mt_bench is not None:
-        scores += _score_mt_bench(run, folder, f"{label}: MT-Bench", student)
+    if benchmarks.alpaca_eval is not None:
+        answers = _answer_alpaca_eval(step, student)
+        baseline = step.run.benchmark_file("alpaca_eval")
+        rates = compare_answers(step.at("alpaca-eval", "AlpacaEval"), answers, baseline)
+        scores += win_rate_scores(judged_benchmark("alpaca_eval", benchmarks.judge_prompts), rates)
+    if benchmarks.mt_bench is not None:
+        scores += _score_mt_bench(step.renamed(f"{step.label}: MT-Bench"), student)
     if scores:
-        _publish(label, scores)
+        _publish(step.label, scores)
     return Measured(scores, answers)
 
 
-def compare_answers(run: Run, folder: Path, label: str, answers: Path, others: Path) -> alpaca_eval.WinRates:
+def compare_answers(step: Step, answers: Path, others: Path) -> alpaca_eval.WinRates:
     """Head to head: a student's answers to AlpacaEval's instructions against others, each pair judged in both orders."""
     ours, theirs = (
         {one.instruction: one.output for one in alpaca_eval.read_outputs(path)} for path in (answers, others)
     )
-    parts = _judge(
-        run, folder, label, "pairwise:open_pairwise_judge", alpaca_eval.comparisons(ours, theirs), [answers, others]
-    )
-    table = _join(f"{label}: table", folder.with_name(f"{folder.name}.parquet"), parts, PAIRWISE)
-    difficulties = run.experiment.benchmarks.alpaca_eval_difficulty
-    known = list(alpaca_eval.read_difficulties(run.benchmark_file("alpaca_eval_difficulty"))) if difficulties else None
+    parts = _judge(step, programs.PAIRWISE_JUDGE, alpaca_eval.comparisons(ours, theirs), [answers, others])
+    table = _join(f"{step.label}: table", step.folder.with_name(f"{step.folder.name}.parquet"), parts, PAIRWISE)
+    known = None
+    if step.experiment.benchmarks.alpaca_eval_difficulty:
+        known = list(alpaca_eval.read_difficulties(step.run.benchmark_file("alpaca_eval_difficulty")))
     return alpaca_eval.summarize(read_table(table, PAIRWISE), known)
 
 
@@ -97,62 +92,67 @@ def _items(run: Run) -> Path:
     return run.folder / "benchmark-items.parquet"
 
 
-def _score_items(run: Run, folder: Path, label: str, student: Model) -> list[Row]:
-    benchmarks = run.experiment.benchmarks
+def _score_items(step: Step, student: Model) -> list[Row]:
+    benchmarks = step.experiment.benchmarks
     shots = {one.name: one.shots for one in benchmarks.tasks}
     rows: list[Row] = [
         {**{key: row[key] for key in ("benchmark", "task", "item")}, "shots": shots[row["benchmark"]]}
-        for row in read_table(_items(run), ITEMS).to_pylist()
+        for row in read_table(_items(step.run), ITEMS).to_pylist()
     ]
-    parts = run.execute(
-        folder / "items",
-        f"{label}: benchmarks",
-        "evaluation",
-        "montessori_core.benchmarks.harness:open_harness",
-        {"batch_size": benchmarks.batch_size, "chat_template": benchmarks.chat_template},
-        run.cut(folder / "items", "evaluation", rows, benchmarks.items_per_shard),
+    scoring = step.at("items", "benchmarks")
+    parts = scoring.execute(
+        programs.HARNESS,
+        programs.Harness(batch_size=benchmarks.batch_size, chat_template=benchmarks.chat_template),
+        rows,
+        benchmarks.items_per_shard,
         models={"model": student},
-        files=_task_folder(run),
+        files=_task_folder(step.run),
     )
-    table = _join(f"{label}: benchmarks, table", folder / "items.parquet", parts, ITEM_SCORES)
+    table = _join(f"{scoring.label}, table", step.folder / "items.parquet", parts, ITEM_SCORES)
     return item_scores(read_table(table, ITEM_SCORES))
 
 
-def _answer_alpaca_eval(run: Run, folder: Path, label: str, student: Model) -> Path:
-    asked = [one.instruction for one in alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))]
+def _answer_alpaca_eval(step: Step, student: Model) -> Path:
+    asked = [one.instruction for one in alpaca_eval.read_outputs(step.run.benchmark_file("alpaca_eval"))]
     rows: list[Row] = [{"text": instruction} for instruction in asked]
-    place, sampling = folder / "alpaca-eval-answers", run.experiment.benchmarks.answers
-    answers, parts = _answer(run, place, f"{label}, answers", student, rows, "request", sampling)
+    name = f"{step.label}: AlpacaEval"
+    answering = step.at("alpaca-eval-answers").renamed(f"{name}, answers")
+    answers, parts = _answer(answering, student, rows, "request", step.experiment.benchmarks.answers)
     outputs = [
-        {"instruction": instruction, "output": answer, "generator": label}
+        {"instruction": instruction, "output": answer, "generator": name}
         for instruction, answer in zip(asked, answers, strict=True)
     ]
-    return _write_outputs(f"{label}, answers", folder / "alpaca-eval-outputs.json", outputs, parts)
+    return _write_outputs(answering.label, step.folder / "alpaca-eval-outputs.json", outputs, parts)
 
 
-def _score_mt_bench(run: Run, folder: Path, label: str, student: Model) -> list[Row]:
-    dialogues = _dialogues(run)
-    forced = run.experiment.benchmarks.mt_bench_temperature
+def _score_mt_bench(step: Step, student: Model) -> list[Row]:
+    benchmarks, dialogues = step.experiment.benchmarks, _dialogues(step.run)
+    forced = benchmarks.mt_bench_temperature
     answers: dict[str, tuple[str, str]] = {}
     parts: list[Path] = []
     for temperature in sorted({one.temperature if forced is None else forced for one in dialogues}):
         asked = [one for one in dialogues if forced is not None or one.temperature == temperature]
-        sampling = run.experiment.benchmarks.answers.model_copy(update={"temperature": temperature})
-        place, name = f"mt-bench-{temperature:g}-turn", f"{label} at temperature {temperature:g}, turn"
+        sampling = benchmarks.answers.model_copy(update={"temperature": temperature})
+        turns = [
+            step.at(f"mt-bench-{temperature:g}-turn-{turn}").renamed(
+                f"{step.label} at temperature {temperature:g}, turn {turn}"
+            )
+            for turn in (1, 2)
+        ]
         opening: list[Row] = [{"text": one.questions[0]} for one in asked]
-        first, _ = _answer(run, folder / f"{place}-1", f"{name} 1", student, opening, "request", sampling)
+        first, _ = _answer(turns[0], student, opening, "request", sampling)
         following: list[Row] = [
             {"turns": [one.questions[0], answer, one.questions[1]]} for one, answer in zip(asked, first, strict=True)
         ]
-        second, written = _answer(run, folder / f"{place}-2", f"{name} 2", student, following, "reply", sampling)
+        second, written = _answer(turns[1], student, following, "reply", sampling)
         parts += written
         answers |= {one.id: pair for one, pair in zip(asked, zip(first, second, strict=True), strict=True)}
-    judged = _judge(
-        run, folder / "mt-bench", label, "mt_bench:open_mt_bench_judge", mt_bench.judgements(dialogues, answers), parts
+    rows = mt_bench.judgements(dialogues, answers)
+    judged = _judge(step.at("mt-bench"), programs.MT_BENCH_JUDGE, rows, parts)
+    table = _join(f"{step.label}: table", step.folder / "mt-bench.parquet", judged, MT_BENCH)
+    return mt_bench_scores(
+        judged_benchmark("mt_bench", benchmarks.judge_prompts), mt_bench.summarize(read_table(table, MT_BENCH))
     )
-    table = _join(f"{label}: table", folder / "mt-bench.parquet", judged, MT_BENCH)
-    name = judged_benchmark("mt_bench", run.experiment.benchmarks.judge_prompts)
-    return mt_bench_scores(name, mt_bench.summarize(read_table(table, MT_BENCH)))
 
 
 def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
@@ -163,20 +163,22 @@ def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
 
 
 def _answer(
-    run: Run, folder: Path, label: str, student: Model, rows: list[Row], form: Form, sampling: Sampling
+    step: Step, student: Model, rows: list[Row], form: Form, sampling: Sampling
 ) -> tuple[list[str], list[Path]]:
     """One answer to each row, and the parts they are from."""
+    seed = step.experiment.seed
     for index, row in enumerate(rows):
-        row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(run.experiment.seed, "benchmark", folder.name, index)]}
-    shards = run.cut(folder, "generation", rows, run.experiment.synthesis.instructions_per_shard)
-    generated, parts = generate(run, folder, label, student, shards, sampling, form, [])
+        row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(seed, "benchmark", step.folder.name, index)]}
+    size = step.experiment.synthesis.instructions_per_shard
+    generated, parts = generate(step, student, rows, size, sampling, form, [])
     return [row["text"].strip() for row in generated], parts
 
 
-def _judge(run: Run, folder: Path, label: str, program: str, rows: list[Row], upstream: list[Path]) -> list[Path]:
-    program = f"montessori_core.benchmarks.{program}"
-    settings = {"prompts": run.experiment.benchmarks.judge_prompts}
-    return run.ask("judge", folder, f"{label}, judge", program, settings, rows, upstream)
+def _judge(
+    step: Step, program: Program[programs.BenchmarkJudging], rows: list[Row], upstream: list[Path]
+) -> list[Path]:
+    settings = {"prompts": step.experiment.benchmarks.judge_prompts}
+    return step.renamed(f"{step.label}, judge").ask("judge", program, settings, rows, upstream)
 
 
 def _task_folder(run: Run) -> dict[str, Path]:

@@ -3,15 +3,16 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from montessori_core import programs
 from montessori_core.schema import REFERENCE_LOSS, read_table
 from tasks.benchmarks import Measured, measure_benchmarks
-from tasks.run import Model, Run, as_rows
+from tasks.run import Model, as_rows
+from tasks.stage import Step
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,21 @@ class Evaluated:
     benchmarks: Measured
 
 
-def evaluate(run: Run, folder: Path, label: str, model: Model) -> Evaluated:
+def evaluate(step: Step, model: Model) -> Evaluated:
     """Evaluate a model; what the harness's tasks ask was listed before, see `tasks.benchmarks.list_items`."""
-    losses = _measure_loss(run, folder, f"{label}: held-out loss", model)
-    return Evaluated(losses, measure_benchmarks(run, folder.with_name(f"{folder.name}-benchmarks"), label, model))
+    return Evaluated(_measure_loss(step, model), measure_benchmarks(step.beside("benchmarks"), model))
 
 
-def _measure_loss(run: Run, folder: Path, label: str, model: Model) -> Path:
+def _measure_loss(step: Step, model: Model) -> Path:
     """The table of a model's losses on the held-out examples."""
-    (table,) = run.execute(
-        folder,
-        label,
-        "evaluation",
-        "montessori_core.influence.jobs:open_reference_loss",
-        {
-            "student": run.experiment.student.model_dump(mode="json"),
-            "batch_tokens": run.experiment.influence.reference_batch_tokens,
-        },
-        [as_rows(run.sources().evaluation)],
-        models={"model": model},
+    experiment = step.experiment
+    settings = programs.ModelLoss(
+        max_length=experiment.student.max_length, batch_tokens=experiment.influence.reference_batch_tokens
     )
-    return cast(Path, table)
+    named = step.renamed(f"{step.label}: held-out loss")
+    rows = as_rows(step.run.sources().evaluation)
+    (table,) = named.execute(programs.REFERENCE_LOSS, settings, rows, models={"model": model})
+    return table
 
 
 def per_token(losses: pa.Table) -> npt.NDArray[np.float64]:

@@ -2,13 +2,13 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from prefect import get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from montessori_core import programs
 from montessori_core.config import Experiment
 from montessori_core.influence_table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models import moments_fingerprint
@@ -18,44 +18,31 @@ from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
 from montessori_core.screening import ScreeningReport, estimate_influence, screening_report
 from tasks.plots import histogram
-from tasks.run import Model, Run
+from tasks.run import Model
+from tasks.stage import Step
 
-PROGRAM = "montessori_core.influence.jobs:open_influence"
 
-
-def collect_influence(
-    run: Run,
-    folder: Path,
-    table: Path,
-    label: str,
-    student: Model,
-    examples: Path,
-    first: int,
-    last: int,
-    paired: bool = False,
-) -> Path:
-    """Measure rows `first` to `last` of an example table and join the shards into `table`.
+def collect_influence(step: Step, student: Model, examples: Path, first: int, last: int, paired: bool = False) -> Path:
+    """Measure rows `first` to `last` of an example table; write a table beside the step's folder, of its name.
 
     If they are to be `paired`, the first of many are measured before the others, to warn of too few pairs.
     """
-    settings = run.experiment.influence
-    baseline = run.experiment.preferences.baseline
+    experiment = step.experiment
+    baseline = experiment.preferences.baseline
     rows = measured_rows(examples, first, last)
     moments = Model(student.path, moments_fingerprint(Path(student.path)))
     parts_so_far: list[Path] = []
     warnings: list[str] = []
 
     def execute(name: str, estimator: str, some: list[Row]) -> list[Path]:
-        place = folder if name in ("screen", estimator) else folder.with_name(f"{folder.name}-{name}")
-        parts: list[Path] = run.execute(
-            place,
-            label if name == estimator else f"{label}, {name}",
-            "influence",
-            PROGRAM,
-            influence_settings(run.experiment, estimator),
-            run.cut(place, "influence", some, settings.examples_per_shard),
+        part = step if name in ("screen", estimator) else step.beside(name, f", {name}")
+        parts = part.execute(
+            programs.INFLUENCE,
+            influence_settings(experiment, estimator),
+            some,
+            experiment.influence.examples_per_shard,
             models={"student": student, "moments": moments},
-            files={"reference": run.source_file("reference")},
+            files={"reference": step.run.source_file("reference")},
             upstream=[examples, *parts_so_far[:1]],
         )
         parts_so_far.extend(parts)
@@ -63,7 +50,7 @@ def collect_influence(
 
     def warn(warning: str) -> None:
         warnings.append(warning)
-        get_run_logger().warning("%s: %s", label, warning)
+        get_run_logger().warning("%s: %s", step.label, warning)
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
         if not paired or name not in ("screen", estimator):
@@ -71,13 +58,14 @@ def collect_influence(
         parts = measure_after_pilot(
             some,
             lambda part, is_pilot: execute("pilot" if is_pilot else name, estimator, part),
-            run.experiment.preferences,
+            experiment.preferences,
             warn,
         )
         return join_influence(parts)
 
-    joined = estimate_influence(rows, measure, settings, baseline)
-    return _join(f"{label}: table", joined, table, baseline, parts_so_far, warnings)
+    joined = estimate_influence(rows, measure, experiment.influence, baseline)
+    table = step.folder.with_name(f"{step.folder.name}.parquet")
+    return _join(f"{step.label}: table", joined, table, baseline, parts_so_far, warnings)
 
 
 def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
@@ -107,24 +95,15 @@ def _join(
     return table
 
 
-def influence_settings(experiment: Experiment, estimator: str) -> dict[str, Any]:
-    """What decides a measurement, for `montessori_core.influence.jobs:open_influence`; sizes and screening do not."""
-    measured = {
-        "dtype",
-        "reference_reduction",
-        "learning_rate",
-        "example_weight",
-        "reference_batch_tokens",
-        "sequential",
-    }
-    influence = experiment.influence
-    sequential = influence.sequential if estimator == "exact" else None
-    return {
-        "student": experiment.student.model_dump(mode="json"),
-        "influence": {**influence.model_dump(mode="json", include=measured), "estimator": estimator},
-        "warmup": experiment.warmup.model_dump(mode="json"),
-        "baseline": experiment.preferences.baseline if sequential else None,
-    }
+def influence_settings(experiment: Experiment, estimator: str) -> programs.InfluenceMeasurement:
+    """What decides a measurement by an estimator, 'exact' or 'first_order'; sizes and screening do not."""
+    return programs.measurement_settings(
+        experiment.influence,
+        experiment.warmup,
+        experiment.student.max_length,
+        estimator,
+        experiment.preferences.baseline,
+    )
 
 
 def _publish(

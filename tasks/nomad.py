@@ -3,7 +3,6 @@
 import math
 import random
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +10,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from montessori_core import programs
 from montessori_core.config import Optimization
 from montessori_core.errors import UserError
 from montessori_core.nomad import USER, judge_conversation, read_conversation
@@ -21,11 +21,11 @@ from montessori_core.sources import Task
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
 from montessori_core.synthesis.prompts import seed_of
 from tasks.run import Model, Run
+from tasks.stage import Step
 from tasks.synthesis import Synthesized, count_candidates, generate, join_synthesis
 
 _DRAW = "nomad"
 _FEWEST_STEPS = 10
-_AFTER_THE_TEACHER = {"real_share", "sampling", "training"}  # of `nomad`: they decide what comes later
 
 
 def check_steps(run: Run) -> None:
@@ -49,45 +49,36 @@ def check_steps(run: Run) -> None:
             )
 
 
-def train_conversationalist(run: Run, folder: Path, label: str) -> Model:
+def train_conversationalist(step: Step) -> Model:
     """Fine-tune the first teacher on conversations of the reference set, or of a part drawn at random."""
-    nomad, student = run.experiment.nomad, run.experiment.student
-    real = list(run.sources().reference)
-    random.Random(seed_of(run.experiment.seed, _DRAW, "teacher")).shuffle(real)
-    (trained,) = run.execute(
-        folder,
-        label,
-        "training",
-        "montessori_core.training.sft:open_sft",
-        {
-            "student": student.model_dump(mode="json") | {"lora": None},
-            "recipe_kind": "nomad",
-            "recipe": nomad.model_dump(mode="json", exclude=_AFTER_THE_TEACHER),
-            "zero": run.experiment.zero.model_dump(mode="json"),
-            "seed": run.experiment.seed,
-            "save_moments": False,
-        },
-        [
-            [
-                {"instruction": one.text, "response": one.response, "finished": True}
-                for one in real[: nomad.teacher_examples]
-            ]
-        ],
-        models={"student": run.first_teacher()},
-        suffix="",
-        read=Model.of,
+    experiment = step.experiment
+    nomad = experiment.nomad
+    real = list(step.run.sources().reference)
+    random.Random(seed_of(experiment.seed, _DRAW, "teacher")).shuffle(real)
+    rows: list[Row] = [
+        {"instruction": one.text, "response": one.response, "finished": True} for one in real[: nomad.teacher_examples]
+    ]
+    settings = programs.Sft(
+        max_length=experiment.student.max_length,
+        lora=None,
+        recipe=nomad.shared(),
+        zero=experiment.zero,
+        seed=experiment.seed,
+        save_moments=False,
+        conversations=True,
+        mask_prompts=nomad.mask_prompts,
     )
-    return cast(Model, trained)
+    return step.train(programs.SFT, settings, rows, {"student": step.run.first_teacher()})
 
 
-def write_conversations(run: Run, folder: Path, label: str, teacher: Model, count: int) -> Synthesized:
+def write_conversations(step: Step, teacher: Model, count: int) -> Synthesized:
     """Let the teacher continue the bare beginning of a conversation until `count` conversations pass the filters.
 
     Raises:
         UserError: after `synthesis.max_rounds` rounds too few were kept.
     """
-    settings, seed = run.experiment.synthesis, run.experiment.seed
-    accepted = Accepted([one.text for one in run.sources().reference], settings.filters.max_rouge_l)
+    settings, seed = step.experiment.synthesis, step.experiment.seed
+    accepted = Accepted([one.text for one in step.run.sources().reference], settings.filters.max_rouge_l)
     candidates: list[Row] = []
     examples: list[Row] = []
     parts: list[Path] = []
@@ -99,12 +90,9 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
         wanted = count_candidates(missing, rounds, settings.oversampling)
         names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + wanted)]
         rows: list[Row] = [{"ids": [name], "text": USER, "seeds": [seed_of(seed, name)]} for name in names]
-        stage = folder / f"conversations-{number}"
-        shards = run.cut(stage, "generation", rows, settings.instructions_per_shard)
-        name = label if number == 1 else f"{label}, round {number}"
-        generated, written = generate(
-            run, stage, name, teacher, shards, run.experiment.nomad.sampling, "whole", parts[-1:]
-        )
+        turn = step if number == 1 else step.renamed(f"{step.label}, round {number}")
+        writing, size = turn.at(f"conversations-{number}"), settings.instructions_per_shard
+        generated, written = generate(writing, teacher, rows, size, step.experiment.nomad.sampling, "whole", parts[-1:])
         parts += written
         for row in generated:
             conversation = read_conversation(row["text"], row["finish_reason"])
@@ -137,27 +125,25 @@ def write_conversations(run: Run, folder: Path, label: str, teacher: Model, coun
                 )
         rounds.append((len(generated), len(examples) - (count - missing)))
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
-    return join_synthesis(f"{label}: table", folder, *tables, count, parts)
+    return join_synthesis(f"{step.label}: table", step.folder, *tables, count, parts)
 
 
-def measure_norm_sim(run: Run, folder: Path, label: str, examples: Path) -> Path:
-    """How near synthetic examples are to real ones: the table `norm-sim.parquet` in `folder`, and its quantiles."""
+def measure_norm_sim(step: Step, examples: Path) -> Path:
+    """How near synthetic examples are to real ones: the table `norm-sim.parquet` in the step's folder, and its quantiles."""
     rows = [
         {key: row[key] for key in ("example_id", "instruction", "response")}
         for row in read_table(examples, EXAMPLES).to_pylist()
     ]
-    parts = run.execute(
-        folder,
-        label,
-        "influence",
-        "montessori_core.nomad:open_norm_sim",
-        {"max_length": run.experiment.student.max_length},
-        run.cut(folder, "influence", rows, run.experiment.synthesis.instructions_per_shard),
-        models={"student": run.first_student()},
-        files={"real": run.source_file("reference")},
+    parts = step.execute(
+        programs.NORM_SIM,
+        programs.Similarity(max_length=step.experiment.student.max_length),
+        rows,
+        step.experiment.synthesis.instructions_per_shard,
+        models={"student": step.run.first_student()},
+        files={"real": step.run.source_file("reference")},
         upstream=[examples],
     )
-    return _join_norm_sim(f"{label}: table", folder / "norm-sim.parquet", parts)
+    return _join_norm_sim(f"{step.label}: table", step.folder / "norm-sim.parquet", parts)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

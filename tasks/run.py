@@ -9,26 +9,22 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
 from cluster.backends import open_backend
-from cluster.fanout import Progress, fan_out
-from cluster.stage import Stage, cut_for_jobs
-from montessori_core.atomic import commit, hash_path, read_json, write_json
+from montessori_core.atomic import commit, read_json, write_json
 from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
 from montessori_core.benchmarks.contamination import overlapping
 from montessori_core.benchmarks.mt_bench import read_dialogues
 from montessori_core.config import (
-    Endpoint,
     Experiment,
-    Resources,
     Student,
     Teacher,
     differences,
@@ -42,8 +38,6 @@ from montessori_core.program import Row
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
-from tasks.progress import ProgressBar
-from tasks.stage_view import StageView
 
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _PROVENANCE = "provenance.json"
@@ -55,7 +49,6 @@ _FIRST_STAGES = {
     "training.": "student training",
 }
 """Settings that a run may change, with the first stage that each decides, in the order of the stages."""
-Kind = Literal["generation", "training", "teacher_update", "influence", "evaluation", "judging"]
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
 
@@ -120,103 +113,6 @@ class Run:
         # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
         commits = read_json(self.folder / _COMMITS) or {}
         return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
-
-    def cut(self, folder: Path, kind: Kind, rows: list[Row], largest: int) -> list[list[Row]]:
-        """[shards][rows] of a stage in `folder`, of at most `largest` rows: see `cut_for_jobs`."""
-        resources: Resources = getattr(self.experiment.cluster.resources, kind)
-        return cut_for_jobs(folder, rows, resources.parallel_jobs, largest)
-
-    def execute(
-        self,
-        folder: Path,
-        name: str,
-        kind: Kind,
-        program: str,
-        settings: Mapping[str, Any],
-        shards: list[list[Row]],
-        models: Mapping[str, Model] | None = None,
-        files: Mapping[str, Path] | None = None,
-        limits: Mapping[str, Path] | None = None,
-        upstream: Sequence[object] = (),
-        suffix: str = ".parquet",
-        read: Callable[[Path], Any] = lambda part: part,
-    ) -> list[Any]:
-        """Bring a stage to its end and return its results, one for each shard.
-
-        To be called in a flow: the stage's chunks are its task runs.
-
-        Args:
-            folder: the stage's folder.
-            name: for people, e.g. 'iteration 1: influence of the probing set'.
-            kind: which resources its jobs get.
-            program: see `montessori_core.program`.
-            settings: plain data, without resources.
-            shards: [shards][rows].
-            models: models the program loads, by the name of the input.
-            files: files the program reads, by the name of the input.
-            limits: files the program reads that decide no result, so that another content has nothing computed again.
-            upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
-            suffix: '.parquet' or '' for a folder.
-            read: what a result becomes for what reads it: by default the path of its part.
-        """
-        models, files = models or {}, files or {}
-        self.stages.append(folder)
-        stage = Stage(
-            name=folder.name,
-            version=1,
-            program=program,
-            settings=settings,
-            inputs={n: Path(m.path) for n, m in models.items() if Path(m.path).is_dir()}
-            | dict(files)
-            | dict(limits or {}),
-            input_hashes={n: m.sha256 for n, m in models.items()} | {n: hash_path(p) for n, p in files.items()},
-            folder=folder,
-            suffix=suffix,
-            kind=kind,
-        )
-        cluster = self.experiment.cluster
-        resources: Resources = getattr(cluster.resources, kind)
-        python = cluster.generation_python if kind == "generation" else None
-        inputs = [*models.values(), *files.values(), *upstream]
-        with ProgressBar(name) as bar, StageView(name, stage, len(shards), inputs, read) as view:
-
-            def show(progress: Progress) -> None:
-                bar.show(progress)
-                view.show(progress)
-
-            fan_out(stage, shards, resources, cluster, show, python)
-        return view.results()
-
-    def ask(
-        self,
-        asked: Literal["judge", "strong_teacher"],
-        folder: Path,
-        name: str,
-        program: str,
-        settings: Mapping[str, Any],
-        rows: list[Row],
-        upstream: Sequence[object],
-    ) -> list[Path]:
-        """Bring a stage that asks a model behind an API to its end: one job, so that limits and cap hold over all of it.
-
-        Args:
-            asked: the section of the configuration that says which model.
-            folder, name, program, settings, upstream: see `execute`.
-            rows: of the one shard.
-        """
-        endpoint: Endpoint = getattr(self.experiment, asked)
-        file = self.folder / f"{asked}.json"
-        write_json(endpoint.model_dump(mode="json"), file)
-        return self.execute(
-            folder,
-            name,
-            "judging",
-            program,
-            {**settings, "endpoint": endpoint.identity()},
-            [rows],
-            limits={"endpoint": file},
-            upstream=upstream,
-        )
 
 
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:

@@ -2,51 +2,42 @@
 
 import logging
 from pathlib import Path
-from typing import cast
 
-from montessori_core.config import Optimization, Warmup
+from montessori_core import programs
+from montessori_core.config import Optimization
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, read_table
 from montessori_core.training.files import MOMENTS_FILE
-from tasks.run import Model, Run
+from tasks.run import Model
+from tasks.stage import Step
 
 log = logging.getLogger(__name__)
 
 
-def train_student(
-    run: Run, folder: Path, label: str, examples: Path, recipe: Optimization, first: int, save_moments: bool
-) -> Model:
-    """Train a student, from its first weights, on the first so many rows of an example table.
+def train_student(step: Step, examples: Path, recipe: Optimization, count: int, save_moments: bool = False) -> Model:
+    """Train a student, from its first weights, on the first `count` rows of an example table.
 
     AdamW's moments take twice the room of the weights: they are saved only if `save_moments`, for an iteration that
     continues from this student. If that is decided after the training, it is repeated.
     """
-    result = folder / "part-00000"
+    result = step.folder / "part-00000"
     if (result / MOMENTS_FILE).exists():
         save_moments = True
     elif save_moments and result.exists():
-        log.warning("%s: training again, since a later iteration needs the AdamW moments that were not kept", label)
-    rows = training_rows(examples)[:first]
-    (trained,) = run.execute(
-        folder,
-        label,
-        "training",
-        "montessori_core.training.sft:open_sft",
-        {
-            "student": run.experiment.student.model_dump(mode="json"),
-            "recipe_kind": "warmup" if isinstance(recipe, Warmup) else "training",
-            "recipe": recipe.model_dump(mode="json"),
-            "zero": run.experiment.zero.model_dump(mode="json"),
-            "seed": run.experiment.seed,
-            "save_moments": save_moments,
-        },
-        [rows],
-        models={"student": run.first_student()},
-        upstream=[examples],
-        suffix="",
-        read=Model.of,
+        log.warning(
+            "%s: training again, since a later iteration needs the AdamW moments that were not kept", step.label
+        )
+    experiment = step.experiment
+    settings = programs.Sft(
+        max_length=experiment.student.max_length,
+        lora=experiment.student.lora,
+        recipe=recipe.shared(),
+        zero=experiment.zero,
+        seed=experiment.seed,
+        save_moments=save_moments,
     )
-    return cast(Model, trained)
+    models = {"student": step.run.first_student()}
+    return step.train(programs.SFT, settings, training_rows(examples)[:count], models, upstream=[examples])
 
 
 def training_rows(examples: Path) -> list[Row]:

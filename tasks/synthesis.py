@@ -10,6 +10,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from montessori_core import programs
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -19,9 +20,9 @@ from montessori_core.sources import Task
 from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, funnel, judge_candidates
 from montessori_core.synthesis.generation import Form
 from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
-from tasks.run import Model, Run
+from tasks.run import Model
+from tasks.stage import Step
 
-_PROGRAM = "montessori_core.synthesis.jobs:open_generation"
 _DRAWN = ("output_ids", "vocabulary")
 """What a row of generation knows of its tokens."""
 _LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acceptance asks for
@@ -36,22 +37,18 @@ class Synthesized:
 
 
 def synthesize(
-    run: Run,
-    folder: Path,
-    label: str,
+    step: Step,
     teacher: Model | Endpoint,
     count: int,
     draw: str,
-    earlier: list[Path],
-    synthetic_pool: Path | None,
+    earlier: Sequence[Path] = (),
+    synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
 ) -> Synthesized:
     """Let `teacher` write `count` examples.
 
     Args:
-        run: the run.
-        folder: where tables and stages go.
-        label: for people.
+        step: in whose folder tables and stages go.
         teacher: who writes: a model, or one behind an API.
         count: examples wanted.
         draw: names the random draw of prompts and samples; equal draws show equal prompts.
@@ -62,13 +59,13 @@ def synthesize(
     Raises:
         UserError: after `max_rounds` rounds too few examples were kept.
     """
-    settings, seed = run.experiment.synthesis, run.experiment.seed
-    style = "chat" if isinstance(teacher, Endpoint) else run.experiment.teacher.prompt_style
-    seeds = run.sources().seed_pool if seed_pool is None else seed_pool
+    settings, seed = step.experiment.synthesis, step.experiment.seed
+    style = "chat" if isinstance(teacher, Endpoint) else step.experiment.teacher.prompt_style
+    seeds = step.run.sources().seed_pool if seed_pool is None else seed_pool
     pool = _pool(synthetic_pool)
     if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
         raise UserError(
-            f"{label}: {len(seeds)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
+            f"{step.label}: {len(seeds)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
             f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
         )
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
@@ -83,32 +80,24 @@ def synthesize(
         if missing == 0:
             break
         wanted = math.ceil(count_candidates(missing, rounds, settings.oversampling) / settings.samples_per_prompt)
-        prompts = build_prompts(
-            wanted,
-            style,
-            settings,
-            seeds,
-            pool,
-            seed_of(seed, draw),
-            prompts_used,
-        )
+        prompts = build_prompts(wanted, style, settings, seeds, pool, seed_of(seed, draw), prompts_used)
         prompts_used += wanted
-        name = label if number == 1 else f"{label}, round {number}"
+        turn = step if number == 1 else step.renamed(f"{step.label}, round {number}")
         upstream = [*([synthetic_pool] if synthetic_pool else []), *parts[-1:]]
-        stage = folder / f"instructions-{number}"
-        fresh, written = _write_instructions(run, stage, name, teacher, style, prompts, draw, accepted, upstream)
+        writing = turn.at(f"instructions-{number}", "instructions")
+        fresh, written = _write_instructions(writing, teacher, style, prompts, draw, accepted, upstream)
         kept = [row for row in fresh if row["rejection"] is None]
         for row in kept[missing:]:
             row["rejection"] = SURPLUS
-        stage = folder / f"responses-{number}"
-        answered, responses = _write_responses(run, stage, name, teacher, kept[:missing], draw, written)
+        answering = turn.at(f"responses-{number}", "responses")
+        answered, responses = _write_responses(answering, teacher, kept[:missing], draw, written)
         examples += answered
         candidates += fresh
         parts += written + responses
         rounds.append((len(fresh), len(answered)))
     # Tables, not rows: Prefect looks into lists, and there may be many.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
-    return join_synthesis(label, folder, *tables, count, parts)
+    return join_synthesis(step.label, step.folder, *tables, count, parts)
 
 
 def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:
@@ -152,9 +141,7 @@ def _pool(table: Path | None) -> list[Task]:
 
 
 def _write_instructions(
-    run: Run,
-    folder: Path,
-    label: str,
+    step: Step,
     teacher: Model | Endpoint,
     style: str,
     prompts: list[Prompt],
@@ -163,28 +150,19 @@ def _write_instructions(
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """Candidates with their verdicts, and the parts they come from."""
-    settings = run.experiment.synthesis
+    settings = step.experiment.synthesis
     samples = range(settings.samples_per_prompt)
     rows: list[Row] = [
         {
             "ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
             "text": prompt.text,
-            "seeds": [seed_of(run.experiment.seed, draw, prompt.id, sample) for sample in samples],
+            "seeds": [seed_of(step.experiment.seed, draw, prompt.id, sample) for sample in samples],
         }
         for prompt in prompts
     ]
-    shards = run.cut(folder, "generation", rows, settings.prompts_per_shard)
     form: Form = "tagged" if style == "completion" else "request"
-    generated, parts = generate(
-        run,
-        folder,
-        f"{label}: instructions",
-        teacher,
-        shards,
-        settings.instruction,
-        form,
-        upstream,
-    )
+    size = settings.prompts_per_shard
+    generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
     verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
     candidates: list[Row] = [
@@ -204,9 +182,7 @@ def _write_instructions(
 
 
 def _write_responses(
-    run: Run,
-    folder: Path,
-    label: str,
+    step: Step,
     teacher: Model | Endpoint,
     candidates: list[Row],
     draw: str,
@@ -219,11 +195,11 @@ def _write_responses(
         {
             "ids": [candidate["candidate_id"]],
             "text": candidate["instruction"],
-            "seeds": [seed_of(run.experiment.seed, draw, candidate["candidate_id"], "response")],
+            "seeds": [seed_of(step.experiment.seed, draw, candidate["candidate_id"], "response")],
         }
         for candidate in candidates
     ]
-    generated, parts = _respond(run, folder, f"{label}: responses", teacher, rows, upstream)
+    generated, parts = _respond(step, teacher, rows, upstream)
     examples = []
     for candidate, row in zip(candidates, generated, strict=True):
         if not row["text"].strip():
@@ -240,15 +216,11 @@ def _write_responses(
     return examples, parts
 
 
-def answer_again(
-    run: Run, folder: Path, label: str, teacher: Model, examples: Path, first: int, last: int, draw: str
-) -> Path:
+def answer_again(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
     """Several responses to each of some instructions, as examples of which every instruction is the prompt.
 
     Args:
-        run: the run.
-        folder: where the stage and the table `examples.parquet` go.
-        label: for people.
+        step: in whose folder the stage and the table `examples.parquet` go.
         teacher: who answers.
         examples: an example table.
         first: its first instruction to answer.
@@ -256,16 +228,16 @@ def answer_again(
         draw: names the random draw of the samples.
     """
     asked = read_table(examples, EXAMPLES).to_pylist()[first:last]
-    samples = range(run.experiment.synthesis.samples_per_prompt)
+    samples = range(step.experiment.synthesis.samples_per_prompt)
     rows: list[Row] = [
         {
             "ids": [f"{row['example_id']}-r{sample}" for sample in samples],
             "text": row["instruction"],
-            "seeds": [seed_of(run.experiment.seed, draw, row["example_id"], "response", sample) for sample in samples],
+            "seeds": [seed_of(step.experiment.seed, draw, row["example_id"], "response", sample) for sample in samples],
         }
         for row in asked
     ]
-    generated, parts = _respond(run, folder / "responses", label, teacher, rows, [examples])
+    generated, parts = _respond(step.at("responses"), teacher, rows, [examples])
     owners = [row for row in asked for _ in samples]
     answered = [
         {
@@ -281,17 +253,17 @@ def answer_again(
         for row, response in zip(owners, generated, strict=True)
         if response["text"].strip()
     ]
-    return _write_examples(f"{label}: table", folder / "examples.parquet", answered, parts)
+    return _write_examples(f"{step.label}: table", step.folder / "examples.parquet", answered, parts)
 
 
-def answer_seeds(run: Run, folder: Path, label: str, teacher: Model) -> Path:
-    """The teacher's responses to the seed pool, as the table `examples.parquet` in `folder`."""
+def answer_seeds(step: Step, teacher: Model) -> Path:
+    """The teacher's responses to the seed pool, as the table `examples.parquet` in the step's folder."""
     candidates: list[Row] = [
         {"candidate_id": task.id, "prompt_id": task.id, "prompt": "", "raw_output": "", "instruction": task.text}
-        for task in run.sources().seed_pool
+        for task in step.run.sources().seed_pool
     ]
-    answered, parts = _write_responses(run, folder / "responses", label, teacher, candidates, "seeds", [])
-    return _write_examples(f"{label}: table", folder / "examples.parquet", answered, parts)
+    answered, parts = _write_responses(step.at("responses", "responses"), teacher, candidates, "seeds", [])
+    return _write_examples(f"{step.label}: table", step.folder / "examples.parquet", answered, parts)
 
 
 def join_examples(label: str, tables: list[Path], path: Path) -> Path:
@@ -307,40 +279,29 @@ def _write_examples(label: str, path: Path, rows: list[Row], parts: list[Path]) 
 
 
 def _respond(
-    run: Run, folder: Path, label: str, teacher: Model | Endpoint, rows: list[Row], upstream: list[Path]
+    step: Step, teacher: Model | Endpoint, rows: list[Row], upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
     """What the teacher answers to rows of the generation program, and the parts it is from."""
-    settings = run.experiment.synthesis
-    shards = run.cut(folder, "generation", rows, settings.instructions_per_shard)
-    return generate(run, folder, label, teacher, shards, settings.response, "request", upstream)
+    settings = step.experiment.synthesis
+    return generate(step, teacher, rows, settings.instructions_per_shard, settings.response, "request", upstream)
 
 
 def generate(
-    run: Run,
-    folder: Path,
-    label: str,
+    step: Step,
     teacher: Model | Endpoint,
-    shards: list[list[Row]],
+    rows: list[Row],
+    rows_per_shard: int,
     sampling: Sampling,
     form: Form,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """What a teacher, loaded or behind an API, makes of rows of the generation program; and the parts it is from."""
-    drawn = {"sampling": sampling.model_dump(mode="json")}
     if isinstance(teacher, Endpoint):
-        rows = [row for shard in shards for row in shard]
-        program = "montessori_core.synthesis.jobs:open_api_generation"
-        parts = run.ask("strong_teacher", folder, label, program, drawn, rows, upstream)
+        parts = step.ask("strong_teacher", programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
     else:
-        parts = run.execute(
-            folder,
-            label,
-            "generation",
-            _PROGRAM,
-            {"engine": run.experiment.synthesis.engine, "form": form} | drawn,
-            shards,
-            models={"teacher": teacher},
-            upstream=upstream,
+        settings = programs.Generation(engine=step.experiment.synthesis.engine, form=form, sampling=sampling)
+        parts = step.execute(
+            programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
         )
     return [row for part in parts for row in read_table(part, GENERATION).to_pylist()], parts
 

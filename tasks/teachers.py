@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,6 +9,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from montessori_core import programs
 from montessori_core.errors import UserError
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import (
@@ -22,41 +22,39 @@ from montessori_core.preferences import (
 )
 from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
 from montessori_core.training.files import KEPT, LOG_FILE
-from tasks.run import Model, Run
+from tasks.run import Model
+from tasks.stage import Step
 
 
-@task(task_run_name="{label}: preference pairs", cache_policy=NO_CACHE)
-def collect_preferences(run: Run, folder: Path, label: str, examples: Path, influence: Path) -> Path:
-    """Build the preference table of an iteration, `preferences.parquet` in its folder.
+@task(task_run_name="{step.label}: preference pairs", cache_policy=NO_CACHE)
+def collect_preferences(step: Step, examples: Path, influence: Path) -> Path:
+    """Build the preference table of a step, `preferences.parquet` in its folder.
 
     Raises:
         UserError: no prompt has both a helpful and a harmful example.
     """
-    settings = run.experiment.preferences
+    settings = step.experiment.preferences
     table = read_table(influence, INFLUENCE, PAIRED)
     pairs = pair_by_influence(table, settings)
     if pairs.num_rows == 0:
         summary = summarize_influence(read_table(influence, INFLUENCE), threshold_of(table, settings.baseline))
         raise UserError(
-            f"{label}: no preference pairs: no prompt has both an example above and one below the threshold "
+            f"{step.label}: no preference pairs: no prompt has both an example above and one below the threshold "
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
             "Set preferences.baseline=prompt, lower preferences.margin, or raise influence.probing_examples"
         )
-    write_preferences(pairs, examples, folder / "preferences.parquet", PREFERENCES)
-    _publish(label, pairs, settings.baseline)
-    return folder / "preferences.parquet"
+    path = step.folder / "preferences.parquet"
+    write_preferences(pairs, examples, path, PREFERENCES)
+    _publish(step.label, pairs, settings.baseline)
+    return path
 
 
-@task(task_run_name="{label}: preference pairs", cache_policy=NO_CACHE)
-def collect_utility_preferences(
-    run: Run, folder: Path, label: str, examples: Path, utility: Path, extremes: bool = False
-) -> Path:
-    """Build the preference table of another signal than influence, `preferences.parquet` in `folder`.
+@task(task_run_name="{step.label}: preference pairs", cache_policy=NO_CACHE)
+def collect_utility_preferences(step: Step, examples: Path, utility: Path, extremes: bool = False) -> Path:
+    """Build the preference table of another signal than influence, `preferences.parquet` in the step's folder.
 
     Args:
-        run: the run.
-        folder: where the table goes.
-        label: for people.
+        step: in whose folder the table goes.
         examples: an example table.
         utility: a table of schema `UTILITY`.
         extremes: of each prompt one pair, the best and the worst; otherwise all across the median of all prompts.
@@ -65,21 +63,20 @@ def collect_utility_preferences(
         UserError: no prompt has both a better and a worse example.
     """
     table = read_table(utility, UTILITY)
-    pairs = pair_extremes(table) if extremes else pair_by_utility(table, run.experiment.preferences.max_pairs)
+    pairs = pair_extremes(table) if extremes else pair_by_utility(table, step.experiment.preferences.max_pairs)
     if pairs.num_rows == 0:
         raise UserError(
-            f"{label}: no preference pairs: no prompt has both a better and a worse one of {table.num_rows} examples "
+            f"{step.label}: no preference pairs: no prompt has both a better and a worse one of {table.num_rows} examples "
             f"({table['utility'].null_count} without a score). Raise the number of examples or synthesis.samples_per_prompt"
         )
-    write_preferences(pairs, examples, folder / "preferences.parquet", UTILITY_PREFERENCES)
-    _publish(label, pairs, "best and worst" if extremes else "median")
-    return folder / "preferences.parquet"
+    path = step.folder / "preferences.parquet"
+    write_preferences(pairs, examples, path, UTILITY_PREFERENCES)
+    _publish(step.label, pairs, "best and worst" if extremes else "median")
+    return path
 
 
 def update_teacher(
-    run: Run,
-    folder: Path,
-    label: str,
+    step: Step,
     teacher: Model,
     preferences: Path,
     schema: pa.Schema = PREFERENCES,
@@ -89,9 +86,7 @@ def update_teacher(
     """Train the teacher, or a student that answers, on preference pairs with DPO (Eq. 4).
 
     Args:
-        run: the run.
-        folder: of the stage.
-        label: for people.
+        step: the update.
         teacher: what is trained.
         preferences: a table of pairs.
         schema: what kind of table it is.
@@ -102,32 +97,18 @@ def update_teacher(
     pairs = read_table(preferences, schema)
     drawn = [f"{output}_{name}" for output in ("chosen", "rejected") for name in ("output_ids", "vocabulary")]
     rows = pairs.select(["prompt", "chosen", "rejected", *drawn]).to_pylist()
-    style = {}
+    experiment = step.experiment
+    style = experiment.teacher.prompt_style
     if answered is not None:
-        style = {"prompt_style": "chat"}
+        style = "chat"
         table = read_table(answered, EXAMPLES)
         finished = dict(zip(table["example_id"].to_pylist(), table["response_finished"].to_pylist(), strict=True))
         for row, pair in zip(rows, pairs.to_pylist(), strict=True):
             row |= {f"{output}_finished": finished[pair[f"{output}_id"]] for output in ("chosen", "rejected")}
-    (updated,) = run.execute(
-        folder,
-        label,
-        "teacher_update",
-        "montessori_core.training.dpo:open_dpo",
-        {
-            "teacher": run.experiment.teacher.model_dump(mode="json") | style,
-            "recipe": run.experiment.teacher_update.model_dump(mode="json"),
-            "zero": run.experiment.zero.model_dump(mode="json"),
-            "seed": run.experiment.seed,
-            **({"keep": keep} if keep else {}),
-        },
-        [rows],
-        models={"teacher": teacher},
-        upstream=[preferences],
-        suffix="",
-        read=Model.of,
+    settings = programs.Dpo(
+        prompt_style=style, recipe=experiment.teacher_update, zero=experiment.zero, seed=experiment.seed, keep=keep
     )
-    return cast(Model, updated)
+    return step.train(programs.DPO, settings, rows, {"teacher": teacher}, upstream=[preferences])
 
 
 def kept_teachers(updated: Model) -> dict[int, Model]:

@@ -1,14 +1,13 @@
 """Other signals than influence: how hard the student finds examples, what they show it, and how good a judge finds them."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from montessori_core import programs
 from montessori_core.api import Answer
 from montessori_core.config import Sampling
 from montessori_core.errors import UserError
@@ -17,69 +16,57 @@ from montessori_core.program import Row
 from montessori_core.schema import GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.synthesis.prompts import seed_of
 from tasks.influence import measured_rows
-from tasks.run import Model, Run
+from tasks.run import Model
+from tasks.stage import Step
 from tasks.synthesis import generate
 
 _JUDGEMENTS = 3
 _JUDGING = Sampling(temperature=0.7, top_p=0.9, presence_penalty=0.0, max_tokens=256)
 
 
-def measure_training_loss(
-    run: Run, folder: Path, label: str, student: Model, examples: Path, first: int, last: int
-) -> Path:
+def measure_training_loss(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
     """The student's mean loss on the responses of rows `first` to `last` of an example table, nats per token.
 
     Returns:
-        A table of schema `UTILITY`, `utility.parquet` in the stage's folder. Higher is better: what the student finds hard it
+        A table of schema `UTILITY`, `utility.parquet` in the step's folder. Higher is better: what the student finds hard it
         can learn from.
     """
-    program = "montessori_core.utility:open_training_loss"
-    return _measure(run, folder, label, program, {}, student, {}, examples, first, last)
-
-
-def measure_in_context(
-    run: Run, folder: Path, label: str, student: Model, examples: Path, first: int, last: int
-) -> Path:
-    """What rows `first` to `last` of an example table are worth to the student as demonstrations; as above."""
-    program = "montessori_core.utility:open_in_context"
-    settings = {"reference_reduction": run.experiment.influence.reference_reduction}
-    files = {"reference": run.source_file("reference")}
-    return _measure(run, folder, label, program, settings, student, files, examples, first, last)
-
-
-def _measure(
-    run: Run,
-    folder: Path,
-    label: str,
-    program: str,
-    settings: Mapping[str, Any],
-    student: Model,
-    files: Mapping[str, Path],
-    examples: Path,
-    first: int,
-    last: int,
-) -> Path:
-    parts = run.execute(
-        folder,
-        label,
-        "influence",
-        program,
-        {
-            "student": run.experiment.student.model_dump(mode="json"),
-            "batch_tokens": run.experiment.influence.reference_batch_tokens,
-            **settings,
-        },
-        run.cut(folder, "influence", measured_rows(examples, first, last), run.experiment.influence.examples_per_shard),
+    settings = programs.ModelLoss(**_evaluation(step))
+    parts = step.execute(
+        programs.TRAINING_LOSS,
+        settings,
+        measured_rows(examples, first, last),
+        step.experiment.influence.examples_per_shard,
         models={"student": student},
-        files=files,
         upstream=[examples],
     )
-    return _join(f"{label}: table", folder / "utility.parquet", parts)
+    return _join(f"{step.label}: table", step.folder / "utility.parquet", parts)
 
 
-def ask_judge(
-    run: Run, folder: Path, label: str, examples: Path, first: int, last: int, response_only: bool = False
-) -> Path:
+def measure_in_context(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
+    """What rows `first` to `last` of an example table are worth to the student as demonstrations; as above."""
+    influence = step.experiment.influence
+    settings = programs.InContext(reference_reduction=influence.reference_reduction, **_evaluation(step))
+    parts = step.execute(
+        programs.IN_CONTEXT,
+        settings,
+        measured_rows(examples, first, last),
+        influence.examples_per_shard,
+        models={"student": student},
+        files={"reference": step.run.source_file("reference")},
+        upstream=[examples],
+    )
+    return _join(f"{step.label}: table", step.folder / "utility.parquet", parts)
+
+
+def _evaluation(step: Step) -> dict[str, int]:
+    return {
+        "max_length": step.experiment.student.max_length,
+        "batch_tokens": step.experiment.influence.reference_batch_tokens,
+    }
+
+
+def ask_judge(step: Step, examples: Path, first: int, last: int, response_only: bool = False) -> Path:
     """A judge's score of some examples as their utility; a table of schema `UTILITY`, null where no score could be read.
 
     With `response_only`, instructions earn no point.
@@ -87,14 +74,14 @@ def ask_judge(
     Raises:
         UserError: the experiment has no judge.
     """
-    if run.experiment.judge is None:
+    if step.experiment.judge is None:
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
-    rows, program = measured_rows(examples, first, last), "montessori_core.judging:open_judge"
-    parts = run.ask("judge", folder, label, program, {"response_only": response_only}, rows, [examples])
-    return _join(f"{label}: table", folder / "utility.parquet", parts)
+    rows = measured_rows(examples, first, last)
+    parts = step.ask("judge", programs.JUDGE, {"response_only": response_only}, rows, [examples])
+    return _join(f"{step.label}: table", step.folder / "utility.parquet", parts)
 
 
-def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: Path) -> Path:
+def judge_oneself(step: Step, student: Model, examples: Path) -> Path:
     """What the student itself says of responses, five points each, as their utility; as above.
 
     A utility is the mean of those of three judgements that end with a score (Yuan et al., 2024).
@@ -105,14 +92,15 @@ def judge_oneself(run: Run, folder: Path, label: str, student: Model, examples: 
             "ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
             "text": question_about(row["instruction"], row["response"], response_only=True),
             "seeds": [
-                seed_of(run.experiment.seed, "judgement", row["example_id"], sample) for sample in range(_JUDGEMENTS)
+                seed_of(step.experiment.seed, "judgement", row["example_id"], sample) for sample in range(_JUDGEMENTS)
             ],
         }
         for row in rows
     ]
-    shards = run.cut(folder, "generation", asked, run.experiment.synthesis.instructions_per_shard)
-    _, parts = generate(run, folder, label, student, shards, _JUDGING, "request", [examples])
-    return _join(f"{label}: table", folder / "utility.parquet", [_score(f"{label}: scores", folder, rows, parts)])
+    size = step.experiment.synthesis.instructions_per_shard
+    _, parts = generate(step, student, asked, size, _JUDGING, "request", [examples])
+    scores = _score(f"{step.label}: scores", step.folder, rows, parts)
+    return _join(f"{step.label}: table", step.folder / "utility.parquet", [scores])
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

@@ -9,13 +9,14 @@ from flows.methods.tailoring import measure, probe, write_training_set
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table
 from montessori_core.selection import upper_half
 from montessori_core.sources import Task
+from tasks.stage import Step
 
 
 def _propose(now: Round) -> Proposal:
-    run, teacher = now.run, now.run.first_teacher()
-    probed = probe(run, 1, teacher, None, None)
-    seeds = most_influential(probed.synthesized.examples, measure(run, 1, probed))
-    training = write_training_set(run, now.folder / "training", now.label, teacher, seed_pool=seeds)
+    first, teacher = Step.iteration(now.run, 1), now.run.first_teacher()
+    probed = probe(first, 1, teacher)
+    seeds = most_influential(probed.synthesized.examples, measure(first, probed))
+    training = write_training_set(now.step, teacher, seed_pool=seeds)
     return Proposal(training.examples, teacher)
 
 

@@ -7,7 +7,7 @@ A method of your own is a module with a `Method`, named in a study as `module:NA
 
     def propose(now: Round) -> Proposal:
         teacher = now.run.first_teacher()
-        training = synthesize(now.run, now.folder / "training", now.label, teacher, ...)
+        training = synthesize(now.step.at("training"), teacher, ...)
         return Proposal(training.examples, teacher)
 
     MINE = Method("mine", "What it does, in a line.", propose)
@@ -24,6 +24,7 @@ from typing import Literal
 from montessori_core.config import Experiment
 from tasks.evaluation import Evaluated
 from tasks.run import Model, Run
+from tasks.stage import Step
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,21 @@ class Round:
     """One turn of a method.
 
     Attributes:
-        run: experiment, sets and first models.
-        folder: the method's own, for this round.
-        label: for people.
+        step: the method's own, for this round.
         number: counted from 1.
         rounds: how many there are.
         feedback: of the last round; None in the first.
     """
 
-    run: Run
-    folder: Path
-    label: str
+    step: Step
     number: int
     rounds: int
     feedback: Feedback | None
+
+    @property
+    def run(self) -> Run:
+        """Experiment, sets and first models."""
+        return self.step.run
 
 
 def one_round(experiment: Experiment) -> int:

@@ -13,31 +13,28 @@ from tasks.utility import measure_training_loss
 
 
 def _propose(now: Round) -> Proposal:
-    run, teacher = now.run, now.run.first_teacher()
+    run, step, teacher = now.run, now.step, now.run.first_teacher()
     answered = answer_seed_pool(run)
     student = now.feedback.student if now.feedback else train_on_seeds(run, answered)
-    label, count = f"{now.label}: loss on the seeds", read_table(answered, EXAMPLES).num_rows
-    losses = measure_training_loss(run, now.folder / "seed-loss", label, student, answered, 0, count)
+    count = read_table(answered, EXAMPLES).num_rows
+    losses = measure_training_loss(step.at("seed-loss", "loss on the seeds"), student, answered, 0, count)
     hard = set(hardest_half(losses))
     last = now.feedback.proposal.examples if now.feedback else None
     # Every round adds its share, so that the last student sees as many examples as any other method's.
     have = read_table(last, EXAMPLES).num_rows if last else 0
     wanted = run.experiment.training.examples * now.number // now.rounds - have
     training = synthesize(
-        run,
-        now.folder / "training",
-        f"{now.label}: more of what is hard",
+        step.at("training", "more of what is hard"),
         teacher,
-        count=wanted,
+        wanted,
         draw=f"llm2llm-{now.number}",
         earlier=[last] if last else [],
-        synthetic_pool=None,
         seed_pool=[task for task in run.sources().seed_pool if task.id in hard],
     )
     if last is None:
         return Proposal(training.examples, teacher)
-    path = now.folder / "examples.parquet"
-    return Proposal(join_examples(f"{now.label}: all so far", [last, training.examples], path), teacher)
+    path = step.folder / "examples.parquet"
+    return Proposal(join_examples(f"{step.label}: all so far", [last, training.examples], path), teacher)
 
 
 def hardest_half(losses: Path) -> list[str]:

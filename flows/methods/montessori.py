@@ -2,12 +2,13 @@
 
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.tailoring import tailor
+from tasks.stage import Step
 
 
 def _propose(now: Round) -> Proposal:
     last = now.feedback
     tailored = tailor(
-        now.run,
+        Step.iteration(now.run, now.number),
         now.number,
         last.proposal.teacher if last else now.run.first_teacher(),
         last.student if last else None,

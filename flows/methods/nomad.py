@@ -9,17 +9,18 @@ from tasks.students import train_student
 
 
 def _propose(now: Round) -> Proposal:
-    run, folder, label = now.run, now.folder, now.label
-    teacher = train_conversationalist(run, folder / "teacher", f"{label}: teacher on conversations")
+    run, step = now.run, now.step
+    teacher = train_conversationalist(step.at("teacher", "teacher on conversations"))
     count = run.experiment.training.examples
     # At least one is written, however near to 1 the share.
     real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))
-    written = write_conversations(run, folder / "training", f"{label}: conversations", teacher, count - real)
-    measure_norm_sim(run, folder / "norm-sim", f"{label}: nearness to real examples", written.examples)
-    mixed = mix_with_real(run, f"{label}: real and synthetic", written.examples, real, folder / "examples.parquet")
+    written = write_conversations(step.at("training", "conversations"), teacher, count - real)
+    measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)
+    label, path = f"{step.label}: real and synthetic", step.folder / "examples.parquet"
+    mixed = mix_with_real(run, label, written.examples, real, path)
     recipe, student = run.experiment.nomad.training, None
     if recipe is not None:
-        student = train_student(run, folder / "student", f"{label}: student training", mixed, recipe, count, False)
+        student = train_student(step.at("student", "student training"), mixed, recipe, count)
     return Proposal(mixed, teacher, student)
 
 

@@ -4,41 +4,23 @@ from flows.methods.environment import Method, Proposal, Round
 from flows.methods.tailoring import probe, write_training_set
 from montessori_core.schema import EXAMPLES, read_table
 from tasks.influence import collect_influence
+from tasks.stage import Step
 from tasks.synthesis import answer_again
 from tasks.teachers import collect_preferences, update_teacher
 
 
 def _propose(now: Round) -> Proposal:
-    run, teacher = now.run, now.run.first_teacher()
-    probed = probe(run, 1, teacher, None, None)
+    step, teacher = now.step, now.run.first_teacher()
+    probed = probe(Step.iteration(now.run, 1), 1, teacher)
     # As many influences as the other methods measure: several of each instruction, so fewer instructions.
-    instructions = max(1, (probed.last - probed.first) // run.experiment.synthesis.samples_per_prompt)
-    answered = answer_again(
-        run,
-        now.folder / "answers",
-        f"{now.label}: several responses to an instruction",
-        teacher,
-        probed.synthesized.examples,
-        probed.first,
-        probed.first + instructions,
-        draw="answers",
-    )
-    influence = collect_influence(
-        run,
-        now.folder / "influence",
-        now.folder / "influence.parquet",
-        f"{now.label}: influence of the responses",
-        probed.student,
-        answered,
-        0,
-        read_table(answered, EXAMPLES).num_rows,
-        paired=True,
-    )
-    preferences = collect_preferences(run, now.folder, now.label, answered, influence)
-    updated = update_teacher(
-        run, now.folder / "teacher", f"{now.label}: teacher update", teacher, preferences, answered=answered
-    )
-    training = write_training_set(run, now.folder / "training", now.label, updated)
+    instructions = max(1, (probed.last - probed.first) // now.run.experiment.synthesis.samples_per_prompt)
+    answering, examples = step.at("answers", "several responses to an instruction"), probed.synthesized.examples
+    answered = answer_again(answering, teacher, examples, probed.first, probed.first + instructions, draw="answers")
+    measuring, count = step.at("influence", "influence of the responses"), read_table(answered, EXAMPLES).num_rows
+    influence = collect_influence(measuring, probed.student, answered, 0, count, paired=True)
+    preferences = collect_preferences(step, answered, influence)
+    updated = update_teacher(step.at("teacher", "teacher update"), teacher, preferences, answered=answered)
+    training = write_training_set(step, updated)
     return Proposal(training.examples, updated)
 
 

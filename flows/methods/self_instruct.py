@@ -7,7 +7,7 @@ from tasks.run import Model
 
 
 def _propose(now: Round, teacher: Model | Endpoint) -> Proposal:
-    training = write_training_set(now.run, now.folder / "training", now.label, teacher)
+    training = write_training_set(now.step, teacher)
     return Proposal(training.examples, now.run.first_teacher())
 
 

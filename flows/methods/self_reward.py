@@ -14,45 +14,32 @@ from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
 from montessori_core.preferences import best_of_each_prompt
 from montessori_core.schema import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
+from tasks.stage import Step
 from tasks.synthesis import answer_again, join_examples
 from tasks.teachers import collect_utility_preferences, update_teacher
 from tasks.utility import ask_judge, judge_oneself
 
 
 def _propose(now: Round) -> Proposal:
-    run, label = now.run, now.label
+    run, step = now.run, now.step
     student = now.feedback.student if now.feedback else train_on_seeds(run, answer_seed_pool(run))
-    asked = write_training_set(run, now.folder.parent / "instructions", "self_reward", run.first_teacher())
+    asking = Step(run, step.folder.parent, "self_reward")
+    asked = write_training_set(asking, run.first_teacher(), folder="instructions")
     first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
-    answered = answer_again(
-        run,
-        now.folder / "answers",
-        f"{label}: the student's responses",
-        student,
-        asked.examples,
-        first,
-        last,
-        draw=f"self-reward-{now.number}",
-    )
+    answering = step.at("answers", "the student's responses")
+    answered = answer_again(answering, student, asked.examples, first, last, draw=f"self-reward-{now.number}")
     answers = read_table(answered, EXAMPLES).num_rows
     if run.experiment.judge is not None:
-        scores = ask_judge(run, now.folder / "scores", f"{label}: judge", answered, 0, answers, response_only=True)
+        scores = ask_judge(step.at("scores", "judge"), answered, 0, answers, response_only=True)
     else:
-        scores = judge_oneself(run, now.folder / "scores", f"{label}: the student's judgements", student, answered)
-    preferences = collect_utility_preferences(run, now.folder, label, answered, scores, extremes=True)
-    updated = update_teacher(
-        run,
-        now.folder / "update",
-        f"{label}: student update",
-        student,
-        preferences,
-        UTILITY_PREFERENCES,
-        answered=answered,
-    )
-    best = _write_best(f"{label}: best responses", answered, scores, now.folder / "best.parquet")
+        scores = judge_oneself(step.at("scores", "the student's judgements"), student, answered)
+    preferences = collect_utility_preferences(step, answered, scores, extremes=True)
+    update = step.at("update", "student update")
+    updated = update_teacher(update, student, preferences, UTILITY_PREFERENCES, answered=answered)
+    best = _write_best(f"{step.label}: best responses", answered, scores, step.folder / "best.parquet")
     if now.feedback:
         earlier = now.feedback.proposal.examples
-        best = join_examples(f"{label}: all so far", [earlier, best], now.folder / "examples.parquet")
+        best = join_examples(f"{step.label}: all so far", [earlier, best], step.folder / "examples.parquet")
     return Proposal(best, run.first_teacher(), student=updated)
 
 

@@ -7,7 +7,8 @@ from montessori_core.config import Endpoint
 from montessori_core.sources import Task
 from tasks.approval import approve_update
 from tasks.influence import collect_influence
-from tasks.run import Model, Run
+from tasks.run import Model
+from tasks.stage import Step
 from tasks.students import train_student
 from tasks.synthesis import Synthesized, synthesize
 from tasks.teachers import collect_preferences, update_teacher
@@ -35,105 +36,78 @@ class Tailored:
 
 
 def tailor(
-    run: Run, number: int, teacher: Model, student: Model | None, synthetic_pool: Path | None, approve: bool = False
+    step: Step, number: int, teacher: Model, student: Model | None, synthetic_pool: Path | None, approve: bool = False
 ) -> Tailored:
     """Measure what helps the student, update the teacher with it, and let it write the training set.
 
     Args:
-        run: the run.
-        number: of the iteration.
+        step: the iteration.
+        number: of the iteration; names its random draws.
         teacher: the last iteration's, or the first.
         student: the last iteration's, with its moments; None warms one up.
         synthetic_pool: training examples of the last iteration.
         approve: wait for a person before the update.
     """
-    folder, name = run.iteration(number), f"iteration {number}"
-    probed = probe(run, number, teacher, student, synthetic_pool)
-    influence = measure(run, number, probed)
-    preferences = collect_preferences(run, folder, name, probed.synthesized.examples, influence)
+    probed = probe(step, number, teacher, student, synthetic_pool)
+    influence = measure(step, probed)
+    preferences = collect_preferences(step, probed.synthesized.examples, influence)
     if approve:
-        approve_update(run, number, influence, preferences)
-    keep = run.experiment.comparison.teacher_checkpoints
-    updated = update_teacher(run, folder / "teacher", f"{name}: teacher update", teacher, preferences, keep=keep)
-    training = write_training_set(run, folder / "training", name, updated, number, synthetic_pool)
+        approve_update(step.run, number, influence, preferences)
+    keep = step.experiment.comparison.teacher_checkpoints
+    updated = update_teacher(step.at("teacher", "teacher update"), teacher, preferences, keep=keep)
+    training = write_training_set(step, updated, number, synthetic_pool)
     return Tailored(probed, influence, preferences, updated, training)
 
 
-def probe(run: Run, number: int, teacher: Model, student: Model | None, synthetic_pool: Path | None) -> Probed:
+def probe(
+    step: Step, number: int, teacher: Model, student: Model | None = None, synthetic_pool: Path | None = None
+) -> Probed:
     """Let the teacher write the probing set of an iteration; without a student, its first examples warm one up."""
-    experiment, folder, name = run.experiment, run.iteration(number), f"iteration {number}"
+    experiment = step.experiment
     warming = experiment.warmup.examples if student is None else 0
     probing = experiment.influence.probing_examples if student is None else experiment.influence.later_probing_examples
+    written = step.renamed(f"{step.label}: {'warm-up and ' if warming else ''}probing set")
     synthesized = synthesize(
-        run,
-        folder,
-        f"{name}: {'warm-up and ' if warming else ''}probing set",
-        teacher,
-        count=warming + probing,
-        draw=f"i{number}-probing",
-        earlier=[],
-        synthetic_pool=synthetic_pool,
+        written, teacher, warming + probing, draw=f"i{number}-probing", synthetic_pool=synthetic_pool
     )
     if student is None:
-        student = train_student(
-            run,
-            folder / "warmup",
-            f"{name}: student warm-up",
-            synthesized.examples,
-            experiment.warmup,
-            warming,
-            save_moments=True,
-        )
+        warmup = step.at("warmup", "student warm-up")
+        student = train_student(warmup, synthesized.examples, experiment.warmup, warming, save_moments=True)
     return Probed(synthesized, student, warming, warming + probing)
 
 
-def measure(run: Run, number: int, probed: Probed) -> Path:
+def measure(step: Step, probed: Probed) -> Path:
     """Local data influence of the probing set of an iteration."""
-    folder = run.iteration(number)
-    return collect_influence(
-        run,
-        folder / "influence",
-        folder / "influence.parquet",
-        f"iteration {number}: influence of the probing set",
-        probed.student,
-        probed.synthesized.examples,
-        probed.first,
-        probed.last,
-        paired=True,
-    )
+    measuring, examples = step.at("influence", "influence of the probing set"), probed.synthesized.examples
+    return collect_influence(measuring, probed.student, examples, probed.first, probed.last, paired=True)
 
 
 def write_training_set(
-    run: Run,
-    folder: Path,
-    label: str,
+    step: Step,
     teacher: Model | Endpoint,
     number: int = 1,
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
+    folder: str = "training",
 ) -> Synthesized:
-    """Let a teacher write the training set of an iteration, from the prompts that every method has.
+    """Let a teacher write a training set, in a folder of the step, from the prompts that every method has.
 
     What was probed may be written again, as in the authors' code: only a tailored teacher has a probing set, and a set that
     avoids it would lack what that teacher writes most.
 
     Args:
-        run: the run.
-        folder: of the set.
-        label: for people.
+        step: that the set belongs to.
         teacher: who writes: a model, or one behind an API.
         number: of the iteration.
         synthetic_pool: training examples of the last iteration.
         seed_pool: what prompts demonstrate; None takes the run's.
+        folder: its name.
     """
     return synthesize(
-        run,
-        folder,
-        f"{label}: training set",
+        step.at(folder, "training set"),
         teacher,
-        count=run.experiment.training.examples,
+        step.experiment.training.examples,
         draw=f"i{number}-training",
-        earlier=[],
         synthetic_pool=synthetic_pool,
         seed_pool=seed_pool,
     )

@@ -1,0 +1,155 @@
+"""A step of a run, and how its stages are brought to their end."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.fanout import Progress, fan_out
+from cluster.stage import Stage, cut_for_jobs
+from montessori_core.atomic import hash_path, write_json
+from montessori_core.config import Endpoint, Experiment, Resources
+from montessori_core.program import Program, Row, SettingsT
+from tasks.progress import ProgressBar
+from tasks.run import Model, Run
+from tasks.stage_view import StageView
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the method: what is computed goes into its folder, and people read its label.
+
+    Attributes:
+        run: the run that it belongs to.
+        folder: its own, in the run's folder. A stage of the step, or a table, is a folder or a file in it.
+        label: for progress bars, Prefect and errors, e.g. 'iteration 1: student training'.
+    """
+
+    run: Run
+    folder: Path
+    label: str
+
+    @property
+    def experiment(self) -> Experiment:
+        """The run's configuration."""
+        return self.run.experiment
+
+    @staticmethod
+    def iteration(run: Run, number: int) -> "Step":
+        """An iteration, counted from 1."""
+        return Step(run, run.iteration(number), f"iteration {number}")
+
+    def at(self, folder: str, label: str = "") -> "Step":
+        """A part of the step, in a folder of its own."""
+        return Step(self.run, self.folder / folder, f"{self.label}: {label}" if label else self.label)
+
+    def renamed(self, label: str) -> "Step":
+        """The same step under another label."""
+        return Step(self.run, self.folder, label)
+
+    def beside(self, suffix: str, label: str = "") -> "Step":
+        """A part of the step, in a folder beside its own that is named after both."""
+        named = self.folder.with_name(f"{self.folder.name}-{suffix}")
+        return Step(self.run, named, f"{self.label}{label}")
+
+    def execute(
+        self,
+        program: Program[SettingsT],
+        settings: SettingsT,
+        rows: list[Row],
+        rows_per_shard: int | None = None,
+        models: Mapping[str, Model] | None = None,
+        files: Mapping[str, Path] | None = None,
+        upstream: Sequence[object] = (),
+    ) -> list[Path]:
+        """Compute a program's table over many jobs; return its parts, in the order of the rows.
+
+        To be called in a flow: groups of the stage's shards are its task runs.
+
+        Args:
+            program: see `montessori_core.programs`.
+            settings: of the program.
+            rows: that it computes.
+            rows_per_shard: at most so many; fewer where more jobs may run. None: all rows are one shard.
+            models: models the program loads, by the name of the input.
+            files: files the program reads, by the name of the input.
+            upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
+        """
+        shards = [rows]
+        if rows_per_shard is not None:
+            jobs = self._resources(program).parallel_jobs
+            shards = cut_for_jobs(self.folder, rows, jobs, rows_per_shard)
+        return self._compute(program, settings, shards, models or {}, files or {}, {}, upstream, read=lambda part: part)
+
+    def train(
+        self,
+        program: Program[SettingsT],
+        settings: SettingsT,
+        rows: list[Row],
+        models: Mapping[str, Model],
+        upstream: Sequence[object] = (),
+    ) -> Model:
+        """Compute a program whose result is a model, in one job; see `execute`."""
+        trained: list[Model] = self._compute(program, settings, [rows], models, {}, {}, upstream, read=Model.of)
+        return trained[0]
+
+    def ask(
+        self,
+        asked: Literal["judge", "strong_teacher"],
+        program: Program[SettingsT],
+        settings: Mapping[str, Any],
+        rows: list[Row],
+        upstream: Sequence[object],
+    ) -> list[Path]:
+        """Put rows to a model behind an API, in one job, so that limits and cap hold over all of them; see `execute`.
+
+        Args:
+            asked: the section of the configuration that says which model.
+            program: whose settings name the endpoint.
+            settings: the others.
+            rows, upstream: see `execute`.
+        """
+        endpoint: Endpoint = getattr(self.experiment, asked)
+        file = self.run.folder / f"{asked}.json"
+        write_json(endpoint.model_dump(mode="json"), file)
+        whole = program.settings(endpoint=endpoint.identity(), **settings)
+        # Limits and prices decide no answer: with others, nothing is asked again.
+        return self._compute(program, whole, [rows], {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
+
+    def _resources(self, program: Program[SettingsT]) -> Resources:
+        resources: Resources = getattr(self.experiment.cluster.resources, program.kind)
+        return resources
+
+    def _compute(
+        self,
+        program: Program[SettingsT],
+        settings: SettingsT,
+        shards: list[list[Row]],
+        models: Mapping[str, Model],
+        files: Mapping[str, Path],
+        undeciding_files: Mapping[str, Path],
+        upstream: Sequence[object],
+        read: Callable[[Path], Any],
+    ) -> list[Any]:
+        self.run.stages.append(self.folder)
+        stage = Stage.of(
+            program,
+            settings,
+            self.folder,
+            inputs={name: Path(model.path) for name, model in models.items() if Path(model.path).is_dir()}
+            | dict(files)
+            | dict(undeciding_files),
+            input_hashes={name: model.sha256 for name, model in models.items()}
+            | {name: hash_path(path) for name, path in files.items()},
+        )
+        cluster = self.experiment.cluster
+        python = cluster.generation_python if program.kind == "generation" else None
+        inputs = [*models.values(), *files.values(), *upstream]
+        with ProgressBar(self.label) as bar, StageView(self.label, stage, len(shards), inputs, read) as view:
+
+            def show(progress: Progress) -> None:
+                bar.show(progress)
+                view.show(progress)
+
+            fan_out(stage, shards, self._resources(program), cluster, show, python)
+        return view.results()
