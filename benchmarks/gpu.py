@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -27,10 +27,11 @@ from scipy.stats import spearmanr
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core.chat import Encoded, encode_example
-from montessori_core.config import Cluster, DataSource, Resources, Student, Warmup, Zero
+from montessori_core.config import Cluster, DataSource, Resources, Warmup, Zero
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.models import fetch_embedded, load_model, load_tokenizer
+from montessori_core.programs import SFT, Sft
 from montessori_core.sources import read_tasks
 from montessori_core.training.moments import Moments
 
@@ -180,17 +181,12 @@ def check_sharded_training(folder: Path, gpus: int) -> Check:
 
 def train(folder: Path, scratch: Path, processes: int) -> dict[str, torch.Tensor]:
     """Weights after the warm-up on eight examples."""
-    settings: dict[str, Any] = {
-        "student": Student(model=str(folder), max_length=256).model_dump(mode="json"),
-        "recipe_kind": "warmup",
-        "recipe": Warmup(learning_rate=RATE, batch_size=4, micro_batch_size=2).model_dump(mode="json"),
-        "zero": Zero(stage=3 if processes > 1 else 0).model_dump(mode="json"),
-        "seed": 0,
-        "save_moments": False,
-    }
+    recipe = Warmup(learning_rate=RATE, batch_size=4, micro_batch_size=2).shared()
+    zero = Zero(stage=3 if processes > 1 else 0)
+    settings = Sft(max_length=256, lora=None, recipe=recipe, zero=zero, seed=0, save_moments=False)
     tasks = read_tasks(DataSource(path="builtin", limit=8), "reference", with_response=True)
     rows = [{"instruction": task.text, "response": task.response, "finished": True} for task in tasks]
-    stage = Stage("train", 1, "montessori_core.training.sft:open_sft", settings, {"student": folder}, {}, scratch, "")
+    stage = Stage.of(SFT, settings, scratch, {"student": folder}, {})
     (part,) = fan_out(stage, [rows], Resources(processes_per_node=processes, gpus_per_node=processes), Cluster())
     return load_file(part / "model.safetensors")
 

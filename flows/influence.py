@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage, cut_into_shards
+from montessori_core import programs
 from montessori_core.atomic import hash_path
 from montessori_core.config import Cluster, DataSource, Influence, Preferences, Resources, Student, Warmup
 from montessori_core.errors import ConfigError, DataError, UserError
@@ -20,7 +21,6 @@ from montessori_core.influence_table import domination_warning, join_influence, 
 from montessori_core.models import fetch_model, fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
-from montessori_core.programs import INFLUENCE, measurement_settings
 from montessori_core.schema import INFLUENCE, read_table, write_table
 from montessori_core.screening import estimate_influence, screening_report
 from montessori_core.sources import read_tasks, write_tasks
@@ -73,8 +73,8 @@ def measure_influence(
     ]
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
-        settings = measurement_settings(influence, Warmup(), student.max_length, estimator, baseline)
-        stage = Stage.of(INFLUENCE, settings, folder / name, inputs, hashes)
+        settings = programs.measurement_settings(influence, Warmup(), student.max_length, estimator, baseline)
+        stage = Stage.of(programs.INFLUENCE, settings, folder / name, inputs, hashes)
         with ProgressBar(f"influence, {name}") as bar:
             parts = fan_out(stage, cut_into_shards(some, _SHARD), Resources(), Cluster(), bar.show)
         return join_influence(parts)

@@ -16,6 +16,7 @@ from montessori_core.benchmarks.scores import item_scores, mean_over_seeds, scor
 from montessori_core.config import parse_experiment
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.program import Row
+from montessori_core.programs import Harness, NoSettings
 from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
 from support import ROOT
 from support.judges import KEY, QUESTIONS, Judge, judged
@@ -68,7 +69,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
-    as_compute(open_items({}, {"tasks": tasks}))(
+    as_compute(open_items(NoSettings(), {"tasks": tasks}))(
         [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", print
     )
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
@@ -79,7 +80,7 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     assert [item["text"] for item in items][-1] == "The capital of Italy is\nRome"
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
-    settings = {"batch_size": 1, "chat_template": False}  # sums of a padded batch differ in their last bits
+    settings = Harness(batch_size=1, chat_template=False)  # sums of a padded batch differ in their last bits
 
     def scores(name: str, some: list[Row]) -> list[Row]:
         as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(some, tmp_path / name, print)
@@ -94,7 +95,7 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
 def test_scores_do_not_depend_on_interruptions(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
-    compute = as_compute(open_harness({"batch_size": 3, "chat_template": False}, {"model": smollm2, "tasks": tasks}))
+    compute = as_compute(open_harness(Harness(batch_size=3, chat_template=False), {"model": smollm2, "tasks": tasks}))
     compute(rows, tmp_path / "calm.parquet", lambda done: None)
     with pytest.raises(Interrupted):
         compute(rows, tmp_path / "stormy.parquet", interrupt_at(3))
@@ -104,7 +105,7 @@ def test_scores_do_not_depend_on_interruptions(tasks: Path, smollm2: Path, tmp_p
 
 def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(6)]
-    settings = {"batch_size": 2, "chat_template": False}
+    settings = Harness(batch_size=2, chat_template=False)
     bare = {}
     for shots in (0, 8):
         output = tmp_path / f"{shots}.parquet"
@@ -126,7 +127,7 @@ def test_task_of_the_guide_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     items = items_of(tmp_path, tmp_path, "gsm8k_local")
     assert len(items) == 1000
     row = {"benchmark": "gsm8k_local", "task": "gsm8k_local", "item": 0, "shots": 2}
-    settings = {"batch_size": 1, "chat_template": False}
+    settings = Harness(batch_size=1, chat_template=False)
     as_compute(open_harness(settings, {"model": smollm2, "tasks": tmp_path}))([row], tmp_path / "scores.parquet", print)
     (found,) = read_table(tmp_path / "scores.parquet", ITEM_SCORES).to_pylist()
     assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")

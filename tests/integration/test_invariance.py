@@ -8,7 +8,8 @@ import pytest
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage, cut_into_shards
-from montessori_core.config import Cluster, Influence, Resources, Student, Warmup
+from montessori_core import programs
+from montessori_core.config import Cluster, Influence, Resources, Warmup
 from montessori_core.influence.jobs import open_reference_loss
 from montessori_core.influence_table import join_influence
 from montessori_core.program import Row
@@ -44,20 +45,9 @@ def joined(
     folder.mkdir()
     reference = folder / "reference.jsonl"
     write_tasks([Task(f"r{n}", f"Say {n} in words.", "well, " * (n % 6 + 1) + str(n)) for n in range(10)], reference)
-    stage = Stage(
-        "influence",
-        1,
-        "montessori_core.influence.jobs:open_influence",
-        {
-            "student": Student(model=str(model), max_length=64).model_dump(mode="json"),
-            "influence": Influence(estimator=estimator, learning_rate=1e-3).model_dump(mode="json"),
-            "warmup": Warmup().model_dump(mode="json"),
-            "baseline": None,
-        },
-        {"student": model, "reference": reference},
-        {},
-        folder / "stage",
-    )
+    settings = programs.measurement_settings(Influence(learning_rate=1e-3), Warmup(), 64, estimator, "student")
+    inputs = {"student": model, "reference": reference}
+    stage = Stage.of(programs.INFLUENCE, settings, folder / "stage", inputs, {})
     resources = Resources(parallel_jobs=jobs, cpus_per_process=threads)
     parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster(), python=python)
     table = join_influence(parts).read_all()
@@ -75,7 +65,7 @@ def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Pa
 
 def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
     """Padding moves last bits, so that rows which are left have to share batches as before."""
-    settings = {"student": {"model": str(tiny_llama), "max_length": 512}, "batch_tokens": 1200}
+    settings = programs.ModelLoss(max_length=512, batch_tokens=1200)
     rows: list[Row] = [
         {"id": row["example_id"], "text": row["instruction"], "response": row["response"]} for row in ROWS
     ]

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core.chat import encode_example
-from montessori_core.config import Cluster, Lora, Resources, Student, Warmup, Zero
+from montessori_core.config import Cluster, Lora, Resources, Warmup, Zero
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
+from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
 
 CPU = torch.device("cpu")
@@ -28,17 +29,15 @@ def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: py
     """A student warmed up through an adapter."""
     stage, processes = request.param
     folder = tmp_path_factory.mktemp("lora")
-    student = Student(model=str(tiny_llama), max_length=64, lora=Lora(rank=4, alpha=8))
-    settings = {
-        "student": student.model_dump(mode="json"),
-        "recipe_kind": "warmup",
-        "recipe": Warmup(learning_rate=1e-2, batch_size=4, micro_batch_size=2).model_dump(mode="json"),
-        "zero": Zero(stage=stage).model_dump(mode="json"),
-        "seed": 0,
-        "save_moments": True,
-    }
-    program = "montessori_core.training.sft:open_sft"
-    training = Stage("training", 1, program, settings, {"student": tiny_llama}, {}, folder, "")
+    settings = Sft(
+        max_length=64,
+        lora=Lora(rank=4, alpha=8),
+        recipe=Warmup(learning_rate=1e-2, batch_size=4, micro_batch_size=2).shared(),
+        zero=Zero(stage=stage),
+        seed=0,
+        save_moments=True,
+    )
+    training = Stage.of(SFT, settings, folder, {"student": tiny_llama}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=1)
     (part,) = fan_out(training, [ROWS], resources, Cluster())
     return part

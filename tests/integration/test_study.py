@@ -19,6 +19,7 @@ from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method
+from montessori_core import programs
 from montessori_core.atomic import read_json
 from montessori_core.errors import ConfigError
 from montessori_core.models import load_tokenizer
@@ -138,11 +139,7 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
         {"example_id": name, "prompt_id": "p", "instruction": instruction, "response": response}
         for name, (instruction, response) in shown.items()
     ]
-    settings = {
-        "student": {"model": str(smollm2), "max_length": 128},
-        "batch_tokens": 512,
-        "reference_reduction": "example",
-    }
+    settings = programs.InContext(max_length=128, batch_tokens=512, reference_reduction="example")
     compute = as_compute(open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
     compute(rows, tmp_path / "part.parquet", lambda done: None)
     utility = dict(zip(shown, read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist(), strict=True))
@@ -150,14 +147,14 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
     assert utility["answer"] > utility["other"] + 0.5
     assert utility["endless"] is None
     # A reference example that is cut is cut alike with and without a demonstration.
-    settings["student"]["max_length"] = 40  # type: ignore[index]
-    compute = as_compute(open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
+    shorter = settings.model_copy(update={"max_length": 40})
+    compute = as_compute(open_in_context(shorter, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
     compute(rows[:2], tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].null_count == 0
 
 
 def test_training_loss_leaves_out_what_training_does(smollm2: Path, tmp_path: Path) -> None:
-    settings = {"student": {"model": str(smollm2), "max_length": 64}, "batch_tokens": 512}
+    settings = programs.ModelLoss(max_length=64, batch_tokens=512)
     compute = as_compute(open_training_loss(settings, {"student": smollm2}))
     row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "finished": True}
     rows = [

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, Tr
 
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import RowClock, Stage
+from montessori_core import programs
 from montessori_core.chat import encode_example, hash_vocabulary
-from montessori_core.config import Cluster, Lora, Resources, Schedule, Student, Teacher, TeacherUpdate, Warmup, Zero
+from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
-from montessori_core.program import Row
+from montessori_core.program import Program, Row, SettingsT
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.engine import ProgressCallback
 from montessori_core.training.files import LOG_FILE
@@ -42,7 +44,6 @@ ROWS: list[Row] = [
     }
     for i in range(8)
 ]
-SFT = "montessori_core.training.sft:open_sft"
 RECIPE = Warmup(learning_rate=1e-3, batch_size=4, micro_batch_size=2, weight_decay=0.01, max_grad_norm=0.5)
 
 
@@ -74,8 +75,10 @@ def test_progress_counts_the_pass_before_training(tmp_path: Path) -> None:
     assert reported == pytest.approx([2 / 7, 4 / 7, 4 / 7, 4 / 7, 16 / 7, 4])
 
 
-def execute(folder: Path, program: str, settings: dict[str, Any], model: Path, rows: list[Row], processes: int) -> Path:
-    stage = Stage("training", 1, program, settings, {"student": model, "teacher": model}, {}, folder, "")
+def execute(
+    folder: Path, program: Program[SettingsT], settings: SettingsT, model: Path, rows: list[Row], processes: int
+) -> Path:
+    stage = Stage.of(program, settings, folder, {"student": model, "teacher": model}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=max(1, 2 // processes))
     (part,) = fan_out(stage, [rows], resources, Cluster())
     return part
@@ -89,17 +92,15 @@ def sft(
     rows: list[Row] = ROWS,
     offload: str = "none",
     recipe: Warmup = RECIPE,
-    program: str = SFT,
+    program: Program[programs.Sft] = programs.SFT,
 ) -> Path:
-    settings = {
-        "student": Student(model=str(model), max_length=128).model_dump(mode="json"),
-        "recipe_kind": "warmup",
-        "recipe": recipe.model_dump(mode="json"),
-        "zero": Zero(stage=stage, offload=offload).model_dump(mode="json"),
-        "seed": 0,
-        "save_moments": True,
-    }
+    zero = Zero(stage=stage, offload=offload)
+    settings = programs.Sft(max_length=128, lora=None, recipe=recipe.shared(), zero=zero, seed=0, save_moments=True)
     return execute(folder, program, settings, model, rows, processes)
+
+
+def dpo(recipe: TeacherUpdate, stage: int, **settings: int) -> programs.Dpo:
+    return programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=stage), seed=0, **settings)
 
 
 def plain_torch(
@@ -197,15 +198,15 @@ def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, co
 
 
 @pytest.fixture
-def bf16(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The program `open_sft` where passes take bf16 copies of the weights, for jobs of this test."""
+def bf16(monkeypatch: pytest.MonkeyPatch) -> Program[programs.Sft]:
+    """Supervised fine-tuning where passes take bf16 copies of the weights, for jobs of this test."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    return "support.bf16:open_sft"
+    return replace(programs.SFT, entry="support.bf16:open_sft")
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_bf16_training_saves_fp32_masters(
-    tiny_llama: Path, tmp_path: Path, bf16: str, stage: int, processes: int
+    tiny_llama: Path, tmp_path: Path, bf16: Program[programs.Sft], stage: int, processes: int
 ) -> None:
     """At the paper's rate: the masters move by less than half a bf16 step, so that copies would not move at all.
 
@@ -227,7 +228,7 @@ def test_bf16_training_saves_fp32_masters(
     assert kept.weights == weights_checksums(load_model(str(part), torch.float32).named_parameters())
 
 
-def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Path, bf16: str) -> None:
+def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Path, bf16: Program[programs.Sft]) -> None:
     """A sum in bf16 stops growing at 256 times what is added."""
 
     def gradient(copies: int) -> torch.Tensor:
@@ -239,7 +240,9 @@ def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Pat
     assert (gradient(1024) - one).norm() <= 0.01 * one.norm()
 
 
-def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: Path, bf16: str) -> None:
+def test_influence_accepts_moments_of_bf16_training(
+    tiny_llama: Path, tmp_path: Path, bf16: Program[programs.Sft]
+) -> None:
     """Those of the masters in fp32, and of their copies in bf16; not those of weights rounded to bf16."""
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6})
     part = sft(tmp_path / "stage", tiny_llama, 0, 1, recipe=recipe, program=bf16)
@@ -251,15 +254,13 @@ def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: 
         ResidentStudent(rounded, load_moments(part), adamw, torch.device("cpu"))
 
 
-def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path, tmp_path: Path, bf16: str) -> None:
+def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(
+    tiny_llama: Path, tmp_path: Path, bf16: Program[programs.Sft]
+) -> None:
     """At the paper's rate: each by at most 3.2 rates a step (AdamW's bound), far less than rounding to bf16 would move it."""
-    settings = {
-        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
-        "recipe": TeacherUpdate(batch_size=2, micro_batch_size=1).model_dump(mode="json"),
-        "zero": Zero(stage=2).model_dump(mode="json"),
-        "seed": 0,
-    }
-    part = execute(tmp_path / "stage", bf16.replace("sft", "dpo"), settings, tiny_llama, PAIRS, 1)
+    settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), stage=2)
+    program = replace(programs.DPO, entry=bf16.entry.replace("sft", "dpo"))
+    part = execute(tmp_path / "stage", program, settings, tiny_llama, PAIRS, 1)
     trained, start = load_file(part / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
     moved = max(float((trained[name] - weight).abs().max()) for name, weight in start.items())
     rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
@@ -301,7 +302,12 @@ def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
     ],
 )
 def test_bf16_training_starts_from_unrounded_weights(
-    tiny_llama: Path, tmp_path: Path, bf16: str, write: Callable[[Path, Path], Path], stage: int, processes: int
+    tiny_llama: Path,
+    tmp_path: Path,
+    bf16: Program[programs.Sft],
+    write: Callable[[Path, Path], Path],
+    stage: int,
+    processes: int,
 ) -> None:
     """Whatever their names and number type: each moves by at most 3.2 rates a step (AdamW's bound)."""
     torch.manual_seed(0)
@@ -339,18 +345,20 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
 def test_training_killed_between_its_steps_goes_on_to_the_same_end(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
-    kill_and_compare(tmp_path, tiny_llama, stage, processes, SFT)
+    kill_and_compare(tmp_path, tiny_llama, stage, processes, programs.SFT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), (3, 2)])
 def test_killed_bf16_training_goes_on_from_its_masters(
-    tiny_llama: Path, tmp_path: Path, bf16: str, stage: int, processes: int
+    tiny_llama: Path, tmp_path: Path, bf16: Program[programs.Sft], stage: int, processes: int
 ) -> None:
     kill_and_compare(tmp_path, tiny_llama, stage, processes, bf16)
 
 
-def kill_and_compare(tmp_path: Path, tiny_llama: Path, stage: int, processes: int, program: str) -> None:
+def kill_and_compare(
+    tmp_path: Path, tiny_llama: Path, stage: int, processes: int, program: Program[programs.Sft]
+) -> None:
     """Train with and without a kill -9 after ten steps: to the same weights, moments and log."""
     rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(20) for row in ROWS]
     undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows, program=program)
@@ -397,15 +405,9 @@ def test_training_without_any_usable_example_says_so(tiny_llama: Path, tmp_path:
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int, processes: int) -> None:
-    settings = {
-        "teacher": Teacher(model=str(smollm2), prompt_style="completion").model_dump(mode="json"),
-        "recipe": TeacherUpdate(
-            learning_rate=2e-5, batch_size=2, micro_batch_size=1, schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0)
-        ).model_dump(mode="json"),
-        "zero": Zero(stage=stage).model_dump(mode="json"),
-        "seed": 0,
-    }
-    part = execute(tmp_path / "stage", "montessori_core.training.dpo:open_dpo", settings, smollm2, PAIRS, processes)
+    schedule = Schedule(warmup=0.0, stable=1.0, decay=0.0)
+    recipe = TeacherUpdate(learning_rate=2e-5, batch_size=2, micro_batch_size=1, schedule=schedule)
+    part = execute(tmp_path / "stage", programs.DPO, dpo(recipe, stage), smollm2, PAIRS, processes)
     log = json.loads((part / LOG_FILE).read_text())
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are equal at first (Eq. 4)
     assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
@@ -418,14 +420,8 @@ def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_
     """ZeRO-2 and ZeRO-3 in two processes, on the same pairs: to a thousandth of what the weights moved."""
 
     def update(stage: int, processes: int) -> dict[str, torch.Tensor]:
-        settings = {
-            "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
-            "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=1).model_dump(mode="json"),
-            "zero": Zero(stage=stage).model_dump(mode="json"),
-            "seed": 0,
-        }
-        program = "montessori_core.training.dpo:open_dpo"
-        part = execute(tmp_path / f"zero-{stage}", program, settings, tiny_llama, PAIRS, processes)
+        settings = dpo(TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=1), stage)
+        part = execute(tmp_path / f"zero-{stage}", programs.DPO, settings, tiny_llama, PAIRS, processes)
         weights: dict[str, torch.Tensor] = load_file(part / "model.safetensors")
         return weights
 
@@ -444,14 +440,7 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> No
 
     def update(processes: int, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
         recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch)
-        settings = {
-            "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
-            "recipe": recipe.model_dump(mode="json"),
-            "zero": Zero(stage=2).model_dump(mode="json"),
-            "seed": 0,
-        }
-        folder, program = tmp_path / str(processes), "montessori_core.training.dpo:open_dpo"
-        part = execute(folder, program, settings, tiny_llama, PAIRS[:5], processes)
+        part = execute(tmp_path / str(processes), programs.DPO, dpo(recipe, 2), tiny_llama, PAIRS[:5], processes)
         return load_file(part / "model.safetensors"), json.loads((part / LOG_FILE).read_text())
 
     start, (alone, expected), (together, log) = load_file(tiny_llama / "model.safetensors"), update(1, 1), update(2, 2)
@@ -464,16 +453,11 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> No
 
 def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
     """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
-    settings = {
-        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
-        "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1).model_dump(mode="json"),
-        "zero": Zero(stage=2).model_dump(mode="json"),
-        "seed": 0,
-    }
+    recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1)
     pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
 
     def update(folder: Path, **keep: int) -> Path:
-        return execute(folder, "montessori_core.training.dpo:open_dpo", settings | keep, tiny_llama, pairs, 1)
+        return execute(folder, programs.DPO, dpo(recipe, 2, **keep), tiny_llama, pairs, 1)
 
     undisturbed = update(tmp_path / "undisturbed")
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from montessori_core.config import Endpoint
-from montessori_core.program import Compute, Program
+from montessori_core.program import Compute, Program, SettingsT, load
 from support.row_programs import as_compute
 
 KEY = "sk-canary-that-nobody-should-write-down"
@@ -153,11 +153,12 @@ def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
     return Endpoint(model="judge", base_url=server.url, timeout_seconds=1.0, **({"retries": 2} | fields))
 
 
-def open_with(server: JudgeServer, folder: Path, program: Program, **settings: Any) -> Compute:
+def open_with(server: JudgeServer, folder: Path, program: Program[SettingsT], **settings: Any) -> Compute:
     """A judge's program, opened with the server as its endpoint."""
     path = folder / "judge.json"
     path.write_text(endpoint(server).model_dump_json())
-    return as_compute(program({"endpoint": endpoint(server).identity(), **settings}, {"endpoint": path}))
+    opened = load(program.entry)(program.settings(endpoint=endpoint(server).identity(), **settings), {"endpoint": path})
+    return as_compute(opened)
 
 
 QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about rain.", "Count to four.", "Say hello."]

@@ -30,6 +30,7 @@ from montessori_core.config import DataSource, Sampling, Synthesis
 from montessori_core.errors import UserError
 from montessori_core.models import load_tokenizer
 from montessori_core.program import Row
+from montessori_core.programs import ApiGeneration, Generation
 from montessori_core.schema import GENERATION
 from montessori_core.sources import Task, read_tasks
 from montessori_core.synthesis import jobs, row_cache, transformers_engine
@@ -349,8 +350,8 @@ class MemoryRecorder:
 
 def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
-    sampling = Sampling(presence_penalty=0.5, max_tokens=24).model_dump(mode="json")
-    settings = {"engine": "transformers", "sampling": sampling, "form": "tagged"}
+    sampling = Sampling(presence_penalty=0.5, max_tokens=24)
+    settings = Generation(engine="transformers", sampling=sampling, form="tagged")
     program = open_generation(settings, {"teacher": talking_llama})
     assert program.schema is GENERATION
     prompts = build_prompts(6, "completion", Synthesis(), SEEDS, SYNTHETIC, seed=0)
@@ -389,7 +390,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JudgeSer
 def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) -> None:
     file = tmp_path / "teacher.json"
     file.write_text(endpoint(server).model_dump_json())
-    settings = {"endpoint": endpoint(server).identity(), "sampling": Sampling(max_tokens=9).model_dump(mode="json")}
+    settings = ApiGeneration(endpoint=endpoint(server).identity(), sampling=Sampling(max_tokens=9))
     recorder = MemoryRecorder({})
     rows: list[Row] = [
         {"ids": ["a-1", "a-2"], "text": "Sing.", "seeds": [1, 2]},

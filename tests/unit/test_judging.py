@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from montessori_core.api import Answer, AnswerCache, Api, Question
 from montessori_core.errors import UserError
 from montessori_core.judging import open_judge, question_about, read_score
+from montessori_core.programs import Judging
 from montessori_core.schema import UTILITY, read_table
 from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
 from support.row_programs import as_compute
@@ -226,7 +227,7 @@ def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> 
 
 def test_stage_has_null_where_a_judge_gave_no_score(server: JudgeServer, tmp_path: Path) -> None:
     (tmp_path / "judge.json").write_text(endpoint(server).model_dump_json())
-    settings = {"endpoint": endpoint(server).identity(), "response_only": False}
+    settings = Judging(endpoint=endpoint(server).identity(), response_only=False)
     inputs = {"endpoint": tmp_path / "judge.json"}
     rows = [
         {"example_id": f"e{n}", "prompt_id": "p", "instruction": "Count.", "response": text}
@@ -234,7 +235,7 @@ def test_stage_has_null_where_a_judge_gave_no_score(server: JudgeServer, tmp_pat
     ]
     as_compute(open_judge(settings, inputs))(rows, tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, 6.0, None]
-    as_compute(open_judge(settings | {"response_only": True}, inputs))(
+    as_compute(open_judge(settings.model_copy(update={"response_only": True}), inputs))(
         rows, tmp_path / "part.parquet", lambda done: None
     )
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, None, None]  # of five points

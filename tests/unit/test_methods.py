@@ -12,7 +12,7 @@ from flows.methods import nomad as nomad_method
 from flows.methods.environment import Feedback, Proposal, Round
 from flows.methods.tailoring import Probed
 from flows.study import open_study
-from montessori_core.config import Nomad, Optimization, Sampling, parse_experiment
+from montessori_core.config import Optimization, Sampling, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, read_table, table_from_rows, write_table
@@ -22,6 +22,7 @@ from tasks import nomad
 from tasks.benchmarks import Measured
 from tasks.evaluation import Evaluated
 from tasks.run import Model, Run
+from tasks.stage import Step
 from tasks.synthesis import Synthesized
 
 
@@ -42,10 +43,10 @@ def test_method_may_write_what_was_probed(method: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(Run, "first_teacher", lambda _: model)
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "strong_teacher": {"model": "strong"}}
     run = Run(tmp_path, parse_experiment(content, "test"))
-    REGISTRY[method].propose(Round(run, tmp_path, method, 1, 1, None))
+    REGISTRY[method].propose(Round(Step(run, tmp_path, method), 1, 1, None))
     (training,) = asked
-    assert training["earlier"] == []
-    assert (training["draw"], training["count"], training["seed_pool"]) == ("i1-training", 10_000, None)
+    assert "earlier" not in training
+    assert (training["draw"], training["seed_pool"]) == ("i1-training", None)
 
 
 class Reached(Exception):
@@ -68,7 +69,7 @@ def test_first_round_trains_student_on_seeds(
     trained: list[Any] = []
 
     def train_student(*arguments: Any, **settings: Any) -> Model:
-        trained.append(arguments[3:])
+        trained.append(arguments[1:])
         return seeded
 
     def reach(*arguments: Any, **_: Any) -> None:
@@ -78,16 +79,16 @@ def test_first_round_trains_student_on_seeds(
     monkeypatch.setattr(Run, "first_teacher", lambda _: Model("teacher", "0"))
     monkeypatch.setattr(seeds, "answer_seeds", lambda *_: tmp_path / "examples.parquet")
     monkeypatch.setattr(seeds, "train_student", train_student)
-    monkeypatch.setattr(self_reward, "write_training_set", lambda *_: Synthesized(tmp_path, tmp_path))
+    monkeypatch.setattr(self_reward, "write_training_set", lambda *_, **__: Synthesized(tmp_path, tmp_path))
     monkeypatch.setattr(module, stage, reach)
     with pytest.raises(Reached) as reached:
-        REGISTRY[method].propose(Round(run, tmp_path, method, 1, 2, None))
+        REGISTRY[method].propose(Round(Step(run, tmp_path, method), 1, 2, None))
     assert reached.value.args == (seeded,)
     assert trained == [(tmp_path / "examples.parquet", run.experiment.training, 3)]
 
     feedback = Feedback(Proposal(tmp_path, first), last, Evaluated(tmp_path, Measured([], None)))
     with pytest.raises(Reached) as reached:
-        REGISTRY[method].propose(Round(run, tmp_path, method, 2, 2, feedback))
+        REGISTRY[method].propose(Round(Step(run, tmp_path, method), 2, 2, feedback))
     assert reached.value.args == (last,)
     assert len(trained) == 1
 
@@ -118,9 +119,9 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
     trained: list[Any] = []
 
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
-        decoded.append(arguments[5])
+        decoded.append(arguments[4])
         text = " What is {}?\nAssistant: A word."
-        names = [name for shard in arguments[4] for row in shard for name in row["ids"]]
+        names = [name for row in arguments[2] for name in row["ids"]]
         things = ["light", "a sonnet", "the tundra", "an oboe"]
         texts = [text.format(things[number % 4]) for number in range(len(names))]
         return [
@@ -135,10 +136,10 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
     monkeypatch.setattr(nomad_method, "measure_norm_sim", lambda *_: tmp_path)
     monkeypatch.setattr(nomad_method, "mix_with_real", nomad.mix_with_real.fn)
     monkeypatch.setattr(nomad_method, "train_student", lambda *arguments: trained.append(arguments) or model)
-    proposal = REGISTRY["nomad"].propose(Round(run, tmp_path, "nomad", 1, 1, None))
+    proposal = REGISTRY["nomad"].propose(Round(Step(run, tmp_path, "nomad"), 1, 1, None))
     assert set(decoded) == {Sampling(temperature=1.0, top_p=0.9, presence_penalty=0.0, max_tokens=2048)}
     assert proposal.student == model
-    ((_, _, _, examples, used, count, _),) = trained
+    ((_, examples, used, count),) = trained
     assert used == Optimization.model_validate(recipe)
     assert count == read_table(examples, EXAMPLES).num_rows == 4
     assert read_table(examples, EXAMPLES)["prompt_id"].to_pylist().count("real") == real
@@ -146,7 +147,7 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
 
 def test_nomad_teacher_is_kept_when_later_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[Any] = []
-    monkeypatch.setattr(Run, "execute", lambda *arguments, **_: executed.append(arguments[5]) or [Model("m", "0")])
+    monkeypatch.setattr(Step, "train", lambda *arguments: executed.append(arguments[2]) or Model("m", "0"))
     monkeypatch.setattr(Run, "first_teacher", lambda _: Model("t", "0"))
     later = {"real_share": 0.1, "sampling": {"top_p": 0.7}, "training": {"epochs": 4}}
     for number, changes in enumerate(({}, later, {"epochs": 3})):
@@ -154,9 +155,9 @@ def test_nomad_teacher_is_kept_when_later_settings_change(tmp_path: Path, monkey
         run = Run(tmp_path / str(number), parse_experiment(content, "test"))
         run.folder.mkdir()
         write_reference(run, 3)
-        nomad.train_conversationalist(run, tmp_path, "teacher")
+        nomad.train_conversationalist(Step(run, tmp_path, "teacher"))
     assert executed[0] == executed[1] != executed[2]
-    assert Nomad.model_validate(executed[2]["recipe"]).epochs == 3
+    assert executed[2].recipe.epochs == 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from montessori_core.benchmarks.mt_bench import (
     Dialogue,
     Score,
     judgements,
-    open_mt_bench_judge,
     question_about,
     read_dialogues,
     read_rating,
@@ -31,6 +30,7 @@ from montessori_core.benchmarks.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.config import parse_experiment
 from montessori_core.errors import DataError
 from montessori_core.program import Row
+from montessori_core.programs import MT_BENCH_JUDGE
 from montessori_core.schema import MT_BENCH, read_table, table_from_rows
 from support.judges import JudgeServer, completion, open_with, send, served
 from tasks import benchmarks
@@ -199,7 +199,7 @@ def test_score_is_a_whole_number_from_1_to_10_or_null(server: Grader, tmp_path: 
     asked = [Dialogue(f"q{number}", "writing", ("Say it.", "Again."), ()) for number in range(len(expected))]
     answers = {f"q{number}": (f"<{text}>", f"Score: 10\n<{text}> ") for number, text in enumerate(expected)}
     rows = judgements(asked, answers)
-    open_with(server, tmp_path, open_mt_bench_judge, prompts="own")(rows, tmp_path / "part.parquet", lambda done: None)
+    open_with(server, tmp_path, MT_BENCH_JUDGE, prompts="own")(rows, tmp_path / "part.parquet", lambda done: None)
     table = read_table(tmp_path / "part.parquet", MT_BENCH)
     assert table["score"].to_pylist() == [score for score in expected.values() for _ in range(2)]
     assert table["turn"].to_pylist() == [1, 2] * len(expected)
@@ -230,7 +230,7 @@ def test_published_prompts_reach_the_judge(server: Grader, tmp_path: Path, dialo
     server.answer = lambda handler, _: send(handler, 200, completion("Good. [[7]]", "length"))  # type: ignore[method-assign]
     answers = {one.id: ("{question} One.", "{answer_1} Two.") for one in dialogues}
     rows = judgements(dialogues[:2], answers)
-    judge = open_with(server, tmp_path, open_mt_bench_judge, prompts="published")
+    judge = open_with(server, tmp_path, MT_BENCH_JUDGE, prompts="published")
     judge(rows, tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", MT_BENCH)["score"].to_pylist() == [7.0] * 4
     plain, plain_2, guided, guided_2 = (

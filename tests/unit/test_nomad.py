@@ -25,6 +25,7 @@ from montessori_core.nomad import (
     open_norm_sim,
     read_conversation,
 )
+from montessori_core.programs import Similarity
 from montessori_core.schema import SIMILARITY, read_table
 from montessori_core.sources import Task, write_tasks
 from support.row_programs import as_compute
@@ -150,7 +151,9 @@ def test_norm_sim_reads_control_tokens_as_characters(
     monkeypatch.setattr(models, "load_model", load)
     text = f"Say {control} aloud."
     write_tasks([Task("r", text, "Yes."), Task("s", "Name a river.", "The Danube.")], tmp_path / "real.jsonl")
-    compute = as_compute(open_norm_sim({"max_length": 64}, {"student": tiny_llama, "real": tmp_path / "real.jsonl"}))
+    compute = as_compute(
+        open_norm_sim(Similarity(max_length=64), {"student": tiny_llama, "real": tmp_path / "real.jsonl"})
+    )
     compute([{"example_id": "x", "instruction": text, "response": "Yes."}], tmp_path / "part.parquet", print)
     assert len(read) == 3
     assert not any(load_tokenizer(str(tiny_llama)).eos_token_id in ids for ids in read)

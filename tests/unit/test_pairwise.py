@@ -14,13 +14,13 @@ from montessori_core.api import Answer
 from montessori_core.benchmarks.alpaca_eval import summarize
 from montessori_core.benchmarks.pairwise import (
     comparison,
-    open_pairwise_judge,
     outcome_of,
     read_preference,
     read_probability,
 )
 from montessori_core.benchmarks.published_prompts import ALPACA_EVAL
 from montessori_core.program import Row
+from montessori_core.programs import PAIRWISE_JUDGE
 from montessori_core.schema import PAIRWISE, read_table
 from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, send, served
 
@@ -61,7 +61,7 @@ ROWS = [
 
 def test_pair_is_asked_in_both_orders_and_disagreement_is_a_tie(server: Comparer, tmp_path: Path) -> None:
     seen: list[int] = []
-    judge = open_with(server, tmp_path, open_pairwise_judge, prompts="own")
+    judge = open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="own")
     judge(ROWS, tmp_path / "part.parquet", seen.append)
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     outcomes = ["win", "loss", "tie", "tie", "unparsed", "unparsed", "loss"]
@@ -86,9 +86,7 @@ def test_pair_is_asked_in_both_orders_and_disagreement_is_a_tie(server: Comparer
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_faults_of_the_judge_change_no_outcome(server: Comparer, tmp_path: Path, fault: Reply) -> None:
     server.faults = [fault]
-    open_with(server, tmp_path, open_pairwise_judge, prompts="own")(
-        ROWS[:2], tmp_path / "part.parquet", lambda done: None
-    )
+    open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="own")(ROWS[:2], tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", PAIRWISE)["outcome"].to_pylist() == ["win", "loss"]
     assert len(server.asked) == 5
 
@@ -162,7 +160,7 @@ def test_published_prompt_reads_token_probabilities(
         row("braces", "{output_2} better", "two {instruction}"),
     ]
     for _ in served(server, monkeypatch, tmp_path):
-        judge = open_with(server, tmp_path, open_pairwise_judge, prompts="published")
+        judge = open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="published")
         judge(rows, tmp_path / "part.parquet", lambda done: None)
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     expected = [0.75, 0.25, 0.5, None, 0.75] if tells else [1.0, 0.0, 0.5, None, 1.0]
@@ -206,7 +204,7 @@ def test_probability_is_that_of_one_token(
 
 def test_log_probability_without_end_is_asked_for_again(server: Comparer, tmp_path: Path) -> None:
     server.faults = [lambda handler, question: send(handler, 200, completion("m", "length", {"m": -math.inf}))]
-    judge = open_with(server, tmp_path, open_pairwise_judge, prompts="published")
+    judge = open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="published")
     server.answer = lambda handler, question: send(handler, 200, completion("m", "length", {"m": -0.1}))  # type: ignore[method-assign]
     judge(ROWS[:1], tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", PAIRWISE)["outcome"].to_pylist() == ["tie"]

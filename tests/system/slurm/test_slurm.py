@@ -21,8 +21,9 @@ from cluster.backends import largest_array
 from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
 from flows.methods import REGISTRY
+from montessori_core import programs
 from montessori_core.atomic import read_json
-from montessori_core.config import Cluster, Container, Resources, Slurm, Teacher, TeacherUpdate, Zero
+from montessori_core.config import Cluster, Container, Resources, Slurm, TeacherUpdate, Zero
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from support import ROOT, studies
@@ -675,17 +676,12 @@ def test_slurm_is_asked_how_large_an_array_may_be() -> None:
 @pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
 def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
     """ZeRO-2; the weights are those of an undisturbed training."""
-    settings = {
-        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
-        "recipe": TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1).model_dump(mode="json"),
-        "zero": Zero(stage=2).model_dump(mode="json"),
-        "seed": 0,
-    }
+    recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1)
+    settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=2), seed=0)
     rows = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(8) for pair in PAIRS]
 
     def update(name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> Path:
-        program, inputs = "montessori_core.training.dpo:open_dpo", {"teacher": tiny_llama}
-        stage = Stage("teacher", 1, program, settings, inputs, {}, folder / name, "")
+        stage = Stage.of(programs.DPO, settings, folder / name, {"teacher": tiny_llama}, {})
         [part] = run(folder, [rows], stage=stage, nodes=2, on_progress=on_progress)
         return part
 

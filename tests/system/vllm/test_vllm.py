@@ -14,8 +14,9 @@ import pytest
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
+from montessori_core import programs
 from montessori_core.benchmarks.mt_bench import Dialogue, judgements, open_mt_bench_judge
-from montessori_core.config import Cluster, DataSource, Endpoint, Resources, Sampling, Synthesis, Teacher
+from montessori_core.config import Cluster, DataSource, Endpoint, Resources, Sampling, Synthesis
 from montessori_core.program import Row
 from montessori_core.schema import GENERATION, MT_BENCH, read_table
 from montessori_core.sources import read_tasks
@@ -34,14 +35,8 @@ def vllm_python() -> str:
 
 
 def generate(folder: Path, model: Path, python: str, rows: list[Row], sampling: Sampling) -> list[Row]:
-    settings = {
-        "teacher": Teacher(model=str(model)).model_dump(mode="json"),
-        "engine": "vllm",
-        "sampling": sampling.model_dump(mode="json"),
-        "form": "tagged",
-    }
-    program = "montessori_core.synthesis.jobs:open_generation"
-    stage = Stage("generation", 1, program, settings, {"teacher": model}, {}, folder)
+    settings = programs.Generation(engine="vllm", sampling=sampling, form="tagged")
+    stage = Stage.of(programs.GENERATION, settings, folder, {"teacher": model}, {})
     (part,) = fan_out(stage, [rows], Resources(), Cluster(), python=python)
     found: list[Row] = read_table(part, GENERATION).to_pylist()
     return found
@@ -91,7 +86,8 @@ def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Pat
         rows = judgements([dialogue], {"1": ("It rains.", "It snows.")})
         file = tmp_path / "judge.json"
         file.write_text(endpoint.model_dump_json())
-        judge = as_compute(open_mt_bench_judge({"endpoint": endpoint.identity()}, {"endpoint": file}))
+        settings = programs.BenchmarkJudging(endpoint=endpoint.identity(), prompts="own")
+        judge = as_compute(open_mt_bench_judge(settings, {"endpoint": file}))
         judge(rows, tmp_path / "part.parquet", lambda done: None)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
