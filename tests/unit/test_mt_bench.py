@@ -35,6 +35,7 @@ from montessori_core.schema import MT_BENCH, read_table, table_from_rows
 from support.judges import JudgeServer, completion, open_with, send, served
 from tasks import benchmarks
 from tasks.run import Model, Run
+from tasks.stage import Step
 
 QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorten it."]},
@@ -93,18 +94,18 @@ def test_answers_are_decoded_at_their_temperatures(
     decoded: dict[str, list[float]] = {}
 
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
-        rows = [row for shard in arguments[4] for row in shard]
+        rows = arguments[2]
         for row in rows:
             question = row["turns"][0] if "turns" in row else row["text"]
-            decoded.setdefault(question, []).append(arguments[5].temperature)
+            decoded.setdefault(question, []).append(arguments[4].temperature)
         return [{"text": f"Answer to {row.get('text', row.get('turns'))}"} for row in rows], []
 
     judged: list[list[Row]] = []
     monkeypatch.setattr(benchmarks, "generate", generate)
-    monkeypatch.setattr(benchmarks, "_judge", lambda *arguments: judged.append(arguments[4]) or [])
+    monkeypatch.setattr(benchmarks, "_judge", lambda *arguments: judged.append(arguments[2]) or [])
     monkeypatch.setattr(benchmarks, "_join", lambda *_: tmp_path)
     monkeypatch.setattr(benchmarks, "read_table", lambda *_: graded())
-    benchmarks._score_mt_bench(run, tmp_path, "test", Model("m", "0"))
+    benchmarks._score_mt_bench(Step(run, tmp_path, "test"), Model("m", "0"))
     assert decoded == {question: [temperature] * 2 for question, temperature in expected.items()}
     answers = {row["question_id"]: row["answers"][0] for row in judged[0]}
     assert answers == {str(one["question_id"]): f"Answer to {one['turns'][0]}" for one in QUESTIONS}

@@ -15,6 +15,7 @@ from montessori_core.sources import Task
 from montessori_core.synthesis.prompts import build_prompts
 from tasks import synthesis
 from tasks.run import Model, Run
+from tasks.stage import Step
 
 EXPLAINED = (
     "1. Explanation: a question about {thing} trains knowledge of nature.\n2. It needs no input.\n"
@@ -27,8 +28,7 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
     written = iter([outputs, ["By their pigments."] * 3])
 
     def generate(*arguments: Any) -> tuple[list[dict[str, Any]], list[Path]]:
-        (shard,) = arguments[4]
-        ids = [name for row in shard for name in row["ids"]]
+        ids = [name for row in arguments[2] for name in row["ids"]]
         return [
             {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop", "output_ids": [len(text)]}
             | {"vocabulary": "v"}
@@ -38,16 +38,14 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
     monkeypatch.setattr(synthesis, "generate", generate)
     settings = {"request": "paper", "samples_per_prompt": 3}
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": settings}
-    run = Run(tmp_path, parse_experiment(content, "test"))
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
     teacher = Model("t", "0")
     seeds = [Task(str(number), f"Task {number}") for number in range(8)]
-    prompts = build_prompts(1, "chat", run.experiment.synthesis, seeds, [], seed=0)
-    candidates, _ = synthesis._write_instructions(
-        run, tmp_path, "test", teacher, "chat", prompts, "draw", Accepted([], 0.9), []
-    )
+    prompts = build_prompts(1, "chat", step.experiment.synthesis, seeds, [], seed=0)
+    candidates, _ = synthesis._write_instructions(step, teacher, "chat", prompts, "draw", Accepted([], 0.9), [])
     assert candidates[1]["instruction"] == "Why do many rivers differ in colour?"
     assert [candidate["rejection"] for candidate in candidates] == [None] * 3
-    examples, _ = synthesis._write_responses(run, tmp_path, "test", teacher, candidates, "draw", [])
+    examples, _ = synthesis._write_responses(step, teacher, candidates, "draw", [])
     write_table(table_from_rows(examples, EXAMPLES), tmp_path / "examples.parquet", EXAMPLES)
     names = [example["example_id"] for example in examples]
     pairs = pa.table(
