@@ -34,6 +34,8 @@ def examples(*ids: str) -> pa.Table:
                 "prompt_id": name[0],
                 "prompt": f"prompt {name[0]}",
                 "raw_output": f"raw {name}",
+                "output_ids": [*name.encode()],
+                "vocabulary": "v",
                 "instruction": name,
                 "response": "...",
                 "response_finished": True,
@@ -219,6 +221,10 @@ def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences
             "rejected_influence_student": worst["influence_student"],
             "chosen_influence_null_step": best["influence_null_step"],
             "rejected_influence_null_step": worst["influence_null_step"],
+            "chosen_output_ids": texts[best["example_id"]]["output_ids"],
+            "chosen_vocabulary": "v",
+            "rejected_output_ids": texts[worst["example_id"]]["output_ids"],
+            "rejected_vocabulary": "v",
         }
         for best, worst in paired
         if (best, worst) in widest[: settings.max_pairs]
@@ -336,7 +342,7 @@ def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:
     table = influence(VALUES)
     write_table(table, path, INFLUENCE)
     assert read_table(path, INFLUENCE).equals(table, check_metadata=True)
-    with pytest.raises(DataError, match="expected table 'preferences' version 1, found 'influence'"):
+    with pytest.raises(DataError, match="expected table 'preferences' version 2, found 'influence'"):
         read_table(path, PREFERENCES)
     with pytest.raises(DataError, match="column 'status' is missing"):
         check(table.drop_columns(["status"]), INFLUENCE, "t")
