@@ -40,7 +40,8 @@ def collect_preferences(run: Run, folder: Path, label: str, examples: Path, infl
         raise UserError(
             f"{label}: no preference pairs: no prompt has both an example above and one below the threshold "
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
-            "Set preferences.baseline=prompt, lower preferences.margin, or raise influence.probing_examples"
+            + ("" if settings.baseline == "prompt" else "Set preferences.baseline=prompt, or ")
+            + "lower preferences.margin, or raise influence.probing_examples"
         )
     write_preferences(pairs, examples, folder / "preferences.parquet", PREFERENCES)
     _publish(label, pairs, settings.baseline)
