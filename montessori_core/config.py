@@ -352,7 +352,7 @@ class Preferences(Section):
     """How influence becomes preference pairs (Eq. 3)."""
 
     baseline: Baseline = Field(
-        "student",
+        "prompt",
         description="What an example is compared with: the student as it is (the paper's sign), the null step (what "
         "momentum alone would do), the median of the probing set, or the mean of the examples of its prompt. Of the first "
         "two, most examples lie on one side when momentum outweighs a single example, which leaves few pairs; the mean of "

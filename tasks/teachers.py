@@ -41,7 +41,8 @@ def collect_preferences(step: Step, examples: Path, influence: Path) -> Path:
         raise UserError(
             f"{step.label}: no preference pairs: no prompt has both an example above and one below the threshold "
             f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
-            "Set preferences.baseline=prompt, lower preferences.margin, or raise influence.probing_examples"
+            + ("" if settings.baseline == "prompt" else "Set preferences.baseline=prompt, or ")
+            + "lower preferences.margin, or raise influence.probing_examples"
         )
     path = step.folder / "preferences.parquet"
     write_preferences(pairs, examples, path, PREFERENCES)

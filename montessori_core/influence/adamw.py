@@ -94,11 +94,11 @@ class AdamW:
         device: torch.device,
         tally: GradientTally | None = None,
     ) -> list[float]:
-        """<direction, the step `gradient` leads to> of each direction, summed in fp64; weight decay, which no gradient
-        changes, left out.
+        """<direction, the step `gradient` leads to> of each direction; weight decay, which no gradient changes, left out.
 
         Args:
-            directions: [directions][any shape], which may be of other types.
+            directions: [directions][any shape]. The first is summed in fp64; others, which may be of a smaller type, in the
+                step's own type, piece by piece.
             gradient: like a direction; None is a zero gradient.
             first: exp_avg, like a direction.
             second: exp_avg_sq, like a direction.
@@ -106,10 +106,11 @@ class AdamW:
             tally: counts the gradient.
         """
         totals = torch.zeros(len(directions), dtype=torch.float64, device=device)
-        for g, m, v, *along in _pieces(device, first, gradient, first, second, *directions):
+        for g, m, v, main, *others in _pieces(device, first, gradient, first, second, *directions):
             numerator, denominator = self._fraction(g, m, v, tally)
             step = numerator.div_(denominator)
-            totals += torch.stack([(step * d).sum(dtype=torch.float64) for d in along])
+            along = [torch.dot(step, d.to(step.dtype)).double() for d in others]
+            totals += torch.stack([(step * main).sum(dtype=torch.float64), *along])
         return [-self._rate * total for total in totals.tolist()]
 
     @property

@@ -146,7 +146,9 @@ class ResidentStudent:
     @torch.no_grad()
     def halve(self, slope: Direction) -> dict[str, torch.Tensor]:
         """A copy of a slope in bf16, half the size where it is fp32: enough for a standard error."""
-        return {name: self._stored(gradient.to(torch.bfloat16), "half slope") for name, gradient in slope.items()}
+        return {
+            name: self._stored(gradient.to(torch.bfloat16, copy=True), "half slope") for name, gradient in slope.items()
+        }
 
     def drop_snapshot(self) -> None:
         """Free the snapshot: no step will be taken again."""

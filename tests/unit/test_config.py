@@ -91,6 +91,7 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
             {"influence": {"sequential": {}, "estimator": "exact"}, "preferences": {"baseline": "median"}},
             "preferences.baseline: median has no threshold",
         ),
+        ({"influence": {"sequential": {}, "estimator": "exact"}}, "preferences.baseline: prompt has no threshold"),
         ({"training": {"batch_size": 3}}, "training: batch_size (3) must be a multiple of micro_batch_size (2)"),
         ({"training": {"schedule": {"warmup": 0.5}}}, "training.schedule: warmup + stable + decay must be 1, not 1.4"),
         ({"zero": {"stage": 0, "offload": "optimizer"}}, "zero: offload: optimizer needs stage 1, 2 or 3"),

@@ -34,6 +34,8 @@ def examples(*ids: str) -> pa.Table:
                 "prompt_id": name[0],
                 "prompt": f"prompt {name[0]}",
                 "raw_output": f"raw {name}",
+                "output_ids": [*name.encode()],
+                "vocabulary": "v",
                 "instruction": name,
                 "response": "...",
                 "response_finished": True,
@@ -95,14 +97,14 @@ def pairs(settings: Preferences, **kwargs: float) -> list[tuple[str, str]]:
 
 
 def test_pairs_are_the_cross_product_of_signs_within_a_prompt() -> None:
-    assert pairs(Preferences()) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")]
+    assert pairs(Preferences(baseline="student")) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")]
 
 
 def test_baseline_moves_the_threshold() -> None:
     assert pairs(Preferences(baseline="null_step"), null_step=4.5) == [("b1", "b2")]
     # The median of the measured is 0: d1 lies on it and is neither.
     assert threshold_of(influence(VALUES), "median") == 0.0
-    assert pairs(Preferences(baseline="median")) == pairs(Preferences())
+    assert pairs(Preferences(baseline="median")) == pairs(Preferences(baseline="student"))
 
 
 def test_prompt_baseline_pairs_around_its_mean() -> None:
@@ -120,13 +122,13 @@ def test_prompt_baseline_pairs_around_its_mean() -> None:
 def test_prompt_baseline_ignores_common_momentum() -> None:
     moved = {name: None if value is None else value + 1024.0 for name, value in VALUES.items()}
     settings = Preferences(baseline="prompt")
-    assert pair_by_influence(influence(moved), Preferences()).num_rows == 0
+    assert pair_by_influence(influence(moved), Preferences(baseline="student")).num_rows == 0
     chosen = [pair_by_influence(influence(of), settings)["chosen_id"].to_pylist() for of in (VALUES, moved)]
     assert chosen[0] == chosen[1] != []
 
 
 def test_nothing_within_noise_makes_a_pair() -> None:
-    assert pairs(Preferences(), noise=1.5) == [("a1", "a4")]
+    assert pairs(Preferences(baseline="student"), noise=1.5) == [("a1", "a4")]
 
 
 def test_margin_is_in_standard_errors() -> None:
@@ -134,7 +136,9 @@ def test_margin_is_in_standard_errors() -> None:
     errors = {"a1": 0.6, "a2": 3.0, "a3": 0.8, "a4": 4.0}
 
     def kept(margin: float, estimator: str = "exact", **known: float) -> list[tuple[str, str]]:
-        table = pair_by_influence(influence(VALUES, errors=known, estimator=estimator), Preferences(margin=margin))
+        table = pair_by_influence(
+            influence(VALUES, errors=known, estimator=estimator), Preferences(baseline="student", margin=margin)
+        )
         return list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True))
 
     assert kept(0.5, **errors) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")]
@@ -148,13 +152,13 @@ def test_margin_is_in_standard_errors() -> None:
 
 
 def test_a_limit_keeps_the_widest_gaps_in_table_order() -> None:
-    assert pairs(Preferences(max_pairs=2)) == [("a1", "a3"), ("a1", "a4")]
-    assert pairs(Preferences(max_pairs=1)) == [("a1", "a4")]
+    assert pairs(Preferences(baseline="student", max_pairs=2)) == [("a1", "a3"), ("a1", "a4")]
+    assert pairs(Preferences(baseline="student", max_pairs=1)) == [("a1", "a4")]
 
 
 def test_pairs_carry_raw_outputs_and_both_influences(tmp_path: Path) -> None:
     write_table(examples(*VALUES), tmp_path / "examples.parquet", EXAMPLES)
-    pairs = pair_by_influence(influence(VALUES, null_step=0.5), Preferences(max_pairs=1))
+    pairs = pair_by_influence(influence(VALUES, null_step=0.5), Preferences(baseline="student", max_pairs=1))
     write_preferences(pairs, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
     (row,) = read_table(tmp_path / "preferences.parquet", PREFERENCES).to_pylist()
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("prompt a", "raw a1", "raw a4")
@@ -219,6 +223,10 @@ def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences
             "rejected_influence_student": worst["influence_student"],
             "chosen_influence_null_step": best["influence_null_step"],
             "rejected_influence_null_step": worst["influence_null_step"],
+            "chosen_output_ids": texts[best["example_id"]]["output_ids"],
+            "chosen_vocabulary": "v",
+            "rejected_output_ids": texts[worst["example_id"]]["output_ids"],
+            "rejected_vocabulary": "v",
         }
         for best, worst in paired
         if (best, worst) in widest[: settings.max_pairs]
@@ -251,7 +259,7 @@ def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
 
 def test_pairs_of_examples_that_are_not_in_the_table_are_refused(tmp_path: Path) -> None:
     write_table(examples("a1", "a2"), tmp_path / "examples.parquet", EXAMPLES)
-    made = pair_by_influence(influence(VALUES), Preferences())
+    made = pair_by_influence(influence(VALUES), Preferences(baseline="student"))
     with pytest.raises(DataError, match=r"examples.parquet: lacks examples that were paired"):
         write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
     assert not (tmp_path / "preferences.parquet").exists()
@@ -336,7 +344,7 @@ def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:
     table = influence(VALUES)
     write_table(table, path, INFLUENCE)
     assert read_table(path, INFLUENCE).equals(table, check_metadata=True)
-    with pytest.raises(DataError, match="expected table 'preferences' version 1, found 'influence'"):
+    with pytest.raises(DataError, match="expected table 'preferences' version 2, found 'influence'"):
         read_table(path, PREFERENCES)
     with pytest.raises(DataError, match="column 'status' is missing"):
         check(table.drop_columns(["status"]), INFLUENCE, "t")

@@ -330,7 +330,7 @@ def test_values_that_are_not_finite_leave_the_page_whole(run: Path, tmp_path: Pa
     assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
 
 
-@pytest.mark.parametrize("baseline", ["student", "null_step", "median"])
+@pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
 def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline: str) -> None:
     folder = write_run(tmp_path / "run", preferences={"baseline": baseline})
     expected = threshold_of(read_table(folder / "iteration-1" / "influence.parquet", INFLUENCE), baseline)
