@@ -37,7 +37,7 @@ from montessori_core.training.schedule import rate_factor
 CPU = torch.device("cpu")
 LINEARISED, TOKENS, NORM = "linearised", "response tokens", "gradient norm"
 BATCH_TOKENS = 512
-RESAMPLES = 4000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
