@@ -126,9 +126,10 @@ def publish(lines: list[str], out: Path | None) -> None:
 
 
 def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str]:
-    """First order against exact, both in fp32, at each weight of the example in the step; and the weights' ranks."""
+    """First order and forward mode against exact, all in fp32, at each weight of the example; and the weights' ranks."""
     exact: list[np.ndarray] = []
     rows = []
+    linear: np.ndarray | None = None
     for weight in weights:
         weighted = replace(setting, adamw=replace(setting.adamw, example_weight=weight))
         against: dict[str, np.ndarray] = {}
@@ -138,8 +139,10 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
                 meter.measure(example) for example in tqdm(setting.probing, desc=f"{estimator}, weight {weight:g}")
             ]
             against[estimator] = np.array([one.influence_null_step for one in found], dtype=np.float64)
+        if linear is None:
+            assert meter.slope is not None
+            linear, _ = forward_mode(setting, meter.slope, momentum=0.0)
         exact.append(against["exact"])
-        errors = against["first_order"] - against["exact"]
         rows.append(
             [
                 f"{weight:g}",
@@ -147,13 +150,14 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
                 f"{np.median([one.dominated_share for one in found]):.1%}",
                 f"{against['exact'].mean():.1e}",
                 f"{against['exact'].std(ddof=1):.1e}",
-                f"{spearmanr(against['exact'], against['first_order']).statistic:.4f}",
-                f"{np.sqrt(np.mean(errors**2)):.1e}",
+                *agreement(against["exact"], against["first_order"]),
+                *agreement(against["exact"], weight * linear),
                 f"{spearmanr(against['exact'], [one.gradient_norm for one in found]).statistic:.2f}",
                 f"{spearmanr(against['exact'], [e.response_tokens for e in setting.probing]).statistic:.2f}",
             ]
         )
-    columns = ["weight", "above the null step", "dominated share", "mean", "sd", "first order, Spearman", "rms error"]
+    columns = ["weight", "above the null step", "dominated share", "mean", "sd"]
+    columns += ["first order, Spearman", "signs", "rms error", "forward mode, Spearman", "signs", "rms error"]
     columns += ["Spearman with norm", "with tokens", *(f"with weight {weight:g}" for weight in weights)]
     for row, ours in zip(rows, exact, strict=True):
         row += [f"{spearmanr(ours, theirs).statistic:.2f}" for theirs in exact]
@@ -166,6 +170,15 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
         "|" + "---|" * len(columns),
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
+    ]
+
+
+def agreement(exact: np.ndarray, found: np.ndarray) -> list[str]:
+    """Spearman, share of equal signs, rms error."""
+    return [
+        f"{spearmanr(exact, found).statistic:.4f}",
+        f"{((exact > 0) == (found > 0)).mean():.3f}",
+        f"{np.sqrt(np.mean((found - exact) ** 2)):.1e}",
     ]
 
 

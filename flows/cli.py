@@ -304,7 +304,7 @@ def influence(
     learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
     example_weight: Annotated[
         float, typer.Option(help="What the example's gradient is multiplied by before AdamW's arithmetic, e.g. 0.125.")
-    ] = 1.0,
+    ] = 1 / 32,
     baseline: Annotated[
         str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
     ] = "student",

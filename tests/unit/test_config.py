@@ -1,5 +1,6 @@
 """Configuration: strict, described, and the same after a round trip."""
 
+import inspect
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from flows import cli
 from montessori_core.config import (
     Benchmarks,
     Cluster,
@@ -22,6 +24,7 @@ from montessori_core.config import (
     Student,
     Synthesis,
     Teacher,
+    Training,
     differences,
     parse,
     parse_experiment,
@@ -320,6 +323,14 @@ def test_resources_and_name_are_not_part_of_the_method() -> None:
     assert plain.method() == moved.method()
     changed = parse_experiment(MINIMAL | {"warmup": {"examples": 7}}, "c")
     assert differences(plain.method(), changed.method()) == ["warmup.examples: 1000 -> 7"]
+
+
+def test_example_weight_is_that_in_training_batch() -> None:
+    """The authors' code has 1/8, on 8 GPUs: so have the presets that repeat the paper."""
+    option = inspect.signature(cli.influence).parameters["example_weight"]
+    assert Influence().example_weight == option.default == 1 / Training().batch_size
+    for name in ("paper-8b", "paper-1b"):
+        assert read_experiment(ROOT / "configs" / f"{name}.yaml").influence.example_weight == 1 / 8
 
 
 def test_influence_settings_have_all_that_decides_a_measurement() -> None:
