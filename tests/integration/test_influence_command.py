@@ -87,7 +87,9 @@ def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder:
     exact = [row for row in rows if row["estimator"] == "exact"]
     assert 40 <= len(exact) < 60
     assert sum(row["audited"] for row in rows) == 40
-    code, output = influence(folder, tiny_llama, *options, "--estimator", "exact", "--out", str(folder / "exact.parquet"))
+    code, output = influence(
+        folder, tiny_llama, *options, "--estimator", "exact", "--out", str(folder / "exact.parquet")
+    )
     assert code == 0, output
     oracle = {row["example_id"]: row for row in read_table(folder / "exact.parquet", INFLUENCE).to_pylist()}
     for row in exact:

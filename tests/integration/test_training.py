@@ -223,7 +223,7 @@ def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Pat
         return load_moments(part).first["model.layers.0.mlp.up_proj.weight"]
 
     one = gradient(1)
-    assert (gradient(1024) - one).norm() <= 0.01 * one.norm()
+    assert (gradient(512) - one).norm() <= 0.01 * one.norm()
 
 
 def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: Path, bf16: str) -> None:
@@ -334,16 +334,16 @@ def test_training_without_any_usable_example_says_so(tiny_llama: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_teacher_learns_what_is_chosen(smollm2: Path, tmp_path: Path, stage: int, processes: int) -> None:
+def test_teacher_learns_what_is_chosen(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
     settings = {
-        "teacher": Teacher(model=str(smollm2), prompt_style="completion").model_dump(mode="json"),
+        "teacher": Teacher(model=str(tiny_llama), prompt_style="completion").model_dump(mode="json"),
         "recipe": TeacherUpdate(
-            learning_rate=2e-5, batch_size=2, micro_batch_size=1, schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0)
+            learning_rate=1e-3, batch_size=2, micro_batch_size=1, schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0)
         ).model_dump(mode="json"),
         "zero": Zero(stage=stage).model_dump(mode="json"),
         "seed": 0,
     }
-    part = execute(tmp_path / "stage", "montessori_core.training.dpo:open_dpo", settings, smollm2, PAIRS, processes)
+    part = execute(tmp_path / "stage", "montessori_core.training.dpo:open_dpo", settings, tiny_llama, PAIRS, processes)
     log = json.loads((part / LOG_FILE).read_text())
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are equal at first (Eq. 4)
     assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
