@@ -14,26 +14,33 @@ from pathlib import Path
 import pytest
 
 from support import ROOT
-from support.runs import call, configuration, digests, invoke, kill_everything, left_over, montessori
+from support.runs import (
+    DIES_WHILE_JOINING,
+    call,
+    configuration,
+    digests,
+    invoke,
+    kill_everything,
+    left_over,
+    montessori,
+)
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ("instructions-1", "warmup", "influence", "teacher", "training/instructions-1", "student"),
+        pytest.param(("responses-1", "influence-audit"), marks=pytest.mark.slow),
+    ],
+    ids=["most", "others"],
+)
 def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
-    finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
+    stages: tuple[str, ...], finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
 ) -> None:
     """The first two drivers have a Prefect server of their own, which ends with them; the others share one."""
     config = configuration(tmp_path, talking_llama)
     run = tmp_path / "runs" / "tiny"
     draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
-    stages = [
-        "instructions-1",
-        "responses-1",
-        "warmup",
-        "influence",
-        "influence-audit",
-        "teacher",
-        "training/instructions-1",
-        "student",
-    ]
     for number, name in enumerate(stages):
         driver = montessori("run", str(config), cwd=tmp_path, **(shared_server if number > 1 else {}))
         begun = run / "iteration-1" / name / "jobs" / "ledger.json"
@@ -102,21 +109,6 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
     assert "nothing of this run is at work" in output
     code, output = invoke("status", "runs/tiny", cwd=tmp_path)
     assert "go on with: montessori resume" in output
-
-
-DIES_WHILE_JOINING = """
-import os, signal, sys
-from pyarrow.parquet import ParquetWriter
-write = ParquetWriter.write_table
-def write_and_die(writer, *arguments, **options):
-    write(writer, *arguments, **options)
-    if ".influence.parquet" in str(writer.where):
-        os.kill(os.getpid(), signal.SIGKILL)
-ParquetWriter.write_table = write_and_die
-sys.argv = ["montessori", "resume", sys.argv[1]]
-from flows.cli import main
-main()
-"""
 
 
 @pytest.mark.slow

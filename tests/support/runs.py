@@ -20,6 +20,21 @@ from support import ROOT
 
 TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
 
+DIES_WHILE_JOINING = """
+import os, signal, sys
+from pyarrow.parquet import ParquetWriter
+write = ParquetWriter.write_table
+def write_and_die(writer, *arguments, **options):
+    write(writer, *arguments, **options)
+    if ".influence.parquet" in str(writer.where):
+        os.kill(os.getpid(), signal.SIGKILL)
+ParquetWriter.write_table = write_and_die
+sys.argv = ["montessori", "resume", sys.argv[1]]
+from flows.cli import main
+main()
+"""
+"""A program that resumes the run of its argument, and is killed while it joins the influence table."""
+
 
 def configuration(folder: Path, model: Path) -> Path:
     """One iteration with a model of a third of a million parameters."""
