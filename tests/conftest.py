@@ -1,15 +1,14 @@
-"""Tiers and order of the tests, and settings that hold for all of them.
+"""Tiers of the tests, and settings that hold for all of them.
 
 `make test` runs what has no `slow` mark; `--all` runs everything, and a test that is named by its id always runs.
 """
 
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["support.models", "support.browser"]
+pytest_plugins = ["support.models", "support.browser", "support.finished_run"]
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -22,9 +21,6 @@ _DERANDOMIZE = "MONTESSORI_TEST_SEED" not in os.environ
 settings.register_profile("quick", deadline=None, derandomize=_DERANDOMIZE, max_examples=25)
 settings.register_profile("all", deadline=None, derandomize=_DERANDOMIZE, max_examples=500)
 
-TESTS = Path(__file__).parent
-_LONGEST_FIRST = ("system/prefect", "integration/test_study", "system/slurm", "integration/test_run", "integration")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the slow tests, too, and fuzz with 500 examples")
@@ -35,19 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests, and begin with the files that take longest."""
-    items.sort(key=_order)
+    """Leave out slow tests, unless they are named."""
     if config.getoption("--all"):
         return
     named = [argument for argument in config.args if "::" in argument]
     slow = [item for item in items if item.get_closest_marker("slow") and not _is_named(item, named)]
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
-
-
-def _order(item: pytest.Item) -> int:
-    place = str(item.path.relative_to(TESTS))
-    return next((rank for rank, start in enumerate(_LONGEST_FIRST) if place.startswith(start)), len(_LONGEST_FIRST))
 
 
 def _is_named(item: pytest.Item, named: list[str]) -> bool:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_
 from support import ROOT
 from support.judges import KEY, QUESTIONS, Judge, judged
 from support.row_programs import Interrupted, as_compute, interrupt_at
-from support.runs import call, configuration
+from support.runs import call, configuration, invoke
 
 
 @pytest.fixture
@@ -92,10 +92,11 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     assert scores("last", rows[5:]) + scores("first", rows[:5]) == whole[5:] + whole[:5]
 
 
-def test_scores_do_not_depend_on_interruptions(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_interruptions(tasks: Path, tiny_llama: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
-    compute = as_compute(open_harness(Harness(batch_size=3, chat_template=False), {"model": smollm2, "tasks": tasks}))
+    program = open_harness(Harness(batch_size=3, chat_template=False), {"model": tiny_llama, "tasks": tasks})
+    compute = as_compute(program)
     compute(rows, tmp_path / "calm.parquet", lambda done: None)
     with pytest.raises(Interrupted):
         compute(rows, tmp_path / "stormy.parquet", interrupt_at(3))
@@ -104,8 +105,8 @@ def test_scores_do_not_depend_on_interruptions(tasks: Path, smollm2: Path, tmp_p
 
 
 def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
-    rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(6)]
-    settings = Harness(batch_size=2, chat_template=False)
+    rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(3)]
+    settings = Harness(batch_size=3, chat_template=False)
     bare = {}
     for shots in (0, 8):
         output = tmp_path / f"{shots}.parquet"
@@ -113,7 +114,7 @@ def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp
         as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(asked, output, print)
         answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
         bare[shots] = sum(answer.strip().isdigit() for answer in answers)
-    assert bare[0] < bare[8] == 6  # eight sums show that a number alone is wanted
+    assert bare[0] < bare[8] == 3  # eight sums show that a number alone is wanted
 
 
 @pytest.mark.skipif(
@@ -228,14 +229,14 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(
         parse_experiment(content | {"benchmarks": sections["benchmarks"]}, "test")
     config = tmp_path / "evaluation.yaml"
 
-    def refusal(**benchmarks: object) -> str:
+    def refusal(command: Callable[..., tuple[int, str]] = invoke, **benchmarks: object) -> str:
         config.write_text(yaml.safe_dump(content | sections | {"benchmarks": sections["benchmarks"] | benchmarks}))
-        code, output = call("evaluate", str(talking_llama), "--config", str(config), "--name", "bad", cwd=tmp_path)
+        code, output = command("evaluate", str(talking_llama), "--config", str(config), "--name", "bad", cwd=tmp_path)
         assert code == 1
         assert not list((tmp_path / "runs").rglob("stage.json"))
         return output
 
-    assert "benchmarks.task_folder: nowhere: not found" in refusal(task_folder="nowhere")
+    assert "benchmarks.task_folder: nowhere: not found" in refusal(call, task_folder="nowhere")
     assert "no reference answer for the questions 2" in refusal(mt_bench_references=None)
     (tmp_path / "difficulty.csv").write_text("index,difficulty\n0,0.5\n")
     output = refusal(alpaca_eval_difficulty=str(tmp_path / "difficulty.csv"))

@@ -1,10 +1,7 @@
 """`montessori influence`: any data, any student, outside a run."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from montessori_core.models import load_model
 from montessori_core.schema import INFLUENCE, read_table
 from montessori_core.training.moments import Moments, cold_moments, save_moments
 from support import ROOT
+from support.runs import call, invoke
 
 EXAMPLES = [
     {"instruction": f"Describe object {i}.", "input": "", "output": f"Object {i} is " + "round " * (1 + i % 4)}
@@ -23,17 +21,15 @@ EXAMPLES = [
 ]
 
 
-def call(folder: Path, model: Path, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "flows.cli", "influence", "--student", str(model), "--examples", "data.jsonl"]
-    outcome = subprocess.run(
-        [*command, "--reference", "reference.jsonl", "--out", "influence.parquet", *options],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return outcome.returncode, outcome.stdout + outcome.stderr
+def arguments(folder: Path, model: Path, *options: str) -> list[str]:
+    files = {"--examples": "data.jsonl", "--reference": "reference.jsonl", "--out": "influence.parquet"}
+    given = [text for option, name in files.items() for text in (option, str(folder / name))]
+    return ["influence", "--student", str(model), *given, *options]
+
+
+def influence(folder: Path, model: Path, *options: str) -> tuple[int, str]:
+    """In this process and always in one folder, so that one warm process starts the jobs of all tests."""
+    return invoke(*arguments(folder, model, *options), cwd=ROOT)
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
-    code, output = call(folder, tiny_llama, "--learning-rate", "1e-4")
+    code, output = influence(folder, tiny_llama, "--learning-rate", "1e-4")
     assert code == 0, output
     for text in ("20 of 20", "share that helps", "noise floor", "influence.parquet"):
         assert text in output
@@ -54,7 +50,7 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
     assert all(value > 0 for value in table["influence_student"].to_pylist()[:3])
     before = {path: path.stat().st_mtime_ns for path in (folder / "influence.parquet.parts").glob("part-*")}
     content = (folder / "influence.parquet").read_bytes()
-    code, output = call(folder, tiny_llama, "--learning-rate", "1e-4")
+    code, output = influence(folder, tiny_llama, "--learning-rate", "1e-4")
     assert code == 0, output
     assert {path: path.stat().st_mtime_ns for path in (folder / "influence.parquet.parts").glob("part-*")} == before
     assert (folder / "influence.parquet").read_bytes() == content
@@ -65,7 +61,7 @@ def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Pa
     options = ["--learning-rate", "1e-4", "--estimator", "first_order"]
     tables = []
     for weight in ("1", "1e-6"):
-        code, output = call(folder, tiny_llama, *options, "--example-weight", weight)
+        code, output = influence(folder, tiny_llama, *options, "--example-weight", weight)
         assert code == 0, output
         assert "own gradient decides AdamW's denominator" in output
         tables.append(read_table(folder / "influence.parquet", INFLUENCE).to_pylist())
@@ -83,7 +79,7 @@ def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder:
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, many)))
     options = ["--learning-rate", "1e-4", "--audit-examples", "40", "--baseline", "median"]
-    code, output = call(folder, tiny_llama, *options)
+    code, output = influence(folder, tiny_llama, *options)
     assert code == 0, output
     for text in ("40 to audit", "Spearman", "95 % interval", "baseline: median", "distribution"):
         assert text in output
@@ -91,7 +87,9 @@ def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder:
     exact = [row for row in rows if row["estimator"] == "exact"]
     assert 40 <= len(exact) < 60
     assert sum(row["audited"] for row in rows) == 40
-    code, output = call(folder, tiny_llama, *options, "--estimator", "exact", "--out", "exact.parquet")
+    code, output = influence(
+        folder, tiny_llama, *options, "--estimator", "exact", "--out", str(folder / "exact.parquet")
+    )
     assert code == 0, output
     oracle = {row["example_id"]: row for row in read_table(folder / "exact.parquet", INFLUENCE).to_pylist()}
     for row in exact:
@@ -105,7 +103,7 @@ def test_sequential_says_what_it_saved_and_mixed_precision_runs(tiny_llama: Path
     references = [{"instruction": f"Say {i}.", "output": "yes " * (1 + i % 5)} for i in range(40)]
     (folder / "reference.jsonl").write_text("\n".join(map(json.dumps, references)))
     options = ["--learning-rate", "1e-3", "--estimator", "exact", "--sequential", "0.2", "--dtype", "mixed"]
-    code, output = call(folder, tiny_llama, *options, "--device", "cpu")
+    code, output = call(*arguments(folder, tiny_llama, *options, "--device", "cpu"), cwd=folder)
     assert code == 0, output
     assert "reference tokens saved" in output
 
@@ -114,7 +112,7 @@ def test_examples_that_cannot_be_measured_are_listed(tiny_llama: Path, folder: P
     """A prompt that fills the context leaves no response: the row is excluded and named, the others are measured."""
     long = {"id": "long-one", "instruction": "word " * 200, "output": "cut off"}
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*EXAMPLES[:4], long])))
-    code, output = call(folder, tiny_llama, "--max-length", "64")
+    code, output = influence(folder, tiny_llama, "--max-length", "64")
     assert code == 0, output
     assert "4 of 5" in output
     assert "left out: no response tokens" in output
@@ -132,12 +130,12 @@ def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, fo
     tensors = load_file(other / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000].contiguous()
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    code, output = call(folder, other)
+    code, output = influence(folder, other)
     assert code == 1
     assert "the tokenizer has 4096 tokens, but the model knows 1000" in " ".join(output.split())
     moments = cold_moments(load_model(str(tiny_llama), torch.float32))
     save_moments(Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, moments.step + 1), folder)
-    code, output = call(folder, tiny_llama, "--warm-state", ".")
+    code, output = influence(folder, tiny_llama, "--warm-state", str(folder))
     assert code == 1
     assert "the AdamW moments are of another model" in " ".join(output.split())
 
@@ -154,7 +152,7 @@ def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),
         (["--reference", "absent.jsonl"], "absent.jsonl: cannot be read"),
     ):
-        code, output = call(folder, tiny_llama, *options)
+        code, output = influence(folder, tiny_llama, *options)
         assert code == 1
         assert message in " ".join(output.split())
         assert "Traceback" not in output

@@ -1,5 +1,6 @@
 """The driver's environment has no torch: whatever runs on a login node does without."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,25 +8,36 @@ from pathlib import Path
 
 from support import ROOT
 from support.reports import write_run, write_study
-from support.runs import lean
+from support.runs import finish_lean
+
+COMMANDS = """
+from support.lean_driver import become_lean
+become_lean()
+import json, sys
+from pathlib import Path
+from support.runs import invoke
+print(json.dumps([invoke(*command, cwd=Path.cwd()) for command in json.loads(sys.argv[1])]))
+"""
 
 
 def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "first")
     write_run(tmp_path / "runs" / "second", warmup={"learning_rate": 2e-5})
     write_study(tmp_path / "runs" / "study")
-    for command, shown in (
-        (["--help"], "montessori run configs/quickstart.yaml"),
-        (["methods"], "self_instruct"),
-        (["report", "runs/first"], "report.html"),
-        (["report", "runs/first", "runs/second"], "comparison-of-runs.html"),
-        (["report", "runs/study"], "comparison.html"),
-        (["status", "runs/first"], "trial"),
-    ):
-        outcome = lean(*command, cwd=tmp_path)
-        output, _ = outcome.communicate(timeout=300)
-        assert outcome.returncode == 0, output
-        assert shown in output, output
+    shown = {
+        ("--help",): "montessori run configs/quickstart.yaml",
+        ("report", "runs/first"): "report.html",
+        ("report", "runs/first", "runs/second"): "comparison-of-runs.html",
+        ("report", "runs/study"): "comparison.html",
+        ("status", "runs/first"): "trial",
+    }
+    command = [sys.executable, "-c", COMMANDS, json.dumps(list(shown))]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    for (code, output), text in zip(json.loads(outcome.stdout), shown.values(), strict=True):
+        assert code == 0, output
+        assert text in output, output
+    assert "self_instruct" in finish_lean("methods", cwd=tmp_path)
 
 
 def test_a_run_on_nodes_is_opened_without_torch(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from montessori_core.influence.memory import GB, Shape, plan_memory
 from support import ROOT
+from support.runs import call, invoke
 
 LLAMA_3_8B = Shape(
     parameters=8_030_261_248,
@@ -92,16 +93,13 @@ def test_what_does_not_fit_is_not_promised() -> None:
 
 
 def test_plan_command_says_what_goes_where_and_what_to_do_if_it_does_not_fit(smollm2: Path) -> None:
-    def call(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.cli", "plan", "--student", str(smollm2), *options]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    roomy = call("--gpu-memory", "24")
-    assert roomy.returncode == 0, roomy.stderr
-    assert "snapshot" in roomy.stdout
-    assert "host, pinned" not in roomy.stdout
-    tight = call("--gpu-memory", "4.2", "--estimator", "exact", "--lora-rank", "8")
-    assert tight.returncode == 0, tight.stderr
-    none = call("--gpu-memory", "1")
-    assert none.returncode == 1
-    assert "--lora-rank" in none.stdout
+    command = ("plan", "--student", str(smollm2))
+    code, output = call(*command, "--gpu-memory", "24", cwd=ROOT)
+    assert code == 0, output
+    assert "snapshot" in output
+    assert "host, pinned" not in output
+    code, output = invoke(*command, "--gpu-memory", "4.2", "--estimator", "exact", "--lora-rank", "8", cwd=ROOT)
+    assert code == 0, output
+    code, output = invoke(*command, "--gpu-memory", "1", cwd=ROOT)
+    assert code == 1
+    assert "--lora-rank" in output

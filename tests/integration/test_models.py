@@ -27,35 +27,48 @@ def test_digits_are_split_as_the_model_was_trained(smollm2: Path) -> None:
     assert tokenizer.tokenize("in 2024\n 17") == ["in", "Ġ", "2", "0", "2", "4", "ĊĠ", "1", "7"]
 
 
-def test_changed_cache_is_noticed_and_converted_anew(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
-    folder = models.embedded_folder()
-    shutil.copytree(smollm2, folder)
-    assert fetch_embedded() == folder
-    assert not caplog.records
-    weights = folder / "model.safetensors"
+FETCH = """
+import logging
+logging.basicConfig()
+from montessori_core.models import fetch_embedded
+print((fetch_embedded() / "model.safetensors").stat().st_ino)
+"""
+
+
+@pytest.fixture(scope="module")
+def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """A cache whose model was changed before two processes fetched it at once; what they print and log."""
+    cache = tmp_path_factory.mktemp("cache")
+    weights = shutil.copytree(smollm2, cache / "models" / smollm2.name) / "model.safetensors"
     with weights.open("r+b") as stream:
         stream.seek(-8, 2)
         stream.write(b"\0" * 8)
-    assert fetch_embedded() == folder
-    assert "was changed after it was written" in caplog.text
-    assert weights.read_bytes() == (smollm2 / "model.safetensors").read_bytes()
+    environment = os.environ | {"MONTESSORI_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", FETCH]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    outputs = [process.communicate() for process in both]
+    return cache, [output.strip() for output, _ in outputs], "".join(log for _, log in outputs)
 
 
-def test_model_fetched_twice_at_once_is_written_once(smollm2: Path, tmp_path: Path) -> None:
-    fetch = (
-        "from montessori_core.models import fetch_embedded\n"
-        "print((fetch_embedded() / 'model.safetensors').stat().st_ino)"
-    )
-    environment = os.environ | {"MONTESSORI_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", fetch], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    files = [process.communicate()[0].strip() for process in both]
-    written = tmp_path / "models" / smollm2.name
+def test_changed_cache_is_noticed_and_converted_anew(
+    fetched: tuple[Path, list[str], str],
+    smollm2: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cache, _, log = fetched
+    assert log.count("was changed after it was written") == 1
+    folder = cache / "models" / smollm2.name
+    assert (folder / "model.safetensors").read_bytes() == (smollm2 / "model.safetensors").read_bytes()
+    monkeypatch.setenv("MONTESSORI_CACHE", str(cache))
+    assert fetch_embedded() == models.embedded_folder() == folder
+    assert not caplog.records
+
+
+def test_model_fetched_twice_at_once_is_written_once(fetched: tuple[Path, list[str], str], smollm2: Path) -> None:
+    cache, files, _ = fetched
+    written = cache / "models" / smollm2.name
     assert files == [str((written / "model.safetensors").stat().st_ino)] * 2
     assert fingerprint(written) == fingerprint(smollm2)
 

@@ -1,16 +1,8 @@
-"""Whole runs through the command line: interrupted anywhere, they end with the tables of an undisturbed run."""
+"""A whole run through the command line: what it leaves, shows and keeps, and what is refused."""
 
 import json
-import os
-import pty
-import random
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,22 +17,15 @@ from montessori_core import schema
 from montessori_core.config import Experiment, Preferences
 from montessori_core.errors import UserError
 from montessori_core.screening import screening_report
-from support import ROOT
 from support.judges import QUESTIONS, Judge, judged
-from support.runs import call, configuration, digests, finish_lean, kill_everything, left_over, montessori
+from support.runs import call, digests, finish_lean, invoke
 from tasks.run import Run, reopen_run
 
 
 @pytest.fixture(scope="module")
-def undisturbed(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    home = str(folder / "prefect")
-    config = configuration(folder, talking_llama)
-    content = yaml.safe_load(config.read_text())
-    content["comparison"]["teacher_checkpoints"] = 1  # which changes no table
-    config.write_text(yaml.safe_dump(content))
-    (folder / "output.txt").write_text(finish_lean("run", str(config), cwd=folder, PREFECT_HOME=home))
-    return folder
+def undisturbed(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run that tests of this file may change."""
+    return Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("undisturbed"), dirs_exist_ok=True))
 
 
 def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
@@ -166,7 +151,7 @@ def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
         "--simulations",
         "5",
     ]
-    code, output = call(
+    code, output = invoke(
         *("plan", "--simulate", "--pilot", pilot, "--set", "student.max_length=64", *arguments), cwd=undisturbed
     )
     assert code == 0, output
@@ -175,9 +160,9 @@ def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
     whole = output.split("the whole experiment")[1].splitlines()
     assert [line.split()[1] for line in whole if line[:1] == "│"] == ["1", "4"]
     assert "jobs at a time" in output
-    code, output = call("plan", "--simulate", "--pilot", "runs", cwd=undisturbed)
+    code, output = invoke("plan", "--simulate", "--pilot", "runs", cwd=undisturbed)
     assert (code, "not a run" in output) == (1, True)
-    code, output = call("plan", "--simulate", cwd=undisturbed)
+    code, output = invoke("plan", "--simulate", cwd=undisturbed)
     assert (code, "--pilot RUN_DIR" in output) == (1, True)
 
 
@@ -284,11 +269,12 @@ def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
     assert "incomplete" not in output
 
 
-def test_single_shard_is_computed_again_on_request(undisturbed: Path) -> None:
+def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
     expected = digests(run)
-    code, output = call("retry", "runs/tiny", "--stage", "iteration-1/influence", "--shard", "2", cwd=undisturbed)
+    arguments = ("retry", "runs/tiny", "--stage", "iteration-1/influence", "--shard", "2")
+    code, output = call(*arguments, cwd=undisturbed, **shared_server)
     assert code == 0, output
     changed = {path.relative_to(run) for path, time_then in before.items() if path.stat().st_mtime_ns != time_then}
     assert changed == {Path("iteration-1/influence/part-00002.manifest.json")}
@@ -297,20 +283,22 @@ def test_single_shard_is_computed_again_on_request(undisturbed: Path) -> None:
         ("nowhere", "0", "no stage 'nowhere'; there are"),
         ("iteration-1/influence", "9", "has shards 0 to 3, no shard 9"),
     ):
-        code, output = call("retry", "runs/tiny", "--stage", stage, "--shard", shard, cwd=undisturbed)
+        code, output = invoke("retry", "runs/tiny", "--stage", stage, "--shard", shard, cwd=undisturbed)
         assert code == 1
         assert message in " ".join(output.split())
 
 
 def test_another_configuration_is_refused_with_the_difference(undisturbed: Path) -> None:
-    code, output = call("run", "tiny.yaml", "--set", "warmup.examples=5", cwd=undisturbed)
+    code, output = invoke("run", "tiny.yaml", "--set", "warmup.examples=5", cwd=undisturbed)
     assert code == 1
     assert "started with another configuration" in output
     assert "warmup.examples: 4 -> 5" in output
     assert "--name" in output
 
 
-def test_changed_preferences_keep_everything_upstream(undisturbed: Path, tmp_path: Path) -> None:
+def test_changed_preferences_keep_everything_upstream(
+    undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
     """Of a finished run: pairs, teacher, training set, student and report are made again, and nothing before them."""
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     original, run = undisturbed / "runs" / "tiny", tmp_path / "runs" / "tiny"
@@ -319,9 +307,9 @@ def test_changed_preferences_keep_everything_upstream(undisturbed: Path, tmp_pat
     report = (run / "report.html").stat().st_mtime_ns
     config = str(undisturbed / "tiny.yaml")
     settings = ["--set", "preferences.baseline=null_step", "--set", "preferences.max_pairs=3"]
-    code, output = call("run", config, *settings, "--set", "warmup.examples=5", cwd=tmp_path)
+    code, output = invoke("run", config, *settings, "--set", "warmup.examples=5", cwd=tmp_path)
     assert (code, "warmup.examples: 4 -> 5" in output, "max_pairs" in output) == (1, True, False)
-    code, output = call("run", config, *settings, cwd=tmp_path)
+    code, output = call("run", config, *settings, cwd=tmp_path, **shared_server)
     assert code == 0, output
     assert "all before the confirmation of influence near the threshold is kept" in output
     assert "preferences.baseline: 'median' -> 'null_step'" in output
@@ -344,129 +332,10 @@ def test_changed_preferences_keep_everything_upstream(undisturbed: Path, tmp_pat
     assert reopen_run(run).experiment.preferences == Preferences(baseline="null_step", max_pairs=3)
 
 
-def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
-    undisturbed: Path, talking_llama: Path, tmp_path: Path
-) -> None:
-    config = configuration(tmp_path, talking_llama)
-    run = tmp_path / "runs" / "tiny"
-    draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
-    stages = [
-        "instructions-1",
-        "responses-1",
-        "warmup",
-        "influence",
-        "influence-audit",
-        "teacher",
-        "training/instructions-1",
-        "student",
-    ]
-    for number, name in enumerate(stages):
-        driver = montessori("run", str(config), cwd=tmp_path)
-        begun = run / "iteration-1" / name / "jobs" / "ledger.json"
-        deadline = time.monotonic() + 300
-        while not begun.exists() and driver.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0.0, 6.0))
-        assert driver.poll() is None, driver.communicate()[0]
-        kill_everything(driver, signal.SIGKILL if number % 2 else signal.SIGINT)
-    code, output = call("resume", str(run), cwd=tmp_path)
-    assert code == 0, output
-    assert not left_over(tmp_path)
-    assert digests(run) == digests(undisturbed / "runs" / "tiny")
-
-
-def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: Path) -> None:
-    """A terminal sends the signal to all that runs in it, not to the driver alone."""
-    config = configuration(tmp_path, talking_llama)
-    terminal, inside = pty.openpty()
-    driver = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-         "runpy.run_module('flows.cli', run_name='__main__')", "run", str(config)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
-        stdin=inside,
-        stdout=inside,
-        stderr=inside,
-        start_new_session=True,
-    )  # fmt: skip
-    os.close(inside)
-    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
-    said = b""
-    with suppress(OSError):  # raised where the terminal has no process left
-        while chunk := os.read(terminal, 4096):
-            said += chunk
-            if ledger.exists() and b"\x03" not in said:
-                os.write(terminal, b"\x03")
-                said += b"\x03"
-    assert driver.wait() == 130
-    text = said.decode()
-    assert "cancelling the jobs of this run" in text
-    assert "the jobs were cancelled, what is done is kept" in text
-    assert "resume" in text.split("Go on with:")[1]
-    assert not left_over(tmp_path)
-
-
-DIES_WHILE_JOINING = """
-import os, signal, sys
-from pyarrow.parquet import ParquetWriter
-write = ParquetWriter.write_table
-def write_and_die(writer, *arguments, **options):
-    write(writer, *arguments, **options)
-    if ".influence.parquet" in str(writer.where):
-        os.kill(os.getpid(), signal.SIGKILL)
-ParquetWriter.write_table = write_and_die
-sys.argv = ["montessori", "resume", sys.argv[1]]
-from flows.cli import main
-main()
-"""
-
-
-@pytest.mark.slow
-def test_driver_killed_while_it_joins_tables_is_followed_by_the_same_tables(undisturbed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "tiny"
-    shutil.copytree(undisturbed / "runs" / "tiny", run)
-    expected = digests(run)
-    (run / "iteration-1" / "influence.parquet").unlink()
-    (run / "iteration-1" / "preferences.parquet").unlink()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", DIES_WHILE_JOINING, str(run)]
-    driver = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
-    assert driver.returncode == -signal.SIGKILL
-    assert not (run / "iteration-1" / "influence.parquet").exists()
-    code, output = call("resume", str(run), cwd=tmp_path)
-    assert code == 0, output
-    assert digests(run) == expected
-    assert not left_over(tmp_path)
-
-
-def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:
-    config = configuration(tmp_path, talking_llama)
-    first = montessori("run", str(config), cwd=tmp_path)
-    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
-    while not ledger.exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    code, output = call("run", str(config), cwd=tmp_path)
-    assert code == 1
-    assert "another process drives this run" in output
-    code, output = call("status", "runs/tiny", cwd=tmp_path)
-    assert f"driven by process {first.pid}" in output
-    code, output = call("cancel", "runs/tiny", cwd=tmp_path)
-    assert code == 0, output
-    assert "cancelled; what is done is kept" in output
-    assert first.wait(90) == 130
-    assert not left_over(tmp_path)
-    code, output = call("cancel", "runs/tiny", cwd=tmp_path)
-    assert "nothing of this run is at work" in output
-    code, output = call("status", "runs/tiny", cwd=tmp_path)
-    assert "go on with: montessori resume" in output
-
-
-def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
+def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
-    output = finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed)
+    output = finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed, **shared_server)
     assert "iteration 1: student training: training again, since a later iteration needs the AdamW moments" in output
     changed = [path for path, then in before.items() if path.stat().st_mtime_ns != then]
     assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # to the same weights
@@ -476,8 +345,17 @@ def test_second_iteration_builds_on_the_first(undisturbed: Path) -> None:
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
 
 
-def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(undisturbed: Path) -> None:
-    code, output = call("run", "tiny.yaml", "--set", "student.max_length=32", "--name", "short", cwd=undisturbed)
+def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
+    undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a run that is like the finished one, but that no response fits into its student."""
+    run = tmp_path / "runs" / "short"
+    shutil.copytree(undisturbed / "runs" / "tiny", run)
+    shutil.rmtree(run / "iteration-1" / "warmup")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["student"]["max_length"] = 32
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    code, output = call("resume", "runs/short", cwd=tmp_path, **shared_server)
     assert code == 1
     assert "Traceback" not in output
     words = " ".join(output.split())
@@ -485,10 +363,10 @@ def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(undistu
     assert "no training example has a response within student.max_length tokens; raise max_length" in words
     log = next(line.split("log: ")[1] for line in output.splitlines() if "log: " in line)
     assert "no training example" in Path(log.strip()).read_text()
-    code, output = call("status", "runs/short", cwd=undisturbed)
+    code, output = invoke("status", "runs/short", cwd=tmp_path)
     assert "failed: iteration-1/warmup, shard 0: code_error: DataError" in output
     assert any(line.startswith("  | ") and "DataError: no training example" in line for line in output.splitlines())
-    code, output = call("logs", "runs/short", "--shard", "0", "--lines", "3", cwd=undisturbed)
+    code, output = call("logs", "runs/short", "--shard", "0", "--lines", "3", cwd=tmp_path)
     assert code == 0
     assert "no training example has a response" in output
 
@@ -511,7 +389,7 @@ def test_bad_input_is_refused_in_a_sentence_before_any_job(
     (undisturbed / "empty.jsonl").write_text("")
     (undisturbed / "broken.jsonl").write_text('{"instruction": "fine"}\n{"instruction": }\n')
     named = [] if "--name" in arguments else ["--name", "bad"]
-    code, output = call("run", *arguments, *named, cwd=undisturbed)
+    code, output = invoke("run", *arguments, *named, cwd=undisturbed)
     assert code == 1
     assert message in " ".join(output.split())
     assert "Traceback" not in output
@@ -521,7 +399,7 @@ def test_bad_input_is_refused_in_a_sentence_before_any_job(
 def test_full_run_root_is_named(undisturbed: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.fail("this test needs a Linux system")
-    code, output = call("run", "tiny.yaml", "--run-root", "/dev/full", "--name", "bad", cwd=undisturbed)
+    code, output = invoke("run", "tiny.yaml", "--run-root", "/dev/full", "--name", "bad", cwd=undisturbed)
     assert code == 1
     assert "cannot be written" in output
 

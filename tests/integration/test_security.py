@@ -2,10 +2,7 @@
 
 import builtins
 import json
-import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from montessori_core.errors import UserError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.training.checkpoints import checkpoint_folder
 from support import ROOT
+from support.runs import invoke
 
 
 @pytest.fixture
@@ -68,16 +66,9 @@ def test_folders_that_hold_pickles_are_private(
 def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str, tmp_path: Path) -> None:
     config = str(ROOT / "configs" / "quickstart.yaml")
     subject = ["no-model", "--config", config] if command == "evaluate" else [config]
-    outcome = subprocess.run(
-        [sys.executable, "-m", "flows.cli", command, *subject, "--run-root", "runs", "--name", name],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert outcome.returncode == 1
-    assert "name: " in outcome.stdout
+    code, output = invoke(command, *subject, "--run-root", "runs", "--name", name, cwd=tmp_path)
+    assert code == 1
+    assert "name: " in output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -123,6 +123,15 @@ def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
     assert run(stage, "'trl.trainer.dpo_trainer' in sys.modules") == [True]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests that a shell runs in the background ignore SIGINT, and so would a new interpreter that they start."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_job_starts_like_new_interpreter(stage: Stage) -> None:
     state = (
         "[os.getcwd(), sys.stdin.read(), str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGCHLD)), "

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,34 @@ from typing import Any
 import psutil
 import yaml
 
+from flows.serving import server_environment, wait_for_server
 from support import ROOT
 
 CANARY = "hf_canary-that-nobody-should-write-down"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[dict[str, str]]:
+    """A Prefect server whose database lies in `home`, as the variables that have drivers use it."""
+    port = free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    environment = server_environment(port) | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for_server(server, api)
+        yield {"PREFECT_API_URL": api}
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
 
 
 class Inbox:
@@ -54,9 +79,7 @@ class Server:
         self.folder, self.runs = folder, folder / "runs"
         (folder / "prefect.yaml").write_text(yaml.safe_dump({"name": "test", "deployments": deployments}))
         self.deployments = len(deployments)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),

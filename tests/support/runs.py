@@ -1,18 +1,39 @@
 """Runs of the tiny Llama through the command line, as users start them."""
 
 import hashlib
+import io
+import logging
 import os
 import signal
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import yaml
 
+from flows import cli
+from flows.terminal import open_terminal
 from support import ROOT
 
 TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
+
+DIES_WHILE_JOINING = """
+import os, signal, sys
+from pyarrow.parquet import ParquetWriter
+write = ParquetWriter.write_table
+def write_and_die(writer, *arguments, **options):
+    write(writer, *arguments, **options)
+    if ".influence.parquet" in str(writer.where):
+        os.kill(os.getpid(), signal.SIGKILL)
+ParquetWriter.write_table = write_and_die
+sys.argv = ["montessori", "resume", sys.argv[1]]
+from flows.cli import main
+main()
+"""
+"""A program that resumes the run of its argument, and is killed while it joins the influence table."""
 
 
 def configuration(folder: Path, model: Path) -> Path:
@@ -81,6 +102,31 @@ def call(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -
     process = montessori(*arguments, cwd=cwd, **environment)
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
+
+
+def invoke(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
+    """The same in this process, which has imported everything already. For commands that run no flow.
+
+    Working directory, environment, arguments and levels of loggers are as before when it returns.
+    """
+    output = io.StringIO()
+    levels = {name: logging.getLogger(name).level for name in ("cluster", "huggingface_hub")}
+    with (
+        chdir(cwd),
+        patch.dict(os.environ, {"COLUMNS": "160"} | environment),
+        patch.object(sys, "argv", ["montessori", *arguments]),
+        redirect_stdout(output),
+        redirect_stderr(output),
+        patch.object(cli, "console", open_terminal()),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), output.getvalue()
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+    return 0, output.getvalue()
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from montessori_core.errors import DataError
 from montessori_core.fingerprints import hash_model, hash_tensors
@@ -38,11 +39,11 @@ def edit(file: Path, change: Callable[[Any], object]) -> None:
 
 
 def test_fingerprint_ignores_the_environment(tiny_llama: Path, tmp_path: Path) -> None:
-    saved = []
-    for offline in ("0", "1"):
-        saved.append(tmp_path / offline)
-        environment = os.environ | {"HF_HUB_OFFLINE": offline}
-        subprocess.run([sys.executable, "-c", SAVE, tiny_llama, saved[-1]], env=environment, check=True)
+    saved = [tmp_path / "online", tmp_path / "offline"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    subprocess.run([sys.executable, "-c", SAVE, tiny_llama, saved[0]], env=environment, check=True)
+    for kind in (AutoModelForCausalLM, AutoTokenizer):  # in an environment that is offline
+        kind.from_pretrained(tiny_llama).save_pretrained(saved[1])
     written = [(folder / "tokenizer_config.json").read_text() for folder in saved]
     assert written[0] != written[1]  # what makes this a test
     assert hash_model(saved[0]) == hash_model(saved[1]) == hash_model(tiny_llama)

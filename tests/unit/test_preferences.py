@@ -336,7 +336,7 @@ def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_te
         assert pairs > 0.7 * rows
         return int(found)
 
-    assert (peak(150_000) - peak(50_000)) / 100_000 < 1000
+    assert (peak(100_000) - peak(50_000)) / 50_000 < 1000
 
 
 def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:

@@ -5,6 +5,7 @@ import io
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from montessori_core.report import page as pages
 from montessori_core.report.runs import render_runs
 from montessori_core.report.study import study_page
 from support.reports import HOSTILE, METHODS, Page, write_run, write_study
-from support.runs import call
+from support.runs import call, invoke
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +120,12 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "copy")
     write_study(tmp_path / "study")
 
-    def report(*arguments: object) -> str:
-        code, output = call("report", *map(str, arguments), cwd=tmp_path)
+    def report(*arguments: object, command: Callable[..., tuple[int, str]] = invoke) -> str:
+        code, output = command("report", *map(str, arguments), cwd=tmp_path)
         assert code == 0, output
         return output
 
-    assert "report.html" in report(run)
+    assert "report.html" in report(run, command=call)
     report(run, "--out", tmp_path / "elsewhere" / "mine.html")
     report(run, copy)
     report(tmp_path / "study")
@@ -142,9 +143,9 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
 
 def test_page_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    code, output = call("report", str(run), "--out", str(run / "config.yaml" / "mine.html"), cwd=tmp_path)
+    code, output = invoke("report", str(run), "--out", str(run / "config.yaml" / "mine.html"), cwd=tmp_path)
     assert code == 1
     assert re.search(r"config\.yaml/mine\.html: cannot be written \(.*\); give another place with --out", output)
-    code, output = call("report", str(run), "--out", str(run / "config.yaml"), cwd=tmp_path)
+    code, output = invoke("report", str(run), "--out", str(run / "config.yaml"), cwd=tmp_path)
     assert code == 1
     assert "ends in .html" in output

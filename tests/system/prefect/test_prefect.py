@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from flows.serving import read_deployments, server_environment, wait_for_server
 from montessori_core.errors import ConfigError
 from montessori_core.study import Study, read_study
 from support import ROOT
-from support.prefect_server import CANARY, ENDS, Inbox, Server, wait_until
+from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, wait_until
 from support.runs import configuration, digests
 
 expect.set_options(timeout=30_000)
@@ -289,9 +288,8 @@ def test_failed_shards_send_a_message_and_retry_computes_only_them(
     wait_until(lambda: any("iteration is finished: retried" in text for text in inbox.messages), 60)
 
 
-@pytest.mark.slow
 def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str, page: Page) -> None:
-    folder = server.copy_of(finished, "cancelled", "warmup")
+    folder = server.copy_of(finished, "cancelled", "evaluation")
     run = server.start("tiny", "cancelled")
     server.hold_job()
     page.goto(f"{server.url}/runs/flow-run/{run}")
@@ -300,9 +298,10 @@ def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Ser
     wait_until(lambda: not server.jobs(), 60)
     server.wait_for(run, "Cancelled", seconds=90)
     leave(page)
-    assert not (folder / "iteration-1" / "warmup" / "part-00000").exists()
+    result = Path("iteration-1", "evaluation", "part-00000.parquet")
+    assert not (folder / result).exists()
     server.wait_for(server.start("tiny", "cancelled"), "Completed")
-    assert digests(folder) == digests(server.runs / "finished")
+    assert (folder / result).read_bytes() == (server.runs / "finished" / result).read_bytes()
 
 
 @pytest.mark.slow
@@ -321,7 +320,6 @@ def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_o
     assert digests(folder) == digests(server.runs / "finished")
 
 
-@pytest.mark.slow
 def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
@@ -362,7 +360,6 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     assert not (server.runs / "weekly" / "iteration-3").exists()
 
 
-@pytest.mark.slow
 def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
     server.copy_of(finished, "nightly")
     nightly = server.deployment("nightly")
@@ -377,7 +374,7 @@ def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
 
     server.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": True}, "PATCH")
     try:
-        wait_until(lambda: completed() >= 2, 300)
+        wait_until(lambda: completed() > 0, 300)
     finally:
         server.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": False}, "PATCH")
     wait_until(lambda: not server.at_work(nightly["id"]))
@@ -501,9 +498,7 @@ def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tm
         if name == "server"
     ]
     login = f"group:{CANARY}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     shipped = {name: value for name, value in service["environment"].items() if "DATABASE" not in name}
     environment = (
         server_environment(port)

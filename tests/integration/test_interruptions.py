@@ -1,0 +1,129 @@
+"""Drivers that are interrupted, killed or started twice: the run goes on to the tables of an undisturbed one."""
+
+import os
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+from support.runs import (
+    DIES_WHILE_JOINING,
+    call,
+    configuration,
+    digests,
+    invoke,
+    kill_everything,
+    left_over,
+    montessori,
+)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ("instructions-1", "warmup", "influence", "teacher", "training/instructions-1", "student"),
+        pytest.param(("responses-1", "influence-audit"), marks=pytest.mark.slow),
+    ],
+    ids=["most", "others"],
+)
+def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
+    stages: tuple[str, ...], finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
+) -> None:
+    """The first two drivers have a Prefect server of their own, which ends with them; the others share one."""
+    config = configuration(tmp_path, talking_llama)
+    run = tmp_path / "runs" / "tiny"
+    draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
+    for number, name in enumerate(stages):
+        driver = montessori("run", str(config), cwd=tmp_path, **(shared_server if number > 1 else {}))
+        begun = run / "iteration-1" / name / "jobs" / "ledger.json"
+        deadline = time.monotonic() + 300
+        while not begun.exists() and driver.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.0, 6.0))
+        assert driver.poll() is None, driver.communicate()[0]
+        kill_everything(driver, signal.SIGKILL if number % 2 else signal.SIGINT)
+    code, output = call("resume", str(run), cwd=tmp_path)
+    assert code == 0, output
+    assert not left_over(tmp_path)
+    assert digests(run) == digests(finished_run / "runs" / "tiny")
+
+
+def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: Path) -> None:
+    """A terminal sends the signal to all that runs in it, not to the driver alone."""
+    config = configuration(tmp_path, talking_llama)
+    terminal, inside = pty.openpty()
+    driver = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+         "runpy.run_module('flows.cli', run_name='__main__')", "run", str(config)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(inside)
+    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
+    said = b""
+    with suppress(OSError):  # raised where the terminal has no process left
+        while chunk := os.read(terminal, 4096):
+            said += chunk
+            if ledger.exists() and b"\x03" not in said:
+                os.write(terminal, b"\x03")
+                said += b"\x03"
+    assert driver.wait() == 130
+    text = said.decode()
+    assert "cancelling the jobs of this run" in text
+    assert "the jobs were cancelled, what is done is kept" in text
+    assert "resume" in text.split("Go on with:")[1]
+    assert not left_over(tmp_path)
+
+
+def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path, talking_llama)
+    first = montessori("run", str(config), cwd=tmp_path)
+    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
+    while not ledger.exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    code, output = invoke("run", str(config), cwd=tmp_path)
+    assert code == 1
+    assert "another process drives this run" in output
+    code, output = invoke("status", "runs/tiny", cwd=tmp_path)
+    assert f"driven by process {first.pid}" in output
+    code, output = call("cancel", "runs/tiny", cwd=tmp_path)
+    assert code == 0, output
+    assert "cancelled; what is done is kept" in output
+    assert first.wait(90) == 130
+    assert not left_over(tmp_path)
+    code, output = invoke("cancel", "runs/tiny", cwd=tmp_path)
+    assert "nothing of this run is at work" in output
+    code, output = invoke("status", "runs/tiny", cwd=tmp_path)
+    assert "go on with: montessori resume" in output
+
+
+@pytest.mark.slow
+def test_driver_killed_while_it_joins_tables_is_followed_by_the_same_tables(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished_run / "runs" / "tiny", run)
+    expected = digests(run)
+    (run / "iteration-1" / "influence.parquet").unlink()
+    (run / "iteration-1" / "preferences.parquet").unlink()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DIES_WHILE_JOINING, str(run)]
+    driver = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
+    assert driver.returncode == -signal.SIGKILL
+    assert not (run / "iteration-1" / "influence.parquet").exists()
+    code, output = call("resume", str(run), cwd=tmp_path)
+    assert code == 0, output
+    assert digests(run) == expected
+    assert not left_over(tmp_path)
