@@ -28,7 +28,8 @@ import time
 from pathlib import Path
 
 from cluster import backends
-from cluster.fanout import Ledger, fan_out
+from cluster.fanout import fan_out
+from cluster.ledger import Ledger
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources, Slurm
 

@@ -29,11 +29,11 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from cluster.accounting import use_of
 from cluster.costs import StageCost, cost_of
 from cluster.fanout import fan_out
 from cluster.simulation import Disturbances, Machines, Work, simulate
 from cluster.stage import Stage
+from cluster.usage import use_of
 from montessori_core.config import Cluster, Resources
 
 PROGRAM = """

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.backends import ask, largest_array
+from cluster.backends.command import ask
+from cluster.backends.slurm import largest_array
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core.atomic import read_json
@@ -141,7 +142,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
         stage = Stage(
             program="look-around",
             version=1,
-            entry="cluster.probes:open_look_around",
+            entry="cluster.doctor_jobs:open_look_around",
             settings={"packages": {name: ranges.get(name, "") for name in packages}},
             inputs={"token": token},
             input_hashes={},
@@ -158,7 +159,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
     together = cluster.resources.training.model_copy(
         update={"nodes": nodes, "processes_per_node": 2 // nodes, "infrastructure_retries": 0}
     )
-    stage = Stage("all-reduce", 1, "cluster.probes:open_all_reduce", {}, {}, {}, scratch / "together", ".json")
+    stage = Stage("all-reduce", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, scratch / "together", ".json")
     outcome = _try(stage, together, cluster, patience, _APART)
     if isinstance(outcome, Finding):
         yield outcome

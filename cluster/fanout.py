@@ -8,22 +8,21 @@ import logging
 import os
 import platform
 import shutil
-import statistics
 import time
 import uuid
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field as Bound
-from pydantic import TypeAdapter, ValidationError
-
-from cluster.backends import SchedulerAway, Task, backend_at, log_file, open_backend
-from cluster.notes import Begun, Failure, read_note
-from cluster.pace import rows_per_second
+from cluster.backends import open_backend
+from cluster.backends.base import SchedulerAway, Task, log_file
+from cluster.ledger import Ledger, Submission, close_submission
+from cluster.progress import rows_per_second
+from cluster.records import Begun, Failure, read_record
+from cluster.retry import NOT_RETRIED, REMEDIES, classify_loss, retries_of
 from cluster.stage import Stage
-from montessori_core.atomic import hash_json, read_json, write_json
+from cluster.stragglers import Stopwatch
+from montessori_core.atomic import hash_json, write_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -32,36 +31,6 @@ log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
 _PACED = 20  # shards that are done, for the pace of those that have none yet
-_FINAL = ("code_error", "disk_full")  # of what a job says of itself: trying again would end the same
-_REMEDIES = {
-    "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
-    "time_limit": "; raise time_limit_minutes of the stage in cluster.resources, or make its shards smaller",
-}
-
-
-def classify_loss(reason: str) -> str:
-    """The class of a loss that the job itself could not report, from what the scheduler says of it."""
-    classes = {
-        "PREEMPTED": "preempted",
-        "NODE_FAIL": "node_failure",
-        "BOOT_FAIL": "node_failure",
-        "launch": "node_failure",
-        "OUT_OF_MEMORY": "out_of_memory",
-        "TIMEOUT": "time_limit",
-        "DEADLINE": "time_limit",
-    }
-    return next((kind for word, kind in classes.items() if word in reason), "lost")
-
-
-def retries_of(kind: str, infrastructure_retries: int) -> int:
-    """How often a shard is submitted again after losses of a class.
-
-    Memory that ran out once may have been another job's; a preempted job did nothing wrong.
-    """
-    factors = {"preempted": 10, "node_failure": 2}
-    if kind == "out_of_memory":
-        return min(1, infrastructure_retries)
-    return factors.get(kind, 1) * infrastructure_retries
 
 
 @dataclass(frozen=True)
@@ -108,74 +77,6 @@ class ShardsFailed(UserError):
         super().__init__("\n".join(lines))
 
 
-_Index = Annotated[int, Bound(ge=0)]
-_JobId = Annotated[str, Bound(pattern=r"^[0-9]{1,10}(_[0-9]{1,10}|:[0-9]{1,12}(\.[0-9]{1,12})?)?$")]
-
-
-@dataclass
-class Submission:
-    """Jobs that were started together, as the ledger has them.
-
-    Attributes:
-        name: of the jobs; no other submission has it.
-        work: hash of the keys of all shards: what the jobs were started for.
-        tasks: the shards of each job.
-        host: whose processes the jobs are; None for jobs of Slurm.
-        at_once: how many of the jobs the scheduler may run at a time.
-        gpus: that each job was given.
-        ids: of the jobs; None until the scheduler has answered.
-        missed: looks in a row at which a job was not found.
-        lost: class of the loss of each job that went and left shards to be submitted again.
-        closed: no job is left.
-    """
-
-    name: str
-    work: str
-    tasks: list[list[_Index]]
-    host: str | None
-    at_once: int
-    gpus: int = 0
-    ids: list[_JobId] | None = None
-    missed: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    closed: bool = False
-
-
-def _read_submissions(file: Path) -> list[Submission]:
-    try:
-        submissions = TypeAdapter(list[Submission]).validate_python(read_json(file))
-        matched = all(one.ids is None or len(one.ids) == len(one.tasks) for one in submissions)
-    except ValidationError:
-        matched = False
-    if not matched:
-        # Taken for empty, it would have jobs that are still at work started a second time.
-        raise UserError(
-            f"{file}: damaged, so that nobody knows which jobs may still be at work. End those that are (Slurm: squeue --me, "
-            "names that begin with montessori-; local: cluster.supervisor or submitit), then remove the file and "
-            "resume the run: what is done is kept"
-        )
-    return submissions
-
-
-class Ledger:
-    """The submissions of a stage, on disk before and after each is made."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)  # submitit keeps pickles here
-        self._file = folder / "ledger.json"
-        self.submissions = _read_submissions(self._file) if self._file.exists() else []
-
-    def save(self) -> None:
-        """Write the ledger."""
-        write_json([vars(submission) for submission in self.submissions], self._file)
-
-    def open_submissions(self) -> list[Submission]:
-        """Submissions that may still have jobs."""
-        return [submission for submission in self.submissions if not submission.closed]
-
-
 def fan_out(
     stage: Stage,
     shards: list[list[Row]],
@@ -208,31 +109,6 @@ def fan_out(
     return [stage.part(index) for index in range(len(shards))]
 
 
-class _Stopwatch:
-    """How long shards take, by this driver's own clock: those of nodes may be off."""
-
-    def __init__(self) -> None:
-        self._begun: dict[int, float] = {}
-        self._took: dict[int, float] = {}
-
-    def look(self, at_work: set[int], done: set[int], now: float) -> None:
-        """Note which shards are computed now and which are done."""
-        for index in at_work:
-            self._begun.setdefault(index, now)
-        for index in list(self._begun):
-            if index in done:
-                self._took[index] = now - self._begun.pop(index)
-            elif index not in at_work:
-                del self._begun[index]  # its job was lost
-
-    def slower_than(self, factor: float, now: float) -> set[int]:
-        """Shards at work for so many times as long as the median shard took."""
-        if not self._took:
-            return set()
-        limit = factor * statistics.median(self._took.values())
-        return {index for index, begun in self._begun.items() if now - begun > limit}
-
-
 class _Driver:
     def __init__(
         self,
@@ -255,12 +131,12 @@ class _Driver:
         self._losses: dict[tuple[int, str], int] = {}
         self._lost_on: dict[str, set[int]] = {}
         self._avoid: frozenset[str] = frozenset()
-        self._not_before = 0.0
+        self._next_submission = 0.0
         self._running = 0
         self._alive: list[Task] = []
-        self._unsure: list[Submission] = []
+        self._unanswered: list[Submission] = []
         self._refusals = 0
-        self._stopwatch = _Stopwatch()
+        self._stopwatch = Stopwatch()
         self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
@@ -282,7 +158,7 @@ class _Driver:
         """Submit, watch and submit again until every shard is done or has failed."""
         try:
             while True:
-                busy = self._look()
+                busy = self._update()
                 self._report()
                 if len(self._done) + len(self._failed) == len(self._shards):
                     break
@@ -302,7 +178,7 @@ class _Driver:
         done: float = sum(len(shards[index]) for index in self._done)
         begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
         notes = {
-            index: read_note(stage.progress_file(index), Begun)
+            index: read_record(stage.progress_file(index), Begun)
             for index in begun & set(range(len(shards))) - self._done
         }
         done += sum(min(len(shards[index]), note.done) for index, note in notes.items() if note)
@@ -314,7 +190,7 @@ class _Driver:
         left = (rows - done) / pace if pace else None
         self._on_progress(Progress(done, rows, left, len(shards), begun, self._done, self._failed))
 
-    def _look(self) -> set[int]:
+    def _update(self) -> set[int]:
         """Update what is done and what failed; return the shards that some job is at work on."""
         self._collect_done()
         busy: set[int] = set()
@@ -322,7 +198,7 @@ class _Driver:
         self._running = 0
         self._alive = []
         limit = self._resources.parallel_jobs
-        for submission, ids in self._noted():
+        for submission, ids in self._submitted():
             alive = self._backend.alive(submission.name, ids)
             left = 0
             for job_id, task in zip(ids, submission.tasks, strict=True):
@@ -351,12 +227,12 @@ class _Driver:
         # A job may have committed its last shard after the first look.
         self._collect_done()
         for submission, job_id, task in lost:
-            self._bury(submission, job_id, [index for index in task if index not in busy])
+            self._handle_lost_job(submission, job_id, [index for index in task if index not in busy])
         if lost:
             self._ledger.save()
         return busy - self._done
 
-    def _noted(self) -> list[tuple[Submission, list[str]]]:
+    def _submitted(self) -> list[tuple[Submission, list[str]]]:
         """Open submissions with the ids of their jobs; those of which the scheduler never told us are not among them."""
         return [(one, one.ids) for one in self._ledger.open_submissions() if one.ids is not None]
 
@@ -369,7 +245,7 @@ class _Driver:
                 self._done.add(index)
                 self._failed.pop(index, None)
 
-    def _bury(self, submission: Submission, job_id: str, task: Task) -> None:
+    def _handle_lost_job(self, submission: Submission, job_id: str, task: Task) -> None:
         """Decide what becomes of the shards that a job, now gone, has left undone."""
         undone = [index for index in task if index not in self._done]
         if not undone:
@@ -378,14 +254,14 @@ class _Driver:
         log_path = str(own if (own := log_file(folder, job_id)).exists() else folder)
         first, kind, reason, opening = undone[0], "", "", False
         for index in undone:
-            failure = read_note(self._stage.failure_file(index), Failure)
+            failure = read_record(self._stage.failure_file(index), Failure)
             if failure is None or failure.job_id != job_id.split(":")[0]:
                 continue
             first, kind, reason, opening = index, failure.kind, failure.error, failure.opening
         # A program that does not open fails every shard. Otherwise the task ended at this shard, and those after it were
         # not tried.
         hit = set(range(len(self._shards))) - self._done if opening else {first}
-        if kind in _FINAL:
+        if kind in NOT_RETRIED:
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             return
         if not kind:
@@ -394,9 +270,9 @@ class _Driver:
         self._backend.forget(job_id)
         self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
         if kind in ("lost", "node_failure"):
-            self._suspect(self._stage.node_of(job_id.split(":")[0]), first)
+            self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), first)
         if losses > retries_of(kind, self._resources.infrastructure_retries):
-            reason = f"{reason}; {losses} times{_REMEDIES.get(kind, '')}"
+            reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": opening, "traceback": ""}
             write_json(noted | {"error": reason}, self._stage.failure_file(first))
@@ -410,10 +286,10 @@ class _Driver:
     def _pause(self, failures_before: int) -> float:
         """Submit nothing for a while, the longer the more often it has failed; return for how many seconds."""
         seconds = min(_LONGEST_BACKOFF, 2.0 ** min(failures_before, 10))
-        self._not_before = time.monotonic() + seconds
+        self._next_submission = time.monotonic() + seconds
         return seconds
 
-    def _suspect(self, node: str | None, shard: int) -> None:
+    def _count_loss_on_node(self, node: str | None, shard: int) -> None:
         """One shard may be at fault itself; a node that loses several is."""
         limit = self._resources.exclude_node_after
         if node is None or not limit:
@@ -428,14 +304,14 @@ class _Driver:
         missing = [
             i for i in range(len(self._shards)) if i not in self._done and i not in self._failed and i not in busy
         ]
-        if not missing or time.monotonic() < self._not_before:
+        if not missing or time.monotonic() < self._next_submission:
             return
         tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running)
         if not tasks:
             return
-        while self._unsure:  # the scheduler answers again, and may have had the jobs all along
-            close_submission(self._unsure[-1], self._cluster, self._ledger)
-            self._unsure.pop()
+        while self._unanswered:  # the scheduler answers again, and may have had the jobs all along
+            close_submission(self._unanswered[-1], self._cluster, self._ledger)
+            self._unanswered.pop()
         self._submit(tasks, self._avoid)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
@@ -453,7 +329,7 @@ class _Driver:
             pause = self._pause(self._refusals)
             self._refusals += 1
             log.warning("%s: %s; trying again in %.0f s", self._stage.name, str(error).splitlines()[-1], pause)
-            self._unsure.append(submission)
+            self._unanswered.append(submission)
         self._ledger.save()
 
     def _duplicate_stragglers(self, busy: set[int]) -> None:
@@ -463,7 +339,7 @@ class _Driver:
             return
         at_work: dict[int, tuple[str, Task]] = {}
         waiting = False
-        for submission, ids in self._noted():
+        for submission, ids in self._submitted():
             started = self._backend.running(submission.name, ids)
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 left = [index for index in task if index in busy]
@@ -480,18 +356,3 @@ class _Driver:
             log.warning("%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node)
             self._duplicated.update(left)
             self._submit([left], self._avoid | ({node} if node else set()))
-
-
-def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-    """End the jobs of a submission, those whose ids were never noted included."""
-    backend = backend_at(submission.host, cluster)
-    if backend is None:
-        # Commits are atomic, and the first result of a shard counts: they do no harm.
-        log.warning("jobs named %s may run on, as processes of %s", submission.name, submission.host)
-    elif submission.ids is None:
-        backend.cancel(backend.find(submission.name, ledger.folder / submission.name))
-        submission.tasks = []  # a scheduler may refuse for days, and the ledger is written again at every turn
-    else:
-        backend.cancel(submission.ids)
-    submission.closed = True
-    ledger.save()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.notes import Description, Manifest, Shard, Start, read_note
+from cluster.records import Description, Manifest, Shard, Start, read_record
 from montessori_core import flops
 from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.errors import UserError
@@ -42,7 +42,10 @@ def cut_for_jobs(folder: Path, rows: list[Row], jobs: int, largest: int) -> list
 
     The rows of a shard are part of its key: a run that is resumed with more or fewer jobs keeps what is done.
     """
-    first, before = read_note(folder / "shards" / "00000.json", Shard), read_note(folder / "stage.json", Description)
+    first, before = (
+        read_record(folder / "shards" / "00000.json", Shard),
+        read_record(folder / "stage.json", Description),
+    )
     size = shard_size(len(rows), jobs, largest)
     if first and before and first.rows and math.ceil(len(rows) / len(first.rows)) == before.shards:
         size = len(first.rows)
@@ -83,7 +86,7 @@ def describe(folder: Path) -> Description:
     Raises:
         UserError: it is not there, or damaged.
     """
-    description = read_note(folder / "stage.json", Description)
+    description = read_record(folder / "stage.json", Description)
     if description is None:
         raise UserError(f"{folder / 'stage.json'}: not there, or damaged; resume the run: it is written anew")
     return description
@@ -180,13 +183,13 @@ class Stage:
         """Where shard `index` leaves its traceback."""
         return self.folder / "failures" / f"{index:05d}.json"
 
-    def note_node(self, job_id: str, node: str, restarts: int) -> None:
+    def record_start(self, job_id: str, node: str, restarts: int) -> None:
         """Said by a job when it starts: where it runs, for the case that it can say nothing later, and which start it is."""
         write_json({"node": node, "restarts": restarts}, self.folder / "jobs" / f"node-of-{job_id}.json")
 
     def node_of(self, job_id: str) -> str | None:
         """Where a job last started; None if it never did."""
-        noted = read_note(self.folder / "jobs" / f"node-of-{job_id}.json", Start)
+        noted = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", Start)
         return noted.node if noted else None
 
     def write(self, shards: list[list[Row]], keys: list[str]) -> None:
@@ -227,12 +230,12 @@ class Stage:
 
     def manifests(self, shards: Iterable[int]) -> list[Manifest]:
         """Of those of `shards` that say that they are done, in order."""
-        noted = (read_note(self.manifest(index), Manifest) for index in shards)
+        noted = (read_record(self.manifest(index), Manifest) for index in shards)
         return [manifest for manifest in noted if manifest is not None]
 
     def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
         """Whether shard `index` has a valid result for `key`; `thorough` reads the result and checks its hash."""
-        manifest, part = read_note(self.manifest(index), Manifest), self.part(index)
+        manifest, part = read_record(self.manifest(index), Manifest), self.part(index)
         if manifest is None or manifest.key != key or not part.exists() or _size(part) != manifest.bytes:
             return False
         return not thorough or hash_path(part) == manifest.sha256

@@ -99,7 +99,7 @@ class WarmProcess:
         return self._context == _context() and (self._process.poll() is None or not self._answered)
 
     def start(self, job: Job) -> str:
-        """Fork a job; return its id, as `cluster.backends.LocalBackend` has it.
+        """Fork a job; return its id, as `cluster.backends.local.LocalBackend` has it.
 
         Raises:
             OSError: the warm process has ended or does not answer; the job does not run.

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import submitit
 
-from cluster.notes import Failure, Shard, read_note
 from cluster.partial_commits import compute_rows, remove_partial_files
+from cluster.records import Failure, Shard, read_record
 from cluster.rendezvous import join_processes
-from cluster.scratch import private_folders
 from cluster.stage import RowClock, Stage
+from cluster.tempdirs import private_folders
 from montessori_core.atomic import write_json
 from montessori_core.errors import UserError
 from montessori_core.program import Compute, RowProgram, open_program
@@ -39,7 +39,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     set_library_defaults()
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
-    stage.note_node(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
+    stage.record_start(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
     with private_folders(f"{environment.job_id}-{environment.global_rank}"):
         join_processes(environment, stage.folder / "jobs")
         _compute_shards(stage, indices, environment)
@@ -55,7 +55,7 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
     opened: Compute | RowProgram | None = None
     begun = time.monotonic() - _seconds_alive()
     for index in indices:
-        shard = read_note(stage.shard_file(index), Shard)
+        shard = read_record(stage.shard_file(index), Shard)
         if shard is None:
             raise UserError(f"{stage.shard_file(index)}: not there, or damaged; resume the run: it is written anew")
         if stage.is_done(index, shard.key):
@@ -77,7 +77,7 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
                 "traceback": traceback.format_exc(),
             }
             # Of several processes, the first to fail names the cause: the others only lose their connection to it.
-            noted = read_note(stage.failure_file(index), Failure)
+            noted = read_record(stage.failure_file(index), Failure)
             if noted is None or (noted.job_id, noted.attempt) != (failure["job_id"], failure["attempt"]):
                 write_json(failure, stage.failure_file(index))
             raise

@@ -25,8 +25,8 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 import psutil
 import typer
 
-from cluster.oversight import stages_of
 from cluster.simulation import Disturbances, Machines
+from cluster.status import stages_of
 from flows.terminal import open_terminal
 from montessori_core.config import (
     DataSource,

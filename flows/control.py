@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.oversight import cancel_jobs, forget, log_of, stages_of
+from cluster.status import cancel_jobs, forget, log_of, stages_of
 from montessori_core.errors import UserError
 from tasks.run import Run, end_driver
 from tasks.studies import in_study

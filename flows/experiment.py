@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger, runtime
 from pydantic import Field
 
-from cluster.oversight import cancel_jobs, stages_of
+from cluster.status import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
 from montessori_core.atomic import read_json, write_json
 from montessori_core.config import Experiment

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from cluster.backends import deal, deal_to_array
+from cluster.backends.base import deal, deal_to_array
 from cluster.costs import StageCost, cost_of
-from cluster.oversight import stages_of
 from cluster.partial_commits import COMMIT_SECONDS
 from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
 from cluster.stage import shard_size
+from cluster.status import stages_of
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
 from montessori_core.pilot import PILOT

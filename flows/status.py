@@ -5,9 +5,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.accounting import use_of
 from cluster.costs import cost_of
-from cluster.oversight import StageState, look_at, stages_of
+from cluster.status import StageStatus, read_stage_status, stages_of
+from cluster.usage import use_of
 from montessori_core.atomic import read_json
 from montessori_core.report.numbers import duration
 from montessori_core.report.study import gain_text, interval_text, spread_text
@@ -17,7 +17,7 @@ from tasks.studies import PAGE, in_study, read_comparison
 
 def show_status(run: Run, console: Console) -> None:
     """Print a line for each stage, and what is known of each failed shard."""
-    states = [look_at(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
+    states = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     rows = []
     for state in states:
         at_work = state.word == "at work"
@@ -62,7 +62,7 @@ def show_status(run: Run, console: Console) -> None:
         console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)
 
 
-def _time_left(state: StageState) -> str:
+def _time_left(state: StageStatus) -> str:
     """What is left of a stage at work; of one whose jobs have computed nothing yet, that they start."""
     if state.seconds_left is not None:
         return f"about {duration(state.seconds_left)}"

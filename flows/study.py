@@ -11,8 +11,8 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.accounting import use_of
-from cluster.oversight import cancel_jobs, stages_of
+from cluster.status import cancel_jobs, stages_of
+from cluster.usage import use_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from cluster.accounting import use_of
+from cluster.usage import use_of
 from montessori_core.atomic import read_json, write_json
 from montessori_core.influence_table import summarize_influence
 from montessori_core.preferences import threshold_of

@@ -21,8 +21,8 @@ from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture, wait
 
 from cluster.fanout import Progress, ShardFailure, ShardsFailed
-from cluster.oversight import logs_of
 from cluster.stage import Stage
+from cluster.status import logs_of
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -145,7 +145,7 @@ class Contents:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """What each stage used, see `cluster.accounting`, in the order of their folders."""
+        """What each stage used, see `cluster.usage`, in the order of their folders."""
         found = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
         return [found[name] for name in sorted(found)]
 

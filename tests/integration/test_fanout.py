@@ -18,21 +18,14 @@ import submitit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.accounting import use_of
-from cluster.backends import LocalBackend
+from cluster.backends.local import LocalBackend
 from cluster.costs import cost_of
-from cluster.fanout import (
-    Ledger,
-    Progress,
-    ShardsFailed,
-    Submission,
-    classify_loss,
-    close_submission,
-    fan_out,
-    retries_of,
-)
-from cluster.oversight import logs_of, look_at
+from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.ledger import Ledger, Submission, close_submission
+from cluster.retry import classify_loss, retries_of
 from cluster.stage import RowClock, Stage
+from cluster.status import logs_of, read_stage_status
+from cluster.usage import use_of
 from cluster.worker import _compute_shards
 from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.config import Cluster, Resources
@@ -103,7 +96,7 @@ def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Pa
     left: list[float] = []
 
     def look(progress: Progress) -> None:
-        state = look_at(folder / "stage", CLUSTER)
+        state = read_stage_status(folder / "stage", CLUSTER)
         for seen in (progress, state):
             if seen.rows_done < 1:
                 assert seen.seconds_left is None
@@ -154,14 +147,14 @@ def test_shard_committed_while_a_driver_takes_over_is_not_computed_again(
     ledger = Ledger(made.folder / "jobs")
     ledger.submissions = [Submission("never-noted", "w", [[1]], platform.node(), 0)]
     ledger.save()
-    assert look_at(made.folder, CLUSTER).queued == 1  # of a submission under way
+    assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a submission under way
 
     def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
         with made.commit_part(0, made.key(SHARDS[0]), len(SHARDS[0]), "7:0") as part:
             part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
         close_submission(submission, cluster, ledger)
 
-    monkeypatch.setattr("cluster.fanout.close_submission", commit_meanwhile)
+    monkeypatch.setattr("cluster.ledger.close_submission", commit_meanwhile)
     assert results(run(folder)) == EXPECTED
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
@@ -177,7 +170,7 @@ def test_shard_that_is_always_lost_stops_at_its_budget(folder: Path) -> None:
     (folder / "kill-7").touch()
     with pytest.raises(ShardsFailed, match=r"lost.*2 times"):
         run(folder, shards, infrastructure_retries=1)
-    [failed] = look_at(folder / "stage", CLUSTER).failures  # for those who look later
+    [failed] = read_stage_status(folder / "stage", CLUSTER).failures  # for those who look later
     assert (failed.shard, failed.kind) == (0, "lost")
     assert "2 times" in failed.error
 
@@ -405,7 +398,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     tasks = [[0, 1, 2], [3, 4, 5]]
     made_jobs.submissions = [Submission("n", "w", tasks, platform.node(), 2, ids=["7:0.5", "8:0.5"], closed=True)]
     made_jobs.save()
-    made.note_node("7", "here", 1)
+    made.record_start("7", "here", 1)
     return made
 
 
@@ -446,7 +439,7 @@ def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finishe
             if finished.is_done(index, finished.key(SHARDS[index]), thorough) and note == finished.manifest(index):
                 fields = ("key", "bytes", "sha256") if thorough else ("key", "bytes")
                 assert [json.loads(after)[name] == json.loads(before)[name] for name in fields] == [True] * len(fields)
-        look_at(finished.folder, CLUSTER)
+        read_stage_status(finished.folder, CLUSTER)
         logs_of(finished.folder, range(6))
         use_of(finished.folder)
     except UserError as error:
@@ -473,7 +466,7 @@ def test_local_job_that_ends_while_it_is_cancelled_is_no_error(monkeypatch: pyte
     found = psutil.Process(job.pid)
     job.kill()
     job.wait()
-    monkeypatch.setattr("cluster.backends._process", lambda job_id: found)
+    monkeypatch.setattr("cluster.backends.local._process", lambda job_id: found)
     LocalBackend(Resources(), None).cancel([f"{job.pid}:{found.create_time()}"])
 
 

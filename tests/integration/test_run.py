@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cluster.oversight import stages_of
 from cluster.simulation import Disturbances, Machines
 from cluster.stage import Stage
+from cluster.status import stages_of
 from flows.forecast import costs_may_differ, forecast, planned_stages
 from montessori_core import schema
 from montessori_core.config import Experiment, Preferences
@@ -108,7 +108,7 @@ def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path
     rows = [{"example_id": str(n)} for n in range(10)]
     stage.write([rows], [stage.key(rows)])
     (stage.folder / "jobs").mkdir()
-    stage.note_node("1", "here", restarts=0)
+    stage.record_start("1", "here", restarts=0)
     with stage.commit_part(0, stage.key(rows), len(rows), "1") as part:
         part.touch()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster import scratch
-from cluster.scratch import private_folders
+from cluster import tempdirs as scratch
+from cluster.tempdirs import private_folders
 from support import ROOT
 
 HOLD = """
 import sys, time
-from cluster.scratch import private_folders
+from cluster.tempdirs import private_folders
 with private_folders("1-0") as folder:
     print(folder, flush=True)
     time.sleep(600)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from cluster.fanout import Ledger
+from cluster.ledger import Ledger
 from flows.cli import app, console
 from flows.evaluation import RESULT, print_evaluation
 from montessori_core.chat import IGNORED, encode_example

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.accounting import use_of
+from cluster.usage import use_of
 from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half

@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.backends import LocalBackend
-from cluster.fanout import Ledger, fan_out
-from cluster.notes import Failure, read_note
+from cluster.backends.local import LocalBackend
+from cluster.fanout import fan_out
+from cluster.ledger import Ledger
+from cluster.records import Failure, read_record
 from cluster.stage import Stage
 from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
@@ -150,7 +151,7 @@ def test_jobs_draw_different_random_numbers(stage: Stage) -> None:
 
 
 def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
-    together = Stage("together", 1, "cluster.probes:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
+    together = Stage("together", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
     [part] = fan_out(together, [[{"n": 0}]], Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
     assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
     assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
@@ -294,7 +295,7 @@ def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
     wait_until(lambda: computed(stage))
     assert LocalBackend(Resources(), None).alive("", [job_id])
     wait_until(lambda: not LocalBackend(Resources(), None).alive("", [job_id]), 20)
-    failure = read_note(stage.failure_file(0), Failure)
+    failure = read_record(stage.failure_file(0), Failure)
     if deaf:
         assert failure is None
         assert "the time limit of 0.0666667 minutes is over" in logs(stage)
@@ -353,7 +354,7 @@ def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, momen
 
 @pytest.mark.usefixtures("quick")
 def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.backends._gpus_of_this_machine", lambda: [2, 5])
+    monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: [2, 5])
     stage.write(shards := shards_of("time.sleep(600)"), [stage.key(shards[0])])
     backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
     folder = stage.folder / "jobs" / "gpus"

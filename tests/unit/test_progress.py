@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import Progress
-from cluster.notes import Begun, Manifest
-from cluster.pace import rows_per_second
+from cluster.progress import rows_per_second
+from cluster.records import Begun, Manifest
 from cluster.stage import RowClock
 from montessori_core.atomic import read_json
 from tasks.progress import ProgressBar

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.backends import deal_to_array
+from cluster.backends.base import deal_to_array
 from cluster.fanout import fan_out
 from cluster.stage import cut_for_jobs, shard_size
 from montessori_core.config import Resources, parse_experiment

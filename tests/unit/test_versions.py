@@ -14,7 +14,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cluster.probes import open_look_around
+from cluster.doctor_jobs import open_look_around
 from montessori_core.versions import declared
 from support import ROOT
 

@@ -17,8 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from cluster.backends import largest_array
-from cluster.fanout import Ledger, Progress, ShardsFailed, fan_out
+from cluster.backends.slurm import largest_array
+from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.ledger import Ledger
 from cluster.stage import Stage
 from flows.methods import REGISTRY
 from montessori_core import programs
@@ -369,7 +370,7 @@ def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("taken", "hangs"), [(False, False), (True, False), (True, True)])
 def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool) -> None:
     """A busy controller answers late, too late, or never: then it may have taken jobs whose ids nobody was told."""
-    monkeypatch.setattr("cluster.backends._SBATCH_PATIENCE", 3)
+    monkeypatch.setattr("cluster.backends.slurm._SBATCH_PATIENCE", 3)
     failures, sbatch = folder / "failures", shutil.which("sbatch")
     first = f'{sbatch} "$@" >/dev/null; ' if taken else ""
     away = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'

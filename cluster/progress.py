@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from cluster.notes import Begun, Manifest
+from cluster.records import Begun, Manifest
 
 
 def rows_per_second(at_work: Sequence[Begun | None], done: Iterable[Manifest]) -> float | None:

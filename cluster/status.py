@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.backends import backend_at, log_file
-from cluster.fanout import Ledger, close_submission
-from cluster.notes import Begun, Failure, Shard, read_note
-from cluster.pace import rows_per_second
+from cluster.backends import backend_at
+from cluster.backends.base import log_file
+from cluster.ledger import Ledger, close_submission
+from cluster.progress import rows_per_second
+from cluster.records import Begun, Failure, Shard, read_record
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -24,7 +25,7 @@ class FailedShard:
 
 
 @dataclass(frozen=True)
-class StageState:
+class StageStatus:
     """How far a stage is.
 
     Attributes:
@@ -69,7 +70,7 @@ def stages_of(run: Path) -> list[Path]:
     return [path.parent for path in found]
 
 
-def look_at(folder: Path, cluster: Cluster) -> StageState:
+def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
     """Read a stage's state from its folder and the scheduler.
 
     Raises:
@@ -81,21 +82,21 @@ def look_at(folder: Path, cluster: Cluster) -> StageState:
     begun = 0.0
     rows = 0
     for index in range(shards):
-        shard = read_note(stage.shard_file(index), Shard)
+        shard = read_record(stage.shard_file(index), Shard)
         count = len(shard.rows) if shard else 0
         rows += count
         if shard and stage.is_done(index, shard.key):
             done.append(index)
         else:
-            missing[index] = note = read_note(stage.progress_file(index), Begun)
+            missing[index] = note = read_record(stage.progress_file(index), Begun)
             begun += min(note.done, count) if note else 0
     running, queued = _at_work(folder, cluster, set(missing))
     idle = set(missing) - running - queued
-    noted = {index: read_note(stage.failure_file(index), Failure) for index in sorted(idle)}
+    noted = {index: read_record(stage.failure_file(index), Failure) for index in sorted(idle)}
     failures = [_failure(stage, index, failure) for index, failure in noted.items() if failure]
     manifests = stage.manifests(done)
     rows_done = sum(manifest.rows for manifest in manifests) + begun
-    return StageState(
+    return StageStatus(
         folder,
         shards,
         len(done),

@@ -91,10 +91,10 @@ class Start(Note):
     restarts: _Amount
 
 
-AnyNote = TypeVar("AnyNote", bound=Note)
+AnyRecord = TypeVar("AnyRecord", bound=Note)
 
 
-def read_note(path: Path, kind: type[AnyNote]) -> AnyNote | None:
+def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     """Read a note; None if it is missing, not whole, or not of its kind."""
     try:
         return kind.model_validate(read_json(path))
