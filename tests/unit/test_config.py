@@ -335,10 +335,12 @@ def test_example_weight_is_that_in_training_batch() -> None:
 
 def test_influence_settings_have_all_that_decides_a_measurement() -> None:
     experiment = parse_experiment(MINIMAL | {"influence": {"example_weight": 0.125}}, "mine.yaml")
-    settings = influence_settings(experiment, "exact")["influence"]
-    assert settings["example_weight"] == 0.125
+    settings = influence_settings(experiment, "exact")
+    assert settings.step.example_weight == 0.125
+    assert settings.step.learning_rate == experiment.warmup.learning_rate
+    decisive = settings.model_dump().keys() | settings.step.model_dump().keys()
     sizes = {"probing_examples", "later_probing_examples", "examples_per_shard"}
-    assert Influence.model_fields.keys() - settings.keys() == {"screening", *sizes}
+    assert Influence.model_fields.keys() - decisive == {"screening", *sizes}
 
 
 def test_teacher_update_takes_training_resources_by_default() -> None:

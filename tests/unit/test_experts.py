@@ -109,4 +109,4 @@ def test_influence_moves_experts_without_tokens(separate: bool) -> None:
     still.take_step(make_batch([(0, probed)], CPU))
     moved = sum(float((p.detach() - start[name]).double().sum()) for name, p in still.parameters.items())
     still.restore()
-    assert still.project_step(make_batch([(0, probed)], CPU), direction)[1] == pytest.approx(moved, rel=1e-4)
+    assert still.project_step(make_batch([(0, probed)], CPU), [direction])[1] == pytest.approx([moved], rel=1e-4)

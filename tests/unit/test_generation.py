@@ -241,7 +241,7 @@ def test_end_token_of_tokenizer_ends_continuations(tiny_llama: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     engine = TransformersEngine(str(tmp_path), tokenizer)
     assert continuations(engine.generate([Request("one", 0)], Sampling(max_tokens=4), None)) == [
-        Generated("", 0, "stop")
+        Generated("", 0, "stop", [tokenizer.eos_token_id])
     ]
 
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from cluster.backends.base import deal_to_array
 from cluster.fanout import fan_out
 from cluster.stage import cut_for_jobs, shard_size
-from montessori_core.config import Resources, parse_experiment
+from montessori_core import programs
+from montessori_core.config import Resources, Sampling, parse_experiment
 from montessori_core.program import Row
 from support.squares import CLUSTER, computed, folder, results, stage
 from tasks.run import Run
+from tasks.stage import Step
 
 __all__ = ["folder"]
 
@@ -62,10 +64,12 @@ def test_resumed_run_keeps_shards_when_jobs_change(folder: Path) -> None:
     assert [len(shard) for shard in cut_for_jobs(stage(folder).folder, rows * 4, 2, 8)] == [8] * 6  # other rows
 
 
-def test_run_cuts_stage_for_its_own_jobs(tmp_path: Path) -> None:
+def test_step_cuts_rows_for_jobs_of_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"influence": {"parallel_jobs": 64}, "generation": {"parallel_jobs": 8}}
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "cluster": {"resources": resources}}
-    run = Run(tmp_path, parse_experiment(content, "test"))
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
     rows: list[Row] = [{"n": n} for n in range(100)]
-    assert len(run.cut(tmp_path, "influence", rows, 64)) == 50
-    assert len(run.cut(tmp_path, "generation", rows, 256)) == 8
+    monkeypatch.setattr(Step, "_compute", lambda self, program, settings, shards, *_, **__: shards)
+    assert len(step.execute(programs.NORM_SIM, programs.Similarity(max_length=1), rows, 64)) == 50
+    sampling = programs.Generation(engine="auto", form="whole", sampling=Sampling())
+    assert len(step.execute(programs.GENERATION, sampling, rows, 256)) == 8
