@@ -17,10 +17,11 @@ from rich.table import Table
 
 from montessori_core.config import Experiment, Training, Warmup
 from montessori_core.flops import BACKWARD, FORWARD, weights_of
+from montessori_core.provenance import record_speed
 from montessori_core.report.numbers import duration
 from montessori_core.sources import Sources, Task
 from montessori_core.speed import measure_gflops
-from tasks.run import Run, record_speed
+from tasks.run import Run
 
 _JOB_SECONDS = 3.0
 """To load a model and to save results, and between two jobs; jobs are forked from a warm process."""

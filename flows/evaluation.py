@@ -5,16 +5,15 @@ from typing import Annotated, Any
 
 from prefect import flow
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
+from cluster.lock import only_driver
 from flows.experiment import end_jobs_of, run_root
-from montessori_core.atomic import read_json, write_json
+from montessori_core.atomic import write_json
 from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
 from tasks.benchmarks import list_items
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
-from tasks.run import Run, only_driver, open_run
+from tasks.run import Run, open_run
 from tasks.stage import Step
 
 RESULT = "evaluation.json"
@@ -71,22 +70,3 @@ def _evaluate(run: Run) -> None:
             "scores": evaluated.benchmarks.scores,
         }
         write_json(result, run.folder / RESULT)
-
-
-def print_evaluation(folder: Path, console: Console) -> None:
-    """Print the result of an evaluation, with 95 % confidence intervals."""
-    result = read_json(folder / RESULT)
-    table = Table("benchmark", "metric", "score", "95 % interval", "over", "unparsed", box=None)
-    loss = result["held_out_loss"]
-    table.add_row("held-out", "loss, nats per token", *_numbers(loss["mean"], loss["standard_error"]))
-    for one in result["scores"]:
-        counts = str(one["examples"]), str(one["unparsed"] or "")
-        table.add_row(one["benchmark"], one["metric"], *_numbers(one["mean"], one["standard_error"]), *counts)
-    console.print(table)
-    console.print(f"written to {folder / RESULT}; every item beside it, in Parquet", soft_wrap=True)
-
-
-def _numbers(mean: float | None, error: float | None) -> tuple[str, str]:
-    if mean is None:
-        return "-", ""
-    return f"{mean:.4f}", "" if error is None else f"{mean - 1.96 * error:.4f} to {mean + 1.96 * error:.4f}"

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger, runtime
 from pydantic import Field
 
+from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
 from montessori_core.atomic import read_json, write_json
 from montessori_core.config import Experiment
 from tasks.benchmarks import list_items
 from tasks.report import write_report
-from tasks.run import Run, driver_of, only_driver, open_run, reopen_run
+from tasks.run import Run, open_run, reopen_run
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
 """Environment variable: the folder of runs that are started from Prefect; by default `runs` where the worker is."""

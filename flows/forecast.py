@@ -1,4 +1,4 @@
-"""`montessori plan --simulate`: how long an experiment will take on a cluster, from what a small run of it took.
+"""How long an experiment will take on a cluster, from what a small run of it took.
 
 Every stage of the pilot comes again with as many rows as the experiment's sizes make of it, at the pilot's cost of a row,
 as jobs of the experiment's cluster section; `cluster.simulation` plays that through with failures and queueing.
@@ -13,8 +13,6 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from cluster.backends.base import deal, deal_to_array
@@ -26,7 +24,6 @@ from cluster.status import stages_of
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
 from montessori_core.pilot import PILOT
-from montessori_core.report.numbers import duration
 from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
 from tasks.run import Run
 
@@ -61,7 +58,7 @@ class Forecast:
 
     def _sum(self, what: str, spent: Sequence[Spent]) -> float:
         if what == "gpu":
-            return sum(map(_gpu_hours, self.stages, spent))
+            return sum(map(gpu_hours, self.stages, spent))
         return sum(one.seconds if what == "wall" else one.job_seconds for one in spent) / 3600
 
 
@@ -224,61 +221,11 @@ def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
     return differences(deciding(pilot), deciding(experiment))
 
 
-def _gpu_hours(work: Work, spent: Spent) -> float:
+def gpu_hours(work: Work, spent: Spent) -> float:
     return spent.job_seconds * work.nodes * work.gpus / 3600
 
 
-def show_forecast(forecasts: Sequence[Forecast], console: Console) -> None:
-    """Print the stages on the first of the clusters, then what the whole takes on each."""
-    first = forecasts[0]
-    table = Table(title=f"{_words(first.machines)}: means of {len(first.spent)} simulations", title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "put back"):
-        table.add_column(name)
-    for number, work in enumerate(first.stages):
-        mean = _mean([one[number] for one in first.spent])
-        table.add_row(
-            work.name,
-            str(len(work.jobs)),
-            str(_at_once(work, first.machines)[0]),
-            duration(mean.seconds),
-            f"{mean.job_seconds / 3600:.2f}",
-            f"{_gpu_hours(work, mean):.2f}",
-            f"{max(0.0, mean.lost_seconds) / mean.job_seconds:.1%}",
-            f"{mean.restarts / len(work.jobs):.2f}",
-        )
-    console.print(table)
-    table = Table(
-        *("nodes", "wall time", "10 % to 90 % of simulations", "job hours", "GPU hours", "10 % to 90 %"),
-        title="the whole experiment: medians",
-        title_justify="left",
-    )
-    for one in forecasts:
-        low, middle, high = (duration(3600 * one.hours("wall", share)) for share in (0.1, 0.5, 0.9))
-        table.add_row(
-            str(one.machines.nodes),
-            middle,
-            f"{low} to {high}",
-            f"{one.hours('job', 0.5):.1f}",
-            f"{one.hours('gpu', 0.5):.1f}",
-            f"{one.hours('gpu', 0.1):.1f} to {one.hours('gpu', 0.9):.1f}",
-        )
-    console.print(table)
-    for one in forecasts:
-        seconds, longest = max(
-            (statistics.mean(spent[number].seconds for spent in one.spent), number) for number in range(len(one.stages))
-        )
-        work = one.stages[longest]
-        at_once, reason = _at_once(work, one.machines)
-        console.print(
-            f"nodes: {one.machines.nodes}: longest is {work.name}, {duration(seconds)}, with {at_once} of its "
-            f"{len(work.jobs)} jobs at a time: {reason}",
-            soft_wrap=True,
-        )
-    console.print("lost: share of job hours. put back: how often a job went back into the queue.", soft_wrap=True)
-
-
-def _at_once(work: Work, machines: Machines) -> tuple[int, str]:
+def jobs_at_once(work: Work, machines: Machines) -> tuple[int, str]:
     """How many jobs of a stage are at work at a time, and what keeps it from more."""
     limits = {
         "it has no more; make shards smaller for more": len(work.jobs),
@@ -287,12 +234,3 @@ def _at_once(work: Work, machines: Machines) -> tuple[int, str]:
     }
     reason = min(limits, key=lambda name: limits[name])
     return limits[reason], reason
-
-
-def _mean(spent: Sequence[Spent]) -> Spent:
-    names = Spent.__annotations__
-    return Spent(**{name: statistics.mean(getattr(one, name) for one in spent) for name in names})
-
-
-def _words(machines: Machines) -> str:
-    return f"nodes: {machines.nodes}, each with {machines.gpus} GPUs and {machines.cpus} cores"

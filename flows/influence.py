@@ -1,34 +1,29 @@
-"""Influence of any data on any student, without a run: `montessori influence`."""
+"""Influence of any data on any student, without a run."""
 
 import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage, cut_into_shards
+from flows.cli.tables import print_influence
 from montessori_core import programs
 from montessori_core.atomic import hash_path
-from montessori_core.config import Cluster, DataSource, Influence, Preferences, Resources, Student, Warmup
+from montessori_core.config import Cluster, DataSource, Influence, Resources, Student, Warmup
 from montessori_core.errors import ConfigError, DataError, UserError
-from montessori_core.influence_table import domination_warning, join_influence, summarize_influence
+from montessori_core.influence_table import join_influence
 from montessori_core.models import fetch_model, fingerprint
 from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, read_table, write_table
-from montessori_core.screening import estimate_influence, screening_report
+from montessori_core.screening import estimate_influence
 from montessori_core.sources import read_tasks, write_tasks
 from montessori_core.training.files import MOMENTS_FILE
 from tasks.progress import ProgressBar
 
 _SHARD = 16  # examples
-_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def measure_influence(
@@ -49,7 +44,7 @@ def measure_influence(
     Raises:
         UserError: an option, a file or the model cannot be used; the message names it.
     """
-    _choose_device(device)
+    choose_device(device)
     if influence.sequential is not None and baseline == "median":
         raise ConfigError(
             "--sequential decides signs one by one, but --baseline median has no threshold until all are known"
@@ -81,40 +76,11 @@ def measure_influence(
 
     write_table(estimate_influence(rows, measure, influence, baseline), out, INFLUENCE)
     table = read_table(out, INFLUENCE)
-    _summarize(table, threshold_of(table, baseline), baseline, console)
+    print_influence(table, threshold_of(table, baseline), baseline, console)
     console.print(f"table: {out}", soft_wrap=True)
 
 
-def parse_options(options: dict[str, Any]) -> Influence:
-    """The settings of a measurement from command-line options.
-
-    Raises:
-        ConfigError: an option does not fit; it is named.
-    """
-    try:
-        return Influence.model_validate(options)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = [str(part) for part in problem["loc"]]
-        name = {"screening": place[-1:], "sequential": place[:1]}.get(place[0], place) if place else ["estimator"]
-        raise ConfigError(f"--{name[0].replace('_', '-')}: {problem['msg']}") from error
-
-
-def check_baseline(baseline: str) -> str:
-    """The same baseline.
-
-    Raises:
-        ConfigError: there is none of that name, or each example would be compared with itself.
-    """
-    if baseline == "prompt":
-        raise ConfigError("--baseline prompt: these examples have no prompts in common; take median")
-    try:
-        return Preferences.model_validate({"baseline": baseline}).baseline
-    except ValidationError as error:
-        raise ConfigError(f"--baseline: {error.errors()[0]['msg']}") from error
-
-
-def _choose_device(device: str) -> None:
+def choose_device(device: str) -> None:
     """Let the jobs see the devices they may use, and no others."""
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
@@ -128,53 +94,3 @@ def _choose_device(device: str) -> None:
             )
     if kind == "cpu" or number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number
-
-
-def _summarize(table: pa.Table, threshold: float, baseline: str, console: Console) -> None:
-    summary = summarize_influence(table, threshold)
-    values = table["influence_student"].drop_null().to_numpy()
-    lines = Table(show_header=False)
-    lines.add_row("examples measured", f"{summary['measured']} of {summary['examples']}")
-    for status in ("no_response_tokens", "non_finite"):
-        left_out = table["example_id"].filter(pc.equal(table["status"], status)).to_pylist()
-        if left_out:
-            more = ", ..." if len(left_out) > 3 else ""
-            lines.add_row(f"left out: {status.replace('_', ' ')}", f"{len(left_out)} ({', '.join(left_out[:3])}{more})")
-    truncated = pc.sum(table["truncated"]).as_py()
-    if truncated:
-        lines.add_row("cut at --max-length", str(truncated))
-    lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats/token")
-    if len(values):
-        low, median, high = np.percentile(values, [5, 50, 95])
-        lines.add_row("influence, 5 % - median - 95 %", f"{low:.3g}  {median:.3g}  {high:.3g} nats/token")
-        lines.add_row("distribution", _sparkline(values))
-        lines.add_row(f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}")
-    lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats/token")
-    lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats/token")
-    lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats/token")
-    lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
-    lines.add_row(
-        "dominated by the own gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
-    )
-    screening = screening_report(table)
-    if screening is not None:
-        lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
-        lines.add_row("first order against exact", f"{screening.first_order}, Spearman {screening.spearman:.3f}")
-        lines.add_row("common error, corrected", f"{screening.offset:.3g} nats/token")
-        lines.add_row("after correction and confirmation", str(screening.screened))
-        if screening.fell_back:
-            lines.add_row("", "first order was unfit here: every example was measured exactly")
-    read = pc.sum(table["reference_tokens"]).as_py()
-    whole = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
-    if 0 < read < whole:
-        lines.add_row("reference tokens saved", f"{1 - read / whole:.0%}")
-    console.print(lines)
-    warning = domination_warning(summary)
-    if warning:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
-
-
-def _sparkline(values: Any) -> str:
-    counts, edges = np.histogram(values, bins=24)
-    bars = "".join(_BLOCKS[int(np.ceil(count / counts.max() * (len(_BLOCKS) - 1)))] for count in counts)
-    return f"{edges[0]:.2g} {bars} {edges[-1]:.2g}"

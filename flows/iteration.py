@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows.methods.tailoring import Probed, tailor, write_training_set
-from flows.trajectory import follow_update
+from flows.teacher_checkpoints import follow_update
 from montessori_core.program import Row
 from tasks.benchmarks import compare_answers, find_copies
 from tasks.evaluation import Evaluated, evaluate

@@ -11,6 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs, stages_of
 from cluster.usage import use_of
 from flows.experiment import run_root
@@ -25,7 +26,7 @@ from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.study import Outcome, Study, compare_outcomes
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss
-from tasks.run import Model, Run, driver_of, only_driver, open_run
+from tasks.run import Model, Run, open_run
 from tasks.stage import Step
 from tasks.students import train_student
 from tasks.studies import PAGE, RESULT, STUDY

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cluster.ledger import Ledger
-from flows.cli import app, console
-from flows.evaluation import RESULT, print_evaluation
+from flows.cli import app
+from flows.cli.console import console
+from flows.cli.tables import print_evaluation
+from flows.evaluation import RESULT
 from montessori_core.chat import IGNORED, encode_example
 from montessori_core.errors import UserError
 from montessori_core.models import load_model, load_tokenizer

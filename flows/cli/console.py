@@ -1,9 +1,13 @@
-"""The terminal that commands print to: texts of data, models and jobs are shown, whatever they hold, and steer nothing."""
+"""A Rich console that spells out control characters in untrusted text."""
 
 import sys
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
+
+from flows.cli.console import open_console
+
+console = open_console()
 
 _STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 """Control characters, which could move the cursor, rewrite what stands above or rename the window, and what they show as."""
@@ -25,7 +29,7 @@ class _ShowAll(RenderHook):
         return [_Shown(content) for content in renderables]
 
 
-def open_terminal() -> Console:
+def open_console() -> Console:
     """A console that prints ids of examples, names of tasks and paths as they are: no markup, no control sequences."""
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
     console.push_render_hook(_ShowAll())

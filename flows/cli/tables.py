@@ -1,21 +1,33 @@
-"""What a run looks like from outside: the state of its stages, and the summary at its end."""
+"""Rich tables of the command line."""
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
 from cluster.costs import cost_of
+from cluster.lock import driver_of
+from cluster.simulation import Machines, Spent
 from cluster.status import StageStatus, read_stage_status, stages_of
 from cluster.usage import use_of
+from flows.evaluation import RESULT
+from flows.forecast import Forecast, gpu_hours, jobs_at_once
 from montessori_core.atomic import read_json
+from montessori_core.influence_table import domination_warning, summarize_influence
 from montessori_core.report.numbers import duration
 from montessori_core.report.study import gain_text, interval_text, spread_text
-from tasks.run import Run, driver_of
+from montessori_core.screening import screening_report
+from tasks.run import Run
 from tasks.studies import PAGE, in_study, read_comparison
 
 
-def show_status(run: Run, console: Console) -> None:
+def print_status(run: Run, console: Console) -> None:
     """Print a line for each stage, and what is known of each failed shard."""
     states = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     rows = []
@@ -151,3 +163,134 @@ def print_comparison(folder: Path, console: Console) -> None:
         console.print(table)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)
+
+
+def print_forecast(forecasts: Sequence[Forecast], console: Console) -> None:
+    """Print the stages on the first of the clusters, then what the whole takes on each."""
+    first = forecasts[0]
+    table = Table(title=f"{_words(first.machines)}: means of {len(first.spent)} simulations", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "put back"):
+        table.add_column(name)
+    for number, work in enumerate(first.stages):
+        mean = _mean([one[number] for one in first.spent])
+        table.add_row(
+            work.name,
+            str(len(work.jobs)),
+            str(jobs_at_once(work, first.machines)[0]),
+            duration(mean.seconds),
+            f"{mean.job_seconds / 3600:.2f}",
+            f"{gpu_hours(work, mean):.2f}",
+            f"{max(0.0, mean.lost_seconds) / mean.job_seconds:.1%}",
+            f"{mean.restarts / len(work.jobs):.2f}",
+        )
+    console.print(table)
+    table = Table(
+        *("nodes", "wall time", "10 % to 90 % of simulations", "job hours", "GPU hours", "10 % to 90 %"),
+        title="the whole experiment: medians",
+        title_justify="left",
+    )
+    for one in forecasts:
+        low, middle, high = (duration(3600 * one.hours("wall", share)) for share in (0.1, 0.5, 0.9))
+        table.add_row(
+            str(one.machines.nodes),
+            middle,
+            f"{low} to {high}",
+            f"{one.hours('job', 0.5):.1f}",
+            f"{one.hours('gpu', 0.5):.1f}",
+            f"{one.hours('gpu', 0.1):.1f} to {one.hours('gpu', 0.9):.1f}",
+        )
+    console.print(table)
+    for one in forecasts:
+        seconds, longest = max(
+            (statistics.mean(spent[number].seconds for spent in one.spent), number) for number in range(len(one.stages))
+        )
+        work = one.stages[longest]
+        at_once, reason = jobs_at_once(work, one.machines)
+        console.print(
+            f"nodes: {one.machines.nodes}: longest is {work.name}, {duration(seconds)}, with {at_once} of its "
+            f"{len(work.jobs)} jobs at a time: {reason}",
+            soft_wrap=True,
+        )
+    console.print("lost: share of job hours. put back: how often a job went back into the queue.", soft_wrap=True)
+
+
+def _mean(spent: Sequence[Spent]) -> Spent:
+    names = Spent.__annotations__
+    return Spent(**{name: statistics.mean(getattr(one, name) for one in spent) for name in names})
+
+
+def _words(machines: Machines) -> str:
+    return f"nodes: {machines.nodes}, each with {machines.gpus} GPUs and {machines.cpus} cores"
+
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def print_influence(table: pa.Table, threshold: float, baseline: str, console: Console) -> None:
+    summary = summarize_influence(table, threshold)
+    values = table["influence_student"].drop_null().to_numpy()
+    lines = Table(show_header=False)
+    lines.add_row("examples measured", f"{summary['measured']} of {summary['examples']}")
+    for status in ("no_response_tokens", "non_finite"):
+        left_out = table["example_id"].filter(pc.equal(table["status"], status)).to_pylist()
+        if left_out:
+            more = ", ..." if len(left_out) > 3 else ""
+            lines.add_row(f"left out: {status.replace('_', ' ')}", f"{len(left_out)} ({', '.join(left_out[:3])}{more})")
+    truncated = pc.sum(table["truncated"]).as_py()
+    if truncated:
+        lines.add_row("cut at --max-length", str(truncated))
+    lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats/token")
+    if len(values):
+        low, median, high = np.percentile(values, [5, 50, 95])
+        lines.add_row("influence, 5 % - median - 95 %", f"{low:.3g}  {median:.3g}  {high:.3g} nats/token")
+        lines.add_row("distribution", _sparkline(values))
+        lines.add_row(f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}")
+    lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats/token")
+    lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats/token")
+    lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats/token")
+    lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
+    lines.add_row(
+        "dominated by the own gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
+    )
+    screening = screening_report(table)
+    if screening is not None:
+        lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
+        lines.add_row("first order against exact", f"{screening.first_order}, Spearman {screening.spearman:.3f}")
+        lines.add_row("common error, corrected", f"{screening.offset:.3g} nats/token")
+        lines.add_row("after correction and confirmation", str(screening.screened))
+        if screening.fell_back:
+            lines.add_row("", "first order was unfit here: every example was measured exactly")
+    read = pc.sum(table["reference_tokens"]).as_py()
+    whole = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
+    if 0 < read < whole:
+        lines.add_row("reference tokens saved", f"{1 - read / whole:.0%}")
+    console.print(lines)
+    warning = domination_warning(summary)
+    if warning:
+        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+
+
+def _sparkline(values: Any) -> str:
+    counts, edges = np.histogram(values, bins=24)
+    bars = "".join(_BLOCKS[int(np.ceil(count / counts.max() * (len(_BLOCKS) - 1)))] for count in counts)
+    return f"{edges[0]:.2g} {bars} {edges[-1]:.2g}"
+
+
+def print_evaluation(folder: Path, console: Console) -> None:
+    """Print the result of an evaluation, with 95 % confidence intervals."""
+    result = read_json(folder / RESULT)
+    table = Table("benchmark", "metric", "score", "95 % interval", "over", "unparsed", box=None)
+    loss = result["held_out_loss"]
+    table.add_row("held-out", "loss, nats per token", *_numbers(loss["mean"], loss["standard_error"]))
+    for one in result["scores"]:
+        counts = str(one["examples"]), str(one["unparsed"] or "")
+        table.add_row(one["benchmark"], one["metric"], *_numbers(one["mean"], one["standard_error"]), *counts)
+    console.print(table)
+    console.print(f"written to {folder / RESULT}; every item beside it, in Parquet", soft_wrap=True)
+
+
+def _numbers(mean: float | None, error: float | None) -> tuple[str, str]:
+    if mean is None:
+        return "-", ""
+    return f"{mean:.4f}", "" if error is None else f"{mean - 1.96 * error:.4f} to {mean + 1.96 * error:.4f}"

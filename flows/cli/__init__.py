@@ -1,0 +1,74 @@
+"""The command line: `montessori --help`."""
+
+import errno
+import logging
+
+import typer
+
+from flows.cli.console import console
+from montessori_core.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Montessori makes synthetic training data that helps the model it trains.
+
+    A [b]teacher[/b] writes instructions; the [b]influence[/b] of each on a [b]student[/b] is measured;
+    DPO turns the signs into a better teacher; the student is trained on what that teacher writes.
+
+    [b]First steps[/b]
+      montessori model fetch smollm2-135m     the embedded model, once
+      montessori run configs/quickstart.yaml  an iteration here, in minutes
+      montessori status runs/quickstart       what is done, what failed, how long yet
+      montessori logs runs/quickstart --shard 3
+      montessori cancel runs/quickstart
+      montessori resume runs/quickstart       goes on after Ctrl-C or a crash
+
+    [b]Is it better than what you do now?[/b]
+      montessori compare configs/studies/quickstart.yaml
+      montessori methods                      which there are to compare
+
+    [b]How good is a model?[/b]
+      montessori evaluate DIR_OR_ID           held-out loss and benchmarks
+
+    [b]A Slurm cluster[/b]
+      montessori doctor --cluster cluster.yaml
+      montessori run CONFIG --cluster cluster.yaml
+
+    [b]In Prefect's UI[/b]
+      montessori up                           forms, schedules, retry in the browser
+
+    [b]Influence of data you have[/b]
+      montessori influence --student DIR_OR_ID --examples FILE --out FILE.parquet
+      montessori plan --student DIR_OR_ID     does that fit a GPU?
+
+    [b]How long will it take?[/b]
+      montessori plan CONFIG --simulate --pilot RUN_DIR
+
+    [b]Your own models and data[/b]
+      montessori run configs/quickstart.yaml --name mine \\
+        --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
+        --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
+    """,
+)
+model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
+app.add_typer(model_app, name="model")
+
+
+def main() -> None:
+    """Entry point; errors a user can act on are printed without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cluster").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings by itself
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        console.print(f"error: {error}", style="red", soft_wrap=True)
+        raise SystemExit(1) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        console.print(f"error: {error}; free space, then resume: what is done is kept", soft_wrap=True)
+        raise SystemExit(1) from error

@@ -1,0 +1,44 @@
+"""Commands of studies: compare, methods."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import console
+from flows.cli.interrupt import interruptible
+from flows.cli.options import warn
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(help="Study, YAML; start from configs/studies/quickstart.yaml.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. experiment.training.examples=100."),
+    ] = None,
+    run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
+) -> None:
+    """Compare methods of making training data on equal terms. The same command again goes on after an interruption."""
+    from flows.cli.tables import print_comparison
+    from flows.study import compare_opened, open_study
+    from montessori_core.study import read_study
+
+    read = read_study(study, tuple(set_ or []))
+    folder = run_root / read.name
+    seeded, warnings = open_study(read, folder)
+    warn(warnings)
+    again = ["montessori", "compare", str(study), "--run-root", str(run_root)]
+    again += [part for override in set_ or [] for part in ("--set", override)]
+    interruptible(lambda: compare_opened(read, folder, seeded), shlex.join(again))
+    print_comparison(folder, console)
+
+
+def methods() -> None:
+    """List the methods that a study can name."""
+    from flows.methods import REGISTRY
+
+    width = max(map(len, REGISTRY))
+    for method in REGISTRY.values():
+        console.print(f"{method.name:<{width}}", style="bold", end=" ")
+        console.print(method.description)

@@ -1,0 +1,32 @@
+"""The command doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import console
+from montessori_core.config import read_cluster
+
+
+def doctor(
+    cluster: Annotated[Path, typer.Option(help="Cluster file, or a configuration with a cluster section.")],
+    run_root: Annotated[Path, typer.Option(help="Where runs will lie; a scratch folder is made there.")] = Path("runs"),
+    patience: Annotated[float, typer.Option(help="Seconds a test job may take, waiting included.")] = 300.0,
+) -> None:
+    """Check a cluster before a run depends on it: scheduler, partition, GPUs, shared files, worker environment, network.
+
+    Submits a few small jobs. Exits with 1 if something is wrong; each finding says what to do about it.
+    """
+    from cluster.doctor import examine
+
+    sound = True
+    for finding in examine(read_cluster(cluster), run_root, patience):
+        mark, colour = {True: ("ok", "green"), False: ("BAD", "red"), None: ("note", "yellow")}[finding.good]
+        console.print(f"{mark:>4}", style=colour, end="  ")
+        console.print(f"{finding.check}: {finding.seen}", soft_wrap=True)
+        if finding.good is False:
+            sound = False
+            console.print(f"      remedy: {finding.remedy}", soft_wrap=True)
+    if not sound:
+        raise typer.Exit(1)

@@ -1,0 +1,123 @@
+"""The command influence: measure data of any kind, without a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from flows.cli.console import console
+from montessori_core.config import DataSource, Influence, Preferences, Student
+from montessori_core.errors import ConfigError, UserError
+
+
+def influence(
+    student: Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")],
+    examples: Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
+    ],
+    reference: Annotated[
+        str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, or 'builtin'.")
+    ] = "builtin",
+    warm_state: Annotated[
+        Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
+    ] = None,
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
+            "gradient. screened: first order for all, exact for an audit and for signs in doubt."
+        ),
+    ] = "screened",
+    learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
+    example_weight: Annotated[
+        float, typer.Option(help="What the example's gradient is multiplied by before AdamW's arithmetic, e.g. 0.125.")
+    ] = 1 / 32,
+    baseline: Annotated[
+        str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
+    ] = "student",
+    reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
+    audit_examples: Annotated[int, typer.Option(help="Examples that screened measures both ways.")] = 100,
+    sequential: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ERROR_RATE",
+            help="With exact: read the reference set only until the sign is decided, wrongly for at most this share.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs)."),
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_length: Annotated[
+        int, typer.Option(min=32, help="Tokens of an example; longer ones are cut, and that is recorded.")
+    ] = 1024,
+    instruction_field: Annotated[
+        str, typer.Option(help="Field of --examples that holds the instruction.")
+    ] = "instruction",
+    response_field: Annotated[str, typer.Option(help="Field of --examples that holds the response.")] = "output",
+) -> None:
+    """Measure how much each example of any data helps a student, without a run.
+
+    Fields of both files are instruction, input (may be missing) and output.
+    A row's influence is positive if one training step on it lowers the student's loss on the reference set.
+    The same command again goes on after an interruption.
+    """
+    if examples.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: the table is written as Parquet; give a name that ends in .parquet")
+    from flows.cli.influence import check_baseline, parse_options
+    from flows.influence import measure_influence
+
+    options = {
+        "estimator": estimator,
+        "learning_rate": learning_rate,
+        "example_weight": example_weight,
+        "reference_reduction": reference_reduction,
+        "dtype": dtype,
+        "screening": {"audit_examples": audit_examples},
+        "sequential": None if sequential is None else {"error_rate": sequential},
+    }
+    measure_influence(
+        Student(model=student, max_length=max_length),
+        warm_state,
+        DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
+        DataSource(path=reference),
+        parse_options(options),
+        check_baseline(baseline),
+        device,
+        out,
+        console,
+    )
+
+
+def parse_options(options: dict[str, Any]) -> Influence:
+    """The settings of a measurement from command-line options.
+
+    Raises:
+        ConfigError: an option does not fit; it is named.
+    """
+    try:
+        return Influence.model_validate(options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = [str(part) for part in problem["loc"]]
+        name = {"screening": place[-1:], "sequential": place[:1]}.get(place[0], place) if place else ["estimator"]
+        raise ConfigError(f"--{name[0].replace('_', '-')}: {problem['msg']}") from error
+
+
+def check_baseline(baseline: str) -> str:
+    """The same baseline.
+
+    Raises:
+        ConfigError: there is none of that name, or each example would be compared with itself.
+    """
+    if baseline == "prompt":
+        raise ConfigError("--baseline prompt: these examples have no prompts in common; take median")
+    try:
+        return Preferences.model_validate({"baseline": baseline}).baseline
+    except ValidationError as error:
+        raise ConfigError(f"--baseline: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,47 @@
+"""The command report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import console
+from montessori_core.errors import UserError
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a run or study; several runs are compared.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write, .html; by default in the folder, or here for several runs.")
+    ] = None,
+) -> None:
+    """Write a page from what lies in the folders: the report of a run, or of a study, or several runs side by side.
+
+    The report of a run is report.html in its folder, that of a study comparison.html.
+    Several runs make comparison-of-runs.html in the current folder.
+    The data of each figure is written beside the page as CSV.
+    """
+    from montessori_core.report.render import render_report
+    from montessori_core.report.runs import render_runs
+    from montessori_core.report.study import study_page
+    from montessori_core.study import read_study
+    from tasks.run import reopen_run
+    from tasks.studies import PAGE, STUDY, read_comparison
+
+    if out is not None and out.suffix != ".html":
+        raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    if len(runs) == 1 and (runs[0] / STUDY).exists():
+        page = study_page(read_study(runs[0] / STUDY), read_comparison(runs[0]), runs[0])
+        path = out or runs[0] / PAGE
+    elif len(runs) == 1:
+        folder = reopen_run(runs[0]).folder
+        page, path = render_report(folder), out or folder / "report.html"
+    else:
+        page = render_runs([reopen_run(folder).folder for folder in runs])
+        path = out or Path("comparison-of-runs.html")
+    try:
+        page.write(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
+    console.print(f"report: {path}", soft_wrap=True)
+    console.print(f"data of its figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True)

@@ -1,0 +1,92 @@
+"""Commands that drive a run: run, resume, retry."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.status import forget, stages_of
+from flows.cli.console import console
+from flows.cli.interrupt import interruptible
+from flows.cli.options import ClusterFile, RunFolder, on_cluster, stage_folder, warn
+from montessori_core.config import read_experiment
+from montessori_core.errors import UserError
+from tasks.run import Run
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="Configuration, YAML; start from one in configs/.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
+    ] = None,
+    run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
+    cluster: ClusterFile = None,
+) -> None:
+    """Run an experiment. The same name again resumes it; what is done is not repeated."""
+    overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]  # a date or a number is a name here
+    experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
+    from tasks.run import open_run
+
+    opened, warnings = open_run(experiment, run_root / experiment.name)
+    warn(warnings)
+    if not stages_of(opened.folder):
+        from flows.estimate import announce
+
+        announce(opened, console)
+    drive_run(opened)
+
+
+def resume(run_dir: RunFolder) -> None:
+    """Go on with a run after an interruption, a crash or a mended error."""
+    from tasks.run import open_run, reopen_run
+
+    opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
+    drive_run(opened)
+
+
+def retry(
+    run_dir: RunFolder,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Submit the failed and missing shards again (default).")
+    ] = False,
+    shard: Annotated[int | None, typer.Option(help="Compute this shard again, even if it is done.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="The stage of --shard, as status names it; by default the last that began.")
+    ] = None,
+) -> None:
+    """Submit shards again, then go on with the run: all that are missing, or one that you name."""
+    from flows.cli.run import forget_shard
+    from tasks.run import open_run, reopen_run
+
+    if failed and shard is not None:
+        raise UserError("--failed and --shard exclude each other: name one shard, or take all that are missing")
+    opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
+    refuse_part_of_study(opened)
+    if shard is not None:
+        forget_shard(opened, stage, shard)
+    drive_run(opened)
+
+
+def drive_run(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
+    from flows.cli.tables import print_summary
+    from flows.experiment import experiment
+
+    refuse_part_of_study(opened)
+    if opened.finished:
+        console.print(f"{opened.experiment.name} is finished; checking its results.")
+    interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}")
+    print_summary(opened, console)
+
+
+def refuse_part_of_study(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
+    from tasks.studies import in_study
+
+    if in_study(opened.folder):
+        raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")
+
+
+def forget_shard(run: Run, stage: str | None, shard: int) -> None:
+    """Have one shard computed again by the next driver."""
+    forget(stage_folder(run, stage), shard)
