@@ -1,4 +1,4 @@
-"""The simulation behind `montessori plan --simulate` beside a real Slurm: predicted and measured time of the same stages.
+"""The simulation behind `montessori forecast` beside a real Slurm: predicted and measured time of the same stages.
 
     LAB=/tmp/lab NODES=4 CPUS=1 docker/slurm/lab.sh start && eval "$(LAB=/tmp/lab docker/slurm/lab.sh env)"
     LAB=/tmp/lab python benchmarks/simulation.py --folder /tmp [--runs 4]

@@ -12,13 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from montessori_core.config import Experiment, Training, Warmup
 from montessori_core.flops import BACKWARD, FORWARD, weights_of
 from montessori_core.provenance import record_speed
-from montessori_core.report.numbers import duration
 from montessori_core.sources import Sources, Task
 from montessori_core.speed import measure_gflops
 from tasks.run import Run
@@ -60,32 +56,27 @@ class PlannedStage:
         return self.jobs * _JOB_SECONDS + work
 
 
-def announce(run: Run, console: Console) -> None:
-    """Print the stages of a run with their sizes and, where its jobs use this machine's processor, how long they take."""
-    experiment = run.experiment
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will do, and about how long that takes.
+
+    Attributes:
+        stages: in about their order.
+        gflops: that a job of the run reaches on this machine; None where its jobs are not for this machine's processor.
+    """
+
+    stages: list[PlannedStage]
+    gflops: float | None
+
+
+def estimate_run(run: Run) -> Estimate:
+    """Plan the stages of a run and, where its jobs use this machine's processor, measure and record its speed."""
     teacher, student = run.first_teacher(), run.first_student()
-    sizes = Sizes.of(experiment, run.sources(), weights_of(Path(teacher.path)), weights_of(Path(student.path)))
-    stages = list(planned_stages(experiment, sizes))
-    gflops = _speed_for(experiment)
-    title = f"{experiment.name}: teacher {experiment.teacher.model}, student {experiment.student.model}"
-    table = Table(title=title, title_justify="left")
-    for column in ("stage", "work", *(["about"] if gflops else [])):
-        table.add_column(column, no_wrap=True)
-    for stage in stages:
-        table.add_row(stage.name, stage.work, *([duration(stage.seconds(gflops))] if gflops else []))
-    console.print(table)
-    if experiment.benchmarks.tasks or experiment.benchmarks.judged:
-        console.print("benchmarks of the students come on top")
+    sizes = Sizes.of(run.experiment, run.sources(), weights_of(Path(teacher.path)), weights_of(Path(student.path)))
+    gflops = _speed_for(run.experiment)
     if gflops:
-        record_speed(run, gflops)
-        total = duration(sum(stage.seconds(gflops) for stage in stages))
-        console.print(
-            f"about {total} in all, at {gflops:.0f} GFLOP/s (fp32 matrix product on this machine, measured now)"
-        )
-    else:
-        console.print(
-            "how long: montessori plan CONFIG --simulate --pilot RUN_DIR, from a small finished run", soft_wrap=True
-        )
+        record_speed(run.folder, gflops)
+    return Estimate(list(planned_stages(run.experiment, sizes)), gflops)
 
 
 def _speed_for(experiment: Experiment) -> float | None:

@@ -54,11 +54,35 @@ class Forecast:
 
     def hours(self, what: str, share: float) -> float:
         """A quantile over the simulations of what all stages took: of 'wall', 'job' or 'gpu' hours."""
-        return float(np.quantile([self._sum(what, one) for one in self.spent], share))
+        return float(np.quantile([self._sum(what, spent) for spent in self.spent], share))
+
+    def mean(self, stage: int) -> Spent:
+        """What a stage took, by its number: means over the simulations."""
+        spent = [simulation[stage] for simulation in self.spent]
+        return Spent(**{name: statistics.mean(getattr(one, name) for one in spent) for name in Spent.__annotations__})
+
+    def gpu_hours(self, stage: int) -> float:
+        """Mean GPU-hours of a stage."""
+        return _gpu_hours(self.stages[stage], self.mean(stage))
+
+    def longest(self) -> int:
+        """The number of the stage that takes longest."""
+        return max(range(len(self.stages)), key=lambda stage: self.mean(stage).seconds)
+
+    def jobs_at_once(self, stage: int) -> tuple[int, str]:
+        """How many jobs of a stage are at work at a time, and what keeps it from more."""
+        work = self.stages[stage]
+        limits = {
+            "it has no more; make shards smaller for more": len(work.jobs),
+            "more by parallel_jobs in cluster.resources": work.at_once,
+            "more nodes would help": room(work, self.machines),
+        }
+        reason = min(limits, key=lambda name: limits[name])
+        return limits[reason], reason
 
     def _sum(self, what: str, spent: Sequence[Spent]) -> float:
         if what == "gpu":
-            return sum(map(gpu_hours, self.stages, spent))
+            return sum(map(_gpu_hours, self.stages, spent))
         return sum(one.seconds if what == "wall" else one.job_seconds for one in spent) / 3600
 
 
@@ -221,16 +245,5 @@ def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
     return differences(deciding(pilot), deciding(experiment))
 
 
-def gpu_hours(work: Work, spent: Spent) -> float:
+def _gpu_hours(work: Work, spent: Spent) -> float:
     return spent.job_seconds * work.nodes * work.gpus / 3600
-
-
-def jobs_at_once(work: Work, machines: Machines) -> tuple[int, str]:
-    """How many jobs of a stage are at work at a time, and what keeps it from more."""
-    limits = {
-        "it has no more; make shards smaller for more": len(work.jobs),
-        "more by parallel_jobs in cluster.resources": work.at_once,
-        "more nodes would help": room(work, machines),
-    }
-    reason = min(limits, key=lambda name: limits[name])
-    return limits[reason], reason

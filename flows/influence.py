@@ -1,23 +1,20 @@
 """Influence of any data on any student, without a run."""
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from rich.console import Console
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage, cut_into_shards
-from flows.cli.tables import print_influence
 from montessori_core import programs
 from montessori_core.atomic import hash_path
 from montessori_core.config import Cluster, DataSource, Influence, Resources, Student, Warmup
-from montessori_core.errors import ConfigError, DataError, UserError
+from montessori_core.errors import ConfigError, DataError
 from montessori_core.influence_table import join_influence
 from montessori_core.models import fetch_model, fingerprint
-from montessori_core.preferences import threshold_of
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, read_table, write_table
+from montessori_core.schema import INFLUENCE, write_table
 from montessori_core.screening import estimate_influence
 from montessori_core.sources import read_tasks, write_tasks
 from montessori_core.training.files import MOMENTS_FILE
@@ -26,37 +23,49 @@ from tasks.progress import ProgressBar
 _SHARD = 16  # examples
 
 
-def measure_influence(
-    student: Student,
-    warm_state: Path | None,
-    examples: DataSource,
-    reference: DataSource,
-    influence: Influence,
-    baseline: str,
-    device: str,
-    out: Path,
-    console: Console,
-) -> None:
-    """Measure every example, write the table to `out`, and print a summary.
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured, on what, and how.
+
+    Attributes:
+        student: whose loss it is.
+        warm_state: a folder with AdamW's moments of the student; None: the step is a first one.
+        examples: to measure.
+        reference: examples that the student's loss is measured on.
+        settings: of the estimator and its step.
+        baseline: what helping is measured against, see `config.Preferences`.
+    """
+
+    student: Student
+    warm_state: Path | None
+    examples: DataSource
+    reference: DataSource
+    settings: Influence
+    baseline: str
+
+
+def measure_influence(measurement: Measurement, out: Path) -> None:
+    """Measure every example, and write the table to `out`.
 
     Shards that were done before an interruption are kept in a folder beside `out`.
 
     Raises:
         UserError: an option, a file or the model cannot be used; the message names it.
     """
-    choose_device(device)
-    if influence.sequential is not None and baseline == "median":
+    student, settings, baseline = measurement.student, measurement.settings, measurement.baseline
+    warm_state = measurement.warm_state
+    if settings.sequential is not None and baseline == "median":
         raise ConfigError(
             "--sequential decides signs one by one, but --baseline median has no threshold until all are known"
         )
-    tasks = read_tasks(examples, "examples", with_response=True)
+    tasks = read_tasks(measurement.examples, "examples", with_response=True)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; give the folder of a warmed-up student")
     model = fetch_model(student.model, student.revision)
     folder = out.with_name(out.name + ".parts").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     reference_file = folder / "reference.jsonl"
-    write_tasks(read_tasks(reference, "reference", with_response=True), reference_file)
+    write_tasks(read_tasks(measurement.reference, "reference", with_response=True), reference_file)
 
     inputs = {"reference": reference_file, "student": model}
     hashes = {"reference": hash_path(reference_file), "student": fingerprint(model)}
@@ -68,29 +77,10 @@ def measure_influence(
     ]
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
-        settings = programs.measurement_settings(influence, Warmup(), student.max_length, estimator, baseline)
-        stage = Stage.of(programs.INFLUENCE, settings, folder / name, inputs, hashes)
+        own = programs.measurement_settings(settings, Warmup(), student.max_length, estimator, baseline)
+        stage = Stage.of(programs.INFLUENCE, own, folder / name, inputs, hashes)
         with ProgressBar(f"influence, {name}") as bar:
             parts = fan_out(stage, cut_into_shards(some, _SHARD), Resources(), Cluster(), bar.show)
         return join_influence(parts)
 
-    write_table(estimate_influence(rows, measure, influence, baseline), out, INFLUENCE)
-    table = read_table(out, INFLUENCE)
-    print_influence(table, threshold_of(table, baseline), baseline, console)
-    console.print(f"table: {out}", soft_wrap=True)
-
-
-def choose_device(device: str) -> None:
-    """Let the jobs see the devices they may use, and no others."""
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
-        raise ConfigError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N")
-    if kind == "cuda":
-        import torch
-
-        if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {device}: PyTorch sees no such GPU here; use --device cpu, or install its CUDA build"
-            )
-    if kind == "cpu" or number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number
+    write_table(estimate_influence(rows, measure, settings, baseline), out, INFLUENCE)

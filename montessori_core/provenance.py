@@ -10,13 +10,30 @@ from typing import Any
 
 from montessori_core.atomic import read_json, write_json
 from montessori_core.processor import generation_dtype, processor_name
-from tasks.run import Run
 
-_PROVENANCE = "provenance.json"
+_FILE = "provenance.json"
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
 
-def provenance_of(run: Run) -> dict[str, Any]:
+def write_provenance(folder: Path, models: dict[str, str]) -> None:
+    """Write `provenance.json` into a run's folder, each time it is opened.
+
+    Args:
+        folder: of the run. A speed recorded there is kept.
+        models: hashes of the models that the run begins with, by role.
+    """
+    before = (read_json(folder / _FILE) or {}).get("driver", {})
+    write_json(_provenance(models, before.get("gflops")), folder / _FILE)
+
+
+def record_speed(folder: Path, gflops: float) -> None:
+    """Add to a run's provenance how fast this machine multiplies matrices, see `montessori_core.speed`."""
+    provenance = read_json(folder / _FILE)
+    provenance["driver"]["gflops"] = round(gflops, 1)
+    write_json(provenance, folder / _FILE)
+
+
+def _provenance(models: dict[str, str], gflops: float | None) -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
         try:
@@ -26,7 +43,6 @@ def provenance_of(run: Run) -> dict[str, Any]:
     revision = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
-    before = (read_json(run.folder / _PROVENANCE) or {}).get("driver", {})
     return {
         "opened": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
@@ -37,15 +53,7 @@ def provenance_of(run: Run) -> dict[str, Any]:
             "processor": processor_name(),
             "generation_dtype": generation_dtype(),
             "cores": os.cpu_count(),
-            "gflops": before.get("gflops"),
+            "gflops": gflops,
         },
-        "teacher_sha256": run.first_teacher().sha256,
-        "student_sha256": run.first_student().sha256,
+        **{f"{role}_sha256": sha256 for role, sha256 in models.items()},
     }
-
-
-def record_speed(run: Run, gflops: float) -> None:
-    """Add to the provenance how fast this machine multiplies matrices, see `montessori_core.speed`."""
-    provenance = read_json(run.folder / _PROVENANCE)
-    provenance["driver"]["gflops"] = round(gflops, 1)
-    write_json(provenance, run.folder / _PROVENANCE)

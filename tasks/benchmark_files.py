@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from montessori_core.atomic import commit
-from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
 from montessori_core.benchmarks.contamination import overlapping
 from montessori_core.benchmarks.mt_bench import read_dialogues
+from montessori_core.config import Benchmarks
 from montessori_core.errors import UserError
 from montessori_core.sources import Task
-from tasks.run import Run
 
 
-def check_benchmarks(run: Run) -> dict[str, list[str]]:
+def benchmark_copy(benchmarks: Benchmarks, setting: str, copies: Path) -> Path:
+    """The copy of the file or folder that a setting names, in a folder of copies."""
+    return copies / f"{setting}{Path(getattr(benchmarks, setting)).suffix}"
+
+
+def check_benchmarks(benchmarks: Benchmarks, copies: Path) -> dict[str, list[str]]:
     """See that what the section `benchmarks` names can be used: the run's copies, once it has them.
 
     Returns:
@@ -23,7 +27,11 @@ def check_benchmarks(run: Run) -> dict[str, list[str]]:
     Raises:
         UserError: something cannot; the message names it.
     """
-    paths = {name: own if (own := run.benchmark_file(name)).exists() else path for name, path in _named(run).items()}
+    from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs  # imports scipy
+
+    paths = _named(benchmarks)
+    kept = {setting: benchmark_copy(benchmarks, setting, copies) for setting in paths}
+    paths |= {setting: path for setting, path in kept.items() if path.exists()}
     for setting, path in paths.items():
         if not os.path.exists(path):
             raise UserError(f"benchmarks.{setting}: {path}: not found; correct the path")
@@ -62,17 +70,17 @@ def seen_references(reference: list[Task], texts: Mapping[str, list[str]], words
     return warnings
 
 
-def _named(run: Run) -> dict[str, Path]:
+def _named(benchmarks: Benchmarks) -> dict[str, Path]:
     """Files and folders that settings of the section `benchmarks` name."""
     settings = ("task_folder", "alpaca_eval", "alpaca_eval_difficulty", "mt_bench", "mt_bench_references")
-    named = {setting: getattr(run.experiment.benchmarks, setting) for setting in settings}
+    named = {setting: getattr(benchmarks, setting) for setting in settings}
     return {setting: Path(os.path.expanduser(path)) for setting, path in named.items() if path is not None}
 
 
-def copy_benchmarks(run: Run) -> None:
+def copy_benchmarks(benchmarks: Benchmarks, copies: Path) -> None:
     """Keep what the section `benchmarks` names as it is when it is first used."""
-    for setting, path in _named(run).items():
-        own = run.benchmark_file(setting)
-        if not own.exists():
-            with commit(own) as temporary:
+    for setting, path in _named(benchmarks).items():
+        copy = benchmark_copy(benchmarks, setting, copies)
+        if not copy.exists():
+            with commit(copy) as temporary:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary)

@@ -10,11 +10,11 @@ from montessori_core.config import Experiment, Student, Teacher, read_experiment
 from montessori_core.errors import UserError
 from montessori_core.models import commit_of, fetch_model, fingerprint
 from montessori_core.program import Row
-from montessori_core.provenance import _PROVENANCE, provenance_of
+from montessori_core.provenance import write_provenance
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
-from tasks.benchmark_files import check_benchmarks, copy_benchmarks, seen_references
+from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, seen_references
 from tasks.changed_settings import changed_settings, first_stage
 
 _COMMITS = "models.json"  # of the hub's models, by name and revision asked for
@@ -57,8 +57,7 @@ class Run:
 
     def benchmark_file(self, setting: str) -> Path:
         """The copy of a file or folder that a setting of the section `benchmarks` names."""
-        named = Path(getattr(self.experiment.benchmarks, setting))
-        return self.folder / "sources" / f"{setting}{named.suffix}"
+        return benchmark_copy(self.experiment.benchmarks, setting, self.folder / "sources")
 
     def iteration(self, number: int) -> Path:
         """Folder of an iteration, counted from 1."""
@@ -106,7 +105,9 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             f"changed settings: all before the {first_stage(changed, experiment)} is kept, the rest is computed again:\n  "
             + "\n  ".join(changed)
         )
-    warnings += seen_references(sources.reference, check_benchmarks(begun), experiment.benchmarks.contamination_words)
+    benchmarks = experiment.benchmarks
+    judged_on = check_benchmarks(benchmarks, folder / "sources")
+    warnings += seen_references(sources.reference, judged_on, benchmarks.contamination_words)
     check_environment(experiment, jobs_follow=bool(changed) or not begun.finished)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
@@ -119,13 +120,13 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         for name in Sources.__annotations__:
             if not complete:
                 write_tasks(getattr(sources, name), run.source_file(name))
-        copy_benchmarks(run)
+        copy_benchmarks(benchmarks, run.folder / "sources")
         write_json(commits, folder / _COMMITS)
         if changed:
             for metrics in folder.glob("iteration-*/metrics.json"):
                 metrics.unlink()  # the run is not finished any more
         write_yaml(experiment, config)
-        write_json(provenance_of(run), folder / _PROVENANCE)
+        write_provenance(folder, {"teacher": run.first_teacher().sha256, "student": run.first_student().sha256})
     except OSError as error:
         raise UserError(
             f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "

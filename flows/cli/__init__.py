@@ -2,11 +2,33 @@
 
 import errno
 import logging
+import os
 
 import typer
 
+from flows.cli import (
+    cancel,
+    compare,
+    doctor,
+    evaluate,
+    fetch,
+    forecast,
+    influence,
+    logs,
+    plan,
+    report,
+    run,
+    serve,
+    status,
+)
 from flows.cli.console import console
 from montessori_core.errors import UserError
+
+# Commands import Prefect when they are called. Unless told otherwise, it logs nothing and sends no analytics.
+for _name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
+    os.environ.setdefault(_name, "CRITICAL")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +67,7 @@ app = typer.Typer(
       montessori plan --student DIR_OR_ID     does that fit a GPU?
 
     [b]How long will it take?[/b]
-      montessori plan CONFIG --simulate --pilot RUN_DIR
+      montessori forecast CONFIG --pilot RUN_DIR
 
     [b]Your own models and data[/b]
       montessori run configs/quickstart.yaml --name mine \\
@@ -54,7 +76,27 @@ app = typer.Typer(
     """,
 )
 model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
+model_app.command()(fetch.fetch)
 app.add_typer(model_app, name="model")
+for _command in (
+    run.run,
+    compare.compare,
+    evaluate.evaluate,
+    compare.methods,
+    run.resume,
+    status.status,
+    doctor.doctor,
+    logs.logs,
+    cancel.cancel,
+    run.retry,
+    influence.influence,
+    plan.plan,
+    forecast.forecast,
+    serve.up,
+    serve.deploy,
+    report.report,
+):
+    app.command()(_command)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import typer
 from flows.cli.console import console
 from flows.cli.interrupt import interruptible
 from flows.cli.options import warn
+from flows.cli.tables import print_comparison
 
 
 def compare(
@@ -20,7 +21,6 @@ def compare(
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
 ) -> None:
     """Compare methods of making training data on equal terms. The same command again goes on after an interruption."""
-    from flows.cli.tables import print_comparison
     from flows.study import compare_opened, open_study
     from montessori_core.study import read_study
 
@@ -31,7 +31,7 @@ def compare(
     again = ["montessori", "compare", str(study), "--run-root", str(run_root)]
     again += [part for override in set_ or [] for part in ("--set", override)]
     interruptible(lambda: compare_opened(read, folder, seeded), shlex.join(again))
-    print_comparison(folder, console)
+    print_comparison(folder)
 
 
 def methods() -> None:

@@ -5,10 +5,6 @@ import sys
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
-from flows.cli.console import open_console
-
-console = open_console()
-
 _STEERING = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 """Control characters, which could move the cursor, rewrite what stands above or rename the window, and what they show as."""
 
@@ -34,3 +30,6 @@ def open_console() -> Console:
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140)
     console.push_render_hook(_ShowAll())
     return console
+
+
+console = open_console()

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import console
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
+from flows.cli.tables import print_evaluation
 from montessori_core.config import read_experiment
 
 
@@ -32,8 +32,7 @@ def evaluate(
 
     The same command again goes on after an interruption; what is done is not repeated.
     """
-    from flows.cli.tables import print_evaluation
-    from flows.evaluation import evaluate_opened, open_evaluation
+    from flows.evaluation import RESULT, evaluate_opened, open_evaluation
 
     named = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
     experiment = on_cluster(read_experiment(config, (*(set_ or []), f"name={json.dumps(named)}")), cluster, config)
@@ -45,4 +44,4 @@ def evaluate(
     again += ["--name", name] if name else []
     again += ["--cluster", str(cluster)] if cluster else []
     interruptible(lambda: evaluate_opened(opened), shlex.join(again))
-    print_evaluation(folder, console)
+    print_evaluation(folder / RESULT)

@@ -1,5 +1,6 @@
 """The command influence: measure data of any kind, without a run."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,8 +8,10 @@ import typer
 from pydantic import ValidationError
 
 from flows.cli.console import console
+from flows.cli.tables import print_influence
 from montessori_core.config import DataSource, Influence, Preferences, Student
 from montessori_core.errors import ConfigError, UserError
+from montessori_core.schema import INFLUENCE, read_table
 
 
 def influence(
@@ -69,8 +72,7 @@ def influence(
         raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the table is written as Parquet; give a name that ends in .parquet")
-    from flows.cli.influence import check_baseline, parse_options
-    from flows.influence import measure_influence
+    from flows.influence import Measurement, measure_influence
 
     options = {
         "estimator": estimator,
@@ -81,17 +83,18 @@ def influence(
         "screening": {"audit_examples": audit_examples},
         "sequential": None if sequential is None else {"error_rate": sequential},
     }
-    measure_influence(
-        Student(model=student, max_length=max_length),
-        warm_state,
-        DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
-        DataSource(path=reference),
-        parse_options(options),
-        check_baseline(baseline),
-        device,
-        out,
-        console,
+    measurement = Measurement(
+        student=Student(model=student, max_length=max_length),
+        warm_state=warm_state,
+        examples=DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
+        reference=DataSource(path=reference),
+        settings=parse_options(options),
+        baseline=check_baseline(baseline),
     )
+    choose_device(device)
+    measure_influence(measurement, out)
+    print_influence(read_table(out, INFLUENCE), baseline)
+    console.print(f"table: {out}", soft_wrap=True)
 
 
 def parse_options(options: dict[str, Any]) -> Influence:
@@ -121,3 +124,19 @@ def check_baseline(baseline: str) -> str:
         return Preferences.model_validate({"baseline": baseline}).baseline
     except ValidationError as error:
         raise ConfigError(f"--baseline: {error.errors()[0]['msg']}") from error
+
+
+def choose_device(device: str) -> None:
+    """Let the jobs see the devices they may use, and no others."""
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
+        raise ConfigError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N")
+    if kind == "cuda":
+        import torch
+
+        if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}: PyTorch sees no such GPU here; use --device cpu, or install its CUDA build"
+            )
+    if kind == "cpu" or number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number

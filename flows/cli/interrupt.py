@@ -9,7 +9,6 @@ from contextlib import suppress
 
 import psutil
 
-from flows.cli import app
 from flows.cli.console import console
 
 _PATIENCE = 60.0  # seconds between Ctrl-C and leaving without having told Prefect
@@ -58,10 +57,6 @@ def _start_server() -> None:
         SubprocessASGIServer().start(_SERVER_PATIENCE)  # the one that Prefect's clients find at work
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-
-
-for _command in ():
-    app.command()(_command)
 
 
 def _leave() -> None:

@@ -15,6 +15,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="R
 ClusterFile = Annotated[
     Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
 ]
+StageName = Annotated[
+    str | None, typer.Option("--stage", help="The stage, as status names it; by default the last that began.")
+]
 
 
 def on_cluster(experiment: Experiment, cluster: Path | None, config: Path) -> Experiment:

@@ -7,6 +7,8 @@ import typer
 
 from flows.cli.console import console
 from montessori_core.errors import UserError
+from tasks.run import reopen_run
+from tasks.studies import PAGE, STUDY, read_comparison
 
 
 def report(
@@ -25,8 +27,6 @@ def report(
     from montessori_core.report.runs import render_runs
     from montessori_core.report.study import study_page
     from montessori_core.study import read_study
-    from tasks.run import reopen_run
-    from tasks.studies import PAGE, STUDY, read_comparison
 
     if out is not None and out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")

@@ -10,9 +10,11 @@ from cluster.status import forget, stages_of
 from flows.cli.console import console
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, RunFolder, on_cluster, stage_folder, warn
+from flows.cli.tables import print_estimate, print_summary
 from montessori_core.config import read_experiment
 from montessori_core.errors import UserError
-from tasks.run import Run
+from tasks.run import Run, open_run, reopen_run
+from tasks.studies import in_study
 
 
 def run(
@@ -27,21 +29,17 @@ def run(
     """Run an experiment. The same name again resumes it; what is done is not repeated."""
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]  # a date or a number is a name here
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
-    from tasks.run import open_run
-
     opened, warnings = open_run(experiment, run_root / experiment.name)
     warn(warnings)
     if not stages_of(opened.folder):
-        from flows.estimate import announce
+        from flows.estimate import estimate_run
 
-        announce(opened, console)
+        print_estimate(opened.experiment, estimate_run(opened))
     drive_run(opened)
 
 
 def resume(run_dir: RunFolder) -> None:
     """Go on with a run after an interruption, a crash or a mended error."""
-    from tasks.run import open_run, reopen_run
-
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     drive_run(opened)
 
@@ -57,36 +55,27 @@ def retry(
     ] = None,
 ) -> None:
     """Submit shards again, then go on with the run: all that are missing, or one that you name."""
-    from flows.cli.run import forget_shard
-    from tasks.run import open_run, reopen_run
-
     if failed and shard is not None:
         raise UserError("--failed and --shard exclude each other: name one shard, or take all that are missing")
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     refuse_part_of_study(opened)
     if shard is not None:
-        forget_shard(opened, stage, shard)
+        forget(stage_folder(opened, stage), shard)
     drive_run(opened)
 
 
-def drive_run(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
-    from flows.cli.tables import print_summary
+def drive_run(opened: Run) -> None:
+    """Run or resume an experiment; print what came out of it."""
     from flows.experiment import experiment
 
     refuse_part_of_study(opened)
     if opened.finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")
     interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}")
-    print_summary(opened, console)
+    print_summary(opened)
 
 
-def refuse_part_of_study(opened: "Run") -> None:  # type: ignore[name-defined]  # noqa: F821
-    from tasks.studies import in_study
-
+def refuse_part_of_study(opened: Run) -> None:
+    """Raise a UserError if the run is a seed of a study."""
     if in_study(opened.folder):
         raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")
-
-
-def forget_shard(run: Run, stage: str | None, shard: int) -> None:
-    """Have one shard computed again by the next driver."""
-    forget(stage_folder(run, stage), shard)

@@ -1,33 +1,39 @@
-"""Rich tables of the command line."""
+"""Rich tables of the command line.
 
-import statistics
-from collections.abc import Sequence
+What takes long to import (scipy, plotly, simpy, torch) is imported where it is used: `montessori status` starts at once.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from rich.table import Table
 
 from cluster.costs import cost_of
 from cluster.lock import driver_of
-from cluster.simulation import Machines, Spent
 from cluster.status import StageStatus, read_stage_status, stages_of
 from cluster.usage import use_of
-from flows.evaluation import RESULT
-from flows.forecast import Forecast, gpu_hours, jobs_at_once
+from flows.cli.console import console
+from flows.cli.options import warn
 from montessori_core.atomic import read_json
+from montessori_core.config import Experiment
 from montessori_core.influence_table import domination_warning, summarize_influence
+from montessori_core.preferences import threshold_of
 from montessori_core.report.numbers import duration
-from montessori_core.report.study import gain_text, interval_text, spread_text
-from montessori_core.screening import screening_report
 from tasks.run import Run
 from tasks.studies import PAGE, in_study, read_comparison
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def print_status(run: Run, console: Console) -> None:
+    from flows.estimate import Estimate
+    from flows.forecast import Forecast
+    from montessori_core.influence.memory import MemoryPlan
+
+
+def print_status(run: Run) -> None:
     """Print a line for each stage, and what is known of each failed shard."""
     states = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     rows = []
@@ -81,7 +87,28 @@ def _time_left(state: StageStatus) -> str:
     return "starting" if state.running else ""
 
 
-def print_summary(run: Run, console: Console) -> None:
+def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
+    """Print the stages of a run with their sizes and, where its speed is known, how long they take."""
+    gflops = estimate.gflops
+    title = f"{experiment.name}: teacher {experiment.teacher.model}, student {experiment.student.model}"
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "work", *(["about"] if gflops else [])):
+        table.add_column(column, no_wrap=True)
+    for stage in estimate.stages:
+        table.add_row(stage.name, stage.work, *([duration(stage.seconds(gflops))] if gflops else []))
+    console.print(table)
+    if experiment.benchmarks.tasks or experiment.benchmarks.judged:
+        console.print("benchmarks of the students come on top")
+    if gflops:
+        total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
+        console.print(
+            f"about {total} in all, at {gflops:.0f} GFLOP/s (fp32 matrix product on this machine, measured now)"
+        )
+    else:
+        console.print("how long: montessori forecast CONFIG --pilot RUN_DIR, from a small finished run", soft_wrap=True)
+
+
+def print_summary(run: Run) -> None:
     """Print what came out of each finished iteration, and where the report lies."""
     for number in range(1, run.experiment.iterations + 1):
         metrics = read_json(run.iteration(number) / "metrics.json")
@@ -123,11 +150,11 @@ def print_summary(run: Run, console: Console) -> None:
         for name, texts in scores.items():
             table.add_row(name, ", ".join(texts))
         console.print(table)
-    _print_times(run, console)
+    _print_times(run)
     console.print(f"report: {run.folder / 'report.html'}", soft_wrap=True)
 
 
-def _print_times(run: Run, console: Console) -> None:
+def _print_times(run: Run) -> None:
     """Print how long each stage took."""
     costs = {folder: cost for folder in stages_of(run.folder) if (cost := cost_of(folder))}
     if not costs:
@@ -148,8 +175,10 @@ def _print_times(run: Run, console: Console) -> None:
     )
 
 
-def print_comparison(folder: Path, console: Console) -> None:
+def print_comparison(folder: Path) -> None:
     """Print the result of a study."""
+    from montessori_core.report.study import gain_text, interval_text, spread_text
+
     result = read_comparison(folder)
     columns = ("method", "held-out loss", "gain", "95 % interval", "spread over seeds", "job seconds", "FLOPs")
     tables = {f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}": result["methods"]}
@@ -165,70 +194,86 @@ def print_comparison(folder: Path, console: Console) -> None:
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)
 
 
-def print_forecast(forecasts: Sequence[Forecast], console: Console) -> None:
-    """Print the stages on the first of the clusters, then what the whole takes on each."""
-    first = forecasts[0]
-    table = Table(title=f"{_words(first.machines)}: means of {len(first.spent)} simulations", title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "put back"):
-        table.add_column(name)
-    for number, work in enumerate(first.stages):
-        mean = _mean([one[number] for one in first.spent])
-        table.add_row(
-            work.name,
-            str(len(work.jobs)),
-            str(jobs_at_once(work, first.machines)[0]),
-            duration(mean.seconds),
-            f"{mean.job_seconds / 3600:.2f}",
-            f"{gpu_hours(work, mean):.2f}",
-            f"{max(0.0, mean.lost_seconds) / mean.job_seconds:.1%}",
-            f"{mean.restarts / len(work.jobs):.2f}",
-        )
+def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
+    """Print what measuring influence takes on a device of so much memory, and what goes where."""
+    from montessori_core.influence.memory import GB
+
+    table = Table("what", "GB", "where", title=title, title_justify="left")
+    for need in plan.needs:
+        table.add_row(need.name, f"{need.size / GB:.2f}", "device" if need.home == "device" else "host, pinned")
+    table.add_section()
+    table.add_row("on the device", f"{plan.device / GB:.2f}", f"of {memory_gb:g} GB")
+    table.add_row("in host memory", f"{plan.host / GB:.2f}", "per worker")
     console.print(table)
+    if not plan.fits:
+        console.print(
+            f"does not fit: weights, activations and logits alone need {plan.device / GB:.1f} GB. Lower "
+            "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or take --dtype bfloat16",
+            style="red",
+        )
+
+
+def print_forecasts(forecasts: "Sequence[Forecast]") -> None:
+    """Print the stages on the first of the clusters, then what the whole takes on each."""
+    _print_stages(forecasts[0])
     table = Table(
         *("nodes", "wall time", "10 % to 90 % of simulations", "job hours", "GPU hours", "10 % to 90 %"),
         title="the whole experiment: medians",
         title_justify="left",
     )
-    for one in forecasts:
-        low, middle, high = (duration(3600 * one.hours("wall", share)) for share in (0.1, 0.5, 0.9))
+    for forecast in forecasts:
+        low, middle, high = (duration(3600 * forecast.hours("wall", share)) for share in (0.1, 0.5, 0.9))
         table.add_row(
-            str(one.machines.nodes),
+            str(forecast.machines.nodes),
             middle,
             f"{low} to {high}",
-            f"{one.hours('job', 0.5):.1f}",
-            f"{one.hours('gpu', 0.5):.1f}",
-            f"{one.hours('gpu', 0.1):.1f} to {one.hours('gpu', 0.9):.1f}",
+            f"{forecast.hours('job', 0.5):.1f}",
+            f"{forecast.hours('gpu', 0.5):.1f}",
+            f"{forecast.hours('gpu', 0.1):.1f} to {forecast.hours('gpu', 0.9):.1f}",
         )
     console.print(table)
-    for one in forecasts:
-        seconds, longest = max(
-            (statistics.mean(spent[number].seconds for spent in one.spent), number) for number in range(len(one.stages))
-        )
-        work = one.stages[longest]
-        at_once, reason = jobs_at_once(work, one.machines)
+    for forecast in forecasts:
+        stage = forecast.longest()
+        work = forecast.stages[stage]
+        at_once, reason = forecast.jobs_at_once(stage)
         console.print(
-            f"nodes: {one.machines.nodes}: longest is {work.name}, {duration(seconds)}, with {at_once} of its "
-            f"{len(work.jobs)} jobs at a time: {reason}",
+            f"nodes: {forecast.machines.nodes}: longest is {work.name}, {duration(forecast.mean(stage).seconds)}, with "
+            f"{at_once} of its {len(work.jobs)} jobs at a time: {reason}",
             soft_wrap=True,
         )
     console.print("lost: share of job hours. put back: how often a job went back into the queue.", soft_wrap=True)
 
 
-def _mean(spent: Sequence[Spent]) -> Spent:
-    names = Spent.__annotations__
-    return Spent(**{name: statistics.mean(getattr(one, name) for one in spent) for name in names})
-
-
-def _words(machines: Machines) -> str:
-    return f"nodes: {machines.nodes}, each with {machines.gpus} GPUs and {machines.cpus} cores"
+def _print_stages(forecast: "Forecast") -> None:
+    machines = forecast.machines
+    cluster = f"nodes: {machines.nodes}, each with {machines.gpus} GPUs and {machines.cpus} cores"
+    table = Table(title=f"{cluster}: means of {len(forecast.spent)} simulations", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "put back"):
+        table.add_column(name)
+    for stage, work in enumerate(forecast.stages):
+        mean = forecast.mean(stage)
+        table.add_row(
+            work.name,
+            str(len(work.jobs)),
+            str(forecast.jobs_at_once(stage)[0]),
+            duration(mean.seconds),
+            f"{mean.job_seconds / 3600:.2f}",
+            f"{forecast.gpu_hours(stage):.2f}",
+            f"{max(0.0, mean.lost_seconds) / mean.job_seconds:.1%}",
+            f"{mean.restarts / len(work.jobs):.2f}",
+        )
+    console.print(table)
 
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def print_influence(table: pa.Table, threshold: float, baseline: str, console: Console) -> None:
-    summary = summarize_influence(table, threshold)
+def print_influence(table: pa.Table, baseline: str) -> None:
+    """Print a summary of an influence table."""
+    from montessori_core.screening import screening_report
+
+    summary = summarize_influence(table, threshold_of(table, baseline))
     values = table["influence_student"].drop_null().to_numpy()
     lines = Table(show_header=False)
     lines.add_row("examples measured", f"{summary['measured']} of {summary['examples']}")
@@ -267,8 +312,7 @@ def print_influence(table: pa.Table, threshold: float, baseline: str, console: C
         lines.add_row("reference tokens saved", f"{1 - read / whole:.0%}")
     console.print(lines)
     warning = domination_warning(summary)
-    if warning:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+    warn([warning] if warning else [])
 
 
 def _sparkline(values: Any) -> str:
@@ -277,9 +321,9 @@ def _sparkline(values: Any) -> str:
     return f"{edges[0]:.2g} {bars} {edges[-1]:.2g}"
 
 
-def print_evaluation(folder: Path, console: Console) -> None:
+def print_evaluation(file: Path) -> None:
     """Print the result of an evaluation, with 95 % confidence intervals."""
-    result = read_json(folder / RESULT)
+    result = read_json(file)
     table = Table("benchmark", "metric", "score", "95 % interval", "over", "unparsed", box=None)
     loss = result["held_out_loss"]
     table.add_row("held-out", "loss, nats per token", *_numbers(loss["mean"], loss["standard_error"]))
@@ -287,7 +331,7 @@ def print_evaluation(folder: Path, console: Console) -> None:
         counts = str(one["examples"]), str(one["unparsed"] or "")
         table.add_row(one["benchmark"], one["metric"], *_numbers(one["mean"], one["standard_error"]), *counts)
     console.print(table)
-    console.print(f"written to {folder / RESULT}; every item beside it, in Parquet", soft_wrap=True)
+    console.print(f"written to {file}; every item beside it, in Parquet", soft_wrap=True)
 
 
 def _numbers(mean: float | None, error: float | None) -> tuple[str, str]:

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from flows import estimate
-from flows.estimate import PlannedStage, Sizes, announce, planned_stages
+from flows.cli.tables import print_estimate
+from flows.estimate import PlannedStage, Sizes, estimate_run, planned_stages
 from montessori_core.config import Experiment
 from montessori_core.speed import measure_gflops
 from tasks.run import open_run
@@ -74,24 +74,24 @@ def test_planned_stage_takes_less_on_faster_machine() -> None:
     assert stage.seconds(50) - stage.seconds(100) == pytest.approx(1e12 / (0.5 * 100e9))
 
 
-def test_announce_measures_no_speed_for_gpus(
+def test_estimate_measures_no_speed_for_gpus(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(estimate, "measure_gflops", lambda threads: pytest.fail("measured"))
     monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: ["0"])
     on_gpu = {"resources": {"influence": {"gpus_per_node": 1}}}
     run, _ = open_run(experiment(tiny_llama, cluster=on_gpu), tmp_path / "run")
-    announce(run, Console(width=140))
+    print_estimate(run.experiment, estimate_run(run))
     shown = capsys.readouterr().out
     assert "iteration 1: teacher update" in shown
-    assert "plan CONFIG --simulate" in shown
+    assert "forecast CONFIG --pilot" in shown
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["driver"]["gflops"] is None
 
 
 def test_speed_survives_reopening(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "measure_gflops", lambda threads: 217.04)
     run, _ = open_run(experiment(tiny_llama), tmp_path / "run")
-    announce(run, Console(quiet=True))
+    estimate_run(run)
     open_run(run.experiment, run.folder)
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["driver"]["gflops"] == 217.0
 

@@ -137,7 +137,7 @@ def test_what_a_pilot_cannot_tell_is_pointed_out(tmp_path: Path) -> None:
         forecast(begun, begun.experiment, [Machines(1, 8, 64)], Disturbances(), 1)
 
 
-def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
+def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
     pilot = "runs/tiny"
     arguments = [
         "--nodes",
@@ -152,7 +152,7 @@ def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
         "5",
     ]
     code, output = invoke(
-        *("plan", "--simulate", "--pilot", pilot, "--set", "student.max_length=64", *arguments), cwd=undisturbed
+        *("forecast", "--pilot", pilot, "--set", "student.max_length=64", *arguments), cwd=undisturbed
     )
     assert code == 0, output
     assert "costs are taken all the same: student.max_length" in output
@@ -160,10 +160,10 @@ def test_plan_simulates_an_experiment_from_a_pilot(undisturbed: Path) -> None:
     whole = output.split("the whole experiment")[1].splitlines()
     assert [line.split()[1] for line in whole if line[:1] == "│"] == ["1", "4"]
     assert "jobs at a time" in output
-    code, output = invoke("plan", "--simulate", "--pilot", "runs", cwd=undisturbed)
+    code, output = invoke("forecast", "--pilot", "runs", cwd=undisturbed)
     assert (code, "not a run" in output) == (1, True)
-    code, output = invoke("plan", "--simulate", cwd=undisturbed)
-    assert (code, "--pilot RUN_DIR" in output) == (1, True)
+    code, output = invoke("forecast", cwd=undisturbed)
+    assert (code, "--pilot" in output) == (2, True)
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_names_and_ids_are_printed_as_they_are(tmp_path: Path) -> None:
     loss = {"mean": 1.0, "standard_error": 0.1}
     (tmp_path / RESULT).write_text(json.dumps({"held_out_loss": loss, "scores": [score]}))
     with console.capture() as said:
-        print_evaluation(tmp_path, console)
+        print_evaluation(tmp_path / RESULT)
     assert odd in said.get()
 
 
@@ -107,7 +107,7 @@ def test_control_sequences_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     loss = {"mean": 1.0, "standard_error": 0.1}
     (tmp_path / RESULT).write_text(json.dumps({"held_out_loss": loss, "scores": [score]}))
     with console.capture() as said:
-        print_evaluation(tmp_path, console)
+        print_evaluation(tmp_path / RESULT)
         console.print("error: no \x1b]0;example\x07", style="red", soft_wrap=True)
     assert "\\x1b[2J\\x9b1m" in said.get()
     assert "error: no \\x1b]0;example" in said.get()

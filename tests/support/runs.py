@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from flows import cli
-from flows.cli.console import open_console
+from flows.cli.console import console, open_console
 from support import ROOT
 
 TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
@@ -117,7 +117,7 @@ def invoke(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
         patch.object(sys, "argv", ["montessori", *arguments]),
         redirect_stdout(output),
         redirect_stderr(output),
-        patch.object(cli, "console", open_console()),
+        patch.dict(vars(console), vars(open_console())),
     ):
         try:
             cli.main()

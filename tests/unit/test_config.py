@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from flows import cli
+from flows.cli.influence import influence
 from montessori_core.config import (
     Benchmarks,
     Cluster,
@@ -327,7 +327,7 @@ def test_resources_and_name_are_not_part_of_the_method() -> None:
 
 def test_example_weight_is_that_in_training_batch() -> None:
     """The authors' code has 1/8, on 8 GPUs: so have the presets that repeat the paper."""
-    option = inspect.signature(cli.influence).parameters["example_weight"]
+    option = inspect.signature(influence).parameters["example_weight"]
     assert Influence().example_weight == option.default == 1 / Training().batch_size
     for name in ("paper-8b", "paper-1b"):
         assert read_experiment(ROOT / "configs" / f"{name}.yaml").influence.example_weight == 1 / 8

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import ROOT
+from support.reports import write_run
 
 LAYERS = ["montessori_core", "cluster", "tasks", "flows"]  # each may import itself and what stands before it
 FORBIDDEN = {"montessori_core": {"prefect", "submitit"}, "cluster": {"prefect"}}
@@ -35,7 +36,7 @@ def test_imports_go_one_way(layer: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("flows.cli, flows.experiment, flows.status", ("torch", "transformers", "deepspeed", "vllm")),
+        ("flows.cli, flows.experiment", ("torch", "transformers", "deepspeed", "vllm")),
         ("cluster.worker, montessori_core.influence.jobs, montessori_core.synthesis.jobs", ("prefect",)),
     ],
     ids=["the driver needs no torch", "a job needs no prefect"],
@@ -44,3 +45,24 @@ def test_environment_stays_light(modules: str, absent: tuple[str, ...]) -> None:
     code = f"import sys, {modules}; print([name for name in {absent!r} if name in sys.modules])"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert outcome.stdout.strip() == "[]"
+
+
+def test_commands_that_look_import_no_prefect(tmp_path: Path) -> None:
+    """`status`, `logs`, `report` and `cancel` start at once."""
+    folder = str(write_run(tmp_path / "run"))
+    commands = [["status", folder], ["logs", folder, "--shard", "0"], ["cancel", folder], ["report", folder]]
+    code = f"""
+import sys
+from contextlib import suppress
+from flows.cli import main
+for command in {commands!r}:
+    sys.argv = ["montessori", *command]
+    with suppress(SystemExit):
+        main()
+print([name for name in ("prefect", "torch", "transformers", "simpy") if name in sys.modules])
+"""
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    said, _, imported = outcome.stdout.strip().rpartition("\n")
+    assert "nothing of this run is at work" in said
+    assert "report.html" in said
+    assert imported == "[]"
