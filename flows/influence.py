@@ -6,19 +6,21 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.fanout import fan_out
-from cluster.stage import Stage, cut_into_shards
+from cluster.stage import cut_into_shards
 from montessori_core import programs
 from montessori_core.atomic import hash_path
 from montessori_core.config import Cluster, DataSource, Influence, Resources, Student, Warmup
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.influence_table import join_influence
-from montessori_core.models import fetch_model, fingerprint
+from montessori_core.models import fetch_model
+from montessori_core.preferences import Positions
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, write_table
-from montessori_core.screening import estimate_influence
 from montessori_core.sources import read_tasks, write_tasks
 from montessori_core.training.files import MOMENTS_FILE
 from tasks.progress import ProgressBar
+from tasks.run import Model, stage_of
+from tasks.screening import estimate_influence
 
 _SHARD = 16  # examples
 
@@ -52,9 +54,8 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     Raises:
         UserError: an option, a file or the model cannot be used; the message names it.
     """
-    student, settings, baseline = measurement.student, measurement.settings, measurement.baseline
-    warm_state = measurement.warm_state
-    if settings.sequential is not None and baseline == "median":
+    student, settings, warm_state = measurement.student, measurement.settings, measurement.warm_state
+    if settings.sequential is not None and measurement.baseline == "median":
         raise ConfigError(
             "--sequential decides signs one by one, but --baseline median has no threshold until all are known"
         )
@@ -67,20 +68,39 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     reference_file = folder / "reference.jsonl"
     write_tasks(read_tasks(measurement.reference, "reference", with_response=True), reference_file)
 
-    inputs = {"reference": reference_file, "student": model}
-    hashes = {"reference": hash_path(reference_file), "student": fingerprint(model)}
+    models = {"student": Model.of(model)}
     if warm_state is not None:
-        inputs["moments"], hashes["moments"] = warm_state.resolve(), hash_path(warm_state / MOMENTS_FILE)
+        models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
     rows: list[Row] = [
         {"example_id": t.id, "prompt_id": t.id, "instruction": t.text, "response": t.response, "finished": True}
         for t in tasks
     ]
+    stages = _Stages(folder, measurement, models, reference_file, rows)
+    write_table(estimate_influence(stages, settings, measurement.baseline), out, INFLUENCE)
 
-    def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
-        own = programs.measurement_settings(settings, Warmup(), student.max_length, estimator, baseline)
-        stage = Stage.of(programs.INFLUENCE, own, folder / name, inputs, hashes)
+
+class _Stages:
+    """Stages on this machine, each in a folder of its own."""
+
+    def __init__(
+        self, folder: Path, measurement: Measurement, models: dict[str, Model], reference: Path, rows: list[Row]
+    ) -> None:
+        self._folder, self._measurement, self._rows = folder, measurement, rows
+        self._models, self._files = models, {"reference": reference}
+
+    def measure_all(self, estimator: str) -> pa.RecordBatchReader:
+        screened = self._measurement.settings.estimator == "screened"
+        return self._execute("screen" if screened else estimator, estimator, self._rows)
+
+    def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
+        return self._execute(name, "exact", [self._rows[i] for i in positions])
+
+    def _execute(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
+        measured = self._measurement
+        settings = programs.measurement_settings(
+            measured.settings, Warmup(), measured.student.max_length, estimator, measured.baseline
+        )
+        stage = stage_of(programs.INFLUENCE, settings, self._folder / name, self._models, self._files)
         with ProgressBar(f"influence, {name}") as bar:
-            parts = fan_out(stage, cut_into_shards(some, _SHARD), Resources(), Cluster(), bar.show)
+            parts = fan_out(stage, cut_into_shards(rows, _SHARD), Resources(), Cluster(), bar.show)
         return join_influence(parts)
-
-    write_table(estimate_influence(rows, measure, settings, baseline), out, INFLUENCE)

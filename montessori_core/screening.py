@@ -16,8 +16,8 @@ import hashlib
 import heapq
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.stats import beta, spearmanr
 
-from montessori_core.config import Influence, Screening
+from montessori_core.config import Screening
 from montessori_core.influence_table import influence_note
 from montessori_core.preferences import Floats, Positions, thresholds_of
-from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, check
-
-Measure = Callable[[str, str, list[Row]], pa.RecordBatchReader]
-"""Measures rows: from a name for the pass, 'exact' or 'first_order', and rows, to their influence table in that order."""
 
 _CONFIDENCE = 0.95
 _NOTE = b"montessori.screening"
+_MOVING = ("median", "prompt")
+"""Baselines whose threshold is made of the estimates."""
 
 
 @dataclass(frozen=True)
@@ -92,59 +90,46 @@ class ScreeningReport:
     fell_back: bool
 
 
-def estimate_influence(rows: list[Row], measure: Measure, settings: Influence, baseline: str) -> pa.RecordBatchReader:
-    """Measure rows by the configured estimator; the table is in their order."""
-    if settings.estimator == "screened":
-        return screen(rows, measure, settings.screening, baseline).to_reader()
-    return measure(settings.estimator, settings.estimator, rows)
+def draw_audit(first_order: pa.Table, count: int) -> Positions:
+    """Positions of the examples to audit, in the order in which they were drawn; see `draw_ids`."""
+    ids = first_order["example_id"]
+    names = draw_ids(ids.filter(pc.equal(first_order["status"], "ok")).to_pylist(), count)
+    positions: Positions = pc.index_in(pa.array(names, pa.string()), ids).to_numpy()
+    return positions
 
 
-def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str) -> pa.Table:
-    """Measure rows by the screened estimator.
+def calibrate(
+    first_order: pa.Table, audit: Positions, audited: pa.Table, settings: Screening, baseline: str
+) -> ScreeningReport:
+    """Compare first order with exact measurements of the audit.
 
     Args:
-        rows: with `example_id`.
-        measure: how to measure some of them.
+        first_order: the influence table of all examples, by first order.
+        audit: positions of the audited examples.
+        audited: their exact influence table, in that order.
         settings: of the audit.
         baseline: what a sign is against, see `config.Preferences`.
 
     Returns:
-        The influence table in the order of the rows: exact where `estimator` says so, with a `ScreeningReport`.
+        The report, with no example confirmed yet.
     """
-    table = measure("screen", "first_order", rows).read_all()
-    floor = influence_note(table, "noise_floor")
-    first_order: Floats = table["influence_student"].to_numpy()
-    usable = pc.equal(table["status"], "ok")
-    names = draw_audit(table["example_id"].filter(usable).to_pylist(), settings.audit_examples)
-    audit: Positions = pc.index_in(pa.array(names, pa.string()), table["example_id"]).to_numpy()
-
-    def exactly(name: str, some: Positions) -> pa.Table:
-        return measure(name, "exact", [rows[i] for i in some]).read_all() if len(some) else INFLUENCE.empty_table()
-
-    audited = exactly("audit", audit)
-    estimated, true = first_order[audit], audited["influence_student"].to_numpy()
+    estimated, true = first_order["influence_student"].to_numpy()[audit], audited["influence_student"].to_numpy()
     sound = np.isfinite(true)
     calibrating = np.arange(len(audit)) % 2 == 0
     offset = float(np.median((true - estimated)[calibrating & sound])) if (calibrating & sound).any() else 0.0
-    corrected, thresholds = estimated + offset, thresholds_of(table, baseline)
-    moving = baseline in ("median", "prompt")  # a threshold that is made of the estimates has their common error
-    if moving:
-        thresholds = thresholds + offset
-    threshold = thresholds[audit]
+    corrected, threshold = estimated + offset, _thresholds(first_order, baseline, offset)[audit]
+    floor = influence_note(first_order, "noise_floor")
     clear = sound & (np.abs(true - threshold) > floor)
     agreement = Agreement.of(_agree(corrected, true, threshold)[clear])
     fell_back = agreement.signs > 0 and agreement.share < settings.minimum_agreement
     # Errors of unmeasurable examples are infinite: too many of them, and everything is in doubt.
     errors = np.where(sound, np.abs(corrected - true), np.inf)
     width = max(floor, conformal_width(errors[calibrating], settings.error_rate))
-    doubtful = usable.to_numpy() & (fell_back | (np.abs(first_order + offset - thresholds) <= width))
-    doubtful[audit] = False
-    confirmed = exactly("confirm", np.flatnonzero(doubtful))
-
     settled = _agree(corrected, true, threshold) | (np.abs(corrected - threshold) <= width) | fell_back
-    report = ScreeningReport(
+    moving = baseline in _MOVING
+    return ScreeningReport(
         audited=len(audit),
-        confirmed=int(doubtful.sum()),
+        confirmed=0,
         offset=offset,
         width=width,
         spearman=float(spearmanr(estimated[sound], true[sound]).statistic) if sound.sum() > 2 else math.nan,
@@ -152,15 +137,43 @@ def screen(rows: list[Row], measure: Measure, settings: Screening, baseline: str
         screened=Agreement.of(settled[~calibrating & clear]),
         fell_back=fell_back,
     )
-    estimates = table["influence_null_step"]
+
+
+def doubtful(first_order: pa.Table, audit: Positions, report: ScreeningReport, baseline: str) -> Positions:
+    """Positions of the examples beyond the audit whose sign is in doubt: all of them if first order is unfit."""
+    thresholds = _thresholds(first_order, baseline, report.offset)
+    distances = np.abs(first_order["influence_student"].to_numpy() + report.offset - thresholds)
+    usable = pc.equal(first_order["status"], "ok").to_numpy()
+    in_doubt = usable & (report.fell_back | (distances <= report.width))
+    in_doubt[audit] = False
+    return np.flatnonzero(in_doubt)
+
+
+def combine(
+    first_order: pa.Table,
+    audit: Positions,
+    audited: pa.Table,
+    in_doubt: Positions,
+    confirmed: pa.Table,
+    report: ScreeningReport,
+) -> pa.Table:
+    """The screened influence table, in the order of the examples: exact where `estimator` says so, with the report.
+
+    Args:
+        first_order: the influence table of all examples, by first order.
+        audit, audited: positions of the audited examples, and their exact influence table.
+        in_doubt, confirmed: the same of the examples whose sign was in doubt.
+        report: of the audit.
+    """
+    table = first_order
     for column in ("influence_student", "influence_null_step"):
-        table = _replace(table, column, pc.add(table[column], offset))
+        table = _replace(table, column, pc.add(table[column], report.offset))
     measured = pa.concat_tables([table, _replace(audited, "audited", pa.repeat(True, len(audit))), confirmed])
-    order = np.arange(len(rows))
-    order[audit] = len(rows) + np.arange(len(audit))
-    order[doubtful] = len(rows) + len(audit) + np.arange(confirmed.num_rows)
-    joined = _replace(measured.take(order), "first_order_null_step", estimates)
-    note = {_NOTE: json.dumps(asdict(report)).encode()}
+    order = np.arange(table.num_rows)
+    order[audit] = table.num_rows + np.arange(len(audit))
+    order[in_doubt] = table.num_rows + len(audit) + np.arange(len(in_doubt))
+    joined = _replace(measured.take(order), "first_order_null_step", first_order["influence_null_step"])
+    note = {_NOTE: json.dumps(asdict(replace(report, confirmed=len(in_doubt)))).encode()}
     return check(joined.replace_schema_metadata({**table.schema.metadata, **note}), INFLUENCE, "screened influence")
 
 
@@ -174,7 +187,7 @@ def screening_report(table: pa.Table) -> ScreeningReport | None:
     return ScreeningReport(first_order=first_order, screened=screened, **content)
 
 
-def draw_audit(ids: Sequence[str], count: int) -> list[str]:
+def draw_ids(ids: Sequence[str], count: int) -> list[str]:
     """At random, by the hash of the id: the same however the ids are ordered, and a larger audit holds a smaller one."""
     return heapq.nsmallest(count, ids, key=lambda name: hashlib.sha256(f"audit {name}".encode()).digest())
 
@@ -183,6 +196,11 @@ def conformal_width(errors: Floats, error_rate: float) -> float:
     """The width that the next error, drawn like these, exceeds with at most `error_rate`; infinite if they are too few."""
     rank = math.ceil((len(errors) + 1) * (1 - error_rate))
     return float(np.sort(errors)[rank - 1]) if 0 < rank <= len(errors) else math.inf
+
+
+def _thresholds(first_order: pa.Table, baseline: str, offset: float) -> Floats:
+    """The threshold of each example's sign; one that is made of the estimates has their common error."""
+    return thresholds_of(first_order, baseline) + (offset if baseline in _MOVING else 0.0)
 
 
 def _agree(estimated: Floats, true: Floats, threshold: Floats) -> npt.NDArray[np.bool_]:

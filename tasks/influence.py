@@ -13,12 +13,13 @@ from montessori_core.config import Experiment
 from montessori_core.influence_table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models import moments_fingerprint
 from montessori_core.pilot import measure_after_pilot
-from montessori_core.preferences import threshold_of
+from montessori_core.preferences import Positions, threshold_of
 from montessori_core.program import Row
 from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
-from montessori_core.screening import ScreeningReport, estimate_influence, screening_report
+from montessori_core.screening import ScreeningReport, screening_report
 from tasks.plots import histogram
 from tasks.run import Model
+from tasks.screening import estimate_influence
 from tasks.stage import Step
 
 
@@ -27,45 +28,62 @@ def collect_influence(step: Step, student: Model, examples: Path, first: int, la
 
     If they are to be `paired`, the first of many are measured before the others, to warn of too few pairs.
     """
-    experiment = step.experiment
-    baseline = experiment.preferences.baseline
-    rows = measured_rows(examples, first, last)
-    moments = Model(student.path, moments_fingerprint(Path(student.path)))
-    parts_so_far: list[Path] = []
-    warnings: list[str] = []
+    baseline = step.experiment.preferences.baseline
+    stages = _Stages(step, student, examples, measured_rows(examples, first, last), paired)
+    joined = estimate_influence(stages, step.experiment.influence, baseline)
+    table = step.folder.with_name(f"{step.folder.name}.parquet")
+    return _join(f"{step.label}: table", joined, table, baseline, stages.parts, stages.warnings)
 
-    def execute(name: str, estimator: str, some: list[Row]) -> list[Path]:
-        part = step if name in ("screen", estimator) else step.beside(name, f", {name}")
-        parts = part.execute(
-            programs.INFLUENCE,
-            influence_settings(experiment, estimator),
-            some,
-            experiment.influence.examples_per_shard,
-            models={"student": student, "moments": moments},
-            files={"reference": step.run.source_file("reference")},
-            upstream=[examples, *parts_so_far[:1]],
-        )
-        parts_so_far.extend(parts)
-        return parts
 
-    def warn(warning: str) -> None:
-        warnings.append(warning)
-        get_run_logger().warning("%s: %s", step.label, warning)
+class _Stages:
+    """The stages that measure rows of an example table on a student.
 
-    def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
-        if not paired or name not in ("screen", estimator):
-            return join_influence(execute(name, estimator, some))
+    Attributes:
+        parts: of all stages so far.
+        warnings: so far.
+    """
+
+    def __init__(self, step: Step, student: Model, examples: Path, rows: list[Row], paired: bool) -> None:
+        self._step, self._examples, self._rows, self._paired = step, examples, rows, paired
+        self._models = {
+            "student": student,
+            "moments": Model(student.path, moments_fingerprint(Path(student.path))),
+        }
+        self.parts: list[Path] = []
+        self.warnings: list[str] = []
+
+    def measure_all(self, estimator: str) -> pa.RecordBatchReader:
+        if not self._paired:
+            return join_influence(self._execute(self._step, estimator, self._rows))
+        pilot = self._step.beside("pilot", ", pilot")
         parts = measure_after_pilot(
-            some,
-            lambda part, is_pilot: execute("pilot" if is_pilot else name, estimator, part),
-            experiment.preferences,
-            warn,
+            self._rows,
+            lambda rows, is_pilot: self._execute(pilot if is_pilot else self._step, estimator, rows),
+            self._step.experiment.preferences,
+            self._warn,
         )
         return join_influence(parts)
 
-    joined = estimate_influence(rows, measure, experiment.influence, baseline)
-    table = step.folder.with_name(f"{step.folder.name}.parquet")
-    return _join(f"{step.label}: table", joined, table, baseline, parts_so_far, warnings)
+    def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
+        rows = [self._rows[i] for i in positions]
+        return join_influence(self._execute(self._step.beside(name, f", {name}"), "exact", rows))
+
+    def _execute(self, step: Step, estimator: str, rows: list[Row]) -> list[Path]:
+        parts = step.execute(
+            programs.INFLUENCE,
+            influence_settings(step.experiment, estimator),
+            rows,
+            step.experiment.influence.examples_per_shard,
+            models=self._models,
+            files={"reference": step.run.source_file("reference")},
+            upstream=[self._examples, *self.parts[:1]],
+        )
+        self.parts.extend(parts)
+        return parts
+
+    def _warn(self, warning: str) -> None:
+        self.warnings.append(warning)
+        get_run_logger().warning("%s: %s", self._step.label, warning)
 
 
 def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:

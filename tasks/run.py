@@ -1,15 +1,17 @@
 """A run: its folder, its configuration, its sets, and how it is opened."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
-from montessori_core.atomic import read_json, write_json
+from cluster.stage import Stage
+from montessori_core.atomic import hash_path, read_json, write_json
 from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
 from montessori_core.errors import UserError
 from montessori_core.models import commit_of, fetch_model, fingerprint
-from montessori_core.program import Row
+from montessori_core.program import Program, Row, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.synthesis.prompts import check_decoding
@@ -31,6 +33,33 @@ class Model:
     def of(folder: Path) -> "Model":
         """The model in a folder."""
         return Model(str(folder), fingerprint(folder))
+
+
+def stage_of(
+    program: Program[SettingsT],
+    settings: SettingsT,
+    folder: Path,
+    models: Mapping[str, Model],
+    files: Mapping[str, Path],
+    undeciding_files: Mapping[str, Path] | None = None,
+) -> Stage:
+    """The stage that computes a program in a folder.
+
+    Args:
+        program, settings, folder: see `Stage.of`.
+        models: models the program loads, by the name of the input.
+        files: files the program reads, by the name of the input.
+        undeciding_files: the same of files that do not enter the key.
+    """
+    folders = {name: Path(model.path) for name, model in models.items() if Path(model.path).is_dir()}
+    hashes = {name: model.sha256 for name, model in models.items()}
+    return Stage.of(
+        program,
+        settings,
+        folder,
+        inputs={**folders, **files, **(undeciding_files or {})},
+        input_hashes=hashes | {name: hash_path(path) for name, path in files.items()},
+    )
 
 
 @dataclass(frozen=True)

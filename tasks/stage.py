@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.fanout import Progress, fan_out
-from cluster.stage import Stage, cut_for_jobs
-from montessori_core.atomic import hash_path, write_json
+from cluster.stage import cut_for_jobs
+from montessori_core.atomic import write_json
 from montessori_core.config import Endpoint, Experiment, Resources
 from montessori_core.program import Program, Row, SettingsT
 from tasks.progress import ProgressBar
-from tasks.run import Model, Run
+from tasks.run import Model, Run, stage_of
 from tasks.stage_view import StageView
 
 
@@ -132,16 +132,7 @@ class Step:
         read: Callable[[Path], Any],
     ) -> list[Any]:
         self.run.stages.append(self.folder)
-        stage = Stage.of(
-            program,
-            settings,
-            self.folder,
-            inputs={name: Path(model.path) for name, model in models.items() if Path(model.path).is_dir()}
-            | dict(files)
-            | dict(undeciding_files),
-            input_hashes={name: model.sha256 for name, model in models.items()}
-            | {name: hash_path(path) for name, path in files.items()},
-        )
+        stage = stage_of(program, settings, self.folder, models, files, undeciding_files)
         cluster = self.experiment.cluster
         python = cluster.generation_python if program.kind == "generation" else None
         inputs = [*models.values(), *files.values(), *upstream]

@@ -8,17 +8,11 @@ import pytest
 
 from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.influence_table import note_influence
-from montessori_core.preferences import pair_by_influence
+from montessori_core.preferences import Positions, pair_by_influence
 from montessori_core.program import Row
 from montessori_core.schema import INFLUENCE, table_from_rows
-from montessori_core.screening import (
-    Agreement,
-    conformal_width,
-    draw_audit,
-    estimate_influence,
-    screen,
-    screening_report,
-)
+from montessori_core.screening import Agreement, conformal_width, draw_ids, screening_report
+from tasks.screening import estimate_influence
 
 SETTINGS = Screening(audit_examples=100)
 
@@ -34,7 +28,13 @@ class Bench:
         self.estimate = {name: value + shift + draw.gauss(0.0, error) for name, value in self.exact.items()}
         self.measured: dict[str, int] = {}
 
-    def measure(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
+    def measure_all(self, estimator: str) -> pa.RecordBatchReader:
+        return self._measure("screen", estimator, self.rows)
+
+    def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
+        return self._measure(name, "exact", [self.rows[i] for i in positions])
+
+    def _measure(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
         self.measured[name] = len(rows)
         values = self.exact if estimator == "exact" else self.estimate
         records = [
@@ -60,9 +60,13 @@ class Bench:
         return note_influence(table_from_rows(records, INFLUENCE), notes).to_reader()
 
 
+def screen(bench: Bench, settings: Screening, baseline: str) -> pa.Table:
+    return estimate_influence(bench, Influence(estimator="screened", screening=settings), baseline).read_all()
+
+
 def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
     bench = Bench(2000, error=0.05)
-    table = screen(bench.rows, bench.measure, SETTINGS, "student")
+    table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
     assert table["example_id"].to_pylist() == [row["example_id"] for row in bench.rows]
@@ -85,7 +89,7 @@ def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
 
 def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -> None:
     shifted = Bench(2000, error=0.05, shift=0.8)
-    table = screen(shifted.rows, shifted.measure, SETTINGS, "student")
+    table = screen(shifted, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
     assert report.first_order.high < 0.9  # a quarter of the signs is wrong before the correction
@@ -109,13 +113,13 @@ def test_prompt_baseline_settles_order_within_prompts() -> None:
         ids = zip(pairs["chosen_id"].to_pylist(), pairs["rejected_id"].to_pylist(), strict=True)
         return sum(bench.exact[chosen] < bench.exact[rejected] for chosen, rejected in ids)
 
-    table = screen(bench.rows, bench.measure, SETTINGS, "prompt")
+    table = screen(bench, SETTINGS, "prompt")
     report = screening_report(table)
     assert report is not None
     assert not report.fell_back
     assert report.first_order.share > 0.9
     assert 0 < report.confirmed < 400
-    alone = wrong_pairs(bench.measure("screen", "first_order", bench.rows).read_all())
+    alone = wrong_pairs(bench.measure_all("first_order").read_all())
     assert wrong_pairs(table) < alone / 3
 
 
@@ -124,7 +128,7 @@ def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> Non
     covered = exceeding = 0
     for seed in range(120):
         bench = Bench(400, error=0.3, seed=seed)
-        report = screening_report(screen(bench.rows, bench.measure, Screening(minimum_agreement=0.0), "student"))
+        report = screening_report(screen(bench, Screening(minimum_agreement=0.0), "student"))
         assert report is not None
         true = np.mean([(bench.estimate[n] > 0) == (v > 0) for n, v in bench.exact.items()])
         covered += report.first_order.low <= true <= report.first_order.high
@@ -136,7 +140,7 @@ def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> Non
 
 def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> None:
     bench = Bench(300, error=3.0)
-    table = screen(bench.rows, bench.measure, SETTINGS, "student")
+    table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
     assert report.fell_back
@@ -148,10 +152,11 @@ def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> Non
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
 def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str) -> None:
     bench = Bench(500, error=0.1)
-    table = screen(bench.rows, bench.measure, SETTINGS, baseline)
+    table = screen(bench, SETTINGS, baseline)
     shuffled = list(bench.rows)
     random.Random(1).shuffle(shuffled)
-    other = screen(shuffled, bench.measure, SETTINGS, baseline)
+    bench.rows = shuffled
+    other = screen(bench, SETTINGS, baseline)
     by_id = {row["example_id"]: row for row in other.to_pylist()}
     assert [by_id[row["example_id"]] for row in table.to_pylist()] == table.to_pylist()
     assert screening_report(table) == screening_report(other)
@@ -159,14 +164,14 @@ def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str
 
 def test_small_sets_are_measured_exactly() -> None:
     bench = Bench(60, error=0.1)
-    table = estimate_influence(bench.rows, bench.measure, Influence(estimator="screened"), "student").read_all()
+    table = estimate_influence(bench, Influence(estimator="screened"), "student").read_all()
     assert table["influence_student"].to_pylist() == list(bench.exact.values())
     assert "confirm" not in bench.measured
 
 
 def test_a_larger_audit_holds_a_smaller_one() -> None:
     names = [f"e{n}" for n in range(300)]
-    assert set(draw_audit(names, 50)) <= set(draw_audit(names[::-1], 100))
+    assert set(draw_ids(names, 50)) <= set(draw_ids(names[::-1], 100))
 
 
 def test_width_of_too_few_errors_is_infinite() -> None:
