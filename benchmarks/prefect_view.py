@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from playwright.sync_api import Browser, sync_playwright
 
-from flows.deployments import server_environment, wait_for_server
+from flows.local_server import server_environment, wait_for_server
 
 PORT = 4298
 API = f"http://127.0.0.1:{PORT}/api"

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-from flows.deployments import server_environment, wait_for_server
+from flows.local_server import server_environment, wait_for_server
 from support import ROOT
 
 CANARY = "hf_canary-that-nobody-should-write-down"

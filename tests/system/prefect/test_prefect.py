@@ -20,7 +20,8 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect
 
-from flows.deployments import read_deployments, server_environment, wait_for_server
+from flows.deployments import read_deployments
+from flows.local_server import server_environment, wait_for_server
 from montessori_core.errors import ConfigError
 from montessori_core.study import Study, read_study
 from support import ROOT
