@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from montessori_core.config import Experiment, Training, Warmup
+from montessori_core.config import Experiment, Influence, Training, Warmup
 from montessori_core.flops import BACKWARD, FORWARD, weights_of
 from montessori_core.provenance import record_speed
 from montessori_core.sources import Sources, Task
@@ -154,10 +154,7 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
         return PlannedStage(label, f"{recipe.examples:,} examples", 1, _flops(sizes.student, learn=tokens))
 
     def measurement(label: str, count: int) -> PlannedStage:
-        exact = {"exact": count, "first_order": 0}.get(influence.estimator)
-        if exact is None:
-            audited = min(count, influence.screening.audit_examples)
-            exact = audited + math.ceil(_CONFIRMED * (count - audited))
+        exact = _exact_measurements(influence, count)
         projected = 0 if influence.estimator == "exact" else count
         passes = int(exact > 0) + int(projected > 0)
         read = (_CHECKS * passes + exact) * sizes.reference_tokens
@@ -199,6 +196,14 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
                 yield from student_of("unmodified teacher")
         for kept in range(1, comparison.teacher_checkpoints + 1):
             yield from student_of(f"{name}, teacher {kept} on the way", measured=False)
+
+
+def _exact_measurements(influence: Influence, count: int) -> int:
+    """About how many of so many examples the configured estimator measures exactly."""
+    if influence.estimator != "screened":
+        return count if influence.estimator == "exact" else 0
+    audited = min(count, influence.screening.audit_examples)
+    return audited + math.ceil(_CONFIRMED * (count - audited))
 
 
 def _flops(weights: int, **tokens: float) -> dict[str, float]:

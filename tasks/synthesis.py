@@ -61,13 +61,7 @@ def synthesize(
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
     style = "chat" if isinstance(teacher, Endpoint) else step.experiment.teacher.prompt_style
-    seeds = step.run.sources().seed_pool if seed_pool is None else seed_pool
-    pool = _pool(synthetic_pool)
-    if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
-        raise UserError(
-            f"{step.label}: {len(seeds)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
-            f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
-        )
+    seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
     accepted = Accepted(known, settings.filters.max_rouge_l)
     candidates: list[Row] = []
@@ -98,6 +92,18 @@ def synthesize(
     # Tables, not rows: Prefect looks into lists, and there may be many.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(step.label, step.folder, *tables, count, parts)
+
+
+def _seeds(step: Step, seed_pool: list[Task] | None) -> list[Task]:
+    """The tasks that prompts demonstrate; a UserError if they are fewer than a prompt takes."""
+    settings = step.experiment.synthesis
+    seeds = step.run.sources().seed_pool if seed_pool is None else seed_pool
+    if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
+        raise UserError(
+            f"{step.label}: {len(seeds)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
+            f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
+        )
+    return seeds
 
 
 def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:

@@ -13,54 +13,64 @@ from montessori_core.config import DataSource, Influence, Preferences, Student
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.schema import INFLUENCE, read_table
 
+StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
+ExamplesFile = Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")]
+TableFile = Annotated[
+    Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
+]
+ReferenceFile = Annotated[str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, or 'builtin'.")]
+WarmState = Annotated[
+    Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
+]
+EstimatorName = Annotated[
+    str,
+    typer.Option(
+        help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
+        "gradient. screened: first order for all, exact for an audit and for signs in doubt."
+    ),
+]
+ExampleWeight = Annotated[
+    float, typer.Option(help="What the example's gradient is multiplied by before AdamW's arithmetic, e.g. 0.125.")
+]
+BaselineName = Annotated[
+    str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
+]
+ErrorRate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ERROR_RATE",
+        help="With exact: read the reference set only until the sign is decided, wrongly for at most this share.",
+    ),
+]
+NumberType = Annotated[
+    str,
+    typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs)."),
+]
+MaxLength = Annotated[
+    int, typer.Option(min=32, help="Tokens of an example; longer ones are cut, and that is recorded.")
+]
+InstructionField = Annotated[str, typer.Option(help="Field of --examples that holds the instruction.")]
+ResponseField = Annotated[str, typer.Option(help="Field of --examples that holds the response.")]
+
 
 def influence(
-    student: Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")],
-    examples: Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")],
-    out: Annotated[
-        Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
-    ],
-    reference: Annotated[
-        str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, or 'builtin'.")
-    ] = "builtin",
-    warm_state: Annotated[
-        Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
-    ] = None,
-    estimator: Annotated[
-        str,
-        typer.Option(
-            help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
-            "gradient. screened: first order for all, exact for an audit and for signs in doubt."
-        ),
-    ] = "screened",
+    student: StudentOption,
+    examples: ExamplesFile,
+    out: TableFile,
+    reference: ReferenceFile = "builtin",
+    warm_state: WarmState = None,
+    estimator: EstimatorName = "screened",
     learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
-    example_weight: Annotated[
-        float, typer.Option(help="What the example's gradient is multiplied by before AdamW's arithmetic, e.g. 0.125.")
-    ] = 1 / 32,
-    baseline: Annotated[
-        str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
-    ] = "student",
+    example_weight: ExampleWeight = 1 / 32,
+    baseline: BaselineName = "student",
     reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
     audit_examples: Annotated[int, typer.Option(help="Examples that screened measures both ways.")] = 100,
-    sequential: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ERROR_RATE",
-            help="With exact: read the reference set only until the sign is decided, wrongly for at most this share.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs)."),
-    ] = "float32",
+    sequential: ErrorRate = None,
+    dtype: NumberType = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    max_length: Annotated[
-        int, typer.Option(min=32, help="Tokens of an example; longer ones are cut, and that is recorded.")
-    ] = 1024,
-    instruction_field: Annotated[
-        str, typer.Option(help="Field of --examples that holds the instruction.")
-    ] = "instruction",
-    response_field: Annotated[str, typer.Option(help="Field of --examples that holds the response.")] = "output",
+    max_length: MaxLength = 1024,
+    instruction_field: InstructionField = "instruction",
+    response_field: ResponseField = "output",
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
 
