@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows.methods.tailoring import Probed, tailor, write_training_set
-from flows.teacher_checkpoints import follow_update
+from flows.teacher_checkpoints import evaluate_checkpoints
 from montessori_core.program import Row
 from tasks.benchmarks import compare_answers, find_copies
 from tasks.evaluation import Evaluated, evaluate
@@ -102,7 +102,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
     trajectory = []
     if experiment.comparison.teacher_checkpoints:
         pool = previous.training.examples if previous else None
-        trajectory = follow_update(run, number, tailored, evaluated["student"], pool)
+        trajectory = evaluate_checkpoints(run, number, tailored, evaluated["student"], pool)
     write_metrics(
         run,
         number,

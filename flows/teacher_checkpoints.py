@@ -14,7 +14,7 @@ from tasks.teachers import kept_teachers, reward_margins
 
 
 @flow(flow_run_name="{run.experiment.name}: teachers on the way, iteration {number}", validate_parameters=False)
-def follow_update(
+def evaluate_checkpoints(
     run: Run, number: int, tailored: Tailored, student: Evaluated, synthetic_pool: Path | None
 ) -> list[Row]:
     """Reward margin and student's worth at each kept teacher; the updated teacher, and its `student`, come last.
