@@ -112,12 +112,19 @@ def bundle(shards: Sequence[AnyShard], size: int) -> list[list[AnyShard]]:
     return [list(shards[start : start + size]) for start in range(0, len(shards), size)]
 
 
-def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> Backend:
-    """The backend of the configured profile."""
+def open_backend(cluster: Cluster, resources: Resources, python: str | None, jobs_follow: bool = True) -> Backend:
+    """The backend of the configured profile.
+
+    Args:
+        cluster: where jobs run.
+        resources: what a job gets.
+        python: Python of another environment for these jobs.
+        jobs_follow: whether jobs will be started; local ones are then prepared for.
+    """
     if cluster.profile == "slurm":
         return SlurmBackend(cluster, resources, python or cluster.slurm.python)
     backend = LocalBackend(resources, python)
-    if backend.forks_jobs:
+    if backend.forks_jobs and jobs_follow:
         warm_process()  # what jobs import is then imported while the driver prepares them
     return backend
 

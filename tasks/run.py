@@ -238,7 +238,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             + "\n  ".join(changed)
         )
     warnings += _seen_references(sources.reference, _check_benchmarks(begun), experiment.benchmarks.contamination_words)
-    check_environment(experiment)
+    check_environment(experiment, jobs_follow=not begun.finished)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
         commit = commit_of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
@@ -420,8 +420,12 @@ def _copy_benchmarks(run: Run) -> None:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary)
 
 
-def check_environment(experiment: Experiment) -> None:
+def check_environment(experiment: Experiment, jobs_follow: bool = True) -> None:
     """See that jobs can be started here, and that what the driver and local jobs import is fit, before any is started.
+
+    Args:
+        experiment: whose jobs they are.
+        jobs_follow: whether to prepare for them, too.
 
     Raises:
         UserError: it is not.
@@ -431,7 +435,7 @@ def check_environment(experiment: Experiment) -> None:
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
     for _, resources in experiment.cluster.resources:
-        open_backend(experiment.cluster, resources, None)
+        open_backend(experiment.cluster, resources, None, jobs_follow)
 
 
 def _changes(experiment: Experiment, config: Path) -> list[str]:
