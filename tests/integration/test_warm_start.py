@@ -126,7 +126,7 @@ def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
 
 def test_finished_stage_starts_no_warm_process(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(stage, "1", "2") == [1, 2]
-    monkeypatch.setattr("cluster.backends.warm_process", lambda: pytest.fail("started"))
+    monkeypatch.setattr("cluster.backends.local.warm_process", lambda: pytest.fail("started"))
     assert run(stage, "1", "2") == [1, 2]
 
 
