@@ -269,6 +269,7 @@ def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
     assert "incomplete" not in output
 
 
+@pytest.mark.slow
 def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
@@ -366,6 +367,7 @@ def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: 
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
 
 
+@pytest.mark.slow
 def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
