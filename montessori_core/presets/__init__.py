@@ -1,0 +1,34 @@
+"""Configurations that come with Montessori: experiments, and in folders of their own studies and cluster files."""
+
+import os
+from pathlib import Path
+
+from montessori_core.errors import ConfigError
+
+PRESETS = Path(__file__).parent
+
+
+def find_configuration(name: Path, kind: str = "", folder: Path = Path()) -> Path:
+    """Return the path of a configuration that is given by its path, seen from `folder`, or by the name of a preset.
+
+    Args:
+        name: a file, which wins, or a preset's name.
+        kind: folder of the presets that may be meant: "studies", "clusters", or "" for experiments.
+        folder: where relative paths begin.
+
+    Raises:
+        ConfigError: there is neither a file nor a preset of this name.
+    """
+    path = folder / name
+    if len(name.parts) != 1 or (os.path.exists(path) and not os.path.isdir(path)):
+        return path
+    preset = PRESETS / kind / f"{name}.yaml"
+    if os.path.exists(preset):
+        return preset
+    if name.suffix:
+        return path  # whoever reads it says what is wrong
+    known = ", ".join(sorted(file.stem for file in (PRESETS / kind).glob("*.yaml")))
+    raise ConfigError(
+        f"{path}: no such file, and no preset of this name; give the path of a configuration file, in UTF-8, or a preset: "
+        f"{known} (files in {PRESETS / kind})"
+    )
