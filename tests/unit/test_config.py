@@ -36,7 +36,7 @@ from montessori_core.config import (
 from montessori_core.errors import ConfigError
 from montessori_core.study import read_study
 from montessori_core.synthesis.prompts import check_decoding
-from support import ROOT
+from support import CONFIGS
 from tasks.influence import influence_settings
 
 MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}}
@@ -61,13 +61,13 @@ def test_every_field_is_described() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS).glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
     experiment = read_experiment(path)
     assert parse_experiment(yaml.safe_load(to_yaml(experiment)), "round trip") == experiment
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS).glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
     synthesis = read_experiment(path).synthesis
     assert synthesis.instruction.repetition_penalty == 1.0
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused_with_its_path(change: dict[str, object], m
 
 
 def test_shipped_cluster_file_fits_and_mistakes_in_one_are_named(tmp_path: Path) -> None:
-    assert read_cluster(ROOT / "configs" / "clusters" / "slurm.yaml").profile == "slurm"
+    assert read_cluster(CONFIGS / "clusters" / "slurm.yaml").profile == "slurm"
     path = tmp_path / "cluster.yaml"
     path.write_text("profile: slurm\nslurm: {partiton: gpu}")
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_any_file_is_a_configuration_or_is_refused_by_its_name(
     change = "=".join(override)
     for read in (
         lambda: read_experiment(path),
-        lambda: read_experiment(ROOT / "configs" / "quickstart.yaml", (change,)),
+        lambda: read_experiment(CONFIGS / "quickstart.yaml", (change,)),
         lambda: read_study(path),
         lambda: read_cluster(path),
     ):
@@ -330,7 +330,7 @@ def test_example_weight_is_that_in_training_batch() -> None:
     option = inspect.signature(cli.influence).parameters["example_weight"]
     assert Influence().example_weight == option.default == 1 / Training().batch_size
     for name in ("paper-8b", "paper-1b"):
-        assert read_experiment(ROOT / "configs" / f"{name}.yaml").influence.example_weight == 1 / 8
+        assert read_experiment(CONFIGS / f"{name}.yaml").influence.example_weight == 1 / 8
 
 
 def test_influence_settings_have_all_that_decides_a_measurement() -> None:
@@ -352,9 +352,9 @@ def test_teacher_update_takes_training_resources_by_default() -> None:
 
 @pytest.mark.parametrize("name", ["paper-8b", "paper-1b"])
 def test_paper_presets_update_teacher_as_table_4_does(name: str) -> None:
-    experiment = read_experiment(ROOT / "configs" / f"{name}.yaml")
+    experiment = read_experiment(CONFIGS / f"{name}.yaml")
     recipe, resources = experiment.teacher_update, experiment.cluster.resources.teacher_update
     assert (recipe.batch_size, recipe.learning_rate, recipe.beta, recipe.epochs) == (2, 1e-6, 0.1, 1)
     assert resources.nodes * resources.processes_per_node == resources.gpus_per_node == 2
-    shared = read_cluster(ROOT / "configs" / "clusters" / "slurm.yaml")
+    shared = read_cluster(CONFIGS / "clusters" / "slurm.yaml")
     parse_experiment(experiment.model_dump(mode="json") | {"cluster": shared.model_dump(mode="json")}, name)

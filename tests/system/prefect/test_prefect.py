@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect
 from flows.serving import read_deployments, server_environment, wait_for_server
 from montessori_core.errors import ConfigError
 from montessori_core.study import Study, read_study
-from support import ROOT
+from support import CONFIGS, ROOT
 from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, wait_until
 from support.runs import configuration, digests
 
@@ -105,14 +105,14 @@ def finished(server: Server) -> str:
 
 
 def test_shipped_deployments_are_the_shipped_configurations() -> None:
-    *experiments, evaluation, study = read_deployments(ROOT / "prefect.yaml")
+    *experiments, evaluation, study = read_deployments(ROOT / "flows" / "prefect.yaml")
     for deployment in (*experiments, evaluation):
-        config = ROOT / "configs" / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
+        config = CONFIGS / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
         assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
     for deployment in experiments:
         assert deployment["parameters"].keys() == {"experiment"}
         assert deployment["concurrency_limit"]["limit"] == 1
-    shipped = read_study(ROOT / "configs" / "studies" / "quickstart.yaml")
+    shipped = read_study(CONFIGS / "studies" / "quickstart.yaml")
     assert Study.model_validate(study["parameters"]["study"]) == shipped
     assert study["concurrency_limit"]["limit"] == 1
 
@@ -515,7 +515,7 @@ def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tm
     try:
         api = f"http://127.0.0.1:{port}/api"
         wait_for_server(server, api)
-        (tmp_path / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+        (tmp_path / "prefect.yaml").write_text((ROOT / "flows" / "prefect.yaml").read_text())
         client = os.environ | {
             "PYTHONPATH": str(ROOT),
             "PREFECT_HOME": str(tmp_path / "client"),
