@@ -471,12 +471,15 @@ def _simulate(
     show_forecast(forecast(run, experiment, machines, disturbances, simulations), console)
 
 
-DeploymentsFile = Annotated[Path, typer.Option(help="Prefect's file of deployments.")]
+DeploymentsFile = Annotated[
+    Path | None,
+    typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the one that comes along."),
+]
 
 
 @app.command()
 def up(
-    file: DeploymentsFile = Path("prefect.yaml"),
+    file: DeploymentsFile = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="Port of the Prefect server, if one has to be started.")] = 4200,
 ) -> None:
@@ -494,7 +497,7 @@ def up(
 @app.command()
 def deploy(
     pool: Annotated[str, typer.Option(help="Work pool whose workers drive the runs.")],
-    file: DeploymentsFile = Path("prefect.yaml"),
+    file: DeploymentsFile = None,
 ) -> None:
     """Register the same deployments on a Prefect server you have, for the workers of a work pool."""
     _let_prefect_log()

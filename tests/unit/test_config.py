@@ -1,6 +1,7 @@
 """Configuration: strict, described, and the same after a round trip."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -358,3 +359,34 @@ def test_paper_presets_update_teacher_as_table_4_does(name: str) -> None:
     assert resources.nodes * resources.processes_per_node == resources.gpus_per_node == 2
     shared = read_cluster(CONFIGS / "clusters" / "slurm.yaml")
     parse_experiment(experiment.model_dump(mode="json") | {"cluster": shared.model_dump(mode="json")}, name)
+
+
+def test_preset_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()  # a folder is no configuration
+    assert read_experiment(Path("quickstart")) == read_experiment(CONFIGS / "quickstart.yaml")
+    assert read_study(Path("quickstart")) == read_study(CONFIGS / "studies" / "quickstart.yaml")
+    assert read_cluster(Path("slurm")) == read_cluster(CONFIGS / "clusters" / "slurm.yaml")
+
+
+def test_file_wins_over_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("paper-8b").write_text("{name: mine, teacher: {model: t}, student: {model: s}}")
+    Path("study.yaml").write_text("experiment: paper-8b")
+    assert read_experiment(Path("paper-8b")).name == "mine"
+    assert read_study(Path("study.yaml")).experiment.name == "mine"
+    Path("paper-8b").unlink()
+    assert read_study(Path("study.yaml")).experiment.name == "paper-8b"
+
+
+@pytest.mark.parametrize(
+    ("read", "presets"),
+    [
+        (read_experiment, "evaluation, paper-1b, paper-8b, quickstart"),
+        (read_study, "quickstart"),
+        (read_cluster, "slurm"),
+    ],
+)
+def test_unknown_preset_lists_the_shipped_ones(read: Callable[[Path], object], presets: str) -> None:
+    with pytest.raises(ConfigError, match=rf"quikstart: no such file, and no preset .*: {presets} \(files in"):
+        read(Path("quikstart"))
