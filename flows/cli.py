@@ -473,7 +473,7 @@ def _simulate(
 
 DeploymentsFile = Annotated[
     Path | None,
-    typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the one that comes along."),
+    typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one."),
 ]
 
 

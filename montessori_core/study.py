@@ -78,7 +78,7 @@ class Study(Section):
 def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
     """Read a study from YAML; `path` may be the name of a preset.
 
-    Its `experiment` may be the path of an experiment's file, seen from the study's, or the name of a preset.
+    Its `experiment` may be a path relative to the study's file, or the name of a preset.
 
     Raises:
         ConfigError: a file is missing, is not YAML, or does not fit; every field at fault is named.

@@ -1,4 +1,4 @@
-"""Configurations that come with Montessori: experiments, and in folders of their own studies and cluster files."""
+"""Shipped configurations: experiments, and in subfolders studies and cluster files."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,11 @@ PRESETS = Path(__file__).parent
 
 
 def find_configuration(name: Path, kind: str = "", folder: Path = Path()) -> Path:
-    """Return the path of a configuration that is given by its path, seen from `folder`, or by the name of a preset.
+    """Return the path of a configuration that is given by its path or by the name of a preset.
 
     Args:
-        name: a file, which wins, or a preset's name.
-        kind: folder of the presets that may be meant: "studies", "clusters", or "" for experiments.
+        name: path of a file, relative to `folder`, or name of a preset; a file wins.
+        kind: "studies", "clusters", or "" for experiments.
         folder: where relative paths begin.
 
     Raises:
@@ -26,9 +26,9 @@ def find_configuration(name: Path, kind: str = "", folder: Path = Path()) -> Pat
     if os.path.exists(preset):
         return preset
     if name.suffix:
-        return path  # whoever reads it says what is wrong
+        return path  # reading it fails with the reason
     known = ", ".join(sorted(file.stem for file in (PRESETS / kind).glob("*.yaml")))
     raise ConfigError(
-        f"{path}: no such file, and no preset of this name; give the path of a configuration file, in UTF-8, or a preset: "
-        f"{known} (files in {PRESETS / kind})"
+        f"{path}: no such file, and no preset of this name; give the path of a configuration file, or a preset: {known} "
+        f"(files in {PRESETS / kind})"
     )
