@@ -51,14 +51,14 @@ app = typer.Typer(
 
     [b]First steps[/b]
       montessori model fetch smollm2-135m     the embedded model, once
-      montessori run configs/quickstart.yaml  an iteration here, in minutes
+      montessori run quickstart               an iteration here, in minutes
       montessori status runs/quickstart       what is done, what failed, how long yet
       montessori logs runs/quickstart --shard 3
       montessori cancel runs/quickstart
       montessori resume runs/quickstart       goes on after Ctrl-C or a crash
 
     [b]Is it better than what you do now?[/b]
-      montessori compare configs/studies/quickstart.yaml
+      montessori compare quickstart
       montessori methods                      which there are to compare
 
     [b]How good is a model?[/b]
@@ -79,7 +79,7 @@ app = typer.Typer(
       montessori plan CONFIG --simulate --pilot RUN_DIR
 
     [b]Your own models and data[/b]
-      montessori run configs/quickstart.yaml --name mine \\
+      montessori run quickstart --name mine \\
         --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
     """,
@@ -99,7 +99,7 @@ ClusterFile = Annotated[
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="Configuration, YAML; start from one in configs/.")],
+    config: Annotated[Path, typer.Argument(help="Configuration: a YAML file or a preset, e.g. quickstart.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
     ] = None,
@@ -123,7 +123,7 @@ def run(
 
 @app.command()
 def compare(
-    study: Annotated[Path, typer.Argument(help="Study, YAML; start from configs/studies/quickstart.yaml.")],
+    study: Annotated[Path, typer.Argument(help="Study: a YAML file or a preset, e.g. quickstart.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. experiment.training.examples=100."),
@@ -151,7 +151,7 @@ def evaluate(
     config: Annotated[
         Path,
         typer.Option(help="Configuration, YAML: its evaluation, benchmarks, judge and cluster sections are read."),
-    ] = Path("configs/evaluation.yaml"),
+    ] = Path("evaluation"),
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field, e.g. benchmarks.mt_bench=FILE."),
@@ -471,12 +471,15 @@ def _simulate(
     show_forecast(forecast(run, experiment, machines, disturbances, simulations), console)
 
 
-DeploymentsFile = Annotated[Path, typer.Option(help="Prefect's file of deployments.")]
+DeploymentsFile = Annotated[
+    Path | None,
+    typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one."),
+]
 
 
 @app.command()
 def up(
-    file: DeploymentsFile = Path("prefect.yaml"),
+    file: DeploymentsFile = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="Port of the Prefect server, if one has to be started.")] = 4200,
 ) -> None:
@@ -494,7 +497,7 @@ def up(
 @app.command()
 def deploy(
     pool: Annotated[str, typer.Option(help="Work pool whose workers drive the runs.")],
-    file: DeploymentsFile = Path("prefect.yaml"),
+    file: DeploymentsFile = None,
 ) -> None:
     """Register the same deployments on a Prefect server you have, for the workers of a work pool."""
     _let_prefect_log()

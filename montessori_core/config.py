@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from montessori_core.atomic import commit
 from montessori_core.errors import ConfigError
+from montessori_core.presets import find_configuration
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -719,9 +720,12 @@ Configuration = TypeVar("Configuration", bound=Section)
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML too).
 
+    `path` may be the name of a preset.
+
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
     """
+    path = find_configuration(path)
     return parse_experiment(read_overridden(path, overrides), str(path))
 
 
@@ -755,7 +759,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, see configs/quickstart.yaml")
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, see docs/configuration.md")
     return content
 
 
@@ -802,9 +806,12 @@ class _Loader(yaml.SafeLoader):
 def read_cluster(path: Path) -> Cluster:
     """Read a cluster file: the `cluster` section of an experiment, by itself or under that name.
 
+    `path` may be the name of a preset.
+
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit.
     """
+    path = find_configuration(path, "clusters")
     content = _read_yaml(path)
     return parse(Cluster, content.get("cluster", content), f"{path}: the cluster file")
 

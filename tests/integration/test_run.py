@@ -430,5 +430,5 @@ def test_full_run_root_is_named(undisturbed: Path) -> None:
 def test_help_teaches(tmp_path: Path) -> None:
     code, output = call("--help", cwd=tmp_path)
     assert code == 0
-    for text in ("montessori run configs/quickstart.yaml", "resume", "status", "influence", "student"):
+    for text in ("montessori run quickstart", "resume", "status", "influence", "student"):
         assert text in output

@@ -17,7 +17,7 @@ from montessori_core.chat import IGNORED, encode_example
 from montessori_core.errors import UserError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.training.checkpoints import checkpoint_folder
-from support import ROOT
+from support import CONFIGS
 from support.runs import invoke
 
 
@@ -64,7 +64,7 @@ def test_folders_that_hold_pickles_are_private(
 @pytest.mark.parametrize("name", ["../outside", "a..b"])
 @pytest.mark.parametrize("command", ["run", "evaluate"])
 def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str, tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(CONFIGS / "quickstart.yaml")
     subject = ["no-model", "--config", config] if command == "evaluate" else [config]
     code, output = invoke(command, *subject, "--run-root", "runs", "--name", name, cwd=tmp_path)
     assert code == 1
@@ -74,7 +74,7 @@ def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str,
 
 def test_name_is_taken_as_it_is_written(tmp_path: Path) -> None:
     """Not as the YAML that it might be: a date that is none, a number."""
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(CONFIGS / "quickstart.yaml")
     changed = ["--name", "2026-02-30", "--set", "seed_pool.path=absent.jsonl"]
     outcome = CliRunner().invoke(app, ["run", config, "--run-root", str(tmp_path), *changed])
     assert isinstance(outcome.exception, UserError)

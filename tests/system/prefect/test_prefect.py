@@ -20,9 +20,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect
 
-from flows.serving import read_deployments, server_environment, wait_for_server
-from montessori_core.errors import ConfigError
-from montessori_core.study import Study, read_study
+from flows.serving import server_environment, wait_for_server
 from support import ROOT
 from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, wait_until
 from support.runs import configuration, digests
@@ -102,26 +100,6 @@ def finished(server: Server) -> str:
     run = server.start("tiny", "finished")
     server.wait_for(run, "Completed")
     return run
-
-
-def test_shipped_deployments_are_the_shipped_configurations() -> None:
-    *experiments, evaluation, study = read_deployments(ROOT / "prefect.yaml")
-    for deployment in (*experiments, evaluation):
-        config = ROOT / "configs" / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
-        assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
-    for deployment in experiments:
-        assert deployment["parameters"].keys() == {"experiment"}
-        assert deployment["concurrency_limit"]["limit"] == 1
-    shipped = read_study(ROOT / "configs" / "studies" / "quickstart.yaml")
-    assert Study.model_validate(study["parameters"]["study"]) == shipped
-    assert study["concurrency_limit"]["limit"] == 1
-
-
-def test_deployment_that_does_not_fit_is_refused_by_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "prefect.yaml"
-    path.write_text(yaml.safe_dump({"deployments": [{"name": "mine", "parameters": {"experiment": {"seed": -1}}}]}))
-    with pytest.raises(ConfigError, match=r"(?s)deployment 'mine'.*seed.*teacher: missing"):
-        read_deployments(path)
 
 
 def test_second_up_finds_the_first(server: Server) -> None:
@@ -516,7 +494,7 @@ def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tm
     try:
         api = f"http://127.0.0.1:{port}/api"
         wait_for_server(server, api)
-        (tmp_path / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+        (tmp_path / "prefect.yaml").write_text((ROOT / "flows" / "prefect.yaml").read_text())
         client = os.environ | {
             "PYTHONPATH": str(ROOT),
             "PREFECT_HOME": str(tmp_path / "client"),
