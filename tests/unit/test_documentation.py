@@ -95,6 +95,7 @@ def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
     assert len(BAD_DATA) == 6
 
 
+@pytest.mark.guarantee("broken rows or wrong fields")
 @pytest.mark.parametrize(("content", "said"), BAD_DATA, ids=range(len(BAD_DATA)))
 def test_bad_data_is_refused_as_documented(
     content: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
