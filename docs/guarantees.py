@@ -15,8 +15,8 @@ PAGES = ("reliability.md", "security.md")
 _TESTS = PAGE.parent.parent / "tests"
 _HEAD = """# Guarantees and their tests
 
-Written by `python docs/guarantees.py` from the marks of the tests (`@pytest.mark.guarantee`); do not edit this page. *Slow* tests
-run in `make test-all`, the others in `make test` as well."""
+Written by `python docs/guarantees.py` from the marks of the tests (`@pytest.mark.guarantee`); do not edit this page.
+*Slow* tests run in `make test-all`, the others in `make test` as well."""
 
 
 def named(page: str) -> list[str]:

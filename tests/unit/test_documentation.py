@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from support import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATION = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
+GUARANTEES = runpy.run_path(str(ROOT / "docs" / "guarantees.py"))
+PACKAGES = ("flows", "tasks", "cluster", "montessori_core")
 
 
-def test_influence_as_a_library_runs_as_documented(tiny_llama: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "influence.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/influence.md"])
+def test_influence_as_a_library_runs_as_documented(page: str, tiny_llama: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     pairs = [(f"Say {n}.", f"I say {n}.") for n in range(4)]
     names = {"student": str(tiny_llama), "good": pairs[:2], "data": pairs[2:]}
-    exec(compile(code, "docs/influence.md", "exec"), names)
+    exec(compile(code, page, "exec"), names)
     assert [score.status for score in names["scores"]] == ["ok", "ok"]  # type: ignore[union-attr]
 
 
@@ -42,6 +45,35 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_configuration_reference_is_that_of_the_models() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == CONFIGURATION["page"](), "docs/configuration.md is out of date; run: python docs/configuration.py"
+
+
+def test_guarantees_page_lists_the_marks() -> None:
+    written = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    assert written == GUARANTEES["page"](), "docs/guarantees.md is out of date; run: python docs/guarantees.py"
+
+
+def test_guarantees_have_tests() -> None:
+    tested = set(GUARANTEES["tested"]())
+    names = {page: GUARANTEES["named"](page) for page in GUARANTEES["PAGES"]}
+    assert set(names["reliability.md"]) <= tested
+    assert tested <= {name for page in names.values() for name in page}
+    assert len(tested & set(names["security.md"])) > 15
+
+
+def test_readme_is_short_and_shows_the_tree() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1200
+    folder = ""
+    (tree,) = re.findall(r"^```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    shown: list[str] = []
+    for line in tree.splitlines():
+        names = list(takewhile(re.compile(r"[\w.]+/|\w+\.py").fullmatch, line.split()))
+        folder = folder if line.startswith(" ") else ""
+        shown += [f"{folder}{name}" for name in names]
+        folder = folder or names[0]
+    assert [path for path in shown if not (ROOT / path).exists()] == []
+    modules = {f"{package}/{file.name}" for package in PACKAGES for file in (ROOT / package).glob("[a-z]*.py")}
+    assert sorted(modules - set(shown)) == []
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
