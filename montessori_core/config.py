@@ -327,8 +327,9 @@ class Influence(Section):
         gt=0.0,
         le=1.0,
         description="What the example's gradient is multiplied by before AdamW's arithmetic: 1 is Eq. 1 to the letter, 1/8 "
-        "the authors' code on 8 GPUs, 1/32 (the default: it predicts training best where the weights differ) an example of "
-        "a training batch of 32. At 1 the example's own square can decide most of AdamW's denominator (`dominated_share`).",
+        "the authors' code on 8 GPUs, 1/32 (the default: no other predicts training measurably better) an "
+        "example of a training batch of 32. At 1 the example's own square can decide most of AdamW's denominator "
+        "(`dominated_share` of the table).",
     )
     reference_batch_tokens: Count = Field(
         2048, description="Tokens of a batch of reference examples, padding included."

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
@@ -19,7 +19,7 @@ from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
 from montessori_core.screening import ScreeningReport, estimate_influence, screening_report
 from tasks.plots import histogram
 from tasks.run import Model
-from tasks.stage import Step
+from tasks.stage import Step, warn
 
 
 def collect_influence(step: Step, student: Model, examples: Path, first: int, last: int, paired: bool = False) -> Path:
@@ -48,9 +48,9 @@ def collect_influence(step: Step, student: Model, examples: Path, first: int, la
         parts_so_far.extend(parts)
         return parts
 
-    def warn(warning: str) -> None:
+    def note(warning: str) -> None:
         warnings.append(warning)
-        get_run_logger().warning("%s: %s", step.label, warning)
+        warn(step.label, warning)
 
     def measure(name: str, estimator: str, some: list[Row]) -> pa.RecordBatchReader:
         if not paired or name not in ("screen", estimator):
@@ -59,7 +59,7 @@ def collect_influence(step: Step, student: Model, examples: Path, first: int, la
             some,
             lambda part, is_pilot: execute("pilot" if is_pilot else name, estimator, part),
             experiment.preferences,
-            warn,
+            note,
         )
         return join_influence(parts)
 
@@ -86,7 +86,7 @@ def _join(
     summary = summarize_influence(written, threshold)
     warning = domination_warning(summary)
     if warning:
-        get_run_logger().warning("%s: %s", label, warning)
+        warn(label, warning)
     _publish(label, summary, screening_report(written), [*warnings, *([warning] if warning else [])])
     values = written["influence_student"].drop_null().to_numpy()
     if len(values):

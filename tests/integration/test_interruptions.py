@@ -52,7 +52,7 @@ def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
         time.sleep(draw.uniform(0.0, 6.0))
         assert driver.poll() is None, driver.communicate()[0]
         kill_everything(driver, signal.SIGKILL if number % 2 else signal.SIGINT)
-    code, output = call("resume", str(run), cwd=tmp_path)
+    code, output = call("resume", str(run), cwd=tmp_path, **shared_server)
     assert code == 0, output
     assert not left_over(tmp_path)
     assert digests(run) == digests(finished_run / "runs" / "tiny")

@@ -175,12 +175,12 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
     ("stage", "processes", "offload"),
     [
         (0, 1, "none"),
-        (1, 1, "none"),
         (2, 2, "none"),
-        (3, 1, "none"),
-        (3, 2, "none"),
-        (2, 1, "optimizer"),
         (3, 2, "all"),
+        pytest.param(1, 1, "none", marks=pytest.mark.slow),
+        pytest.param(3, 1, "none", marks=pytest.mark.slow),
+        pytest.param(3, 2, "none", marks=pytest.mark.slow),
+        pytest.param(2, 1, "optimizer", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_plain_torch_at_every_zero_stage(

@@ -124,6 +124,12 @@ def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
     assert run(stage, "'trl.trainer.dpo_trainer' in sys.modules") == [True]
 
 
+def test_finished_stage_starts_no_warm_process(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(stage, "1", "2") == [1, 2]
+    monkeypatch.setattr("cluster.backends.local.warm_process", lambda: pytest.fail("started"))
+    assert run(stage, "1", "2") == [1, 2]
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Tests that a shell runs in the background ignore SIGINT, and so would a new interpreter that they start."""

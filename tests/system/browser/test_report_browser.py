@@ -64,7 +64,7 @@ class Visit:
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_page_opens_quietly_and_is_accessible(
     browser: Browser, written: dict[str, Path], name: str, scheme: Literal["light", "dark"]
 ) -> None:
