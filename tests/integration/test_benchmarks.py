@@ -102,6 +102,7 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     assert scores("last", rows[5:]) + scores("first", rows[:5]) == whole[5:] + whole[:5]
 
 
+@pytest.mark.guarantee("any number of interruptions")
 def test_scores_do_not_depend_on_interruptions(tasks: Path, tiny_llama: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]

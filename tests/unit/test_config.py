@@ -75,6 +75,7 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
     assert check_decoding(synthesis) == []
 
 
+@pytest.mark.guarantee("names that lead out of the run root")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,6 +169,7 @@ def test_override_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> No
     assert (experiment.warmup.epochs, experiment.training.epochs) == (2, 3)
 
 
+@pytest.mark.guarantee("code or endless references in YAML")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -251,6 +253,7 @@ YAML = st.recursive(
 )
 
 
+@pytest.mark.guarantee("code or endless references in YAML")
 @given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
 @example([("experiment", "elsewhere")], b"", ("teacher", "{}"))
 def test_any_file_is_a_configuration_or_is_refused_by_its_name(

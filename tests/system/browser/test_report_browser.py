@@ -123,6 +123,7 @@ def test_examples_are_searched_sorted_and_leafed_through(browser: Browser, writt
         assert visit.troubles == []
 
 
+@pytest.mark.guarantee("script in the report")
 def test_hostile_text_stays_text_whatever_is_pressed(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"]) as visit:
         page = visit.page

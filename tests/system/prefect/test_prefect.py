@@ -115,6 +115,7 @@ def test_second_up_finds_the_first(server: Server) -> None:
     assert f"already up: {server.url}" in again.stdout
 
 
+@pytest.mark.guarantee("requests from other web pages")
 def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> None:
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Content-Type": "application/json"}
@@ -126,6 +127,7 @@ def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> Non
     assert allowed(server.url) == server.url
 
 
+@pytest.mark.guarantee("runs started on your Prefect server")
 def test_server_without_a_login_says_so(server: Server) -> None:
     assert "no login: whoever has an account on this machine" in (server.folder / "up.log").read_text()
 
@@ -455,6 +457,7 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     assert server.counts(run)["iteration-1/warmup"] == (1, 0, 0)  # so it had the folder of runs from the Secret block
 
 
+@pytest.mark.guarantee("API keys in logs, tables or databases")
 def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
     """Not in a run's folder, a job's log or pickle, Prefect's database, or an answer of its API."""
     files = [path for path in server.folder.rglob("*") if path.is_file()]
@@ -468,6 +471,7 @@ def test_key_from_the_environment_is_written_nowhere(server: Server, finished: s
         assert CANARY not in json.dumps(server.ask(f"{route}/filter", {}))
 
 
+@pytest.mark.guarantee("runs started on your Prefect server")
 @pytest.mark.slow
 def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tmp_path: Path, page: Page) -> None:
     """And the login is written nowhere; the UI finds the API wherever people reach the server, as through a tunnel."""
