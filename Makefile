@@ -36,7 +36,7 @@ endef
 
 quickstart: $(VENV)/.local-$(TORCH)
 	$(BIN)/montessori model fetch smollm2-135m
-	$(BIN)/montessori run configs/quickstart.yaml
+	$(BIN)/montessori run quickstart
 
 # A file is one unit of work: its tests share servers and models. (xdist 3.8 does not see groups with pytest 9.2.)
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

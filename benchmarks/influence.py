@@ -78,7 +78,7 @@ def main() -> None:
                 seconds_first + arguments.screened_share * seconds_exact,
             )
         )
-        print("\n| procedure | s / example | naive / it |\n|---|---|---|")  # noqa: T201
+        print("\n| procedure | s / example | speed-up |\n|---|---|---|")  # noqa: T201
         for name, seconds in rows:
             ratio = f"{rows[0][1] / seconds:.0f}" if not arguments.skip_naive else "not measured"
             print(f"| {name} | {seconds:.2f} | {ratio} |")  # noqa: T201

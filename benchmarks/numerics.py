@@ -99,7 +99,7 @@ def main() -> None:
         "",
         f"{len(setting.probing)} probing examples, {len(setting.reference)} reference examples, "
         f"{setting.moments.step} warm-up steps, learning rate {setting.adamw.learning_rate:g}, seed {arguments.seed}. "
-        f"Influences in [{oracle.min():.2e}, {oracle.max():.2e}], of which momentum alone {momentum:.2e}; standard error "
+        f"Influences in [{oracle.min():.2e}, {oracle.max():.2e}]; momentum alone: {momentum:.2e}; standard error "
         f"over the reference examples {np.median(errors):.1e} (median). Noise floor {oracle_meter.noise_floor:.1e} in fp32, "
         f"{bf16_meter.noise_floor:.1e} in bfloat16. A step in bfloat16 changes "
         f"{changed_weights(setting, torch.bfloat16):.1%} of the weights, in fp32 "

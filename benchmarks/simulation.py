@@ -66,7 +66,7 @@ def main() -> None:
     cost, _ = run(arguments.folder, 8, NODES, lambda stop: None)
     print(  # noqa: T201
         f"pilot: {cost.seconds_per_row:.3f} s a row, spread {cost.spread:.2f}, opening {cost.opening:.1f} s\n\n"
-        "| | simulated, s: median, 10 % to 90 % | measured, s | job seconds, simulated | measured | put back, simulated "
+        "| | simulated, s: median, 10 % to 90 % | measured, s | job seconds, simulated | measured | requeued, simulated "
         "| measured |\n|---|---|---|---|---|---|---|",
         flush=True,
     )
@@ -75,8 +75,8 @@ def main() -> None:
     preempted = Disturbances(preemption_hours=PREEMPTION / 3600, requeue_seconds=back)
     failing = Disturbances(FAILURE / 3600, notice_seconds=0.0, repair_minutes=REPAIR / 60, requeue_seconds=back)
     for name, at_once, disturbances, disturb in (
-        ("peace, 4 jobs at a time", 4, peace, lambda stop: None),
-        ("peace, 2 jobs at a time", 2, peace, lambda stop: None),
+        ("no faults, 4 jobs at a time", 4, peace, lambda stop: None),
+        ("no faults, 2 jobs at a time", 2, peace, lambda stop: None),
         ("preemption", 4, preempted, preempt),
         ("failing nodes", 4, failing, crash_nodes),
     ):

@@ -52,7 +52,7 @@ def main() -> None:
         os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"
         first = measure(folder / "first", "nothing", None)[0]
         lines = [
-            "| what the program imports | forked: s, processor s, private MB | own Python: s, processor s, private MB |",
+            "| what the program imports | forked: s, CPU s, private MB | new Python: s, CPU s, private MB |",
             "|---|---|---|",
         ]
         for name in PROGRAMS:
@@ -64,7 +64,7 @@ def main() -> None:
         warm = psutil.Process(warm_process().pid)
         memory = warm.memory_full_info()
         lines.append(
-            f"\nThe warm process takes {sum(warm.cpu_times()[:2]):.1f} processor seconds once, and the first job waited "
+            f"\nThe warm process takes {sum(warm.cpu_times()[:2]):.1f} CPU seconds once, and the first job waited "
             f"{first:.1f} s for it; it holds {memory.rss / 1e6:.0f} MB."
         )
     print("\n".join(lines))  # noqa: T201

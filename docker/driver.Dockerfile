@@ -13,7 +13,6 @@ RUN make install-driver PYTHON=python3 VENV=/opt/montessori
 FROM python:3.12-slim-bookworm
 RUN useradd --create-home --uid 1000 montessori && install --directory --owner montessori /runs
 COPY --from=build /opt/montessori /opt/montessori
-COPY configs prefect.yaml /opt/configs/
 ENV PATH=/opt/montessori/bin:$PATH PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 USER 1000
 WORKDIR /runs

@@ -21,7 +21,6 @@ FROM python
 RUN userdel --remove ubuntu && useradd --create-home --uid 1000 montessori && install --directory --owner montessori /runs /home/montessori/.cache
 COPY --from=build /opt/montessori /opt/montessori
 COPY --from=build /opt/generation /opt/generation
-COPY configs prefect.yaml /opt/configs/
 ENV PATH=/opt/montessori/bin:$PATH CUDA_HOME=/usr/local/cuda PYTHONUNBUFFERED=1 \
     PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 USER 1000

@@ -19,6 +19,23 @@ A configuration is YAML, checked as a whole before anything runs: an unknown key
 refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and a run writes its resolved
 `config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list; `null` means none.
 
+## Presets
+
+A command takes the path of a configuration or the name of a shipped preset; a file of that name wins.
+
+| preset | for | what it is |
+|---|---|---|
+| `quickstart` | `montessori run` | an iteration on a laptop: SmolLM2-135M teaches itself |
+| `paper-1b`, `paper-8b` | `montessori run` | the paper's settings, for a cluster of H100 nodes |
+| `evaluation` | `montessori evaluate` | the paper's tasks |
+| `quickstart` | `montessori compare` | two methods, three seeds, with the quickstart's experiment |
+| `slurm` | `--cluster` | a cluster file to start from |
+
+To change more than a few fields, copy a preset from `montessori_core/presets/`. Where the package is installed, this prints
+the folder: `python -c "from montessori_core.presets import PRESETS; print(PRESETS)"`.
+
+## Fields
+
 Models and data sets are described in [data-and-models.md](data-and-models.md), the `cluster` section in
 [cluster.md](cluster.md), studies in [comparing.md](comparing.md). Where the paper gives a number, it is the default."""
 _NUMBERS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}

@@ -1,6 +1,6 @@
 """Deployments in Prefect: `montessori up` serves them from this machine, `montessori deploy` gives them to a work pool.
 
-Both read `prefect.yaml`. A deployment's parameters are a preset of the form: what a person sees when they press Run.
+Both read `prefect.yaml`. A deployment's configuration presets the form: what a person sees when they press Run.
 """
 
 import asyncio
@@ -18,63 +18,22 @@ import psutil
 from rich.console import Console
 
 from flows.local_server import answers, check_login, prefect_api, served_reports
+from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, read_deployments
 from montessori_core.atomic import read_json
-from montessori_core.config import Experiment, Section, parse, parse_yaml
-from montessori_core.errors import ConfigError, UserError
-from montessori_core.study import Study
+from montessori_core.errors import UserError
 
 _DRIVERS_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _HEARTBEAT = 30  # seconds between a flow run's signs of life
 _SILENCE = 100  # seconds without one until it counts as crashed
 
 
-_EXPERIMENT = "flows/experiment.py:montessori"
-_STUDY = "flows/study.py:compare"
-_EVALUATION = "flows/evaluation.py:evaluate"
-_FORMS: dict[str, tuple[str, type[Section]]] = {
-    _EXPERIMENT: ("experiment", Experiment),
-    _STUDY: ("study", Study),
-    _EVALUATION: ("experiment", Experiment),
-}
-
-
-def read_deployments(path: Path) -> list[dict[str, Any]]:
-    """The deployments of a `prefect.yaml`, their parameters validated.
-
-    Raises:
-        ConfigError: the file cannot be read, or a deployment does not fit.
-    """
-    try:
-        deployments: list[dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["deployments"]
-        if not all(isinstance(one, dict) for one in deployments):
-            raise TypeError("each deployment is a mapping")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); name Prefect's file with --file, or go where it lies"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: not a file of deployments ({error}); see the one in Montessori's repository"
-        ) from error
-    for deployment in deployments:
-        source = f"{path}, deployment {deployment.get('name')!r}"
-        entrypoint = deployment.setdefault("entrypoint", _EXPERIMENT)
-        if not isinstance(entrypoint, str) or entrypoint not in _FORMS:
-            raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; there are {', '.join(_FORMS)}")
-        parameter, kind = _FORMS[entrypoint]
-        parameters = deployment.get("parameters")
-        if not isinstance(parameters, dict) or parameter not in parameters:
-            raise ConfigError(f"{source}: parameters.{parameter} is missing; it is what a file in configs/ holds")
-        parse(kind, parameters[parameter], f"{source}: the configuration")
-    return deployments
-
-
-def up(file: Path, root: Path, port: int, console: Console) -> None:
+def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     """Serve the deployments until Ctrl-C, with a Prefect server of our own if there is none yet.
 
     Raises:
         UserError: the server does not start, or the file does not fit.
     """
+    file = file or find_deployments()
     deployments = read_deployments(file)
     state = root.resolve() / ".montessori"
     state.mkdir(parents=True, exist_ok=True)
@@ -96,14 +55,16 @@ def up(file: Path, root: Path, port: int, console: Console) -> None:
             os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
             _notice_crashes()
             names = ", ".join(deployment["name"] for deployment in deployments)
-            console.print(f"Prefect: {url}\ndeployments: {names}\nruns and reports: {root.resolve()}", soft_wrap=True)
+            console.print(
+                f"Prefect: {url}\ndeployments of {file}: {names}\nruns and reports: {root.resolve()}", soft_wrap=True
+            )
             console.print("Open the address, choose a deployment, press Run. Ctrl-C ends this.", soft_wrap=True)
             _serve(deployments)
         _note(lock, {})
     console.print("down; runs go on from where they are when they are retried")
 
 
-def deploy(file: Path, pool: str, console: Console) -> None:
+def deploy(file: Path | None, pool: str, console: Console) -> None:
     """Register the deployments for a work pool of the server that Prefect's settings name.
 
     Raises:
@@ -112,7 +73,7 @@ def deploy(file: Path, pool: str, console: Console) -> None:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    deployments = read_deployments(file)
+    deployments = read_deployments(file or find_deployments())
     with get_client(sync_client=True) as client:
         api = str(client.api_url).rstrip("/")
         if not answers(api):
@@ -176,7 +137,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     from flows.experiment import montessori
     from flows.study import compare
 
-    served: Any = {_EXPERIMENT: montessori, _STUDY: compare, _EVALUATION: evaluate}[deployment["entrypoint"]]
+    served: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate}[deployment["entrypoint"]]
     schedules = []
     for schedule in deployment.get("schedules") or []:
         options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}

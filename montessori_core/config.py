@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from montessori_core.atomic import commit
 from montessori_core.errors import ConfigError
+from montessori_core.presets import find_configuration
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -327,8 +328,9 @@ class Influence(Section):
         gt=0.0,
         le=1.0,
         description="What the example's gradient is multiplied by before AdamW's arithmetic: 1 is Eq. 1 to the letter, 1/8 "
-        "the authors' code on 8 GPUs, 1/32 (the default: it predicts training best where the weights differ) an example of "
-        "a training batch of 32. At 1 the example's own square can decide most of AdamW's denominator (`dominated_share`).",
+        "the authors' code on 8 GPUs, 1/32 (the default: no other predicts training measurably better) an "
+        "example of a training batch of 32. At 1 the example's own square can decide most of AdamW's denominator "
+        "(`dominated_share` of the table).",
     )
     reference_batch_tokens: Count = Field(
         2048, description="Tokens of a batch of reference examples, padding included."
@@ -718,9 +720,12 @@ Configuration = TypeVar("Configuration", bound=Section)
 def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML too).
 
+    `path` may be the name of a preset.
+
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
     """
+    path = find_configuration(path)
     return parse_experiment(read_overridden(path, overrides), str(path))
 
 
@@ -754,7 +759,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, see configs/quickstart.yaml")
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, see docs/configuration.md")
     return content
 
 
@@ -801,9 +806,12 @@ class _Loader(yaml.SafeLoader):
 def read_cluster(path: Path) -> Cluster:
     """Read a cluster file: the `cluster` section of an experiment, by itself or under that name.
 
+    `path` may be the name of a preset.
+
     Raises:
         ConfigError: the file is missing, is not YAML, or does not fit.
     """
+    path = find_configuration(path, "clusters")
     content = _read_yaml(path)
     return parse(Cluster, content.get("cluster", content), f"{path}: the cluster file")
 

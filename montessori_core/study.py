@@ -20,6 +20,7 @@ from montessori_core.config import (
     read_overridden,
 )
 from montessori_core.errors import ConfigError
+from montessori_core.presets import find_configuration
 
 _RESAMPLES = 9999
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -75,15 +76,19 @@ class Study(Section):
 
 
 def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
-    """Read a study from YAML; its `experiment` may be the path of an experiment's file, seen from the study's.
+    """Read a study from YAML; `path` may be the name of a preset.
+
+    Its `experiment` may be a path relative to the study's file, or the name of a preset.
 
     Raises:
         ConfigError: a file is missing, is not YAML, or does not fit; every field at fault is named.
     """
+    path = find_configuration(path, "studies")
     content = read_overridden(path, ())
     if isinstance(content.get("experiment"), str):
         try:
-            content["experiment"] = read_experiment(path.parent / content["experiment"]).model_dump(mode="json")
+            experiment = find_configuration(Path(content["experiment"]), folder=path.parent)
+            content["experiment"] = read_experiment(experiment).model_dump(mode="json")
         except ConfigError as error:
             raise ConfigError(f"{path}: experiment: {error}") from error
     apply_overrides(content, overrides)

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
@@ -20,7 +20,7 @@ from montessori_core.screening import ScreeningReport, screening_report
 from tasks.plots import histogram
 from tasks.run import Model
 from tasks.screening import estimate_influence
-from tasks.stage import Step
+from tasks.stage import Step, warn
 
 
 def collect_influence(step: Step, student: Model, examples: Path, first: int, last: int, paired: bool = False) -> Path:
@@ -83,7 +83,7 @@ class _Stages:
 
     def _warn(self, warning: str) -> None:
         self.warnings.append(warning)
-        get_run_logger().warning("%s: %s", self._step.label, warning)
+        warn(self._step.label, warning)
 
 
 def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
@@ -104,7 +104,7 @@ def _join(
     summary = summarize_influence(written, threshold)
     warning = domination_warning(summary)
     if warning:
-        get_run_logger().warning("%s: %s", label, warning)
+        warn(label, warning)
     _publish(label, summary, screening_report(written), [*warnings, *([warning] if warning else [])])
     values = written["influence_student"].drop_null().to_numpy()
     if len(values):

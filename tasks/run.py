@@ -137,7 +137,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     benchmarks = experiment.benchmarks
     judged_on = check_benchmarks(benchmarks, folder / "sources")
     warnings += seen_references(sources.reference, judged_on, benchmarks.contamination_words)
-    check_environment(experiment, jobs_follow=bool(changed) or not begun.finished)
+    check_environment(experiment)
     commits: dict[str, str] = read_json(folder / _COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
         commit = commit_of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
@@ -161,6 +161,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "
             "--run-root"
         ) from error
+    if not run.finished:
+        open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
     return run, warnings
 
 
@@ -176,12 +178,8 @@ def reopen_run(folder: Path) -> Run:
     return Run(folder.resolve(), read_experiment(config))
 
 
-def check_environment(experiment: Experiment, jobs_follow: bool = True) -> None:
+def check_environment(experiment: Experiment) -> None:
     """See that jobs can be started here, and that what the driver and local jobs import is fit, before any is started.
-
-    Args:
-        experiment: where jobs run, and what they need.
-        jobs_follow: begin to prepare for them.
 
     Raises:
         UserError: it is not.
@@ -190,9 +188,8 @@ def check_environment(experiment: Experiment, jobs_follow: bool = True) -> None:
         check_versions()  # the worker environment is on the nodes: montessori doctor looks at it
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
-    backends = [open_backend(experiment.cluster, resources, None) for _, resources in experiment.cluster.resources]
-    if jobs_follow:
-        backends[0].prepare()
+    for _, resources in experiment.cluster.resources:
+        open_backend(experiment.cluster, resources, None)
 
 
 def _name_of(section: Teacher | Student) -> str:

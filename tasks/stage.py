@@ -1,9 +1,12 @@
 """A step of a run, and how its stages are brought to their end."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from prefect import get_run_logger
 
 from cluster.fanout import Progress, fan_out
 from cluster.stage import cut_for_jobs
@@ -13,6 +16,14 @@ from montessori_core.program import Program, Row, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
 from tasks.stage_view import StageView
+
+log = logging.getLogger(__name__)
+
+
+def warn(label: str, warning: str) -> None:
+    """Warn in Prefect's log of the run, and on the terminal, which does not show that log."""
+    get_run_logger().warning("%s: %s", label, warning)
+    log.warning("%s: %s", label, warning)
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,14 @@ app = typer.Typer(
 
     [b]First steps[/b]
       montessori model fetch smollm2-135m     the embedded model, once
-      montessori run configs/quickstart.yaml  an iteration here, in minutes
+      montessori run quickstart               an iteration here, in minutes
       montessori status runs/quickstart       what is done, what failed, how long yet
       montessori logs runs/quickstart --shard 3
       montessori cancel runs/quickstart
       montessori resume runs/quickstart       goes on after Ctrl-C or a crash
 
     [b]Is it better than what you do now?[/b]
-      montessori compare configs/studies/quickstart.yaml
+      montessori compare quickstart
       montessori methods                      which there are to compare
 
     [b]How good is a model?[/b]
@@ -70,7 +70,7 @@ app = typer.Typer(
       montessori forecast CONFIG --pilot RUN_DIR
 
     [b]Your own models and data[/b]
-      montessori run configs/quickstart.yaml --name mine \\
+      montessori run quickstart --name mine \\
         --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
     """,

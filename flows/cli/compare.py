@@ -13,7 +13,7 @@ from flows.cli.tables import print_comparison
 
 
 def compare(
-    study: Annotated[Path, typer.Argument(help="Study, YAML; start from configs/studies/quickstart.yaml.")],
+    study: Annotated[Path, typer.Argument(help="Study: a YAML file or a preset, e.g. quickstart.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. experiment.training.examples=100."),

@@ -19,7 +19,7 @@ def evaluate(
     config: Annotated[
         Path,
         typer.Option(help="Configuration, YAML: its evaluation, benchmarks, judge and cluster sections are read."),
-    ] = Path("configs/evaluation.yaml"),
+    ] = Path("evaluation"),
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field, e.g. benchmarks.mt_bench=FILE."),

@@ -18,7 +18,7 @@ from tasks.studies import in_study
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="Configuration, YAML; start from one in configs/.")],
+    config: Annotated[Path, typer.Argument(help="Configuration: a YAML file or a preset, e.g. quickstart.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
     ] = None,

@@ -8,11 +8,14 @@ import typer
 
 from flows.cli.console import console
 
-DeploymentsFile = Annotated[Path, typer.Option(help="Prefect's file of deployments.")]
+DeploymentsFile = Annotated[
+    Path | None,
+    typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one."),
+]
 
 
 def up(
-    file: DeploymentsFile = Path("prefect.yaml"),
+    file: DeploymentsFile = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     port: Annotated[int, typer.Option(help="Port of the Prefect server, if one has to be started.")] = 4200,
 ) -> None:
@@ -29,7 +32,7 @@ def up(
 
 def deploy(
     pool: Annotated[str, typer.Option(help="Work pool whose workers drive the runs.")],
-    file: DeploymentsFile = Path("prefect.yaml"),
+    file: DeploymentsFile = None,
 ) -> None:
     """Register the same deployments on a Prefect server you have, for the workers of a work pool."""
     _let_prefect_log()

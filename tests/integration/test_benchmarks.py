@@ -1,5 +1,6 @@
 """Benchmarks: each item answered for itself, judged through the wire, and paid for once."""
 
+import functools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from montessori_core.atomic import read_json
+from montessori_core.benchmarks import harness
 from montessori_core.benchmarks.harness import open_harness, open_items
 from montessori_core.benchmarks.scores import item_scores, mean_over_seeds, score
 from montessori_core.config import parse_experiment
@@ -29,6 +31,14 @@ def judge() -> Iterator[Judge]:
     server = Judge()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_manager() -> Iterator[None]:
+    """Have the harness read its thousands of task files once for all tests, not once for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "_open_manager", functools.cache(harness._open_manager))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,7 @@ def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: 
     assert scores("last", rows[5:]) + scores("first", rows[:5]) == whole[5:] + whole[:5]
 
 
+@pytest.mark.guarantee("any number of interruptions")
 def test_scores_do_not_depend_on_interruptions(tasks: Path, tiny_llama: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]

@@ -61,6 +61,7 @@ def test_what_is_done_is_not_computed_again(folder: Path) -> None:
     assert computed(folder) == before
 
 
+@pytest.mark.guarantee("job killed in the middle of a shard")
 def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
     (folder / "kill-31").touch()
     assert results(run(folder)) == EXPECTED
@@ -109,6 +110,7 @@ def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Pa
     assert all(0.3 <= seconds < 3 for seconds in left)
 
 
+@pytest.mark.guarantee("error in the code")
 def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:
@@ -205,6 +207,7 @@ def test_error_of_an_earlier_attempt_gives_way_to_that_of_the_last(
         assert read_json(own.failure_file(0))["class"] == kind  # of one attempt, the first error
 
 
+@pytest.mark.guarantee("disk full")
 def test_full_disk_is_named(folder: Path) -> None:
     (folder / "full-0").touch()
     with pytest.raises(ShardsFailed, match=r"shard 0 \(disk_full\)"):
@@ -214,6 +217,7 @@ def test_full_disk_is_named(folder: Path) -> None:
     assert len(computed(folder)) == len(EXPECTED) + 1
 
 
+@pytest.mark.guarantee("disk full")
 def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
     program = folder / "squares_program.py"
     program.write_text(PROGRAM.replace("for row in rows]))", "for row in rows]) + ' ' * 400_000)"))
@@ -232,6 +236,8 @@ def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder:
         subprocess.run(["umount", "--lazy", str(folder / "stage")], check=True)
 
 
+@pytest.mark.guarantee("damaged result or manifest")
+@pytest.mark.guarantee("damaged results")
 @pytest.mark.parametrize("damage", ["cut part", "other bytes", "no part", "cut manifest", "no manifest"])
 def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
     run(folder)
@@ -252,6 +258,7 @@ def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
     assert computed(folder).count(30) == 1
 
 
+@pytest.mark.guarantee("result of another configuration")
 def test_result_of_other_settings_rows_or_version_is_not_taken(folder: Path) -> None:
     run(folder)
     fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER, python=sys.executable)
@@ -298,6 +305,7 @@ def test_interrupted_driver_ends_its_jobs(folder: Path) -> None:
     assert results(run(folder)) == EXPECTED
 
 
+@pytest.mark.guarantee("driver killed before it records a job id")
 def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path) -> None:
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
@@ -312,6 +320,7 @@ def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path) -> No
     assert jobs_alive(folder / "stage") == 0
 
 
+@pytest.mark.guarantee("driver killed at any moment")
 def test_driver_killed_at_any_moment_loses_nothing(folder: Path) -> None:
     for moment in (0.2, 0.5, 0.8, 1.1, 1.4):
         driver = start_driver(folder)
@@ -427,6 +436,7 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
     return json.dumps(note).encode()
 
 
+@pytest.mark.guarantee("damaged results")
 @given(st.data())
 def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finished: Stage, data: st.DataObject) -> None:
     results = {finished.part(index) for index in range(6)}

@@ -103,6 +103,7 @@ def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedP
     )
 
 
+@pytest.mark.guarantee("commit that changes during a run")
 def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub, tmp_path: Path) -> None:
     first = open_run(tmp_path / "run")
     assert first.stdout.startswith("1" * 40), first.stderr

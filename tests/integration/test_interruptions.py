@@ -26,6 +26,7 @@ from support.runs import (
 )
 
 
+@pytest.mark.guarantee("driver killed at any moment")
 @pytest.mark.parametrize(
     "stages",
     [
@@ -51,7 +52,7 @@ def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
         time.sleep(draw.uniform(0.0, 6.0))
         assert driver.poll() is None, driver.communicate()[0]
         kill_everything(driver, signal.SIGKILL if number % 2 else signal.SIGINT)
-    code, output = call("resume", str(run), cwd=tmp_path)
+    code, output = call("resume", str(run), cwd=tmp_path, **shared_server)
     assert code == 0, output
     assert not left_over(tmp_path)
     assert digests(run) == digests(finished_run / "runs" / "tiny")
@@ -88,6 +89,7 @@ def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: P
     assert not left_over(tmp_path)
 
 
+@pytest.mark.guarantee("second driver on the same run")
 def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
     first = montessori("run", str(config), cwd=tmp_path)
@@ -111,6 +113,7 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
     assert "go on with: montessori resume" in output
 
 
+@pytest.mark.guarantee("driver killed at any moment")
 @pytest.mark.slow
 def test_driver_killed_while_it_joins_tables_is_followed_by_the_same_tables(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"

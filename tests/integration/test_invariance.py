@@ -63,6 +63,7 @@ def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Pa
     assert joined(tmp_path / "another-order", tiny_llama, estimator, shuffled, 7, 2) == expected
 
 
+@pytest.mark.guarantee("any number of interruptions")
 def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
     """Padding moves last bits, so that rows which are left have to share batches as before."""
     settings = programs.ModelLoss(max_length=512, batch_tokens=1200)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import ROOT
+from support import CONFIGS, ROOT
 from support.reports import write_run, write_study
 from support.runs import finish_lean
 
@@ -25,7 +25,7 @@ def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "second", warmup={"learning_rate": 2e-5})
     write_study(tmp_path / "runs" / "study")
     shown = {
-        ("--help",): "montessori run configs/quickstart.yaml",
+        ("--help",): "montessori run quickstart",
         ("report", "runs/first"): "report.html",
         ("report", "runs/first", "runs/second"): "comparison-of-runs.html",
         ("report", "runs/study"): "comparison.html",
@@ -53,7 +53,7 @@ from pathlib import Path
 from montessori_core.config import read_experiment
 from tasks.run import open_run
 changes = ("teacher.model={model}", "student.model={model}", "cluster.profile=slurm", "cluster.slurm.max_array_size=100")
-open_run(read_experiment(Path("{ROOT}/configs/quickstart.yaml"), changes), Path("run"))
+open_run(read_experiment(Path("{CONFIGS}/quickstart.yaml"), changes), Path("run"))
 """
     # sbatch has to be found, but is not called.
     (tmp_path / "sbatch").touch(mode=0o755)

@@ -51,6 +51,7 @@ def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return cache, [output.strip() for output, _ in outputs], "".join(log for _, log in outputs)
 
 
+@pytest.mark.guarantee("another embedded model")
 def test_changed_cache_is_noticed_and_converted_anew(
     fetched: tuple[Path, list[str], str],
     smollm2: Path,
@@ -73,6 +74,7 @@ def test_model_fetched_twice_at_once_is_written_once(fetched: tuple[Path, list[s
     assert fingerprint(written) == fingerprint(smollm2)
 
 
+@pytest.mark.guarantee("another embedded model")
 def test_package_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "_GGUF_SHA256", "0" * 64)
@@ -81,6 +83,7 @@ def test_package_with_other_content_is_refused(tmp_path: Path, monkeypatch: pyte
     assert not models.embedded_folder().exists()
 
 
+@pytest.mark.guarantee("pickles in place of weights")
 def test_unusable_models_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such folder"):
         local_path(str(tmp_path / "absent"))

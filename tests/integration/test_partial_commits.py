@@ -103,6 +103,7 @@ def squares(parts: list[Path]) -> list[int]:
     return [value for part in parts for value in pq.read_table(part)["square"].to_pylist()]
 
 
+@pytest.mark.guarantee("job fails or is stopped in the middle of a shard")
 def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
     (folder / "fail-7").touch()
     with pytest.raises(ShardsFailed):
@@ -141,6 +142,7 @@ def test_killed_job_is_computed_again(folder: Path) -> None:
     assert local.computed(folder).count(12) == 1
 
 
+@pytest.mark.guarantee("job killed in the middle of a shard")
 def test_killed_job_loses_less_than_an_interval(folder: Path) -> None:
     (folder / "squares_program.py").write_text(PROGRAM)
     draw, kills = random.Random(3), 0
@@ -164,6 +166,7 @@ def test_killed_job_loses_less_than_an_interval(folder: Path) -> None:
     assert (undisturbed / "part.parquet").read_bytes() == (folder / "part.parquet").read_bytes()
 
 
+@pytest.mark.guarantee("any number of interruptions")
 @given(st.data())
 def test_table_does_not_depend_on_interruptions(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     rows: list[Row] = [{"n": n} for n in data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=12))]
@@ -200,6 +203,7 @@ def test_program_that_leaves_rows_unfinished_fails(tmp_path: Path) -> None:
     assert not (tmp_path / "part").exists()
 
 
+@pytest.mark.guarantee("damaged result or manifest")
 @pytest.mark.parametrize("damage", ["cut", "records", "positions", "another table", "name"])
 def test_damaged_partial_file_is_computed_again(tmp_path: Path, damage: str) -> None:
     rows: list[Row] = [{"n": n} for n in range(8)]
@@ -222,6 +226,7 @@ def test_damaged_partial_file_is_computed_again(tmp_path: Path, damage: str) -> 
     assert squares([tmp_path / "part.parquet"]) == [r["square"] for row in rows for r in records_of(row)]
 
 
+@pytest.mark.guarantee("result of another configuration")
 def test_partial_commits_of_another_version_are_not_used(folder: Path) -> None:
     (folder / "fail-7").touch()
     with pytest.raises(ShardsFailed):
@@ -274,6 +279,7 @@ def steps(path: Path, stop: int, drafts_of: Callable[[Mapping[int, Any]], Mappin
     return taken
 
 
+@pytest.mark.guarantee("job killed in the middle of a shard")
 def test_drafts_resume_rows_in_the_middle(tmp_path: Path) -> None:
     taken = steps(tmp_path, 8, lambda drafts: drafts)
     taken += steps(tmp_path, 0, lambda drafts: drafts)  # a job that dies at once loses no draft of the one before
@@ -290,6 +296,7 @@ def test_draft_that_is_not_offered_again_is_kept(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.guarantee("damaged result or manifest")
 def test_damaged_draft_is_not_used(tmp_path: Path) -> None:
     steps(tmp_path, 3, lambda drafts: drafts)
     [file] = (tmp_path / "partial").glob("*-drafts.json")
@@ -306,6 +313,7 @@ def test_drafts_are_asked_for_when_due(tmp_path: Path) -> None:
     recorder.keep(lambda: pytest.fail("a minute has not passed"))
 
 
+@pytest.mark.guarantee("job fails or is stopped in the middle of a shard")
 def test_signal_to_leave_commits_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(number: int, frame: object) -> None:
         assert len(list((tmp_path / "partial").glob("*.parquet"))) == 1

@@ -9,7 +9,7 @@ import pytest
 from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.synthesis.paper_request import PAPER_REQUEST
 from montessori_core.synthesis.prompts import OPEN
-from support import ROOT
+from support import CONFIGS
 from support.runs import finish_lean
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -36,7 +36,7 @@ def test_paper_preset_runs_through(
 ) -> None:
     changes = (*SIZES, f"teacher.model={explaining_llama}", f"student.model={base_llama}")
     options = [word for change in changes for word in ("--set", change)]
-    finish_lean("run", str(ROOT / "configs" / f"{name}.yaml"), *options, cwd=tmp_path, seconds=1700)
+    finish_lean("run", str(CONFIGS / f"{name}.yaml"), *options, cwd=tmp_path, seconds=1700)
     run = tmp_path / "runs" / name
     for number, probed in ((1, 32), (2, 16)):
         folder = run / f"iteration-{number}"

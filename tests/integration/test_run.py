@@ -269,6 +269,7 @@ def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
     assert "incomplete" not in output
 
 
+@pytest.mark.slow
 def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
@@ -332,6 +333,27 @@ def test_changed_preferences_keep_everything_upstream(
     assert reopen_run(run).experiment.preferences == Preferences(baseline="null_step", max_pairs=3)
 
 
+@pytest.mark.slow
+def test_pilot_warns_before_the_others_are_measured(
+    undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
+    settings = [
+        *("influence.probing_examples=256", "influence.estimator=first_order", "influence.examples_per_shard=64"),
+        "preferences.margin=100",  # standard errors, so that no pair is left
+    ]
+    options = [word for setting in settings for word in ("--set", setting)]
+    code, output = call("run", str(undisturbed / "tiny.yaml"), *options, cwd=tmp_path, **shared_server)
+    assert code == 1
+    warning, end = output.index("examples make 0 preference pairs"), output.index("no preference pairs:")
+    assert warning < end
+    assert "lower preferences.margin" in output[warning:end]
+    measured = tmp_path / "runs" / "tiny" / "iteration-1"
+    pilot = pq.read_table(next((measured / "influence-pilot").glob("*.parquet")))
+    others = sum(pq.read_table(part).num_rows for part in (measured / "influence").glob("*.parquet"))
+    assert 64 <= pilot.num_rows < 72
+    assert pilot.num_rows + others == pq.read_table(measured / "influence.parquet").num_rows == 256
+
+
 def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
@@ -345,6 +367,7 @@ def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: 
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
 
 
+@pytest.mark.slow
 def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
@@ -407,5 +430,5 @@ def test_full_run_root_is_named(undisturbed: Path) -> None:
 def test_help_teaches(tmp_path: Path) -> None:
     code, output = call("--help", cwd=tmp_path)
     assert code == 0
-    for text in ("montessori run configs/quickstart.yaml", "resume", "status", "influence", "student"):
+    for text in ("montessori run quickstart", "resume", "status", "influence", "student"):
         assert text in output

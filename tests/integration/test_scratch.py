@@ -30,6 +30,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.guarantee("temporary files and compile caches")
 def test_process_sees_folders_of_its_own_and_leaves_none(disk: Path) -> None:
     with private_folders("7-0") as first:
         caches = {variable: Path(os.environ[variable]) for variable in scratch._CACHES}

@@ -19,7 +19,7 @@ from montessori_core.chat import IGNORED, encode_example
 from montessori_core.errors import UserError
 from montessori_core.models import load_model, load_tokenizer
 from montessori_core.training.checkpoints import checkpoint_folder
-from support import ROOT
+from support import CONFIGS
 from support.runs import invoke
 
 
@@ -37,6 +37,7 @@ def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.guarantee("code in a model repository")
 def test_code_of_a_model_is_never_run(model_with_code: Path) -> None:
     with pytest.raises(UserError, match="code of its own repository, which is not run here"):
         load_model(str(model_with_code), torch.float32)
@@ -45,12 +46,14 @@ def test_code_of_a_model_is_never_run(model_with_code: Path) -> None:
     assert not (model_with_code.parent / "executed").exists()
 
 
+@pytest.mark.guarantee("pickles in place of weights")
 def test_weights_that_are_pickles_are_refused(model_with_code: Path) -> None:
     (model_with_code / "model.safetensors").rename(model_with_code / "pytorch_model.bin")
     with pytest.raises(UserError, match="only safetensors are loaded"):
         load_model(str(model_with_code), torch.float32)
 
 
+@pytest.mark.guarantee("pickles read or planted by other accounts")
 def test_folders_that_hold_pickles_are_private(
     model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,10 +66,11 @@ def test_folders_that_hold_pickles_are_private(
     assert [oct(stat.S_IMODE(folder.stat().st_mode)) for folder in folders] == ["0o700", "0o700"]
 
 
+@pytest.mark.guarantee("names that lead out of the run root")
 @pytest.mark.parametrize("name", ["../outside", "a..b"])
 @pytest.mark.parametrize("command", ["run", "evaluate"])
 def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str, tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(CONFIGS / "quickstart.yaml")
     subject = ["no-model", "--config", config] if command == "evaluate" else [config]
     code, output = invoke(command, *subject, "--run-root", "runs", "--name", name, cwd=tmp_path)
     assert code == 1
@@ -76,13 +80,14 @@ def test_name_leads_nowhere_but_into_the_folder_of_runs(command: str, name: str,
 
 def test_name_is_taken_as_it_is_written(tmp_path: Path) -> None:
     """Not as the YAML that it might be: a date that is none, a number."""
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(CONFIGS / "quickstart.yaml")
     changed = ["--name", "2026-02-30", "--set", "seed_pool.path=absent.jsonl"]
     outcome = CliRunner().invoke(app, ["run", config, "--run-root", str(tmp_path), *changed])
     assert isinstance(outcome.exception, UserError)
     assert "absent.jsonl: cannot be read" in str(outcome.exception)
 
 
+@pytest.mark.guarantee("terminal markup and control sequences")
 def test_names_and_ids_are_printed_as_they_are(tmp_path: Path) -> None:
     """Tags of the terminal's markup would hide text, or end the command with an error where none is open."""
     odd = "[/red] [b]gsm8k[/b] :warning:"
@@ -94,6 +99,7 @@ def test_names_and_ids_are_printed_as_they_are(tmp_path: Path) -> None:
     assert odd in said.get()
 
 
+@pytest.mark.guarantee("terminal markup and control sequences")
 def test_control_sequences_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     """They could rewrite what stands above, such as the error that tells of them."""
     score = {
@@ -114,6 +120,9 @@ def test_control_sequences_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     assert not set(said.get()) & {"\x1b", "\x9b", "\r", "\x07"}
 
 
+@pytest.mark.guarantee("code or templates in text")
+@pytest.mark.guarantee("text shaped like instructions, tags or shell")
+@pytest.mark.guarantee("special tokens written as text")
 @pytest.mark.parametrize(
     "text",
     [

@@ -43,7 +43,7 @@ from montessori_core.sources import Task, write_tasks
 from montessori_core.study import Outcome, compare_outcomes, read_study
 from montessori_core.training.dpo import encode_pair
 from montessori_core.utility import open_in_context, open_training_loss
-from support import ROOT
+from support import CONFIGS, ROOT
 from support.judges import JudgeServer
 from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean
@@ -226,7 +226,7 @@ def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: 
 
 
 def test_shipped_study_is_read() -> None:
-    study = read_study(ROOT / "configs" / "studies" / "quickstart.yaml", ("experiment.training.examples=7",))
+    study = read_study(CONFIGS / "studies" / "quickstart.yaml", ("experiment.training.examples=7",))
     assert study.experiment.training.examples == 7
     assert study.seeded(2).seed == 2
 

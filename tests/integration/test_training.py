@@ -175,12 +175,12 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
     ("stage", "processes", "offload"),
     [
         (0, 1, "none"),
-        (1, 1, "none"),
         (2, 2, "none"),
-        (3, 1, "none"),
-        (3, 2, "none"),
-        (2, 1, "optimizer"),
         (3, 2, "all"),
+        pytest.param(1, 1, "none", marks=pytest.mark.slow),
+        pytest.param(3, 1, "none", marks=pytest.mark.slow),
+        pytest.param(3, 2, "none", marks=pytest.mark.slow),
+        pytest.param(2, 1, "optimizer", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_plain_torch_at_every_zero_stage(
@@ -345,6 +345,7 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
     return thread
 
 
+@pytest.mark.guarantee("training job killed between two steps")
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_training_killed_between_its_steps_goes_on_to_the_same_end(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
@@ -391,6 +392,7 @@ def test_lock_of_a_killed_compilation_stops_no_training(tiny_llama: Path, extens
     assert [path for path in extensions.rglob("*") if path.is_file()] == [lock]  # nothing was compiled
 
 
+@pytest.mark.guarantee("pickles read or planted by other accounts")
 def test_no_pickle_is_left_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
     part = sft(tmp_path / "stage", tiny_llama, 0, 1)
     assert {path.suffix for path in part.iterdir()} <= {".json", ".safetensors", ".jinja"}
@@ -450,6 +452,7 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> No
         assert (together[name] - weight).abs().max() <= 1e-3 * (weight - start[name]).abs().max(), name
 
 
+@pytest.mark.guarantee("training job killed between two steps")
 def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
     """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1)

@@ -124,6 +124,12 @@ def test_jobs_start_from_one_warm_process(stage: Stage) -> None:
     assert run(stage, "'trl.trainer.dpo_trainer' in sys.modules") == [True]
 
 
+def test_finished_stage_starts_no_warm_process(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(stage, "1", "2") == [1, 2]
+    monkeypatch.setattr("cluster.backends.local.warm_process", lambda: pytest.fail("started"))
+    assert run(stage, "1", "2") == [1, 2]
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Tests that a shell runs in the background ignore SIGINT, and so would a new interpreter that they start."""
@@ -171,6 +177,7 @@ def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytes
     assert warm_process().pid == pid
 
 
+@pytest.mark.guarantee("local job crashes")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("crash", "number"), [("os.abort()", signal.SIGABRT), ("ctypes.string_at(0)", signal.SIGSEGV)])
 def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
@@ -227,6 +234,7 @@ def test_jobs_outlive_killed_driver(stage: Stage) -> None:
     assert computed(stage) == [0, 1]
 
 
+@pytest.mark.guarantee("process that forks local jobs is killed")
 @pytest.mark.usefixtures("quick")
 def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
     driver = start_driver(stage, "time.sleep(4) or 5", "time.sleep(4) or 6", "7")
@@ -237,6 +245,7 @@ def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
     assert computed(stage) == [0, 1, 2]
 
 
+@pytest.mark.guarantee("process that forks local jobs is killed")
 @pytest.mark.usefixtures("quick")
 def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
     assert run(stage, "0") == [0]
@@ -282,6 +291,7 @@ def test_child_of_killed_rank_ends_with_job(stage: Stage) -> None:
     assert not lives(int(file.read_text()))
 
 
+@pytest.mark.guarantee("local job reaches its time limit without a driver")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("deaf", [False, True])
 def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
@@ -305,6 +315,7 @@ def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
         assert failure.kind == "time_limit"
 
 
+@pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("answered", [False, True])
 def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) -> None:
@@ -328,6 +339,7 @@ def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) ->
     assert computed(stage) == ([0] if answered else [])
 
 
+@pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("moment", ["asked", "noted"])
 def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, moment: str) -> None:
@@ -366,6 +378,7 @@ def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyP
     assert backend._free_gpus() == [2, 5]
 
 
+@pytest.mark.guarantee("broken library")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("library", "forked"),

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+CONFIGS = ROOT / "montessori_core" / "presets"

@@ -120,7 +120,7 @@ def refuse(status: int, **headers: str) -> Reply:
 
 
 def hang(handler: BaseHTTPRequestHandler, question: str) -> None:
-    time.sleep(2.0)  # longer than the client waits
+    time.sleep(5.0)  # longer than the client waits
     send(handler, 200, completion("Score: 3"))
 
 
@@ -150,7 +150,7 @@ FAULTS: dict[str, Reply] = {
 
 
 def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
-    return Endpoint(model="judge", base_url=server.url, timeout_seconds=1.0, **({"retries": 2} | fields))
+    return Endpoint(model="judge", base_url=server.url, timeout_seconds=3.0, **({"retries": 2} | fields))
 
 
 def open_with(server: JudgeServer, folder: Path, program: Program[SettingsT], **settings: Any) -> Compute:

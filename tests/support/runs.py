@@ -107,14 +107,14 @@ def call(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -
 def invoke(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
     """The same in this process, which has imported everything already. For commands that run no flow.
 
-    Working directory, environment, arguments and levels of loggers are as before when it returns.
+    Working directory, environment, arguments and loggers are as before when it returns.
     """
-    output = io.StringIO()
-    levels = {name: logging.getLogger(name).level for name in ("cluster", "huggingface_hub")}
+    output, level = io.StringIO(), logging.getLogger("cluster").level
     with (
         chdir(cwd),
         patch.dict(os.environ, {"COLUMNS": "160"} | environment),
         patch.object(sys, "argv", ["montessori", *arguments]),
+        patch.object(logging.getLogger("huggingface_hub"), "propagate", True),
         redirect_stdout(output),
         redirect_stderr(output),
         patch.dict(vars(console), vars(open_console())),
@@ -124,8 +124,7 @@ def invoke(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
         except SystemExit as end:
             return int(end.code or 0), output.getvalue()
         finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+            logging.getLogger("cluster").setLevel(level)
     return 0, output.getvalue()
 
 

@@ -11,6 +11,7 @@ from support import ROOT
 DOCKER = ROOT / "docker"
 
 
+@pytest.mark.guarantee("runs started on your Prefect server")
 def test_server_asks_for_a_login_and_listens_to_this_machine_only() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     assert services["server"]["environment"]["PREFECT_SERVER_API_AUTH_STRING"].startswith(

@@ -1,6 +1,7 @@
 """Configuration: strict, described, and the same after a round trip."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -36,7 +37,7 @@ from montessori_core.config import (
 from montessori_core.errors import ConfigError
 from montessori_core.study import read_study
 from montessori_core.synthesis.prompts import check_decoding
-from support import ROOT
+from support import CONFIGS
 from tasks.influence import influence_settings
 
 MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}}
@@ -61,19 +62,20 @@ def test_every_field_is_described() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS).glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
     experiment = read_experiment(path)
     assert parse_experiment(yaml.safe_load(to_yaml(experiment)), "round trip") == experiment
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS).glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
     synthesis = read_experiment(path).synthesis
     assert synthesis.instruction.repetition_penalty == 1.0
     assert check_decoding(synthesis) == []
 
 
+@pytest.mark.guarantee("names that lead out of the run root")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -121,7 +123,7 @@ def test_what_does_not_fit_is_refused_with_its_path(change: dict[str, object], m
 
 
 def test_shipped_cluster_file_fits_and_mistakes_in_one_are_named(tmp_path: Path) -> None:
-    assert read_cluster(ROOT / "configs" / "clusters" / "slurm.yaml").profile == "slurm"
+    assert read_cluster(CONFIGS / "clusters" / "slurm.yaml").profile == "slurm"
     path = tmp_path / "cluster.yaml"
     path.write_text("profile: slurm\nslurm: {partiton: gpu}")
     with pytest.raises(
@@ -167,6 +169,7 @@ def test_override_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> No
     assert (experiment.warmup.epochs, experiment.training.epochs) == (2, 3)
 
 
+@pytest.mark.guarantee("code or endless references in YAML")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -250,6 +253,7 @@ YAML = st.recursive(
 )
 
 
+@pytest.mark.guarantee("code or endless references in YAML")
 @given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
 @example([("experiment", "elsewhere")], b"", ("teacher", "{}"))
 def test_any_file_is_a_configuration_or_is_refused_by_its_name(
@@ -260,7 +264,7 @@ def test_any_file_is_a_configuration_or_is_refused_by_its_name(
     change = "=".join(override)
     for read in (
         lambda: read_experiment(path),
-        lambda: read_experiment(ROOT / "configs" / "quickstart.yaml", (change,)),
+        lambda: read_experiment(CONFIGS / "quickstart.yaml", (change,)),
         lambda: read_study(path),
         lambda: read_cluster(path),
     ):
@@ -330,7 +334,7 @@ def test_example_weight_is_that_in_training_batch() -> None:
     option = inspect.signature(influence).parameters["example_weight"]
     assert Influence().example_weight == option.default == 1 / Training().batch_size
     for name in ("paper-8b", "paper-1b"):
-        assert read_experiment(ROOT / "configs" / f"{name}.yaml").influence.example_weight == 1 / 8
+        assert read_experiment(CONFIGS / f"{name}.yaml").influence.example_weight == 1 / 8
 
 
 def test_influence_settings_have_all_that_decides_a_measurement() -> None:
@@ -352,9 +356,40 @@ def test_teacher_update_takes_training_resources_by_default() -> None:
 
 @pytest.mark.parametrize("name", ["paper-8b", "paper-1b"])
 def test_paper_presets_update_teacher_as_table_4_does(name: str) -> None:
-    experiment = read_experiment(ROOT / "configs" / f"{name}.yaml")
+    experiment = read_experiment(CONFIGS / f"{name}.yaml")
     recipe, resources = experiment.teacher_update, experiment.cluster.resources.teacher_update
     assert (recipe.batch_size, recipe.learning_rate, recipe.beta, recipe.epochs) == (2, 1e-6, 0.1, 1)
     assert resources.nodes * resources.processes_per_node == resources.gpus_per_node == 2
-    shared = read_cluster(ROOT / "configs" / "clusters" / "slurm.yaml")
+    shared = read_cluster(CONFIGS / "clusters" / "slurm.yaml")
     parse_experiment(experiment.model_dump(mode="json") | {"cluster": shared.model_dump(mode="json")}, name)
+
+
+def test_preset_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()  # a folder is no configuration
+    assert read_experiment(Path("quickstart")) == read_experiment(CONFIGS / "quickstart.yaml")
+    assert read_study(Path("quickstart")) == read_study(CONFIGS / "studies" / "quickstart.yaml")
+    assert read_cluster(Path("slurm")) == read_cluster(CONFIGS / "clusters" / "slurm.yaml")
+
+
+def test_file_wins_over_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("paper-8b").write_text("{name: mine, teacher: {model: t}, student: {model: s}}")
+    Path("study.yaml").write_text("experiment: paper-8b")
+    assert read_experiment(Path("paper-8b")).name == "mine"
+    assert read_study(Path("study.yaml")).experiment.name == "mine"
+    Path("paper-8b").unlink()
+    assert read_study(Path("study.yaml")).experiment.name == "paper-8b"
+
+
+@pytest.mark.parametrize(
+    ("read", "presets"),
+    [
+        (read_experiment, "evaluation, paper-1b, paper-8b, quickstart"),
+        (read_study, "quickstart"),
+        (read_cluster, "slurm"),
+    ],
+)
+def test_unknown_preset_lists_the_shipped_ones(read: Callable[[Path], object], presets: str) -> None:
+    with pytest.raises(ConfigError, match=rf"quikstart: no such file, and no preset .*: {presets} \(files in"):
+        read(Path("quikstart"))

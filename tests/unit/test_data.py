@@ -54,6 +54,7 @@ def test_builtin_sets_raise_no_warning() -> None:
     assert check_sources(read_sources(EXPERIMENT), EXPERIMENT) == []
 
 
+@pytest.mark.guarantee("broken rows or wrong fields")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -187,6 +188,7 @@ PIECES = st.sampled_from(
 )
 
 
+@pytest.mark.guarantee("broken rows or wrong fields")
 @given(st.lists(PIECES | st.binary(max_size=4), max_size=6).map(b"".join), st.sampled_from(["any.jsonl", "any.json"]))
 def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
@@ -205,6 +207,7 @@ def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
         assert refusal is None or name.encode() in refusal.encode()
 
 
+@pytest.mark.guarantee("broken rows or wrong fields")
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=3))
 def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
@@ -237,6 +240,7 @@ ROWS: list[dict[str, object]] = [
 ]
 
 
+@pytest.mark.guarantee("damaged results")
 @given(st.data())
 def test_damaged_table_is_refused_or_holds_what_it_held(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

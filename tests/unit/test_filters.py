@@ -63,6 +63,7 @@ BLANKS = [" ", "\n", "\r", "\x0b", "\x85", "\u2028", "\ufeff", "\x00", "\ud800"]
 PIECES = st.text(max_size=10) | st.sampled_from([OPEN, CLOSE, "Name three rivers.", "12 ", "word " * 90, *BLANKS])
 
 
+@pytest.mark.guarantee("text shaped like instructions, tags or shell")
 @given(st.lists(PIECES, max_size=12).map("".join), st.sampled_from(["chat", "completion"]), st.booleans())
 def test_any_text_gets_a_verdict(text: str, style: str, keep_newlines: bool) -> None:
     (verdict,) = judge_candidates([text], [PROMPT], style, Filters(keep_newlines=keep_newlines), Accepted())

@@ -70,6 +70,7 @@ def test_requests_keep_to_the_rate(server: JudgeServer, tmp_path: Path) -> None:
     assert time.monotonic() - started >= 7 * 0.1
 
 
+@pytest.mark.guarantee("spending without a limit")
 def test_spending_cap_holds_before_a_request_is_sent_and_answers_are_kept(server: JudgeServer, tmp_path: Path) -> None:
     prices = {"dollars_per_million_input_tokens": 1e3, "dollars_per_million_output_tokens": 1e4, "max_tokens": 100}
     # An answer costs 100 x 0.001 + 10 x 0.01 = 0.2; before it is there, it may cost over 2 dollars.
@@ -129,6 +130,7 @@ def test_question_without_an_answer_is_counted_not_asked_for_ever(server: JudgeS
     assert len(server.asked) == 3
 
 
+@pytest.mark.guarantee("API keys in logs, tables or databases")
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-secr\u00e9t"])
 def test_key_that_is_none_is_never_quoted(
     server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
@@ -198,6 +200,7 @@ SCORES = ["Score: 3", "**score : 6/6**", "Score: 0", "Score: 7", "Score: ٣", "S
 PARTS = st.text(st.characters(exclude_categories=[])) | st.sampled_from([*SCORES, "\n", "\r", "\x85", "\u2028", " "])
 
 
+@pytest.mark.guarantee("judge that obeys the text it judges")
 @given(st.lists(PARTS).map("".join), st.sampled_from(["stop", "length"]), st.sampled_from([(6, 0), (5, 0), (10, 1)]))
 def test_no_answer_breaks_the_reading_of_a_score_and_only_its_last_line_decides(
     text: str, finish_reason: str, limits: tuple[int, int]
@@ -216,6 +219,7 @@ FENCES = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "{
 )
 
 
+@pytest.mark.guarantee("judge that obeys the text it judges")
 @given(FENCES, FENCES)
 def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> None:
     question = question_about(instruction, response)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from montessori_core.config import parse_experiment, read_experiment
-from support import ROOT
+from support import CONFIGS
 from tasks.run import open_run
 
 OTHER = {"instruction": "Count the rivers of the country that you know best.", "output": "Seven."}
@@ -49,7 +49,7 @@ def test_open_run_warns_of_references_in_benchmarks(words: int, warned: bool, ti
 
 @pytest.mark.parametrize("name", ["paper-1b", "paper-8b"])
 def test_paper_configurations_measure_on_unseen_alpaca(name: str) -> None:
-    experiment = read_experiment(ROOT / "configs" / f"{name}.yaml")
+    experiment = read_experiment(CONFIGS / f"{name}.yaml")
     seeds, reference = experiment.seed_pool, experiment.reference
     assert (reference.path, reference.split, reference.limit) == ("vicgalle/alpaca-gpt4", "train", 256)
     assert (seeds.path, seeds.split, seeds.limit) == ("vicgalle/alpaca-gpt4", "train[256:]", None)

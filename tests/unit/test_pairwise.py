@@ -214,6 +214,7 @@ def test_log_probability_without_end_is_asked_for_again(server: Comparer, tmp_pa
 VERDICTS = st.sampled_from(["Better: A", "Better: B", "Better: tie"])
 
 
+@pytest.mark.guarantee("judge that obeys the text it judges")
 @given(st.text() | st.lists(st.text() | VERDICTS).map("\n".join), st.sampled_from(["stop", "length"]))
 def test_no_answer_breaks_the_reading_and_only_its_last_line_decides(text: str, finish_reason: str) -> None:
     found = read_preference(Answer(text, finish_reason, 1, 1))
@@ -229,6 +230,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "An
 )
 
 
+@pytest.mark.guarantee("judge that obeys the text it judges")
 @given(TEXTS, TEXTS, TEXTS)
 def test_compared_texts_stay_within_their_frames(instruction: str, first: str, second: str) -> None:
     question = comparison(instruction, first, second)

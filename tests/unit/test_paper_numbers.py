@@ -9,9 +9,9 @@ import yaml
 
 from montessori_core.config import Section, read_experiment
 from montessori_core.synthesis.paper_request import PAPER_REQUEST
-from support import ROOT
+from support import CONFIGS, ROOT
 
-PRESETS = [read_experiment(ROOT / "configs" / f"{name}.yaml") for name in ("paper-8b", "paper-1b")]
+PRESETS = [read_experiment(CONFIGS / f"{name}.yaml") for name in ("paper-8b", "paper-1b")]
 METHOD = ("synthesis", "warmup", "influence", "preferences", "teacher_update", "training")
 OURS = (  # how the work is cut and checked, of which the paper has nothing
     "synthesis.engine",
@@ -73,7 +73,7 @@ def test_presets_have_the_numbers_of_the_table() -> None:
 def test_table_names_every_setting_of_the_method() -> None:
     named = {path for row in rows() for pattern, _ in settings(row[3]) for path in paths_of(pattern)}
     assert [path for path in OF_METHOD if path not in named and not any(fnmatch(path, ours) for ours in OURS)] == []
-    written = yaml.safe_load((ROOT / "configs" / "paper-8b.yaml").read_text())
+    written = yaml.safe_load((CONFIGS / "paper-8b.yaml").read_text())
     for section in written.keys() - {"name", "cluster"}:
         paths = [section] if section == "iterations" else [f"{section}.{name}" for name in written[section]]
         assert set(paths) <= named, section
@@ -89,6 +89,6 @@ def test_paper_request_is_the_published_text() -> None:
 
 
 def test_evaluation_has_the_papers_shots() -> None:
-    tasks = read_experiment(ROOT / "configs" / "evaluation.yaml").benchmarks.tasks
+    tasks = read_experiment(CONFIGS / "evaluation.yaml").benchmarks.tasks
     shots = {task.name.partition("_")[0]: task.shots or 0 for task in tasks}
     assert shots == {"arc": 25, "gsm8k": 8, "hellaswag": 8, "gpqa": 0, "mmlu": 0}

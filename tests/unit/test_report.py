@@ -54,6 +54,7 @@ def test_model_text_is_shown_as_it_was_written(hostile: Page, text: str) -> None
     assert hostile.text.count(text) > 10
 
 
+@pytest.mark.guarantee("script in the report")
 def test_model_text_never_becomes_markup(hostile: Page, run: Path) -> None:
     harmless = page_of(run)
     assert {tag for tag, _ in hostile.tags} <= {tag for tag, _ in harmless.tags}
@@ -130,6 +131,7 @@ def test_judged_scores_say_whose_prompts_judged(run: Path, tmp_path: Path) -> No
     assert score_name("alpaca_eval_published against x") == "AlpacaEval (published judge prompts) against x"
 
 
+@pytest.mark.guarantee("script in the report")
 def test_only_the_pages_own_scripts_may_run(hostile: Page) -> None:
     (policy,) = (a["content"] for tag, a in hostile.tags if tag == "meta" and "http-equiv" in a)
     directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))

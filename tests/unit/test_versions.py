@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from cluster.doctor_jobs import open_look_around
 from montessori_core.versions import declared
-from support import ROOT
+from support import CONFIGS, ROOT
 
 LOCKED = re.compile(
     r"^([a-z0-9.-]+)==([^ ;]+)(?: ; ([^\\]*?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
@@ -40,7 +40,7 @@ def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(
     name: str, profile: str, refused: bool, tmp_path: Path
 ) -> None:
     environment = os.environ | {"PYTHONPATH": f"{pretend(tmp_path / 'packages', name, '1.0')}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "flows.cli", "run", str(ROOT / "configs" / "quickstart.yaml"), "--name", "mine"]
+    command = [sys.executable, "-m", "flows.cli", "run", str(CONFIGS / "quickstart.yaml"), "--name", "mine"]
     command += ["--set", "teacher.model=absent", "--set", f"cluster.profile={profile}", "--run-root", str(tmp_path)]
     outcome = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert outcome.returncode == 1

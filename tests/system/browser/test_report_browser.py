@@ -64,7 +64,7 @@ class Visit:
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_page_opens_quietly_and_is_accessible(
     browser: Browser, written: dict[str, Path], name: str, scheme: Literal["light", "dark"]
 ) -> None:
@@ -123,6 +123,7 @@ def test_examples_are_searched_sorted_and_leafed_through(browser: Browser, writt
         assert visit.troubles == []
 
 
+@pytest.mark.guarantee("script in the report")
 def test_hostile_text_stays_text_whatever_is_pressed(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"]) as visit:
         page = visit.page

@@ -20,10 +20,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect
 
-from flows.deployments import read_deployments
 from flows.local_server import server_environment, wait_for_server
-from montessori_core.errors import ConfigError
-from montessori_core.study import Study, read_study
 from support import ROOT
 from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, wait_until
 from support.runs import configuration, digests
@@ -105,26 +102,6 @@ def finished(server: Server) -> str:
     return run
 
 
-def test_shipped_deployments_are_the_shipped_configurations() -> None:
-    *experiments, evaluation, study = read_deployments(ROOT / "prefect.yaml")
-    for deployment in (*experiments, evaluation):
-        config = ROOT / "configs" / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
-        assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
-    for deployment in experiments:
-        assert deployment["parameters"].keys() == {"experiment"}
-        assert deployment["concurrency_limit"]["limit"] == 1
-    shipped = read_study(ROOT / "configs" / "studies" / "quickstart.yaml")
-    assert Study.model_validate(study["parameters"]["study"]) == shipped
-    assert study["concurrency_limit"]["limit"] == 1
-
-
-def test_deployment_that_does_not_fit_is_refused_by_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "prefect.yaml"
-    path.write_text(yaml.safe_dump({"deployments": [{"name": "mine", "parameters": {"experiment": {"seed": -1}}}]}))
-    with pytest.raises(ConfigError, match=r"(?s)deployment 'mine'.*seed.*teacher: missing"):
-        read_deployments(path)
-
-
 def test_second_up_finds_the_first(server: Server) -> None:
     again = subprocess.run(
         [sys.executable, "-m", "flows.cli", "up"],
@@ -138,6 +115,7 @@ def test_second_up_finds_the_first(server: Server) -> None:
     assert f"already up: {server.url}" in again.stdout
 
 
+@pytest.mark.guarantee("requests from other web pages")
 def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> None:
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Content-Type": "application/json"}
@@ -149,6 +127,7 @@ def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> Non
     assert allowed(server.url) == server.url
 
 
+@pytest.mark.guarantee("runs started on your Prefect server")
 def test_server_without_a_login_says_so(server: Server) -> None:
     assert "no login: whoever has an account on this machine" in (server.folder / "up.log").read_text()
 
@@ -296,9 +275,10 @@ def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Ser
     page.goto(f"{server.url}/runs/flow-run/{run}")
     page.get_by_role("button", name="Cancel", exact=True).click()
     page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+    wait_until(lambda: server.state(run) != "Running", 60)
+    leave(page)
     wait_until(lambda: not server.jobs(), 60)
     server.wait_for(run, "Cancelled", seconds=90)
-    leave(page)
     result = Path("iteration-1", "evaluation", "part-00000.parquet")
     assert not (folder / result).exists()
     server.wait_for(server.start("tiny", "cancelled"), "Completed")
@@ -477,6 +457,7 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     assert server.counts(run)["iteration-1/warmup"] == (1, 0, 0)  # so it had the folder of runs from the Secret block
 
 
+@pytest.mark.guarantee("API keys in logs, tables or databases")
 def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
     """Not in a run's folder, a job's log or pickle, Prefect's database, or an answer of its API."""
     files = [path for path in server.folder.rglob("*") if path.is_file()]
@@ -490,6 +471,7 @@ def test_key_from_the_environment_is_written_nowhere(server: Server, finished: s
         assert CANARY not in json.dumps(server.ask(f"{route}/filter", {}))
 
 
+@pytest.mark.guarantee("runs started on your Prefect server")
 @pytest.mark.slow
 def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tmp_path: Path, page: Page) -> None:
     """And the login is written nowhere; the UI finds the API wherever people reach the server, as through a tunnel."""
@@ -516,7 +498,7 @@ def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tm
     try:
         api = f"http://127.0.0.1:{port}/api"
         wait_for_server(server, api)
-        (tmp_path / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+        (tmp_path / "prefect.yaml").write_text((ROOT / "flows" / "prefect.yaml").read_text())
         client = os.environ | {
             "PYTHONPATH": str(ROOT),
             "PREFECT_HOME": str(tmp_path / "client"),

@@ -34,6 +34,8 @@ from support import squares as local
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
 
+pytestmark = pytest.mark.guarantee("no sacct")
+
 LAB = ROOT / "docker" / "slurm"
 SHARDS, EXPECTED = local.SHARDS, local.EXPECTED
 ROWS = [row["n"] for shard in SHARDS for row in shard]
@@ -198,6 +200,7 @@ def test_shards_beyond_the_largest_array_go_to_further_arrays(folder: Path) -> N
     assert sorted(local.computed(folder)) == ROWS[:9]
 
 
+@pytest.mark.guarantee("slow task at the end of an array")
 @pytest.mark.slow
 def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder: Path) -> None:
     until_30 = 'while row["n"] == 0 and "30" not in (folder / "computed.txt").read_text().split(): time.sleep(0.2)'
@@ -217,6 +220,7 @@ def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder:
     assert "ArrayTaskThrottle=2" in throttle.stdout
 
 
+@pytest.mark.guarantee("limit on submitted jobs")
 @pytest.mark.slow
 def test_limit_on_submitted_jobs_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no job of ours in the queue, it is the array that is too large, and nothing to wait for."""
@@ -255,12 +259,14 @@ def test_what_sbatch_refuses_is_said(folder: Path) -> None:
         run(folder, slurm=Slurm(partition="nowhere"))
 
 
+@pytest.mark.guarantee("job killed in the middle of a shard")
 def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
     (folder / "kill-31").touch()
     assert local.results(run(folder, parallel_jobs=3, shards_per_job=2)) == EXPECTED
     assert sorted(local.computed(folder)) == sorted([*ROWS, 30, 31])
 
 
+@pytest.mark.guarantee("error in the code")
 def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:
@@ -274,6 +280,7 @@ def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None
     assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
 
 
+@pytest.mark.guarantee("disk full")
 @pytest.mark.slow
 def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
     (folder / "full-21").touch()
@@ -302,6 +309,7 @@ def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path)
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
 def test_node_that_loses_several_shards_gets_no_more(folder: Path) -> None:
     """A node whose jobs die at once would otherwise eat the whole queue, faster than any other computes it."""
@@ -327,6 +335,7 @@ def test_interrupted_driver_leaves_no_job(folder: Path) -> None:
     assert local.results(run(folder)) == EXPECTED
 
 
+@pytest.mark.guarantee("driver killed before it records a job id")
 @pytest.mark.slow
 def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch = folder / "bin" / "sbatch"
@@ -345,6 +354,7 @@ def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monke
     assert queued(f"--name={orphan.name}") == []
 
 
+@pytest.mark.guarantee("pending tasks cancelled by someone else")
 @pytest.mark.slow
 def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> None:
     cancel = once(
@@ -356,6 +366,7 @@ def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> No
     assert len(submissions(folder)) == 2
 
 
+@pytest.mark.guarantee("squeue fails for a while")
 @pytest.mark.slow
 def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = break_squeue(folder, monkeypatch, 4)  # before the first submission; then again while tasks run
@@ -366,6 +377,7 @@ def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.Monkey
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("sbatch fails for a while")
 @pytest.mark.slow
 @pytest.mark.parametrize(("taken", "hangs"), [(False, False), (True, False), (True, True)])
 def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool) -> None:
@@ -387,6 +399,7 @@ def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPat
     assert queued() == []
 
 
+@pytest.mark.guarantee("task reaches its time limit")
 @pytest.mark.slow
 def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> None:
     # What Slurm sends ahead of the limit, sent by hand: limits are minutes.
@@ -400,6 +413,7 @@ def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> N
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("job hangs beyond its time limit")
 @pytest.mark.slow
 def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
     folder: Path, caplog: pytest.LogCaptureFixture
@@ -414,6 +428,7 @@ def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
     assert len(submissions(folder)) == 2
 
 
+@pytest.mark.guarantee("driver of a whole Slurm run killed twice")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
@@ -503,6 +518,7 @@ def test_every_method_runs_on_slurm(talking_llama: Path, tmp_path: Path) -> None
     assert queued() == []
 
 
+@pytest.mark.guarantee("node crashes in the middle of an array")
 def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
     crashed = []
 
@@ -520,6 +536,7 @@ def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
     assert len(submissions(folder)) == 1  # Slurm ran them again by itself
 
 
+@pytest.mark.guarantee("node is drained")
 @pytest.mark.slow
 def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
     def drain() -> None:
@@ -534,6 +551,7 @@ def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
     assert sorted(local.computed(folder)) == ROWS
 
 
+@pytest.mark.guarantee("task requeued by hand")
 @pytest.mark.slow
 def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
     def requeue() -> None:
@@ -545,6 +563,7 @@ def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("task preempted")
 def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
     preempted = once(lambda: len(local.computed(folder)) >= 2, preempt)
     parts = run(folder, SHARDS[:2], seconds=2, on_progress=preempted, slurm=Slurm(partition="main"))
@@ -553,6 +572,7 @@ def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("Slurm controller restarted")
 @pytest.mark.slow
 def test_controller_may_be_restarted(folder: Path) -> None:
     restarted = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("restart-controller"))
@@ -561,6 +581,7 @@ def test_controller_may_be_restarted(folder: Path) -> None:
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("Slurm controller killed")
 @pytest.mark.slow
 def test_killed_controller_may_come_back(folder: Path) -> None:
     """It reads the state it last wrote: jobs that started since may be unknown to it, or at work without its knowing."""
@@ -568,6 +589,7 @@ def test_killed_controller_may_come_back(folder: Path) -> None:
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=killed)) == EXPECTED
 
 
+@pytest.mark.guarantee("node fails to launch jobs")
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="nodes of an ordinary user's lab have no names of their own")
 def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> None:
@@ -584,6 +606,7 @@ def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> N
     assert queued() == []
 
 
+@pytest.mark.guarantee("damaged result or manifest")
 @pytest.mark.slow
 def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
     stage = local.stage(folder, version=2)
@@ -601,6 +624,7 @@ def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
     assert sorted(local.computed(folder)) == sorted([*ROWS, *again, *ROWS[12:15]])
 
 
+@pytest.mark.guarantee("profile changed between two drivers")
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["slurm", "local"])
 def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> None:
@@ -614,6 +638,7 @@ def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> 
     assert local.jobs_alive(folder / "stage") == 0
 
 
+@pytest.mark.guarantee("clocks of two nodes differ by two hours")
 @pytest.mark.slow
 def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
     """No decision rests on a clock: node1's processes and the files they write are an hour ahead, node2's an hour behind."""
@@ -628,6 +653,7 @@ def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
     assert len(local.computed(folder)) == len(ROWS) + 2
 
 
+@pytest.mark.guarantee("node hangs")
 @pytest.mark.slow
 def test_hanging_node_does_not_hold_up_the_stage(folder: Path) -> None:
     (folder / "squares_program.py").write_text(
@@ -673,6 +699,8 @@ def test_slurm_is_asked_how_large_an_array_may_be() -> None:
     assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
 
 
+@pytest.mark.guarantee("node crashes during a teacher update over two nodes")
+@pytest.mark.guarantee("teacher update over two nodes preempted")
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
 def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:

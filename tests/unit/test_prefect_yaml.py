@@ -1,0 +1,74 @@
+"""Deployments of a `prefect.yaml`, and the configurations that they name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.prefect_yaml import find_deployments, read_deployments
+from montessori_core.errors import ConfigError
+from montessori_core.study import Study, read_study
+from support import CONFIGS, ROOT
+
+
+def written(folder: Path, **deployment: Any) -> Path:
+    path = folder / "prefect.yaml"
+    path.write_text(yaml.safe_dump({"deployments": [{"name": "mine", **deployment}]}))
+    return path
+
+
+def test_shipped_deployments_are_the_shipped_configurations() -> None:
+    *experiments, evaluation, study = read_deployments(ROOT / "flows" / "prefect.yaml")
+    for deployment in (*experiments, evaluation):
+        config = CONFIGS / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
+        assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())
+    for deployment in experiments:
+        assert deployment["parameters"].keys() == {"experiment"}
+        assert deployment["concurrency_limit"]["limit"] == 1
+    shipped = read_study(CONFIGS / "studies" / "quickstart.yaml")
+    assert Study.model_validate(study["parameters"]["study"]) == shipped
+    assert study["concurrency_limit"]["limit"] == 1
+
+
+def test_deployment_that_does_not_fit_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "prefect.yaml"
+    path.write_text(yaml.safe_dump({"deployments": [{"name": "mine", "parameters": {"experiment": {"seed": -1}}}]}))
+    with pytest.raises(ConfigError, match=r"(?s)deployment 'mine'.*seed.*teacher: missing"):
+        read_deployments(path)
+
+
+def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    (tmp_path / "mine.yaml").write_text("{name: other, teacher: {model: t}, student: {model: s}}")
+    [deployment] = read_deployments(written(tmp_path, config="mine.yaml", parameters={"approve": True}))
+    experiment = {"name": "other", "teacher": {"model": "t"}, "student": {"model": "s"}}  # no defaults
+    assert deployment["parameters"] == {"approve": True, "experiment": experiment}
+    assert "config" not in deployment
+    (tmp_path / "study.yaml").write_text("{experiment: mine.yaml, seeds: [5]}")
+    path = written(tmp_path, config="study.yaml", entrypoint="flows/study.py:compare")
+    [deployment] = read_deployments(path)
+    assert deployment["parameters"] == {"study": {"experiment": experiment, "seeds": [5]}}
+
+
+@pytest.mark.parametrize(
+    ("deployment", "message"),
+    [
+        ({}, "give either config .* or parameters.experiment"),
+        ({"config": "quickstart", "parameters": {"experiment": {}}}, "give either config .* or parameters.experiment"),
+        ({"config": "quikstart"}, "config: .*quikstart: no such file, and no preset .* paper-1b, paper-8b, quickstart"),
+        ({"config": "paper-8b", "entrypoint": "flows/study.py:compare"}, "config: .*no preset .*: quickstart"),
+        ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),
+        ({"config": "quickstart", "entrypoint": "flows/x.py:y"}, "no entrypoint 'flows/x.py:y'"),
+    ],
+)
+def test_bad_deployment_is_refused(deployment: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"prefect.yaml, deployment 'mine': {message}"):
+        read_deployments(written(tmp_path, **deployment))
+
+
+def test_shipped_file_is_taken_without_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_deployments() == ROOT / "flows" / "prefect.yaml"
+    written(tmp_path, config="quickstart")
+    assert find_deployments() == Path("prefect.yaml")
