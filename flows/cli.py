@@ -519,10 +519,10 @@ def report(
     Several runs make comparison-of-runs.html in the current folder.
     The data of each figure is written beside the page as CSV.
     """
-    from montessori_core.report.render import render_report
-    from montessori_core.report.runs import render_runs
-    from montessori_core.report.study import study_page
     from montessori_core.study import read_study
+    from montessori_report.compare_page import render_runs
+    from montessori_report.run_page import render_report
+    from montessori_report.study_page import study_page
     from tasks.run import reopen_run
     from tasks.studies import PAGE, STUDY, read_comparison
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from montessori_core.config import Experiment, Training, Warmup
 from montessori_core.flops import BACKWARD, FORWARD, weights_of
-from montessori_core.report.numbers import duration
+from montessori_core.formatting import duration
 from montessori_core.sources import Sources, Task
 from montessori_core.speed import measure_gflops
 from tasks.run import Run, record_speed

@@ -9,8 +9,7 @@ from cluster.costs import cost_of
 from cluster.status import StageStatus, read_stage_status, stages_of
 from cluster.usage import use_of
 from montessori_core.atomic import read_json
-from montessori_core.report.numbers import duration
-from montessori_core.report.study import gain_text, interval_text, spread_text
+from montessori_core.formatting import duration, gain_text, interval_text, spread_text
 from tasks.run import Run, driver_of
 from tasks.studies import PAGE, in_study, read_comparison
 

@@ -4,9 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Iteration, Log
-from montessori_core.report.figures import (
+from montessori_core import formatting
+from montessori_report.figures import (
     AFTER,
     BEFORE,
     CHOSEN,
@@ -21,10 +20,11 @@ from montessori_core.report.figures import (
     curve_points,
     layout,
 )
-from montessori_core.report.page import Block, Section, Table
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import IterationData, Log, RunData
 
 
-def learning_section(run: Contents) -> Section:
+def learning_section(run: RunData) -> Section:
     """The learning curves of all trainings."""
     return Section(
         "learning",
@@ -34,7 +34,7 @@ def learning_section(run: Contents) -> Section:
     )
 
 
-def _learning(iteration: Iteration, run: Contents) -> Block | None:
+def _learning(iteration: IterationData, run: RunData) -> Block | None:
     logs = iteration.logs
     trainings = [
         ("student, warm-up", "warmup", WARM, "dot"),
@@ -110,7 +110,7 @@ def _teacher_figures(log: Log) -> list[Figure]:
 
 
 def _is_whole(entry: dict[str, Any]) -> bool:
-    return all(numbers.known(entry.get(key)) for key in ("step", "margin", "held_out_loss"))
+    return all(formatting.is_finite(entry.get(key)) for key in ("step", "margin", "held_out_loss"))
 
 
 def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
@@ -118,7 +118,7 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
     errors = [entry.get("standard_error") for entry in checkpoints]
     bars = {
         "type": "data",
-        "array": [CONFIDENCE * error if numbers.known(error) else 0.0 for error in errors],
+        "array": [CONFIDENCE * error if formatting.is_finite(error) else 0.0 for error in errors],
         "thickness": 1.5,
         "width": 4,
     }
@@ -164,7 +164,7 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
                         "mode": "markers+text",
                         "x": margins,
                         "y": losses,
-                        "text": [f"step {numbers.count(step)}" for step in steps],
+                        "text": [f"step {formatting.count(step)}" for step in steps],
                         "textposition": "top center",
                         "cliponaxis": False,
                         "error_y": bars,
@@ -185,5 +185,7 @@ def _learning_table(curves: Sequence[Curve]) -> Table:
     for curve in curves:
         steps, values = curve_points(curve)
         if values:
-            rows.append([curve.label, numbers.count(len(steps)), numbers.loss(values[0]), numbers.loss(values[-1])])
+            rows.append(
+                [curve.label, formatting.count(len(steps)), formatting.loss(values[0]), formatting.loss(values[-1])]
+            )
     return Table("Trainings, first and last logged loss", ["Training", "Steps", "First loss", "Last loss"], rows)

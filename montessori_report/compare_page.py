@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from montessori_core import formatting
 from montessori_core.config import differences
-from montessori_core.report import numbers
-from montessori_core.report.benchmarks import (
+from montessori_core.formatting import UNKNOWN, Unit
+from montessori_report.figures import DASHES, SERIES, Dot, Sample, bar_figure
+from montessori_report.html import Block, Page, Section, Table, build_page
+from montessori_report.run_data import InfluenceData, IterationData, RunData, read_run_data
+from montessori_report.sections.benchmarks import (
     MODELS,
     gain_figure,
     head_to_head_figure,
@@ -15,13 +19,9 @@ from montessori_core.report.benchmarks import (
     score_table,
     scores_of,
 )
-from montessori_core.report.contents import Contents, Influence, Iteration, read_contents
-from montessori_core.report.cost import OPERATIONS, gpu_hours, job_hours
-from montessori_core.report.figures import DASHES, SERIES, Dot, Sample, bar_figure
-from montessori_core.report.influence import distribution_figure, influence_unit
-from montessori_core.report.numbers import UNKNOWN, Unit
-from montessori_core.report.overview import THRESHOLDS, judge
-from montessori_core.report.page import Block, Page, Section, Table, build_page
+from montessori_report.sections.cost import OPERATIONS, gpu_hours, job_hours
+from montessori_report.sections.influence import distribution_figure, influence_unit
+from montessori_report.sections.overview import THRESHOLDS, judge
 
 _NAMED_APART = ("name",)  # settings in which runs differ without being another experiment
 
@@ -32,7 +32,7 @@ def render_runs(folders: Sequence[Path]) -> Page:
     Raises:
         DataError: a table is there but cannot be read.
     """
-    runs = _named([read_contents(folder) for folder in folders], folders)
+    runs = _named([read_run_data(folder) for folder in folders], folders)
     unit = influence_unit(runs)
     sections = [
         Section("overview", "Overview", [Block([], [_overview(runs)])]),
@@ -43,17 +43,17 @@ def render_runs(folders: Sequence[Path]) -> Page:
         _configuration(runs),
     ]
     title = " · ".join(run.name for run in runs)
-    return build_page("Montessori comparison of runs", title, [("Runs", numbers.count(len(runs)))], sections)
+    return build_page("Montessori comparison of runs", title, [("Runs", formatting.count(len(runs)))], sections)
 
 
-def _named(runs: Sequence[Contents], folders: Sequence[Path]) -> list[Contents]:
+def _named(runs: Sequence[RunData], folders: Sequence[Path]) -> list[RunData]:
     """Runs that are not told apart by their names bear those of their folders."""
     candidates = [[run.name for run in runs], [folder.name for folder in folders], [str(folder) for folder in folders]]
     names = next((names for names in candidates if len(set(names)) == len(runs)), candidates[-1])
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
-def _overview(runs: Sequence[Contents]) -> Table:
+def _overview(runs: Sequence[RunData]) -> Table:
     rows = [
         ["verdict", *(judge(run).headline for run in runs)],
         ["teacher", *(str(run.setting("teacher", "model", UNKNOWN)) for run in runs)],
@@ -68,33 +68,33 @@ def _overview(runs: Sequence[Contents]) -> Table:
     return Table("Key numbers side by side", ["", *(run.name for run in runs)], rows)
 
 
-def _finished(run: Contents) -> int:
+def _finished(run: RunData) -> int:
     return sum(iteration.metrics is not None for iteration in run.iterations)
 
 
-def _pairs(run: Contents) -> str:
+def _pairs(run: RunData) -> str:
     tables = [part.preferences for part in run.iterations if part.preferences is not None]
-    return numbers.count(sum(table.num_rows for table in tables)) if tables else UNKNOWN
+    return formatting.count(sum(table.num_rows for table in tables)) if tables else UNKNOWN
 
 
-def _measured(run: Contents) -> str:
+def _measured(run: RunData) -> str:
     sets = [part.influence for part in run.iterations if part.influence is not None]
-    return numbers.count(sum(len(part.values) for part in sets)) if sets else UNKNOWN
+    return formatting.count(sum(len(part.values) for part in sets)) if sets else UNKNOWN
 
 
-def _share(part: Influence | None) -> str:
-    return numbers.share(part.summary["share_positive"]) if part else UNKNOWN
+def _share(part: InfluenceData | None) -> str:
+    return formatting.share(part.summary["share_positive"]) if part else UNKNOWN
 
 
-def _first_probed(run: Contents) -> Influence | None:
+def _first_probed(run: RunData) -> InfluenceData | None:
     return next((part.influence for part in run.iterations if part.influence), None)
 
 
-def _last_trained_on(run: Contents) -> Influence | None:
+def _last_trained_on(run: RunData) -> InfluenceData | None:
     return next((part.training_influence for part in reversed(run.iterations) if part.training_influence), None)
 
 
-def _held_out(runs: Sequence[Contents]) -> Section:
+def _held_out(runs: Sequence[RunData]) -> Section:
     entries = []
     gains = []
     for number, run in enumerate(runs):
@@ -120,8 +120,8 @@ def _held_out(runs: Sequence[Contents]) -> Section:
     losses_drawn, gains_drawn = _dots(entries), _dots(gains)
     figures = [loss_figure(losses_drawn)] if losses_drawn else []
     figures += [gain_figure(gains_drawn)] if gains_drawn else []
-    rows = [["Loss: " + dot.label, numbers.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
-    rows += [["Gain: " + dot.label, numbers.signed(dot.mean, 4), _interval(dot)] for dot in gains_drawn]
+    rows = [["Loss: " + dot.label, formatting.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
+    rows += [["Gain: " + dot.label, formatting.signed(dot.mean, 4), _interval(dot)] for dot in gains_drawn]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "95 % interval"], rows)
     return Section(
         "held-out",
@@ -137,11 +137,11 @@ def _dots(entries: Sequence[tuple[str, dict[str, float], int]]) -> list[Dot]:
     return [
         Dot.of(label, stat["mean"], stat["standard_error"], SERIES[number % len(SERIES)])
         for label, stat, number in entries
-        if numbers.known(stat["mean"]) and numbers.known(stat["standard_error"])
+        if formatting.is_finite(stat["mean"]) and formatting.is_finite(stat["standard_error"])
     ]
 
 
-def _place(run: Contents, iteration: Iteration) -> str:
+def _place(run: RunData, iteration: IterationData) -> str:
     heading = run.heading(iteration)
     return f"{run.name}, {heading.lower()}" if heading else run.name
 
@@ -150,7 +150,7 @@ def _interval(dot: Dot) -> str:
     return f"{dot.low:.4f} to {dot.high:.4f}".replace("-", "−")
 
 
-def _benchmarks(runs: Sequence[Contents]) -> Section:
+def _benchmarks(runs: Sequence[RunData]) -> Section:
     scores = [(f"{run.name}: {label}", entry) for run in runs for label, entry in scores_of(run)]
     played = [
         (
@@ -167,7 +167,7 @@ def _benchmarks(runs: Sequence[Contents]) -> Section:
     return Section("benchmarks", "Benchmarks", blocks, absent="No benchmark has been run in these runs.")
 
 
-def _influence(runs: Sequence[Contents], unit: Unit) -> Section:
+def _influence(runs: Sequence[RunData], unit: Unit) -> Section:
     figures = []
     for title, part_of in (
         ("Influence of the first probing sets", _first_probed),
@@ -193,8 +193,8 @@ def _influence(runs: Sequence[Contents], unit: Unit) -> Section:
     )
 
 
-def _cost(runs: Sequence[Contents]) -> Section:
-    seconds = {run.name: sum(filter(numbers.known, run.job_seconds.values())) for run in runs if run.job_seconds}
+def _cost(runs: Sequence[RunData]) -> Section:
+    seconds = {run.name: sum(filter(formatting.is_finite, run.job_seconds.values())) for run in runs if run.job_seconds}
     operations = {run.name: float(sum(one["flops"] for one in run.stages)) for run in runs if run.stages}
     figures = []
     if seconds:
@@ -204,7 +204,7 @@ def _cost(runs: Sequence[Contents]) -> Section:
                 "All stages of a run together, as if its shards had been computed one after the other.",
                 "seconds",
                 seconds,
-                [numbers.duration(value) for value in seconds.values()],
+                [formatting.duration(value) for value in seconds.values()],
                 column="run",
             )
         )
@@ -215,7 +215,7 @@ def _cost(runs: Sequence[Contents]) -> Section:
                 f"All stages of a run together. {OPERATIONS}",
                 "operations",
                 operations,
-                [numbers.significant(value, 3) for value in operations.values()],
+                [formatting.significant(value, 3) for value in operations.values()],
                 column="run",
             )
         )
@@ -223,8 +223,8 @@ def _cost(runs: Sequence[Contents]) -> Section:
     rows = [
         [
             run.name,
-            *(numbers.count(sum(one[key] for one in run.stages)) for key in ("jobs", "retries", "preemptions")),
-            *(numbers.significant(sum(map(hours, run.stages)), 3) for hours in (job_hours, gpu_hours)),
+            *(formatting.count(sum(one[key] for one in run.stages)) for key in ("jobs", "retries", "preemptions")),
+            *(formatting.significant(sum(map(hours, run.stages)), 3) for hours in (job_hours, gpu_hours)),
         ]
         for run in counted
     ]
@@ -235,7 +235,7 @@ def _cost(runs: Sequence[Contents]) -> Section:
     )
 
 
-def _configuration(runs: Sequence[Contents]) -> Section:
+def _configuration(runs: Sequence[RunData]) -> Section:
     first, *others = runs
     rows = []
     for other in others:

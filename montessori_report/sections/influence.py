@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from montessori_core import formatting
+from montessori_core.formatting import UNKNOWN, Unit, count
 from montessori_core.influence_table import domination_warning
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Influence, Iteration
-from montessori_core.report.figures import (
+from montessori_report.figures import (
     AFTER,
     BEFORE,
     DASHES,
@@ -25,8 +25,8 @@ from montessori_core.report.figures import (
     stroke,
     vertical,
 )
-from montessori_core.report.numbers import UNKNOWN, Unit, count
-from montessori_core.report.page import Block, Section, Table
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import InfluenceData, IterationData, RunData
 
 INTRODUCTION = (
     "An example's influence is how far one training step on it lowers the student's loss on the reference set, in {unit} on "
@@ -35,7 +35,7 @@ INTRODUCTION = (
 )
 
 
-def influence_unit(runs: Sequence[Contents]) -> Unit:
+def influence_unit(runs: Sequence[RunData]) -> Unit:
     """The unit in which all influence of a page is written."""
     tables = [
         part
@@ -44,12 +44,12 @@ def influence_unit(runs: Sequence[Contents]) -> Unit:
         for part in (iteration.influence, iteration.training_influence)
         if part
     ]
-    return numbers.unit_of(
+    return formatting.unit_of(
         float(value) for part in tables for value in part.values - part.summary["null_step_influence"]
     )
 
 
-def influence_section(run: Contents, unit: Unit) -> Section:
+def influence_section(run: RunData, unit: Unit) -> Section:
     """All that is known of the influence of the run's examples."""
     across = [figure for figure in (_teachers(run, unit), _batches(run)) if figure]
     blocks = [_of_iteration(iteration, run, unit) for iteration in run.iterations if iteration.influence]
@@ -65,7 +65,7 @@ def influence_section(run: Contents, unit: Unit) -> Section:
     )
 
 
-def _warnings(run: Contents) -> str:
+def _warnings(run: RunData) -> str:
     """What to mind about the tables, in one paragraph."""
     found = [
         (run.in_iteration(part.label, iteration), domination_warning(part.summary))
@@ -76,7 +76,7 @@ def _warnings(run: Contents) -> str:
     return " ".join(f"Warning, {label}: {warning}." for label, warning in found if warning)
 
 
-def _of_iteration(iteration: Iteration, run: Contents, unit: Unit) -> Block:
+def _of_iteration(iteration: IterationData, run: RunData, unit: Unit) -> Block:
     sets = [
         (part, colour)
         for part, colour in ((iteration.influence, BEFORE), (iteration.training_influence, AFTER))
@@ -152,7 +152,7 @@ def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: 
     return figure
 
 
-def _teachers(run: Contents, unit: Unit) -> Figure | None:
+def _teachers(run: RunData, unit: Unit) -> Figure | None:
     """Figure 3c; with a single iteration it is the figure of that iteration."""
     if len(run.iterations) < 2 or len(run.teachers) < 2:
         return None
@@ -168,7 +168,7 @@ def _teachers(run: Contents, unit: Unit) -> Figure | None:
     )
 
 
-def _batches(run: Contents) -> Figure | None:
+def _batches(run: RunData) -> Figure | None:
     """Figure 3d."""
     size = run.setting("training", "batch_size", 32)
     sets = [
@@ -198,7 +198,7 @@ def _batches(run: Contents) -> Figure | None:
     )
 
 
-def positive_shares(part: Influence, size: int) -> dict[int, float]:
+def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
     """Share of the measured examples above the threshold, of each batch that has any; batches count from 1."""
     values, usable = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
     shares = {}
@@ -210,7 +210,7 @@ def positive_shares(part: Influence, size: int) -> dict[int, float]:
     return shares
 
 
-def _agreement_figure(part: Influence, unit: Unit) -> Figure | None:
+def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     """First order against exact, over the audit."""
     both = part.table.filter(
         pc.and_(part.table["audited"], pc.and_(pc.is_valid(part.table["first_order_null_step"]), _measured(part)))
@@ -246,7 +246,9 @@ def _agreement_figure(part: Influence, unit: Unit) -> Figure | None:
         for name, shift, dash in sides
     ]
     screening = part.screening
-    rank = f" Rank correlation {screening.spearman:.3f}." if screening and numbers.known(screening.spearman) else ""
+    rank = (
+        f" Rank correlation {screening.spearman:.3f}." if screening and formatting.is_finite(screening.spearman) else ""
+    )
     axes = [f"{name}, against the null step, {unit}" for name in ("first order", "exact")]
     return Figure(
         "First-order estimate against exact influence",
@@ -259,15 +261,15 @@ def _agreement_figure(part: Influence, unit: Unit) -> Figure | None:
     )
 
 
-def _measured(part: Influence) -> Any:
+def _measured(part: InfluenceData) -> Any:
     return pc.equal(part.table["status"], "ok")
 
 
-def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
-    def row(name: str, text_of: Callable[[Influence], str]) -> list[str]:
+def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
+    def row(name: str, text_of: Callable[[InfluenceData], str]) -> list[str]:
         return [name, *map(text_of, sets)]
 
-    def median(part: Influence, origin: float) -> str:
+    def median(part: InfluenceData, origin: float) -> str:
         return unit.text(float(np.median(part.values)) - origin) if len(part.values) else UNKNOWN
 
     rows = [
@@ -291,10 +293,10 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
             f"standard error over the reference examples ({unit}, root mean square)",
             lambda part: unit.size(part.summary["standard_error"]),
         ),
-        row("reference loss of the student (nats)", lambda part: numbers.loss(part.summary["student_loss"])),
+        row("reference loss of the student (nats)", lambda part: formatting.loss(part.summary["student_loss"])),
         row(
             "coordinates that the example's own gradient dominates (median share)",
-            lambda part: numbers.share(part.summary["median_dominated_share"]),
+            lambda part: formatting.share(part.summary["median_dominated_share"]),
         ),
     ]
     if any(part.screening for part in sets):
@@ -310,7 +312,7 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
     )
 
 
-def _measured_exactly(part: Influence) -> str:
+def _measured_exactly(part: InfluenceData) -> str:
     if part.screening is None:
         return UNKNOWN
     if part.screening.fell_back:
@@ -318,16 +320,16 @@ def _measured_exactly(part: Influence) -> str:
     return f"{count(part.screening.audited)} to audit, {count(part.screening.confirmed)} in doubt"
 
 
-def _agreement(part: Influence, which: str) -> str:
+def _agreement(part: InfluenceData, which: str) -> str:
     return str(getattr(part.screening, which)) if part.screening else UNKNOWN
 
 
-def _interval(part: Influence, share: str) -> str:
+def _interval(part: InfluenceData, share: str) -> str:
     value = part.summary[share]
-    if not numbers.known(value):
+    if not formatting.is_finite(value):
         return UNKNOWN
     low, high = wilson_interval(value, len(part.values))
-    return f"{numbers.share(value)} ({numbers.share(low)} to {numbers.share(high)})"
+    return f"{formatting.share(value)} ({formatting.share(low)} to {formatting.share(high)})"
 
 
 def wilson_interval(share: float, number: int) -> tuple[float, float]:

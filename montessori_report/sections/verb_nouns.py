@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from montessori_core.report.figures import SERIES, Figure
+from montessori_report.figures import SERIES, Figure
 
 if TYPE_CHECKING:
     from spacy.language import Language

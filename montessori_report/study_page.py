@@ -1,4 +1,4 @@
-"""The page of a study: methods side by side, what each costs against what it gains (Figure 15), and transfer (Figure 5)."""
+"""The page of a study: methods side by side, gain against cost (Figure 15), and transfer (Figure 5)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from montessori_core.report import numbers
-from montessori_core.report.benchmarks import score_name
-from montessori_core.report.cost import OPERATIONS
-from montessori_core.report.figures import (
+from montessori_core import formatting
+from montessori_core.formatting import interval_text, spread_text
+from montessori_core.schema import SIMILARITY, read_table
+from montessori_core.study import Study
+from montessori_report.figures import (
     DASHES,
     GREY,
     SERIES,
@@ -25,9 +26,9 @@ from montessori_core.report.figures import (
     plain,
     stroke,
 )
-from montessori_core.report.page import Block, Page, Section, Table, build_page
-from montessori_core.schema import SIMILARITY, read_table
-from montessori_core.study import Study
+from montessori_report.html import Block, Page, Section, Table, build_page
+from montessori_report.sections.benchmarks import score_name
+from montessori_report.sections.cost import OPERATIONS
 
 _CURVE_POINTS = 200
 
@@ -54,7 +55,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             f"{len(study.seeds)} seed(s). Gain: held-out loss of {study.baseline} minus that of the method, so more is "
             "better. The interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain "
             "that is not well beyond both is not shown to be one. Before any training the loss is "
-            f"{numbers.loss(result['untrained_loss'])}.",
+            f"{formatting.loss(result['untrained_loss'])}.",
         ),
         Section(
             "cost",
@@ -103,15 +104,15 @@ def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
 
 
 def _score_text(score: dict[str, Any] | None) -> str:
-    if score is None or not numbers.known(score["mean"]):
-        return numbers.UNKNOWN
+    if score is None or not formatting.is_finite(score["mean"]):
+        return formatting.UNKNOWN
     error = score["standard_error"]
-    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if numbers.known(error) else "")
+    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if formatting.is_finite(error) else "")
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that can be drawn: a student that diverged has no gain."""
-    return [row for row in rows if all(numbers.known(row[key]) for key in ("gain", "gain_low", "gain_high"))]
+    return [row for row in rows if all(formatting.is_finite(row[key]) for key in ("gain", "gain_low", "gain_high"))]
 
 
 def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
@@ -128,7 +129,7 @@ def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
         f"Right of 0 the student is better than with {study.baseline}; an interval that crosses 0 shows no difference.",
         [_gain_dot(row["method"], row, _colour(number)) for number, row in enumerate(rows)],
         f"gain over {study.baseline}, nats per token",
-        [numbers.signed(row["gain"], 4) for row in rows],
+        [formatting.signed(row["gain"], 4) for row in rows],
         zero=True,
     )
 
@@ -182,7 +183,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         f"Of one seed. {OPERATIONS} Models behind an API do theirs elsewhere.",
         "operations",
         operations,
-        [numbers.significant(value, 3) for value in operations.values()],
+        [formatting.significant(value, 3) for value in operations.values()],
         column="method",
     )
 
@@ -241,28 +242,13 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
         [
             [
                 row["method"],
-                numbers.loss(row["held_out_loss"]),
-                numbers.signed(row["gain"], 4) if numbers.known(row["gain"]) else numbers.UNKNOWN,
-                interval_text(row).replace("-", "−") if numbers.known(row["gain_low"]) else numbers.UNKNOWN,
-                spread_text(row) if numbers.known(row["gain"]) else numbers.UNKNOWN,
-                numbers.duration(row["job_seconds"]),
-                numbers.significant(float(row["flops"]), 3),
+                formatting.loss(row["held_out_loss"]),
+                formatting.signed(row["gain"], 4) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
+                interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN,
+                spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
+                formatting.duration(row["job_seconds"]),
+                formatting.significant(float(row["flops"]), 3),
             ]
             for row in rows
         ],
     )
-
-
-def gain_text(row: dict[str, Any]) -> str:
-    """The gain of a row, with its sign."""
-    return f"{row['gain']:+.4f}"
-
-
-def interval_text(row: dict[str, Any]) -> str:
-    """The interval of a row's gain; the baseline has none."""
-    return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
-
-
-def spread_text(row: dict[str, Any]) -> str:
-    """The spread of a row's gain over seeds; one seed has none."""
-    return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Iteration, Synthesis
-from montessori_core.report.numbers import Unit
-from montessori_core.report.page import visible
+from montessori_core import formatting
+from montessori_core.formatting import Unit
+from montessori_report.html import visible
+from montessori_report.run_data import IterationData, RunData, SynthesisData
 
 PAIRS_SHOWN = 20
 EXAMPLES_SHOWN = 10_000
@@ -17,7 +17,7 @@ REJECTIONS_SHOWN = 30
 _BASELINES = {"null_step": "null step", "student": "student"}
 
 
-def pairs_of(iteration: Iteration) -> list[dict[str, Any]]:
+def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
     """The pairs with the widest influence gap, each side with the texts of its example."""
     texts = _by_id(iteration.probing.examples)
     gaps = [
@@ -87,7 +87,7 @@ class Examples:
         ]
 
 
-def examples_of(run: Contents, unit: Unit) -> Examples:
+def examples_of(run: RunData, unit: Unit) -> Examples:
     """The probing sets with their influence; all examples of the teacher while none is measured."""
     several = len(run.iterations) > 1
     rows: list[Example] = []
@@ -114,19 +114,19 @@ def examples_of(run: Contents, unit: Unit) -> Examples:
 def _cells(record: dict[str, Any], unit: Unit) -> list[Cell]:
     def influence(name: str) -> Cell:
         value, error = record.get(f"influence_{name}"), record.get("standard_error") if name == "null_step" else None
-        remark = f"± {unit.size(error)}" if numbers.known(error) else ""
-        return Cell(unit.text(value), remark, value if numbers.known(value) else None)
+        remark = f"± {unit.size(error)}" if formatting.is_finite(error) else ""
+        return Cell(unit.text(value), remark, value if formatting.is_finite(value) else None)
 
     tokens, status = record.get("tokens"), record.get("status", "not measured").replace("_", " ")
     return [
         influence("null_step"),
         influence("student"),
-        Cell(numbers.count(tokens), "truncated" if record.get("truncated") else "", tokens),
+        Cell(formatting.count(tokens), "truncated" if record.get("truncated") else "", tokens),
         Cell(status, key=status),
     ]
 
 
-def rejections_of(sets: Sequence[Synthesis]) -> dict[str, Any]:
+def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
     """Rejected candidates by reason; the reasons take turns, so that rare ones are seen."""
     by_reason: dict[str, list[dict[str, str]]] = {}
     for part in sets:

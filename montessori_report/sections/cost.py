@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents
-from montessori_core.report.figures import Figure, bar_figure
-from montessori_core.report.page import Block, Section, Table
+from montessori_core import formatting
+from montessori_report.figures import Figure, bar_figure
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import RunData
 
 OPERATIONS = (
     "Two operations for each weight and token forward, twice as many backward. The paper's totals are about 110 times "
@@ -18,9 +18,9 @@ TABLE_7 = (
 )
 
 
-def cost_section(run: Contents) -> Section:
+def cost_section(run: RunData) -> Section:
     """Times, operations and use of the cluster, by the folder of the stage."""
-    seconds = {stage: value for stage, value in run.job_seconds.items() if numbers.known(value)}
+    seconds = {stage: value for stage, value in run.job_seconds.items() if formatting.is_finite(value)}
     blocks = []
     if seconds:
         figures = [time_figure(seconds)]
@@ -29,8 +29,8 @@ def cost_section(run: Contents) -> Section:
             figures += _stage_figures(run.stages)
             tables.append(_stage_table(run.stages))
         else:
-            rows = [[stage, numbers.duration(value)] for stage, value in sorted(seconds.items())]
-            rows.append(["all stages", numbers.duration(sum(seconds.values()))])
+            rows = [[stage, formatting.duration(value)] for stage, value in sorted(seconds.items())]
+            rows.append(["all stages", formatting.duration(sum(seconds.values()))])
             tables.append(Table("Job seconds by the folder of the stage", ["Stage", "Time"], rows))
         blocks.append(Block(figures, tables))
     return Section("cost", "Cost", blocks, absent="Times are recorded when an iteration ends.")
@@ -45,7 +45,7 @@ def time_figure(seconds: dict[str, float]) -> Figure:
         "longest stages come first.",
         "seconds",
         longest,
-        [numbers.duration(value) for value in longest.values()],
+        [formatting.duration(value) for value in longest.values()],
     )
 
 
@@ -62,7 +62,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
                 f"is counted, so stages of few rows look dear. {TABLE_7}",
                 "seconds per row",
                 paces,
-                [f"{numbers.significant(value, 3)} s" for value in paces.values()],
+                [f"{formatting.significant(value, 3)} s" for value in paces.values()],
             )
         )
     if operations:
@@ -72,7 +72,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
                 f"{OPERATIONS} Models behind an API do theirs elsewhere.",
                 "operations",
                 operations,
-                [numbers.significant(value, 3) for value in operations.values()],
+                [formatting.significant(value, 3) for value in operations.values()],
             )
         )
     if hours:
@@ -82,7 +82,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
                 "Hours of jobs times the GPUs that each held, busy or not; most is to be saved at the longest bar.",
                 "GPU-hours",
                 hours,
-                [f"{numbers.significant(value, 3)} h" for value in hours.values()],
+                [f"{formatting.significant(value, 3)} h" for value in hours.values()],
             )
         )
     return figures
@@ -93,24 +93,24 @@ def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
     rows = [
         [
             one["stage"],
-            *(numbers.count(one[key]) for key in ("shards", "rows", "jobs", "retries", "preemptions")),
-            numbers.duration(one["seconds"]),
-            f"{numbers.significant(one['seconds'] / one['rows'], 3)}\u00a0s" if one["rows"] else numbers.UNKNOWN,
-            numbers.significant(gpu_hours(one) if on_gpus else job_hours(one), 3),
-            numbers.significant(float(one["flops"]), 3),
+            *(formatting.count(one[key]) for key in ("shards", "rows", "jobs", "retries", "preemptions")),
+            formatting.duration(one["seconds"]),
+            f"{formatting.significant(one['seconds'] / one['rows'], 3)}\u00a0s" if one["rows"] else formatting.UNKNOWN,
+            formatting.significant(gpu_hours(one) if on_gpus else job_hours(one), 3),
+            formatting.significant(float(one["flops"]), 3),
         ]
         for one in stages
     ]
     total = [
         "all stages",
         *(
-            numbers.count(sum(one[key] for one in stages))
+            formatting.count(sum(one[key] for one in stages))
             for key in ("shards", "rows", "jobs", "retries", "preemptions")
         ),
-        numbers.duration(sum(one["seconds"] for one in stages)),
+        formatting.duration(sum(one["seconds"] for one in stages)),
         "",
-        numbers.significant(sum(gpu_hours(one) if on_gpus else job_hours(one) for one in stages), 3),
-        numbers.significant(float(sum(one["flops"] for one in stages)), 3),
+        formatting.significant(sum(gpu_hours(one) if on_gpus else job_hours(one) for one in stages), 3),
+        formatting.significant(float(sum(one["flops"] for one in stages)), 3),
     ]
     columns = [
         "Stage",

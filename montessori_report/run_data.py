@@ -26,7 +26,7 @@ _TRAININGS = ("warmup", "teacher", "student")
 
 
 @dataclass(frozen=True)
-class Synthesis:
+class SynthesisData:
     """One set of examples: every candidate the teacher wrote, and those that were kept."""
 
     label: str
@@ -40,7 +40,7 @@ class Synthesis:
 
 
 @dataclass(frozen=True)
-class Influence:
+class InfluenceData:
     """The influence of one set of examples, and the `influence_student` above which an example counts as helpful."""
 
     label: str
@@ -65,14 +65,14 @@ class Influence:
 
 
 @dataclass(frozen=True)
-class Iteration:
+class IterationData:
     """One teacher update: what it read and what came of it."""
 
     number: int
-    probing: Synthesis
-    training: Synthesis
-    influence: Influence | None
-    training_influence: Influence | None
+    probing: SynthesisData
+    training: SynthesisData
+    influence: InfluenceData | None
+    training_influence: InfluenceData | None
     preferences: pa.Table | None
     logs: dict[str, Log]
     metrics: dict[str, Any] | None
@@ -93,16 +93,16 @@ class Iteration:
 
 
 @dataclass(frozen=True)
-class Contents:
+class RunData:
     """All that a run's folder holds so far."""
 
     name: str
     config: str | None
     settings: dict[str, Any]
     provenance: dict[str, Any]
-    iterations: list[Iteration]
-    unmodified: Synthesis | None
-    unmodified_influence: Influence | None
+    iterations: list[IterationData]
+    unmodified: SynthesisData | None
+    unmodified_influence: InfluenceData | None
 
     def setting(self, section: str, name: str, default: Any) -> Any:
         """A value of the configuration; `default` where the configuration does not say."""
@@ -125,13 +125,13 @@ class Contents:
         return bool(self.setting("comparison", "unmodified_teacher", True))
 
     @property
-    def syntheses(self) -> list[Synthesis]:
+    def syntheses(self) -> list[SynthesisData]:
         """Every set that there is, in the order of the run."""
         sets = [part for iteration in self.iterations for part in (iteration.probing, iteration.training)]
         return [part for part in (*sets, self.unmodified) if part is not None and part.instructions is not None]
 
     @property
-    def teachers(self) -> dict[int, Influence]:
+    def teachers(self) -> dict[int, InfluenceData]:
         """The influence of what each teacher wrote: 0 is the one the run began with, 1 the first update, and so on."""
         found = {
             iteration.number - 1: iteration.influence
@@ -149,11 +149,11 @@ class Contents:
         found = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
         return [found[name] for name in sorted(found)]
 
-    def heading(self, iteration: Iteration) -> str | None:
+    def heading(self, iteration: IterationData) -> str | None:
         """What parts of an iteration stand under; nothing if there is only one."""
         return f"Iteration {iteration.number}" if max(self.planned, len(self.iterations)) > 1 else None
 
-    def in_iteration(self, label: str, iteration: Iteration) -> str:
+    def in_iteration(self, label: str, iteration: IterationData) -> str:
         """A label that says of which iteration it is."""
         heading = self.heading(iteration)
         return f"{heading}: {label}" if heading else label[0].upper() + label[1:]
@@ -167,7 +167,7 @@ class Contents:
         return merged
 
 
-def read_contents(folder: Path) -> Contents:
+def read_run_data(folder: Path) -> RunData:
     """Read a run's folder.
 
     Raises:
@@ -187,7 +187,7 @@ def read_contents(folder: Path) -> Contents:
     # Measured on the student of the first iteration, so it is divided where that iteration's examples are.
     threshold = iterations[0].influence.threshold if iterations and iterations[0].influence else None
     of_unmodified = _read(unmodified / "training-influence.parquet", INFLUENCE)
-    return Contents(
+    return RunData(
         name=str(settings.get("name", folder.resolve().name)),
         config=text,
         settings=settings,
@@ -198,7 +198,7 @@ def read_contents(folder: Path) -> Contents:
     )
 
 
-def missing_parts(run: Contents) -> list[str]:
+def missing_parts(run: RunData) -> list[str]:
     """What a complete run would hold and this one does not, a sentence each."""
     sentences = []
     if run.config is None:
@@ -217,7 +217,7 @@ def missing_parts(run: Contents) -> list[str]:
     return sentences
 
 
-def _missing_of(iteration: Iteration, run: Contents) -> list[str]:
+def _missing_of(iteration: IterationData, run: RunData) -> list[str]:
     measures_training = bool(run.setting("comparison", "influence_examples", 256))
     parts = {
         "the synthesis of the probing set": iteration.probing.examples,
@@ -250,14 +250,14 @@ def _setting(settings: dict[str, Any], section: str, name: str, default: Any) ->
     return content.get(name, default) if isinstance(content, dict) else default
 
 
-def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) -> Iteration:
+def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) -> IterationData:
     metrics = read_json(folder / "metrics.json")
     recorded = (metrics or {}).get("training_logs", {})
     logs = {name: recorded.get(name) or _read_log(folder / name) for name in _TRAININGS}
     logs["unmodified"] = recorded.get("unmodified") or (_read_log(unmodified / "student") if number == 1 else [])
     probed, trained = (_read(folder / name, INFLUENCE) for name in ("influence.parquet", "training-influence.parquet"))
     threshold = threshold_of(probed, baseline) if probed is not None else None
-    return Iteration(
+    return IterationData(
         number=number,
         probing=_read_synthesis(folder, f"Iteration {number}: probing set"),
         training=_read_synthesis(folder / "training", f"Iteration {number}: training set"),
@@ -269,14 +269,14 @@ def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) 
     )
 
 
-def _read_synthesis(folder: Path, label: str) -> Synthesis:
-    return Synthesis(
+def _read_synthesis(folder: Path, label: str) -> SynthesisData:
+    return SynthesisData(
         label, _read(folder / "instructions.parquet", INSTRUCTIONS), _read(folder / "examples.parquet", EXAMPLES)
     )
 
 
-def _influence(label: str, table: pa.Table | None, threshold: float | None) -> Influence | None:
-    return Influence(label, table, threshold) if table is not None and threshold is not None else None
+def _influence(label: str, table: pa.Table | None, threshold: float | None) -> InfluenceData | None:
+    return InfluenceData(label, table, threshold) if table is not None and threshold is not None else None
 
 
 def _read_log(folder: Path) -> Log:

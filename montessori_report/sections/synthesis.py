@@ -7,24 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Synthesis
-from montessori_core.report.figures import (
-    DASHES,
-    GREY,
-    SERIES,
-    Figure,
-    Sample,
-    funnel_figure,
-    histogram_figure,
-)
-from montessori_core.report.page import Block, Section, Table
-from montessori_core.report.verbs import PARSED, REMEDY, open_parser, read_verbs, sunburst_figure
+from montessori_core import formatting
+from montessori_report.figures import DASHES, GREY, SERIES, Figure, Sample, funnel_figure, histogram_figure
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import RunData, SynthesisData
+from montessori_report.sections.verb_nouns import PARSED, REMEDY, open_parser, read_verbs, sunburst_figure
 
 _MOST_BINS = 50
 
 
-def synthesis_section(run: Contents) -> Section:
+def synthesis_section(run: RunData) -> Section:
     """Funnels, lengths and verbs of all sets."""
     introduction = (
         "The teacher writes candidate instructions; filters remove what is malformed, too short or long, or too similar to "
@@ -50,7 +42,7 @@ def synthesis_section(run: Contents) -> Section:
     )
 
 
-def _funnels(sets: Sequence[Synthesis]) -> Block | None:
+def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
     counted = [(part.label, part.funnel) for part in sets if part.funnel]
     if not counted:
         return None
@@ -58,11 +50,12 @@ def _funnels(sets: Sequence[Synthesis]) -> Block | None:
         dict.fromkeys(step for _, funnel in counted for step in funnel if step not in ("candidates", "kept"))
     )
     rows = [
-        [step, *(numbers.count(funnel.get(step, 0)) for _, funnel in counted)]
+        [step, *(formatting.count(funnel.get(step, 0)) for _, funnel in counted)]
         for step in ("candidates", *reasons, "kept")
     ]
     rates = [
-        numbers.share(funnel["kept"] / funnel["candidates"] if funnel["candidates"] else None) for _, funnel in counted
+        formatting.share(funnel["kept"] / funnel["candidates"] if funnel["candidates"] else None)
+        for _, funnel in counted
     ]
     return Block(
         [funnel_figure(label, funnel) for label, funnel in counted],
@@ -76,7 +69,7 @@ def _funnels(sets: Sequence[Synthesis]) -> Block | None:
     )
 
 
-def _length_figures(run: Contents) -> list[Figure]:
+def _length_figures(run: RunData) -> list[Figure]:
     """Tokens as the student's tokenizer counts them, from the tables of influence: those of each teacher's examples."""
     tables = [
         (f"Teacher {number}", part.table, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
@@ -127,7 +120,7 @@ def length_edges(lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.arange(low, high + 1 + width, width, dtype=np.float64)
 
 
-def _verbs(run: Contents) -> tuple[list[Figure], str]:
+def _verbs(run: RunData) -> tuple[list[Figure], str]:
     """Sunbursts of each teacher, and a sentence if there are none for want of a parser."""
     sets: list[tuple[str, pa.Table]] = []
     if run.unmodified is not None and run.unmodified.examples is not None:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from montessori_core.report.contents import Log
-from montessori_core.report.numbers import count, known
+from montessori_core.formatting import count, is_finite
+from montessori_report.run_data import Log
 
 BEFORE, AFTER, WARM, GREY = "#E69F00", "#0072B2", "#009E73", "#8A8F98"
 CHOSEN, REJECTED, TEACHER = "#56B4E9", "#D55E00", "#CC79A7"
@@ -73,7 +73,7 @@ class Dot:
     @staticmethod
     def of(label: str, mean: float, standard_error: float | None, colour: str) -> "Dot":
         """With the 95 % interval of a normal distribution."""
-        reach = CONFIDENCE * standard_error if known(standard_error) else 0.0
+        reach = CONFIDENCE * standard_error if is_finite(standard_error) else 0.0
         return Dot(label, mean, mean - reach, mean + reach, colour)
 
 
@@ -281,7 +281,7 @@ def curve_figure(
 
 def curve_points(curve: Curve) -> tuple[list[float], list[float]]:
     """Steps and finite values of a curve."""
-    entries = [entry for entry in curve.log if known(entry.get("step")) and known(entry.get(curve.key))]
+    entries = [entry for entry in curve.log if is_finite(entry.get("step")) and is_finite(entry.get(curve.key))]
     return [entry["step"] for entry in entries], [entry[curve.key] for entry in entries]
 
 

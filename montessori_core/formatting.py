@@ -1,9 +1,9 @@
-"""How reports write numbers: short, with a true minus sign, and a dash for what is not known."""
+"""Numbers as people read them: short, with a true minus sign, and a dash for an unknown value."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -26,13 +26,13 @@ class Unit:
 
     def text(self, nats: float | None) -> str:
         """Influence in this unit, signed."""
-        if not known(nats):
+        if not is_finite(nats):
             return UNKNOWN
         return f"{'+' if nats > 0 else ''}{significant(self.scale(nats), 3)}"
 
     def size(self, nats: float | None, digits: int = 2) -> str:
         """A noise floor, standard error or distance in this unit."""
-        return significant(self.scale(nats), digits) if known(nats) else UNKNOWN
+        return significant(self.scale(nats), digits) if is_finite(nats) else UNKNOWN
 
 
 def unit_of(nats: Iterable[float]) -> Unit:
@@ -42,24 +42,24 @@ def unit_of(nats: Iterable[float]) -> Unit:
     return Unit(min(0, 3 * math.floor(math.log10(float(np.median(sizes))) / 3)) if sizes.size else 0)
 
 
-def known(value: object) -> TypeGuard[float]:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether this is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def count(number: int | None) -> str:
     """A whole number."""
-    return f"{number:,}" if known(number) else UNKNOWN
+    return f"{number:,}" if is_finite(number) else UNKNOWN
 
 
 def share(value: float | None) -> str:
     """A share of one, in per cent."""
-    return f"{value:.0%}" if known(value) else UNKNOWN
+    return f"{value:.0%}" if is_finite(value) else UNKNOWN
 
 
 def loss(nats: float | None) -> str:
     """A loss in nats per token."""
-    return f"{nats:.4f}" if known(nats) else UNKNOWN
+    return f"{nats:.4f}" if is_finite(nats) else UNKNOWN
 
 
 def signed(value: float, decimals: int) -> str:
@@ -72,7 +72,7 @@ def signed(value: float, decimals: int) -> str:
 
 def gain(mean: float | None, standard_error: float | None) -> str:
     """A difference of losses and its standard error, nats per token."""
-    if not known(mean):
+    if not is_finite(mean):
         return UNKNOWN
     return f"{signed(mean, 4)} ± {loss(standard_error)}"
 
@@ -97,3 +97,18 @@ def duration(seconds: float) -> str:
 
 def _power(exponent: int) -> str:
     return f"10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
+def gain_text(row: dict[str, Any]) -> str:
+    """The gain of a row, with its sign."""
+    return f"{row['gain']:+.4f}"
+
+
+def interval_text(row: dict[str, Any]) -> str:
+    """The interval of a row's gain; the baseline has none."""
+    return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
+
+
+def spread_text(row: dict[str, Any]) -> str:
+    """The spread of a row's gain over seeds; one seed has none."""
+    return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Iteration
-from montessori_core.report.figures import (
+from montessori_core import formatting
+from montessori_report.figures import (
     AFTER,
     BEFORE,
     GREY,
@@ -21,7 +20,8 @@ from montessori_core.report.figures import (
     row_height,
     wrapped,
 )
-from montessori_core.report.page import Block, Section, Table
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import IterationData, RunData
 
 MODELS = {
     "student": "updated teacher's student",
@@ -33,7 +33,7 @@ _JUDGED = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}
 _COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous": WARM}
 
 
-def held_out_section(run: Contents) -> Section:
+def held_out_section(run: RunData) -> Section:
     """Held-out losses and paired gains."""
     block = _held_out(run)
     return Section(
@@ -48,7 +48,7 @@ def held_out_section(run: Contents) -> Section:
     )
 
 
-def _held_out(run: Contents) -> Block | None:
+def _held_out(run: RunData) -> Block | None:
     first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
     entries = [
         (MODELS[name][0].upper() + MODELS[name][1:], first[name], _COLOURS[name])
@@ -71,8 +71,10 @@ def _held_out(run: Contents) -> Block | None:
     figures = [loss_figure(_dots(entries))]
     if gain_dots := _dots(gains):
         figures.append(gain_figure(gain_dots))
-    rows = [["Loss: " + label, numbers.loss(s["mean"]), numbers.loss(s["standard_error"])] for label, s, _ in entries]
-    rows += [["Gain: " + label, _signed(s["mean"]), numbers.loss(s["standard_error"])] for label, s, _ in gains]
+    rows = [
+        ["Loss: " + label, formatting.loss(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in entries
+    ]
+    rows += [["Gain: " + label, _signed(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in gains]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "Standard error"], rows)
     return Block(figures, [table])
 
@@ -85,7 +87,7 @@ def loss_figure(dots: Sequence[Dot]) -> Figure:
         "although a paired difference is clear, so judge by the gains.",
         dots,
         "mean loss, nats per token",
-        [numbers.loss(dot.mean) for dot in dots],
+        [formatting.loss(dot.mean) for dot in dots],
     )
 
 
@@ -97,12 +99,12 @@ def gain_figure(dots: Sequence[Dot]) -> Figure:
         "better, and an interval that crosses 0 shows no difference.",
         dots,
         "gain, nats per token",
-        [numbers.signed(dot.mean, 4) for dot in dots],
+        [formatting.signed(dot.mean, 4) for dot in dots],
         zero=True,
     )
 
 
-def benchmark_section(run: Contents) -> Section:
+def benchmark_section(run: RunData) -> Section:
     """Scores on benchmarks, answers side by side, and what of the benchmarks the training data holds."""
     scores = scores_of(run)
     played = [
@@ -133,18 +135,18 @@ def benchmark_section(run: Contents) -> Section:
     )
 
 
-def scores_of(run: Contents) -> list[tuple[str, dict[str, Any]]]:
+def scores_of(run: RunData) -> list[tuple[str, dict[str, Any]]]:
     """Label and record of every finite score; models that no iteration changes have one, however often it is recorded."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for iteration in run.iterations:
         for entry in iteration.records("scores"):
-            if numbers.known(entry["mean"]):
+            if formatting.is_finite(entry["mean"]):
                 key = _label(entry["model"], iteration, run), entry["benchmark"], entry["metric"]
                 found.setdefault(key, entry)
     return [(label, entry) for (label, _, _), entry in found.items()]
 
 
-def _label(model: str, iteration: Iteration, run: Contents) -> str:
+def _label(model: str, iteration: IterationData, run: RunData) -> str:
     name = MODELS.get(model, model)
     return name[0].upper() + name[1:] if model in ("unmodified", "untrained") else run.in_iteration(name, iteration)
 
@@ -207,10 +209,10 @@ def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
 
 def _score_text(entry: dict[str, Any] | None) -> str:
     if entry is None:
-        return numbers.UNKNOWN
-    error = f" ± {entry['standard_error']:.2g}" if numbers.known(entry["standard_error"]) else ""
-    unparsed = f", {numbers.count(entry['unparsed'])} unparsed" if entry["unparsed"] else ""
-    return f"{entry['mean']:.4g}{error} ({numbers.count(entry['examples'])}{unparsed})"
+        return formatting.UNKNOWN
+    error = f" ± {entry['standard_error']:.2g}" if formatting.is_finite(entry["standard_error"]) else ""
+    unparsed = f", {formatting.count(entry['unparsed'])} unparsed" if entry["unparsed"] else ""
+    return f"{entry['mean']:.4g}{error} ({formatting.count(entry['examples'])}{unparsed})"
 
 
 def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
@@ -234,7 +236,7 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
                 "name": kind,
                 "y": [wrapped(label) for label, _ in played],
                 "x": [number / total for number, total in zip(numbers_of, totals, strict=True)],
-                "text": [numbers.count(number) for number in numbers_of],
+                "text": [formatting.count(number) for number in numbers_of],
                 "textposition": "inside",
                 "insidetextanchor": "middle",
                 "marker": {"color": colour},
@@ -262,8 +264,8 @@ def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
         [
             _name(entry["benchmark"]),
             data,
-            f"{numbers.count(entry['overlapping'])} of {numbers.count(entry['items'])}",
-            numbers.count(entry["n"]),
+            f"{formatting.count(entry['overlapping'])} of {formatting.count(entry['items'])}",
+            formatting.count(entry["n"]),
         ]
         for data, entry in found
     ]
@@ -287,12 +289,12 @@ def score_name(benchmark: str) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return numbers.signed(value, 4) if numbers.known(value) else numbers.UNKNOWN
+    return formatting.signed(value, 4) if formatting.is_finite(value) else formatting.UNKNOWN
 
 
 def _dots(entries: Sequence[tuple[str, dict[str, float], str]]) -> list[Dot]:
     return [
         Dot.of(label, stat["mean"], stat["standard_error"], colour)
         for label, stat, colour in entries
-        if numbers.known(stat["mean"]) and numbers.known(stat["standard_error"])
+        if formatting.is_finite(stat["mean"]) and formatting.is_finite(stat["standard_error"])
     ]

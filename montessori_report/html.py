@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from montessori_core.atomic import commit
-from montessori_core.report.figures import Figure, slug
+from montessori_report.figures import Figure, slug
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -107,7 +107,7 @@ def build_page(
     """
     plotly, script = get_plotlyjs(), _asset("script.js")
     environment = Environment(
-        loader=PackageLoader("montessori_core", "report"),
+        loader=PackageLoader("montessori_report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -140,7 +140,7 @@ def visible(text: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("montessori_core.report").joinpath(name).read_text(encoding="utf-8")
+    return files("montessori_report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _policy_hash(script: str) -> str:
