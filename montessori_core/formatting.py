@@ -28,7 +28,7 @@ class Unit:
         """Influence in this unit, signed."""
         if not is_finite(nats):
             return UNKNOWN
-        return f"{'+' if nats > 0 else ''}{significant(self.scale(nats), 3)}"
+        return f"{'+' if nats > 0 else ''}{significant(self.scale(nats))}"
 
     def size(self, nats: float | None, digits: int = 2) -> str:
         """A noise floor, standard error or distance in this unit."""
@@ -62,9 +62,11 @@ def loss(nats: float | None) -> str:
     return f"{nats:.4f}" if is_finite(nats) else UNKNOWN
 
 
-def signed(value: float, decimals: int) -> str:
+def signed(value: float | None) -> str:
     """A difference; zero, and what rounds to it, has no sign."""
-    text = f"{abs(value):,.{decimals}f}"
+    if not is_finite(value):
+        return UNKNOWN
+    text = f"{abs(value):,.4f}"
     if float(text.replace(",", "")) == 0:
         return text
     return f"{'+' if value > 0 else '−'}{text}"
@@ -72,12 +74,10 @@ def signed(value: float, decimals: int) -> str:
 
 def gain(mean: float | None, standard_error: float | None) -> str:
     """A difference of losses and its standard error, nats per token."""
-    if not is_finite(mean):
-        return UNKNOWN
-    return f"{signed(mean, 4)} ± {loss(standard_error)}"
+    return f"{signed(mean)} ± {loss(standard_error)}" if is_finite(mean) else UNKNOWN
 
 
-def significant(value: float, digits: int) -> str:
+def significant(value: float, digits: int = 3) -> str:
     """A number to so many significant digits, as a power of ten where it is very small or large."""
     if value == 0:
         return "0"

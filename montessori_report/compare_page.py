@@ -7,7 +7,7 @@ from pathlib import Path
 from montessori_core import formatting
 from montessori_core.config import differences
 from montessori_core.formatting import UNKNOWN, Unit
-from montessori_report.figures import DASHES, SERIES, Dot, Sample, bar_figure
+from montessori_report.figures import Dot, Sample, bar_figure, colour_of, finite_dots
 from montessori_report.html import Block, Page, Section, Table, build_page
 from montessori_report.run_data import InfluenceData, IterationData, RunData, read_run_data
 from montessori_report.sections.benchmarks import (
@@ -95,33 +95,29 @@ def _last_trained_on(run: RunData) -> InfluenceData | None:
 
 
 def _held_out(runs: Sequence[RunData]) -> Section:
-    entries = []
-    gains = []
+    entries, gains = [], []
     for number, run in enumerate(runs):
+        colour = colour_of(number)
         first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
         entries += [
-            (f"{run.name}: {MODELS[name]}", first[name], number)
+            (f"{run.name}: {MODELS[name]}", first[name], colour)
             for name in ("untrained", "unmodified")
             if name in first
         ]
         for iteration in run.iterations:
             if "student" in iteration.held_out_loss:
                 label = f"{_place(run, iteration)}: {MODELS['student']}"
-                entries.append((label, iteration.held_out_loss["student"], number))
+                entries.append((label, iteration.held_out_loss["student"], colour))
             gains += [
-                (
-                    f"{_place(run, iteration)}: over the {MODELS[name]}",
-                    iteration.held_out_gain[f"student_over_{name}"],
-                    number,
-                )
+                (f"{_place(run, iteration)}: over the {MODELS[name]}", gain, colour)
                 for name in ("unmodified", "untrained")
-                if f"student_over_{name}" in iteration.held_out_gain
+                if (gain := iteration.held_out_gain.get(f"student_over_{name}"))
             ]
-    losses_drawn, gains_drawn = _dots(entries), _dots(gains)
+    losses_drawn, gains_drawn = finite_dots(entries), finite_dots(gains)
     figures = [loss_figure(losses_drawn)] if losses_drawn else []
     figures += [gain_figure(gains_drawn)] if gains_drawn else []
     rows = [["Loss: " + dot.label, formatting.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
-    rows += [["Gain: " + dot.label, formatting.signed(dot.mean, 4), _interval(dot)] for dot in gains_drawn]
+    rows += [["Gain: " + dot.label, formatting.signed(dot.mean), _interval(dot)] for dot in gains_drawn]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "95 % interval"], rows)
     return Section(
         "held-out",
@@ -131,14 +127,6 @@ def _held_out(runs: Sequence[RunData]) -> Section:
         "student with the others of its own run.",
         absent="No student of these runs has been evaluated yet.",
     )
-
-
-def _dots(entries: Sequence[tuple[str, dict[str, float], int]]) -> list[Dot]:
-    return [
-        Dot.of(label, stat["mean"], stat["standard_error"], SERIES[number % len(SERIES)])
-        for label, stat, number in entries
-        if formatting.is_finite(stat["mean"]) and formatting.is_finite(stat["standard_error"])
-    ]
 
 
 def _place(run: RunData, iteration: IterationData) -> str:
@@ -174,7 +162,7 @@ def _influence(runs: Sequence[RunData], unit: Unit) -> Section:
         ("Influence of the last training sets", _last_trained_on),
     ):
         samples = [
-            Sample(run.name, part.values, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
+            Sample.numbered(run.name, part.values, number)
             for number, run in enumerate(runs)
             if (part := part_of(run)) is not None and len(part.values)
         ]
@@ -204,7 +192,7 @@ def _cost(runs: Sequence[RunData]) -> Section:
                 "All stages of a run together, as if its shards had been computed one after the other.",
                 "seconds",
                 seconds,
-                [formatting.duration(value) for value in seconds.values()],
+                formatting.duration,
                 column="run",
             )
         )
@@ -215,7 +203,7 @@ def _cost(runs: Sequence[RunData]) -> Section:
                 f"All stages of a run together. {OPERATIONS}",
                 "operations",
                 operations,
-                [formatting.significant(value, 3) for value in operations.values()],
+                formatting.significant,
                 column="run",
             )
         )
@@ -224,7 +212,7 @@ def _cost(runs: Sequence[RunData]) -> Section:
         [
             run.name,
             *(formatting.count(sum(one[key] for one in run.stages)) for key in ("jobs", "retries", "preemptions")),
-            *(formatting.significant(sum(map(hours, run.stages)), 3) for hours in (job_hours, gpu_hours)),
+            *(formatting.significant(sum(map(hours, run.stages))) for hours in (job_hours, gpu_hours)),
         ]
         for run in counted
     ]

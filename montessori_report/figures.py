@@ -1,7 +1,7 @@
-"""What the figures of a page are made of: plain Plotly data, a sentence that says how to read it, and the numbers as a table.
+"""Figures of a page: a Plotly figure, a sentence that says how to read it, and its numbers as a table.
 
 Colours are those of Okabe and Ito, which people with any colour vision tell apart, and mean the same everywhere: orange is
-the teacher before its update, blue the updated teacher, green the warm-up. No text that a model wrote enters a figure, for
+the teacher before its update, blue the updated teacher, green the warm-up. No text that a model wrote enters a figure, since
 Plotly would read it as markup; all other text is escaped by `plain`.
 """
 
@@ -9,13 +9,14 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import plotly.graph_objects as go
 
 from montessori_core.formatting import count, is_finite
 from montessori_report.run_data import Log
@@ -29,7 +30,35 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
 CONFIDENCE = 1.96
 """Standard errors in half a 95 % interval."""
+ROWS: dict[str, Any] = {"yaxis_autorange": "reversed", "yaxis_showgrid": False}
+"""Layout of bars below each other, the first at the top."""
 _LINE = 17  # pixels
+_AXIS = {"title_font_size": 13, "automargin": True, "zeroline": False, "exponentformat": "e"}
+_CLEAR = "rgba(0,0,0,0)"
+_ERROR_BARS = {"thickness": 2, "width": 5}
+
+TEMPLATE = go.layout.Template(
+    # The page's script adds the colours of light or dark mode.
+    layout=go.Layout(
+        margin={"l": 8, "r": 16, "t": 16, "b": 8},
+        paper_bgcolor=_CLEAR,
+        plot_bgcolor=_CLEAR,
+        font={"size": 13, "color": GREY, "family": "system-ui, sans-serif"},
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        modebar={"bgcolor": _CLEAR, "orientation": "v"},
+        dragmode=False,  # a finger on a figure scrolls the page
+        xaxis=go.layout.XAxis(**_AXIS),
+        yaxis=go.layout.YAxis(**_AXIS),
+        sunburstcolorway=SERIES,
+        shapedefaults={"line": {"color": GREY, "width": 1.5}},
+        annotationdefaults={"font": {"size": 12}},
+    ),
+    data={
+        "bar": [go.Bar(orientation="h", marker_color=AFTER, cliponaxis=False)],
+        "scatter": [go.Scatter(error_x=_ERROR_BARS, error_y=_ERROR_BARS)],
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -39,20 +68,20 @@ class Figure:
     Attributes:
         title: above the figure; its file of data is named after it.
         reading: how to read it.
-        plot: Plotly's data and layout.
+        plot: the Plotly figure.
         columns: names of the columns of the figure's data.
         rows: the numbers that are drawn, for those who want to draw them again.
     """
 
     title: str
     reading: str
-    plot: Mapping[str, Any]
+    plot: go.Figure
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
 
     @property
     def csv(self) -> str:
-        """The figure's data as comma-separated values; what is not known is empty."""
+        """The figure's data as comma-separated values; unknown values are empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -97,6 +126,25 @@ class Sample:
     colour: str
     dash: str = "solid"
 
+    @staticmethod
+    def numbered(label: str, values: npt.NDArray[np.float64], number: int) -> "Sample":
+        """With the colour and dash of the set's number, which 24 sets share with no other."""
+        return Sample(label, values, colour_of(number), DASHES[number // len(SERIES) % len(DASHES)])
+
+
+def colour_of(number: int) -> str:
+    """The colour of a teacher, run or method by its number."""
+    return SERIES[number % len(SERIES)]
+
+
+def finite_dots(entries: Iterable[tuple[str, Mapping[str, float], str]]) -> list[Dot]:
+    """Return a dot for each label, statistic (`mean` and `standard_error`) and colour, if both numbers are finite."""
+    return [
+        Dot.of(label, stat["mean"], stat["standard_error"], colour)
+        for label, stat, colour in entries
+        if is_finite(stat["mean"]) and is_finite(stat["standard_error"])
+    ]
+
 
 def slug(text: str) -> str:
     """A text as part of a file's name."""
@@ -104,12 +152,12 @@ def slug(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A text in a figure: what Plotly would read as markup is escaped."""
+    """Escape what Plotly would read as markup."""
     return escape(text, quote=False)
 
 
 def wrapped(label: str) -> str:
-    """The same in lines, beside an axis."""
+    """A label in lines, beside an axis."""
     return "<br>".join(plain(line) for line in textwrap.wrap(label, 24)) or " "
 
 
@@ -118,8 +166,29 @@ def row_height(labels: Iterable[str], least: int) -> int:
     return max([least, *(6 + _LINE * (1 + wrapped(label).count("<br>")) for label in labels)])
 
 
+def new_plot(traces: Sequence[Any], height: int, x_title: str, y_title: str = "", **layout: Any) -> go.Figure:
+    """Return a Plotly figure in the page's style.
+
+    Args:
+        traces: what is drawn.
+        height: of the figure, pixels.
+        x_title: of the x axis.
+        y_title: of the y axis; without one the axis has labels for ticks.
+        layout: further properties, with underscores between the parts of their names.
+    """
+    titles = {"xaxis_title_text": plain(x_title), "yaxis_title_text": plain(y_title)}
+    # Fixed tick count: otherwise legend wrapping and label width can oscillate.
+    ticks = 6 if y_title else None
+    return go.Figure(traces, go.Layout(template=TEMPLATE, height=height, yaxis_nticks=ticks, **titles, **layout))
+
+
 def bar_figure(
-    title: str, reading: str, axis: str, bars: Mapping[str, float], texts: Sequence[str], column: str = "stage"
+    title: str,
+    reading: str,
+    axis: str,
+    bars: Mapping[str, float],
+    text_of: Callable[[float], str],
+    column: str = "stage",
 ) -> Figure:
     """Horizontal bars from 0, in the order given.
 
@@ -128,98 +197,75 @@ def bar_figure(
         reading: how to read it.
         axis: what the bars are in.
         bars: values by label.
-        texts: what stands at the end of each.
+        text_of: formats a value, at the end of its bar.
         column: what the labels are, for the data.
     """
     labels = [label.replace("/", " / ") for label in bars]
-    data = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [wrapped(label) for label in labels],
-        "x": list(bars.values()),
-        "marker": {"color": AFTER},
-        "text": list(texts),
-        "textposition": "auto",
-        "hovertemplate": "%{y}: %{text}<extra></extra>",
-    }
-    drawn = layout(80 + row_height(labels, 28) * len(bars), axis)
-    drawn |= {"showlegend": False}
-    drawn["xaxis"] |= {"range": [0, 1.15 * (max(bars.values(), default=0.0) or 1.0)]}
-    drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
-    return Figure(title, reading, {"data": [data], "layout": drawn}, [column, axis], list(bars.items()))
+    trace = go.Bar(
+        y=[wrapped(label) for label in labels],
+        x=list(bars.values()),
+        text=list(map(text_of, bars.values())),
+        hovertemplate="%{y}: %{text}<extra></extra>",
+    )
+    height = 80 + row_height(labels, 28) * len(bars)
+    limits = [0, 1.15 * (max(bars.values(), default=0.0) or 1.0)]
+    plot = new_plot([trace], height, axis, showlegend=False, xaxis_range=limits, **ROWS)
+    return Figure(title, reading, plot, [column, axis], list(bars.items()))
 
 
 def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
-    """From candidates through the filters to what was kept."""
+    """From candidates through the filters to the kept instructions."""
     candidates, kept = funnel["candidates"], funnel["kept"]
     rejected = {reason: number for reason, number in funnel.items() if reason not in ("candidates", "kept")}
-    left = candidates
-    starts = []
-    for number in rejected.values():
-        left -= number
-        starts.append(left)
-    bars = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [wrapped(name) for name in ("candidates", *rejected, "kept")],
-        "x": [candidates, *rejected.values(), kept],
-        "base": [0, *starts, 0],
-        "marker": {"color": [GREY, *[REJECTED] * len(rejected), AFTER]},
-        "text": [count(candidates), *(f"−{count(number)}" for number in rejected.values()), count(kept)],
-        "textposition": "outside",
-        "cliponaxis": False,
-        "hovertemplate": "%{y}: %{x:,}<extra></extra>",
-    }
-    drawn = layout(70 + row_height(funnel, 34) * len(funnel), "instructions")
-    drawn |= {"showlegend": False}
-    drawn["xaxis"] |= {"range": [0, 1.16 * max(candidates, 1)]}
-    drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    steps = {"candidates": candidates, **rejected, "kept": kept}
+    left = candidates - np.cumsum(list(rejected.values()), dtype=int)
+    trace = go.Bar(
+        y=[wrapped(step) for step in steps],
+        x=list(steps.values()),
+        base=[0, *left.tolist(), 0],
+        marker_color=[GREY, *[REJECTED] * len(rejected), AFTER],
+        text=[count(candidates), *(f"−{count(number)}" for number in rejected.values()), count(kept)],
+        textposition="outside",
+        hovertemplate="%{y}: %{x:,}<extra></extra>",
+    )
+    height, limits = 70 + row_height(funnel, 34) * len(funnel), [0, 1.16 * max(candidates, 1)]
     return Figure(
         label,
         "Read from top to bottom: each red bar is what one filter took away from what was left, and the blue bar is kept.",
-        {"data": [bars], "layout": drawn},
+        new_plot([trace], height, "instructions", showlegend=False, xaxis_range=limits, **ROWS),
         ["step", "instructions"],
-        [("candidates", candidates), *rejected.items(), ("kept", kept)],
+        list(steps.items()),
     )
 
 
 def histogram_figure(
-    title: str,
-    reading: str,
-    samples: Sequence[Sample],
-    edges: npt.NDArray[np.float64],
-    axis: str,
+    title: str, reading: str, samples: Sequence[Sample], edges: npt.NDArray[np.float64], axis: str
 ) -> Figure:
     """Outlines of histograms over common bins: several stay readable where they overlap, which bars do not.
 
-    What lies beyond the bins is counted in the outermost.
+    Values beyond the bins are counted in the outermost.
     """
     traces, rows = [], []
     for sample in samples:
-        heights = np.histogram(np.clip(sample.values, edges[0], edges[-1]), edges)[0].tolist()
-        outline = [0, *heights, 0]
+        heights = np.histogram(np.clip(sample.values, edges[0], edges[-1]), edges)[0]
+        shares = (heights / len(sample.values)).tolist()
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": f"{plain(sample.label)}, {count(len(sample.values))} examples",
-                "x": [float(edges[0]), *edges.tolist()],
-                "y": [height / len(sample.values) for height in outline],
-                "line": {"shape": "hv", "color": sample.colour, "dash": sample.dash, "width": 2},
-                "fill": "tozeroy",
-                "fillcolor": f"{sample.colour}{'59' if len(samples) < 3 else '1F'}",
-                "customdata": outline,
-                "hovertemplate": "from %{x:.4g}: %{y:.1%} (%{customdata} examples)<extra>%{fullData.name}</extra>",
-            }
+            go.Scatter(
+                mode="lines",
+                name=f"{plain(sample.label)}, {count(len(sample.values))} examples",
+                x=[float(edges[0]), *edges.tolist()],
+                y=[0, *shares, 0],
+                line={"shape": "hv", "color": sample.colour, "dash": sample.dash},
+                fill="tozeroy",
+                fillcolor=f"{sample.colour}{'59' if len(samples) < 3 else '1F'}",
+                customdata=[0, *heights.tolist(), 0],
+                hovertemplate="from %{x:.4g}: %{y:.1%} (%{customdata} examples)<extra>%{fullData.name}</extra>",
+            )
         )
-        rows += [
-            (sample.label, low, high, height, height / len(sample.values))
-            for low, high, height in zip(edges.tolist(), edges[1:].tolist(), heights, strict=False)
-        ]
-    drawn = layout(400, axis, "share of the set")
-    drawn["yaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
-    columns = ["set", f"from, {axis}", "to", "examples", "share of the set"]
-    return Figure(title, reading, {"data": traces, "layout": drawn}, columns, rows)
+        lows, highs = edges[:-1].tolist(), edges[1:].tolist()
+        rows += [(sample.label, *cells) for cells in zip(lows, highs, heights.tolist(), shares, strict=True)]
+    plot = new_plot(traces, 400, axis, "share of the set", yaxis_tickformat=".0%", yaxis_rangemode="tozero")
+    return Figure(title, reading, plot, ["set", f"from, {axis}", "to", "examples", "share of the set"], rows)
 
 
 def line_figure(
@@ -233,31 +279,26 @@ def line_figure(
 ) -> Figure:
     """Values (of each sample) over places on the x axis, with a dotted line at `level`."""
     traces = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if len(places) <= 60 else "lines",
-            "name": plain(sample.label),
-            "x": list(places),
-            "y": sample.values.tolist(),
-            "line": {"color": sample.colour, "dash": sample.dash, "width": 2},
-            "marker": {"size": 5},
-            "hovertemplate": "%{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
-        }
+        go.Scatter(
+            mode="lines+markers" if len(places) <= 60 else "lines",
+            name=plain(sample.label),
+            x=list(places),
+            y=sample.values.tolist(),
+            line={"color": sample.colour, "dash": sample.dash},
+            marker_size=5,
+            hovertemplate="%{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+        )
         for sample, places in lines
     ]
-    drawn = layout(320, x_axis, y_axis)
-    if limits is not None:
-        drawn["yaxis"] |= {"range": list(limits)}
+    plot = new_plot(traces, 320, x_axis, y_axis, yaxis_range=limits)
     if level is not None:
-        drawn["shapes"] = [
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": stroke("dot")}
-        ]
+        plot.add_hline(level, line_dash="dot")
     rows = [
         (sample.label, place, value)
         for sample, places in lines
         for place, value in zip(places, sample.values.tolist(), strict=True)
     ]
-    return Figure(title, reading, {"data": traces, "layout": drawn}, ["line", x_axis, y_axis], rows)
+    return Figure(title, reading, plot, ["line", x_axis, y_axis], rows)
 
 
 def curve_figure(
@@ -275,7 +316,7 @@ def curve_figure(
         lines.append((Sample(curve.label, np.array(values, dtype=np.float64), curve.colour, curve.dash), steps))
     figure = line_figure(title, reading, lines, "optimizer step", axis, level, limits)
     if max((len(curve.log) for curve in curves), default=0) <= 12:
-        figure.plot["layout"]["xaxis"] |= {"dtick": 1}
+        figure.plot.update_xaxes(dtick=1)
     return figure
 
 
@@ -286,122 +327,85 @@ def curve_points(curve: Curve) -> tuple[list[float], list[float]]:
 
 
 def dot_figure(
-    title: str, reading: str, dots: Sequence[Dot], axis: str, texts: Sequence[str], zero: bool = False
+    title: str, reading: str, dots: Sequence[Dot], axis: str, text_of: Callable[[float], str], zero: bool = False
 ) -> Figure:
     """Means with their intervals, one below the other; `zero` draws a line at 0."""
     traces = [
-        {
-            "type": "scatter",
-            "mode": "markers+text",
-            "name": plain(dot.label),
-            "x": [dot.mean],
-            "y": [wrapped(dot.label)],
-            "error_x": {
-                "type": "data",
-                "array": [dot.high - dot.mean],
-                "arrayminus": [dot.mean - dot.low],
-                "color": dot.colour,
-                "thickness": 2,
-                "width": 7,
-            },
-            "marker": {"color": dot.colour, "size": 12},
-            "text": [text],
-            "textposition": "top center",
-            "cliponaxis": False,
-            "hovertemplate": f"{text} ({dot.low:.4g} to {dot.high:.4g})<extra></extra>",
-        }
-        for dot, text in zip(dots, texts, strict=True)
+        go.Scatter(
+            mode="markers+text",
+            name=plain(dot.label),
+            x=[dot.mean],
+            y=[wrapped(dot.label)],
+            error_x=error_bars([dot]) | {"color": dot.colour},
+            marker={"color": dot.colour, "size": 12},
+            text=[text_of(dot.mean)],
+            textposition="top center",
+            cliponaxis=False,
+            hovertemplate=f"%{{text}} ({dot.low:.4g} to {dot.high:.4g})<extra></extra>",
+        )
+        for dot in dots
     ]
-    drawn = layout(90 + row_height([dot.label for dot in dots], 56) * len(dots), axis)
-    drawn |= {"showlegend": False}
-    drawn["xaxis"] |= {"range": _around([end for dot in dots for end in (dot.low, dot.high)] + [0.0] * zero)}
-    drawn["yaxis"] |= {"range": [len(dots) - 0.4, -0.7], "type": "category"}
-    if zero:
-        drawn["shapes"] = [vertical(0.0, "dash")]
-    rows = [(dot.label, dot.mean, dot.low, dot.high) for dot in dots]
-    return Figure(
-        title, reading, {"data": traces, "layout": drawn}, ["", axis, "95 % interval from", "95 % interval to"], rows
+    plot = new_plot(
+        traces,
+        90 + row_height([dot.label for dot in dots], 56) * len(dots),
+        axis,
+        showlegend=False,
+        xaxis_range=_range_around(dots, [0.0] * zero),
+        yaxis_range=[len(dots) - 0.4, -0.7],
+        yaxis_type="category",
     )
+    if zero:
+        plot.add_vline(0.0, line_dash="dash")
+    rows = [(dot.label, dot.mean, dot.low, dot.high) for dot in dots]
+    return Figure(title, reading, plot, ["", axis, "95 % interval from", "95 % interval to"], rows)
 
 
 def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[Dot]], axis: str) -> Figure:
     """Means with their intervals: one row for each group, one dot in it for each label, colours by label."""
-    labels = list(dict.fromkeys(dot.label for dots in groups.values() for dot in dots))
-    traces = []
-    for number, label in enumerate(labels):
-        own = [(group, dot) for group, dots in groups.items() for dot in dots if dot.label == label]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "orientation": "h",
-                "offsetgroup": plain(label),
-                "name": plain(label),
-                "x": [dot.mean for _, dot in own],
-                "y": [wrapped(group) for group, _ in own],
-                "error_x": {
-                    "type": "data",
-                    "array": [dot.high - dot.mean for _, dot in own],
-                    "arrayminus": [dot.mean - dot.low for _, dot in own],
-                    "thickness": 1.5,
-                    "width": 4,
-                },
-                "marker": {"color": own[0][1].colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9},
-                "hovertemplate": "%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
-            }
+    rows = [(group, dot) for group, dots in groups.items() for dot in dots]
+    by_label: dict[str, list[tuple[str, Dot]]] = {}
+    for group, dot in rows:
+        by_label.setdefault(dot.label, []).append((group, dot))
+    traces = [
+        go.Scatter(
+            mode="markers",
+            orientation="h",
+            offsetgroup=plain(label),
+            name=plain(label),
+            x=[dot.mean for _, dot in members],
+            y=[wrapped(group) for group, _ in members],
+            error_x=error_bars([dot for _, dot in members]),
+            marker={"color": members[0][1].colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9},
+            hovertemplate="%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
         )
-    drawn = layout(110 + 20 * len(labels) + (18 + 18 * len(labels)) * len(groups), axis)
-    drawn |= {"scattermode": "group"}
-    drawn["xaxis"] |= {
-        "range": _around([end for dots in groups.values() for dot in dots for end in (dot.low, dot.high)])
-    }
-    drawn["yaxis"] |= {"autorange": "reversed", "type": "category"}
-    rows = [(group, dot.label, dot.mean, dot.low, dot.high) for group, dots in groups.items() for dot in dots]
+        for number, (label, members) in enumerate(by_label.items())
+    ]
+    plot = new_plot(
+        traces,
+        110 + 20 * len(traces) + (18 + 18 * len(traces)) * len(groups),
+        axis,
+        scattermode="group",
+        xaxis_range=_range_around([dot for _, dot in rows]),
+        yaxis_autorange="reversed",
+        yaxis_type="category",
+    )
     columns = ["group", "label", axis, "95 % interval from", "95 % interval to"]
-    return Figure(title, reading, {"data": traces, "layout": drawn}, columns, rows)
+    return Figure(
+        title, reading, plot, columns, [(group, dot.label, dot.mean, dot.low, dot.high) for group, dot in rows]
+    )
 
 
-def layout(height: int, x_title: str, y_title: str | None = None) -> dict[str, Any]:
-    """The layout that all figures share; the page's script adds the colours of light or dark mode."""
+def error_bars(dots: Sequence[Dot]) -> dict[str, Any]:
+    """The intervals of dots, for Plotly."""
     return {
-        "height": height,
-        "margin": {"l": 8, "r": 16, "t": 16, "b": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"size": 13, "color": GREY, "family": "system-ui, sans-serif"},
-        "showlegend": True,
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "orientation": "v"},
-        "dragmode": False,  # a finger on a figure scrolls the page
-        "xaxis": axis_of(x_title),
-        # Were ticks chosen by the height, a legend that takes another line could change the labels' width, that the room for
-        # the legend, and that its lines, and so on.
-        "yaxis": axis_of(y_title) | {"nticks": 6} if y_title else axis_of(""),
+        "array": [max(0.0, dot.high - dot.mean) for dot in dots],
+        "arrayminus": [max(0.0, dot.mean - dot.low) for dot in dots],
     }
 
 
-def axis_of(title: str) -> dict[str, Any]:
-    """An axis with a title."""
-    return {
-        "title": {"text": plain(title), "font": {"size": 13}},
-        "automargin": True,
-        "zeroline": False,
-        "exponentformat": "e",
-    }
-
-
-def vertical(at: float, dash: str) -> dict[str, Any]:
-    """A line from bottom to top."""
-    return {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": at, "x1": at, "line": stroke(dash)}
-
-
-def stroke(dash: str) -> dict[str, Any]:
-    """How a line is drawn that is no data."""
-    return {"color": GREY, "width": 1.5, "dash": dash}
-
-
-def _around(ends: Sequence[float]) -> list[float]:
-    """A range that holds these with some room beside them."""
+def _range_around(dots: Sequence[Dot], others: Sequence[float] = ()) -> list[float]:
+    """A range that holds these intervals and numbers with some room beside them."""
+    ends = [*(end for dot in dots for end in (dot.low, dot.high)), *others]
     low, high = min(ends, default=0.0), max(ends, default=0.0)
     margin = 0.15 * ((high - low) or 1.0)
     return [low - margin, high + margin]

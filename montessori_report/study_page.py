@@ -5,26 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from montessori_core import formatting
 from montessori_core.formatting import interval_text, spread_text
 from montessori_core.schema import SIMILARITY, read_table
 from montessori_core.study import Study
 from montessori_report.figures import (
-    DASHES,
     GREY,
-    SERIES,
     SYMBOLS,
     Dot,
     Figure,
     Sample,
     bar_figure,
+    colour_of,
     dot_figure,
+    error_bars,
     grouped_dot_figure,
-    layout,
     line_figure,
+    new_plot,
     plain,
-    stroke,
 )
 from montessori_report.html import Block, Page, Section, Table, build_page
 from montessori_report.sections.benchmarks import score_name
@@ -119,58 +119,44 @@ def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
     return Dot(label, row["gain"], row["gain_low"], row["gain_high"], colour)
 
 
-def _colour(number: int) -> str:
-    return SERIES[number % len(SERIES)]
-
-
 def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     return dot_figure(
         "Gain of each method",
         f"Right of 0 the student is better than with {study.baseline}; an interval that crosses 0 shows no difference.",
-        [_gain_dot(row["method"], row, _colour(number)) for number, row in enumerate(rows)],
+        [_gain_dot(row["method"], row, colour_of(number)) for number, row in enumerate(rows)],
         f"gain over {study.baseline}, nats per token",
-        [formatting.signed(row["gain"], 4) for row in rows],
+        formatting.signed,
         zero=True,
     )
 
 
 def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
     """What each method gains, against what it costs."""
-    title, gain = (
-        f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
-        f"gain over {study.baseline}, nats per token",
-    )
+    gain = f"gain over {study.baseline}, nats per token"
     highest = max((row[cost] for row in rows), default=0.0)
     points = [
-        {
-            "type": "scatter",
-            "mode": "markers+text",
-            "name": plain(row["method"]),
-            "x": [row[cost]],
-            "y": [row["gain"]],
-            "text": [f" {plain(row['method'])} "],
-            "textposition": "middle left" if row[cost] > 0.5 * highest else "middle right",
-            "cliponaxis": False,
-            "error_y": {
-                "type": "data",
-                "array": [max(0.0, row["gain_high"] - row["gain"])],
-                "arrayminus": [max(0.0, row["gain"] - row["gain_low"])],
-                "thickness": 2,
-                "width": 6,
-            },
-            "marker": {"color": _colour(number), "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
-            "hovertemplate": "%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
-        }
+        go.Scatter(
+            mode="markers+text",
+            name=plain(row["method"]),
+            x=[row[cost]],
+            y=[row["gain"]],
+            text=[f" {plain(row['method'])} "],
+            textposition="middle left" if row[cost] > 0.5 * highest else "middle right",
+            cliponaxis=False,
+            error_y=error_bars([_gain_dot(row["method"], row, colour_of(number))]),
+            marker={"color": colour_of(number), "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
+            hovertemplate="%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
+        )
         for number, row in enumerate(rows)
     ]
-    drawn = layout(420, axis, gain) | {"showlegend": False}
-    drawn["xaxis"] |= {"range": [-0.05 * highest, 1.1 * highest]} if highest else {}
-    drawn["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": stroke("dot")}]
+    limits = [-0.05 * highest, 1.1 * highest] if highest else None
+    plot = new_plot(points, 420, axis, gain, showlegend=False, xaxis_range=limits)
+    plot.add_hline(0.0, line_dash="dot")
     return Figure(
-        title,
+        f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
         "Up and to the left is better: more gain for less. A method is worth its cost only if no other lies above and to the "
         "left of it. Bars are 95 % intervals.",
-        {"data": points, "layout": drawn},
+        plot,
         ["method", axis, gain, "95 % interval from", "95 % interval to"],
         [(row["method"], row[cost], row["gain"], row["gain_low"], row["gain_high"]) for row in rows],
     )
@@ -183,7 +169,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         f"Of one seed. {OPERATIONS} Models behind an API do theirs elsewhere.",
         "operations",
         operations,
-        [formatting.significant(value, 3) for value in operations.values()],
+        formatting.significant,
         column="method",
     )
 
@@ -191,7 +177,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 def _transfer(study: Study, result: dict[str, Any]) -> Section:
     """Figure 5: the same data, tried on other students."""
     methods = [row["method"] for row in result["methods"]]
-    colours = {method: _colour(number) for number, method in enumerate(methods)}
+    colours = {method: colour_of(number) for number, method in enumerate(methods)}
     students = [(study.experiment.student.model, result["methods"])]
     students += [(other["student"], other["methods"]) for other in result["transfer"]]
     figure = grouped_dot_figure(
@@ -221,8 +207,8 @@ def _similarity(folder: Path) -> Figure | None:
             continue
         ranks = np.unique(np.linspace(0, len(nearness) - 1, _CURVE_POINTS).round().astype(int))
         label = ", ".join(part for part in path.relative_to(folder).parts if part.startswith(("seed-", "round-")))
-        colour, dash = _colour(number), DASHES[number // len(SERIES) % len(DASHES)]
-        lines.append((Sample(label, nearness[ranks], colour, dash), ((ranks + 1) / len(nearness)).tolist()))
+        shares = ((ranks + 1) / len(nearness)).tolist()
+        lines.append((Sample.numbered(label, nearness[ranks], number), shares))
     if not lines:
         return None
     return line_figure(
@@ -243,11 +229,11 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
             [
                 row["method"],
                 formatting.loss(row["held_out_loss"]),
-                formatting.signed(row["gain"], 4) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
+                formatting.signed(row["gain"]),
                 interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN,
                 spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
                 formatting.duration(row["job_seconds"]),
-                formatting.significant(float(row["flops"]), 3),
+                formatting.significant(float(row["flops"])),
             ]
             for row in rows
         ],

@@ -3,20 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
+import plotly.graph_objects as go
+
 from montessori_core import formatting
 from montessori_report.figures import (
     AFTER,
     BEFORE,
     GREY,
     REJECTED,
-    SERIES,
+    ROWS,
     TEACHER,
     WARM,
     Dot,
     Figure,
+    colour_of,
     dot_figure,
+    finite_dots,
     grouped_dot_figure,
-    layout,
+    new_plot,
     row_height,
     wrapped,
 )
@@ -68,13 +72,15 @@ def _held_out(run: RunData) -> Block | None:
     ]
     if not entries:
         return None
-    figures = [loss_figure(_dots(entries))]
-    if gain_dots := _dots(gains):
+    figures = [loss_figure(finite_dots(entries))]
+    if gain_dots := finite_dots(gains):
         figures.append(gain_figure(gain_dots))
     rows = [
         ["Loss: " + label, formatting.loss(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in entries
     ]
-    rows += [["Gain: " + label, _signed(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in gains]
+    rows += [
+        ["Gain: " + label, formatting.signed(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in gains
+    ]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "Standard error"], rows)
     return Block(figures, [table])
 
@@ -87,7 +93,7 @@ def loss_figure(dots: Sequence[Dot]) -> Figure:
         "although a paired difference is clear, so judge by the gains.",
         dots,
         "mean loss, nats per token",
-        [formatting.loss(dot.mean) for dot in dots],
+        formatting.loss,
     )
 
 
@@ -99,7 +105,7 @@ def gain_figure(dots: Sequence[Dot]) -> Figure:
         "better, and an interval that crosses 0 shows no difference.",
         dots,
         "gain, nats per token",
-        [formatting.signed(dot.mean, 4) for dot in dots],
+        formatting.signed,
         zero=True,
     )
 
@@ -161,7 +167,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
     models = {label: entry["model"] for label, entry in scores}
     distinct = len({models[label] for label in labels}) == len(labels)
     colours = {
-        label: _COLOURS.get(models[label], GREY) if distinct else SERIES[number % len(SERIES)]
+        label: _COLOURS.get(models[label], GREY) if distinct else colour_of(number)
         for number, label in enumerate(labels)
     }
     figures = []
@@ -221,41 +227,41 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
     Args:
         played: label and record, as in `head_to_head` of metrics.json.
     """
-    kinds = (("wins", AFTER), ("ties", GREY), ("losses", REJECTED), ("unparsed", TEACHER))
-    totals = [sum(entry[kind] for kind, _ in kinds) or 1 for _, entry in played]
+    kinds = {"wins": AFTER, "ties": GREY, "losses": REJECTED, "unparsed": TEACHER}
+    totals = [sum(entry[kind] for kind in kinds) or 1 for _, entry in played]
     prompts = sorted({"published" if entry.get("judge_prompts") == "published" else "own" for _, entry in played})
-    bars = []
-    for kind, colour in kinds:
-        numbers_of = [entry[kind] for _, entry in played]
-        if kind == "unparsed" and not any(numbers_of):
-            continue
-        bars.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": kind,
-                "y": [wrapped(label) for label, _ in played],
-                "x": [number / total for number, total in zip(numbers_of, totals, strict=True)],
-                "text": [formatting.count(number) for number in numbers_of],
-                "textposition": "inside",
-                "insidetextanchor": "middle",
-                "marker": {"color": colour},
-                "hovertemplate": f"%{{y}}: %{{text}} {kind}<extra></extra>",
-            }
+    drawn = [kind for kind in kinds if kind != "unparsed" or any(entry["unparsed"] for _, entry in played)]
+    bars = [
+        go.Bar(
+            name=kind,
+            y=[wrapped(label) for label, _ in played],
+            x=[entry[kind] / total for (_, entry), total in zip(played, totals, strict=True)],
+            text=[formatting.count(entry[kind]) for _, entry in played],
+            textposition="inside",
+            insidetextanchor="middle",
+            marker_color=kinds[kind],
+            hovertemplate=f"%{{y}}: %{{text}} {kind}<extra></extra>",
         )
-    drawn = layout(110 + row_height([label for label, _ in played], 56) * len(played), "share of the comparisons")
-    drawn |= {"barmode": "stack"}
-    drawn["xaxis"] |= {"tickformat": ".0%", "range": [0, 1]}
-    drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
-    drawn["legend"] |= {"traceorder": "normal"}
+        for kind in drawn
+    ]
+    plot = new_plot(
+        bars,
+        110 + row_height([label for label, _ in played], 56) * len(played),
+        "share of the comparisons",
+        barmode="stack",
+        xaxis_tickformat=".0%",
+        xaxis_range=[0, 1],
+        legend_traceorder="normal",
+        **ROWS,
+    )
     return Figure(
         "Head-to-head comparisons (Figure 4)",
         f"Each bar is one pairing, judged answer by answer with {' and '.join(prompts)} judge prompts: more blue than red "
         "means that the first model wins more often than it loses; the numbers are comparisons, and unparsed ones had no "
         "readable judgement.",
-        {"data": bars, "layout": drawn},
+        plot,
         ["pairing", "wins", "ties", "losses", "unparsed"],
-        [(label, *(entry[kind] for kind, _ in kinds)) for label, entry in played],
+        [(label, *(entry[kind] for kind in kinds)) for label, entry in played],
     )
 
 
@@ -286,15 +292,3 @@ def score_name(benchmark: str) -> str:
     judged = name.removesuffix("_published")
     prompts = "own" if judged == name else "published"
     return f"{_JUDGED[judged]} ({prompts} judge prompts){separator}{against}" if judged in _JUDGED else benchmark
-
-
-def _signed(value: float | None) -> str:
-    return formatting.signed(value, 4) if formatting.is_finite(value) else formatting.UNKNOWN
-
-
-def _dots(entries: Sequence[tuple[str, dict[str, float], str]]) -> list[Dot]:
-    return [
-        Dot.of(label, stat["mean"], stat["standard_error"], colour)
-        for label, stat, colour in entries
-        if formatting.is_finite(stat["mean"]) and formatting.is_finite(stat["standard_error"])
-    ]

@@ -38,14 +38,13 @@ def cost_section(run: RunData) -> Section:
 
 def time_figure(seconds: dict[str, float]) -> Figure:
     """Job seconds by stage, longest first."""
-    longest = _longest_first(seconds)
     return bar_figure(
         "Seconds of jobs by stage",
         "Each bar adds up the seconds of all of a stage's shards that ended well, so parallel shards count together; the "
         "longest stages come first.",
         "seconds",
-        longest,
-        [formatting.duration(value) for value in longest.values()],
+        _longest_first(seconds),
+        formatting.duration,
     )
 
 
@@ -62,7 +61,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
                 f"is counted, so stages of few rows look dear. {TABLE_7}",
                 "seconds per row",
                 paces,
-                [f"{formatting.significant(value, 3)} s" for value in paces.values()],
+                lambda pace: f"{formatting.significant(pace)} s",
             )
         )
     if operations:
@@ -72,7 +71,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
                 f"{OPERATIONS} Models behind an API do theirs elsewhere.",
                 "operations",
                 operations,
-                [formatting.significant(value, 3) for value in operations.values()],
+                formatting.significant,
             )
         )
     if hours:
@@ -82,7 +81,7 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
                 "Hours of jobs times the GPUs that each held, busy or not; most is to be saved at the longest bar.",
                 "GPU-hours",
                 hours,
-                [f"{formatting.significant(value, 3)} h" for value in hours.values()],
+                lambda number: f"{formatting.significant(number)} h",
             )
         )
     return figures
@@ -95,9 +94,9 @@ def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
             one["stage"],
             *(formatting.count(one[key]) for key in ("shards", "rows", "jobs", "retries", "preemptions")),
             formatting.duration(one["seconds"]),
-            f"{formatting.significant(one['seconds'] / one['rows'], 3)}\u00a0s" if one["rows"] else formatting.UNKNOWN,
-            formatting.significant(gpu_hours(one) if on_gpus else job_hours(one), 3),
-            formatting.significant(float(one["flops"]), 3),
+            f"{formatting.significant(one['seconds'] / one['rows'])}\u00a0s" if one["rows"] else formatting.UNKNOWN,
+            formatting.significant(gpu_hours(one) if on_gpus else job_hours(one)),
+            formatting.significant(float(one["flops"])),
         ]
         for one in stages
     ]
@@ -109,8 +108,8 @@ def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
         ),
         formatting.duration(sum(one["seconds"] for one in stages)),
         "",
-        formatting.significant(sum(gpu_hours(one) if on_gpus else job_hours(one) for one in stages), 3),
-        formatting.significant(float(sum(one["flops"] for one in stages)), 3),
+        formatting.significant(sum(gpu_hours(one) if on_gpus else job_hours(one) for one in stages)),
+        formatting.significant(float(sum(one["flops"] for one in stages))),
     ]
     columns = [
         "Stage",

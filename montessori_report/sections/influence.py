@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import plotly.graph_objects as go
 import pyarrow.compute as pc
+from scipy.stats import binomtest
 
 from montessori_core import formatting
 from montessori_core.formatting import UNKNOWN, Unit, count
@@ -14,16 +16,13 @@ from montessori_core.influence_table import domination_warning
 from montessori_report.figures import (
     AFTER,
     BEFORE,
-    DASHES,
     GREY,
-    SERIES,
     Figure,
     Sample,
+    colour_of,
     histogram_figure,
-    layout,
     line_figure,
-    stroke,
-    vertical,
+    new_plot,
 )
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import InfluenceData, IterationData, RunData
@@ -123,16 +122,15 @@ def influence_figure(
         edges,
         f"influence against the student, {unit}",
     )
+    if noise_floor:
+        band = (unit.scale(threshold - noise_floor), unit.scale(threshold + noise_floor))
+        figure.plot.add_vrect(*band, fillcolor=GREY, opacity=0.3, line_width=0)
+    for row, (name, at) in enumerate(lines.items()):
+        figure.plot.add_vline(at, line_dash="dash", annotation={"text": name, "yshift": -18 * row})
+    figure.plot.add_vline(unit.scale(threshold), line_dash="solid")
     shown = [float(edges[0]), float(edges[-1]), *lines.values()]
     margin = 0.03 * (max(shown) - min(shown))
-    drawn = figure.plot["layout"]
-    drawn["xaxis"] |= {"range": [min(shown) - margin, max(shown) + margin]}
-    drawn["shapes"] = [
-        *_band(unit.scale(threshold), unit.scale(noise_floor)),
-        *(vertical(at, "dash") for at in lines.values()),
-        vertical(unit.scale(threshold), "solid"),
-    ]
-    drawn["annotations"] = [_mark(name, at, row) for row, (name, at) in enumerate(lines.items())]
+    figure.plot.update_xaxes(range=[min(shown) - margin, max(shown) + margin])
     return figure
 
 
@@ -148,7 +146,7 @@ def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: 
     scaled, edges, beyond = _binned(sets, unit, 0.0)
     axis = f"influence against the student, {unit}"
     figure = histogram_figure(title, reading + beyond, scaled, edges, axis)
-    figure.plot["layout"]["shapes"] = [vertical(0.0, "solid")]
+    figure.plot.add_vline(0.0, line_dash="solid")
     return figure
 
 
@@ -160,10 +158,7 @@ def _teachers(run: RunData, unit: Unit) -> Figure | None:
         "Influence of what each teacher writes (Figure 3c)",
         "If the updates work, each teacher's distribution lies further right than the one before. Each is measured on the "
         "student of its own iteration; right of the line the step lowers that student's reference loss.",
-        [
-            Sample(f"Teacher {number}", part.values, _colour(number), _dash(number))
-            for number, part in run.teachers.items()
-        ],
+        [Sample.numbered(f"Teacher {number}", part.values, number) for number, part in run.teachers.items()],
         unit,
     )
 
@@ -172,7 +167,7 @@ def _batches(run: RunData) -> Figure | None:
     """Figure 3d."""
     size = run.setting("training", "batch_size", 32)
     sets = [
-        (f"Teacher {iteration.number} (updated)", iteration.training_influence, _colour(iteration.number), "solid")
+        (f"Teacher {iteration.number} (updated)", iteration.training_influence, colour_of(iteration.number), "solid")
         for iteration in run.iterations
         if iteration.training_influence
     ]
@@ -222,27 +217,25 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     )
     floor = unit.scale(part.summary["noise_floor"])
     ends = [float(min(estimated.min(), exact.min())), float(max(estimated.max(), exact.max()))]
-    points = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": f"{count(both.num_rows)} audited examples",
-        "x": estimated.tolist(),
-        "y": exact.tolist(),
-        "marker": {"color": AFTER, "size": 7, "opacity": 0.7},
-        "hovertemplate": "first order %{x:.4g}, exact %{y:.4g}<extra></extra>",
-    }
+    points = go.Scatter(
+        mode="markers",
+        name=f"{count(both.num_rows)} audited examples",
+        x=estimated.tolist(),
+        y=exact.tolist(),
+        marker={"color": AFTER, "size": 7, "opacity": 0.7},
+        hovertemplate="first order %{x:.4g}, exact %{y:.4g}<extra></extra>",
+    )
     sides = [("equal", 0.0, "solid"), ("noise floor", floor, "dot"), ("", -floor, "dot")]
     lines = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": name,
-            "showlegend": bool(name),
-            "x": ends,
-            "y": [end + shift for end in ends],
-            "line": stroke(dash),
-            "hoverinfo": "skip",
-        }
+        go.Scatter(
+            mode="lines",
+            name=name,
+            showlegend=bool(name),
+            x=ends,
+            y=[end + shift for end in ends],
+            line={"color": GREY, "width": 1.5, "dash": dash},
+            hoverinfo="skip",
+        )
         for name, shift, dash in sides
     ]
     screening = part.screening
@@ -255,7 +248,7 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
         "Each dot is an audited example, measured both ways: the closer to the line, the better first order stands in for "
         "the exact step; distances within the dotted lines are noise. An offset that all share is corrected in the table."
         f"{rank}",
-        {"data": [*lines, points], "layout": layout(400, *axes)},
+        new_plot([*lines, points], 400, *axes),
         ["example_id", *axes],
         list(zip(both["example_id"].to_pylist(), estimated.tolist(), exact.tolist(), strict=True)),
     )
@@ -328,16 +321,9 @@ def _interval(part: InfluenceData, share: str) -> str:
     value = part.summary[share]
     if not formatting.is_finite(value):
         return UNKNOWN
-    low, high = wilson_interval(value, len(part.values))
-    return f"{formatting.share(value)} ({formatting.share(low)} to {formatting.share(high)})"
-
-
-def wilson_interval(share: float, number: int) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in so many independent examples."""
-    z = 1.96
-    centre = (share + z**2 / (2 * number)) / (1 + z**2 / number)
-    reach = z / (1 + z**2 / number) * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    number = len(part.values)
+    interval = binomtest(round(value * number), number).proportion_ci(method="wilson")
+    return f"{formatting.share(value)} ({formatting.share(interval.low)} to {formatting.share(interval.high)})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
@@ -369,43 +355,3 @@ def _binned(sets: Sequence[Sample], unit: Unit, threshold: float) -> tuple[list[
     outside = int(((pooled < edges[0]) | (pooled > edges[-1])).sum())
     beyond = f" {count(outside)} examples lie beyond the bars and are counted in the outermost." if outside else ""
     return scaled, edges, beyond
-
-
-def _colour(number: int) -> str:
-    return SERIES[number % len(SERIES)]
-
-
-def _dash(number: int) -> str:
-    return DASHES[number // len(SERIES) % len(DASHES)]
-
-
-def _band(at: float, half_width: float) -> list[dict[str, Any]]:
-    if half_width == 0:
-        return []
-    sides = {"x0": at - half_width, "x1": at + half_width}
-    return [
-        {
-            "type": "rect",
-            "yref": "paper",
-            "y0": 0,
-            "y1": 1,
-            **sides,
-            "fillcolor": GREY,
-            "opacity": 0.3,
-            "line": {"width": 0},
-        }
-    ]
-
-
-def _mark(name: str, at: float, row: int) -> dict[str, Any]:
-    return {
-        "text": name,
-        "x": at,
-        "y": 1,
-        "yref": "paper",
-        "yshift": -18 * row,
-        "xanchor": "left",
-        "yanchor": "top",
-        "showarrow": False,
-        "font": {"size": 12},
-    }

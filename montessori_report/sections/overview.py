@@ -171,7 +171,7 @@ def _gain_card(iteration: IterationData) -> Card:
     for other in ("unmodified", "untrained"):
         gain = iteration.held_out_gain.get(f"student_over_{other}")
         if gain:
-            value = formatting.signed(gain["mean"], 4) if formatting.is_finite(gain["mean"]) else UNKNOWN
+            value = formatting.signed(gain["mean"])
             error = formatting.loss(gain["standard_error"])
             return Card(f"Gain over {other}", value, f"± {error} nats per token, paired (one standard error)")
     return Card("Gain", UNKNOWN, "no paired comparison recorded")

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from montessori_core import formatting
-from montessori_report.figures import DASHES, GREY, SERIES, Figure, Sample, funnel_figure, histogram_figure
+from montessori_report.figures import GREY, Figure, Sample, funnel_figure, histogram_figure
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import RunData, SynthesisData
 from montessori_report.sections.verb_nouns import PARSED, REMEDY, open_parser, read_verbs, sunburst_figure
@@ -72,13 +73,10 @@ def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
 def _length_figures(run: RunData) -> list[Figure]:
     """Tokens as the student's tokenizer counts them, from the tables of influence: those of each teacher's examples."""
     tables = [
-        (f"Teacher {number}", part.table, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
-        for number, part in run.teachers.items()
+        (part.table, Sample.numbered(f"Teacher {number}", np.zeros(0), number)) for number, part in run.teachers.items()
     ]
     if run.unmodified_influence:
-        tables.append(("Teacher 0, training set", run.unmodified_influence.table, GREY, "dash"))
-    if not tables:
-        return []
+        tables.append((run.unmodified_influence.table, Sample("Teacher 0, training set", np.zeros(0), GREY, "dash")))
     kinds = [
         (
             "Lengths of instructions (Figure 11)",
@@ -94,8 +92,8 @@ def _length_figures(run: RunData) -> list[Figure]:
     figures = []
     for title, axis, lengths_of in kinds:
         samples = [
-            Sample(label, np.asarray(lengths_of(table), dtype=np.float64), colour, dash)
-            for label, table, colour, dash in tables
+            replace(style, values=np.asarray(lengths_of(table), dtype=np.float64))
+            for table, style in tables
             if table.num_rows
         ]
         if samples:

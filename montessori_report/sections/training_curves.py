@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import plotly.graph_objects as go
+
 from montessori_core import formatting
 from montessori_report.figures import (
     AFTER,
@@ -15,10 +17,9 @@ from montessori_report.figures import (
     WARM,
     Curve,
     Figure,
-    axis_of,
     curve_figure,
     curve_points,
-    layout,
+    new_plot,
 )
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import IterationData, Log, RunData
@@ -116,18 +117,31 @@ def _is_whole(entry: dict[str, Any]) -> bool:
 def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
     steps, margins, losses = ([entry[key] for entry in checkpoints] for key in ("step", "margin", "held_out_loss"))
     errors = [entry.get("standard_error") for entry in checkpoints]
-    bars = {
-        "type": "data",
-        "array": [CONFIDENCE * error if formatting.is_finite(error) else 0.0 for error in errors],
-        "thickness": 1.5,
-        "width": 4,
-    }
-    common = {"type": "scatter", "marker": {"size": 8}, "line": {"width": 2}}
-    over_steps = layout(420, "step of the teacher's update", "margin")
-    over_steps |= {"showlegend": False, "yaxis2": axis_of("held-out loss")}
-    over_steps["yaxis"] |= {"domain": [0.55, 1.0]}
-    over_steps["yaxis2"] |= {"domain": [0.0, 0.45], "anchor": "x"}
-    over_steps["xaxis"] |= {"anchor": "y2"}
+    bars = {"array": [CONFIDENCE * error if formatting.is_finite(error) else 0.0 for error in errors]}
+    over_steps = new_plot(
+        [
+            go.Scatter(name="margin", x=steps, y=margins, marker_size=8, line_color=TEACHER),
+            go.Scatter(name="loss", x=steps, y=losses, yaxis="y2", error_y=bars, marker_size=8, line_color=AFTER),
+        ],
+        420,
+        "step of the teacher's update",
+        "margin",
+        showlegend=False,
+        xaxis_anchor="y2",
+        yaxis_domain=[0.55, 1.0],
+        yaxis2={"title": "held-out loss", "domain": [0.0, 0.45], "anchor": "x"},
+    )
+    against = go.Scatter(
+        mode="markers+text",
+        x=margins,
+        y=losses,
+        text=[f"step {formatting.count(step)}" for step in steps],
+        textposition="top center",
+        cliponaxis=False,
+        error_y=bars,
+        marker={"size": 10, "color": AFTER},
+        hovertemplate="%{text}: margin %{x:.4g}, loss %{y:.4f}<extra></extra>",
+    )
     columns = ["step", "margin", "held-out loss, nats per token", "standard error"]
     rows = list(zip(steps, margins, losses, errors, strict=True))
     return [
@@ -135,21 +149,7 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
             "Teacher checkpoints: margin and student (Figures 3a, 3b)",
             "Above, how far the teacher at each step prefers the chosen instructions; below, the held-out loss of a student "
             "trained on what that teacher writes, with its 95 % interval: as the margin rises, the loss should fall.",
-            {
-                "data": [
-                    common | {"name": "margin", "x": steps, "y": margins, "line": {"color": TEACHER, "width": 2}},
-                    common
-                    | {
-                        "name": "held-out loss",
-                        "x": steps,
-                        "y": losses,
-                        "yaxis": "y2",
-                        "error_y": bars,
-                        "line": {"color": AFTER, "width": 2},
-                    },
-                ],
-                "layout": over_steps,
-            },
+            over_steps,
             columns,
             rows,
         ),
@@ -157,23 +157,7 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
             "Margin against student",
             "Each dot is a checkpoint of the teacher, named by its step: a fall to the right says that a teacher that has "
             "learned more writes better data.",
-            {
-                "data": [
-                    {
-                        "type": "scatter",
-                        "mode": "markers+text",
-                        "x": margins,
-                        "y": losses,
-                        "text": [f"step {formatting.count(step)}" for step in steps],
-                        "textposition": "top center",
-                        "cliponaxis": False,
-                        "error_y": bars,
-                        "marker": {"size": 10, "color": AFTER},
-                        "hovertemplate": "%{text}: margin %{x:.4g}, loss %{y:.4f}<extra></extra>",
-                    }
-                ],
-                "layout": layout(420, "DPO reward margin", "held-out loss, nats per token") | {"showlegend": False},
-            },
+            new_plot([against], 420, "DPO reward margin", "held-out loss, nats per token", showlegend=False),
             columns,
             rows,
         ),

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from montessori_report.figures import SERIES, Figure
+import plotly.graph_objects as go
+
+from montessori_report.figures import TEMPLATE, Figure
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -85,34 +87,25 @@ def sunburst_figure(label: str, pairs: Iterable[Pair], instructions: int) -> Fig
         by_verb.setdefault(verb, Counter()).update([thing] if thing else [])
     verbs = _most_common(totals, VERBS)
     rings = [(verb, thing, number) for verb, _ in verbs for thing, number in _most_common(by_verb[verb], OBJECTS)]
-    drawn: dict[str, Any] = {
-        "type": "sunburst",
-        "branchvalues": "total",
-        "sort": False,
-        "ids": [*(verb for verb, _ in verbs), *(f"{verb}/{thing}" for verb, thing, _ in rings)],
-        "labels": [*(verb for verb, _ in verbs), *(thing for _, thing, _ in rings)],
-        "parents": [*("" for _ in verbs), *(verb for verb, _, _ in rings)],
-        "values": [*(number for _, number in verbs), *(number for _, _, number in rings)],
-        "insidetextorientation": "radial",
-        "leaf": {"opacity": 1},
-        "hovertemplate": "%{id}: %{value:,} instructions<extra></extra>",
-        "marker": {"line": {"width": 1}},
-    }
-    layout = {
-        "height": 460,
-        "margin": {"l": 0, "r": 0, "t": 8, "b": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "font": {"size": 13, "family": "system-ui, sans-serif"},
-        "sunburstcolorway": list(SERIES),
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "orientation": "v"},
-    }
+    trace = go.Sunburst(
+        branchvalues="total",
+        sort=False,
+        ids=[*(verb for verb, _ in verbs), *(f"{verb}/{thing}" for verb, thing, _ in rings)],
+        labels=[*(verb for verb, _ in verbs), *(thing for _, thing, _ in rings)],
+        parents=[*("" for _ in verbs), *(verb for verb, _, _ in rings)],
+        values=[*(number for _, number in verbs), *(number for _, _, number in rings)],
+        insidetextorientation="radial",
+        leaf_opacity=1,
+        hovertemplate="%{id}: %{value:,} instructions<extra></extra>",
+        marker_line_width=1,
+    )
     found = sum(totals.values())
     return Figure(
         f"Verbs and objects: {label}",
         f"Inner ring: the {len(verbs)} most common root verbs of {found:,} instructions that have one, of {instructions:,} "
         f"read; outer ring: their {OBJECTS} most common direct objects, a gap where others or none follow. Many narrow "
         "sectors are a diverse set.",
-        {"data": [drawn], "layout": layout},
+        go.Figure(trace, go.Layout(template=TEMPLATE, height=460)),
         ["verb", "object", "instructions"],
         [*((verb, None, number) for verb, number in verbs), *rings],
     )
