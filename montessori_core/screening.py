@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.stats import beta, spearmanr
+from scipy.stats import binomtest, spearmanr
 
 from montessori_core.config import Influence, Screening
 from montessori_core.influence_table import influence_note
@@ -34,7 +34,6 @@ from montessori_core.schema import INFLUENCE, check
 Measure = Callable[[str, str, list[Row]], pa.RecordBatchReader]
 """Measures rows: from a name for the pass, 'exact' or 'first_order', and rows, to their influence table in that order."""
 
-_CONFIDENCE = 0.95
 _NOTE = b"montessori.screening"
 
 
@@ -54,12 +53,12 @@ class Agreement:
 
     @staticmethod
     def of(agreeing: npt.NDArray[np.bool_]) -> "Agreement":
-        """Count."""
-        count, hits = len(agreeing), int(agreeing.sum())
-        tail = (1 - _CONFIDENCE) / 2
-        low = float(beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
-        high = float(beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
-        return Agreement(hits / count if count else math.nan, low, high, count)
+        """Count the signs that agree."""
+        if not len(agreeing):
+            return Agreement(math.nan, 0.0, 1.0, 0)
+        test = binomtest(int(agreeing.sum()), len(agreeing))
+        interval = test.proportion_ci(method="exact")
+        return Agreement(float(test.statistic), float(interval.low), float(interval.high), len(agreeing))
 
     def __str__(self) -> str:
         if not self.signs:
