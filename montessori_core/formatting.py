@@ -13,7 +13,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Unit:
-    """A power of ten of a nat, in which all influence of a page is written."""
+    """A power of ten of a nat: the unit of all influence on a page."""
 
     exponent: int
 
@@ -21,49 +21,49 @@ class Unit:
         return f"{_power(self.exponent)} nats" if self.exponent else "nats"
 
     def scale(self, nats: float) -> float:
-        """Influence in this unit."""
+        """Convert influence to this unit."""
         return nats / 10.0**self.exponent
 
     def text(self, nats: float | None) -> str:
-        """Influence in this unit, signed."""
+        """Write influence in this unit, with its sign."""
         if not is_finite(nats):
             return UNKNOWN
         return f"{'+' if nats > 0 else ''}{significant(self.scale(nats))}"
 
     def size(self, nats: float | None, digits: int = 2) -> str:
-        """A noise floor, standard error or distance in this unit."""
+        """Write a noise floor, standard error or distance in this unit."""
         return significant(self.scale(nats), digits) if is_finite(nats) else UNKNOWN
 
 
 def unit_of(nats: Iterable[float]) -> Unit:
-    """The unit in which the median of these lies between 1 and 1000."""
+    """Return the unit in which the median of these sizes lies between 1 and 1000."""
     sizes = np.abs(np.fromiter(nats, dtype=float))
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     return Unit(min(0, 3 * math.floor(math.log10(float(np.median(sizes))) / 3)) if sizes.size else 0)
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether this is a finite number."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def count(number: int | None) -> str:
-    """A whole number."""
+    """Write a whole number."""
     return f"{number:,}" if is_finite(number) else UNKNOWN
 
 
 def share(value: float | None) -> str:
-    """A share of one, in per cent."""
+    """Write a fraction of 1 in per cent."""
     return f"{value:.0%}" if is_finite(value) else UNKNOWN
 
 
 def loss(nats: float | None) -> str:
-    """A loss in nats per token."""
+    """Write a loss, nats per token."""
     return f"{nats:.4f}" if is_finite(nats) else UNKNOWN
 
 
 def signed(value: float | None) -> str:
-    """A difference; zero, and what rounds to it, has no sign."""
+    """Write a difference with its sign; differences that round to zero have none."""
     if not is_finite(value):
         return UNKNOWN
     text = f"{abs(value):,.4f}"
@@ -73,12 +73,12 @@ def signed(value: float | None) -> str:
 
 
 def gain(mean: float | None, standard_error: float | None) -> str:
-    """A difference of losses and its standard error, nats per token."""
+    """Write a difference of losses and its standard error, nats per token."""
     return f"{signed(mean)} ± {loss(standard_error)}" if is_finite(mean) else UNKNOWN
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits, as a power of ten where it is very small or large."""
+    """Write a number to `digits` significant digits, as a power of ten where it is very small or large."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
@@ -88,7 +88,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever a person would say."""
+    """Write a time in seconds, minutes or hours, as a person would."""
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -100,15 +100,15 @@ def _power(exponent: int) -> str:
 
 
 def gain_text(row: dict[str, Any]) -> str:
-    """The gain of a row, with its sign."""
+    """Write the gain of a row of a comparison, with its sign."""
     return f"{row['gain']:+.4f}"
 
 
 def interval_text(row: dict[str, Any]) -> str:
-    """The interval of a row's gain; the baseline has none."""
+    """Write the interval of a row's gain; the baseline has none."""
     return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
 
 
 def spread_text(row: dict[str, Any]) -> str:
-    """The spread of a row's gain over seeds; one seed has none."""
+    """Write the spread of a row's gain over seeds; a single seed has none."""
     return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

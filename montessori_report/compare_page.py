@@ -1,6 +1,6 @@
-"""Several runs side by side: how good their students are, how influence is distributed, what they cost, how they differ."""
+"""The page of several runs side by side: their students' losses, influence, cost, and settings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from montessori_report.sections.cost import OPERATIONS, gpu_hours, job_hours
 from montessori_report.sections.influence import distribution_figure, influence_unit
 from montessori_report.sections.overview import THRESHOLDS, judge
 
-_NAMED_APART = ("name",)  # settings in which runs differ without being another experiment
+_IGNORED_SETTINGS = ("name",)  # runs may differ in these and still be the same experiment
 
 
 def render_runs(folders: Sequence[Path]) -> Page:
-    """The page that compares the runs in some folders, each by what is there of it.
+    """Return the page that compares the runs in some folders, finished or not.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: a table cannot be read.
     """
     runs = _named([read_run_data(folder) for folder in folders], folders)
     unit = influence_unit(runs)
@@ -47,7 +47,7 @@ def render_runs(folders: Sequence[Path]) -> Page:
 
 
 def _named(runs: Sequence[RunData], folders: Sequence[Path]) -> list[RunData]:
-    """Runs that are not told apart by their names bear those of their folders."""
+    """Use folder names where run names are not unique."""
     candidates = [[run.name for run in runs], [folder.name for folder in folders], [str(folder) for folder in folders]]
     names = next((names for names in candidates if len(set(names)) == len(runs)), candidates[-1])
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
@@ -183,35 +183,29 @@ def _influence(runs: Sequence[RunData], unit: Unit) -> Section:
 
 def _cost(runs: Sequence[RunData]) -> Section:
     seconds = {run.name: sum(filter(formatting.is_finite, run.job_seconds.values())) for run in runs if run.job_seconds}
-    operations = {run.name: float(sum(one["flops"] for one in run.stages)) for run in runs if run.stages}
-    figures = []
-    if seconds:
-        figures.append(
-            bar_figure(
-                "Seconds of jobs",
-                "All stages of a run together, as if its shards had been computed one after the other.",
-                "seconds",
-                seconds,
-                formatting.duration,
-                column="run",
-            )
-        )
-    if operations:
-        figures.append(
-            bar_figure(
-                "Floating-point operations (Table 8)",
-                f"All stages of a run together. {OPERATIONS}",
-                "operations",
-                operations,
-                formatting.significant,
-                column="run",
-            )
-        )
+    operations = {run.name: float(sum(stage["flops"] for stage in run.stages)) for run in runs if run.stages}
+    kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
+        (
+            "Seconds of jobs",
+            "All stages of a run together, as if its shards had been computed one after the other.",
+            "seconds",
+            seconds,
+            formatting.duration,
+        ),
+        (
+            "Floating-point operations (Table 8)",
+            f"All stages of a run together. {OPERATIONS}",
+            "operations",
+            operations,
+            formatting.significant,
+        ),
+    ]
+    figures = [bar_figure(*kind, column="run") for kind in kinds if kind[3]]
     counted = [run for run in runs if run.stages]
     rows = [
         [
             run.name,
-            *(formatting.count(sum(one[key] for one in run.stages)) for key in ("jobs", "retries", "preemptions")),
+            *(formatting.count(sum(stage[key] for stage in run.stages)) for key in ("jobs", "retries", "preemptions")),
             *(formatting.significant(sum(map(hours, run.stages))) for hours in (job_hours, gpu_hours)),
         ]
         for run in counted
@@ -228,7 +222,8 @@ def _configuration(runs: Sequence[RunData]) -> Section:
     rows = []
     for other in others:
         before, after = (
-            {key: value for key, value in run.settings.items() if key not in _NAMED_APART} for run in (first, other)
+            {key: value for key, value in run.settings.items() if key not in _IGNORED_SETTINGS}
+            for run in (first, other)
         )
         rows += [[other.name, line] for line in differences(before, after)]
     return Section(

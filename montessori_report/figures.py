@@ -91,7 +91,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Dot:
-    """A mean with its interval; without one, both ends are the mean."""
+    """A mean with its interval, whose ends are the mean where no error is known."""
 
     label: str
     mean: float
@@ -101,14 +101,14 @@ class Dot:
 
     @staticmethod
     def of(label: str, mean: float, standard_error: float | None, colour: str) -> "Dot":
-        """With the 95 % interval of a normal distribution."""
+        """Return the dot with the 95 % interval of a normal distribution."""
         reach = CONFIDENCE * standard_error if is_finite(standard_error) else 0.0
         return Dot(label, mean, mean - reach, mean + reach, colour)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One value of a training log over the steps."""
+    """A value of a training log over the steps."""
 
     label: str
     log: Log
@@ -119,7 +119,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sample:
-    """Values of one set in a figure of several."""
+    """Values of a set in a figure of several."""
 
     label: str
     values: npt.NDArray[np.float64]
@@ -128,12 +128,12 @@ class Sample:
 
     @staticmethod
     def numbered(label: str, values: npt.NDArray[np.float64], number: int) -> "Sample":
-        """With the colour and dash of the set's number, which 24 sets share with no other."""
+        """Return the sample with the colour and dash of the set's number; they repeat after 24 sets."""
         return Sample(label, values, colour_of(number), DASHES[number // len(SERIES) % len(DASHES)])
 
 
 def colour_of(number: int) -> str:
-    """The colour of a teacher, run or method by its number."""
+    """Return the colour of a teacher, run or method by its number."""
     return SERIES[number % len(SERIES)]
 
 
@@ -147,7 +147,7 @@ def finite_dots(entries: Iterable[tuple[str, Mapping[str, float], str]]) -> list
 
 
 def slug(text: str) -> str:
-    """A text as part of a file's name."""
+    """Return a text as part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -157,12 +157,12 @@ def plain(text: str) -> str:
 
 
 def wrapped(label: str) -> str:
-    """A label in lines, beside an axis."""
+    """Break a label into lines, for beside an axis."""
     return "<br>".join(plain(line) for line in textwrap.wrap(label, 24)) or " "
 
 
 def row_height(labels: Iterable[str], least: int) -> int:
-    """Pixels of a row in which each of these labels has room."""
+    """Return the pixels of a row in which each of these labels has room."""
     return max([least, *(6 + _LINE * (1 + wrapped(label).count("<br>")) for label in labels)])
 
 
@@ -190,7 +190,7 @@ def bar_figure(
     text_of: Callable[[float], str],
     column: str = "stage",
 ) -> Figure:
-    """Horizontal bars from 0, in the order given.
+    """Draw horizontal bars from 0, in the order given.
 
     Args:
         title: of the figure.
@@ -214,7 +214,7 @@ def bar_figure(
 
 
 def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
-    """From candidates through the filters to the kept instructions."""
+    """Draw the candidates, the rejections of each filter, and the kept instructions."""
     candidates, kept = funnel["candidates"], funnel["kept"]
     rejected = {reason: number for reason, number in funnel.items() if reason not in ("candidates", "kept")}
     steps = {"candidates": candidates, **rejected, "kept": kept}
@@ -241,7 +241,7 @@ def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
 def histogram_figure(
     title: str, reading: str, samples: Sequence[Sample], edges: npt.NDArray[np.float64], axis: str
 ) -> Figure:
-    """Outlines of histograms over common bins: several stay readable where they overlap, which bars do not.
+    """Draw outlines of histograms over common bins, which stay readable where they overlap.
 
     Values beyond the bins are counted in the outermost.
     """
@@ -277,7 +277,7 @@ def line_figure(
     level: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Values (of each sample) over places on the x axis, with a dotted line at `level`."""
+    """Draw the values of each sample over places on the x axis, with a dotted line at `level`."""
     traces = [
         go.Scatter(
             mode="lines+markers" if len(places) <= 60 else "lines",
@@ -309,7 +309,7 @@ def curve_figure(
     level: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Values over the steps of trainings, with a dotted line at `level`."""
+    """Draw values over the steps of trainings, with a dotted line at `level`."""
     lines = []
     for curve in curves:
         steps, values = curve_points(curve)
@@ -321,7 +321,7 @@ def curve_figure(
 
 
 def curve_points(curve: Curve) -> tuple[list[float], list[float]]:
-    """Steps and finite values of a curve."""
+    """Return the steps and the finite values of a curve."""
     entries = [entry for entry in curve.log if is_finite(entry.get("step")) and is_finite(entry.get(curve.key))]
     return [entry["step"] for entry in entries], [entry[curve.key] for entry in entries]
 
@@ -329,7 +329,7 @@ def curve_points(curve: Curve) -> tuple[list[float], list[float]]:
 def dot_figure(
     title: str, reading: str, dots: Sequence[Dot], axis: str, text_of: Callable[[float], str], zero: bool = False
 ) -> Figure:
-    """Means with their intervals, one below the other; `zero` draws a line at 0."""
+    """Draw means with their intervals below each other; `zero` draws a line at 0."""
     traces = [
         go.Scatter(
             mode="markers+text",
@@ -361,7 +361,7 @@ def dot_figure(
 
 
 def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[Dot]], axis: str) -> Figure:
-    """Means with their intervals: one row for each group, one dot in it for each label, colours by label."""
+    """Draw means with their intervals: a row for each group, in it a dot for each label, colours by label."""
     rows = [(group, dot) for group, dots in groups.items() for dot in dots]
     by_label: dict[str, list[tuple[str, Dot]]] = {}
     for group, dot in rows:
@@ -396,7 +396,7 @@ def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[D
 
 
 def error_bars(dots: Sequence[Dot]) -> dict[str, Any]:
-    """The intervals of dots, for Plotly."""
+    """Return the intervals of dots as Plotly's error bars."""
     return {
         "array": [max(0.0, dot.high - dot.mean) for dot in dots],
         "arrayminus": [max(0.0, dot.mean - dot.low) for dot in dots],
@@ -404,7 +404,7 @@ def error_bars(dots: Sequence[Dot]) -> dict[str, Any]:
 
 
 def _range_around(dots: Sequence[Dot], others: Sequence[float] = ()) -> list[float]:
-    """A range that holds these intervals and numbers with some room beside them."""
+    """Return a range that holds these intervals and numbers with some room beside them."""
     ends = [*(end for dot in dots for end in (dot.low, dot.high)), *others]
     low, high = min(ends, default=0.0), max(ends, default=0.0)
     margin = 0.15 * ((high - low) or 1.0)

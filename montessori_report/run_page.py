@@ -17,10 +17,10 @@ from montessori_report.sections.training_curves import learning_section
 
 
 def render_report(folder: Path) -> Page:
-    """The report of the run in `folder`, from whatever of it is there.
+    """Return the report of the run in `folder`, finished or not.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: a table cannot be read.
     """
     run = read_run_data(folder)
     unit = influence_unit([run])

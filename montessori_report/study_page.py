@@ -34,15 +34,15 @@ _CURVE_POINTS = 200
 
 
 def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
-    """The page of a study.
+    """Return the page of a study.
 
     Args:
-        study: what was compared.
+        study: the compared methods and their settings.
         result: content of its `comparison.json`.
-        folder: of the study, whose tables of NormSim are shown if method nomad was played.
+        folder: of the study; its NormSim tables are shown if it ran method nomad.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: a table cannot be read.
     """
     rows = result["methods"]
     drawn = _finite(rows)
@@ -88,9 +88,12 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
 
 
 def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Benchmarks of each method's student, as in Tables 1 and 2: mean over the seeds, and standard error over items."""
+    """Return the benchmarks of each method's student (Tables 1 and 2): mean over seeds, standard error over items."""
     of_methods = [
-        {f"{score_name(one['benchmark'])}: {one['metric'].replace('_', ' ')}": one for one in row.get("scores", [])}
+        {
+            f"{score_name(entry['benchmark'])}: {entry['metric'].replace('_', ' ')}": entry
+            for entry in row.get("scores", [])
+        }
         for row in rows
     ]
     names = list(dict.fromkeys(name for scores in of_methods for name in scores))
@@ -111,7 +114,7 @@ def _score_text(score: dict[str, Any] | None) -> str:
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that can be drawn: a student that diverged has no gain."""
+    """Return the rows that can be drawn: a diverged student has no gain."""
     return [row for row in rows if all(formatting.is_finite(row[key]) for key in ("gain", "gain_low", "gain_high"))]
 
 
@@ -131,7 +134,7 @@ def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
-    """What each method gains, against what it costs."""
+    """Draw the gain of each method against its cost."""
     gain = f"gain over {study.baseline}, nats per token"
     highest = max((row[cost] for row in rows), default=0.0)
     points = [
@@ -175,7 +178,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _transfer(study: Study, result: dict[str, Any]) -> Section:
-    """Figure 5: the same data, tried on other students."""
+    """Return Figure 5: other students trained on the same data."""
     methods = [row["method"] for row in result["methods"]]
     colours = {method: colour_of(number) for number, method in enumerate(methods)}
     students = [(study.experiment.student.model, result["methods"])]
@@ -199,7 +202,7 @@ def _transfer(study: Study, result: dict[str, Any]) -> Section:
 
 
 def _similarity(folder: Path) -> Figure | None:
-    """NOMAD, Figure 2: how much of what was written is how near to the real examples."""
+    """Draw how near synthetic examples are to real ones (NOMAD, Figure 2)."""
     lines = []
     for number, path in enumerate(sorted(folder.glob("seed-*/methods/nomad/round-*/norm-sim/norm-sim.parquet"))):
         nearness = np.sort(np.asarray(read_table(path, SIMILARITY)["norm_sim"].to_numpy()))[::-1]

@@ -1,4 +1,4 @@
-"""How good the students are: held-out loss, benchmarks, comparisons by a judge (Figure 4), and contamination."""
+"""The students: held-out loss, benchmarks, comparisons by a judge (Figure 4), and contamination."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ _COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous
 
 
 def held_out_section(run: RunData) -> Section:
-    """Held-out losses and paired gains."""
+    """Return held-out losses and paired gains."""
     block = _held_out(run)
     return Section(
         "held-out",
@@ -86,7 +86,7 @@ def _held_out(run: RunData) -> Block | None:
 
 
 def loss_figure(dots: Sequence[Dot]) -> Figure:
-    """Held-out losses with their confidence intervals."""
+    """Draw held-out losses with their confidence intervals."""
     return dot_figure(
         "Held-out loss of each student",
         "Further left is better; the bars are 95 % confidence intervals over the held-out examples. Intervals may overlap "
@@ -98,7 +98,7 @@ def loss_figure(dots: Sequence[Dot]) -> Figure:
 
 
 def gain_figure(dots: Sequence[Dot]) -> Figure:
-    """Paired gains with their confidence intervals."""
+    """Draw paired gains with their confidence intervals."""
     return dot_figure(
         "Paired gain of the updated teacher's student",
         "Each held-out example is compared with itself under the other student; right of 0 the updated teacher's student is "
@@ -111,7 +111,7 @@ def gain_figure(dots: Sequence[Dot]) -> Figure:
 
 
 def benchmark_section(run: RunData) -> Section:
-    """Scores on benchmarks, answers side by side, and what of the benchmarks the training data holds."""
+    """Return benchmark scores, head-to-head comparisons, and contamination of the training data."""
     scores = scores_of(run)
     played = [
         (
@@ -142,7 +142,7 @@ def benchmark_section(run: RunData) -> Section:
 
 
 def scores_of(run: RunData) -> list[tuple[str, dict[str, Any]]]:
-    """Label and record of every finite score; models that no iteration changes have one, however often it is recorded."""
+    """Return label and record of every finite score; a model that no iteration changes appears once."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for iteration in run.iterations:
         for entry in iteration.records("scores"):
@@ -158,7 +158,7 @@ def _label(model: str, iteration: IterationData, run: RunData) -> str:
 
 
 def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
-    """A figure for each benchmark: a row for each metric, a dot for each label.
+    """Draw a figure for each benchmark: a row for each metric, a dot for each label.
 
     Args:
         scores: label and record, as in `scores` of metrics.json; means are finite.
@@ -199,7 +199,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
 
 
 def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """All scores in numbers: a row for each metric, a column for each label."""
+    """Return all scores as a table: a row for each metric, a column for each label."""
     labels = list(dict.fromkeys(label for label, _ in scores))
     cells = {(entry["benchmark"], entry["metric"], label): entry for label, entry in scores}
     metrics = list(dict.fromkeys((entry["benchmark"], entry["metric"]) for _, entry in scores))
@@ -222,7 +222,7 @@ def _score_text(entry: dict[str, Any] | None) -> str:
 
 
 def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
-    """Won, tied and lost comparisons as shares of all (Figure 4).
+    """Draw won, tied and lost comparisons as shares of all (Figure 4).
 
     Args:
         played: label and record, as in `head_to_head` of metrics.json.
@@ -287,7 +287,7 @@ def _name(benchmark: str) -> str:
 
 
 def score_name(benchmark: str) -> str:
-    """Return the name of a benchmark as its scores have it: those of judges say by whose prompts they are."""
+    """Return the displayed name of a benchmark; for judged ones it says whose judge prompts were used."""
     name, separator, against = benchmark.partition(" against ")
     judged = name.removesuffix("_published")
     prompts = "own" if judged == name else "published"

@@ -1,9 +1,9 @@
-"""What a run cost: time per stage and example (Table 7), operations (Table 8), and use of the cluster."""
+"""Cost of a run: time per stage and example (Table 7), operations (Table 8), and use of the cluster."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from montessori_core import formatting
+from montessori_core.formatting import UNKNOWN, count, duration, is_finite, significant
 from montessori_report.figures import Figure, bar_figure
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import RunData
@@ -16,11 +16,12 @@ TABLE_7 = (
     "The 13.4 s (8B) and 3.5 s (1.1B) that Table 7 gives for the influence of an example are the wall time of 8 H100s "
     "together, 107 and 28 GPU-seconds."
 )
+_COUNTS = ("shards", "rows", "jobs", "retries", "preemptions")
 
 
 def cost_section(run: RunData) -> Section:
-    """Times, operations and use of the cluster, by the folder of the stage."""
-    seconds = {stage: value for stage, value in run.job_seconds.items() if formatting.is_finite(value)}
+    """Return times, operations and use of the cluster by stage."""
+    seconds = {stage: value for stage, value in run.job_seconds.items() if is_finite(value)}
     blocks = []
     if seconds:
         figures = [time_figure(seconds)]
@@ -29,110 +30,85 @@ def cost_section(run: RunData) -> Section:
             figures += _stage_figures(run.stages)
             tables.append(_stage_table(run.stages))
         else:
-            rows = [[stage, formatting.duration(value)] for stage, value in sorted(seconds.items())]
-            rows.append(["all stages", formatting.duration(sum(seconds.values()))])
+            rows = [[stage, duration(value)] for stage, value in sorted(seconds.items())]
+            rows.append(["all stages", duration(sum(seconds.values()))])
             tables.append(Table("Job seconds by the folder of the stage", ["Stage", "Time"], rows))
         blocks.append(Block(figures, tables))
     return Section("cost", "Cost", blocks, absent="Times are recorded when an iteration ends.")
 
 
 def time_figure(seconds: dict[str, float]) -> Figure:
-    """Job seconds by stage, longest first."""
+    """Draw job seconds by stage, longest first."""
     return bar_figure(
         "Seconds of jobs by stage",
         "Each bar adds up the seconds of all of a stage's shards that ended well, so parallel shards count together; the "
         "longest stages come first.",
         "seconds",
         _longest_first(seconds),
-        formatting.duration,
+        duration,
     )
 
 
 def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
-    paces = _longest_first({one["stage"]: one["seconds"] / one["rows"] for one in stages if one["rows"]})
-    operations = _longest_first({one["stage"]: float(one["flops"]) for one in stages if one["flops"]})
-    hours = _longest_first({one["stage"]: gpu_hours(one) for one in stages if one["gpus"]})
-    figures = []
-    if paces:
-        figures.append(
-            bar_figure(
-                "Seconds per example by stage (Table 7)",
-                "What one row costs on one job: an example generated, measured, trained on or evaluated. Loading the model "
-                f"is counted, so stages of few rows look dear. {TABLE_7}",
-                "seconds per row",
-                paces,
-                lambda pace: f"{formatting.significant(pace)} s",
-            )
-        )
-    if operations:
-        figures.append(
-            bar_figure(
-                "Floating-point operations by stage (Table 8)",
-                f"{OPERATIONS} Models behind an API do theirs elsewhere.",
-                "operations",
-                operations,
-                formatting.significant,
-            )
-        )
-    if hours:
-        figures.append(
-            bar_figure(
-                "GPU-hours by stage",
-                "Hours of jobs times the GPUs that each held, busy or not; most is to be saved at the longest bar.",
-                "GPU-hours",
-                hours,
-                lambda number: f"{formatting.significant(number)} h",
-            )
-        )
-    return figures
+    kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
+        (
+            "Seconds per example by stage (Table 7)",
+            "What one row costs on one job: an example generated, measured, trained on or evaluated. Loading the model is "
+            f"counted, so stages of few rows look expensive. {TABLE_7}",
+            "seconds per row",
+            {stage["stage"]: stage["seconds"] / stage["rows"] for stage in stages if stage["rows"]},
+            lambda seconds: f"{significant(seconds)} s",
+        ),
+        (
+            "Floating-point operations by stage (Table 8)",
+            f"{OPERATIONS} Models behind an API do theirs elsewhere.",
+            "operations",
+            {stage["stage"]: float(stage["flops"]) for stage in stages if stage["flops"]},
+            significant,
+        ),
+        (
+            "GPU-hours by stage",
+            "Hours of jobs times the GPUs that each held, busy or not; the longest bar has the most to save.",
+            "GPU-hours",
+            {stage["stage"]: gpu_hours(stage) for stage in stages if stage["gpus"]},
+            lambda hours: f"{significant(hours)} h",
+        ),
+    ]
+    return [
+        bar_figure(title, reading, axis, _longest_first(bars), text_of)
+        for title, reading, axis, bars, text_of in kinds
+        if bars
+    ]
 
 
 def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
-    on_gpus = any(one["gpus"] for one in stages)
-    rows = [
-        [
-            one["stage"],
-            *(formatting.count(one[key]) for key in ("shards", "rows", "jobs", "retries", "preemptions")),
-            formatting.duration(one["seconds"]),
-            f"{formatting.significant(one['seconds'] / one['rows'])}\u00a0s" if one["rows"] else formatting.UNKNOWN,
-            formatting.significant(gpu_hours(one) if on_gpus else job_hours(one)),
-            formatting.significant(float(one["flops"])),
+    kind, hours = ("GPU-hours", gpu_hours) if any(stage["gpus"] for stage in stages) else ("Job-hours", job_hours)
+
+    def row(name: str, members: Sequence[dict[str, Any]], pace: str) -> list[str]:
+        return [
+            name,
+            *(count(sum(stage[key] for stage in members)) for key in _COUNTS),
+            duration(sum(stage["seconds"] for stage in members)),
+            pace,
+            significant(sum(map(hours, members))),
+            significant(float(sum(stage["flops"] for stage in members))),
         ]
-        for one in stages
-    ]
-    total = [
-        "all stages",
-        *(
-            formatting.count(sum(one[key] for one in stages))
-            for key in ("shards", "rows", "jobs", "retries", "preemptions")
-        ),
-        formatting.duration(sum(one["seconds"] for one in stages)),
-        "",
-        formatting.significant(sum(gpu_hours(one) if on_gpus else job_hours(one) for one in stages)),
-        formatting.significant(float(sum(one["flops"] for one in stages))),
-    ]
-    columns = [
-        "Stage",
-        "Shards",
-        "Rows",
-        "Jobs",
-        "Retries",
-        "Preemptions",
-        "Job time",
-        "Per row",
-        "GPU-hours" if on_gpus else "Job-hours",
-        "Operations",
-    ]
-    return Table("Use of the cluster by the folder of the stage", columns, [*rows, total])
+
+    def pace_of(stage: dict[str, Any]) -> str:
+        return f"{significant(stage['seconds'] / stage['rows'])}\u00a0s" if stage["rows"] else UNKNOWN
+
+    rows = [row(stage["stage"], [stage], pace_of(stage)) for stage in stages]
+    columns = ["Stage", *map(str.capitalize, _COUNTS), "Job time", "Per row", kind, "Operations"]
+    return Table("Use of the cluster by the folder of the stage", columns, [*rows, row("all stages", stages, "")])
 
 
 def gpu_hours(stage: dict[str, Any]) -> float:
-    """Hours of a stage's jobs times the GPUs that each held."""
+    """Return the hours of a stage's jobs times the GPUs of each."""
     return float(stage["seconds"] * stage["gpus"] / 3600)
 
 
 def job_hours(stage: dict[str, Any]) -> float:
-    """Hours of a stage's jobs."""
+    """Return the hours of a stage's jobs."""
     return float(stage["seconds"] / 3600)
 
 

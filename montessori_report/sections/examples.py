@@ -1,4 +1,4 @@
-"""Texts on the page: preference pairs (Table 3), examples, rejected candidates. A model wrote them all: they are data."""
+"""Texts on the page: preference pairs (Table 3), examples, rejected candidates. A model wrote them: they are data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _BASELINES = {"null_step": "null step", "student": "student"}
 
 
 def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
-    """The pairs with the widest influence gap, each side with the texts of its example."""
+    """Return the pairs with the widest influence gap, each side with the texts of its example."""
     texts = _by_id(iteration.probing.examples)
     gaps = [
         (row["chosen_influence_student"] - row["rejected_influence_student"], row)
@@ -45,7 +45,7 @@ def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell beside an example's text: what it shows, a remark to it, and what it is sorted by (last if not known)."""
+    """A cell beside an example's text: its text, a remark, and its sort key (None sorts last)."""
 
     text: str
     remark: str = ""
@@ -69,8 +69,8 @@ class Examples:
     Attributes:
         columns: titles; the first is that of the texts.
         rows: at most `EXAMPLES_SHOWN`.
-        total: how many there are.
-        per_page: rows on a page of the table; the first is in the HTML.
+        total: number of all examples.
+        per_page: rows on a page of the table; the first page is in the HTML.
     """
 
     columns: Sequence[str]
@@ -80,7 +80,7 @@ class Examples:
 
     @property
     def plain(self) -> list[list[Any]]:
-        """The rows for the page's script: texts, and each cell as text, remark and key."""
+        """The rows for the page's script: texts, and each cell as text, remark and sort key."""
         return [
             [row.instruction, row.response, row.summary, [[cell.text, cell.remark, cell.key] for cell in row.cells]]
             for row in self.rows
@@ -88,7 +88,7 @@ class Examples:
 
 
 def examples_of(run: RunData, unit: Unit) -> Examples:
-    """The probing sets with their influence; all examples of the teacher while none is measured."""
+    """Return the probing sets with their influence, or without it until it is measured."""
     several = len(run.iterations) > 1
     rows: list[Example] = []
     total = 0
@@ -127,7 +127,7 @@ def _cells(record: dict[str, Any], unit: Unit) -> list[Cell]:
 
 
 def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
-    """Rejected candidates by reason; the reasons take turns, so that rare ones are seen."""
+    """Return rejected candidates by reason; the reasons take turns, so that rare ones are shown."""
     by_reason: dict[str, list[dict[str, str]]] = {}
     for part in sets:
         for row in _rows(part.instructions):
@@ -145,7 +145,7 @@ def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
 
 
 def _rows_each(available: Sequence[int], wanted: int) -> list[int]:
-    """How many rows of each group to show, as even as can be, `wanted` in all."""
+    """Return how many rows of each group to show, as evenly as possible, `wanted` in all."""
     taken = [0] * len(available)
     for turn in range(max(available, default=0)):
         for group, number in enumerate(available):

@@ -1,4 +1,4 @@
-"""Influence on the page: its distribution by teacher (Figure 3c), by training batch (3d), and how well it is measured."""
+"""Influence: its distribution by teacher (Figure 3c) and training batch (3d), and how well it is measured."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ INTRODUCTION = (
 
 
 def influence_unit(runs: Sequence[RunData]) -> Unit:
-    """The unit in which all influence of a page is written."""
+    """Return the unit of all influence on a page."""
     tables = [
         part
         for run in runs
@@ -49,7 +49,7 @@ def influence_unit(runs: Sequence[RunData]) -> Unit:
 
 
 def influence_section(run: RunData, unit: Unit) -> Section:
-    """All that is known of the influence of the run's examples."""
+    """Return the figures and tables of the influence of the run's examples."""
     across = [figure for figure in (_teachers(run, unit), _batches(run)) if figure]
     blocks = [_of_iteration(iteration, run, unit) for iteration in run.iterations if iteration.influence]
     return Section(
@@ -65,14 +65,14 @@ def influence_section(run: RunData, unit: Unit) -> Section:
 
 
 def _warnings(run: RunData) -> str:
-    """What to mind about the tables, in one paragraph."""
-    found = [
+    """Return the warnings about the tables, in one paragraph."""
+    warnings = [
         (run.in_iteration(part.label, iteration), domination_warning(part.summary))
         for iteration in run.iterations
         for part in (iteration.influence, iteration.training_influence)
         if part
     ]
-    return " ".join(f"Warning, {label}: {warning}." for label, warning in found if warning)
+    return " ".join(f"Warning, {label}: {warning}." for label, warning in warnings if warning)
 
 
 def _of_iteration(iteration: IterationData, run: RunData, unit: Unit) -> Block:
@@ -102,13 +102,13 @@ def _of_iteration(iteration: IterationData, run: RunData, unit: Unit) -> Block:
 def influence_figure(
     sets: Sequence[Sample], unit: Unit, marks: Mapping[str, float], threshold: float, noise_floor: float
 ) -> Figure:
-    """How influence against the student is distributed in each set.
+    """Draw the distribution of influence against the student in each set.
 
     Args:
         sets: influence (nats) of each.
-        unit: what the axis is in.
-        marks: influence (nats) of what an example may be compared with, by its name.
-        threshold: what divides helpful from harmful examples, nats.
+        unit: of the axis.
+        marks: influence (nats) of the possible baselines, by name.
+        threshold: influence that divides helpful from harmful examples, nats.
         noise_floor: half the width of the band around the threshold, nats.
     """
     scaled, edges, beyond = _binned(sets, unit, threshold)
@@ -135,13 +135,13 @@ def influence_figure(
 
 
 def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: Unit) -> Figure:
-    """Distributions of influence against the student as it is, which lies at 0.
+    """Draw distributions of influence against the student as it is, which lies at 0.
 
     Args:
         title: of the figure.
         reading: how to read it.
         sets: influence (nats) of each.
-        unit: what the axis is in.
+        unit: of the axis.
     """
     scaled, edges, beyond = _binned(sets, unit, 0.0)
     axis = f"influence against the student, {unit}"
@@ -151,7 +151,7 @@ def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: 
 
 
 def _teachers(run: RunData, unit: Unit) -> Figure | None:
-    """Figure 3c; with a single iteration it is the figure of that iteration."""
+    """Draw Figure 3c; with a single iteration, that iteration's own figure shows the same."""
     if len(run.iterations) < 2 or len(run.teachers) < 2:
         return None
     return distribution_figure(
@@ -164,7 +164,7 @@ def _teachers(run: RunData, unit: Unit) -> Figure | None:
 
 
 def _batches(run: RunData) -> Figure | None:
-    """Figure 3d."""
+    """Draw Figure 3d."""
     size = run.setting("training", "batch_size", 32)
     sets = [
         (f"Teacher {iteration.number} (updated)", iteration.training_influence, colour_of(iteration.number), "solid")
@@ -194,7 +194,7 @@ def _batches(run: RunData) -> Figure | None:
 
 
 def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
-    """Share of the measured examples above the threshold, of each batch that has any; batches count from 1."""
+    """Return the share of measured examples above the threshold by batch, counted from 1; empty batches are left out."""
     values, usable = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
     shares = {}
     for start in range(0, len(values), size):
@@ -206,7 +206,7 @@ def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
 
 
 def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
-    """First order against exact, over the audit."""
+    """Draw the first-order estimate against exact influence, over the audit."""
     both = part.table.filter(
         pc.and_(part.table["audited"], pc.and_(pc.is_valid(part.table["first_order_null_step"]), _measured(part)))
     )
@@ -327,7 +327,7 @@ def _interval(part: InfluenceData, share: str) -> str:
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
-    """Equal bins of which none straddles the threshold; values far outside the bulk do not stretch them."""
+    """Return equal bins, none of which straddles the threshold; outliers do not stretch them."""
     if not len(values):
         return threshold + np.array([-1.0, 0.0, 1.0])
     lower, upper = np.percentile(values, [25, 75]) - threshold
@@ -346,7 +346,7 @@ def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.ND
 
 
 def _binned(sets: Sequence[Sample], unit: Unit, threshold: float) -> tuple[list[Sample], npt.NDArray[np.float64], str]:
-    """Sets in the unit, their common bins, and a sentence on what lies beyond these."""
+    """Return the sets in the unit, their common bins, and a sentence about values beyond the bins."""
     scaled = [
         Sample(part.label, unit.scale(1.0) * part.values, part.colour, part.dash) for part in sets if len(part.values)
     ]

@@ -1,4 +1,4 @@
-"""The head of the report: what the run shows in a line, and its key figures."""
+"""The top of the report: the verdict in a line, and the key figures."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +26,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the run shows, in a line; `tone` picks the colour."""
+    """The result of the run in a line; `tone` picks the colour."""
 
     tone: Literal["better", "worse", "noise", "open"]
     headline: str
@@ -34,7 +34,7 @@ class Verdict:
 
 
 def judge(run: RunData) -> Verdict:
-    """Whether the updated teacher's student is better than the unmodified teacher's, as far as the run can say."""
+    """Say whether the updated teacher's student is better than the unmodified teacher's."""
     finished = [iteration for iteration in run.iterations if "student" in iteration.held_out_loss]
     if not finished:
         return Verdict("open", "No verdict yet", "No iteration's student has been evaluated on the held-out examples.")
@@ -65,7 +65,7 @@ def judge(run: RunData) -> Verdict:
 
 
 def _loss_to_untrained(run: RunData, iteration: IterationData) -> str:
-    """A warning where training made the student worse than it was, whichever teacher's data it was trained on."""
+    """Return a warning if training made the student worse than it was before."""
     gain = iteration.held_out_gain.get("student_over_untrained")
     if gain is None or not gain["mean"] < -2 * gain["standard_error"]:
         return ""
@@ -88,7 +88,7 @@ def _without_comparison(iteration: IterationData, run: RunData) -> str:
 
 
 def _mean(run: RunData, iteration: IterationData, name: str) -> float | None:
-    """Held-out loss of a model; those that are evaluated only once stand with the first iteration."""
+    """Return the held-out loss of a model, from another iteration if it was evaluated only once."""
     for place in (iteration, *run.iterations):
         if name in place.held_out_loss:
             return place.held_out_loss[name]["mean"]

@@ -1,4 +1,4 @@
-"""What the teachers wrote: the funnel of filters, lengths (Figures 11 and 12), and verbs with their objects (6, 8 to 10)."""
+"""Synthesis: the funnel of filters, lengths (Figures 11 and 12), and verbs with their objects (6, 8 to 10)."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _MOST_BINS = 50
 
 
 def synthesis_section(run: RunData) -> Section:
-    """Funnels, lengths and verbs of all sets."""
+    """Return the funnels, lengths and verbs of all sets."""
     introduction = (
         "The teacher writes candidate instructions; filters remove what is malformed, too short or long, or too similar to "
         "what is already there."
@@ -71,7 +71,7 @@ def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
 
 
 def _length_figures(run: RunData) -> list[Figure]:
-    """Tokens as the student's tokenizer counts them, from the tables of influence: those of each teacher's examples."""
+    """Draw lengths of each teacher's examples, in the student's tokens, from the influence tables."""
     tables = [
         (part.table, Sample.numbered(f"Teacher {number}", np.zeros(0), number)) for number, part in run.teachers.items()
     ]
@@ -112,14 +112,14 @@ def _length_figures(run: RunData) -> list[Figure]:
 
 
 def length_edges(lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins of whole tokens from the shortest to all but the longest texts."""
+    """Return bins of whole tokens, from the shortest texts to the 99.5th percentile."""
     low, high = math.floor(lengths.min()), math.ceil(np.percentile(lengths, 99.5))
     width = max(1, math.ceil((high + 1 - low) / _MOST_BINS))
     return np.arange(low, high + 1 + width, width, dtype=np.float64)
 
 
 def _verbs(run: RunData) -> tuple[list[Figure], str]:
-    """Sunbursts of each teacher, and a sentence if there are none for want of a parser."""
+    """Return a sunburst of each teacher, or the remedy if no parser is installed."""
     sets: list[tuple[str, pa.Table]] = []
     if run.unmodified is not None and run.unmodified.examples is not None:
         sets.append(("unmodified teacher", run.unmodified.examples))

@@ -1,4 +1,4 @@
-"""How students and teachers learned: losses, rewards and rates, and the teacher's checkpoints (Figures 3a and 3b)."""
+"""Training curves: losses, rewards and learning rates, and the teacher's checkpoints (Figures 3a and 3b)."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from montessori_report.run_data import IterationData, Log, RunData
 
 
 def learning_section(run: RunData) -> Section:
-    """The learning curves of all trainings."""
+    """Return the curves of all trainings."""
     return Section(
         "learning",
         "Learning curves",
