@@ -107,14 +107,20 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A value of a training log over the steps."""
+class Line:
+    """Values over places on the x axis."""
 
     label: str
-    log: Log
-    key: str
+    x: Sequence[float]
+    y: Sequence[float]
     colour: str
     dash: str = "solid"
+
+    @staticmethod
+    def of_log(label: str, log: Log, key: str, colour: str, dash: str = "solid") -> "Line":
+        """Return the finite values of a training log over the steps."""
+        entries = [entry for entry in log if is_finite(entry.get("step")) and is_finite(entry.get(key))]
+        return Line(label, [entry["step"] for entry in entries], [entry[key] for entry in entries], colour, dash)
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,17 @@ class Sample:
     @staticmethod
     def numbered(label: str, values: npt.NDArray[np.float64], number: int) -> "Sample":
         """Return the sample with the colour and dash of the set's number; they repeat after 24 sets."""
-        return Sample(label, values, colour_of(number), DASHES[number // len(SERIES) % len(DASHES)])
+        return Sample(label, values, colour_of(number), dash_of(number))
 
 
 def colour_of(number: int) -> str:
     """Return the colour of a teacher, run or method by its number."""
     return SERIES[number % len(SERIES)]
+
+
+def dash_of(number: int) -> str:
+    """Return the dash that tells numbers of the same colour apart."""
+    return DASHES[number // len(SERIES) % len(DASHES)]
 
 
 def finite_dots(entries: Iterable[tuple[str, Mapping[str, float], str]]) -> list[Dot]:
@@ -271,59 +282,30 @@ def histogram_figure(
 def line_figure(
     title: str,
     reading: str,
-    lines: Sequence[tuple[Sample, Sequence[float]]],
+    lines: Sequence[Line],
     x_axis: str,
     y_axis: str,
     level: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw the values of each sample over places on the x axis, with a dotted line at `level`."""
+    """Draw lines, with a dotted one at `level`."""
     traces = [
         go.Scatter(
-            mode="lines+markers" if len(places) <= 60 else "lines",
-            name=plain(sample.label),
-            x=list(places),
-            y=sample.values.tolist(),
-            line={"color": sample.colour, "dash": sample.dash},
+            mode="lines+markers" if len(line.x) <= 60 else "lines",
+            name=plain(line.label),
+            x=line.x,
+            y=line.y,
+            line={"color": line.colour, "dash": line.dash},
             marker_size=5,
             hovertemplate="%{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
         )
-        for sample, places in lines
+        for line in lines
     ]
     plot = new_plot(traces, 320, x_axis, y_axis, yaxis_range=limits)
     if level is not None:
         plot.add_hline(level, line_dash="dot")
-    rows = [
-        (sample.label, place, value)
-        for sample, places in lines
-        for place, value in zip(places, sample.values.tolist(), strict=True)
-    ]
+    rows = [(line.label, x, y) for line in lines for x, y in zip(line.x, line.y, strict=True)]
     return Figure(title, reading, plot, ["line", x_axis, y_axis], rows)
-
-
-def curve_figure(
-    title: str,
-    reading: str,
-    curves: Sequence[Curve],
-    axis: str,
-    level: float | None = None,
-    limits: tuple[float, float] | None = None,
-) -> Figure:
-    """Draw values over the steps of trainings, with a dotted line at `level`."""
-    lines = []
-    for curve in curves:
-        steps, values = curve_points(curve)
-        lines.append((Sample(curve.label, np.array(values, dtype=np.float64), curve.colour, curve.dash), steps))
-    figure = line_figure(title, reading, lines, "optimizer step", axis, level, limits)
-    if max((len(curve.log) for curve in curves), default=0) <= 12:
-        figure.plot.update_xaxes(dtick=1)
-    return figure
-
-
-def curve_points(curve: Curve) -> tuple[list[float], list[float]]:
-    """Return the steps and the finite values of a curve."""
-    entries = [entry for entry in curve.log if is_finite(entry.get("step")) and is_finite(entry.get(curve.key))]
-    return [entry["step"] for entry in entries], [entry[curve.key] for entry in entries]
 
 
 def dot_figure(

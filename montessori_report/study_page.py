@@ -16,9 +16,10 @@ from montessori_report.figures import (
     SYMBOLS,
     Dot,
     Figure,
-    Sample,
+    Line,
     bar_figure,
     colour_of,
+    dash_of,
     dot_figure,
     error_bars,
     grouped_dot_figure,
@@ -211,7 +212,7 @@ def _similarity(folder: Path) -> Figure | None:
         ranks = np.unique(np.linspace(0, len(nearness) - 1, _CURVE_POINTS).round().astype(int))
         label = ", ".join(part for part in path.relative_to(folder).parts if part.startswith(("seed-", "round-")))
         shares = ((ranks + 1) / len(nearness)).tolist()
-        lines.append((Sample.numbered(label, nearness[ranks], number), shares))
+        lines.append(Line(label, shares, nearness[ranks].tolist(), colour_of(number), dash_of(number)))
     if not lines:
         return None
     return line_figure(

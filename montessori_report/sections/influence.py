@@ -18,6 +18,7 @@ from montessori_report.figures import (
     BEFORE,
     GREY,
     Figure,
+    Line,
     Sample,
     colour_of,
     histogram_figure,
@@ -177,8 +178,7 @@ def _batches(run: RunData) -> Figure | None:
     for label, part, colour, dash in sets:
         shares = positive_shares(part, size)
         if shares:
-            values = np.array(list(shares.values()), dtype=np.float64)
-            lines.append((Sample(label, values, colour, dash), list(shares)))
+            lines.append(Line(label, list(shares), list(shares.values()), colour, dash))
     if not lines:
         return None
     return line_figure(

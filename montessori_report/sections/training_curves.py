@@ -15,10 +15,9 @@ from montessori_report.figures import (
     REJECTED,
     TEACHER,
     WARM,
-    Curve,
     Figure,
-    curve_figure,
-    curve_points,
+    Line,
+    line_figure,
     new_plot,
 )
 from montessori_report.html import Block, Section, Table
@@ -37,22 +36,22 @@ def learning_section(run: RunData) -> Section:
 
 def _learning(iteration: IterationData, run: RunData) -> Block | None:
     logs = iteration.logs
-    trainings = [
-        ("student, warm-up", "warmup", WARM, "dot"),
-        ("student, updated teacher's data", "student", AFTER, "solid"),
-        ("student, unmodified teacher's data", "unmodified", BEFORE, "dash"),
+    students = [
+        ("student, warm-up", logs["warmup"], WARM, "dot"),
+        ("student, updated teacher's data", logs["student"], AFTER, "solid"),
+        ("student, unmodified teacher's data", logs["unmodified"], BEFORE, "dash"),
     ]
-    losses = [Curve(label, logs[name], "loss", colour, dash) for label, name, colour, dash in trainings if logs[name]]
-    teacher = logs["teacher"]
-    rates = [Curve(c.label, c.log, "learning_rate", c.colour, c.dash) for c in losses]
+    losses = [Line.of_log(label, log, "loss", *style) for label, log, *style in students if log]
+    rates = [Line.of_log(label, log, "learning_rate", *style) for label, log, *style in students if log]
+    teacher = [Line.of_log("teacher update (DPO)", logs["teacher"], "loss", TEACHER)] if logs["teacher"] else []
     if teacher:
-        rates.append(Curve("teacher update", teacher, "learning_rate", TEACHER, "dashdot"))
+        rates.append(Line.of_log("teacher update", logs["teacher"], "learning_rate", TEACHER, "dashdot"))
     if not rates:
         return None
     figures = []
     if losses:
         figures.append(
-            curve_figure(
+            _curve_figure(
                 "Training loss of the students",
                 "Each student is trained on other data, so compare the held-out losses, not these; what to look for here is "
                 "a steady fall without jumps.",
@@ -61,48 +60,59 @@ def _learning(iteration: IterationData, run: RunData) -> Block | None:
             )
         )
     if teacher:
-        figures += _teacher_figures(teacher)
+        figures += _teacher_figures(logs["teacher"], teacher)
     figures.append(
-        curve_figure(
+        _curve_figure(
             "Learning rate", "The rate each optimizer step was taken with, as scheduled.", rates, "learning rate"
         )
     )
     checkpoints = [entry for entry in iteration.records("teacher_checkpoints") if _is_whole(entry)]
     if len(checkpoints) > 1:
         figures += _checkpoint_figures(checkpoints)
-    return Block(figures, [_learning_table([*losses, *_teacher_loss(teacher)])], run.heading(iteration))
+    return Block(figures, [_learning_table([*losses, *teacher])], run.heading(iteration))
 
 
-def _teacher_loss(log: Log) -> list[Curve]:
-    return [Curve("teacher update (DPO)", log, "loss", TEACHER)] if log else []
+def _curve_figure(
+    title: str,
+    reading: str,
+    lines: Sequence[Line],
+    axis: str,
+    level: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw values over the steps of trainings, with a dotted line at `level`."""
+    figure = line_figure(title, reading, lines, "optimizer step", axis, level, limits)
+    if max(len(line.x) for line in lines) <= 12:
+        figure.plot.update_xaxes(dtick=1)
+    return figure
 
 
-def _teacher_figures(log: Log) -> list[Figure]:
+def _teacher_figures(log: Log, loss: Sequence[Line]) -> list[Figure]:
     rewards = [
-        Curve("margin (chosen − rejected)", log, "rewards/margins", TEACHER),
-        Curve("chosen", log, "rewards/chosen", CHOSEN, "dash"),
-        Curve("rejected", log, "rewards/rejected", REJECTED, "dot"),
+        Line.of_log("margin (chosen − rejected)", log, "rewards/margins", TEACHER),
+        Line.of_log("chosen", log, "rewards/chosen", CHOSEN, "dash"),
+        Line.of_log("rejected", log, "rewards/rejected", REJECTED, "dot"),
     ]
     return [
-        curve_figure(
+        _curve_figure(
             "DPO loss of the teacher",
             "The dotted line is ln 2, the loss of a teacher that prefers neither side; below it the teacher has begun to "
             "prefer the chosen instructions.",
-            _teacher_loss(log),
+            loss,
             "DPO loss",
             level=math.log(2),
         ),
-        curve_figure(
+        _curve_figure(
             "Rewards of the teacher",
             "The margin should rise above 0; if both rewards fall, the teacher only learns to avoid both texts.",
             rewards,
             "reward",
             level=0.0,
         ),
-        curve_figure(
+        _curve_figure(
             "Reward accuracy",
             "The share of a batch's pairs in which the chosen instruction has the higher reward; the dotted line is chance.",
-            [Curve("accuracy", log, "rewards/accuracies", TEACHER)],
+            [Line.of_log("accuracy", log, "rewards/accuracies", TEACHER)],
             "share of pairs",
             level=0.5,
             limits=(-0.02, 1.02),
@@ -164,12 +174,10 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
     ]
 
 
-def _learning_table(curves: Sequence[Curve]) -> Table:
-    rows = []
-    for curve in curves:
-        steps, values = curve_points(curve)
-        if values:
-            rows.append(
-                [curve.label, formatting.count(len(steps)), formatting.loss(values[0]), formatting.loss(values[-1])]
-            )
+def _learning_table(losses: Sequence[Line]) -> Table:
+    rows = [
+        [line.label, formatting.count(len(line.x)), formatting.loss(line.y[0]), formatting.loss(line.y[-1])]
+        for line in losses
+        if line.x
+    ]
     return Table("Trainings, first and last logged loss", ["Training", "Steps", "First loss", "Last loss"], rows)
