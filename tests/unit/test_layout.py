@@ -39,7 +39,10 @@ def test_imports_go_one_way(layer: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("flows.cli, flows.experiment, flows.status, montessori_report.run_page", ("torch", "transformers", "deepspeed", "vllm")),
+        (
+            "flows.cli, flows.experiment, flows.status, montessori_report.run_page",
+            ("torch", "transformers", "deepspeed", "vllm"),
+        ),
         ("cluster.worker, montessori_core.influence.jobs, montessori_core.synthesis.jobs", ("prefect",)),
     ],
     ids=["the driver needs no torch", "a job needs no prefect"],
