@@ -23,14 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.stats import beta, spearmanr
+from scipy.stats import binomtest, spearmanr
 
 from montessori_core.config import Screening
 from montessori_core.influence_table import influence_note
 from montessori_core.preferences import Floats, Positions, thresholds_of
 from montessori_core.schema import INFLUENCE, check
 
-_CONFIDENCE = 0.95
 _NOTE = b"montessori.screening"
 _MOVING = ("median", "prompt")
 """Baselines whose threshold is made of the estimates."""
@@ -52,12 +51,12 @@ class Agreement:
 
     @staticmethod
     def of(agreeing: npt.NDArray[np.bool_]) -> "Agreement":
-        """Count."""
-        count, hits = len(agreeing), int(agreeing.sum())
-        tail = (1 - _CONFIDENCE) / 2
-        low = float(beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
-        high = float(beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
-        return Agreement(hits / count if count else math.nan, low, high, count)
+        """Count the signs that agree."""
+        if not len(agreeing):
+            return Agreement(math.nan, 0.0, 1.0, 0)
+        test = binomtest(int(agreeing.sum()), len(agreeing))
+        interval = test.proportion_ci(method="exact")
+        return Agreement(float(test.statistic), float(interval.low), float(interval.high), len(agreeing))
 
     def __str__(self) -> str:
         if not self.signs:

@@ -7,7 +7,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
-from montessori_core.report.render import render_report
+from montessori_report.run_page import render_report
 from tasks.run import Run
 
 REPORTS = "MONTESSORI_REPORTS"

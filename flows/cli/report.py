@@ -23,10 +23,10 @@ def report(
     Several runs make comparison-of-runs.html in the current folder.
     The data of each figure is written beside the page as CSV.
     """
-    from montessori_core.report.render import render_report
-    from montessori_core.report.runs import render_runs
-    from montessori_core.report.study import study_page
     from montessori_core.study import read_study
+    from montessori_report.compare_page import render_runs
+    from montessori_report.run_page import render_report
+    from montessori_report.study_page import study_page
 
     if out is not None and out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")

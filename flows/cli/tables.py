@@ -19,9 +19,9 @@ from flows.cli.console import console
 from flows.cli.options import warn
 from montessori_core.atomic import read_json
 from montessori_core.config import Experiment
+from montessori_core.formatting import duration, gain_text, interval_text, spread_text
 from montessori_core.influence_table import domination_warning, summarize_influence
 from montessori_core.preferences import threshold_of
-from montessori_core.report.numbers import duration
 from tasks.run import Run
 from tasks.studies import PAGE, in_study, read_comparison
 
@@ -177,8 +177,6 @@ def _print_times(run: Run) -> None:
 
 def print_comparison(folder: Path) -> None:
     """Print the result of a study."""
-    from montessori_core.report.study import gain_text, interval_text, spread_text
-
     result = read_comparison(folder)
     columns = ("method", "held-out loss", "gain", "95 % interval", "spread over seeds", "job seconds", "FLOPs")
     tables = {f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}": result["methods"]}

@@ -15,7 +15,6 @@ from montessori_core.benchmarks.scores import score as benchmark_score
 from montessori_core.config import Preferences, parse, parse_experiment, write_yaml
 from montessori_core.influence_table import note_influence
 from montessori_core.preferences import pair_by_influence, write_preferences
-from montessori_core.report.render import render_report
 from montessori_core.schema import (
     EXAMPLES,
     INFLUENCE,
@@ -28,6 +27,7 @@ from montessori_core.schema import (
 )
 from montessori_core.study import Outcome, Study, compare_outcomes
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS
+from montessori_report.run_page import render_report
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

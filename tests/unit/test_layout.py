@@ -10,8 +10,12 @@ import pytest
 from support import ROOT
 from support.reports import write_run
 
-LAYERS = ["montessori_core", "cluster", "tasks", "flows"]  # each may import itself and what stands before it
-FORBIDDEN = {"montessori_core": {"prefect", "submitit"}, "cluster": {"prefect"}}
+LAYERS = ["montessori_core", "montessori_report", "cluster", "tasks", "flows"]  # each may import those before it
+FORBIDDEN = {
+    "montessori_core": {"prefect", "submitit"},
+    "montessori_report": {"prefect", "submitit"},
+    "cluster": {"prefect", "montessori_report"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -36,7 +40,10 @@ def test_imports_go_one_way(layer: str) -> None:
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("flows.cli, flows.experiment", ("torch", "transformers", "deepspeed", "vllm")),
+        (
+            "flows.cli, flows.experiment, montessori_report.run_page",
+            ("torch", "transformers", "deepspeed", "vllm"),
+        ),
         ("cluster.worker, montessori_core.influence.jobs, montessori_core.synthesis.jobs", ("prefect",)),
     ],
     ids=["the driver needs no torch", "a job needs no prefect"],

@@ -21,12 +21,6 @@ from montessori_core.atomic import write_json
 from montessori_core.benchmarks.scores import judged_benchmark
 from montessori_core.errors import DataError
 from montessori_core.preferences import threshold_of
-from montessori_core.report.benchmarks import score_name
-from montessori_core.report.contents import Influence
-from montessori_core.report.influence import histogram_edges, positive_shares
-from montessori_core.report.render import render_report
-from montessori_core.report.study import study_page
-from montessori_core.report.texts import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
 from montessori_core.schema import (
     INFLUENCE,
     INSTRUCTIONS,
@@ -36,6 +30,12 @@ from montessori_core.schema import (
     write_table,
 )
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS, TOO_SHORT
+from montessori_report.run_data import InfluenceData
+from montessori_report.run_page import render_report
+from montessori_report.sections.benchmarks import score_name
+from montessori_report.sections.examples import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
+from montessori_report.sections.influence import histogram_edges, positive_shares
+from montessori_report.study_page import study_page
 from support.reports import HOSTILE, SHOWN, Page, metrics, page_of, score, stage_use, write_run, write_study
 
 
@@ -199,7 +199,7 @@ def test_data_that_is_exported_is_what_the_tables_hold(run: Path) -> None:
 def test_batches_count_what_helps_in_the_order_of_the_training_set(run: Path) -> None:
     table = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)
     values = table["influence_student"].to_pylist()  # the last was not measured
-    part = Influence("set", table, threshold=sorted(values[:-1])[20])
+    part = InfluenceData("set", table, threshold=sorted(values[:-1])[20])
     shares = positive_shares(part, 16)
     assert list(shares) == [1, 2, 3]
     sizes = (16, 16, 7)

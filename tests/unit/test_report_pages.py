@@ -12,9 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from montessori_core.report import page as pages
-from montessori_core.report.runs import render_runs
-from montessori_core.report.study import study_page
+from montessori_report import html as pages
+from montessori_report.compare_page import render_runs
+from montessori_report.study_page import study_page
 from support.reports import HOSTILE, METHODS, Page, write_run, write_study
 from support.runs import call, invoke
 

@@ -10,7 +10,7 @@ from spacy.tokens import Doc
 from spacy.training import Example
 from spacy.vocab import Vocab
 
-from montessori_core.report.verbs import (
+from montessori_report.sections.verb_nouns import (
     OBJECTS,
     PARSER,
     VERBS,

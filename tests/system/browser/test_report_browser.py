@@ -8,10 +8,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from montessori_core.report.page import Page as Report
-from montessori_core.report.render import render_report
-from montessori_core.report.runs import render_runs
-from montessori_core.report.study import study_page
+from montessori_report.compare_page import render_runs
+from montessori_report.html import Page as Report
+from montessori_report.run_page import render_report
+from montessori_report.study_page import study_page
 from support.reports import HOSTILE, write_run, write_study
 
 EXAMPLES = 130  # of each of two iterations: several pages

@@ -1,11 +1,11 @@
-"""The head of the report: what the run shows in a line, and its key figures."""
+"""The top of the report: the verdict in a line, and the key figures."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Iteration
-from montessori_core.report.numbers import UNKNOWN
+from montessori_core import formatting
+from montessori_core.formatting import UNKNOWN
+from montessori_report.run_data import IterationData, RunData
 
 THRESHOLDS = {
     "student": "the student as it is",
@@ -26,15 +26,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the run shows, in a line; `tone` picks the colour."""
+    """The result of the run in a line; `tone` picks the colour."""
 
     tone: Literal["better", "worse", "noise", "open"]
     headline: str
     sentence: str
 
 
-def judge(run: Contents) -> Verdict:
-    """Whether the updated teacher's student is better than the unmodified teacher's, as far as the run can say."""
+def judge(run: RunData) -> Verdict:
+    """Say whether the updated teacher's student is better than the unmodified teacher's."""
     finished = [iteration for iteration in run.iterations if "student" in iteration.held_out_loss]
     if not finished:
         return Verdict("open", "No verdict yet", "No iteration's student has been evaluated on the held-out examples.")
@@ -44,13 +44,13 @@ def judge(run: Contents) -> Verdict:
     last = compared[-1]
     difference = last.held_out_gain["student_over_unmodified"]
     mean, error = difference["mean"], difference["standard_error"]
-    if not (numbers.known(mean) and numbers.known(error)):
+    if not (formatting.is_finite(mean) and formatting.is_finite(error)):
         return Verdict("open", "No verdict", "A held-out loss is not a finite number; look at the learning curves.")
     losses = last.held_out_loss
     sentence = (
         f"{f'Iteration {last.number}: the' if run.planned > 1 else 'The'} updated teacher's student has a held-out loss of "
-        f"{numbers.loss(losses['student']['mean'])}, the unmodified teacher's "
-        f"{numbers.loss(_mean(run, last, 'unmodified'))}: a paired gain of {numbers.gain(mean, error)} nats per token"
+        f"{formatting.loss(losses['student']['mean'])}, the unmodified teacher's "
+        f"{formatting.loss(_mean(run, last, 'unmodified'))}: a paired gain of {formatting.gain(mean, error)} nats per token"
     )
     untrained = _loss_to_untrained(run, last)
     if abs(mean) <= 2 * error:
@@ -64,36 +64,38 @@ def judge(run: Contents) -> Verdict:
     return Verdict("better", "Better student", f"{sentence}.")
 
 
-def _loss_to_untrained(run: Contents, iteration: Iteration) -> str:
-    """A warning where training made the student worse than it was, whichever teacher's data it was trained on."""
+def _loss_to_untrained(run: RunData, iteration: IterationData) -> str:
+    """Return a warning if training made the student worse than it was before."""
     gain = iteration.held_out_gain.get("student_over_untrained")
     if gain is None or not gain["mean"] < -2 * gain["standard_error"]:
         return ""
     return (
-        f" But training made it worse than the untrained student, {numbers.loss(_mean(run, iteration, 'untrained'))}: a "
-        f"paired gain of {numbers.gain(gain['mean'], gain['standard_error'])}."
+        f" But training made it worse than the untrained student, {formatting.loss(_mean(run, iteration, 'untrained'))}: a "
+        f"paired gain of {formatting.gain(gain['mean'], gain['standard_error'])}."
     )
 
 
-def _without_comparison(iteration: Iteration, run: Contents) -> str:
+def _without_comparison(iteration: IterationData, run: RunData) -> str:
     why = "has not been evaluated yet" if run.compares else "was not asked for"
-    sentence = f"The updated teacher's student has a held-out loss of {numbers.loss(_mean(run, iteration, 'student'))}"
+    sentence = (
+        f"The updated teacher's student has a held-out loss of {formatting.loss(_mean(run, iteration, 'student'))}"
+    )
     over_untrained = iteration.held_out_gain.get("student_over_untrained")
     if over_untrained:
-        paired = numbers.gain(over_untrained["mean"], over_untrained["standard_error"])
+        paired = formatting.gain(over_untrained["mean"], over_untrained["standard_error"])
         sentence += f", a paired gain of {paired} nats per token over the untrained student"
     return f"{sentence}; a student of the unmodified teacher to compare it with {why}."
 
 
-def _mean(run: Contents, iteration: Iteration, name: str) -> float | None:
-    """Held-out loss of a model; those that are evaluated only once stand with the first iteration."""
+def _mean(run: RunData, iteration: IterationData, name: str) -> float | None:
+    """Return the held-out loss of a model, from another iteration if it was evaluated only once."""
     for place in (iteration, *run.iterations):
         if name in place.held_out_loss:
             return place.held_out_loss[name]["mean"]
     return None
 
 
-def facts_of(run: Contents) -> list[tuple[str, str]]:
+def facts_of(run: RunData) -> list[tuple[str, str]]:
     finished = sum(iteration.metrics is not None for iteration in run.iterations)
     facts = [
         ("Teacher", run.setting("teacher", "model", UNKNOWN)),
@@ -109,7 +111,7 @@ def _moment(text: object) -> str:
     return str(text).replace("T", " ").replace("Z", " UTC") if text else UNKNOWN
 
 
-def cards_of(iteration: Iteration, run: Contents) -> list[Card]:
+def cards_of(iteration: IterationData, run: RunData) -> list[Card]:
     return [
         _kept_card(iteration),
         _pairs_card(iteration),
@@ -119,32 +121,32 @@ def cards_of(iteration: Iteration, run: Contents) -> list[Card]:
     ]
 
 
-def _kept_card(iteration: Iteration) -> Card:
+def _kept_card(iteration: IterationData) -> Card:
     probing, training = iteration.probing.funnel, iteration.training.funnel
-    value = f"{numbers.count(probing['kept'])} of {numbers.count(probing['candidates'])}" if probing else UNKNOWN
+    value = f"{formatting.count(probing['kept'])} of {formatting.count(probing['candidates'])}" if probing else UNKNOWN
     detail = (
-        f"probing set; training set {numbers.count(training['kept'])} of {numbers.count(training['candidates'])}"
+        f"probing set; training set {formatting.count(training['kept'])} of {formatting.count(training['candidates'])}"
         if training
         else "probing set; the training set is not there yet"
     )
     return Card("Candidates kept", value, detail)
 
 
-def _pairs_card(iteration: Iteration) -> Card:
+def _pairs_card(iteration: IterationData) -> Card:
     table = iteration.preferences
     if table is None:
         return Card("Preference pairs", UNKNOWN, "not there yet")
     prompts = len(set(table["prompt_id"].to_pylist()))
-    return Card("Preference pairs", numbers.count(table.num_rows), f"from {numbers.count(prompts)} prompts")
+    return Card("Preference pairs", formatting.count(table.num_rows), f"from {formatting.count(prompts)} prompts")
 
 
-def _positive_card(iteration: Iteration, run: Contents) -> Card:
+def _positive_card(iteration: IterationData, run: RunData) -> Card:
     label = "Share that helps, before → after"
     before, after = iteration.influence, iteration.training_influence
     if before is None:
         return Card(label, UNKNOWN, "influence is not measured yet")
-    shares = [numbers.share(part.summary["share_positive"]) for part in (before, after) if part]
-    measured = " and ".join(numbers.count(len(part.values)) for part in (before, after) if part)
+    shares = [formatting.share(part.summary["share_positive"]) for part in (before, after) if part]
+    measured = " and ".join(formatting.count(len(part.values)) for part in (before, after) if part)
     return Card(
         label,
         " → ".join(shares),
@@ -153,23 +155,23 @@ def _positive_card(iteration: Iteration, run: Contents) -> Card:
     )
 
 
-def _loss_card(iteration: Iteration, run: Contents) -> Card:
+def _loss_card(iteration: IterationData, run: RunData) -> Card:
     label = "Held-out loss"
     if "student" not in iteration.held_out_loss:
         return Card(label, UNKNOWN, "not evaluated yet")
     others = [
-        f"{name} {numbers.loss(mean)}"
+        f"{name} {formatting.loss(mean)}"
         for name in ("unmodified", "untrained")
         if (mean := _mean(run, iteration, name)) is not None
     ]
-    return Card(label, numbers.loss(_mean(run, iteration, "student")), "; ".join(others) or "nats per token")
+    return Card(label, formatting.loss(_mean(run, iteration, "student")), "; ".join(others) or "nats per token")
 
 
-def _gain_card(iteration: Iteration) -> Card:
+def _gain_card(iteration: IterationData) -> Card:
     for other in ("unmodified", "untrained"):
         gain = iteration.held_out_gain.get(f"student_over_{other}")
         if gain:
-            value = numbers.signed(gain["mean"], 4) if numbers.known(gain["mean"]) else UNKNOWN
-            error = numbers.loss(gain["standard_error"])
+            value = formatting.signed(gain["mean"])
+            error = formatting.loss(gain["standard_error"])
             return Card(f"Gain over {other}", value, f"± {error} nats per token, paired (one standard error)")
     return Card("Gain", UNKNOWN, "no paired comparison recorded")

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, read for its report; any part may not be there yet."""
+"""Read a run's folder for its report; any part may still be missing."""
 
 import re
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ _TRAININGS = ("warmup", "teacher", "student")
 
 
 @dataclass(frozen=True)
-class Synthesis:
-    """One set of examples: every candidate the teacher wrote, and those that were kept."""
+class SynthesisData:
+    """A synthesized set: every candidate that the teacher wrote, and the examples that were kept."""
 
     label: str
     instructions: pa.Table | None
@@ -35,13 +35,13 @@ class Synthesis:
 
     @cached_property
     def funnel(self) -> dict[str, int] | None:
-        """Candidates, those rejected by each reason in the order of the filters, and those kept."""
+        """Numbers of candidates, of rejections by reason in the order of the filters, and of kept instructions."""
         return None if self.instructions is None else funnel(self.instructions)
 
 
 @dataclass(frozen=True)
-class Influence:
-    """The influence of one set of examples, and the `influence_student` above which an example counts as helpful."""
+class InfluenceData:
+    """The influence of a set of examples, and the `influence_student` above which an example counts as helpful."""
 
     label: str
     table: pa.Table
@@ -55,7 +55,7 @@ class Influence:
 
     @cached_property
     def screening(self) -> ScreeningReport | None:
-        """How well the screen did; None if the estimator had none."""
+        """How well the screening did; None for another estimator."""
         return screening_report(self.table)
 
     @cached_property
@@ -65,14 +65,14 @@ class Influence:
 
 
 @dataclass(frozen=True)
-class Iteration:
-    """One teacher update: what it read and what came of it."""
+class IterationData:
+    """A teacher update: its inputs and results."""
 
     number: int
-    probing: Synthesis
-    training: Synthesis
-    influence: Influence | None
-    training_influence: Influence | None
+    probing: SynthesisData
+    training: SynthesisData
+    influence: InfluenceData | None
+    training_influence: InfluenceData | None
     preferences: pa.Table | None
     logs: dict[str, Log]
     metrics: dict[str, Any] | None
@@ -88,29 +88,29 @@ class Iteration:
         return dict((self.metrics or {}).get("held_out_gain", {}))
 
     def records(self, name: str) -> list[dict[str, Any]]:
-        """A list of the metrics: scores, head_to_head, contamination, teacher_checkpoints or stages."""
+        """Return a list of the metrics: scores, head_to_head, contamination, teacher_checkpoints or stages."""
         return list((self.metrics or {}).get(name, []))
 
 
 @dataclass(frozen=True)
-class Contents:
-    """All that a run's folder holds so far."""
+class RunData:
+    """Everything in a run's folder so far."""
 
     name: str
     config: str | None
     settings: dict[str, Any]
     provenance: dict[str, Any]
-    iterations: list[Iteration]
-    unmodified: Synthesis | None
-    unmodified_influence: Influence | None
+    iterations: list[IterationData]
+    unmodified: SynthesisData | None
+    unmodified_influence: InfluenceData | None
 
     def setting(self, section: str, name: str, default: Any) -> Any:
-        """A value of the configuration; `default` where the configuration does not say."""
+        """Return a value of the configuration, or `default` if it is not set."""
         return _setting(self.settings, section, name, default)
 
     @property
     def baseline(self) -> str:
-        """What divides helpful from harmful examples, see `config.Preferences`."""
+        """The baseline that divides helpful from harmful examples, see `config.Preferences`."""
         return str(self.setting("preferences", "baseline", "student"))
 
     @property
@@ -125,49 +125,43 @@ class Contents:
         return bool(self.setting("comparison", "unmodified_teacher", True))
 
     @property
-    def syntheses(self) -> list[Synthesis]:
-        """Every set that there is, in the order of the run."""
+    def syntheses(self) -> list[SynthesisData]:
+        """All synthesized sets, in the order of the run."""
         sets = [part for iteration in self.iterations for part in (iteration.probing, iteration.training)]
         return [part for part in (*sets, self.unmodified) if part is not None and part.instructions is not None]
 
     @property
-    def teachers(self) -> dict[int, Influence]:
-        """The influence of what each teacher wrote: 0 is the one the run began with, 1 the first update, and so on."""
-        found = {
-            iteration.number - 1: iteration.influence
-            for iteration in self.iterations
-            if iteration.influence is not None
-        }
-        for iteration in self.iterations:
-            if iteration.training_influence is not None:
-                found.setdefault(iteration.number, iteration.training_influence)
-        return dict(sorted(found.items()))
+    def teachers(self) -> dict[int, InfluenceData]:
+        """The influence of each teacher's examples: 0 is the initial teacher, 1 the first update, and so on."""
+        trained = {iteration.number: iteration.training_influence for iteration in self.iterations}
+        probed = {iteration.number - 1: iteration.influence for iteration in self.iterations if iteration.influence}
+        return {number: part for number, part in sorted((trained | probed).items()) if part is not None}
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """What each stage used, see `cluster.usage`, in the order of their folders."""
-        found = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
-        return [found[name] for name in sorted(found)]
+        """What each stage used (see `cluster.usage`), in the order of the stages' folders."""
+        by_name = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
+        return [by_name[name] for name in sorted(by_name)]
 
-    def heading(self, iteration: Iteration) -> str | None:
-        """What parts of an iteration stand under; nothing if there is only one."""
+    def heading(self, iteration: IterationData) -> str | None:
+        """Return the heading of an iteration; None if the run has only one."""
         return f"Iteration {iteration.number}" if max(self.planned, len(self.iterations)) > 1 else None
 
-    def in_iteration(self, label: str, iteration: Iteration) -> str:
-        """A label that says of which iteration it is."""
+    def in_iteration(self, label: str, iteration: IterationData) -> str:
+        """Return a label that names its iteration, if the run has several."""
         heading = self.heading(iteration)
         return f"{heading}: {label}" if heading else label[0].upper() + label[1:]
 
     @property
     def job_seconds(self) -> dict[str, float]:
-        """Seconds of jobs by the folder of the stage."""
+        """Seconds of jobs by the stage's folder."""
         merged: dict[str, float] = {}
         for iteration in self.iterations:
             merged |= (iteration.metrics or {}).get("job_seconds", {})
         return merged
 
 
-def read_contents(folder: Path) -> Contents:
+def read_run_data(folder: Path) -> RunData:
     """Read a run's folder.
 
     Raises:
@@ -177,17 +171,17 @@ def read_contents(folder: Path) -> Contents:
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     settings = _settings(text)
     numbered = {
-        int(found[1]): path
+        int(match[1]): path
         for path in folder.glob("iteration-*")
-        if (found := re.fullmatch(r"iteration-(\d+)", path.name)) and path.is_dir()
+        if (match := re.fullmatch(r"iteration-(\d+)", path.name)) and path.is_dir()
     }
     unmodified = folder / "unmodified"
     baseline = _setting(settings, "preferences", "baseline", "student")
     iterations = [_read_iteration(path, unmodified, number, baseline) for number, path in sorted(numbered.items())]
-    # Measured on the student of the first iteration, so it is divided where that iteration's examples are.
+    # Measured on the student of the first iteration, so its threshold applies.
     threshold = iterations[0].influence.threshold if iterations and iterations[0].influence else None
     of_unmodified = _read(unmodified / "training-influence.parquet", INFLUENCE)
-    return Contents(
+    return RunData(
         name=str(settings.get("name", folder.resolve().name)),
         config=text,
         settings=settings,
@@ -198,8 +192,8 @@ def read_contents(folder: Path) -> Contents:
     )
 
 
-def missing_parts(run: Contents) -> list[str]:
-    """What a complete run would hold and this one does not, a sentence each."""
+def missing_parts(run: RunData) -> list[str]:
+    """Return a sentence for each part of a complete run that this one lacks."""
     sentences = []
     if run.config is None:
         sentences.append("The configuration (config.yaml) is not in the folder.")
@@ -217,7 +211,7 @@ def missing_parts(run: Contents) -> list[str]:
     return sentences
 
 
-def _missing_of(iteration: Iteration, run: Contents) -> list[str]:
+def _missing_of(iteration: IterationData, run: RunData) -> list[str]:
     measures_training = bool(run.setting("comparison", "influence_examples", 256))
     parts = {
         "the synthesis of the probing set": iteration.probing.examples,
@@ -250,14 +244,14 @@ def _setting(settings: dict[str, Any], section: str, name: str, default: Any) ->
     return content.get(name, default) if isinstance(content, dict) else default
 
 
-def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) -> Iteration:
+def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) -> IterationData:
     metrics = read_json(folder / "metrics.json")
     recorded = (metrics or {}).get("training_logs", {})
     logs = {name: recorded.get(name) or _read_log(folder / name) for name in _TRAININGS}
     logs["unmodified"] = recorded.get("unmodified") or (_read_log(unmodified / "student") if number == 1 else [])
     probed, trained = (_read(folder / name, INFLUENCE) for name in ("influence.parquet", "training-influence.parquet"))
     threshold = threshold_of(probed, baseline) if probed is not None else None
-    return Iteration(
+    return IterationData(
         number=number,
         probing=_read_synthesis(folder, f"Iteration {number}: probing set"),
         training=_read_synthesis(folder / "training", f"Iteration {number}: training set"),
@@ -269,14 +263,14 @@ def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) 
     )
 
 
-def _read_synthesis(folder: Path, label: str) -> Synthesis:
-    return Synthesis(
+def _read_synthesis(folder: Path, label: str) -> SynthesisData:
+    return SynthesisData(
         label, _read(folder / "instructions.parquet", INSTRUCTIONS), _read(folder / "examples.parquet", EXAMPLES)
     )
 
 
-def _influence(label: str, table: pa.Table | None, threshold: float | None) -> Influence | None:
-    return Influence(label, table, threshold) if table is not None and threshold is not None else None
+def _influence(label: str, table: pa.Table | None, threshold: float | None) -> InfluenceData | None:
+    return InfluenceData(label, table, threshold) if table is not None and threshold is not None else None
 
 
 def _read_log(folder: Path) -> Log:

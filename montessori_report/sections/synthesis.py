@@ -1,31 +1,24 @@
-"""What the teachers wrote: the funnel of filters, lengths (Figures 11 and 12), and verbs with their objects (6, 8 to 10)."""
+"""Synthesis: the funnel of filters, lengths (Figures 11 and 12), and verbs with their objects (6, 8 to 10)."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Synthesis
-from montessori_core.report.figures import (
-    DASHES,
-    GREY,
-    SERIES,
-    Figure,
-    Sample,
-    funnel_figure,
-    histogram_figure,
-)
-from montessori_core.report.page import Block, Section, Table
-from montessori_core.report.verbs import PARSED, REMEDY, open_parser, read_verbs, sunburst_figure
+from montessori_core import formatting
+from montessori_report.figures import GREY, Figure, Sample, funnel_figure, histogram_figure
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import RunData, SynthesisData
+from montessori_report.sections.verb_nouns import PARSED, REMEDY, open_parser, read_verbs, sunburst_figure
 
 _MOST_BINS = 50
 
 
-def synthesis_section(run: Contents) -> Section:
-    """Funnels, lengths and verbs of all sets."""
+def synthesis_section(run: RunData) -> Section:
+    """Return the funnels, lengths and verbs of all sets."""
     introduction = (
         "The teacher writes candidate instructions; filters remove what is malformed, too short or long, or too similar to "
         "what is already there."
@@ -50,7 +43,7 @@ def synthesis_section(run: Contents) -> Section:
     )
 
 
-def _funnels(sets: Sequence[Synthesis]) -> Block | None:
+def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
     counted = [(part.label, part.funnel) for part in sets if part.funnel]
     if not counted:
         return None
@@ -58,11 +51,12 @@ def _funnels(sets: Sequence[Synthesis]) -> Block | None:
         dict.fromkeys(step for _, funnel in counted for step in funnel if step not in ("candidates", "kept"))
     )
     rows = [
-        [step, *(numbers.count(funnel.get(step, 0)) for _, funnel in counted)]
+        [step, *(formatting.count(funnel.get(step, 0)) for _, funnel in counted)]
         for step in ("candidates", *reasons, "kept")
     ]
     rates = [
-        numbers.share(funnel["kept"] / funnel["candidates"] if funnel["candidates"] else None) for _, funnel in counted
+        formatting.share(funnel["kept"] / funnel["candidates"] if funnel["candidates"] else None)
+        for _, funnel in counted
     ]
     return Block(
         [funnel_figure(label, funnel) for label, funnel in counted],
@@ -76,16 +70,13 @@ def _funnels(sets: Sequence[Synthesis]) -> Block | None:
     )
 
 
-def _length_figures(run: Contents) -> list[Figure]:
-    """Tokens as the student's tokenizer counts them, from the tables of influence: those of each teacher's examples."""
+def _length_figures(run: RunData) -> list[Figure]:
+    """Draw lengths of each teacher's examples, in the student's tokens, from the influence tables."""
     tables = [
-        (f"Teacher {number}", part.table, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
-        for number, part in run.teachers.items()
+        (part.table, Sample.numbered(f"Teacher {number}", np.zeros(0), number)) for number, part in run.teachers.items()
     ]
     if run.unmodified_influence:
-        tables.append(("Teacher 0, training set", run.unmodified_influence.table, GREY, "dash"))
-    if not tables:
-        return []
+        tables.append((run.unmodified_influence.table, Sample("Teacher 0, training set", np.zeros(0), GREY, "dash")))
     kinds = [
         (
             "Lengths of instructions (Figure 11)",
@@ -101,8 +92,8 @@ def _length_figures(run: Contents) -> list[Figure]:
     figures = []
     for title, axis, lengths_of in kinds:
         samples = [
-            Sample(label, np.asarray(lengths_of(table), dtype=np.float64), colour, dash)
-            for label, table, colour, dash in tables
+            replace(style, values=np.asarray(lengths_of(table), dtype=np.float64))
+            for table, style in tables
             if table.num_rows
         ]
         if samples:
@@ -121,14 +112,14 @@ def _length_figures(run: Contents) -> list[Figure]:
 
 
 def length_edges(lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins of whole tokens from the shortest to all but the longest texts."""
+    """Return bins of whole tokens, from the shortest texts to the 99.5th percentile."""
     low, high = math.floor(lengths.min()), math.ceil(np.percentile(lengths, 99.5))
     width = max(1, math.ceil((high + 1 - low) / _MOST_BINS))
     return np.arange(low, high + 1 + width, width, dtype=np.float64)
 
 
-def _verbs(run: Contents) -> tuple[list[Figure], str]:
-    """Sunbursts of each teacher, and a sentence if there are none for want of a parser."""
+def _verbs(run: RunData) -> tuple[list[Figure], str]:
+    """Return a sunburst of each teacher, or the remedy if no parser is installed."""
     sets: list[tuple[str, pa.Table]] = []
     if run.unmodified is not None and run.unmodified.examples is not None:
         sets.append(("unmodified teacher", run.unmodified.examples))

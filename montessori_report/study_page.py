@@ -1,47 +1,49 @@
-"""The page of a study: methods side by side, what each costs against what it gains (Figure 15), and transfer (Figure 5)."""
+"""The page of a study: methods side by side, gain against cost (Figure 15), and transfer (Figure 5)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
-from montessori_core.report import numbers
-from montessori_core.report.benchmarks import score_name
-from montessori_core.report.cost import OPERATIONS
-from montessori_core.report.figures import (
-    DASHES,
+from montessori_core import formatting
+from montessori_core.formatting import interval_text, spread_text
+from montessori_core.schema import SIMILARITY, read_table
+from montessori_core.study import Study
+from montessori_report.figures import (
     GREY,
-    SERIES,
     SYMBOLS,
     Dot,
     Figure,
-    Sample,
+    Line,
     bar_figure,
+    colour_of,
+    dash_of,
     dot_figure,
+    error_bars,
     grouped_dot_figure,
-    layout,
     line_figure,
+    new_plot,
     plain,
-    stroke,
 )
-from montessori_core.report.page import Block, Page, Section, Table, build_page
-from montessori_core.schema import SIMILARITY, read_table
-from montessori_core.study import Study
+from montessori_report.html import Block, Page, Section, Table, build_page
+from montessori_report.sections.benchmarks import score_name
+from montessori_report.sections.cost import OPERATIONS
 
 _CURVE_POINTS = 200
 
 
 def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
-    """The page of a study.
+    """Return the page of a study.
 
     Args:
-        study: what was compared.
+        study: the compared methods and their settings.
         result: content of its `comparison.json`.
-        folder: of the study, whose tables of NormSim are shown if method nomad was played.
+        folder: of the study; its NormSim tables are shown if it ran method nomad.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: a table cannot be read.
     """
     rows = result["methods"]
     drawn = _finite(rows)
@@ -54,7 +56,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             f"{len(study.seeds)} seed(s). Gain: held-out loss of {study.baseline} minus that of the method, so more is "
             "better. The interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain "
             "that is not well beyond both is not shown to be one. Before any training the loss is "
-            f"{numbers.loss(result['untrained_loss'])}.",
+            f"{formatting.loss(result['untrained_loss'])}.",
         ),
         Section(
             "cost",
@@ -87,9 +89,12 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
 
 
 def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Benchmarks of each method's student, as in Tables 1 and 2: mean over the seeds, and standard error over items."""
+    """Return the benchmarks of each method's student (Tables 1 and 2): mean over seeds, standard error over items."""
     of_methods = [
-        {f"{score_name(one['benchmark'])}: {one['metric'].replace('_', ' ')}": one for one in row.get("scores", [])}
+        {
+            f"{score_name(entry['benchmark'])}: {entry['metric'].replace('_', ' ')}": entry
+            for entry in row.get("scores", [])
+        }
         for row in rows
     ]
     names = list(dict.fromkeys(name for scores in of_methods for name in scores))
@@ -103,73 +108,59 @@ def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
 
 
 def _score_text(score: dict[str, Any] | None) -> str:
-    if score is None or not numbers.known(score["mean"]):
-        return numbers.UNKNOWN
+    if score is None or not formatting.is_finite(score["mean"]):
+        return formatting.UNKNOWN
     error = score["standard_error"]
-    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if numbers.known(error) else "")
+    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if formatting.is_finite(error) else "")
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that can be drawn: a student that diverged has no gain."""
-    return [row for row in rows if all(numbers.known(row[key]) for key in ("gain", "gain_low", "gain_high"))]
+    """Return the rows that can be drawn: a diverged student has no gain."""
+    return [row for row in rows if all(formatting.is_finite(row[key]) for key in ("gain", "gain_low", "gain_high"))]
 
 
 def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
     return Dot(label, row["gain"], row["gain_low"], row["gain_high"], colour)
 
 
-def _colour(number: int) -> str:
-    return SERIES[number % len(SERIES)]
-
-
 def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     return dot_figure(
         "Gain of each method",
         f"Right of 0 the student is better than with {study.baseline}; an interval that crosses 0 shows no difference.",
-        [_gain_dot(row["method"], row, _colour(number)) for number, row in enumerate(rows)],
+        [_gain_dot(row["method"], row, colour_of(number)) for number, row in enumerate(rows)],
         f"gain over {study.baseline}, nats per token",
-        [numbers.signed(row["gain"], 4) for row in rows],
+        formatting.signed,
         zero=True,
     )
 
 
 def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
-    """What each method gains, against what it costs."""
-    title, gain = (
-        f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
-        f"gain over {study.baseline}, nats per token",
-    )
+    """Draw the gain of each method against its cost."""
+    gain = f"gain over {study.baseline}, nats per token"
     highest = max((row[cost] for row in rows), default=0.0)
     points = [
-        {
-            "type": "scatter",
-            "mode": "markers+text",
-            "name": plain(row["method"]),
-            "x": [row[cost]],
-            "y": [row["gain"]],
-            "text": [f" {plain(row['method'])} "],
-            "textposition": "middle left" if row[cost] > 0.5 * highest else "middle right",
-            "cliponaxis": False,
-            "error_y": {
-                "type": "data",
-                "array": [max(0.0, row["gain_high"] - row["gain"])],
-                "arrayminus": [max(0.0, row["gain"] - row["gain_low"])],
-                "thickness": 2,
-                "width": 6,
-            },
-            "marker": {"color": _colour(number), "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
-            "hovertemplate": "%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
-        }
+        go.Scatter(
+            mode="markers+text",
+            name=plain(row["method"]),
+            x=[row[cost]],
+            y=[row["gain"]],
+            text=[f" {plain(row['method'])} "],
+            textposition="middle left" if row[cost] > 0.5 * highest else "middle right",
+            cliponaxis=False,
+            error_y=error_bars([_gain_dot(row["method"], row, colour_of(number))]),
+            marker={"color": colour_of(number), "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
+            hovertemplate="%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
+        )
         for number, row in enumerate(rows)
     ]
-    drawn = layout(420, axis, gain) | {"showlegend": False}
-    drawn["xaxis"] |= {"range": [-0.05 * highest, 1.1 * highest]} if highest else {}
-    drawn["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": stroke("dot")}]
+    limits = [-0.05 * highest, 1.1 * highest] if highest else None
+    plot = new_plot(points, 420, axis, gain, showlegend=False, xaxis_range=limits)
+    plot.add_hline(0.0, line_dash="dot")
     return Figure(
-        title,
+        f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
         "Up and to the left is better: more gain for less. A method is worth its cost only if no other lies above and to the "
         "left of it. Bars are 95 % intervals.",
-        {"data": points, "layout": drawn},
+        plot,
         ["method", axis, gain, "95 % interval from", "95 % interval to"],
         [(row["method"], row[cost], row["gain"], row["gain_low"], row["gain_high"]) for row in rows],
     )
@@ -182,15 +173,15 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         f"Of one seed. {OPERATIONS} Models behind an API do theirs elsewhere.",
         "operations",
         operations,
-        [numbers.significant(value, 3) for value in operations.values()],
+        formatting.significant,
         column="method",
     )
 
 
 def _transfer(study: Study, result: dict[str, Any]) -> Section:
-    """Figure 5: the same data, tried on other students."""
+    """Return Figure 5: other students trained on the same data."""
     methods = [row["method"] for row in result["methods"]]
-    colours = {method: _colour(number) for number, method in enumerate(methods)}
+    colours = {method: colour_of(number) for number, method in enumerate(methods)}
     students = [(study.experiment.student.model, result["methods"])]
     students += [(other["student"], other["methods"]) for other in result["transfer"]]
     figure = grouped_dot_figure(
@@ -212,7 +203,7 @@ def _transfer(study: Study, result: dict[str, Any]) -> Section:
 
 
 def _similarity(folder: Path) -> Figure | None:
-    """NOMAD, Figure 2: how much of what was written is how near to the real examples."""
+    """Draw how near synthetic examples are to real ones (NOMAD, Figure 2)."""
     lines = []
     for number, path in enumerate(sorted(folder.glob("seed-*/methods/nomad/round-*/norm-sim/norm-sim.parquet"))):
         nearness = np.sort(np.asarray(read_table(path, SIMILARITY)["norm_sim"].to_numpy()))[::-1]
@@ -220,8 +211,8 @@ def _similarity(folder: Path) -> Figure | None:
             continue
         ranks = np.unique(np.linspace(0, len(nearness) - 1, _CURVE_POINTS).round().astype(int))
         label = ", ".join(part for part in path.relative_to(folder).parts if part.startswith(("seed-", "round-")))
-        colour, dash = _colour(number), DASHES[number // len(SERIES) % len(DASHES)]
-        lines.append((Sample(label, nearness[ranks], colour, dash), ((ranks + 1) / len(nearness)).tolist()))
+        shares = ((ranks + 1) / len(nearness)).tolist()
+        lines.append(Line(label, shares, nearness[ranks].tolist(), colour_of(number), dash_of(number)))
     if not lines:
         return None
     return line_figure(
@@ -241,28 +232,13 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
         [
             [
                 row["method"],
-                numbers.loss(row["held_out_loss"]),
-                numbers.signed(row["gain"], 4) if numbers.known(row["gain"]) else numbers.UNKNOWN,
-                interval_text(row).replace("-", "−") if numbers.known(row["gain_low"]) else numbers.UNKNOWN,
-                spread_text(row) if numbers.known(row["gain"]) else numbers.UNKNOWN,
-                numbers.duration(row["job_seconds"]),
-                numbers.significant(float(row["flops"]), 3),
+                formatting.loss(row["held_out_loss"]),
+                formatting.signed(row["gain"]),
+                interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN,
+                spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
+                formatting.duration(row["job_seconds"]),
+                formatting.significant(float(row["flops"])),
             ]
             for row in rows
         ],
     )
-
-
-def gain_text(row: dict[str, Any]) -> str:
-    """The gain of a row, with its sign."""
-    return f"{row['gain']:+.4f}"
-
-
-def interval_text(row: dict[str, Any]) -> str:
-    """The interval of a row's gain; the baseline has none."""
-    return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
-
-
-def spread_text(row: dict[str, Any]) -> str:
-    """The spread of a row's gain over seeds; one seed has none."""
-    return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

@@ -1,12 +1,16 @@
-"""Several runs side by side: how good their students are, how influence is distributed, what they cost, how they differ."""
+"""The page of several runs side by side: their students' losses, influence, cost, and settings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from montessori_core import formatting
 from montessori_core.config import differences
-from montessori_core.report import numbers
-from montessori_core.report.benchmarks import (
+from montessori_core.formatting import UNKNOWN, Unit
+from montessori_report.figures import Dot, Sample, bar_figure, colour_of, finite_dots
+from montessori_report.html import Block, Page, Section, Table, build_page
+from montessori_report.run_data import InfluenceData, IterationData, RunData, read_run_data
+from montessori_report.sections.benchmarks import (
     MODELS,
     gain_figure,
     head_to_head_figure,
@@ -15,24 +19,20 @@ from montessori_core.report.benchmarks import (
     score_table,
     scores_of,
 )
-from montessori_core.report.contents import Contents, Influence, Iteration, read_contents
-from montessori_core.report.cost import OPERATIONS, gpu_hours, job_hours
-from montessori_core.report.figures import DASHES, SERIES, Dot, Sample, bar_figure
-from montessori_core.report.influence import distribution_figure, influence_unit
-from montessori_core.report.numbers import UNKNOWN, Unit
-from montessori_core.report.overview import THRESHOLDS, judge
-from montessori_core.report.page import Block, Page, Section, Table, build_page
+from montessori_report.sections.cost import OPERATIONS, gpu_hours, job_hours
+from montessori_report.sections.influence import distribution_figure, influence_unit
+from montessori_report.sections.overview import THRESHOLDS, judge
 
-_NAMED_APART = ("name",)  # settings in which runs differ without being another experiment
+_IGNORED_SETTINGS = ("name",)  # runs may differ in these and still be the same experiment
 
 
 def render_runs(folders: Sequence[Path]) -> Page:
-    """The page that compares the runs in some folders, each by what is there of it.
+    """Return the page that compares the runs in some folders, finished or not.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: a table cannot be read.
     """
-    runs = _named([read_contents(folder) for folder in folders], folders)
+    runs = _named([read_run_data(folder) for folder in folders], folders)
     unit = influence_unit(runs)
     sections = [
         Section("overview", "Overview", [Block([], [_overview(runs)])]),
@@ -43,17 +43,17 @@ def render_runs(folders: Sequence[Path]) -> Page:
         _configuration(runs),
     ]
     title = " · ".join(run.name for run in runs)
-    return build_page("Montessori comparison of runs", title, [("Runs", numbers.count(len(runs)))], sections)
+    return build_page("Montessori comparison of runs", title, [("Runs", formatting.count(len(runs)))], sections)
 
 
-def _named(runs: Sequence[Contents], folders: Sequence[Path]) -> list[Contents]:
-    """Runs that are not told apart by their names bear those of their folders."""
+def _named(runs: Sequence[RunData], folders: Sequence[Path]) -> list[RunData]:
+    """Use folder names where run names are not unique."""
     candidates = [[run.name for run in runs], [folder.name for folder in folders], [str(folder) for folder in folders]]
     names = next((names for names in candidates if len(set(names)) == len(runs)), candidates[-1])
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
-def _overview(runs: Sequence[Contents]) -> Table:
+def _overview(runs: Sequence[RunData]) -> Table:
     rows = [
         ["verdict", *(judge(run).headline for run in runs)],
         ["teacher", *(str(run.setting("teacher", "model", UNKNOWN)) for run in runs)],
@@ -68,60 +68,56 @@ def _overview(runs: Sequence[Contents]) -> Table:
     return Table("Key numbers side by side", ["", *(run.name for run in runs)], rows)
 
 
-def _finished(run: Contents) -> int:
+def _finished(run: RunData) -> int:
     return sum(iteration.metrics is not None for iteration in run.iterations)
 
 
-def _pairs(run: Contents) -> str:
+def _pairs(run: RunData) -> str:
     tables = [part.preferences for part in run.iterations if part.preferences is not None]
-    return numbers.count(sum(table.num_rows for table in tables)) if tables else UNKNOWN
+    return formatting.count(sum(table.num_rows for table in tables)) if tables else UNKNOWN
 
 
-def _measured(run: Contents) -> str:
+def _measured(run: RunData) -> str:
     sets = [part.influence for part in run.iterations if part.influence is not None]
-    return numbers.count(sum(len(part.values) for part in sets)) if sets else UNKNOWN
+    return formatting.count(sum(len(part.values) for part in sets)) if sets else UNKNOWN
 
 
-def _share(part: Influence | None) -> str:
-    return numbers.share(part.summary["share_positive"]) if part else UNKNOWN
+def _share(part: InfluenceData | None) -> str:
+    return formatting.share(part.summary["share_positive"]) if part else UNKNOWN
 
 
-def _first_probed(run: Contents) -> Influence | None:
+def _first_probed(run: RunData) -> InfluenceData | None:
     return next((part.influence for part in run.iterations if part.influence), None)
 
 
-def _last_trained_on(run: Contents) -> Influence | None:
+def _last_trained_on(run: RunData) -> InfluenceData | None:
     return next((part.training_influence for part in reversed(run.iterations) if part.training_influence), None)
 
 
-def _held_out(runs: Sequence[Contents]) -> Section:
-    entries = []
-    gains = []
+def _held_out(runs: Sequence[RunData]) -> Section:
+    entries, gains = [], []
     for number, run in enumerate(runs):
+        colour = colour_of(number)
         first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
         entries += [
-            (f"{run.name}: {MODELS[name]}", first[name], number)
+            (f"{run.name}: {MODELS[name]}", first[name], colour)
             for name in ("untrained", "unmodified")
             if name in first
         ]
         for iteration in run.iterations:
             if "student" in iteration.held_out_loss:
                 label = f"{_place(run, iteration)}: {MODELS['student']}"
-                entries.append((label, iteration.held_out_loss["student"], number))
+                entries.append((label, iteration.held_out_loss["student"], colour))
             gains += [
-                (
-                    f"{_place(run, iteration)}: over the {MODELS[name]}",
-                    iteration.held_out_gain[f"student_over_{name}"],
-                    number,
-                )
+                (f"{_place(run, iteration)}: over the {MODELS[name]}", gain, colour)
                 for name in ("unmodified", "untrained")
-                if f"student_over_{name}" in iteration.held_out_gain
+                if (gain := iteration.held_out_gain.get(f"student_over_{name}"))
             ]
-    losses_drawn, gains_drawn = _dots(entries), _dots(gains)
+    losses_drawn, gains_drawn = finite_dots(entries), finite_dots(gains)
     figures = [loss_figure(losses_drawn)] if losses_drawn else []
     figures += [gain_figure(gains_drawn)] if gains_drawn else []
-    rows = [["Loss: " + dot.label, numbers.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
-    rows += [["Gain: " + dot.label, numbers.signed(dot.mean, 4), _interval(dot)] for dot in gains_drawn]
+    rows = [["Loss: " + dot.label, formatting.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
+    rows += [["Gain: " + dot.label, formatting.signed(dot.mean), _interval(dot)] for dot in gains_drawn]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "95 % interval"], rows)
     return Section(
         "held-out",
@@ -133,15 +129,7 @@ def _held_out(runs: Sequence[Contents]) -> Section:
     )
 
 
-def _dots(entries: Sequence[tuple[str, dict[str, float], int]]) -> list[Dot]:
-    return [
-        Dot.of(label, stat["mean"], stat["standard_error"], SERIES[number % len(SERIES)])
-        for label, stat, number in entries
-        if numbers.known(stat["mean"]) and numbers.known(stat["standard_error"])
-    ]
-
-
-def _place(run: Contents, iteration: Iteration) -> str:
+def _place(run: RunData, iteration: IterationData) -> str:
     heading = run.heading(iteration)
     return f"{run.name}, {heading.lower()}" if heading else run.name
 
@@ -150,7 +138,7 @@ def _interval(dot: Dot) -> str:
     return f"{dot.low:.4f} to {dot.high:.4f}".replace("-", "−")
 
 
-def _benchmarks(runs: Sequence[Contents]) -> Section:
+def _benchmarks(runs: Sequence[RunData]) -> Section:
     scores = [(f"{run.name}: {label}", entry) for run in runs for label, entry in scores_of(run)]
     played = [
         (
@@ -167,14 +155,14 @@ def _benchmarks(runs: Sequence[Contents]) -> Section:
     return Section("benchmarks", "Benchmarks", blocks, absent="No benchmark has been run in these runs.")
 
 
-def _influence(runs: Sequence[Contents], unit: Unit) -> Section:
+def _influence(runs: Sequence[RunData], unit: Unit) -> Section:
     figures = []
     for title, part_of in (
         ("Influence of the first probing sets", _first_probed),
         ("Influence of the last training sets", _last_trained_on),
     ):
         samples = [
-            Sample(run.name, part.values, SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)])
+            Sample.numbered(run.name, part.values, number)
             for number, run in enumerate(runs)
             if (part := part_of(run)) is not None and len(part.values)
         ]
@@ -193,38 +181,32 @@ def _influence(runs: Sequence[Contents], unit: Unit) -> Section:
     )
 
 
-def _cost(runs: Sequence[Contents]) -> Section:
-    seconds = {run.name: sum(filter(numbers.known, run.job_seconds.values())) for run in runs if run.job_seconds}
-    operations = {run.name: float(sum(one["flops"] for one in run.stages)) for run in runs if run.stages}
-    figures = []
-    if seconds:
-        figures.append(
-            bar_figure(
-                "Seconds of jobs",
-                "All stages of a run together, as if its shards had been computed one after the other.",
-                "seconds",
-                seconds,
-                [numbers.duration(value) for value in seconds.values()],
-                column="run",
-            )
-        )
-    if operations:
-        figures.append(
-            bar_figure(
-                "Floating-point operations (Table 8)",
-                f"All stages of a run together. {OPERATIONS}",
-                "operations",
-                operations,
-                [numbers.significant(value, 3) for value in operations.values()],
-                column="run",
-            )
-        )
+def _cost(runs: Sequence[RunData]) -> Section:
+    seconds = {run.name: sum(filter(formatting.is_finite, run.job_seconds.values())) for run in runs if run.job_seconds}
+    operations = {run.name: float(sum(stage["flops"] for stage in run.stages)) for run in runs if run.stages}
+    kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
+        (
+            "Seconds of jobs",
+            "All stages of a run together, as if its shards had been computed one after the other.",
+            "seconds",
+            seconds,
+            formatting.duration,
+        ),
+        (
+            "Floating-point operations (Table 8)",
+            f"All stages of a run together. {OPERATIONS}",
+            "operations",
+            operations,
+            formatting.significant,
+        ),
+    ]
+    figures = [bar_figure(*kind, column="run") for kind in kinds if kind[3]]
     counted = [run for run in runs if run.stages]
     rows = [
         [
             run.name,
-            *(numbers.count(sum(one[key] for one in run.stages)) for key in ("jobs", "retries", "preemptions")),
-            *(numbers.significant(sum(map(hours, run.stages)), 3) for hours in (job_hours, gpu_hours)),
+            *(formatting.count(sum(stage[key] for stage in run.stages)) for key in ("jobs", "retries", "preemptions")),
+            *(formatting.significant(sum(map(hours, run.stages))) for hours in (job_hours, gpu_hours)),
         ]
         for run in counted
     ]
@@ -235,12 +217,13 @@ def _cost(runs: Sequence[Contents]) -> Section:
     )
 
 
-def _configuration(runs: Sequence[Contents]) -> Section:
+def _configuration(runs: Sequence[RunData]) -> Section:
     first, *others = runs
     rows = []
     for other in others:
         before, after = (
-            {key: value for key, value in run.settings.items() if key not in _NAMED_APART} for run in (first, other)
+            {key: value for key, value in run.settings.items() if key not in _IGNORED_SETTINGS}
+            for run in (first, other)
         )
         rows += [[other.name, line] for line in differences(before, after)]
     return Section(

@@ -4,25 +4,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from montessori_core.report.benchmarks import benchmark_section, held_out_section
-from montessori_core.report.contents import Contents, missing_parts, read_contents
-from montessori_core.report.cost import cost_section
-from montessori_core.report.influence import influence_section, influence_unit
-from montessori_core.report.learning import learning_section
-from montessori_core.report.numbers import UNKNOWN
-from montessori_core.report.overview import cards_of, facts_of, judge
-from montessori_core.report.page import Page, Section, Table, build_page
-from montessori_core.report.synthesis import synthesis_section
-from montessori_core.report.texts import examples_of, pairs_of, rejections_of
+from montessori_core.formatting import UNKNOWN
+from montessori_report.html import Page, Section, Table, build_page
+from montessori_report.run_data import RunData, missing_parts, read_run_data
+from montessori_report.sections.benchmarks import benchmark_section, held_out_section
+from montessori_report.sections.cost import cost_section
+from montessori_report.sections.examples import examples_of, pairs_of, rejections_of
+from montessori_report.sections.influence import influence_section, influence_unit
+from montessori_report.sections.overview import cards_of, facts_of, judge
+from montessori_report.sections.synthesis import synthesis_section
+from montessori_report.sections.training_curves import learning_section
 
 
 def render_report(folder: Path) -> Page:
-    """The report of the run in `folder`, from whatever of it is there.
+    """Return the report of the run in `folder`, finished or not.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: a table cannot be read.
     """
-    run = read_contents(folder)
+    run = read_run_data(folder)
     unit = influence_unit([run])
     sections = [
         Section("overview", "Overview", template="overview.html.j2"),
@@ -51,7 +51,7 @@ def render_report(folder: Path) -> Page:
     return build_page("Montessori report", run.name, facts_of(run), sections, content)
 
 
-def _provenance(run: Contents) -> Table | None:
+def _provenance(run: RunData) -> Table | None:
     def flat(content: Any, path: str) -> list[Sequence[str]]:
         if isinstance(content, dict):
             return [row for key in sorted(content) for row in flat(content[key], f"{path}.{key}" if path else key)]

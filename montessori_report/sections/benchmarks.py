@@ -1,27 +1,31 @@
-"""How good the students are: held-out loss, benchmarks, comparisons by a judge (Figure 4), and contamination."""
+"""The students: held-out loss, benchmarks, comparisons by a judge (Figure 4), and contamination."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Iteration
-from montessori_core.report.figures import (
+import plotly.graph_objects as go
+
+from montessori_core import formatting
+from montessori_report.figures import (
     AFTER,
     BEFORE,
     GREY,
     REJECTED,
-    SERIES,
+    ROWS,
     TEACHER,
     WARM,
     Dot,
     Figure,
+    colour_of,
     dot_figure,
+    finite_dots,
     grouped_dot_figure,
-    layout,
+    new_plot,
     row_height,
     wrapped,
 )
-from montessori_core.report.page import Block, Section, Table
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import IterationData, RunData
 
 MODELS = {
     "student": "updated teacher's student",
@@ -33,8 +37,8 @@ _JUDGED = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench"}
 _COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous": WARM}
 
 
-def held_out_section(run: Contents) -> Section:
-    """Held-out losses and paired gains."""
+def held_out_section(run: RunData) -> Section:
+    """Return held-out losses and paired gains."""
     block = _held_out(run)
     return Section(
         "held-out",
@@ -48,7 +52,7 @@ def held_out_section(run: Contents) -> Section:
     )
 
 
-def _held_out(run: Contents) -> Block | None:
+def _held_out(run: RunData) -> Block | None:
     first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
     entries = [
         (MODELS[name][0].upper() + MODELS[name][1:], first[name], _COLOURS[name])
@@ -68,42 +72,46 @@ def _held_out(run: Contents) -> Block | None:
     ]
     if not entries:
         return None
-    figures = [loss_figure(_dots(entries))]
-    if gain_dots := _dots(gains):
+    figures = [loss_figure(finite_dots(entries))]
+    if gain_dots := finite_dots(gains):
         figures.append(gain_figure(gain_dots))
-    rows = [["Loss: " + label, numbers.loss(s["mean"]), numbers.loss(s["standard_error"])] for label, s, _ in entries]
-    rows += [["Gain: " + label, _signed(s["mean"]), numbers.loss(s["standard_error"])] for label, s, _ in gains]
+    rows = [
+        ["Loss: " + label, formatting.loss(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in entries
+    ]
+    rows += [
+        ["Gain: " + label, formatting.signed(s["mean"]), formatting.loss(s["standard_error"])] for label, s, _ in gains
+    ]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "Standard error"], rows)
     return Block(figures, [table])
 
 
 def loss_figure(dots: Sequence[Dot]) -> Figure:
-    """Held-out losses with their confidence intervals."""
+    """Draw held-out losses with their confidence intervals."""
     return dot_figure(
         "Held-out loss of each student",
         "Further left is better; the bars are 95 % confidence intervals over the held-out examples. Intervals may overlap "
         "although a paired difference is clear, so judge by the gains.",
         dots,
         "mean loss, nats per token",
-        [numbers.loss(dot.mean) for dot in dots],
+        formatting.loss,
     )
 
 
 def gain_figure(dots: Sequence[Dot]) -> Figure:
-    """Paired gains with their confidence intervals."""
+    """Draw paired gains with their confidence intervals."""
     return dot_figure(
         "Paired gain of the updated teacher's student",
         "Each held-out example is compared with itself under the other student; right of 0 the updated teacher's student is "
         "better, and an interval that crosses 0 shows no difference.",
         dots,
         "gain, nats per token",
-        [numbers.signed(dot.mean, 4) for dot in dots],
+        formatting.signed,
         zero=True,
     )
 
 
-def benchmark_section(run: Contents) -> Section:
-    """Scores on benchmarks, answers side by side, and what of the benchmarks the training data holds."""
+def benchmark_section(run: RunData) -> Section:
+    """Return benchmark scores, head-to-head comparisons, and contamination of the training data."""
     scores = scores_of(run)
     played = [
         (
@@ -133,24 +141,24 @@ def benchmark_section(run: Contents) -> Section:
     )
 
 
-def scores_of(run: Contents) -> list[tuple[str, dict[str, Any]]]:
-    """Label and record of every finite score; models that no iteration changes have one, however often it is recorded."""
+def scores_of(run: RunData) -> list[tuple[str, dict[str, Any]]]:
+    """Return label and record of every finite score; a model that no iteration changes appears once."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for iteration in run.iterations:
         for entry in iteration.records("scores"):
-            if numbers.known(entry["mean"]):
+            if formatting.is_finite(entry["mean"]):
                 key = _label(entry["model"], iteration, run), entry["benchmark"], entry["metric"]
                 found.setdefault(key, entry)
     return [(label, entry) for (label, _, _), entry in found.items()]
 
 
-def _label(model: str, iteration: Iteration, run: Contents) -> str:
+def _label(model: str, iteration: IterationData, run: RunData) -> str:
     name = MODELS.get(model, model)
     return name[0].upper() + name[1:] if model in ("unmodified", "untrained") else run.in_iteration(name, iteration)
 
 
 def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
-    """A figure for each benchmark: a row for each metric, a dot for each label.
+    """Draw a figure for each benchmark: a row for each metric, a dot for each label.
 
     Args:
         scores: label and record, as in `scores` of metrics.json; means are finite.
@@ -159,7 +167,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
     models = {label: entry["model"] for label, entry in scores}
     distinct = len({models[label] for label in labels}) == len(labels)
     colours = {
-        label: _COLOURS.get(models[label], GREY) if distinct else SERIES[number % len(SERIES)]
+        label: _COLOURS.get(models[label], GREY) if distinct else colour_of(number)
         for number, label in enumerate(labels)
     }
     figures = []
@@ -191,7 +199,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
 
 
 def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """All scores in numbers: a row for each metric, a column for each label."""
+    """Return all scores as a table: a row for each metric, a column for each label."""
     labels = list(dict.fromkeys(label for label, _ in scores))
     cells = {(entry["benchmark"], entry["metric"], label): entry for label, entry in scores}
     metrics = list(dict.fromkeys((entry["benchmark"], entry["metric"]) for _, entry in scores))
@@ -207,53 +215,53 @@ def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
 
 def _score_text(entry: dict[str, Any] | None) -> str:
     if entry is None:
-        return numbers.UNKNOWN
-    error = f" ± {entry['standard_error']:.2g}" if numbers.known(entry["standard_error"]) else ""
-    unparsed = f", {numbers.count(entry['unparsed'])} unparsed" if entry["unparsed"] else ""
-    return f"{entry['mean']:.4g}{error} ({numbers.count(entry['examples'])}{unparsed})"
+        return formatting.UNKNOWN
+    error = f" ± {entry['standard_error']:.2g}" if formatting.is_finite(entry["standard_error"]) else ""
+    unparsed = f", {formatting.count(entry['unparsed'])} unparsed" if entry["unparsed"] else ""
+    return f"{entry['mean']:.4g}{error} ({formatting.count(entry['examples'])}{unparsed})"
 
 
 def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
-    """Won, tied and lost comparisons as shares of all (Figure 4).
+    """Draw won, tied and lost comparisons as shares of all (Figure 4).
 
     Args:
         played: label and record, as in `head_to_head` of metrics.json.
     """
-    kinds = (("wins", AFTER), ("ties", GREY), ("losses", REJECTED), ("unparsed", TEACHER))
-    totals = [sum(entry[kind] for kind, _ in kinds) or 1 for _, entry in played]
+    kinds = {"wins": AFTER, "ties": GREY, "losses": REJECTED, "unparsed": TEACHER}
+    totals = [sum(entry[kind] for kind in kinds) or 1 for _, entry in played]
     prompts = sorted({"published" if entry.get("judge_prompts") == "published" else "own" for _, entry in played})
-    bars = []
-    for kind, colour in kinds:
-        numbers_of = [entry[kind] for _, entry in played]
-        if kind == "unparsed" and not any(numbers_of):
-            continue
-        bars.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": kind,
-                "y": [wrapped(label) for label, _ in played],
-                "x": [number / total for number, total in zip(numbers_of, totals, strict=True)],
-                "text": [numbers.count(number) for number in numbers_of],
-                "textposition": "inside",
-                "insidetextanchor": "middle",
-                "marker": {"color": colour},
-                "hovertemplate": f"%{{y}}: %{{text}} {kind}<extra></extra>",
-            }
+    drawn = [kind for kind in kinds if kind != "unparsed" or any(entry["unparsed"] for _, entry in played)]
+    bars = [
+        go.Bar(
+            name=kind,
+            y=[wrapped(label) for label, _ in played],
+            x=[entry[kind] / total for (_, entry), total in zip(played, totals, strict=True)],
+            text=[formatting.count(entry[kind]) for _, entry in played],
+            textposition="inside",
+            insidetextanchor="middle",
+            marker_color=kinds[kind],
+            hovertemplate=f"%{{y}}: %{{text}} {kind}<extra></extra>",
         )
-    drawn = layout(110 + row_height([label for label, _ in played], 56) * len(played), "share of the comparisons")
-    drawn |= {"barmode": "stack"}
-    drawn["xaxis"] |= {"tickformat": ".0%", "range": [0, 1]}
-    drawn["yaxis"] |= {"autorange": "reversed", "showgrid": False}
-    drawn["legend"] |= {"traceorder": "normal"}
+        for kind in drawn
+    ]
+    plot = new_plot(
+        bars,
+        110 + row_height([label for label, _ in played], 56) * len(played),
+        "share of the comparisons",
+        barmode="stack",
+        xaxis_tickformat=".0%",
+        xaxis_range=[0, 1],
+        legend_traceorder="normal",
+        **ROWS,
+    )
     return Figure(
         "Head-to-head comparisons (Figure 4)",
         f"Each bar is one pairing, judged answer by answer with {' and '.join(prompts)} judge prompts: more blue than red "
         "means that the first model wins more often than it loses; the numbers are comparisons, and unparsed ones had no "
         "readable judgement.",
-        {"data": bars, "layout": drawn},
+        plot,
         ["pairing", "wins", "ties", "losses", "unparsed"],
-        [(label, *(entry[kind] for kind, _ in kinds)) for label, entry in played],
+        [(label, *(entry[kind] for kind in kinds)) for label, entry in played],
     )
 
 
@@ -262,8 +270,8 @@ def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
         [
             _name(entry["benchmark"]),
             data,
-            f"{numbers.count(entry['overlapping'])} of {numbers.count(entry['items'])}",
-            numbers.count(entry["n"]),
+            f"{formatting.count(entry['overlapping'])} of {formatting.count(entry['items'])}",
+            formatting.count(entry["n"]),
         ]
         for data, entry in found
     ]
@@ -279,20 +287,8 @@ def _name(benchmark: str) -> str:
 
 
 def score_name(benchmark: str) -> str:
-    """Return the name of a benchmark as its scores have it: those of judges say by whose prompts they are."""
+    """Return the displayed name of a benchmark; for judged ones it says whose judge prompts were used."""
     name, separator, against = benchmark.partition(" against ")
     judged = name.removesuffix("_published")
     prompts = "own" if judged == name else "published"
     return f"{_JUDGED[judged]} ({prompts} judge prompts){separator}{against}" if judged in _JUDGED else benchmark
-
-
-def _signed(value: float | None) -> str:
-    return numbers.signed(value, 4) if numbers.known(value) else numbers.UNKNOWN
-
-
-def _dots(entries: Sequence[tuple[str, dict[str, float], str]]) -> list[Dot]:
-    return [
-        Dot.of(label, stat["mean"], stat["standard_error"], colour)
-        for label, stat, colour in entries
-        if numbers.known(stat["mean"]) and numbers.known(stat["standard_error"])
-    ]

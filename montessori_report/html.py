@@ -1,8 +1,8 @@
 """A page: sections of figures and tables in one self-contained HTML file, and each figure's data beside it.
 
-A page asks nothing of any network, and every text that a model wrote is data on it: Jinja escapes it, Plotly never sees it,
-the page's script shows it as text only, and the page's policy allows no script but the two whose hashes it names, so that
-even text that slipped through could not run.
+A page loads nothing from a network. Every text that a model wrote is data on it: Jinja escapes it, Plotly never sees it, and
+the page's script shows it as text only. The content security policy allows only the page's two scripts, by their hashes, so
+that even text that slipped through could not run.
 """
 
 import base64
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from montessori_core.atomic import commit
-from montessori_core.report.figures import Figure, slug
+from montessori_report.figures import Figure, slug
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -34,7 +34,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Block:
-    """Figures and the tables with their numbers, under a heading of their own if there is one."""
+    """Figures and the tables with their numbers, under an optional heading."""
 
     figures: Sequence[Figure]
     tables: Sequence[Table] = ()
@@ -48,11 +48,11 @@ class Section:
     Attributes:
         id: of its HTML element.
         title: of the section.
-        blocks: what it shows.
-        introduction: a sentence before them.
-        note: a sentence after them.
-        absent: what is said if there are none.
-        template: of what else it shows, before the blocks.
+        blocks: its content.
+        introduction: a sentence before the blocks.
+        note: a sentence after the blocks.
+        absent: the sentence shown if there are no blocks.
+        template: of further content, before the blocks.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Section:
     template: str | None = None
 
     def slug(self, block: Block, figure: Figure) -> str:
-        """Name of a figure's data; no other figure of the page has it."""
+        """Return the name of a figure's data, unique on the page."""
         name = slug(figure.title)
         for before in (slug(block.heading or ""), self.id):
             name = name if name.startswith(before) else f"{before}-{name}"
@@ -99,15 +99,15 @@ def build_page(
     """Assemble a page.
 
     Args:
-        product: what kind of page it is.
-        title: what it is about.
-        facts: name and value of what stands at its head.
+        product: the kind of page.
+        title: of the page.
+        facts: names and values for the page's header.
         sections: of the page, in order.
-        content: what the sections' own templates show.
+        content: variables of the sections' own templates.
     """
     plotly, script = get_plotlyjs(), _asset("script.js")
     environment = Environment(
-        loader=PackageLoader("montessori_core", "report"),
+        loader=PackageLoader("montessori_report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -135,12 +135,12 @@ def build_page(
 
 
 def visible(text: str) -> str:
-    """The text with control characters as visible signs; line breaks and tabs stay."""
+    """Replace control characters by visible signs; line breaks and tabs stay."""
     return text.translate(_VISIBLE)
 
 
 def _asset(name: str) -> str:
-    return files("montessori_core.report").joinpath(name).read_text(encoding="utf-8")
+    return files("montessori_report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _policy_hash(script: str) -> str:

@@ -1,4 +1,4 @@
-"""Influence on the page: its distribution by teacher (Figure 3c), by training batch (3d), and how well it is measured."""
+"""Influence: its distribution by teacher (Figure 3c) and training batch (3d), and how well it is measured."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,27 +6,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import plotly.graph_objects as go
 import pyarrow.compute as pc
+from scipy.stats import binomtest
 
+from montessori_core import formatting
+from montessori_core.formatting import UNKNOWN, Unit, count
 from montessori_core.influence_table import domination_warning
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Influence, Iteration
-from montessori_core.report.figures import (
+from montessori_report.figures import (
     AFTER,
     BEFORE,
-    DASHES,
     GREY,
-    SERIES,
     Figure,
+    Line,
     Sample,
+    colour_of,
     histogram_figure,
-    layout,
     line_figure,
-    stroke,
-    vertical,
+    new_plot,
 )
-from montessori_core.report.numbers import UNKNOWN, Unit, count
-from montessori_core.report.page import Block, Section, Table
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import InfluenceData, IterationData, RunData
 
 INTRODUCTION = (
     "An example's influence is how far one training step on it lowers the student's loss on the reference set, in {unit} on "
@@ -35,8 +35,8 @@ INTRODUCTION = (
 )
 
 
-def influence_unit(runs: Sequence[Contents]) -> Unit:
-    """The unit in which all influence of a page is written."""
+def influence_unit(runs: Sequence[RunData]) -> Unit:
+    """Return the unit of all influence on a page."""
     tables = [
         part
         for run in runs
@@ -44,13 +44,13 @@ def influence_unit(runs: Sequence[Contents]) -> Unit:
         for part in (iteration.influence, iteration.training_influence)
         if part
     ]
-    return numbers.unit_of(
+    return formatting.unit_of(
         float(value) for part in tables for value in part.values - part.summary["null_step_influence"]
     )
 
 
-def influence_section(run: Contents, unit: Unit) -> Section:
-    """All that is known of the influence of the run's examples."""
+def influence_section(run: RunData, unit: Unit) -> Section:
+    """Return the figures and tables of the influence of the run's examples."""
     across = [figure for figure in (_teachers(run, unit), _batches(run)) if figure]
     blocks = [_of_iteration(iteration, run, unit) for iteration in run.iterations if iteration.influence]
     return Section(
@@ -65,18 +65,18 @@ def influence_section(run: Contents, unit: Unit) -> Section:
     )
 
 
-def _warnings(run: Contents) -> str:
-    """What to mind about the tables, in one paragraph."""
-    found = [
+def _warnings(run: RunData) -> str:
+    """Return the warnings about the tables, in one paragraph."""
+    warnings = [
         (run.in_iteration(part.label, iteration), domination_warning(part.summary))
         for iteration in run.iterations
         for part in (iteration.influence, iteration.training_influence)
         if part
     ]
-    return " ".join(f"Warning, {label}: {warning}." for label, warning in found if warning)
+    return " ".join(f"Warning, {label}: {warning}." for label, warning in warnings if warning)
 
 
-def _of_iteration(iteration: Iteration, run: Contents, unit: Unit) -> Block:
+def _of_iteration(iteration: IterationData, run: RunData, unit: Unit) -> Block:
     sets = [
         (part, colour)
         for part, colour in ((iteration.influence, BEFORE), (iteration.training_influence, AFTER))
@@ -103,13 +103,13 @@ def _of_iteration(iteration: Iteration, run: Contents, unit: Unit) -> Block:
 def influence_figure(
     sets: Sequence[Sample], unit: Unit, marks: Mapping[str, float], threshold: float, noise_floor: float
 ) -> Figure:
-    """How influence against the student is distributed in each set.
+    """Draw the distribution of influence against the student in each set.
 
     Args:
         sets: influence (nats) of each.
-        unit: what the axis is in.
-        marks: influence (nats) of what an example may be compared with, by its name.
-        threshold: what divides helpful from harmful examples, nats.
+        unit: of the axis.
+        marks: influence (nats) of the possible baselines, by name.
+        threshold: influence that divides helpful from harmful examples, nats.
         noise_floor: half the width of the band around the threshold, nats.
     """
     scaled, edges, beyond = _binned(sets, unit, threshold)
@@ -123,56 +123,52 @@ def influence_figure(
         edges,
         f"influence against the student, {unit}",
     )
+    if noise_floor:
+        band = (unit.scale(threshold - noise_floor), unit.scale(threshold + noise_floor))
+        figure.plot.add_vrect(*band, fillcolor=GREY, opacity=0.3, line_width=0)
+    for row, (name, at) in enumerate(lines.items()):
+        figure.plot.add_vline(at, line_dash="dash", annotation={"text": name, "yshift": -18 * row})
+    figure.plot.add_vline(unit.scale(threshold), line_dash="solid")
     shown = [float(edges[0]), float(edges[-1]), *lines.values()]
     margin = 0.03 * (max(shown) - min(shown))
-    drawn = figure.plot["layout"]
-    drawn["xaxis"] |= {"range": [min(shown) - margin, max(shown) + margin]}
-    drawn["shapes"] = [
-        *_band(unit.scale(threshold), unit.scale(noise_floor)),
-        *(vertical(at, "dash") for at in lines.values()),
-        vertical(unit.scale(threshold), "solid"),
-    ]
-    drawn["annotations"] = [_mark(name, at, row) for row, (name, at) in enumerate(lines.items())]
+    figure.plot.update_xaxes(range=[min(shown) - margin, max(shown) + margin])
     return figure
 
 
 def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: Unit) -> Figure:
-    """Distributions of influence against the student as it is, which lies at 0.
+    """Draw distributions of influence against the student as it is, which lies at 0.
 
     Args:
         title: of the figure.
         reading: how to read it.
         sets: influence (nats) of each.
-        unit: what the axis is in.
+        unit: of the axis.
     """
     scaled, edges, beyond = _binned(sets, unit, 0.0)
     axis = f"influence against the student, {unit}"
     figure = histogram_figure(title, reading + beyond, scaled, edges, axis)
-    figure.plot["layout"]["shapes"] = [vertical(0.0, "solid")]
+    figure.plot.add_vline(0.0, line_dash="solid")
     return figure
 
 
-def _teachers(run: Contents, unit: Unit) -> Figure | None:
-    """Figure 3c; with a single iteration it is the figure of that iteration."""
+def _teachers(run: RunData, unit: Unit) -> Figure | None:
+    """Draw Figure 3c; with a single iteration, that iteration's own figure shows the same."""
     if len(run.iterations) < 2 or len(run.teachers) < 2:
         return None
     return distribution_figure(
         "Influence of what each teacher writes (Figure 3c)",
         "If the updates work, each teacher's distribution lies further right than the one before. Each is measured on the "
         "student of its own iteration; right of the line the step lowers that student's reference loss.",
-        [
-            Sample(f"Teacher {number}", part.values, _colour(number), _dash(number))
-            for number, part in run.teachers.items()
-        ],
+        [Sample.numbered(f"Teacher {number}", part.values, number) for number, part in run.teachers.items()],
         unit,
     )
 
 
-def _batches(run: Contents) -> Figure | None:
-    """Figure 3d."""
+def _batches(run: RunData) -> Figure | None:
+    """Draw Figure 3d."""
     size = run.setting("training", "batch_size", 32)
     sets = [
-        (f"Teacher {iteration.number} (updated)", iteration.training_influence, _colour(iteration.number), "solid")
+        (f"Teacher {iteration.number} (updated)", iteration.training_influence, colour_of(iteration.number), "solid")
         for iteration in run.iterations
         if iteration.training_influence
     ]
@@ -182,8 +178,7 @@ def _batches(run: Contents) -> Figure | None:
     for label, part, colour, dash in sets:
         shares = positive_shares(part, size)
         if shares:
-            values = np.array(list(shares.values()), dtype=np.float64)
-            lines.append((Sample(label, values, colour, dash), list(shares)))
+            lines.append(Line(label, list(shares), list(shares.values()), colour, dash))
     if not lines:
         return None
     return line_figure(
@@ -198,8 +193,8 @@ def _batches(run: Contents) -> Figure | None:
     )
 
 
-def positive_shares(part: Influence, size: int) -> dict[int, float]:
-    """Share of the measured examples above the threshold, of each batch that has any; batches count from 1."""
+def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
+    """Return the share of measured examples above the threshold by batch, counted from 1; empty batches are left out."""
     values, usable = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
     shares = {}
     for start in range(0, len(values), size):
@@ -210,8 +205,8 @@ def positive_shares(part: Influence, size: int) -> dict[int, float]:
     return shares
 
 
-def _agreement_figure(part: Influence, unit: Unit) -> Figure | None:
-    """First order against exact, over the audit."""
+def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
+    """Draw the first-order estimate against exact influence, over the audit."""
     both = part.table.filter(
         pc.and_(part.table["audited"], pc.and_(pc.is_valid(part.table["first_order_null_step"]), _measured(part)))
     )
@@ -222,52 +217,52 @@ def _agreement_figure(part: Influence, unit: Unit) -> Figure | None:
     )
     floor = unit.scale(part.summary["noise_floor"])
     ends = [float(min(estimated.min(), exact.min())), float(max(estimated.max(), exact.max()))]
-    points = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": f"{count(both.num_rows)} audited examples",
-        "x": estimated.tolist(),
-        "y": exact.tolist(),
-        "marker": {"color": AFTER, "size": 7, "opacity": 0.7},
-        "hovertemplate": "first order %{x:.4g}, exact %{y:.4g}<extra></extra>",
-    }
+    points = go.Scatter(
+        mode="markers",
+        name=f"{count(both.num_rows)} audited examples",
+        x=estimated.tolist(),
+        y=exact.tolist(),
+        marker={"color": AFTER, "size": 7, "opacity": 0.7},
+        hovertemplate="first order %{x:.4g}, exact %{y:.4g}<extra></extra>",
+    )
     sides = [("equal", 0.0, "solid"), ("noise floor", floor, "dot"), ("", -floor, "dot")]
     lines = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": name,
-            "showlegend": bool(name),
-            "x": ends,
-            "y": [end + shift for end in ends],
-            "line": stroke(dash),
-            "hoverinfo": "skip",
-        }
+        go.Scatter(
+            mode="lines",
+            name=name,
+            showlegend=bool(name),
+            x=ends,
+            y=[end + shift for end in ends],
+            line={"color": GREY, "width": 1.5, "dash": dash},
+            hoverinfo="skip",
+        )
         for name, shift, dash in sides
     ]
     screening = part.screening
-    rank = f" Rank correlation {screening.spearman:.3f}." if screening and numbers.known(screening.spearman) else ""
+    rank = (
+        f" Rank correlation {screening.spearman:.3f}." if screening and formatting.is_finite(screening.spearman) else ""
+    )
     axes = [f"{name}, against the null step, {unit}" for name in ("first order", "exact")]
     return Figure(
         "First-order estimate against exact influence",
         "Each dot is an audited example, measured both ways: the closer to the line, the better first order stands in for "
         "the exact step; distances within the dotted lines are noise. An offset that all share is corrected in the table."
         f"{rank}",
-        {"data": [*lines, points], "layout": layout(400, *axes)},
+        new_plot([*lines, points], 400, *axes),
         ["example_id", *axes],
         list(zip(both["example_id"].to_pylist(), estimated.tolist(), exact.tolist(), strict=True)),
     )
 
 
-def _measured(part: Influence) -> Any:
+def _measured(part: InfluenceData) -> Any:
     return pc.equal(part.table["status"], "ok")
 
 
-def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
-    def row(name: str, text_of: Callable[[Influence], str]) -> list[str]:
+def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
+    def row(name: str, text_of: Callable[[InfluenceData], str]) -> list[str]:
         return [name, *map(text_of, sets)]
 
-    def median(part: Influence, origin: float) -> str:
+    def median(part: InfluenceData, origin: float) -> str:
         return unit.text(float(np.median(part.values)) - origin) if len(part.values) else UNKNOWN
 
     rows = [
@@ -291,10 +286,10 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
             f"standard error over the reference examples ({unit}, root mean square)",
             lambda part: unit.size(part.summary["standard_error"]),
         ),
-        row("reference loss of the student (nats)", lambda part: numbers.loss(part.summary["student_loss"])),
+        row("reference loss of the student (nats)", lambda part: formatting.loss(part.summary["student_loss"])),
         row(
             "coordinates that the example's own gradient dominates (median share)",
-            lambda part: numbers.share(part.summary["median_dominated_share"]),
+            lambda part: formatting.share(part.summary["median_dominated_share"]),
         ),
     ]
     if any(part.screening for part in sets):
@@ -310,7 +305,7 @@ def _influence_table(sets: Sequence[Influence], unit: Unit) -> Table:
     )
 
 
-def _measured_exactly(part: Influence) -> str:
+def _measured_exactly(part: InfluenceData) -> str:
     if part.screening is None:
         return UNKNOWN
     if part.screening.fell_back:
@@ -318,28 +313,21 @@ def _measured_exactly(part: Influence) -> str:
     return f"{count(part.screening.audited)} to audit, {count(part.screening.confirmed)} in doubt"
 
 
-def _agreement(part: Influence, which: str) -> str:
+def _agreement(part: InfluenceData, which: str) -> str:
     return str(getattr(part.screening, which)) if part.screening else UNKNOWN
 
 
-def _interval(part: Influence, share: str) -> str:
+def _interval(part: InfluenceData, share: str) -> str:
     value = part.summary[share]
-    if not numbers.known(value):
+    if not formatting.is_finite(value):
         return UNKNOWN
-    low, high = wilson_interval(value, len(part.values))
-    return f"{numbers.share(value)} ({numbers.share(low)} to {numbers.share(high)})"
-
-
-def wilson_interval(share: float, number: int) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in so many independent examples."""
-    z = 1.96
-    centre = (share + z**2 / (2 * number)) / (1 + z**2 / number)
-    reach = z / (1 + z**2 / number) * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    number = len(part.values)
+    interval = binomtest(round(value * number), number).proportion_ci(method="wilson")
+    return f"{formatting.share(value)} ({formatting.share(interval.low)} to {formatting.share(interval.high)})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
-    """Equal bins of which none straddles the threshold; values far outside the bulk do not stretch them."""
+    """Return equal bins, none of which straddles the threshold; outliers do not stretch them."""
     if not len(values):
         return threshold + np.array([-1.0, 0.0, 1.0])
     lower, upper = np.percentile(values, [25, 75]) - threshold
@@ -358,7 +346,7 @@ def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.ND
 
 
 def _binned(sets: Sequence[Sample], unit: Unit, threshold: float) -> tuple[list[Sample], npt.NDArray[np.float64], str]:
-    """Sets in the unit, their common bins, and a sentence on what lies beyond these."""
+    """Return the sets in the unit, their common bins, and a sentence about values beyond the bins."""
     scaled = [
         Sample(part.label, unit.scale(1.0) * part.values, part.colour, part.dash) for part in sets if len(part.values)
     ]
@@ -367,43 +355,3 @@ def _binned(sets: Sequence[Sample], unit: Unit, threshold: float) -> tuple[list[
     outside = int(((pooled < edges[0]) | (pooled > edges[-1])).sum())
     beyond = f" {count(outside)} examples lie beyond the bars and are counted in the outermost." if outside else ""
     return scaled, edges, beyond
-
-
-def _colour(number: int) -> str:
-    return SERIES[number % len(SERIES)]
-
-
-def _dash(number: int) -> str:
-    return DASHES[number // len(SERIES) % len(DASHES)]
-
-
-def _band(at: float, half_width: float) -> list[dict[str, Any]]:
-    if half_width == 0:
-        return []
-    sides = {"x0": at - half_width, "x1": at + half_width}
-    return [
-        {
-            "type": "rect",
-            "yref": "paper",
-            "y0": 0,
-            "y1": 1,
-            **sides,
-            "fillcolor": GREY,
-            "opacity": 0.3,
-            "line": {"width": 0},
-        }
-    ]
-
-
-def _mark(name: str, at: float, row: int) -> dict[str, Any]:
-    return {
-        "text": name,
-        "x": at,
-        "y": 1,
-        "yref": "paper",
-        "yshift": -18 * row,
-        "xanchor": "left",
-        "yanchor": "top",
-        "showarrow": False,
-        "font": {"size": 12},
-    }

@@ -1,7 +1,7 @@
-"""What instructions ask for: the root verb of each and its direct object, as in Self-Instruct (Figures 6 and 8 to 10).
+"""Root verbs of instructions and their direct objects, as in Self-Instruct (Figures 6 and 8 to 10).
 
-spaCy and a pipeline of it are optional. The words are a model's, so only lemmas made of letters alone are taken: they stand
-in a figure, where other characters could act as markup.
+spaCy and its pipeline are optional. A model wrote the words, so only lemmas made of letters are used: in a figure, other
+characters could act as markup.
 """
 
 import os
@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from montessori_core.report.figures import SERIES, Figure
+import plotly.graph_objects as go
+
+from montessori_report.figures import TEMPLATE, Figure
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 PARSER = "MONTESSORI_PARSER"
 """Environment variable: name or folder of the spaCy pipeline."""
 PARSED = 2000
-"""Most instructions of a set that are parsed; they are taken from its beginning."""
+"""Number of instructions of a set that are parsed, from its beginning."""
 VERBS, OBJECTS = 20, 4
 _LONGEST = 30  # letters of a word that is shown
 REMEDY = (
@@ -33,7 +35,7 @@ Pair = tuple[str, str | None]
 
 
 def open_parser() -> "Language | None":
-    """The pipeline that `PARSER` names, by default en_core_web_sm; None if it or spaCy is not installed."""
+    """Load the pipeline that `PARSER` names, by default en_core_web_sm; None if it or spaCy is not installed."""
     name = os.environ.get(PARSER, "en_core_web_sm")
     if not Path(name).is_dir() and not (name.isidentifier() and find_spec(name)):
         return None  # spaCy takes seconds to import
@@ -46,15 +48,15 @@ def open_parser() -> "Language | None":
 
 
 def read_verbs(parser: "Language", instructions: Sequence[str]) -> list[Pair]:
-    """Root verb and direct object of each instruction that has a verb, of the first `PARSED`."""
+    """Return root verb and direct object of those of the first `PARSED` instructions that have a verb."""
     pairs = (verb_and_object(parsed) for parsed in parser.pipe(instructions[:PARSED], batch_size=64))
     return [pair for pair in pairs if pair is not None]
 
 
 def verb_and_object(instruction: "Doc") -> Pair | None:
-    """Lemmas of the first sentence's root verb and of its first direct object.
+    """Return the lemmas of the first sentence's root verb and of its first direct object.
 
-    A root that is no verb ("Please, write ...") gives way to the first verb below it.
+    If the root is not a verb ("Please, write ..."), the first verb below it counts.
 
     Returns:
         The verb, and its object if it has one; None without a verb.
@@ -71,12 +73,12 @@ def verb_and_object(instruction: "Doc") -> Pair | None:
 
 
 def sunburst_figure(label: str, pairs: Iterable[Pair], instructions: int) -> Figure:
-    """The most common root verbs, each with its most common objects.
+    """Draw the most common root verbs, each with its most common objects.
 
     Args:
-        label: whose instructions these are.
+        label: of the set of instructions.
         pairs: as from `read_verbs`.
-        instructions: how many were parsed.
+        instructions: number of parsed instructions.
     """
     by_verb: dict[str, Counter[str]] = {}
     totals: Counter[str] = Counter()
@@ -85,41 +87,32 @@ def sunburst_figure(label: str, pairs: Iterable[Pair], instructions: int) -> Fig
         by_verb.setdefault(verb, Counter()).update([thing] if thing else [])
     verbs = _most_common(totals, VERBS)
     rings = [(verb, thing, number) for verb, _ in verbs for thing, number in _most_common(by_verb[verb], OBJECTS)]
-    drawn: dict[str, Any] = {
-        "type": "sunburst",
-        "branchvalues": "total",
-        "sort": False,
-        "ids": [*(verb for verb, _ in verbs), *(f"{verb}/{thing}" for verb, thing, _ in rings)],
-        "labels": [*(verb for verb, _ in verbs), *(thing for _, thing, _ in rings)],
-        "parents": [*("" for _ in verbs), *(verb for verb, _, _ in rings)],
-        "values": [*(number for _, number in verbs), *(number for _, _, number in rings)],
-        "insidetextorientation": "radial",
-        "leaf": {"opacity": 1},
-        "hovertemplate": "%{id}: %{value:,} instructions<extra></extra>",
-        "marker": {"line": {"width": 1}},
-    }
-    layout = {
-        "height": 460,
-        "margin": {"l": 0, "r": 0, "t": 8, "b": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "font": {"size": 13, "family": "system-ui, sans-serif"},
-        "sunburstcolorway": list(SERIES),
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "orientation": "v"},
-    }
+    trace = go.Sunburst(
+        branchvalues="total",
+        sort=False,
+        ids=[*(verb for verb, _ in verbs), *(f"{verb}/{thing}" for verb, thing, _ in rings)],
+        labels=[*(verb for verb, _ in verbs), *(thing for _, thing, _ in rings)],
+        parents=[*("" for _ in verbs), *(verb for verb, _, _ in rings)],
+        values=[*(number for _, number in verbs), *(number for _, _, number in rings)],
+        insidetextorientation="radial",
+        leaf_opacity=1,
+        hovertemplate="%{id}: %{value:,} instructions<extra></extra>",
+        marker_line_width=1,
+    )
     found = sum(totals.values())
     return Figure(
         f"Verbs and objects: {label}",
         f"Inner ring: the {len(verbs)} most common root verbs of {found:,} instructions that have one, of {instructions:,} "
         f"read; outer ring: their {OBJECTS} most common direct objects, a gap where others or none follow. Many narrow "
         "sectors are a diverse set.",
-        {"data": [drawn], "layout": layout},
+        go.Figure(trace, go.Layout(template=TEMPLATE, height=460)),
         ["verb", "object", "instructions"],
         [*((verb, None, number) for verb, number in verbs), *rings],
     )
 
 
 def _from_the_top(root: "Token") -> Iterable["Token"]:
-    """A token and all below it, those nearer to it first."""
+    """Yield a token and its descendants, level by level."""
     level = [root]
     while level:
         yield from level
@@ -127,11 +120,11 @@ def _from_the_top(root: "Token") -> Iterable["Token"]:
 
 
 def _lemma(token: "Token") -> str | None:
-    """The word's lemma in lower case, if it is made of letters and not endless."""
+    """Return the lower-case lemma of a word of letters with at most `_LONGEST` of them."""
     lemma = (token.lemma_ or token.text).lower()
     return lemma if lemma.isalpha() and len(lemma) <= _LONGEST else None
 
 
 def _most_common(counts: "Counter[str]", number: int) -> list[tuple[str, int]]:
-    """The most common first, and in the order of the alphabet among equals."""
+    """Return the most common first; equally common ones in alphabetical order."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]

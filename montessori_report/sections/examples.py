@@ -1,4 +1,4 @@
-"""Texts on the page: preference pairs (Table 3), examples, rejected candidates. A model wrote them all: they are data."""
+"""Texts on the page: preference pairs (Table 3), examples, rejected candidates. A model wrote them: they are data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from montessori_core.report import numbers
-from montessori_core.report.contents import Contents, Iteration, Synthesis
-from montessori_core.report.numbers import Unit
-from montessori_core.report.page import visible
+from montessori_core import formatting
+from montessori_core.formatting import Unit
+from montessori_report.html import visible
+from montessori_report.run_data import IterationData, RunData, SynthesisData
 
 PAIRS_SHOWN = 20
 EXAMPLES_SHOWN = 10_000
@@ -17,8 +17,8 @@ REJECTIONS_SHOWN = 30
 _BASELINES = {"null_step": "null step", "student": "student"}
 
 
-def pairs_of(iteration: Iteration) -> list[dict[str, Any]]:
-    """The pairs with the widest influence gap, each side with the texts of its example."""
+def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
+    """Return the pairs with the widest influence gap, each side with the texts of its example."""
     texts = _by_id(iteration.probing.examples)
     gaps = [
         (row["chosen_influence_student"] - row["rejected_influence_student"], row)
@@ -45,7 +45,7 @@ def pairs_of(iteration: Iteration) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell beside an example's text: what it shows, a remark to it, and what it is sorted by (last if not known)."""
+    """A cell beside an example's text: its text, a remark, and its sort key (None sorts last)."""
 
     text: str
     remark: str = ""
@@ -69,8 +69,8 @@ class Examples:
     Attributes:
         columns: titles; the first is that of the texts.
         rows: at most `EXAMPLES_SHOWN`.
-        total: how many there are.
-        per_page: rows on a page of the table; the first is in the HTML.
+        total: number of all examples.
+        per_page: rows on a page of the table; the first page is in the HTML.
     """
 
     columns: Sequence[str]
@@ -80,15 +80,15 @@ class Examples:
 
     @property
     def plain(self) -> list[list[Any]]:
-        """The rows for the page's script: texts, and each cell as text, remark and key."""
+        """The rows for the page's script: texts, and each cell as text, remark and sort key."""
         return [
             [row.instruction, row.response, row.summary, [[cell.text, cell.remark, cell.key] for cell in row.cells]]
             for row in self.rows
         ]
 
 
-def examples_of(run: Contents, unit: Unit) -> Examples:
-    """The probing sets with their influence; all examples of the teacher while none is measured."""
+def examples_of(run: RunData, unit: Unit) -> Examples:
+    """Return the probing sets with their influence, or without it until it is measured."""
     several = len(run.iterations) > 1
     rows: list[Example] = []
     total = 0
@@ -114,20 +114,20 @@ def examples_of(run: Contents, unit: Unit) -> Examples:
 def _cells(record: dict[str, Any], unit: Unit) -> list[Cell]:
     def influence(name: str) -> Cell:
         value, error = record.get(f"influence_{name}"), record.get("standard_error") if name == "null_step" else None
-        remark = f"± {unit.size(error)}" if numbers.known(error) else ""
-        return Cell(unit.text(value), remark, value if numbers.known(value) else None)
+        remark = f"± {unit.size(error)}" if formatting.is_finite(error) else ""
+        return Cell(unit.text(value), remark, value if formatting.is_finite(value) else None)
 
     tokens, status = record.get("tokens"), record.get("status", "not measured").replace("_", " ")
     return [
         influence("null_step"),
         influence("student"),
-        Cell(numbers.count(tokens), "truncated" if record.get("truncated") else "", tokens),
+        Cell(formatting.count(tokens), "truncated" if record.get("truncated") else "", tokens),
         Cell(status, key=status),
     ]
 
 
-def rejections_of(sets: Sequence[Synthesis]) -> dict[str, Any]:
-    """Rejected candidates by reason; the reasons take turns, so that rare ones are seen."""
+def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
+    """Return rejected candidates by reason; the reasons take turns, so that rare ones are shown."""
     by_reason: dict[str, list[dict[str, str]]] = {}
     for part in sets:
         for row in _rows(part.instructions):
@@ -145,7 +145,7 @@ def rejections_of(sets: Sequence[Synthesis]) -> dict[str, Any]:
 
 
 def _rows_each(available: Sequence[int], wanted: int) -> list[int]:
-    """How many rows of each group to show, as even as can be, `wanted` in all."""
+    """Return how many rows of each group to show, as evenly as possible, `wanted` in all."""
     taken = [0] * len(available)
     for turn in range(max(available, default=0)):
         for group, number in enumerate(available):

@@ -1,0 +1,114 @@
+"""Numbers as people read them: short, with a true minus sign, and a dash for an unknown value."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import numpy as np
+
+UNKNOWN = "–"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A power of ten of a nat: the unit of all influence on a page."""
+
+    exponent: int
+
+    def __str__(self) -> str:
+        return f"{_power(self.exponent)} nats" if self.exponent else "nats"
+
+    def scale(self, nats: float) -> float:
+        """Convert influence to this unit."""
+        return nats / 10.0**self.exponent
+
+    def text(self, nats: float | None) -> str:
+        """Write influence in this unit, with its sign."""
+        if not is_finite(nats):
+            return UNKNOWN
+        return f"{'+' if nats > 0 else ''}{significant(self.scale(nats))}"
+
+    def size(self, nats: float | None, digits: int = 2) -> str:
+        """Write a noise floor, standard error or distance in this unit."""
+        return significant(self.scale(nats), digits) if is_finite(nats) else UNKNOWN
+
+
+def unit_of(nats: Iterable[float]) -> Unit:
+    """Return the unit in which the median of these sizes lies between 1 and 1000."""
+    sizes = np.abs(np.fromiter(nats, dtype=float))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    return Unit(min(0, 3 * math.floor(math.log10(float(np.median(sizes))) / 3)) if sizes.size else 0)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def count(number: int | None) -> str:
+    """Write a whole number."""
+    return f"{number:,}" if is_finite(number) else UNKNOWN
+
+
+def share(value: float | None) -> str:
+    """Write a fraction of 1 in per cent."""
+    return f"{value:.0%}" if is_finite(value) else UNKNOWN
+
+
+def loss(nats: float | None) -> str:
+    """Write a loss, nats per token."""
+    return f"{nats:.4f}" if is_finite(nats) else UNKNOWN
+
+
+def signed(value: float | None) -> str:
+    """Write a difference with its sign; differences that round to zero have none."""
+    if not is_finite(value):
+        return UNKNOWN
+    text = f"{abs(value):,.4f}"
+    if float(text.replace(",", "")) == 0:
+        return text
+    return f"{'+' if value > 0 else '−'}{text}"
+
+
+def gain(mean: float | None, standard_error: float | None) -> str:
+    """Write a difference of losses and its standard error, nats per token."""
+    return f"{signed(mean)} ± {loss(standard_error)}" if is_finite(mean) else UNKNOWN
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Write a number to `digits` significant digits, as a power of ten where it is very small or large."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 < exponent < 5:
+        return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
+    return f"{value / 10.0**exponent:.{digits - 1}f} × {_power(exponent)}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Write a time in seconds, minutes or hours, as a person would."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _power(exponent: int) -> str:
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
+def gain_text(row: dict[str, Any]) -> str:
+    """Write the gain of a row of a comparison, with its sign."""
+    return f"{row['gain']:+.4f}"
+
+
+def interval_text(row: dict[str, Any]) -> str:
+    """Write the interval of a row's gain; the baseline has none."""
+    return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
+
+
+def spread_text(row: dict[str, Any]) -> str:
+    """Write the spread of a row's gain over seeds; a single seed has none."""
+    return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

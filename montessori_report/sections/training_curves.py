@@ -1,0 +1,183 @@
+"""Training curves: losses, rewards and learning rates, and the teacher's checkpoints (Figures 3a and 3b)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from montessori_core import formatting
+from montessori_report.figures import (
+    AFTER,
+    BEFORE,
+    CHOSEN,
+    CONFIDENCE,
+    REJECTED,
+    TEACHER,
+    WARM,
+    Figure,
+    Line,
+    line_figure,
+    new_plot,
+)
+from montessori_report.html import Block, Section, Table
+from montessori_report.run_data import IterationData, Log, RunData
+
+
+def learning_section(run: RunData) -> Section:
+    """Return the curves of all trainings."""
+    return Section(
+        "learning",
+        "Learning curves",
+        [block for iteration in run.iterations if (block := _learning(iteration, run))],
+        absent="No training is finished yet.",
+    )
+
+
+def _learning(iteration: IterationData, run: RunData) -> Block | None:
+    logs = iteration.logs
+    students = [
+        ("student, warm-up", logs["warmup"], WARM, "dot"),
+        ("student, updated teacher's data", logs["student"], AFTER, "solid"),
+        ("student, unmodified teacher's data", logs["unmodified"], BEFORE, "dash"),
+    ]
+    losses = [Line.of_log(label, log, "loss", *style) for label, log, *style in students if log]
+    rates = [Line.of_log(label, log, "learning_rate", *style) for label, log, *style in students if log]
+    teacher = [Line.of_log("teacher update (DPO)", logs["teacher"], "loss", TEACHER)] if logs["teacher"] else []
+    if teacher:
+        rates.append(Line.of_log("teacher update", logs["teacher"], "learning_rate", TEACHER, "dashdot"))
+    if not rates:
+        return None
+    figures = []
+    if losses:
+        figures.append(
+            _curve_figure(
+                "Training loss of the students",
+                "Each student is trained on other data, so compare the held-out losses, not these; what to look for here is "
+                "a steady fall without jumps.",
+                losses,
+                "loss, nats per token",
+            )
+        )
+    if teacher:
+        figures += _teacher_figures(logs["teacher"], teacher)
+    figures.append(
+        _curve_figure(
+            "Learning rate", "The rate each optimizer step was taken with, as scheduled.", rates, "learning rate"
+        )
+    )
+    checkpoints = [entry for entry in iteration.records("teacher_checkpoints") if _is_whole(entry)]
+    if len(checkpoints) > 1:
+        figures += _checkpoint_figures(checkpoints)
+    return Block(figures, [_learning_table([*losses, *teacher])], run.heading(iteration))
+
+
+def _curve_figure(
+    title: str,
+    reading: str,
+    lines: Sequence[Line],
+    axis: str,
+    level: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw values over the steps of trainings, with a dotted line at `level`."""
+    figure = line_figure(title, reading, lines, "optimizer step", axis, level, limits)
+    if max(len(line.x) for line in lines) <= 12:
+        figure.plot.update_xaxes(dtick=1)
+    return figure
+
+
+def _teacher_figures(log: Log, loss: Sequence[Line]) -> list[Figure]:
+    rewards = [
+        Line.of_log("margin (chosen − rejected)", log, "rewards/margins", TEACHER),
+        Line.of_log("chosen", log, "rewards/chosen", CHOSEN, "dash"),
+        Line.of_log("rejected", log, "rewards/rejected", REJECTED, "dot"),
+    ]
+    return [
+        _curve_figure(
+            "DPO loss of the teacher",
+            "The dotted line is ln 2, the loss of a teacher that prefers neither side; below it the teacher has begun to "
+            "prefer the chosen instructions.",
+            loss,
+            "DPO loss",
+            level=math.log(2),
+        ),
+        _curve_figure(
+            "Rewards of the teacher",
+            "The margin should rise above 0; if both rewards fall, the teacher only learns to avoid both texts.",
+            rewards,
+            "reward",
+            level=0.0,
+        ),
+        _curve_figure(
+            "Reward accuracy",
+            "The share of a batch's pairs in which the chosen instruction has the higher reward; the dotted line is chance.",
+            [Line.of_log("accuracy", log, "rewards/accuracies", TEACHER)],
+            "share of pairs",
+            level=0.5,
+            limits=(-0.02, 1.02),
+        ),
+    ]
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    return all(formatting.is_finite(entry.get(key)) for key in ("step", "margin", "held_out_loss"))
+
+
+def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
+    steps, margins, losses = ([entry[key] for entry in checkpoints] for key in ("step", "margin", "held_out_loss"))
+    errors = [entry.get("standard_error") for entry in checkpoints]
+    bars = {"array": [CONFIDENCE * error if formatting.is_finite(error) else 0.0 for error in errors]}
+    over_steps = new_plot(
+        [
+            go.Scatter(name="margin", x=steps, y=margins, marker_size=8, line_color=TEACHER),
+            go.Scatter(name="loss", x=steps, y=losses, yaxis="y2", error_y=bars, marker_size=8, line_color=AFTER),
+        ],
+        420,
+        "step of the teacher's update",
+        "margin",
+        showlegend=False,
+        xaxis_anchor="y2",
+        yaxis_domain=[0.55, 1.0],
+        yaxis2={"title": "held-out loss", "domain": [0.0, 0.45], "anchor": "x"},
+    )
+    against = go.Scatter(
+        mode="markers+text",
+        x=margins,
+        y=losses,
+        text=[f"step {formatting.count(step)}" for step in steps],
+        textposition="top center",
+        cliponaxis=False,
+        error_y=bars,
+        marker={"size": 10, "color": AFTER},
+        hovertemplate="%{text}: margin %{x:.4g}, loss %{y:.4f}<extra></extra>",
+    )
+    columns = ["step", "margin", "held-out loss, nats per token", "standard error"]
+    rows = list(zip(steps, margins, losses, errors, strict=True))
+    return [
+        Figure(
+            "Teacher checkpoints: margin and student (Figures 3a, 3b)",
+            "Above, how far the teacher at each step prefers the chosen instructions; below, the held-out loss of a student "
+            "trained on what that teacher writes, with its 95 % interval: as the margin rises, the loss should fall.",
+            over_steps,
+            columns,
+            rows,
+        ),
+        Figure(
+            "Margin against student",
+            "Each dot is a checkpoint of the teacher, named by its step: a fall to the right says that a teacher that has "
+            "learned more writes better data.",
+            new_plot([against], 420, "DPO reward margin", "held-out loss, nats per token", showlegend=False),
+            columns,
+            rows,
+        ),
+    ]
+
+
+def _learning_table(losses: Sequence[Line]) -> Table:
+    rows = [
+        [line.label, formatting.count(len(line.x)), formatting.loss(line.y[0]), formatting.loss(line.y[-1])]
+        for line in losses
+        if line.x
+    ]
+    return Table("Trainings, first and last logged loss", ["Training", "Steps", "First loss", "Last loss"], rows)
