@@ -24,13 +24,14 @@ from machine import describe_machine
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from montessori_core.chat import Encoded, encode_example
 from montessori_core.config import DataSource, Warmup
+from montessori_core.data.sources import read_tasks
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.adamw import GradientTally
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.models import fetch_embedded, load_model, load_tokenizer
-from montessori_core.sources import read_tasks
+from montessori_core.models.chat import Encoded, encode_example
+from montessori_core.models.embedded import fetch_embedded
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.training.moments import Moments
 from montessori_core.training.schedule import rate_factor
 

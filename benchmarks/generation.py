@@ -16,9 +16,10 @@ import torch
 from machine import describe_machine
 
 from montessori_core.config import DataSource, Sampling, Synthesis
-from montessori_core.models import fetch_embedded, load_model, load_tokenizer
+from montessori_core.data.sources import read_tasks
+from montessori_core.models.embedded import fetch_embedded
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.processor import generation_dtype
-from montessori_core.sources import read_tasks
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from montessori_core.synthesis.transformers_engine import TransformersEngine

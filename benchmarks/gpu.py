@@ -26,13 +26,14 @@ from scipy.stats import spearmanr
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
-from montessori_core.chat import Encoded, encode_example
 from montessori_core.config import Cluster, DataSource, Resources, Warmup, Zero
+from montessori_core.data.sources import read_tasks
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.models import fetch_embedded, load_model, load_tokenizer
+from montessori_core.models.chat import Encoded, encode_example
+from montessori_core.models.embedded import fetch_embedded
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.programs import SFT, Sft
-from montessori_core.sources import read_tasks
 from montessori_core.training.moments import Moments
 
 RATE = 1e-5

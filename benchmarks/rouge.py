@@ -26,8 +26,8 @@ from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
 
 from montessori_core.config import DataSource
-from montessori_core.rouge import Accepted, words
-from montessori_core.sources import read_tasks
+from montessori_core.data.rouge import RougeIndex, words
+from montessori_core.data.sources import read_tasks
 
 LIMIT = 0.7
 BLOCK = 256
@@ -62,7 +62,7 @@ def measure(name: str, texts: Sequence[str]) -> str:
     process = psutil.Process()
     before = process.memory_info().rss
     started = time.process_time()
-    accepted = Accepted(max_rouge_l=LIMIT)
+    accepted = RougeIndex(max_rouge_l=LIMIT)
     verdicts = accepted.add_all(texts)
     indexed = time.process_time() - started
     memory = (process.memory_info().rss - before) / 2**20

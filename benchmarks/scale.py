@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from cluster.fanout import Progress, fan_out
 from cluster.stage import Stage, cut_into_shards
 from montessori_core.config import Cluster, Preferences, Resources
-from montessori_core.influence_table import NOTES, join_influence, note_influence
-from montessori_core.preferences import pair_by_influence, write_preferences
-from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
+from montessori_core.influence.preferences import pair_by_influence, write_preferences
+from montessori_core.influence.table import NOTES, join_influence, note_influence
 
 SHARD = 100  # rows
 PROMPT, INSTRUCTION, RESPONSE = 2500, 200, 500  # bytes

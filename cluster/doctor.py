@@ -14,9 +14,9 @@ from cluster.backends.command import ask
 from cluster.backends.slurm import largest_array
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
-from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from montessori_core.files import read_json
 from montessori_core.versions import declared
 
 _ANSWER = 60.0  # seconds for a command of Slurm

@@ -22,9 +22,9 @@ from cluster.records import Begun, Failure, read_record
 from cluster.retry import NOT_RETRIED, REMEDIES, classify_loss, retries_of
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
-from montessori_core.atomic import hash_json, write_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from montessori_core.files import hash_json, write_json
 from montessori_core.program import Row
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pydantic import Field as Bound
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.backends import backend_at
-from montessori_core.atomic import read_json, write_json
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
+from montessori_core.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 

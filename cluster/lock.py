@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from montessori_core.atomic import read_json
 from montessori_core.errors import UserError
+from montessori_core.files import read_json
 
 _DRIVER_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.records import Drafts, read_record
-from montessori_core.atomic import hash_json, write_json
+from montessori_core.data.tables import read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
+from montessori_core.files import hash_json, write_json
 from montessori_core.program import Report, Row, RowProgram
-from montessori_core.schema import read_table, table_from_rows, write_table
 
 COMMIT_SECONDS = 30.0
 """Time between two partial commits."""

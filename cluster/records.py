@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from montessori_core.atomic import read_json
+from montessori_core.files import read_json
 from montessori_core.program import Row
 
 _Amount = Annotated[int, Field(ge=0, lt=10**30)]

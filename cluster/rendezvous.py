@@ -11,7 +11,7 @@ from typing import Any
 
 import submitit
 
-from montessori_core.atomic import read_json, write_json
+from montessori_core.files import read_json, write_json
 
 _PATIENCE = 300.0  # seconds that ranks wait for rank 0, whose node may start last
 _open_stores: list[Any] = []  # for as long as the process lives

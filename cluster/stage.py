@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.records import Description, Manifest, Shard, Start, read_record
-from montessori_core import flops
-from montessori_core.atomic import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.errors import UserError
+from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
+from montessori_core.models import flops
 from montessori_core.program import Program, Row, SettingsT
 
 

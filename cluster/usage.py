@@ -16,7 +16,7 @@ class StageUse:
         shards: that it is cut into.
         rows: of those that are done.
         seconds: that jobs took for these; what lost jobs took is not among them.
-        flops: floating-point operations of the same, see `montessori_core.flops`.
+        flops: floating-point operations of the same, see `montessori_core.models.flops`.
         jobs: that were started; each task of an array is one.
         retries: jobs that were lost, so that their shards were submitted again.
         preemptions: of these, jobs that were preempted; and how often Slurm put a job back into its queue by itself, which it

@@ -37,7 +37,7 @@ _READ_BY_IMPORTS = (
 _PRELOADED = (
     "pyarrow.parquet",
     "montessori_core.influence.jobs",
-    "montessori_core.models",
+    "montessori_core.models.load",
     "montessori_core.synthesis.transformers_engine",
     "montessori_core.training.checkpoints",
     "montessori_core.training.moments",

@@ -19,8 +19,8 @@ from cluster.records import Failure, Shard, read_record
 from cluster.rendezvous import join_processes
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
-from montessori_core.atomic import write_json
 from montessori_core.errors import UserError
+from montessori_core.files import write_json
 from montessori_core.program import Compute, RowProgram, open_program
 
 log = logging.getLogger(__name__)

@@ -7,13 +7,12 @@ from typing import Any
 
 import yaml
 
-from montessori_core.config import Experiment, Section
-from montessori_core.study import Study
+from montessori_core.config import Experiment, Section, Study
 
 PAGE = Path(__file__).with_suffix(".md")
 _HEAD = """# Configuration
 
-Made from `montessori_core/config.py` and `montessori_core/study.py` by `python docs/configuration.py`; do not edit this page.
+Made from `montessori_core/config/` by `python docs/configuration.py`; do not edit this page.
 
 A configuration is YAML, checked as a whole before anything runs: an unknown key, a wrong type or a value out of range is
 refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and a run writes its resolved

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from flows.local_server import answers, check_login, prefect_api, served_reports
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, read_deployments
-from montessori_core.atomic import read_json
 from montessori_core.errors import UserError
+from montessori_core.files import read_json
 
 _DRIVERS_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
 _HEARTBEAT = 30  # seconds between a flow run's signs of life

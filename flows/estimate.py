@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from montessori_core.config import Experiment, Influence, Training, Warmup
-from montessori_core.flops import BACKWARD, FORWARD, weights_of
+from montessori_core.data.sources import Sources, Task
+from montessori_core.models.flops import BACKWARD, FORWARD, weights_of
 from montessori_core.provenance import record_speed
-from montessori_core.sources import Sources, Task
 from montessori_core.speed import measure_gflops
 from tasks.run import Run
 

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from cluster.lock import only_driver
 from flows.experiment import end_jobs_of, run_root
-from montessori_core.atomic import write_json
 from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
+from montessori_core.files import write_json
 from tasks.benchmarks import list_items
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss

@@ -14,8 +14,8 @@ from pydantic import Field
 from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
-from montessori_core.atomic import read_json, write_json
 from montessori_core.config import Experiment
+from montessori_core.files import read_json, write_json
 from tasks.benchmarks import list_items
 from tasks.report import write_report
 from tasks.run import Run, open_run, reopen_run

@@ -23,8 +23,8 @@ from cluster.stage import shard_size
 from cluster.status import stages_of
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
-from montessori_core.pilot import PILOT
-from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
+from montessori_core.influence.pilot import PILOT
+from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
 from tasks.run import Run
 
 _SIZES = {

@@ -8,16 +8,16 @@ import pyarrow as pa
 from cluster.fanout import fan_out
 from cluster.stage import cut_into_shards
 from montessori_core import programs
-from montessori_core.atomic import hash_path
 from montessori_core.config import Cluster, DataSource, Influence, Resources, Student, Warmup
+from montessori_core.data.sources import read_tasks, write_tasks
+from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.errors import ConfigError, DataError
-from montessori_core.influence_table import join_influence
-from montessori_core.models import fetch_model
-from montessori_core.preferences import Positions
+from montessori_core.files import hash_path
+from montessori_core.influence.preferences import Positions
+from montessori_core.influence.table import join_influence
+from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.fetch import fetch_model
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, write_table
-from montessori_core.sources import read_tasks, write_tasks
-from montessori_core.training.files import MOMENTS_FILE
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence

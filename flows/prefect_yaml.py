@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from montessori_core.config import Experiment, Section, parse, parse_yaml, read_overridden
+from montessori_core.config import Experiment, Section, Study, parse, parse_yaml, read_overridden
 from montessori_core.errors import ConfigError
 from montessori_core.presets import find_configuration
-from montessori_core.study import Study
 
 EXPERIMENT = "flows/experiment.py:montessori"
 STUDY = "flows/study.py:compare"

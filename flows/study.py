@@ -17,12 +17,12 @@ from cluster.usage import use_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round
-from montessori_core.atomic import write_json
-from montessori_core.benchmarks.scores import judged_benchmark, mean_over_seeds, win_rate_scores
-from montessori_core.config import RUN_NAME, write_yaml
+from montessori_core.config import RUN_NAME, Study, write_yaml
+from montessori_core.data.tables import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.errors import ConfigError, UserError
-from montessori_core.schema import EXAMPLES, REFERENCE_LOSS, read_table
-from montessori_core.study import Outcome, Study, compare_outcomes
+from montessori_core.evaluation.scores import judged_benchmark, mean_over_seeds, win_rate_scores
+from montessori_core.evaluation.statistics import Outcome, compare_outcomes
+from montessori_core.files import write_json
 from montessori_report.study_page import study_page
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss

@@ -10,7 +10,10 @@ from pydantic import Field
 
 from montessori_core.config import Influence, Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
 from montessori_core.program import Program
-from montessori_core.synthesis.generation import Form
+
+Form = Literal["tagged", "whole", "request", "reply"]
+"""A tagged or whole text is continued as it stands, after the token that texts begin with, a tagged one up to the closing
+tag. A request is put by the template, and so is what follows a request and its answer, to get a reply."""
 
 
 class NoSettings(Section):
@@ -164,15 +167,15 @@ SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, "training", suffi
 DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, "teacher_update", suffix="")
 INFLUENCE = Program("influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, "influence")
 REFERENCE_LOSS = Program("reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, "evaluation")
-TRAINING_LOSS = Program("training-loss", 1, f"{_CORE}.utility:open_training_loss", ModelLoss, "influence")
-IN_CONTEXT = Program("in-context", 1, f"{_CORE}.utility:open_in_context", InContext, "influence")
-NORM_SIM = Program("norm-sim", 1, f"{_CORE}.nomad:open_norm_sim", Similarity, "influence")
-JUDGE = Program("judge", 1, f"{_CORE}.judging:open_judge", Judging, "judging")
+TRAINING_LOSS = Program("training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, "influence")
+IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, "influence")
+NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, "influence")
+JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, "judging")
 PAIRWISE_JUDGE = Program(
-    "pairwise-judge", 1, f"{_CORE}.benchmarks.pairwise:open_pairwise_judge", BenchmarkJudging, "judging"
+    "pairwise-judge", 1, f"{_CORE}.judging.pairwise:open_pairwise_judge", BenchmarkJudging, "judging"
 )
 MT_BENCH_JUDGE = Program(
-    "mt-bench-judge", 1, f"{_CORE}.benchmarks.mt_bench:open_mt_bench_judge", BenchmarkJudging, "judging"
+    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, "judging"
 )
-BENCHMARK_ITEMS = Program("benchmark-items", 1, f"{_CORE}.benchmarks.harness:open_items", NoSettings, "evaluation")
-HARNESS = Program("harness", 1, f"{_CORE}.benchmarks.harness:open_harness", Harness, "evaluation")
+BENCHMARK_ITEMS = Program("benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, "evaluation")
+HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, "evaluation")

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from montessori_core.atomic import read_json, write_json
+from montessori_core.files import read_json, write_json
 from montessori_core.processor import generation_dtype, processor_name
 
 _FILE = "provenance.json"

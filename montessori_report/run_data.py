@@ -11,15 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from montessori_core.atomic import read_json
 from montessori_core.config import parse_yaml
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.errors import ConfigError
-from montessori_core.influence_table import summarize_influence
-from montessori_core.preferences import threshold_of
-from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
-from montessori_core.screening import ScreeningReport, screening_report
+from montessori_core.files import read_json
+from montessori_core.influence.preferences import threshold_of
+from montessori_core.influence.screening import ScreeningReport, screening_report
+from montessori_core.influence.table import summarize_influence
+from montessori_core.layout import LOG_FILE
 from montessori_core.synthesis.filters import funnel
-from montessori_core.training.files import LOG_FILE
 
 Log = list[dict[str, Any]]
 _TRAININGS = ("warmup", "teacher", "student")

@@ -8,9 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from montessori_core import formatting
+from montessori_core.config import Study
+from montessori_core.data.tables import SIMILARITY, read_table
 from montessori_core.formatting import interval_text, spread_text
-from montessori_core.schema import SIMILARITY, read_table
-from montessori_core.study import Study
 from montessori_report.figures import (
     GREY,
     SYMBOLS,

@@ -7,11 +7,11 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from montessori_core.atomic import hash_path, read_json, write_json
+from montessori_core.data.tables import INFLUENCE, PREFERENCES, read_table
 from montessori_core.errors import UserError
-from montessori_core.influence_table import summarize_influence
-from montessori_core.preferences import threshold_of
-from montessori_core.schema import INFLUENCE, PREFERENCES, read_table
+from montessori_core.files import hash_path, read_json, write_json
+from montessori_core.influence.preferences import threshold_of
+from montessori_core.influence.table import summarize_influence
 from tasks.run import Run
 
 _WEEK = 7 * 24 * 3600  # seconds

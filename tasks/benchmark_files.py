@@ -5,12 +5,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from montessori_core.atomic import commit
-from montessori_core.benchmarks.contamination import overlapping
-from montessori_core.benchmarks.mt_bench import read_dialogues
 from montessori_core.config import Benchmarks
+from montessori_core.data.contamination import overlapping
+from montessori_core.data.sources import Task
 from montessori_core.errors import UserError
-from montessori_core.sources import Task
+from montessori_core.files import commit
+from montessori_core.judging.mt_bench import read_dialogues
 
 
 def benchmark_copy(benchmarks: Benchmarks, setting: str, copies: Path) -> Path:
@@ -27,7 +27,7 @@ def check_benchmarks(benchmarks: Benchmarks, copies: Path) -> dict[str, list[str
     Raises:
         UserError: something cannot; the message names it.
     """
-    from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs  # imports scipy
+    from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outputs
 
     paths = _named(benchmarks)
     kept = {setting: benchmark_copy(benchmarks, setting, copies) for setting in paths}

@@ -9,16 +9,17 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
-from montessori_core.atomic import write_json
-from montessori_core.benchmarks import alpaca_eval, mt_bench
-from montessori_core.benchmarks.contamination import overlapping
-from montessori_core.benchmarks.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
 from montessori_core.config import Sampling
+from montessori_core.data.contamination import overlapping
+from montessori_core.data.sources import Task
+from montessori_core.data.tables import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
+from montessori_core.evaluation import alpaca_eval
+from montessori_core.evaluation.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
+from montessori_core.files import write_json
+from montessori_core.judging import mt_bench
 from montessori_core.program import Program, Row
-from montessori_core.schema import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
-from montessori_core.sources import Task
-from montessori_core.synthesis.generation import Form
-from montessori_core.synthesis.prompts import seed_of
+from montessori_core.programs import Form
+from montessori_core.seeding import seed_of
 from tasks.run import Model, Run
 from tasks.stage import Step
 from tasks.synthesis import generate
@@ -29,7 +30,7 @@ class Measured:
     """A student's benchmarks.
 
     Attributes:
-        scores: rows of `montessori_core.benchmarks.scores`.
+        scores: rows of `montessori_core.evaluation.scores`.
         answers: its answers to AlpacaEval's instructions, in AlpacaEval's format; None without AlpacaEval.
     """
 

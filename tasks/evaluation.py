@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from montessori_core import programs
-from montessori_core.schema import REFERENCE_LOSS, read_table
+from montessori_core.data.tables import REFERENCE_LOSS, read_table
 from tasks.benchmarks import Measured, measure_benchmarks
 from tasks.run import Model, as_rows
 from tasks.stage import Step

@@ -10,13 +10,13 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
 from montessori_core.config import Experiment
-from montessori_core.influence_table import SUMMARIZED, domination_warning, join_influence, summarize_influence
-from montessori_core.models import moments_fingerprint
-from montessori_core.pilot import measure_after_pilot
-from montessori_core.preferences import Positions, threshold_of
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table, write_table
+from montessori_core.influence.pilot import measure_after_pilot
+from montessori_core.influence.preferences import Positions, threshold_of
+from montessori_core.influence.screening import ScreeningReport, screening_report
+from montessori_core.influence.table import SUMMARIZED, domination_warning, join_influence, summarize_influence
+from montessori_core.models.fingerprints import moments_fingerprint
 from montessori_core.program import Row
-from montessori_core.schema import EXAMPLES, INFLUENCE, read_table, write_table
-from montessori_core.screening import ScreeningReport, screening_report
 from tasks.plots import histogram
 from tasks.run import Model
 from tasks.screening import estimate_influence

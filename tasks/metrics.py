@@ -8,13 +8,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cluster.usage import use_of
-from montessori_core.atomic import read_json, write_json
-from montessori_core.influence_table import summarize_influence
-from montessori_core.preferences import threshold_of
+from montessori_core.data.tables import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
+from montessori_core.files import read_json, write_json
+from montessori_core.influence.preferences import threshold_of
+from montessori_core.influence.table import summarize_influence
+from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.synthesis.filters import funnel
-from montessori_core.training.files import COUNTS_FILE, LOG_FILE
 from tasks.evaluation import summarize_gain, summarize_loss
 from tasks.run import Run
 from tasks.synthesis import Synthesized

@@ -12,14 +12,14 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
 from montessori_core.config import Optimization
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.sources import Task
+from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
-from montessori_core.nomad import USER, judge_conversation, read_conversation
 from montessori_core.program import Row
-from montessori_core.rouge import Accepted
-from montessori_core.schema import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
-from montessori_core.sources import Task
+from montessori_core.seeding import seed_of
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
-from montessori_core.synthesis.prompts import seed_of
+from montessori_core.synthesis.nomad import USER, judge_conversation, read_conversation
 from tasks.run import Model, Run
 from tasks.stage import Step
 from tasks.synthesis import Synthesized, count_candidates, generate, join_synthesis
@@ -78,7 +78,7 @@ def write_conversations(step: Step, teacher: Model, count: int) -> Synthesized:
         UserError: after `synthesis.max_rounds` rounds too few were kept.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
-    accepted = Accepted([one.text for one in step.run.sources().reference], settings.filters.max_rouge_l)
+    accepted = RougeIndex([one.text for one in step.run.sources().reference], settings.filters.max_rouge_l)
     candidates: list[Row] = []
     examples: list[Row] = []
     parts: list[Path] = []

@@ -7,13 +7,13 @@ from pathlib import Path
 from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
-from montessori_core.atomic import hash_path, read_json, write_json
 from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
+from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
-from montessori_core.models import commit_of, fetch_model, fingerprint
+from montessori_core.files import hash_path, read_json, write_json
+from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
 from montessori_core.program import Program, Row, SettingsT
 from montessori_core.provenance import write_provenance
-from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, seen_references

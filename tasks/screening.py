@@ -1,13 +1,13 @@
-"""Measuring influence by the configured estimator. The screened one has three stages, see `montessori_core.screening`."""
+"""Measuring influence by the configured estimator, see `montessori_core.influence.screening`."""
 
 from typing import Protocol
 
 import pyarrow as pa
 
 from montessori_core.config import Influence
-from montessori_core.preferences import Positions
-from montessori_core.schema import INFLUENCE
-from montessori_core.screening import calibrate, combine, doubtful, draw_audit
+from montessori_core.data.tables import INFLUENCE
+from montessori_core.influence.preferences import Positions
+from montessori_core.influence.screening import calibrate, combine, doubtful, draw_audit
 
 
 class InfluenceStages(Protocol):

@@ -10,8 +10,8 @@ from prefect import get_run_logger
 
 from cluster.fanout import Progress, fan_out
 from cluster.stage import cut_for_jobs
-from montessori_core.atomic import write_json
 from montessori_core.config import Endpoint, Experiment, Resources
+from montessori_core.files import write_json
 from montessori_core.program import Program, Row, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from montessori_core import programs
 from montessori_core.config import Optimization
+from montessori_core.data.tables import EXAMPLES, read_table
+from montessori_core.layout import MOMENTS_FILE
 from montessori_core.program import Row
-from montessori_core.schema import EXAMPLES, read_table
-from montessori_core.training.files import MOMENTS_FILE
 from tasks.run import Model
 from tasks.stage import Step
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from montessori_core.atomic import read_json
 from montessori_core.errors import UserError
+from montessori_core.files import read_json
 
 STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
 

@@ -12,14 +12,15 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
 from montessori_core.config import Endpoint, Sampling
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.sources import Task
+from montessori_core.data.tables import EXAMPLES, GENERATION, INSTRUCTIONS, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.program import Row
-from montessori_core.rouge import Accepted
-from montessori_core.schema import EXAMPLES, GENERATION, INSTRUCTIONS, read_table, table_from_rows, write_table
-from montessori_core.sources import Task
-from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, funnel, judge_candidates
-from montessori_core.synthesis.generation import Form
-from montessori_core.synthesis.prompts import Prompt, build_prompts, seed_of
+from montessori_core.programs import Form
+from montessori_core.seeding import seed_of
+from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, filter_candidates, funnel
+from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import Model
 from tasks.stage import Step
 
@@ -63,7 +64,7 @@ def synthesize(
     style = "chat" if isinstance(teacher, Endpoint) else step.experiment.teacher.prompt_style
     seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
-    accepted = Accepted(known, settings.filters.max_rouge_l)
+    accepted = RougeIndex(known, settings.filters.max_rouge_l)
     candidates: list[Row] = []
     examples: list[Row] = []
     prompts_used = 0
@@ -152,7 +153,7 @@ def _write_instructions(
     style: str,
     prompts: list[Prompt],
     draw: str,
-    accepted: Accepted,
+    accepted: RougeIndex,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """Candidates with their verdicts, and the parts they come from."""
@@ -170,7 +171,7 @@ def _write_instructions(
     size = settings.prompts_per_shard
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
-    verdicts = judge_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
+    verdicts = filter_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
     candidates: list[Row] = [
         {
             "candidate_id": row["row_id"],

@@ -10,9 +10,9 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
 from montessori_core.errors import UserError
-from montessori_core.influence_table import summarize_influence
-from montessori_core.preferences import (
+from montessori_core.influence.preferences import (
     PAIRED,
     pair_by_influence,
     pair_by_utility,
@@ -20,8 +20,8 @@ from montessori_core.preferences import (
     threshold_of,
     write_preferences,
 )
-from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
-from montessori_core.training.files import KEPT, LOG_FILE
+from montessori_core.influence.table import summarize_influence
+from montessori_core.layout import KEPT, LOG_FILE
 from tasks.run import Model
 from tasks.stage import Step
 

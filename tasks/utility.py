@@ -8,13 +8,13 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
-from montessori_core.api import Answer
 from montessori_core.config import Sampling
+from montessori_core.data.tables import GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
-from montessori_core.judging import points_for, question_about, read_score
+from montessori_core.judging.client import Answer
+from montessori_core.judging.points import points_for, question_about, read_score
 from montessori_core.program import Row
-from montessori_core.schema import GENERATION, UTILITY, read_table, table_from_rows, write_table
-from montessori_core.synthesis.prompts import seed_of
+from montessori_core.seeding import seed_of
 from tasks.influence import measured_rows
 from tasks.run import Model
 from tasks.stage import Step

@@ -22,7 +22,7 @@ def compare(
 ) -> None:
     """Compare methods of making training data on equal terms. The same command again goes on after an interruption."""
     from flows.study import compare_opened, open_study
-    from montessori_core.study import read_study
+    from montessori_core.config import read_study
 
     read = read_study(study, tuple(set_ or []))
     folder = run_root / read.name

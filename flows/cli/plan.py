@@ -9,7 +9,8 @@ from flows.cli.influence import parse_options
 from flows.cli.tables import print_memory_plan
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
-from montessori_core.models import local_path, why_not_loaded, with_lora
+from montessori_core.models.fetch import local_path
+from montessori_core.models.load import why_not_loaded, with_lora
 
 
 def plan(

@@ -23,7 +23,7 @@ def report(
     Several runs make comparison-of-runs.html in the current folder.
     The data of each figure is written beside the page as CSV.
     """
-    from montessori_core.study import read_study
+    from montessori_core.config import read_study
     from montessori_report.compare_page import render_runs
     from montessori_report.run_page import render_report
     from montessori_report.study_page import study_page

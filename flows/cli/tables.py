@@ -17,11 +17,11 @@ from cluster.status import StageStatus, read_stage_status, stages_of
 from cluster.usage import use_of
 from flows.cli.console import console
 from flows.cli.options import warn
-from montessori_core.atomic import read_json
 from montessori_core.config import Experiment
+from montessori_core.files import read_json
 from montessori_core.formatting import duration, gain_text, interval_text, spread_text
-from montessori_core.influence_table import domination_warning, summarize_influence
-from montessori_core.preferences import threshold_of
+from montessori_core.influence.preferences import threshold_of
+from montessori_core.influence.table import domination_warning, summarize_influence
 from tasks.run import Run
 from tasks.studies import PAGE, in_study, read_comparison
 
@@ -269,7 +269,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 def print_influence(table: pa.Table, baseline: str) -> None:
     """Print a summary of an influence table."""
-    from montessori_core.screening import screening_report
+    from montessori_core.influence.screening import screening_report
 
     summary = summarize_influence(table, threshold_of(table, baseline))
     values = table["influence_student"].drop_null().to_numpy()

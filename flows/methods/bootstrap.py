@@ -6,9 +6,9 @@ import pyarrow.compute as pc
 
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.tailoring import measure, probe, write_training_set
-from montessori_core.schema import EXAMPLES, INFLUENCE, read_table
-from montessori_core.selection import upper_half
-from montessori_core.sources import Task
+from montessori_core.data.sources import Task
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table
+from montessori_core.influence.preferences import upper_half
 from tasks.stage import Step
 
 

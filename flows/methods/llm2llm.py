@@ -6,8 +6,8 @@ import pyarrow.compute as pc
 
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
-from montessori_core.schema import EXAMPLES, UTILITY, read_table
-from montessori_core.selection import upper_half
+from montessori_core.data.tables import EXAMPLES, UTILITY, read_table
+from montessori_core.influence.preferences import upper_half
 from tasks.synthesis import join_examples, synthesize
 from tasks.utility import measure_training_loss
 

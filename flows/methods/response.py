@@ -2,7 +2,7 @@
 
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.tailoring import probe, write_training_set
-from montessori_core.schema import EXAMPLES, read_table
+from montessori_core.data.tables import EXAMPLES, read_table
 from tasks.influence import collect_influence
 from tasks.stage import Step
 from tasks.synthesis import answer_again

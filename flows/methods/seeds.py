@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from montessori_core.schema import EXAMPLES, read_table
+from montessori_core.data.tables import EXAMPLES, read_table
 from tasks.run import Model, Run
 from tasks.stage import Step
 from tasks.students import train_student

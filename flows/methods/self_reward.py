@@ -12,8 +12,8 @@ from prefect.cache_policies import NO_CACHE
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
-from montessori_core.preferences import best_of_each_prompt
-from montessori_core.schema import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
+from montessori_core.data.tables import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
+from montessori_core.influence.preferences import best_of_each_prompt
 from tasks.stage import Step
 from tasks.synthesis import answer_again, join_examples
 from tasks.teachers import collect_utility_preferences, update_teacher

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from montessori_core.config import Endpoint
-from montessori_core.sources import Task
+from montessori_core.data.sources import Task
 from tasks.approval import approve_update
 from tasks.influence import collect_influence
 from tasks.run import Model

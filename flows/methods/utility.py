@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.tailoring import Probed, probe, write_training_set
-from montessori_core.schema import UTILITY_PREFERENCES
+from montessori_core.data.tables import UTILITY_PREFERENCES
 from tasks.stage import Step
 from tasks.teachers import collect_utility_preferences, update_teacher
 from tasks.utility import ask_judge, measure_in_context, measure_training_loss

@@ -1,7 +1,6 @@
 """Influence and held-out loss on a node: the programs behind the influence and evaluation stages."""
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,20 @@ from typing import Any
 import torch
 
 from montessori_core import programs
-from montessori_core.chat import Encoded, encode_example
-from montessori_core.errors import DataError
+from montessori_core.data.sources import Task, load_tasks
+from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
-from montessori_core.influence.estimators import InfluenceMeter
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import GB, Shape, plan_memory
+from montessori_core.influence.meter import InfluenceMeter
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
-from montessori_core.influence_table import noted_schema
-from montessori_core.models import check_tokenizer, load_model, load_tokenizer
+from montessori_core.influence.table import noted_schema
+from montessori_core.models.chat import encode_example, encode_tasks
+from montessori_core.models.device import compute_device
+from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
-from montessori_core.schema import REFERENCE_LOSS
-from montessori_core.sources import Task, load_tasks
 from montessori_core.training.moments import cold_moments, load_moments
 
 log = logging.getLogger(__name__)
@@ -142,28 +141,3 @@ def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]
             recorder.progress(done)
 
     return RowProgram(REFERENCE_LOSS, compute)
-
-
-def compute_device() -> torch.device:
-    """The GPU of this process if it has one, else the CPU. On a GPU, kernels are chosen that repeat to the last bit."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device("cuda")
-
-
-def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
-    """Human-written tasks as the student sees them; `field` names the set in errors.
-
-    Raises:
-        DataError: a task has no response token within `max_length`.
-    """
-    encoded = [encode_example(tokenizer, task.text, task.response, max_length) for task in tasks]
-    empty = [task.id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
-    if empty:
-        raise DataError(
-            f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "
-            f"{empty[0]}; raise max_length or shorten them"
-        )
-    return encoded

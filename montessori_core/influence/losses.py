@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from montessori_core.chat import IGNORED, Encoded
 from montessori_core.errors import UserError
+from montessori_core.models.chat import IGNORED, Encoded
 
 LOGITS_AT_A_TIME = 1 << 26
 """Elements of the largest tensor of vocabulary size: 256 MB in fp32."""

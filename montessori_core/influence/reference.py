@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from montessori_core.chat import Encoded
 from montessori_core.influence.losses import Batch, TokenLosses, group_by_length, make_batch
+from montessori_core.models.chat import Encoded
 from montessori_core.program import Report
 
 _ORDER_SEED = 20250211  # any; the order must be the same for every worker
@@ -65,17 +65,17 @@ def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> floa
     return abs(first * weight - second / weight)
 
 
-def rounding_noise(student: Loss, disturbed: Loss, reduction: str) -> float:
+def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
     """Two standard deviations of what rounding adds to an influence, nats.
 
     Args:
         student: the loss of some weights.
-        disturbed: the loss after these weights moved by their rounding error, which renews the rounding of all that is
+        perturbed: the loss after these weights moved by their rounding error, which renews the rounding of all that is
             computed from them as well. Each reference example is a draw of that noise; what all of them share is the
             weights' own.
         reduction: of the reference loss.
     """
-    differences = influence_by_example(student, disturbed, reduction)
+    differences = influence_by_example(student, perturbed, reduction)
     independent = float(differences.square().mean().sqrt()) / math.sqrt(len(differences))
     return 2.0 * max(abs(float(differences.mean())), independent)
 

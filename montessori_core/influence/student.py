@@ -95,9 +95,9 @@ class ResidentStudent:
         """Move the weights by one step on an example. A loss that is not finite moves nothing."""
         return self._backward(batch, self._step)
 
-    def disturb(self) -> None:
-        """Move the weights by what rounding them may have done: see `disturb_weights`."""
-        disturb_weights(self.parameters)
+    def perturb(self) -> None:
+        """Move the weights by what rounding them may have done: see `perturb_weights`."""
+        perturb_weights(self.parameters)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -212,7 +212,7 @@ def _sums(projections: Sequence[Sequence[float]], count: int) -> list[float]:
 
 
 @torch.no_grad()
-def disturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
+def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
     """Move each weight to a neighbouring number of its type with probability 1/12, up or down: the variance of rounding."""
     for number, parameter in enumerate(parameters.values()):
         generator = torch.Generator(parameter.device).manual_seed(number)

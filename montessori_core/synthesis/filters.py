@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from montessori_core.config import Filters
-from montessori_core.nomad import CODE, INCOMPLETE, REPETITION
-from montessori_core.rouge import Accepted, f_measure
+from montessori_core.data.rouge import RougeIndex, f_measure
 from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
 
 _TAGGED = re.compile(f"{re.escape(OPEN)}((?:(?!{re.escape(OPEN)}).)*?){re.escape(CLOSE)}", re.DOTALL)
@@ -32,6 +31,9 @@ LIKE_DEMONSTRATION = "too similar to a demonstration"
 LIKE_ACCEPTED = "too similar to an accepted instruction"
 EMPTY_RESPONSE = "empty response"
 SURPLUS = "more than asked for"
+INCOMPLETE = "no complete conversation"
+REPETITION = "repeats itself"
+CODE = "about code"
 REASONS = (
     NO_TAGS,
     TOO_SHORT,
@@ -73,7 +75,7 @@ def collapse_blanks(text: str, keep_newlines: bool) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines)).strip()
 
 
-def judge_form(instruction: str | None, filters: Filters) -> str | None:
+def reject_reason(instruction: str | None, filters: Filters) -> str | None:
     """Why an instruction is rejected whatever the others are; None if it is not."""
     if instruction is None:
         return NO_TAGS
@@ -88,8 +90,8 @@ def judge_form(instruction: str | None, filters: Filters) -> str | None:
     return None
 
 
-def judge_candidates(
-    raw_outputs: Sequence[str], prompts: Sequence[Prompt], style: str, filters: Filters, accepted: Accepted
+def filter_candidates(
+    raw_outputs: Sequence[str], prompts: Sequence[Prompt], style: str, filters: Filters, accepted: RougeIndex
 ) -> list[Verdict]:
     """Judge candidates in order; `accepted` grows by those that pass.
 
@@ -101,7 +103,7 @@ def judge_candidates(
         accepted: every instruction accepted before, its limit the same as the filters'.
     """
     instructions = [extract_instruction(raw, style, filters.keep_newlines) for raw in raw_outputs]
-    rejections = [judge_form(instruction, filters) for instruction in instructions]
+    rejections = [reject_reason(instruction, filters) for instruction in instructions]
     for index, (instruction, prompt) in enumerate(zip(instructions, prompts, strict=True)):
         if rejections[index] is None and instruction is not None:
             similarity = max(f_measure(instruction, task.text) for task in prompt.demonstrations)

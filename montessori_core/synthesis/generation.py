@@ -7,13 +7,9 @@ on what else is generated. (The probabilities themselves vary in the last bits w
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from montessori_core.config import Sampling
-
-Form = Literal["tagged", "whole", "request", "reply"]
-"""A tagged or whole text is continued as it stands, after the token that texts begin with, a tagged one up to the closing
-tag. A request is put by the template, and so is what follows a request and its answer, to get a reply."""
 
 
 @dataclass(frozen=True)

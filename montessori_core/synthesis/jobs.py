@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
-from montessori_core.api import Question, open_api
-from montessori_core.chat import (
+from montessori_core.data.tables import GENERATION
+from montessori_core.judging.client import Question, open_client
+from montessori_core.models.chat import (
     hash_vocabulary,
     mark_control_tokens,
     render_conversation,
     render_prompt,
     text_beginning,
 )
-from montessori_core.models import load_tokenizer
+from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
-from montessori_core.schema import GENERATION
-from montessori_core.synthesis.generation import Form, Generated, Request, Step, open_engine
+from montessori_core.programs import Form
+from montessori_core.synthesis.generation import Generated, Request, Step, open_engine
 from montessori_core.synthesis.prompts import CLOSE
 
 
@@ -112,11 +113,11 @@ def _render(tokenizer: Any, row: Row, form: Form) -> str:
 def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, Path]) -> RowProgram:
     """Open a teacher behind an API.
 
-    The repetition penalty of the sampling is left out: the protocol has none. Inputs: see `open_api`. Rows: as for
+    The repetition penalty of the sampling is left out: the protocol has none. Inputs: see `open_client`. Rows: as for
     `open_generation`, of which each seed is a draw. Rows need no drafts: the API's cache keeps every answer.
     """
     sampling = settings.sampling
-    api = open_api(settings, inputs)
+    api = open_client(settings, inputs)
 
     def compute(rows: list[Row], recorder: Recorder) -> None:
         questions = [

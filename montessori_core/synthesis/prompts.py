@@ -1,12 +1,12 @@
 """The teacher's prompt p: a request and eight demonstrations (Section 4, Figure 13)."""
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from montessori_core.config import Synthesis
-from montessori_core.sources import Task
+from montessori_core.data.sources import Task
+from montessori_core.seeding import seed_of
 from montessori_core.synthesis.paper_request import PAPER_REQUEST
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
@@ -42,11 +42,6 @@ class Prompt:
     id: str
     demonstrations: tuple[Task, ...]
     text: str
-
-
-def seed_of(*parts: object) -> int:
-    """A seed that depends on nothing but `parts`, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 def check_decoding(settings: Synthesis) -> list[str]:

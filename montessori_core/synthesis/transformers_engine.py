@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from montessori_core.chat import encode_rendered
 from montessori_core.config import Sampling
 from montessori_core.errors import UserError
-from montessori_core.models import load_model
+from montessori_core.models.chat import encode_rendered
+from montessori_core.models.load import load_model
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, RowCache, fits_row_cache

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 
-from montessori_core import flops
-from montessori_core.chat import encode_rendered
 from montessori_core.config import Sampling
-from montessori_core.models import fetch_model
+from montessori_core.models import flops
+from montessori_core.models.chat import encode_rendered
+from montessori_core.models.fetch import fetch_model
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 

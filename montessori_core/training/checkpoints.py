@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from montessori_core.atomic import hash_json
-from montessori_core.models import fingerprint
+from montessori_core.files import hash_json
+from montessori_core.models.fetch import fingerprint
 from montessori_core.program import Row
-from montessori_core.training.files import CHECKPOINT_SECONDS, CHECKPOINTS
+from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
 
 log = logging.getLogger(__name__)
 

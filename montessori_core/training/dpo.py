@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
-from montessori_core.chat import encode_plain, encode_rendered, hash_vocabulary
 from montessori_core.errors import DataError
-from montessori_core.models import load_model, load_tokenizer
+from montessori_core.models.chat import encode_plain, encode_rendered, hash_vocabulary
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.program import Compute, Report, Row
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (

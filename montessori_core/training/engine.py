@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.config import Optimization, Zero
-from montessori_core.models import write_fingerprint
+from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
+from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import evenly_spread, last_whole
-from montessori_core.training.files import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.training.masters import MastersCallback, gather_masters
 from montessori_core.training.schedule import rate_factor
 

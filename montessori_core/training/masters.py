@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from montessori_core.fingerprints import ADAPTER
-from montessori_core.models import load_model
-from montessori_core.training.files import MOMENTS_FILE
+from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.fingerprints import ADAPTER
+from montessori_core.models.load import load_model
 
 log = logging.getLogger(__name__)
 

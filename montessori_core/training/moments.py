@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from montessori_core.atomic import hash_json
 from montessori_core.errors import DataError
-from montessori_core.training.files import MOMENTS_FILE
+from montessori_core.files import hash_json
+from montessori_core.layout import MOMENTS_FILE
 from montessori_core.training.masters import trained_parameters, whole
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}

@@ -1,4 +1,4 @@
-"""The learning rate's course: warm-up, stable, decay (WSD; Appendix A and Table 4)."""
+"""When a training changes its learning rate (WSD; Appendix A and Table 4), and when it saves a checkpoint."""
 
 from montessori_core.config import Schedule
 
@@ -17,3 +17,7 @@ def rate_factor(step: int, steps: int, schedule: Schedule) -> float:
     if remaining > decay:
         return 1.0
     return schedule.final + (1.0 - schedule.final) * (remaining - 1) / decay
+
+
+CHECKPOINTS = 10  # evenly spread over a training
+CHECKPOINT_SECONDS = 60.0  # after which one more is saved, unless saving takes long

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from montessori_core import flops
-from montessori_core.chat import IGNORED
 from montessori_core.errors import UserError
+from montessori_core.models import flops
+from montessori_core.models.chat import IGNORED
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from montessori_core import programs
-from montessori_core.chat import IGNORED, Encoded, encode_example
 from montessori_core.errors import DataError
-from montessori_core.models import check_tokenizer, load_model, load_tokenizer, with_lora
-from montessori_core.nomad import encode_conversation
+from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer, with_lora
 from montessori_core.program import Compute, Report, Row
+from montessori_core.synthesis.nomad import encode_conversation
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
     PlainAdamW,

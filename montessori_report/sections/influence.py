@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from montessori_core import formatting
 from montessori_core.formatting import UNKNOWN, Unit, count
-from montessori_core.influence_table import domination_warning
+from montessori_core.influence.table import domination_warning
 from montessori_report.figures import (
     AFTER,
     BEFORE,

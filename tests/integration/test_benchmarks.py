@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from montessori_core.atomic import read_json
-from montessori_core.benchmarks import harness
-from montessori_core.benchmarks.harness import open_harness, open_items
-from montessori_core.benchmarks.scores import item_scores, mean_over_seeds, score
 from montessori_core.config import parse_experiment
+from montessori_core.data.tables import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
 from montessori_core.errors import ConfigError, DataError
+from montessori_core.evaluation import harness
+from montessori_core.evaluation.harness import open_harness, open_items
+from montessori_core.evaluation.scores import item_scores, mean_over_seeds, score
+from montessori_core.files import read_json
 from montessori_core.program import Row
 from montessori_core.programs import Harness, NoSettings
-from montessori_core.schema import ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, table_from_rows
 from support import ROOT
 from support.judges import KEY, QUESTIONS, Judge, judged
 from support.row_programs import Interrupted, as_compute, interrupt_at

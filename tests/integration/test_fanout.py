@@ -27,9 +27,9 @@ from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
 from cluster.usage import use_of
 from cluster.worker import _compute_shards
-from montessori_core.atomic import commit, hash_path, read_json, write_json
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.program import Row
 from support import squares
 from support.squares import (

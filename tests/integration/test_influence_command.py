@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
-from montessori_core.models import load_model
-from montessori_core.schema import INFLUENCE, read_table
+from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.models.load import load_model
 from montessori_core.training.moments import Moments, cold_moments, save_moments
 from support import ROOT
 from support.runs import call, invoke

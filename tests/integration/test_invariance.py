@@ -10,11 +10,11 @@ from cluster.fanout import fan_out
 from cluster.stage import Stage, cut_into_shards
 from montessori_core import programs
 from montessori_core.config import Cluster, Influence, Resources, Warmup
+from montessori_core.data.sources import Task, write_tasks
+from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.influence.jobs import open_reference_loss
-from montessori_core.influence_table import join_influence
+from montessori_core.influence.table import join_influence
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, write_table
-from montessori_core.sources import Task, write_tasks
 from support.row_programs import Interrupted, as_compute, interrupt_at
 
 DRAW = random.Random(5)

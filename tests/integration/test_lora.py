@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
-from montessori_core.chat import encode_example
 from montessori_core.config import Cluster, Lora, Resources, Warmup, Zero
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
-from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
+from montessori_core.models.chat import encode_example
+from montessori_core.models.fetch import fingerprint
+from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
 

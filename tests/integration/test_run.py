@@ -13,10 +13,10 @@ from cluster.simulation import Disturbances, Machines
 from cluster.stage import Stage
 from cluster.status import stages_of
 from flows.forecast import costs_may_differ, forecast, planned_stages
-from montessori_core import schema
 from montessori_core.config import Experiment, Preferences
+from montessori_core.data import tables as schema
 from montessori_core.errors import UserError
-from montessori_core.screening import screening_report
+from montessori_core.influence.screening import screening_report
 from support.judges import QUESTIONS, Judge, judged
 from support.runs import call, digests, finish_lean, invoke
 from tasks.run import Run, reopen_run

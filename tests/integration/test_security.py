@@ -15,9 +15,9 @@ from flows.cli import app
 from flows.cli.console import console
 from flows.cli.tables import print_evaluation
 from flows.evaluation import RESULT
-from montessori_core.chat import IGNORED, encode_example
 from montessori_core.errors import UserError
-from montessori_core.models import load_model, load_tokenizer
+from montessori_core.models.chat import IGNORED, encode_example
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.training.checkpoints import checkpoint_folder
 from support import CONFIGS
 from support.runs import invoke

@@ -20,11 +20,9 @@ from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method
 from montessori_core import programs
-from montessori_core.atomic import read_json
-from montessori_core.errors import ConfigError
-from montessori_core.models import load_tokenizer
-from montessori_core.preferences import best_of_each_prompt, pair_by_utility, pair_extremes, write_preferences
-from montessori_core.schema import (
+from montessori_core.config import read_study
+from montessori_core.data.sources import Task, write_tasks
+from montessori_core.data.tables import (
     EXAMPLES,
     GENERATION,
     INFLUENCE,
@@ -38,11 +36,19 @@ from montessori_core.schema import (
     table_from_rows,
     write_table,
 )
-from montessori_core.selection import upper_half
-from montessori_core.sources import Task, write_tasks
-from montessori_core.study import Outcome, compare_outcomes, read_study
+from montessori_core.errors import ConfigError
+from montessori_core.evaluation.statistics import Outcome, compare_outcomes
+from montessori_core.files import read_json
+from montessori_core.influence.preferences import (
+    best_of_each_prompt,
+    pair_by_utility,
+    pair_extremes,
+    upper_half,
+    write_preferences,
+)
+from montessori_core.influence.signals import open_in_context, open_training_loss
+from montessori_core.models.load import load_tokenizer
 from montessori_core.training.dpo import encode_pair
-from montessori_core.utility import open_in_context, open_training_loss
 from support import CONFIGS, ROOT
 from support.judges import JudgeServer
 from support.row_programs import as_compute

@@ -19,16 +19,17 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, Tr
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import RowClock, Stage
 from montessori_core import programs
-from montessori_core.chat import encode_example, hash_vocabulary
 from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
-from montessori_core.models import fingerprint, load_model, load_tokenizer, with_lora
+from montessori_core.layout import LOG_FILE
+from montessori_core.models.chat import encode_example, hash_vocabulary
+from montessori_core.models.fetch import fingerprint
+from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Program, Row, SettingsT
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.engine import ProgressCallback
-from montessori_core.training.files import LOG_FILE
 from montessori_core.training.moments import Moments, load_moments, weights_checksums
 from montessori_core.training.schedule import rate_factor
 from support import ROOT

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from montessori_core.atomic import commit
-from montessori_core.models import cache_root, fetch_embedded
+from montessori_core.files import cache_root, commit
+from montessori_core.models.embedded import fetch_embedded
 
 _VERBS = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
 _THINGS = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
@@ -95,9 +95,9 @@ def _train_talking_llama(tiny_llama: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from montessori_core.chat import IGNORED
     from montessori_core.config import DataSource, Synthesis
-    from montessori_core.sources import read_tasks
+    from montessori_core.data.sources import read_tasks
+    from montessori_core.models.chat import IGNORED
     from montessori_core.synthesis.prompts import CLOSE, build_prompts
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -128,9 +128,9 @@ def _train_explaining_llama(tiny_llama: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from montessori_core.chat import encode_example
     from montessori_core.config import DataSource, Synthesis
-    from montessori_core.sources import read_tasks
+    from montessori_core.data.sources import read_tasks
+    from montessori_core.models.chat import encode_example
     from montessori_core.synthesis.prompts import CLOSE, OPEN, build_prompts
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -162,8 +162,8 @@ def _train_judging_llama(talking_llama: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from montessori_core.chat import encode_example
-    from montessori_core.judging import question_about
+    from montessori_core.judging.points import question_about
+    from montessori_core.models.chat import encode_example
 
     model = AutoModelForCausalLM.from_pretrained(talking_llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(talking_llama)

@@ -9,13 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from montessori_core.atomic import write_json
-from montessori_core.benchmarks import scores
-from montessori_core.benchmarks.scores import score as benchmark_score
-from montessori_core.config import Preferences, parse, parse_experiment, write_yaml
-from montessori_core.influence_table import note_influence
-from montessori_core.preferences import pair_by_influence, write_preferences
-from montessori_core.schema import (
+from montessori_core.config import Preferences, Study, parse, parse_experiment, write_yaml
+from montessori_core.data.tables import (
     EXAMPLES,
     INFLUENCE,
     INSTRUCTIONS,
@@ -25,7 +20,12 @@ from montessori_core.schema import (
     table_from_rows,
     write_table,
 )
-from montessori_core.study import Outcome, Study, compare_outcomes
+from montessori_core.evaluation import scores
+from montessori_core.evaluation.scores import score as benchmark_score
+from montessori_core.evaluation.statistics import Outcome, compare_outcomes
+from montessori_core.files import write_json
+from montessori_core.influence.preferences import pair_by_influence, write_preferences
+from montessori_core.influence.table import note_influence
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS
 from montessori_report.run_page import render_report
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from flows.methods import REGISTRY
-from montessori_core.sources import Task
+from montessori_core.data.sources import Task
 from support import ROOT
 from support.judges import JudgeServer
 from support.runs import configuration

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from montessori_core.benchmarks.alpaca_eval import (
+from montessori_core.data.tables import PAIRWISE, table_from_rows
+from montessori_core.errors import DataError, UserError
+from montessori_core.evaluation.alpaca_eval import (
     WinRates,
     comparisons,
     length_controlled_win_rate,
@@ -18,9 +20,7 @@ from montessori_core.benchmarks.alpaca_eval import (
     summarize,
     win_rate,
 )
-from montessori_core.benchmarks.scores import win_rate_scores
-from montessori_core.errors import DataError, UserError
-from montessori_core.schema import PAIRWISE, table_from_rows
+from montessori_core.evaluation.scores import win_rate_scores
 
 SHARED = Path(os.environ.get("MONTESSORI_SHARED_DATA", "no folder named"))
 PUBLIC = SHARED / "alpaca_eval_annotations_FuseChat-Llama-3.2-1B-Instruct.jsonl"

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from montessori_core.chat import (
+from montessori_core.errors import UserError
+from montessori_core.models.chat import (
     IGNORED,
+    LLAMA3_STYLE_TEMPLATE,
     Encoded,
     encode_example,
     encode_plain,
@@ -19,8 +21,7 @@ from montessori_core.chat import (
     render_conversation,
     render_prompt,
 )
-from montessori_core.errors import UserError
-from montessori_core.models import LLAMA3_STYLE_TEMPLATE, load_tokenizer
+from montessori_core.models.load import load_tokenizer
 
 TRIMMING = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"

@@ -31,11 +31,11 @@ from montessori_core.config import (
     parse_experiment,
     read_cluster,
     read_experiment,
+    read_study,
     to_yaml,
     write_yaml,
 )
 from montessori_core.errors import ConfigError
-from montessori_core.study import read_study
 from montessori_core.synthesis.prompts import check_decoding
 from support import CONFIGS
 from tasks.influence import influence_settings

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_core.benchmarks.contamination import overlapping
+from montessori_core.data.contamination import overlapping
 
 WORDS = st.lists(st.text("abc1", min_size=1, max_size=2), min_size=1, max_size=12)
 N = st.integers(1, 8)

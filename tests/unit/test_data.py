@@ -15,19 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_core.benchmarks.alpaca_eval import read_difficulties, read_outputs
-from montessori_core.benchmarks.mt_bench import read_dialogues
 from montessori_core.config import DataSource, Experiment, Student, Teacher
+from montessori_core.data.rouge import f_measure
+from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
+from montessori_core.data.tables import GENERATION, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
-from montessori_core.rouge import f_measure
-from montessori_core.schema import GENERATION, read_table, table_from_rows, write_table
-from montessori_core.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
+from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outputs
+from montessori_core.judging.mt_bench import read_dialogues
 
 EXPERIMENT = Experiment(teacher=Teacher(model="t"), student=Student(model="s"))
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    text = (files("montessori_core") / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    text = (files("montessori_core") / "data" / "builtin" / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -131,7 +131,7 @@ def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.Monk
     (folder / "train.jsonl").write_text('{"instruction": "Name a colour.", "output": "Red."}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    from montessori_core import sources
+    from montessori_core.data import sources
 
     found = list(sources._hub_rows(DataSource(path="group/tasks"), "reference"))
     assert found[0][1]["instruction"] == "Name a colour."

@@ -16,10 +16,9 @@ import typer
 import yaml
 
 from flows.cli import app
-from montessori_core.config import DataSource, Experiment
+from montessori_core.config import DataSource, Experiment, Study
+from montessori_core.data.sources import read_tasks
 from montessori_core.errors import DataError
-from montessori_core.sources import read_tasks
-from montessori_core.study import Study
 from support import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

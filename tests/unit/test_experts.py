@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from montessori_core.chat import IGNORED, Encoded
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
+from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.training.moments import Moments
 
 CPU = torch.device("cpu")

@@ -7,17 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.config import Filters
-from montessori_core.rouge import Accepted
-from montessori_core.sources import Task
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.sources import Task
 from montessori_core.synthesis import filters
-from montessori_core.synthesis.filters import collapse_blanks, extract_instruction, judge_candidates
+from montessori_core.synthesis.filters import collapse_blanks, extract_instruction, filter_candidates
 from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
 
 PROMPT = Prompt("p0", (Task("s1", "Name the capital of Norway and one of its museums."),), "...")
 
 
 def judge(*outputs: str, style: str = "chat") -> list[str | None]:
-    verdicts = judge_candidates(outputs, [PROMPT] * len(outputs), style, Filters(), Accepted())
+    verdicts = filter_candidates(outputs, [PROMPT] * len(outputs), style, Filters(), RougeIndex())
     return [verdict.rejection for verdict in verdicts]
 
 
@@ -66,7 +66,7 @@ PIECES = st.text(max_size=10) | st.sampled_from([OPEN, CLOSE, "Name three rivers
 @pytest.mark.guarantee("text shaped like instructions, tags or shell")
 @given(st.lists(PIECES, max_size=12).map("".join), st.sampled_from(["chat", "completion"]), st.booleans())
 def test_any_text_gets_a_verdict(text: str, style: str, keep_newlines: bool) -> None:
-    (verdict,) = judge_candidates([text], [PROMPT], style, Filters(keep_newlines=keep_newlines), Accepted())
+    (verdict,) = filter_candidates([text], [PROMPT], style, Filters(keep_newlines=keep_newlines), RougeIndex())
     if verdict.instruction is not None:
         assert OPEN not in verdict.instruction
         assert CLOSE not in verdict.instruction

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from montessori_core.errors import DataError
-from montessori_core.fingerprints import hash_model, hash_tensors
-from montessori_core.models import load_tokenizer
+from montessori_core.models.fingerprints import hash_model, hash_tensors
+from montessori_core.models.load import load_tokenizer
 
 SAVE = """
 import sys

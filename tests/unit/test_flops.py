@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from montessori_core import flops
-from montessori_core.chat import encode_example
 from montessori_core.config import Sampling
 from montessori_core.influence.losses import TokenLosses, make_batch
-from montessori_core.models import load_model, load_tokenizer
+from montessori_core.models import flops
+from montessori_core.models.chat import encode_example
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 

@@ -25,14 +25,14 @@ from transformers import (
     PhiConfig,
 )
 
-from montessori_core.chat import hash_vocabulary
 from montessori_core.config import DataSource, Sampling, Synthesis
+from montessori_core.data.sources import Task, read_tasks
+from montessori_core.data.tables import GENERATION
 from montessori_core.errors import UserError
-from montessori_core.models import load_tokenizer
+from montessori_core.models.chat import hash_vocabulary
+from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import ApiGeneration, Generation
-from montessori_core.schema import GENERATION
-from montessori_core.sources import Task, read_tasks
 from montessori_core.synthesis import jobs, row_cache, transformers_engine
 from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation

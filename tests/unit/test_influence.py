@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from montessori_core.chat import IGNORED, Encoded
 from montessori_core.errors import DataError
 from montessori_core.influence import (
     AdamW,
@@ -29,6 +28,7 @@ from montessori_core.influence.losses import TokenLosses, example_loss, make_bat
 from montessori_core.influence.reference import error_by_halves
 from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
+from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums
 
 CPU = torch.device("cpu")
@@ -164,10 +164,10 @@ def test_influence_does_not_depend_on_what_was_measured_before(warm: Any, tiny_l
 @pytest.mark.slow
 def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
     """On the real student, with real reference examples and the paper's rate for small models."""
-    from montessori_core.chat import encode_example
     from montessori_core.config import DataSource
-    from montessori_core.models import load_tokenizer
-    from montessori_core.sources import read_tasks
+    from montessori_core.data.sources import read_tasks
+    from montessori_core.models.chat import encode_example
+    from montessori_core.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(smollm2))
     tasks = read_tasks(DataSource(path="builtin", limit=14), "reference", with_response=True)

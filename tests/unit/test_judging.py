@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_core.api import Answer, AnswerCache, Api, Question
+from montessori_core.data.tables import UTILITY, read_table
 from montessori_core.errors import UserError
-from montessori_core.judging import open_judge, question_about, read_score
+from montessori_core.judging.client import Answer, AnswerCache, CachedClient, Question
+from montessori_core.judging.points import open_judge, question_about, read_score
 from montessori_core.programs import Judging
-from montessori_core.schema import UTILITY, read_table
 from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
 from support.row_programs import as_compute
 
@@ -26,8 +26,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JudgeSer
     yield from served(JudgeServer(), monkeypatch, tmp_path)
 
 
-def api(server: JudgeServer, folder: Path, **fields: Any) -> Api:
-    return Api(endpoint(server, **fields), "test", AnswerCache(folder / "answers.sqlite"))
+def api(server: JudgeServer, folder: Path, **fields: Any) -> CachedClient:
+    return CachedClient(endpoint(server, **fields), "test", AnswerCache(folder / "answers.sqlite"))
 
 
 def questions(count: int) -> list[Question]:

@@ -12,12 +12,11 @@ from flows.methods import nomad as nomad_method
 from flows.methods.environment import Feedback, Proposal, Round
 from flows.methods.tailoring import Probed
 from flows.study import open_study
-from montessori_core.config import Optimization, Sampling, parse_experiment
+from montessori_core.config import Optimization, Sampling, Study, parse_experiment
+from montessori_core.data.sources import Task, write_tasks
+from montessori_core.data.tables import EXAMPLES, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.program import Row
-from montessori_core.schema import EXAMPLES, read_table, table_from_rows, write_table
-from montessori_core.sources import Task, write_tasks
-from montessori_core.study import Study
 from tasks import nomad
 from tasks.benchmarks import Measured
 from tasks.evaluation import Evaluated

@@ -15,8 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_core.api import Answer
-from montessori_core.benchmarks.mt_bench import (
+from montessori_core.config import parse_experiment
+from montessori_core.data.tables import MT_BENCH, read_table, table_from_rows
+from montessori_core.errors import DataError
+from montessori_core.judging.client import Answer
+from montessori_core.judging.mt_bench import (
     Dialogue,
     Score,
     judgements,
@@ -25,13 +28,10 @@ from montessori_core.benchmarks.mt_bench import (
     read_rating,
     summarize,
 )
-from montessori_core.benchmarks.published_prompts import ALPACA_EVAL
-from montessori_core.benchmarks.published_prompts import MT_BENCH as PUBLISHED
-from montessori_core.config import parse_experiment
-from montessori_core.errors import DataError
+from montessori_core.judging.published_prompts import ALPACA_EVAL
+from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.program import Row
 from montessori_core.programs import MT_BENCH_JUDGE
-from montessori_core.schema import MT_BENCH, read_table, table_from_rows
 from support.judges import JudgeServer, completion, open_with, send, served
 from tasks import benchmarks
 from tasks.run import Model, Run

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from montessori_core import models
-from montessori_core.chat import IGNORED, text_beginning
-from montessori_core.models import load_model, load_tokenizer
-from montessori_core.nomad import (
-    CODE,
-    INCOMPLETE,
-    REPETITION,
+from montessori_core.data.sources import Task, write_tasks
+from montessori_core.data.tables import SIMILARITY, read_table
+from montessori_core.models.chat import IGNORED, text_beginning
+from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.programs import Similarity
+from montessori_core.synthesis.filters import CODE, INCOMPLETE, REPETITION
+from montessori_core.synthesis.nomad import (
     USER,
     Conversation,
     encode_conversation,
@@ -25,9 +25,6 @@ from montessori_core.nomad import (
     open_norm_sim,
     read_conversation,
 )
-from montessori_core.programs import Similarity
-from montessori_core.schema import SIMILARITY, read_table
-from montessori_core.sources import Task, write_tasks
 from support.row_programs import as_compute
 
 
@@ -148,7 +145,7 @@ def test_norm_sim_reads_control_tokens_as_characters(
         )
         return model
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr("montessori_core.models.load.load_model", load)
     text = f"Say {control} aloud."
     write_tasks([Task("r", text, "Yes."), Task("s", "Name a river.", "The Danube.")], tmp_path / "real.jsonl")
     compute = as_compute(

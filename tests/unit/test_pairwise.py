@@ -10,18 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_core.api import Answer
-from montessori_core.benchmarks.alpaca_eval import summarize
-from montessori_core.benchmarks.pairwise import (
-    comparison,
-    outcome_of,
-    read_preference,
-    read_probability,
-)
-from montessori_core.benchmarks.published_prompts import ALPACA_EVAL
+from montessori_core.data.tables import PAIRWISE, read_table
+from montessori_core.evaluation.alpaca_eval import summarize
+from montessori_core.judging.client import Answer
+from montessori_core.judging.pairwise import comparison, outcome_of, read_preference, read_probability
+from montessori_core.judging.published_prompts import ALPACA_EVAL
 from montessori_core.program import Row
 from montessori_core.programs import PAIRWISE_JUDGE
-from montessori_core.schema import PAIRWISE, read_table
 from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, send, served
 
 

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Preferences
-from montessori_core.influence_table import join_influence, note_influence
-from montessori_core.pilot import foretell_pairs, measure_after_pilot, pilot_size
+from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
+from montessori_core.influence.pilot import foretell_pairs, measure_after_pilot, pilot_size
+from montessori_core.influence.table import join_influence, note_influence
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, table_from_rows, write_table
 
 
 def rows(count: int, of_prompt: int = 4) -> list[Row]:

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from flows.prefect_yaml import find_deployments, read_deployments
+from montessori_core.config import Study, read_study
 from montessori_core.errors import ConfigError
-from montessori_core.study import Study, read_study
 from support import CONFIGS, ROOT
 
 

@@ -12,18 +12,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from montessori_core import preferences, schema
 from montessori_core.config import Preferences
+from montessori_core.data import tables
+from montessori_core.data.tables import (
+    EXAMPLES,
+    INFLUENCE,
+    PREFERENCES,
+    check,
+    read_table,
+    table_from_rows,
+    write_table,
+)
 from montessori_core.errors import DataError
-from montessori_core.influence_table import (
+from montessori_core.influence import preferences
+from montessori_core.influence.preferences import pair_by_influence, threshold_of, thresholds_of, write_preferences
+from montessori_core.influence.table import (
     domination_warning,
     influence_note,
     join_influence,
     note_influence,
     summarize_influence,
 )
-from montessori_core.preferences import pair_by_influence, threshold_of, thresholds_of, write_preferences
-from montessori_core.schema import EXAMPLES, INFLUENCE, PREFERENCES, check, read_table, table_from_rows, write_table
 
 
 def examples(*ids: str) -> pa.Table:
@@ -237,7 +246,7 @@ def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences
 def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
 ) -> None:
-    monkeypatch.setattr(schema, "ROW_GROUP", group)
+    monkeypatch.setattr(tables, "ROW_GROUP", group)
     monkeypatch.setattr(preferences, "ROW_GROUP", group)
     for seed in range(30):
         draw = random.Random(seed)
@@ -286,9 +295,9 @@ GROWTH = """
 import json, re, sys
 from pathlib import Path
 from montessori_core.config import Preferences
-from montessori_core.influence_table import join_influence
-from montessori_core.preferences import pair_by_influence, write_preferences
-from montessori_core.schema import INFLUENCE, PREFERENCES, read_table, write_table
+from montessori_core.influence.table import join_influence
+from montessori_core.influence.preferences import pair_by_influence, write_preferences
+from montessori_core.data.tables import INFLUENCE, PREFERENCES, read_table, write_table
 
 folder = Path(sys.argv[1])
 write_table(join_influence(sorted(folder.glob("part-*"))), folder / "influence.parquet", INFLUENCE)

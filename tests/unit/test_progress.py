@@ -11,7 +11,7 @@ from cluster.fanout import Progress
 from cluster.progress import rows_per_second
 from cluster.records import Begun, Manifest
 from cluster.stage import RowClock
-from montessori_core.atomic import read_json
+from montessori_core.files import read_json
 from tasks.progress import ProgressBar
 
 

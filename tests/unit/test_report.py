@@ -17,18 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from montessori_core.atomic import write_json
-from montessori_core.benchmarks.scores import judged_benchmark
+from montessori_core.data.tables import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
-from montessori_core.preferences import threshold_of
-from montessori_core.schema import (
-    INFLUENCE,
-    INSTRUCTIONS,
-    PREFERENCES,
-    read_table,
-    table_from_rows,
-    write_table,
-)
+from montessori_core.evaluation.scores import judged_benchmark
+from montessori_core.files import write_json
+from montessori_core.influence.preferences import threshold_of
 from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS, TOO_SHORT
 from montessori_report.run_data import InfluenceData
 from montessori_report.run_page import render_report

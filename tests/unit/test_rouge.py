@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from montessori_core.rouge import Accepted, f_measure
+from montessori_core.data.rouge import RougeIndex, f_measure
 
 SCORER = RougeScorer(["rougeL"])
 WORDS = st.sampled_from(
@@ -44,12 +44,12 @@ def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[st
         expected.append(all(SCORER.score(other, text)["rougeL"].fmeasure <= limit for other in kept))
         if expected[-1]:
             kept.append(text)
-    assert Accepted(known, limit).add_all(texts) == expected
+    assert RougeIndex(known, limit).add_all(texts) == expected
 
 
 @given(variants(), LIMITS)
 def test_acceptance_and_nearest_of_variants_equal_comparing_every_pair(texts: list[str], limit: float) -> None:
-    accepted, kept = Accepted(max_rouge_l=limit), list[str]()
+    accepted, kept = RougeIndex(max_rouge_l=limit), list[str]()
     for text in texts:
         scores = [f_measure(other, text) for other in kept]
         above = [score for score in scores if score > limit]
@@ -62,21 +62,21 @@ def test_acceptance_and_nearest_of_variants_equal_comparing_every_pair(texts: li
 def test_nearest_is_the_first_of_the_most_similar() -> None:
     known = ["one two three four nine", "one two three four ten", "one two three four", "one two three four ten"]
     texts = ["one two three four eleven", known[1], "one two three four", "unseen words", "", "—"]
-    assert [Accepted(known).nearest(text) for text in texts] == [2, 1, 2, None, None, None]
-    assert Accepted([*known[:2], known[3]]).nearest(texts[0]) == 0
+    assert [RougeIndex(known).nearest(text) for text in texts] == [2, 1, 2, None, None, None]
+    assert RougeIndex([*known[:2], known[3]]).nearest(texts[0]) == 0
 
 
 def test_limit_is_exact_to_the_last_bit() -> None:
     for first, second in itertools.product(range(25, 40), repeat=2):
         texts = [" ".join(f"w{number}" for number in range(length)) for length in (first, second)]
         f = SCORER.score(*texts)["rougeL"].fmeasure
-        assert Accepted(texts[:1], f).nearest(texts[1]) is None
-        assert Accepted(texts[:1], math.nextafter(f, 0)).nearest(texts[1]) == 0, (first, second)
+        assert RougeIndex(texts[:1], f).nearest(texts[1]) is None
+        assert RougeIndex(texts[:1], math.nextafter(f, 0)).nearest(texts[1]) == 0, (first, second)
 
 
 def test_verdicts_do_not_depend_on_how_texts_arrive() -> None:
     texts = [f"explain topic {i % 97} with {i % 13} examples and {i % 5} remarks for class {i % 3}" for i in range(700)]
-    together = Accepted().add_all(texts)
-    one_by_one = Accepted()
+    together = RougeIndex().add_all(texts)
+    one_by_one = RougeIndex()
     assert [one_by_one.add_all([text])[0] for text in texts] == together
     assert 0 < sum(together) < len(texts)

@@ -21,8 +21,8 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from montessori_core.chat import IGNORED
 from montessori_core.errors import UserError
+from montessori_core.models.chat import IGNORED
 from montessori_core.training.scoring import pack_pairs, score_without_waste
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}

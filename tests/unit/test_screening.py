@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Influence, Preferences, Screening
-from montessori_core.influence_table import note_influence
-from montessori_core.preferences import Positions, pair_by_influence
+from montessori_core.data.tables import INFLUENCE, table_from_rows
+from montessori_core.influence.preferences import Positions, pair_by_influence
+from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
+from montessori_core.influence.table import note_influence
 from montessori_core.program import Row
-from montessori_core.schema import INFLUENCE, table_from_rows
-from montessori_core.screening import Agreement, conformal_width, draw_ids, screening_report
 from tasks.screening import estimate_influence
 
 SETTINGS = Screening(audit_examples=100)

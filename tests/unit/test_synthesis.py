@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Synthesis, parse_experiment
-from montessori_core.preferences import write_preferences
-from montessori_core.rouge import Accepted
-from montessori_core.schema import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
-from montessori_core.sources import Task
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.sources import Task
+from montessori_core.data.tables import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
+from montessori_core.influence.preferences import write_preferences
 from montessori_core.synthesis.prompts import build_prompts
 from tasks import synthesis
 from tasks.run import Model, Run
@@ -42,7 +42,7 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
     teacher = Model("t", "0")
     seeds = [Task(str(number), f"Task {number}") for number in range(8)]
     prompts = build_prompts(1, "chat", step.experiment.synthesis, seeds, [], seed=0)
-    candidates, _ = synthesis._write_instructions(step, teacher, "chat", prompts, "draw", Accepted([], 0.9), [])
+    candidates, _ = synthesis._write_instructions(step, teacher, "chat", prompts, "draw", RougeIndex([], 0.9), [])
     assert candidates[1]["instruction"] == "Why do many rivers differ in colour?"
     assert [candidate["rejection"] for candidate in candidates] == [None] * 3
     examples, _ = synthesis._write_responses(step, teacher, candidates, "draw", [])

@@ -23,9 +23,9 @@ from cluster.ledger import Ledger
 from cluster.stage import Stage
 from flows.methods import REGISTRY
 from montessori_core import programs
-from montessori_core.atomic import read_json
 from montessori_core.config import Cluster, Container, Resources, Slurm, TeacherUpdate, Zero
 from montessori_core.errors import UserError
+from montessori_core.files import read_json
 from montessori_core.program import Row
 from support import ROOT, studies
 from support import prefect_server as ui

@@ -15,11 +15,11 @@ import pytest
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.benchmarks.mt_bench import Dialogue, judgements, open_mt_bench_judge
 from montessori_core.config import Cluster, DataSource, Endpoint, Resources, Sampling, Synthesis
+from montessori_core.data.sources import read_tasks
+from montessori_core.data.tables import GENERATION, MT_BENCH, read_table
+from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench_judge
 from montessori_core.program import Row
-from montessori_core.schema import GENERATION, MT_BENCH, read_table
-from montessori_core.sources import read_tasks
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from support import ROOT
 from support.row_programs import as_compute

@@ -1,0 +1,64 @@
+"""The configuration of an experiment: frozen, validated, and described field by field.
+
+The descriptions are the documentation and the form a user fills in; units are part of them. Defaults follow the
+paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
+"""
+
+from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, read_cluster
+from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
+from montessori_core.config.experiment import DataSource, Experiment, parse_experiment, read_experiment
+from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential
+from montessori_core.config.models import Endpoint, Lora, Student, Teacher
+from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
+from montessori_core.config.study import Study, read_study
+from montessori_core.config.synthesis import Filters, Sampling, Synthesis
+from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
+from montessori_core.config.yaml import parse_yaml, read_overridden, to_yaml, write_yaml
+
+__all__ = [
+    "RUN_NAME",
+    "Baseline",
+    "Benchmarks",
+    "Cluster",
+    "Comparison",
+    "Container",
+    "Count",
+    "DataSource",
+    "Endpoint",
+    "Experiment",
+    "Filters",
+    "FolderName",
+    "HarnessTask",
+    "Influence",
+    "Lora",
+    "Nomad",
+    "Optimization",
+    "Preferences",
+    "Probability",
+    "Resources",
+    "Sampling",
+    "Schedule",
+    "Screening",
+    "Section",
+    "Sequential",
+    "Slurm",
+    "StageResources",
+    "Student",
+    "Study",
+    "Synthesis",
+    "Teacher",
+    "TeacherUpdate",
+    "Training",
+    "Warmup",
+    "Zero",
+    "differences",
+    "parse",
+    "parse_experiment",
+    "parse_yaml",
+    "read_cluster",
+    "read_experiment",
+    "read_overridden",
+    "read_study",
+    "to_yaml",
+    "write_yaml",
+]

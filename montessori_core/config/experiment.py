@@ -1,0 +1,129 @@
+"""An experiment: all sections, and the checks across them."""
+
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from montessori_core.config.cluster import Cluster, Resources
+from montessori_core.config.evaluation import Benchmarks, Comparison
+from montessori_core.config.influence import Influence, Preferences
+from montessori_core.config.models import Endpoint, Student, Teacher
+from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, parse
+from montessori_core.config.synthesis import Synthesis
+from montessori_core.config.training import Nomad, Optimization, TeacherUpdate, Training, Warmup, Zero
+from montessori_core.config.yaml import read_overridden
+from montessori_core.presets import find_configuration
+
+
+class DataSource(Section):
+    """Where a data set comes from and which of its fields are read."""
+
+    path: str = Field(
+        description="'builtin' for the project's own set, a .jsonl or .parquet file, or a Hugging Face data set id."
+    )
+    split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")
+    limit: Count | None = Field(None, description="Use only the first so many rows; none for all.")
+    instruction_field: str = Field("instruction", description="Column that holds the instruction.")
+    input_field: str = Field("input", description="Column that holds the input; may be missing from the data.")
+    output_field: str = Field("output", description="Column that holds the response; not read for a seed pool.")
+
+
+class Experiment(Section):
+    """An experiment: one or more iterations of Montessori-Instruct."""
+
+    name: FolderName = Field("experiment", pattern=RUN_NAME, description="Default name of the run and of its folder.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Everything drawn at random follows from this number.")
+    iterations: Count = Field(1, description="Teacher updates, one after the other.")
+    teacher: Teacher = Field(description="The model that writes the data.")
+    student: Student = Field(description="The model that the data trains.")
+    seed_pool: DataSource = Field(DataSource(path="builtin"), description="Human-written tasks, as demonstrations.")
+    reference: DataSource = Field(DataSource(path="builtin"), description="Examples that influence is measured on.")
+    evaluation: DataSource = Field(
+        DataSource(path="builtin"), description="Held-out examples; must not overlap the reference set."
+    )
+    synthesis: Synthesis = Field(Synthesis(), description="Prompting, decoding and filters.")
+    warmup: Warmup = Field(Warmup(), description="Warm-up of the student.")
+    influence: Influence = Field(Influence(), description="Local data influence.")
+    preferences: Preferences = Field(Preferences(), description="Preference pairs.")
+    teacher_update: TeacherUpdate = Field(TeacherUpdate(), description="DPO of the teacher.")
+    training: Training = Field(Training(), description="Training of the student.")
+    nomad: Nomad = Field(Nomad(), description="What is particular to the method nomad.")
+    comparison: Comparison = Field(Comparison(), description="What is computed to see the effect.")
+    judge: Endpoint | None = Field(
+        None, description="The model that judges examples, for methods that ask one, and the answers of benchmarks."
+    )
+    strong_teacher: Endpoint | None = Field(
+        None, description="A stronger teacher behind an API, for the method self_instruct_strong."
+    )
+    benchmarks: Benchmarks = Field(Benchmarks(), description="What students are measured by beside the held-out loss.")
+    zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
+    cluster: Cluster = Field(Cluster(), description="Where jobs run; changing it recomputes nothing.")
+
+    @model_validator(mode="after")
+    def _batches_fit_processes(self) -> "Experiment":
+        for section in ("warmup", "teacher_update", "training"):
+            self.check_batch(section)
+        return self
+
+    def check_batch(self, section: str) -> None:
+        """See that the batches of a recipe, named by its path, can be dealt to the processes of its jobs.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        stage = "teacher_update" if section == "teacher_update" else "training"
+        resources: Resources = getattr(self.cluster.resources, stage)
+        processes = resources.nodes * resources.processes_per_node
+        recipe: Optimization = attrgetter(section)(self)
+        if recipe.batch_size % (recipe.micro_batch_size * processes):
+            raise ValueError(
+                f"{section}.batch_size ({recipe.batch_size}) must be a multiple of {section}.micro_batch_size "
+                f"({recipe.micro_batch_size}) x {processes} processes; change them, or cluster.resources.{stage}"
+            )
+
+    @model_validator(mode="after")
+    def _sequential_needs_a_threshold(self) -> "Experiment":
+        baseline = self.preferences.baseline
+        if self.influence.sequential is not None and baseline in ("median", "prompt"):
+            raise ValueError(
+                f"influence.sequential decides signs one by one, but preferences.baseline: {baseline} has no threshold until "
+                "all are measured; set baseline: student or null_step, or sequential: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_have_a_judge(self) -> "Experiment":
+        if self.benchmarks.judged and self.judge is None:
+            raise ValueError(
+                "benchmarks.alpaca_eval and benchmarks.mt_bench are judged: set judge.model, and judge.base_url if it is not "
+                "OpenAI's"
+            )
+        return self
+
+    def method(self) -> dict[str, Any]:
+        """What decides the data of an iteration and its models, as plain data: not the name, where jobs run, how many
+        iterations there are, or what students are measured by."""
+        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks"})
+        for name in ("judge", "strong_teacher"):
+            endpoint: Endpoint | None = getattr(self, name)
+            content[name] = endpoint.identity() if endpoint else None
+        return content
+
+
+def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment from YAML and apply `section.key=value` overrides (values are YAML too).
+
+    `path` may be the name of a preset.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
+    """
+    path = find_configuration(path)
+    return parse_experiment(read_overridden(path, overrides), str(path))
+
+
+def parse_experiment(content: dict[str, Any], source: str) -> Experiment:
+    """Validate plain data; `source` names it in errors."""
+    return parse(Experiment, content, f"{source}: the configuration")

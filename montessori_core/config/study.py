@@ -1,0 +1,84 @@
+"""A study: several methods on equal terms, over several seeds."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from montessori_core.config.experiment import Experiment, read_experiment
+from montessori_core.config.models import Student
+from montessori_core.config.section import RUN_NAME, FolderName, Section, parse
+from montessori_core.config.yaml import apply_overrides, read_overridden
+from montessori_core.errors import ConfigError
+from montessori_core.presets import find_configuration
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Study(Section):
+    """Methods that are compared: the same models, sets, sizes, recipe and seeds for each."""
+
+    name: FolderName = Field("study", pattern=RUN_NAME, description="Name of the study and of its folder.")
+    experiment: Experiment = Field(description="What all methods share. `iterations` is the rounds of montessori.")
+    methods: tuple[str, ...] = Field(
+        ("montessori", "self_instruct"),
+        min_length=1,
+        description="Methods by name (`montessori methods` lists them), or module:NAME of your own.",
+    )
+    baseline: str = Field("self_instruct", description="The method that the others are compared with.")
+    transfer: tuple[Student, ...] = Field(
+        (), description="Other students that are trained on the same data, none of it made for them (Section 5.4)."
+    )
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Everything is done once with each.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Study":
+        for field in ("methods", "seeds"):
+            named = getattr(self, field)
+            if len(set(named)) < len(named):
+                raise ValueError(f"{field} has an entry twice; name each once")
+        if self.baseline not in self.methods:
+            raise ValueError(f"baseline {self.baseline!r} is not among the methods; add it there, or name one that is")
+        return self
+
+    @model_validator(mode="after")
+    def _conversations_fit_processes(self) -> "Study":
+        if "nomad" in self.methods:
+            self.experiment.check_batch("nomad")
+            if self.experiment.nomad.training is not None:
+                self.experiment.check_batch("nomad.training")
+        return self
+
+    def seeded(self, seed: int, student: Student | None = None) -> Experiment:
+        """The experiment with one of the seeds, and another student if one is given.
+
+        What a single run computes for comparison, the study does itself.
+        """
+        changes: dict[str, Any] = {
+            "name": f"{self.name}-{seed}"[:80],
+            "seed": seed,
+            "comparison": {"unmodified_teacher": False, "influence_examples": 0},
+        }
+        if student is not None:
+            changes["student"] = student.model_dump(mode="json")
+        return Experiment.model_validate(self.experiment.model_dump(mode="json") | changes)
+
+
+def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+    """Read a study from YAML; `path` may be the name of a preset.
+
+    Its `experiment` may be a path relative to the study's file, or the name of a preset.
+
+    Raises:
+        ConfigError: a file is missing, is not YAML, or does not fit; every field at fault is named.
+    """
+    path = find_configuration(path, "studies")
+    content = read_overridden(path, ())
+    if isinstance(content.get("experiment"), str):
+        try:
+            experiment = find_configuration(Path(content["experiment"]), folder=path.parent)
+            content["experiment"] = read_experiment(experiment).model_dump(mode="json")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: experiment: {error}") from error
+    apply_overrides(content, overrides)
+    return parse(Study, content, f"{path}: the study")

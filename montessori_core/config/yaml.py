@@ -1,0 +1,134 @@
+"""Reading and writing a configuration as YAML."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from montessori_core.config.section import Section
+from montessori_core.errors import ConfigError
+from montessori_core.files import commit
+
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+
+
+def read_overridden(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Content of a YAML file with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, or an override cannot be applied.
+    """
+    content = read_yaml(path)
+    apply_overrides(content, overrides)
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: tuple[str, ...]) -> None:
+    """Set `section.key=value` in plain data.
+
+    Raises:
+        ConfigError: an override cannot be applied.
+    """
+    for override in overrides:
+        _apply_override(content, override)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
+        raise ConfigError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', error)}); give the path of a configuration file, in UTF-8"
+        ) from error
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, see docs/configuration.md")
+    return content
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read plain data from YAML; `source` names it in errors.
+
+    Raises:
+        ConfigError: it is not YAML, or a key stands twice in one mapping; the message says where.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply for a configuration") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data; of a key that stands twice, the first would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+                keys.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int | str):
+                str(value).encode()  # no message or file could hold thousands of digits, or half of a surrogate pair
+            return value
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # e.g. the date 2026-02-30
+            raise yaml.MarkedYAMLError(
+                problem=f"not a value of its kind ({error}); put text in quotes", problem_mark=node.start_mark
+            ) from error
+
+
+def write_yaml(section: Section, path: Path) -> None:
+    """Write any part of a configuration, every default spelled out."""
+    with commit(path) as temporary:
+        temporary.write_text(to_yaml(section), encoding="utf-8")
+
+
+def to_yaml(section: Section) -> str:
+    """Any part of a configuration as YAML, every default spelled out."""
+    content = section.model_dump(mode="json")
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts are read back as they were, those with Unicode's other line breaks included."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override}: write it as section.key=value, e.g. --set warmup.learning_rate=1e-5")
+    value = parse_yaml(text, f"--set {override}")
+    if isinstance(value, str) and _EXPONENT.fullmatch(text.strip()):
+        value = float(text)  # YAML 1.1 reads 1e-5 (no dot) as text
+    node = content
+    for key in keys[:-1]:
+        child = node.get(key)
+        if not (child is None or isinstance(child, dict)):
+            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+        # A copy: where YAML names a section by an anchor, others are the same one.
+        node[key] = dict(child or {})
+        node = node[key]
+    node[keys[-1]] = value

@@ -1,0 +1,1 @@
+"""Tables, the human-written sets, and how texts are compared."""

@@ -1,0 +1,336 @@
+"""The Parquet tables of a run: declared once, versioned, described, and checked on read and write.
+
+Tables hold results only, never times or host names, so that a table has the same bytes however the work was cut,
+interrupted or repeated. Every text column may hold text a model wrote: it is data, and nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from montessori_core.errors import DataError
+from montessori_core.files import commit
+
+ROW_GROUP = 8192
+"""Rows that are written, and can be read, at a time: of the longest texts some 30 MB, however large a table is."""
+
+
+def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"description": description})
+
+
+def _schema(name: str, version: int, *fields: pa.Field) -> pa.Schema:
+    return pa.schema(fields, metadata={"montessori.table": name, "montessori.version": str(version)})
+
+
+_TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
+
+
+def _output_ids(output: str = "") -> tuple[pa.Field, pa.Field]:
+    """Columns with the tokens of a raw output, of a row or, with a prefix, of one of its two outputs."""
+    return (
+        _field(
+            f"{output}output_ids",
+            pa.list_(_WHOLE),
+            "token ids of the raw output as drawn; null from an API",
+            nullable=True,
+        ),
+        _field(f"{output}vocabulary", _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
+    )
+
+
+GENERATION = _schema(
+    "generation",
+    2,
+    _field("row_id", _TEXT, "what was generated: candidate or example"),
+    _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
+    _field("text", _TEXT, "the model's raw output, stop string included"),
+    _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
+    _field("tokens", _WHOLE, "tokens generated"),
+    *_output_ids(),
+)
+
+INSTRUCTIONS = _schema(
+    "instructions",
+    1,
+    _field("candidate_id", _TEXT, "prompt id and sample number"),
+    _field("prompt_id", _TEXT, "the prompt p this candidate answers"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("demonstrations", pa.list_(_TEXT), "ids of the demonstrations in the prompt, in order"),
+    _field("raw_output", _TEXT, "what the teacher wrote"),
+    _field("instruction", _TEXT, "the instruction x extracted from it", nullable=True),
+    _field("rejection", _TEXT, "why it was rejected; null if it was accepted", nullable=True),
+)
+
+EXAMPLES = _schema(
+    "examples",
+    2,
+    _field("example_id", _TEXT, "candidate id of the instruction"),
+    _field("prompt_id", _TEXT, "the prompt p"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("raw_output", _TEXT, "the teacher's raw output that holds the instruction"),
+    _field("instruction", _TEXT, "instruction x"),
+    _field("response", _TEXT, "response y"),
+    _field("response_finished", _TRUTH, "false if the response was cut at the token limit"),
+    *_output_ids(),
+)
+
+INFLUENCE = _schema(
+    "influence",
+    4,
+    _field("example_id", _TEXT, "the example"),
+    _field("prompt_id", _TEXT, "its prompt"),
+    _field("status", _TEXT, "'ok', 'no_response_tokens' or 'non_finite'; only 'ok' rows carry influence"),
+    _field("tokens", _WHOLE, "tokens of prompt and response after truncation"),
+    _field("response_tokens", _WHOLE, "tokens the step was taken on"),
+    _field("truncated", _TRUTH, "the example was longer than the student's max_length"),
+    _field("example_loss", _REAL, "student's mean loss on the response, nats per token", nullable=True),
+    _field("influence_student", _REAL, "L(ref; student) - L(ref; stepped), nats. Positive = helps", nullable=True),
+    _field("influence_null_step", _REAL, "L(ref; null step) - L(ref; stepped), nats", nullable=True),
+    _field(
+        "standard_error",
+        _REAL,
+        "standard error of influence_null_step over the reference examples, nats; of a first-order row by two halves of the "
+        "set (one degree of freedom: take the root mean square of many rows); NaN with a single reference example",
+        nullable=True,
+    ),
+    _field("reference_tokens", pa.int64(), "tokens of the reference set read for this row"),
+    _field("estimator", _TEXT, "how the row's influence was measured: 'exact' or 'first_order'"),
+    _field("audited", _TRUTH, "the row is of the audit sample of estimator: screened"),
+    _field(
+        "first_order_null_step",
+        _REAL,
+        "first-order estimate of influence_null_step, nats, before an exact one replaced or the audit corrected it",
+        nullable=True,
+    ),
+    _field("gradient_norm", _REAL, "norm of the example's gradient, before influence.example_weight", nullable=True),
+    _field(
+        "dominated_share",
+        _REAL,
+        "share of the coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v: the example's own gradient, of weight w, "
+        "decides AdamW's denominator",
+        nullable=True,
+    ),
+)
+
+PREFERENCES = _schema(
+    "preferences",
+    2,
+    _field("prompt_id", _TEXT, "the prompt p"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("chosen", _TEXT, "raw output with the helpful instruction x+"),
+    _field("rejected", _TEXT, "raw output with the harmful instruction x-"),
+    _field("chosen_id", _TEXT, "example x+"),
+    _field("rejected_id", _TEXT, "example x-"),
+    _field("chosen_influence_student", _REAL, "influence of x+ against the student, nats"),
+    _field("rejected_influence_student", _REAL, "influence of x- against the student, nats"),
+    _field("chosen_influence_null_step", _REAL, "influence of x+ against the null step, nats"),
+    _field("rejected_influence_null_step", _REAL, "influence of x- against the null step, nats"),
+    *_output_ids("chosen_"),
+    *_output_ids("rejected_"),
+)
+
+UTILITY = _schema(
+    "utility",
+    1,
+    _field("example_id", _TEXT, "the example"),
+    _field("prompt_id", _TEXT, "its prompt"),
+    _field(
+        "utility", _REAL, "what stands in for influence, higher is better; null if it could not be had", nullable=True
+    ),
+)
+
+UTILITY_PREFERENCES = _schema(
+    "utility_preferences",
+    2,
+    _field("prompt_id", _TEXT, "the prompt p"),
+    _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
+    _field("chosen", _TEXT, "raw output of higher utility"),
+    _field("rejected", _TEXT, "raw output of lower utility"),
+    _field("chosen_id", _TEXT, "example of the chosen output"),
+    _field("rejected_id", _TEXT, "example of the rejected output"),
+    _field("chosen_utility", _REAL, "utility of the chosen example"),
+    _field("rejected_utility", _REAL, "utility of the rejected example"),
+    *_output_ids("chosen_"),
+    *_output_ids("rejected_"),
+)
+
+SIMILARITY = _schema(
+    "similarity",
+    1,
+    _field("example_id", _TEXT, "the synthetic example"),
+    _field("norm_sim", _REAL, "inner product with the nearest real example, of centred features of norm 1"),
+)
+
+REFERENCE_LOSS = _schema(
+    "reference_loss",
+    1,
+    _field("example_id", _TEXT, "the evaluated example"),
+    _field("loss", _REAL, "summed loss of its response, nats"),
+    _field("response_tokens", _WHOLE, "tokens of its response"),
+)
+
+PAIRWISE = _schema(
+    "pairwise",
+    1,
+    _field("question_id", _TEXT, "the question that both answered"),
+    _field(
+        "outcome",
+        _TEXT,
+        "of the answer against the other, over both orders: 'win', 'loss', 'tie' (also when the orders disagree) or "
+        "'unparsed' (a judgement that could not be read)",
+    ),
+    _field(
+        "preference",
+        _REAL,
+        "win 1, tie 0.5, loss 0; by the published prompt the judge's probability that the answer is better, mean over both "
+        "orders; null if unparsed",
+        nullable=True,
+    ),
+    _field("characters", _WHOLE, "length of the answer"),
+    _field("other_characters", _WHOLE, "length of the other answer"),
+)
+
+MT_BENCH = _schema(
+    "mt_bench",
+    1,
+    _field("question_id", _TEXT, "the question"),
+    _field("category", _TEXT, "its category"),
+    _field("turn", _WHOLE, "which of its two turns the score is for: 1 or 2"),
+    _field("score", _REAL, "the judge's score, 1 to 10; null if it could not be read", nullable=True),
+)
+
+ITEMS = _schema(
+    "items",
+    1,
+    _field("benchmark", _TEXT, "the benchmark, as the configuration names it"),
+    _field("task", _TEXT, "the task of lm-evaluation-harness that it belongs to"),
+    _field("item", _WHOLE, "its place in the task's evaluation set, from 0"),
+    _field("text", _TEXT, "question and right answer"),
+)
+
+ITEM_SCORES = _schema(
+    "item_scores",
+    1,
+    _field("benchmark", _TEXT, "the benchmark, as the configuration names it"),
+    _field("task", _TEXT, "the task of lm-evaluation-harness that it belongs to"),
+    _field("item", _WHOLE, "its place in the task's evaluation set, from 0"),
+    _field("metric", _TEXT, "what was measured, and by which filter of answers if the task has several"),
+    _field("score", _REAL, "its value"),
+    _field("higher_is_better", _TRUTH, "whether a model is better the higher it is"),
+    _field("answer", _TEXT, "what the model wrote, or the likelihoods it gave"),
+    _field("target", _TEXT, "the right answer"),
+)
+
+
+def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
+    """Build a table of `schema` from one mapping per row."""
+    return check(pa.Table.from_pylist(rows, schema=schema), schema, "rows")
+
+
+def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return `table` if it is of `schema`, or holds the `columns` of it.
+
+    Raises:
+        DataError: the name, version, columns, types or null values do not match.
+    """
+    name, version, *found = (
+        (one.metadata or {}).get(key, b"?").decode(errors="replace")
+        for one in (schema, table.schema)
+        for key in (b"montessori.table", b"montessori.version")
+    )
+    if found != [name, version]:
+        raise DataError(
+            f"{source}: expected table {name!r} version {version}, found {found[0]!r} version {found[1]}; it was "
+            "written by another version or is another table"
+        )
+    for field in schema if columns is None else map(schema.field, columns):
+        if field.name not in table.column_names:
+            raise DataError(f"{source}: column {field.name!r} is missing")
+        column = table.column(field.name)
+        if column.type != field.type:
+            raise DataError(f"{source}: column {field.name!r} is {column.type}, expected {field.type}")
+        if not field.nullable and column.null_count:
+            raise DataError(f"{source}: column {field.name!r} holds {column.null_count} nulls")
+    return table
+
+
+def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.Schema) -> None:
+    """Write a table, or a stream of its rows, so that `path` holds either all of it or what it held before.
+
+    The bytes depend on rows and metadata alone, not on the pieces that a table or a stream comes in.
+
+    Raises:
+        DataError: it is not of `schema`.
+    """
+    reader = table.to_reader(ROW_GROUP) if isinstance(table, pa.Table) else table
+    check(reader.schema.empty_table(), schema, str(path))
+    with commit(path) as temporary, _writer(temporary, reader.schema) as writer:
+        for group in _row_groups(reader):
+            writer.write_table(check(group, schema, str(path)))
+
+
+def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """The rows of a stream, each column in one piece, `ROW_GROUP` at a time but the last; one group if there are none."""
+    waiting = reader.schema.empty_table()
+    for batch in reader:
+        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+        while waiting.num_rows > ROW_GROUP:
+            yield waiting.slice(0, ROW_GROUP).combine_chunks()
+            waiting = waiting.slice(ROW_GROUP)
+    yield waiting.combine_chunks()
+
+
+def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table of `schema`, or some columns of it.
+
+    Raises:
+        DataError: the file is missing, damaged, or another table.
+    """
+    return check(read_parquet(path, "; delete it and resume the run", columns), schema, str(path), columns)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table with a checksum for each of its pages."""
+    with _writer(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def read_parquet(path: Path, remedy: str = "", columns: Sequence[str] | None = None) -> pa.Table:
+    """Read any table, or some columns of it.
+
+    Raises:
+        DataError: the file is missing or damaged; the message ends with `remedy`.
+    """
+    with open_parquet(path, remedy) as file:
+        table, rows = file.read(columns), file.metadata.num_rows
+        table.validate(full=True)  # texts are UTF-8, lists end where they should
+        if table.num_rows != rows:  # no checksum covers how many are to be read
+            raise ValueError(f"{table.num_rows} rows where {rows} were written")
+    return table
+
+
+@contextmanager
+def open_parquet(path: Path, remedy: str = "") -> Iterator[pq.ParquetFile]:
+    """Open a table to read parts of it.
+
+    Raises:
+        DataError: the file is missing, or found to be damaged meanwhile; the message ends with `remedy`.
+    """
+    try:
+        if path.is_fifo():
+            raise DataError(f"{path}: not a file; give one, not a pipe")
+        # Not a data set, which takes most of the time where thousands of shards have small results.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: cannot be read (no such file); check the path") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}){remedy}") from error

@@ -1,0 +1,209 @@
+"""Tasks of lm-evaluation-harness (Section 4.2): which items they have, and how a model does on each.
+
+An item's demonstrations are drawn by the item itself, so that its result depends neither on the items before it nor on how
+they are cut into shards. (The harness draws for one item after the other from a single stream.)
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from montessori_core import programs
+from montessori_core.data.tables import ITEM_SCORES, ITEMS
+from montessori_core.errors import DataError, UserError
+from montessori_core.files import hash_json
+from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.program import Recorder, Row, RowProgram
+
+_LONGEST_ANSWER = 2000  # characters kept of what the model wrote
+
+
+def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram:
+    """Open the harness, to list what its tasks ask.
+
+    Inputs: `tasks`, a folder of task files, or none. Rows: `benchmark` (a task, tag or group of the harness), `limit` (of
+    each of its tasks, or none). The result is a table of schema `ITEMS`.
+
+    Raises:
+        UserError: the harness is not installed.
+    """
+    manager = _open_manager(inputs.get("tasks"))
+
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        for position, row in enumerate(rows):
+            records: list[Row] = []
+            for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():
+                for index, item in enumerate(task.eval_docs):
+                    if row["limit"] is not None and index >= row["limit"]:
+                        break
+                    records.append(
+                        {
+                            "benchmark": row["benchmark"],
+                            "task": task.task_name,
+                            "item": index,
+                            "text": _text_of(task, item),
+                        }
+                    )
+            recorder.finish(position, records)
+            recorder.progress(position + 1)
+
+    return RowProgram(ITEMS, compute)
+
+
+def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram:
+    """Load a model, to put items to it.
+
+    Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`,
+    `item` (its place in the task's evaluation set), `shots` (demonstrations; none takes the task's own number). The result
+    is a table of schema `ITEM_SCORES`.
+
+    Raises:
+        UserError: the harness is not installed.
+    """
+    import torch
+
+    from montessori_core.models.device import compute_device
+
+    manager = _open_manager(inputs.get("tasks"))
+    from lm_eval.models.huggingface import HFLM
+
+    path, device = str(inputs["model"]), compute_device()
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
+    check_tokenizer(tokenizer, model)
+    subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
+    loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
+
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        recorder.progress(done := 0)
+        for positions in _batches(rows, settings.batch_size):
+            benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
+            tasks = loaded.setdefault((benchmark, shots), {})
+            if not tasks:
+                tasks |= _load(manager, benchmark, inputs.get("tasks"))
+                for task in tasks.values():
+                    _set_shots(task, shots)
+                    _draw_by_item(task)
+            items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
+            records: dict[int, list[Row]] = {position: [] for position in positions}
+            for record in _score(subject, tasks, sorted(items), benchmark, settings.chat_template):
+                records[items[record["task"], record["item"]]].append(record)
+            for position in positions:
+                recorder.finish(position, records[position])
+            done += len(positions)
+            recorder.progress(done)
+
+    return RowProgram(ITEM_SCORES, compute)
+
+
+def _open_manager(folder: Path | None) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"benchmarks.tasks needs lm-evaluation-harness where the jobs run ({error}); pip install 'montessori[benchmarks]'"
+        ) from error
+    return TaskManager(include_path=str(folder) if folder else None)
+
+
+def _load(manager: Any, benchmark: str, folder: Path | None) -> dict[str, Any]:
+    """The tasks that a name stands for. Data files that a task of one's own names are looked for from its folder."""
+    try:
+        with contextlib.chdir(folder or Path.cwd()):
+            tasks: dict[str, Any] = manager.load([benchmark])["tasks"]
+    except KeyError as error:
+        raise DataError(
+            f"benchmarks.tasks: lm-evaluation-harness has no task {benchmark!r} ({error}); its names: lm_eval ls tasks; "
+            "one of your own is a YAML file in benchmarks.task_folder"
+        ) from error
+    except OSError as error:  # also what datasets and the hub raise
+        raise DataError(
+            f"benchmarks.tasks: the data of {benchmark!r} cannot be had ({error}); the nodes need the Hugging Face hub (and "
+            "HF_TOKEN where it asks for an agreement), or an HF_HOME into which it was fetched before, or a task of your own "
+            "with local data in benchmarks.task_folder"
+        ) from error
+    unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise DataError(
+            f"benchmarks.tasks: {', '.join(unsafe)} would execute what the model writes; that is not done here"
+        )
+    return tasks
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    own = task.get_config("num_fewshot")
+    if own is None or (shots is not None and own != 0):  # 0 in a task's file means that it shows its own demonstrations
+        task.set_config(key="num_fewshot", value=shots or 0)
+
+
+def _draw_by_item(task: Any) -> None:
+    """Let an item's demonstrations depend on the item alone."""
+    context = task.fewshot_context
+
+    def fewshot_context(doc: Any, *arguments: Any, **options: Any) -> Any:
+        task.set_fewshot_seed(int(hash_json(_plain(doc))[:8], 16))
+        return context(doc, *arguments, **options)
+
+    task.fewshot_context = fewshot_context
+
+
+def _score(
+    subject: Any, tasks: dict[str, Any], items: list[tuple[str, int]], benchmark: str, chat_template: bool
+) -> Iterator[Row]:
+    from lm_eval.evaluator import evaluate
+
+    asked: dict[str, list[int]] = {}
+    for name, item in items:
+        asked.setdefault(name, []).append(item)
+    results = evaluate(
+        subject,
+        {"tasks": {name: task for name, task in tasks.items() if name in asked}, "groups": {}, "group_map": {}},
+        samples=asked,
+        bootstrap_iters=0,
+        apply_chat_template=chat_template,
+    )
+    for name, samples in results["samples"].items():
+        higher = results["higher_is_better"][name]
+        for sample in samples:
+            for metric in sample["metrics"]:
+                value = sample[metric]
+                if not isinstance(value, int | float) or not math.isfinite(value):
+                    continue  # what is only defined over all items, such as a corpus BLEU, is no item's score
+                yield {
+                    "benchmark": benchmark,
+                    "task": name,
+                    "item": sample["doc_id"],
+                    "metric": metric if sample["filter"] == "none" else f"{metric}, {sample['filter']}",
+                    "score": float(value),
+                    "higher_is_better": higher.get(metric) is not False,
+                    "answer": "; ".join(map(str, sample["filtered_resps"]))[:_LONGEST_ANSWER],
+                    "target": str(sample["target"])[:_LONGEST_ANSWER],
+                }
+
+
+def _text_of(task: Any, item: Any) -> str:
+    """What an item says, question and right answer, for the search for copies."""
+    question, target = task.doc_to_text(item), task.doc_to_target(item)
+    if isinstance(question, int):  # the place of the right one among several questions
+        question = task.doc_to_choice(item)[question]
+    if isinstance(target, int):
+        choices = task.doc_to_choice(item) if task.config.doc_to_choice is not None else []
+        target = choices[target] if 0 <= target < len(choices) else ""
+    return f"{question}\n{target if isinstance(target, str) else ' '.join(map(str, target))}"
+
+
+def _plain(doc: Any) -> Any:
+    return json.loads(json.dumps(doc, default=str, sort_keys=True))
+
+
+def _batches(rows: list[Row], size: int) -> list[list[int]]:
+    """Positions of the rows that are put to the model together: the same whichever batches were recorded before."""
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    for position, row in enumerate(rows):
+        groups.setdefault((row["benchmark"], row["shots"]), []).append(position)
+    return [
+        positions[start : start + size] for positions in groups.values() for start in range(0, len(positions), size)
+    ]

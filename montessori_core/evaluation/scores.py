@@ -1,0 +1,98 @@
+"""Scores of benchmarks in one form, whatever they come from: mean, standard error, and how many items it is over."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+
+from montessori_core.evaluation.alpaca_eval import WinRates
+from montessori_core.judging.mt_bench import Summary
+from montessori_core.program import Row
+
+
+def score(
+    benchmark: str,
+    metric: str,
+    mean: float | None,
+    standard_error: float | None,
+    examples: int,
+    higher_is_better: bool = True,
+    unparsed: int = 0,
+) -> Row:
+    """A row of `scores` in `metrics.json`.
+
+    Mean and standard error are null where they cannot be had; `unparsed` counts judgements that could not be read and are
+    not among the `examples`.
+    """
+    return {
+        "benchmark": benchmark,
+        "metric": metric,
+        "mean": _finite(mean),
+        "standard_error": _finite(standard_error),
+        "examples": examples,
+        "higher_is_better": higher_is_better,
+        "unparsed": unparsed,
+    }
+
+
+def item_scores(table: pa.Table) -> list[Row]:
+    """Scores from a table of schema `ITEM_SCORES`.
+
+    The mean is over the items of all of a benchmark's tasks, so that a group such as MMLU weighs its tasks by their size.
+    """
+    grouped: dict[tuple[str, str], list[Row]] = {}
+    for row in table.select(["benchmark", "metric", "score", "higher_is_better"]).to_pylist():
+        grouped.setdefault((row["benchmark"], row["metric"]), []).append(row)
+    scores = []
+    for (benchmark, metric), rows in grouped.items():
+        values = np.array([row["score"] for row in rows])
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        scores.append(score(benchmark, metric, float(values.mean()), error, len(rows), rows[0]["higher_is_better"]))
+    return scores
+
+
+def win_rate_scores(benchmark: str, rates: WinRates) -> list[Row]:
+    """The win rate, and that for answers of equal length, as shares of 1."""
+    judged = rates.wins + rates.ties + rates.losses
+    found = {
+        "win_rate": (rates.win_rate, rates.win_rate_error),
+        "length_controlled_win_rate": (rates.length_controlled, rates.length_controlled_error),
+    }
+    return [score(benchmark, metric, *rate, judged, unparsed=rates.unparsed) for metric, rate in found.items()]
+
+
+def judged_benchmark(name: str, prompts: str) -> str:
+    """Return the name under which scores of a judged benchmark stand; `prompts` is 'own' or 'published'."""
+    return name if prompts == "own" else f"{name}_{prompts}"
+
+
+def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
+    """Means from 1 to 10: over all judgements, by turn and by category."""
+    parts = [
+        ("score", summary.overall),
+        *((f"score_turn_{turn}", part) for turn, part in summary.by_turn.items()),
+        *((f"score_{category}", part) for category, part in summary.by_category.items()),
+    ]
+    return [
+        score(benchmark, metric, part.mean, part.standard_error, part.judged, unparsed=part.unparsed)
+        for metric, part in parts
+    ]
+
+
+def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
+    """Scores averaged over runs that differ in their seed alone; standard errors are over items, as if those differed too.
+
+    Args:
+        seeds: [seeds][scores], each in the same order.
+    """
+    averaged = []
+    for same in zip(*seeds, strict=True):
+        means, errors = ([one[name] for one in same] for name in ("mean", "standard_error"))
+        mean = None if None in means else sum(means) / len(means)
+        error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        averaged.append(same[0] | {"mean": mean, "standard_error": error})
+    return averaged
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

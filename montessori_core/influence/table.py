@@ -1,0 +1,106 @@
+"""The joined influence table: one row an example, and what its workers noted about the student."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from montessori_core.data.tables import INFLUENCE, read_table
+
+NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
+SUMMARIZED = (
+    "status",
+    "influence_student",
+    "influence_null_step",
+    "gradient_norm",
+    "dominated_share",
+    "standard_error",
+)
+"""The columns that a summary reads."""
+
+_DOMINATED = 0.5
+"""Median `dominated_share` above which a table has a warning."""
+
+
+def note_influence(table: pa.Table, notes: dict[str, float]) -> pa.Table:
+    """Record numbers of the student with a table: all of NOTES, nats."""
+    return table.replace_schema_metadata(noted_schema(notes).metadata)
+
+
+def noted_schema(notes: dict[str, float]) -> pa.Schema:
+    """The schema of a table with which numbers of the student are recorded: all of NOTES, nats."""
+    written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
+    return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
+
+
+def influence_note(table: pa.Table, name: str) -> float:
+    """A number recorded with an influence table, see NOTES."""
+    return float(table.schema.metadata[f"montessori.{name}".encode()])
+
+
+def influence_notes(table: pa.Table) -> dict[str, float]:
+    """All numbers recorded with an influence table."""
+    return {name: influence_note(table, name) for name in NOTES}
+
+
+def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
+    """One table from the shards' tables, in their order, of which a part is read when its rows are asked for.
+
+    Of each note it has the largest that any worker saw.
+
+    Raises:
+        DataError: a part is missing, damaged, or another table.
+    """
+    noted = [influence_notes(read_table(part, INFLUENCE, columns=[])) for part in parts]
+    notes = {name: max(of_part[name] for of_part in noted) for name in NOTES}
+    batches = (batch for part in parts for batch in read_table(part, INFLUENCE).to_batches())
+    return pa.RecordBatchReader.from_batches(noted_schema(notes), batches)
+
+
+def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | int]:
+    """What a person wants to know of a table; shares are of the rows that could be measured.
+
+    Args:
+        table: an influence table, or its columns SUMMARIZED.
+        threshold: the `influence_student` above which an example counts as helpful.
+    """
+    measured = pc.equal(table["status"], "ok")
+    student, null_step, norms, dominated, errors = (table[name].filter(measured).to_numpy() for name in SUMMARIZED[1:])
+
+    def share(helpful: int) -> float:
+        return helpful / len(student) if len(student) else math.nan
+
+    return {
+        "examples": table.num_rows,
+        "measured": len(student),
+        "excluded": table.num_rows - len(student),
+        "threshold": threshold,
+        "share_positive": share(int((student > threshold).sum())),
+        "share_positive_student": share(int((student > 0).sum())),
+        "share_positive_null_step": share(int((null_step > 0).sum())),
+        "mean_influence_student": float(student.mean()) if len(student) else math.nan,
+        "median_gradient_norm": float(np.median(norms)) if len(student) else math.nan,
+        "standard_error": float(np.sqrt(np.mean(errors.astype(np.float64) ** 2))) if len(student) else math.nan,
+        "median_dominated_share": float(np.median(dominated)) if len(student) else math.nan,
+        **influence_notes(table),
+    }
+
+
+def domination_warning(summary: Mapping[str, float | int]) -> str | None:
+    """Return a warning if the examples' own gradients decide most of AdamW's denominator.
+
+    Args:
+        summary: see `summarize_influence`.
+    """
+    share = summary["median_dominated_share"]
+    if not share > _DOMINATED:
+        return None
+    return (
+        f"the example's own gradient decides AdamW's denominator in {share:.0%} of the coordinates (median over examples), "
+        "so that it damps the momentum whatever the example says, and influence may follow the gradient's size and the "
+        "response's length; lower influence.example_weight (1/8: the authors' code on 8 GPUs, 1/32: a batch of 32), or "
+        "warm the student up for longer"
+    )

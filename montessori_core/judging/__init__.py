@@ -1,0 +1,1 @@
+"""Judges behind an API: how they are asked, and how their verdicts are read."""

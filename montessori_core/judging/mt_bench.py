@@ -1,0 +1,266 @@
+"""MT-Bench (Zheng et al., 2023): two turns a question, each answer graded from 1 to 10 by a judge.
+
+Answers to questions about mathematics, code and logic are graded beside a reference answer, since a judge that solves them
+itself errs. Questions and references are read in the format of the published files; the judge is asked by prompts of our
+own, or by FastChat's.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from montessori_core import programs
+from montessori_core.data.entries import Entry, Text, read_entries
+from montessori_core.data.tables import MT_BENCH
+from montessori_core.errors import DataError
+from montessori_core.judging.client import Answer, Question, open_client
+from montessori_core.judging.frame import framed
+from montessori_core.judging.points import read_score
+from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
+from montessori_core.program import Recorder, Row, RowProgram
+
+REFERENCE_GUIDED = ("math", "reasoning", "coding")
+_TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+}
+_OTHER_TEMPERATURE = 0.7
+_MOST, _LEAST = 10, 1
+_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII), re.compile(r"\[(\d+\.?\d*)\]", re.ASCII))
+_PUBLISHED_TOKENS = 2048
+_CRITERIA = (
+    "Weigh whether it is right, does what was asked, helps the person who asks, and goes as deep as the question needs; "
+    "length by itself is no merit. 1 is an answer of no use, 5 one that helps in part, 10 one that leaves nothing to wish "
+    "for."
+)
+_BY_REFERENCE = (
+    " The reference shows what a right answer comes to: compare the result and each step with it. Another way to the same "
+    "result is as good, a wrong result is not good."
+)
+_TASKS = {
+    1: "You grade an assistant's answer to a question, from 1 to 10. ",
+    2: "You grade the second of two answers that an assistant gave in a conversation, from 1 to 10. The first question and "
+    "answer are there to understand the second by; grade the second answer alone. ",
+}
+_ENDING = """\
+Say in at most four sentences what is good and what is wrong. Then end with one line of this form, N being a whole number:
+Score: N"""
+
+_Id = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A question of two turns.
+
+    Attributes:
+        id: as in the file.
+        category: 'writing', 'math', ...
+        questions: what the user says, first and second.
+        references: right answers to both; empty unless the category is of `REFERENCE_GUIDED`.
+    """
+
+    id: str
+    category: str
+    questions: tuple[str, str]
+    references: tuple[str, ...]
+
+    @property
+    def temperature(self) -> float:
+        """At which FastChat decodes answers of the category (`temperature_config` of its `llm_judge/common.py`)."""
+        return _TEMPERATURES.get(self.category, _OTHER_TEMPERATURE)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean score, 1 to 10, and its standard error over questions; None where there are too few to have it.
+
+    `judged` is how many judgements it is over, `unparsed` how many could not be read and are left out.
+    """
+
+    mean: float | None
+    standard_error: float | None
+    judged: int
+    unparsed: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores over questions and turns.
+
+    Attributes:
+        overall: over all judgements.
+        by_turn, by_category: over some of them.
+    """
+
+    overall: Score
+    by_turn: dict[int, Score]
+    by_category: dict[str, Score]
+
+
+class _Question(Entry):
+    question_id: _Id
+    category: Text
+    turns: tuple[Text, Text]
+
+
+class _Choice(Entry):
+    turns: tuple[Text, Text]
+
+
+class _Reference(Entry):
+    question_id: _Id
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+
+
+def read_dialogues(questions: Path, references: Path | None) -> list[Dialogue]:
+    """Read the questions, and the references to those that need one.
+
+    Args:
+        questions: objects with question_id, category and turns, the user's two texts.
+        references: objects with question_id and choices, whose first has turns, the two answers.
+
+    Raises:
+        DataError: a file cannot be used (the message names file, line and field), an id occurs twice, or a reference is
+            missing (the message names the questions).
+    """
+    asked = _by_id(read_entries(questions, _Question), questions)
+    known = _by_id(read_entries(references, _Reference), references) if references else {}
+    guided = [id for id, question in asked.items() if question.category in REFERENCE_GUIDED]
+    missing = [id for id in guided if id not in known]
+    if missing:
+        raise DataError(
+            f"{references or questions}: no reference answer for the questions {', '.join(missing)}; those of the categories "
+            f"{', '.join(REFERENCE_GUIDED)} are graded beside one: give a file that has them"
+        )
+    return [
+        Dialogue(id, question.category, question.turns, known[id].choices[0].turns if id in guided else ())
+        for id, question in asked.items()
+    ]
+
+
+def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[Row]:
+    """Rows for `open_mt_bench_judge`: one a turn, with what was said until then.
+
+    Args:
+        dialogues: the questions.
+        answers: question id -> the model's two answers.
+    """
+    return [
+        {
+            "id": f"{one.id}-{turn}",
+            "question_id": one.id,
+            "category": one.category,
+            "turn": turn,
+            "questions": list(one.questions[:turn]),
+            "answers": list(answers[one.id][:turn]),
+            "references": list(one.references[:turn]),
+        }
+        for one in dialogues
+        for turn in (1, 2)
+    ]
+
+
+def question_about(row: Row) -> str:
+    """What a judge is asked about the last answer of a row of `judgements`."""
+    sections = []
+    for number, (question, answer) in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
+        sections += [(f"Question {number}", question), (f"The assistant's answer {number}", answer)]
+    sections += [(f"Reference answer {number}", text) for number, text in enumerate(row["references"], 1)]
+    return framed(_TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING)
+
+
+def published_question(row: Row) -> Question:
+    """Return FastChat's question about the last answer of a row of `judgements`, decoded as FastChat decodes it."""
+    prompt = PUBLISHED[row["turn"], bool(row["references"])]
+    texts = {f"ref_answer_{number}": text for number, text in enumerate(row["references"], 1)}
+    if row["turn"] == 1:
+        texts |= {"question": row["questions"][0], "answer": row["answers"][0]}
+    else:
+        for number, pair in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
+            texts |= {f"question_{number}": pair[0], f"answer_{number}": pair[1]}
+    return Question(prompt.fill(**texts), max_tokens=_PUBLISHED_TOKENS, system=prompt.system)
+
+
+def read_rating(answer: Answer) -> float | None:
+    """Return the first `[[rating]]` of an answer, else the first `[rating]`, as FastChat does; None if there is none.
+
+    A rating out of range is none, though FastChat counts it.
+    """
+    found = next((match for pattern in _RATINGS if (match := pattern.search(answer.text))), None)
+    rating = float(found[1]) if found else math.nan
+    return rating if _LEAST <= rating <= _MOST else None
+
+
+def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
+    """Open the judge's endpoint.
+
+    Inputs: see `open_client`. Rows: those of `judgements`. The result is a table of
+    schema `MT_BENCH`.
+    """
+    api, published = open_client(settings, inputs), settings.prompts == "published"
+
+    def compute(rows: list[Row], recorder: Recorder) -> None:
+        def receive(position: int, answer: Answer) -> None:
+            asked = {name: rows[position][name] for name in ("question_id", "category", "turn")}
+            score = read_rating(answer) if published else read_score(answer, _MOST, _LEAST)
+            recorder.finish(position, [{**asked, "score": score}])
+
+        questions = [published_question(row) if published else Question(question_about(row)) for row in rows]
+        api.ask(questions, recorder.progress, receive)
+
+    return RowProgram(MT_BENCH, compute)
+
+
+def summarize(table: pa.Table) -> Summary:
+    """Mean scores from a table of schema `MT_BENCH`.
+
+    A standard error is over questions: the two turns of one are not independent, and count as one draw.
+    """
+    rows = table.to_pylist()
+    return Summary(
+        overall=_score(rows),
+        by_turn={turn: _score([row for row in rows if row["turn"] == turn]) for turn in (1, 2)},
+        by_category={
+            category: _score([row for row in rows if row["category"] == category])
+            for category in dict.fromkeys(row["category"] for row in rows)
+        },
+    )
+
+
+def _score(judgements: list[Row]) -> Score:
+    rows = [row for row in judgements if row["score"] is not None]
+    unparsed = len(judgements) - len(rows)
+    if not rows:
+        return Score(None, None, 0, unparsed)
+    mean = sum(row["score"] for row in rows) / len(rows)
+    deviations: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        deviations[row["question_id"]] += row["score"] - mean
+    count = len(deviations)
+    if count == 1:
+        return Score(mean, None, len(rows), unparsed)
+    squares = sum(deviation**2 for deviation in deviations.values())
+    return Score(mean, math.sqrt(squares * count / (count - 1)) / len(rows), len(rows), unparsed)
+
+
+def _by_id(entries: list[Any], path: Path) -> dict[str, Any]:
+    found = {entry.question_id: entry for entry in entries}
+    if len(found) < len(entries):
+        ids = [entry.question_id for entry in entries]
+        twice = sorted({id for id in ids if ids.count(id) > 1})
+        raise DataError(f"{path}: field question_id: {', '.join(twice)} occurs more than once; ids must differ")
+    return found

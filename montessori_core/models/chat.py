@@ -1,0 +1,240 @@
+"""From an instruction and a response to token ids, with the loss on the response alone (Appendix A).
+
+The mask comes from character offsets in the rendered chat template, never from searching the response in the text:
+templates trim and repeat what they are given. Control tokens are the template's alone: an instruction that says
+`<|im_end|>` ends no turn.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from montessori_core.data.sources import Task
+from montessori_core.errors import DataError, UserError
+from montessori_core.files import hash_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_MARK = "\u2060"
+# Templates that ask for today's date (Llama 3.2, SmolLM3) get one day, so that a run gives the same tomorrow.
+_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"} | dict.fromkeys(
+    ("%H", "%M", "%S"), "00"
+)
+_ON_ONE_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{directive}', '{value}')" for directive, value in _DAY.items())
+    + " }}{% endmacro %}\n"
+)
+IGNORED = -100  # label of a token that carries no loss, as torch's cross-entropy has it
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the student sees it.
+
+    Attributes:
+        input_ids: [tokens], prompt and response.
+        labels: [tokens], the token itself where it belongs to the response, else IGNORED. A label stands at the
+            token's own position; the loss shifts it.
+        truncated: the example was longer than the limit, and its end was cut.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens that carry loss. The first token of a sequence has nothing before it that could predict it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def text_beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the token that a text begins with, as the model was trained; empty where its tokenizer puts none."""
+    begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if begins else ""
+
+
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", request: str) -> str:
+    """The text a model continues to answer `request`, up to where its answer begins; `encode_rendered` tokenizes it."""
+    return _render(tokenizer, [{"role": "user", "content": request}], add_generation_prompt=True)
+
+
+def render_conversation(tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, follow_up: str) -> str:
+    """The text a model continues to answer `follow_up`, after it answered `instruction` with `response`."""
+    turns = [*_turns(instruction, response), {"role": "user", "content": follow_up}]
+    return _render(tokenizer, turns, add_generation_prompt=True)
+
+
+def mark_control_tokens(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
+    """Return the content of a turn, in which names of control tokens are marked as characters for `encode_rendered`.
+
+    The mark is a word joiner, which is invisible, after the first character of each name.
+    """
+    return _patterns(tokenizer).named.sub(lambda found: f"{found[0][0]}{_MARK}{found[0][1:]}", content)
+
+
+def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenize a rendered text: the template's control tokens are tokens, marked ones are characters.
+
+    Returns:
+        [tokens] ids, and [tokens] where each begins and ends in the text without marks.
+    """
+    patterns = _patterns(tokenizer)
+    if not patterns.marked.search(text):
+        batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(batch["input_ids"]), list(batch["offset_mapping"])
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    start = 0
+    # Only parts with marks are tokenized by themselves: some tokenizers begin a text with a blank, but no part of it.
+    for marked, parts in groupby(patterns.named.split(text), lambda part: bool(patterns.marked.search(part))):
+        plain = patterns.unmark("".join(parts))
+        batch = tokenizer(plain, add_special_tokens=False, split_special_tokens=marked, return_offsets_mapping=True)
+        ids += batch["input_ids"]
+        offsets += [(start + first, start + last) for first, last in batch["offset_mapping"]]
+        start += len(plain)
+    return ids, offsets
+
+
+def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Tokenize a text in which no control tokens are meant, whatever it says; return [tokens] ids."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@lru_cache(maxsize=8)
+def hash_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the SHA-256 of a tokenizer's tokens and their ids: under equal hashes ids are the same tokens."""
+    return hash_json(tokenizer.get_vocab())
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Where the names of a tokenizer's control tokens stand in a text, as they are (a group) and marked."""
+
+    named: re.Pattern[str]
+    marked: re.Pattern[str]
+
+    def unmark(self, text: str) -> str:
+        """Return a text without marks."""
+        return self.marked.sub(lambda found: found[0].replace(_MARK, "", 1), text)
+
+
+@lru_cache(maxsize=8)
+def _patterns(tokenizer: "PreTrainedTokenizerBase") -> _Patterns:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(special, key=len, reverse=True)
+    named, marked = (
+        "|".join(map(re.escape, forms)) or "(?!)" for forms in (names, [f"{n[0]}{_MARK}{n[1:]}" for n in names])
+    )
+    return _Patterns(re.compile(f"({named})"), re.compile(marked))
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    marked = [turn | {"content": mark_control_tokens(tokenizer, turn["content"])} for turn in turns]
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _ON_ONE_DAY + template
+    return str(
+        tokenizer.apply_chat_template(
+            marked, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    )
+
+
+def encode_example(
+    tokenizer: "PreTrainedTokenizerBase",
+    instruction: str,
+    response: str,
+    max_length: int,
+    finished: bool = True,
+    demonstration: tuple[str, str] | None = None,
+) -> Encoded:
+    """Tokenize an example for training or evaluation.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        instruction: the user's turn.
+        response: the assistant's turn.
+        max_length: tokens kept; the end is cut.
+        finished: the response is whole, so its end token is trained too; a response that was cut at a token limit
+            must not teach the student to stop there.
+        demonstration: an instruction and a response that come before, as part of the prompt.
+
+    Raises:
+        UserError: the chat template does not keep the prompt as a prefix of the conversation.
+    """
+    before = _turns(*demonstration) if demonstration else []
+    turns = [*before, *_turns(instruction, response)]
+    prompt = _render(tokenizer, turns[:-1], add_generation_prompt=True)
+    text = _render(tokenizer, turns, add_generation_prompt=False)
+    if not text.startswith(prompt):
+        raise UserError(
+            "the chat template changes the prompt once the answer is known, so that the response cannot be told from "
+            "it; give the tokenizer a template whose generation prompt is a prefix of the conversation"
+        )
+    ids, offsets = encode_rendered(tokenizer, text)
+    unmark = _patterns(tokenizer).unmark
+    # A token on the border, such as a blank of the prompt joined to the first word, is the response's.
+    border = len(unmark(prompt))
+    labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
+    ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id)
+    if not finished:
+        response_end = len(unmark(text.removesuffix(_text_after_response(tokenizer, turns[:-1], prompt))))
+        kept = min(sum(end <= response_end for _, end in offsets), len(labels) - 1)
+        labels[kept:] = [IGNORED] * (len(labels) - kept)
+    return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
+
+
+def _turns(instruction: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
+
+
+def _text_after_response(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], prompt: str) -> str:
+    """Return what the template writes after an assistant's turn: its end of a turn need not be the end token."""
+    probe = "response"
+    text = _render(tokenizer, [*turns, {"role": "assistant", "content": probe}], add_generation_prompt=False)
+    return text[len(prompt) :].rpartition(probe)[2]
+
+
+def _end_at_end_token(ids: list[int], labels: list[int], end: int) -> tuple[list[int], list[int]]:
+    """Drop what the template writes after the assistant's end token; add that token where the template has none."""
+    last = max((position for position, label in enumerate(labels) if label == end), default=None)
+    if last is None:
+        return [*ids, end], [*labels, end]
+    return ids[: last + 1], labels[: last + 1]
+
+
+LLAMA3_STYLE_TEMPLATE = (
+    # Paper, Figure 7: applied to models without a template of their own.
+    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}{% else %}{% set offset = 0 %}{% endif %}"
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == offset) %}"
+    "{{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
+    """Human-written tasks as the student sees them; `field` names the set in errors.
+
+    Raises:
+        DataError: a task has no response token within `max_length`.
+    """
+    encoded = [encode_example(tokenizer, task.text, task.response, max_length) for task in tasks]
+    empty = [task.id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
+    if empty:
+        raise DataError(
+            f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "
+            f"{empty[0]}; raise max_length or shorten them"
+        )
+    return encoded

@@ -1,0 +1,121 @@
+"""Find the folder of a model: a local one, one of the Hugging Face hub, or the embedded model's."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+from montessori_core.errors import UserError
+from montessori_core.files import hash_json, read_json
+from montessori_core.models.embedded import EMBEDDED, embedded_folder
+from montessori_core.models.fingerprints import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    FINGERPRINT,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    hash_model,
+)
+
+_WEIGHTS = (WEIGHTS, WEIGHTS_INDEX)
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def local_path(model: str) -> str:
+    """What to load for a configured model: the embedded model's folder, a local folder, or the id itself.
+
+    Raises:
+        UserError: the embedded model is not there yet, or a local folder holds no weights.
+    """
+    if model == EMBEDDED:
+        folder = embedded_folder()
+        if not (folder / FINGERPRINT).exists():
+            raise UserError(f"the embedded model is not there yet; run: montessori model fetch {EMBEDDED}")
+        return str(folder)
+    path = Path(os.path.expanduser(model))
+    if not os.path.exists(path):
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UserError(f"model {model!r}: no such folder; give an existing folder or a Hugging Face id")
+        return model
+    if (path / ADAPTER).exists():
+        if not (path / ADAPTER_WEIGHTS).exists():
+            raise UserError(f"model {model!r}: the adapter has no {ADAPTER_WEIGHTS}; only safetensors are loaded")
+        return str(path.resolve())
+    if not (path / "config.json").exists():
+        raise UserError(f"model {model!r}: the folder has no config.json; is it a Hugging Face model folder?")
+    if not any((path / name).exists() for name in _WEIGHTS):
+        raise UserError(
+            f"model {model!r}: the folder has no weights ({' or '.join(_WEIGHTS)}); only safetensors are loaded, "
+            "convert other formats first"
+        )
+    return str(path.resolve())
+
+
+def fetch_model(model: str, revision: str | None = None) -> Path:
+    """The folder to load a configured model from; one of a hub is downloaded first, weights as safetensors only.
+
+    Called by drivers, so that a thousand workers need neither the hub nor each other's half of a download: the hub's cache
+    ($HF_HOME) is then where they read.
+
+    Raises:
+        UserError: the model cannot be had.
+    """
+    path = Path(local_path(model))
+    return path if path.is_dir() else Path(local_path(str(_download(model, revision))))
+
+
+@functools.cache
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {model!r} asks for an agreement first: accept its licence on the hub, then set HF_TOKEN or run hf auth "
+            "login"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"model {model!r}, revision {revision or 'main'}, cannot be had from the hub: {reason}\nCheck id, revision and "
+            "network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"
+        ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a model in the hub's cache; None for any other folder."""
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if in_cache else None
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the hash that says which model it is: of its content, see `fingerprints`, or of the hub's name and commit.
+
+    Folders that the project wrote carry their hash; others are read whole, once.
+
+    Raises:
+        UserError: there is no such model, or a file of it is damaged.
+    """
+    path = Path(local_path(str(folder)))
+    if commit_of(path) is not None:
+        return hash_json([path.parent.parent.name, path.name])
+    recorded = read_json(path / FINGERPRINT)
+    own = str(recorded["sha256"]) if recorded else _hash_once(path, _signature(path))
+    return hash_json([own, fingerprint(fetch_model(adapted_model(path)))]) if (path / ADAPTER).exists() else own
+
+
+def adapted_model(folder: Path) -> str:
+    """What a LoRA adapter's folder says it adapts."""
+    return str(json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"])
+
+
+@functools.cache
+def _hash_once(folder: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
+    """Return the hash of a model, computed once for as long as its `signature` stays: weights can be many GB."""
+    return hash_model(folder)
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file())
