@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from montessori_core import layout
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 
@@ -26,7 +27,7 @@ def only_driver(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another driver holds it.
     """
-    path = folder / "driver.lock"
+    path = folder / layout.DRIVER_LOCK
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,14 +54,14 @@ def refuse_second_driver(folder: Path) -> None:
 def driver_of(folder: Path) -> dict[str, Any] | None:
     """The process that drives a run at present, and its host; None if nobody does."""
     try:
-        lock = (folder / "driver.lock").open()
+        lock = (folder / layout.DRIVER_LOCK).open()
     except OSError:
         return None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return read_json(folder / "driver.lock") or {"process": "unknown", "host": "unknown"}
+            return read_json(folder / layout.DRIVER_LOCK) or {"process": "unknown", "host": "unknown"}
     return None
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
+from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.files import read_json, write_json
 from tasks.benchmarks import list_items
@@ -90,7 +91,7 @@ def _iterations_wanted(folder: Path, more: int) -> int:
     """Iterations at the end of this flow run; the same after a retry."""
     noted = read_json(folder / "schedule.json") or {}
     if runtime.flow_run.id not in noted:
-        finished = len(list(folder.glob("iteration-*/metrics.json")))
+        finished = sum((path / layout.METRICS).exists() for path in layout.iterations(folder).values())
         folder.mkdir(parents=True, exist_ok=True)
         write_json({**noted, runtime.flow_run.id: finished + more}, folder / "schedule.json")
         return finished + more

@@ -21,6 +21,7 @@ from cluster.partial_commits import COMMIT_SECONDS
 from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
 from cluster.stage import shard_size
 from cluster.status import stages_of
+from montessori_core import layout
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
 from montessori_core.influence.pilot import PILOT
@@ -137,9 +138,9 @@ def planned_stages(pilot: Run, experiment: Experiment) -> list[Work]:
         for stage, cost in costs.items():
             if _iteration_of(stage) != source or (number > source and not stage.parts[0].startswith("iteration-")):
                 continue
-            if stage.parts[0] == "unmodified" and not experiment.comparison.unmodified_teacher:
+            if stage.parts[0] == layout.UNMODIFIED and not experiment.comparison.unmodified_teacher:
                 continue
-            renamed = PurePath(f"iteration-{number}", *stage.parts[1:]) if number > source else stage
+            renamed = PurePath(layout.iteration(number), *stage.parts[1:]) if number > source else stage
             rows = math.ceil(cost.rows * _size(renamed, experiment) / max(1, _size(stage, pilot.experiment)))
             if renamed.name == "teacher":
                 rows = min(rows, experiment.preferences.max_pairs or rows)

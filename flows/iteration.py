@@ -7,6 +7,7 @@ from prefect import flow
 
 from flows.methods.tailoring import Probed, tailor, write_training_set
 from flows.teacher_checkpoints import evaluate_checkpoints
+from montessori_core import layout
 from montessori_core.program import Row
 from tasks.benchmarks import compare_answers, find_copies
 from tasks.evaluation import Evaluated, evaluate
@@ -49,7 +50,7 @@ def unmodified_teacher(run: Run, probed: Probed) -> Unmodified:
 
     The influence of its examples is measured on the same warm student as that of the updated teacher's (Figure 3d).
     """
-    step, recipe = Step(run, run.folder / "unmodified", "unmodified teacher"), run.experiment.training
+    step, recipe = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher"), run.experiment.training
     training = write_training_set(step, run.first_teacher())
     student = train_student(step.at("student", "student training"), training.examples, recipe, recipe.examples)
     _measure_training_influence(step, probed.student, training.examples)
@@ -95,7 +96,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         evaluated |= {part: one for part, one in previous.evaluated.items() if part in ("untrained", "unmodified")}
         evaluated["previous"] = previous.evaluated["student"]
     else:
-        untrained = Step(run, run.folder / "untrained", "untrained student")
+        untrained = Step(run, run.folder / layout.UNTRAINED, "untrained student")
         evaluated["untrained"] = evaluate(untrained, run.first_student())
         if experiment.comparison.unmodified_teacher:
             evaluated["unmodified"] = unmodified_teacher(run, tailored.probed).evaluated

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
 
@@ -142,8 +143,8 @@ def served_reports(root: Path, port: int) -> Iterator[str]:
     class Report(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             run, _, name = self.path.strip("/").partition("/")
-            path = root / run / "report.html"
-            if not re.fullmatch(RUN_NAME, run) or ".." in run or name != "report.html" or not path.is_file():
+            path = root / run / layout.REPORT
+            if not re.fullmatch(RUN_NAME, run) or ".." in run or name != layout.REPORT or not path.is_file():
                 self.send_error(404, "no such report")
                 return
             content = path.read_bytes()

@@ -17,6 +17,7 @@ from cluster.usage import use_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
 from flows.methods.environment import Feedback, Method, Proposal, Round
+from montessori_core import layout
 from montessori_core.config import RUN_NAME, Study, write_yaml
 from montessori_core.data.tables import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.errors import ConfigError, UserError
@@ -165,7 +166,9 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
         for one in seeded:
             for run in (one.run, *one.others):
                 list_items(run)
-        untrained = evaluate(Step(first, folder.resolve() / "untrained", "untrained student"), first.first_student())
+        untrained = evaluate(
+            Step(first, folder.resolve() / layout.UNTRAINED, "untrained student"), first.first_student()
+        )
         for one in seeded:
             with only_driver(one.run.folder):
                 for method in methods:

@@ -1,6 +1,5 @@
 """Read a run's folder for its report; any part may still be missing."""
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from montessori_core import layout
 from montessori_core.config import parse_yaml
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.errors import ConfigError
@@ -167,25 +167,22 @@ def read_run_data(folder: Path) -> RunData:
     Raises:
         DataError: a table is there but cannot be read.
     """
-    config = folder / "config.yaml"
+    config = folder / layout.CONFIG
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     settings = _settings(text)
-    numbered = {
-        int(match[1]): path
-        for path in folder.glob("iteration-*")
-        if (match := re.fullmatch(r"iteration-(\d+)", path.name)) and path.is_dir()
-    }
-    unmodified = folder / "unmodified"
+    unmodified = folder / layout.UNMODIFIED
     baseline = _setting(settings, "preferences", "baseline", "student")
-    iterations = [_read_iteration(path, unmodified, number, baseline) for number, path in sorted(numbered.items())]
+    iterations = [
+        _read_iteration(path, unmodified, number, baseline) for number, path in layout.iterations(folder).items()
+    ]
     # Measured on the student of the first iteration, so its threshold applies.
     threshold = iterations[0].influence.threshold if iterations and iterations[0].influence else None
-    of_unmodified = _read(unmodified / "training-influence.parquet", INFLUENCE)
+    of_unmodified = _read(unmodified / layout.TRAINING_INFLUENCE, INFLUENCE)
     return RunData(
         name=str(settings.get("name", folder.resolve().name)),
         config=text,
         settings=settings,
-        provenance=read_json(folder / "provenance.json") or {},
+        provenance=read_json(folder / layout.PROVENANCE) or {},
         iterations=iterations,
         unmodified=_read_synthesis(unmodified / "training", "Unmodified teacher") if unmodified.is_dir() else None,
         unmodified_influence=_influence("Training set (unmodified teacher)", of_unmodified, threshold),
@@ -233,7 +230,7 @@ def _missing_of(iteration: IterationData, run: RunData) -> list[str]:
 
 def _settings(text: str | None) -> dict[str, Any]:
     try:
-        content = parse_yaml(text or "", "config.yaml")
+        content = parse_yaml(text or "", layout.CONFIG)
     except ConfigError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -245,11 +242,11 @@ def _setting(settings: dict[str, Any], section: str, name: str, default: Any) ->
 
 
 def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) -> IterationData:
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(folder / layout.METRICS)
     recorded = (metrics or {}).get("training_logs", {})
     logs = {name: recorded.get(name) or _read_log(folder / name) for name in _TRAININGS}
     logs["unmodified"] = recorded.get("unmodified") or (_read_log(unmodified / "student") if number == 1 else [])
-    probed, trained = (_read(folder / name, INFLUENCE) for name in ("influence.parquet", "training-influence.parquet"))
+    probed, trained = (_read(folder / name, INFLUENCE) for name in (layout.INFLUENCE, layout.TRAINING_INFLUENCE))
     threshold = threshold_of(probed, baseline) if probed is not None else None
     return IterationData(
         number=number,
@@ -257,7 +254,7 @@ def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) 
         training=_read_synthesis(folder / "training", f"Iteration {number}: training set"),
         influence=_influence("Probing set (teacher before)", probed, threshold),
         training_influence=_influence("Training set (updated teacher)", trained, threshold),
-        preferences=_read(folder / "preferences.parquet", PREFERENCES),
+        preferences=_read(folder / layout.PREFERENCES, PREFERENCES),
         logs=logs,
         metrics=metrics,
     )
@@ -265,7 +262,7 @@ def _read_iteration(folder: Path, unmodified: Path, number: int, baseline: str) 
 
 def _read_synthesis(folder: Path, label: str) -> SynthesisData:
     return SynthesisData(
-        label, _read(folder / "instructions.parquet", INSTRUCTIONS), _read(folder / "examples.parquet", EXAMPLES)
+        label, _read(folder / layout.INSTRUCTIONS, INSTRUCTIONS), _read(folder / layout.EXAMPLES, EXAMPLES)
     )
 
 

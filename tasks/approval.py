@@ -7,6 +7,7 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
+from montessori_core import layout
 from montessori_core.data.tables import INFLUENCE, PREFERENCES, read_table
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
@@ -35,7 +36,7 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
     answer: Any = pause_flow_run(
         wait_for_input=Approval.with_initial_data(description=_summary(run, number, influence, preferences)),
         timeout=_WEEK,
-        key=f"iteration-{number}",
+        key=layout.iteration(number),
     )
     if not answer.update_the_teacher:
         raise UserError(

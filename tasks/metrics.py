@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from cluster.usage import use_of
+from montessori_core import layout
 from montessori_core.data.tables import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.files import read_json, write_json
 from montessori_core.influence.preferences import threshold_of
@@ -53,13 +54,18 @@ def write_metrics(
 ) -> Path:
     """Write `metrics.json` of an iteration; `trajectory` is what the teachers on the way through the update are worth."""
     folder = run.iteration(number)
-    unmodified = run.folder / "unmodified"
+    unmodified = run.folder / layout.UNMODIFIED
     pairs = read_table(files.preferences, PREFERENCES, ["prompt_id"])
     probed = read_table(files.influence, INFLUENCE)
     threshold = threshold_of(probed, run.experiment.preferences.baseline)
     uses = {
         str(stage.parent.relative_to(run.folder)): use_of(stage.parent)
-        for parent in (folder, unmodified, *sorted(run.folder.glob("untrained*")), run.folder / "benchmark-items")
+        for parent in (
+            folder,
+            unmodified,
+            *sorted(run.folder.glob(f"{layout.UNTRAINED}*")),
+            run.folder / "benchmark-items",
+        )
         for stage in sorted(parent.rglob("stage.json"))
     }
     content: dict[str, Any] = {
@@ -91,9 +97,9 @@ def write_metrics(
         )
     if "unmodified" in files.losses:
         content["synthesis"]["unmodified"] = funnel(
-            read_table(unmodified / "training" / "instructions.parquet", INSTRUCTIONS)
+            read_table(unmodified / "training" / layout.INSTRUCTIONS, INSTRUCTIONS)
         )
-    path = folder / "metrics.json"
+    path = folder / layout.METRICS
     write_json(content, path)
     return path
 
@@ -103,6 +109,6 @@ def _beside_models(run: Run, number: int, name: str) -> dict[str, Any]:
     folder = run.iteration(number)
     stages = {part: folder / part for part in ("warmup", "teacher", "student")}
     if number == 1:
-        stages["unmodified"] = run.folder / "unmodified" / "student"
+        stages["unmodified"] = run.folder / layout.UNMODIFIED / "student"
     found = {part: read_json(stage / "part-00000" / name) for part, stage in stages.items()}
     return {part: content for part, content in found.items() if content is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
+from montessori_core import layout
 from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
@@ -18,8 +19,6 @@ from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, seen_references
 from tasks.changed_settings import changed_settings, first_stage
-
-_COMMITS = "models.json"  # of the hub's models, by name and revision asked for
 
 
 @dataclass(frozen=True)
@@ -78,24 +77,26 @@ class Run:
 
     def sources(self) -> Sources:
         """The sets as they were when the run began."""
-        return Sources(*(load_tasks(self.folder / "sources" / f"{name}.jsonl") for name in Sources.__annotations__))
+        return Sources(
+            *(load_tasks(self.folder / layout.SOURCES / f"{name}.jsonl") for name in Sources.__annotations__)
+        )
 
     def source_file(self, name: str) -> Path:
         """The copy of a set in the run's folder."""
-        return self.folder / "sources" / f"{name}.jsonl"
+        return self.folder / layout.SOURCES / f"{name}.jsonl"
 
     def benchmark_file(self, setting: str) -> Path:
         """The copy of a file or folder that a setting of the section `benchmarks` names."""
-        return benchmark_copy(self.experiment.benchmarks, setting, self.folder / "sources")
+        return benchmark_copy(self.experiment.benchmarks, setting, self.folder / layout.SOURCES)
 
     def iteration(self, number: int) -> Path:
         """Folder of an iteration, counted from 1."""
-        return self.folder / f"iteration-{number}"
+        return self.folder / layout.iteration(number)
 
     @property
     def finished(self) -> bool:
         """Whether all of its iterations came to their end."""
-        return all((self.iteration(n) / "metrics.json").exists() for n in range(1, self.experiment.iterations + 1))
+        return all((self.iteration(n) / layout.METRICS).exists() for n in range(1, self.experiment.iterations + 1))
 
     def first_teacher(self) -> Model:
         """The teacher as configured."""
@@ -107,7 +108,7 @@ class Run:
 
     def _configured(self, section: Teacher | Student) -> Model:
         # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
-        commits = read_json(self.folder / _COMMITS) or {}
+        commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
         return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
 
 
@@ -120,7 +121,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     Raises:
         UserError: it is wrong; the message says what and how to mend it.
     """
-    config = folder / "config.yaml"
+    config = folder / layout.CONFIG
     changed: list[str] = []
     if config.exists():
         changed = changed_settings(experiment, config)
@@ -135,25 +136,25 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             + "\n  ".join(changed)
         )
     benchmarks = experiment.benchmarks
-    judged_on = check_benchmarks(benchmarks, folder / "sources")
+    judged_on = check_benchmarks(benchmarks, folder / layout.SOURCES)
     warnings += seen_references(sources.reference, judged_on, benchmarks.contamination_words)
     check_environment(experiment)
-    commits: dict[str, str] = read_json(folder / _COMMITS) or {}
+    commits: dict[str, str] = read_json(folder / layout.MODEL_COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
         commit = commit_of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
         if commit is not None:
             commits[_name_of(section)] = commit
     try:
-        (folder / "sources").mkdir(parents=True, exist_ok=True)
+        (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
         for name in Sources.__annotations__:
             if not complete:
                 write_tasks(getattr(sources, name), run.source_file(name))
-        copy_benchmarks(benchmarks, run.folder / "sources")
-        write_json(commits, folder / _COMMITS)
+        copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
+        write_json(commits, folder / layout.MODEL_COMMITS)
         if changed:
-            for metrics in folder.glob("iteration-*/metrics.json"):
-                metrics.unlink()  # the run is not finished any more
+            for path in layout.iterations(folder).values():
+                (path / layout.METRICS).unlink(missing_ok=True)  # the run is not finished any more
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.first_teacher().sha256, "student": run.first_student().sha256})
     except OSError as error:
@@ -172,7 +173,7 @@ def reopen_run(folder: Path) -> Run:
     Raises:
         UserError: it is not one.
     """
-    config = folder / "config.yaml"
+    config = folder / layout.CONFIG
     if not config.exists():
         raise UserError(f"{folder}: not a run (no config.yaml); runs lie in the folder given as --run-root, by name")
     return Run(folder.resolve(), read_experiment(config))

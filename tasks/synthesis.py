@@ -10,7 +10,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from montessori_core import programs
+from montessori_core import layout, programs
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Task
@@ -131,7 +131,7 @@ def join_synthesis(
     label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
 ) -> Synthesized:
     """Write the tables that the parts make, and the funnel."""
-    made = Synthesized(folder / "instructions.parquet", folder / "examples.parquet")
+    made = Synthesized(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
     write_table(candidates, made.instructions, INSTRUCTIONS)
     _publish(label, funnel(candidates))
     if examples.num_rows < count:
@@ -260,7 +260,7 @@ def answer_again(step: Step, teacher: Model, examples: Path, first: int, last: i
         for row, response in zip(owners, generated, strict=True)
         if response["text"].strip()
     ]
-    return _write_examples(f"{step.label}: table", step.folder / "examples.parquet", answered, parts)
+    return _write_examples(f"{step.label}: table", step.folder / layout.EXAMPLES, answered, parts)
 
 
 def answer_seeds(step: Step, teacher: Model) -> Path:
@@ -270,7 +270,7 @@ def answer_seeds(step: Step, teacher: Model) -> Path:
         for task in step.run.sources().seed_pool
     ]
     answered, parts = _write_responses(step.at("responses", "responses"), teacher, candidates, "seeds", [])
-    return _write_examples(f"{step.label}: table", step.folder / "examples.parquet", answered, parts)
+    return _write_examples(f"{step.label}: table", step.folder / layout.EXAMPLES, answered, parts)
 
 
 def join_examples(label: str, tables: list[Path], path: Path) -> Path:

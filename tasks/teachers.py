@@ -9,7 +9,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from montessori_core import programs
+from montessori_core import layout, programs
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
 from montessori_core.errors import UserError
 from montessori_core.influence.preferences import (
@@ -44,7 +44,7 @@ def collect_preferences(step: Step, examples: Path, influence: Path) -> Path:
             + ("" if settings.baseline == "prompt" else "Set preferences.baseline=prompt, or ")
             + "lower preferences.margin, or raise influence.probing_examples"
         )
-    path = step.folder / "preferences.parquet"
+    path = step.folder / layout.PREFERENCES
     write_preferences(pairs, examples, path, PREFERENCES)
     _publish(step.label, pairs, settings.baseline)
     return path
@@ -70,7 +70,7 @@ def collect_utility_preferences(step: Step, examples: Path, utility: Path, extre
             f"{step.label}: no preference pairs: no prompt has both a better and a worse one of {table.num_rows} examples "
             f"({table['utility'].null_count} without a score). Raise the number of examples or synthesis.samples_per_prompt"
         )
-    path = step.folder / "preferences.parquet"
+    path = step.folder / layout.PREFERENCES
     write_preferences(pairs, examples, path, UTILITY_PREFERENCES)
     _publish(step.label, pairs, "best and worst" if extremes else "median")
     return path

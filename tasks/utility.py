@@ -7,7 +7,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from montessori_core import programs
+from montessori_core import layout, programs
 from montessori_core.config import Sampling
 from montessori_core.data.tables import GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
@@ -40,7 +40,7 @@ def measure_training_loss(step: Step, student: Model, examples: Path, first: int
         models={"student": student},
         upstream=[examples],
     )
-    return _join(f"{step.label}: table", step.folder / "utility.parquet", parts)
+    return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
 
 
 def measure_in_context(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
@@ -56,7 +56,7 @@ def measure_in_context(step: Step, student: Model, examples: Path, first: int, l
         files={"reference": step.run.source_file("reference")},
         upstream=[examples],
     )
-    return _join(f"{step.label}: table", step.folder / "utility.parquet", parts)
+    return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
 
 
 def _evaluation(step: Step) -> dict[str, int]:
@@ -78,7 +78,7 @@ def ask_judge(step: Step, examples: Path, first: int, last: int, response_only: 
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
     rows = measured_rows(examples, first, last)
     parts = step.ask("judge", programs.JUDGE, {"response_only": response_only}, rows, [examples])
-    return _join(f"{step.label}: table", step.folder / "utility.parquet", parts)
+    return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
 
 
 def judge_oneself(step: Step, student: Model, examples: Path) -> Path:
@@ -100,7 +100,7 @@ def judge_oneself(step: Step, student: Model, examples: Path) -> Path:
     size = step.experiment.synthesis.instructions_per_shard
     _, parts = generate(step, student, asked, size, _JUDGING, "request", [examples])
     scores = _score(f"{step.label}: scores", step.folder, rows, parts)
-    return _join(f"{step.label}: table", step.folder / "utility.parquet", [scores])
+    return _join(f"{step.label}: table", step.folder / layout.UTILITY, [scores])
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_forecasts
+from montessori_core import layout
 from montessori_core.config import read_experiment
 from tasks.run import reopen_run
 
@@ -57,7 +58,7 @@ def forecast(
     from flows.forecast import forecast as simulate
 
     run = reopen_run(pilot)
-    file = config or pilot / "config.yaml"
+    file = config or pilot / layout.CONFIG
     experiment = on_cluster(read_experiment(file, tuple(set_ or [])), cluster, file)
     differing = costs_may_differ(run.experiment, experiment)
     warn([f"not as in the pilot, whose stages and costs are taken all the same: {line}" for line in differing])

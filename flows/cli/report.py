@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import console
+from montessori_core import layout
 from montessori_core.errors import UserError
 from tasks.run import reopen_run
 from tasks.studies import PAGE, STUDY, read_comparison
@@ -35,7 +36,7 @@ def report(
         path = out or runs[0] / PAGE
     elif len(runs) == 1:
         folder = reopen_run(runs[0]).folder
-        page, path = render_report(folder), out or folder / "report.html"
+        page, path = render_report(folder), out or folder / layout.REPORT
     else:
         page = render_runs([reopen_run(folder).folder for folder in runs])
         path = out or Path("comparison-of-runs.html")

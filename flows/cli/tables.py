@@ -17,6 +17,7 @@ from cluster.status import StageStatus, read_stage_status, stages_of
 from cluster.usage import use_of
 from flows.cli.console import console
 from flows.cli.options import warn
+from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.files import read_json
 from montessori_core.formatting import duration, gain_text, interval_text, spread_text
@@ -111,7 +112,7 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
 def print_summary(run: Run) -> None:
     """Print what came out of each finished iteration, and where the report lies."""
     for number in range(1, run.experiment.iterations + 1):
-        metrics = read_json(run.iteration(number) / "metrics.json")
+        metrics = read_json(run.iteration(number) / layout.METRICS)
         if metrics is None:
             continue
         table = Table(show_header=False, title=f"{run.experiment.name}, iteration {number}", title_justify="left")
@@ -151,7 +152,7 @@ def print_summary(run: Run) -> None:
             table.add_row(name, ", ".join(texts))
         console.print(table)
     _print_times(run)
-    console.print(f"report: {run.folder / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {run.folder / layout.REPORT}", soft_wrap=True)
 
 
 def _print_times(run: Run) -> None:

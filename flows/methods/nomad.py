@@ -4,6 +4,7 @@ The real examples are the reference set.
 """
 
 from flows.methods.environment import Method, Proposal, Round
+from montessori_core import layout
 from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
 from tasks.students import train_student
 
@@ -16,7 +17,7 @@ def _propose(now: Round) -> Proposal:
     real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))
     written = write_conversations(step.at("training", "conversations"), teacher, count - real)
     measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)
-    label, path = f"{step.label}: real and synthetic", step.folder / "examples.parquet"
+    label, path = f"{step.label}: real and synthetic", step.folder / layout.EXAMPLES
     mixed = mix_with_real(run, label, written.examples, real, path)
     recipe, student = run.experiment.nomad.training, None
     if recipe is not None:

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.methods.environment import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
+from montessori_core import layout
 from montessori_core.data.tables import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
 from montessori_core.influence.preferences import best_of_each_prompt
 from tasks.stage import Step
@@ -39,7 +40,7 @@ def _propose(now: Round) -> Proposal:
     best = _write_best(f"{step.label}: best responses", answered, scores, step.folder / "best.parquet")
     if now.feedback:
         earlier = now.feedback.proposal.examples
-        best = join_examples(f"{step.label}: all so far", [earlier, best], step.folder / "examples.parquet")
+        best = join_examples(f"{step.label}: all so far", [earlier, best], step.folder / layout.EXAMPLES)
     return Proposal(best, run.first_teacher(), student=updated)
 
 
