@@ -209,11 +209,11 @@ def measure_influence(
     steps = {f"{weight:g}": replace(adamw, example_weight=weight) for weight in weights}
     resident = ResidentStudent(student.model, moments, adamw, CPU)
     meter = InfluenceMeter(resident, reference, "first_order")
-    slope = meter.slope
-    assert slope is not None
-    null_projection = resident.project_null_step(slope)
-    fixed = fixed_direction(slope, moments, adamw)
-    coordinates = sum(tensor.numel() for tensor in slope.values())
+    reference_gradient = meter.reference_gradient
+    assert reference_gradient is not None
+    null_projection = resident.project_null_step(reference_gradient)
+    fixed = fixed_direction(reference_gradient, moments, adamw)
+    coordinates = sum(tensor.numel() for tensor in reference_gradient.values())
     names = [*steps, *(f"dominated {weight}" for weight in steps), LINEARISED, NORM, TOKENS]
     found: dict[str, list[float]] = {name: [] for name in names}
     for example in tqdm(probing, desc="influence"):
@@ -221,7 +221,7 @@ def measure_influence(
         for weight, step in steps.items():
             tally = GradientTally()
             projections = [
-                step.project(slope[name], g, moments.first[name], moments.second[name], CPU, tally)
+                step.project(reference_gradient[name], g, moments.first[name], moments.second[name], CPU, tally)
                 for name, g in gradient.items()
             ]
             found[weight].append(null_projection - math.fsum(projections))
@@ -262,13 +262,15 @@ def measure_falls(
     return np.array(falls)
 
 
-def fixed_direction(slope: dict[str, torch.Tensor], moments: Moments, adamw: AdamW) -> dict[str, torch.Tensor]:
+def fixed_direction(
+    reference_gradient: dict[str, torch.Tensor], moments: Moments, adamw: AdamW
+) -> dict[str, torch.Tensor]:
     """The direction whose product with an example's gradient is its influence where AdamW is linear, at weight 1."""
     scale = adamw.learning_rate * (1 - adamw.beta1) / (1 - adamw.beta1**adamw.step)
     correction = adamw.beta2 / (1 - adamw.beta2**adamw.step)
     return {
         name: tensor * scale / ((moments.second[name] * correction).sqrt() + adamw.epsilon)
-        for name, tensor in slope.items()
+        for name, tensor in reference_gradient.items()
     }
 
 

@@ -86,10 +86,10 @@ def main() -> None:
     add("first order, fp32", estimate, seconds)
     if arguments.save:
         np.savez(arguments.save, differences=differences, first_order=estimate, momentum=momentum_by_example.numpy())
-    slope = first_order.slope
-    assert slope is not None
+    reference_gradient = first_order.reference_gradient
+    assert reference_gradient is not None
     if not arguments.brief:
-        add_other_precisions(setting, slope, momentum, add)
+        add_other_precisions(setting, reference_gradient, momentum, add)
     bf16_meter = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference)
     add("(a) exact, bfloat16", *measure(bf16_meter, setting.probing[: arguments.bf16_probing], "bfloat16"))
     if not arguments.brief:
@@ -141,8 +141,8 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
             ]
             against[estimator] = np.array([one.influence_null_step for one in found], dtype=np.float64)
         if linear is None:
-            assert meter.slope is not None
-            linear, _ = forward_mode(setting, meter.slope, momentum=0.0)
+            assert meter.reference_gradient is not None
+            linear, _ = forward_mode(setting, meter.reference_gradient, momentum=0.0)
         exact.append(against["exact"])
         rows.append(
             [
@@ -184,13 +184,16 @@ def agreement(exact: np.ndarray, found: np.ndarray) -> list[str]:
 
 
 def add_other_precisions(
-    setting: Setting, slope: dict[str, torch.Tensor], momentum: float, add: Callable[[str, np.ndarray, float], None]
+    setting: Setting,
+    reference_gradient: dict[str, torch.Tensor],
+    momentum: float,
+    add: Callable[[str, np.ndarray, float], None],
 ) -> None:
     """First order in other precisions, and without gradients of examples."""
     mixed = InfluenceMeter(setting.resident(mixed=True), setting.reference, "first_order")
     add("first order, mixed", *measure(mixed, setting.probing, "first order, mixed"))
     del mixed
-    add("forward mode", *forward_mode(setting, slope, momentum))
+    add("forward mode", *forward_mode(setting, reference_gradient, momentum))
     bf16 = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference, "first_order")
     add("first order, bfloat16", *measure(bf16, setting.probing, "first order, bfloat16"))
 
@@ -321,7 +324,9 @@ def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float]:
     return np.array(found), (time.perf_counter() - started) / len(found)
 
 
-def forward_mode(setting: Setting, slope: dict[str, torch.Tensor], momentum: float) -> tuple[np.ndarray, float]:
+def forward_mode(
+    setting: Setting, reference_gradient: dict[str, torch.Tensor], momentum: float
+) -> tuple[np.ndarray, float]:
     """No gradient per example: around the null step AdamW is linearised too, so that the influence is a derivative of the
     example's own loss in one fixed direction, which forward mode computes for a batch at once."""
     adamw, moments = setting.adamw, setting.moments
@@ -332,7 +337,7 @@ def forward_mode(setting: Setting, slope: dict[str, torch.Tensor], momentum: flo
     direction = {}
     for name in parameters:
         second = (moments.second[name] * adamw.beta2 / (1 - adamw.beta2**adamw.step)).sqrt() + adamw.epsilon
-        direction[name] = slope[name] * rate / second
+        direction[name] = reference_gradient[name] * rate / second
 
     def losses_of(weights: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
         logits = torch.func.functional_call(
@@ -354,7 +359,8 @@ def forward_mode(setting: Setting, slope: dict[str, torch.Tensor], momentum: flo
     groups = ReferenceSet(setting.probing, 512, CPU).batches
     started = time.perf_counter()
     for batch in tqdm(groups, desc="forward mode"):
-        # The step is -rate * gradient / second: influence = <slope, -step> = <slope * rate / second, gradient>.
+        # The step is -rate * gradient / second. With the reference gradient r:
+        # influence = <r, -step> = <r * rate / second, gradient>.
         found[batch.indices] = momentum + derivative(batch).numpy()
     return found, (time.perf_counter() - started) / len(found)
 

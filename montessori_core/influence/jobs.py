@@ -101,7 +101,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
 
 
 def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torch.device) -> Placement:
-    """Where moments, snapshot and slope go, by the memory the device really has."""
+    """Where moments, snapshot and reference gradient go, by the memory the device really has."""
     if device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(device)

@@ -1,6 +1,6 @@
 """What the influence of a student takes in memory, and what goes where (`montessori plan`).
 
-Weights must be on the device; so must the activations of a pass and one gradient at a time. Moments, snapshot and slopes
+Weights must be on the device; so must the activations of a pass and one gradient at a time. Moments, snapshot and gradients
 are read once per example, piece by piece, so they may live in (pinned) host memory at the price of the copies. They
 stay on the device in the order in which a byte saves most, for as long as they fit.
 """
@@ -108,7 +108,7 @@ def plan_memory(
 
     Args:
         shape: of the student.
-        estimator: 'exact' needs the snapshot; 'first_order' needs the slope, that of half the reference set in
+        estimator: 'exact' needs the snapshot; 'first_order' needs the reference gradient, that of half the reference set in
             bf16, and the snapshot until it has them.
         dtype: see `config.Influence`.
         max_length: tokens of the longest example.
@@ -131,7 +131,7 @@ def plan_memory(
     ]
     movable = {"moments": 2 * width, "snapshot": width}
     if estimator == "first_order":
-        movable = {"moments": 2 * width, "slope": width, "half slope": 2, "snapshot": width}
+        movable = {"moments": 2 * width, "reference gradient": width, "half gradient": 2, "snapshot": width}
     for name, bytes_each in movable.items():
         size = bytes_each * shape.trained
         taken = sum(need.size for need in needs if need.home == "device")

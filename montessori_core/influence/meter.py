@@ -66,7 +66,7 @@ class InfluenceMeter:
         null_step_loss: after the null step.
         null_step_influence: of momentum alone, nats.
         noise_floor: two standard deviations of what rounding adds to an exact influence, nats.
-        slope: gradient of the reference loss at the null step, by parameter; None for the exact estimator.
+        reference_gradient: gradient of the reference loss at the null step, by parameter; None for the exact estimator.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class InfluenceMeter:
         student.take_null_step()
         self.null_step_loss: Loss = reference.evaluate(student.losses)
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
-        self.slope: dict[str, torch.Tensor] | None = None
+        self.reference_gradient: dict[str, torch.Tensor] | None = None
         if estimator == "first_order":
-            self.slope, self._half_slope = self._reference_slopes()
-            self._null_projections = student.project_null_step([self.slope, self._half_slope])
+            self.reference_gradient, self._half_gradient = self._reference_gradients()
+            self._null_projections = student.project_null_step([self.reference_gradient, self._half_gradient])
         student.restore()
         if estimator == "first_order":
             student.drop_snapshot()
@@ -123,13 +123,13 @@ class InfluenceMeter:
         """
         if example.response_tokens == 0:
             return Measurement("no_response_tokens")
-        if self.slope is not None:
-            return self._measure_slope(example, self.slope)
+        if self.reference_gradient is not None:
+            return self._measure_first_order(example, self.reference_gradient)
         return self._measure_exactly(example, lambda done: report(done / len(self._reference)))
 
-    def _measure_slope(self, example: Encoded, slope: dict[str, torch.Tensor]) -> Measurement:
+    def _measure_first_order(self, example: Encoded, gradient: dict[str, torch.Tensor]) -> Measurement:
         batch = make_batch([(0, example)], self._student.device)
-        own, projections = self._student.project_step(batch, [slope, self._half_slope])
+        own, projections = self._student.project_step(batch, [gradient, self._half_gradient])
         if not all(map(math.isfinite, projections)):
             return Measurement("non_finite", own.loss if math.isfinite(own.loss) else None)
         null_step, first_half = (null - at for null, at in zip(self._null_projections, projections, strict=True))
@@ -143,15 +143,15 @@ class InfluenceMeter:
             dominated_share=own.dominated_share,
         )
 
-    def _reference_slopes(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _reference_gradients(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The gradient of the reference loss where the student stands, and what the first half of the set adds to it."""
         student, reference = self._student, self._reference
         first, second = reference.halves()
         self._halves = len(first), len(second)
-        slope = student.gradient_of(lambda: reference.backward(student.losses, self._reduction, first))
-        half_slope = student.halve(slope)
-        student.gradient_of(lambda: reference.backward(student.losses, self._reduction, second), onto=slope)
-        return slope, half_slope
+        gradient = student.gradient_of(lambda: reference.backward(student.losses, self._reduction, first))
+        half = student.halve(gradient)
+        student.gradient_of(lambda: reference.backward(student.losses, self._reduction, second), onto=gradient)
+        return gradient, half
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         own = self._student.take_step(make_batch([(0, example)], self._student.device))

@@ -1,7 +1,7 @@
 """The resident student: loaded once, stepped and restored for one example after another.
 
 A gradient lives only until its parameter has used it, during the backward pass: what is resident is weights, moments and,
-where steps are really taken, a snapshot of the weights. Moments, snapshot and slopes may live in host memory and visit the
+where steps are really taken, a snapshot of the weights. Moments, snapshot and gradients may live in host memory and visit the
 device piece by piece (`montessori plan` says which).
 """
 
@@ -21,9 +21,14 @@ from montessori_core.training.moments import Moments, number_type, weights_check
 Home = Literal["device", "host"]
 Direction = Mapping[str, torch.Tensor]
 Placement = Mapping[str, Home]
-"""Where 'moments', 'snapshot', 'slope' and 'half slope' live."""
+"""Where 'moments', 'snapshot', 'reference gradient' and 'half gradient' live."""
 
-ON_DEVICE: Placement = {"moments": "device", "snapshot": "device", "slope": "device", "half slope": "device"}
+ON_DEVICE: Placement = {
+    "moments": "device",
+    "snapshot": "device",
+    "reference gradient": "device",
+    "half gradient": "device",
+}
 
 
 @dataclass(frozen=True)
@@ -128,26 +133,29 @@ class ResidentStudent:
     def gradient_of(
         self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The sum of the gradients of all backward passes that `accumulate` makes, by name: the slope.
+        """The sum of the gradients of all backward passes that `accumulate` makes, by name.
 
         Args:
             accumulate: makes the passes.
-            onto: a slope that they are added to, in place; None starts a new one.
+            onto: gradients that they are added to, in place; None starts a new one.
         """
-        slope = onto or {name: self._stored(torch.zeros_like(p), "slope") for name, p in self.parameters.items()}
+        total = onto or {
+            name: self._stored(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
+        }
 
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            slope[name] += gradient.to(slope[name].device)
+            total[name] += gradient.to(total[name].device)
 
         with _gradients_used_by(self.parameters, add):
             accumulate()
-        return slope
+        return total
 
     @torch.no_grad()
-    def halve(self, slope: Direction) -> dict[str, torch.Tensor]:
-        """A copy of a slope in bf16, half the size where it is fp32: enough for a standard error."""
+    def halve(self, gradients: Direction) -> dict[str, torch.Tensor]:
+        """A copy of gradients in bf16, half the size where it is fp32: enough for a standard error."""
         return {
-            name: self._stored(gradient.to(torch.bfloat16, copy=True), "half slope") for name, gradient in slope.items()
+            name: self._stored(gradient.to(torch.bfloat16, copy=True), "half gradient")
+            for name, gradient in gradients.items()
         }
 
     def drop_snapshot(self) -> None:

@@ -423,14 +423,14 @@ def test_first_order_standard_error_is_of_halves(warm: Any, tiny_llama: Path) ->
         assert ours.standard_error == pytest.approx(abs(contrast) / 9, abs=0.02 * error)
 
 
-def test_half_slope_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> None:
-    """Where the slope has that type already, the second half must not be added to the first."""
+def test_half_gradient_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> None:
+    """Where the reference gradient has that type already, the second half must not be added to the first."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     student, reference = ResidentStudent(model, warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU)
     resident = InfluenceMeter(student, reference, "first_order")
-    assert resident.slope is not None
+    assert resident.reference_gradient is not None
     assert not torch.equal(
-        resident.slope["model.embed_tokens.weight"], resident._half_slope["model.embed_tokens.weight"]
+        resident.reference_gradient["model.embed_tokens.weight"], resident._half_gradient["model.embed_tokens.weight"]
     )
 
 
