@@ -1,0 +1,36 @@
+"""Two programs that log which rows they compute: the second reads a part of the first."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from montessori_core.config import Section
+from montessori_core.program import Compute, Program, Report, Row
+
+
+class LogSettings(Section):
+    """Where the programs log."""
+
+    log: str
+
+
+def open_doubling(settings: LogSettings, inputs: Mapping[str, Path]) -> Compute:
+    """Write twice each row's number."""
+    return _open(settings, "doubling", 0)
+
+
+def open_adding(settings: LogSettings, inputs: Mapping[str, Path]) -> Compute:
+    """Add each row's number to what the first program wrote."""
+    return _open(settings, "adding", int(inputs["doubled"].read_text()))
+
+
+def _open(settings: LogSettings, name: str, start: int) -> Compute:
+    def compute(rows: list[Row], output: Path, report: Report) -> None:
+        with Path(settings.log).open("a") as log:
+            log.write(f"{name}\n")
+        output.write_text(str(start + sum(2 * row["n"] for row in rows)))
+
+    return compute
+
+
+DOUBLING = Program("doubling", 1, f"{__name__}:open_doubling", LogSettings, "evaluation", ".txt")
+ADDING = Program("adding", 1, f"{__name__}:open_adding", LogSettings, "evaluation", ".txt")
