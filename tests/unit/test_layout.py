@@ -18,14 +18,17 @@ FORBIDDEN = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
+def imported(path: Path, depth: int = 1) -> set[str]:
+    """Top-level names of the modules that a file imports; with a depth of 2, the rooms of the core."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
-    return names
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    if depth == 1:
+        return {module.split(".")[0] for module in modules}
+    return {module.split(".")[1] for module in modules if module.startswith("montessori_core.")}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -35,6 +38,18 @@ def test_imports_go_one_way(layer: str) -> None:
     assert files
     wrong = {str(path.relative_to(ROOT)): found for path in files if (found := imported(path) & later)}
     assert not wrong
+
+
+def test_rooms_of_core_import_one_way() -> None:
+    """No room imports one that imports it, be it by way of others."""
+    rooms: dict[str, set[str]] = {}
+    for path in (ROOT / "montessori_core").rglob("*.py"):
+        room = path.relative_to(ROOT / "montessori_core").parts[0].removesuffix(".py")
+        rooms.setdefault(room, set()).update(imported(path, depth=2) - {room})
+    while removable := [room for room, needed in rooms.items() if not needed & rooms.keys()]:
+        for room in removable:
+            del rooms[room]
+    assert not rooms
 
 
 @pytest.mark.parametrize(
