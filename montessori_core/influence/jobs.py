@@ -22,7 +22,7 @@ from montessori_core.models.chat import encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
-from montessori_core.training.moments import cold_moments, load_moments
+from montessori_core.training.moments import Moments, cold_moments, load_moments
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks).
     Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
     """
-    step = settings.step
     device = compute_device()
     path = str(inputs["student"])
     tokenizer = load_tokenizer(path)
@@ -46,30 +45,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
         settings.reference_batch_tokens,
         device,
     )
-    sequential = settings.sequential
-    meter = InfluenceMeter(
-        ResidentStudent(
-            model.to(device),
-            moments,
-            AdamW(
-                step.learning_rate,
-                step.beta1,
-                step.beta2,
-                step.epsilon,
-                step.weight_decay,
-                moments.step + 1,
-                step.example_weight,
-            ),
-            device,
-            mixed=settings.dtype == "mixed",
-            placement=_placement(model, settings, device),
-        ),
-        reference,
-        settings.estimator,
-        settings.reference_reduction,
-        SequentialReference(reference, sequential.block, sequential.error_rate) if sequential else None,
-        settings.baseline or "student",
-    )
+    meter = _open_meter(settings, model.to(device), moments, reference, device)
     measured = {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
@@ -98,6 +74,34 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
             recorder.progress(position + 1)
 
     return RowProgram(noted_schema(measured), compute)
+
+
+def _open_meter(
+    settings: programs.InfluenceMeasurement,
+    model: Any,
+    moments: Moments,
+    reference: ReferenceSet,
+    device: torch.device,
+) -> InfluenceMeter:
+    step, sequential = settings.step, settings.sequential
+    adamw = AdamW(
+        step.learning_rate,
+        step.beta1,
+        step.beta2,
+        step.epsilon,
+        step.weight_decay,
+        moments.step + 1,
+        step.example_weight,
+    )
+    placement = _placement(model, settings, device)
+    return InfluenceMeter(
+        ResidentStudent(model, moments, adamw, device, mixed=settings.dtype == "mixed", placement=placement),
+        reference,
+        settings.estimator,
+        settings.reference_reduction,
+        SequentialReference(reference, sequential.block, sequential.error_rate) if sequential else None,
+        settings.baseline or "student",
+    )
 
 
 def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torch.device) -> Placement:

@@ -160,6 +160,19 @@ class CachedClient:
                 take(key, answer)
         waiting = {key: question for key, question in zip(keys, questions, strict=True) if key not in answers}
         report(answered)
+        self._fetch_all(waiting, take, lambda: report(answered))
+        return [answers[key] for key in keys]
+
+    def _fetch_all(
+        self, waiting: Mapping[str, Question], receive: Callable[[str, Answer], None], report: Callable[[], None]
+    ) -> None:
+        """Ask as many questions at a time as the endpoint allows, while the cap allows the next one.
+
+        Args:
+            waiting: questions by key.
+            receive: called with each key and answer.
+            report: called after answers were received.
+        """
         spent = self._cache.spent(self._account)
         reserved: dict[Future[Answer], tuple[str, float]] = {}
         left = list(waiting.items())
@@ -184,15 +197,14 @@ class CachedClient:
                         key, _ = reserved.pop(future)
                         answer = future.result()
                         spent += self._keep(key, answer)
-                        take(key, answer)
-                    report(answered)
+                        receive(key, answer)
+                    report()
             except BaseException:
                 for future, (key, _) in reserved.items():
                     if not future.cancel():  # on its way, and paid for
                         with suppress(UserError):
                             self._keep(key, future.result())
                 raise
-        return [answers[key] for key in keys]
 
     def _keep(self, key: str, answer: Answer) -> float:
         """Put an answer into the cache; what it cost."""

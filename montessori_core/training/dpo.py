@@ -57,13 +57,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
         model_path = str(inputs["teacher"])
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
-        pairs = [encode_pair(tokenizer, row, settings.prompt_style) for row in rows]
-        fitting = [pair for pair in pairs if longest(pair) <= recipe.max_length]
-        if not fitting:
-            raise DataError(
-                f"none of {len(pairs)} preference pairs fits into teacher_update.max_length={recipe.max_length} tokens "
-                f"(the shortest has {min(map(longest, pairs))}); raise it"
-            )
+        fitting = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(fitting), recipe)
         end = [tokenizer.eos_token_id]
         padding = [{"prompt_ids": end, "chosen_ids": end, "rejected_ids": end}] * TeacherTrainer.padding
@@ -84,10 +78,23 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
             )
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))
             train(trainer, Path(model_path), checkpoints)
-        counts = {"pairs": len(fitting), "left_out": len(pairs) - len(fitting)}
+        counts = {"pairs": len(fitting), "left_out": len(rows) - len(fitting)}
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 
     return compute
+
+
+def _encode(tokenizer: Any, rows: list[Row], settings: programs.Dpo) -> list[dict[str, list[int]]]:
+    """Tokenize the pairs that fit into the teacher update's `max_length`."""
+    limit = settings.recipe.max_length
+    pairs = [encode_pair(tokenizer, row, settings.prompt_style) for row in rows]
+    fitting = [pair for pair in pairs if longest(pair) <= limit]
+    if not fitting:
+        raise DataError(
+            f"none of {len(pairs)} preference pairs fits into teacher_update.max_length={limit} tokens "
+            f"(the shortest has {min(map(longest, pairs))}); raise it"
+        )
+    return fitting
 
 
 @contextmanager

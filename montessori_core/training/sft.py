@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from montessori_core import programs
 from montessori_core.errors import DataError
@@ -33,7 +34,6 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         start_processes()
-        import torch
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
@@ -44,15 +44,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
         model_path = str(inputs["student"])
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
-        encode = encode_example
-        if settings.conversations:
-            encode = partial(encode_conversation, mask_prompt=settings.mask_prompts)
-        encoded = [
-            encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]) for row in rows
-        ]
-        usable = [example for example in encoded if example.response_tokens]
-        if not usable:
-            raise DataError("no training example has a response within student.max_length tokens; raise max_length")
+        usable = _encode(tokenizer, rows, settings)
         StudentTrainer.padding = padding_rows(len(usable), recipe)
         end = tokenizer.eos_token_id
         # TRL drops rows without a label; that of a first token, which nothing predicts, carries no loss.
@@ -66,13 +58,8 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
             packing=False,
         )
         progress = ProgressCallback(report, recipe)
-        model = load_model(model_path, torch.float32)
-        check_tokenizer(tokenizer, model)
-        if settings.lora is not None:
-            torch.manual_seed(settings.seed)  # the matrices start at random
-            model = with_lora(model, settings.lora)
         trainer = StudentTrainer(
-            model=model,
+            model=_load_student(model_path, tokenizer, settings),
             args=arguments,
             train_dataset=data,
             processing_class=tokenizer,
@@ -89,8 +76,33 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
         counts = {
             "examples": len(usable),
             "truncated": sum(example.truncated for example in usable),
-            "left_out": len(encoded) - len(usable),
+            "left_out": len(rows) - len(usable),
         }
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 
     return compute
+
+
+def _encode(tokenizer: Any, rows: list[Row], settings: programs.Sft) -> list[Encoded]:
+    """Tokenize the rows that have a response within the student's `max_length`."""
+    encode = encode_example
+    if settings.conversations:
+        encode = partial(encode_conversation, mask_prompt=settings.mask_prompts)
+    encoded = [
+        encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]) for row in rows
+    ]
+    usable = [example for example in encoded if example.response_tokens]
+    if not usable:
+        raise DataError("no training example has a response within student.max_length tokens; raise max_length")
+    return usable
+
+
+def _load_student(model_path: str, tokenizer: Any, settings: programs.Sft) -> Any:
+    import torch
+
+    model = load_model(model_path, torch.float32)
+    check_tokenizer(tokenizer, model)
+    if settings.lora is None:
+        return model
+    torch.manual_seed(settings.seed)  # the matrices start at random
+    return with_lora(model, settings.lora)
