@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from montessori_core import layout
 from montessori_core.files import read_json, write_json
 from montessori_core.processor import generation_dtype, processor_name
 
-_FILE = "provenance.json"
 _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", "submitit", "prefect", "pyarrow")
 
 
@@ -22,15 +22,15 @@ def write_provenance(folder: Path, models: dict[str, str]) -> None:
         folder: of the run. A speed recorded there is kept.
         models: hashes of the models that the run begins with, by role.
     """
-    before = (read_json(folder / _FILE) or {}).get("driver", {})
-    write_json(_provenance(models, before.get("gflops")), folder / _FILE)
+    before = (read_json(folder / layout.PROVENANCE) or {}).get("driver", {})
+    write_json(_provenance(models, before.get("gflops")), folder / layout.PROVENANCE)
 
 
 def record_speed(folder: Path, gflops: float) -> None:
     """Add to a run's provenance how fast this machine multiplies matrices, see `montessori_core.speed`."""
-    provenance = read_json(folder / _FILE)
+    provenance = read_json(folder / layout.PROVENANCE)
     provenance["driver"]["gflops"] = round(gflops, 1)
-    write_json(provenance, folder / _FILE)
+    write_json(provenance, folder / layout.PROVENANCE)
 
 
 def _provenance(models: dict[str, str], gflops: float | None) -> dict[str, Any]:
