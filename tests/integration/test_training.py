@@ -309,7 +309,6 @@ def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
 def test_bf16_training_starts_from_unrounded_weights(
     tiny_llama: Path,
     tmp_path: Path,
-    bf16: Program[programs.Sft],
     write: Callable[[Path, Path], Path],
     stage: int,
     processes: int,
@@ -318,7 +317,7 @@ def test_bf16_training_starts_from_unrounded_weights(
     torch.manual_seed(0)
     file = write(tmp_path / "start", tiny_llama)
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6, "weight_decay": 0.0})
-    part = sft(tmp_path / "stage", file.parent, stage, processes, recipe=recipe, program=bf16)
+    part = sft(tmp_path / "stage", file.parent, stage, processes, recipe=recipe, program=BF16_SFT)
     trained = load_file(part / file.name)
     start = {name: weight.float() for name, weight in load_file(file).items()}
     assert trained.keys() == start.keys()
