@@ -156,7 +156,7 @@ def test_shard_committed_while_a_driver_takes_over_is_not_computed_again(
             part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
         close_submission(submission, cluster, ledger)
 
-    monkeypatch.setattr("cluster.ledger.close_submission", commit_meanwhile)
+    monkeypatch.setattr("cluster.fanout.close_submission", commit_meanwhile)
     assert results(run(folder)) == EXPECTED
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
