@@ -53,12 +53,14 @@ class _Stages:
         self.warnings: list[str] = []
 
     def measure_all(self, estimator: str) -> pa.RecordBatchReader:
+        whole, pilot = self._step, self._step.beside("pilot", ", pilot")
+        if self._step.experiment.influence.estimator == "screened":
+            whole = whole.renamed(f"{whole.label}, screen")
         if not self._paired:
-            return join_influence(self._execute(self._step, estimator, self._rows))
-        pilot = self._step.beside("pilot", ", pilot")
+            return join_influence(self._execute(whole, estimator, self._rows))
         parts = measure_after_pilot(
             self._rows,
-            lambda rows, is_pilot: self._execute(pilot if is_pilot else self._step, estimator, rows),
+            lambda rows, is_pilot: self._execute(pilot if is_pilot else whole, estimator, rows),
             self._step.experiment.preferences,
             self._warn,
         )
