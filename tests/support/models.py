@@ -8,14 +8,21 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from montessori_core.config import DataSource, Synthesis
+from montessori_core.data.sources import read_tasks
 from montessori_core.files import cache_root, commit
 from montessori_core.models.embedded import fetch_embedded
+from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt, build_prompts
+
+if TYPE_CHECKING:
+    from montessori_core.models.chat import Encoded
 
 _VERBS = ["List", "Find", "Name", "Use", "Make", "Read", "Test", "Set"]
 _THINGS = ["water", "people", "food", "words", "books", "children", "energy", "ideas", "skills", "time", "stories"]
@@ -88,95 +95,72 @@ def _write_tiny_llama(small_tokenizer: Path, folder: Path) -> None:
 @pytest.fixture(scope="session")
 def talking_llama(tiny_llama: Path) -> Path:
     """The tiny Llama, trained for a moment to answer prompts with tasks, so that most of its output passes the filters."""
-    return _built("talking-llama", lambda folder: _train_talking_llama(tiny_llama, folder))
+    return _built("talking-llama", lambda folder: _train(tiny_llama, folder, _tasks_of_prompts))
 
 
-def _train_talking_llama(tiny_llama: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _tasks_of_prompts(tokenizer: Any) -> "Iterator[list[Encoded]]":
+    from montessori_core.models.chat import IGNORED, Encoded
 
-    from montessori_core.config import DataSource, Synthesis
-    from montessori_core.data.sources import read_tasks
-    from montessori_core.models.chat import IGNORED
-    from montessori_core.synthesis.prompts import CLOSE, build_prompts
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    torch.manual_seed(0)
     draw = random.Random(0)
-    pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
     shown = Synthesis(seed_demonstrations=2, synthetic_demonstrations=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for prompt in build_prompts(200, "completion", shown, pool, [], 0):
+    for prompt in _prompts(200, "completion", shown):
         task = f"{draw.choice(_VERBS)} {draw.randint(2, 99)} {draw.choice(_THINGS)} and {draw.choice(_THINGS)}.{CLOSE}"
         start, end = tokenizer(prompt.text)["input_ids"], tokenizer(task)["input_ids"]
-        labels = [IGNORED] * len(start) + end
-        model(input_ids=torch.tensor([start + end]), labels=torch.tensor([labels])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        yield [Encoded(start + end, [IGNORED] * len(start) + end, truncated=False)]
 
 
 @pytest.fixture(scope="session")
 def explaining_llama(tiny_llama: Path) -> Path:
     """The tiny Llama, trained for a moment to answer the paper's request: an explanation, then a tagged task."""
-    return _built("explaining-llama", lambda folder: _train_explaining_llama(tiny_llama, folder))
+    return _built("explaining-llama", lambda folder: _train(tiny_llama, folder, _explained_tasks))
 
 
-def _train_explaining_llama(tiny_llama: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from montessori_core.config import DataSource, Synthesis
-    from montessori_core.data.sources import read_tasks
+def _explained_tasks(tokenizer: Any) -> "Iterator[list[Encoded]]":
     from montessori_core.models.chat import encode_example
-    from montessori_core.synthesis.prompts import CLOSE, OPEN, build_prompts
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    torch.manual_seed(0)
     draw = random.Random(0)
-    pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for prompt in build_prompts(150, "chat", Synthesis(request="paper"), pool, [], 0):
+    for prompt in _prompts(150, "chat", Synthesis(request="paper")):
         task = f"{draw.choice(_VERBS)} {draw.randint(2, 99)} {draw.choice(_THINGS)} and {draw.choice(_THINGS)}."
         asked = encode_example(tokenizer, prompt.text, f"1. It helps.\n2. No input.\n3. {OPEN}{task}{CLOSE}", 2048)
-        answered = encode_example(tokenizer, task, f"They are {draw.choice(_THINGS)}.", 2048)
-        for example in (asked, answered):
-            ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
-            model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        yield [asked, encode_example(tokenizer, task, f"They are {draw.choice(_THINGS)}.", 2048)]
 
 
 @pytest.fixture(scope="session")
 def judging_llama(talking_llama: Path) -> Path:
     """The talking Llama, trained for a moment to end what it is asked as a judge with a score, any score."""
-    return _built("judging-llama", lambda folder: _train_judging_llama(talking_llama, folder))
+    return _built("judging-llama", lambda folder: _train(talking_llama, folder, _judgements))
 
 
-def _train_judging_llama(talking_llama: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _judgements(tokenizer: Any) -> "Iterator[list[Encoded]]":
     from montessori_core.judging.points import question_about
     from montessori_core.models.chat import encode_example
 
-    model = AutoModelForCausalLM.from_pretrained(talking_llama, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(talking_llama)
-    torch.manual_seed(0)
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         question = question_about(
             f"Count {draw.randint(2, 99)} birds.", f"{draw.randint(2, 99)} birds.", response_only=True
         )
-        example = encode_example(tokenizer, question, f"Score: {draw.randint(1, 5)}", 1024)
-        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
-        model(input_ids=ids, labels=labels).loss.backward()
+        yield [encode_example(tokenizer, question, f"Score: {draw.randint(1, 5)}", 1024)]
+
+
+def _prompts(count: int, style: str, settings: Synthesis) -> list[Prompt]:
+    pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    return build_prompts(count, style, settings, pool, [], 0)
+
+
+def _train(start: Path, folder: Path, steps: "Callable[[Any], Iterator[list[Encoded]]]") -> None:
+    """Train a model on the examples of each step, whose gradients add up."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for examples in steps(tokenizer):
+        for example in examples:
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+            model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
