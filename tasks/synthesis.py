@@ -14,7 +14,15 @@ from montessori_core import layout, programs
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Task
-from montessori_core.data.tables import EXAMPLES, GENERATION, INSTRUCTIONS, read_table, table_from_rows, write_table
+from montessori_core.data.tables import (
+    DRAWN_TOKENS,
+    EXAMPLES,
+    GENERATION,
+    INSTRUCTIONS,
+    read_table,
+    table_from_rows,
+    write_table,
+)
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.programs import Form
@@ -24,8 +32,6 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import Model
 from tasks.stage import Step
 
-_DRAWN = ("output_ids", "vocabulary")
-"""What a row of generation knows of its tokens."""
 _LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acceptance asks for
 
 
@@ -181,7 +187,7 @@ def _write_instructions(
             "raw_output": row["text"],
             "instruction": verdict.instruction,
             "rejection": verdict.rejection,
-            **{key: row[key] for key in _DRAWN},
+            **{key: row[key] for key in DRAWN_TOKENS},
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
@@ -215,7 +221,10 @@ def _write_responses(
         examples.append(
             {
                 "example_id": candidate["candidate_id"],
-                **{key: candidate.get(key) for key in ("prompt_id", "prompt", "raw_output", "instruction", *_DRAWN)},
+                **{
+                    key: candidate.get(key)
+                    for key in ("prompt_id", "prompt", "raw_output", "instruction", *DRAWN_TOKENS)
+                },
                 "response": row["text"].strip(),
                 "response_finished": row["finish_reason"] == "stop",
             }
@@ -255,7 +264,7 @@ def answer_again(step: Step, teacher: Model, examples: Path, first: int, last: i
             "instruction": row["instruction"],
             "response": response["text"].strip(),
             "response_finished": response["finish_reason"] == "stop",
-            **{key: response[key] for key in _DRAWN},
+            **{key: response[key] for key in DRAWN_TOKENS},
         }
         for row, response in zip(owners, generated, strict=True)
         if response["text"].strip()

@@ -10,7 +10,15 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
-from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
+from montessori_core.data.tables import (
+    DRAWN_TOKENS,
+    EXAMPLES,
+    INFLUENCE,
+    PREFERENCES,
+    UTILITY,
+    UTILITY_PREFERENCES,
+    read_table,
+)
 from montessori_core.errors import UserError
 from montessori_core.influence.preferences import (
     PAIRED,
@@ -96,7 +104,7 @@ def update_teacher(
         keep: how many teachers on the way are kept, see `kept_teachers`.
     """
     pairs = read_table(preferences, schema)
-    drawn = [f"{output}_{name}" for output in ("chosen", "rejected") for name in ("output_ids", "vocabulary")]
+    drawn = [f"{output}_{name}" for output in ("chosen", "rejected") for name in DRAWN_TOKENS]
     rows = pairs.select(["prompt", "chosen", "rejected", *drawn]).to_pylist()
     experiment = step.experiment
     style = experiment.teacher.prompt_style

@@ -29,16 +29,16 @@ def _schema(name: str, version: int, *fields: pa.Field) -> pa.Schema:
 _TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
 
 
-def _output_ids(output: str = "") -> tuple[pa.Field, pa.Field]:
-    """Columns with the tokens of a raw output, of a row or, with a prefix, of one of its two outputs."""
+DRAWN_TOKENS = ("output_ids", "vocabulary")
+"""The columns with the tokens of a raw output; of a pair, each stands behind `chosen_` and `rejected_`."""
+
+
+def _drawn_tokens(output: str = "") -> tuple[pa.Field, pa.Field]:
+    """The columns DRAWN_TOKENS of a row or, with a prefix, of one of its two outputs."""
+    ids, vocabulary = (f"{output}{name}" for name in DRAWN_TOKENS)
     return (
-        _field(
-            f"{output}output_ids",
-            pa.list_(_WHOLE),
-            "token ids of the raw output as drawn; null from an API",
-            nullable=True,
-        ),
-        _field(f"{output}vocabulary", _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
+        _field(ids, pa.list_(_WHOLE), "token ids of the raw output as drawn; null from an API", nullable=True),
+        _field(vocabulary, _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
     )
 
 
@@ -50,7 +50,7 @@ GENERATION = _schema(
     _field("text", _TEXT, "the model's raw output, stop string included"),
     _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
     _field("tokens", _WHOLE, "tokens generated"),
-    *_output_ids(),
+    *_drawn_tokens(),
 )
 
 INSTRUCTIONS = _schema(
@@ -75,7 +75,7 @@ EXAMPLES = _schema(
     _field("instruction", _TEXT, "instruction x"),
     _field("response", _TEXT, "response y"),
     _field("response_finished", _TRUTH, "false if the response was cut at the token limit"),
-    *_output_ids(),
+    *_drawn_tokens(),
 )
 
 INFLUENCE = _schema(
@@ -129,8 +129,8 @@ PREFERENCES = _schema(
     _field("rejected_influence_student", _REAL, "influence of x- against the student, nats"),
     _field("chosen_influence_null_step", _REAL, "influence of x+ against the null step, nats"),
     _field("rejected_influence_null_step", _REAL, "influence of x- against the null step, nats"),
-    *_output_ids("chosen_"),
-    *_output_ids("rejected_"),
+    *_drawn_tokens("chosen_"),
+    *_drawn_tokens("rejected_"),
 )
 
 UTILITY = _schema(
@@ -154,8 +154,8 @@ UTILITY_PREFERENCES = _schema(
     _field("rejected_id", _TEXT, "example of the rejected output"),
     _field("chosen_utility", _REAL, "utility of the chosen example"),
     _field("rejected_utility", _REAL, "utility of the rejected example"),
-    *_output_ids("chosen_"),
-    *_output_ids("rejected_"),
+    *_drawn_tokens("chosen_"),
+    *_drawn_tokens("rejected_"),
 )
 
 SIMILARITY = _schema(

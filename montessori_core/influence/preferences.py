@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from montessori_core.config import Preferences
-from montessori_core.data.tables import EXAMPLES, ROW_GROUP, open_parquet, read_table, write_table
+from montessori_core.data.tables import DRAWN_TOKENS, EXAMPLES, ROW_GROUP, open_parquet, read_table, write_table
 from montessori_core.errors import DataError
 from montessori_core.influence.table import influence_note
 
@@ -203,12 +203,12 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
             for start in range(0, pairs.num_rows, ROW_GROUP):
                 some = slice(start, start + ROW_GROUP)
                 wanted, places = np.unique(np.stack([chosen[some], rejected[some]]), return_inverse=True)
-                texts = _take(file, ["prompt", "raw_output", "output_ids", "vocabulary"], wanted)
+                texts = _take(file, ["prompt", "raw_output", *DRAWN_TOKENS], wanted)
                 best, worst = places.reshape(2, -1)
                 table = pairs[some].append_column("prompt", texts["prompt"].take(best))
                 for role, rows_of_role in (("chosen", best), ("rejected", worst)):
                     table = table.append_column(role, texts["raw_output"].take(rows_of_role))
-                    for name in ("output_ids", "vocabulary"):
+                    for name in DRAWN_TOKENS:
                         table = table.append_column(f"{role}_{name}", texts[name].take(rows_of_role))
                 yield from table.select(schema.names).cast(schema).to_batches()
 
