@@ -7,11 +7,9 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from montessori_core import layout
 from montessori_core.errors import UserError
@@ -34,10 +32,8 @@ def only_driver(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             refuse_second_driver(folder)
             raise UserError(f"{folder}: another process drove this run until just now; try again") from None
-        _end_orphaned_servers(read_json(path) or {})
-        servers = [[child.pid, child.create_time()] for child in psutil.Process().children(recursive=True)]
         lock.truncate(0)
-        lock.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "servers": servers}))
+        lock.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
         lock.flush()
         yield
 
@@ -86,14 +82,3 @@ def end_driver(folder: Path) -> bool:
             raise UserError(f"{folder}: process {holder['process']} does not leave; end it and give this command again")
         time.sleep(0.2)
     return True
-
-
-def _end_orphaned_servers(holder: dict[str, Any]) -> None:
-    """End the temporary Prefect server of a driver that was killed: nothing else would."""
-    if holder.get("host") != socket.gethostname():
-        return
-    for pid, started in holder["servers"]:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if process.create_time() == started:
-                process.kill()

@@ -50,11 +50,11 @@ def _start_server() -> None:
 
     if determine_server_type() is not ServerType.EPHEMERAL:
         return
-    from prefect.server.api.server import SubprocessASGIServer
+    from flows.temporary_server import TemporaryServer
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        SubprocessASGIServer().start(_SERVER_PATIENCE)  # the one that Prefect's clients find at work
+        TemporaryServer().start(_SERVER_PATIENCE)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 

@@ -148,7 +148,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
-    """Kill the driver; by SIGKILL, its jobs as well, but not Prefect's server, which nobody ends then."""
+    """Kill the driver; by SIGKILL, its jobs as well, but not Prefect's server, which has to end by itself."""
     family = psutil.Process(driver.pid).children(recursive=True) if how is signal.SIGKILL else []
     driver.send_signal(how)
     for process in family:
