@@ -31,7 +31,7 @@ from cluster.stage import Stage, cut_into_shards
 from montessori_core.config import Cluster, Preferences, Resources
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
 from montessori_core.influence.preferences import pair_by_influence, write_preferences
-from montessori_core.influence.table import NOTES, join_influence, note_influence
+from montessori_core.influence.table import NOTES, join_influence, write_influence_metadata
 
 SHARD = 100  # rows
 PROMPT, INSTRUCTION, RESPONSE = 2500, 200, 500  # bytes
@@ -141,7 +141,7 @@ def make_tables(folder: Path, rows: int) -> None:
             "gradient_norm": draw.random(len(numbers)),
             "dominated_share": draw.random(len(numbers)),
         }
-        table = note_influence(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
+        table = write_influence_metadata(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
         pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")  # not flushed one by one
 
 

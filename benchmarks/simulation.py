@@ -31,7 +31,7 @@ from pathlib import Path
 
 from cluster.costs import StageCost, cost_of
 from cluster.fanout import fan_out
-from cluster.simulation import Disturbances, Machines, Work, simulate
+from cluster.simulation import ClusterSpec, FailureModel, Work, simulate
 from cluster.stage import Stage
 from cluster.usage import use_of
 from montessori_core.config import Cluster, Resources
@@ -71,9 +71,9 @@ def main() -> None:
         flush=True,
     )
     back = arguments.requeue_seconds
-    peace = Disturbances(requeue_seconds=back)
-    preempted = Disturbances(preemption_hours=PREEMPTION / 3600, requeue_seconds=back)
-    failing = Disturbances(FAILURE / 3600, notice_seconds=0.0, repair_minutes=REPAIR / 60, requeue_seconds=back)
+    peace = FailureModel(requeue_seconds=back)
+    preempted = FailureModel(preemption_hours=PREEMPTION / 3600, requeue_seconds=back)
+    failing = FailureModel(FAILURE / 3600, notice_seconds=0.0, repair_minutes=REPAIR / 60, requeue_seconds=back)
     for name, at_once, disturbances, disturb in (
         ("no faults, 4 jobs at a time", 4, peace, lambda stop: None),
         ("no faults, 2 jobs at a time", 2, peace, lambda stop: None),
@@ -81,7 +81,7 @@ def main() -> None:
         ("failing nodes", 4, failing, crash_nodes),
     ):
         work = planned(cost, at_once)
-        spent = [simulate([work], Machines(NODES, 0, 1), disturbances, seed)[0] for seed in range(SIMULATIONS)]
+        spent = [simulate([work], ClusterSpec(NODES, 0, 1), disturbances, seed)[0] for seed in range(SIMULATIONS)]
         deciles = statistics.quantiles([one.seconds for one in spent], n=10)
         measured = [run(arguments.folder, SHARDS, at_once, disturb) for _ in range(arguments.runs)]
         print(  # noqa: T201

@@ -142,7 +142,7 @@ def _examine_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator
         stage = Stage(
             program="look-around",
             version=1,
-            entry="cluster.doctor_jobs:open_look_around",
+            entry="cluster.doctor_jobs:open_node_report",
             settings={"packages": {name: ranges.get(name, "") for name in packages}},
             inputs={"token": token},
             input_hashes={},

@@ -13,7 +13,7 @@ from montessori_core.program import Compute, Report, Row
 from montessori_core.versions import misfit
 
 
-def open_look_around(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
     """Report host, versions, packages that cannot be imported or do not fit, GPUs, and what the driver wrote to a file.
 
     Settings: `packages` to import, with the range of versions that fits. Inputs: `token`, a file.

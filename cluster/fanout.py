@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.backends import open_backend
-from cluster.backends.base import SchedulerAway, Task, log_file
+from cluster.backends.base import SchedulerUnavailable, Task, log_file
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.progress import rows_per_second
-from cluster.records import Begun, Failure, read_record
-from cluster.retry import NOT_RETRIED, REMEDIES, classify_loss, retries_of
+from cluster.records import Failure, ShardProgress, read_record
+from cluster.retry import NOT_RETRIED, REMEDIES, allowed_retries, classify_loss
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
 from montessori_core.config import Cluster, Resources
@@ -178,7 +178,7 @@ class _Driver:
         done: float = sum(len(shards[index]) for index in self._done)
         begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
         notes = {
-            index: read_record(stage.progress_file(index), Begun)
+            index: read_record(stage.progress_file(index), ShardProgress)
             for index in begun & set(range(len(shards))) - self._done
         }
         done += sum(min(len(shards[index]), note.done) for index, note in notes.items() if note)
@@ -220,7 +220,7 @@ class _Driver:
                 self._ledger.save()
             # What earlier submissions no longer need, later ones may have.
             elif submission.at_once < (room := min(left, limit - self._running)):
-                self._backend.widen(ids, room)
+                self._backend.set_parallelism(ids, room)
                 submission.at_once = room
                 self._ledger.save()
             self._running += left
@@ -271,7 +271,7 @@ class _Driver:
         self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
         if kind in ("lost", "node_failure"):
             self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), first)
-        if losses > retries_of(kind, self._resources.infrastructure_retries):
+        if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": opening, "traceback": ""}
@@ -325,7 +325,7 @@ class _Driver:
         try:
             submission.ids = self._backend.submit(name, folder, tasks, self._stage.folder, at_once, avoid)
             self._refusals = 0
-        except SchedulerAway as error:
+        except SchedulerUnavailable as error:
             pause = self._pause(self._refusals)
             self._refusals += 1
             log.warning("%s: %s; trying again in %.0f s", self._stage.name, str(error).splitlines()[-1], pause)

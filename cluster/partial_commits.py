@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.records import Drafts, read_record
+from cluster.records import DraftRows, read_record
 from montessori_core.data.tables import read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
 from montessori_core.files import hash_json, write_json
@@ -94,7 +94,7 @@ class ShardRecorder:
             self._tables |= _read_partial(path, schema)
         self._pending: dict[int, list[Row]] = {}
         self.unfinished = [position for position in range(rows) if position not in self._tables]
-        note = read_record(self._draft_file, Drafts)
+        note = read_record(self._draft_file, DraftRows)
         kept = json.loads(note.drafts) if note and note.sha256 == hash_json(note.drafts) else {}
         self._drafts = {position: kept[str(position)] for position in self.unfinished if str(position) in kept}
         self.drafts: Mapping[int, Any] = {

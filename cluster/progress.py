@@ -3,10 +3,10 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from cluster.records import Begun, Manifest
+from cluster.records import Manifest, ShardProgress
 
 
-def rows_per_second(at_work: Sequence[Begun | None], done: Iterable[Manifest]) -> float | None:
+def rows_per_second(at_work: Sequence[ShardProgress | None], done: Iterable[Manifest]) -> float | None:
     """Rows that the jobs at work compute in a second together; None before any of them, or one before them, has a pace.
 
     Args:

@@ -17,13 +17,13 @@ _Seconds = Annotated[float, Field(ge=0.0, lt=1e15)]
 _Rows = Annotated[float, Field(ge=0.0, lt=1e15)]
 
 
-class Note(BaseModel):
+class Record(BaseModel):
     """A JSON object of known fields."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Description(Note):
+class Description(Record):
     """A stage, as its workers are told of it; see `cluster.stage.Stage`. `shards` is how many there are."""
 
     program: str
@@ -38,14 +38,14 @@ class Description(Note):
     shards: Annotated[int, Field(ge=0, lt=10**7)]
 
 
-class Shard(Note):
+class Shard(Record):
     """Rows, and the key that says what their result is decided by."""
 
     key: str
     rows: list[Row]
 
 
-class Manifest(Note):
+class Manifest(Record):
     """That a shard is done: its key and rows, bytes and hash of its result, and what that took."""
 
     key: str
@@ -59,21 +59,21 @@ class Manifest(Note):
     flops: _Amount
 
 
-class Begun(Note):
+class ShardProgress(Record):
     """How many rows of a shard at work are done, in fractions, and how long its job takes for one."""
 
     done: _Rows
     row_seconds: _Seconds | None = None
 
 
-class Drafts(Note):
+class DraftRows(Record):
     """State of rows that a program has not finished, by position in the shard: JSON as text, and a hash of it."""
 
     drafts: str
     sha256: str
 
 
-class Failure(Note):
+class Failure(Record):
     """Why a shard failed; `opening` says that the program could not even be opened."""
 
     job_id: str
@@ -84,14 +84,14 @@ class Failure(Note):
     traceback: str
 
 
-class Start(Note):
+class JobStart(Record):
     """Where a job started last, and how often Slurm had put it back into the queue before."""
 
     node: str
     restarts: _Amount
 
 
-AnyRecord = TypeVar("AnyRecord", bound=Note)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:

@@ -21,7 +21,7 @@ def classify_loss(reason: str) -> str:
     return next((kind for word, kind in classes.items() if word in reason), "lost")
 
 
-def retries_of(kind: str, infrastructure_retries: int) -> int:
+def allowed_retries(kind: str, infrastructure_retries: int) -> int:
     """How often a shard is submitted again after losses of a class.
 
     Memory that ran out once may have been another job's; a preempted job did nothing wrong.

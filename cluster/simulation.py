@@ -22,7 +22,7 @@ _HOPELESS = 8.0
 
 
 @dataclass(frozen=True)
-class Machines:
+class ClusterSpec:
     """The nodes that jobs run on.
 
     Attributes:
@@ -37,7 +37,7 @@ class Machines:
 
 
 @dataclass(frozen=True)
-class Disturbances:
+class FailureModel:
     """What happens to nodes and jobs. Times between events and waits in the queue are exponentially distributed.
 
     Attributes:
@@ -89,7 +89,7 @@ class Work:
 
 
 @dataclass
-class Spent:
+class StageTiming:
     """What a stage took.
 
     Attributes:
@@ -105,7 +105,7 @@ class Spent:
     restarts: int = 0
 
 
-def room(work: Work, machines: Machines) -> int:
+def room(work: Work, machines: ClusterSpec) -> int:
     """How many jobs of a stage the nodes hold at a time.
 
     Raises:
@@ -121,7 +121,7 @@ def room(work: Work, machines: Machines) -> int:
     return held
 
 
-def simulate(stages: Sequence[Work], machines: Machines, disturbances: Disturbances, seed: int) -> list[Spent]:
+def simulate(stages: Sequence[Work], machines: ClusterSpec, disturbances: FailureModel, seed: int) -> list[StageTiming]:
     """Do stages one after the other; what each took.
 
     Raises:
@@ -134,7 +134,7 @@ def simulate(stages: Sequence[Work], machines: Machines, disturbances: Disturban
     if math.isfinite(disturbances.node_failure_hours):
         for node in nodes:
             environment.process(node.live(disturbances, draw))
-    spent = [Spent() for _ in stages]
+    spent = [StageTiming() for _ in stages]
 
     def one_after_the_other() -> Happening:
         for work, own in zip(stages, spent, strict=True):
@@ -146,7 +146,7 @@ def simulate(stages: Sequence[Work], machines: Machines, disturbances: Disturban
     return spent
 
 
-def _check_that_a_job_gets_on(shards: Sequence[float], work: Work, disturbances: Disturbances) -> None:
+def _check_that_a_job_gets_on(shards: Sequence[float], work: Work, disturbances: FailureModel) -> None:
     first_saved = min(work.saved_every, max(shards))
     least = work.opening + first_saved
     if least >= work.limit:
@@ -172,7 +172,7 @@ class _Node:
         self.jobs: dict[simpy.Process, None] = {}  # in order, so that a seed has one outcome
         self.up = environment.event().succeed()
 
-    def live(self, disturbances: Disturbances, draw: Random) -> Happening:
+    def live(self, disturbances: FailureModel, draw: Random) -> Happening:
         """Work, fail, be repaired, and so on."""
         while True:
             yield self._environment.timeout(draw.expovariate(1 / (3600 * disturbances.node_failure_hours)))
@@ -189,11 +189,11 @@ class _Stage:
 
     environment: simpy.Environment
     work: Work
-    machines: Machines
+    machines: ClusterSpec
     nodes: list[_Node]
-    disturbances: Disturbances
+    disturbances: FailureModel
     draw: Random
-    spent: Spent
+    spent: StageTiming
     turns: simpy.Resource = field(init=False)
     places: simpy.Store = field(init=False)
 

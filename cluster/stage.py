@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.records import Description, Manifest, Shard, Start, read_record
+from cluster.records import Description, JobStart, Manifest, Shard, read_record
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.models import flops
@@ -189,7 +189,7 @@ class Stage:
 
     def node_of(self, job_id: str) -> str | None:
         """Where a job last started; None if it never did."""
-        noted = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", Start)
+        noted = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", JobStart)
         return noted.node if noted else None
 
     def write(self, shards: list[list[Row]], keys: list[str]) -> None:
@@ -282,6 +282,6 @@ class Stage:
             "opening": round(opening, 3),
             "seconds": round(time.monotonic() - started, 3),
             "row_seconds": clock.row_seconds if clock else None,
-            "flops": flops.spent_since_last() * processes,
+            "flops": flops.read_and_reset() * processes,
         }
         write_json(manifest, self.manifest(index))

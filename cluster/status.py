@@ -7,7 +7,7 @@ from cluster.backends import backend_at
 from cluster.backends.base import log_file
 from cluster.ledger import Ledger, close_submission
 from cluster.progress import rows_per_second
-from cluster.records import Begun, Failure, Shard, read_record
+from cluster.records import Failure, Shard, ShardProgress, read_record
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -78,7 +78,7 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
     """
     stage, shards = Stage.read_with_size(folder)
     done: list[int] = []
-    missing: dict[int, Begun | None] = {}
+    missing: dict[int, ShardProgress | None] = {}
     begun = 0.0
     rows = 0
     for index in range(shards):
@@ -88,7 +88,7 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
         if shard and stage.is_done(index, shard.key):
             done.append(index)
         else:
-            missing[index] = note = read_record(stage.progress_file(index), Begun)
+            missing[index] = note = read_record(stage.progress_file(index), ShardProgress)
             begun += min(note.done, count) if note else 0
     running, queued = _at_work(folder, cluster, set(missing))
     idle = set(missing) - running - queued

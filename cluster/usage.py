@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.ledger import Ledger
-from cluster.records import Start, read_record
+from cluster.records import JobStart, read_record
 from cluster.stage import Stage
 
 
@@ -43,7 +43,7 @@ def use_of(stage: Path) -> StageUse:
     made, shards = Stage.read_with_size(stage)
     manifests = made.manifests(range(shards))
     submissions = Ledger(stage / "jobs").submissions
-    starts = [read_record(path, Start) for path in (stage / "jobs").glob("node-of-*.json")]
+    starts = [read_record(path, JobStart) for path in (stage / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]
     return StageUse(
         shards=shards,

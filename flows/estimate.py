@@ -71,7 +71,7 @@ class Estimate:
 
 def estimate_run(run: Run) -> Estimate:
     """Plan the stages of a run and, where its jobs use this machine's processor, measure and record its speed."""
-    teacher, student = run.first_teacher(), run.first_student()
+    teacher, student = run.initial_teacher(), run.initial_student()
     sizes = Sizes.of(run.experiment, run.sources(), weights_of(Path(teacher.path)), weights_of(Path(student.path)))
     gflops = _speed_for(run.experiment)
     if gflops:

@@ -62,7 +62,7 @@ def open_evaluation(experiment: Experiment, model: str, folder: Path) -> tuple[R
 def _evaluate(run: Run) -> None:
     with only_driver(run.folder):
         list_items(run)
-        evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), run.first_student())
+        evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), run.initial_student())
         loss = summarize_loss(evaluated.losses)
         result = {
             "model": run.experiment.student.model,

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cluster.backends.base import deal, deal_to_array
+from cluster.backends.base import split_evenly, split_for_array
 from cluster.costs import StageCost, cost_of
 from cluster.partial_commits import COMMIT_SECONDS
-from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
+from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, room, simulate
 from cluster.stage import shard_size
 from cluster.status import stages_of
 from montessori_core import layout
@@ -49,18 +49,20 @@ class Forecast:
         spent: [simulations][stages].
     """
 
-    machines: Machines
+    machines: ClusterSpec
     stages: Sequence[Work]
-    spent: Sequence[Sequence[Spent]]
+    spent: Sequence[Sequence[StageTiming]]
 
     def hours(self, what: str, share: float) -> float:
         """A quantile over the simulations of what all stages took: of 'wall', 'job' or 'gpu' hours."""
         return float(np.quantile([self._sum(what, spent) for spent in self.spent], share))
 
-    def mean(self, stage: int) -> Spent:
+    def mean(self, stage: int) -> StageTiming:
         """What a stage took, by its number: means over the simulations."""
         spent = [simulation[stage] for simulation in self.spent]
-        return Spent(**{name: statistics.mean(getattr(one, name) for one in spent) for name in Spent.__annotations__})
+        return StageTiming(
+            **{name: statistics.mean(getattr(one, name) for one in spent) for name in StageTiming.__annotations__}
+        )
 
     def gpu_hours(self, stage: int) -> float:
         """Mean GPU-hours of a stage."""
@@ -81,14 +83,14 @@ class Forecast:
         reason = min(limits, key=lambda name: limits[name])
         return limits[reason], reason
 
-    def _sum(self, what: str, spent: Sequence[Spent]) -> float:
+    def _sum(self, what: str, spent: Sequence[StageTiming]) -> float:
         if what == "gpu":
             return sum(map(_gpu_hours, self.stages, spent))
         return sum(one.seconds if what == "wall" else one.job_seconds for one in spent) / 3600
 
 
 def forecast(
-    pilot: Run, experiment: Experiment, machines: Sequence[Machines], disturbances: Disturbances, simulations: int
+    pilot: Run, experiment: Experiment, machines: Sequence[ClusterSpec], disturbances: FailureModel, simulations: int
 ) -> list[Forecast]:
     """Simulate an experiment on each of several clusters.
 
@@ -214,7 +216,7 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
     local = experiment.cluster.profile == "local"
     return Work(
         name=str(stage),
-        jobs=deal(shards, at_once) if local else deal_to_array(shards, at_once, resources.shards_per_job),
+        jobs=split_evenly(shards, at_once) if local else split_for_array(shards, at_once, resources.shards_per_job),
         spread=cost.spread / math.sqrt(min(size, rows)),
         opening=cost.opening,
         saved_every=saved_every,
@@ -246,5 +248,5 @@ def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
     return differences(deciding(pilot), deciding(experiment))
 
 
-def _gpu_hours(work: Work, spent: Spent) -> float:
+def _gpu_hours(work: Work, spent: StageTiming) -> float:
     return spent.job_seconds * work.nodes * work.gpus / 3600

@@ -5,18 +5,18 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.methods.tailoring import Probed, tailor, write_training_set
+from flows.methods.tailoring import ProbingSet, tailor, write_training_set
 from flows.teacher_checkpoints import evaluate_checkpoints
 from montessori_core import layout
 from montessori_core.program import Row
-from tasks.benchmarks import compare_answers, find_copies
-from tasks.evaluation import Evaluated, evaluate
+from tasks.benchmarks import check_contamination, compare_answers
+from tasks.evaluation import StudentEvaluation, evaluate
 from tasks.influence import collect_influence
-from tasks.metrics import Benchmarked, IterationFiles, write_metrics
+from tasks.metrics import IterationBenchmarks, IterationFiles, write_metrics
 from tasks.run import Model, Run
 from tasks.stage import Step
 from tasks.students import train_student
-from tasks.synthesis import Synthesized
+from tasks.synthesis import SynthesisResult
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,26 @@ class Iteration:
 
     teacher: Model
     student: Model
-    training: Synthesized
-    evaluated: dict[str, Evaluated]
+    training: SynthesisResult
+    evaluated: dict[str, StudentEvaluation]
 
 
 @dataclass(frozen=True)
 class Unmodified:
     """What the unmodified teacher's data is worth: the data, and the student trained on it."""
 
-    training: Synthesized
-    evaluated: Evaluated
+    training: SynthesisResult
+    evaluated: StudentEvaluation
 
 
 @flow(flow_run_name="{run.experiment.name}: unmodified teacher", validate_parameters=False)
-def unmodified_teacher(run: Run, probed: Probed) -> Unmodified:
+def unmodified_teacher(run: Run, probed: ProbingSet) -> Unmodified:
     """Train a student on as many examples of the unmodified teacher, from the same prompts as iteration 1.
 
     The influence of its examples is measured on the same warm student as that of the updated teacher's (Figure 3d).
     """
     step, recipe = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher"), run.experiment.training
-    training = write_training_set(step, run.first_teacher())
+    training = write_training_set(step, run.initial_teacher())
     student = train_student(step.at("student", "student training"), training.examples, recipe, recipe.examples)
     _measure_training_influence(step, probed.student, training.examples)
     return Unmodified(training, evaluate(step.at("evaluation"), student))
@@ -82,7 +82,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
     tailored = tailor(
         step,
         number,
-        previous.teacher if previous else run.first_teacher(),
+        previous.teacher if previous else run.initial_teacher(),
         previous.student if previous else None,
         previous.training.examples if previous else None,
         approve,
@@ -97,7 +97,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         evaluated["previous"] = previous.evaluated["student"]
     else:
         untrained = Step(run, run.folder / layout.UNTRAINED, "untrained student")
-        evaluated["untrained"] = evaluate(untrained, run.first_student())
+        evaluated["untrained"] = evaluate(untrained, run.initial_student())
         if experiment.comparison.unmodified_teacher:
             evaluated["unmodified"] = unmodified_teacher(run, tailored.probed).evaluated
     trajectory = []
@@ -116,16 +116,16 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
             {part: one.losses for part, one in evaluated.items()},
         ),
         trajectory,
-        Benchmarked(
+        IterationBenchmarks(
             {part: one.benchmarks.scores for part, one in evaluated.items()},
             _head_to_head(run, number, evaluated),
-            find_copies(run, f"{step.label}: copies", step.folder / "contamination.json", examples),
+            check_contamination(run, f"{step.label}: copies", step.folder / "contamination.json", examples),
         ),
     )
     return Iteration(tailored.teacher, trained, tailored.training, evaluated)
 
 
-def _head_to_head(run: Run, number: int, evaluated: dict[str, Evaluated]) -> list[Row]:
+def _head_to_head(run: Run, number: int, evaluated: dict[str, StudentEvaluation]) -> list[Row]:
     """The student's answers against those of the unmodified teacher's student and of the last iteration's (Figure 4)."""
     own = evaluated["student"].benchmarks.answers
     if own is None:

@@ -16,7 +16,7 @@ from cluster.status import cancel_jobs, stages_of
 from cluster.usage import use_of
 from flows.experiment import run_root
 from flows.methods import REGISTRY
-from flows.methods.environment import Feedback, Method, Proposal, Round
+from flows.methods.method import Feedback, Method, Proposal, Round
 from montessori_core import layout
 from montessori_core.config import RUN_NAME, Study, write_yaml
 from montessori_core.data.tables import EXAMPLES, REFERENCE_LOSS, read_table
@@ -26,7 +26,7 @@ from montessori_core.evaluation.statistics import Outcome, compare_outcomes
 from montessori_core.files import write_json
 from montessori_report.study_page import study_page
 from tasks.benchmarks import compare_answers, list_items
-from tasks.evaluation import Evaluated, evaluate, per_token, summarize_loss
+from tasks.evaluation import StudentEvaluation, evaluate, per_token, summarize_loss
 from tasks.run import Model, Run, open_run
 from tasks.stage import Step
 from tasks.students import train_student
@@ -51,26 +51,26 @@ def find_method(name: str) -> Method:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"methods: {name}: {error}; the module must be importable where the driver runs") from error
     if not isinstance(found, Method):
-        raise ConfigError(f"methods: {name} is no flows.methods.environment.Method")
+        raise ConfigError(f"methods: {name} is no flows.methods.method.Method")
     return found
 
 
 @dataclass(frozen=True)
-class Seeded:
+class SeedRuns:
     """The run of a seed, and a run for each other student that its data is tried on."""
 
     run: Run
     others: list[Run]
 
 
-def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
+def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
     """Create a study's folder with the runs of each seed, or open it if it is the same study; also return warnings.
 
     Raises:
         UserError: methods, configuration, data, models or folder are wrong; nothing has been computed then.
     """
     _check_methods(study)
-    seeded: list[Seeded] = []
+    seeded: list[SeedRuns] = []
     warnings: set[str] = set()
     for seed in study.seeds:
         own = folder / f"seed-{seed}"
@@ -79,7 +79,7 @@ def open_study(study: Study, folder: Path) -> tuple[list[Seeded], list[str]]:
             open_run(study.seeded(seed, student), own / f"student-{number}")
             for number, student in enumerate(study.transfer, 1)
         ]
-        seeded.append(Seeded(opened[0][0], [run for run, _ in opened[1:]]))
+        seeded.append(SeedRuns(opened[0][0], [run for run, _ in opened[1:]]))
         warnings.update(warning for _, of_run in opened for warning in of_run)
     if len(seeded[0].run.sources().evaluation) < 2:
         raise ConfigError("experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit")
@@ -134,7 +134,7 @@ def compare(study: Study) -> None:
 
 
 @flow(flow_run_name="{study.name}", validate_parameters=False)
-def compare_opened(study: Study, folder: Path, seeded: list[Seeded]) -> None:
+def compare_opened(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     """The same for a study whose folder is open already."""
     _compare(study, folder, seeded)
 
@@ -154,11 +154,11 @@ class Cost:
         return Cost(sum(use.seconds for use in uses), sum(use.flops for use in uses))
 
 
-Played = dict[str, list[tuple[Evaluated, Cost]]]
+Played = dict[str, list[tuple[StudentEvaluation, Cost]]]
 """Of each method, by seed: what its student is worth, and the cost."""
 
 
-def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
+def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     methods = [find_method(name) for name in study.methods]
     played: list[Played] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
     with only_driver(folder):
@@ -167,13 +167,13 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
             for run in (one.run, *one.others):
                 list_items(run)
         untrained = evaluate(
-            Step(first, folder.resolve() / layout.UNTRAINED, "untrained student"), first.first_student()
+            Step(first, folder.resolve() / layout.UNTRAINED, "untrained student"), first.initial_student()
         )
         for one in seeded:
             with only_driver(one.run.folder):
                 for method in methods:
                     own = replace(one.run, stages=[])
-                    last = play(own, method)
+                    last = run_method(own, method)
                     played[0][method.name].append((last.evaluated, Cost.of(own)))
                     for number, other in enumerate([] if method.trains_student else one.others, 1):
                         tried = replace(other, stages=[])
@@ -183,7 +183,7 @@ def _compare(study: Study, folder: Path, seeded: list[Seeded]) -> None:
         write_comparison(study, folder, untrained.losses, played)
 
 
-def _against_baseline(study: Study, run: Run, evaluated: dict[str, Evaluated]) -> None:
+def _against_baseline(study: Study, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:
     """Add how each method's answers to AlpacaEval's instructions fare against the baseline's (Table 1)."""
     baseline = find_method(study.baseline).name
     others = evaluated[baseline].benchmarks.answers
@@ -196,7 +196,7 @@ def _against_baseline(study: Study, run: Run, evaluated: dict[str, Evaluated]) -
             one.benchmarks.scores.extend(win_rate_scores(f"{benchmark} against {baseline}", rates))
 
 
-def transfer(run: Run, method: Method, proposal: Proposal) -> Evaluated:
+def transfer(run: Run, method: Method, proposal: Proposal) -> StudentEvaluation:
     """What another student is worth, trained on the data that a method proposed (Section 5.4)."""
     step = Step(run, run.folder / method.name, f"{method.name}, to {run.folder.name}")
     return evaluate(step.at("evaluation"), _train(step, proposal))
@@ -209,7 +209,7 @@ def _train(step: Step, proposal: Proposal, save_moments: bool = False) -> Model:
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
-def play(run: Run, method: Method) -> Feedback:
+def run_method(run: Run, method: Method) -> Feedback:
     """All rounds of a method: it proposes, the student is trained from its first weights, its losses come back.
 
     Raises:

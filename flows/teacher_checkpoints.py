@@ -4,9 +4,9 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.methods.tailoring import Tailored, write_training_set
+from flows.methods.tailoring import TailoringResult, write_training_set
 from montessori_core.program import Row
-from tasks.evaluation import Evaluated, evaluate, summarize_loss
+from tasks.evaluation import StudentEvaluation, evaluate, summarize_loss
 from tasks.run import Run
 from tasks.stage import Step
 from tasks.students import train_student
@@ -15,7 +15,7 @@ from tasks.teachers import kept_teachers, reward_margins
 
 @flow(flow_run_name="{run.experiment.name}: teachers on the way, iteration {number}", validate_parameters=False)
 def evaluate_checkpoints(
-    run: Run, number: int, tailored: Tailored, student: Evaluated, synthetic_pool: Path | None
+    run: Run, number: int, tailored: TailoringResult, student: StudentEvaluation, synthetic_pool: Path | None
 ) -> list[Row]:
     """Reward margin and student's worth at each kept teacher; the updated teacher, and its `student`, come last.
 
@@ -23,7 +23,7 @@ def evaluate_checkpoints(
     trained by the same recipe.
     """
     margins = reward_margins(tailored.teacher)
-    worth: dict[int, Evaluated] = {}
+    worth: dict[int, StudentEvaluation] = {}
     for step, teacher in kept_teachers(tailored.teacher).items():
         folder = run.iteration(number) / "checkpoints" / f"step-{step}"
         own = Step(run, folder, f"iteration {number}, step {step}")

@@ -28,25 +28,25 @@ class Generation(Section):
     sampling: Sampling
 
 
-class Asked(Section):
+class ApiRequest(Section):
     """Who answers behind an API: what decides its answers, see `config.Endpoint.identity`."""
 
     endpoint: dict[str, Any]
 
 
-class ApiGeneration(Asked):
+class ApiGeneration(ApiRequest):
     """How a teacher behind an API writes."""
 
     sampling: Sampling
 
 
-class Judging(Asked):
+class Judging(ApiRequest):
     """What a judge gives points for."""
 
     response_only: bool = Field(description="Five points for the response, in place of six with the instruction's.")
 
 
-class BenchmarkJudging(Asked):
+class BenchmarkJudging(ApiRequest):
     """How a judge of a benchmark is asked."""
 
     prompts: Literal["own", "published"]

@@ -26,7 +26,7 @@ from tasks.synthesis import generate
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchmarkResult:
     """A student's benchmarks.
 
     Attributes:
@@ -52,7 +52,7 @@ def list_items(run: Run) -> Path | None:
     return _join("benchmarks: items, table", _items(run), parts, ITEMS)
 
 
-def measure_benchmarks(step: Step, student: Model) -> Measured:
+def measure_benchmarks(step: Step, student: Model) -> BenchmarkResult:
     """Put a student to all benchmarks that the configuration names; `list_items` comes first."""
     benchmarks = step.experiment.benchmarks
     scores: list[Row] = []
@@ -68,7 +68,7 @@ def measure_benchmarks(step: Step, student: Model) -> Measured:
         scores += _score_mt_bench(step.renamed(f"{step.label}: MT-Bench"), student)
     if scores:
         _publish(step.label, scores)
-    return Measured(scores, answers)
+    return BenchmarkResult(scores, answers)
 
 
 def compare_answers(step: Step, answers: Path, others: Path) -> alpaca_eval.WinRates:
@@ -84,7 +84,7 @@ def compare_answers(step: Step, answers: Path, others: Path) -> alpaca_eval.WinR
     return alpaca_eval.summarize(read_table(table, PAIRWISE), known)
 
 
-def find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
+def check_contamination(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
     """How many items of each set that students are measured by share a run of words with training data."""
     return _find_copies(run, label, path, examples) if run.experiment.benchmarks.contamination_words else []
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from montessori_core import programs
 from montessori_core.data.tables import REFERENCE_LOSS, read_table
-from tasks.benchmarks import Measured, measure_benchmarks
+from tasks.benchmarks import BenchmarkResult, measure_benchmarks
 from tasks.run import Model, as_rows
 from tasks.stage import Step
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class StudentEvaluation:
     """What a student is worth.
 
     Attributes:
@@ -25,12 +25,12 @@ class Evaluated:
     """
 
     losses: Path
-    benchmarks: Measured
+    benchmarks: BenchmarkResult
 
 
-def evaluate(step: Step, model: Model) -> Evaluated:
+def evaluate(step: Step, model: Model) -> StudentEvaluation:
     """Evaluate a model; what the harness's tasks ask was listed before, see `tasks.benchmarks.list_items`."""
-    return Evaluated(_measure_loss(step, model), measure_benchmarks(step.beside("benchmarks"), model))
+    return StudentEvaluation(_measure_loss(step, model), measure_benchmarks(step.beside("benchmarks"), model))
 
 
 def _measure_loss(step: Step, model: Model) -> Path:

@@ -18,23 +18,23 @@ from montessori_core.program import Row
 from montessori_core.synthesis.filters import funnel
 from tasks.evaluation import summarize_gain, summarize_loss
 from tasks.run import Run
-from tasks.synthesis import Synthesized
+from tasks.synthesis import SynthesisResult
 
 
 @dataclass(frozen=True)
 class IterationFiles:
     """Where an iteration's results lie; `losses` are held-out loss tables by the name of the model."""
 
-    probing: Synthesized
+    probing: SynthesisResult
     influence: Path
     preferences: Path
-    training: Synthesized
+    training: SynthesisResult
     training_influence: Path | None
     losses: dict[str, Path]
 
 
 @dataclass(frozen=True)
-class Benchmarked:
+class IterationBenchmarks:
     """What benchmarks say of an iteration.
 
     Attributes:
@@ -50,7 +50,7 @@ class Benchmarked:
 
 @task(task_run_name="iteration {number}: metrics", cache_policy=NO_CACHE)
 def write_metrics(
-    run: Run, number: int, files: IterationFiles, trajectory: list[Row], benchmarked: Benchmarked
+    run: Run, number: int, files: IterationFiles, trajectory: list[Row], benchmarked: IterationBenchmarks
 ) -> Path:
     """Write `metrics.json` of an iteration; `trajectory` is what the teachers on the way through the update are worth."""
     folder = run.iteration(number)

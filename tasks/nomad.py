@@ -22,7 +22,7 @@ from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
 from montessori_core.synthesis.nomad import USER, judge_conversation, read_conversation
 from tasks.run import Model, Run
 from tasks.stage import Step
-from tasks.synthesis import Synthesized, count_candidates, generate, join_synthesis
+from tasks.synthesis import SynthesisResult, count_candidates, generate, join_synthesis
 
 _DRAW = "nomad"
 _FEWEST_STEPS = 10
@@ -49,7 +49,7 @@ def check_steps(run: Run) -> None:
             )
 
 
-def train_conversationalist(step: Step) -> Model:
+def train_nomad_teacher(step: Step) -> Model:
     """Fine-tune the first teacher on conversations of the reference set, or of a part drawn at random."""
     experiment = step.experiment
     nomad = experiment.nomad
@@ -68,10 +68,10 @@ def train_conversationalist(step: Step) -> Model:
         conversations=True,
         mask_prompts=nomad.mask_prompts,
     )
-    return step.train(programs.SFT, settings, rows, {"student": step.run.first_teacher()})
+    return step.train(programs.SFT, settings, rows, {"student": step.run.initial_teacher()})
 
 
-def write_conversations(step: Step, teacher: Model, count: int) -> Synthesized:
+def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResult:
     """Let the teacher continue the bare beginning of a conversation until `count` conversations pass the filters.
 
     Raises:
@@ -139,7 +139,7 @@ def measure_norm_sim(step: Step, examples: Path) -> Path:
         programs.Similarity(max_length=step.experiment.student.max_length),
         rows,
         step.experiment.synthesis.instructions_per_shard,
-        models={"student": step.run.first_student()},
+        models={"student": step.run.initial_student()},
         files={"real": step.run.source_file("reference")},
         upstream=[examples],
     )

@@ -98,11 +98,11 @@ class Run:
         """Whether all of its iterations came to their end."""
         return all((self.iteration(n) / layout.METRICS).exists() for n in range(1, self.experiment.iterations + 1))
 
-    def first_teacher(self) -> Model:
+    def initial_teacher(self) -> Model:
         """The teacher as configured."""
         return self._configured(self.experiment.teacher)
 
-    def first_student(self) -> Model:
+    def initial_student(self) -> Model:
         """The student as configured."""
         return self._configured(self.experiment.student)
 
@@ -156,7 +156,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             for path in layout.iterations(folder).values():
                 (path / layout.METRICS).unlink(missing_ok=True)  # the run is not finished any more
         write_yaml(experiment, config)
-        write_provenance(folder, {"teacher": run.first_teacher().sha256, "student": run.first_student().sha256})
+        write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:
         raise UserError(
             f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "

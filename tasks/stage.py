@@ -15,7 +15,7 @@ from montessori_core.files import write_json
 from montessori_core.program import Program, Row, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
-from tasks.stage_view import StageView
+from tasks.stage_progress import StageTaskRuns
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Step:
         cluster = self.experiment.cluster
         python = cluster.generation_python if program.kind == "generation" else None
         inputs = [*models.values(), *files.values(), *upstream]
-        with ProgressBar(self.label) as bar, StageView(self.label, stage, len(shards), inputs, read) as view:
+        with ProgressBar(self.label) as bar, StageTaskRuns(self.label, stage, len(shards), inputs, read) as view:
 
             def show(progress: Progress) -> None:
                 bar.show(progress)

@@ -36,7 +36,7 @@ def train_student(step: Step, examples: Path, recipe: Optimization, count: int, 
         seed=experiment.seed,
         save_moments=save_moments,
     )
-    models = {"student": step.run.first_student()}
+    models = {"student": step.run.initial_student()}
     return step.train(programs.SFT, settings, training_rows(examples)[:count], models, upstream=[examples])
 
 

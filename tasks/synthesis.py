@@ -36,7 +36,7 @@ _LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acc
 
 
 @dataclass(frozen=True)
-class Synthesized:
+class SynthesisResult:
     """The tables of one synthesis: every candidate with its verdict, and the examples that were kept."""
 
     instructions: Path
@@ -51,7 +51,7 @@ def synthesize(
     earlier: Sequence[Path] = (),
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
-) -> Synthesized:
+) -> SynthesisResult:
     """Let `teacher` write `count` examples.
 
     Args:
@@ -135,9 +135,9 @@ def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampli
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def join_synthesis(
     label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
-) -> Synthesized:
+) -> SynthesisResult:
     """Write the tables that the parts make, and the funnel."""
-    made = Synthesized(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
+    made = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
     write_table(candidates, made.instructions, INSTRUCTIONS)
     _publish(label, funnel(candidates))
     if examples.num_rows < count:
@@ -232,7 +232,7 @@ def _write_responses(
     return examples, parts
 
 
-def answer_again(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
+def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
     """Several responses to each of some instructions, as examples of which every instruction is the prompt.
 
     Args:

@@ -81,7 +81,7 @@ def ask_judge(step: Step, examples: Path, first: int, last: int, response_only: 
     return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
 
 
-def judge_oneself(step: Step, student: Model, examples: Path) -> Path:
+def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
     """What the student itself says of responses, five points each, as their utility; as above.
 
     A utility is the mean of those of three judgements that end with a score (Yuan et al., 2024).

@@ -10,7 +10,7 @@ Task = list[int]  # shards that one job works through
 AnyShard = TypeVar("AnyShard")
 
 
-class SchedulerAway(UserError):
+class SchedulerUnavailable(UserError):
     """The scheduler did not answer, or takes no job at present; it may have taken some all the same."""
 
 
@@ -36,11 +36,11 @@ class Backend(Protocol):
         At most `at_once` of them run at a time.
 
         Raises:
-            SchedulerAway: for now.
+            SchedulerUnavailable: for now.
         """
         ...
 
-    def widen(self, ids: Sequence[str], at_once: int) -> None:
+    def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         """Let more jobs of a submission run at a time."""
         ...
 
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """Ids of jobs submitted under `name`, even if the submitter died before it could note them.
 
         Raises:
-            SchedulerAway: it is silent.
+            SchedulerUnavailable: it is silent.
         """
         ...
 
@@ -73,15 +73,15 @@ class Backend(Protocol):
         ...
 
 
-def deal(shards: Sequence[AnyShard], jobs: int) -> list[list[AnyShard]]:
+def split_evenly(shards: Sequence[AnyShard], jobs: int) -> list[list[AnyShard]]:
     """Shards by local job: dealt evenly to at most so many."""
     jobs = min(jobs, len(shards))
     return [list(shards[start::jobs]) for start in range(jobs)]
 
 
-def deal_to_array(shards: Sequence[AnyShard], at_once: int, most: int) -> list[list[AnyShard]]:
+def split_for_array(shards: Sequence[AnyShard], at_once: int, most: int) -> list[list[AnyShard]]:
     """Shards by task of an array: dealt evenly to as many as run at once, to more where one would have more than `most`."""
-    return deal(shards, max(at_once, -(-len(shards) // most)))
+    return split_evenly(shards, max(at_once, -(-len(shards) // most)))
 
 
 def log_file(folder: Path, job_id: str) -> Path:

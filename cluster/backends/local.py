@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import submitit
 
-from cluster.backends.base import Task, deal
+from cluster.backends.base import Task, split_evenly
 from cluster.backends.command import ask
 from cluster.supervisor import kill_family
 from cluster.warm_start import Job, warm_process
@@ -55,7 +55,7 @@ class LocalBackend:
         """Deal shards evenly to the jobs that may still start; resident workers go from shard to shard."""
         if self._resources.gpus_per_node:
             free = min(free, len(self._free_gpus()) // self._resources.gpus_per_node)
-        return deal(shards, free)
+        return split_evenly(shards, free)
 
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
@@ -114,7 +114,7 @@ class LocalBackend:
                     taken.update(process.environ().get("CUDA_VISIBLE_DEVICES", "").split(","))
         return [gpu for gpu in self._gpus if str(gpu) not in taken]
 
-    def widen(self, ids: Sequence[str], at_once: int) -> None:
+    def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         pass  # a process waits for nothing
 
     def find(self, name: str, folder: Path) -> list[str]:

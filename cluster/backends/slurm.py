@@ -17,7 +17,7 @@ import psutil
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from cluster.backends.base import SchedulerAway, Task, deal_to_array
+from cluster.backends.base import SchedulerUnavailable, Task, split_for_array
 from cluster.backends.command import ask
 from cluster.supervisor import kill_family
 from cluster.worker import run_task
@@ -91,7 +91,7 @@ class SlurmBackend:
         # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
         if free <= 0 or self._squeue("--me") is None:
             return []
-        tasks = deal_to_array(shards, free, self._resources.shards_per_job)
+        tasks = split_for_array(shards, free, self._resources.shards_per_job)
         if self._largest_array is None:
             self._largest_array = (largest_array() or _USUAL_ARRAY_LIMIT) - 1
         return tasks[: self._largest_array]
@@ -140,12 +140,12 @@ class SlurmBackend:
                 jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
             if any(sign in str(error) for sign in _CONTROLLER_AWAY):
-                raise SchedulerAway(str(error)) from error
+                raise SchedulerUnavailable(str(error)) from error
             if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
-                raise SchedulerAway(f"sbatch did not answer within {_SBATCH_PATIENCE:.0f} s") from error
+                raise SchedulerUnavailable(f"sbatch did not answer within {_SBATCH_PATIENCE:.0f} s") from error
             if any(sign in str(error) for sign in _TOO_MANY_JOBS) and self._squeue("--me"):
                 # A limit on one's jobs: there is room again when some have ended.
-                raise SchedulerAway(str(error)) from error
+                raise SchedulerUnavailable(str(error)) from error
             if avoid:
                 log.warning("no nodes are left without %s, using them again", ", ".join(sorted(avoid)))
                 return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
@@ -155,7 +155,7 @@ class SlurmBackend:
             ) from error
         return [job.job_id for job in jobs]
 
-    def widen(self, ids: Sequence[str], at_once: int) -> None:
+    def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         for array in _arrays(ids):
             ask("scontrol", "update", f"jobid={array}", f"arraytaskthrottle={at_once}")
 
@@ -163,7 +163,7 @@ class SlurmBackend:
         deadline = time.monotonic() + _SILENCE
         while (queued := self._queued(name)) is None:
             if time.monotonic() > deadline:
-                raise SchedulerAway(
+                raise SchedulerUnavailable(
                     f"squeue does not answer, and jobs named {name} may be running; try again when it does"
                 )
             time.sleep(1)

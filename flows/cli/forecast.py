@@ -53,7 +53,7 @@ def forecast(
       montessori forecast CONFIG --pilot runs/pilot --cluster cluster.yaml \\
         --nodes 4 --nodes 16 --node-failure-hours 500 --queue-minutes 10
     """
-    from cluster.simulation import Disturbances, Machines
+    from cluster.simulation import ClusterSpec, FailureModel
     from flows.forecast import costs_may_differ
     from flows.forecast import forecast as simulate
 
@@ -62,8 +62,8 @@ def forecast(
     experiment = on_cluster(read_experiment(file, tuple(set_ or [])), cluster, file)
     differing = costs_may_differ(run.experiment, experiment)
     warn([f"not as in the pilot, whose stages and costs are taken all the same: {line}" for line in differing])
-    machines = [Machines(count, gpus_per_node, cpus_per_node) for count in nodes or [1]]
-    disturbances = Disturbances(
+    machines = [ClusterSpec(count, gpus_per_node, cpus_per_node) for count in nodes or [1]]
+    disturbances = FailureModel(
         node_failure_hours or math.inf,
         notice_seconds,
         repair_minutes,

@@ -1,8 +1,8 @@
 """Methods that propose training data, one module each. `REGISTRY` has them by name; see `environment` for your own."""
 
 from flows.methods.bootstrap import BOOTSTRAP
-from flows.methods.environment import Method
 from flows.methods.llm2llm import LLM2LLM
+from flows.methods.method import Method
 from flows.methods.montessori import MONTESSORI
 from flows.methods.nomad import NOMAD
 from flows.methods.response import RESPONSE

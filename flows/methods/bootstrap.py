@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from flows.methods.environment import Method, Proposal, Round
+from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import measure, probe, write_training_set
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table
@@ -13,7 +13,7 @@ from tasks.stage import Step
 
 
 def _propose(now: Round) -> Proposal:
-    first, teacher = Step.iteration(now.run, 1), now.run.first_teacher()
+    first, teacher = Step.iteration(now.run, 1), now.run.initial_teacher()
     probed = probe(first, 1, teacher)
     seeds = most_influential(probed.synthesized.examples, measure(first, probed))
     training = write_training_set(now.step, teacher, seed_pool=seeds)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from flows.methods.environment import Method, Proposal, Round
+from flows.methods.method import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from montessori_core import layout
 from montessori_core.data.tables import EXAMPLES, UTILITY, read_table
@@ -14,7 +14,7 @@ from tasks.utility import measure_training_loss
 
 
 def _propose(now: Round) -> Proposal:
-    run, step, teacher = now.run, now.step, now.run.first_teacher()
+    run, step, teacher = now.run, now.step, now.run.initial_teacher()
     answered = answer_seed_pool(run)
     student = now.feedback.student if now.feedback else train_on_seeds(run, answered)
     count = read_table(answered, EXAMPLES).num_rows

@@ -1,6 +1,6 @@
 """Montessori-Instruct: the teacher learns from the influence of its data on the student."""
 
-from flows.methods.environment import Method, Proposal, Round
+from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import tailor
 from tasks.stage import Step
 
@@ -10,7 +10,7 @@ def _propose(now: Round) -> Proposal:
     tailored = tailor(
         Step.iteration(now.run, now.number),
         now.number,
-        last.proposal.teacher if last else now.run.first_teacher(),
+        last.proposal.teacher if last else now.run.initial_teacher(),
         last.student if last else None,
         last.proposal.examples if last else None,
     )

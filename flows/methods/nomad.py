@@ -3,15 +3,15 @@
 The real examples are the reference set.
 """
 
-from flows.methods.environment import Method, Proposal, Round
+from flows.methods.method import Method, Proposal, Round
 from montessori_core import layout
-from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_conversationalist, write_conversations
+from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_nomad_teacher, write_conversations
 from tasks.students import train_student
 
 
 def _propose(now: Round) -> Proposal:
     run, step = now.run, now.step
-    teacher = train_conversationalist(step.at("teacher", "teacher on conversations"))
+    teacher = train_nomad_teacher(step.at("teacher", "teacher on conversations"))
     count = run.experiment.training.examples
     # At least one is written, however near to 1 the share.
     real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))

@@ -12,7 +12,7 @@ from tasks.synthesis import answer_seeds
 def answer_seed_pool(run: Run) -> Path:
     """Return the seeds with the first teacher's responses, an example table: a seed pool has no responses."""
     step = Step(run, run.folder / "answered-seeds", "the teacher answers the seed pool")
-    return answer_seeds(step, run.first_teacher())
+    return answer_seeds(step, run.initial_teacher())
 
 
 def train_on_seeds(run: Run, answered: Path) -> Model:

@@ -1,6 +1,6 @@
 """Self-Instruct (Wang et al., 2023): the unmodified teacher, or a stronger one behind an API."""
 
-from flows.methods.environment import Method, Proposal, Round
+from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import write_training_set
 from montessori_core.config import Endpoint
 from tasks.run import Model
@@ -8,7 +8,7 @@ from tasks.run import Model
 
 def _propose(now: Round, teacher: Model | Endpoint) -> Proposal:
     training = write_training_set(now.step, teacher)
-    return Proposal(training.examples, now.run.first_teacher())
+    return Proposal(training.examples, now.run.initial_teacher())
 
 
 def _propose_strong(now: Round) -> Proposal:
@@ -18,7 +18,7 @@ def _propose_strong(now: Round) -> Proposal:
 
 
 SELF_INSTRUCT = Method(
-    "self_instruct", "The unmodified teacher writes the data.", lambda now: _propose(now, now.run.first_teacher())
+    "self_instruct", "The unmodified teacher writes the data.", lambda now: _propose(now, now.run.initial_teacher())
 )
 SELF_INSTRUCT_STRONG = Method(
     "self_instruct_strong",

@@ -9,31 +9,31 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows.methods.environment import Method, Proposal, Round
+from flows.methods.method import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
 from montessori_core import layout
 from montessori_core.data.tables import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
 from montessori_core.influence.preferences import best_of_each_prompt
 from tasks.stage import Step
-from tasks.synthesis import answer_again, join_examples
+from tasks.synthesis import join_examples, regenerate_responses
 from tasks.teachers import collect_utility_preferences, update_teacher
-from tasks.utility import ask_judge, judge_oneself
+from tasks.utility import ask_judge, judge_own_responses
 
 
 def _propose(now: Round) -> Proposal:
     run, step = now.run, now.step
     student = now.feedback.student if now.feedback else train_on_seeds(run, answer_seed_pool(run))
     asking = Step(run, step.folder.parent, "self_reward")
-    asked = write_training_set(asking, run.first_teacher(), folder="instructions")
+    asked = write_training_set(asking, run.initial_teacher(), folder="instructions")
     first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
     answering = step.at("answers", "the student's responses")
-    answered = answer_again(answering, student, asked.examples, first, last, draw=f"self-reward-{now.number}")
+    answered = regenerate_responses(answering, student, asked.examples, first, last, draw=f"self-reward-{now.number}")
     answers = read_table(answered, EXAMPLES).num_rows
     if run.experiment.judge is not None:
         scores = ask_judge(step.at("scores", "judge"), answered, 0, answers, response_only=True)
     else:
-        scores = judge_oneself(step.at("scores", "the student's judgements"), student, answered)
+        scores = judge_own_responses(step.at("scores", "the student's judgements"), student, answered)
     preferences = collect_utility_preferences(step, answered, scores, extremes=True)
     update = step.at("update", "student update")
     updated = update_teacher(update, student, preferences, UTILITY_PREFERENCES, answered=answered)
@@ -41,7 +41,7 @@ def _propose(now: Round) -> Proposal:
     if now.feedback:
         earlier = now.feedback.proposal.examples
         best = join_examples(f"{step.label}: all so far", [earlier, best], step.folder / layout.EXAMPLES)
-    return Proposal(best, run.first_teacher(), student=updated)
+    return Proposal(best, run.initial_teacher(), student=updated)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

@@ -10,34 +10,34 @@ from tasks.influence import collect_influence
 from tasks.run import Model
 from tasks.stage import Step
 from tasks.students import train_student
-from tasks.synthesis import Synthesized, synthesize
+from tasks.synthesis import SynthesisResult, synthesize
 from tasks.teachers import collect_preferences, update_teacher
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbingSet:
     """A probing set and the warm student it is for: rows `first` to `last` of the synthesized examples."""
 
-    synthesized: Synthesized
+    synthesized: SynthesisResult
     student: Model
     first: int
     last: int
 
 
 @dataclass(frozen=True)
-class Tailored:
+class TailoringResult:
     """What tailoring leaves: the updated teacher, the training set it wrote, and how it came to be."""
 
-    probed: Probed
+    probed: ProbingSet
     influence: Path
     preferences: Path
     teacher: Model
-    training: Synthesized
+    training: SynthesisResult
 
 
 def tailor(
     step: Step, number: int, teacher: Model, student: Model | None, synthetic_pool: Path | None, approve: bool = False
-) -> Tailored:
+) -> TailoringResult:
     """Measure what helps the student, update the teacher with it, and let it write the training set.
 
     Args:
@@ -56,12 +56,12 @@ def tailor(
     keep = step.experiment.comparison.teacher_checkpoints
     updated = update_teacher(step.at("teacher", "teacher update"), teacher, preferences, keep=keep)
     training = write_training_set(step, updated, number, synthetic_pool)
-    return Tailored(probed, influence, preferences, updated, training)
+    return TailoringResult(probed, influence, preferences, updated, training)
 
 
 def probe(
     step: Step, number: int, teacher: Model, student: Model | None = None, synthetic_pool: Path | None = None
-) -> Probed:
+) -> ProbingSet:
     """Let the teacher write the probing set of an iteration; without a student, its first examples warm one up."""
     experiment = step.experiment
     warming = experiment.warmup.examples if student is None else 0
@@ -73,10 +73,10 @@ def probe(
     if student is None:
         warmup = step.at("warmup", "student warm-up")
         student = train_student(warmup, synthesized.examples, experiment.warmup, warming, save_moments=True)
-    return Probed(synthesized, student, warming, warming + probing)
+    return ProbingSet(synthesized, student, warming, warming + probing)
 
 
-def measure(step: Step, probed: Probed) -> Path:
+def measure(step: Step, probed: ProbingSet) -> Path:
     """Local data influence of the probing set of an iteration."""
     measuring, examples = step.at("influence", "influence of the probing set"), probed.synthesized.examples
     return collect_influence(measuring, probed.student, examples, probed.first, probed.last, paired=True)
@@ -89,7 +89,7 @@ def write_training_set(
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
     folder: str = "training",
-) -> Synthesized:
+) -> SynthesisResult:
     """Let a teacher write a training set, in a folder of the step, from the prompts that every method has.
 
     What was probed may be written again, as in the authors' code: only a tailored teacher has a probing set, and a set that

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.methods.environment import Method, Proposal, Round
-from flows.methods.tailoring import Probed, probe, write_training_set
+from flows.methods.method import Method, Proposal, Round
+from flows.methods.tailoring import ProbingSet, probe, write_training_set
 from montessori_core.data.tables import UTILITY_PREFERENCES
 from tasks.stage import Step
 from tasks.teachers import collect_utility_preferences, update_teacher
 from tasks.utility import ask_judge, measure_in_context, measure_training_loss
 
 
-def _propose(now: Round, measure: Callable[[Round, Probed], Path]) -> Proposal:
-    step, teacher = now.step, now.run.first_teacher()
+def _propose(now: Round, measure: Callable[[Round, ProbingSet], Path]) -> Proposal:
+    step, teacher = now.step, now.run.initial_teacher()
     probed = probe(Step.iteration(now.run, 1), 1, teacher)
     preferences = collect_utility_preferences(step, probed.synthesized.examples, measure(now, probed))
     updated = update_teacher(step.at("teacher", "teacher update"), teacher, preferences, UTILITY_PREFERENCES)
@@ -20,17 +20,17 @@ def _propose(now: Round, measure: Callable[[Round, Probed], Path]) -> Proposal:
     return Proposal(training.examples, updated)
 
 
-def _training_loss(now: Round, probed: Probed) -> Path:
+def _training_loss(now: Round, probed: ProbingSet) -> Path:
     step, examples = now.step.at("utility", "training loss"), probed.synthesized.examples
     return measure_training_loss(step, probed.student, examples, probed.first, probed.last)
 
 
-def _demonstration(now: Round, probed: Probed) -> Path:
+def _demonstration(now: Round, probed: ProbingSet) -> Path:
     step, examples = now.step.at("utility", "worth as a demonstration"), probed.synthesized.examples
-    return measure_in_context(step, now.run.first_student(), examples, probed.first, probed.last)
+    return measure_in_context(step, now.run.initial_student(), examples, probed.first, probed.last)
 
 
-def _judgement(now: Round, probed: Probed) -> Path:
+def _judgement(now: Round, probed: ProbingSet) -> Path:
     return ask_judge(now.step.at("utility", "judge"), probed.synthesized.examples, probed.first, probed.last)
 
 

@@ -17,7 +17,7 @@ from montessori_core.influence.meter import InfluenceMeter
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
-from montessori_core.influence.table import noted_schema
+from montessori_core.influence.table import schema_with_metadata
 from montessori_core.models.chat import encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
@@ -73,7 +73,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
             recorder.finish(position, [record])
             recorder.progress(position + 1)
 
-    return RowProgram(noted_schema(measured), compute)
+    return RowProgram(schema_with_metadata(measured), compute)
 
 
 def _open_meter(

@@ -39,7 +39,7 @@ def measure_after_pilot(
     if not count:
         return measure(rows, False)
     pilot = measure(rows[:count], True)
-    warning = foretell_pairs(join_influence(pilot).read_all(), settings, len(rows))
+    warning = predict_pair_count(join_influence(pilot).read_all(), settings, len(rows))
     if warning:
         warn(warning)
     return [*pilot, *measure(rows[count:], False)]
@@ -53,7 +53,7 @@ def pilot_size(rows: list[Row]) -> int:
     return next(ends, 0)
 
 
-def foretell_pairs(pilot: pa.Table, settings: Preferences, examples: int) -> str | None:
+def predict_pair_count(pilot: pa.Table, settings: Preferences, examples: int) -> str | None:
     """Return a warning if a pilot foretells few preference pairs.
 
     Args:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from montessori_core.config import Preferences
 from montessori_core.data.tables import DRAWN_TOKENS, EXAMPLES, ROW_GROUP, open_parquet, read_table, write_table
 from montessori_core.errors import DataError
-from montessori_core.influence.table import influence_note
+from montessori_core.influence.table import read_influence_metadata
 
 Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ def threshold_of(influence: pa.Table, baseline: str) -> float:
         baseline: see `config.Preferences`.
     """
     if baseline == "null_step":
-        return influence_note(influence, "null_step_influence")
+        return read_influence_metadata(influence, "null_step_influence")
     if baseline in ("median", "prompt"):
         measured = influence["influence_student"].filter(pc.equal(influence["status"], "ok"))
         return float(np.median(measured.to_numpy())) if len(measured) else 0.0
@@ -79,14 +79,14 @@ def pair_by_influence(influence: pa.Table, settings: Preferences) -> pa.Table:
         settings: baseline, margin and limit.
     """
     measured = influence.select(PAIRED).filter(pc.equal(influence["status"], "ok"))
-    thresholds, floor = thresholds_of(measured, settings.baseline), influence_note(influence, "noise_floor")
+    thresholds, floor = thresholds_of(measured, settings.baseline), read_influence_metadata(influence, "noise_floor")
     best, worst = pair_up(measured, "influence_student", thresholds, floor)
     if settings.margin:
         influences, errors = measured["influence_student"].to_numpy(), standard_errors(measured)
         sure = influences[best] - influences[worst] > settings.margin * np.hypot(errors[best], errors[worst])
         best, worst = best[sure], worst[sure]
     values = ["influence_student", "influence_null_step"]
-    return _pairs(measured, values, *keep_widest(measured, "influence_student", best, worst, settings.max_pairs))
+    return _pairs(measured, values, *widest_pairs(measured, "influence_student", best, worst, settings.max_pairs))
 
 
 def standard_errors(measured: pa.Table) -> Floats:
@@ -114,7 +114,7 @@ def pair_by_utility(utility: pa.Table, max_pairs: int | None) -> pa.Table:
     known = utility.filter(pc.is_valid(utility["utility"]))
     threshold = float(np.median(known["utility"].to_numpy())) if known.num_rows else 0.0
     best, worst = pair_up(known, "utility", np.full(known.num_rows, threshold), 0.0)
-    return _pairs(known, ["utility"], *keep_widest(known, "utility", best, worst, max_pairs))
+    return _pairs(known, ["utility"], *widest_pairs(known, "utility", best, worst, max_pairs))
 
 
 def pair_extremes(utility: pa.Table) -> pa.Table:
@@ -169,7 +169,7 @@ def pair_up(rows: pa.Table, utility: str, thresholds: Floats, floor: float) -> t
     return best, harmful[first_rival[numbers[best]] + which]
 
 
-def keep_widest(
+def widest_pairs(
     rows: pa.Table, utility: str, best: Positions, worst: Positions, max_pairs: int | None
 ) -> tuple[Positions, Positions]:
     """The pairs with the widest gaps in a column, in their order; all of them without a limit."""

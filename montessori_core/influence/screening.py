@@ -28,7 +28,7 @@ from scipy.stats import binomtest, spearmanr
 from montessori_core.config import Screening
 from montessori_core.data.tables import INFLUENCE, check
 from montessori_core.influence.preferences import Floats, Positions, thresholds_of
-from montessori_core.influence.table import influence_note
+from montessori_core.influence.table import read_influence_metadata
 
 _NOTE = b"montessori.screening"
 _MOVING = ("median", "prompt")
@@ -117,7 +117,7 @@ def calibrate(
     calibrating = np.arange(len(audit)) % 2 == 0
     offset = float(np.median((true - estimated)[calibrating & sound])) if (calibrating & sound).any() else 0.0
     corrected, threshold = estimated + offset, _thresholds(first_order, baseline, offset)[audit]
-    floor = influence_note(first_order, "noise_floor")
+    floor = read_influence_metadata(first_order, "noise_floor")
     clear = sound & (np.abs(true - threshold) > floor)
     agreement = Agreement.of(_agree(corrected, true, threshold)[clear])
     fell_back = agreement.signs > 0 and agreement.share < settings.minimum_agreement

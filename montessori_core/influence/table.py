@@ -25,25 +25,25 @@ _DOMINATED = 0.5
 """Median `dominated_share` above which a table has a warning."""
 
 
-def note_influence(table: pa.Table, notes: dict[str, float]) -> pa.Table:
+def write_influence_metadata(table: pa.Table, notes: dict[str, float]) -> pa.Table:
     """Record numbers of the student with a table: all of NOTES, nats."""
-    return table.replace_schema_metadata(noted_schema(notes).metadata)
+    return table.replace_schema_metadata(schema_with_metadata(notes).metadata)
 
 
-def noted_schema(notes: dict[str, float]) -> pa.Schema:
+def schema_with_metadata(notes: dict[str, float]) -> pa.Schema:
     """The schema of a table with which numbers of the student are recorded: all of NOTES, nats."""
     written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
     return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
 
 
-def influence_note(table: pa.Table, name: str) -> float:
+def read_influence_metadata(table: pa.Table, name: str) -> float:
     """A number recorded with an influence table, see NOTES."""
     return float(table.schema.metadata[f"montessori.{name}".encode()])
 
 
-def influence_notes(table: pa.Table) -> dict[str, float]:
+def read_influence_metadata_of(table: pa.Table) -> dict[str, float]:
     """All numbers recorded with an influence table."""
-    return {name: influence_note(table, name) for name in NOTES}
+    return {name: read_influence_metadata(table, name) for name in NOTES}
 
 
 def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
@@ -54,10 +54,10 @@ def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
     Raises:
         DataError: a part is missing, damaged, or another table.
     """
-    noted = [influence_notes(read_table(part, INFLUENCE, columns=[])) for part in parts]
+    noted = [read_influence_metadata_of(read_table(part, INFLUENCE, columns=[])) for part in parts]
     notes = {name: max(of_part[name] for of_part in noted) for name in NOTES}
     batches = (batch for part in parts for batch in read_table(part, INFLUENCE).to_batches())
-    return pa.RecordBatchReader.from_batches(noted_schema(notes), batches)
+    return pa.RecordBatchReader.from_batches(schema_with_metadata(notes), batches)
 
 
 def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | int]:
@@ -85,7 +85,7 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         "median_gradient_norm": float(np.median(norms)) if len(student) else math.nan,
         "standard_error": float(np.sqrt(np.mean(errors.astype(np.float64) ** 2))) if len(student) else math.nan,
         "median_dominated_share": float(np.median(dominated)) if len(student) else math.nan,
-        **influence_notes(table),
+        **read_influence_metadata_of(table),
     }
 
 

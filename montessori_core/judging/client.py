@@ -283,7 +283,7 @@ class CachedClient:
         return dollars <= (math.inf if cap is None else cap)
 
 
-def open_client(settings: programs.Asked, inputs: Mapping[str, Path]) -> CachedClient:
+def open_client(settings: programs.ApiRequest, inputs: Mapping[str, Path]) -> CachedClient:
     """The endpoint of a stage.
 
     Inputs: `endpoint` (its whole configuration, whose path is the account

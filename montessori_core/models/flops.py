@@ -17,14 +17,14 @@ FORWARD, BACKWARD = 2, 4
 _spent = _told = 0
 
 
-def spent_since_last() -> int:
+def read_and_reset() -> int:
     """Operations since this was last asked, or since the process began."""
     global _told
     fresh, _told = _spent - _told, _spent
     return fresh
 
 
-def spend(weights: int, tokens: int, backward: bool = False) -> None:
+def record_operations(weights: int, tokens: int, backward: bool = False) -> None:
     """Count so many tokens through so many weights, and back if they will be trained on."""
     global _spent
     _spent += (FORWARD + backward * BACKWARD) * weights * tokens
@@ -42,10 +42,10 @@ def count(model: Any) -> Any:
         ids = named.get("input_ids", arguments[0] if arguments else None)
         if ids is None:
             ids = named["inputs_embeds"][..., 0]
-        spend(weights, ids.numel(), torch.is_grad_enabled())
+        record_operations(weights, ids.numel(), torch.is_grad_enabled())
 
     def through_head(module: Any, arguments: Any) -> None:
-        spend(_size(head.weight), arguments[0].numel() // arguments[0].shape[-1], torch.is_grad_enabled())
+        record_operations(_size(head.weight), arguments[0].numel() // arguments[0].shape[-1], torch.is_grad_enabled())
 
     layers.register_forward_pre_hook(through_layers, with_kwargs=True)
     head.register_forward_pre_hook(through_head)

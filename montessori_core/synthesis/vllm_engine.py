@@ -45,7 +45,7 @@ class VllmEngine:
             [_parameters(sampling, stop, request.seed) for request in requests],
             use_tqdm=False,
         )
-        flops.spend(self._weights, sum(map(len, prompts.values())))
+        flops.record_operations(self._weights, sum(map(len, prompts.values())))
         index = {name.partition("-")[0]: place for place, name in enumerate(names)}  # vLLM appends random characters
         progress = Progress([0.0] * len(requests), sampling.max_tokens)
         while self._llm.llm_engine.has_unfinished_requests():
@@ -53,7 +53,7 @@ class VllmEngine:
             finished = {index[output.request_id]: _read(output.outputs[0]) for output in outputs}
             for generated in finished.values():
                 progress.end(generated.tokens)
-                flops.spend(self._weights, generated.tokens)
+                flops.record_operations(self._weights, generated.tokens)
             yield Step(finished, dict, progress.done(()))
 
 

@@ -196,7 +196,7 @@ def _score(
     with _positions_of(model.base_model, scored[kept]):
         output = fused(**kwargs | changed | {"labels": None, "shift_labels": next_tokens})
     head = model.get_output_embeddings()
-    flops.spend(head.weight.numel(), next_tokens.numel(), torch.is_grad_enabled())
+    flops.record_operations(head.weight.numel(), next_tokens.numel(), torch.is_grad_enabled())
     for name in (*_PER_TOKEN, "label_mask"):
         values = getattr(output, name)
         if values is not None:

@@ -22,7 +22,7 @@ from cluster.backends.local import LocalBackend
 from cluster.costs import cost_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submission
-from cluster.retry import classify_loss, retries_of
+from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
 from cluster.usage import use_of
@@ -525,5 +525,5 @@ def test_losses_have_budgets_of_their_own() -> None:
         "the process ended without a result (killed, or out of memory)": ("lost", 3),
     }
     for reason, (kind, retries) in said.items():
-        assert (classify_loss(reason), retries_of(classify_loss(reason), 3)) == (kind, retries)
-    assert retries_of("out_of_memory", 0) == 0
+        assert (classify_loss(reason), allowed_retries(classify_loss(reason), 3)) == (kind, retries)
+    assert allowed_retries("out_of_memory", 0) == 0

@@ -29,7 +29,7 @@ try:
     run, _ = open_run(parse_experiment(content, "test"), Path(sys.argv[1]))
 except UserError as error:
     sys.exit(str(error))
-print(Path(run.first_teacher().path).name, run.first_teacher().sha256)
+print(Path(run.initial_teacher().path).name, run.initial_teacher().sha256)
 """
 
 

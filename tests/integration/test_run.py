@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cluster.simulation import Disturbances, Machines
+from cluster.simulation import ClusterSpec, FailureModel
 from cluster.stage import Stage
 from cluster.status import stages_of
 from flows.forecast import costs_may_differ, forecast, planned_stages
@@ -134,7 +134,7 @@ def test_what_a_pilot_cannot_tell_is_pointed_out(tmp_path: Path) -> None:
     ]
     begun = Run(tmp_path, experiment(None, 4))
     with pytest.raises(UserError, match="this pilot has not finished"):
-        forecast(begun, begun.experiment, [Machines(1, 8, 64)], Disturbances(), 1)
+        forecast(begun, begun.experiment, [ClusterSpec(1, 8, 64)], FailureModel(), 1)
 
 
 def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:

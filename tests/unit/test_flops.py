@@ -20,13 +20,13 @@ def test_forward_is_two_and_training_six_for_each_weight_and_token(tiny_llama: P
     model = load_model(str(tiny_llama), torch.float32)
     head = model.config.vocab_size * 64
     ids = torch.arange(10)[None]
-    flops.spent_since_last()
+    flops.read_and_reset()
     with torch.no_grad():
         model(input_ids=ids)
-    assert flops.spent_since_last() == 2 * 10 * (LAYERS + head)
+    assert flops.read_and_reset() == 2 * 10 * (LAYERS + head)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert flops.spent_since_last() == 6 * 10 * (LAYERS + head)
-    assert flops.spent_since_last() == 0
+    assert flops.read_and_reset() == 6 * 10 * (LAYERS + head)
+    assert flops.read_and_reset() == 0
 
 
 def test_losses_project_onto_the_vocabulary_only_what_carries_loss(tiny_llama: Path) -> None:
@@ -34,30 +34,30 @@ def test_losses_project_onto_the_vocabulary_only_what_carries_loss(tiny_llama: P
     model = load_model(str(tiny_llama), torch.float32)
     losses = TokenLosses(model)
     example = encode_example(tokenizer, "Name a river.", "The Danube.", 64)
-    flops.spent_since_last()
+    flops.read_and_reset()
     with torch.no_grad():
         losses(make_batch([(0, example)], torch.device("cpu")))
     head = model.config.vocab_size * 64
     expected = len(example.input_ids) * LAYERS + example.response_tokens * head
-    assert flops.spent_since_last() == 2 * expected
+    assert flops.read_and_reset() == 2 * expected
 
 
 def test_generation_reads_a_prompt_once_and_every_token_it_writes(tiny_llama: Path) -> None:
     engine = TransformersEngine(str(tiny_llama), load_tokenizer(str(tiny_llama)))
-    flops.spent_since_last()
+    flops.read_and_reset()
     continuations(engine.generate([Request("one two three", seed) for seed in (1, 2)], Sampling(max_tokens=5), None))
-    few = flops.spent_since_last()
+    few = flops.read_and_reset()
     text = "one two three " * 50
     continuations(engine.generate([Request(text, seed) for seed in (1, 2)], Sampling(max_tokens=5), None))
     prompt = len(load_tokenizer(str(tiny_llama))(text, add_special_tokens=False)["input_ids"])
-    more = flops.spent_since_last() - few
+    more = flops.read_and_reset() - few
     assert abs(more / (2 * LAYERS) - prompt) < 10
 
 
 def test_weights_on_disk_are_those_that_are_counted(tiny_llama: Path, smollm2: Path) -> None:
     for folder in (tiny_llama, smollm2):
         model = load_model(str(folder), torch.float32)
-        flops.spent_since_last()
+        flops.read_and_reset()
         with torch.no_grad():
             model(input_ids=torch.arange(3)[None])
-        assert flops.spent_since_last() == 2 * 3 * flops.weights_of(folder)
+        assert flops.read_and_reset() == 2 * 3 * flops.weights_of(folder)

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from flows.methods import REGISTRY, llm2llm, seeds, self_reward, tailoring
 from flows.methods import nomad as nomad_method
-from flows.methods.environment import Feedback, Proposal, Round
-from flows.methods.tailoring import Probed
+from flows.methods.method import Feedback, Proposal, Round
+from flows.methods.tailoring import ProbingSet
 from flows.study import open_study
 from montessori_core.config import Optimization, Sampling, Study, parse_experiment
 from montessori_core.data.sources import Task, write_tasks
@@ -18,28 +18,28 @@ from montessori_core.data.tables import EXAMPLES, read_table, table_from_rows, w
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from tasks import nomad
-from tasks.benchmarks import Measured
-from tasks.evaluation import Evaluated
+from tasks.benchmarks import BenchmarkResult
+from tasks.evaluation import StudentEvaluation
 from tasks.run import Model, Run
 from tasks.stage import Step
-from tasks.synthesis import Synthesized
+from tasks.synthesis import SynthesisResult
 
 
 @pytest.mark.parametrize("method", ["montessori", "self_instruct", "self_instruct_strong"])
 def test_method_may_write_what_was_probed(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = Model("m", "0"), []
-    synthesized = Synthesized(tmp_path / "instructions.parquet", tmp_path / "examples.parquet")
+    synthesized = SynthesisResult(tmp_path / "instructions.parquet", tmp_path / "examples.parquet")
 
-    def synthesize(*arguments: Any, **settings: Any) -> Synthesized:
+    def synthesize(*arguments: Any, **settings: Any) -> SynthesisResult:
         asked.append(settings)
         return synthesized
 
     monkeypatch.setattr(tailoring, "synthesize", synthesize)
-    monkeypatch.setattr(tailoring, "probe", lambda *_: Probed(synthesized, model, 1, 2))
+    monkeypatch.setattr(tailoring, "probe", lambda *_: ProbingSet(synthesized, model, 1, 2))
     for stage in ("measure", "collect_preferences"):
         monkeypatch.setattr(tailoring, stage, lambda *_: tmp_path)
     monkeypatch.setattr(tailoring, "update_teacher", lambda *_, **__: model)
-    monkeypatch.setattr(Run, "first_teacher", lambda _: model)
+    monkeypatch.setattr(Run, "initial_teacher", lambda _: model)
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "strong_teacher": {"model": "strong"}}
     run = Run(tmp_path, parse_experiment(content, "test"))
     REGISTRY[method].propose(Round(Step(run, tmp_path, method), 1, 1, None))
@@ -54,7 +54,7 @@ class Reached(Exception):
 
 @pytest.mark.parametrize(
     ("method", "module", "stage"),
-    [("llm2llm", llm2llm, "measure_training_loss"), ("self_reward", self_reward, "answer_again")],
+    [("llm2llm", llm2llm, "measure_training_loss"), ("self_reward", self_reward, "regenerate_responses")],
 )
 def test_first_round_trains_student_on_seeds(
     method: str, module: ModuleType, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -74,18 +74,18 @@ def test_first_round_trains_student_on_seeds(
     def reach(*arguments: Any, **_: Any) -> None:
         raise Reached(next(one for one in arguments if one in (first, seeded, last)))
 
-    monkeypatch.setattr(Run, "first_student", lambda _: first)
-    monkeypatch.setattr(Run, "first_teacher", lambda _: Model("teacher", "0"))
+    monkeypatch.setattr(Run, "initial_student", lambda _: first)
+    monkeypatch.setattr(Run, "initial_teacher", lambda _: Model("teacher", "0"))
     monkeypatch.setattr(seeds, "answer_seeds", lambda *_: tmp_path / "examples.parquet")
     monkeypatch.setattr(seeds, "train_student", train_student)
-    monkeypatch.setattr(self_reward, "write_training_set", lambda *_, **__: Synthesized(tmp_path, tmp_path))
+    monkeypatch.setattr(self_reward, "write_training_set", lambda *_, **__: SynthesisResult(tmp_path, tmp_path))
     monkeypatch.setattr(module, stage, reach)
     with pytest.raises(Reached) as reached:
         REGISTRY[method].propose(Round(Step(run, tmp_path, method), 1, 2, None))
     assert reached.value.args == (seeded,)
     assert trained == [(tmp_path / "examples.parquet", run.experiment.training, 3)]
 
-    feedback = Feedback(Proposal(tmp_path, first), last, Evaluated(tmp_path, Measured([], None)))
+    feedback = Feedback(Proposal(tmp_path, first), last, StudentEvaluation(tmp_path, BenchmarkResult([], None)))
     with pytest.raises(Reached) as reached:
         REGISTRY[method].propose(Round(Step(run, tmp_path, method), 2, 2, feedback))
     assert reached.value.args == (last,)
@@ -131,7 +131,7 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
     monkeypatch.setattr(nomad, "generate", generate)
     monkeypatch.setattr(nomad, "join_synthesis", nomad.join_synthesis.fn)
     monkeypatch.setattr("tasks.synthesis.create_table_artifact", lambda *_, **__: None)
-    monkeypatch.setattr(nomad_method, "train_conversationalist", lambda *_: model)
+    monkeypatch.setattr(nomad_method, "train_nomad_teacher", lambda *_: model)
     monkeypatch.setattr(nomad_method, "measure_norm_sim", lambda *_: tmp_path)
     monkeypatch.setattr(nomad_method, "mix_with_real", nomad.mix_with_real.fn)
     monkeypatch.setattr(nomad_method, "train_student", lambda *arguments: trained.append(arguments) or model)
@@ -147,14 +147,14 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
 def test_nomad_teacher_is_kept_when_later_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[Any] = []
     monkeypatch.setattr(Step, "train", lambda *arguments: executed.append(arguments[2]) or Model("m", "0"))
-    monkeypatch.setattr(Run, "first_teacher", lambda _: Model("t", "0"))
+    monkeypatch.setattr(Run, "initial_teacher", lambda _: Model("t", "0"))
     later = {"real_share": 0.1, "sampling": {"top_p": 0.7}, "training": {"epochs": 4}}
     for number, changes in enumerate(({}, later, {"epochs": 3})):
         content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "nomad": changes}
         run = Run(tmp_path / str(number), parse_experiment(content, "test"))
         run.folder.mkdir()
         write_reference(run, 3)
-        nomad.train_conversationalist(Step(run, tmp_path, "teacher"))
+        nomad.train_nomad_teacher(Step(run, tmp_path, "teacher"))
     assert executed[0] == executed[1] != executed[2]
     assert executed[2].recipe.epochs == 3
 

@@ -9,8 +9,8 @@ import pytest
 
 from montessori_core.config import Preferences
 from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
-from montessori_core.influence.pilot import foretell_pairs, measure_after_pilot, pilot_size
-from montessori_core.influence.table import join_influence, note_influence
+from montessori_core.influence.pilot import measure_after_pilot, pilot_size, predict_pair_count
+from montessori_core.influence.table import join_influence, write_influence_metadata
 from montessori_core.program import Row
 
 
@@ -37,7 +37,7 @@ def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
         for row in some
     ]
     notes = {"noise_floor": 1e-3, "null_step_influence": common, "student_loss": 2.0, "reference_tokens": 9.0}
-    return note_influence(table_from_rows(records, INFLUENCE), notes)
+    return write_influence_metadata(table_from_rows(records, INFLUENCE), notes)
 
 
 @pytest.mark.parametrize(
@@ -87,20 +87,22 @@ def test_small_sets_have_no_pilot(tmp_path: Path) -> None:
 
 def test_foretold_remedy_makes_pairs() -> None:
     pilot = influence(rows(64), common=9.0)
-    warning = foretell_pairs(pilot, Preferences(baseline="student"), 10_000)
+    warning = predict_pair_count(pilot, Preferences(baseline="student"), 10_000)
     assert warning is not None
     remedy = re.search(r"With preferences.baseline=(\w+) they make (\d+)", warning)
     assert remedy is not None
-    assert foretell_pairs(pilot, Preferences(baseline=remedy[1]), 10_000) is None
+    assert predict_pair_count(pilot, Preferences(baseline=remedy[1]), 10_000) is None
     assert int(remedy[2]) > 40
 
 
 def test_foretelling_blames_margin_where_baselines_agree() -> None:
     """Examples differ by less than the reference examples can tell."""
-    warning = foretell_pairs(influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000)
+    warning = predict_pair_count(
+        influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000
+    )
     assert warning is not None
     assert "lower preferences.margin" in warning
 
 
 def test_foretelling_ignores_the_limit() -> None:
-    assert foretell_pairs(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None
+    assert predict_pair_count(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None

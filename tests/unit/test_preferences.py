@@ -28,10 +28,10 @@ from montessori_core.influence import preferences
 from montessori_core.influence.preferences import pair_by_influence, threshold_of, thresholds_of, write_preferences
 from montessori_core.influence.table import (
     domination_warning,
-    influence_note,
     join_influence,
-    note_influence,
+    read_influence_metadata,
     summarize_influence,
+    write_influence_metadata,
 )
 
 
@@ -83,7 +83,7 @@ def influence(
         for name, value in values.items()
     ]
     notes = {"noise_floor": noise, "null_step_influence": null_step, "student_loss": 2.0, "reference_tokens": 900.0}
-    return note_influence(table_from_rows(rows, INFLUENCE), notes)
+    return write_influence_metadata(table_from_rows(rows, INFLUENCE), notes)
 
 
 VALUES = {
@@ -197,7 +197,7 @@ def test_summary_warns_of_gradients_that_dominate() -> None:
 
 def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:
     """The definition in plain words: within a prompt all helpful against all harmful examples, the widest gaps of them."""
-    floor = influence_note(influence, "noise_floor")
+    floor = read_influence_metadata(influence, "noise_floor")
     measured = [row for row in influence.to_pylist() if row["status"] == "ok"]
 
     def threshold(row: dict[str, Any]) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.fanout import Progress
 from cluster.progress import rows_per_second
-from cluster.records import Begun, Manifest
+from cluster.records import Manifest, ShardProgress
 from cluster.stage import RowClock
 from montessori_core.files import read_json
 from tasks.progress import ProgressBar
@@ -21,16 +21,16 @@ def manifest(rows: int, seconds: float, row_seconds: float | None) -> Manifest:
 
 
 def test_pace_is_that_of_all_jobs() -> None:
-    fast, slow = Begun(done=3.5, row_seconds=0.5), Begun(done=0.25, row_seconds=2.0)
+    fast, slow = ShardProgress(done=3.5, row_seconds=0.5), ShardProgress(done=0.25, row_seconds=2.0)
     assert rows_per_second([fast, slow], []) == pytest.approx(2.5)
     # A job without a pace of its own counts as a typical one, a stage without jobs has none.
-    assert rows_per_second([fast, None, Begun(done=0.0)], []) == pytest.approx(6.0)
+    assert rows_per_second([fast, None, ShardProgress(done=0.0)], []) == pytest.approx(6.0)
     assert rows_per_second([], [manifest(4, 8.0, 1.0)]) is None
 
 
 def test_pace_before_any_row_is_of_earlier_shards() -> None:
     assert rows_per_second([None], []) is None
-    assert rows_per_second([Begun(done=7.0)], []) is None  # rows of an earlier job have no pace
+    assert rows_per_second([ShardProgress(done=7.0)], []) is None  # rows of an earlier job have no pace
     earlier = [manifest(4, 100.0, 1.0), manifest(4, 100.0, 3.0), manifest(1, 2.0, None)]
     assert rows_per_second([None, None], earlier) == pytest.approx(1.0)
 

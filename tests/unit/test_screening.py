@@ -10,7 +10,7 @@ from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.data.tables import INFLUENCE, table_from_rows
 from montessori_core.influence.preferences import Positions, pair_by_influence
 from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
-from montessori_core.influence.table import note_influence
+from montessori_core.influence.table import write_influence_metadata
 from montessori_core.program import Row
 from tasks.screening import estimate_influence
 
@@ -57,7 +57,7 @@ class Bench:
             for row in rows
         ]
         notes = {"noise_floor": 1e-9, "null_step_influence": 0.0, "student_loss": 2.0, "reference_tokens": 100.0}
-        return note_influence(table_from_rows(records, INFLUENCE), notes).to_reader()
+        return write_influence_metadata(table_from_rows(records, INFLUENCE), notes).to_reader()
 
 
 def screen(bench: Bench, settings: Screening, baseline: str) -> pa.Table:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.backends.base import deal_to_array
+from cluster.backends.base import split_for_array
 from cluster.fanout import fan_out
 from cluster.stage import cut_for_jobs, shard_size
 from montessori_core import programs
@@ -41,13 +41,13 @@ def test_shards_give_all_jobs_equal_work(rows: int, jobs: int, largest: int) -> 
 )
 def test_array_has_tasks_for_all_jobs(rows: int, jobs: int, largest: int, tasks: int) -> None:
     size = shard_size(rows, jobs, largest)
-    dealt = deal_to_array(range(-(-rows // size)), jobs, 16)
+    dealt = split_for_array(range(-(-rows // size)), jobs, 16)
     assert len(dealt) == tasks
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_array_task_has_no_more_shards_than_allowed() -> None:
-    assert [len(task) for task in deal_to_array(range(10), 2, 3)] == [3, 3, 2, 2]
+    assert [len(task) for task in split_for_array(range(10), 2, 3)] == [3, 3, 2, 2]
 
 
 def test_resumed_run_keeps_shards_when_jobs_change(folder: Path) -> None:

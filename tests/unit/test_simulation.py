@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.simulation import Disturbances, Machines, Spent, Work, room, simulate
+from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, room, simulate
 from montessori_core.errors import UserError
 
 ONE = Work(
@@ -24,11 +24,11 @@ ONE = Work(
     limit=math.inf,
     around=5.0,
 )
-CALM = Disturbances()
+CALM = FailureModel()
 DRAWS = 1500
 
 
-def mean_seconds(work: Work, disturbances: Disturbances, machines: Machines) -> tuple[float, float]:
+def mean_seconds(work: Work, disturbances: FailureModel, machines: ClusterSpec) -> tuple[float, float]:
     """Mean over many simulations, and four standard errors of it."""
     seconds = [simulate([work], machines, disturbances, seed)[0].seconds for seed in range(DRAWS)]
     return statistics.mean(seconds), 4 * statistics.stdev(seconds) / math.sqrt(DRAWS)
@@ -37,12 +37,12 @@ def mean_seconds(work: Work, disturbances: Disturbances, machines: Machines) -> 
 @pytest.mark.parametrize(
     ("machines", "at_once", "held"),
     [
-        (Machines(2, 8, 64), 1000, 16),  # by GPUs
-        (Machines(2, 8, 24), 1000, 6),  # by cores
-        (Machines(2, 8, 64), 5, 5),  # by parallel_jobs
+        (ClusterSpec(2, 8, 64), 1000, 16),  # by GPUs
+        (ClusterSpec(2, 8, 24), 1000, 6),  # by cores
+        (ClusterSpec(2, 8, 64), 5, 5),  # by parallel_jobs
     ],
 )
-def test_without_disturbance_jobs_come_in_waves(machines: Machines, at_once: int, held: int) -> None:
+def test_without_disturbance_jobs_come_in_waves(machines: ClusterSpec, at_once: int, held: int) -> None:
     work = replace(ONE, jobs=[[60.0, 40.0]] * 50, at_once=at_once)
     first, second = simulate([work, ONE], machines, CALM, seed=0)
     assert first.seconds == pytest.approx(5 + math.ceil(50 / held) * 120)
@@ -55,8 +55,8 @@ def test_without_disturbance_jobs_come_in_waves(machines: Machines, at_once: int
 def test_time_to_get_through_between_failures_is_that_of_theory() -> None:
     """Nothing is saved, and a node fails at rate r: work of length L takes (e^{rL} - 1)(1/r + repair) on average."""
     rate, repair = 1 / 90.0, 45.0
-    disturbances = Disturbances(1 / rate / 3600, 30.0, repair / 60, requeue_seconds=0.0)
-    mean, tolerance = mean_seconds(ONE, disturbances, Machines(1, 1, 8))
+    disturbances = FailureModel(1 / rate / 3600, 30.0, repair / 60, requeue_seconds=0.0)
+    mean, tolerance = mean_seconds(ONE, disturbances, ClusterSpec(1, 1, 8))
     assert mean == pytest.approx(5 + (math.exp(rate * 120) - 1) * (1 / rate + repair), abs=tolerance)
 
 
@@ -64,15 +64,15 @@ def test_preempted_jobs_lose_what_they_had_not_saved() -> None:
     """Pieces of length q, no opening: each takes (e^{rq} - 1)(1/r + wait) on average, for a job is memoryless."""
     rate, wait, back, piece = 1 / 40.0, 15.0, 10.0, 25.0
     work = replace(ONE, opening=0.0, saved_every=piece)
-    disturbances = Disturbances(preemption_hours=1 / rate / 3600, requeue_seconds=back, queue_minutes=wait / 60)
-    mean, tolerance = mean_seconds(work, disturbances, Machines(1, 1, 8))
+    disturbances = FailureModel(preemption_hours=1 / rate / 3600, requeue_seconds=back, queue_minutes=wait / 60)
+    mean, tolerance = mean_seconds(work, disturbances, ClusterSpec(1, 1, 8))
     expected = 5 + wait + 4 * (math.exp(rate * piece) - 1) * (1 / rate + back + wait)
     assert mean == pytest.approx(expected, abs=tolerance)
 
 
 def test_a_job_goes_on_behind_its_time_limit() -> None:
     """70 s a start, 20 of them for opening: 100 s of work in pieces of 20 s take three starts, of which 40 s count twice."""
-    (spent,) = simulate([replace(ONE, limit=70.0, saved_every=20.0)], Machines(1, 1, 8), CALM, seed=0)
+    (spent,) = simulate([replace(ONE, limit=70.0, saved_every=20.0)], ClusterSpec(1, 1, 8), CALM, seed=0)
     assert (spent.restarts, spent.seconds) == (2, pytest.approx(5 + 70 + 120 + 70 + 120 + 40))
     assert spent.lost_seconds == pytest.approx(10 + 20 + 10 + 20)
 
@@ -80,14 +80,14 @@ def test_a_job_goes_on_behind_its_time_limit() -> None:
 def test_a_job_of_several_nodes_falls_with_any_of_them() -> None:
     """Two nodes fail twice as often as one; nothing is saved, and they are back at once."""
     rate = 1 / 200.0
-    disturbances = Disturbances(1 / rate / 3600, notice_seconds=0.0, repair_minutes=0.0, requeue_seconds=0.0)
-    mean, tolerance = mean_seconds(replace(ONE, nodes=2), disturbances, Machines(2, 1, 8))
+    disturbances = FailureModel(1 / rate / 3600, notice_seconds=0.0, repair_minutes=0.0, requeue_seconds=0.0)
+    mean, tolerance = mean_seconds(replace(ONE, nodes=2), disturbances, ClusterSpec(2, 1, 8))
     assert mean == pytest.approx(5 + (math.exp(2 * rate * 120) - 1) / (2 * rate), abs=tolerance)
 
 
 def test_spread_keeps_the_mean_and_the_last_job_decides() -> None:
     work = replace(ONE, jobs=[[100.0]] * 8, spread=0.3)
-    spent = [simulate([work], Machines(1, 8, 64), CALM, seed)[0] for seed in range(DRAWS)]
+    spent = [simulate([work], ClusterSpec(1, 8, 64), CALM, seed)[0] for seed in range(DRAWS)]
     assert statistics.mean(one.job_seconds for one in spent) == pytest.approx(8 * 120, rel=0.01)
     assert statistics.mean(one.seconds for one in spent) > 5 + 20 + 130
 
@@ -113,7 +113,7 @@ WORKS = st.builds(
 def test_all_seconds_are_accounted_for(
     works: list[Work], failures: float, preemptions: float, queue: float, seed: int
 ) -> None:
-    machines, disturbances = Machines(4, 2, 16), Disturbances(failures, 20.0, 1.0, preemptions, 5.0, queue)
+    machines, disturbances = ClusterSpec(4, 2, 16), FailureModel(failures, 20.0, 1.0, preemptions, 5.0, queue)
     spent = simulate(works, machines, disturbances, seed)
     assert spent == simulate(works, machines, disturbances, seed)
     for work, own in zip(works, spent, strict=True):
@@ -127,7 +127,7 @@ def test_all_seconds_are_accounted_for(
 
 
 def test_what_cannot_be_done_is_refused_with_a_remedy() -> None:
-    machines = Machines(2, 8, 64)
+    machines = ClusterSpec(2, 8, 64)
     for work, remedy in (
         (replace(ONE, gpus=9), "9 GPUs"),
         (replace(ONE, nodes=3), "there are 2"),
@@ -137,5 +137,5 @@ def test_what_cannot_be_done_is_refused_with_a_remedy() -> None:
         with pytest.raises(UserError, match=remedy):
             simulate([work], machines, CALM, seed=0)
     with pytest.raises(UserError, match="hardly ever get on"):
-        simulate([ONE], machines, Disturbances(preemption_hours=10 / 3600), seed=0)
-    assert isinstance(simulate([replace(ONE, limit=121.0)], machines, CALM, seed=0)[0], Spent)
+        simulate([ONE], machines, FailureModel(preemption_hours=10 / 3600), seed=0)
+    assert isinstance(simulate([replace(ONE, limit=121.0)], machines, CALM, seed=0)[0], StageTiming)

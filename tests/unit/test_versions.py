@@ -14,7 +14,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cluster.doctor_jobs import open_look_around
+from cluster.doctor_jobs import open_node_report
 from montessori_core.versions import declared
 from support import CONFIGS, ROOT
 
@@ -55,7 +55,7 @@ def test_an_extra_holds_what_the_extras_in_it_declare() -> None:
 
 def test_a_node_names_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(pretend(tmp_path, "pyarrow", "1.0"))
-    look_around = open_look_around({"packages": {"pyarrow": ">=21", "numpy": ">=2"}}, {"token": tmp_path / "token"})
+    look_around = open_node_report({"packages": {"pyarrow": ">=21", "numpy": ">=2"}}, {"token": tmp_path / "token"})
     look_around([], tmp_path / "found.json", lambda *_: None)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["wrong"] == {"pyarrow": "pyarrow 1.0 is installed, pyarrow>=21 is needed"}

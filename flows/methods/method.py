@@ -2,11 +2,11 @@
 
 A method of your own is a module with a `Method`, named in a study as `module:NAME`:
 
-    from flows.methods.environment import Method, Proposal, Round
+    from flows.methods.method import Method, Proposal, Round
     from tasks.synthesis import synthesize
 
     def propose(now: Round) -> Proposal:
-        teacher = now.run.first_teacher()
+        teacher = now.run.initial_teacher()
         training = synthesize(now.step.at("training"), teacher, ...)
         return Proposal(training.examples, teacher)
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from montessori_core.config import Experiment
-from tasks.evaluation import Evaluated
+from tasks.evaluation import StudentEvaluation
 from tasks.run import Model, Run
 from tasks.stage import Step
 
@@ -48,7 +48,7 @@ class Feedback:
 
     proposal: Proposal
     student: Model
-    evaluated: Evaluated
+    evaluated: StudentEvaluation
 
 
 @dataclass(frozen=True)

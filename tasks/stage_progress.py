@@ -37,7 +37,7 @@ _FAILURES_SHOWN = 100
 _PATIENCE = 20.0  # seconds for task runs to be recorded once their stage has ended
 
 
-class StageView:
+class StageTaskRuns:
     """Shows a stage from `fan_out` in the flow run at work."""
 
     def __init__(
@@ -57,12 +57,12 @@ class StageView:
         names = [f"{name} {number}/{len(cut)}" if len(cut) > 1 else name for number in range(1, len(cut) + 1)]
         self._name, self._inputs = name, list(inputs)
         whole = len(cut) == 1
-        self._chunks = [Chunk(own, stage, indices, read, whole) for own, indices in zip(names, cut, strict=True)]
+        self._chunks = [ShardGroup(own, stage, indices, read, whole) for own, indices in zip(names, cut, strict=True)]
         self._begun: dict[int, PrefectFuture[list[Any]]] = {}
         self._artifact: Any = None
         self._published = 0.0
 
-    def __enter__(self) -> "StageView":
+    def __enter__(self) -> "StageTaskRuns":
         return self
 
     def __exit__(
@@ -102,7 +102,7 @@ class StageView:
             _tell(lambda: update_progress_artifact(self._artifact, share))
 
 
-class Chunk:
+class ShardGroup:
     """Some shards of a stage: what the driver saw of them last."""
 
     def __init__(self, name: str, stage: Stage, indices: range, read: Callable[[Path], Any], whole: bool) -> None:
@@ -227,6 +227,6 @@ def _in_words(shards: list[int]) -> str:
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
-def follow(name: str, chunk: Chunk, inputs: list[object]) -> list[Any]:
+def follow(name: str, chunk: ShardGroup, inputs: list[object]) -> list[Any]:
     """The task run of a chunk."""
     return chunk.follow(get_run_logger())
