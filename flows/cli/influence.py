@@ -18,7 +18,9 @@ ExamplesFile = Annotated[Path, typer.Option(help="Examples to measure: .jsonl or
 TableFile = Annotated[
     Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
 ]
-ReferenceFile = Annotated[str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, or 'builtin'.")]
+ReferenceFile = Annotated[
+    str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, 'builtin' or e.g. 'builtin/maths'.")
+]
 WarmState = Annotated[
     Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
 ]

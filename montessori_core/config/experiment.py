@@ -21,7 +21,8 @@ class DataSource(Section):
     """Where a data set comes from and which of its fields are read."""
 
     path: str = Field(
-        description="'builtin' for the project's own set, a .jsonl or .parquet file, or a Hugging Face data set id."
+        description="'builtin' for the project's own set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for its "
+        "reference or evaluation examples of one kind; a .jsonl or .parquet file; or a Hugging Face data set id."
     )
     split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")
     limit: Count | None = Field(None, description="Use only the first so many rows; none for all.")

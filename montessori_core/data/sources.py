@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.tables import read_parquet
 from montessori_core.errors import DataError
 from montessori_core.files import commit
+
+_FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd example decides the sign
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,20 @@ def read_sources(experiment: Experiment) -> Sources:
     """Read the three sets.
 
     Raises:
-        DataError: a set cannot be read or is empty; the message names file and line.
+        DataError: a set cannot be read or is empty, or the reference set is too small; the message names file and line.
     """
-    return Sources(
+    sources = Sources(
         seed_pool=read_tasks(experiment.seed_pool, "seed_pool", with_response=False),
         reference=read_tasks(experiment.reference, "reference", with_response=True),
         evaluation=read_tasks(experiment.evaluation, "evaluation", with_response=True),
     )
+    count = len(sources.reference)
+    if count < _FEWEST_REFERENCES and count != experiment.reference.limit:  # a limit is the user's choice
+        raise DataError(
+            f"reference.path: {experiment.reference.path} holds {count} examples; a reference set needs at least "
+            f"{_FEWEST_REFERENCES}, better some dozens, because influence is a mean over them. Add examples of the same kind"
+        )
+    return sources
 
 
 def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
@@ -120,21 +130,37 @@ def load_tasks(path: Path) -> list[Task]:
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     """Yield (where it stands, row) pairs."""
-    if source.path == "builtin":
-        with as_file(files("montessori_core") / "data" / "builtin" / f"{field}.jsonl") as path:
-            yield from jsonl_rows(path)
-        return
     path = Path(os.path.expanduser(source.path))
     if path.suffix == ".jsonl":
         yield from jsonl_rows(path)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
+    elif path.parts[:1] == ("builtin",):
+        with as_file(_builtin_file(source.path, field)) as builtin:
+            yield from jsonl_rows(builtin)
     elif os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~")):
         raise DataError(
-            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, or 'builtin'"
+            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, 'builtin' or "
+            "'builtin/<kind>'"
         )
     else:
         yield from _hub_rows(source, field)
+
+
+def _builtin_file(path: str, field: str) -> Traversable:
+    """Return the file of a set of ours: `builtin` has tasks of all kinds, `builtin/maths` a target of one kind."""
+    folder = files("montessori_core") / "data" / "builtin"
+    if path == "builtin":
+        return folder / f"{field}.jsonl"
+    kinds = sorted(f"builtin/{target.name}" for target in (folder / "targets").iterdir())
+    if path not in kinds:
+        raise DataError(f"{field}.path: {path}: no such built-in target; give one of {', '.join(kinds)}, or 'builtin'")
+    if field == "seed_pool":
+        raise DataError(
+            f"seed_pool.path: {path} is a target: it has reference and evaluation examples, but no seeds, so that "
+            "the teacher is not shown what influence is measured on; give 'builtin' or tasks of your own"
+        )
+    return folder / "targets" / path.removeprefix("builtin/") / f"{field}.jsonl"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

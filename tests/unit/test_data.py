@@ -1,12 +1,12 @@
 """The built-in sets, and bad files of users."""
 
-import itertools
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.config import DataSource, Experiment, Student, Teacher
-from montessori_core.data.rouge import f_measure
+from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
@@ -24,6 +24,7 @@ from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outpu
 from montessori_core.judging.mt_bench import read_dialogues
 
 EXPERIMENT = Experiment(teacher=Teacher(model="t"), student=Student(model="s"))
+TARGETS = ("coding", "facts", "maths")
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -40,14 +41,50 @@ def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
     assert set(categories.values()) == {count // 8}
 
 
+@pytest.mark.parametrize(("kind", "field"), list(product(TARGETS, ("reference", "evaluation"))))
+def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
+    found = rows(f"targets/{kind}/{field}")
+    assert len(found) == len({row["id"] for row in found}) == 64
+    assert {row["category"] for row in found} == {kind}
+    assert [task.id for task in read_tasks(DataSource(path=f"builtin/{kind}"), field, True)] == [r["id"] for r in found]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "message"),
+    [
+        (
+            "builtin/cooking",
+            "reference",
+            "reference.path: builtin/cooking: .* builtin/coding, builtin/facts, builtin/maths",
+        ),
+        ("builtin/maths", "seed_pool", "seed_pool.path: builtin/maths is a target: .* no seeds"),
+    ],
+)
+def test_unknown_target_or_target_as_seeds_is_refused(path: str, field: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_tasks(DataSource(path=path), field, with_response=False)
+
+
+def test_fewer_than_eight_references_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    lines = [json.dumps({"instruction": f"Name river number {number}.", "output": "Rhine."}) for number in range(8)]
+    path.write_text("\n".join(lines[:7]))
+    experiment = EXPERIMENT.model_copy(update={"reference": DataSource(path=str(path))})
+    with pytest.raises(DataError, match=r"reference.path: .*few.jsonl holds 7 examples; .* at least 8"):
+        read_sources(experiment)
+    path.write_text("\n".join(lines))
+    assert len(read_sources(experiment).reference) == 8
+    limited = EXPERIMENT.model_copy(update={"reference": DataSource(path=str(path), limit=4)})
+    assert len(read_sources(limited).reference) == 4
+
+
 def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
-    sets = {name: [t.text for t in getattr(read_sources(EXPERIMENT), name)] for name in Sources.__annotations__}
-    highest = {
-        (a, b): max(f_measure(x, y) for x, y in itertools.product(sets[a], sets[b]))
-        for a, b in itertools.combinations(sets, 2)
-    }
-    highest |= {(a, a): max(f_measure(x, y) for x, y in itertools.combinations(sets[a], 2)) for a in sets}
-    assert max(highest.values()) < 0.5, highest
+    tasks = [task for name in Sources.__annotations__ for task in getattr(read_sources(EXPERIMENT), name)]
+    for kind, field in product(TARGETS, ("reference", "evaluation")):
+        tasks += read_tasks(DataSource(path=f"builtin/{kind}"), field, with_response=True)
+    assert len(tasks) == 240 + 96 + 64 + 3 * 128
+    accepted = RougeIndex(max_rouge_l=0.5 - 1e-9).add_all([task.text for task in tasks])
+    assert [task.id for task, new in zip(tasks, accepted, strict=True) if not new] == []
 
 
 def test_builtin_sets_raise_no_warning() -> None:
