@@ -137,7 +137,7 @@ def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, fo
     save_moments(Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, moments.step + 1), folder)
     code, output = influence(folder, tiny_llama, "--warm-state", str(folder))
     assert code == 1
-    assert "the AdamW moments are of another model" in " ".join(output.split())
+    assert "the AdamW moments belong to another model" in " ".join(output.split())
 
 
 def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -> None:

@@ -455,7 +455,7 @@ def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
     with pytest.raises(DataError, match="not a warmed-up student"):
         load_moments(tiny_llama)
     foreign = Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1)
-    with pytest.raises(DataError, match="moments are of another model"):
+    with pytest.raises(DataError, match="moments belong to another model"):
         meter((warm[0], foreign, None), tiny_llama)
     marked = Moments(warm[1].first, warm[1].second, 6, weights_checksums(warm[0].named_parameters()))
     save_moments(marked, tmp_path)

@@ -269,7 +269,7 @@ def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
 def test_pairs_of_examples_that_are_not_in_the_table_are_refused(tmp_path: Path) -> None:
     write_table(examples("a1", "a2"), tmp_path / "examples.parquet", EXAMPLES)
     made = pair_by_influence(influence(VALUES), Preferences(baseline="student"))
-    with pytest.raises(DataError, match=r"examples.parquet: lacks examples that were paired"):
+    with pytest.raises(DataError, match=r"examples.parquet: examples of the pairs are missing"):
         write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
     assert not (tmp_path / "preferences.parquet").exists()
 
