@@ -371,7 +371,7 @@ def kill_and_compare(
     part = sft(tmp_path / "killed", tiny_llama, stage, processes, rows, program=program)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
-    assert "going on from checkpoint-" in logs
+    assert "resuming from checkpoint-" in logs
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     assert (part / "adamw.safetensors").read_bytes() == (undisturbed / "adamw.safetensors").read_bytes()
     told, expected = (json.loads((folder / LOG_FILE).read_text()) for folder in (part, undisturbed))
@@ -466,7 +466,7 @@ def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_ll
     part = update(tmp_path / "killed", keep=3)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
-    assert "going on from checkpoint-" in logs
+    assert "resuming from checkpoint-" in logs
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     kept = kept_teachers(Model.of(part))
     assert list(kept) == [10, 20, 30]

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.training import checkpoints
-from montessori_core.training.checkpoints import CheckpointCallback, last_whole
+from montessori_core.training.checkpoints import CheckpointCallback, last_complete_checkpoint
 
 
 class Training:
@@ -50,10 +50,10 @@ def test_checkpoint_is_saved_when_much_time_has_passed(training: Training, monke
     assert not training.step()
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     assert training.step()
-    assert last_whole(training.folder) == training.folder / "checkpoint-2"
+    assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
     (training.folder / "checkpoint-3").mkdir()  # begun, and never ended
-    assert last_whole(training.folder) == training.folder / "checkpoint-2"
-    training.callback._longest = 600.0  # of a large model; saving is to cost no more than a twentieth of the time
+    assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
+    training.callback._longest_save = 600.0  # of a large model; saving is to cost no more than a twentieth of the time
     assert not training.step()
 
 
@@ -67,7 +67,7 @@ def test_training_that_is_told_to_go_saves_first(tmp_path: Path, training: Train
     assert gone == []
     assert training.step()
     assert gone == [2]
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_training_whose_checkpoints_take_too_long_goes_at_once(training: Training) -> None:
@@ -75,7 +75,7 @@ def test_training_whose_checkpoints_take_too_long_goes_at_once(training: Trainin
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))
     training.callback = CheckpointCallback()
-    training.callback._longest = 61.0
+    training.callback._longest_save = 61.0
     os.kill(os.getpid(), signal.SIGUSR2)
     assert gone == [signal.SIGUSR2]
 

@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from montessori_core.errors import UserError
 from montessori_core.models.chat import IGNORED
-from montessori_core.training.scoring import pack_pairs, score_without_waste
+from montessori_core.training.scoring import pack_pairs, speed_up_scoring
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
 ATTENTION = SIZES | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -78,7 +78,7 @@ def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
     batch = pairs()
     expected, expected_gradient = scores(make(kind), batch)
     model = make(kind)
-    score_without_waste(model, pairs=shared)
+    speed_up_scoring(model, pairs=shared)
     output, gradient = scores(model, batch)
     for name in FIELDS:
         assert torch.allclose(getattr(output, name).float(), getattr(expected, name).float(), atol=1e-5), name
@@ -89,7 +89,7 @@ def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
 @pytest.mark.parametrize(("kind", "reads"), [("tied", 3), ("mamba", 6)])
 def test_pairs_read_each_prompt_once_where_masks_allow(kind: str, reads: int) -> None:
     model = make(kind)
-    score_without_waste(model, pairs=True)
+    speed_up_scoring(model, pairs=True)
     scores(model, pairs())
     rows: list[int] = []
     model.base_model.register_forward_pre_hook(
@@ -127,7 +127,7 @@ def test_loss_equals_models_own(config: Any, shared: bool) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     expected = model(**pairs()).loss
     add_fused_lm_head(model, outputs=FIELDS[:-1])
-    score_without_waste(model, pairs=shared)
+    speed_up_scoring(model, pairs=shared)
     assert torch.allclose(model(**pairs(), fused_lm_head=True).loss, expected, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_unknown_change_of_logits_is_refused() -> None:
     layers = {"block_types": ("recurrent", "attention"), "attention_window_size": 8, "lru_width": 32}
     model = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**ATTENTION, **layers, logits_soft_cap=0.1)).train()
     add_fused_lm_head(model)
-    score_without_waste(model)
+    speed_up_scoring(model)
     with pytest.raises(UserError, match="RecurrentGemmaForCausalLM changes its logits"):
         model(**pairs(), fused_lm_head=True)
     assert model.training
@@ -151,6 +151,6 @@ def test_window_beyond_first_batch_is_noticed() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     expected = model(**pairs()).loss
     add_fused_lm_head(model)
-    score_without_waste(model, pairs=True)
+    speed_up_scoring(model, pairs=True)
     model(**pairs((3,), (2, 4)), fused_lm_head=True)
     assert torch.allclose(model(**pairs(), fused_lm_head=True).loss, expected, atol=1e-6)

@@ -727,10 +727,10 @@ def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_
     undisturbed, part = update("undisturbed"), update("hit", crash)
     assert hit
     logs = "".join(path.read_text() for path in (folder / "hit" / "jobs").rglob("*_log.err"))
-    assert "going on from checkpoint-" in logs
+    assert "resuming from checkpoint-" in logs
     if fault == "preemption":
-        left = max(re.findall(r"told to go: leaving with (checkpoint-\d+)", logs))
-        assert f"going on from {left}\n" in logs  # nothing was done twice
+        left = max(re.findall(r"the scheduler ends this job: exiting with (checkpoint-\d+)", logs))
+        assert f"resuming from {left}\n" in logs  # nothing was done twice
     assert len(submissions(folder, "hit")) == 1
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
