@@ -235,8 +235,7 @@ class _Batch:
     def _run(self, contexts: Sequence[Sequence[int]], shared: int) -> Any:
         """Read contexts, the longest first; return their cache. The first `shared` tokens of each are in the prefix.
 
-        The same number of tokens is read of each: a shorter context reads the end of the prefix again, or is padded if that is
-        not enough.
+        The same number of tokens is read of each: a shorter context reads the end of the prefix again, or is padded.
         """
         width = len(contexts[0])
         cache = self._new_cache(len(contexts))
