@@ -104,7 +104,7 @@ def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedP
 
 
 @pytest.mark.guarantee("commit that changes during a run")
-def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub, tmp_path: Path) -> None:
+def test_run_keeps_its_hub_commit_offline(hub: Hub, tmp_path: Path) -> None:
     first = open_run(tmp_path / "run")
     assert first.stdout.startswith("1" * 40), first.stderr
     assert sum(path.endswith("model.safetensors") for path in hub.asked) <= 2  # a look and a download, for both models
@@ -118,7 +118,7 @@ def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub
     assert open_run(tmp_path / "run").stdout == first.stdout
 
 
-def test_model_that_the_hub_does_not_give_is_refused_with_a_remedy(hub: Hub, tmp_path: Path) -> None:
+def test_unavailable_hub_model_is_refused_with_remedy(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
     assert "asks for an agreement first" in open_run(tmp_path / "run").stderr
     hub.gated = False

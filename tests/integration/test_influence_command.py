@@ -71,7 +71,7 @@ def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Pa
         assert one["dominated_share"] > 0.5
 
 
-def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder: Path) -> None:
+def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None:
     """More examples than the audit, so that some rows stay first order; the exact rows are those of a run all exact."""
     many = [
         {"instruction": f"Name {i} things.", "output": "thing " * (1 + i % 7) + str(i), "id": f"x{i}"}
@@ -99,7 +99,7 @@ def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder:
     assert all(row["reference_tokens"] == 0 for row in rows if row["estimator"] == "first_order")
 
 
-def test_sequential_says_what_it_saved_and_mixed_precision_runs(tiny_llama: Path, folder: Path) -> None:
+def test_sequential_reports_savings_and_mixed_precision_runs(tiny_llama: Path, folder: Path) -> None:
     references = [{"instruction": f"Say {i}.", "output": "yes " * (1 + i % 5)} for i in range(40)]
     (folder / "reference.jsonl").write_text("\n".join(map(json.dumps, references)))
     options = ["--learning-rate", "1e-3", "--estimator", "exact", "--sequential", "0.2", "--dtype", "mixed"]
@@ -108,7 +108,7 @@ def test_sequential_says_what_it_saved_and_mixed_precision_runs(tiny_llama: Path
     assert "reference tokens saved" in output
 
 
-def test_examples_that_cannot_be_measured_are_listed(tiny_llama: Path, folder: Path) -> None:
+def test_unmeasurable_examples_are_listed(tiny_llama: Path, folder: Path) -> None:
     """A prompt that fills the context leaves no response: the row is excluded and named, the others are measured."""
     long = {"id": "long-one", "instruction": "word " * 200, "output": "cut off"}
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*EXAMPLES[:4], long])))
@@ -122,7 +122,7 @@ def test_examples_that_cannot_be_measured_are_listed(tiny_llama: Path, folder: P
     assert row["influence_student"] is None
 
 
-def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, folder: Path) -> None:
+def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Path) -> None:
     other = folder / "other"
     shutil.copytree(tiny_llama, other)
     config = json.loads((other / "config.json").read_text())
@@ -140,7 +140,7 @@ def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, fo
     assert "the AdamW moments belong to another model" in " ".join(output.split())
 
 
-def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -> None:
+def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order' or 'screened'"),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),

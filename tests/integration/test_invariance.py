@@ -56,7 +56,7 @@ def joined(
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
+def test_influence_does_not_depend_on_shards(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
     expected = joined(tmp_path / "one-shard", tiny_llama, estimator, ROWS, 20, 1)
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
     assert joined(tmp_path / "many-shards", tiny_llama, estimator, ROWS, 3, 2) == expected
@@ -64,7 +64,7 @@ def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Pa
 
 
 @pytest.mark.guarantee("any number of interruptions")
-def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
+def test_reference_loss_does_not_depend_on_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
     """Padding moves last bits, so that rows which are left have to share batches as before."""
     settings = programs.ModelLoss(max_length=512, batch_tokens=1200)
     rows: list[Row] = [
@@ -79,6 +79,6 @@ def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_pa
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
-def test_influence_of_forked_job_is_that_of_new_interpreter(tiny_llama: Path, tmp_path: Path) -> None:
+def test_forked_job_measures_same_influence(tiny_llama: Path, tmp_path: Path) -> None:
     forked = joined(tmp_path / "forked", tiny_llama, "first_order", ROWS, 20, 1, threads=2)
     assert forked == joined(tmp_path / "new", tiny_llama, "first_order", ROWS, 20, 1, threads=2, python=sys.executable)

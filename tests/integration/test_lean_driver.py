@@ -20,7 +20,7 @@ print(json.dumps([invoke(*command, cwd=Path.cwd()) for command in json.loads(sys
 """
 
 
-def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:
+def test_login_node_commands_need_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "first")
     write_run(tmp_path / "runs" / "second", warmup={"learning_rate": 2e-5})
     write_study(tmp_path / "runs" / "study")
@@ -40,7 +40,7 @@ def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:
     assert "self_instruct" in finish_lean("methods", cwd=tmp_path)
 
 
-def test_a_run_on_nodes_is_opened_without_torch(tmp_path: Path) -> None:
+def test_slurm_run_opens_without_torch(tmp_path: Path) -> None:
     """Data, configuration and models are looked at on the login node; only nodes load a model."""
     model = tmp_path / "model"
     model.mkdir()

@@ -116,7 +116,7 @@ def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
     assert pq.read_schema(parts[0]).metadata == {b"note": b"kept"}
 
 
-def test_resumed_rows_have_no_part_in_pace(folder: Path) -> None:
+def test_pace_ignores_resumed_rows(folder: Path) -> None:
     """A row takes 0.2 s; those done before would make it less."""
     slow = replace(stage(folder), settings={"folder": str(folder), "seconds": 0.2})
     (folder / "fail-12").touch()
@@ -135,7 +135,7 @@ def test_resumed_rows_have_no_part_in_pace(folder: Path) -> None:
     assert min(left) >= 0.2
 
 
-def test_killed_job_is_computed_again(folder: Path) -> None:
+def test_killed_job_is_recomputed(folder: Path) -> None:
     (folder / "kill-7").touch()
     assert squares(run(folder)) == EXPECTED
     assert local.computed(folder).count(7) == 2
@@ -182,7 +182,7 @@ def test_table_does_not_depend_on_interruptions(tmp_path_factory: pytest.TempPat
     assert sorted(times) == sorted(row["n"] for row in rows)  # an error loses nothing that was finished
 
 
-def test_rows_between_reports_are_committed_together(tmp_path: Path) -> None:
+def test_rows_between_progress_reports_share_a_commit(tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     partial.mkdir()
     recorder = ShardRecorder(partial, 0, "key", 4, SCHEMA, lambda done: None, 0.0)
@@ -205,7 +205,7 @@ def test_program_that_leaves_rows_unfinished_fails(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("damaged result or manifest")
 @pytest.mark.parametrize("damage", ["cut", "records", "positions", "another table", "name"])
-def test_damaged_partial_file_is_computed_again(tmp_path: Path, damage: str) -> None:
+def test_damaged_partial_commit_is_recomputed(tmp_path: Path, damage: str) -> None:
     rows: list[Row] = [{"n": n} for n in range(8)]
     compute(tmp_path, rows, [[0, 1, 2, 3, 4]], stop=1)
     [file] = (tmp_path / "partial").iterdir()
@@ -236,7 +236,7 @@ def test_partial_commits_of_another_version_are_not_used(folder: Path) -> None:
     assert local.computed(folder).count(3) == 2
 
 
-def test_two_jobs_compute_one_shard_undisturbed(tmp_path: Path) -> None:
+def test_two_jobs_can_compute_one_shard(tmp_path: Path) -> None:
     rows: list[Row] = [{"n": n} for n in range(6)]
     other = tmp_path / "part-of-the-first.parquet"
 
@@ -280,7 +280,7 @@ def steps(path: Path, stop: int, drafts_of: Callable[[Mapping[int, Any]], Mappin
 
 
 @pytest.mark.guarantee("job killed in the middle of a shard")
-def test_drafts_resume_rows_in_the_middle(tmp_path: Path) -> None:
+def test_drafts_resume_unfinished_rows(tmp_path: Path) -> None:
     taken = steps(tmp_path, 8, lambda drafts: drafts)
     taken += steps(tmp_path, 0, lambda drafts: drafts)  # a job that dies at once loses no draft of the one before
     taken += steps(tmp_path, 100, lambda drafts: drafts)
@@ -288,7 +288,7 @@ def test_drafts_resume_rows_in_the_middle(tmp_path: Path) -> None:
     assert squares([tmp_path / "part.parquet"]) == [0, 1, 4, 9]
 
 
-def test_draft_that_is_not_offered_again_is_kept(tmp_path: Path) -> None:
+def test_draft_is_kept_until_replaced(tmp_path: Path) -> None:
     assert steps(tmp_path, 3, lambda drafts: drafts | {2: {3: 4}})[-1] == (0, 2)
     assert steps(tmp_path, 3, lambda drafts: drafts)[-1] == (1, 0)
     assert steps(tmp_path, 100, lambda drafts: drafts) == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 4)] + [
@@ -307,14 +307,14 @@ def test_damaged_draft_is_not_used(tmp_path: Path) -> None:
         assert steps(tmp_path, 1, lambda drafts: {}) == [(0, 0)]
 
 
-def test_drafts_are_asked_for_when_due(tmp_path: Path) -> None:
+def test_drafts_are_requested_when_due(tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     recorder = ShardRecorder(tmp_path / "partial", 0, "key", 1, SCHEMA, lambda done: None, 60.0)
     recorder.keep(lambda: pytest.fail("a minute has not passed"))
 
 
 @pytest.mark.guarantee("job fails or is stopped in the middle of a shard")
-def test_signal_to_leave_commits_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_termination_signal_commits_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(number: int, frame: object) -> None:
         assert len(list((tmp_path / "partial").glob("*.parquet"))) == 1
         raise Interrupted

@@ -31,7 +31,7 @@ def base_llama(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "peak"), [("paper-8b", 5e-6), ("paper-1b", 1e-5)])
-def test_paper_preset_runs_through(
+def test_paper_preset_runs_to_completion(
     name: str, peak: float, explaining_llama: Path, base_llama: Path, tmp_path: Path
 ) -> None:
     changes = (*SIZES, f"teacher.model={explaining_llama}", f"student.model={base_llama}")

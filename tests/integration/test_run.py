@@ -28,7 +28,7 @@ def undisturbed(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("undisturbed"), dirs_exist_ok=True))
 
 
-def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
+def test_run_writes_every_documented_file(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     for name in ("config.yaml", "provenance.json", "report.html", "iteration-1/metrics.json"):
         assert (run / name).stat().st_size > 0
@@ -56,7 +56,7 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
 
 
-def test_teachers_on_the_way_are_followed_and_both_teachers_are_measured(undisturbed: Path) -> None:
+def test_intermediate_and_both_teachers_are_measured(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
     kept, last = metrics["teacher_checkpoints"]
@@ -65,7 +65,7 @@ def test_teachers_on_the_way_are_followed_and_both_teachers_are_measured(undistu
     assert schema.read_table(run / "unmodified" / "training-influence.parquet", schema.INFLUENCE).num_rows == 4
 
 
-def test_a_finished_run_is_the_forecast_of_itself_and_larger_ones_grow_by_their_sizes(undisturbed: Path) -> None:
+def test_forecast_from_run_scales_with_sizes(undisturbed: Path) -> None:
     run = reopen_run(undisturbed / "runs" / "tiny")
     stages = stages_of(run.folder)
     works = planned_stages(run, run.experiment)
@@ -101,7 +101,7 @@ def test_a_finished_run_is_the_forecast_of_itself_and_larger_ones_grow_by_their_
     assert [name for name in seconds if name.startswith("un")] == [name for name in before if name.startswith("un")]
 
 
-def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path: Path) -> None:
+def test_forecast_counts_confirmed_examples(tmp_path: Path) -> None:
     stage = Stage(
         "influence-confirm", 1, "p:f", {}, {}, {}, tmp_path / "iteration-1" / "influence-confirm", kind="influence"
     )
@@ -121,7 +121,7 @@ def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path
     assert sum(map(len, work.jobs)) == 10 * 1000 / 50
 
 
-def test_what_a_pilot_cannot_tell_is_pointed_out(tmp_path: Path) -> None:
+def test_forecast_names_stages_missing_from_pilot(tmp_path: Path) -> None:
     def experiment(pairs: int | None, measured: int) -> Experiment:
         model = {"model": "smollm2-135m"}
         sections = {"preferences": {"max_pairs": pairs}, "comparison": {"influence_examples": measured}}
@@ -167,7 +167,7 @@ def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed: Path, tmp_path: Path) -> None:
+def test_added_benchmarks_compute_nothing_else(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     manifests = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
     content = yaml.safe_load((undisturbed / "tiny.yaml").read_text())
@@ -191,7 +191,7 @@ def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed
     assert sets == {("held-out", 4), ("alpaca_eval", 5)}
 
 
-def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed: Path) -> None:
+def test_prefect_has_artifact_of_every_stage(undisturbed: Path) -> None:
     database = sqlite3.connect(undisturbed / "prefect" / "prefect.db")
     flows = {name for (name,) in database.execute("select name from flow_run")}
     parts = ("iteration 1", "unmodified teacher", "teachers on the way, iteration 1")
@@ -210,7 +210,7 @@ def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed:
         assert any(text.startswith(stage) for text in described), stage
 
 
-def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
+def test_summary_names_main_results(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
     for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
         assert text in output
@@ -241,7 +241,7 @@ def test_run_ends_with_time_of_each_stage(undisturbed: Path) -> None:
     assert all(float(rows[stage][5].replace(",", "")) > 0 for stage in stages if stage.endswith("student"))
 
 
-def test_comparison_shows_both_teachers_the_same_prompts(undisturbed: Path) -> None:
+def test_compared_teachers_get_same_prompts(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     prompts = [
         set(pq.read_table(run / folder / "training" / "instructions.parquet")["prompt"].to_pylist())
@@ -270,7 +270,7 @@ def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
+def test_single_shard_is_recomputed_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
     expected = digests(run)
@@ -289,7 +289,7 @@ def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_ser
         assert message in " ".join(output.split())
 
 
-def test_another_configuration_is_refused_with_the_difference(undisturbed: Path) -> None:
+def test_changed_configuration_is_refused_with_difference(undisturbed: Path) -> None:
     code, output = invoke("run", "tiny.yaml", "--set", "warmup.examples=5", cwd=undisturbed)
     assert code == 1
     assert "started with another configuration" in output
@@ -297,7 +297,7 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed: Path)
     assert "--name" in output
 
 
-def test_changed_preferences_keep_everything_upstream(
+def test_changed_preferences_keep_upstream_stages(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
     """Of a finished run: pairs, teacher, training set, student and report are made again, and nothing before them."""
@@ -335,7 +335,7 @@ def test_changed_preferences_keep_everything_upstream(
 
 
 @pytest.mark.slow
-def test_pilot_warns_before_the_others_are_measured(
+def test_run_pilot_warns_before_measuring_rest(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
     settings = [
@@ -355,7 +355,7 @@ def test_pilot_warns_before_the_others_are_measured(
     assert pilot.num_rows + others == pq.read_table(measured / "influence.parquet").num_rows == 256
 
 
-def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: dict[str, str]) -> None:
+def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
     output = finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed, **shared_server)
@@ -369,7 +369,7 @@ def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: 
 
 
 @pytest.mark.slow
-def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
+def test_failed_stage_is_reported_and_shown_in_status(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
     """Of a run that is like the finished one, but that no response fits into its student."""
@@ -407,9 +407,7 @@ def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
         (["tiny.yaml", "--name", "../escape"], "name: a name has letters"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence_before_any_job(
-    undisturbed: Path, arguments: list[str], message: str
-) -> None:
+def test_bad_input_is_refused_before_any_job(undisturbed: Path, arguments: list[str], message: str) -> None:
     (undisturbed / "empty.jsonl").write_text("")
     (undisturbed / "broken.jsonl").write_text('{"instruction": "fine"}\n{"instruction": }\n')
     named = [] if "--name" in arguments else ["--name", "bad"]
@@ -428,7 +426,7 @@ def test_full_run_root_is_named(undisturbed: Path) -> None:
     assert "cannot be written" in output
 
 
-def test_help_teaches(tmp_path: Path) -> None:
+def test_help_shows_commands_with_examples(tmp_path: Path) -> None:
     code, output = call("--help", cwd=tmp_path)
     assert code == 0
     for text in ("montessori run quickstart", "resume", "status", "influence", "student"):

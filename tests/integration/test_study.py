@@ -59,7 +59,7 @@ pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another s
 
 
 @given(st.lists(st.floats(-1e3, 1e3), max_size=30))
-def test_upper_half_is_no_smaller_than_the_rest_and_has_half_of_the_ids(values: list[float]) -> None:
+def test_upper_half_has_the_larger_values(values: list[float]) -> None:
     ids = [str(number) for number in range(len(values))]
     chosen = upper_half(ids, values)
     rest = set(ids) - set(chosen)
@@ -67,7 +67,7 @@ def test_upper_half_is_no_smaller_than_the_rest_and_has_half_of_the_ids(values: 
     assert all(values[int(low)] <= values[int(high)] for low in rest for high in chosen)
 
 
-def test_hardest_seeds_are_the_upper_half_of_those_with_a_loss(tmp_path: Path) -> None:
+def test_hardest_seeds_are_upper_half_of_losses(tmp_path: Path) -> None:
     losses = {"long": 0.1, "short": 3.0, "middle": 2.0, "easy": 0.01, "none": None}
     rows: list[dict[str, object]] = [{"example_id": n, "prompt_id": "p", "utility": u} for n, u in losses.items()]
     write_table(table_from_rows(rows, UTILITY), tmp_path / "utility.parquet", UTILITY)
@@ -81,7 +81,7 @@ def with_texts(folder: Path, examples: pa.Table, pairs: pa.Table) -> list[dict[s
     return list(read_table(folder / "preferences.parquet", UTILITY_PREFERENCES).to_pylist())
 
 
-def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none(tmp_path: Path) -> None:
+def test_utility_pairs_stay_within_a_prompt(tmp_path: Path) -> None:
     examples = table_from_rows(
         [
             {
@@ -109,7 +109,7 @@ def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none(tmp_p
     assert pair_by_utility(utility, 1)["chosen_id"].to_pylist() == ["a0"]  # the widest gap
 
 
-def test_extreme_pairs_are_the_best_and_the_worst_of_a_prompt(tmp_path: Path) -> None:
+def test_extreme_pairs_are_best_and_worst(tmp_path: Path) -> None:
     scores = {"a0": 2.0, "a1": 5.0, "a2": 1.0, "b0": 3.0, "b1": 3.0, "c0": None, "c1": 4.0}
     examples = table_from_rows(
         [
@@ -134,7 +134,7 @@ def test_extreme_pairs_are_the_best_and_the_worst_of_a_prompt(tmp_path: Path) ->
     assert best_of_each_prompt(examples, utility)["example_id"].to_pylist() == ["a1", "b0", "c1"]
 
 
-def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, tmp_path: Path) -> None:
+def test_demonstration_with_answers_has_highest_utility(smollm2: Path, tmp_path: Path) -> None:
     write_tasks([Task("r1", "What is the secret word?", "The secret word is tamarind.")], tmp_path / "reference.jsonl")
     shown = {
         "answer": ("What is the secret word?", "The secret word is tamarind."),
@@ -159,7 +159,7 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].null_count == 0
 
 
-def test_training_loss_leaves_out_what_training_does(smollm2: Path, tmp_path: Path) -> None:
+def test_training_loss_truncates_like_training(smollm2: Path, tmp_path: Path) -> None:
     settings = programs.ModelLoss(max_length=64, batch_tokens=512)
     compute = as_compute(open_training_loss(settings, {"student": smollm2}))
     row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "finished": True}
@@ -174,7 +174,7 @@ def test_training_loss_leaves_out_what_training_does(smollm2: Path, tmp_path: Pa
     assert cut < whole  # an end in the middle of the sentence would be the greatest surprise of all
 
 
-def test_output_that_was_cut_is_no_lesson_in_stopping(smollm2: Path) -> None:
+def test_truncated_output_has_no_end_token(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     row = {"prompt": "p", "chosen": "whole", "rejected": "cu", "chosen_finished": True, "rejected_finished": False}
     pair = encode_pair(tokenizer, row, "chat")
@@ -200,7 +200,7 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
 
 
 @pytest.mark.slow
-def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: Path, tmp_path: Path) -> None:
+def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: Path) -> None:
     experiment = configuration(tmp_path, talking_llama)
     study = tmp_path / "study.yaml"
     (tmp_path / "own.py").write_text("from flows.methods.self_instruct import SELF_INSTRUCT as MINE")
@@ -231,7 +231,7 @@ def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: 
         find_method("flows.cli:app")
 
 
-def test_shipped_study_is_read() -> None:
+def test_shipped_study_is_valid() -> None:
     study = read_study(CONFIGS / "studies" / "quickstart.yaml", ("experiment.training.examples=7",))
     assert study.experiment.training.examples == 7
     assert study.seeded(2).seed == 2
@@ -249,7 +249,7 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     judge.close()
 
 
-def test_every_method_trains_the_same_student_on_equally_many_examples(compared: Path) -> None:
+def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     seed = compared / "runs" / "tiny-study" / "seed-3"
     for method in [*REGISTRY, "mine"]:
         (*_, last) = sorted((seed / "methods" / method).glob("round-*"))
@@ -311,7 +311,7 @@ def test_response_pairs_answer_the_same_instruction(methods: Path) -> None:
         assert pair["chosen_influence_student"] > pair["rejected_influence_student"]
 
 
-def test_strong_teacher_trains_on_what_the_api_said(methods: Path) -> None:
+def test_strong_teacher_trains_on_api_responses(methods: Path) -> None:
     strong = read_table(methods / "self_instruct_strong" / "round-1" / "training" / "examples.parquet", EXAMPLES)
     for row in strong.to_pylist():
         assert row["instruction"].startswith("Explain ")
@@ -394,7 +394,7 @@ def test_llm2llm_imitates_the_hardest_seeds_twice(methods: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finished_study_is_read_not_repeated(compared: Path) -> None:
+def test_finished_study_runs_nothing_again(compared: Path) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in (compared / "runs").rglob("part-*") if "manifest" not in path.name
     }
@@ -408,9 +408,7 @@ def test_finished_study_is_read_not_repeated(compared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_student_that_judges_itself_learns_from_its_own_scores(
-    talking_llama: Path, judging_llama: Path, tmp_path: Path
-) -> None:
+def test_self_reward_student_learns_from_its_scores(talking_llama: Path, judging_llama: Path, tmp_path: Path) -> None:
     experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     experiment["student"]["model"] = str(judging_llama)
     experiment["training"]["learning_rate"] = 1e-6  # the seeds hold no judgements, so that SFT unlearns them

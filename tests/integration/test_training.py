@@ -65,7 +65,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_pace_of_a_training_of_a_single_step_is_known(tmp_path: Path) -> None:
+def test_single_step_training_reports_pace(tmp_path: Path) -> None:
     """Without, its forecast would take loading and saving for work on rows."""
     clock = RowClock(tmp_path / "progress.json")
     progress, arguments, state = ProgressCallback(clock, RECIPE), TrainingArguments(str(tmp_path)), TrainerState()
@@ -76,7 +76,7 @@ def test_pace_of_a_training_of_a_single_step_is_known(tmp_path: Path) -> None:
     assert clock.row_seconds == pytest.approx(0.1 / RECIPE.batch_size, rel=0.5)
 
 
-def test_progress_counts_the_pass_before_training(tmp_path: Path) -> None:
+def test_progress_counts_pass_before_training(tmp_path: Path) -> None:
     """Reading 4 examples is 1/7 of the work if two epochs of training, three times as dear, follow."""
     reported: list[float] = []
     recipe = RECIPE.model_copy(update={"epochs": 2})
@@ -184,7 +184,7 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
         pytest.param(2, 1, "optimizer", marks=pytest.mark.slow),
     ],
 )
-def test_training_equals_plain_torch_at_every_zero_stage(
+def test_training_equals_torch_at_every_zero_stage(
     tiny_llama: Path, expected: Any, tmp_path: Path, stage: int, processes: int, offload: str
 ) -> None:
     weights, moments, losses = expected
@@ -237,7 +237,7 @@ def test_bf16_training_saves_fp32_masters(tiny_llama: Path, tmp_path: Path, stag
     assert kept.weights == weights_checksums(load_model(str(part), torch.float32).named_parameters())
 
 
-def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
+def test_bf16_training_accumulates_gradients_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
     """A sum in bf16 stops growing at 256 times what is added."""
 
     def gradient(copies: int) -> torch.Tensor:
@@ -261,7 +261,7 @@ def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: 
         ResidentStudent(rounded, load_moments(part), adamw, torch.device("cpu"))
 
 
-def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path, tmp_path: Path) -> None:
+def test_bf16_dpo_updates_fp32_weights(tiny_llama: Path, tmp_path: Path) -> None:
     """At the paper's rate: each by at most 3.2 rates a step (AdamW's bound), far less than rounding to bf16 would move it."""
     settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), stage=2)
     program = replace(programs.DPO, entry="support.bf16:open_dpo")
@@ -347,15 +347,13 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
 
 @pytest.mark.guarantee("training job killed between two steps")
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
-def test_training_killed_between_its_steps_goes_on_to_the_same_end(
-    tiny_llama: Path, tmp_path: Path, stage: int, processes: int
-) -> None:
+def test_killed_training_resumes_to_same_weights(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
     kill_and_compare(tmp_path, tiny_llama, stage, processes, programs.SFT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), (3, 2)])
-def test_killed_bf16_training_goes_on_from_its_masters(
+def test_killed_bf16_training_resumes_from_masters(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
     kill_and_compare(tmp_path, tiny_llama, stage, processes, BF16_SFT)
@@ -380,32 +378,32 @@ def kill_and_compare(
     assert not list((tmp_path / "killed" / "checkpoints").iterdir())
 
 
-def test_training_twice_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+def test_repeated_training_has_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     parts = [sft(tmp_path / name, tiny_llama, 0, 1) for name in ("one", "two")]
     for name in ("model.safetensors", "adamw.safetensors"):
         assert (parts[0] / name).read_bytes() == (parts[1] / name).read_bytes()
 
 
-def test_lock_of_a_killed_compilation_stops_no_training(tiny_llama: Path, extensions: Path, tmp_path: Path) -> None:
+def test_stale_compilation_lock_blocks_no_training(tiny_llama: Path, extensions: Path, tmp_path: Path) -> None:
     assert sft(tmp_path / "stage", tiny_llama, 0, 1).is_dir()
     lock = extensions / "deepspeed_shm_comm" / "lock"
     assert [path for path in extensions.rglob("*") if path.is_file()] == [lock]  # nothing was compiled
 
 
 @pytest.mark.guarantee("pickles read or planted by other accounts")
-def test_no_pickle_is_left_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+def test_result_of_training_has_no_pickle(tiny_llama: Path, tmp_path: Path) -> None:
     part = sft(tmp_path / "stage", tiny_llama, 0, 1)
     assert {path.suffix for path in part.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
-def test_training_without_any_usable_example_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+def test_training_without_usable_examples_fails(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [{"instruction": "word " * 200, "response": "late", "finished": True}]
     with pytest.raises(ShardsFailed, match="no training example has a response within student.max_length"):
         sft(tmp_path / "stage", tiny_llama, 0, 1, rows)
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_teacher_learns_what_is_chosen(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
+def test_teacher_update_raises_chosen_likelihood(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
     schedule = Schedule(warmup=0.0, stable=1.0, decay=0.0)
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1, schedule=schedule)
     part = execute(tmp_path / "stage", programs.DPO, dpo(recipe, stage), tiny_llama, PAIRS, processes)
@@ -417,7 +415,7 @@ def test_teacher_learns_what_is_chosen(tiny_llama: Path, tmp_path: Path, stage: 
 
 
 @pytest.mark.slow
-def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_path: Path) -> None:
+def test_multi_process_dpo_equals_single_process(tiny_llama: Path, tmp_path: Path) -> None:
     """ZeRO-2 and ZeRO-3 in two processes, on the same pairs: to a thousandth of what the weights moved."""
 
     def update(stage: int, processes: int) -> dict[str, torch.Tensor]:
@@ -453,7 +451,7 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.guarantee("training job killed between two steps")
-def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
+def test_killed_teacher_update_resumes_to_same_weights(tiny_llama: Path, tmp_path: Path) -> None:
     """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1)
     pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
@@ -474,7 +472,7 @@ def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_ll
     assert [path.name for path in (tmp_path / "undisturbed").rglob("kept")] == []
 
 
-def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:
+def test_pair_has_token_ids_of_generation(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     pair = encode_pair(tokenizer, PAIRS[0], "completion")
     assert tokenizer.decode(pair["prompt_ids"]) == PAIRS[0]["prompt"]
@@ -501,5 +499,5 @@ def test_schedule_ramps_holds_and_decays(steps: int) -> None:
         assert sum(rate == 1.0 for rate in rates) == steps - round(0.1 * steps) - round(0.4 * steps) + 1
 
 
-def test_warmup_ramps_to_the_peak_over_all_its_steps() -> None:
+def test_warmup_ramps_over_all_steps() -> None:
     assert [rate_factor(step, 4, Warmup().schedule) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -180,7 +180,7 @@ def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytes
 @pytest.mark.guarantee("local job crashes")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("crash", "number"), [("os.abort()", signal.SIGABRT), ("ctypes.string_at(0)", signal.SIGSEGV)])
-def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
+def test_crashing_job_affects_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
     pid = warm_process().pid
     assert run(stage, f"first_time('crash') and {crash}", "time.sleep(2) or 7") == [False, 7]
     assert computed(stage) == [0, 0, 1]
@@ -189,7 +189,7 @@ def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.
 
 
 @pytest.mark.usefixtures("quick")
-def test_error_of_job_is_in_its_log(stage: Stage) -> None:
+def test_job_log_has_its_error(stage: Stage) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as failure:
         run(stage, "1 / 0")
     [failed] = failure.value.failures  # type: ignore[attr-defined]
@@ -258,7 +258,7 @@ def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
+def test_cancel_kills_job_and_its_children(stage: Stage) -> None:
     file = stage.folder.parent / "child.txt"
     job_id = warm_process().start(job_of(stage, HANGS))
     wait_until(lambda: file.exists() and file.read_text())
@@ -271,7 +271,7 @@ def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
+def test_killed_supervisor_ends_its_ranks(stage: Stage) -> None:
     job_id = warm_process().start(job_of(stage, "time.sleep(600)"))
     wait_until(lambda: computed(stage))
     supervisor = psutil.Process(int(job_id.split(":")[0]))
@@ -318,7 +318,7 @@ def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
 @pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("answered", [False, True])
-def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) -> None:
+def test_job_starts_after_driver_recorded_its_id(stage: Stage, answered: bool) -> None:
     """The driver's part by hand: whoever could not be found by the next driver never computes."""
     job = job_of(stage, "7")
     ours, theirs = socket.socketpair()
@@ -342,7 +342,7 @@ def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) ->
 @pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("moment", ["asked", "noted"])
-def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, moment: str) -> None:
+def test_driver_killed_during_submit_starts_nothing_twice(stage: Stage, moment: str) -> None:
     """Before it has told a job what to do, or when all are at work and the ledger has no id of them."""
     values = ["time.sleep(2) or 5", "time.sleep(2) or 6"]
     die = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -365,7 +365,7 @@ def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, momen
 
 
 @pytest.mark.usefixtures("quick")
-def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_forked_jobs_are_reserved(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: [2, 5])
     stage.write(shards := shards_of("time.sleep(600)"), [stage.key(shards[0])])
     backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
@@ -406,7 +406,7 @@ def test_broken_library_breaks_no_job(
 
 
 @pytest.mark.usefixtures("quick")
-def test_deaf_warm_process_is_waited_for_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_warm_process_is_awaited_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.warm_start._PATIENCE", 1.0)
     deaf = warm_process()
     os.kill(deaf.pid, signal.SIGSTOP)

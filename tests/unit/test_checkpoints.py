@@ -46,7 +46,7 @@ def training(tmp_path: Path) -> Iterator[Training]:
     signal.signal(signal.SIGUSR2, before)
 
 
-def test_checkpoint_is_saved_when_much_time_has_passed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_saved_after_interval(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not training.step()
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     assert training.step()
@@ -57,7 +57,7 @@ def test_checkpoint_is_saved_when_much_time_has_passed(training: Training, monke
     assert not training.step()
 
 
-def test_training_that_is_told_to_go_saves_first(tmp_path: Path, training: Training) -> None:
+def test_signalled_training_saves_before_exit(tmp_path: Path, training: Training) -> None:
     gone: list[int] = []
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(training.state.global_step))
@@ -70,7 +70,7 @@ def test_training_that_is_told_to_go_saves_first(tmp_path: Path, training: Train
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def test_training_whose_checkpoints_take_too_long_goes_at_once(training: Training) -> None:
+def test_signalled_training_with_slow_checkpoints_exits(training: Training) -> None:
     gone: list[int] = []
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))
@@ -80,7 +80,7 @@ def test_training_whose_checkpoints_take_too_long_goes_at_once(training: Trainin
     assert gone == [signal.SIGUSR2]
 
 
-def test_signal_after_the_last_step_is_its_former_owners_again(training: Training) -> None:
+def test_signal_handler_is_restored_after_training(training: Training) -> None:
     gone: list[int] = []
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))

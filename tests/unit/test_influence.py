@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
     share=st.sampled_from([1.0, 1 / 8, 1 / 32, 0.3]),
     seed=st.integers(0, 1000),
 )
-def test_step_equals_torch_adamw_to_the_last_bit(
+def test_step_equals_torch_adamw_bit_for_bit(
     steps: int, rate: float, beta1: float, beta2: float, epsilon: float, decay: float, share: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -130,9 +130,7 @@ def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction:
 
 
 @pytest.mark.parametrize(("reduction", "weight"), [("example", 1.0), ("token", 1.0), ("example", 1 / 8)])
-def test_exact_influence_equals_the_procedure_spelled_out(
-    warm: Any, tiny_llama: Path, reduction: str, weight: float
-) -> None:
+def test_exact_influence_equals_explicit_procedure(warm: Any, tiny_llama: Path, reduction: str, weight: float) -> None:
     fast = meter(warm, tiny_llama, reduction=reduction, weight=weight)
     before = spelled_out(warm, tiny_llama, None, reduction)
     for example in PROBING[:4]:
@@ -152,7 +150,7 @@ def test_student_is_bit_identical_after_examples(warm: Any, tiny_llama: Path, co
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_influence_does_not_depend_on_what_was_measured_before(warm: Any, tiny_llama: Path, estimator: str) -> None:
+def test_influence_does_not_depend_on_earlier_examples(warm: Any, tiny_llama: Path, estimator: str) -> None:
     together = meter(warm, tiny_llama, estimator=estimator)
     found = [together.measure(example) for example in PROBING]
     again = [together.measure(example) for example in reversed(PROBING)]
@@ -208,7 +206,7 @@ def test_first_order_agrees_with_exact_at_small_weights(warm: Any, tiny_llama: P
 
 @pytest.mark.parametrize("weight", [1.0, 1 / 8])
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_norm_and_domination_are_those_of_torchs_gradient(
+def test_gradient_norm_and_dominated_share_equal_torch(
     warm: Any, tiny_llama: Path, estimator: str, weight: float
 ) -> None:
     """The norm is that of the unweighted gradient, the share that of the weighted one."""
@@ -229,14 +227,14 @@ def test_norm_and_domination_are_those_of_torchs_gradient(
         assert found.dominated_share > 0
 
 
-def test_batches_of_the_reference_set_do_not_change_its_loss(warm: Any, tiny_llama: Path) -> None:
+def test_reference_loss_does_not_depend_on_batches(warm: Any, tiny_llama: Path) -> None:
     warm_losses = TokenLosses(warm[0])
     losses = [ReferenceSet(REFERENCE, tokens, CPU).evaluate(warm_losses).summed for tokens in (1, 100, 10_000)]
     for other in losses[1:]:
         torch.testing.assert_close(losses[0], other, rtol=1e-5, atol=1e-4)
 
 
-def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any, tiny_llama: Path) -> None:
+def test_unmeasurable_examples_have_status_and_no_effect(warm: Any, tiny_llama: Path) -> None:
     resident = meter(warm, tiny_llama)
     expected = resident.measure(PROBING[0])
     assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)) == Measurement("no_response_tokens")
@@ -254,7 +252,7 @@ def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_a_gradient_lives_only_until_its_parameter_has_used_it(warm: Any, tiny_llama: Path, estimator: str) -> None:
+def test_gradients_are_freed_after_use(warm: Any, tiny_llama: Path, estimator: str) -> None:
     resident = meter(warm, tiny_llama, estimator=estimator)
     parameters = list(resident._student.parameters.values())
     alive: list[int] = []
@@ -271,7 +269,7 @@ def test_a_gradient_lives_only_until_its_parameter_has_used_it(warm: Any, tiny_l
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
+def test_chunked_logits_change_no_loss_or_gradient(
     warm: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -299,7 +297,7 @@ def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_floor_is_that_of_the_arithmetic(warm: Any, tiny_llama: Path) -> None:
+def test_noise_floor_matches_rounding(warm: Any, tiny_llama: Path) -> None:
     """In fp32 it lies just above the distance to fp64; in bf16, hundreds of times higher."""
     single = meter(warm, tiny_llama)
     found = [single.measure(example).influence_student for example in PROBING]
@@ -316,7 +314,7 @@ def test_noise_floor_is_that_of_the_arithmetic(warm: Any, tiny_llama: Path) -> N
     assert resident(torch.bfloat16).noise_floor > 100 * single.noise_floor
 
 
-def test_sequential_evaluation_is_exact_at_the_end_of_the_set_and_cheaper_before(warm: Any, tiny_llama: Path) -> None:
+def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None:
     reference = ReferenceSet(examples(64, seed=4), 512, CPU)
 
     def measured(error_rate: float | None, baseline: str = "student") -> list[Measurement]:
@@ -342,7 +340,7 @@ def test_sequential_evaluation_is_exact_at_the_end_of_the_set_and_cheaper_before
         assert sum(signs) >= len(signs) - 1
 
 
-def test_signs_are_decided_wrongly_no_more_often_than_allowed() -> None:
+def test_sequential_sign_errors_stay_within_rate() -> None:
     """Differences whose mean is a fraction of their spread: the hardest case, drawn a thousand times."""
     generator = torch.Generator().manual_seed(0)
     wrong = saved = 0
@@ -358,7 +356,7 @@ def test_signs_are_decided_wrongly_no_more_often_than_allowed() -> None:
     assert saved > 0.2 * 256 * 1000
 
 
-def test_where_moments_and_snapshot_live_changes_no_bit(warm: Any, tiny_llama: Path) -> None:
+def test_placement_changes_no_bit(warm: Any, tiny_llama: Path) -> None:
     everywhere = dict.fromkeys(ON_DEVICE, "host")
     for estimator in ("exact", "first_order"):
         expected = [meter(warm, tiny_llama, estimator=estimator).measure(e) for e in PROBING[:2]]
@@ -366,7 +364,7 @@ def test_where_moments_and_snapshot_live_changes_no_bit(warm: Any, tiny_llama: P
         assert [elsewhere.measure(e) for e in PROBING[:2]] == expected
 
 
-def test_a_student_that_diverged_is_named_at_once(warm: Any, tiny_llama: Path) -> None:
+def test_diverged_student_is_refused(warm: Any, tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[REFERENCE[3].input_ids[0]] = torch.inf
@@ -403,7 +401,7 @@ def test_exact_standard_error_is_over_reference_examples(warm: Any, tiny_llama: 
     assert found.standard_error == pytest.approx(float(differences.std()) / len(REFERENCE) ** 0.5, rel=1e-3)
 
 
-def test_first_order_standard_error_is_of_halves(warm: Any, tiny_llama: Path) -> None:
+def test_first_order_standard_error_is_from_halves(warm: Any, tiny_llama: Path) -> None:
     """The gradient of every single reference example, projected on the step, and the contrast of the halves."""
     resident = meter(warm, tiny_llama, estimator="first_order")
     null_step = stepped(warm, tiny_llama, None)
@@ -445,9 +443,7 @@ def test_error_by_halves_is_unbiased() -> None:
     assert math.isnan(error_by_halves(0.0, 1.0, (0, 1)))
 
 
-def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
-    warm: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_moments_survive_round_trip_and_foreign_ones_fail(warm: Any, tiny_llama: Path, tmp_path: Path) -> None:
     save_moments(warm[1], tmp_path)
     loaded = load_moments(tmp_path)
     assert loaded.step == 6

@@ -40,7 +40,7 @@ def test_imports_go_one_way(layer: str) -> None:
     assert not wrong
 
 
-def test_rooms_of_core_import_one_way() -> None:
+def test_core_packages_import_one_way() -> None:
     """No room imports one that imports it, be it by way of others."""
     rooms: dict[str, set[str]] = {}
     for path in (ROOT / "montessori_core").rglob("*.py"):
@@ -69,7 +69,7 @@ def test_environment_stays_light(modules: str, absent: tuple[str, ...]) -> None:
     assert outcome.stdout.strip() == "[]"
 
 
-def test_commands_that_look_import_no_prefect(tmp_path: Path) -> None:
+def test_read_only_commands_import_no_prefect(tmp_path: Path) -> None:
     """`status`, `logs`, `report` and `cancel` start at once."""
     folder = str(write_run(tmp_path / "run"))
     commands = [["status", folder], ["logs", folder, "--shard", "0"], ["cancel", folder], ["report", folder]]

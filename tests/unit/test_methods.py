@@ -26,7 +26,7 @@ from tasks.synthesis import SynthesisResult
 
 
 @pytest.mark.parametrize("method", ["montessori", "self_instruct", "self_instruct_strong"])
-def test_method_may_write_what_was_probed(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_can_train_on_probing_set(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = Model("m", "0"), []
     synthesized = SynthesisResult(tmp_path / "instructions.parquet", tmp_path / "examples.parquet")
 
@@ -100,7 +100,7 @@ def write_reference(run: Run, count: int) -> None:
 
 
 @pytest.mark.parametrize(("share", "real"), [(0.5, 2), (0.99, 3)])
-def test_nomad_is_decoded_and_trained_by_its_own_settings(
+def test_nomad_uses_its_sampling_and_recipe(
     share: float, real: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, model = {"learning_rate": 2e-5, "batch_size": 128, "epochs": 4}, Model("m", "0")
@@ -144,7 +144,7 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
     assert read_table(examples, EXAMPLES)["prompt_id"].to_pylist().count("real") == real
 
 
-def test_nomad_teacher_is_kept_when_later_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_settings_do_not_retrain_nomad_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[Any] = []
     monkeypatch.setattr(Step, "train", lambda *arguments: executed.append(arguments[2]) or Model("m", "0"))
     monkeypatch.setattr(Run, "initial_teacher", lambda _: Model("t", "0"))

@@ -83,7 +83,7 @@ def test_small_sets_have_no_pilot(tmp_path: Path) -> None:
     assert calls == [(255, False)]
 
 
-def test_foretold_remedy_makes_pairs() -> None:
+def test_predicted_remedy_makes_pairs() -> None:
     pilot = influence(rows(64), common=9.0)
     warning = predict_pair_count(pilot, Preferences(baseline="student"), 10_000)
     assert warning is not None
@@ -93,7 +93,7 @@ def test_foretold_remedy_makes_pairs() -> None:
     assert int(remedy[2]) > 40
 
 
-def test_foretelling_blames_margin_where_baselines_agree() -> None:
+def test_prediction_names_margin_if_no_baseline_helps() -> None:
     """Examples differ by less than the reference examples can tell."""
     warning = predict_pair_count(
         influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000
@@ -102,5 +102,5 @@ def test_foretelling_blames_margin_where_baselines_agree() -> None:
     assert "lower preferences.margin" in warning
 
 
-def test_foretelling_ignores_the_limit() -> None:
+def test_prediction_ignores_max_pairs() -> None:
     assert predict_pair_count(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None

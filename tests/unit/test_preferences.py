@@ -105,7 +105,7 @@ def pairs(settings: Preferences, **kwargs: float) -> list[tuple[str, str]]:
     return list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True))
 
 
-def test_pairs_are_the_cross_product_of_signs_within_a_prompt() -> None:
+def test_pairs_are_cross_product_within_prompt() -> None:
     assert pairs(Preferences(baseline="student")) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")]
 
 
@@ -136,7 +136,7 @@ def test_prompt_baseline_ignores_common_momentum() -> None:
     assert chosen[0] == chosen[1] != []
 
 
-def test_nothing_within_noise_makes_a_pair() -> None:
+def test_influence_within_noise_makes_no_pair() -> None:
     assert pairs(Preferences(baseline="student"), noise=1.5) == [("a1", "a4")]
 
 
@@ -160,12 +160,12 @@ def test_margin_is_in_standard_errors() -> None:
     assert kept(1.0, "first_order", **first_order) == [("a1", "a3"), ("a1", "a4"), ("a2", "a4")]
 
 
-def test_a_limit_keeps_the_widest_gaps_in_table_order() -> None:
+def test_max_pairs_keeps_widest_gaps_in_order() -> None:
     assert pairs(Preferences(baseline="student", max_pairs=2)) == [("a1", "a3"), ("a1", "a4")]
     assert pairs(Preferences(baseline="student", max_pairs=1)) == [("a1", "a4")]
 
 
-def test_pairs_carry_raw_outputs_and_both_influences(tmp_path: Path) -> None:
+def test_pairs_have_raw_outputs_and_influences(tmp_path: Path) -> None:
     write_table(examples(*VALUES), tmp_path / "examples.parquet", EXAMPLES)
     pairs = pair_by_influence(influence(VALUES, null_step=0.5), Preferences(baseline="student", max_pairs=1))
     write_preferences(pairs, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
@@ -174,7 +174,7 @@ def test_pairs_carry_raw_outputs_and_both_influences(tmp_path: Path) -> None:
     assert (row["chosen_influence_student"], row["chosen_influence_null_step"]) == (3.0, 2.5)
 
 
-def test_join_keeps_order_and_the_largest_noise(tmp_path: Path) -> None:
+def test_join_keeps_order_and_largest_noise_floor(tmp_path: Path) -> None:
     parts = [tmp_path / "part-0.parquet", tmp_path / "part-1.parquet"]
     write_table(influence({"a1": 1.0}, noise=1e-9), parts[0], INFLUENCE)
     write_table(influence({"b1": 2.0}, noise=3e-9), parts[1], INFLUENCE)
@@ -184,7 +184,7 @@ def test_join_keeps_order_and_the_largest_noise(tmp_path: Path) -> None:
     assert summarize_influence(joined, 1.5)["share_positive"] == 0.5
 
 
-def test_summary_warns_of_gradients_that_dominate() -> None:
+def test_summary_warns_of_dominating_gradients() -> None:
     summary = summarize_influence(influence(VALUES), 0.0)
     assert (summary["median_gradient_norm"], summary["median_dominated_share"]) == (2.0, 0.2)
     assert domination_warning(summary) is None
@@ -243,9 +243,7 @@ def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences
 
 
 @pytest.mark.parametrize("group", [1, 7, 8192])
-def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
-) -> None:
+def test_pairs_match_definition_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     monkeypatch.setattr(tables, "ROW_GROUP", group)
     monkeypatch.setattr(preferences, "ROW_GROUP", group)
     for seed in range(30):
@@ -266,7 +264,7 @@ def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
             assert table.to_pylist() == defined_pairs(texts, measured, settings)
 
 
-def test_pairs_of_examples_that_are_not_in_the_table_are_refused(tmp_path: Path) -> None:
+def test_pairs_of_missing_examples_are_refused(tmp_path: Path) -> None:
     write_table(examples("a1", "a2"), tmp_path / "examples.parquet", EXAMPLES)
     made = pair_by_influence(influence(VALUES), Preferences(baseline="student"))
     with pytest.raises(DataError, match=r"examples.parquet: examples of the pairs are missing"):
@@ -274,7 +272,7 @@ def test_pairs_of_examples_that_are_not_in_the_table_are_refused(tmp_path: Path)
     assert not (tmp_path / "preferences.parquet").exists()
 
 
-def test_bytes_of_a_table_do_not_follow_the_pieces_it_comes_in(tmp_path: Path) -> None:
+def test_parquet_bytes_do_not_depend_on_batching(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     values = dict(zip((f"{n % 7}-{n}" for n in range(20_000)), draw.normal(size=20_000), strict=True))
     table = influence(values)
@@ -308,7 +306,7 @@ print(json.dumps([pairs.num_rows, int(peak) * 1024]))
 """
 
 
-def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_texts(tmp_path: Path) -> None:
+def test_pairing_keeps_no_texts_in_memory(tmp_path: Path) -> None:
     """A row has 3,400 bytes of text; at most 1,000 more bytes of memory are taken for it, so 1,000,000 rows take 1 GB."""
     draw = np.random.default_rng(0)
     text = draw.integers(32, 127, 10_000_000, np.uint8).tobytes().decode()
@@ -348,7 +346,7 @@ def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_te
     assert (peak(100_000) - peak(50_000)) / 50_000 < 1000
 
 
-def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:
+def test_tables_are_validated_on_write_and_read(tmp_path: Any) -> None:
     path = tmp_path / "t.parquet"
     table = influence(VALUES)
     write_table(table, path, INFLUENCE)

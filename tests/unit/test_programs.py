@@ -45,7 +45,7 @@ def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSet
     return log.read_text().split() if log.exists() else []
 
 
-def test_raised_version_recomputes_its_program_alone(folder: Path) -> None:
+def test_new_version_recomputes_only_its_program(folder: Path) -> None:
     assert compute(folder, DOUBLING, ADDING) == ["doubling", "adding"]
     raised = replace(DOUBLING, version=2)
     assert compute(folder, raised, ADDING) == ["doubling"]  # with the same result, so that what reads it stays
@@ -55,13 +55,13 @@ def test_raised_version_recomputes_its_program_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
-def test_key_holds_name_and_version_but_no_module(program: Program[Any]) -> None:
+def test_key_has_name_and_version_but_no_module(program: Program[Any]) -> None:
     assert key_of(replace(program, entry="elsewhere:open")) == key_of(program)
     assert key_of(replace(program, version=program.version + 1)) != key_of(program)
     assert key_of(replace(program, name="another")) != key_of(program)
 
 
-def test_declared_programs_have_names_of_their_own() -> None:
+def test_declared_programs_have_unique_names() -> None:
     assert len({program.name for program in DECLARED}) == len(DECLARED)
 
 

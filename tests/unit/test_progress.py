@@ -20,7 +20,7 @@ def manifest(rows: int, seconds: float, row_seconds: float | None) -> Manifest:
     return Manifest(rows=rows, seconds=seconds, row_seconds=row_seconds, **fields)
 
 
-def test_pace_is_that_of_all_jobs() -> None:
+def test_pace_counts_all_jobs() -> None:
     fast, slow = ShardProgress(done=3.5, row_seconds=0.5), ShardProgress(done=0.25, row_seconds=2.0)
     assert rows_per_second([fast, slow], []) == pytest.approx(2.5)
     # A job without a pace of its own counts as a typical one, a stage without jobs has none.
@@ -28,7 +28,7 @@ def test_pace_is_that_of_all_jobs() -> None:
     assert rows_per_second([], [manifest(4, 8.0, 1.0)]) is None
 
 
-def test_pace_before_any_row_is_of_earlier_shards() -> None:
+def test_initial_pace_is_from_earlier_shards() -> None:
     assert rows_per_second([None], []) is None
     assert rows_per_second([ShardProgress(done=7.0)], []) is None  # rows of an earlier job have no pace
     earlier = [manifest(4, 100.0, 1.0), manifest(4, 100.0, 3.0), manifest(1, 2.0, None)]
@@ -47,7 +47,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def test_clock_leaves_out_rows_before_its_start(tmp_path: Path, now: Callable[[float], None]) -> None:
+def test_clock_ignores_rows_before_its_start(tmp_path: Path, now: Callable[[float], None]) -> None:
     clock = RowClock(tmp_path / "progress.json", pause=0.0)
     now(1060.0)  # the model is loaded
     clock(50)
@@ -70,7 +70,7 @@ def progress(done: float, left: float | None, shards_done: set[int]) -> Progress
     return Progress(done, 104, left, 2, {0}, shards_done, {})
 
 
-def test_bar_shows_fractions_and_no_early_end(
+def test_bar_shows_fractions_and_ends_on_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -84,6 +84,6 @@ def test_bar_shows_fractions_and_no_early_end(
     ]
 
 
-def test_bar_in_a_log_writes_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bar_in_log_writes_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, *(progress(done, 60, set()) for done in range(100)))
     assert [rows for _, rows, _ in lines] == ["0/104", "99/104"]

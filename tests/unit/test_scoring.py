@@ -87,7 +87,7 @@ def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "reads"), [("tied", 3), ("mamba", 6)])
-def test_pairs_read_each_prompt_once_where_masks_allow(kind: str, reads: int) -> None:
+def test_pairs_read_prompt_once_if_masks_allow(kind: str, reads: int) -> None:
     model = make(kind)
     speed_up_scoring(model, pairs=True)
     scores(model, pairs())
@@ -99,7 +99,7 @@ def test_pairs_read_each_prompt_once_where_masks_allow(kind: str, reads: int) ->
     assert rows == [reads]
 
 
-def test_packed_rows_are_prompt_and_two_outputs() -> None:
+def test_packed_rows_have_prompt_and_two_outputs() -> None:
     batch = pairs((3,), (2, 4))
     packed = pack_pairs(**batch, dtype=torch.float32)
     chosen, rejected = batch["input_ids"]
@@ -143,7 +143,7 @@ def test_unknown_change_of_logits_is_refused() -> None:
     assert model.training
 
 
-def test_window_beyond_first_batch_is_noticed() -> None:
+def test_window_beyond_first_batch_is_detected() -> None:
     """A first batch that fits into the window tells nothing of the next ones."""
     layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16}
     config = GPTNeoConfig(vocab_size=101, hidden_size=32, max_position_embeddings=64, **layers)

@@ -64,7 +64,7 @@ def screen(bench: Bench, settings: Screening, baseline: str) -> pa.Table:
     return estimate_influence(bench, Influence(estimator="screened", screening=settings), baseline).read_all()
 
 
-def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
+def test_screened_signs_in_doubt_are_exact() -> None:
     bench = Bench(2000, error=0.05)
     table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
@@ -87,7 +87,7 @@ def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
     assert not report.fell_back
 
 
-def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -> None:
+def test_common_error_is_corrected_by_offset() -> None:
     shifted = Bench(2000, error=0.05, shift=0.8)
     table = screen(shifted, SETTINGS, "student")
     report = screening_report(table)
@@ -103,7 +103,7 @@ def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -
             assert row["influence_student"] == pytest.approx(shifted.exact[row["example_id"]], abs=0.3)
 
 
-def test_prompt_baseline_settles_order_within_prompts() -> None:
+def test_prompt_baseline_decides_order_within_prompts() -> None:
     """Prompts lie far apart, so that no threshold of the whole set divides them; an error that all share cancels."""
     bench = Bench(800, error=0.2, shift=0.8, apart=10.0)
 
@@ -123,7 +123,7 @@ def test_prompt_baseline_settles_order_within_prompts() -> None:
     assert wrong_pairs(table) < alone / 3
 
 
-def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> None:
+def test_agreement_interval_has_nominal_coverage() -> None:
     """95 % intervals for first order over many draws; and the error rate of the width holds on average."""
     covered = exceeding = 0
     for seed in range(120):
@@ -138,7 +138,7 @@ def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> Non
     assert exceeding / 120 <= 0.06
 
 
-def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> None:
+def test_unfit_screening_falls_back_to_exact() -> None:
     bench = Bench(300, error=3.0)
     table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
@@ -150,7 +150,7 @@ def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> Non
 
 
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
-def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str) -> None:
+def test_screened_values_do_not_depend_on_order(baseline: str) -> None:
     bench = Bench(500, error=0.1)
     table = screen(bench, SETTINGS, baseline)
     shuffled = list(bench.rows)
@@ -169,7 +169,7 @@ def test_small_sets_are_measured_exactly() -> None:
     assert "confirm" not in bench.measured
 
 
-def test_a_larger_audit_holds_a_smaller_one() -> None:
+def test_larger_audit_contains_smaller_one() -> None:
     names = [f"e{n}" for n in range(300)]
     assert set(draw_ids(names, 50)) <= set(draw_ids(names[::-1], 100))
 

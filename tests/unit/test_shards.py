@@ -21,7 +21,7 @@ __all__ = ["folder"]
 
 
 @given(rows=st.integers(1, 20_000), jobs=st.integers(1, 100), largest=st.integers(1, 600))
-def test_shards_give_all_jobs_equal_work(rows: int, jobs: int, largest: int) -> None:
+def test_shards_give_jobs_equal_work(rows: int, jobs: int, largest: int) -> None:
     """Up to the shards that rounding leaves over."""
     size = shard_size(rows, jobs, largest)
     assert 1 <= size <= largest
@@ -46,7 +46,7 @@ def test_array_has_tasks_for_all_jobs(rows: int, jobs: int, largest: int, tasks:
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-def test_array_task_has_no_more_shards_than_allowed() -> None:
+def test_array_task_respects_shard_limit() -> None:
     assert [len(task) for task in split_for_array(range(10), 2, 3)] == [3, 3, 2, 2]
 
 
@@ -64,7 +64,7 @@ def test_resumed_run_keeps_shards_when_jobs_change(folder: Path) -> None:
     assert [len(shard) for shard in cut_for_jobs(stage(folder).folder, rows * 4, 2, 8)] == [8] * 6  # other rows
 
 
-def test_step_cuts_rows_for_jobs_of_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_shards_rows_for_parallel_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"influence": {"parallel_jobs": 64}, "generation": {"parallel_jobs": 8}}
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "cluster": {"resources": resources}}
     step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")

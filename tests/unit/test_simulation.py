@@ -42,7 +42,7 @@ def mean_seconds(work: Work, disturbances: FailureModel, machines: ClusterSpec) 
         (ClusterSpec(2, 8, 64), 5, 5),  # by parallel_jobs
     ],
 )
-def test_without_disturbance_jobs_come_in_waves(machines: ClusterSpec, at_once: int, held: int) -> None:
+def test_jobs_without_failures_run_in_waves(machines: ClusterSpec, at_once: int, held: int) -> None:
     work = replace(ONE, jobs=[[60.0, 40.0]] * 50, at_once=at_once)
     first, second = simulate([work, ONE], machines, CALM, seed=0)
     assert first.seconds == pytest.approx(5 + math.ceil(50 / held) * 120)
@@ -52,7 +52,7 @@ def test_without_disturbance_jobs_come_in_waves(machines: ClusterSpec, at_once: 
     assert min(room(work, machines), at_once) == held
 
 
-def test_time_to_get_through_between_failures_is_that_of_theory() -> None:
+def test_time_with_failures_matches_theory() -> None:
     """Nothing is saved, and a node fails at rate r: work of length L takes (e^{rL} - 1)(1/r + repair) on average."""
     rate, repair = 1 / 90.0, 45.0
     disturbances = FailureModel(1 / rate / 3600, 30.0, repair / 60, requeue_seconds=0.0)
@@ -60,7 +60,7 @@ def test_time_to_get_through_between_failures_is_that_of_theory() -> None:
     assert mean == pytest.approx(5 + (math.exp(rate * 120) - 1) * (1 / rate + repair), abs=tolerance)
 
 
-def test_preempted_jobs_lose_what_they_had_not_saved() -> None:
+def test_preempted_jobs_lose_unsaved_work() -> None:
     """Pieces of length q, no opening: each takes (e^{rq} - 1)(1/r + wait) on average, for a job is memoryless."""
     rate, wait, back, piece = 1 / 40.0, 15.0, 10.0, 25.0
     work = replace(ONE, opening=0.0, saved_every=piece)
@@ -70,14 +70,14 @@ def test_preempted_jobs_lose_what_they_had_not_saved() -> None:
     assert mean == pytest.approx(expected, abs=tolerance)
 
 
-def test_a_job_goes_on_behind_its_time_limit() -> None:
+def test_job_resumes_after_time_limit() -> None:
     """70 s a start, 20 of them for opening: 100 s of work in pieces of 20 s take three starts, of which 40 s count twice."""
     (spent,) = simulate([replace(ONE, limit=70.0, saved_every=20.0)], ClusterSpec(1, 1, 8), CALM, seed=0)
     assert (spent.restarts, spent.seconds) == (2, pytest.approx(5 + 70 + 120 + 70 + 120 + 40))
     assert spent.lost_seconds == pytest.approx(10 + 20 + 10 + 20)
 
 
-def test_a_job_of_several_nodes_falls_with_any_of_them() -> None:
+def test_multi_node_job_fails_with_any_node() -> None:
     """Two nodes fail twice as often as one; nothing is saved, and they are back at once."""
     rate = 1 / 200.0
     disturbances = FailureModel(1 / rate / 3600, notice_seconds=0.0, repair_minutes=0.0, requeue_seconds=0.0)
@@ -85,7 +85,7 @@ def test_a_job_of_several_nodes_falls_with_any_of_them() -> None:
     assert mean == pytest.approx(5 + (math.exp(2 * rate * 120) - 1) / (2 * rate), abs=tolerance)
 
 
-def test_spread_keeps_the_mean_and_the_last_job_decides() -> None:
+def test_spread_keeps_mean_and_last_job_decides() -> None:
     work = replace(ONE, jobs=[[100.0]] * 8, spread=0.3)
     spent = [simulate([work], ClusterSpec(1, 8, 64), CALM, seed)[0] for seed in range(DRAWS)]
     assert statistics.mean(one.job_seconds for one in spent) == pytest.approx(8 * 120, rel=0.01)
@@ -126,7 +126,7 @@ def test_all_seconds_are_accounted_for(
         assert own.seconds >= own.job_seconds / together + work.around - 1e-6
 
 
-def test_what_cannot_be_done_is_refused_with_a_remedy() -> None:
+def test_impossible_simulation_is_refused_with_remedy() -> None:
     machines = ClusterSpec(2, 8, 64)
     for work, remedy in (
         (replace(ONE, gpus=9), "9 GPUs"),

@@ -80,7 +80,7 @@ def test_wheel_runs_presets_without_a_clone(installed: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_wheel_has_what_commands_need(installed: Path, tmp_path: Path) -> None:
+def test_wheel_has_command_dependencies(installed: Path, tmp_path: Path) -> None:
     code, output = montessori(installed, tmp_path, "methods")
     assert code == 0, output
     assert "self_instruct" in output

@@ -102,7 +102,7 @@ def finished(server: Server) -> str:
     return run
 
 
-def test_second_up_finds_the_first(server: Server) -> None:
+def test_second_up_finds_running_server(server: Server) -> None:
     again = subprocess.run(
         [sys.executable, "-m", "flows.cli", "up"],
         cwd=server.folder,
@@ -116,7 +116,7 @@ def test_second_up_finds_the_first(server: Server) -> None:
 
 
 @pytest.mark.guarantee("requests from other web pages")
-def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> None:
+def test_server_refuses_other_origins(server: Server) -> None:
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.url}/api/deployments/filter", b"{}", headers)
@@ -128,7 +128,7 @@ def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> Non
 
 
 @pytest.mark.guarantee("runs started on your Prefect server")
-def test_server_without_a_login_says_so(server: Server) -> None:
+def test_server_without_login_warns(server: Server) -> None:
     assert "no login: whoever has an account on this machine" in (server.folder / "up.log").read_text()
 
 
@@ -143,16 +143,14 @@ def test_form_explains_every_field(server: Server, flow: str, deployment: str) -
             assert field.get("description", described.get("description")), f"{section}.{name}"
 
 
-def test_form_refuses_what_does_not_fit(server: Server) -> None:
+def test_form_refuses_invalid_values(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.start("tiny", "bad", experiment={"iterations": 0})
     assert refusal.value.code == 409 or refusal.value.code == 422
     assert not (server.runs / "bad").exists()
 
 
-def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
-    server: Server, finished: str, page: Page
-) -> None:
+def test_run_shows_stages_artifacts_and_report(server: Server, finished: str, page: Page) -> None:
     expected = {"iteration 1: influence of the probing set, screen", "iteration 1: teacher update", "report"}
 
     def completed() -> set[str]:  # Prefect records task runs a little later
@@ -187,9 +185,7 @@ def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
     assert Path(path).read_text()
 
 
-def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_report(
-    server: Server, finished: str, page: Page
-) -> None:
+def test_run_started_in_browser_ends_with_report(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "clicked")
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('tiny')['id']}")
     page.get_by_role("button", name="Run", exact=True).click()
@@ -237,9 +233,7 @@ def inbox(server: Server) -> Iterator[Inbox]:
     opened.close()
 
 
-def test_failed_shards_send_a_message_and_retry_computes_only_them(
-    server: Server, finished: str, inbox: Inbox, page: Page
-) -> None:
+def test_retry_computes_only_failed_shards(server: Server, finished: str, inbox: Inbox, page: Page) -> None:
     folder = server.copy_of(finished, "retried", "influence")
     in_the_way = folder / "iteration-1" / "influence" / "part-00002.parquet"
     in_the_way.mkdir(parents=True)
@@ -268,7 +262,7 @@ def test_failed_shards_send_a_message_and_retry_computes_only_them(
     wait_until(lambda: any("iteration is finished: retried" in text for text in inbox.messages), 60)
 
 
-def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str, page: Page) -> None:
+def test_cancelled_run_stops_jobs_and_resumes(server: Server, finished: str, page: Page) -> None:
     folder = server.copy_of(finished, "cancelled", "evaluation")
     run = server.start("tiny", "cancelled")
     server.hold_job()
@@ -286,9 +280,7 @@ def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Ser
 
 
 @pytest.mark.slow
-def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_on(
-    server: Server, finished: str
-) -> None:
+def test_killed_run_is_crashed_and_retry_finds_jobs(server: Server, finished: str) -> None:
     folder = server.copy_of(finished, "crashed", "warmup")
     run = server.start("tiny", "crashed")
     ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
@@ -301,7 +293,7 @@ def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_o
     assert digests(folder) == digests(server.runs / "finished")
 
 
-def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, page: Page) -> None:
+def test_run_waits_for_approval_once(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
     wait_until(lambda: any(server.state(flow) == "Paused" for flow in server.subflows(run)))
@@ -325,7 +317,7 @@ def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, 
 
 
 @pytest.mark.slow
-def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server, finished: str) -> None:
+def test_scheduled_run_adds_iterations_without_overlap(server: Server, finished: str) -> None:
     server.copy_of(finished, "weekly")
     runs = [server.start("alone", "weekly", add_iterations=1) for _ in range(2)]
     wait_until(lambda: any(server.state(run) == "Running" for run in runs))
@@ -341,7 +333,7 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     assert not (server.runs / "weekly" / "iteration-3").exists()
 
 
-def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
+def test_schedule_starts_runs(server: Server, finished: str) -> None:
     server.copy_of(finished, "nightly")
     nightly = server.deployment("nightly")
     [schedule] = nightly["schedules"]
@@ -363,7 +355,7 @@ def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
 
 
 @pytest.mark.slow
-def test_run_under_way_when_up_ends_is_visible_and_goes_on_after_a_retry(server: Server, finished: str) -> None:
+def test_run_resumes_after_up_ended(server: Server, finished: str) -> None:
     folder = server.copy_of(finished, "interrupted", "warmup")
     run = server.start("tiny", "interrupted")
     server.hold_job()
@@ -380,7 +372,7 @@ def test_run_under_way_when_up_ends_is_visible_and_goes_on_after_a_retry(server:
 
 
 @pytest.mark.slow
-def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(server: Server) -> None:
+def test_study_deployment_runs_transfer_students(server: Server) -> None:
     identity = server.deployment("study", "compare")["id"]
     run = server.ask(f"deployments/{identity}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
     server.wait_for(run, "Completed")
@@ -400,7 +392,7 @@ def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(s
 
 
 @pytest.mark.slow
-def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(server: Server, finished: str) -> None:
+def test_work_pool_deployments_run_on_a_worker(server: Server, finished: str) -> None:
     server.python("from prefect.blocks.system import Secret; " + f"Secret(value={CANARY!r}).save('hf-token')")
     server.python("from prefect.blocks.system import Secret; " + f"Secret(value={str(server.runs)!r}).save('root')")
     server.copy_of(finished, "pooled")
@@ -458,7 +450,7 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
 
 
 @pytest.mark.guarantee("API keys in logs, tables or databases")
-def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
+def test_api_key_is_never_written(server: Server, finished: str) -> None:
     """Not in a run's folder, a job's log or pickle, Prefect's database, or an answer of its API."""
     files = [path for path in server.folder.rglob("*") if path.is_file()]
     assert len(files) > 100
@@ -473,7 +465,7 @@ def test_key_from_the_environment_is_written_nowhere(server: Server, finished: s
 
 @pytest.mark.guarantee("runs started on your Prefect server")
 @pytest.mark.slow
-def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tmp_path: Path, page: Page) -> None:
+def test_server_with_login_requires_it(tmp_path: Path, page: Page) -> None:
     """And the login is written nowhere; the UI finds the API wherever people reach the server, as through a tunnel."""
     [service] = [
         service

@@ -37,7 +37,7 @@ writer.join()
 
 
 @pytest.mark.parametrize(("collector", "stands_still"), [("beside", False), ("its own", True)])
-def test_a_cursor_given_up_keeps_no_event_loop_waiting(tmp_path: Path, collector: str, stands_still: bool) -> None:
+def test_abandoned_sqlite_cursor_does_not_block_event_loop(tmp_path: Path, collector: str, stands_still: bool) -> None:
     """The second case shows that Python's own collector does: once it does not, the first needs no module of ours."""
     command = [sys.executable, "-c", PROGRAM, collector, str(tmp_path / "database")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -42,7 +42,7 @@ def generate(folder: Path, model: Path, python: str, rows: list[Row], sampling: 
     return found
 
 
-def test_vllm_gives_n_samples_from_their_seeds(
+def test_vllm_samples_depend_on_their_seeds(
     smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
