@@ -1,4 +1,4 @@
-"""Benchmarks: each item answered for itself, judged through the wire, and paid for once."""
+"""Benchmarks: items are independent, judged over HTTP, and paid for once."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def judge() -> Iterator[Judge]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_manager() -> Iterator[None]:
-    """Have the harness read its thousands of task files once for all tests, not once for each."""
+    """Make the harness read its thousands of task files once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "_open_manager", functools.cache(harness._open_manager))
         yield
@@ -43,7 +43,7 @@ def one_manager() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of one's own with local data: sums to be written, with demonstrations, and capitals to be chosen."""
+    """Two custom tasks with local data: sums to generate, with demonstrations, and capitals to choose."""
     folder = tmp_path_factory.mktemp("tasks")
     sums = [{"question": f"{a} plus {a + 1}", "answer": str(2 * a + 1)} for a in range(12)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
@@ -90,7 +90,7 @@ def test_answers_do_not_depend_on_other_items(tasks: Path, smollm2: Path, tmp_pa
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     assert [item["text"] for item in items][-1] == "The capital of Italy is\nRome"
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
-    settings = Harness(batch_size=1, chat_template=False)  # sums of a padded batch differ in their last bits
+    settings = Harness(batch_size=1, chat_template=False)  # padded batches differ in the last bits
 
     def scores(name: str, some: list[Row]) -> list[Row]:
         as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(some, tmp_path / name, print)
@@ -125,7 +125,7 @@ def test_number_of_demonstrations_is_as_configured(tasks: Path, smollm2: Path, t
         as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(asked, output, print)
         answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
         bare[shots] = sum(answer.strip().isdigit() for answer in answers)
-    assert bare[0] < bare[8] == 3  # eight sums show that a number alone is wanted
+    assert bare[0] < bare[8] == 3  # eight demonstrations show that the answer is a number
 
 
 @pytest.mark.skipif(
@@ -188,7 +188,7 @@ def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talkin
     folder = tmp_path / "runs" / "mine"
     done = {path: path.read_bytes() for path in folder.rglob("*.manifest.json")}
 
-    sections = judged(judge, tmp_path)  # added later, nothing else is computed
+    sections = judged(judge, tmp_path)  # added later; nothing else is recomputed
     config.write_text(yaml.safe_dump(content | sections | {"benchmarks": own | sections["benchmarks"]}))
     code, output = call(*command, cwd=tmp_path, **secrets)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""The fan-out on real processes of this machine: whatever happens to jobs and drivers, the same parts come out."""
+"""The fan-out with local processes: faults of jobs and drivers do not change the parts."""
 
 import errno
 import itertools
@@ -51,7 +51,7 @@ folder = squares.folder
 
 def test_parts_are_in_shard_order_for_any_parallelism(folder: Path) -> None:
     assert results(run(folder, jobs=1)) == EXPECTED
-    assert len((folder / "opened.txt").read_text().split()) == 1  # one resident worker went through all shards
+    assert len((folder / "opened.txt").read_text().split()) == 1  # one resident worker computed all shards
 
 
 def test_finished_shards_are_not_recomputed(folder: Path) -> None:
@@ -73,7 +73,7 @@ def test_stage_usage_is_sum_of_jobs(folder: Path, monkeypatch: pytest.MonkeyPatc
     run(folder, jobs=1)
     use = use_of(folder / "stage")
     assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (6, 18, 2, 1, 0, 0)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # as Slurm tells a job that it has put back into the queue
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # Slurm sets it for a requeued job
     run(folder, [*SHARDS, [{"n": 60}]], jobs=1)
     use = use_of(folder / "stage")
     assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (7, 19, 3, 1, 2, 0)
@@ -85,8 +85,8 @@ def test_stage_cost_is_read_from_manifests(folder: Path) -> None:
     cost = cost_of(kind.folder)
     assert cost is not None
     assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
-    assert cost.seconds_per_row >= 0.2  # that a row sleeps
-    assert 0.2 < cost.opening < 60  # the interpreter and its imports; the program itself opens in no time
+    assert cost.seconds_per_row >= 0.2  # a row sleeps 0.2 s
+    assert 0.2 < cost.opening < 60  # interpreter and imports; the program itself opens at once
     assert cost.begun < cost.ended
     kind.manifest(3).unlink()
     assert cost_of(kind.folder) is None
@@ -135,7 +135,7 @@ def test_program_that_fails_to_open_fails_once(folder: Path) -> None:
     assert len((folder / "opened.txt").read_text().split()) == 1
 
 
-def test_busy_gpu_memory_at_opening_is_retried(folder: Path) -> None:
+def test_memory_error_at_opening_is_retried(folder: Path) -> None:
     (folder / "no-memory").touch()
     assert results(run(folder)) == EXPECTED
     assert sorted(computed(folder)) == sorted(row["n"] for shard in SHARDS for row in shard)
@@ -147,7 +147,7 @@ def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeyp
     ledger = Ledger(made.folder / "jobs")
     ledger.submissions = [Submission("never-noted", "w", [[1]], platform.node(), 0)]
     ledger.save()
-    assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a submission under way
+    assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a pending submission
 
     def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
         with made.commit_part(0, made.key(SHARDS[0]), len(SHARDS[0]), "7:0") as part:
@@ -161,7 +161,7 @@ def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeyp
 
 def test_lost_shard_fails_after_retry_budget(folder: Path) -> None:
     shards = [[{"n": 7}]]
-    (folder / "kill-7").mkdir()  # a folder is not unlinked: the worker dies with IsADirectoryError
+    (folder / "kill-7").mkdir()  # a folder cannot be unlinked: the worker fails with IsADirectoryError
     with pytest.raises(ShardsFailed):
         run(folder, shards)
     (folder / "kill-7").rmdir()
@@ -170,12 +170,12 @@ def test_lost_shard_fails_after_retry_budget(folder: Path) -> None:
     (folder / "kill-7").touch()
     with pytest.raises(ShardsFailed, match=r"lost.*2 times"):
         run(folder, shards, infrastructure_retries=1)
-    [failed] = read_stage_status(folder / "stage", CLUSTER).failures  # for those who look later
+    [failed] = read_stage_status(folder / "stage", CLUSTER).failures  # for later status calls
     assert (failed.shard, failed.kind) == (0, "lost")
     assert "2 times" in failed.error
 
 
-def test_lost_peer_process_counts_as_infrastructure_failure(folder: Path) -> None:
+def test_lost_peer_is_retried_within_budget(folder: Path) -> None:
     (folder / "peer-21").touch()
     assert results(run(folder)) == EXPECTED
     assert computed(folder).count(21) == 2
@@ -185,7 +185,7 @@ def test_lost_peer_process_counts_as_infrastructure_failure(folder: Path) -> Non
 
 
 def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that Slurm puts back into the queue keeps its id."""
+    """A job that Slurm requeues keeps its id."""
     for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALRANK": "0"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
     environment = submitit.JobEnvironment()
@@ -200,7 +200,7 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
         with pytest.raises((RuntimeError, ValueError, OSError)):
             _compute_shards(own, [0], environment)
-        assert read_json(own.failure_file(0))["class"] == kind  # of one attempt, the first error
+        assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
 
 
 @pytest.mark.guarantee("disk full")
@@ -227,7 +227,7 @@ def test_shards_resume_after_disk_full(folder: Path) -> None:
         before = len(computed(folder))
         subprocess.run([*mount, "remount,size=64m", "tmpfs", str(folder / "stage")], check=True)
         assert results(run(folder)) == EXPECTED
-        assert len(computed(folder)) < before + len(EXPECTED)  # those that had fitted were kept
+        assert len(computed(folder)) < before + len(EXPECTED)  # finished shards are kept
     finally:
         subprocess.run(["umount", "--lazy", str(folder / "stage")], check=True)
 
@@ -310,7 +310,7 @@ def test_jobs_with_unrecorded_ids_are_cancelled(folder: Path) -> None:
     ledger = folder / "stage" / "jobs" / "ledger.json"
     entries = read_json(ledger)
     for entry in entries:
-        entry["ids"] = None  # as if the driver had died between starting the jobs and noting them
+        entry["ids"] = None  # as if the driver had died between starting the jobs and recording them
     ledger.write_text(json.dumps(entries))
     assert results(run(folder, seconds=0.15)) == EXPECTED
     assert jobs_alive(folder / "stage") == 0
@@ -337,7 +337,7 @@ def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
 
 
 def test_local_jobs_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does a job that takes over for one that died, nor is any used that is not ours; they need not be there for that."""
+    """Nor does a replacement job; only visible GPUs are used. The test needs no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     (folder / "squares_program.py").write_text(
         PROGRAM.replace("def compute(rows", "gpu = os.environ['CUDA_VISIBLE_DEVICES']\n    def compute(rows").replace(
@@ -388,7 +388,7 @@ def test_first_result_of_a_shard_is_kept(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """A stage with notes of every kind: shards done but the last, which failed."""
+    """A stage with records of every kind; all shards are done except the last, which failed."""
     made = stage(tmp_path_factory.mktemp("finished"))
     made.write(SHARDS, [made.key(rows) for rows in SHARDS])
     for index, rows in enumerate(SHARDS[:-1]):
@@ -413,7 +413,7 @@ ANY_JSON = st.recursive(
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
-    """Other bytes, other JSON, or one field taken away or replaced."""
+    """Draw other bytes, other JSON, or the content with one field removed or replaced."""
     note: Any = json.loads(content)
     entry = note[0] if isinstance(note, list) else note
     match data.draw(st.sampled_from(["bytes", "cut", "json", "field", "no field"])):
@@ -465,7 +465,7 @@ def test_nothing_starts_if_running_jobs_are_unknown(folder: Path) -> None:
 
 
 def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job of this driver stays a zombie until the driver asks for it; one of an earlier driver is gone at once."""
+    """A job of this driver stays a zombie until the driver polls it; a job of an earlier driver disappears at once."""
     job = subprocess.Popen(["sleep", "600"])
     found = psutil.Process(job.pid)
     job.kill()

@@ -1,4 +1,4 @@
-"""The GPU benchmark: refuses where there is no GPU, and its checks hold, and can fail, on the CPU."""
+"""The GPU benchmark: it refuses to run without a GPU; its checks pass, and can fail, on the CPU."""
 
 import importlib
 import os

@@ -1,6 +1,6 @@
-"""Models of a hub: the driver fetches them once, a run stays with the commit it began with, workers need no hub.
+"""Models from a hub: the driver fetches them once, a run keeps its commit, workers need no hub.
 
-A server on this machine speaks the hub's protocol to the real client.
+A local server implements the hub's protocol for the real client.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ print(Path(run.initial_teacher().path).name, run.initial_teacher().sha256)
 
 
 class Hub(ThreadingHTTPServer):
-    """One model, public at its one commit; `gated` asks for an agreement first."""
+    """A hub with one public model; `gated` requires an agreement."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -107,7 +107,7 @@ def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedP
 def test_run_keeps_its_hub_commit_offline(hub: Hub, tmp_path: Path) -> None:
     first = open_run(tmp_path / "run")
     assert first.stdout.startswith("1" * 40), first.stderr
-    assert sum(path.endswith("model.safetensors") for path in hub.asked) <= 2  # a look and a download, for both models
+    assert sum(path.endswith("model.safetensors") for path in hub.asked) <= 2  # a HEAD and a GET for both models
     hub.commit = "2" * 40
     assert open_run(tmp_path / "run").stdout == first.stdout
     moved = open_run(tmp_path / "later-run").stdout

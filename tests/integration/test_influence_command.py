@@ -1,4 +1,4 @@
-"""`montessori influence`: any data, any student, outside a run."""
+"""`montessori influence`: any data and any student, outside a run."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def arguments(folder: Path, model: Path, *options: str) -> list[str]:
 
 
 def influence(folder: Path, model: Path, *options: str) -> tuple[int, str]:
-    """In this process and always in one folder, so that one warm process starts the jobs of all tests."""
+    """Run the command in this process and in one folder, so that one warm process starts the jobs of all tests."""
     return invoke(*arguments(folder, model, *options), cwd=ROOT)
 
 
@@ -46,7 +46,7 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
         assert text in output
     table = read_table(folder / "influence.parquet", INFLUENCE)
     assert table.num_rows == 20
-    # A step on what the student is measured on lowers its loss there.
+    # A step on a reference example lowers its loss.
     assert all(value > 0 for value in table["influence_student"].to_pylist()[:3])
     before = {path: path.stat().st_mtime_ns for path in (folder / "influence.parquet.parts").glob("part-*")}
     content = (folder / "influence.parquet").read_bytes()
@@ -57,7 +57,7 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
 
 
 def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Path) -> None:
-    """Without a warm state every coordinate that has a gradient is dominated at any weight, and that is said."""
+    """Without moments every coordinate with a gradient is dominated, at any weight; the command warns."""
     options = ["--learning-rate", "1e-4", "--estimator", "first_order"]
     tables = []
     for weight in ("1", "1e-6"):
@@ -72,7 +72,7 @@ def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Pa
 
 
 def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None:
-    """More examples than the audit, so that some rows stay first order; the exact rows are those of a run all exact."""
+    """There are more examples than the audit, so some rows stay first order; exact rows equal those of an exact run."""
     many = [
         {"instruction": f"Name {i} things.", "output": "thing " * (1 + i % 7) + str(i), "id": f"x{i}"}
         for i in range(60)
@@ -109,7 +109,7 @@ def test_sequential_reports_savings_and_mixed_precision_runs(tiny_llama: Path, f
 
 
 def test_unmeasurable_examples_are_listed(tiny_llama: Path, folder: Path) -> None:
-    """A prompt that fills the context leaves no response: the row is excluded and named, the others are measured."""
+    """If the prompt fills the context, the row is excluded and named; the others are measured."""
     long = {"id": "long-one", "instruction": "word " * 200, "output": "cut off"}
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*EXAMPLES[:4], long])))
     code, output = influence(folder, tiny_llama, "--max-length", "64")

@@ -1,4 +1,4 @@
-"""Drivers that are interrupted, killed or started twice: the run goes on to the tables of an undisturbed one."""
+"""Drivers that are interrupted, killed or started twice: the resumed run has the tables of an uninterrupted one."""
 
 import os
 import pty
@@ -38,7 +38,7 @@ from support.runs import (
 def test_run_interrupted_in_every_stage_has_same_tables(
     stages: tuple[str, ...], finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
 ) -> None:
-    """The first two drivers have a Prefect server of their own, which ends with them; the others share one."""
+    """The first two drivers start their temporary Prefect server, which ends with them; the others share one."""
     config = configuration(tmp_path, talking_llama)
     run = tmp_path / "runs" / "tiny"
     draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
@@ -72,7 +72,7 @@ def test_temporary_server_ends_with_killed_driver(talking_llama: Path, tmp_path:
 
 
 def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> None:
-    """A terminal sends the signal to all that runs in it, not to the driver alone."""
+    """A terminal sends the signal to all processes in it, not only to the driver."""
     config = configuration(tmp_path, talking_llama)
     terminal, inside = pty.openpty()
     driver = subprocess.Popen(
@@ -88,7 +88,7 @@ def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> Non
     os.close(inside)
     ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
     said = b""
-    with suppress(OSError):  # raised where the terminal has no process left
+    with suppress(OSError):  # raised if the terminal has no more processes
         while chunk := os.read(terminal, 4096):
             said += chunk
             if ledger.exists() and b"\x03" not in said:

@@ -1,4 +1,4 @@
-"""However work is cut into shards, dealt to workers, ordered, interrupted or retried: tables have the same bytes."""
+"""Tables have the same bytes for any shards, workers, order, interruptions and retries."""
 
 import random
 import sys
@@ -41,7 +41,7 @@ def joined(
     threads: int = 1,
     python: str | None = None,
 ) -> bytes:
-    """The bytes of the joined table, its rows in the order of ROWS."""
+    """Return the bytes of the joined table, with rows in the order of ROWS."""
     folder.mkdir()
     reference = folder / "reference.jsonl"
     write_tasks([Task(f"r{n}", f"Say {n} in words.", "well, " * (n % 6 + 1) + str(n)) for n in range(10)], reference)
@@ -65,7 +65,7 @@ def test_influence_does_not_depend_on_shards(tiny_llama: Path, tmp_path: Path, e
 
 @pytest.mark.guarantee("any number of interruptions")
 def test_reference_loss_does_not_depend_on_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
-    """Padding moves last bits, so that rows which are left have to share batches as before."""
+    """Padding changes the last bits, so remaining rows must share the same batches as before."""
     settings = programs.ModelLoss(max_length=512, batch_tokens=1200)
     rows: list[Row] = [
         {"id": row["example_id"], "text": row["instruction"], "response": row["response"]} for row in ROWS

@@ -1,4 +1,4 @@
-"""LoRA students: warmed up, measured and evaluated through the adapter alone."""
+"""LoRA students: warm-up, influence and evaluation with the adapter only."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ ROWS = [
 
 @pytest.fixture(scope="module", params=[(0, 1), (3, 2)], ids=["plain", "zero-3"])
 def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A student warmed up through an adapter."""
+    """A student after a LoRA warm-up."""
     stage, processes = request.param
     folder = tmp_path_factory.mktemp("lora")
     settings = Sft(

@@ -1,4 +1,4 @@
-"""The memory plan: never below what a worker really takes, and not far above."""
+"""The memory plan: never below the memory of a worker, and not far above."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LLAMA_3_8B = Shape(
     vocabulary=128_256,
 )
 
-# A process of its own: the peak is the kernel's count of its resident pages. What the libraries take is measured first.
+# A separate process: the kernel counts its peak of resident pages. The memory of the libraries is measured first.
 PROBE = """
 import json, random, sys
 import torch
@@ -71,7 +71,7 @@ print(json.dumps({"measured": status("VmHWM") - before, "planned": plan.device})
 @pytest.mark.parametrize("sizes", [(512, 1024, 8, 32000), (576, 1536, 16, 49152)], ids=["37M", "92M"])
 def test_plan_is_slightly_above_peak_memory(sizes: tuple[int, ...], estimator: str) -> None:
     command = [sys.executable, "-c", PROBE, *map(str, sizes), estimator, "float32", "512", "1024"]
-    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is the system's again, as on a GPU
+    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory returns to the system, as on a GPU
     outcome = subprocess.run(command, cwd=ROOT, env=returning, capture_output=True, text=True, check=True)
     found = json.loads(outcome.stdout.splitlines()[-1])
     assert 0.9 <= found["planned"] / found["measured"] <= 1.5

@@ -1,4 +1,4 @@
-"""The embedded model: converted once, checked by hash, and the model it claims to be."""
+"""The embedded model: converted once, checked by hash, and correct."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from montessori_core.models.fetch import fingerprint, local_path
 from montessori_core.models.load import load_model, load_tokenizer
 
 
-def test_embedded_model_writes_sense(smollm2: Path) -> None:
+def test_embedded_model_completes_a_fact(smollm2: Path) -> None:
     tokenizer, model = load_tokenizer("smollm2-135m"), load_model("smollm2-135m", torch.float32)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt")
@@ -38,7 +38,7 @@ print((fetch_embedded() / "model.safetensors").stat().st_ino)
 
 @pytest.fixture(scope="module")
 def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """A cache whose model was changed before two processes fetched it at once; what they print and log."""
+    """A cache whose model was changed before two processes fetched it at once, with their output and logs."""
     cache = tmp_path_factory.mktemp("cache")
     weights = shutil.copytree(smollm2, cache / "models" / smollm2.name) / "model.safetensors"
     with weights.open("r+b") as stream:
@@ -53,7 +53,7 @@ def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.guarantee("another embedded model")
-def test_damaged_model_cache_is_converted_again(
+def test_changed_model_cache_is_converted_again(
     fetched: tuple[Path, list[str], str],
     smollm2: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The paper's presets, run with the tiny Llama: sizes and resources are cut, all else is as a group would run it."""
+"""The paper's presets with the tiny Llama: only sizes and resources are reduced."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SIZES = (
 
 @pytest.fixture
 def base_llama(tiny_llama: Path, tmp_path: Path) -> Path:
-    """The tiny Llama as a base model: without a chat template of its own."""
+    """The tiny Llama as a base model, without a chat template."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     (folder / "chat_template.jinja").unlink()
     return folder

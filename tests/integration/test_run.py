@@ -1,4 +1,4 @@
-"""A whole run through the command line: what it leaves, shows and keeps, and what is refused."""
+"""A run through the command line: its files, output, resuming, and refused input."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_run_writes_every_documented_file(undisturbed: Path) -> None:
     assert set(metrics["held_out_loss"]) == {"student", "untrained", "unmodified"}
     screening = screening_report(schema.read_table(run / "iteration-1" / "influence.parquet", schema.INFLUENCE))
     assert screening is not None
-    assert (screening.audited, screening.confirmed) == (16, 0)  # fewer than an audit: all of them exact
+    assert (screening.audited, screening.confirmed) == (16, 0)  # fewer than an audit: all exact
     funnel = metrics["synthesis"]["probing"]
     assert funnel["kept"] == 20
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
@@ -79,7 +79,7 @@ def test_forecast_from_run_scales_with_sizes(undisturbed: Path) -> None:
     sizes = {
         "influence": {"probing_examples": 160, "later_probing_examples": 80},
         "training": {"examples": 60},
-        "comparison": {"influence_examples": 100},  # of which there are 60
+        "comparison": {"influence_examples": 100},  # there are only 60
     }
     changed = {name: getattr(run.experiment, name).model_copy(update=fields) for name, fields in sizes.items()}
     larger = run.experiment.model_copy(update={**changed, "iterations": 2})
@@ -94,9 +94,9 @@ def test_forecast_from_run_scales_with_sizes(undisturbed: Path) -> None:
         "training-influence": 15,
     }.items():
         assert growth[f"iteration-1/{name}"] == pytest.approx(factor)
-    assert growth["iteration-1/training/instructions-1"] == pytest.approx(10, rel=0.1)  # of whole prompts
+    assert growth["iteration-1/training/instructions-1"] == pytest.approx(10, rel=0.1)  # complete prompts
     assert growth["iteration-1/instructions-1"] == pytest.approx((160 + 4) / (16 + 4), rel=0.1)
-    assert "iteration-2/warmup" not in seconds  # the student of the last iteration is warm
+    assert "iteration-2/warmup" not in seconds  # the last iteration's student is warm
     assert seconds["iteration-2/influence"] == pytest.approx(5 * before["iteration-1/influence"])
     assert [name for name in seconds if name.startswith("un")] == [name for name in before if name.startswith("un")]
 
@@ -121,7 +121,7 @@ def test_forecast_counts_confirmed_examples(tmp_path: Path) -> None:
     assert sum(map(len, work.jobs)) == 10 * 1000 / 50
 
 
-def test_forecast_names_stages_missing_from_pilot(tmp_path: Path) -> None:
+def test_forecast_names_settings_that_change_costs(tmp_path: Path) -> None:
     def experiment(pairs: int | None, measured: int) -> Experiment:
         model = {"model": "smollm2-135m"}
         sections = {"preferences": {"max_pairs": pairs}, "comparison": {"influence_examples": measured}}
@@ -300,7 +300,7 @@ def test_changed_configuration_is_refused_with_difference(undisturbed: Path) -> 
 def test_changed_preferences_keep_upstream_stages(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of a finished run: pairs, teacher, training set, student and report are made again, and nothing before them."""
+    """Pairs, teacher, training set, student and report of the finished run are recomputed, nothing before them."""
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     original, run = undisturbed / "runs" / "tiny", tmp_path / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
@@ -321,7 +321,7 @@ def test_changed_preferences_keep_upstream_stages(
     assert {first / name for name in ("instructions-1", "warmup", "influence", "influence-audit")} <= kept
     assert {path for path in changed if path.parts[0] != "iteration-1"} == set()
     differing = {name for name, digest in digests(run).items() if digest != tables[name]}
-    # The influence table has a note on the screen at the threshold, which may come out alike at both.
+    # The influence table has the screening report for the threshold, which may be equal for both.
     assert differing - {"influence"} == {"preferences", "training/instructions", "training/examples"}
     measured = [pq.read_table(folder / "iteration-1" / "influence.parquet") for folder in (run, original)]
     assert measured[0].equals(measured[1])
@@ -340,7 +340,7 @@ def test_run_pilot_warns_before_measuring_rest(
 ) -> None:
     settings = [
         *("influence.probing_examples=256", "influence.estimator=first_order", "influence.examples_per_shard=64"),
-        "preferences.margin=100",  # standard errors, so that no pair is left
+        "preferences.margin=100",  # in standard errors: no pair remains
     ]
     options = [word for setting in settings for word in ("--set", setting)]
     code, output = call("run", str(undisturbed / "tiny.yaml"), *options, cwd=tmp_path, **shared_server)
@@ -361,7 +361,7 @@ def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: di
     output = finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed, **shared_server)
     assert "iteration 1: student training: training again, since a later iteration needs the AdamW moments" in output
     changed = [path for path, then in before.items() if path.stat().st_mtime_ns != then]
-    assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # to the same weights
+    assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # with the same weights
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
@@ -372,7 +372,7 @@ def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: di
 def test_failed_stage_is_reported_and_shown_in_status(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of a run that is like the finished one, but that no response fits into its student."""
+    """Like the finished run, but no response fits into its student."""
     run = tmp_path / "runs" / "short"
     shutil.copytree(undisturbed / "runs" / "tiny", run)
     shutil.rmtree(run / "iteration-1" / "warmup")
@@ -426,7 +426,7 @@ def test_full_run_root_is_named(undisturbed: Path) -> None:
     assert "cannot be written" in output
 
 
-def test_help_shows_commands_with_examples(tmp_path: Path) -> None:
+def test_help_shows_main_commands(tmp_path: Path) -> None:
     code, output = call("--help", cwd=tmp_path)
     assert code == 0
     for text in ("montessori run quickstart", "resume", "status", "influence", "student"):

@@ -1,4 +1,4 @@
-"""Temporary files and compile caches belong to one process, and go with it."""
+"""Temporary files and compile caches belong to one process and are removed with it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What docs/security.md promises about code of model repositories, private folders and names of runs."""
+"""Guarantees of docs/security.md about code in model repositories, private folders and run names."""
 
 import builtins
 import json
@@ -25,7 +25,7 @@ from support.runs import invoke
 
 @pytest.fixture
 def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model folder whose own code leaves a file beside it; whoever is asked whether it may run says yes."""
+    """A model folder with code that writes a file; prompts for permission to run it are answered with yes."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').close()\n")
@@ -79,7 +79,7 @@ def test_run_name_cannot_leave_run_root(command: str, name: str, tmp_path: Path)
 
 
 def test_run_name_is_taken_literally(tmp_path: Path) -> None:
-    """Not as the YAML that it might be: a date that is none, a number."""
+    """Not as YAML: as an invalid date or a number."""
     config = str(CONFIGS / "quickstart.yaml")
     changed = ["--name", "2026-02-30", "--set", "seed_pool.path=absent.jsonl"]
     outcome = CliRunner().invoke(app, ["run", config, "--run-root", str(tmp_path), *changed])
@@ -89,7 +89,7 @@ def test_run_name_is_taken_literally(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("terminal markup and control sequences")
 def test_names_and_ids_are_printed_literally(tmp_path: Path) -> None:
-    """Tags of the terminal's markup would hide text, or end the command with an error where none is open."""
+    """Rich markup could hide text; an unmatched closing tag would be an error."""
     odd = "[/red] [b]gsm8k[/b] :warning:"
     score = {"benchmark": odd, "metric": "accuracy", "mean": 0.5, "standard_error": 0.1, "examples": 4, "unparsed": 0}
     loss = {"mean": 1.0, "standard_error": 0.1}
@@ -101,7 +101,7 @@ def test_names_and_ids_are_printed_literally(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("terminal markup and control sequences")
 def test_control_sequences_are_escaped(tmp_path: Path) -> None:
-    """They could rewrite what stands above, such as the error that tells of them."""
+    """They could overwrite earlier output, such as the error about them."""
     score = {
         "benchmark": "\x1b[2J\x9b1m",
         "metric": "\ra",

@@ -1,4 +1,4 @@
-"""Win rates: on data whose truth is known, and on published annotations."""
+"""Win rates, on simulated data and on published annotations."""
 
 import json
 import math
@@ -34,13 +34,15 @@ def test_published_annotations_give_published_rates() -> None:
     rate, error = win_rate(preferences)
     assert (round(100 * rate, 2), round(100 * error, 2)) == (29.92, 1.39)
     controlled, _ = length_controlled_win_rate(preferences, lengths, others)
-    assert 100 * controlled == pytest.approx(26.03, abs=0.02)  # published: 25.27, with difficulties and gamed baselines
+    assert 100 * controlled == pytest.approx(
+        26.03, abs=0.02
+    )  # published: 25.27, with difficulties and adversarial baselines
 
 
 def preferences_for(
     seed: int, examples: int, theta: float, phi: float, psi: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities by the published model, both lengths (the model's answers are longer on average), difficulties."""
+    """Return preferences drawn from the published model, lengths (the model's answers are longer), and difficulties."""
     draw = np.random.default_rng(seed)
     others = draw.integers(500, 3000, examples)
     longer = draw.normal(400, 800, examples).round().astype(int)

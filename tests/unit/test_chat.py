@@ -1,4 +1,4 @@
-"""Loss masks: the response and its end token, nothing else, in whatever template."""
+"""Chat templates and loss masks: only the response and its end token have loss, in any template."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ EMPTY_SYSTEM = (
     "<|im_start|>system\n<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OTHER_END = (  # as Gemma has it
+OTHER_END = (  # like Gemma
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -48,7 +48,7 @@ def tokenizer(smollm2: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def unchanged(smollm2: Path) -> Any:
-    """A tokenizer that no test changes."""
+    """A tokenizer that tests do not change."""
     return load_tokenizer(str(smollm2))
 
 
@@ -191,7 +191,7 @@ def test_long_examples_are_truncated_and_flagged(tokenizer: Any) -> None:
 
 
 def test_marked_part_does_not_change_other_parts() -> None:
-    """Of a tokenizer that begins a text, but no later part of it, with a blank, as Llama 2's does."""
+    """Llama 2's tokenizer adds a blank before a text, but not before later parts of it."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=list("</>"))

@@ -1,4 +1,4 @@
-"""When a training saves: by the clock, and before it goes."""
+"""When a training saves checkpoints: after an interval, and before the scheduler ends it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from montessori_core.training.checkpoints import CheckpointCallback, last_comple
 
 
 class Training:
-    """A trainer's side of the callback, a step at a time; saving takes no time."""
+    """A trainer that calls the callback; saving takes no time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -23,7 +23,7 @@ class Training:
         self.callback = CheckpointCallback()
 
     def step(self) -> bool:
-        """Take a step; whether a checkpoint was asked for, and saved."""
+        """Take a step; return whether the callback asked for a checkpoint, which is then saved."""
         control = TrainerControl()
         self.state.global_step += 1
         self.callback.on_step_end(self.arguments, self.state, control)
@@ -33,7 +33,7 @@ class Training:
         return control.should_save
 
     def end(self) -> None:
-        """The last step is done."""
+        """End the training."""
         self.callback.on_train_end(self.arguments, self.state, TrainerControl())
 
 
@@ -51,9 +51,9 @@ def test_checkpoint_is_saved_after_interval(training: Training, monkeypatch: pyt
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     assert training.step()
     assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
-    (training.folder / "checkpoint-3").mkdir()  # begun, and never ended
+    (training.folder / "checkpoint-3").mkdir()  # incomplete
     assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
-    training.callback._longest_save = 600.0  # of a large model; saving is to cost no more than a twentieth of the time
+    training.callback._longest_save = 600.0  # a large model; saving may take a twentieth of the time
     assert not training.step()
 
 

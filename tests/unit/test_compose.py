@@ -1,4 +1,4 @@
-"""What the images and compose files promise: a login, nothing reached from other machines, no root, no secrets inside."""
+"""Images and compose files: a login, no open ports, no root, no secrets."""
 
 import re
 
@@ -50,5 +50,5 @@ def test_images_install_locks_without_root(name: str) -> None:
     assert any(f"make install-{name} " in line for line in lines)
     assert not any(re.search(r"pip install|^ARG|^ADD|password|token", line, re.IGNORECASE) for line in lines)
     ignored = (DOCKER.parent / ".dockerignore").read_text().splitlines()
-    assert ignored[-1] == "**/.env*"  # what Compose reads passwords from
-    assert "*" in ignored  # all but what is named, so that no secret of a checkout gets into a layer
+    assert ignored[-1] == "**/.env*"  # Compose reads passwords from it
+    assert "*" in ignored  # only named files, so that no secret of a checkout enters a layer

@@ -1,4 +1,4 @@
-"""Configuration: strict, described, and the same after a round trip."""
+"""Configuration: strict, described, and unchanged by a round trip."""
 
 import inspect
 from collections.abc import Callable
@@ -330,7 +330,7 @@ def test_method_settings_exclude_resources_and_name() -> None:
 
 
 def test_example_weight_defaults_to_training_batch() -> None:
-    """The authors' code has 1/8, on 8 GPUs: so have the presets that repeat the paper."""
+    """The presets of the paper have 1/8, like the authors' code on 8 GPUs."""
     option = inspect.signature(influence).parameters["example_weight"]
     assert Influence().example_weight == option.default == 1 / Training().batch_size
     for name in ("paper-8b", "paper-1b"):
@@ -366,7 +366,7 @@ def test_paper_presets_have_table_4_teacher_update(name: str) -> None:
 
 def test_preset_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("quickstart").mkdir()  # a folder is no configuration
+    Path("quickstart").mkdir()  # a folder, not a configuration
     assert read_experiment(Path("quickstart")) == read_experiment(CONFIGS / "quickstart.yaml")
     assert read_study(Path("quickstart")) == read_study(CONFIGS / "studies" / "quickstart.yaml")
     assert read_cluster(Path("slurm")) == read_cluster(CONFIGS / "clusters" / "slurm.yaml")

@@ -1,4 +1,4 @@
-"""Words that an evaluation set shares with data, whatever stands around them."""
+"""Contamination: consecutive words that an evaluation set shares with data."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,4 +43,4 @@ def test_overlap_needs_complete_consecutive_words() -> None:
     items = ["How do I dice an onion without crying?", "Dice an onion", "...", "an onion"]
     assert overlapping(items, ["Tell me: how do I DICE an Onion -- quickly"], 6) == [True, True, False, True]
     assert overlapping(items, ["I dice, then I chop an onions"], 3) == [False] * 4
-    assert overlapping(items, ["dice an", "onion"], 3) == [False] * 4  # words of two texts are not in a row
+    assert overlapping(items, ["dice an", "onion"], 3) == [False] * 4  # words of two texts are not consecutive

@@ -1,4 +1,4 @@
-"""The built-in sets, and bad files of users."""
+"""Built-in data sets, and invalid files."""
 
 import itertools
 import json
@@ -125,7 +125,7 @@ def test_jsonl_parquet_and_data_set_agree(tmp_path: Path) -> None:
 
 
 def test_hub_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The hub cannot be reached here: a local folder in the hub's layout, under an id's relative path, stands for it.
+    # Tests have no hub: a local folder with the hub's layout, at the relative path of the id, replaces it.
     folder = tmp_path / "group" / "tasks"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text('{"instruction": "Name a colour.", "output": "Red."}\n')
@@ -156,7 +156,7 @@ def test_overlapping_sets_are_refused_or_warned_about() -> None:
 
 
 def refusal_of(read: Callable[[], object]) -> str | None:
-    """What a reader says against a file; None if it can be used."""
+    """Return the error of a reader; None if the file is valid."""
     try:
         read()
     except DataError as refusal:
@@ -164,7 +164,9 @@ def refusal_of(read: Callable[[], object]) -> str | None:
     return None
 
 
-ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=20)  # lone surrogates, controls and all
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=[]), max_size=20
+)  # including lone surrogates and control characters
 PIECES = st.sampled_from(
     [
         *(

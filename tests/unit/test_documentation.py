@@ -1,4 +1,4 @@
-"""What the documentation shows runs, what it names exists, and it becomes a site that needs no network."""
+"""Documentation: shown commands run, named things exist, and the site builds and works offline."""
 
 import ast
 import re
@@ -71,7 +71,7 @@ def stumbling(text: str, words: list[str]) -> list[str]:
 
 
 def test_pages_are_plain_english() -> None:
-    pages = [page for page in PAGES if page.name != "configuration.md"]  # the descriptions of the fields in the code
+    pages = [page for page in PAGES if page.name != "configuration.md"]  # field descriptions from the code
     found = {page.name: words for page in pages if (words := stumbling(page.read_text(), STUMBLING_IN_PAGES))}
     assert found == {}
 
@@ -101,7 +101,7 @@ def test_readme_is_short_and_shows_the_tree() -> None:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command line of the documentation, in blocks and within sentences, as words after `montessori`."""
+    """Yield every documented command line, in blocks and in sentences, as the words after `montessori`."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -193,7 +193,7 @@ def test_site_builds_and_works_offline(tmp_path: Path) -> None:
     pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert len(pages) > len(PAGES)
     assert [found for text in pages.values() for found in re.findall(loads, text)] == []
-    assert not any('class="mermaid"' in text for text in pages.values())  # the theme would fetch a library for it
+    assert not any('class="mermaid"' in text for text in pages.values())  # the theme would download a library
 
 
 def test_citation_agrees_with_package() -> None:

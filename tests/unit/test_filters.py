@@ -1,4 +1,4 @@
-"""Filters: each reason, in the paper's order."""
+"""Filters and their reasons, in the paper's order."""
 
 import re
 

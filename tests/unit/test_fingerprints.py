@@ -1,4 +1,4 @@
-"""What a model's fingerprint covers: its tensors, tokenizer and settings, and nothing of who wrote them where."""
+"""Fingerprints of models: they cover tensors, tokenizer and settings, but not how or where these were written."""
 
 import json
 import os
@@ -42,10 +42,10 @@ def test_fingerprint_ignores_the_environment(tiny_llama: Path, tmp_path: Path) -
     saved = [tmp_path / "online", tmp_path / "offline"]
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}
     subprocess.run([sys.executable, "-c", SAVE, tiny_llama, saved[0]], env=environment, check=True)
-    for kind in (AutoModelForCausalLM, AutoTokenizer):  # in an environment that is offline
+    for kind in (AutoModelForCausalLM, AutoTokenizer):  # in an offline environment
         kind.from_pretrained(tiny_llama).save_pretrained(saved[1])
     written = [(folder / "tokenizer_config.json").read_text() for folder in saved]
-    assert written[0] != written[1]  # what makes this a test
+    assert written[0] != written[1]  # or the test would prove nothing
     assert hash_model(saved[0]) == hash_model(saved[1]) == hash_model(tiny_llama)
 
 

@@ -1,4 +1,4 @@
-"""Operations are two for each weight and token forward and four backward, whatever code calls the model."""
+"""Floating-point operations: two per weight and token forward and four backward."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
-_ATTENTION, _MLP, _NORMS = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64  # of the tiny Llama, a layer
+_ATTENTION, _MLP, _NORMS = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64  # a layer of the tiny Llama
 LAYERS = 2 * (_ATTENTION + _MLP + _NORMS) + 64
 
 

@@ -1,4 +1,4 @@
-"""Generation: the paper's decoding, drawn from seeds; prompts from draws of their own."""
+"""Generation: the paper's decoding from seeds, and prompts from random demonstrations."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def test_nucleus_is_smallest_set_with_mass() -> None:
     draws = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
     chosen = draw_from_nucleus(probabilities, 0.75, draws)
     counts = torch.bincount(chosen, minlength=5).tolist()
-    assert counts == pytest.approx([0, 625, 0, 375, 0], abs=1)  # .5 and .3 of .8
+    assert counts == pytest.approx([0, 625, 0, 375, 0], abs=1)  # 0.5 and 0.3 of 0.8
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
@@ -119,7 +119,7 @@ def test_penalties_count_tokens_like_vllm() -> None:
 
 
 def reference(model: Any, tokenizer: Any, request: Request, sampling: Sampling, stop: str | None) -> Generated:
-    """Continue a request by itself, without a cache."""
+    """Continue a single request, without a cache."""
     prompt: list[int] = tokenizer(request.prompt)["input_ids"]
     draws = np.random.Generator(np.random.Philox(request.seed)).random(sampling.max_tokens)
     drawn: list[int] = []
@@ -209,7 +209,7 @@ def test_batched_rows_equal_single_rows(
 def run_interrupted(
     engine: TransformersEngine, requests: list[Request], sampling: Sampling, stop: str | None
 ) -> list[Generated]:
-    """Run an engine that is stopped after every eleven steps and resumed from its drafts."""
+    """Run an engine, stopping it every eleven steps and resuming from its drafts."""
     finished: dict[int, Generated] = {}
     while left := [index for index in range(len(requests)) if index not in finished]:
         for step in islice(engine.generate([requests[index] for index in left], sampling, stop), 11):
@@ -234,7 +234,7 @@ def test_continuations_end_at_last_position(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_end_token_of_tokenizer_ends_continuations(tiny_llama: Path, tmp_path: Path) -> None:
-    """Of a model that names another one, as base models of chat tokenizers do."""
+    """The model names another end token, as base models with chat tokenizers do."""
     tokenizer = load_tokenizer(str(tiny_llama))
     model = _random_model(PhiConfig(**_SMALL | {"eos_token_id": 5}), len(tokenizer))
     model.lm_head.bias.data[tokenizer.eos_token_id] = 1e4
@@ -322,11 +322,11 @@ def test_progress_moves_at_every_step(tiny_llama: Path) -> None:
 
 
 class Killed(Exception):
-    """Raised in place of a job's death."""
+    """Raised instead of killing a job."""
 
 
 class MemoryRecorder:
-    """Keeps what a program records, as JSON; a job dies when it records its n-th progress."""
+    """Keeps records of a program as JSON; raises `Killed` at its n-th progress report."""
 
     def __init__(self, drafts: dict[int, Any], lifetime: float = math.inf) -> None:
         self.drafts = drafts

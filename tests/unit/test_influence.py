@@ -1,4 +1,4 @@
-"""Local data influence: equal to the procedure spelled out, independent of everything but student, example, reference."""
+"""Local data influence: equal to the explicit procedure, and independent of order, batches and earlier examples."""
 
 import copy
 import itertools
@@ -80,7 +80,7 @@ def examples(count: int, seed: int, vocabulary: int = 500) -> list[Encoded]:
 
 @pytest.fixture(scope="module")
 def warm(tiny_llama: Path) -> tuple[Any, Moments, torch.optim.Optimizer]:
-    """A tiny student after a few ordinary AdamW steps, with the moments they left."""
+    """A tiny student after a few AdamW steps, with their moments."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
     losses = TokenLosses(model)
@@ -108,11 +108,11 @@ def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
 
 
 def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str, weight: float = 1.0) -> float:
-    """Loss after one step as the paper has it: a fresh copy, torch's optimizer, full logits, one example at a time."""
+    """Return the loss after one step as in the paper: a fresh copy, torch's optimizer, full logits, one example at a time."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     model.load_state_dict(warm[0].state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
-    optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # loading shares tensors, and a step changes them
+    optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # a step changes the tensors
     if example is not None:
         ids = torch.tensor([example.input_ids])
         (weight * model(input_ids=ids, labels=torch.tensor([example.labels])).loss).backward()
@@ -136,7 +136,7 @@ def test_exact_influence_equals_explicit_procedure(warm: Any, tiny_llama: Path, 
     for example in PROBING[:4]:
         expected = before - spelled_out(warm, tiny_llama, example, reduction, weight)
         assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
-        assert abs(expected) > 1e-4  # the comparison above means something
+        assert abs(expected) > 1e-4  # large enough for the comparison above
 
 
 @pytest.mark.parametrize("count", [64, pytest.param(1000, marks=pytest.mark.slow)])
@@ -161,7 +161,7 @@ def test_influence_does_not_depend_on_earlier_examples(warm: Any, tiny_llama: Pa
 
 @pytest.mark.slow
 def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
-    """On the real student, with real reference examples and the paper's rate for small models."""
+    """With SmolLM2, real reference examples and the paper's learning rate for small models."""
     from montessori_core.config import DataSource
     from montessori_core.data.sources import read_tasks
     from montessori_core.models.chat import encode_example
@@ -223,7 +223,7 @@ def test_gradient_norm_and_dominated_share_equal_torch(
         count = sum(g.numel() for g in gradients.values())
         found = resident.measure(example)
         assert found.gradient_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-12)
-        assert found.dominated_share == pytest.approx(dominated / count, abs=2 / count)  # rounding of a tie
+        assert found.dominated_share == pytest.approx(dominated / count, abs=2 / count)  # ties may round differently
         assert found.dominated_share > 0
 
 
@@ -298,7 +298,7 @@ def test_chunked_logits_change_no_loss_or_gradient(
 
 
 def test_noise_floor_matches_rounding(warm: Any, tiny_llama: Path) -> None:
-    """In fp32 it lies just above the distance to fp64; in bf16, hundreds of times higher."""
+    """In fp32 it is slightly above the distance to fp64; in bf16 it is hundreds of times larger."""
     single = meter(warm, tiny_llama)
     found = [single.measure(example).influence_student for example in PROBING]
 
@@ -341,7 +341,7 @@ def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None
 
 
 def test_sequential_sign_errors_stay_within_rate() -> None:
-    """Differences whose mean is a fraction of their spread: the hardest case, drawn a thousand times."""
+    """A thousand draws of differences whose mean is small compared with their spread, the hardest case."""
     generator = torch.Generator().manual_seed(0)
     wrong = saved = 0
     for _ in range(1000):
@@ -373,7 +373,7 @@ def test_diverged_student_is_refused(warm: Any, tiny_llama: Path) -> None:
 
 
 def reference_losses(model: Any) -> torch.Tensor:
-    """[references] mean loss of each, one at a time by the model's own loss."""
+    """Return [references] mean losses, one example at a time, by the model's loss."""
     found = [
         model(input_ids=torch.tensor([item.input_ids]), labels=torch.tensor([item.labels])).loss for item in REFERENCE
     ]
@@ -381,7 +381,7 @@ def reference_losses(model: Any) -> torch.Tensor:
 
 
 def stepped(warm: Any, tiny_llama: Path, example: Encoded | None) -> Any:
-    """A fresh student after torch's own step on an example (None: on a zero gradient)."""
+    """Return a fresh student after torch's step on an example (None: with a zero gradient)."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     model.load_state_dict(warm[0].state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
@@ -402,7 +402,7 @@ def test_exact_standard_error_is_over_reference_examples(warm: Any, tiny_llama: 
 
 
 def test_first_order_standard_error_is_from_halves(warm: Any, tiny_llama: Path) -> None:
-    """The gradient of every single reference example, projected on the step, and the contrast of the halves."""
+    """Compare with the gradients of single reference examples, projected on the step, summed by halves."""
     resident = meter(warm, tiny_llama, estimator="first_order")
     null_step = stepped(warm, tiny_llama, None)
     losses = reference_losses(null_step)
@@ -422,7 +422,7 @@ def test_first_order_standard_error_is_from_halves(warm: Any, tiny_llama: Path) 
 
 
 def test_half_gradient_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> None:
-    """Where the reference gradient has that type already, the second half must not be added to the first."""
+    """It must be a copy even if the reference gradient is bf16: the second half is added to the gradient in place."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     student, reference = ResidentStudent(model, warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU)
     resident = InfluenceMeter(student, reference, "first_order")
@@ -433,7 +433,7 @@ def test_half_gradient_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> Non
 
 
 def test_error_by_halves_is_unbiased() -> None:
-    """Over all halves of five numbers, its mean square is the squared standard error of their sum."""
+    """Over all splits of five numbers, its mean square is the squared standard error of their sum."""
     values = torch.tensor([0.3, -1.0, 2.5, 0.7, 4.0], dtype=torch.float64)
     squares = []
     for first in itertools.combinations(range(5), 2):

@@ -1,4 +1,4 @@
-"""Questions to a model behind an API, which a local server stands in for."""
+"""Requests to a model behind an API, with a local server."""
 
 import re
 import time
@@ -45,7 +45,7 @@ def test_request_is_retried_after_fault(server: JudgeServer, tmp_path: Path, fau
 def test_answers_are_ordered_and_paid_once(server: JudgeServer, tmp_path: Path) -> None:
     server.pause = 0.05
     seen: list[int] = []
-    asked = [*questions(20), questions(1)[0]]  # one of them twice
+    asked = [*questions(20), questions(1)[0]]  # one question twice
     answers = api(server, tmp_path, concurrency=4).ask(asked, report=seen.append)
     assert [read_score(one) for one in answers] == [float(number % 7) for number in range(20)] + [0.0]
     assert len(server.asked) == 20
@@ -73,7 +73,7 @@ def test_requests_respect_rate_limit(server: JudgeServer, tmp_path: Path) -> Non
 @pytest.mark.guarantee("spending without a limit")
 def test_spending_cap_stops_requests_and_keeps_answers(server: JudgeServer, tmp_path: Path) -> None:
     prices = {"dollars_per_million_input_tokens": 1e3, "dollars_per_million_output_tokens": 1e4, "max_tokens": 100}
-    # An answer costs 100 x 0.001 + 10 x 0.01 = 0.2; before it is there, it may cost over 2 dollars.
+    # An answer costs 100 x 0.001 + 10 x 0.01 = 0.2; before it arrives, up to 2 dollars are reserved.
     with pytest.raises(UserError, match=r"spending_cap_dollars=4 \([0-9.]+ spent\); raise it") as stop:
         api(server, tmp_path, spending_cap_dollars=4.0, **prices).ask(questions(30))
     spent = AnswerCache(tmp_path / "answers.sqlite").spent("test")
@@ -126,7 +126,7 @@ def test_unanswered_question_is_not_retried_forever(server: JudgeServer, tmp_pat
     answers = api(server, tmp_path, concurrency=1, **prices).ask(questions(3))
     assert [(one.text, one.finish_reason) for one in answers[:2]] == [("", "length"), ("", "content_filter")]
     assert [read_score(one) for one in answers] == [None, None, 2.0]
-    assert AnswerCache(tmp_path / "answers.sqlite").spent("test") == pytest.approx(0.2)  # of the first and the last
+    assert AnswerCache(tmp_path / "answers.sqlite").spent("test") == pytest.approx(0.2)  # the first and the last answer
     assert len(server.asked) == 3
 
 
@@ -161,7 +161,7 @@ def test_pending_answers_are_kept_after_failure(server: JudgeServer, tmp_path: P
         api(server, tmp_path, concurrency=2).ask(questions(2))
     assert len(server.asked) == 2
     api(server, tmp_path).ask(questions(2))
-    assert len(server.asked) == 3  # the refused one alone
+    assert len(server.asked) == 3  # only the refused one again
 
 
 @pytest.mark.parametrize(
@@ -240,5 +240,9 @@ def test_missing_judge_score_is_null(server: JudgeServer, tmp_path: Path) -> Non
     as_compute(open_judge(settings.model_copy(update={"response_only": True}), inputs))(
         rows, tmp_path / "part.parquet", lambda done: None
     )
-    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, None, None]  # of five points
+    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [
+        4.0,
+        None,
+        None,
+    ]  # out of five points
     assert ["The instruction is clear" in question for question in server.asked] == [True] * 3 + [False] * 3

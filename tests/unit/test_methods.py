@@ -1,4 +1,4 @@
-"""Methods of a study: what they are given is the same for each."""
+"""Methods of a study: all get the same inputs."""
 
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from tasks.synthesis import SynthesisResult
 
 
 @pytest.mark.parametrize("method", ["montessori", "self_instruct", "self_instruct_strong"])
-def test_method_can_train_on_probing_set(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_set_may_repeat_probing_set(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = Model("m", "0"), []
     synthesized = SynthesisResult(tmp_path / "instructions.parquet", tmp_path / "examples.parquet")
 
@@ -49,7 +49,7 @@ def test_method_can_train_on_probing_set(method: str, tmp_path: Path, monkeypatc
 
 
 class Reached(Exception):
-    """The stage under test was given its student."""
+    """Raised when the stage under test gets its student."""
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_first_round_trains_student_on_seeds(
 
 
 def write_reference(run: Run, count: int) -> None:
-    """Give a run a reference set, and two sets that are not read."""
+    """Write a reference set for a run, and two unused sets."""
     run.source_file("reference").parent.mkdir()
     for name in ("seed_pool", "reference", "evaluation"):
         write_tasks([Task(f"{name}-{n}", f"Count {n} rivers.", "Done.") for n in range(count)], run.source_file(name))

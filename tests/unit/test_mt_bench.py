@@ -1,4 +1,4 @@
-"""MT-Bench: its files, what a judge is shown at each turn, and means over questions."""
+"""MT-Bench: its files, the judge's prompts for each turn, and means over questions."""
 
 import hashlib
 import json
@@ -171,7 +171,7 @@ def test_judged_conversation_stays_in_its_frames(texts: list[str]) -> None:
 
 
 class Grader(JudgeServer):
-    """Ends with what the last answer says in angle brackets."""
+    """Ends its answer with the text in angle brackets of the last answer."""
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         verdict = question.rpartition("<")[2].partition(">")[0]
@@ -268,7 +268,7 @@ def test_published_prompts_reach_the_judge(server: Grader, tmp_path: Path, dialo
 
 
 def test_published_texts_are_unchanged() -> None:
-    """Their SHA-256, system and template with a null between, at the commits that the module names."""
+    """Compare the SHA-256 of system prompt, null byte and template with the commits that the module names."""
     texts = {**PUBLISHED, "alpaca_eval": ALPACA_EVAL}
     digests = {
         name: hashlib.sha256(f"{one.system}\0{one.template}".encode()).hexdigest()[:16] for name, one in texts.items()

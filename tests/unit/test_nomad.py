@@ -1,4 +1,4 @@
-"""NOMAD's own parts: conversations as the teacher learns, writes and drops them, and NormSim."""
+"""NOMAD: encoding, reading and filtering conversations, and NormSim."""
 
 import time
 from pathlib import Path
@@ -37,10 +37,10 @@ def test_instruction_has_loss_unless_masked(smollm2: Path, masked: bool) -> None
     learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED][:-1])
     assert learned == (" The Danube." if masked else "User: Name a river.\nAssistant: The Danube.")
     beginning = tokenizer(USER, add_special_tokens=False)["input_ids"]
-    assert encoded.input_ids[: len(beginning)] == beginning  # generation begins with the tokens that were trained
+    assert encoded.input_ids[: len(beginning)] == beginning  # training and generation start with the same tokens
     assert encode_conversation(tokenizer, "Name a river.", "The Danube.", 5).truncated
     cut = encode_conversation(tokenizer, "Name a river.", "The Dan", 64, finished=False)
-    assert cut.labels[-1] == IGNORED  # it was not at its end
+    assert cut.labels[-1] == IGNORED  # truncated
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -95,14 +95,14 @@ def test_read_conversation_accepts_any_text(text: str, finish_reason: str) -> No
     ("response", "rejection"),
     [
         ("Rivers flow to the sea, and the sea is wide and blue.", None),
-        ("It is very, very, very good.", None),  # three times may be meant
+        ("It is very, very, very good.", None),  # three times may be intended
         ("no no no no", REPETITION),
         ("The sea is wide, the sea is wide, the sea is wide, the sea is wide,", REPETITION),
         ("Use python to do it.", CODE),
         ("def answer(): pass", CODE),
         ("```\nx = 1\n```", CODE),
         ("Select the ripest fruit from the basket.", None),
-        ("She saw a python in the zoo's javanese house.", CODE),  # a keyword search is what it is
+        ("She saw a python in the zoo's javanese house.", CODE),  # a keyword search has false positives
         ("The javanese house is old.", None),
     ],
 )
@@ -125,7 +125,7 @@ def test_filters_resist_regex_backtracking() -> None:
 
 
 def test_norm_sim_uses_nearest_real_example() -> None:
-    common = np.array([7.0, 7.0, 7.0])  # which says nothing
+    common = np.array([7.0, 7.0, 7.0])  # without information
     real = common + np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, -2.0, 0.0]])
     synthetic = common + np.array([[3.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
     assert norm_sim(synthetic, real) == pytest.approx([1.0, 0.8, 0.0])

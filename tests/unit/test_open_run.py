@@ -1,4 +1,4 @@
-"""What is said about a run before its first job."""
+"""Warnings of a run before its first job."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ OTHER = {"instruction": "Count the rivers of the country that you know best.", "
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one object a line."""
+    """Write one object per line."""
     path.write_text("\n".join(map(json.dumps, rows)))
 
 

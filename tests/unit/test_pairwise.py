@@ -1,4 +1,4 @@
-"""Two answers compared in both orders, by a local server that stands in for the judge."""
+"""Pairwise judging in both orders, with a local server as the judge."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, se
 
 
 class Comparer(JudgeServer):
-    """Prefers the answer that says 'better'; ends with whatever else an answer dictates; else prefers the first."""
+    """Prefers the answer that says 'better'; ends with the text that an answer dictates; else prefers the first."""
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         first, second = question.split("Answer A\n")[1].split("Answer B\n")
@@ -86,7 +86,7 @@ def test_judge_faults_change_no_outcome(server: Comparer, tmp_path: Path, fault:
     assert len(server.asked) == 5
 
 
-def test_text_ties_with_itself() -> None:
+def test_equal_verdicts_in_both_orders_are_a_tie() -> None:
     for verdict in ("A", "B", "tie"):
         assert outcome_of(verdict, verdict) == "tie"
     assert outcome_of("A", "tie") == outcome_of("tie", "A") == "tie"
@@ -122,7 +122,7 @@ def test_preference_is_read_from_last_line(text: str, finish_reason: str, prefer
 
 
 class Leaderboard(JudgeServer):
-    """Asked by AlpacaEval's prompt: `m` has the probability that stands in the first output, if the server tells it."""
+    """Answers AlpacaEval's prompt: `m` has the probability in the first output, if the server gives probabilities."""
 
     tells = True
 
@@ -158,7 +158,7 @@ def test_published_prompt_reads_token_probabilities(
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     expected = [0.75, 0.25, 0.5, None, 0.75] if tells else [1.0, 0.0, 0.5, None, 1.0]
     assert table["preference"].to_pylist() == [value if value is None else pytest.approx(value) for value in expected]
-    # Two tokens drawn at one half are both `m`, so that each order prefers its first output.
+    # Both orders draw `m` with probability one half, so each prefers its first output.
     assert table["outcome"].to_pylist() == ["win", "loss", "tie", "unparsed", "win"]
     assert summarize(table).win_rate == pytest.approx(0.5625 if tells else 0.625)
 
@@ -228,7 +228,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "An
 def test_compared_texts_stay_in_their_frames(instruction: str, first: str, second: str) -> None:
     question = comparison(instruction, first, second)
     line = question.split("lines that begin with ")[1].split()[0]
-    assert question.count(line) == 5  # named once; before each of three texts, and after the last
+    assert question.count(line) == 5  # named once, before each of three texts, and after the last
     fenced = question.split(line)[2:]
     assert [part.partition("\n")[0] for part in fenced] == [
         " Instruction",

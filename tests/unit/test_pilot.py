@@ -1,4 +1,4 @@
-"""The pilot of a probing set: measured once, and first; it warns of too few pairs and says what to do."""
+"""The pilot of a probing set: measured first and once; warns of too few pairs, with a remedy."""
 
 import random
 import re
@@ -19,7 +19,7 @@ def rows(count: int, of_prompt: int = 4) -> list[Row]:
 
 
 def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
-    """Values of every row's own, of standard deviation `scale`, around a common one."""
+    """Return an influence table with random values of standard deviation `scale` around `common`."""
     records = [
         {
             **row,
@@ -94,7 +94,7 @@ def test_predicted_remedy_makes_pairs() -> None:
 
 
 def test_prediction_names_margin_if_no_baseline_helps() -> None:
-    """Examples differ by less than the reference examples can tell."""
+    """The examples do not differ significantly."""
     warning = predict_pair_count(
         influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000
     )

@@ -1,4 +1,4 @@
-"""Deployments of a `prefect.yaml`, and the configurations that they name."""
+"""Deployments in `prefect.yaml`, and their configurations."""
 
 from pathlib import Path
 from typing import Any

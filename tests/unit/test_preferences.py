@@ -1,4 +1,4 @@
-"""Preference pairs: the full cross product within a prompt, and nothing the measurement cannot carry."""
+"""Preference pairs: the cross product within a prompt, without pairs below the noise floor."""
 
 import json
 import os
@@ -111,13 +111,13 @@ def test_pairs_are_cross_product_within_prompt() -> None:
 
 def test_baseline_moves_the_threshold() -> None:
     assert pairs(Preferences(baseline="null_step"), null_step=4.5) == [("b1", "b2")]
-    # The median of the measured is 0: d1 lies on it and is neither.
+    # The median of the measured rows is 0: d1 lies on it and makes no pair.
     assert threshold_of(influence(VALUES), "median") == 0.0
     assert pairs(Preferences(baseline="median")) == pairs(Preferences(baseline="student"))
 
 
 def test_prompt_baseline_pairs_around_its_mean() -> None:
-    """An odd number of rows makes as many pairs as it can, and a row alone in its prompt makes none."""
+    """An odd number of rows makes as many pairs as possible; a single row makes none."""
     table = influence(VALUES | {"e1": 1.0, "e2": 2.0, "e3": 9.0, "f1": 0.1, "f2": 0.1, "f3": 0.1})
     found = pair_by_influence(table, Preferences(baseline="prompt"))
     assert list(zip(found["chosen_id"].to_pylist(), found["rejected_id"].to_pylist(), strict=True)) == [
@@ -154,8 +154,8 @@ def test_margin_is_in_standard_errors() -> None:
     assert kept(0.62, **errors) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3")]
     assert kept(3.9, **errors) == [("a1", "a3")]
     assert kept(4.1, **errors) == []
-    assert kept(0.1, a1=0.6, a3=0.8, a4=4.0) == [("a1", "a3"), ("a1", "a4")]  # that of a2 is not known
-    # First order: each row has the root mean square of all, here 2; two of them differ by 2.8.
+    assert kept(0.1, a1=0.6, a3=0.8, a4=4.0) == [("a1", "a3"), ("a1", "a4")]  # a2 has no standard error
+    # First order: each row gets the root mean square of all errors, here 2; a difference has 2.8.
     first_order = dict.fromkeys(VALUES, 0.0) | {"a1": 6.0}
     assert kept(1.0, "first_order", **first_order) == [("a1", "a3"), ("a1", "a4"), ("a2", "a4")]
 
@@ -196,7 +196,7 @@ def test_summary_warns_of_dominating_gradients() -> None:
 
 
 def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:
-    """The definition in plain words: within a prompt all helpful against all harmful examples, the widest gaps of them."""
+    """Return pairs by definition: all helpful with all harmful examples of a prompt, those with the widest gaps."""
     floor = read_influence_metadata(influence, "noise_floor")
     measured = [row for row in influence.to_pylist() if row["status"] == "ok"]
 
@@ -248,7 +248,7 @@ def test_pairs_match_definition_in_any_order(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(preferences, "ROW_GROUP", group)
     for seed in range(30):
         draw = random.Random(seed)
-        ids = [f"{draw.choice('abcdefg')}{n}" for n in range(draw.randint(1, 50))]  # prompts interleaved
+        ids = [f"{draw.choice('abcdefg')}{n}" for n in range(draw.randint(1, 50))]  # interleaved prompts
         values = {name: draw.choice([None, round(draw.gauss(0, 1), 1), draw.gauss(0, 1)]) for name in ids}
         sample = dict(draw.sample(sorted(values.items()), len(ids) * 3 // 4))
         measured = influence(sample, 0.2, draw.choice([0.0, 0.3]), {name: draw.random() for name in ids})
@@ -307,7 +307,7 @@ print(json.dumps([pairs.num_rows, int(peak) * 1024]))
 
 
 def test_pairing_keeps_no_texts_in_memory(tmp_path: Path) -> None:
-    """A row has 3,400 bytes of text; at most 1,000 more bytes of memory are taken for it, so 1,000,000 rows take 1 GB."""
+    """A row has 3,400 bytes of text and takes at most 1,000 bytes of memory: 1 GB for 1,000,000 rows."""
     draw = np.random.default_rng(0)
     text = draw.integers(32, 127, 10_000_000, np.uint8).tobytes().decode()
 
@@ -337,7 +337,10 @@ def test_pairing_keeps_no_texts_in_memory(tmp_path: Path) -> None:
             part = part.set_column(1, INFLUENCE.field("prompt_id"), pa.array([f"probing-{n // 4}" for n in some]))
             write_table(part, folder / f"part-{number:05d}.parquet", INFLUENCE)
         command = [sys.executable, "-c", GROWTH, str(folder)]
-        returning = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back
+        returning = {
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        }  # free at once
         outcome = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | returning)
         pairs, found = json.loads(outcome.stdout)
         assert pairs > 0.7 * rows

@@ -1,4 +1,4 @@
-"""The report: complete in itself, safe whatever a model wrote, and honest about what is there."""
+"""The report: self-contained, safe for any model text, and correct for unfinished runs."""
 
 import base64
 import csv
@@ -155,7 +155,7 @@ def test_figures_are_valid_and_captioned(run: Path) -> None:
     page = page_of(run)
     assert len(page.plots) == page.count("figure") == page.count("figcaption") > 10
     for plot in page.plots:
-        figure = go.Figure(plot)  # raises on properties that Plotly does not know
+        figure = go.Figure(plot)  # raises on unknown properties
         assert figure.data
 
 

@@ -1,4 +1,4 @@
-"""The pages of studies and of several runs: as safe and as complete in themselves as the report, and honest numbers."""
+"""Pages of studies and of several runs: self-contained, safe, with correct numbers."""
 
 import csv
 import io
@@ -105,7 +105,7 @@ def test_runs_page_shows_differences(runs: pages.Page) -> None:
     assert gains["second: over the unmodified teacher's student"] == 0.02
     cost = {row["run"]: float(row["seconds"]) for row in rows_of(runs, "cost-seconds-of-jobs")}
     assert cost == {"first": 2 * 7275.5, "second": 7275.5}
-    assert "alert" not in page.text  # no text of a model is on this page
+    assert "alert" not in page.text  # this page has no model text
 
 
 def test_runs_with_equal_names_show_folders(tmp_path: Path) -> None:

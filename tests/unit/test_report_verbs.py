@@ -1,4 +1,4 @@
-"""Root verbs and their objects: from hand-built parses, and through a small pipeline that really parses."""
+"""Root verbs and their objects: from hand-built parses, and from a small spaCy pipeline."""
 
 import random
 from pathlib import Path
@@ -25,7 +25,7 @@ VOCAB = Vocab()
 
 
 def parsed(*tokens: tuple[str, int, str, str, str], second_sentence: int | None = None) -> Doc:
-    """Of (word, head, dependency, part of speech, lemma)."""
+    """Return a parse of tokens (word, head, dependency, part of speech, lemma)."""
     words, heads, deps, pos, lemmas = (list(column) for column in zip(*tokens, strict=True))
     starts = [index in (0, second_sentence) for index in range(len(words))]
     return Doc(
@@ -123,7 +123,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real pipeline, trained for a few seconds on a dozen sentences annotated by hand."""
+    """A pipeline trained for a few seconds on a dozen annotated sentences."""
     spacy.util.fix_random_seed(0)
     random_numbers = random.Random(0)
     language = spacy.blank("en")

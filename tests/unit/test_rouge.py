@@ -1,4 +1,4 @@
-"""ROUGE-L: the same number as the `rouge-score` package, and the same verdicts as comparing all pairs with it."""
+"""ROUGE-L: the values of the `rouge-score` package, and the verdicts of comparing all pairs with it."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ LIMITS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 @st.composite
 def variants(draw: st.DrawFn) -> list[str]:
-    """Texts near each other and near any limit: of very different lengths, with words repeated, replaced and new."""
+    """Draw similar texts of different lengths, with repeated, replaced and new words."""
     base = draw(st.lists(st.integers(0, 12), min_size=1, max_size=40))
     texts = []
     for number in range(draw(st.integers(2, 20))):

@@ -1,4 +1,4 @@
-"""How the rows of a stage are cut: work for all jobs that are allowed, and the same cut when a run is resumed."""
+"""Sharding of a stage: work for all parallel jobs, and the same shards when a run is resumed."""
 
 import sys
 from pathlib import Path
@@ -22,18 +22,18 @@ __all__ = ["folder"]
 
 @given(rows=st.integers(1, 20_000), jobs=st.integers(1, 100), largest=st.integers(1, 600))
 def test_shards_give_jobs_equal_work(rows: int, jobs: int, largest: int) -> None:
-    """Up to the shards that rounding leaves over."""
+    """Up to rounding."""
     size = shard_size(rows, jobs, largest)
     assert 1 <= size <= largest
     shards = -(-rows // size)
     assert shards <= jobs * -(-rows // (jobs * largest))
-    assert size == 1 or (size - 1) * jobs * -(-rows // (jobs * largest)) < rows  # a row less would not do
+    assert size == 1 or (size - 1) * jobs * -(-rows // (jobs * largest)) < rows  # one row less would need more shards
 
 
 @pytest.mark.parametrize(
     ("rows", "jobs", "largest", "tasks"),
     [
-        (100, 64, 64, 50),  # audit: two exact measurements each, where 64 and 36 were one job
+        (100, 64, 64, 50),  # audit: two exact measurements per job instead of 64 and 36
         (800, 64, 64, 62),  # confirmation
         (10_000, 64, 64, 64),
         (3250, 8, 256, 8),  # generation

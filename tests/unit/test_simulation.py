@@ -1,4 +1,4 @@
-"""The simulation of the fan-out: where theory has an answer it gives that one, and what it is told it keeps account of."""
+"""The simulation of the fan-out agrees with theory and accounts for all time."""
 
 import math
 import statistics
@@ -29,7 +29,7 @@ DRAWS = 1500
 
 
 def mean_seconds(work: Work, disturbances: FailureModel, machines: ClusterSpec) -> tuple[float, float]:
-    """Mean over many simulations, and four standard errors of it."""
+    """Return the mean over many simulations, and four standard errors."""
     seconds = [simulate([work], machines, disturbances, seed)[0].seconds for seed in range(DRAWS)]
     return statistics.mean(seconds), 4 * statistics.stdev(seconds) / math.sqrt(DRAWS)
 
@@ -37,9 +37,9 @@ def mean_seconds(work: Work, disturbances: FailureModel, machines: ClusterSpec) 
 @pytest.mark.parametrize(
     ("machines", "at_once", "held"),
     [
-        (ClusterSpec(2, 8, 64), 1000, 16),  # by GPUs
-        (ClusterSpec(2, 8, 24), 1000, 6),  # by cores
-        (ClusterSpec(2, 8, 64), 5, 5),  # by parallel_jobs
+        (ClusterSpec(2, 8, 64), 1000, 16),  # limited by GPUs
+        (ClusterSpec(2, 8, 24), 1000, 6),  # limited by cores
+        (ClusterSpec(2, 8, 64), 5, 5),  # limited by parallel_jobs
     ],
 )
 def test_jobs_without_failures_run_in_waves(machines: ClusterSpec, at_once: int, held: int) -> None:
@@ -53,7 +53,7 @@ def test_jobs_without_failures_run_in_waves(machines: ClusterSpec, at_once: int,
 
 
 def test_time_with_failures_matches_theory() -> None:
-    """Nothing is saved, and a node fails at rate r: work of length L takes (e^{rL} - 1)(1/r + repair) on average."""
+    """Without checkpoints and with failure rate r, work of length L takes (e^{rL} - 1)(1/r + repair) on average."""
     rate, repair = 1 / 90.0, 45.0
     disturbances = FailureModel(1 / rate / 3600, 30.0, repair / 60, requeue_seconds=0.0)
     mean, tolerance = mean_seconds(ONE, disturbances, ClusterSpec(1, 1, 8))
@@ -61,7 +61,7 @@ def test_time_with_failures_matches_theory() -> None:
 
 
 def test_preempted_jobs_lose_unsaved_work() -> None:
-    """Pieces of length q, no opening: each takes (e^{rq} - 1)(1/r + wait) on average, for a job is memoryless."""
+    """With checkpoints every q seconds and no opening, an interval takes (e^{rq} - 1)(1/r + wait) on average."""
     rate, wait, back, piece = 1 / 40.0, 15.0, 10.0, 25.0
     work = replace(ONE, opening=0.0, saved_every=piece)
     disturbances = FailureModel(preemption_hours=1 / rate / 3600, requeue_seconds=back, queue_minutes=wait / 60)
@@ -71,14 +71,14 @@ def test_preempted_jobs_lose_unsaved_work() -> None:
 
 
 def test_job_resumes_after_time_limit() -> None:
-    """70 s a start, 20 of them for opening: 100 s of work in pieces of 20 s take three starts, of which 40 s count twice."""
+    """A job has 70 s, 20 s of them for opening: 100 s of work with checkpoints every 20 s take three starts."""
     (spent,) = simulate([replace(ONE, limit=70.0, saved_every=20.0)], ClusterSpec(1, 1, 8), CALM, seed=0)
     assert (spent.restarts, spent.seconds) == (2, pytest.approx(5 + 70 + 120 + 70 + 120 + 40))
     assert spent.lost_seconds == pytest.approx(10 + 20 + 10 + 20)
 
 
 def test_multi_node_job_fails_with_any_node() -> None:
-    """Two nodes fail twice as often as one; nothing is saved, and they are back at once."""
+    """Two nodes fail twice as often as one; there are no checkpoints and no repair time."""
     rate = 1 / 200.0
     disturbances = FailureModel(1 / rate / 3600, notice_seconds=0.0, repair_minutes=0.0, requeue_seconds=0.0)
     mean, tolerance = mean_seconds(replace(ONE, nodes=2), disturbances, ClusterSpec(2, 1, 8))
@@ -118,7 +118,7 @@ def test_all_seconds_are_accounted_for(
     assert spent == simulate(works, machines, disturbances, seed)
     for work, own in zip(works, spent, strict=True):
         needed = sum(map(sum, work.jobs)) + work.opening * len(work.jobs)
-        # A first start that ends while its program opens has lost less than an opening.
+        # A first start that fails while its program opens loses less than one opening.
         assert own.job_seconds == pytest.approx(needed + own.lost_seconds)
         if not own.restarts:
             assert own.lost_seconds == pytest.approx(0, abs=1e-6)

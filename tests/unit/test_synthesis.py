@@ -1,4 +1,4 @@
-"""From a teacher's raw output to examples and to what DPO trains."""
+"""From a teacher's raw output to examples and to DPO targets."""
 
 import math
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch:
 def test_rounds_suffice_if_acceptance_falls(rate: float) -> None:
     settings = Synthesis()
     rounds: list[tuple[int, int]] = []
-    kept, scale = 0, 10_000  # half as many are accepted once this many are
+    kept, scale = 0, 10_000  # acceptance halves after this many
     while kept < 11_000 and len(rounds) < settings.max_rounds:
         written = synthesis.count_candidates(11_000 - kept, rounds, settings.oversampling)
         # The integral of d kept = rate / (1 + kept / scale) d written.

@@ -1,4 +1,4 @@
-"""Versions: what the package declares is what environments are held to, and what the lock files pin."""
+"""Versions: declared ranges, environments and lock files agree."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LOCKED = re.compile(
 
 
 def pretend(folder: Path, name: str, version: str) -> Path:
-    """A folder that, on Python's path, has another version of a package seem installed."""
+    """Return a folder that, on Python's path, makes a package appear in another version."""
     metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -60,7 +60,7 @@ def test_node_names_wrong_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def read_lock(name: str) -> tuple[str, list[tuple[str, str, str]]]:
-    """A lock's text, and its pins: name, version, marker."""
+    """Return the text of a lock file, and its pins: name, version, marker."""
     text = (ROOT / "requirements" / f"{name}.lock").read_text()
     return text, [(name, version, marker) for name, version, marker, _ in LOCKED.findall(text)]
 
@@ -77,10 +77,10 @@ def read_lock(name: str) -> tuple[str, list[tuple[str, str, str]]]:
     ],
 )
 def test_lock_satisfies_declared_ranges(lock: str, extras: list[str] | None, torch: bool) -> None:
-    """Each version fits the declared range and has hashes; locks name no host, and torch only where its build is known."""
+    """Each version is in the declared range and has hashes; locks name no host, and torch only with its build."""
     text, entries = read_lock(lock)
     pins = {(name, version) for name, version, _ in entries}
-    assert LOCKED.sub("", text).splitlines() == text.splitlines()[:2]  # all but the heading is pins with hashes
+    assert LOCKED.sub("", text).splitlines() == text.splitlines()[:2]  # only the heading and pins with hashes
     assert "/" not in text
     assert ("torch" in dict(pins)) is torch
     assert any(name.startswith("nvidia-cu") for name, _ in pins) is torch
@@ -102,7 +102,7 @@ def test_lock_satisfies_declared_ranges(lock: str, extras: list[str] | None, tor
 
 
 def test_environment_has_locked_versions() -> None:
-    """The tests run with what `make quickstart` and `make test` install, and with nothing newer."""
+    """Tests run with the versions that `make quickstart` and `make test` install."""
     pins = {name: version for name, version, marker in read_lock("dev")[1] if not marker or Marker(marker).evaluate()}
     local = {
         name: version for name, version, marker in read_lock("local")[1] if not marker or Marker(marker).evaluate()

@@ -1,4 +1,4 @@
-"""The report as people open it: in a browser, without a network, on a screen, a phone, in the dark, and on paper."""
+"""The report in a browser: offline, on a screen and a phone, in dark mode, and printed."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from montessori_report.run_page import render_report
 from montessori_report.study_page import study_page
 from support.reports import HOSTILE, write_run, write_study
 
-EXAMPLES = 130  # of each of two iterations: several pages
+EXAMPLES = 130  # per iteration: several pages
 expect.set_options(timeout=30_000)
 PAGES = ("report", "runs", "study")
 
@@ -41,7 +41,7 @@ def written(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory
 
 
 class Visit:
-    """A page that is open, and whatever went wrong on it."""
+    """An open page, and its errors."""
 
     def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
         self.troubles: list[str] = []
@@ -100,10 +100,10 @@ def test_examples_can_be_searched_sorted_paged(browser: Browser, written: dict[s
         expect(pager).to_have_text("Page 2 of 6")
         assert not set(rows.all_inner_texts()) & set(without_script)
         page.get_by_role("button", name="Previous").click()
-        assert rows.all_inner_texts() == without_script  # what the script writes is what the page came with
+        assert rows.all_inner_texts() == without_script  # the script shows the same rows
 
         search = page.get_by_label("Search")
-        search.fill("RIVERS number 121")  # beyond the first page; words in any order
+        search.fill("RIVERS number 121")  # not on the first page; words in any order
         expect(rows).to_have_count(2)
         expect(output).to_have_text(f"2 of {2 * EXAMPLES} examples")
         expect(rows.first).to_contain_text("Write number 121 about rivers & <lakes>.")

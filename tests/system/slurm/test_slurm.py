@@ -1,6 +1,6 @@
-"""The fan-out on a real Slurm: whatever happens to tasks, nodes, drivers and the scheduler, the same parts come out.
+"""The fan-out on a real Slurm: faults of tasks, nodes, drivers and the scheduler do not change the parts.
 
-`docker/slurm/lab.sh` runs a cluster of two nodes on this machine while these tests last.
+`docker/slurm/lab.sh` runs a cluster of two nodes on this machine during these tests.
 """
 
 import os
@@ -75,14 +75,14 @@ folder = local.folder
 
 @pytest.fixture(scope="module", autouse=True)
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A running cluster that Slurm's commands find. Without Slurm, and without a way to install it, tests fail."""
+    """A running cluster for Slurm's commands. Tests fail if Slurm is missing and cannot be installed."""
     installation = subprocess.run([LAB / "install.sh"], capture_output=True, text=True)
     if installation.returncode:
         pytest.fail(f"these tests need Slurm:\n{installation.stderr.strip()}", pytrace=False)
     with pytest.MonkeyPatch.context() as environment:
         for name in list(os.environ):
             if name.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SCANCEL")):
-                environment.delenv(name)  # of a cluster that this machine may belong to
+                environment.delenv(name)  # if this machine belongs to a cluster
         settings = {"LAB": tmp_path_factory.mktemp("slurm"), "NODES": 2, "CPUS": 8, "MEMORY": 16000, "GPUS": 2}
         for name, value in settings.items():
             environment.setenv(name, str(value))
@@ -97,7 +97,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def empty_queue(lab: None) -> Iterator[None]:
-    """What one test leaves is not there for the next."""
+    """Empty the queue after each test."""
     yield
     subprocess.run(["scancel", "--me"], check=True)
     local.wait_until(are_idle, 60)
@@ -141,7 +141,7 @@ def are_idle() -> bool:
 
 
 def once(condition: Callable[[], bool], action: Callable[[], object]) -> Callable[[Progress], None]:
-    """For `on_progress`: act at the first look at which the condition holds."""
+    """Return an `on_progress` callback that acts when the condition holds for the first time."""
     acted = False
 
     def look(progress: Progress) -> None:
@@ -167,7 +167,7 @@ def submissions(folder: Path, stage: str = "stage") -> list[str]:
 
 
 def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> Path:
-    """Have squeue fail so many times; return a file with a line for each time that is left."""
+    """Make squeue fail `times` times; return a file with a line for each remaining failure."""
     failures = folder / "failures"
     squeue = f'if [ -s {failures} ]; then sed -i 1d {failures}; exit 1; fi; exec {shutil.which("squeue")} "$@"'
     put_command(folder / "bin" / "squeue", squeue)
@@ -177,7 +177,7 @@ def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> P
 
 
 def preempt() -> None:
-    """A job that needs both nodes comes in the partition of higher priority."""
+    """Submit a job for both nodes to the partition of higher priority."""
     command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -192,7 +192,7 @@ def test_slurm_results_equal_local_results(folder: Path) -> None:
 
 
 def test_stage_is_split_into_allowed_arrays(folder: Path) -> None:
-    # Three shards, two tasks in an array: the last array has one task, which to submitit is none.
+    # Three shards, two tasks per array: the last array has one task, which submitit submits without an array.
     parts = run(folder, SHARDS[:3], slurm=Slurm(max_array_size=2))
     assert local.results(parts) == EXPECTED[:9]
     first, second = Ledger(folder / "stage" / "jobs").submissions
@@ -210,12 +210,12 @@ def test_next_array_uses_freed_parallelism(folder: Path) -> None:
     def look(progress: Progress) -> None:
         running.append(len(queued("--states=RUNNING", "--format=%i")))
 
-    # The first shard, of the first array, ends only when one of the second array has begun.
+    # The first shard, in the first array, ends only after a shard of the second array has begun.
     parts = run(folder, slurm=Slurm(max_array_size=3), seconds=0.2, parallel_jobs=2, on_progress=look)
     assert local.results(parts) == EXPECTED
     first, second = Ledger(folder / "stage" / "jobs").submissions
     assert max(running) == 2
-    assert (first.at_once, second.at_once) == (2, 2)  # and when it was over, the second had both places
+    assert (first.at_once, second.at_once) == (2, 2)  # after the first, the second had both places
     throttle = subprocess.run(["scontrol", "show", "job", (second.ids or [""])[0]], capture_output=True, text=True)
     assert "ArrayTaskThrottle=2" in throttle.stdout
 
@@ -223,7 +223,7 @@ def test_next_array_uses_freed_parallelism(folder: Path) -> None:
 @pytest.mark.guarantee("limit on submitted jobs")
 @pytest.mark.slow
 def test_driver_waits_at_submission_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no job of ours in the queue, it is the array that is too large, and nothing to wait for."""
+    """If none of our jobs is queued, the array itself is too large, and waiting does not help."""
     refuse = 'echo "sbatch: error: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1'
     sbatch = shutil.which("sbatch")
     put_command(folder / "bin" / "sbatch", f'[ -z "$(squeue -h --me)" ] || {{ {refuse}; }}; exec {sbatch} "$@"')
@@ -312,7 +312,7 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
 def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
-    """A node whose jobs die at once would otherwise eat the whole queue, faster than any other computes it."""
+    """A node whose jobs die at once would otherwise take all tasks of the queue."""
     broken = 'if os.environ["SLURMD_NODENAME"] == "node1": os._exit(9)'
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
@@ -383,7 +383,7 @@ def test_unresponsive_scheduler_is_awaited(folder: Path, monkeypatch: pytest.Mon
 def test_temporary_sbatch_failure_is_retried(
     folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool
 ) -> None:
-    """A busy controller answers late, too late, or never: then it may have taken jobs whose ids nobody was told."""
+    """A busy controller answers late or never; it may have accepted jobs without returning their ids."""
     monkeypatch.setattr("cluster.backends.slurm._SBATCH_PATIENCE", 3)
     failures, sbatch = folder / "failures", shutil.which("sbatch")
     first = f'{sbatch} "$@" >/dev/null; ' if taken else ""
@@ -404,13 +404,13 @@ def test_temporary_sbatch_failure_is_retried(
 @pytest.mark.guarantee("task reaches its time limit")
 @pytest.mark.slow
 def test_task_at_time_limit_is_requeued_and_resumes(folder: Path) -> None:
-    # What Slurm sends ahead of the limit, sent by hand: limits are minutes.
+    # Slurm's signal before the limit, sent by hand: limits are in minutes.
     signal_tasks = once(
         lambda: len(local.computed(folder)) >= 4, lambda: subprocess.run(["scancel", "--me", "--signal=USR2"])
     )
     parts = run(folder, SHARDS[:3], seconds=0.6, parallel_jobs=1, shards_per_job=3, on_progress=signal_tasks)
     assert local.results(parts) == EXPECTED[:9]
-    assert local.computed(folder).count(0) == 1  # the shard that was done stayed done
+    assert local.computed(folder).count(0) == 1  # the finished shard was kept
     assert len(local.computed(folder)) > 9
     assert len(submissions(folder)) == 1
 
@@ -418,7 +418,7 @@ def test_task_at_time_limit_is_requeued_and_resumes(folder: Path) -> None:
 @pytest.mark.guarantee("job hangs beyond its time limit")
 @pytest.mark.slow
 def test_hanging_task_is_resubmitted_after_time_limit(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It does not hear the signal ahead of the limit either, as in a kernel or a collective that never returns."""
+    """It does not handle the signal before the limit, like a kernel or collective that never returns."""
     deaf = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); time.sleep(600)"
     (folder / "squares_program.py").write_text(local.PROGRAM.replace("time.sleep(600)", deaf))
     (folder / "hang-11").touch()
@@ -432,7 +432,7 @@ def test_hanging_task_is_resubmitted_after_time_limit(folder: Path, caplog: pyte
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_interrupted_slurm_run_has_tables_of_local_run(talking_llama: Path, tmp_path: Path) -> None:
-    """Its driver is killed while jobs run and while it joins tables, and a second one comes while it is at work."""
+    """Its driver is killed while jobs run and while it joins tables; a second driver starts while it runs."""
     local_config = whole.configuration(tmp_path, talking_llama)
     code, output = whole.call("run", str(local_config), "--run-root", "quiet", cwd=tmp_path)
     assert code == 0, output
@@ -453,7 +453,7 @@ def test_interrupted_slurm_run_has_tables_of_local_run(talking_llama: Path, tmp_
     environment = os.environ | {"PYTHONPATH": str(whole.ROOT)}
     command = [sys.executable, "-c", whole.DIES_WHILE_JOINING, str(run)]
     assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == -signal.SIGKILL
-    assert len(read_json(ledger)) == 1  # what the first driver had submitted was waited for
+    assert len(read_json(ledger)) == 1  # the first driver's submission was awaited
 
     code, output = whole.call("resume", str(run), cwd=tmp_path)
     assert code == 0, output
@@ -464,8 +464,8 @@ def test_interrupted_slurm_run_has_tables_of_local_run(talking_llama: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_prefect_run_is_cancelled_and_resumed_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
-    """Cancelled: the queue is empty within a minute. Its machine lost, `up` and all: marked as crashed, and its retry waits
-    for the jobs that Slurm went on with."""
+    """After cancelling, the queue is empty within a minute. After the loss of `up` and its machine, the run is marked as
+    crashed, and its retry waits for the jobs that continue on Slurm."""
     content = yaml.safe_load(whole.configuration(tmp_path, talking_llama).read_text())
     content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}
     content["cluster"] = {"profile": "slurm", "poll_seconds": 0.5}
@@ -493,7 +493,7 @@ def test_prefect_run_is_cancelled_and_resumed_on_slurm(talking_llama: Path, tmp_
     finally:
         server.process.send_signal(signal.SIGINT)
         server.process.wait(120)
-        for process in psutil.process_iter(["cmdline"]):  # the server of the `up` that was killed
+        for process in psutil.process_iter(["cmdline"]):  # the server of the killed `up`
             if f"--port {server.port}" in " ".join(process.info["cmdline"] or []):
                 process.terminate()
     assert queued() == []
@@ -531,7 +531,7 @@ def test_shards_of_crashed_node_run_elsewhere(folder: Path) -> None:
         call_lab("start-node", *crashed)
     assert local.results(parts) == EXPECTED[:6]
     assert len(local.computed(folder)) > 6
-    assert len(submissions(folder)) == 1  # Slurm ran them again by itself
+    assert len(submissions(folder)) == 1  # Slurm requeued them
 
 
 @pytest.mark.guarantee("node is drained")
@@ -582,7 +582,7 @@ def test_driver_survives_controller_restart(folder: Path) -> None:
 @pytest.mark.guarantee("Slurm controller killed")
 @pytest.mark.slow
 def test_driver_survives_killed_controller(folder: Path) -> None:
-    """It reads the state it last wrote: jobs that started since may be unknown to it, or at work without its knowing."""
+    """It reads its last saved state: it may not know later jobs, or that they run."""
     killed = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("kill-controller"))
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=killed)) == EXPECTED
 
@@ -591,7 +591,7 @@ def test_driver_survives_killed_controller(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="nodes of an ordinary user's lab have no names of their own")
 def test_jobs_not_launched_by_broken_node_run_elsewhere(folder: Path) -> None:
-    """Slurm drains the node and puts them back into the queue, but held, for somebody to release."""
+    """Slurm drains the node and requeues the jobs as held, to be released by an administrator."""
     broken = Path(os.environ["LAB"]) / "broken-node1"
     broken.touch()
     try:
@@ -639,7 +639,7 @@ def test_jobs_of_previous_profile_are_cancelled(folder: Path, first: str) -> Non
 @pytest.mark.guarantee("clocks of two nodes differ by two hours")
 @pytest.mark.slow
 def test_node_clock_may_be_wrong(folder: Path) -> None:
-    """No decision rests on a clock: node1's processes and the files they write are an hour ahead, node2's an hour behind."""
+    """Clocks decide nothing: processes and files of node1 are an hour ahead, those of node2 an hour behind."""
     (folder / "sitecustomize.py").write_text(SKEW)
     (folder / "kill-11").touch()
     parts = run(folder, seconds=0.2, slurm=ONE_A_NODE, duplicate_stragglers_after=20)
@@ -674,7 +674,7 @@ def test_hanging_node_does_not_delay_stage(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
 def test_jobs_run_in_configured_container(folder: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
-    """Neither runtime is here: commands in their place note what they were given, and run the rest on the node itself."""
+    """The runtimes are not installed: replacement commands record their arguments and run the job on the node."""
     said = folder / "said"
     if runtime == "apptainer":
         put_command(folder / "bin" / "apptainer", f'echo "$@" >>{said}; shift 4; exec "$@"')
@@ -694,7 +694,7 @@ def test_jobs_run_in_configured_container(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_array_limit_is_read_from_slurm() -> None:
-    assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
+    assert largest_array() == 501  # as set by docker/slurm/lab.sh
 
 
 @pytest.mark.guarantee("node crashes during a teacher update over two nodes")
@@ -702,7 +702,7 @@ def test_array_limit_is_read_from_slurm() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
 def test_two_node_teacher_update_resumes_after_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
-    """ZeRO-2; the weights are those of an undisturbed training."""
+    """With ZeRO-2, the weights equal those of an uninterrupted training."""
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1)
     settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=2), seed=0)
     rows = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(8) for pair in PAIRS]
@@ -728,7 +728,7 @@ def test_two_node_teacher_update_resumes_after_fault(folder: Path, tiny_llama: P
     assert "resuming from checkpoint-" in logs
     if fault == "preemption":
         left = max(re.findall(r"the scheduler ends this job: exiting with (checkpoint-\d+)", logs))
-        assert f"resuming from {left}\n" in logs  # nothing was done twice
+        assert f"resuming from {left}\n" in logs  # no step was repeated
     assert len(submissions(folder, "hit")) == 1
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
@@ -810,7 +810,7 @@ def test_doctor_names_faults_and_remedies(tmp_path: Path, change: dict[str, obje
 
 @pytest.mark.slow
 def test_doctor_detects_unshared_folder() -> None:
-    """Each node of the lab has a /dev/shm of its own, as nodes of a cluster have a /tmp."""
+    """Each node of the lab has a separate /dev/shm, like /tmp on a cluster."""
     private = Path("/dev/shm") / f"montessori-doctor-{os.getpid()}"
     try:
         code, output = doctor(private, {})
