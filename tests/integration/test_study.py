@@ -130,9 +130,7 @@ def test_extreme_pairs_are_best_and_worst(tmp_path: Path) -> None:
         [{"example_id": name, "prompt_id": name[0], "utility": score} for name, score in scores.items()], UTILITY
     )
     pairs = with_texts(tmp_path, examples, pair_extremes(utility))
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
-        ("a1", "a2")
-    ]  # b has equal scores, c one score
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a1", "a2")]  # b has equal scores, c one score
     assert best_of_each_prompt(examples, utility)["example_id"].to_pylist() == ["a1", "b0", "c1"]
 
 
