@@ -1,4 +1,4 @@
-"""Signals in place of influence, measured on the student: how hard an example is, and its worth as a demonstration."""
+"""Signals other than influence, measured on the student: the training loss of an example, and in-context learning."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,11 +19,11 @@ from montessori_core.program import Recorder, Row, RowProgram
 
 
 def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram:
-    """Load the student once.
+    """Open the training loss signal: load the student.
 
-    Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`,
-    `finished`. The result is a table of schema `UTILITY`: the mean loss of training on the example, nats per token; null
-    where no token of the response fits into the student's `max_length`.
+    Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`. The result is a table of
+    schema `UTILITY`: the mean training loss of the example, nats per token; null if no response token fits into the
+    student's `max_length`.
     """
     tokenizer, losses = _open_student(inputs)
     device = compute_device()
@@ -38,41 +38,40 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
 
 
 def open_in_context(settings: programs.InContext, inputs: Mapping[str, Path]) -> RowProgram:
-    """Load the student and the reference set once: in-context learning in place of a training step (ARTE).
+    """Open the in-context learning signal (ARTE): load the student and the reference set.
 
-    Inputs: `student`; `reference` (tasks). Rows: `example_id`,
-    `prompt_id`, `instruction`, `response`. The result is a table of schema `UTILITY`: how much lower the reference loss is
-    with the example shown before each reference example than without, nats per token; null where the two do not fit
-    together into twice the student's `max_length`.
+    Inputs: `student`; `reference` (tasks). Rows: `example_id`, `prompt_id`, `instruction`, `response`. The result is a
+    table of schema `UTILITY`: by how much the example, as a demonstration before each reference example, lowers the
+    reference loss, nats per token; null if the two do not fit into twice the student's `max_length`.
     """
     tokenizer, losses = _open_student(inputs)
     device = compute_device()
     tasks = load_tasks(inputs["reference"])
-    alone = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
-    before = ReferenceSet(alone, settings.batch_tokens, device).evaluate(losses)
+    zero_shot = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
+    before = ReferenceSet(zero_shot, settings.batch_tokens, device).evaluate(losses)
 
-    def worth_of(row: Row) -> float | None:
-        shown = []
-        for task, plain in zip(tasks, alone, strict=True):
-            demonstration = row["instruction"], row["response"]
-            whole = encode_example(
+    def in_context_gain(row: Row) -> float | None:
+        one_shot = []
+        demonstration = row["instruction"], row["response"]
+        for task, plain in zip(tasks, zero_shot, strict=True):
+            example = encode_example(
                 tokenizer, task.text, task.response, 2 * settings.max_length, demonstration=demonstration
             )
-            shown.append(first_labels(whole, plain.response_tokens))
-            if shown[-1].response_tokens < plain.response_tokens:
+            one_shot.append(first_labels(example, plain.response_tokens))
+            if one_shot[-1].response_tokens < plain.response_tokens:
                 return None
-        after = ReferenceSet(shown, settings.batch_tokens, device).evaluate(losses)
+        after = ReferenceSet(one_shot, settings.batch_tokens, device).evaluate(losses)
         return influence_of(before, after, settings.reference_reduction)[0]
 
-    return _utility_of_rows(worth_of)
+    return _utility_of_rows(in_context_gain)
 
 
 def first_labels(example: Encoded, count: int) -> Encoded:
-    """The example with loss on its first `count` response tokens alone."""
-    left, labels = count, []
+    """Return the example with loss on its first `count` response tokens only."""
+    remaining, labels = count, []
     for label in example.labels:
-        labels.append(label if label != IGNORED and left > 0 else IGNORED)
-        left -= label != IGNORED
+        labels.append(label if label != IGNORED and remaining > 0 else IGNORED)
+        remaining -= label != IGNORED
     return replace(example, labels=labels)
 
 

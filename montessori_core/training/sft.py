@@ -22,13 +22,13 @@ from montessori_core.training.engine import (
 )
 from montessori_core.training.moments import gather_moments, save_moments
 from montessori_core.training.padding import EvenSteps, padding_rows
-from montessori_core.training.scoring import score_without_waste
+from montessori_core.training.scoring import speed_up_scoring
 
 
 def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
-    """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if asked for.
+    """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if requested.
 
-    The student's first weights are the input `student`. Rows: `instruction`, `response`, `finished`.
+    The input `student` has the initial weights. Rows: `instruction`, `response`, `finished`.
     """
     recipe = settings.recipe
 
@@ -44,16 +44,16 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
         model_path = str(inputs["student"])
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
-        usable = _encode(tokenizer, rows, settings)
-        StudentTrainer.padding = padding_rows(len(usable), recipe)
+        examples = _encode(tokenizer, rows, settings)
+        StudentTrainer.padding = padding_rows(len(examples), recipe)
         end = tokenizer.eos_token_id
-        # TRL drops rows without a label; that of a first token, which nothing predicts, carries no loss.
-        padded = [*usable, *[Encoded([end, end], [end, IGNORED], False)] * StudentTrainer.padding]
+        # TRL drops rows without a label. The label of a first token carries no loss: no position predicts it.
+        padded = [*examples, *[Encoded([end, end], [end, IGNORED], False)] * StudentTrainer.padding]
         data = Dataset.from_dict(
             {"input_ids": [example.input_ids for example in padded], "labels": [example.labels for example in padded]}
         )
         arguments = SFTConfig(
-            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(usable)),
+            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(examples)),
             max_length=settings.max_length,
             packing=False,
         )
@@ -65,18 +65,18 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
             processing_class=tokenizer,
             callbacks=[progress, CheckpointCallback()],
         )
-        score_without_waste(trainer.model)
+        speed_up_scoring(trainer.model)
         train(trainer, Path(model_path), checkpoints)
         if settings.save_moments:
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
             if moments is not None:
                 output.mkdir(parents=True, exist_ok=True)
                 save_moments(moments, output)
-            del moments  # twice the room of the weights, which are gathered next
+            del moments  # twice the size of the weights, which are gathered next
         counts = {
-            "examples": len(usable),
-            "truncated": sum(example.truncated for example in usable),
-            "left_out": len(rows) - len(usable),
+            "examples": len(examples),
+            "truncated": sum(example.truncated for example in examples),
+            "left_out": len(rows) - len(examples),
         }
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 
@@ -104,5 +104,5 @@ def _load_student(model_path: str, tokenizer: Any, settings: programs.Sft) -> An
     check_tokenizer(tokenizer, model)
     if settings.lora is None:
         return model
-    torch.manual_seed(settings.seed)  # the matrices start at random
+    torch.manual_seed(settings.seed)  # the adapter is initialised at random
     return with_lora(model, settings.lora)

@@ -1,4 +1,4 @@
-"""However work is cut into shards, dealt to workers, ordered, interrupted or retried: tables have the same bytes."""
+"""Tables have the same bytes for any shards, workers, order, interruptions and retries."""
 
 import random
 import sys
@@ -41,7 +41,7 @@ def joined(
     threads: int = 1,
     python: str | None = None,
 ) -> bytes:
-    """The bytes of the joined table, its rows in the order of ROWS."""
+    """Return the bytes of the joined table, with rows in the order of ROWS."""
     folder.mkdir()
     reference = folder / "reference.jsonl"
     write_tasks([Task(f"r{n}", f"Say {n} in words.", "well, " * (n % 6 + 1) + str(n)) for n in range(10)], reference)
@@ -56,7 +56,7 @@ def joined(
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
+def test_influence_does_not_depend_on_shards(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
     expected = joined(tmp_path / "one-shard", tiny_llama, estimator, ROWS, 20, 1)
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
     assert joined(tmp_path / "many-shards", tiny_llama, estimator, ROWS, 3, 2) == expected
@@ -64,8 +64,8 @@ def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Pa
 
 
 @pytest.mark.guarantee("any number of interruptions")
-def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
-    """Padding moves last bits, so that rows which are left have to share batches as before."""
+def test_reference_loss_does_not_depend_on_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
+    """Padding changes the last bits, so remaining rows must share the same batches as before."""
     settings = programs.ModelLoss(max_length=512, batch_tokens=1200)
     rows: list[Row] = [
         {"id": row["example_id"], "text": row["instruction"], "response": row["response"]} for row in ROWS
@@ -79,6 +79,6 @@ def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_pa
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
-def test_influence_of_forked_job_is_that_of_new_interpreter(tiny_llama: Path, tmp_path: Path) -> None:
+def test_forked_job_measures_same_influence(tiny_llama: Path, tmp_path: Path) -> None:
     forked = joined(tmp_path / "forked", tiny_llama, "first_order", ROWS, 20, 1, threads=2)
     assert forked == joined(tmp_path / "new", tiny_llama, "first_order", ROWS, 20, 1, threads=2, python=sys.executable)

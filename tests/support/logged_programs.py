@@ -1,4 +1,4 @@
-"""Two programs that log which rows they compute: the second reads a part of the first."""
+"""Two programs that log the rows they compute; the second reads a part of the first."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,18 +8,18 @@ from montessori_core.program import Compute, Program, Report, Row
 
 
 class LogSettings(Section):
-    """Where the programs log."""
+    """The log file of the programs."""
 
     log: str
 
 
 def open_doubling(settings: LogSettings, inputs: Mapping[str, Path]) -> Compute:
-    """Write twice each row's number."""
+    """Write twice the number of each row."""
     return _open(settings, "doubling", 0)
 
 
 def open_adding(settings: LogSettings, inputs: Mapping[str, Path]) -> Compute:
-    """Add each row's number to what the first program wrote."""
+    """Add the number of each row to the output of the first program."""
     return _open(settings, "adding", int(inputs["doubled"].read_text()))
 
 

@@ -1,4 +1,4 @@
-"""Programs of rows, run in the process of a test."""
+"""Run row programs in the process of a test."""
 
 from pathlib import Path
 from typing import cast
@@ -8,7 +8,7 @@ from montessori_core.program import Compute, Report, Row, RowProgram
 
 
 def as_compute(opened: Compute | RowProgram) -> Compute:
-    """The whole shard's work of a program of rows, undisturbed."""
+    """Return a function that computes a full shard of a row program without interruption."""
     program = cast(RowProgram, opened)
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 def interrupt_at(rows: int) -> Report:
-    """A report that ends the job once so many rows are done."""
+    """Return a report that ends the job once `rows` rows are done."""
 
     def report(done: float) -> None:
         if done >= rows:

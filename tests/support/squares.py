@@ -1,4 +1,4 @@
-"""A stage of squares whose rows fail on demand, and a driver for it: for tests of the fan-out, locally and on Slurm."""
+"""A stage of squares whose rows fail on demand, and its driver: for tests of the fan-out, local and on Slurm."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def run(
     folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
 ) -> list[Path]:
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
-    # A warm process would have to import everything again for each test's PYTHONPATH.
+    # A warm process would repeat all imports for each test's PYTHONPATH.
     return fan_out(stage(folder, seconds), shards, resources, CLUSTER, python=sys.executable)
 
 

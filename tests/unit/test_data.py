@@ -1,4 +1,4 @@
-"""The built-in sets, and bad files of users."""
+"""Built-in data sets, and invalid files."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_builtin_sets_raise_no_warning() -> None:
         ('{"instruction": "a", "more": ' + "9" * 5000 + "}\n", "line 1: a number has too many digits"),
     ],
 )
-def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+def test_malformed_jsonl_is_refused_with_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "seeds.jsonl"
     path.write_text(content)
     with pytest.raises(DataError) as refusal:
@@ -116,13 +116,13 @@ def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, 
     assert "seeds.jsonl" in str(refusal.value)
 
 
-def test_id_of_a_data_set_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_id_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"data set 'teknium/OpenHermes-2.5' \(split 'train'\) cannot be loaded"):
         read_tasks(DataSource(path="teknium/OpenHermes-2.5"), "seed_pool", with_response=False)
 
 
-def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_invalid_utf8_is_refused_with_line(tmp_path: Path) -> None:
     path = tmp_path / "seeds.jsonl"
     rows = [json.dumps({"instruction": f"Name {number} rivers."}).encode() for number in range(5000)]
     rows[4321] = '{"instruction": "Wie heißt der längste Fluss?"}'.encode("latin-1")
@@ -145,7 +145,7 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
         read_tasks(DataSource(path=str(broken)), "reference", with_response=True)
 
 
-def test_jsonl_parquet_and_data_set_give_the_same_tasks(tmp_path: Path) -> None:
+def test_jsonl_parquet_and_data_set_agree(tmp_path: Path) -> None:
     content = [{"q": "Name a colour.", "extra": "", "a": "Red."}, {"q": "Add:", "extra": "1 and 2", "a": "3"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, content)))
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "d.parquet")
@@ -161,8 +161,8 @@ def test_jsonl_parquet_and_data_set_give_the_same_tasks(tmp_path: Path) -> None:
     assert [(task.text, task.response) for task in tasks[0]] == [("Name a colour.", "Red."), ("Add: 1 and 2", "3")]
 
 
-def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The hub cannot be reached here: a local folder in the hub's layout, under an id's relative path, stands for it.
+def test_hub_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests have no hub: a local folder with the hub's layout, at the relative path of the id, replaces it.
     folder = tmp_path / "group" / "tasks"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text('{"instruction": "Name a colour.", "output": "Red."}\n')
@@ -176,7 +176,7 @@ def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.Monk
         list(sources._hub_rows(DataSource(path="group/absent"), "reference"))
 
 
-def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_about() -> None:
+def test_overlapping_sets_are_refused_or_warned_about() -> None:
     seeds = [Task(f"s{i}", f"seed task number {i} about topic {i}") for i in range(8)]
     shared = Task("r1", "List three rivers of France and their lengths.", "...")
     other = Task("e1", "Which metal melts at the lowest temperature of all?", "...")
@@ -193,7 +193,7 @@ def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_abou
 
 
 def refusal_of(read: Callable[[], object]) -> str | None:
-    """What a reader says against a file; None if it can be used."""
+    """Return the error of a reader; None if the file is valid."""
     try:
         read()
     except DataError as refusal:
@@ -201,7 +201,9 @@ def refusal_of(read: Callable[[], object]) -> str | None:
     return None
 
 
-ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=20)  # lone surrogates, controls and all
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=[]), max_size=20
+)  # including lone surrogates and control characters
 PIECES = st.sampled_from(
     [
         *(
@@ -227,9 +229,7 @@ PIECES = st.sampled_from(
 
 @pytest.mark.guarantee("broken rows or wrong fields")
 @given(st.lists(PIECES | st.binary(max_size=4), max_size=6).map(b"".join), st.sampled_from(["any.jsonl", "any.json"]))
-def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
-) -> None:
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(content)
     source = DataSource(path=str(path))
@@ -246,7 +246,7 @@ def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
 
 @pytest.mark.guarantee("broken rows or wrong fields")
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=3))
-def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
+def test_text_is_refused_or_survives_round_trip(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "texts.jsonl"
@@ -279,9 +279,7 @@ ROWS: list[dict[str, object]] = [
 
 @pytest.mark.guarantee("damaged results")
 @given(st.data())
-def test_damaged_table_is_refused_or_holds_what_it_held(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_damaged_table_is_refused_or_unchanged(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.parquet"
     write_table(table_from_rows(ROWS, GENERATION), path, GENERATION)
     content = bytearray(path.read_bytes())
@@ -305,7 +303,7 @@ def test_odd_paths_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         read_tasks(DataSource(path=name), "seed_pool", with_response=False)
 
 
-def test_pipe_is_refused_as_it_could_be_read_only_once(tmp_path: Path) -> None:
+def test_pipe_is_refused(tmp_path: Path) -> None:
     for name, read in (("a.jsonl", read_outputs), ("a.json", read_outputs), ("a.csv", read_difficulties)):
         os.mkfifo(tmp_path / name)
         with pytest.raises(DataError, match="not a file"):

@@ -1,4 +1,4 @@
-"""The pilot of a probing set: measured once, and first; it warns of too few pairs and says what to do."""
+"""The pilot of a probing set: measured first and once; warns of too few pairs, with a remedy."""
 
 import random
 import re
@@ -19,7 +19,7 @@ def rows(count: int, of_prompt: int = 4) -> list[Row]:
 
 
 def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
-    """Values of every row's own, of standard deviation `scale`, around a common one."""
+    """Return an influence table with random values of standard deviation `scale` around `common`."""
     records = [
         {
             **row,
@@ -68,9 +68,7 @@ def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp
     assert events == ["pilot 64", *["warning"] * warned, "others 236"]
     assert join_influence(parts).read_all().equals(influence(rows(300), common))
     if warned:
-        assert (
-            "first 64 examples make 0 preference pairs (preferences.baseline=student), so that all 300" in warnings[0]
-        )
+        assert "first 64 examples make 0 preference pairs (preferences.baseline=student); all 300" in warnings[0]
         assert "With preferences.baseline=" in warnings[0]
 
 
@@ -85,7 +83,7 @@ def test_small_sets_have_no_pilot(tmp_path: Path) -> None:
     assert calls == [(255, False)]
 
 
-def test_foretold_remedy_makes_pairs() -> None:
+def test_predicted_remedy_makes_pairs() -> None:
     pilot = influence(rows(64), common=9.0)
     warning = predict_pair_count(pilot, Preferences(baseline="student"), 10_000)
     assert warning is not None
@@ -95,8 +93,8 @@ def test_foretold_remedy_makes_pairs() -> None:
     assert int(remedy[2]) > 40
 
 
-def test_foretelling_blames_margin_where_baselines_agree() -> None:
-    """Examples differ by less than the reference examples can tell."""
+def test_prediction_names_margin_if_no_baseline_helps() -> None:
+    """The examples do not differ significantly."""
     warning = predict_pair_count(
         influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000
     )
@@ -104,5 +102,5 @@ def test_foretelling_blames_margin_where_baselines_agree() -> None:
     assert "lower preferences.margin" in warning
 
 
-def test_foretelling_ignores_the_limit() -> None:
+def test_prediction_ignores_max_pairs() -> None:
     assert predict_pair_count(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None

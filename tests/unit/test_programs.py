@@ -1,4 +1,4 @@
-"""What is computed again when a program changes: its own stages, and only if its version was raised."""
+"""A raised version recomputes the stages of its program, and nothing else."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSettings]) -> list[str]:
-    """Bring a stage of each program to its end, one after the other; return which of them were computed."""
+    """Run a stage of each program, one after the other; return the names of those that were computed."""
     log = folder / "log.txt"
     log.unlink(missing_ok=True)
     settings, resources = LogSettings(log=str(log)), Resources(cpus_per_process=1)
@@ -45,23 +45,23 @@ def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSet
     return log.read_text().split() if log.exists() else []
 
 
-def test_raised_version_recomputes_its_program_alone(folder: Path) -> None:
+def test_new_version_recomputes_only_its_program(folder: Path) -> None:
     assert compute(folder, DOUBLING, ADDING) == ["doubling", "adding"]
     raised = replace(DOUBLING, version=2)
-    assert compute(folder, raised, ADDING) == ["doubling"]  # with the same result, so that what reads it stays
+    assert compute(folder, raised, ADDING) == ["doubling"]  # with the same result, so that later stages are kept
     assert compute(folder, raised, replace(ADDING, version=2)) == ["adding"]
     moved = [replace(program, entry="moved:open") for program in (raised, replace(ADDING, version=2))]
     assert compute(folder, *moved) == []
 
 
 @pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
-def test_key_holds_name_and_version_but_no_module(program: Program[Any]) -> None:
+def test_key_has_name_and_version_but_no_module(program: Program[Any]) -> None:
     assert key_of(replace(program, entry="elsewhere:open")) == key_of(program)
     assert key_of(replace(program, version=program.version + 1)) != key_of(program)
     assert key_of(replace(program, name="another")) != key_of(program)
 
 
-def test_declared_programs_have_names_of_their_own() -> None:
+def test_declared_programs_have_unique_names() -> None:
     assert len({program.name for program in DECLARED}) == len(DECLARED)
 
 

@@ -1,4 +1,4 @@
-"""The vLLM engine, in a worker environment of its own: the generation stage runs there as it does with transformers."""
+"""The vLLM engine, in a separate worker environment: the generation stage runs as with transformers."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from support import ROOT
 from support.row_programs import as_compute
 
-pytestmark = pytest.mark.slow  # vLLM has an environment of its own
+pytestmark = pytest.mark.slow  # vLLM has a separate environment
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def generate(folder: Path, model: Path, python: str, rows: list[Row], sampling: 
     return found
 
 
-def test_vllm_gives_n_samples_from_their_seeds(
+def test_vllm_samples_depend_on_their_seeds(
     smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -95,4 +95,4 @@ def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Pat
     assert table["turn"].to_pylist() == [1, 2]
     assert all(
         value is None or 1 <= value <= 10 for value in table["score"].to_pylist()
-    )  # so small a judge says anything
+    )  # such a small judge gives random scores
