@@ -236,7 +236,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(
 ) -> None:
     content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     sections = judged(judge, tmp_path)
-    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench are judged: set judge.model"):
+    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench need a judge: set judge.model"):
         parse_experiment(content | {"benchmarks": sections["benchmarks"]}, "test")
     config = tmp_path / "evaluation.yaml"
 
