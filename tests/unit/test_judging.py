@@ -81,7 +81,7 @@ def test_spending_cap_holds_before_a_request_is_sent_and_answers_are_kept(server
     assert spent == pytest.approx(0.2 * paid)
     assert 1 <= paid < 30
     assert spent <= 4.0
-    assert f"{30 - paid} questions are left" in str(stop.value)
+    assert f"{30 - paid} questions are pending" in str(stop.value)
     assert len(api(server, tmp_path, spending_cap_dollars=400.0, **prices).ask(questions(30))) == 30
     assert len(server.asked) == 30
 
@@ -108,7 +108,7 @@ def test_refused_key_and_unknown_model_say_what_to_do(
 def test_faults_that_do_not_end_are_an_error_that_keeps_answers(server: JudgeServer, tmp_path: Path) -> None:
     api(server, tmp_path).ask(questions(2))
     server.faults = [FAULTS["not JSON"]] * 10
-    with pytest.raises(UserError, match="3 answers were not of the protocol"):
+    with pytest.raises(UserError, match="3 responses did not follow the OpenAI API"):
         api(server, tmp_path, concurrency=1).ask(questions(3))
     server.faults = []
     asked = len(server.asked)
@@ -140,7 +140,7 @@ def test_key_that_is_none_is_never_quoted(
         assert len(api(server, tmp_path).ask(questions(1))) == 1
         assert server.keys == {"Bearer sk-secret"}
     else:
-        with pytest.raises(UserError, match="OPENAI_API_KEY holds what cannot be a key") as error:
+        with pytest.raises(UserError, match="OPENAI_API_KEY is not a valid API key") as error:
             api(server, tmp_path)
         assert "secr" not in str(error.value)
 
