@@ -61,7 +61,8 @@ def _field_path(location: tuple[int | str, ...]) -> str:
 
 
 def _describe(problem: Any, root: type[Section]) -> str:
-    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    kind = problem["type"]
+    message: str = problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return f"unknown key; remove it or correct its spelling{_suggest_key(problem['loc'], root)}"
     if kind == "missing":

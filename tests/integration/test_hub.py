@@ -34,7 +34,7 @@ print(Path(run.initial_teacher().path).name, run.initial_teacher().sha256)
 
 
 class Hub(ThreadingHTTPServer):
-    """One model, public at its one commit; `gated` asks for an agreement first."""
+    """One model, public at its only commit unless `gated`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -120,10 +120,10 @@ def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub
 
 def test_model_that_the_hub_does_not_give_is_refused_with_a_remedy(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
-    assert "asks for an agreement first" in open_run(tmp_path / "run").stderr
+    assert "is gated: accept its licence" in open_run(tmp_path / "run").stderr
     hub.gated = False
     absent = open_run(tmp_path / "run", "group/absent")
     assert absent.returncode == 1
-    assert "'group/absent', revision main, cannot be had from the hub" in absent.stderr
+    assert "'group/absent', revision main, cannot be downloaded from the hub" in absent.stderr
     assert "Check id, revision" in absent.stderr
     assert not (tmp_path / "run").exists()

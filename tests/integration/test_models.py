@@ -79,7 +79,7 @@ def test_model_fetched_twice_at_once_is_written_once(fetched: tuple[Path, list[s
 def test_package_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
     monkeypatch.setattr("montessori_core.models.embedded._GGUF_SHA256", "0" * 64)
-    with pytest.raises(UserError, match="content changed, not used"):
+    with pytest.raises(UserError, match="content changed and is not used"):
         fetch_embedded()
     assert not embedded_folder().exists()
 
