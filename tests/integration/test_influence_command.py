@@ -132,7 +132,7 @@ def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Pat
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     code, output = influence(folder, other)
     assert code == 1
-    assert "the tokenizer has 4096 tokens, but the model knows 1000" in " ".join(output.split())
+    assert "the tokenizer has 4096 tokens, but the model has 1000" in " ".join(output.split())
     moments = cold_moments(load_model(str(tiny_llama), torch.float32))
     save_moments(Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, moments.step + 1), folder)
     code, output = influence(folder, tiny_llama, "--warm-state", str(folder))

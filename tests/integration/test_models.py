@@ -79,7 +79,7 @@ def test_concurrent_fetches_write_model_once(fetched: tuple[Path, list[str], str
 def test_changed_model_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
     monkeypatch.setattr("montessori_core.models.embedded._GGUF_SHA256", "0" * 64)
-    with pytest.raises(UserError, match="content changed, not used"):
+    with pytest.raises(UserError, match="content changed and is not used"):
         fetch_embedded()
     assert not embedded_folder().exists()
 

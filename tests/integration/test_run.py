@@ -401,7 +401,7 @@ def test_failed_stage_is_reported_and_shown_in_status(
         (["absent.yaml"], "absent.yaml: cannot be read"),
         (["tiny.yaml", "--set", "warmpu.examples=5"], "warmpu: unknown key"),
         (["tiny.yaml", "--set", "teacher.model=./nowhere"], "'./nowhere': no such folder"),
-        (["tiny.yaml", "--set", "seed_pool.path=empty.jsonl"], "empty.jsonl holds no examples"),
+        (["tiny.yaml", "--set", "seed_pool.path=empty.jsonl"], "empty.jsonl has no examples"),
         (["tiny.yaml", "--set", "seed_pool.path=broken.jsonl"], "broken.jsonl, line 2, column"),
         (["tiny.yaml", "--run-root", "/proc/nothing"], "cannot be written"),
         (["tiny.yaml", "--name", "../escape"], "name: a name has letters"),

@@ -39,9 +39,9 @@ def model_with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.guarantee("code in a model repository")
 def test_model_code_is_never_run(model_with_code: Path) -> None:
-    with pytest.raises(UserError, match="code of its own repository, which is not run here"):
+    with pytest.raises(UserError, match="code from its repository, which is never run"):
         load_model(str(model_with_code), torch.float32)
-    with pytest.raises(UserError, match="code of its own repository, which is not run here"):
+    with pytest.raises(UserError, match="code from its repository, which is never run"):
         load_tokenizer(str(model_with_code))
     assert not (model_with_code.parent / "executed").exists()
 

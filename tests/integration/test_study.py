@@ -211,7 +211,7 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
         odd[section] |= {"batch_size": 2, "micro_batch_size": 1}
     for content, words in [
         ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
-        ({"seeds": [1, 1]}, "seeds has an entry twice"),
+        ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
         ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; there are montessori, self_instruct"),
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
         ({"experiment": "missing.yaml"}, "missing.yaml: cannot be read"),

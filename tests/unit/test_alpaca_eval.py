@@ -210,7 +210,7 @@ def test_difficulties_are_sorted_by_index(tmp_path: Path) -> None:
         ",d\n0,1\nx,1\n": "line 3: expected an index and a number",
         ",d\n0\n": "line 2: expected an index",
         ",d\n0,nan\n": "line 2: not finite",
-        ",d\n0,1\n0,1\n": "line 3: .* index 0 stands there twice",
+        ",d\n0,1\n0,1\n": "line 3: .* index 0 occurs twice",
     }.items():
         path.write_text(content)
         with pytest.raises(DataError, match=message):

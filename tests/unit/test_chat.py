@@ -220,5 +220,5 @@ def test_tokenizer_without_template_gets_paper_template(tokenizer: Any, tmp_path
 
 def test_template_that_changes_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="changes the prompt once the answer is known"):
+    with pytest.raises(UserError, match="changes the prompt when the answer is added"):
         encode_example(tokenizer, "Hi", "there", 64)

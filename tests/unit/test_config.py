@@ -127,7 +127,7 @@ def test_cluster_file_mistakes_are_named(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("profile: slurm\nslurm: {partiton: gpu}")
     with pytest.raises(
-        ConfigError, match=r"cluster.yaml: the cluster file does not fit:\s+slurm.partiton: unknown key"
+        ConfigError, match=r"cluster.yaml: the cluster file is not valid:\s+slurm.partiton: unknown key"
     ):
         read_cluster(path)
 
@@ -156,7 +156,7 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     for override, message in (
         ("warmup.learning_rate", "write it as section.key=value"),
         ("teacher.model.x=1", "model is a value, not a section"),
-        ("name=2026-02-30", "--set name=2026-02-30: not valid YAML: not a value of its kind"),
+        ("name=2026-02-30", "--set name=2026-02-30: not valid YAML: not a valid value"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_experiment(path, (override,))
@@ -173,10 +173,10 @@ def test_override_does_not_change_anchored_sections(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"teacher: {model: t}\nseed: 1\nseed: 2", r"'seed' stands twice\s+in .*line 3"),
-        (b"teacher: {model: t}\nname: 2026-02-30", r"not a value of its kind .*; put text in quotes\s+in .*line 2"),
-        (b"seed: 0x" + b"f" * 5000, "not a value of its kind"),
-        (b'name: "\\ud800"', "not a value of its kind"),
+        (b"teacher: {model: t}\nseed: 1\nseed: 2", r"'seed' occurs twice\s+in .*line 3"),
+        (b"teacher: {model: t}\nname: 2026-02-30", r"not a valid value .*; put text in quotes\s+in .*line 2"),
+        (b"seed: 0x" + b"f" * 5000, "not a valid value"),
+        (b'name: "\\ud800"', "not a valid value"),
         (b"{a: " * 5000, "nested too deeply"),
         (b"teacher: \xff", "cannot be read .*UTF-8"),
         (b"teacher: !!python/object/apply:os.getcwd []", "could not determine a constructor"),

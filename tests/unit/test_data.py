@@ -100,7 +100,7 @@ def test_builtin_sets_raise_no_warning() -> None:
         ('{"task": "a"}\n', "line 1: field 'instruction' is missing (found: task); set the field's option"),
         ('{"instruction": 7}\n', "line 1: field 'instruction' is int, expected text"),
         ('{"instruction": "  "}\n', "line 1: field 'instruction' is empty"),
-        ("\n\n", "holds no examples"),
+        ("\n\n", "has no examples"),
         ('{"id": 1, "instruction": "a"}\n{"id": 1, "instruction": "b"}\n', "id '1' occurs twice"),
         ('{"instruction": "a"}\n{"instruction": "\\ud800"}\n', "line 2: a text holds half of a surrogate pair"),
         ('{"instruction": "a", "more": ' + "[" * 100_000, "line 1: nested too deeply"),
@@ -181,7 +181,7 @@ def test_overlapping_sets_are_refused_or_warned_about() -> None:
     shared = Task("r1", "List three rivers of France and their lengths.", "...")
     other = Task("e1", "Which metal melts at the lowest temperature of all?", "...")
     copy = Task("e2", "List three rivers of France and their lengths!", "...")
-    with pytest.raises(DataError, match=r"1 of 1 examples also stand in the evaluation set, e.g. e2 and r1"):
+    with pytest.raises(DataError, match=r"1 of 1 examples are also in the evaluation set, e.g. e2 and r1"):
         check_sources(Sources(seeds, [shared], [other, copy]), EXPERIMENT)
     warnings = check_sources(Sources([*seeds, Task("s9", copy.text)], [shared], [other]), EXPERIMENT)
     assert len(warnings) == 1

@@ -81,7 +81,7 @@ def test_spending_cap_stops_requests_and_keeps_answers(server: JudgeServer, tmp_
     assert spent == pytest.approx(0.2 * paid)
     assert 1 <= paid < 30
     assert spent <= 4.0
-    assert f"{30 - paid} questions are left" in str(stop.value)
+    assert f"{30 - paid} questions are pending" in str(stop.value)
     assert len(api(server, tmp_path, spending_cap_dollars=400.0, **prices).ask(questions(30))) == 30
     assert len(server.asked) == 30
 
@@ -108,7 +108,7 @@ def test_refused_key_and_unknown_model_have_remedy(
 def test_persistent_faults_fail_and_keep_answers(server: JudgeServer, tmp_path: Path) -> None:
     api(server, tmp_path).ask(questions(2))
     server.faults = [FAULTS["not JSON"]] * 10
-    with pytest.raises(UserError, match="3 answers were not of the protocol"):
+    with pytest.raises(UserError, match="3 responses did not follow the OpenAI API"):
         api(server, tmp_path, concurrency=1).ask(questions(3))
     server.faults = []
     asked = len(server.asked)
@@ -140,7 +140,7 @@ def test_invalid_api_key_is_never_printed(
         assert len(api(server, tmp_path).ask(questions(1))) == 1
         assert server.keys == {"Bearer sk-secret"}
     else:
-        with pytest.raises(UserError, match="OPENAI_API_KEY holds what cannot be a key") as error:
+        with pytest.raises(UserError, match="OPENAI_API_KEY is not a valid API key") as error:
             api(server, tmp_path)
         assert "secr" not in str(error.value)
 

@@ -74,7 +74,7 @@ def test_wheel_runs_presets_without_a_clone(installed: Path, tmp_path: Path) -> 
     assert "montessori run quickstart" in output
     code, output = montessori(installed, tmp_path, "run", "quickstart", "--set", "zero.stage=9")
     assert code == 1
-    assert re.search(rf"{installed.parent}\S+/presets/quickstart.yaml: the configuration does not fit", output), output
+    assert re.search(rf"{installed.parent}\S+/presets/quickstart.yaml: the configuration is not valid", output), output
     assert "zero.stage: " in output
     assert not (tmp_path / "runs").exists()
 
@@ -86,7 +86,7 @@ def test_wheel_has_command_dependencies(installed: Path, tmp_path: Path) -> None
     assert "self_instruct" in output
     code, output = montessori(installed, tmp_path, "compare", "quickstart", "--set", "experiment.zero.stage=9")
     assert code == 1
-    assert "presets/studies/quickstart.yaml: the study does not fit" in output
+    assert "presets/studies/quickstart.yaml: the study is not valid" in output
     write_run(tmp_path / "runs" / "first")
     code, output = montessori(installed, tmp_path, "report", "runs/first")
     assert code == 0, output
