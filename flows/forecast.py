@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cluster.backends.base import split_evenly, split_for_array
 from cluster.costs import StageCost, cost_of
 from cluster.partial_commits import COMMIT_SECONDS
-from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, room, simulate
+from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, capacity, simulate
 from cluster.stage import shard_size
 from cluster.status import stages_of
 from montessori_core import layout
@@ -78,7 +78,7 @@ class Forecast:
         limits = {
             "it has no more; make shards smaller for more": len(work.jobs),
             "more by parallel_jobs in cluster.resources": work.at_once,
-            "more nodes would help": room(work, self.machines),
+            "more nodes would help": capacity(work, self.machines),
         }
         reason = min(limits, key=lambda name: limits[name])
         return limits[reason], reason

@@ -18,10 +18,10 @@ def doctor(
 
     Submits a few small jobs. Exits with 1 if something is wrong; each finding says what to do about it.
     """
-    from cluster.doctor import examine
+    from cluster.doctor import check_cluster
 
     sound = True
-    for finding in examine(read_cluster(cluster), run_root, patience):
+    for finding in check_cluster(read_cluster(cluster), run_root, patience):
         mark, colour = {True: ("ok", "green"), False: ("BAD", "red"), None: ("note", "yellow")}[finding.good]
         console.print(f"{mark:>4}", style=colour, end="  ")
         console.print(f"{finding.check}: {finding.seen}", soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.status import forget, stages_of
+from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, RunFolder, on_cluster, stage_folder, warn
@@ -60,7 +60,7 @@ def retry(
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     refuse_part_of_study(opened)
     if shard is not None:
-        forget(stage_folder(opened, stage), shard)
+        invalidate_shard(stage_folder(opened, stage), shard)
     drive_run(opened)
 
 

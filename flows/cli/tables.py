@@ -39,11 +39,11 @@ def print_status(run: Run) -> None:
     states = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     rows = []
     for state in states:
-        at_work = state.word == "at work"
+        at_work = state.state == "running"
         rows.append(
             {
                 "stage": str(state.folder.relative_to(run.folder)),
-                "state": state.word,
+                "state": state.state,
                 "shards done": f"{state.done}/{state.shards}",
                 "running": str(state.running or ""),
                 "queued": str(state.queued or ""),
