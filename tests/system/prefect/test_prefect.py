@@ -112,7 +112,7 @@ def test_second_up_finds_the_first(server: Server) -> None:
         timeout=60,
         check=True,
     )
-    assert f"already up: {server.url}" in again.stdout
+    assert f"already running: {server.url}" in again.stdout
 
 
 @pytest.mark.guarantee("requests from other web pages")
@@ -370,7 +370,7 @@ def test_run_under_way_when_up_ends_is_visible_and_goes_on_after_a_retry(server:
     server.process.send_signal(signal.SIGTERM)  # as systemd does; Ctrl-C is what ends it after these tests
     assert server.process.wait(120) == 0
     assert server.jobs() == []
-    assert "down; runs go on" in (server.folder / "up.log").read_text().splitlines()[-1]
+    assert "stopped; a retried run resumes" in (server.folder / "up.log").read_text().splitlines()[-1]
     server.process = server.up()
     wait_until(lambda: server.state(run) in ENDS, 180)
     assert server.state(run) != "Completed"
