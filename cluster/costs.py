@@ -1,4 +1,4 @@
-"""What a finished stage cost, row by row: what a simulation of a larger one starts from."""
+"""Read the cost per row of a finished stage, the input of a simulation of a larger one."""
 
 import math
 import statistics
@@ -13,15 +13,14 @@ class StageCost:
     """Measured cost of a stage.
 
     Attributes:
-        kind: which section of cluster.resources its jobs got.
-        rows: of the whole stage.
-        shard_rows: of its first shard.
-        seconds_per_row: of one job.
-        spread: standard deviation of the logarithm of a row's seconds, from how much shards differ; 0 if there was one.
-        opening: seconds of a job that do not grow with its rows: until its program can compute, and of a training to load
-            and save.
-        begun: when its first job began, seconds since 1970.
-        ended: when its last shard was committed, likewise.
+        kind: section of cluster.resources that its jobs used.
+        rows: rows of the stage.
+        shard_rows: rows of its first shard.
+        seconds_per_row: seconds that one job spends on a row.
+        spread: standard deviation of the logarithm of a row's seconds, estimated from the shards; 0 for a single shard.
+        opening: fixed seconds of a job: until its program can compute; in a training also to load and save models.
+        begun: start time of its first job, seconds since 1970.
+        ended: commit time of its last shard, seconds since 1970.
     """
 
     kind: str
@@ -35,7 +34,7 @@ class StageCost:
 
 
 def cost_of(folder: Path) -> StageCost | None:
-    """Read the cost of the stage in a folder; None if it is not done, or was done by a version that noted less."""
+    """Read the cost of the stage in a folder; None if it is unfinished or an older version recorded too little."""
     stage, shards = Stage.read_with_size(folder)
     manifests = stage.manifests(range(shards))
     starts = [path.stat().st_mtime for path in (folder / "jobs").glob("node-of-*.json")]
@@ -43,13 +42,13 @@ def cost_of(folder: Path) -> StageCost | None:
         return None
     rows = sum(manifest.rows for manifest in manifests)
     seconds_per_row = sum(manifest.seconds for manifest in manifests) / rows
-    # Shards of many rows differ less than rows do; a last shard of few rows says little.
+    # A shard's mean over n rows varies 1/sqrt(n) as much as a row; the last shard may have fewer rows.
     size = manifests[0].rows
     logs = [math.log(manifest.seconds) for manifest in manifests if manifest.rows == size and manifest.seconds]
     openings = [manifest.opening for manifest in manifests if manifest.opening]
     opening = statistics.mean(openings) if openings else 0.0
     paces = [manifest.row_seconds for manifest in manifests if manifest.row_seconds is not None]
-    if paces and not stage.suffix:  # a training, which loads and saves models beside its rows
+    if paces and not stage.suffix:  # a training: its fixed seconds include loading and saving models
         fixed = (seconds_per_row - statistics.mean(paces)) * rows / shards
         seconds_per_row, opening = statistics.mean(paces), opening + max(0.0, fixed)
     return StageCost(

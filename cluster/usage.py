@@ -1,4 +1,4 @@
-"""What a stage used: shards, jobs, time, operations, GPUs, and what was lost, from what lies in its folder."""
+"""Read what a stage used, from its folder: shards, jobs, job seconds, FLOPs, GPUs and losses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,18 @@ from cluster.stage import Stage
 
 @dataclass(frozen=True)
 class StageUse:
-    """Use of the cluster by a stage.
+    """Cluster usage of a stage.
 
     Attributes:
-        shards: that it is cut into.
-        rows: of those that are done.
-        seconds: that jobs took for these; what lost jobs took is not among them.
-        flops: floating-point operations of the same, see `montessori_core.models.flops`.
-        jobs: that were started; each task of an array is one.
-        retries: jobs that were lost, so that their shards were submitted again.
-        preemptions: of these, jobs that were preempted; and how often Slurm put a job back into its queue by itself, which it
-            does with preempted jobs, those of failed nodes, and ours at their time limit: they stay the same job.
-        gpus: of one job.
+        shards: shards of the stage.
+        rows: rows of finished shards.
+        seconds: job seconds of finished shards, without those of lost jobs.
+        flops: floating-point operations of finished shards, see `montessori_core.models.flops`.
+        jobs: submitted jobs; each array task counts as one.
+        retries: lost jobs whose shards were submitted again.
+        preemptions: retries after a preemption, plus requeues by Slurm (of preempted jobs, after node failures and at the
+            time limit), which keep the job id.
+        gpus: GPUs of one job.
     """
 
     shards: int
@@ -34,16 +34,16 @@ class StageUse:
     gpus: int
 
 
-def use_of(stage: Path) -> StageUse:
-    """Read what the stage in a folder used so far, by all drivers together.
+def use_of(folder: Path) -> StageUse:
+    """Read the usage of the stage in a folder so far, over all its drivers.
 
     Raises:
-        UserError: the stage's description or its ledger is damaged.
+        UserError: the stage's description or its ledger is corrupt.
     """
-    made, shards = Stage.read_with_size(stage)
-    manifests = made.manifests(range(shards))
-    submissions = Ledger(stage / "jobs").submissions
-    starts = [read_record(path, JobStart) for path in (stage / "jobs").glob("node-of-*.json")]
+    stage, shards = Stage.read_with_size(folder)
+    manifests = stage.manifests(range(shards))
+    submissions = Ledger(folder / "jobs").submissions
+    starts = [read_record(path, JobStart) for path in (folder / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]
     return StageUse(
         shards=shards,

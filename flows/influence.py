@@ -1,4 +1,4 @@
-"""Influence of any data on any student, without a run."""
+"""Measure the influence of any data on any student, without a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,15 @@ _SHARD = 16  # examples
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured, on what, and how.
+    """A measurement of influence.
 
     Attributes:
-        student: whose loss it is.
-        warm_state: a folder with AdamW's moments of the student; None: the step is a first one.
-        examples: to measure.
-        reference: examples that the student's loss is measured on.
-        settings: of the estimator and its step.
-        baseline: what helping is measured against, see `config.Preferences`.
+        student: model whose loss is measured.
+        warm_state: folder with AdamW's moments of the student; None: the step is AdamW's first.
+        examples: examples to measure.
+        reference: reference set.
+        settings: settings of the estimator and its step.
+        baseline: baseline of helping, see `config.Preferences`.
     """
 
     student: Student
@@ -47,21 +47,21 @@ class Measurement:
 
 
 def measure_influence(measurement: Measurement, out: Path) -> None:
-    """Measure every example, and write the table to `out`.
+    """Measure every example and write the table to `out`.
 
-    Shards that were done before an interruption are kept in a folder beside `out`.
+    Finished shards are kept in a folder next to `out`, so that the measurement can be resumed.
 
     Raises:
-        UserError: an option, a file or the model cannot be used; the message names it.
+        UserError: an option, a file or the model is invalid; the message names it.
     """
     student, settings, warm_state = measurement.student, measurement.settings, measurement.warm_state
     if settings.sequential is not None and measurement.baseline == "median":
         raise ConfigError(
-            "--sequential decides signs one by one, but --baseline median has no threshold until all are known"
+            "--sequential decides signs one by one, but --baseline median has no threshold until all are measured"
         )
     tasks = read_tasks(measurement.examples, "examples", with_response=True)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
-        raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; give the folder of a warmed-up student")
+        raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
     model = fetch_model(student.model, student.revision)
     folder = out.with_name(out.name + ".parts").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
 
 
 class _Stages:
-    """Stages on this machine, each in a folder of its own."""
+    """The stages of a measurement on this machine, each in its folder."""
 
     def __init__(
         self, folder: Path, measurement: Measurement, models: dict[str, Model], reference: Path, rows: list[Row]
@@ -96,9 +96,9 @@ class _Stages:
         return self._execute(name, "exact", [self._rows[i] for i in positions])
 
     def _execute(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
-        measured = self._measurement
+        measurement = self._measurement
         settings = programs.measurement_settings(
-            measured.settings, Warmup(), measured.student.max_length, estimator, measured.baseline
+            measurement.settings, Warmup(), measurement.student.max_length, estimator, measurement.baseline
         )
         stage = stage_of(programs.INFLUENCE, settings, self._folder / name, self._models, self._files)
         with ProgressBar(f"influence, {name}") as bar:

@@ -351,7 +351,7 @@ def test_local_jobs_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPa
         assert results(run(folder, jobs=3, gpus_per_node=1)) == EXPECTED
     assert computed(folder).count(10) == 2
     assert set((folder / "used.txt").read_text().split()) == {"2", "5"}
-    with pytest.raises(UserError, match=r"asks for 3 GPUs.*has 2.*lower gpus_per_node"):
+    with pytest.raises(UserError, match=r"needs 3 GPUs.*has 2.*lower gpus_per_node"):
         run(folder, gpus_per_node=3)
 
 
@@ -457,7 +457,7 @@ def test_nothing_starts_if_running_jobs_are_unknown(folder: Path) -> None:
     (folder / "stage" / "jobs").mkdir(parents=True)
     ledger = folder / "stage" / "jobs" / "ledger.json"
     ledger.write_text('[{"name": "montessori-squares", "ids"')
-    with pytest.raises(UserError, match=r"ledger.json: damaged.*squeue --me.*remove the file and resume"):
+    with pytest.raises(UserError, match=r"ledger.json is corrupt.*squeue --me.*remove the file and resume"):
         run(folder)
     assert computed(folder) == []
     ledger.unlink()

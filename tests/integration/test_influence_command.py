@@ -146,7 +146,7 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step', 'median' or 'prompt'"),
         (["--baseline", "prompt"], "these examples have no prompts in common"),
-        (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda, cuda:N"),
+        (["--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda, cuda:N"),
         (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),

@@ -97,8 +97,8 @@ def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> Non
     assert driver.wait() == 130
     text = said.decode()
     assert "cancelling the jobs of this run" in text
-    assert "the jobs were cancelled, what is done is kept" in text
-    assert "resume" in text.split("Go on with:")[1]
+    assert "the jobs were cancelled, finished work is kept" in text
+    assert "resume" in text.split("Resume with:")[1]
     assert not left_over(tmp_path)
 
 
@@ -112,18 +112,18 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) 
         time.sleep(0.05)
     code, output = invoke("run", str(config), cwd=tmp_path)
     assert code == 1
-    assert "another process drives this run" in output
+    assert "this run already has a driver" in output
     code, output = invoke("status", "runs/tiny", cwd=tmp_path)
-    assert f"driven by process {first.pid}" in output
+    assert f"driver: process {first.pid}" in output
     code, output = call("cancel", "runs/tiny", cwd=tmp_path)
     assert code == 0, output
-    assert "cancelled; what is done is kept" in output
+    assert "cancelled; finished work is kept" in output
     assert first.wait(90) == 130
     assert not left_over(tmp_path)
     code, output = invoke("cancel", "runs/tiny", cwd=tmp_path)
-    assert "nothing of this run is at work" in output
+    assert "nothing of this run is running" in output
     code, output = invoke("status", "runs/tiny", cwd=tmp_path)
-    assert "go on with: montessori resume" in output
+    assert "Resume with: montessori resume" in output
 
 
 @pytest.mark.guarantee("driver killed at any moment")

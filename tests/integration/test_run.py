@@ -133,7 +133,7 @@ def test_forecast_names_settings_that_change_costs(tmp_path: Path) -> None:
         "preferences.max_pairs: 9 -> None",
     ]
     begun = Run(tmp_path, experiment(None, 4))
-    with pytest.raises(UserError, match="this pilot has not finished"):
+    with pytest.raises(UserError, match="this pilot is not finished"):
         forecast(begun, begun.experiment, [ClusterSpec(1, 8, 64)], FailureModel(), 1)
 
 
@@ -155,7 +155,7 @@ def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
         *("forecast", "--pilot", pilot, "--set", "student.max_length=64", *arguments), cwd=undisturbed
     )
     assert code == 0, output
-    assert "costs are taken all the same: student.max_length" in output
+    assert "costs are used nevertheless: student.max_length" in output
     assert "iteration-1/influence" in output
     whole = output.split("the whole experiment")[1].splitlines()
     assert [line.split()[1] for line in whole if line[:1] == "│"] == ["1", "4"]
@@ -281,8 +281,8 @@ def test_single_shard_is_recomputed_on_request(undisturbed: Path, shared_server:
     assert changed == {Path("iteration-1/influence/part-00002.manifest.json")}
     assert digests(run) == expected
     for stage, shard, message in (
-        ("nowhere", "0", "no stage 'nowhere'; there are"),
-        ("iteration-1/influence", "9", "has shards 0 to 3, no shard 9"),
+        ("nowhere", "0", "no stage 'nowhere'; its stages are"),
+        ("iteration-1/influence", "9", "has no shard 9; its shards are 0 to 3"),
     ):
         code, output = invoke("retry", "runs/tiny", "--stage", stage, "--shard", shard, cwd=undisturbed)
         assert code == 1

@@ -212,14 +212,14 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
     for content, words in [
         ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
         ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
-        ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; there are montessori, self_instruct"),
+        ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; available: montessori, self_instruct"),
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
         ({"experiment": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"sedes": [1]}, "sedes: unknown key"),
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
         ({"name": "a..b"}, "must not contain '..'"),
         ({"methods": ["self_instruct", "nomad"], "experiment": odd}, "nomad.batch_size (3) must be a multiple of"),
-        ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is another method's too"),
+        ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is taken"),
         ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
     ]:
         study.write_text(yaml.safe_dump({"experiment": experiment.name} | content))

@@ -184,7 +184,7 @@ def test_crashing_job_affects_no_other(stage: Stage, crash: str, number: signal.
     pid = warm_process().pid
     assert run(stage, f"first_time('crash') and {crash}", "time.sleep(2) or 7") == [False, 7]
     assert computed(stage) == [0, 0, 1]
-    assert f"ended by signal {number} " in logs(stage)
+    assert f"killed by signal {number} " in logs(stage)
     assert warm_process().pid == pid
 
 

@@ -85,6 +85,6 @@ print([name for name in ("prefect", "torch", "transformers", "simpy") if name in
 """
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     said, _, imported = outcome.stdout.strip().rpartition("\n")
-    assert "nothing of this run is at work" in said
+    assert "nothing of this run is running" in said
     assert "report.html" in said
     assert imported == "[]"

@@ -54,8 +54,8 @@ def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("deployment", "message"),
     [
-        ({}, "give either config .* or parameters.experiment"),
-        ({"config": "quickstart", "parameters": {"experiment": {}}}, "give either config .* or parameters.experiment"),
+        ({}, "set either config .* or parameters.experiment"),
+        ({"config": "quickstart", "parameters": {"experiment": {}}}, "set either config .* or parameters.experiment"),
         ({"config": "quikstart"}, "config: .*quikstart: no such file, and no preset .* paper-1b, paper-8b, quickstart"),
         ({"config": "paper-8b", "entrypoint": "flows/study.py:compare"}, "config: .*no preset .*: quickstart"),
         ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),

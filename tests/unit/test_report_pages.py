@@ -145,7 +145,7 @@ def test_unwritable_page_is_named_with_remedy(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml" / "mine.html"), cwd=tmp_path)
     assert code == 1
-    assert re.search(r"config\.yaml/mine\.html: cannot be written \(.*\); give another place with --out", output)
+    assert re.search(r"config\.yaml/mine\.html: cannot be written \(.*\); name another file with --out", output)
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml"), cwd=tmp_path)
     assert code == 1
-    assert "ends in .html" in output
+    assert "end in .html" in output

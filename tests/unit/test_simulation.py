@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, room, simulate
+from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, capacity, simulate
 from montessori_core.errors import UserError
 
 ONE = Work(
@@ -49,7 +49,7 @@ def test_jobs_without_failures_run_in_waves(machines: ClusterSpec, at_once: int,
     assert (first.job_seconds, first.restarts) == (pytest.approx(50 * 120), 0)
     assert first.lost_seconds == pytest.approx(0, abs=1e-6)
     assert second.seconds == pytest.approx(125)
-    assert min(room(work, machines), at_once) == held
+    assert min(capacity(work, machines), at_once) == held
 
 
 def test_time_with_failures_matches_theory() -> None:
@@ -122,7 +122,7 @@ def test_all_seconds_are_accounted_for(
         assert own.job_seconds == pytest.approx(needed + own.lost_seconds)
         if not own.restarts:
             assert own.lost_seconds == pytest.approx(0, abs=1e-6)
-        together = min(room(work, machines), work.at_once)
+        together = min(capacity(work, machines), work.at_once)
         assert own.seconds >= own.job_seconds / together + work.around - 1e-6
 
 
@@ -136,6 +136,6 @@ def test_impossible_simulation_is_refused_with_remedy() -> None:
     ):
         with pytest.raises(UserError, match=remedy):
             simulate([work], machines, CALM, seed=0)
-    with pytest.raises(UserError, match="hardly ever get on"):
+    with pytest.raises(UserError, match="hardly ever progress"):
         simulate([ONE], machines, FailureModel(preemption_hours=10 / 3600), seed=0)
     assert isinstance(simulate([replace(ONE, limit=121.0)], machines, CALM, seed=0)[0], StageTiming)

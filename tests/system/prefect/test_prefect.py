@@ -112,7 +112,7 @@ def test_second_up_finds_running_server(server: Server) -> None:
         timeout=60,
         check=True,
     )
-    assert f"already up: {server.url}" in again.stdout
+    assert f"already running: {server.url}" in again.stdout
 
 
 @pytest.mark.guarantee("requests from other web pages")
@@ -360,7 +360,7 @@ def test_run_resumes_after_up_ended(server: Server, finished: str) -> None:
     server.process.send_signal(signal.SIGTERM)  # like systemd; the fixture uses Ctrl-C
     assert server.process.wait(120) == 0
     assert server.jobs() == []
-    assert "down; runs go on" in (server.folder / "up.log").read_text().splitlines()[-1]
+    assert "stopped; a retried run resumes" in (server.folder / "up.log").read_text().splitlines()[-1]
     server.process = server.up()
     wait_until(lambda: server.state(run) in ENDS, 180)
     assert server.state(run) != "Completed"

@@ -11,10 +11,10 @@ from support import ROOT
 
 PROGRAM = """
 import sqlite3, sys, threading, time
-from flows.prefect_server import collect_beside
+from flows.prefect_server import collect_in_thread
 
 if sys.argv[1] == "beside":
-    collect_beside(pause=0.05)
+    collect_in_thread(pause=0.05)
 writing, holding = (sqlite3.connect(sys.argv[2], 10, check_same_thread=False, isolation_level=None) for _ in range(2))
 writing.execute("PRAGMA journal_mode = WAL")
 writing.execute("CREATE TABLE rows (row)")

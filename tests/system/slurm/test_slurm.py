@@ -445,7 +445,7 @@ def test_interrupted_slurm_run_has_tables_of_local_run(talking_llama: Path, tmp_
     driver = whole.montessori("run", str(config), cwd=tmp_path)
     local.wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
     code, output = whole.call("run", str(config), cwd=tmp_path)
-    assert (code, "another process drives this run" in output) == (1, True)
+    assert (code, "this run already has a driver" in output) == (1, True)
     driver.kill()
     driver.wait()
     assert queued()
@@ -781,12 +781,12 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
     [
         (
             {"slurm": {"partition": "nowhere"}},
-            ["no partition 'nowhere'; there are brief, main, urgent", "set cluster.slurm.partition"],
+            ["no partition 'nowhere'; available: brief, main, urgent", "set cluster.slurm.partition"],
         ),
-        ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 a node, 8 asked for", "gpus_per_node"]),
+        ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 per node, 8 requested", "gpus_per_node"]),
         (
             {"slurm": {"partition": "brief"}},
-            ["time limits: 2 minutes in the partition, 240 asked", "time_limit_minutes"],
+            ["time limits: 2 minutes in the partition, 240 requested", "time_limit_minutes"],
         ),
         (
             {"generation_python": sys.executable},
@@ -797,7 +797,7 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
             {"slurm": {"python": "/nowhere/python"}},
             ["influence job: lost", "does the Python that the configuration names"],
         ),
-        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch did not take the jobs", "see cluster.slurm"]),
+        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch rejected the jobs", "see cluster.slurm"]),
     ],
 )
 def test_doctor_names_faults_and_remedies(tmp_path: Path, change: dict[str, object], messages: list[str]) -> None:
