@@ -251,4 +251,4 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(
     assert "no reference answer for the questions 2" in refusal(mt_bench_references=None)
     (tmp_path / "difficulty.csv").write_text("index,difficulty\n0,0.5\n")
     output = refusal(alpaca_eval_difficulty=str(tmp_path / "difficulty.csv"))
-    assert "is not for the 5 instructions" in output
+    assert "does not match the 5 instructions" in output
