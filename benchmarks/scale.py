@@ -146,9 +146,8 @@ def make_tables(folder: Path, rows: int) -> None:
             "dominated_share": draw.random(len(numbers)),
         }
         table = write_influence_metadata(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
-        pq.write_table(
-            table, folder / f"part-{number:05d}.parquet", compression="zstd"
-        )  # write_table would flush each to disk
+        # Not `write_table`, which would flush each file to disk.
+        pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
 
 
 def words(draw: np.random.Generator, size: int) -> str:
