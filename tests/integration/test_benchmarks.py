@@ -247,4 +247,4 @@ def test_unusable_options_are_refused_before_computing(judge: Judge, talking_lla
     assert "no reference answer for the questions 2" in refusal(mt_bench_references=None)
     (tmp_path / "difficulty.csv").write_text("index,difficulty\n0,0.5\n")
     output = refusal(alpaca_eval_difficulty=str(tmp_path / "difficulty.csv"))
-    assert "is not for the 5 instructions" in output
+    assert "does not match the 5 instructions" in output

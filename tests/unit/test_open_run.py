@@ -44,7 +44,7 @@ def test_open_run_warns_of_contaminated_references(words: int, warned: bool, tin
     }
     sections = {"reference": {"path": str(tmp_path / "reference.jsonl")}, "judge": {"model": "judge"}}
     warnings = warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, **sections)
-    assert ["2 of 2 reference examples also stand in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
+    assert ["2 of 2 reference examples are also in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
 
 
 @pytest.mark.parametrize("name", ["paper-1b", "paper-8b"])

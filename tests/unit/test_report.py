@@ -99,17 +99,17 @@ def test_metric_names_are_escaped(run: Path, tmp_path: Path) -> None:
 def test_costs_explain_paper_numbers(run: Path, tmp_path: Path) -> None:
     report, study = page_of(run), Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     for page in (report, study):
-        assert "Appendix E.3 charges a pass over 128 tokens for every token" in page.text
+        assert "Appendix E.3 counts a pass over 128 tokens for every token" in page.text
         assert "(Appendix E.3)" not in page.text
         assert "rule of Appendix E.3" not in page.text
-    assert "wall time of 8 H100s together, 107 and 28 GPU-seconds" in report.text
+    assert "wall time on 8 H100s, that is 107 and 28 GPU-seconds" in report.text
 
 
 def test_judged_scores_name_judge_prompts(run: Path, tmp_path: Path) -> None:
     page = page_of(run)
     assert "MT-Bench (own judge prompts), score writing" in page.text
     assert "arc_challenge, acc norm" in page.text
-    assert "judged answer by answer with own judge prompts" in page.text
+    assert "compares the answers of two models with own judge prompts" in page.text
     study = Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     assert "MT-Bench (own judge prompts): score" in study.text
 
@@ -120,7 +120,7 @@ def test_judged_scores_name_judge_prompts(run: Path, tmp_path: Path) -> None:
     write_json(content, folder / "iteration-1" / "metrics.json")
     page = page_of(folder)
     assert "MT-Bench (published judge prompts), score writing" in page.text
-    assert "judged answer by answer with own and published judge prompts" in page.text
+    assert "compares the answers of two models with own and published judge prompts" in page.text
     assert score_name("alpaca_eval_published against x") == "AlpacaEval (published judge prompts) against x"
 
 
@@ -216,7 +216,7 @@ def test_report_warns_of_dominating_gradients(run: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("lost", "sentence"),
     [
-        ("iteration-1", "Iteration 1 has not begun."),
+        ("iteration-1", "Iteration 1 has not started."),
         ("iteration-1/influence.parquet", "the influence of the probing set"),
         ("iteration-1/training-influence.parquet", "the influence of the training set"),
         ("iteration-1/preferences.parquet", "the preference pairs"),
@@ -306,7 +306,7 @@ def test_run_without_comparison_claims_none(tmp_path: Path) -> None:
     (folder / "iteration-1" / "training-influence.parquet").unlink()
     text = page_of(folder).text
     assert "No comparison." in text
-    assert "comparison.unmodified_teacher is switched off" in text
+    assert "comparison.unmodified_teacher is off" in text
     assert "comparison.influence_examples is 0" in text
     assert "is not complete" not in text
 
