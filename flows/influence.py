@@ -1,15 +1,16 @@
 """Measure the influence of any data on any student, without a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from cluster.fanout import fan_out
-from cluster.stage import cut_into_shards
+from cluster.stage import cut_for_jobs
 from montessori_core import programs
-from montessori_core.config import Cluster, DataSource, Influence, Resources, Student, Warmup
-from montessori_core.data.sources import read_tasks, write_tasks
+from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
+from montessori_core.data.sources import Task, read_tasks, write_tasks
 from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import hash_path
@@ -17,7 +18,7 @@ from montessori_core.influence.preferences import Positions
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
-from montessori_core.program import Row
+from montessori_core.program import Program, Row, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
@@ -36,6 +37,7 @@ class Measurement:
         reference: reference set.
         settings: settings of the estimator and its step.
         baseline: baseline of helping, see `config.Preferences`.
+        cluster: where jobs run.
     """
 
     student: Student
@@ -44,6 +46,32 @@ class Measurement:
     reference: DataSource
     settings: Influence
     baseline: str
+    cluster: Cluster
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a measurement.
+
+    Attributes:
+        examples: examples to measure.
+        reference: the reference set.
+        models: `student`, and `moments` if it is warm.
+        files: `reference`, a copy of the reference set.
+    """
+
+    examples: list[Task]
+    reference: list[Task]
+    models: Mapping[str, Model]
+    files: Mapping[str, Path]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The examples as rows of a program that measures them."""
+        return [
+            {"example_id": t.id, "prompt_id": t.id, "instruction": t.text, "response": t.response, "finished": True}
+            for t in self.examples
+        ]
 
 
 def measure_influence(measurement: Measurement, out: Path) -> None:
@@ -54,53 +82,81 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     Raises:
         UserError: an option, a file or the model is invalid; the message names it.
     """
-    student, settings, warm_state = measurement.student, measurement.settings, measurement.warm_state
-    if settings.sequential is not None and measurement.baseline == "median":
+    if measurement.settings.sequential is not None and measurement.baseline == "median":
         raise ConfigError(
             "--sequential decides signs one by one, but --baseline median has no threshold until all are measured"
         )
-    tasks = read_tasks(measurement.examples, "examples", with_response=True)
+    folder = out.with_name(out.name + ".parts").resolve()
+    stages = MeasurementStages(folder, measurement, open_inputs(measurement, folder))
+    write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
+
+
+def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
+    """Read the files and find the models of a measurement; create its folder.
+
+    Raises:
+        UserError: a file or the model is invalid; the message names it.
+    """
+    warm_state = measurement.warm_state
+    examples = read_tasks(measurement.examples, "examples", with_response=True)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
-    model = fetch_model(student.model, student.revision)
-    folder = out.with_name(out.name + ".parts").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    reference_file = folder / "reference.jsonl"
-    write_tasks(read_tasks(measurement.reference, "reference", with_response=True), reference_file)
-
-    models = {"student": Model.of(model)}
+    models = {"student": Model.of(fetch_model(measurement.student.model, measurement.student.revision))}
     if warm_state is not None:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
-    rows: list[Row] = [
-        {"example_id": t.id, "prompt_id": t.id, "instruction": t.text, "response": t.response, "finished": True}
-        for t in tasks
-    ]
-    stages = _Stages(folder, measurement, models, reference_file, rows)
-    write_table(estimate_influence(stages, settings, measurement.baseline), out, INFLUENCE)
+    reference = read_tasks(measurement.reference, "reference", with_response=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "reference.jsonl"
+    write_tasks(reference, file)
+    return Inputs(examples, reference, models, {"reference": file})
 
 
-class _Stages:
-    """The stages of a measurement on this machine, each in its folder."""
+class MeasurementStages:
+    """The stages of a measurement, each in its folder."""
 
-    def __init__(
-        self, folder: Path, measurement: Measurement, models: dict[str, Model], reference: Path, rows: list[Row]
-    ) -> None:
-        self._folder, self._measurement, self._rows = folder, measurement, rows
-        self._models, self._files = models, {"reference": reference}
+    def __init__(self, folder: Path, measurement: Measurement, inputs: Inputs) -> None:
+        self._folder, self._measurement, self._inputs = folder, measurement, inputs
 
     def measure_all(self, estimator: str) -> pa.RecordBatchReader:
         screened = self._measurement.settings.estimator == "screened"
-        return self._execute("screen" if screened else estimator, estimator, self._rows)
+        return self._execute("screen" if screened else estimator, estimator, self._inputs.rows)
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
-        return self._execute(name, "exact", [self._rows[i] for i in positions])
+        rows = self._inputs.rows
+        return self._execute(name, "exact", [rows[i] for i in positions])
 
     def _execute(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
         measurement = self._measurement
         settings = programs.measurement_settings(
             measurement.settings, Warmup(), measurement.student.max_length, estimator, measurement.baseline
         )
-        stage = stage_of(programs.INFLUENCE, settings, self._folder / name, self._models, self._files)
-        with ProgressBar(f"influence, {name}") as bar:
-            parts = fan_out(stage, cut_into_shards(rows, _SHARD), Resources(), Cluster(), bar.show)
-        return join_influence(parts)
+        return join_influence(
+            compute_parts(
+                self._folder / name, programs.INFLUENCE, settings, rows, self._inputs, measurement.cluster, _SHARD
+            )
+        )
+
+
+def compute_parts(
+    folder: Path,
+    program: Program[SettingsT],
+    settings: SettingsT,
+    rows: list[Row],
+    inputs: Inputs,
+    cluster: Cluster,
+    rows_per_shard: int | None = None,
+) -> list[Path]:
+    """Compute the rows of a program on the inputs' models and files; return the parts, in the order of the rows.
+
+    Args:
+        folder: folder of the stage.
+        program, settings, rows: what is computed.
+        inputs: models and files that the program reads.
+        cluster: where jobs run.
+        rows_per_shard: maximum number of rows of a shard; None: all rows are one shard.
+    """
+    resources = getattr(cluster.resources, program.kind)
+    stage = stage_of(program, settings, folder, inputs.models, inputs.files)
+    shards = cut_for_jobs(folder, rows, resources.parallel_jobs, rows_per_shard) if rows_per_shard else [rows]
+    with ProgressBar(f"{program.name}, {folder.name}") as bar:
+        return fan_out(stage, shards, resources, cluster, bar.show)

@@ -39,7 +39,7 @@ class LocalBackend:
         self._resources, self._python = resources, python
         self.forks_jobs = python is None and sys.platform == "linux"
         self._job_ids: set[str] = set()
-        self._gpus = _gpus_of_this_machine() if resources.gpus_per_node else []
+        self._gpus = gpus_of_this_machine() if resources.gpus_per_node else []
         if len(self._gpus) < resources.gpus_per_node:
             raise UserError(
                 f"a job needs {resources.gpus_per_node} GPUs, but this machine has {len(self._gpus)} "
@@ -171,7 +171,7 @@ def _process(job_id: str) -> psutil.Process | None:
         return None
 
 
-def _gpus_of_this_machine() -> list[int]:
+def gpus_of_this_machine() -> list[int]:
     """Return the indices of the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

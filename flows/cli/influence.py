@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from cluster.backends.local import gpus_of_this_machine
 from flows.cli.console import console
 from flows.cli.tables import print_influence
-from montessori_core.config import DataSource, Influence, Preferences, Student
+from montessori_core.config import Cluster, DataSource, Influence, Preferences, Resources, StageResources, Student
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import ConfigError, UserError
 
@@ -100,8 +101,8 @@ def influence(
         reference=DataSource(path=reference),
         settings=parse_options(options),
         baseline=check_baseline(baseline),
+        cluster=local_cluster(device),
     )
-    choose_device(device)
     measure_influence(measurement, out)
     print_influence(read_table(out, INFLUENCE), baseline)
     console.print(f"table: {out}", soft_wrap=True)
@@ -136,8 +137,12 @@ def check_baseline(baseline: str) -> str:
         raise ConfigError(f"--baseline: {error.errors()[0]['msg']}") from error
 
 
-def choose_device(device: str) -> None:
-    """Make only the chosen device visible to the jobs."""
+def local_cluster(device: str) -> Cluster:
+    """Return a cluster of this machine whose jobs compute on a device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        UserError: no such device.
+    """
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
         raise ConfigError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N")
@@ -150,3 +155,5 @@ def choose_device(device: str) -> None:
             )
     if kind == "cpu" or number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number
+    jobs = Resources(gpus_per_node=1 if gpus_of_this_machine() else 0)
+    return Cluster(resources=StageResources(influence=jobs, training=jobs))
