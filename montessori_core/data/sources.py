@@ -50,13 +50,22 @@ def read_sources(experiment: Experiment) -> Sources:
         reference=read_tasks(experiment.reference, "reference", with_response=True),
         evaluation=read_tasks(experiment.evaluation, "evaluation", with_response=True),
     )
-    count = len(sources.reference)
-    if count < _FEWEST_REFERENCES and count != experiment.reference.limit:  # a limit is the user's choice
+    if len(sources.reference) != experiment.reference.limit:  # a limit is the user's choice
+        check_reference_size(sources.reference, experiment.reference)
+    return sources
+
+
+def check_reference_size(reference: list[Task], source: DataSource) -> None:
+    """Check that a reference set has enough examples for a mean.
+
+    Raises:
+        DataError: it has not.
+    """
+    if len(reference) < _FEWEST_REFERENCES:
         raise DataError(
-            f"reference.path: {experiment.reference.path} holds {count} examples; a reference set needs at least "
+            f"reference.path: {source.path} holds {len(reference)} examples; a reference set needs at least "
             f"{_FEWEST_REFERENCES}, better some dozens, because influence is a mean over them. Add examples of the same kind"
         )
-    return sources
 
 
 def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
