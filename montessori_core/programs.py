@@ -141,10 +141,17 @@ class ModelLoss(Section):
     batch_tokens: int
 
 
-class InContext(ModelLoss):
-    """How the worth of a demonstration is measured."""
+class ReferenceSignal(ModelLoss):
+    """How an example is measured on the reference set."""
 
     reference_reduction: Literal["example", "token"]
+
+
+class Retraining(ReferenceSignal):
+    """How the warm student is trained on subsets of the examples."""
+
+    recipe: Optimization
+    mixed: bool = Field(description="Run forward and backward passes of the training in bf16.")
 
 
 class Similarity(Section):
@@ -168,7 +175,11 @@ DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, "teacher_update",
 INFLUENCE = Program("influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, "influence")
 REFERENCE_LOSS = Program("reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, "evaluation")
 TRAINING_LOSS = Program("training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, "influence")
-IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, "influence")
+IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", ReferenceSignal, "influence")
+GRADIENT_COSINE = Program(
+    "gradient-cosine", 1, f"{_CORE}.influence.signals:open_gradient_cosine", ReferenceSignal, "influence"
+)
+RETRAINING = Program("retraining", 1, f"{_CORE}.influence.retraining:open_retraining", Retraining, "influence")
 NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, "influence")
 JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, "judging")
 PAIRWISE_JUDGE = Program(

@@ -46,7 +46,7 @@ def measure_training_loss(step: Step, student: Model, examples: Path, first: int
 def measure_in_context(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
     """What rows `first` to `last` of an example table are worth to the student as demonstrations; as above."""
     influence = step.experiment.influence
-    settings = programs.InContext(reference_reduction=influence.reference_reduction, **_evaluation(step))
+    settings = programs.ReferenceSignal(reference_reduction=influence.reference_reduction, **_evaluation(step))
     parts = step.execute(
         programs.IN_CONTEXT,
         settings,

@@ -158,6 +158,24 @@ UTILITY_PREFERENCES = _schema(
     *_drawn_tokens("rejected_"),
 )
 
+RETRAINING = _schema(
+    "retraining",
+    1,
+    _field("training_id", _TEXT, "the training: 'none', 'all', or which examples"),
+    _field("example_ids", pa.list_(_TEXT), "the examples of an epoch, in their order"),
+    _field("steps", _WHOLE, "optimizer steps from the warm student"),
+    _field("response_tokens", _WHOLE, "response tokens of an epoch"),
+    _field("reference_loss", _REAL, "the student's reference loss after the training, nats per token"),
+)
+
+PREDICTIONS = _schema(
+    "predictions",
+    1,
+    _field("example_id", _TEXT, "the example"),
+    _field("predictor", _TEXT, "what predicts the effect of training on it"),
+    _field("value", _REAL, "its value: nats for influence; null if the example has no response tokens", nullable=True),
+)
+
 SIMILARITY = _schema(
     "similarity",
     1,

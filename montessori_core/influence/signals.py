@@ -1,6 +1,7 @@
-"""Signals other than influence, measured on the student: the training loss of an example, and in-context learning."""
+"""Signals other than influence, measured on the student: training loss, in-context learning, gradient cosine."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from montessori_core import programs
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import UTILITY
-from montessori_core.influence.losses import TokenLosses
+from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models.chat import IGNORED, Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
@@ -25,8 +26,8 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
     schema `UTILITY`: the mean training loss of the example, nats per token; null if no response token fits into the
     student's `max_length`.
     """
-    tokenizer, losses = _open_student(inputs)
-    device = compute_device()
+    tokenizer, model = _open_student(inputs)
+    losses, device = TokenLosses(model), compute_device()
 
     def loss_of(row: Row) -> float | None:
         example = encode_example(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"])
@@ -37,15 +38,15 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
     return _utility_of_rows(loss_of)
 
 
-def open_in_context(settings: programs.InContext, inputs: Mapping[str, Path]) -> RowProgram:
+def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Path]) -> RowProgram:
     """Open the in-context learning signal (ARTE): load the student and the reference set.
 
     Inputs: `student`; `reference` (tasks). Rows: `example_id`, `prompt_id`, `instruction`, `response`. The result is a
     table of schema `UTILITY`: by how much the example, as a demonstration before each reference example, lowers the
     reference loss, nats per token; null if the two do not fit into twice the student's `max_length`.
     """
-    tokenizer, losses = _open_student(inputs)
-    device = compute_device()
+    tokenizer, model = _open_student(inputs)
+    losses, device = TokenLosses(model), compute_device()
     tasks = load_tasks(inputs["reference"])
     zero_shot = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
     before = ReferenceSet(zero_shot, settings.batch_tokens, device).evaluate(losses)
@@ -75,13 +76,56 @@ def first_labels(example: Encoded, count: int) -> Encoded:
     return replace(example, labels=labels)
 
 
-def _open_student(inputs: Mapping[str, Path]) -> tuple[Any, TokenLosses]:
+def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str, Path]) -> RowProgram:
+    """Open the gradient cosine signal: load the student, and compute the gradient of its reference loss once.
+
+    Inputs: `student`; `reference` (tasks). Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`. The
+    result is a table of schema `UTILITY`: the cosine between the gradients of the example's loss and of the reference loss;
+    null if no response token fits into the student's `max_length`, or a gradient is zero or not finite.
+    """
+    tokenizer, model = _open_student(inputs)
+    losses, device = TokenLosses(model), compute_device()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    reference = ReferenceSet(
+        encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
+        settings.batch_tokens,
+        device,
+    )
+    reference.backward(losses, settings.reference_reduction, range(len(reference)))
+    direction = _take_gradients(parameters)
+
+    def cosine(row: Row) -> float | None:
+        example = encode_example(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"])
+        if not example.response_tokens:
+            return None
+        example_loss(losses, make_batch([(0, example)], device)).backward()
+        gradient = _take_gradients(parameters)
+        product = _inner_product(gradient, direction)
+        norms = math.sqrt(_inner_product(gradient, gradient) * _inner_product(direction, direction))
+        return product / norms if 0 < norms < math.inf else None
+
+    return _utility_of_rows(cosine)
+
+
+def _take_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Return the gradients of the parameters (zero where there is none), and free them."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def _inner_product(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """Return the inner product, summed in fp64."""
+    return math.fsum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(first, second, strict=True))
+
+
+def _open_student(inputs: Mapping[str, Path]) -> tuple[Any, Any]:
     path = str(inputs["student"])
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.float32)
     check_tokenizer(tokenizer, model)
-    losses = TokenLosses(model.to(compute_device()).eval())
-    return tokenizer, losses
+    return tokenizer, model.to(compute_device()).eval()
 
 
 def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> RowProgram:

@@ -145,7 +145,7 @@ def test_demonstration_with_answers_has_highest_utility(smollm2: Path, tmp_path:
         {"example_id": name, "prompt_id": "p", "instruction": instruction, "response": response}
         for name, (instruction, response) in shown.items()
     ]
-    settings = programs.InContext(max_length=128, batch_tokens=512, reference_reduction="example")
+    settings = programs.ReferenceSignal(max_length=128, batch_tokens=512, reference_reduction="example")
     compute = as_compute(open_in_context(settings, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
     compute(rows, tmp_path / "part.parquet", lambda done: None)
     utility = dict(zip(shown, read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist(), strict=True))
