@@ -20,6 +20,7 @@ from flows.cli import (
     run,
     serve,
     status,
+    validate,
 )
 from flows.cli.console import console
 from montessori_core.errors import UserError
@@ -64,6 +65,7 @@ app = typer.Typer(
 
     [b]Influence of your own data[/b]
       montessori influence --student DIR_OR_ID --examples FILE --out FILE.parquet
+      montessori validate --student DIR_OR_ID --examples FILE --out DIR   does it predict training?
       montessori plan --student DIR_OR_ID     does that fit a GPU?
 
     [b]How long will it take?[/b]
@@ -90,6 +92,7 @@ for _command in (
     cancel.cancel,
     run.retry,
     influence.influence,
+    validate.validate,
     plan.plan,
     forecast.forecast,
     serve.up,

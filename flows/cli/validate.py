@@ -1,0 +1,190 @@
+"""The command validate: does influence predict what training does?"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.cli.console import console
+from flows.cli.influence import (
+    ExamplesFile,
+    InstructionField,
+    MaxLength,
+    NumberType,
+    ReferenceFile,
+    ResponseField,
+    StudentOption,
+    WarmState,
+    local_cluster,
+    parse_options,
+)
+from flows.cli.options import ClusterFile
+from montessori_core.config import Cluster, DataSource, Influence, Optimization, Schedule, Student, read_cluster
+from montessori_core.errors import ConfigError, UserError
+from montessori_core.formatting import UNKNOWN
+
+OutFolder = Annotated[Path, typer.Option(help="Folder of the result; its finished work makes the command resumable.")]
+WarmupFile = Annotated[
+    str | None, typer.Option(help="Examples that first warm the student up: .jsonl or .parquet. Or give --warm-state.")
+]
+ExampleWeights = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--example-weight",
+        help="Factor of the example's gradient in the influence step; repeat it to compare weights.",
+        show_default="0.03125",
+    ),
+]
+Rate = Annotated[float, typer.Option(help="Peak rate of warm-up and trainings, and rate of the influence step.")]
+Subsets = Annotated[int, typer.Option(min=8, help="Random subsets to train on, one training each.")]
+SubsetSize = Annotated[
+    int | None,
+    typer.Option(min=2, help="Examples of a random subset.", show_default="a quarter of the examples"),
+]
+Groups = Annotated[
+    int,
+    typer.Option(
+        help="Groups of examples that are left out in turn, at least 8; 0: none. As many as examples: one by one."
+    ),
+]
+
+
+def validate(
+    student: StudentOption,
+    examples: ExamplesFile,
+    out: OutFolder,
+    reference: ReferenceFile = "builtin",
+    warmup: WarmupFile = None,
+    warm_state: WarmState = None,
+    learning_rate: Rate = 5e-6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a training step.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of a training over its subset.")] = 1,
+    example_weight: ExampleWeights = None,
+    exact: Annotated[bool, typer.Option(help="Measure exact (and screened) influence, too; the slowest part.")] = True,
+    reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
+    subsets: Subsets = 32,
+    subset_size: SubsetSize = None,
+    leave_out: Groups = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of subsets and groups.")] = 0,
+    dtype: NumberType = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cluster: ClusterFile = None,
+    max_length: MaxLength = 1024,
+    instruction_field: InstructionField = "instruction",
+    response_field: ResponseField = "output",
+) -> None:
+    """Check whether influence predicts what training does, for any student and data.
+
+    The influence of each example on the warm student is measured.
+    Then the student is trained on random subsets, on all examples but a few,
+    and on the tenths of the highest, middle and lowest influence.
+
+    The score (linear datamodeling score) is the rank correlation of the summed
+    influence of a subset and the fall of the reference loss: 1 is perfect, 0 chance.
+    Cheap rivals are scored beside it: the example's loss, its response tokens,
+    its gradient's norm and cosine with the reference gradient, BM25.
+    If a rival scores as high, it is the better choice for these data.
+
+    [b]Example[/b]
+      montessori validate --student smollm2-135m --examples data.jsonl \\
+        --warmup warmup.jsonl --reference builtin/maths --out validation
+
+    To resume after an interruption, run the same command again.
+    """
+    _check_options(examples, out, leave_out)
+    from flows.influence import Measurement
+    from flows.validation import Validation, validate_influence
+
+    options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
+    weights = tuple(example_weight or [Influence().example_weight])
+    settings = [parse_options({"estimator": "first_order", "example_weight": w, **options}) for w in weights]
+    measurement = Measurement(
+        student=Student(model=student, max_length=max_length),
+        warm_state=warm_state,
+        examples=DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
+        reference=DataSource(path=reference),
+        settings=settings[0],
+        baseline="student",
+        cluster=_cluster(cluster, device),
+    )
+    recipe = _recipe(learning_rate, batch_size, epochs)
+    source = DataSource(path=warmup) if warmup else None
+    validation = Validation(measurement, source, weights, exact, recipe, subsets, subset_size, leave_out, seed)
+    print_validation(validate_influence(validation, out))
+    console.print(f"result: {out}", soft_wrap=True)
+
+
+def _check_options(examples: Path, out: Path, leave_out: int) -> None:
+    """Check options that typer cannot.
+
+    Raises:
+        UserError: one is invalid; the message names it.
+    """
+    if examples.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if leave_out < 8 and leave_out != 0:
+        raise ConfigError(f"--leave-out {leave_out}: a correlation needs at least 8 groups; 0 leaves nothing out")
+
+
+def _cluster(file: Path | None, device: str) -> Cluster:
+    """Return the cluster of a file, or this machine."""
+    if file is None:
+        return local_cluster(device)
+    if device != "auto":
+        raise ConfigError("--cluster and --device: give one of them; a cluster file says how many GPUs a job has")
+    return read_cluster(file)
+
+
+def _recipe(learning_rate: float, batch_size: int, epochs: int) -> Optimization:
+    """Return the recipe of trainings that continue at the warm-up's peak rate."""
+    return Optimization(
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        micro_batch_size=math.gcd(batch_size, 2),
+        epochs=epochs,
+        schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0),
+    )
+
+
+def print_validation(result: dict[str, Any]) -> None:
+    """Print the scores of all predictors, and what training on their tenths does."""
+    console.print(
+        f"{result['examples']} examples ({result['examples_left_out']} left out), {result['reference_examples']} reference "
+        f"examples; reference loss of the warm student {result['student_loss']:.4f} nats per token",
+        soft_wrap=True,
+    )
+    for key, title in (
+        ("random_subsets", "{} random subsets of {}: the fall of the reference loss, and its prediction"),
+        ("left_out", "{} groups of {} left out in turn: the loss without them, and its prediction"),
+    ):
+        if key in result:
+            part = result[key]
+            _print_scores(title.format(len(part["measured"]), part["size"]), part["scores"])
+    tenths = result["tenths"]
+    title = f"fall of the reference loss after training on a tenth ({tenths['size']} examples), nats per token"
+    table = Table("by", "top", "middle", "bottom", title=title, title_justify="left")
+    for row in tenths["falls"]:
+        table.add_row(row["predictor"], *(f"{row[part]:+.3e}" for part in ("top", "middle", "bottom")))
+    console.print(table)
+
+
+def _print_scores(title: str, scores: list[dict[str, Any]]) -> None:
+    first = scores[0]["predictor"]
+    columns = "predicted by", "score", "95 % interval", f"less {first}", "95 % interval"
+    table = Table(*columns, title=title, title_justify="left")
+    for number, score in enumerate(scores):
+        difference = ("", "") if number == 0 else (_number(score["difference"]), _interval(score, "difference_"))
+        table.add_row(score["predictor"], _number(score["score"]), _interval(score, ""), *difference)
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:+.2f}"
+
+
+def _interval(score: dict[str, Any], prefix: str) -> str:
+    return f"{_number(score[f'{prefix}low'])} to {_number(score[f'{prefix}high'])}"

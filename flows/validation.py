@@ -1,0 +1,283 @@
+"""Validate influence: train a student on subsets of the examples, and compare the outcomes with what influence predicts.
+
+Stages: warm-up; influence by each estimator, and cheap rivals; trainings on random subsets and on all examples but a group;
+trainings on the top, middle and bottom tenth by each predictor.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.lock import only_driver
+from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, open_inputs
+from montessori_core import programs
+from montessori_core.config import DataSource, Optimization, Warmup, Zero
+from montessori_core.data.bm25 import bm25
+from montessori_core.data.sources import Task, check_reference_size, read_tasks, write_tasks
+from montessori_core.data.tables import PREDICTIONS, RETRAINING, UTILITY, read_table, table_from_rows, write_table
+from montessori_core.errors import ConfigError, DataError
+from montessori_core.files import write_json
+from montessori_core.influence.preferences import Positions
+from montessori_core.influence.validation import (
+    Floats,
+    cut_into_batches,
+    left_out_groups,
+    predict,
+    random_subsets,
+    score_predictors,
+    shuffled,
+    tenths,
+)
+from montessori_core.models.fingerprints import moments_fingerprint
+from montessori_core.program import Row
+from tasks.run import Model
+from tasks.screening import estimate_influence
+
+RESULT, TRAININGS, PREDICTED = "validation.json", "trainings.parquet", "predictions.parquet"
+FEWEST = 20  # examples: a tenth has two
+_SHARD = 8  # trainings
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation of influence.
+
+    Attributes:
+        measurement: student, data, and settings of the measurement; `settings.example_weight` is replaced by `weights`.
+        warmup: examples that warm the student up; None: the student is as it is, or `measurement.warm_state` is given.
+        weights: example weights to compare.
+        exact: also measure exact influence, which reads the reference set for every example.
+        recipe: recipe of the trainings; its peak rate is also that of the warm-up and of the influence step.
+        subsets: number of random subsets.
+        subset_size: examples of a random subset; None: a quarter of the examples.
+        groups: number of groups that are left out in turn; 0: none.
+        seed: random seed of subsets and groups.
+    """
+
+    measurement: Measurement
+    warmup: DataSource | None
+    weights: tuple[float, ...]
+    exact: bool
+    recipe: Optimization
+    subsets: int
+    subset_size: int | None
+    groups: int
+    seed: int
+
+    def subsubset_size_of(self, examples: int) -> int:
+        """Return the number of examples of a random subset."""
+        return self.subset_size or examples // 4
+
+
+def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
+    """Measure, train and compare; write the result and its tables to the folder `out`, and return the result.
+
+    Every stage keeps its finished work in `out`, so that the validation can be resumed.
+
+    Raises:
+        UserError: an option, a file or the model is invalid; the message names it.
+    """
+    measurement = validation.measurement
+    if validation.warmup and measurement.warm_state:
+        raise ConfigError("--warmup and --warm-state: give one of them; a warm student needs no warm-up")
+    warmup = read_tasks(validation.warmup, "warmup", with_response=True) if validation.warmup else []
+    out = out.resolve()
+    inputs = open_inputs(measurement, out)
+    check_reference_size(inputs.reference, measurement.reference)
+    _check_sizes(validation, len(inputs.examples), "examples")
+    with only_driver(out):
+        if warmup:
+            inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))
+        values = _measure_predictors(validation, inputs, out)
+        usable: list[int] = np.flatnonzero(np.isfinite(list(values.values())).all(axis=0)).tolist()
+        _check_sizes(validation, len(usable), "examples with response tokens and finite influence")
+        trainings = _Trainings(validation, inputs, out)
+        result = _compare(validation, values, usable, trainings)
+        result |= {"reference_examples": len(inputs.reference), "examples_left_out": len(inputs.examples) - len(usable)}
+        write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
+        records: list[dict[str, object]] = [
+            {"example_id": task.id, "predictor": name, "value": value if math.isfinite(value) else None}
+            for name, column in values.items()
+            for task, value in zip(inputs.examples, column.tolist(), strict=True)
+        ]
+        write_table(table_from_rows(records, PREDICTIONS), out / PREDICTED, PREDICTIONS)
+        write_json(result, out / RESULT)
+    return result
+
+
+def _check_sizes(validation: Validation, examples: int, what: str) -> None:
+    """Check that there are enough examples for the trainings.
+
+    Raises:
+        DataError: there are not.
+    """
+    size, groups = validation.subsubset_size_of(examples), validation.groups
+    if examples < FEWEST:
+        raise DataError(
+            f"--examples: {examples} {what}; a validation needs at least {FEWEST}, better a hundred or more"
+        )
+    if size >= examples:
+        raise DataError(f"--subset-size {size}: random subsets of {size} need more than {examples} {what}")
+    if groups > examples:
+        raise DataError(f"--leave-out {groups}: there are only {examples} {what} to divide into groups")
+
+
+def _warm_up(validation: Validation, warmup: list[Task], inputs: Inputs, folder: Path) -> Mapping[str, Model]:
+    """Train the student on the warm-up examples; return the warm student and its moments."""
+    recipe = Warmup.model_validate(validation.recipe.model_dump(exclude={"schedule", "epochs"})).shared()
+    settings = programs.Sft(
+        max_length=validation.measurement.student.max_length,
+        lora=None,
+        recipe=recipe,
+        zero=Zero(),
+        seed=validation.seed,
+        save_moments=True,
+    )
+    rows: list[Row] = [{"instruction": t.text, "response": t.response, "finished": True} for t in warmup]
+    student = replace(inputs, files={})
+    (part,) = compute_parts(folder, programs.SFT, settings, rows, student, validation.measurement.cluster)
+    return {"student": Model.of(part), "moments": Model(str(part), moments_fingerprint(part))}
+
+
+def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> dict[str, Floats]:
+    """Return [examples] values by predictor; NaN for an example that cannot be measured."""
+    values: dict[str, Floats] = {}
+    for weight in validation.weights:
+        at_weight = f", weight {weight:g}" if len(validation.weights) > 1 else ""
+        settings = validation.measurement.settings.model_copy(update={"example_weight": weight})
+        measurement = replace(validation.measurement, settings=settings)
+        stages = MeasurementStages(out / f"influence-weight-{weight:g}", measurement, inputs)
+        first_order = stages.measure_all("first_order").read_all()
+        if validation.exact:
+            exact = stages.measure_all("exact").read_all()
+            values[f"exact{at_weight}"] = _column(exact, "influence_null_step")
+            if len(inputs.examples) > settings.screening.audit_examples:
+                screened = settings.model_copy(update={"estimator": "screened"})
+                table = estimate_influence(_Measured(first_order, exact), screened, measurement.baseline).read_all()
+                values[f"screened{at_weight}"] = _column(table, "influence_null_step")
+        values[f"first order{at_weight}"] = _column(first_order, "influence_null_step")
+    values["loss"] = _column(first_order, "example_loss")
+    values["response tokens"] = _column(first_order, "response_tokens")
+    values["gradient norm"] = _column(first_order, "gradient_norm")
+    settings = validation.measurement.settings
+    cosine = programs.ReferenceSignal(
+        max_length=validation.measurement.student.max_length,
+        batch_tokens=settings.reference_batch_tokens,
+        reference_reduction=settings.reference_reduction,
+    )
+    cluster = validation.measurement.cluster
+    parts = compute_parts(out / "cosine", programs.GRADIENT_COSINE, cosine, inputs.rows, inputs, cluster, 2 * _SHARD)
+    values["gradient cosine"] = _column(pa.concat_tables([read_table(part, UTILITY) for part in parts]), "utility")
+    documents, queries = ([f"{t.text} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference))
+    values["BM25"] = bm25(documents, queries)
+    return values
+
+
+class _Measured:
+    """Stages of examples that both estimators have measured, for `estimate_influence`."""
+
+    def __init__(self, first_order: pa.Table, exact: pa.Table) -> None:
+        self._first_order, self._exact = first_order, exact
+
+    def measure_all(self, estimator: str) -> pa.RecordBatchReader:
+        return self._first_order.to_reader()
+
+    def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
+        return self._exact.take(positions).to_reader()
+
+
+class _Trainings:
+    """Trainings of the warm student.
+
+    Attributes:
+        tables: results of the stages so far.
+    """
+
+    def __init__(self, validation: Validation, inputs: Inputs, out: Path) -> None:
+        self._validation, self._out = validation, out
+        examples = out / "examples.jsonl"
+        write_tasks(inputs.examples, examples)
+        self._inputs = replace(inputs, files={**inputs.files, "examples": examples})
+        self.tables: list[pa.Table] = []
+
+    def losses(self, stage: str, batches: Mapping[str, list[list[int]]]) -> dict[str, float]:
+        """Return the reference loss after a training on the batches of each id."""
+        measurement = self._validation.measurement
+        settings = programs.Retraining(
+            max_length=measurement.student.max_length,
+            batch_tokens=measurement.settings.reference_batch_tokens,
+            reference_reduction=measurement.settings.reference_reduction,
+            recipe=self._validation.recipe,
+            mixed=measurement.settings.dtype != "float32",
+        )
+        rows: list[Row] = [{"training_id": name, "batches": steps} for name, steps in batches.items()]
+        folder, program = self._out / stage, programs.RETRAINING
+        parts = compute_parts(folder, program, settings, rows, self._inputs, measurement.cluster, _SHARD)
+        table = pa.concat_tables([read_table(part, RETRAINING) for part in parts])
+        self.tables.append(table)
+        return dict(zip(batches, table["reference_loss"].to_pylist(), strict=True))
+
+
+def _compare(
+    validation: Validation, values: Mapping[str, Floats], usable: Sequence[int], trainings: _Trainings
+) -> dict[str, Any]:
+    """Train on random subsets, all examples but a group, and tenths; return the scores of all predictors."""
+    batch, seed = validation.recipe.batch_size, validation.seed
+    size = validation.subsubset_size_of(len(usable))
+    subsets = random_subsets(usable, validation.subsets, size, seed)
+    groups = left_out_groups(usable, validation.groups, seed) if validation.groups else []
+    everything = shuffled(usable, seed)
+    batches = {f"random-{number:05d}": cut_into_batches(members, batch) for number, members in enumerate(subsets)}
+    left_out = {f"without-{n:05d}": cut_into_batches(everything, batch, group) for n, group in enumerate(groups)}
+    whole = {"all": cut_into_batches(everything, batch)} if groups else {}
+    losses = trainings.losses("retraining", {"none": [], **batches, **whole, **left_out})
+    falls = np.array([losses["none"] - losses[name] for name in batches])
+    result: dict[str, Any] = {
+        "examples": len(usable),
+        "student_loss": losses["none"],
+        "random_subsets": {"size": size, **_agreement(values, subsets, falls)},
+    }
+    if groups:
+        harms = np.array([losses[name] - losses["all"] for name in left_out])
+        result["left_out"] = {"size": len(groups[0]), **_agreement(values, groups, harms)}
+    result["tenths"] = _train_on_tenths(validation, values, usable, trainings, losses["none"])
+    return result
+
+
+def _train_on_tenths(
+    validation: Validation, values: Mapping[str, Floats], usable: Sequence[int], trainings: _Trainings, loss: float
+) -> dict[str, Any]:
+    """Return the fall of the reference loss after a training on the tenths by each predictor; `loss` is before it."""
+    ranked = {name: tenths(usable, column) for name, column in values.items()}
+    batches = {
+        f"{part} {name}": cut_into_batches(shuffled(members, validation.seed), validation.recipe.batch_size)
+        for name, parts in ranked.items()
+        for part, members in parts.items()
+    }
+    losses = trainings.losses("retraining-tenths", batches)
+    falls = [
+        {"predictor": name, **{part: loss - losses[f"{part} {name}"] for part in parts}}
+        for name, parts in ranked.items()
+    ]
+    return {"size": len(next(iter(ranked.values()))["top"]), "falls": falls}
+
+
+def _agreement(values: Mapping[str, Floats], subsets: Sequence[Sequence[int]], outcomes: Floats) -> dict[str, Any]:
+    """Return scores, predictions and outcomes as plain data; None where a number is not finite."""
+    predictions = {name: predict(column, subsets) for name, column in values.items()}
+    scores = [asdict(score) for score in score_predictors(predictions, outcomes)]
+    return {
+        "scores": [{k: v if k == "predictor" or math.isfinite(v) else None for k, v in s.items()} for s in scores],
+        "predicted": {name: column.tolist() for name, column in predictions.items()},
+        "measured": outcomes.tolist(),
+    }
+
+
+def _column(table: pa.Table, name: str) -> Floats:
+    values: Floats = table[name].to_numpy().astype(np.float64)
+    return values
