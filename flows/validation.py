@@ -35,10 +35,16 @@ from montessori_core.influence.validation import (
 )
 from montessori_core.models.fingerprints import moments_fingerprint
 from montessori_core.program import Row
+from montessori_report.validation_page import validation_page
 from tasks.run import Model
 from tasks.screening import estimate_influence
 
-RESULT, TRAININGS, PREDICTED = "validation.json", "trainings.parquet", "predictions.parquet"
+RESULT, PAGE, TRAININGS, PREDICTED = (
+    "validation.json",
+    "validation.html",
+    "trainings.parquet",
+    "predictions.parquet",
+)
 FEWEST = 20  # examples: a tenth has two
 _SHARD = 8  # trainings
 
@@ -73,6 +79,23 @@ class Validation:
         """Return the number of examples of a random subset."""
         return self.subset_size or examples // 4
 
+    def summary(self) -> dict[str, Any]:
+        """Return the settings as plain data, for the result."""
+        measurement = self.measurement
+        return {
+            "student": measurement.student.model,
+            "max_length": measurement.student.max_length,
+            "warm_state": str(measurement.warm_state) if measurement.warm_state else None,
+            "warmup": self.warmup.path if self.warmup else None,
+            "examples": measurement.examples.path,
+            "reference": measurement.reference.path,
+            "reference_reduction": measurement.settings.reference_reduction,
+            "dtype": measurement.settings.dtype,
+            "example_weights": list(self.weights),
+            "seed": self.seed,
+            **self.recipe.model_dump(include={"learning_rate", "batch_size", "epochs"}),
+        }
+
 
 def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
     """Measure, train and compare; write the result and its tables to the folder `out`, and return the result.
@@ -98,7 +121,11 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
         _check_sizes(validation, len(usable), "examples with response tokens and finite influence")
         trainings = _Trainings(validation, inputs, out)
         result = _compare(validation, values, usable, trainings)
-        result |= {"reference_examples": len(inputs.reference), "examples_left_out": len(inputs.examples) - len(usable)}
+        result |= {
+            "settings": validation.summary(),
+            "reference_examples": len(inputs.reference),
+            "examples_left_out": len(inputs.examples) - len(usable),
+        }
         write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
         records: list[dict[str, object]] = [
             {"example_id": task.id, "predictor": name, "value": value if math.isfinite(value) else None}
@@ -107,6 +134,7 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
         ]
         write_table(table_from_rows(records, PREDICTIONS), out / PREDICTED, PREDICTIONS)
         write_json(result, out / RESULT)
+        validation_page(result).write(out / PAGE)
     return result
 
 

@@ -21,7 +21,16 @@ from flows.cli.influence import (
     parse_options,
 )
 from flows.cli.options import ClusterFile
-from montessori_core.config import Cluster, DataSource, Influence, Optimization, Schedule, Student, read_cluster
+from montessori_core.config import (
+    Cluster,
+    DataSource,
+    Influence,
+    Optimization,
+    Resources,
+    Schedule,
+    Student,
+    read_cluster,
+)
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.formatting import UNKNOWN
 
@@ -95,7 +104,7 @@ def validate(
     """
     _check_options(examples, out, leave_out)
     from flows.influence import Measurement
-    from flows.validation import Validation, validate_influence
+    from flows.validation import PAGE, Validation, validate_influence
 
     options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
     weights = tuple(example_weight or [Influence().example_weight])
@@ -109,11 +118,12 @@ def validate(
         baseline="student",
         cluster=_cluster(cluster, device),
     )
-    recipe = _recipe(learning_rate, batch_size, epochs)
+    trained_by = measurement.cluster.resources.training if warmup else Resources()
+    recipe = _recipe(learning_rate, batch_size, epochs, trained_by.nodes * trained_by.processes_per_node)
     source = DataSource(path=warmup) if warmup else None
     validation = Validation(measurement, source, weights, exact, recipe, subsets, subset_size, leave_out, seed)
     print_validation(validate_influence(validation, out))
-    console.print(f"result: {out}", soft_wrap=True)
+    console.print(f"result: {out / PAGE}", soft_wrap=True)
 
 
 def _check_options(examples: Path, out: Path, leave_out: int) -> None:
@@ -139,12 +149,25 @@ def _cluster(file: Path | None, device: str) -> Cluster:
     return read_cluster(file)
 
 
-def _recipe(learning_rate: float, batch_size: int, epochs: int) -> Optimization:
-    """Return the recipe of trainings that continue at the warm-up's peak rate."""
+def _recipe(learning_rate: float, batch_size: int, epochs: int, processes: int) -> Optimization:
+    """Return the recipe of trainings that continue at the warm-up's peak rate.
+
+    Args:
+        learning_rate, batch_size, epochs: see `config.Optimization`.
+        processes: processes that share a batch of the warm-up.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the processes.
+    """
+    if batch_size % processes:
+        raise ConfigError(
+            f"--batch-size {batch_size}: must be a multiple of the {processes} processes of the warm-up "
+            "(resources.training of --cluster)"
+        )
     return Optimization(
         learning_rate=learning_rate,
         batch_size=batch_size,
-        micro_batch_size=math.gcd(batch_size, 2),
+        micro_batch_size=math.gcd(batch_size // processes, 2),
         epochs=epochs,
         schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0),
     )
@@ -158,24 +181,24 @@ def print_validation(result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for key, title in (
-        ("random_subsets", "{} random subsets of {}: the fall of the reference loss, and its prediction"),
-        ("left_out", "{} groups of {} left out in turn: the loss without them, and its prediction"),
+        ("random_subsets", "{} random subsets of {} examples: rank correlation with the fall of the reference loss"),
+        ("left_out", "{} groups of {} examples left out in turn: rank correlation with the loss without them"),
     ):
         if key in result:
             part = result[key]
-            _print_scores(title.format(len(part["measured"]), part["size"]), part["scores"])
+            console.print("\n" + title.format(len(part["measured"]), part["size"]), soft_wrap=True)
+            _print_scores(part["scores"])
     tenths = result["tenths"]
-    title = f"fall of the reference loss after training on a tenth ({tenths['size']} examples), nats per token"
-    table = Table("by", "top", "middle", "bottom", title=title, title_justify="left")
+    console.print(f"\ntenths ({tenths['size']} examples): fall of the reference loss, nats per token", soft_wrap=True)
+    table = Table("tenths by", "top", "middle", "bottom")
     for row in tenths["falls"]:
         table.add_row(row["predictor"], *(f"{row[part]:+.3e}" for part in ("top", "middle", "bottom")))
     console.print(table)
 
 
-def _print_scores(title: str, scores: list[dict[str, Any]]) -> None:
+def _print_scores(scores: list[dict[str, Any]]) -> None:
     first = scores[0]["predictor"]
-    columns = "predicted by", "score", "95 % interval", f"less {first}", "95 % interval"
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table("predicted by", "score", "95 % interval", f"score less {first}", "95 % interval")
     for number, score in enumerate(scores):
         difference = ("", "") if number == 0 else (_number(score["difference"]), _interval(score, "difference_"))
         table.add_row(score["predictor"], _number(score["score"]), _interval(score, ""), *difference)
