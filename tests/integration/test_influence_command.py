@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
+from flows.cli.influence import local_cluster
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.models.load import load_model
 from montessori_core.training.moments import Moments, cold_moments, save_moments
@@ -138,6 +139,13 @@ def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Pat
     code, output = influence(folder, tiny_llama, "--warm-state", str(folder))
     assert code == 1
     assert "the AdamW moments belong to another model" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(("device", "visible", "gpus"), [("auto", "3", 1), ("auto", "", 0), ("cpu", "3", 0)])
+def test_device_decides_gpus_of_jobs(device: str, visible: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    resources = local_cluster(device).resources
+    assert resources.influence.gpus_per_node == resources.training.gpus_per_node == gpus
 
 
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:

@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from flows.validation import MeasuredStages
 from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.data.tables import INFLUENCE, table_from_rows
 from montessori_core.influence.preferences import Positions, pair_by_influence
 from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
 from montessori_core.influence.table import write_influence_metadata
 from montessori_core.program import Row
-from tasks.screening import estimate_influence
+from tasks.screening import InfluenceStages, estimate_influence
 
 SETTINGS = Screening(audit_examples=100)
 
@@ -60,8 +61,8 @@ class Bench:
         return write_influence_metadata(table_from_rows(records, INFLUENCE), notes).to_reader()
 
 
-def screen(bench: Bench, settings: Screening, baseline: str) -> pa.Table:
-    return estimate_influence(bench, Influence(estimator="screened", screening=settings), baseline).read_all()
+def screen(stages: InfluenceStages, settings: Screening, baseline: str) -> pa.Table:
+    return estimate_influence(stages, Influence(estimator="screened", screening=settings), baseline).read_all()
 
 
 def test_screened_signs_in_doubt_are_exact() -> None:
@@ -85,6 +86,15 @@ def test_screened_signs_in_doubt_are_exact() -> None:
     assert wrong <= 0.05 * 2000
     assert wrong < alone / 3
     assert not report.fell_back
+
+
+def test_screened_from_both_tables_equals_measured() -> None:
+    bench = Bench(400, error=0.05)
+    both = MeasuredStages(*(bench.measure_all(estimator).read_all() for estimator in ("first_order", "exact")))
+    tables = [screen(stages, SETTINGS, "student") for stages in (bench, both)]
+    assert screening_report(tables[0]) == screening_report(tables[1])
+    first, second = (table.drop_columns(["gradient_norm"]) for table in tables)  # names the stage here
+    assert first.equals(second)
 
 
 def test_common_error_is_corrected_by_offset() -> None:
