@@ -186,7 +186,9 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
             values[f"exact{at_weight}"] = _column(exact, "influence_null_step")
             if len(inputs.examples) > settings.screening.audit_examples:
                 screened = settings.model_copy(update={"estimator": "screened"})
-                table = estimate_influence(_Measured(first_order, exact), screened, measurement.baseline).read_all()
+                table = estimate_influence(
+                    MeasuredStages(first_order, exact), screened, measurement.baseline
+                ).read_all()
                 values[f"screened{at_weight}"] = _column(table, "influence_null_step")
         values[f"first order{at_weight}"] = _column(first_order, "influence_null_step")
     values["loss"] = _column(first_order, "example_loss")
@@ -206,7 +208,7 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
     return values
 
 
-class _Measured:
+class MeasuredStages:
     """Stages of examples that both estimators have measured, for `estimate_influence`."""
 
     def __init__(self, first_order: pa.Table, exact: pa.Table) -> None:
