@@ -237,6 +237,7 @@ def test_bf16_training_saves_fp32_masters(tiny_llama: Path, tmp_path: Path, stag
     assert kept.weights == weights_checksums(load_model(str(part), torch.float32).named_parameters())
 
 
+@pytest.mark.slow
 def test_bf16_training_accumulates_gradients_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
     """A bf16 sum of equal terms stops growing at 256 terms."""
 
