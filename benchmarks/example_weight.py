@@ -108,7 +108,9 @@ def main() -> None:
         extremes += [draw.sample(part, len(part)) for part in (order[: arguments.subset], order[-arguments.subset :])]
     extreme_falls = measure_falls(student, reference, probing, extremes, "highest and lowest").reshape(-1, 2)
     if arguments.save:
-        np.savez(arguments.save, subsets=subsets, falls=falls, extreme_falls=extreme_falls, **influence)
+        np.savez(
+            arguments.save, allow_pickle=False, subsets=subsets, falls=falls, extreme_falls=extreme_falls, **influence
+        )
     lines = [
         f"### {arguments.title}",
         "",
@@ -178,7 +180,7 @@ def new_optimizer(model: Any, rate: float) -> torch.optim.Optimizer:
 def train_step(losses: TokenLosses, model: Any, optimizer: torch.optim.Optimizer, examples: Sequence[Encoded]) -> None:
     """Take a step on the mean loss over response tokens: bf16 passes on fp32 masters, clipped gradients."""
     with torch.autocast("cpu", torch.bfloat16):
-        ReferenceSet(examples, BATCH_TOKENS, CPU).backward(losses, "token")
+        ReferenceSet(examples, BATCH_TOKENS, CPU).backward(losses, "token", range(len(examples)))
     torch.nn.utils.clip_grad_norm_(model.parameters(), Warmup().max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -213,7 +215,7 @@ def measure_influence(
     meter = InfluenceMeter(resident, reference, "first_order")
     reference_gradient = meter.reference_gradient
     assert reference_gradient is not None
-    null_projection = resident.project_null_step(reference_gradient)
+    (null_projection,) = resident.project_null_step([reference_gradient])
     direction = linear_direction(reference_gradient, moments, adamw)
     coordinates = sum(tensor.numel() for tensor in reference_gradient.values())
     names = [*steps, *(f"dominated {weight}" for weight in steps), LINEARISED, NORM, TOKENS]
@@ -223,7 +225,7 @@ def measure_influence(
         for weight, step in steps.items():
             tally = GradientTally()
             projections = [
-                step.project(reference_gradient[name], g, moments.first[name], moments.second[name], CPU, tally)
+                step.project([reference_gradient[name]], g, moments.first[name], moments.second[name], CPU, tally)[0]
                 for name, g in gradient.items()
             ]
             values[weight].append(null_projection - math.fsum(projections))

@@ -26,8 +26,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
-from cluster import backends
+from cluster.backends import slurm
+from cluster.backends.command import run_command
 from cluster.fanout import fan_out
 from cluster.ledger import Ledger
 from cluster.stage import Stage
@@ -84,15 +86,16 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
     """Run and time one fan-out of sleeping shards."""
     queries = 0
-    ask = backends.ask
 
-    def counting_ask(*command: str, timeout: float = 120.0) -> str | None:
+    def count_commands(*command: str, timeout: float = 120.0) -> str | None:
         nonlocal queries
         queries += 1
-        return ask(*command, timeout=timeout)
+        return run_command(*command, timeout=timeout)
 
-    backends.ask = counting_ask
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+    with (
+        patch.object(slurm, "run_command", count_commands),
+        tempfile.TemporaryDirectory(dir=arguments.folder) as scratch,
+    ):
         folder = Path(scratch).resolve()
         (folder / "sleeping_program.py").write_text(PROGRAM)
         os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"

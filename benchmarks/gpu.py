@@ -189,7 +189,8 @@ def train(folder: Path, scratch: Path, processes: int) -> dict[str, torch.Tensor
     rows = [{"instruction": task.text, "response": task.response, "finished": True} for task in tasks]
     stage = Stage.of(SFT, settings, scratch, {"student": folder}, {})
     (part,) = fan_out(stage, [rows], Resources(processes_per_node=processes, gpus_per_node=processes), Cluster())
-    return load_file(part / "model.safetensors")
+    weights: dict[str, torch.Tensor] = load_file(part / "model.safetensors")
+    return weights
 
 
 def measure_speed(options: list[str]) -> str:

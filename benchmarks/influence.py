@@ -14,6 +14,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,8 +262,8 @@ def scaling(device: torch.device) -> None:
             reference = ReferenceSet([example(length) for _ in range(count)], 1024, device)
             student = ResidentStudent(model, random_moments(model), AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, 31), device)
             meter = InfluenceMeter(student, reference, estimator)  # type: ignore[arg-type]
-            probe = example(length)
-            total = timed(lambda meter=meter, probe=probe, n=repeats: [meter.measure(probe) for _ in range(n)], device)
+            probes = [example(length)] * repeats
+            total = timed(partial(list, map(meter.measure, probes)), device)
             seconds.append(total / repeats)
         size = Shape.of(model).parameters / 1e6
         print(f"| {size:.0f}M | {count} | {length} | {seconds[0]:.2f} | {seconds[1]:.2f} |", flush=True)  # noqa: T201

@@ -354,8 +354,9 @@ def forward_mode(
         return summed / torch.bincount(batch.rows)
 
     def derivative(batch: Any) -> torch.Tensor:
-        tangent: torch.Tensor
-        _, tangent = torch.func.jvp(lambda weights: losses_of(weights, batch), (parameters,), (direction,))
+        tangent: torch.Tensor = torch.func.jvp(lambda weights: losses_of(weights, batch), (parameters,), (direction,))[
+            1
+        ]
         return tangent
 
     influence = np.zeros(len(setting.probing))
