@@ -29,11 +29,10 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from cluster.costs import StageCost, cost_of
 from cluster.fanout import fan_out
 from cluster.simulation import ClusterSpec, FailureModel, Work, simulate
 from cluster.stage import Stage
-from cluster.usage import use_of
+from cluster.usage import StageCost, cost_of, use_of
 from montessori_core.config import Cluster, Resources
 
 PROGRAM = """

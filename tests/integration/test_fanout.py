@@ -19,13 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.backends.local import LocalBackend
-from cluster.costs import cost_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
-from cluster.usage import use_of
+from cluster.usage import cost_of, use_of
 from cluster.worker import _compute_shards
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError

@@ -104,9 +104,7 @@ def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.guarantee("second driver on the same run")
-def test_second_driver_on_a_run_is_refused(
-    talking_llama: Path, shared_server: dict[str, str], tmp_path: Path
-) -> None:
+def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: dict[str, str], tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
     first = montessori("run", str(config), cwd=tmp_path, **shared_server)
     ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
