@@ -6,8 +6,8 @@ Join: the parts of an influence stage, 100 rows each, become one table; preferen
 table whose rows hold what completion prompts with eight demonstrations have: 2.5 kB of prompt, 200 B of instruction, 500 B of
 response, four rows to a prompt. Beside it, in the same run and up to --at-once rows, what the same takes when all rows are
 loaded as Python's dictionaries; the pairs must be the same. Plan: from the call of the fan-out until the jobs are submitted,
-for shards of 100 such rows. Each size has a process of its own, whose peak memory is given. Seconds of CPU are those of all
-its threads: they say more where other programs want the same cores.
+for shards of 100 rows of such an example table. Each size has a process of its own, whose peak memory is given. Seconds of
+CPU are those of all its threads: they say more where other programs want the same cores.
 """
 
 import argparse
@@ -27,8 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.fanout import Progress, fan_out
-from cluster.stage import Stage, cut_into_shards
+from cluster.shards import Shards
+from cluster.stage import Stage
 from montessori_core.config import Cluster, Preferences, Resources
+from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
 from montessori_core.influence.preferences import pair_by_influence, write_preferences
 from montessori_core.influence.table import NOTES, join_influence, write_influence_metadata
@@ -78,6 +80,7 @@ def main() -> None:
     print(f"\n| shards | rows | from the call to the jobs submitted, s | CPU, s | peak, MB |\n|{'---|' * 5}")  # noqa: T201
     for shards in arguments.shards:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            make_examples(Path(scratch), shards * SHARD)
             planned = measure("plan", shards, scratch)
         took = f"{planned['seconds']:.1f} | {planned['cpu']:.1f} | {planned['megabytes']:.0f}"
         print(f"| {shards:,} | {shards * SHARD:,} | {took} |", flush=True)  # noqa: T201
@@ -97,29 +100,7 @@ def peak_memory() -> float:
 
 def make_tables(folder: Path, rows: int) -> None:
     """An example table, and the parts of its influence stage."""
-    draw = np.random.default_rng(0)
-    text = words(draw, 30_000_000)
-
-    def examples() -> Iterator[pa.RecordBatch]:
-        for start in range(0, rows, ROW_GROUP):
-            numbers = range(start, min(start + ROW_GROUP, rows))
-            places = draw.integers(0, len(text) - PROMPT, (2, len(numbers)))
-            prompts = [int(n // SAMPLES * 7919 % (len(text) - PROMPT)) for n in numbers]
-            instructions = [text[place : place + INSTRUCTION] for place in places[0]]
-            columns = {
-                "example_id": [name_of(n) for n in numbers],
-                "prompt_id": [prompt_of(n) for n in numbers],
-                "prompt": [text[place : place + PROMPT] for place in prompts],
-                "raw_output": [f"{instruction}</instruction>" for instruction in instructions],
-                "instruction": instructions,
-                "response": [text[place : place + RESPONSE] for place in places[1]],
-                "response_finished": [True] * len(numbers),
-                "output_ids": draw.integers(0, 128_000, (len(numbers), OUTPUT_TOKENS), dtype=np.int32).tolist(),
-                "vocabulary": ["0" * 64] * len(numbers),
-            }
-            yield pa.RecordBatch.from_pydict(columns, schema=EXAMPLES)
-
-    write_table(pa.RecordBatchReader.from_batches(EXAMPLES, examples()), folder / "examples.parquet", EXAMPLES)
+    draw = make_examples(folder, rows)
     for number, start in enumerate(range(0, rows, SHARD)):
         numbers = range(start, min(start + SHARD, rows))
         influence = draw.normal(size=len(numbers))
@@ -143,6 +124,34 @@ def make_tables(folder: Path, rows: int) -> None:
         }
         table = write_influence_metadata(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
         pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")  # not flushed one by one
+
+
+def make_examples(folder: Path, rows: int) -> np.random.Generator:
+    """An example table; return the generator that drew it."""
+    draw = np.random.default_rng(0)
+    text = words(draw, 30_000_000)
+
+    def examples() -> Iterator[pa.RecordBatch]:
+        for start in range(0, rows, ROW_GROUP):
+            numbers = range(start, min(start + ROW_GROUP, rows))
+            places = draw.integers(0, len(text) - PROMPT, (2, len(numbers)))
+            prompts = [int(n // SAMPLES * 7919 % (len(text) - PROMPT)) for n in numbers]
+            instructions = [text[place : place + INSTRUCTION] for place in places[0]]
+            columns = {
+                "example_id": [name_of(n) for n in numbers],
+                "prompt_id": [prompt_of(n) for n in numbers],
+                "prompt": [text[place : place + PROMPT] for place in prompts],
+                "raw_output": [f"{instruction}</instruction>" for instruction in instructions],
+                "instruction": instructions,
+                "response": [text[place : place + RESPONSE] for place in places[1]],
+                "response_finished": [True] * len(numbers),
+                "output_ids": draw.integers(0, 128_000, (len(numbers), OUTPUT_TOKENS), dtype=np.int32).tolist(),
+                "vocabulary": ["0" * 64] * len(numbers),
+            }
+            yield pa.RecordBatch.from_pydict(columns, schema=EXAMPLES)
+
+    write_table(pa.RecordBatchReader.from_batches(EXAMPLES, examples()), folder / "examples.parquet", EXAMPLES)
+    return draw
 
 
 def words(draw: np.random.Generator, size: int) -> str:
@@ -211,18 +220,7 @@ def join_at_once(folder: Path, rows: int) -> dict[str, Any]:
 
 def plan(folder: Path, shards: int) -> dict[str, Any]:
     """A fan-out that is given up once its jobs are submitted."""
-    draw = np.random.default_rng(0)
-    text = words(draw, 1_000_000)
-    rows = [
-        {
-            "example_id": name_of(number),
-            "prompt_id": prompt_of(number),
-            "instruction": text[place : place + INSTRUCTION],
-            "response": text[place : place + RESPONSE],
-            "finished": True,
-        }
-        for number, place in enumerate(draw.integers(0, len(text) - RESPONSE, shards * SHARD))
-    ]
+    rows = Rows.of_file(folder / "examples.parquet", EXAMPLES, ExampleRow)
     stage = Stage("influence", 1, "no_program:to_load", {}, {}, {}, folder.resolve() / "stage")
     looks: list[float] = []
 
@@ -233,7 +231,7 @@ def plan(folder: Path, shards: int) -> dict[str, Any]:
 
     started, before = time.perf_counter(), time.process_time()
     try:
-        fan_out(stage, cut_into_shards(rows, SHARD), Resources(), Cluster(poll_seconds=_POLL), stop)
+        fan_out(stage, Shards(rows, SHARD), Resources(), Cluster(poll_seconds=_POLL), stop)
     except KeyboardInterrupt:
         return {"seconds": looks[1] - _POLL - started, "cpu": time.process_time() - before}
     raise SystemExit("the fan-out ended by itself")

@@ -13,7 +13,7 @@ from montessori_core.program import Compute, Report, Row
 from montessori_core.versions import misfit
 
 
-def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
     """Report host, versions, packages that cannot be imported or do not fit, GPUs, and what the driver wrote to a file.
 
     Settings: `packages` to import, with the range of versions that fits. Inputs: `token`, a file.
@@ -45,7 +45,7 @@ def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) ->
     return compute
 
 
-def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
     """Sum a one of every process over the job's processes."""
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:

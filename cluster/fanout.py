@@ -20,12 +20,12 @@ from cluster.ledger import Ledger, Submission, close_submission
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
 from cluster.retry import NOT_RETRIED, REMEDIES, allowed_retries, classify_loss
+from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import hash_json, write_json
-from montessori_core.program import Row
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class ShardsFailed(UserError):
 
 def fan_out(
     stage: Stage,
-    shards: list[list[Row]],
+    shards: Shards,
     resources: Resources,
     cluster: Cluster,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -92,7 +92,7 @@ def fan_out(
 
     Args:
         stage: what to run.
-        shards: [shards][rows]; the cut may differ from an earlier call, results whose rows are the same are kept.
+        shards: its rows; the cut may differ from an earlier call, results whose rows are the same are kept.
         resources: what a job gets.
         cluster: where jobs run.
         on_progress: called at every look.
@@ -104,7 +104,7 @@ def fan_out(
     keys = [stage.key(rows) for rows in shards]
     driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
     driver.adopt()
-    stage.write(shards, keys)
+    stage.write(shards)
     driver.run()
     return [stage.part(index) for index in range(len(shards))]
 
@@ -113,7 +113,7 @@ class _Driver:
     def __init__(
         self,
         stage: Stage,
-        shards: list[list[Row]],
+        shards: Shards,
         keys: list[str],
         resources: Resources,
         cluster: Cluster,
@@ -174,14 +174,14 @@ class _Driver:
 
     def _report(self) -> None:
         stage, shards = self._stage, self._shards
-        rows = sum(map(len, shards))
-        done: float = sum(len(shards[index]) for index in self._done)
+        rows = len(shards.rows)
+        done: float = sum(map(shards.rows_of, self._done))
         begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
         notes = {
             index: read_record(stage.progress_file(index), ShardProgress)
             for index in begun & set(range(len(shards))) - self._done
         }
-        done += sum(min(len(shards[index]), note.done) for index, note in notes.items() if note)
+        done += sum(min(shards.rows_of(index), note.done) for index, note in notes.items() if note)
         # A job computes its shards in order; one that has begun none of them waits, or loads its program.
         undone = [[index for index in task if index not in self._done] for task in self._alive if begun & set(task)]
         at_work = {indices[0] for indices in undone if indices}

@@ -28,7 +28,7 @@ _POSITIONS = b"montessori.positions"
 
 
 def compute_rows(
-    program: RowProgram,
+    program: RowProgram[Any],
     rows: list[Row],
     folder: Path,
     index: int,

@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from montessori_core.files import read_json
-from montessori_core.program import Row
 
 _Amount = Annotated[int, Field(ge=0, lt=10**30)]
 _Seconds = Annotated[float, Field(ge=0.0, lt=1e15)]
@@ -24,7 +23,7 @@ class Record(BaseModel):
 
 
 class Description(Record):
-    """A stage, as its workers are told of it; see `cluster.stage.Stage`. `shards` is how many there are."""
+    """A stage, as its workers are told of it, and how its rows are cut; see `cluster.stage.Stage`."""
 
     program: str
     version: int
@@ -35,14 +34,9 @@ class Description(Record):
     input_hashes: dict[str, str]
     suffix: str
     kind: str = ""
-    shards: Annotated[int, Field(ge=0, lt=10**7)]
-
-
-class Shard(Record):
-    """Rows, and the key that says what their result is decided by."""
-
-    key: str
-    rows: list[Row]
+    rows: Annotated[int, Field(ge=0, lt=10**10)]
+    rows_per_shard: Annotated[int, Field(ge=1, lt=10**10)]
+    shards: Annotated[int, Field(ge=1, lt=10**7)]
 
 
 class Manifest(Record):

@@ -3,15 +3,14 @@
 A shard's key hashes everything that decides its result and nothing else. It is done when its manifest is valid and
 carries that key; that a file exists proves nothing. Layout of a stage's folder:
 
-    stage.json                        program, settings, inputs
-    shards/00003.json                 key and rows of shard 3
+    stage.json                        program, settings, inputs; rows, and how many of them are a shard
+    rows.parquet                      the rows of all shards
     part-00003.parquet | part-00003/  its result
     part-00003.manifest.json          key, rows, bytes and hash of the result: written last
     partial/                          finished rows of shards at work
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,37 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.records import Description, JobStart, Manifest, Shard, read_record
-from montessori_core.errors import UserError
+import numpy as np
+import pyarrow as pa
+
+from cluster.records import Description, JobStart, Manifest, read_record
+from cluster.shards import Shards
+from montessori_core.data.rows import Rows
+from montessori_core.data.tables import open_parquet, take_rows, write_table
+from montessori_core.errors import DataError, UserError
 from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.models import flops
-from montessori_core.program import Program, Row, SettingsT
-
-
-def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
-    """[shards][rows], `size` rows each but the last."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def shard_size(rows: int, jobs: int, largest: int) -> int:
-    """Rows of a shard, so that every one of so many jobs has as many shards as the others; at most `largest`."""
-    shards_of_job = max(1, math.ceil(rows / (jobs * largest)))
-    return max(1, math.ceil(rows / (jobs * shards_of_job)))
-
-
-def cut_for_jobs(folder: Path, rows: list[Row], jobs: int, largest: int) -> list[list[Row]]:
-    """[shards][rows] of `shard_size`; or as so many rows of the stage in `folder` were cut before.
-
-    The rows of a shard are part of its key: a run that is resumed with more or fewer jobs keeps what is done.
-    """
-    first, before = (
-        read_record(folder / "shards" / "00000.json", Shard),
-        read_record(folder / "stage.json", Description),
-    )
-    size = shard_size(len(rows), jobs, largest)
-    if first and before and first.rows and math.ceil(len(rows) / len(first.rows)) == before.shards:
-        size = len(first.rows)
-    return cut_into_shards(rows, size)
+from montessori_core.program import Program, SettingsT
 
 
 class RowClock:
@@ -154,9 +133,9 @@ class Stage:
         """Of its folder, for people."""
         return self.folder.name
 
-    def key(self, rows: list[Row]) -> str:
+    def key(self, rows: pa.Table) -> str:
         """What a shard's result is decided by, hashed: where code and folders lie has no part in it."""
-        return hash_json([self.program, self.version, self.settings, self.input_hashes, rows])
+        return hash_json([self.program, self.version, self.settings, self.input_hashes, rows.to_pydict()])
 
     def part(self, index: int) -> Path:
         """Where shard `index` puts its result."""
@@ -166,9 +145,10 @@ class Stage:
         """Where shard `index` says that it is done."""
         return self.folder / f"part-{index:05d}.manifest.json"
 
-    def shard_file(self, index: int) -> Path:
-        """Where the rows of shard `index` lie."""
-        return self.folder / "shards" / f"{index:05d}.json"
+    @property
+    def rows_file(self) -> Path:
+        """Where the rows of all shards lie, in their order."""
+        return self.folder / "rows.parquet"
 
     @property
     def partial_folder(self) -> Path:
@@ -192,24 +172,56 @@ class Stage:
         noted = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", JobStart)
         return noted.node if noted else None
 
-    def write(self, shards: list[list[Row]], keys: list[str]) -> None:
-        """Put the stage and its shards, whose keys these are, on disk for the workers; earlier failures are removed."""
-        for name in ("shards", "progress", "failures"):
+    def write(self, shards: Shards) -> None:
+        """Put the stage and its rows on disk for the workers; earlier failures are removed.
+
+        What the folder holds already is not written again: jobs may read it.
+        """
+        for name in ("progress", "failures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        if not self._holds(shards.rows):
+            schema = shards.rows.schema
+            batches = (batch for table in shards.rows.tables() for batch in table.to_batches())
+            write_table(pa.RecordBatchReader.from_batches(schema, batches), self.rows_file, schema)
         description = {
             **{name: value for name, value in vars(self).items() if name != "folder"},
             "settings": dict(self.settings),
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             "input_hashes": dict(self.input_hashes),
+            "rows": len(shards.rows),
+            "rows_per_shard": shards.size,
             "shards": len(shards),
         }
-        write_json(description, self.folder / "stage.json")
-        for index, (rows, key) in enumerate(zip(shards, keys, strict=True)):
-            content = {"key": key, "rows": rows}
-            if read_json(self.shard_file(index)) != content:
-                write_json(content, self.shard_file(index), durable=False)
+        if read_json(self.folder / "stage.json") != description:
+            write_json(description, self.folder / "stage.json")
         for failure in (self.folder / "failures").iterdir():
             failure.unlink(missing_ok=True)
+
+    def _holds(self, rows: Rows) -> bool:
+        """Whether the rows on disk are these, undamaged."""
+        try:
+            written = Rows.of_file(self.rows_file, rows.schema)
+            same = all(one.equals(other) for one, other in zip(rows.tables(), written.tables(), strict=False))
+            return len(written) == len(rows) and same
+        except DataError:
+            return False
+
+    def read_rows(self, index: int) -> pa.Table:
+        """The rows of shard `index`, as `write` left them.
+
+        Raises:
+            UserError: they are not there, or damaged.
+        """
+        description, remedy = describe(self.folder), "resume the run: it is written anew"
+        if not self.rows_file.exists():
+            raise UserError(f"{self.rows_file}: not there; {remedy}")
+        start, size = index * description.rows_per_shard, description.rows_per_shard
+        with open_parquet(self.rows_file, f"; {remedy}") as file:
+            if file.metadata.num_rows != description.rows:
+                raise ValueError(f"{file.metadata.num_rows} rows, not {description.rows}")
+            positions = np.arange(start, min(start + size, description.rows))
+            tables = take_rows(file, None, positions)
+            return pa.concat_tables([file.schema_arrow.empty_table(), *tables]).combine_chunks()
 
     @staticmethod
     def read(folder: Path) -> "Stage":
@@ -224,6 +236,8 @@ class Stage:
     def read_with_size(folder: Path) -> "tuple[Stage, int]":
         """The same, and how many shards it is cut into."""
         content = describe(folder).model_dump()
+        for name in ("rows", "rows_per_shard"):
+            del content[name]
         shards = content.pop("shards")
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
         return Stage(**content, inputs=inputs, folder=folder), shards
@@ -233,10 +247,15 @@ class Stage:
         noted = (read_record(self.manifest(index), Manifest) for index in shards)
         return [manifest for manifest in noted if manifest is not None]
 
-    def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
-        """Whether shard `index` has a valid result for `key`; `thorough` reads the result and checks its hash."""
+    def is_done(self, index: int, key: str | None = None, thorough: bool = False) -> bool:
+        """Whether shard `index` has a valid result; `thorough` reads the result and checks its hash.
+
+        Without a `key`, the result of any rows and settings counts: a driver leaves only those of its own in the folder.
+        """
         manifest, part = read_record(self.manifest(index), Manifest), self.part(index)
-        if manifest is None or manifest.key != key or not part.exists() or _size(part) != manifest.bytes:
+        if manifest is None or key not in (None, manifest.key):
+            return False
+        if not part.exists() or _size(part) != manifest.bytes:
             return False
         return not thorough or hash_path(part) == manifest.sha256
 

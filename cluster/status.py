@@ -7,7 +7,7 @@ from cluster.backends import backend_at
 from cluster.backends.base import log_file
 from cluster.ledger import Ledger, close_submission
 from cluster.progress import rows_per_second
-from cluster.records import Failure, Shard, ShardProgress, read_record
+from cluster.records import Failure, ShardProgress, read_record
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -66,7 +66,7 @@ class StageStatus:
 
 def stages_of(run: Path) -> list[Path]:
     """Folders of a run's stages, in the order in which they began, by a time that copies can keep (cp -a, rsync -a)."""
-    found = sorted(run.rglob("stage.json"), key=lambda path: (path.parent / "shards").stat().st_mtime_ns)
+    found = sorted(run.rglob("stage.json"), key=lambda path: path.stat().st_mtime_ns)
     return [path.parent for path in found]
 
 
@@ -76,20 +76,17 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
     Raises:
         UserError: the stage's description or its ledger is damaged.
     """
-    stage, shards = Stage.read_with_size(folder)
+    stage, description = Stage.read(folder), describe(folder)
+    shards, rows = description.shards, description.rows
     done: list[int] = []
     missing: dict[int, ShardProgress | None] = {}
     begun = 0.0
-    rows = 0
     for index in range(shards):
-        shard = read_record(stage.shard_file(index), Shard)
-        count = len(shard.rows) if shard else 0
-        rows += count
-        if shard and stage.is_done(index, shard.key):
+        if stage.is_done(index):
             done.append(index)
         else:
             missing[index] = note = read_record(stage.progress_file(index), ShardProgress)
-            begun += min(note.done, count) if note else 0
+            begun += min(note.done, description.rows_per_shard) if note else 0
     running, queued = _at_work(folder, cluster, set(missing))
     idle = set(missing) - running - queued
     noted = {index: read_record(stage.failure_file(index), Failure) for index in sorted(idle)}

@@ -11,17 +11,17 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import submitit
 
 from cluster.partial_commits import compute_rows, remove_partial_files
-from cluster.records import Failure, Shard, read_record
+from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
-from montessori_core.errors import UserError
 from montessori_core.files import write_json
-from montessori_core.program import Compute, RowProgram, open_program
+from montessori_core.program import Compute, Row, RowProgram, open_program
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +52,20 @@ def set_library_defaults() -> None:
 
 
 def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:
-    opened: Compute | RowProgram | None = None
+    opened: Compute[Any] | RowProgram[Any] | None = None
     begun = time.monotonic() - _seconds_alive()
     for index in indices:
-        shard = read_record(stage.shard_file(index), Shard)
-        if shard is None:
-            raise UserError(f"{stage.shard_file(index)}: not there, or damaged; resume the run: it is written anew")
-        if stage.is_done(index, shard.key):
-            continue
-        log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(shard.rows), platform.node())
         opening = 0.0
         try:
+            rows = stage.read_rows(index)
+            key = stage.key(rows)
+            if stage.is_done(index, key):
+                continue
+            log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(rows), platform.node())
             if opened is None:
                 opened = open_program(stage.entry, stage.settings_type, stage.settings, stage.inputs)
                 opening = time.monotonic() - begun
-            _compute_shard(stage, index, shard, opened, environment, opening)
+            _compute_shard(stage, index, key, rows.to_pylist(), opened, environment, opening)
         except Exception as error:
             failure = {
                 "job_id": environment.job_id,
@@ -114,20 +113,21 @@ def classify_error(error: Exception) -> str:
 def _compute_shard(
     stage: Stage,
     index: int,
-    shard: Shard,
-    opened: Compute | RowProgram,
+    key: str,
+    rows: list[Row],
+    opened: Compute[Any] | RowProgram[Any],
     environment: submitit.JobEnvironment,
     opening: float,
 ) -> None:
-    clock, rows = RowClock(stage.progress_file(index)), shard.rows
+    clock = RowClock(stage.progress_file(index))
     first, processes, job = environment.global_rank == 0, environment.num_tasks, environment.job_id
     if isinstance(opened, RowProgram):
         if first:  # the processes of a job do not share rows
-            with stage.commit_part(index, shard.key, len(rows), job, clock, 1, opening) as temporary:
-                compute_rows(opened, rows, stage.partial_folder, index, shard.key, temporary, clock)
+            with stage.commit_part(index, key, len(rows), job, clock, 1, opening) as temporary:
+                compute_rows(opened, rows, stage.partial_folder, index, key, temporary, clock)
             remove_partial_files(stage.partial_folder, index)
     elif first:
-        with stage.commit_part(index, shard.key, len(rows), job, clock, processes, opening) as temporary:
+        with stage.commit_part(index, key, len(rows), job, clock, processes, opening) as temporary:
             opened(rows, temporary, clock)
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"

@@ -20,8 +20,9 @@ Row = dict[str, Any]
 Report = Callable[[float], None]
 """Called with the number of rows (or steps) done so far; a fraction counts rows that are being computed."""
 
-Compute = Callable[[list[Row], Path, Report], None]
-"""Computes a shard's rows and writes the result to a path that does not exist yet: a file or a folder."""
+RowT = TypeVar("RowT")
+Compute = Callable[[list[RowT], Path, Report], None]
+"""Computes a shard's rows, all of a kind, and writes the result to a path that does not exist yet: a file or a folder."""
 
 
 class Recorder(Protocol):
@@ -57,8 +58,8 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True)
-class RowProgram:
-    """A program whose rows do not depend on each other.
+class RowProgram(Generic[RowT]):
+    """A program whose rows do not depend on each other; `RowT` is their kind.
 
     Attributes:
         schema: of the table that the rows become.
@@ -67,7 +68,7 @@ class RowProgram:
     """
 
     schema: pa.Schema
-    compute: Callable[[list[Row], Recorder], None]
+    compute: Callable[[list[RowT], Recorder], None]
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
@@ -83,6 +84,7 @@ class Program(Generic[SettingsT]):
         entry: `module:function`, which opens the program on a node with its settings and the paths of its inputs. It does not
             enter the key: code may move.
         settings: what the program is opened with, validated on the driver and on the node.
+        rows: their kind, a TypedDict of `montessori_core.data.rows`.
         kind: which resources its jobs get.
         suffix: of a shard's result: '.parquet' for a table, '' for a folder.
     """
@@ -91,13 +93,14 @@ class Program(Generic[SettingsT]):
     version: int
     entry: str
     settings: type[SettingsT]
+    rows: type
     kind: Kind
     suffix: str = ".parquet"
 
 
 def open_program(
     entry: str, settings_type: str | None, settings: Mapping[str, Any], inputs: Mapping[str, Path]
-) -> Compute | RowProgram:
+) -> Compute[Any] | RowProgram[Any]:
     """Open a program on the node that computes it.
 
     Args:
@@ -107,7 +110,7 @@ def open_program(
         inputs: paths by the names that the entry knows them by.
     """
     validated = load(settings_type).model_validate(settings) if settings_type else settings
-    opened: Compute | RowProgram = load(entry)(validated, inputs)
+    opened: Compute[Any] | RowProgram[Any] = load(entry)(validated, inputs)
     return opened
 
 

@@ -9,6 +9,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from montessori_core.config import Influence, Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
+from montessori_core.data.rows import (
+    BenchmarkRow,
+    ComparisonRow,
+    DialogueRow,
+    ExampleRow,
+    GenerationRow,
+    ItemRow,
+    PairRow,
+    TaskRow,
+    TrainingRow,
+)
 from montessori_core.program import Program
 
 Form = Literal["tagged", "whole", "request", "reply"]
@@ -161,21 +172,33 @@ class Harness(Section):
 
 
 _CORE = "montessori_core"
-GENERATION = Program("generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, "generation")
-API_GENERATION = Program("api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, "judging")
-SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, "training", suffix="")
-DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, "teacher_update", suffix="")
-INFLUENCE = Program("influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, "influence")
-REFERENCE_LOSS = Program("reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, "evaluation")
-TRAINING_LOSS = Program("training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, "influence")
-IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, "influence")
-NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, "influence")
-JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, "judging")
+GENERATION = Program(
+    "generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, GenerationRow, "generation"
+)
+API_GENERATION = Program(
+    "api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, GenerationRow, "judging"
+)
+SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, TrainingRow, "training", suffix="")
+DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, PairRow, "teacher_update", suffix="")
+INFLUENCE = Program(
+    "influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, ExampleRow, "influence"
+)
+REFERENCE_LOSS = Program(
+    "reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, TaskRow, "evaluation"
+)
+TRAINING_LOSS = Program(
+    "training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, ExampleRow, "influence"
+)
+IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, ExampleRow, "influence")
+NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, TaskRow, "influence")
+JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, ExampleRow, "judging")
 PAIRWISE_JUDGE = Program(
-    "pairwise-judge", 1, f"{_CORE}.judging.pairwise:open_pairwise_judge", BenchmarkJudging, "judging"
+    "pairwise-judge", 1, f"{_CORE}.judging.pairwise:open_pairwise_judge", BenchmarkJudging, ComparisonRow, "judging"
 )
 MT_BENCH_JUDGE = Program(
-    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, "judging"
+    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, DialogueRow, "judging"
 )
-BENCHMARK_ITEMS = Program("benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, "evaluation")
-HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, "evaluation")
+BENCHMARK_ITEMS = Program(
+    "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, BenchmarkRow, "evaluation"
+)
+HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, ItemRow, "evaluation")

@@ -60,12 +60,12 @@ def seen_references(reference: list[Task], texts: Mapping[str, list[str]], words
     """
     warnings = []
     for setting, items in texts.items() if words else ():
-        seen = overlapping([task.text for task in reference], items, words)
+        seen = overlapping([task.instruction for task in reference], items, words)
         if any(seen):
             warnings.append(
                 f"{sum(seen)} of {len(reference)} reference examples also stand in benchmarks.{setting}, e.g. "
-                f"{reference[seen.index(True)].id}: influence is measured on what students are tested on, so that their "
-                "scores there say nothing about other tasks"
+                f"{reference[seen.index(True)].example_id}: influence is measured on what students are tested on, so that "
+                "their scores there say nothing about other tasks"
             )
     return warnings
 

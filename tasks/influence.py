@@ -10,13 +10,13 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
 from montessori_core.config import Experiment
+from montessori_core.data.rows import ExampleRow, Positions, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table, write_table
 from montessori_core.influence.pilot import measure_after_pilot
-from montessori_core.influence.preferences import Positions, threshold_of
+from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
 from montessori_core.influence.table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models.fingerprints import moments_fingerprint
-from montessori_core.program import Row
 from tasks.plots import histogram
 from tasks.run import Model
 from tasks.screening import estimate_influence
@@ -29,7 +29,7 @@ def collect_influence(step: Step, student: Model, examples: Path, first: int, la
     If they are to be `paired`, the first of many are measured before the others, to warn of too few pairs.
     """
     baseline = step.experiment.preferences.baseline
-    stages = _Stages(step, student, examples, measured_rows(examples, first, last), paired)
+    stages = _Stages(step, student, examples, Rows.of_file(examples, EXAMPLES, ExampleRow, first, last), paired)
     joined = estimate_influence(stages, step.experiment.influence, baseline)
     table = step.folder.with_name(f"{step.folder.name}.parquet")
     return _join(f"{step.label}: table", joined, table, baseline, stages.parts, stages.warnings)
@@ -43,7 +43,7 @@ class _Stages:
         warnings: so far.
     """
 
-    def __init__(self, step: Step, student: Model, examples: Path, rows: list[Row], paired: bool) -> None:
+    def __init__(self, step: Step, student: Model, examples: Path, rows: Rows, paired: bool) -> None:
         self._step, self._examples, self._rows, self._paired = step, examples, rows, paired
         self._models = {
             "student": student,
@@ -67,10 +67,10 @@ class _Stages:
         return join_influence(parts)
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
-        rows = [self._rows[i] for i in positions]
-        return join_influence(self._execute(self._step.beside(name, f", {name}"), "exact", rows))
+        step = self._step.beside(name, f", {name}")
+        return join_influence(self._execute(step, "exact", self._rows[positions]))
 
-    def _execute(self, step: Step, estimator: str, rows: list[Row]) -> list[Path]:
+    def _execute(self, step: Step, estimator: str, rows: Rows) -> list[Path]:
         parts = step.execute(
             programs.INFLUENCE,
             influence_settings(step.experiment, estimator),
@@ -86,13 +86,6 @@ class _Stages:
     def _warn(self, warning: str) -> None:
         self.warnings.append(warning)
         warn(self._step.label, warning)
-
-
-def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
-    """Rows `first` to `last` (None: to the end) of an example table, for a program that measures examples."""
-    kept = ["example_id", "prompt_id", "instruction", "response"]
-    rows = read_table(examples, EXAMPLES, [*kept, "response_finished"])[first:last].to_pylist()
-    return [{**{key: row[key] for key in kept}, "finished": row["response_finished"]} for row in rows]
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

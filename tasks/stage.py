@@ -9,10 +9,11 @@ from typing import Any, Literal
 from prefect import get_run_logger
 
 from cluster.fanout import Progress, fan_out
-from cluster.stage import cut_for_jobs
+from cluster.shards import Shards, cut_for_jobs
 from montessori_core.config import Endpoint, Experiment, Resources
+from montessori_core.data.rows import Rows
 from montessori_core.files import write_json
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
 from tasks.stage_progress import StageTaskRuns
@@ -67,7 +68,7 @@ class Step:
         self,
         program: Program[SettingsT],
         settings: SettingsT,
-        rows: list[Row],
+        rows: Rows | Sequence[Mapping[str, object]],
         rows_per_shard: int | None = None,
         models: Mapping[str, Model] | None = None,
         files: Mapping[str, Path] | None = None,
@@ -80,28 +81,30 @@ class Step:
         Args:
             program: see `montessori_core.programs`.
             settings: of the program.
-            rows: that it computes.
+            rows: that it computes, of its kind.
             rows_per_shard: at most so many; fewer where more jobs may run. None: all rows are one shard.
             models: models the program loads, by the name of the input.
             files: files the program reads, by the name of the input.
             upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
         """
-        shards = [rows]
+        shards = _one_shard(program, rows)
         if rows_per_shard is not None:
             jobs = self._resources(program).parallel_jobs
-            shards = cut_for_jobs(self.folder, rows, jobs, rows_per_shard)
+            shards = cut_for_jobs(self.folder, shards.rows, jobs, rows_per_shard)
         return self._compute(program, settings, shards, models or {}, files or {}, {}, upstream, read=lambda part: part)
 
     def train(
         self,
         program: Program[SettingsT],
         settings: SettingsT,
-        rows: list[Row],
+        rows: Rows | Sequence[Mapping[str, object]],
         models: Mapping[str, Model],
         upstream: Sequence[object] = (),
     ) -> Model:
         """Compute a program whose result is a model, in one job; see `execute`."""
-        trained: list[Model] = self._compute(program, settings, [rows], models, {}, {}, upstream, read=Model.of)
+        trained: list[Model] = self._compute(
+            program, settings, _one_shard(program, rows), models, {}, {}, upstream, read=Model.of
+        )
         return trained[0]
 
     def ask(
@@ -109,7 +112,7 @@ class Step:
         asked: Literal["judge", "strong_teacher"],
         program: Program[SettingsT],
         settings: Mapping[str, Any],
-        rows: list[Row],
+        rows: Rows | Sequence[Mapping[str, object]],
         upstream: Sequence[object],
     ) -> list[Path]:
         """Put rows to a model behind an API, in one job, so that limits and cap hold over all of them; see `execute`.
@@ -125,7 +128,8 @@ class Step:
         write_json(endpoint.model_dump(mode="json"), file)
         whole = program.settings(endpoint=endpoint.identity(), **settings)
         # Limits and prices decide no answer: with others, nothing is asked again.
-        return self._compute(program, whole, [rows], {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
+        shards = _one_shard(program, rows)
+        return self._compute(program, whole, shards, {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
 
     def _resources(self, program: Program[SettingsT]) -> Resources:
         resources: Resources = getattr(self.experiment.cluster.resources, program.kind)
@@ -135,7 +139,7 @@ class Step:
         self,
         program: Program[SettingsT],
         settings: SettingsT,
-        shards: list[list[Row]],
+        shards: Shards,
         models: Mapping[str, Model],
         files: Mapping[str, Path],
         undeciding_files: Mapping[str, Path],
@@ -155,3 +159,9 @@ class Step:
 
             fan_out(stage, shards, self._resources(program), cluster, show, python)
         return view.results()
+
+
+def _one_shard(program: Program[SettingsT], rows: Rows | Sequence[Mapping[str, object]]) -> Shards:
+    """All rows of a program as one shard."""
+    of_kind = rows if isinstance(rows, Rows) else Rows.of(rows, program.rows)
+    return Shards(of_kind, max(1, len(of_kind)))

@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core import layout, programs
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import (
     DRAWN_TOKENS,
@@ -32,6 +33,8 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import Model
 from tasks.stage import Step
 
+_KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
+"""Columns of a generated row that its candidate or example keeps."""
 _LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acceptance asks for
 
 
@@ -149,8 +152,7 @@ def join_synthesis(
 def _pool(table: Path | None) -> list[Task]:
     if table is None:
         return []
-    rows = read_table(table, EXAMPLES).select(["example_id", "instruction"]).to_pylist()
-    return [Task(row["example_id"], row["instruction"]) for row in rows]
+    return [Task(**row) for row in read_table(table, EXAMPLES, ["example_id", "instruction"]).to_pylist()]
 
 
 def _write_instructions(
@@ -165,10 +167,10 @@ def _write_instructions(
     """Candidates with their verdicts, and the parts they come from."""
     settings = step.experiment.synthesis
     samples = range(settings.samples_per_prompt)
-    rows: list[Row] = [
+    rows: list[GenerationRow] = [
         {
-            "ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
-            "text": prompt.text,
+            "example_ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
+            "turns": [prompt.text],
             "seeds": [seed_of(step.experiment.seed, draw, prompt.id, sample) for sample in samples],
         }
         for prompt in prompts
@@ -177,17 +179,14 @@ def _write_instructions(
     size = settings.prompts_per_shard
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
-    verdicts = filter_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
+    verdicts = filter_candidates([row["raw_output"] for row in generated], owners, style, settings.filters, accepted)
     candidates: list[Row] = [
         {
-            "candidate_id": row["row_id"],
+            **{name: row[name] for name in _KEPT},
             "prompt_id": f"{draw}-{prompt.id}",
-            "prompt": row["prompt"],
-            "demonstrations": [task.id for task in prompt.demonstrations],
-            "raw_output": row["text"],
+            "demonstrations": [task.example_id for task in prompt.demonstrations],
             "instruction": verdict.instruction,
             "rejection": verdict.rejection,
-            **{key: row[key] for key in DRAWN_TOKENS},
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
@@ -204,32 +203,30 @@ def _write_responses(
     """Answer the instructions; a candidate with an empty answer is marked as rejected. Examples, and their parts."""
     if not candidates:
         return [], []
-    rows: list[Row] = [
+    rows: list[GenerationRow] = [
         {
-            "ids": [candidate["candidate_id"]],
-            "text": candidate["instruction"],
-            "seeds": [seed_of(step.experiment.seed, draw, candidate["candidate_id"], "response")],
+            "example_ids": [candidate["example_id"]],
+            "turns": [candidate["instruction"]],
+            "seeds": [seed_of(step.experiment.seed, draw, candidate["example_id"], "response")],
         }
         for candidate in candidates
     ]
     generated, parts = _respond(step, teacher, rows, upstream)
     examples = []
     for candidate, row in zip(candidates, generated, strict=True):
-        if not row["text"].strip():
+        if row["raw_output"].strip():
+            examples.append(candidate | _response_of(row))
+        else:
             candidate["rejection"] = EMPTY_RESPONSE
-            continue
-        examples.append(
-            {
-                "example_id": candidate["candidate_id"],
-                **{
-                    key: candidate.get(key)
-                    for key in ("prompt_id", "prompt", "raw_output", "instruction", *DRAWN_TOKENS)
-                },
-                "response": row["text"].strip(),
-                "response_finished": row["finish_reason"] == "stop",
-            }
-        )
     return examples, parts
+
+
+def _response_of(generated: Row) -> Row:
+    """The columns of an example that a generated row is the response of."""
+    return {
+        "response": generated["raw_output"].strip(),
+        "response_finished": generated["finish_reason"] == "stop",
+    }
 
 
 def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
@@ -243,12 +240,12 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
         last: the one behind the last.
         draw: names the random draw of the samples.
     """
-    asked = read_table(examples, EXAMPLES).to_pylist()[first:last]
+    asked = read_table(examples, EXAMPLES, ["example_id", "instruction"])[first:last].to_pylist()
     samples = range(step.experiment.synthesis.samples_per_prompt)
-    rows: list[Row] = [
+    rows: list[GenerationRow] = [
         {
-            "ids": [f"{row['example_id']}-r{sample}" for sample in samples],
-            "text": row["instruction"],
+            "example_ids": [f"{row['example_id']}-r{sample}" for sample in samples],
+            "turns": [row["instruction"]],
             "seeds": [seed_of(step.experiment.seed, draw, row["example_id"], "response", sample) for sample in samples],
         }
         for row in asked
@@ -256,46 +253,43 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
     generated, parts = _respond(step.at("responses"), teacher, rows, [examples])
     owners = [row for row in asked for _ in samples]
     answered = [
-        {
-            "example_id": response["row_id"],
-            "prompt_id": row["example_id"],
-            "prompt": response["prompt"],
-            "raw_output": response["text"],
-            "instruction": row["instruction"],
-            "response": response["text"].strip(),
-            "response_finished": response["finish_reason"] == "stop",
-            **{key: response[key] for key in DRAWN_TOKENS},
-        }
+        {name: response[name] for name in _KEPT}
+        | {"prompt_id": row["example_id"], "instruction": row["instruction"]}
+        | _response_of(response)
         for row, response in zip(owners, generated, strict=True)
-        if response["text"].strip()
+        if response["raw_output"].strip()
     ]
-    return _write_examples(f"{step.label}: table", step.folder / layout.EXAMPLES, answered, parts)
+    return _write_examples(
+        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
+    )
 
 
 def answer_seeds(step: Step, teacher: Model) -> Path:
     """The teacher's responses to the seed pool, as the table `examples.parquet` in the step's folder."""
     candidates: list[Row] = [
-        {"candidate_id": task.id, "prompt_id": task.id, "prompt": "", "raw_output": "", "instruction": task.text}
+        vars(task) | {"prompt_id": task.example_id, "prompt": "", "raw_output": ""}
         for task in step.run.sources().seed_pool
     ]
     answered, parts = _write_responses(step.at("responses", "responses"), teacher, candidates, "seeds", [])
-    return _write_examples(f"{step.label}: table", step.folder / layout.EXAMPLES, answered, parts)
+    return _write_examples(
+        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
+    )
 
 
 def join_examples(label: str, tables: list[Path], path: Path) -> Path:
     """One example table from several, in their order."""
-    rows = [row for table in tables for row in read_table(table, EXAMPLES).to_pylist()]
-    return _write_examples(label, path, rows, tables)
+    joined = pa.concat_tables([read_table(table, EXAMPLES) for table in tables])
+    return _write_examples(label, path, joined, tables)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _write_examples(label: str, path: Path, rows: list[Row], parts: list[Path]) -> Path:
-    write_table(table_from_rows(rows, EXAMPLES), path, EXAMPLES)
+def _write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
+    write_table(examples, path, EXAMPLES)
     return path
 
 
 def _respond(
-    step: Step, teacher: Model | Endpoint, rows: list[Row], upstream: list[Path]
+    step: Step, teacher: Model | Endpoint, rows: list[GenerationRow], upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
     """What the teacher answers to rows of the generation program, and the parts it is from."""
     settings = step.experiment.synthesis
@@ -305,7 +299,7 @@ def _respond(
 def generate(
     step: Step,
     teacher: Model | Endpoint,
-    rows: list[Row],
+    rows: list[GenerationRow],
     rows_per_shard: int,
     sampling: Sampling,
     form: Form,

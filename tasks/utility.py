@@ -9,13 +9,13 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
 from montessori_core.config import Sampling
-from montessori_core.data.tables import GENERATION, UTILITY, read_table, table_from_rows, write_table
+from montessori_core.data.rows import ExampleRow, GenerationRow, Rows
+from montessori_core.data.tables import EXAMPLES, GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.judging.client import Answer
 from montessori_core.judging.points import points_for, question_about, read_score
 from montessori_core.program import Row
 from montessori_core.seeding import seed_of
-from tasks.influence import measured_rows
 from tasks.run import Model
 from tasks.stage import Step
 from tasks.synthesis import generate
@@ -35,7 +35,7 @@ def measure_training_loss(step: Step, student: Model, examples: Path, first: int
     parts = step.execute(
         programs.TRAINING_LOSS,
         settings,
-        measured_rows(examples, first, last),
+        Rows.of_file(examples, EXAMPLES, ExampleRow, first, last),
         step.experiment.influence.examples_per_shard,
         models={"student": student},
         upstream=[examples],
@@ -50,7 +50,7 @@ def measure_in_context(step: Step, student: Model, examples: Path, first: int, l
     parts = step.execute(
         programs.IN_CONTEXT,
         settings,
-        measured_rows(examples, first, last),
+        Rows.of_file(examples, EXAMPLES, ExampleRow, first, last),
         influence.examples_per_shard,
         models={"student": student},
         files={"reference": step.run.source_file("reference")},
@@ -76,7 +76,7 @@ def ask_judge(step: Step, examples: Path, first: int, last: int, response_only: 
     """
     if step.experiment.judge is None:
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
-    rows = measured_rows(examples, first, last)
+    rows = Rows.of_file(examples, EXAMPLES, ExampleRow, first, last)
     parts = step.ask("judge", programs.JUDGE, {"response_only": response_only}, rows, [examples])
     return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
 
@@ -86,11 +86,11 @@ def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
 
     A utility is the mean of those of three judgements that end with a score (Yuan et al., 2024).
     """
-    rows = measured_rows(examples, 0, None)
-    asked: list[Row] = [
+    rows = read_table(examples, EXAMPLES, ["example_id", "prompt_id", "instruction", "response"]).to_pylist()
+    asked: list[GenerationRow] = [
         {
-            "ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
-            "text": question_about(row["instruction"], row["response"], response_only=True),
+            "example_ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
+            "turns": [question_about(row["instruction"], row["response"], response_only=True)],
             "seeds": [
                 seed_of(step.experiment.seed, "judgement", row["example_id"], sample) for sample in range(_JUDGEMENTS)
             ],
@@ -107,7 +107,7 @@ def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
 def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path:
     """The mean of the scores that the judgements of each row end with; `parts` has them in the order of the rows."""
     judged = [one for part in parts for one in read_table(part, GENERATION).to_pylist()]
-    answers = [Answer(one["text"], one["finish_reason"], 0, one["tokens"]) for one in judged]
+    answers = [Answer(one["raw_output"], one["finish_reason"], 0, one["tokens"]) for one in judged]
     scores: list[Row] = []
     for number, row in enumerate(rows):
         own = answers[number * _JUDGEMENTS : (number + 1) * _JUDGEMENTS]

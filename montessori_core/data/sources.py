@@ -22,8 +22,8 @@ from montessori_core.files import commit
 class Task:
     """A human-written task; `response` is empty in a seed pool."""
 
-    id: str
-    text: str
+    example_id: str
+    instruction: str
     response: str = ""
 
 
@@ -100,15 +100,15 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
         raise DataError(f"{field}.path: {source.path} holds no examples; give a set with at least one")
     ids: set[str] = set()
     for task in tasks:
-        if task.id in ids:
-            raise DataError(f"{field}.path: {source.path}: id {task.id!r} occurs twice; ids must differ")
-        ids.add(task.id)
+        if task.example_id in ids:
+            raise DataError(f"{field}.path: {source.path}: id {task.example_id!r} occurs twice; ids must differ")
+        ids.add(task.example_id)
     return tasks
 
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
     """Write a set as JSONL that workers read back with `load_tasks`."""
-    lines = [json.dumps({"id": t.id, "text": t.text, "response": t.response}, ensure_ascii=False) for t in tasks]
+    lines = [json.dumps(vars(task), ensure_ascii=False) for task in tasks]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -178,6 +178,6 @@ def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:
     """Pairs of ids, one per task of `second` whose ROUGE-L F with some task of `first` is above 0.9."""
-    known = RougeIndex([task.text for task in first], max_rouge_l=0.9)
-    matches = ((task, known.nearest(task.text)) for task in second)
-    return [(first[index].id, task.id) for task, index in matches if index is not None]
+    known = RougeIndex([task.instruction for task in first], max_rouge_l=0.9)
+    matches = ((task, known.nearest(task.instruction)) for task in second)
+    return [(first[index].example_id, task.example_id) for task, index in matches if index is not None]

@@ -4,10 +4,12 @@ Tables hold results only, never times or host names, so that a table has the sam
 interrupted or repeated. Every text column may hold text a model wrote: it is data, and nothing else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -44,10 +46,10 @@ def _drawn_tokens(output: str = "") -> tuple[pa.Field, pa.Field]:
 
 GENERATION = _schema(
     "generation",
-    2,
-    _field("row_id", _TEXT, "what was generated: candidate or example"),
+    3,
+    _field("example_id", _TEXT, "the example that it is for"),
     _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
-    _field("text", _TEXT, "the model's raw output, stop string included"),
+    _field("raw_output", _TEXT, "what the model wrote, stop string included"),
     _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
     _field("tokens", _WHOLE, "tokens generated"),
     *_drawn_tokens(),
@@ -55,9 +57,9 @@ GENERATION = _schema(
 
 INSTRUCTIONS = _schema(
     "instructions",
-    1,
-    _field("candidate_id", _TEXT, "prompt id and sample number"),
-    _field("prompt_id", _TEXT, "the prompt p this candidate answers"),
+    2,
+    _field("example_id", _TEXT, "prompt id and sample number"),
+    _field("prompt_id", _TEXT, "the prompt p that it answers"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
     _field("demonstrations", pa.list_(_TEXT), "ids of the demonstrations in the prompt, in order"),
     _field("raw_output", _TEXT, "what the teacher wrote"),
@@ -269,19 +271,32 @@ def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.S
     reader = table.to_reader(ROW_GROUP) if isinstance(table, pa.Table) else table
     check(reader.schema.empty_table(), schema, str(path))
     with commit(path) as temporary, _writer(temporary, reader.schema) as writer:
-        for group in _row_groups(reader):
+        for group in regroup((pa.Table.from_batches([batch]) for batch in reader), reader.schema, ROW_GROUP):
             writer.write_table(check(group, schema, str(path)))
 
 
-def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """The rows of a stream, each column in one piece, `ROW_GROUP` at a time but the last; one group if there are none."""
-    waiting = reader.schema.empty_table()
-    for batch in reader:
-        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
-        while waiting.num_rows > ROW_GROUP:
-            yield waiting.slice(0, ROW_GROUP).combine_chunks()
-            waiting = waiting.slice(ROW_GROUP)
+def regroup(tables: Iterable[pa.Table], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+    """The rows of tables, each column in one piece, `size` at a time but the last; one empty table if there are none."""
+    waiting = schema.empty_table()
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table])
+        while waiting.num_rows > size:
+            yield waiting.slice(0, size).combine_chunks()
+            waiting = waiting.slice(size)
     yield waiting.combine_chunks()
+
+
+def take_rows(
+    file: pq.ParquetFile, columns: Sequence[str] | None, positions: npt.NDArray[np.int64]
+) -> Iterator[pa.Table]:
+    """Rows of a file by their positions, which ascend; of the file, one row group is in memory at a time."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    ends = np.cumsum(sizes)
+    groups = np.searchsorted(ends, positions, side="right")
+    for group in np.unique(groups):
+        table = file.read_row_group(group, columns)
+        table.validate(full=True)
+        yield table.take(positions[groups == group] - (ends[group] - sizes[group]))
 
 
 def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:

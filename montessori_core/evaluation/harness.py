@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
@@ -21,18 +22,17 @@ from montessori_core.program import Recorder, Row, RowProgram
 _LONGEST_ANSWER = 2000  # characters kept of what the model wrote
 
 
-def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram:
+def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram[BenchmarkRow]:
     """Open the harness, to list what its tasks ask.
 
-    Inputs: `tasks`, a folder of task files, or none. Rows: `benchmark` (a task, tag or group of the harness), `limit` (of
-    each of its tasks, or none). The result is a table of schema `ITEMS`.
+    Inputs: `tasks`, a folder of task files, or none. The result is a table of schema `ITEMS`.
 
     Raises:
         UserError: the harness is not installed.
     """
     manager = _open_manager(inputs.get("tasks"))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[BenchmarkRow], recorder: Recorder) -> None:
         for position, row in enumerate(rows):
             records: list[Row] = []
             for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():
@@ -53,12 +53,10 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
     return RowProgram(ITEMS, compute)
 
 
-def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram:
+def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram[ItemRow]:
     """Load a model, to put items to it.
 
-    Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`,
-    `item` (its place in the task's evaluation set), `shots` (demonstrations; none takes the task's own number). The result
-    is a table of schema `ITEM_SCORES`.
+    Inputs: `model`; `tasks`, a folder of task files, or none. The result is a table of schema `ITEM_SCORES`.
 
     Raises:
         UserError: the harness is not installed.
@@ -77,7 +75,7 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ItemRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
         for positions in _batches(rows, settings.batch_size):
             benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
@@ -199,7 +197,7 @@ def _plain(doc: Any) -> Any:
     return json.loads(json.dumps(doc, default=str, sort_keys=True))
 
 
-def _batches(rows: list[Row], size: int) -> list[list[int]]:
+def _batches(rows: list[ItemRow], size: int) -> list[list[int]]:
     """Positions of the rows that are put to the model together: the same whichever batches were recorded before."""
     groups: dict[tuple[str, int | None], list[int]] = {}
     for position, row in enumerate(rows):

@@ -81,7 +81,7 @@ def build_prompts(
 
 
 def _text(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
-    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
+    shown = "\n".join(f"{OPEN}{task.instruction}{CLOSE}" for task in demonstrations)
     if style == "chat" and settings.request == "paper":
         return f"{PAPER_REQUEST}{shown}\n"
     # str.replace, not str.format: demonstrations may hold braces.

@@ -32,6 +32,7 @@ from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.program import Row
 from support import squares
+from support.row_programs import as_shards
 from support.squares import (
     CLUSTER,
     EXPECTED,
@@ -39,6 +40,7 @@ from support.squares import (
     SHARDS,
     computed,
     jobs_alive,
+    key_of,
     results,
     run,
     stage,
@@ -81,7 +83,7 @@ def test_use_of_a_stage_is_what_its_jobs_took(folder: Path, monkeypatch: pytest.
 
 def test_cost_of_a_stage_is_what_its_manifests_say(folder: Path) -> None:
     kind = replace(stage(folder, seconds=0.2), kind="influence")
-    fan_out(kind, SHARDS, Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
+    fan_out(kind, as_shards(*SHARDS), Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
     cost = cost_of(kind.folder)
     assert cost is not None
     assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
@@ -105,7 +107,7 @@ def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Pa
                 assert seen.seconds_left is not None
                 left.append(seen.seconds_left / (12 - seen.rows_done))
 
-    fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
+    fan_out(stage(folder, 0.3), as_shards(rows), Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
     assert left
     assert all(0.3 <= seconds < 3 for seconds in left)
 
@@ -145,14 +147,14 @@ def test_shard_committed_while_a_driver_takes_over_is_not_computed_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = stage(folder)
-    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    made.write(as_shards(*SHARDS))
     ledger = Ledger(made.folder / "jobs")
     ledger.submissions = [Submission("never-noted", "w", [[1]], platform.node(), 0)]
     ledger.save()
     assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a submission under way
 
     def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-        with made.commit_part(0, made.key(SHARDS[0]), len(SHARDS[0]), "7:0") as part:
+        with made.commit_part(0, key_of(made, SHARDS[0]), len(SHARDS[0]), "7:0") as part:
             part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
         close_submission(submission, cluster, ledger)
 
@@ -195,10 +197,8 @@ def test_error_of_an_earlier_attempt_gives_way_to_that_of_the_last(
     environment = submitit.JobEnvironment()
     monkeypatch.syspath_prepend(folder)
     own = stage(folder)
-    (own.folder / "failures").mkdir(parents=True)
-    for name in ("shards", "progress", "jobs"):
-        (own.folder / name).mkdir()
-    write_json({"key": "k", "rows": [{"n": 5}]}, own.shard_file(0))
+    own.write(as_shards([{"n": 5}]))
+    (own.folder / "jobs").mkdir()
     for attempt, fault, kind in (("0", "peer-5", "lost"), ("1", "fail-5", "code_error"), ("1", "full-5", "code_error")):
         (folder / fault).touch()
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
@@ -261,9 +261,9 @@ def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
 @pytest.mark.guarantee("result of another configuration")
 def test_result_of_other_settings_rows_or_version_is_not_taken(folder: Path) -> None:
     run(folder)
-    fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER, python=sys.executable)
+    fan_out(stage(folder, version=2), as_shards(*SHARDS), Resources(), CLUSTER, python=sys.executable)
     assert computed(folder).count(0) == 2
-    changed = [[{"n": 5}], *SHARDS[1:]]
+    changed = as_shards([{"n": 5}, *SHARDS[0][1:]], *SHARDS[1:])
     assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER, python=sys.executable))[0] == 25
     assert computed(folder).count(10) == 2
 
@@ -277,7 +277,9 @@ def test_resources_do_not_enter_the_key(folder: Path) -> None:
 
 def test_progress_reaches_the_end_and_never_falls(folder: Path) -> None:
     seen: list[Progress] = []
-    fan_out(stage(folder, 0.3), SHARDS[:2], Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable)
+    fan_out(
+        stage(folder, 0.3), as_shards(*SHARDS[:2]), Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable
+    )
     done = [progress.rows_done for progress in seen]
     assert done == sorted(done)
     assert done[-1] == 6
@@ -380,8 +382,8 @@ def test_file_that_is_replaced_over_nfs_while_it_is_read_is_read_again(
 
 def test_first_result_of_a_shard_counts(folder: Path) -> None:
     shards = stage(folder)
-    key = shards.key(SHARDS[0])
-    shards.write(SHARDS[:1], [key])
+    key = key_of(shards, SHARDS[0])
+    shards.write(as_shards(SHARDS[0]))
     with shards.commit_part(0, key, 3, "slow") as slow:
         with shards.commit_part(0, key, 3, "fast") as fast:
             fast.write_text("fast")
@@ -396,9 +398,9 @@ def test_first_result_of_a_shard_counts(folder: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A stage with notes of every kind: shards done but the last, which failed."""
     made = stage(tmp_path_factory.mktemp("finished"))
-    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    made.write(as_shards(*SHARDS))
     for index, rows in enumerate(SHARDS[:-1]):
-        with made.commit_part(index, made.key(rows), len(rows), "7:0.5") as part:
+        with made.commit_part(index, key_of(made, rows), len(rows), "7:0.5") as part:
             part.write_text("[1, 2, 3]")
     RowClock(made.progress_file(5))(2)
     failure = {"job_id": "7", "attempt": "0", "class": "code_error", "opening": False, "error": "e", "traceback": "t"}
@@ -446,7 +448,7 @@ def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finishe
     note.write_bytes(after)
     try:
         for index, thorough in itertools.product(range(6), (False, True)):
-            if finished.is_done(index, finished.key(SHARDS[index]), thorough) and note == finished.manifest(index):
+            if finished.is_done(index, key_of(finished, SHARDS[index]), thorough) and note == finished.manifest(index):
                 fields = ("key", "bytes", "sha256") if thorough else ("key", "bytes")
                 assert [json.loads(after)[name] == json.loads(before)[name] for name in fields] == [True] * len(fields)
         read_stage_status(finished.folder, CLUSTER)

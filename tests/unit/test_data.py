@@ -41,7 +41,7 @@ def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
 
 
 def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
-    sets = {name: [t.text for t in getattr(read_sources(EXPERIMENT), name)] for name in Sources.__annotations__}
+    sets = {name: [t.instruction for t in getattr(read_sources(EXPERIMENT), name)] for name in Sources.__annotations__}
     highest = {
         (a, b): max(f_measure(x, y) for x, y in itertools.product(sets[a], sets[b]))
         for a, b in itertools.combinations(sets, 2)
@@ -121,7 +121,10 @@ def test_jsonl_parquet_and_data_set_give_the_same_tasks(tmp_path: Path) -> None:
         for name in ("d.jsonl", "d.parquet")
     ]
     assert tasks[0] == tasks[1]
-    assert [(task.text, task.response) for task in tasks[0]] == [("Name a colour.", "Red."), ("Add: 1 and 2", "3")]
+    assert [(task.instruction, task.response) for task in tasks[0]] == [
+        ("Name a colour.", "Red."),
+        ("Add: 1 and 2", "3"),
+    ]
 
 
 def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +149,7 @@ def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_abou
     copy = Task("e2", "List three rivers of France and their lengths!", "...")
     with pytest.raises(DataError, match=r"1 of 1 examples also stand in the evaluation set, e.g. e2 and r1"):
         check_sources(Sources(seeds, [shared], [other, copy]), EXPERIMENT)
-    warnings = check_sources(Sources([*seeds, Task("s9", copy.text)], [shared], [other]), EXPERIMENT)
+    warnings = check_sources(Sources([*seeds, Task("s9", copy.instruction)], [shared], [other]), EXPERIMENT)
     assert len(warnings) == 1
     assert "s9 and r1" in warnings[0]
     with pytest.raises(
@@ -221,11 +224,17 @@ def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
             read_tasks(source, "reference", with_response=True)
         return
     tasks = read_tasks(source, "reference", with_response=True)
-    assert [(task.text, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
+    assert [(task.instruction, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
     write_tasks(tasks, path)
     assert load_tasks(path) == tasks
     rows: list[dict[str, object]] = [
-        {"row_id": task.id, "prompt": task.text, "text": task.response, "finish_reason": "stop", "tokens": 1}
+        {
+            "example_id": task.example_id,
+            "prompt": task.instruction,
+            "raw_output": task.response,
+            "finish_reason": "stop",
+            "tokens": 1,
+        }
         | {"output_ids": [3, 5], "vocabulary": "v"}
         for task in tasks
     ]
@@ -234,7 +243,7 @@ def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
 
 
 ROWS: list[dict[str, object]] = [
-    {"row_id": f"r{n}", "prompt": "näm" * n, "text": "", "finish_reason": "stop", "tokens": n}
+    {"example_id": f"r{n}", "prompt": "näm" * n, "raw_output": "", "finish_reason": "stop", "tokens": n}
     | {"output_ids": None, "vocabulary": None}
     for n in range(40)
 ]
