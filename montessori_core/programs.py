@@ -9,17 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from montessori_core.config import Influence, Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
-from montessori_core.data.rows import (
-    BenchmarkRow,
-    ComparisonRow,
-    DialogueRow,
-    ExampleRow,
-    GenerationRow,
-    ItemRow,
-    PairRow,
-    TaskRow,
-    TrainingRow,
-)
+from montessori_core.data import rows
 from montessori_core.program import Program
 
 Form = Literal["tagged", "whole", "request", "reply"]
@@ -173,32 +163,39 @@ class Harness(Section):
 
 _CORE = "montessori_core"
 GENERATION = Program(
-    "generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, GenerationRow, "generation"
+    "generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, rows.GenerationRow, "generation"
 )
 API_GENERATION = Program(
-    "api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, GenerationRow, "judging"
+    "api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
 )
-SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, TrainingRow, "training", suffix="")
-DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, PairRow, "teacher_update", suffix="")
+SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="")
+DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")
 INFLUENCE = Program(
-    "influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, ExampleRow, "influence"
+    "influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
 )
 REFERENCE_LOSS = Program(
-    "reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, TaskRow, "evaluation"
+    "reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, rows.TaskRow, "evaluation"
 )
 TRAINING_LOSS = Program(
-    "training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, ExampleRow, "influence"
+    "training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, rows.ExampleRow, "influence"
 )
-IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, ExampleRow, "influence")
-NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, TaskRow, "influence")
-JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, ExampleRow, "judging")
+IN_CONTEXT = Program(
+    "in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, rows.ExampleRow, "influence"
+)
+NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, rows.TaskRow, "influence")
+JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
 PAIRWISE_JUDGE = Program(
-    "pairwise-judge", 1, f"{_CORE}.judging.pairwise:open_pairwise_judge", BenchmarkJudging, ComparisonRow, "judging"
+    "pairwise-judge",
+    1,
+    f"{_CORE}.judging.pairwise:open_pairwise_judge",
+    BenchmarkJudging,
+    rows.ComparisonRow,
+    "judging",
 )
 MT_BENCH_JUDGE = Program(
-    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, DialogueRow, "judging"
+    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, rows.DialogueRow, "judging"
 )
 BENCHMARK_ITEMS = Program(
-    "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, BenchmarkRow, "evaluation"
+    "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, rows.BenchmarkRow, "evaluation"
 )
-HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, ItemRow, "evaluation")
+HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, rows.ItemRow, "evaluation")
