@@ -13,7 +13,7 @@ from montessori_core.data.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Rows cut into shards of `size` rows each but the last; without rows, there is one empty shard."""
+    """Rows cut into shards of `size` rows; the last may have fewer. Without rows, there is one empty shard."""
 
     rows: Rows
     size: int
@@ -22,24 +22,24 @@ class Shards:
         return max(1, math.ceil(len(self.rows) / self.size))
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """The rows of each shard, of which few are in memory at a time."""
+        """Yield the rows of each shard, a few row groups in memory at a time."""
         return self.rows.tables(self.size)
 
     def rows_of(self, index: int) -> int:
-        """How many rows shard `index` has."""
+        """Return the number of rows of shard `index`."""
         return max(0, min(self.size, len(self.rows) - index * self.size))
 
 
 def shard_size(rows: int, jobs: int, largest: int) -> int:
-    """Rows of a shard, so that every one of so many jobs has as many shards as the others; at most `largest`."""
+    """Return the rows of a shard, at most `largest`, so that all jobs get the same number of shards."""
     shards_of_job = max(1, math.ceil(rows / (jobs * largest)))
     return max(1, math.ceil(rows / (jobs * shards_of_job)))
 
 
 def cut_for_jobs(folder: Path, rows: Rows, jobs: int, largest: int) -> Shards:
-    """Shards of `shard_size`; or as so many rows of the stage in `folder` were cut before.
+    """Cut rows into shards of `shard_size`, or as the stage in `folder` cut the same number of rows before.
 
-    The rows of a shard are part of its key: a run that is resumed with more or fewer jobs keeps what is done.
+    A shard's rows are part of its key: with the same cut, a run that resumes with more or fewer jobs keeps its results.
     """
     before = read_record(folder / "stage.json", Description)
     if before and before.rows == len(rows):

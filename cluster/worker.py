@@ -1,6 +1,6 @@
-"""What a job does on its node: open the stage's program once, then compute and commit one shard after another.
+"""A job on its node: opens the stage's program once, then computes and commits its shards in order.
 
-Runs under submitit, with one process or with several that train together. Knows nothing of Prefect or of the driver.
+It runs under submitit, as one process or as several that train together, and knows neither Prefect nor the driver.
 """
 
 import errno
@@ -29,12 +29,12 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connecti
 
 
 def run_task(folder: str, indices: list[int], threads: int) -> None:
-    """Compute the shards `indices` of the stage in `folder` that are not done.
+    """Compute those of the shards `indices` of the stage in `folder` that are not done.
 
-    An error is noted with its traceback and ends the task; the driver submits what the task did not reach again.
+    An error is recorded with its traceback and ends the task; the driver submits the remaining shards again.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Before torch is imported: the number of threads is then that of its pools, too.
+    # Before torch is imported, so that its thread pools get the same size.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     set_library_defaults()
     stage = Stage.read(Path(folder))
@@ -46,7 +46,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
 
 
 def set_library_defaults() -> None:
-    """Set variables that libraries read when they are imported, unless the user has."""
+    """Set environment variables that libraries read at import, unless the user has set them."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -75,15 +75,15 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc(),
             }
-            # Of several processes, the first to fail names the cause: the others only lose their connection to it.
-            noted = read_record(stage.failure_file(index), Failure)
-            if noted is None or (noted.job_id, noted.attempt) != (failure["job_id"], failure["attempt"]):
+            # Of several processes, the first failure is the cause: the others only lose their connection.
+            recorded = read_record(stage.failure_file(index), Failure)
+            if recorded is None or (recorded.job_id, recorded.attempt) != (failure["job_id"], failure["attempt"]):
                 write_json(failure, stage.failure_file(index))
             raise
 
 
 def _seconds_alive() -> float:
-    """How long this process has been there: interpreter and imports are part of what a job costs, whatever its rows."""
+    """Return the age of this process: a job's cost includes the interpreter's start and imports."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
@@ -92,21 +92,21 @@ def _seconds_alive() -> float:
 
 
 def _attempt() -> str:
-    """How often Slurm has put this job back into the queue: its id stays the same."""
+    """Return how often Slurm has requeued this job, whose id stays the same."""
     return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def classify_error(error: Exception) -> str:
-    """The class of a failure that the job itself saw."""
+    """Return the class of a failure that the job itself caught."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
     if os.strerror(errno.ENOSPC) in str(error):  # not only OSError: safetensors has errors of its own
         return "disk_full"
     if type(error).__name__ == "UncompletedJobError":
-        return "time_limit"  # submitit's word once it has put the job back in the queue as often as it may
-    named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    if named or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
-        return "lost"  # another process of the job is gone, and said nothing of an error of its own
+        return "time_limit"  # submitit raises it when a job was requeued too often
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    if distributed or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
+        return "lost"  # another process of the job died without an error of its own
     return "code_error"
 
 
@@ -122,7 +122,7 @@ def _compute_shard(
     clock = RowClock(stage.progress_file(index))
     first, processes, job = environment.global_rank == 0, environment.num_tasks, environment.job_id
     if isinstance(opened, RowProgram):
-        if first:  # the processes of a job do not share rows
+        if first:  # processes do not split rows among themselves
             with stage.commit_part(index, key, len(rows), job, clock, 1, opening) as temporary:
                 compute_rows(opened, rows, stage.partial_folder, index, key, temporary, clock)
             remove_partial_files(stage.partial_folder, index)

@@ -177,14 +177,14 @@ def test_damaged_rows_file_is_refused_and_written_anew(
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
         content[place] = data.draw(st.integers(0, 255))
     made.rows_file.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
-    refusal = f"{made.rows_file}: resume the run: it is written anew"
+    refusal = f"{made.rows_file}: resume the run, which writes it again"
     try:
         held = read_all(made, shards)
     except UserError as error:
         held, refusal = rows, str(error)
     assert held == rows
     assert refusal.startswith(str(made.rows_file))
-    assert refusal.endswith("resume the run: it is written anew")
+    assert refusal.endswith("resume the run, which writes it again")
     made.write(shards)
     assert read_all(made, shards) == rows
 
@@ -193,7 +193,7 @@ def test_missing_rows_file_is_named(tmp_path: Path) -> None:
     made = stage(tmp_path)
     made.write(Shards(Rows.of([{"n": 1}]), 1))
     made.rows_file.unlink()
-    with pytest.raises(UserError, match=r"rows.parquet: not there; resume the run: it is written anew"):
+    with pytest.raises(UserError, match=r"rows.parquet: missing; resume the run, which writes it again"):
         made.read_rows(0)
 
 
