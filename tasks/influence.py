@@ -1,4 +1,4 @@
-"""Collecting local data influence (Section 3.2): the fan-out over shards of examples, and its join."""
+"""Local data influence (Section 3.2): measure shards of examples, and join their tables."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -24,9 +24,9 @@ from tasks.stage import Step, warn
 
 
 def collect_influence(step: Step, student: Model, examples: Path, first: int, last: int, paired: bool = False) -> Path:
-    """Measure rows `first` to `last` of an example table; write a table beside the step's folder, of its name.
+    """Measure rows `first` to `last` of an example table; write a table beside the step's folder, with its name.
 
-    If they are to be `paired`, the first of many are measured before the others, to warn of too few pairs.
+    If the rows are to be `paired`, a pilot is measured first, which warns of too few pairs.
     """
     baseline = step.experiment.preferences.baseline
     stages = _Stages(step, student, examples, Rows.of_file(examples, EXAMPLES, ExampleRow, first, last), paired)
@@ -36,7 +36,7 @@ def collect_influence(step: Step, student: Model, examples: Path, first: int, la
 
 
 class _Stages:
-    """The stages that measure rows of an example table on a student.
+    """Stages that measure rows of an example table on a student.
 
     Attributes:
         parts: of all stages so far.
@@ -53,14 +53,14 @@ class _Stages:
         self.warnings: list[str] = []
 
     def measure_all(self, estimator: str) -> pa.RecordBatchReader:
-        whole, pilot = self._step, self._step.beside("pilot", ", pilot")
+        step, pilot = self._step, self._step.beside("pilot", ", pilot")
         if self._step.experiment.influence.estimator == "screened":
-            whole = whole.renamed(f"{whole.label}, screen")
+            step = step.renamed(f"{step.label}, screen")
         if not self._paired:
-            return join_influence(self._execute(whole, estimator, self._rows))
+            return join_influence(self._execute(step, estimator, self._rows))
         parts = measure_after_pilot(
             self._rows,
-            lambda rows, is_pilot: self._execute(pilot if is_pilot else whole, estimator, rows),
+            lambda rows, is_pilot: self._execute(pilot if is_pilot else step, estimator, rows),
             self._step.experiment.preferences,
             self._warn,
         )
@@ -92,7 +92,7 @@ class _Stages:
 def _join(
     label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, parts: list[Path], warnings: list[str]
 ) -> Path:
-    """Write the table that the parts make, and its summary."""
+    """Write the joined table, and publish its summary."""
     write_table(joined, table, INFLUENCE)
     written = read_table(table, INFLUENCE, SUMMARIZED)
     threshold = threshold_of(written, baseline)
@@ -109,7 +109,7 @@ def _join(
 
 
 def influence_settings(experiment: Experiment, estimator: str) -> programs.InfluenceMeasurement:
-    """What decides a measurement by an estimator, 'exact' or 'first_order'; sizes and screening do not."""
+    """Return the settings of a measurement by an estimator, 'exact' or 'first_order'."""
     return programs.measurement_settings(
         experiment.influence,
         experiment.warmup,

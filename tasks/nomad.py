@@ -1,4 +1,4 @@
-"""The stages of NOMAD: a teacher of conversations, what it writes, how near that is to real examples, and the mixture."""
+"""The stages of NOMAD: train a teacher on conversations, generate with it, measure similarity, mix with real examples."""
 
 import math
 import random
@@ -29,10 +29,10 @@ _FEWEST_STEPS = 10
 
 
 def check_steps(run: Run) -> None:
-    """Refuse sets on which the teacher, or a student with a recipe of its own, would take too few steps to learn.
+    """Check that the teacher, and a student with a recipe of its own, would take enough training steps.
 
     Raises:
-        UserError: a set is too small for the batches.
+        UserError: a set has too few batches.
     """
     nomad = run.experiment.nomad
     recipes: dict[str, tuple[Optimization, int, str]] = {
@@ -50,7 +50,7 @@ def check_steps(run: Run) -> None:
 
 
 def train_nomad_teacher(step: Step) -> Model:
-    """Fine-tune the first teacher on conversations of the reference set, or of a part drawn at random."""
+    """Fine-tune the initial teacher on conversations of the reference set, or of a random part of it."""
     experiment = step.experiment
     nomad = experiment.nomad
     real = list(step.run.sources().reference)
@@ -73,10 +73,10 @@ def train_nomad_teacher(step: Step) -> Model:
 
 
 def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResult:
-    """Let the teacher continue the bare beginning of a conversation until `count` conversations pass the filters.
+    """Generate conversations from their beginning alone until `count` of them pass the filters.
 
     Raises:
-        UserError: after `synthesis.max_rounds` rounds too few were kept.
+        UserError: too few were accepted after `synthesis.max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
     accepted = RougeIndex([task.instruction for task in step.run.sources().reference], settings.filters.max_rouge_l)
@@ -118,7 +118,7 @@ def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResu
 
 
 def measure_norm_sim(step: Step, examples: Path) -> Path:
-    """How near synthetic examples are to real ones: the table `norm-sim.parquet` in the step's folder, and its quantiles."""
+    """Measure the similarity of synthetic to real examples; write `norm-sim.parquet` in the step's folder."""
     rows = Rows.of_file(examples, EXAMPLES, TaskRow)
     parts = step.execute(
         programs.NORM_SIM,
@@ -147,7 +147,7 @@ def _join_norm_sim(label: str, path: Path, parts: list[Path]) -> Path:
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def mix_with_real(run: Run, label: str, written: Path, real: int, path: Path) -> Path:
-    """An example table: so many of the reference set, drawn at random, and all that was written."""
+    """Write an example table of `real` random examples of the reference set and all examples of `written`."""
     chosen = random.Random(seed_of(run.experiment.seed, _DRAW, "mixture")).sample(run.sources().reference, real)
     without_prompt = {"prompt_id": "real", "prompt": "", "raw_output": "", "response_finished": True}
     rows = [vars(task) | without_prompt | {"example_id": f"real-{task.example_id}"} for task in chosen]

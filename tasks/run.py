@@ -23,14 +23,14 @@ from tasks.changed_settings import changed_settings, first_stage
 
 @dataclass(frozen=True)
 class Model:
-    """A model as an input of a stage: what to load, and the hash that says which it is."""
+    """A model as an input of a stage: the path to load, and the hash of its content."""
 
     path: str
     sha256: str
 
     @staticmethod
     def of(folder: Path) -> "Model":
-        """The model in a folder."""
+        """Return the model in a folder."""
         return Model(str(folder), fingerprint(folder))
 
 
@@ -42,13 +42,13 @@ def stage_of(
     files: Mapping[str, Path],
     undeciding_files: Mapping[str, Path] | None = None,
 ) -> Stage:
-    """The stage that computes a program in a folder.
+    """Return the stage that computes a program in a folder.
 
     Args:
         program, settings, folder: see `Stage.of`.
-        models: models the program loads, by the name of the input.
-        files: files the program reads, by the name of the input.
-        undeciding_files: the same of files that do not enter the key.
+        models: models that the program loads, by input name.
+        files: files that the program reads, by input name.
+        undeciding_files: files that the program reads but that do not enter the key.
     """
     folders = {name: Path(model.path) for name, model in models.items() if Path(model.path).is_dir()}
     hashes = {name: model.sha256 for name, model in models.items()}
@@ -63,12 +63,12 @@ def stage_of(
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment on disk; its folder holds all of its state.
+    """An experiment on disk; the folder has all of its state.
 
     Attributes:
         folder: of the run.
         experiment: its configuration.
-        stages: folders of the stages executed by way of this object, for their cost.
+        stages: folders of the stages that this object executed, for their cost.
     """
 
     folder: Path
@@ -76,17 +76,17 @@ class Run:
     stages: list[Path] = field(default_factory=list, compare=False)
 
     def sources(self) -> Sources:
-        """The sets as they were when the run began."""
+        """Return the data sets as they were when the run began."""
         return Sources(
             *(load_tasks(self.folder / layout.SOURCES / f"{name}.jsonl") for name in Sources.__annotations__)
         )
 
     def source_file(self, name: str) -> Path:
-        """The copy of a set in the run's folder."""
+        """Path of the run's copy of a data set."""
         return self.folder / layout.SOURCES / f"{name}.jsonl"
 
     def benchmark_file(self, setting: str) -> Path:
-        """The copy of a file or folder that a setting of the section `benchmarks` names."""
+        """Path of the run's copy of a file or folder that a setting of `benchmarks` names."""
         return benchmark_copy(self.experiment.benchmarks, setting, self.folder / layout.SOURCES)
 
     def iteration(self, number: int) -> Path:
@@ -95,31 +95,31 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all of its iterations came to their end."""
+        """Whether all iterations are finished."""
         return all((self.iteration(n) / layout.METRICS).exists() for n in range(1, self.experiment.iterations + 1))
 
     def initial_teacher(self) -> Model:
-        """The teacher as configured."""
+        """Return the configured teacher."""
         return self._configured(self.experiment.teacher)
 
     def initial_student(self) -> Model:
-        """The student as configured."""
+        """Return the configured student."""
         return self._configured(self.experiment.student)
 
     def _configured(self, section: Teacher | Student) -> Model:
-        # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
+        # A branch on the hub may move during a run; the run keeps its first commit.
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
         return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
 
 
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
-    """Create the folder of a run, or open it if it is of the same configuration; also return warnings.
+    """Create the folder of a run, or open it if its configuration is the same; also return warnings.
 
-    Settings that decide only preference pairs and what follows them may change: stages before keep their keys and results.
-    Everything that can be wrong with configuration, data, models and folder is found here, before any job.
+    Settings that decide only preference pairs and later stages may change: earlier stages keep their keys and results. All
+    errors of configuration, data, models and folder are found here, before any job.
 
     Raises:
-        UserError: it is wrong; the message says what and how to mend it.
+        UserError: one of them is wrong; the message names it and the remedy.
     """
     config = folder / layout.CONFIG
     changed: list[str] = []
@@ -154,7 +154,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         write_json(commits, folder / layout.MODEL_COMMITS)
         if changed:
             for path in layout.iterations(folder).values():
-                (path / layout.METRICS).unlink(missing_ok=True)  # the run is not finished any more
+                (path / layout.METRICS).unlink(missing_ok=True)  # the run is no longer finished
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:
@@ -168,10 +168,10 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
 
 
 def reopen_run(folder: Path) -> Run:
-    """Open the folder of a run that was started before.
+    """Open the folder of an existing run.
 
     Raises:
-        UserError: it is not one.
+        UserError: the folder is not a run.
     """
     config = folder / layout.CONFIG
     if not config.exists():
@@ -180,13 +180,13 @@ def reopen_run(folder: Path) -> Run:
 
 
 def check_environment(experiment: Experiment) -> None:
-    """See that jobs can be started here, and that what the driver and local jobs import is fit, before any is started.
+    """Check that jobs can start here, and the versions that the driver and local jobs import.
 
     Raises:
-        UserError: it is not.
+        UserError: a check fails.
     """
     if experiment.cluster.profile == "slurm":
-        check_versions()  # the worker environment is on the nodes: montessori doctor looks at it
+        check_versions()  # montessori doctor checks the environment of the nodes
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
     for _, resources in experiment.cluster.resources:

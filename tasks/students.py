@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def train_student(step: Step, examples: Path, recipe: Optimization, count: int, save_moments: bool = False) -> Model:
-    """Train a student, from its first weights, on the first `count` rows of an example table.
+    """Train a student from its initial weights on the first `count` rows of an example table.
 
-    AdamW's moments take twice the room of the weights: they are saved only if `save_moments`, for an iteration that
-    continues from this student. If that is decided after the training, it is repeated.
+    AdamW's moments are twice as large as the weights. They are saved only with `save_moments`, for an iteration that
+    continues from this student; if they are needed later, the training is repeated.
     """
     result = step.folder / "part-00000"
     if (result / MOMENTS_FILE).exists():

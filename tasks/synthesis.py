@@ -1,4 +1,4 @@
-"""Synthesis (Section 4.1 of the design): prompts, instructions, filters, responses, until enough examples are kept."""
+"""Synthesis: prompts, instructions, filters and responses, in rounds, until enough examples are kept."""
 
 import math
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ from tasks.stage import Step
 
 _KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
 """Columns of a generated row that its candidate or example keeps."""
-_LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acceptance asks for
+_LATER_ROUNDS = 1.2  # factor on the candidates that the last round's acceptance requires
 
 
 @dataclass(frozen=True)
 class SynthesisResult:
-    """The tables of one synthesis: every candidate with its verdict, and the examples that were kept."""
+    """The tables of a synthesis: all candidates with their verdicts, and the accepted examples."""
 
     instructions: Path
     examples: Path
@@ -55,19 +55,19 @@ def synthesize(
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
 ) -> SynthesisResult:
-    """Let `teacher` write `count` examples.
+    """Generate `count` examples with `teacher`.
 
     Args:
-        step: in whose folder tables and stages go.
-        teacher: who writes: a model, or one behind an API.
-        count: examples wanted.
-        draw: names the random draw of prompts and samples; equal draws show equal prompts.
+        step: its folder gets tables and stages.
+        teacher: a local model, or one behind an API.
+        count: number of examples.
+        draw: name of the random draw of prompts and samples; equal draws show equal prompts.
         earlier: example tables whose instructions must not be repeated.
         synthetic_pool: examples of the last iteration, as demonstrations; None in the first.
-        seed_pool: what prompts demonstrate; None takes the run's.
+        seed_pool: human-written demonstrations; None takes the run's seed pool.
 
     Raises:
-        UserError: after `max_rounds` rounds too few examples were kept.
+        UserError: too few examples were accepted after `max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
     style = "chat" if isinstance(teacher, Endpoint) else step.experiment.teacher.prompt_style
@@ -99,13 +99,13 @@ def synthesize(
         candidates += fresh
         parts += written + responses
         rounds.append((len(fresh), len(answered)))
-    # Tables, not rows: Prefect looks into lists, and there may be many.
+    # Tables, not lists of rows: Prefect inspects every element of a list.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(step.label, step.folder, *tables, count, parts)
 
 
 def _seeds(step: Step, seed_pool: list[Task] | None) -> list[Task]:
-    """The tasks that prompts demonstrate; a UserError if they are fewer than a prompt takes."""
+    """Return the human-written demonstrations; raise a UserError if a prompt needs more."""
     settings = step.experiment.synthesis
     seeds = step.run.sources().seed_pool if seed_pool is None else seed_pool
     if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
@@ -117,15 +117,15 @@ def _seeds(step: Step, seed_pool: list[Task] | None) -> list[Task]:
 
 
 def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:
-    """Return how many candidates the next round of generation writes.
+    """Return the number of candidates of the next round of generation.
 
-    The more is accepted, the more candidates repeat it. So the acceptance of the last round counts, not that of all, and a
-    fifth is added; otherwise each round leaves a share of what the one before it left.
+    Acceptance falls as the accepted set grows, since more candidates repeat it. So the last round's acceptance counts, and a
+    fifth is added; otherwise every round would fall short.
 
     Args:
-        missing: examples still wanted.
+        missing: examples still missing.
         rounds: candidates and accepted examples of each round so far.
-        oversampling: candidates for an example while none was accepted.
+        oversampling: candidates an example while none was accepted.
     """
     candidates = kept = 0
     for written, accepted in reversed(rounds):
@@ -139,14 +139,14 @@ def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampli
 def join_synthesis(
     label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
 ) -> SynthesisResult:
-    """Write the tables that the parts make, and the funnel."""
-    made = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
-    write_table(candidates, made.instructions, INSTRUCTIONS)
+    """Write the tables, and publish the funnel of the filters."""
+    result = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
+    write_table(candidates, result.instructions, INSTRUCTIONS)
     _publish(label, funnel(candidates))
     if examples.num_rows < count:
         raise UserError(_too_few(examples.num_rows, count, candidates, label))
-    write_table(examples, made.examples, EXAMPLES)
-    return made
+    write_table(examples, result.examples, EXAMPLES)
+    return result
 
 
 def _pool(table: Path | None) -> list[Task]:
@@ -164,7 +164,7 @@ def _write_instructions(
     accepted: RougeIndex,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """Candidates with their verdicts, and the parts they come from."""
+    """Generate and filter instructions; return the candidates with their verdicts, and the generated parts."""
     settings = step.experiment.synthesis
     samples = range(settings.samples_per_prompt)
     rows: list[GenerationRow] = [
@@ -200,7 +200,7 @@ def _write_responses(
     draw: str,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """Answer the instructions; a candidate with an empty answer is marked as rejected. Examples, and their parts."""
+    """Answer instructions; return the examples and the generated parts. A candidate with an empty response is rejected."""
     if not candidates:
         return [], []
     rows: list[GenerationRow] = [
@@ -222,7 +222,7 @@ def _write_responses(
 
 
 def _response_of(generated: Row) -> Row:
-    """The columns of an example that a generated row is the response of."""
+    """Return the response columns of an example from a generated row."""
     return {
         "response": generated["raw_output"].strip(),
         "response_finished": generated["finish_reason"] == "stop",
@@ -230,15 +230,14 @@ def _response_of(generated: Row) -> Row:
 
 
 def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
-    """Several responses to each of some instructions, as examples of which every instruction is the prompt.
+    """Generate several responses to each instruction; return a table in which an instruction is the prompt of its responses.
 
     Args:
-        step: in whose folder the stage and the table `examples.parquet` go.
-        teacher: who answers.
+        step: its folder gets the stage and the table `examples.parquet`.
+        teacher: model that answers.
         examples: an example table.
-        first: its first instruction to answer.
-        last: the one behind the last.
-        draw: names the random draw of the samples.
+        first, last: its rows `first` to `last` are answered.
+        draw: name of the random draw of the samples.
     """
     asked = read_table(examples, EXAMPLES, ["example_id", "instruction"])[first:last].to_pylist()
     samples = range(step.experiment.synthesis.samples_per_prompt)
@@ -265,7 +264,7 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
 
 
 def answer_seeds(step: Step, teacher: Model) -> Path:
-    """The teacher's responses to the seed pool, as the table `examples.parquet` in the step's folder."""
+    """Answer the seed pool with the teacher; write the table `examples.parquet` in the step's folder."""
     candidates: list[Row] = [
         vars(task) | {"prompt_id": task.example_id, "prompt": "", "raw_output": ""}
         for task in step.run.sources().seed_pool
@@ -277,7 +276,7 @@ def answer_seeds(step: Step, teacher: Model) -> Path:
 
 
 def join_examples(label: str, tables: list[Path], path: Path) -> Path:
-    """One example table from several, in their order."""
+    """Concatenate example tables."""
     joined = pa.concat_tables([read_table(table, EXAMPLES) for table in tables])
     return _write_examples(label, path, joined, tables)
 
@@ -291,7 +290,7 @@ def _write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path
 def _respond(
     step: Step, teacher: Model | Endpoint, rows: list[GenerationRow], upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
-    """What the teacher answers to rows of the generation program, and the parts it is from."""
+    """Generate responses; return the generated rows and their parts."""
     settings = step.experiment.synthesis
     return generate(step, teacher, rows, settings.instructions_per_shard, settings.response, "request", upstream)
 
@@ -305,7 +304,7 @@ def generate(
     form: Form,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """What a teacher, loaded or behind an API, makes of rows of the generation program; and the parts it is from."""
+    """Generate with a local or API teacher; return the generated rows and their parts."""
     if isinstance(teacher, Endpoint):
         parts = step.ask("strong_teacher", programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
     else:

@@ -1,4 +1,4 @@
-"""The rows that programs compute: one kind a program, and the tables that they come from."""
+"""The input rows of programs: their types, and tables of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ Positions = npt.NDArray[np.int64]
 
 
 class TaskRow(TypedDict):
-    """A human-written example, or a synthetic one without its history."""
+    """An instruction and its response."""
 
     example_id: str
     instruction: str
@@ -26,7 +26,7 @@ class TaskRow(TypedDict):
 
 
 class TrainingRow(TypedDict):
-    """An example to train on; `response_finished` is false if the response was cut at the token limit."""
+    """A training example; `response_finished` is false if the response was cut at the token limit."""
 
     instruction: str
     response: str
@@ -34,17 +34,16 @@ class TrainingRow(TypedDict):
 
 
 class ExampleRow(TrainingRow):
-    """An example to measure, and the prompt that it answers."""
+    """A synthetic example with the id of its prompt, to be measured."""
 
     example_id: str
     prompt_id: str
 
 
 class GenerationRow(TypedDict):
-    """What a teacher continues or answers, once for each of its samples.
+    """A text that a teacher continues or answers, with an example id and a seed for each sample.
 
-    `turns` is one text; for a reply it is a request, its answer, and what the request's author says then. `example_ids` and
-    `seeds` have one entry a sample.
+    `turns` has one text; for a reply it has a request, its answer, and a second request.
     """
 
     example_ids: list[str]
@@ -53,7 +52,7 @@ class GenerationRow(TypedDict):
 
 
 class PairRow(TypedDict):
-    """A preference pair: what the teacher continued, and two of its outputs; see `training.dpo.encode_pair`."""
+    """A preference pair: a prompt and two outputs of the teacher; see `training.dpo.encode_pair`."""
 
     prompt: str
     chosen: str
@@ -67,7 +66,7 @@ class PairRow(TypedDict):
 
 
 class ComparisonRow(TypedDict):
-    """Two answers to a question of AlpacaEval."""
+    """An instruction of AlpacaEval and two answers to it."""
 
     question_id: str
     instruction: str
@@ -76,7 +75,7 @@ class ComparisonRow(TypedDict):
 
 
 class DialogueRow(TypedDict):
-    """A turn of a question of MT-Bench, 1 or 2, and what was said until then."""
+    """Turn 1 or 2 of a question of MT-Bench, with the conversation up to it."""
 
     question_id: str
     category: str
@@ -87,14 +86,14 @@ class DialogueRow(TypedDict):
 
 
 class BenchmarkRow(TypedDict):
-    """A task, tag or group of lm-evaluation-harness, and how many items of each of its tasks are used (None: all)."""
+    """A task, tag or group of lm-evaluation-harness, and the number of items of each task (None: all)."""
 
     benchmark: str
     limit: int | None
 
 
 class ItemRow(TypedDict):
-    """An item of a benchmark: its place in a task's evaluation set, and its demonstrations (None: as the task says)."""
+    """An item of a benchmark: its index in a task's evaluation set, and its few-shot examples (None: the task's default)."""
 
     benchmark: str
     task: str
@@ -102,29 +101,33 @@ class ItemRow(TypedDict):
     shots: int | None
 
 
-_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.uint64()}  # no whole number is negative, and seeds fill 64 bits
+_TYPES = {
+    str: pa.string(),
+    bool: pa.bool_(),
+    int: pa.uint64(),
+}  # whole numbers are not negative, and seeds have 64 bits
 
 
 def schema_of(kind: type) -> pa.Schema:
-    """The schema of a table of rows of a kind, which is a TypedDict."""
+    """Return the schema of a table of rows of a TypedDict."""
 
     def field(name: str, hint: Any) -> pa.Field:
         nullable = NoneType in get_args(hint)
-        [hint] = [one for one in get_args(hint) if one is not NoneType] if nullable else [hint]
-        columns = pa.list_(_TYPES[get_args(hint)[0]]) if get_origin(hint) is list else _TYPES[hint]
-        return pa.field(name, columns, nullable)
+        [hint] = [option for option in get_args(hint) if option is not NoneType] if nullable else [hint]
+        arrow = pa.list_(_TYPES[get_args(hint)[0]]) if get_origin(hint) is list else _TYPES[hint]
+        return pa.field(name, arrow, nullable)
 
     return pa.schema([field(name, hint) for name, hint in get_type_hints(kind).items()])
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a table in memory, or of a Parquet file, which is read a row group at a time.
+    """Rows of a table in memory, or of a Parquet file, which is read one row group at a time.
 
     Attributes:
         source: the table or the file.
-        schema: the columns that are used, and their types.
-        positions: [rows] of these rows in the source.
+        schema: of the columns that are used.
+        positions: [rows] positions of these rows in the source.
     """
 
     source: pa.Table | Path
@@ -133,7 +136,11 @@ class Rows:
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, object]], kind: type | None = None) -> "Rows":
-        """Rows in memory, of a kind; without one, the values decide the types of the columns.
+        """Return rows in memory.
+
+        Args:
+            rows: with the same fields.
+            kind: their TypedDict; without one, the values decide the types of the columns.
 
         Raises:
             DataError: a row has other fields, or a value that a table cannot hold.
@@ -155,7 +162,7 @@ class Rows:
 
     @staticmethod
     def of_table(table: pa.Table, kind: type | None = None) -> "Rows":
-        """The rows of a table in memory that has the columns of a kind; without one, all of its columns."""
+        """Return the rows of a table in memory with the columns of a TypedDict; without one, with all columns."""
         schema = schema_of(kind) if kind else table.schema
         cast = check(table.select(schema.names).cast(schema), schema, "rows")
         return Rows(cast, schema, np.arange(table.num_rows))
@@ -164,13 +171,13 @@ class Rows:
     def of_file(
         path: Path, table: pa.Schema, kind: type | None = None, first: int = 0, last: int | None = None
     ) -> "Rows":
-        """Rows `first` to `last` (None: to the end) of a file.
+        """Return rows `first` to `last` (None: to the end) of a file.
 
         Args:
             path: of the file.
-            table: its schema.
-            kind: which of its columns; None takes all.
-            first, last: its first row, and the one behind the last.
+            table: schema of the file.
+            kind: TypedDict of the columns that are used; None uses all.
+            first, last: a half-open range.
 
         Raises:
             DataError: the file is missing, damaged, or another table.
@@ -187,12 +194,12 @@ class Rows:
         return replace(self, positions=self.positions[which])
 
     def column(self, name: str) -> list[Any]:
-        """The values of a column."""
-        alone = replace(self, schema=pa.schema([self.schema.field(name)]))
-        return [value for table in alone.tables() for value in table[name].to_pylist()]
+        """Return the values of a column."""
+        column = replace(self, schema=pa.schema([self.schema.field(name)]))
+        return [value for table in column.tables() for value in table[name].to_pylist()]
 
     def tables(self, size: int = ROW_GROUP) -> Iterator[pa.Table]:
-        """The rows, `size` at a time but the last; one empty table if there are none.
+        """Yield tables of `size` rows; the last has fewer. Without rows, yield an empty table.
 
         Raises:
             DataError: the file is missing or damaged.

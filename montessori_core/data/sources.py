@@ -1,4 +1,4 @@
-"""Reading seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or our own."""
+"""Read seed pools, reference sets and evaluation sets from JSONL, Parquet, Hugging Face data sets, or the built-in data."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def read_sources(experiment: Experiment) -> Sources:
 
 
 def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
-    """Check the sets against each other and against what prompts need; return warnings.
+    """Check the sets against each other and against the size of prompts; return warnings.
 
     Raises:
         DataError: the seed pool is too small for a prompt, or the reference set overlaps the evaluation set.
@@ -107,7 +107,7 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
 
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
-    """Write a set as JSONL that workers read back with `load_tasks`."""
+    """Write a set as JSONL, which `load_tasks` reads."""
     lines = [json.dumps(vars(task), ensure_ascii=False) for task in tasks]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -119,7 +119,7 @@ def load_tasks(path: Path) -> list[Task]:
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, row) pairs."""
+    """Yield (location, row) pairs."""
     if source.path == "builtin":
         with as_file(files("montessori_core") / "data" / "builtin" / f"{field}.jsonl") as path:
             yield from jsonl_rows(path)
@@ -151,7 +151,7 @@ def _hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
 
     try:
         loaded = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:  # the library raises many kinds; all mean that the set is not to be had
+    except Exception as error:  # the library raises many types when a data set cannot be loaded
         raise DataError(
             f"{field}.path: data set {source.path!r} (split {source.split!r}) cannot be loaded: {error}; check the id and "
             "the network, or give a .jsonl or .parquet file"
@@ -177,7 +177,7 @@ def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
 
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:
-    """Pairs of ids, one per task of `second` whose ROUGE-L F with some task of `first` is above 0.9."""
+    """Return pairs of ids, one for each task of `second` whose ROUGE-L F with a task of `first` is above 0.9."""
     known = RougeIndex([task.instruction for task in first], max_rouge_l=0.9)
     matches = ((task, known.nearest(task.instruction)) for task in second)
     return [(first[index].example_id, task.example_id) for task, index in matches if index is not None]

@@ -1,7 +1,7 @@
-"""The Parquet tables of a run: declared once, versioned, described, and checked on read and write.
+"""The Parquet tables of a run: declared once, with versions and descriptions, and checked on read and write.
 
-Tables hold results only, never times or host names, so that a table has the same bytes however the work was cut,
-interrupted or repeated. Every text column may hold text a model wrote: it is data, and nothing else.
+Tables have results only, never times or host names, so that their bytes do not depend on the cut into shards, interruptions
+or repetitions. Text columns may have text that a model wrote, which is untrusted.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from montessori_core.errors import DataError
 from montessori_core.files import commit
 
 ROW_GROUP = 8192
-"""Rows that are written, and can be read, at a time: of the longest texts some 30 MB, however large a table is."""
+"""Rows that are written, and can be read, at a time: about 30 MB of the longest texts."""
 
 
 def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -32,11 +32,11 @@ _TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
 
 
 DRAWN_TOKENS = ("output_ids", "vocabulary")
-"""The columns with the tokens of a raw output; of a pair, each stands behind `chosen_` and `rejected_`."""
+"""The columns with the tokens of a raw output; in a pair, they are prefixed with `chosen_` and `rejected_`."""
 
 
 def _drawn_tokens(output: str = "") -> tuple[pa.Field, pa.Field]:
-    """The columns DRAWN_TOKENS of a row or, with a prefix, of one of its two outputs."""
+    """Return the columns DRAWN_TOKENS of a row or, with a prefix, of one of its two outputs."""
     ids, vocabulary = (f"{output}{name}" for name in DRAWN_TOKENS)
     return (
         _field(ids, pa.list_(_WHOLE), "token ids of the raw output as drawn; null from an API", nullable=True),
@@ -229,12 +229,12 @@ ITEM_SCORES = _schema(
 
 
 def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
-    """Build a table of `schema` from one mapping per row."""
+    """Build a table of `schema` from a mapping a row."""
     return check(pa.Table.from_pylist(rows, schema=schema), schema, "rows")
 
 
 def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return `table` if it is of `schema`, or holds the `columns` of it.
+    """Return `table` if it has `schema`, or those of its `columns`.
 
     Raises:
         DataError: the name, version, columns, types or null values do not match.
@@ -261,12 +261,12 @@ def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str
 
 
 def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.Schema) -> None:
-    """Write a table, or a stream of its rows, so that `path` holds either all of it or what it held before.
+    """Write a table, or a stream of its rows, atomically.
 
-    The bytes depend on rows and metadata alone, not on the pieces that a table or a stream comes in.
+    The bytes depend only on rows and metadata, not on the batches of the table or stream.
 
     Raises:
-        DataError: it is not of `schema`.
+        DataError: the table does not have `schema`.
     """
     reader = table.to_reader(ROW_GROUP) if isinstance(table, pa.Table) else table
     check(reader.schema.empty_table(), schema, str(path))
@@ -276,7 +276,7 @@ def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.S
 
 
 def regroup(tables: Iterable[pa.Table], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
-    """The rows of tables, each column in one piece, `size` at a time but the last; one empty table if there are none."""
+    """Yield the rows of tables in tables of `size` rows, the last of fewer; without rows, yield an empty table."""
     waiting = schema.empty_table()
     for table in tables:
         waiting = pa.concat_tables([waiting, table])
@@ -289,7 +289,7 @@ def regroup(tables: Iterable[pa.Table], schema: pa.Schema, size: int) -> Iterato
 def take_rows(
     file: pq.ParquetFile, columns: Sequence[str] | None, positions: npt.NDArray[np.int64]
 ) -> Iterator[pa.Table]:
-    """Rows of a file by their positions, which ascend; of the file, one row group is in memory at a time."""
+    """Yield rows of a file by their ascending positions, with one row group in memory at a time."""
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     ends = np.cumsum(sizes)
     groups = np.searchsorted(ends, positions, side="right")
@@ -326,8 +326,8 @@ def read_parquet(path: Path, remedy: str = "", columns: Sequence[str] | None = N
     """
     with open_parquet(path, remedy) as file:
         table, rows = file.read(columns), file.metadata.num_rows
-        table.validate(full=True)  # texts are UTF-8, lists end where they should
-        if table.num_rows != rows:  # no checksum covers how many are to be read
+        table.validate(full=True)  # UTF-8 and list offsets
+        if table.num_rows != rows:  # no checksum covers the number of rows
             raise ValueError(f"{table.num_rows} rows where {rows} were written")
     return table
 
@@ -337,12 +337,12 @@ def open_parquet(path: Path, remedy: str = "") -> Iterator[pq.ParquetFile]:
     """Open a table to read parts of it.
 
     Raises:
-        DataError: the file is missing, or found to be damaged meanwhile; the message ends with `remedy`.
+        DataError: the file is missing, or damaged where it is read; the message ends with `remedy`.
     """
     try:
         if path.is_fifo():
             raise DataError(f"{path}: not a file; give one, not a pipe")
-        # Not a data set, which takes most of the time where thousands of shards have small results.
+        # Not a data set, which would take most of the time with thousands of small parts.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError as error:

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness (Section 4.2): which items they have, and how a model does on each.
+"""Tasks of lm-evaluation-harness (Section 4.2): list their items, and evaluate a model on them.
 
-An item's demonstrations are drawn by the item itself, so that its result depends neither on the items before it nor on how
-they are cut into shards. (The harness draws for one item after the other from a single stream.)
+An item's few-shot examples are seeded by the item, so that its result depends neither on earlier items nor on the cut into
+shards. (The harness draws them for all items from one stream.)
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _LONGEST_ANSWER = 2000  # characters kept of what the model wrote
 
 
 def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram[BenchmarkRow]:
-    """Open the harness, to list what its tasks ask.
+    """Open the harness to list the items of tasks.
 
     Inputs: `tasks`, a folder of task files, or none. The result is a table of schema `ITEMS`.
 
@@ -54,7 +54,7 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
 
 
 def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram[ItemRow]:
-    """Load a model, to put items to it.
+    """Load a model to evaluate it on items.
 
     Inputs: `model`; `tasks`, a folder of task files, or none. The result is a table of schema `ITEM_SCORES`.
 
@@ -108,7 +108,7 @@ def _open_manager(folder: Path | None) -> Any:
 
 
 def _load(manager: Any, benchmark: str, folder: Path | None) -> dict[str, Any]:
-    """The tasks that a name stands for. Data files that a task of one's own names are looked for from its folder."""
+    """Load the tasks of a name. Paths of data files in a user's task file are relative to its folder."""
     try:
         with contextlib.chdir(folder or Path.cwd()):
             tasks: dict[str, Any] = manager.load([benchmark])["tasks"]
@@ -138,7 +138,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 
 def _draw_by_item(task: Any) -> None:
-    """Let an item's demonstrations depend on the item alone."""
+    """Seed a task's few-shot examples by the item."""
     context = task.fewshot_context
 
     def fewshot_context(doc: Any, *arguments: Any, **options: Any) -> Any:
@@ -169,7 +169,7 @@ def _score(
             for metric in sample["metrics"]:
                 value = sample[metric]
                 if not isinstance(value, int | float) or not math.isfinite(value):
-                    continue  # what is only defined over all items, such as a corpus BLEU, is no item's score
+                    continue  # metrics over all items, such as corpus BLEU, have no score for an item
                 yield {
                     "benchmark": benchmark,
                     "task": name,
@@ -183,9 +183,9 @@ def _score(
 
 
 def _text_of(task: Any, item: Any) -> str:
-    """What an item says, question and right answer, for the search for copies."""
+    """Return question and correct answer of an item, for the contamination check."""
     question, target = task.doc_to_text(item), task.doc_to_target(item)
-    if isinstance(question, int):  # the place of the right one among several questions
+    if isinstance(question, int):  # the index of the correct one among several questions
         question = task.doc_to_choice(item)[question]
     if isinstance(target, int):
         choices = task.doc_to_choice(item) if task.config.doc_to_choice is not None else []
@@ -198,7 +198,7 @@ def _plain(doc: Any) -> Any:
 
 
 def _batches(rows: list[ItemRow], size: int) -> list[list[int]]:
-    """Positions of the rows that are put to the model together: the same whichever batches were recorded before."""
+    """Return the positions of the rows of each batch; they do not depend on which batches were recorded before."""
     groups: dict[tuple[str, int | None], list[int]] = {}
     for position, row in enumerate(rows):
         groups.setdefault((row["benchmark"], row["shots"]), []).append(position)

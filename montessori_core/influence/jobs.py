@@ -1,4 +1,4 @@
-"""Influence and held-out loss on a node: the programs behind the influence and evaluation stages."""
+"""Programs of the influence and evaluation stages: influence and held-out loss."""
 
 import logging
 from collections.abc import Mapping
@@ -105,7 +105,7 @@ def _open_meter(
 
 
 def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torch.device) -> Placement:
-    """Where moments, snapshot and reference gradient go, by the memory the device really has."""
+    """Return where moments, snapshot and reference gradient go, given the device's memory."""
     if device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(device)
@@ -134,7 +134,7 @@ def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]
         encoded = encode_tasks(tokenizer, tasks, settings.max_length, "evaluation")
         examples = ReferenceSet(encoded, settings.batch_tokens, device)
         recorder.progress(done := 0)
-        # Batches are recorded whole, and group neighbours in length: those that are left stay as they were.
+        # Batches group rows of similar length and are recorded whole: a resumed job computes the same batches.
         for batch in examples.batches:
             summed = examples.sum_losses(losses, [batch])
             for position in batch.indices:

@@ -1,7 +1,7 @@
-"""Models behind an OpenAI-compatible API: many questions at a time, each paid for once.
+"""A cached client of OpenAI-compatible APIs with parallel requests and a spending cap.
 
-Answers are kept in a cache on disk by the content of the question, so that a repeated or interrupted stage pays for nothing
-twice. Every answer's tokens and price are on account there, and a cap holds before a request is sent, not after.
+Answers are cached on disk by the content of the question, so that a repeated or interrupted stage pays for each only once.
+The cache also records what was spent; the cap is checked before a request is sent.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from montessori_core.errors import UserError
 from montessori_core.files import cache_root
 
 _MILLION = 1e6
-_NO_ANSWER = ("content_filter", "context_length_exceeded")  # refusals that are about one question
+_NO_ANSWER = ("content_filter", "context_length_exceeded")  # errors that concern a single question
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, why it ended ('stop', 'length', or why there is no text), and the tokens that were paid for.
+    """A model's answer, why it ended ('stop', 'length', or why it has no text), and the tokens that were charged.
 
-    `first_token` has the log-probabilities of the likeliest first tokens, if they were asked for and the server gives them.
+    `first_token` has the log-probabilities of the likeliest first tokens, if requested and supported by the server.
     """
 
     text: str
@@ -45,10 +45,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A user message, and how its answer is drawn: at most `max_tokens`, if that is less than the endpoint's own limit.
+    """A user message and how its answer is sampled; `max_tokens` applies if it is below the endpoint's own limit.
 
-    Questions that differ in `draw` alone are asked anew. `likeliest` is how many first tokens come with their
-    log-probabilities.
+    Questions that differ only in `draw` are asked separately. `likeliest` is the number of first tokens whose
+    log-probabilities are requested.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Question:
 
 
 class AnswerCache:
-    """Answers and the account, in one SQLite file that several processes may use."""
+    """Answers and spending, in an SQLite file that several processes may use."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,22 +72,22 @@ class AnswerCache:
             connection.execute("CREATE TABLE IF NOT EXISTS spending (account TEXT, dollars REAL)")
 
     def get(self, key: str) -> Answer | None:
-        """The answer to a question asked before."""
+        """Return a cached answer; None if there is none."""
         with self._open() as connection:
-            found = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return Answer(**json.loads(found[0])) if found else None
+            row = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return Answer(**json.loads(row[0])) if row else None
 
     def put(self, key: str, answer: Answer, account: str, dollars: float) -> None:
-        """Keep an answer, and what it cost."""
+        """Save an answer and its cost."""
         with self._open() as connection:
             connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(asdict(answer))))
             connection.execute("INSERT INTO spending VALUES (?, ?)", (account, dollars))
 
     def spent(self, account: str) -> float:
-        """Dollars spent on an account."""
+        """Return the dollars spent on an account."""
         with self._open() as connection:
-            found = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
-        return float(found[0] or 0.0)
+            row = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
+        return float(row[0] or 0.0)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -96,14 +96,14 @@ class AnswerCache:
 
 
 class CachedClient:
-    """An endpoint that questions are put to."""
+    """A client of an endpoint."""
 
     def __init__(self, endpoint: Endpoint, account: str, cache: AnswerCache | None = None) -> None:
-        """Open it.
+        """Open the client.
 
         Args:
-            endpoint: where, which model, limits and prices.
-            account: whom spending is counted for, against the cap.
+            endpoint: URL, model, limits and prices.
+            account: name that spending counts for, against the cap.
             cache: by default the user's, see `montessori_core.files.cache_root`.
         """
         import openai
@@ -111,7 +111,7 @@ class CachedClient:
         self._endpoint, self._account = endpoint, account
         self._cache = cache or AnswerCache(cache_root() / "api" / "answers.sqlite")
         key = os.environ.get(endpoint.key_variable, "").strip()
-        if not (key.isascii() and key.isprintable()):  # a client's error would quote it
+        if not (key.isascii() and key.isprintable()):  # the HTTP client's error would quote the key
             raise UserError(f"the environment variable {endpoint.key_variable} holds what cannot be a key; set it anew")
         self._client = openai.OpenAI(
             api_key=key or "none",
@@ -127,19 +127,19 @@ class CachedClient:
         report: Callable[[int], None] = lambda done: None,
         receive: Callable[[int, Answer], None] = lambda number, answer: None,
     ) -> list[Answer]:
-        """Put questions, each by itself; those asked before are answered from the cache.
+        """Ask questions, each in a request of its own; earlier answers come from the cache.
 
         Args:
-            questions: what is asked; an equal question is asked once.
-            report: called with the number of questions answered so far.
-            receive: called before with each new answer and the place of its question.
+            questions: equal questions are asked once.
+            report: called with the number of answered questions.
+            receive: called before `report` with each answer and the position of its question.
 
         Returns:
             [questions] answers, in their order.
 
         Raises:
-            UserError: the key is refused, the cap is reached, or a question found no answer after all retries; answers
-                so far are kept.
+            UserError: the key is refused, the cap is reached, or a question has no answer after all retries; earlier answers
+                are kept.
         """
         keys = [self._key(question) for question in questions]
         places: defaultdict[str, list[int]] = defaultdict(list)
@@ -166,7 +166,7 @@ class CachedClient:
     def _fetch_all(
         self, waiting: Mapping[str, Question], receive: Callable[[str, Answer], None], report: Callable[[], None]
     ) -> None:
-        """Ask as many questions at a time as the endpoint allows, while the cap allows the next one.
+        """Ask questions in parallel, up to the endpoint's concurrency and the spending cap.
 
         Args:
             waiting: questions by key.
@@ -201,13 +201,13 @@ class CachedClient:
                     report()
             except BaseException:
                 for future, (key, _) in reserved.items():
-                    if not future.cancel():  # on its way, and paid for
+                    if not future.cancel():  # already sent, and charged
                         with suppress(UserError):
                             self._keep(key, future.result())
                 raise
 
     def _keep(self, key: str, answer: Answer) -> float:
-        """Put an answer into the cache; what it cost."""
+        """Cache an answer; return its cost in dollars."""
         dollars = self._price(answer.input_tokens, answer.output_tokens)
         self._cache.put(key, answer, self._account, dollars)
         return dollars

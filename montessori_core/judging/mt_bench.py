@@ -1,8 +1,8 @@
-"""MT-Bench (Zheng et al., 2023): two turns a question, each answer graded from 1 to 10 by a judge.
+"""MT-Bench (Zheng et al., 2023): questions of two turns; a judge scores each answer from 1 to 10.
 
-Answers to questions about mathematics, code and logic are graded beside a reference answer, since a judge that solves them
-itself errs. Questions and references are read in the format of the published files; the judge is asked by prompts of our
-own, or by FastChat's.
+Answers to questions about mathematics, code and logic are judged with a reference answer, since judges make errors when they
+solve such questions. Questions and references have the format of the published files; the judge gets our own prompts or
+FastChat's.
 """
 
 import math
@@ -70,8 +70,8 @@ class Dialogue:
     Attributes:
         id: as in the file.
         category: 'writing', 'math', ...
-        questions: what the user says, first and second.
-        references: right answers to both; empty unless the category is of `REFERENCE_GUIDED`.
+        questions: the user's two turns.
+        references: correct answers to both; empty unless the category is in `REFERENCE_GUIDED`.
     """
 
     id: str
@@ -81,15 +81,15 @@ class Dialogue:
 
     @property
     def temperature(self) -> float:
-        """At which FastChat decodes answers of the category (`temperature_config` of its `llm_judge/common.py`)."""
+        """FastChat's temperature for the category (`temperature_config` in its `llm_judge/common.py`)."""
         return _TEMPERATURES.get(self.category, _OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean score, 1 to 10, and its standard error over questions; None where there are too few to have it.
+    """A mean score, 1 to 10, and its standard error over questions; None where there are too few.
 
-    `judged` is how many judgements it is over, `unparsed` how many could not be read and are left out.
+    `judged` is the number of judgements in the mean, `unparsed` the number that could not be read and are left out.
     """
 
     mean: float | None
@@ -103,8 +103,8 @@ class Summary:
     """Scores over questions and turns.
 
     Attributes:
-        overall: over all judgements.
-        by_turn, by_category: over some of them.
+        overall: all judgements.
+        by_turn, by_category: the judgements of a turn or category.
     """
 
     overall: Score
@@ -128,15 +128,15 @@ class _Reference(Entry):
 
 
 def read_dialogues(questions: Path, references: Path | None) -> list[Dialogue]:
-    """Read the questions, and the references to those that need one.
+    """Read questions, and references for those that need one.
 
     Args:
         questions: objects with question_id, category and turns, the user's two texts.
-        references: objects with question_id and choices, whose first has turns, the two answers.
+        references: objects with question_id and choices; the first choice has turns, the two answers.
 
     Raises:
-        DataError: a file cannot be used (the message names file, line and field), an id occurs twice, or a reference is
-            missing (the message names the questions).
+        DataError: a file is malformed (the message names file, line and field), an id occurs twice, or a reference is missing
+            (the message names the questions).
     """
     asked = _by_id(read_entries(questions, _Question), questions)
     known = _by_id(read_entries(references, _Reference), references) if references else {}
@@ -154,7 +154,7 @@ def read_dialogues(questions: Path, references: Path | None) -> list[Dialogue]:
 
 
 def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[DialogueRow]:
-    """Rows for `open_mt_bench_judge`: one a turn, with what was said until then.
+    """Return the rows of `open_mt_bench_judge`: one a turn, with the conversation up to that turn.
 
     Args:
         dialogues: the questions.
@@ -175,7 +175,7 @@ def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, s
 
 
 def question_about(row: DialogueRow) -> str:
-    """What a judge is asked about the last answer of a row of `judgements`."""
+    """Return the judge's prompt for the last answer of a row."""
     sections = []
     for number, (question, answer) in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
         sections += [(f"Question {number}", question), (f"The assistant's answer {number}", answer)]
@@ -184,7 +184,7 @@ def question_about(row: DialogueRow) -> str:
 
 
 def published_question(row: DialogueRow) -> Question:
-    """Return FastChat's question about the last answer of a row of `judgements`, decoded as FastChat decodes it."""
+    """Return FastChat's prompt for the last answer of a row, with FastChat's decoding."""
     prompt = PUBLISHED[row["turn"], bool(row["references"])]
     texts = {f"ref_answer_{number}": text for number, text in enumerate(row["references"], 1)}
     if row["turn"] == 1:
@@ -198,7 +198,7 @@ def published_question(row: DialogueRow) -> Question:
 def read_rating(answer: Answer) -> float | None:
     """Return the first `[[rating]]` of an answer, else the first `[rating]`, as FastChat does; None if there is none.
 
-    A rating out of range is none, though FastChat counts it.
+    Unlike FastChat, ratings out of range are ignored.
     """
     found = next((match for pattern in _RATINGS if (match := pattern.search(answer.text))), None)
     rating = float(found[1]) if found else math.nan
@@ -226,9 +226,9 @@ def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
 
 
 def summarize(table: pa.Table) -> Summary:
-    """Mean scores from a table of schema `MT_BENCH`.
+    """Return mean scores of a table of schema `MT_BENCH`.
 
-    A standard error is over questions: the two turns of one are not independent, and count as one draw.
+    Standard errors are clustered by question: the two turns of a question are not independent.
     """
     rows = table.to_pylist()
     return Summary(

@@ -1,9 +1,9 @@
-"""Two answers to one instruction, compared by a judge in both orders (Section 4.1, Evaluation Methods).
+"""Pairwise comparison: a judge compares two answers in both orders (Section 4.1, Evaluation Methods).
 
-A judge that prefers whatever stands first contradicts itself when the order is turned round: disagreement is a tie.
+A judge with a position bias contradicts itself when the order is reversed: disagreement is a tie.
 
-By AlpacaEval's published prompt the judge names the better output in one token, and its probability is the preference.
-AlpacaEval asks in one order, drawn at random; the mean over both is what that expects.
+With AlpacaEval's published prompt the judge names the better output in one token, and the token's probability is the
+preference. AlpacaEval asks in one random order; the mean over both orders is its expectation.
 """
 
 import math
@@ -38,19 +38,19 @@ Better: tie"""
 
 
 def comparison(instruction: str, first: str, second: str) -> str:
-    """What a judge is asked about two answers, in this order."""
+    """Return the judge's prompt for two answers, in this order."""
     return framed(_TASK, [("Instruction", instruction), ("Answer A", first), ("Answer B", second)], _ENDING)
 
 
 def read_preference(answer: Answer) -> Preference | None:
-    """The verdict that a judge ended with; None if there is none, and never a guess.
+    """Return the verdict on the last line of a judge's answer.
 
-    An answer that was cut off, or whose last line is not one of the three that were asked for, has none.
+    None if the answer was cut off, or its last line is not one of the three verdicts of the prompt.
     """
-    found = _VERDICT.match(last_line(answer) or "")
-    if found is None:
+    verdict = _VERDICT.match(last_line(answer) or "")
+    if verdict is None:
         return None
-    return "A" if found[1] else "B" if found[2] else "tie"
+    return "A" if verdict[1] else "B" if verdict[2] else "tie"
 
 
 def published_comparison(instruction: str, first: str, second: str) -> Question:
@@ -62,8 +62,8 @@ def published_comparison(instruction: str, first: str, second: str) -> Question:
 def read_probability(answer: Answer) -> float | None:
     """Return the probability that the first output is the better one, as AlpacaEval's `logprob_parser` reads it.
 
-    It is that of the token `m` against `M`; a token that is not among the likeliest has none. Without log-probabilities the
-    token that was drawn decides, which has the same mean. None if neither token is there.
+    It is the probability of token `m` against token `M`; a token that is not among the likeliest has probability 0. Without
+    log-probabilities the sampled token decides, which has the same expectation. None if neither token occurs.
     """
     likeliest = {answer.text.strip(): 0.0} if answer.first_token is None else answer.first_token
     first, second = (likeliest.get(name, -math.inf) for name in ("m", "M"))
@@ -74,11 +74,11 @@ def read_probability(answer: Answer) -> float | None:
 
 
 def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
-    """How an answer fares.
+    """Return the outcome of an answer.
 
     Args:
-        first: the verdict where it stood as A.
-        second: the verdict where it stood as B.
+        first: the verdict with the answer as A.
+        second: the verdict with the answer as B.
     """
     if first is None or second is None:
         return "unparsed"

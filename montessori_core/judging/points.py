@@ -1,4 +1,4 @@
-"""LLM-as-a-judge: a score for each example, by adding up points (the utility ablation of Table 2; cf. Figure 14)."""
+"""LLM-as-a-judge: an additive score for each example (the utility ablation of Table 2; cf. Figure 14)."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _ABOUT_THE_RESPONSE = (
     "The response is correct, complete and to the point: nothing should be added or removed.",
 )
 
-# Not str.format: what is judged may hold braces, and must not be able to close its own frame.
+# Not str.format: the material may contain braces, and must not close its own frame.
 _QUESTION = """\
 You grade training examples for an assistant. An example is an instruction and a response. Start at 0 points and add one \
 point for each statement that is true:
@@ -43,12 +43,12 @@ Score: N"""
 
 
 def points_for(response_only: bool) -> tuple[str, ...]:
-    """What an example earns points by: six, or the five that are about its response."""
+    """Return the criteria, a point each: six, or the five about the response."""
     return _ABOUT_THE_RESPONSE if response_only else _ABOUT_THE_INSTRUCTION + _ABOUT_THE_RESPONSE
 
 
 def question_about(instruction: str, response: str, response_only: bool = False) -> str:
-    """What a judge is asked about an example."""
+    """Return the judge's prompt for an example."""
     line = line_outside(instruction, response)
     points = "\n".join(f"{number}. {point}" for number, point in enumerate(points_for(response_only), 1))
     parts = {"line": line, "points": points, "instruction": instruction, "response": response}
@@ -56,10 +56,10 @@ def question_about(instruction: str, response: str, response_only: bool = False)
 
 
 def read_score(answer: Answer, most: int = 6, least: int = 0) -> float | None:
-    """The score that a judge ended with; None if there is none, and never a guess.
+    """Return the score on the last line of a judge's answer; None if there is none.
 
-    An answer that was cut off, whose last line is not a score, or whose score is out of range or of another number
-    than `most` has none.
+    An answer has no score if it was cut off, if its last line is not a score, or if the score is out of range or is given out
+    of another number than `most`.
     """
     found = _SCORE.match(last_line(answer) or "")
     if found is None or not least <= int(found[1]) <= most or int(found[2] or most) != most:

@@ -1,4 +1,4 @@
-"""Generation on a node: the programs behind the two generation stages."""
+"""Programs of the generation stages: local generation, and generation by an API."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +28,7 @@ from montessori_core.synthesis.prompts import CLOSE
 def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
     """Load the teacher once.
 
-    Inputs: `teacher`. A row's draft holds for each sample its token ids so far, or what became of it.
+    Inputs: `teacher`. A row's draft has, for each sample, its token ids so far or its final text.
     """
     sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
@@ -76,7 +76,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
 
 
 def _resume(row: GenerationRow, draft: list[Any] | None) -> list[Any]:
-    """Return [samples] token ids that were drawn, or what was generated, as kept in a row's draft."""
+    """Return [samples] the token ids so far, or the generated text, from a row's draft."""
     samples = draft or [[] for _ in row["seeds"]]
     return [Generated(**sample) if isinstance(sample, dict) else sample for sample in samples]
 
@@ -112,7 +112,7 @@ def _render(tokenizer: Any, row: GenerationRow, form: Form) -> str:
 def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
     """Open a teacher behind an API.
 
-    The repetition penalty of the sampling is left out: the protocol has none. Inputs: see `open_client`. Each seed of a
+    The sampling's repetition penalty is ignored: the API has none. Inputs: see `open_client`. Each seed of a
     row is a draw. Rows need no drafts: the API's cache keeps every answer.
     """
     sampling = settings.sampling
