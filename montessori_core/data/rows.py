@@ -101,11 +101,8 @@ class ItemRow(TypedDict):
     shots: int | None
 
 
-_TYPES = {
-    str: pa.string(),
-    bool: pa.bool_(),
-    int: pa.uint64(),
-}  # whole numbers are not negative, and seeds have 64 bits
+# Whole numbers are not negative, and seeds have 64 bits.
+_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.uint64()}
 
 
 def schema_of(kind: type) -> pa.Schema:
