@@ -49,12 +49,15 @@ SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]
 def test_prompt_shows_six_seeds_and_two_synthetic_tasks_shuffled() -> None:
     prompts = build_prompts(50, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=0)
     for prompt in prompts:
-        ids = [task.id for task in prompt.demonstrations]
+        ids = [task.example_id for task in prompt.demonstrations]
         assert len(set(ids)) == 8
         assert sum(name.startswith("synthetic") for name in ids) == 2
         assert all(f"<instruction>{task.instruction}</instruction>" in prompt.text for task in prompt.demonstrations)
-    assert len({tuple(task.id for task in prompt.demonstrations) for prompt in prompts}) == 50
-    assert len({[t.id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts}) > 3
+    assert len({tuple(task.example_id for task in prompt.demonstrations) for prompt in prompts}) == 50
+    assert (
+        len({[t.example_id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts})
+        > 3
+    )
 
 
 def test_seeds_take_the_place_of_absent_synthetic_tasks() -> None:
