@@ -291,7 +291,7 @@ def test_bootstrap_demonstrates_most_influential_half(iteration: Path, methods: 
     ranked = sorted(influence, key=lambda row: -row["influence_student"])
     best = {row["example_id"] for row in ranked[: len(ranked) // 2]}
     tasks = most_influential(iteration / "examples.parquet", iteration / "influence.parquet")
-    assert {task.id for task in tasks} == best
+    assert {task.example_id for task in tasks} == best
     shown = read_table(methods / "bootstrap" / "round-1" / "training" / "instructions.parquet", INSTRUCTIONS)
     assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= best
 
