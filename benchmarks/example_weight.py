@@ -86,7 +86,7 @@ def main() -> None:
 
     def read(path: str, name: str, count: int) -> list[Encoded]:
         tasks = read_tasks(DataSource(path=path), name, with_response=True)
-        encoded = [encode_example(tokenizer, task.text, task.response, arguments.max_length) for task in tasks]
+        encoded = [encode_example(tokenizer, task.instruction, task.response, arguments.max_length) for task in tasks]
         usable = [example for example in encoded if example.response_tokens]
         draw.shuffle(usable)
         return usable[:count]

@@ -32,8 +32,10 @@ from cluster.backends import slurm
 from cluster.backends.command import run_command
 from cluster.fanout import fan_out
 from cluster.ledger import Ledger
+from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources, Slurm
+from montessori_core.data.rows import Rows
 
 PROGRAM = """
 import time
@@ -101,7 +103,7 @@ def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
         os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"
         settings = {"seconds": arguments.seconds}
         stage = Stage("sleep", 1, "sleeping_program:open_sleep", settings, {}, {}, folder / "stage")
-        rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
+        rows = Shards(Rows.of([{"n": number} for number in range(ROWS * shards)]), ROWS)
         resources = Resources(parallel_jobs=arguments.jobs, cpus_per_process=1, shards_per_job=arguments.shards_per_job)
         cluster = Cluster(profile=arguments.profile, poll_seconds=_POLL, slurm=Slurm())
         polls: list[float] = []

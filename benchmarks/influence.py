@@ -63,7 +63,7 @@ def main() -> None:
     student = arguments.student or fetch_embedded()
     tokenizer = load_tokenizer(str(student))
     references, probing = (
-        [encode_example(tokenizer, task.text, task.response, PADDED) for task in read_tasks(source, name, True)]
+        [encode_example(tokenizer, task.instruction, task.response, PADDED) for task in read_tasks(source, name, True)]
         for source, name in ((DataSource(path="builtin"), "reference"), (DataSource(path="builtin"), "evaluation"))
     )
     references = [references[i % len(references)] for i in range(arguments.references)]

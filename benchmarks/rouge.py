@@ -87,7 +87,9 @@ def measure(name: str, texts: Sequence[str]) -> str:
 
 
 def _seeds() -> list[list[str]]:
-    return [words(task.text) for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)]
+    return [
+        words(task.instruction) for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    ]
 
 
 def _compare(texts: Sequence[str], verdicts: Sequence[bool], starts: Sequence[int]) -> float:

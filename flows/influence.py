@@ -6,18 +6,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.fanout import fan_out
-from cluster.stage import cut_into_shards
+from cluster.shards import Shards
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Resources, Student, Warmup
+from montessori_core.data.rows import ExampleRow, Positions, Rows
 from montessori_core.data.sources import read_tasks, write_tasks
 from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import hash_path
-from montessori_core.influence.preferences import Positions
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
-from montessori_core.program import Row
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
@@ -71,11 +70,8 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     models = {"student": Model.of(model)}
     if warm_state is not None:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
-    rows: list[Row] = [
-        {"example_id": t.id, "prompt_id": t.id, "instruction": t.text, "response": t.response, "finished": True}
-        for t in tasks
-    ]
-    stages = _Stages(folder, measurement, models, reference_file, rows)
+    rows = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in tasks]
+    stages = _Stages(folder, measurement, models, reference_file, Rows.of(rows, ExampleRow))
     write_table(estimate_influence(stages, settings, measurement.baseline), out, INFLUENCE)
 
 
@@ -83,7 +79,7 @@ class _Stages:
     """The stages of a measurement on this machine, each in its folder."""
 
     def __init__(
-        self, folder: Path, measurement: Measurement, models: dict[str, Model], reference: Path, rows: list[Row]
+        self, folder: Path, measurement: Measurement, models: dict[str, Model], reference: Path, rows: Rows
     ) -> None:
         self._folder, self._measurement, self._rows = folder, measurement, rows
         self._models, self._files = models, {"reference": reference}
@@ -93,14 +89,14 @@ class _Stages:
         return self._execute("screen" if screened else estimator, estimator, self._rows)
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
-        return self._execute(name, "exact", [self._rows[i] for i in positions])
+        return self._execute(name, "exact", self._rows[positions])
 
-    def _execute(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
+    def _execute(self, name: str, estimator: str, rows: Rows) -> pa.RecordBatchReader:
         measurement = self._measurement
         settings = programs.measurement_settings(
             measurement.settings, Warmup(), measurement.student.max_length, estimator, measurement.baseline
         )
         stage = stage_of(programs.INFLUENCE, settings, self._folder / name, self._models, self._files)
         with ProgressBar(f"influence, {name}") as bar:
-            parts = fan_out(stage, cut_into_shards(rows, _SHARD), Resources(), Cluster(), bar.show)
+            parts = fan_out(stage, Shards(rows, _SHARD), Resources(), Cluster(), bar.show)
         return join_influence(parts)

@@ -147,7 +147,7 @@ BAD_DATA = re.findall(r"```jsonl\n([^`]*)```\n\n```text\n([^`]*)\n```", DATA_PAG
 def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(GOOD_DATA)
     tasks = read_tasks(DataSource(path=str(tmp_path / "data.jsonl")), "reference", with_response=True)
-    assert [task.text for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
+    assert [task.instruction for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
     assert len(BAD_DATA) == 6
 
 
