@@ -294,7 +294,8 @@ def test_control_tokens_in_data_are_escaped(smollm2: Path, engine: Any) -> None:
     )
     control = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for form, expected in (("request", 2), ("reply", 4), ("tagged", 0), ("whole", 0)):  # SmolLM2 has a system turn
-        prompt = jobs._render(tokenizer, {"text": said, "turns": [said] * 3}, form)
+        turns = [said] * (3 if form == "reply" else 1)
+        prompt = jobs._render(tokenizer, {"example_ids": ["e"], "turns": turns, "seeds": [0]}, form)
         continuations(engine.generate([Request(prompt, 0)], Sampling(max_tokens=1), None))
         assert tokenizer.decode(read).count(said) == (3 if form == "reply" else 1)
         assert read.count(control) == expected
@@ -411,7 +412,7 @@ def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) 
         0: ["a-1", "a-2"],
         1: ["b-1"],
     }
-    assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.finished[1][0]["raw_output"] == "An answer to: Dance."
     assert recorder.finished[1][0]["output_ids"] is recorder.finished[1][0]["vocabulary"] is None
     assert recorder.reported[-1] == 2
     assert len(server.asked) == 3
