@@ -1,4 +1,4 @@
-"""An experiment: iterations, each of which starts from the teacher and the student of the last.
+"""An experiment: a chain of iterations; each starts from the teacher and the student of the last.
 
 `montessori` is the flow to start from Prefect, with the whole configuration as its form; `experiment` is the flow of the
 command line, for an opened run.
