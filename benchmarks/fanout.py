@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster import backends
+from cluster.backends import slurm
 from cluster.fanout import fan_out
 from cluster.ledger import Ledger
 from cluster.stage import Stage
@@ -84,14 +84,14 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
     """Run and time one fan-out of sleeping shards."""
     queries = 0
-    ask = backends.ask
+    ask = slurm.ask
 
     def counting_ask(*command: str, timeout: float = 120.0) -> str | None:
         nonlocal queries
         queries += 1
         return ask(*command, timeout=timeout)
 
-    backends.ask = counting_ask
+    slurm.ask = counting_ask
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch).resolve()
         (folder / "sleeping_program.py").write_text(PROGRAM)
