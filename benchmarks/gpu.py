@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def warm_up(folder: Path, device: torch.device, steps: int, references: int, probing: int) -> WarmStudent:
-    """Train a student for a few steps on the project's own examples."""
+    """Train a student for a few steps on the built-in reference examples."""
     tokenizer = load_tokenizer(str(folder))
     tasks = read_tasks(DataSource(path="builtin", limit=steps + references + probing), "reference", with_response=True)
     examples = [encode_example(tokenizer, task.instruction, task.response, 256) for task in tasks]

@@ -32,7 +32,7 @@ from cluster.stage import Stage
 from montessori_core.config import Cluster, Preferences, Resources
 from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
-from montessori_core.influence.preferences import pair_by_influence, write_preferences
+from montessori_core.influence.preferences import PAIRED, pair_by_influence, write_preferences
 from montessori_core.influence.table import NOTES, join_influence, write_influence_metadata
 
 SHARD = 100  # rows
@@ -181,8 +181,8 @@ def join(folder: Path, rows: int) -> dict[str, Any]:
     started, before = time.perf_counter(), time.process_time()
     write_table(join_influence(parts_of(folder)), folder / "influence.parquet", INFLUENCE)
     joined = time.perf_counter()
-    columns = ("example_id", "prompt_id", "status", "influence_student", "influence_null_step")
-    pairs = pair_by_influence(read_table(folder / "influence.parquet", INFLUENCE, columns), Preferences())
+    table = read_table(folder / "influence.parquet", INFLUENCE, PAIRED)
+    pairs = pair_by_influence(table, Preferences(baseline="student"))
     write_preferences(pairs, folder / "examples.parquet", folder / "preferences.parquet", PREFERENCES)
     ended, cpu = time.perf_counter(), time.process_time() - before
     return {"joining": joined - started, "pairing": ended - joined, "cpu": cpu, "pairs": pairs.num_rows}

@@ -315,7 +315,7 @@ def test_changed_preferences_keep_upstream_stages(
     assert (code, "warmup.examples: 4 -> 5" in output, "max_pairs" in output) == (1, True, False)
     code, output = call("run", config, *settings, cwd=tmp_path, **shared_server)
     assert code == 0, output
-    assert "all before the confirmation of influence near the threshold is kept" in output
+    assert "the confirmation of influence near the threshold and later stages are computed again" in output
     assert "preferences.baseline: 'median' -> 'null_step'" in output
     changed = {path.parent.relative_to(run) for path, then in before.items() if path.stat().st_mtime_ns != then}
     kept = {path.parent.relative_to(run) for path in before} - changed
