@@ -46,7 +46,9 @@ def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
     found = rows(f"targets/{kind}/{field}")
     assert len(found) == len({row["id"] for row in found}) == 64
     assert {row["category"] for row in found} == {kind}
-    assert [task.example_id for task in read_tasks(DataSource(path=f"builtin/{kind}"), field, True)] == [r["id"] for r in found]
+    assert [task.example_id for task in read_tasks(DataSource(path=f"builtin/{kind}"), field, True)] == [
+        r["id"] for r in found
+    ]
 
 
 @pytest.mark.parametrize(
