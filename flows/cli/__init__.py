@@ -16,6 +16,7 @@ from flows.cli import (
     influence,
     logs,
     plan,
+    prune,
     report,
     run,
     serve,
@@ -75,8 +76,9 @@ app = typer.Typer(
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
     """,
 )
-model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
+model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers from any model.")
 model_app.command()(fetch.fetch)
+model_app.command()(prune.prune)
 app.add_typer(model_app, name="model")
 for _command in (
     run.run,
