@@ -11,7 +11,8 @@ class Teacher(Section):
     """The model that writes instructions and their responses."""
 
     model: str = Field(
-        description="Hugging Face id or local folder of the teacher. 'smollm2-135m' is the embedded model."
+        description="Hugging Face id, local folder or embedded name of the teacher: smollm2-135m, smollm2-135m-pruned, "
+        "gemma3-270m."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id; none for a folder.")
     prompt_style: Literal["chat", "completion"] = Field(
@@ -35,7 +36,8 @@ class Student(Section):
     """The model that the synthetic data trains."""
 
     model: str = Field(
-        description="Hugging Face id or local folder of the student. 'smollm2-135m' is the embedded model."
+        description="Hugging Face id, local folder or embedded name of the student: smollm2-135m, smollm2-135m-pruned, "
+        "gemma3-270m."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id; none for a folder.")
     max_length: int = Field(
