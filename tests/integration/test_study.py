@@ -210,7 +210,7 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
     for section in ("warmup", "teacher_update", "training"):
         odd[section] |= {"batch_size": 2, "micro_batch_size": 1}
     for content, words in [
-        ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
+        ({"methods": ["montessori"]}, "baseline 'self_instruct' is not in methods; add it there"),
         ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
         ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; available: montessori, self_instruct"),
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
