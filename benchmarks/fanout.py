@@ -26,12 +26,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
-from cluster import backends
+from cluster.backends import slurm
+from cluster.backends.command import run_command
 from cluster.fanout import fan_out
 from cluster.ledger import Ledger
+from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources, Slurm
+from montessori_core.data.rows import Rows
 
 PROGRAM = """
 import time
@@ -84,21 +88,22 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, shards: int) -> dict[str, float]:
     """Run and time one fan-out of sleeping shards."""
     queries = 0
-    ask = backends.ask
 
-    def counting_ask(*command: str, timeout: float = 120.0) -> str | None:
+    def count_commands(*command: str, timeout: float = 120.0) -> str | None:
         nonlocal queries
         queries += 1
-        return ask(*command, timeout=timeout)
+        return run_command(*command, timeout=timeout)
 
-    backends.ask = counting_ask
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+    with (
+        patch.object(slurm, "run_command", count_commands),
+        tempfile.TemporaryDirectory(dir=arguments.folder) as scratch,
+    ):
         folder = Path(scratch).resolve()
         (folder / "sleeping_program.py").write_text(PROGRAM)
         os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"
         settings = {"seconds": arguments.seconds}
         stage = Stage("sleep", 1, "sleeping_program:open_sleep", settings, {}, {}, folder / "stage")
-        rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
+        rows = Shards(Rows.of([{"n": number} for number in range(ROWS * shards)]), ROWS)
         resources = Resources(parallel_jobs=arguments.jobs, cpus_per_process=1, shards_per_job=arguments.shards_per_job)
         cluster = Cluster(profile=arguments.profile, poll_seconds=_POLL, slurm=Slurm())
         polls: list[float] = []

@@ -25,8 +25,10 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, DataSource, Resources, Warmup, Zero
+from montessori_core.data.rows import Rows
 from montessori_core.data.sources import read_tasks
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
@@ -110,10 +112,10 @@ def main() -> None:
 
 
 def warm_up(folder: Path, device: torch.device, steps: int, references: int, probing: int) -> WarmStudent:
-    """Train a student for a few steps on the project's own examples."""
+    """Train a student for a few steps on the built-in reference examples."""
     tokenizer = load_tokenizer(str(folder))
     tasks = read_tasks(DataSource(path="builtin", limit=steps + references + probing), "reference", with_response=True)
-    examples = [encode_example(tokenizer, task.text, task.response, 256) for task in tasks]
+    examples = [encode_example(tokenizer, task.instruction, task.response, 256) for task in tasks]
     model = load_model(str(folder), torch.float32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     losses = TokenLosses(model)
@@ -186,10 +188,12 @@ def train(folder: Path, scratch: Path, processes: int) -> dict[str, torch.Tensor
     zero = Zero(stage=3 if processes > 1 else 0)
     settings = Sft(max_length=256, lora=None, recipe=recipe, zero=zero, seed=0, save_moments=False)
     tasks = read_tasks(DataSource(path="builtin", limit=8), "reference", with_response=True)
-    rows = [{"instruction": task.text, "response": task.response, "finished": True} for task in tasks]
+    rows = [{"instruction": task.instruction, "response": task.response, "response_finished": True} for task in tasks]
     stage = Stage.of(SFT, settings, scratch, {"student": folder}, {})
-    (part,) = fan_out(stage, [rows], Resources(processes_per_node=processes, gpus_per_node=processes), Cluster())
-    return load_file(part / "model.safetensors")
+    resources = Resources(processes_per_node=processes, gpus_per_node=processes)
+    (part,) = fan_out(stage, Shards(Rows.of(rows), len(rows)), resources, Cluster())
+    weights: dict[str, torch.Tensor] = load_file(part / "model.safetensors")
+    return weights
 
 
 def measure_speed(options: list[str]) -> str:

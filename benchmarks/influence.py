@@ -14,6 +14,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ def main() -> None:
     student = arguments.student or fetch_embedded()
     tokenizer = load_tokenizer(str(student))
     references, probing = (
-        [encode_example(tokenizer, task.text, task.response, PADDED) for task in read_tasks(source, name, True)]
+        [encode_example(tokenizer, task.instruction, task.response, PADDED) for task in read_tasks(source, name, True)]
         for source, name in ((DataSource(path="builtin"), "reference"), (DataSource(path="builtin"), "evaluation"))
     )
     references = [references[i % len(references)] for i in range(arguments.references)]
@@ -261,8 +262,8 @@ def scaling(device: torch.device) -> None:
             reference = ReferenceSet([example(length) for _ in range(count)], 1024, device)
             student = ResidentStudent(model, random_moments(model), AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, 31), device)
             meter = InfluenceMeter(student, reference, estimator)  # type: ignore[arg-type]
-            probe = example(length)
-            total = timed(lambda meter=meter, probe=probe, n=repeats: [meter.measure(probe) for _ in range(n)], device)
+            probes = [example(length)] * repeats
+            total = timed(partial(list, map(meter.measure, probes)), device)
             seconds.append(total / repeats)
         size = Shape.of(model).parameters / 1e6
         print(f"| {size:.0f}M | {count} | {length} | {seconds[0]:.2f} | {seconds[1]:.2f} |", flush=True)  # noqa: T201

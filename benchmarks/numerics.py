@@ -233,7 +233,7 @@ def prepare(arguments: argparse.Namespace) -> Setting:
     def read(path: str, name: str, response_field: str) -> list[Encoded]:
         source = DataSource(path=path, output_field=response_field)
         tasks = read_tasks(source, name, with_response=True)
-        encoded = [encode_example(tokenizer, task.text, task.response, arguments.max_length) for task in tasks]
+        encoded = [encode_example(tokenizer, task.instruction, task.response, arguments.max_length) for task in tasks]
         usable = [example for example in encoded if example.response_tokens]
         draw.shuffle(usable)
         return usable
@@ -354,8 +354,9 @@ def forward_mode(
         return summed / torch.bincount(batch.rows)
 
     def derivative(batch: Any) -> torch.Tensor:
-        tangent: torch.Tensor
-        _, tangent = torch.func.jvp(lambda weights: losses_of(weights, batch), (parameters,), (direction,))
+        tangent: torch.Tensor = torch.func.jvp(lambda weights: losses_of(weights, batch), (parameters,), (direction,))[
+            1
+        ]
         return tangent
 
     influence = np.zeros(len(setting.probing))

@@ -39,14 +39,16 @@ import sys
 from pathlib import Path
 from prefect import flow
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
+from montessori_core.data.rows import Rows
 from montessori_core.config import Cluster, Resources
 from tasks.stage_progress import StageTaskRuns
 
 @flow(flow_run_name=sys.argv[2])
 def one_stage(folder, shards):
     stage = Stage("rows", 1, "rows_program:open_rows", {}, {}, {}, folder / f"stage-{shards}")
-    rows = [[{"n": n}] for n in range(shards)]
+    rows = Shards(Rows.of([{"n": n} for n in range(shards)]), 1)
     with StageTaskRuns("iteration 1: influence", stage, shards, [], lambda part: part) as view:
         fan_out(stage, rows, Resources(parallel_jobs=2, cpus_per_process=1), Cluster(poll_seconds=2), view.show)
     assert len(view.results()) == shards

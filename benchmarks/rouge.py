@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
@@ -86,7 +87,9 @@ def measure(name: str, texts: Sequence[str]) -> str:
 
 
 def _seeds() -> list[list[str]]:
-    return [words(task.text) for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)]
+    return [
+        words(task.instruction) for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    ]
 
 
 def _compare(texts: Sequence[str], verdicts: Sequence[bool], starts: Sequence[int]) -> float:
@@ -100,7 +103,7 @@ def _compare(texts: Sequence[str], verdicts: Sequence[bool], starts: Sequence[in
         block = candidates[start : start + BLOCK]
         accepted = [text for text, kept in zip(candidates[:start], verdicts, strict=False) if kept]
         started = time.process_time()
-        near = _near(block, accepted).any(axis=1)
+        near = np.asarray(_near(block, accepted).any(axis=1))
         within = _near(block, block)
         kept: list[int] = []
         for index in range(len(block)):
@@ -111,8 +114,8 @@ def _compare(texts: Sequence[str], verdicts: Sequence[bool], starts: Sequence[in
     return seconds
 
 
-def _near(first: list[str], second: list[str]) -> np.ndarray:
-    """Return a [first, second] array: whether F is above the limit. Pairs whose lengths exclude it are not pair_seconds."""
+def _near(first: list[str], second: list[str]) -> npt.NDArray[np.bool_]:
+    """Return a [first, second] array: whether F is above the limit. Pairs whose lengths exclude it are not compared."""
     near = np.zeros((len(first), len(second)), dtype=bool)
     lengths = np.array([len(text) for text in first]), np.array([len(text) for text in second])
     for length in np.unique(lengths[0]):

@@ -27,10 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.fanout import Progress, fan_out
-from cluster.stage import Stage, cut_into_shards
+from cluster.shards import Shards
+from cluster.stage import Stage
 from montessori_core.config import Cluster, Preferences, Resources
+from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
-from montessori_core.influence.preferences import pair_by_influence, write_preferences
+from montessori_core.influence.preferences import PAIRED, pair_by_influence, write_preferences
 from montessori_core.influence.table import NOTES, join_influence, write_influence_metadata
 
 SHARD = 100  # rows
@@ -82,6 +84,7 @@ def main() -> None:
     print(f"\n| shards | rows | from the call to the jobs submitted, s | CPU, s | peak, MB |\n|{'---|' * 5}")  # noqa: T201
     for shards in arguments.shards:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            make_examples(Path(scratch), shards * SHARD)
             planned = measure("plan", shards, scratch)
         cells = f"{planned['seconds']:.1f} | {planned['cpu']:.1f} | {planned['megabytes']:.0f}"
         print(f"| {shards:,} | {shards * SHARD:,} | {cells} |", flush=True)  # noqa: T201
@@ -101,6 +104,34 @@ def peak_memory() -> float:
 
 def make_tables(folder: Path, rows: int) -> None:
     """Write an example table and the parts of its influence stage."""
+    draw = make_examples(folder, rows)
+    for number, start in enumerate(range(0, rows, SHARD)):
+        numbers = range(start, min(start + SHARD, rows))
+        influence = draw.normal(size=len(numbers))
+        columns = {
+            "example_id": [name_of(n) for n in numbers],
+            "prompt_id": [prompt_of(n) for n in numbers],
+            "status": ["ok"] * len(numbers),
+            "tokens": [240] * len(numbers),
+            "response_tokens": [160] * len(numbers),
+            "truncated": [False] * len(numbers),
+            "example_loss": draw.random(len(numbers)),
+            "influence_student": influence,
+            "influence_null_step": influence + 0.001,
+            "standard_error": draw.random(len(numbers)),
+            "reference_tokens": [90_000] * len(numbers),
+            "estimator": ["exact"] * len(numbers),
+            "audited": [False] * len(numbers),
+            "first_order_null_step": [None] * len(numbers),
+            "gradient_norm": draw.random(len(numbers)),
+            "dominated_share": draw.random(len(numbers)),
+        }
+        table = write_influence_metadata(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
+        pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")  # not flushed one by one
+
+
+def make_examples(folder: Path, rows: int) -> np.random.Generator:
+    """An example table; return the generator that drew it."""
     draw = np.random.default_rng(0)
     text = words(draw, 30_000_000)
 
@@ -124,30 +155,7 @@ def make_tables(folder: Path, rows: int) -> None:
             yield pa.RecordBatch.from_pydict(columns, schema=EXAMPLES)
 
     write_table(pa.RecordBatchReader.from_batches(EXAMPLES, examples()), folder / "examples.parquet", EXAMPLES)
-    for number, start in enumerate(range(0, rows, SHARD)):
-        numbers = range(start, min(start + SHARD, rows))
-        influence = draw.normal(size=len(numbers))
-        columns = {
-            "example_id": [name_of(n) for n in numbers],
-            "prompt_id": [prompt_of(n) for n in numbers],
-            "status": ["ok"] * len(numbers),
-            "tokens": [240] * len(numbers),
-            "response_tokens": [160] * len(numbers),
-            "truncated": [False] * len(numbers),
-            "example_loss": draw.random(len(numbers)),
-            "influence_student": influence,
-            "influence_null_step": influence + 0.001,
-            "standard_error": draw.random(len(numbers)),
-            "reference_tokens": [90_000] * len(numbers),
-            "estimator": ["exact"] * len(numbers),
-            "audited": [False] * len(numbers),
-            "first_order_null_step": [None] * len(numbers),
-            "gradient_norm": draw.random(len(numbers)),
-            "dominated_share": draw.random(len(numbers)),
-        }
-        table = write_influence_metadata(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
-        # Not `write_table`, which would flush each file to disk.
-        pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")
+    return draw
 
 
 def words(draw: np.random.Generator, size: int) -> str:
@@ -173,8 +181,8 @@ def join(folder: Path, rows: int) -> dict[str, Any]:
     started, before = time.perf_counter(), time.process_time()
     write_table(join_influence(parts_of(folder)), folder / "influence.parquet", INFLUENCE)
     joined = time.perf_counter()
-    columns = ("example_id", "prompt_id", "status", "influence_student", "influence_null_step")
-    pairs = pair_by_influence(read_table(folder / "influence.parquet", INFLUENCE, columns), Preferences())
+    table = read_table(folder / "influence.parquet", INFLUENCE, PAIRED)
+    pairs = pair_by_influence(table, Preferences(baseline="student"))
     write_preferences(pairs, folder / "examples.parquet", folder / "preferences.parquet", PREFERENCES)
     ended, cpu = time.perf_counter(), time.process_time() - before
     return {"joining": joined - started, "pairing": ended - joined, "cpu": cpu, "pairs": pairs.num_rows}
@@ -216,18 +224,7 @@ def join_at_once(folder: Path, rows: int) -> dict[str, Any]:
 
 def plan(folder: Path, shards: int) -> dict[str, Any]:
     """Start a fan-out and interrupt it after its jobs are submitted."""
-    draw = np.random.default_rng(0)
-    text = words(draw, 1_000_000)
-    rows = [
-        {
-            "example_id": name_of(number),
-            "prompt_id": prompt_of(number),
-            "instruction": text[place : place + INSTRUCTION],
-            "response": text[place : place + RESPONSE],
-            "finished": True,
-        }
-        for number, place in enumerate(draw.integers(0, len(text) - RESPONSE, shards * SHARD))
-    ]
+    rows = Rows.of_file(folder / "examples.parquet", EXAMPLES, ExampleRow)
     stage = Stage("influence", 1, "no_program:to_load", {}, {}, {}, folder.resolve() / "stage")
     polls: list[float] = []
 
@@ -238,7 +235,7 @@ def plan(folder: Path, shards: int) -> dict[str, Any]:
 
     started, before = time.perf_counter(), time.process_time()
     try:
-        fan_out(stage, cut_into_shards(rows, SHARD), Resources(), Cluster(poll_seconds=_POLL), stop)
+        fan_out(stage, Shards(rows, SHARD), Resources(), Cluster(poll_seconds=_POLL), stop)
     except KeyboardInterrupt:
         return {"seconds": polls[1] - _POLL - started, "cpu": time.process_time() - before}
     raise SystemExit("the fan-out ended before it was interrupted")

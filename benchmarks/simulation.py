@@ -29,12 +29,13 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from cluster.costs import StageCost, cost_of
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel, Work, simulate
 from cluster.stage import Stage
-from cluster.usage import use_of
+from cluster.usage import StageCost, cost_of, use_of
 from montessori_core.config import Cluster, Resources
+from montessori_core.data.rows import Rows
 
 PROGRAM = """
 import random, time
@@ -117,7 +118,7 @@ def run(
             *("sleep", 1, "sleeping_program:open_sleep", {"seconds": SECONDS}, {}, {}, workspace / "stage"),
             kind="influence",
         )
-        rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
+        rows = Shards(Rows.of([{"n": number} for number in range(ROWS * shards)]), ROWS)
         resources = Resources(
             parallel_jobs=at_once, cpus_per_process=1, shards_per_job=min(SHARDS_PER_JOB, shards // NODES)
         )

@@ -18,9 +18,11 @@ from pathlib import Path
 import psutil
 
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.warm_start import warm_process
 from montessori_core.config import Cluster, Resources
+from montessori_core.data.rows import Rows
 
 PROGRAMS = {
     "nothing": "pass",
@@ -74,7 +76,9 @@ def measure(folder: Path, program: str, python: str | None) -> tuple[float, floa
     """Run one job; return the seconds, CPU seconds and private megabytes until its program has opened."""
     stage = Stage("imports", 1, "imports_program:open_imports", {"imports": PROGRAMS[program]}, {}, {}, folder, ".json")
     submitted = time.time()
-    [part] = fan_out(stage, [[{"n": 0}]], Resources(cpus_per_process=1), Cluster(poll_seconds=0.05), python=python)
+    [part] = fan_out(
+        stage, Shards(Rows.of([{"n": 0}]), 1), Resources(cpus_per_process=1), Cluster(poll_seconds=0.05), python=python
+    )
     opened, processor, memory = json.loads(part.read_text())
     return opened - submitted, processor, memory / 1e6
 

@@ -13,8 +13,10 @@ from typing import Any
 from cluster.backends.command import run_command
 from cluster.backends.slurm import largest_array
 from cluster.fanout import Progress, ShardsFailed, fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources
+from montessori_core.data.rows import Rows
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.versions import declared
@@ -211,7 +213,7 @@ def _run_test_job(
 
     name = stage.name.removeprefix("doctor-") + " job"
     try:
-        (part,) = fan_out(stage, [[{"probe": 1}]], resources, cluster, check_time, python)
+        (part,) = fan_out(stage, Shards(Rows.of([{"probe": 1}]), 1), resources, cluster, check_time, python)
     except _TestJobTimeout:
         return Finding(
             name,

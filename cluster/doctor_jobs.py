@@ -13,7 +13,7 @@ from montessori_core.program import Compute, Report, Row
 from montessori_core.versions import misfit
 
 
-def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
     """Report host, versions, packages that fail to import or have the wrong version, GPUs, and the driver's token.
 
     Settings: `packages` to import, with their ranges of versions. Inputs: `token`, a file that the driver wrote.
@@ -45,7 +45,7 @@ def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) ->
     return compute
 
 
-def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
+def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
     """Sum 1 over the processes of the job."""
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:

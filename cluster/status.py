@@ -7,7 +7,7 @@ from cluster.backends import backend_at
 from cluster.backends.base import log_file
 from cluster.ledger import Ledger, close_submission
 from cluster.progress import rows_per_second
-from cluster.records import Failure, Shard, ShardProgress, read_record
+from cluster.records import Failure, ShardProgress, read_record
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -67,7 +67,7 @@ class StageStatus:
 def stages_of(run: Path) -> list[Path]:
     """Return the folders of a run's stages in the order of their start, by a time that cp -a and rsync -a preserve."""
     folders = [file.parent for file in run.rglob("stage.json")]
-    return sorted(folders, key=lambda folder: (folder / "shards").stat().st_mtime_ns)
+    return sorted(folders, key=lambda folder: (folder / "stage.json").stat().st_mtime_ns)
 
 
 def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
@@ -76,19 +76,17 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
     Raises:
         UserError: the stage's description or its ledger is corrupt.
     """
-    stage, shards = Stage.read_with_size(folder)
+    stage, description = Stage.read(folder), describe(folder)
+    shards, rows = description.shards, description.rows
     done: list[int] = []
     missing: dict[int, ShardProgress | None] = {}
     rows, partial_rows = 0, 0.0
     for index in range(shards):
-        shard = read_record(stage.shard_file(index), Shard)
-        count = len(shard.rows) if shard else 0
-        rows += count
-        if shard and stage.is_done(index, shard.key):
+        if stage.is_done(index):
             done.append(index)
         else:
             missing[index] = progress = read_record(stage.progress_file(index), ShardProgress)
-            partial_rows += min(progress.done, count) if progress else 0
+            partial_rows += min(progress.done, description.rows_per_shard) if progress else 0
     running, queued = _find_assigned(folder, cluster, set(missing))
     idle = set(missing) - running - queued
     records = {index: read_record(stage.failure_file(index), Failure) for index in sorted(idle)}

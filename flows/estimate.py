@@ -115,12 +115,12 @@ class Sizes:
         """Compute the means from the sets, within the limits of the configuration."""
         synthesis, longest = experiment.synthesis, experiment.student.max_length
         shown = synthesis.seed_demonstrations + synthesis.synthetic_demonstrations
-        task = statistics.mean(len(seed.text) for seed in sources.seed_pool) / _CHARACTERS_PER_TOKEN
+        task = statistics.mean(len(seed.instruction) for seed in sources.seed_pool) / _CHARACTERS_PER_TOKEN
         instruction = min(synthesis.instruction.max_tokens, task + _TAGS)
         response = min(_RESPONSE_SHARE * synthesis.response.max_tokens, _LONGEST_RESPONSE)
 
         def tokens(tasks: Sequence[Task]) -> float:
-            characters = (len(task.text) + len(task.response) for task in tasks)
+            characters = (len(task.instruction) + len(task.response) for task in tasks)
             return sum(min(longest, _TAGS + count / _CHARACTERS_PER_TOKEN) for count in characters)
 
         return Sizes(

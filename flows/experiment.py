@@ -1,4 +1,4 @@
-"""An experiment: iterations, each of which starts from the teacher and the student of the last.
+"""An experiment: a chain of iterations; each starts from the teacher and the student of the last.
 
 `montessori` is the flow to start from Prefect, with the whole configuration as its form; `experiment` is the flow of the
 command line, for an opened run.
@@ -15,7 +15,7 @@ from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs, stages_of
 from flows.iteration import Iteration, iteration
 from montessori_core import layout
-from montessori_core.config import Experiment
+from montessori_core.config import Cluster, Experiment
 from montessori_core.files import read_json, write_json
 from tasks.benchmarks import list_items
 from tasks.report import write_report
@@ -27,16 +27,16 @@ RUN_ROOT = "MONTESSORI_RUN_ROOT"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled run (Prefect hook)."""
-    end_jobs_of(run_root() / flow_run.parameters["experiment"]["name"])
+    folder = run_root() / flow_run.parameters["experiment"]["name"]
+    end_jobs_in(folder, reopen_run(folder).experiment.cluster)
 
 
-def end_jobs_of(folder: Path) -> None:
-    """End the jobs of a run without a driver."""
-    run = reopen_run(folder)
-    if driver_of(run.folder) is not None:
+def end_jobs_in(folder: Path, cluster: Cluster) -> None:
+    """End the jobs of the stages in a folder without a driver."""
+    if driver_of(folder) is not None:
         return  # another process is the driver: this flow run never took the lock
-    for stage in stages_of(run.folder):
-        cancel_jobs(stage, run.experiment.cluster)
+    for stage in stages_of(folder):
+        cancel_jobs(stage, cluster)
 
 
 def run_root() -> Path:

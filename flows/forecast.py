@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from cluster.backends.base import split_evenly, split_for_array
-from cluster.costs import StageCost, cost_of
 from cluster.partial_commits import COMMIT_SECONDS
+from cluster.shards import shard_size
 from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, capacity, simulate
-from cluster.stage import shard_size
 from cluster.status import stages_of
+from cluster.usage import StageCost, cost_of
 from montessori_core import layout
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError

@@ -7,18 +7,18 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.fanout import fan_out
-from cluster.stage import cut_for_jobs
+from cluster.shards import Shards, cut_for_jobs
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
+from montessori_core.data.rows import ExampleRow, Positions, Rows
 from montessori_core.data.sources import Task, read_tasks, write_tasks
 from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import hash_path
-from montessori_core.influence.preferences import Positions
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
@@ -66,12 +66,10 @@ class Inputs:
     files: Mapping[str, Path]
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Rows:
         """The examples as rows of a program that measures them."""
-        return [
-            {"example_id": t.id, "prompt_id": t.id, "instruction": t.text, "response": t.response, "finished": True}
-            for t in self.examples
-        ]
+        rows = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in self.examples]
+        return Rows.of(rows, ExampleRow)
 
 
 def measure_influence(measurement: Measurement, out: Path) -> None:
@@ -122,10 +120,9 @@ class MeasurementStages:
         return self._execute("screen" if screened else estimator, estimator, self._inputs.rows)
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
-        rows = self._inputs.rows
-        return self._execute(name, "exact", [rows[i] for i in positions])
+        return self._execute(name, "exact", self._inputs.rows[positions])
 
-    def _execute(self, name: str, estimator: str, rows: list[Row]) -> pa.RecordBatchReader:
+    def _execute(self, name: str, estimator: str, rows: Rows) -> pa.RecordBatchReader:
         measurement = self._measurement
         settings = programs.measurement_settings(
             measurement.settings, Warmup(), measurement.student.max_length, estimator, measurement.baseline
@@ -141,7 +138,7 @@ def compute_parts(
     folder: Path,
     program: Program[SettingsT],
     settings: SettingsT,
-    rows: list[Row],
+    rows: Rows,
     inputs: Inputs,
     cluster: Cluster,
     rows_per_shard: int | None = None,
@@ -157,6 +154,9 @@ def compute_parts(
     """
     resources = getattr(cluster.resources, program.kind)
     stage = stage_of(program, settings, folder, inputs.models, inputs.files)
-    shards = cut_for_jobs(folder, rows, resources.parallel_jobs, rows_per_shard) if rows_per_shard else [rows]
+    if rows_per_shard:
+        shards = cut_for_jobs(folder, rows, resources.parallel_jobs, rows_per_shard)
+    else:
+        shards = Shards(rows, len(rows))
     with ProgressBar(f"{program.name}, {folder.name}") as bar:
         return fan_out(stage, shards, resources, cluster, bar.show)

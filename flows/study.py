@@ -11,10 +11,9 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from cluster.lock import driver_of, only_driver
-from cluster.status import cancel_jobs, stages_of
+from cluster.lock import only_driver
 from cluster.usage import use_of
-from flows.experiment import run_root
+from flows.experiment import end_jobs_in, run_root
 from flows.methods import REGISTRY
 from flows.methods.method import Feedback, Method, Proposal, Round
 from montessori_core import layout
@@ -112,10 +111,7 @@ def _check_methods(study: Study) -> None:
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled study (Prefect hook)."""
     study = Study.model_validate(flow_run.parameters["study"])
-    if driver_of(run_root() / study.name) is not None:
-        return  # another process is the driver: this flow run never took the lock
-    for stage in stages_of(run_root() / study.name):
-        cancel_jobs(stage, study.experiment.cluster)
+    end_jobs_in(run_root() / study.name, study.experiment.cluster)
 
 
 @flow(name="compare", flow_run_name="{study.name}", on_cancellation=[end_jobs])

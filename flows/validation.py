@@ -18,11 +18,11 @@ from flows.influence import Inputs, Measurement, MeasurementStages, compute_part
 from montessori_core import programs
 from montessori_core.config import DataSource, Optimization, Warmup, Zero
 from montessori_core.data.bm25 import bm25
+from montessori_core.data.rows import Positions, Rows, SubsetRow, TrainingRow
 from montessori_core.data.sources import Task, check_reference_size, read_tasks, write_tasks
 from montessori_core.data.tables import PREDICTIONS, RETRAINING, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import write_json
-from montessori_core.influence.preferences import Positions
 from montessori_core.influence.validation import (
     Floats,
     cut_into_batches,
@@ -34,7 +34,6 @@ from montessori_core.influence.validation import (
     tenths,
 )
 from montessori_core.models.fingerprints import moments_fingerprint
-from montessori_core.program import Row
 from montessori_report.validation_page import validation_page
 from tasks.run import Model
 from tasks.screening import estimate_influence
@@ -75,7 +74,7 @@ class Validation:
     groups: int
     seed: int
 
-    def subsubset_size_of(self, examples: int) -> int:
+    def subset_size_of(self, examples: int) -> int:
         """Return the number of examples of a random subset."""
         return self.subset_size or examples // 4
 
@@ -128,7 +127,7 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
         }
         write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
         records: list[dict[str, object]] = [
-            {"example_id": task.id, "predictor": name, "value": value if math.isfinite(value) else None}
+            {"example_id": task.example_id, "predictor": name, "value": value if math.isfinite(value) else None}
             for name, column in values.items()
             for task, value in zip(inputs.examples, column.tolist(), strict=True)
         ]
@@ -144,7 +143,7 @@ def _check_sizes(validation: Validation, examples: int, what: str) -> None:
     Raises:
         DataError: there are not.
     """
-    size, groups = validation.subsubset_size_of(examples), validation.groups
+    size, groups = validation.subset_size_of(examples), validation.groups
     if examples < FEWEST:
         raise DataError(
             f"--examples: {examples} {what}; a validation needs at least {FEWEST}, better a hundred or more"
@@ -166,9 +165,11 @@ def _warm_up(validation: Validation, warmup: list[Task], inputs: Inputs, folder:
         seed=validation.seed,
         save_moments=True,
     )
-    rows: list[Row] = [{"instruction": t.text, "response": t.response, "finished": True} for t in warmup]
-    student = replace(inputs, files={})
-    (part,) = compute_parts(folder, programs.SFT, settings, rows, student, validation.measurement.cluster)
+    rows: list[TrainingRow] = [
+        {"instruction": task.instruction, "response": task.response, "response_finished": True} for task in warmup
+    ]
+    training_rows, student = Rows.of(rows, TrainingRow), replace(inputs, files={})
+    (part,) = compute_parts(folder, programs.SFT, settings, training_rows, student, validation.measurement.cluster)
     return {"student": Model.of(part), "moments": Model(str(part), moments_fingerprint(part))}
 
 
@@ -203,7 +204,9 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
     cluster = validation.measurement.cluster
     parts = compute_parts(out / "cosine", programs.GRADIENT_COSINE, cosine, inputs.rows, inputs, cluster, 2 * _SHARD)
     values["gradient cosine"] = _column(pa.concat_tables([read_table(part, UTILITY) for part in parts]), "utility")
-    documents, queries = ([f"{t.text} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference))
+    documents, queries = (
+        [f"{t.instruction} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference)
+    )
     values["BM25"] = bm25(documents, queries)
     return values
 
@@ -245,9 +248,11 @@ class _Trainings:
             recipe=self._validation.recipe,
             mixed=measurement.settings.dtype != "float32",
         )
-        rows: list[Row] = [{"training_id": name, "batches": steps} for name, steps in batches.items()]
-        folder, program = self._out / stage, programs.RETRAINING
-        parts = compute_parts(folder, program, settings, rows, self._inputs, measurement.cluster, _SHARD)
+        rows: list[SubsetRow] = [{"training_id": name, "batches": steps} for name, steps in batches.items()]
+        table_rows, folder = Rows.of(rows, SubsetRow), self._out / stage
+        parts = compute_parts(
+            folder, programs.RETRAINING, settings, table_rows, self._inputs, measurement.cluster, _SHARD
+        )
         table = pa.concat_tables([read_table(part, RETRAINING) for part in parts])
         self.tables.append(table)
         return dict(zip(batches, table["reference_loss"].to_pylist(), strict=True))
@@ -258,7 +263,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Train on random subsets, all examples but a group, and tenths; return the scores of all predictors."""
     batch, seed = validation.recipe.batch_size, validation.seed
-    size = validation.subsubset_size_of(len(usable))
+    size = validation.subset_size_of(len(usable))
     subsets = random_subsets(usable, validation.subsets, size, seed)
     groups = left_out_groups(usable, validation.groups, seed) if validation.groups else []
     everything = shuffled(usable, seed)

@@ -61,12 +61,12 @@ def overlap_warnings(reference: list[Task], texts: Mapping[str, list[str]], word
     """
     warnings = []
     for setting, questions in texts.items() if words else ():
-        overlaps = overlapping([task.text for task in reference], questions, words)
+        overlaps = overlapping([task.instruction for task in reference], questions, words)
         if any(overlaps):
             warnings.append(
                 f"{sum(overlaps)} of {len(reference)} reference examples are also in benchmarks.{setting}, e.g. "
-                f"{reference[overlaps.index(True)].id}: influence is measured on what students are tested on, so scores "
-                "of this benchmark say nothing about other tasks"
+                f"{reference[overlaps.index(True)].example_id}: influence is measured on what students are tested on, so "
+                "scores of this benchmark say nothing about other tasks"
             )
     return warnings
 

@@ -1,5 +1,6 @@
 """Benchmarks of students (Section 4.2): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core import programs
 from montessori_core.config import Sampling
 from montessori_core.data.contamination import overlapping
+from montessori_core.data.rows import BenchmarkRow, GenerationRow
 from montessori_core.data.tables import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.evaluation import alpaca_eval
 from montessori_core.evaluation.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
@@ -46,7 +48,7 @@ def list_items(run: Run) -> Path | None:
     if not benchmarks.tasks:
         return None
     step = Step(run, _items(run).with_suffix(""), "benchmarks: items")
-    rows: list[Row] = [{"benchmark": task.name, "limit": task.limit} for task in benchmarks.tasks]
+    rows: list[BenchmarkRow] = [{"benchmark": task.name, "limit": task.limit} for task in benchmarks.tasks]
     parts = step.execute(programs.BENCHMARK_ITEMS, programs.NoSettings(), rows, files=_task_folder(run))
     return _join("benchmarks: items, table", _items(run), parts, ITEMS)
 
@@ -95,10 +97,8 @@ def _items(run: Run) -> Path:
 def _score_items(step: Step, student: Model) -> list[Row]:
     benchmarks = step.experiment.benchmarks
     shots = {task.name: task.shots for task in benchmarks.tasks}
-    rows: list[Row] = [
-        {**{key: row[key] for key in ("benchmark", "task", "item")}, "shots": shots[row["benchmark"]]}
-        for row in read_table(_items(step.run), ITEMS).to_pylist()
-    ]
+    items = read_table(_items(step.run), ITEMS, ["benchmark", "task", "item"]).to_pylist()
+    rows = [row | {"shots": shots[row["benchmark"]]} for row in items]
     scoring = step.at("items", "benchmarks")
     parts = scoring.execute(
         programs.HARNESS,
@@ -115,10 +115,11 @@ def _score_items(step: Step, student: Model) -> list[Row]:
 def _answer_alpaca_eval(step: Step, student: Model) -> Path:
     outputs = alpaca_eval.read_outputs(step.run.benchmark_file("alpaca_eval"))
     instructions = [output.instruction for output in outputs]
-    rows: list[Row] = [{"text": instruction} for instruction in instructions]
     name = f"{step.label}: AlpacaEval"
     answering = step.at("alpaca-eval-answers").renamed(f"{name}, answers")
-    answers, parts = _answer(answering, student, rows, "request", step.experiment.benchmarks.answers)
+    answers, parts = _answer(
+        answering, student, [[text] for text in instructions], "request", step.experiment.benchmarks.answers
+    )
     records = [
         {"instruction": instruction, "output": answer, "generator": name}
         for instruction, answer in zip(instructions, answers, strict=True)
@@ -140,10 +141,10 @@ def _score_mt_bench(step: Step, student: Model) -> list[Row]:
             )
             for turn in (1, 2)
         ]
-        opening: list[Row] = [{"text": dialogue.questions[0]} for dialogue in group]
+        opening = [[dialogue.questions[0]] for dialogue in group]
         first, _ = _answer(turns[0], student, opening, "request", sampling)
-        following: list[Row] = [
-            {"turns": [dialogue.questions[0], answer, dialogue.questions[1]]}
+        following = [
+            [dialogue.questions[0], answer, dialogue.questions[1]]
             for dialogue, answer in zip(group, first, strict=True)
         ]
         second, second_parts = _answer(turns[1], student, following, "reply", sampling)
@@ -165,19 +166,25 @@ def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
 
 
 def _answer(
-    step: Step, student: Model, rows: list[Row], form: Form, sampling: Sampling
+    step: Step, student: Model, asked: list[list[str]], form: Form, sampling: Sampling
 ) -> tuple[list[str], list[Path]]:
-    """Generate an answer for each row; return the answers and their part files."""
+    """Generate an answer for the turns of each that is asked; return the answers and their part files."""
     seed = step.experiment.seed
-    for index, row in enumerate(rows):
-        row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(seed, "benchmark", step.folder.name, index)]}
+    rows: list[GenerationRow] = [
+        {
+            "example_ids": [f"{index:05d}"],
+            "turns": turns,
+            "seeds": [seed_of(seed, "benchmark", step.folder.name, index)],
+        }
+        for index, turns in enumerate(asked)
+    ]
     size = step.experiment.synthesis.instructions_per_shard
     generated, parts = generate(step, student, rows, size, sampling, form, [])
-    return [row["text"].strip() for row in generated], parts
+    return [row["raw_output"].strip() for row in generated], parts
 
 
 def _judge(
-    step: Step, program: Program[programs.BenchmarkJudging], rows: list[Row], upstream: list[Path]
+    step: Step, program: Program[programs.BenchmarkJudging], rows: Sequence[Mapping[str, object]], upstream: list[Path]
 ) -> list[Path]:
     settings = {"prompts": step.experiment.benchmarks.judge_prompts}
     return step.renamed(f"{step.label}, judge").ask("judge", program, settings, rows, upstream)
@@ -190,7 +197,7 @@ def _task_folder(run: Run) -> dict[str, Path]:
 def _texts(run: Run) -> dict[str, list[str]]:
     """Return the texts of the evaluation set and of each benchmark, by name."""
     benchmarks = run.experiment.benchmarks
-    texts = {"held-out": [f"{task.text}\n{task.response}" for task in run.sources().evaluation]}
+    texts = {"held-out": [f"{task.instruction}\n{task.response}" for task in run.sources().evaluation]}
     if benchmarks.tasks:
         for row in read_table(_items(run), ITEMS).to_pylist():
             texts.setdefault(row["benchmark"], []).append(row["text"])

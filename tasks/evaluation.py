@@ -11,7 +11,7 @@ import pyarrow as pa
 from montessori_core import programs
 from montessori_core.data.tables import REFERENCE_LOSS, read_table
 from tasks.benchmarks import BenchmarkResult, measure_benchmarks
-from tasks.run import Model, as_rows
+from tasks.run import Model
 from tasks.stage import Step
 
 
@@ -40,7 +40,7 @@ def _measure_loss(step: Step, model: Model) -> Path:
         max_length=experiment.student.max_length, batch_tokens=experiment.influence.reference_batch_tokens
     )
     measuring = step.renamed(f"{step.label}: held-out loss")
-    rows = as_rows(step.run.sources().evaluation)
+    rows = [vars(task) for task in step.run.sources().evaluation]
     (table,) = measuring.execute(programs.REFERENCE_LOSS, settings, rows, models={"model": model})
     return table
 

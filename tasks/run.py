@@ -9,11 +9,11 @@ from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
-from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
@@ -195,8 +195,3 @@ def check_environment(experiment: Experiment) -> None:
 
 def _name_of(section: Teacher | Student) -> str:
     return f"{section.model}@{section.revision or 'main'}"
-
-
-def as_rows(tasks: list[Task]) -> list[Row]:
-    """Convert tasks to rows of a shard."""
-    return [vars(task) for task in tasks]

@@ -10,8 +10,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
+from montessori_core.data.rows import PairRow, Rows
 from montessori_core.data.tables import (
-    DRAWN_TOKENS,
     EXAMPLES,
     INFLUENCE,
     PREFERENCES,
@@ -105,20 +105,20 @@ def update_teacher(
         keep: number of checkpoints to keep, see `kept_teachers`.
     """
     pairs = read_table(preferences, schema)
-    token_columns = [f"{output}_{name}" for output in ("chosen", "rejected") for name in DRAWN_TOKENS]
-    rows = pairs.select(["prompt", "chosen", "rejected", *token_columns]).to_pylist()
     experiment = step.experiment
-    style = experiment.teacher.prompt_style
-    if answered is not None:
-        style = "chat"
-        table = read_table(answered, EXAMPLES)
-        finished = dict(zip(table["example_id"].to_pylist(), table["response_finished"].to_pylist(), strict=True))
-        for row, pair in zip(rows, pairs.to_pylist(), strict=True):
-            row |= {f"{output}_finished": finished[pair[f"{output}_id"]] for output in ("chosen", "rejected")}
+    style = experiment.teacher.prompt_style if answered is None else "chat"
+    known = read_table(answered, EXAMPLES, ["example_id", "response_finished"]) if answered is not None else None
+    for output in ("chosen", "rejected"):
+        finished = pa.repeat(True, pairs.num_rows)
+        if known is not None:
+            finished = known["response_finished"].take(pc.index_in(pairs[f"{output}_id"], known["example_id"]))
+        pairs = pairs.append_column(f"{output}_finished", finished)
     settings = programs.Dpo(
         prompt_style=style, recipe=experiment.teacher_update, zero=experiment.zero, seed=experiment.seed, keep=keep
     )
-    return step.train(programs.DPO, settings, rows, {"teacher": teacher}, upstream=[preferences])
+    return step.train(
+        programs.DPO, settings, Rows.of_table(pairs, PairRow), {"teacher": teacher}, upstream=[preferences]
+    )
 
 
 def kept_teachers(updated: Model) -> dict[int, Model]:

@@ -16,6 +16,7 @@ from flows.cli import (
     influence,
     logs,
     plan,
+    prune,
     report,
     run,
     serve,
@@ -42,7 +43,7 @@ app = typer.Typer(
     DPO turns the signs into a better teacher; the student is trained on what that teacher writes.
 
     [b]First steps[/b]
-      montessori model fetch smollm2-135m     the embedded model, once
+      montessori model fetch smollm2-135m     an embedded model, once
       montessori run quickstart               one iteration on this machine, in minutes
       montessori status runs/quickstart       progress, failures, time left
       montessori logs runs/quickstart --shard 3
@@ -75,10 +76,12 @@ app = typer.Typer(
       montessori run quickstart --name mine \\
         --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
+      montessori model prune DIR_OR_ID --layers 12-19 --out DIR    a student with much to learn
     """,
 )
-model_app = typer.Typer(no_args_is_help=True, help="The embedded model.")
+model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers from any model.")
 model_app.command()(fetch.fetch)
+model_app.command()(prune.prune)
 app.add_typer(model_app, name="model")
 for _command in (
     run.run,

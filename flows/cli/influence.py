@@ -17,7 +17,7 @@ from montessori_core.errors import ConfigError, UserError
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
 ExamplesFile = Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")]
 TableFile = Annotated[
-    Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
+    Path, typer.Option(help="Influence table to write, .parquet; FILE.parts next to it makes it resumable.")
 ]
 ReferenceFile = Annotated[
     str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, 'builtin' or e.g. 'builtin/maths'.")

@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
-from cluster.costs import cost_of
 from cluster.lock import driver_of
 from cluster.status import StageStatus, read_stage_status, stages_of
-from cluster.usage import use_of
+from cluster.usage import cost_of, use_of
 from flows.cli.console import console
 from flows.cli.options import warn
 from montessori_core import layout

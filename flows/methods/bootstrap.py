@@ -25,8 +25,8 @@ def most_influential(examples: Path, influence: Path) -> list[Task]:
     table = read_table(influence, INFLUENCE)
     measured = table.filter(pc.equal(table["status"], "ok"))
     chosen = set(upper_half(measured["example_id"].to_pylist(), measured["influence_student"].to_pylist()))
-    rows = read_table(examples, EXAMPLES).to_pylist()
-    return [Task(row["example_id"], row["instruction"]) for row in rows if row["example_id"] in chosen]
+    rows = read_table(examples, EXAMPLES, ["example_id", "instruction"]).to_pylist()
+    return [Task(**row) for row in rows if row["example_id"] in chosen]
 
 
 BOOTSTRAP = Method("bootstrap", "The unmodified teacher is shown the most influential half of what it wrote.", _propose)

@@ -30,7 +30,7 @@ def _propose(now: Round) -> Proposal:
         missing,
         draw=f"llm2llm-{now.number}",
         earlier=[last] if last else [],
-        seed_pool=[task for task in run.sources().seed_pool if task.id in hard],
+        seed_pool=[task for task in run.sources().seed_pool if task.example_id in hard],
     )
     if last is None:
         return Proposal(training.examples, teacher)

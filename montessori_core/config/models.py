@@ -11,7 +11,8 @@ class Teacher(Section):
     """The model that writes instructions and their responses."""
 
     model: str = Field(
-        description="Hugging Face id or local folder of the teacher. 'smollm2-135m' is the embedded model."
+        description="Hugging Face id, local folder or embedded name of the teacher: smollm2-135m, smollm2-135m-pruned, "
+        "gemma3-270m."
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a Hugging Face id. If not set, main; ignored for folders."
@@ -37,7 +38,8 @@ class Student(Section):
     """The model that is trained on the synthetic data."""
 
     model: str = Field(
-        description="Hugging Face id or local folder of the student. 'smollm2-135m' is the embedded model."
+        description="Hugging Face id, local folder or embedded name of the student: smollm2-135m, smollm2-135m-pruned, "
+        "gemma3-270m."
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a Hugging Face id. If not set, main; ignored for folders."

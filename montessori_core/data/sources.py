@@ -25,8 +25,8 @@ _FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd examp
 class Task:
     """A human-written task; `response` is empty in a seed pool."""
 
-    id: str
-    text: str
+    example_id: str
+    instruction: str
     response: str = ""
 
 
@@ -118,15 +118,15 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
         raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
     ids: set[str] = set()
     for task in tasks:
-        if task.id in ids:
-            raise DataError(f"{field}.path: {source.path}: id {task.id!r} occurs twice; ids must differ")
-        ids.add(task.id)
+        if task.example_id in ids:
+            raise DataError(f"{field}.path: {source.path}: id {task.example_id!r} occurs twice; ids must differ")
+        ids.add(task.example_id)
     return tasks
 
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
     """Write a set as JSONL; workers read it with `load_tasks`."""
-    lines = [json.dumps({"id": t.id, "text": t.text, "response": t.response}, ensure_ascii=False) for t in tasks]
+    lines = [json.dumps(vars(task), ensure_ascii=False) for task in tasks]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -212,6 +212,6 @@ def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:
     """Return pairs of ids, one for each task of `second` whose ROUGE-L F with a task of `first` is above 0.9."""
-    index = RougeIndex([task.text for task in first], max_rouge_l=0.9)
-    matches = ((task, index.nearest(task.text)) for task in second)
-    return [(first[nearest].id, task.id) for task, nearest in matches if nearest is not None]
+    index = RougeIndex([task.instruction for task in first], max_rouge_l=0.9)
+    matches = ((task, index.nearest(task.instruction)) for task in second)
+    return [(first[nearest].example_id, task.example_id) for task, nearest in matches if nearest is not None]

@@ -17,8 +17,8 @@ from scipy.special import expit
 
 from montessori_core.data.entries import Entry, Text, read_entries
 from montessori_core.data.jsonl import open_text
+from montessori_core.data.rows import ComparisonRow
 from montessori_core.errors import DataError, UserError
-from montessori_core.program import Row
 
 _FOLDS = 5
 _STRENGTHS = np.logspace(-4, 4, 10)
@@ -71,7 +71,7 @@ def read_outputs(path: Path) -> list[Output]:
     return outputs
 
 
-def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[Row]:
+def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[ComparisonRow]:
     """Return rows for `open_pairwise_judge`, in the order of `answers`.
 
     Args:
@@ -88,7 +88,7 @@ def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[R
                 "the same instructions"
             )
     return [
-        {"id": f"{index:05d}", "instruction": instruction, "answer": answer, "other": others[instruction]}
+        {"question_id": f"{index:05d}", "instruction": instruction, "answer": answer, "other": others[instruction]}
         for index, (instruction, answer) in enumerate(answers.items())
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
@@ -21,18 +22,17 @@ from montessori_core.program import Recorder, Row, RowProgram
 _MAX_CHARACTERS = 2000  # of answers and targets in the table
 
 
-def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram:
+def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram[BenchmarkRow]:
     """Open the harness to list the items of its tasks.
 
-    Inputs: `tasks`, an optional folder of task files. Rows: `benchmark` (a task, tag or group of the harness), `limit`
-    (maximum number of items per task, or null). The result is a table of schema `ITEMS`.
+    Inputs: `tasks`, an optional folder of task files. The result is a table of schema `ITEMS`.
 
     Raises:
         UserError: the harness is not installed.
     """
     manager = _open_manager(inputs.get("tasks"))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[BenchmarkRow], recorder: Recorder) -> None:
         for position, row in enumerate(rows):
             records: list[Row] = []
             for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():
@@ -53,12 +53,10 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
     return RowProgram(ITEMS, compute)
 
 
-def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram:
+def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram[ItemRow]:
     """Load a model to score it on items.
 
-    Inputs: `model`; `tasks`, an optional folder of task files. Rows: `benchmark`, `task`, `item` (index in the task's
-    evaluation set), `shots` (number of demonstrations; null for the task's default). The result is a table of schema
-    `ITEM_SCORES`.
+    Inputs: `model`; `tasks`, an optional folder of task files. The result is a table of schema `ITEM_SCORES`.
 
     Raises:
         UserError: the harness is not installed.
@@ -77,7 +75,7 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
     harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ItemRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
         for positions in _batches(rows, settings.batch_size):
             benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
@@ -199,7 +197,7 @@ def _to_plain_data(doc: Any) -> Any:
     return json.loads(json.dumps(doc, default=str, sort_keys=True))
 
 
-def _batches(rows: list[Row], size: int) -> list[list[int]]:
+def _batches(rows: list[ItemRow], size: int) -> list[list[int]]:
     """Return the positions of the rows of each batch: the same, whichever batches were recorded before."""
     groups: dict[tuple[str, int | None], list[int]] = {}
     for position, row in enumerate(rows):

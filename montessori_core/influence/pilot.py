@@ -1,15 +1,15 @@
 """The pilot of a probing set: its first examples are measured before the others, to warn of too few preference pairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 import pyarrow as pa
 
 from montessori_core.config import Baseline, Preferences
+from montessori_core.data.rows import Rows
 from montessori_core.influence.preferences import pair_by_influence
 from montessori_core.influence.table import join_influence
-from montessori_core.program import Row
 
 PILOT = 64
 """Examples of a pilot; a set of fewer than four times as many has no pilot."""
@@ -19,15 +19,15 @@ _ENOUGH = 0.1
 
 
 def measure_after_pilot(
-    rows: list[Row],
-    measure: Callable[[list[Row], bool], list[Path]],
+    rows: Rows,
+    measure: Callable[[Rows, bool], list[Path]],
     settings: Preferences,
     warn: Callable[[str], None],
 ) -> list[Path]:
     """Measure the pilot, warn if it predicts few pairs, then measure the other rows; no row is measured twice.
 
     Args:
-        rows: rows with `prompt_id`.
+        rows: rows examples.
         measure: measures rows, given whether they are the pilot, and returns the parts of their influence table.
         settings: baseline and margin of the pairs.
         warn: called with a warning, before the other rows are measured.
@@ -35,7 +35,7 @@ def measure_after_pilot(
     Returns:
         The parts of all rows, in order.
     """
-    count = pilot_size(rows)
+    count = pilot_size(rows.column("prompt_id"))
     if not count:
         return measure(rows, False)
     pilot = measure(rows[:count], True)
@@ -45,11 +45,15 @@ def measure_after_pilot(
     return [*pilot, *measure(rows[count:], False)]
 
 
-def pilot_size(rows: list[Row]) -> int:
-    """Return the number of rows of the pilot: at least PILOT, up to the end of a prompt; 0 for a small set."""
-    if len(rows) < 4 * PILOT:
+def pilot_size(prompts: Sequence[str]) -> int:
+    """Return the number of examples of the pilot: at least PILOT, up to the end of a prompt; 0 for a small set.
+
+    Args:
+        prompts: [examples] ids.
+    """
+    if len(prompts) < 4 * PILOT:
         return 0
-    ends = (i for i in range(PILOT, len(rows)) if rows[i]["prompt_id"] != rows[i - 1]["prompt_id"])
+    ends = (i for i in range(PILOT, len(prompts)) if prompts[i] != prompts[i - 1])
     return next(ends, 0)
 
 

@@ -9,16 +9,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from montessori_core.config import Preferences
-from montessori_core.data.tables import DRAWN_TOKENS, EXAMPLES, ROW_GROUP, open_parquet, read_table, write_table
+from montessori_core.data.rows import Positions
+from montessori_core.data.tables import (
+    DRAWN_TOKENS,
+    EXAMPLES,
+    ROW_GROUP,
+    open_parquet,
+    read_table,
+    take_rows,
+    write_table,
+)
 from montessori_core.errors import DataError
 from montessori_core.influence.table import read_influence_metadata
 
 Floats = npt.NDArray[np.float64]
-Positions = npt.NDArray[np.int64]
-"""Row numbers in a table, from 0."""
 
 PAIRED = (
     "example_id",
@@ -203,7 +209,9 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
             for start in range(0, pairs.num_rows, ROW_GROUP):
                 group = slice(start, start + ROW_GROUP)
                 rows, places = np.unique(np.stack([chosen[group], rejected[group]]), return_inverse=True)
-                texts = _take(file, ["prompt", "raw_output", *DRAWN_TOKENS], rows)
+                texts = pa.concat_tables(
+                    take_rows(file, ["prompt", "raw_output", *DRAWN_TOKENS], rows)
+                ).combine_chunks()
                 best, worst = places.reshape(2, -1)
                 table = pairs[group].append_column("prompt", texts["prompt"].take(best))
                 for role, rows_of_role in (("chosen", best), ("rejected", worst)):
@@ -223,15 +231,6 @@ def _pairs(rows: pa.Table, values: list[str], best: Positions, worst: Positions)
             f"{role}_{name.removeprefix('example_')}": rows[name].take(side) for name in ["example_id", *values]
         }
     return pa.table(columns)
-
-
-def _take(file: pq.ParquetFile, columns: list[str], rows: Positions) -> pa.Table:
-    """Read the rows at ascending positions of a file, one row group at a time."""
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    ends = np.cumsum(sizes)
-    groups = np.searchsorted(ends, rows, side="right")
-    taken = [file.read_row_group(g, columns).take(rows[groups == g] - (ends[g] - sizes[g])) for g in np.unique(groups)]
-    return pa.concat_tables(taken).combine_chunks()
 
 
 def upper_half(ids: Sequence[str], values: Sequence[float]) -> list[str]:

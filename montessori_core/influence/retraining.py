@@ -14,6 +14,7 @@ import torch
 
 from montessori_core import programs
 from montessori_core.config import Optimization
+from montessori_core.data.rows import SubsetRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import RETRAINING
 from montessori_core.errors import DataError
@@ -22,16 +23,16 @@ from montessori_core.influence.reference import ReferenceSet
 from montessori_core.models.chat import Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Recorder, Report, Row, RowProgram
+from montessori_core.program import Recorder, Report, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
 from montessori_core.training.schedule import rate_factor
 
 
-def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -> RowProgram:
+def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -> RowProgram[SubsetRow]:
     """Load the warm student, its moments, the examples and the reference set once.
 
     Inputs: `student`; `moments`, a folder with AdamW's moments, without which a training begins with AdamW's first step;
-    `examples` and `reference` (tasks). Rows: `training_id`, and `batches`, positions of the examples of each step.
+    `examples` and `reference` (tasks). The result is a table of schema `RETRAINING`.
     """
     device = compute_device()
     path = str(inputs["student"])
@@ -48,9 +49,9 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
 
     @cache
     def encode(position: int) -> Encoded:
-        return encode_example(tokenizer, tasks[position].text, tasks[position].response, settings.max_length)
+        return encode_example(tokenizer, tasks[position].instruction, tasks[position].response, settings.max_length)
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[SubsetRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for number, row in enumerate(rows):
             batches = [[encode(position) for position in batch] for batch in row["batches"]]
@@ -63,7 +64,7 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
                 )
             record = {
                 "training_id": row["training_id"],
-                "example_ids": [tasks[position].id for batch in row["batches"] for position in batch],
+                "example_ids": [tasks[position].example_id for batch in row["batches"] for position in batch],
                 "steps": steps,
                 "response_tokens": sum(example.response_tokens for batch in batches for example in batch),
                 "reference_loss": loss,

@@ -26,8 +26,9 @@ import pyarrow.compute as pc
 from scipy.stats import binomtest, spearmanr
 
 from montessori_core.config import Screening
+from montessori_core.data.rows import Positions
 from montessori_core.data.tables import INFLUENCE, check
-from montessori_core.influence.preferences import Floats, Positions, thresholds_of
+from montessori_core.influence.preferences import Floats, thresholds_of
 from montessori_core.influence.table import read_influence_metadata
 
 _METADATA = b"montessori.screening"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from montessori_core import programs
+from montessori_core.data.rows import ExampleRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import UTILITY
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
@@ -16,21 +17,22 @@ from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models.chat import IGNORED, Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.program import Recorder, RowProgram
 
 
-def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram:
+def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Open the training loss signal: load the student.
 
-    Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`. The result is a table of
-    schema `UTILITY`: the mean training loss of the example, nats per token; null if no response token fits into the
-    student's `max_length`.
+    Inputs: `student`. The result is a table of schema `UTILITY`: the mean training loss of the example, nats per token;
+    null if no response token fits into the student's `max_length`.
     """
     tokenizer, model = _open_student(inputs)
     losses, device = TokenLosses(model), compute_device()
 
-    def loss_of(row: Row) -> float | None:
-        example = encode_example(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"])
+    def loss_of(row: ExampleRow) -> float | None:
+        example = encode_example(
+            tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
+        )
         if not example.response_tokens:
             return None
         return ReferenceSet([example], settings.batch_tokens, device).evaluate(losses).reduce("example")
@@ -38,12 +40,12 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
     return _utility_of_rows(loss_of)
 
 
-def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Path]) -> RowProgram:
+def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Open the in-context learning signal (ARTE): load the student and the reference set.
 
-    Inputs: `student`; `reference` (tasks). Rows: `example_id`, `prompt_id`, `instruction`, `response`. The result is a
-    table of schema `UTILITY`: by how much the example, as a demonstration before each reference example, lowers the
-    reference loss, nats per token; null if the two do not fit into twice the student's `max_length`.
+    Inputs: `student`; `reference` (tasks). The result is a table of schema `UTILITY`: by how much the example, as a
+    demonstration before each reference example, lowers the reference loss, nats per token; null if the two do not fit
+    into twice the student's `max_length`.
     """
     tokenizer, model = _open_student(inputs)
     losses, device = TokenLosses(model), compute_device()
@@ -51,12 +53,12 @@ def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Pat
     zero_shot = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
     before = ReferenceSet(zero_shot, settings.batch_tokens, device).evaluate(losses)
 
-    def in_context_gain(row: Row) -> float | None:
+    def in_context_gain(row: ExampleRow) -> float | None:
         one_shot = []
         demonstration = row["instruction"], row["response"]
         for task, plain in zip(tasks, zero_shot, strict=True):
             example = encode_example(
-                tokenizer, task.text, task.response, 2 * settings.max_length, demonstration=demonstration
+                tokenizer, task.instruction, task.response, 2 * settings.max_length, demonstration=demonstration
             )
             one_shot.append(first_labels(example, plain.response_tokens))
             if one_shot[-1].response_tokens < plain.response_tokens:
@@ -76,12 +78,12 @@ def first_labels(example: Encoded, count: int) -> Encoded:
     return replace(example, labels=labels)
 
 
-def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str, Path]) -> RowProgram:
+def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Open the gradient cosine signal: load the student, and compute the gradient of its reference loss once.
 
-    Inputs: `student`; `reference` (tasks). Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`. The
-    result is a table of schema `UTILITY`: the cosine between the gradients of the example's loss and of the reference loss;
-    null if no response token fits into the student's `max_length`, or a gradient is zero or not finite.
+    Inputs: `student`; `reference` (tasks). The result is a table of schema `UTILITY`: the cosine between the gradients of
+    the example's loss and of the reference loss; null if no response token fits into the student's `max_length`, or a
+    gradient is zero or not finite.
     """
     tokenizer, model = _open_student(inputs)
     losses, device = TokenLosses(model), compute_device()
@@ -94,8 +96,10 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
     reference.backward(losses, settings.reference_reduction, range(len(reference)))
     direction = _take_gradients(parameters)
 
-    def cosine(row: Row) -> float | None:
-        example = encode_example(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"])
+    def cosine(row: ExampleRow) -> float | None:
+        example = encode_example(
+            tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
+        )
         if not example.response_tokens:
             return None
         example_loss(losses, make_batch([(0, example)], device)).backward()
@@ -128,11 +132,11 @@ def _open_student(inputs: Mapping[str, Path]) -> tuple[Any, Any]:
     return tokenizer, model.to(compute_device()).eval()
 
 
-def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> RowProgram:
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+def _utility_of_rows(utility_of: Callable[[ExampleRow], float | None]) -> RowProgram[ExampleRow]:
+    def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for position, row in enumerate(rows):
-            ids = {key: row[key] for key in ("example_id", "prompt_id")}
+            ids = {"example_id": row["example_id"], "prompt_id": row["prompt_id"]}
             recorder.finish(position, [{**ids, "utility": utility_of(row)}])
             recorder.progress(position + 1)
 

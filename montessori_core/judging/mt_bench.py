@@ -17,6 +17,7 @@ from pydantic import Field
 
 from montessori_core import programs
 from montessori_core.data.entries import Entry, Text, read_entries
+from montessori_core.data.rows import DialogueRow
 from montessori_core.data.tables import MT_BENCH
 from montessori_core.errors import DataError
 from montessori_core.judging.client import Answer, Question, open_client
@@ -152,7 +153,7 @@ def read_dialogues(questions: Path, references: Path | None) -> list[Dialogue]:
     ]
 
 
-def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[Row]:
+def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[DialogueRow]:
     """Return rows for `open_mt_bench_judge`: one per turn, with the conversation up to there.
 
     Args:
@@ -161,7 +162,6 @@ def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, s
     """
     return [
         {
-            "id": f"{dialogue.id}-{turn}",
             "question_id": dialogue.id,
             "category": dialogue.category,
             "turn": turn,
@@ -174,7 +174,7 @@ def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, s
     ]
 
 
-def question_about(row: Row) -> str:
+def question_about(row: DialogueRow) -> str:
     """Return this project's prompt about the last answer of a row of `judgements`."""
     sections = []
     for number, (question, answer) in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
@@ -185,7 +185,7 @@ def question_about(row: Row) -> str:
     )
 
 
-def published_question(row: Row) -> Question:
+def published_question(row: DialogueRow) -> Question:
     """Return FastChat's prompt about the last answer of a row of `judgements`, with FastChat's decoding."""
     prompt = PUBLISHED[row["turn"], bool(row["references"])]
     texts = {f"ref_answer_{number}": text for number, text in enumerate(row["references"], 1)}
@@ -207,16 +207,17 @@ def read_rating(answer: Answer) -> float | None:
     return rating if _LOWEST <= rating <= _HIGHEST else None
 
 
-def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
+def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram[DialogueRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. Rows: see `judgements`. The result is a table of schema `MT_BENCH`.
+    Inputs: see `open_client`.  The result is a table of schema `MT_BENCH`.
     """
     api, published = open_client(settings, inputs), settings.prompts == "published"
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[DialogueRow], recorder: Recorder) -> None:
         def receive(position: int, answer: Answer) -> None:
-            ids = {name: rows[position][name] for name in ("question_id", "category", "turn")}
+            row = rows[position]
+            ids = {"question_id": row["question_id"], "category": row["category"], "turn": row["turn"]}
             score = read_rating(answer) if published else read_score(answer, _HIGHEST, _LOWEST)
             recorder.finish(position, [{**ids, "score": score}])
 

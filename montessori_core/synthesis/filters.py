@@ -106,7 +106,7 @@ def filter_candidates(
     rejections = [reject_reason(instruction, filters) for instruction in instructions]
     for index, (instruction, prompt) in enumerate(zip(instructions, prompts, strict=True)):
         if rejections[index] is None and instruction is not None:
-            similarity = max(f_measure(instruction, task.text) for task in prompt.demonstrations)
+            similarity = max(f_measure(instruction, task.instruction) for task in prompt.demonstrations)
             if similarity > filters.max_rouge_l:
                 rejections[index] = LIKE_DEMONSTRATION
     passing = [index for index, rejection in enumerate(rejections) if rejection is None]

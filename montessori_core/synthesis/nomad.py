@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from montessori_core import programs
+from montessori_core.data.rows import TaskRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import SIMILARITY
 from montessori_core.models.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.program import Recorder, RowProgram
 from montessori_core.synthesis.filters import CODE, INCOMPLETE, REPETITION
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def norm_sim(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.asarray((normalize(synthetic) @ normalize(real).T).max(axis=1))
 
 
-def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram:
+def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram[TaskRow]:
     """Load the student and the real examples; the features of a text are the student's mean last hidden state.
 
-    Inputs: `student`; `real` (tasks). Rows: `example_id`, `instruction`, `response`. The result is a table of schema
+    Inputs: `student`; `real` (tasks). The result is a table of schema
     `SIMILARITY`.
     """
     import torch
@@ -138,9 +139,9 @@ def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> 
         states = model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True).hidden_states[-1]
         return np.asarray(states[0].mean(dim=0).cpu().numpy())
 
-    real = np.stack([features(f"{task.text}\n{task.response}") for task in load_tasks(inputs["real"])])
+    real = np.stack([features(f"{task.instruction}\n{task.response}") for task in load_tasks(inputs["real"])])
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[TaskRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for position, row in enumerate(rows):
             example = features(f"{row['instruction']}\n{row['response']}")

@@ -81,7 +81,7 @@ def build_prompts(
 
 
 def _render(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
-    texts = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
+    texts = "\n".join(f"{OPEN}{task.instruction}{CLOSE}" for task in demonstrations)
     if style == "chat" and settings.request == "paper":
         return f"{PAPER_REQUEST}{texts}\n"
     # str.replace, not str.format: demonstrations may contain braces.

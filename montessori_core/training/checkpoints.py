@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from montessori_core.files import hash_json
 from montessori_core.models.fetch import fingerprint
-from montessori_core.program import Row
 from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ _COMPLETE = "whole"
 """File that marks a complete checkpoint."""
 
 
-def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: list[Row]) -> Path:
+def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: Sequence[object]) -> Path:
     """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it."""
     inputs = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
     folder = output.parent / "checkpoints" / hash_json(inputs)[:16]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import PairRow
 from montessori_core.errors import DataError
 from montessori_core.models.chat import encode_plain, encode_rendered, hash_vocabulary
 from montessori_core.models.load import load_model, load_tokenizer
-from montessori_core.program import Compute, Report, Row
+from montessori_core.program import Compute, Report
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
     KeepCallback,
@@ -26,16 +27,15 @@ from montessori_core.training.padding import EvenPairs, padding_rows
 from montessori_core.training.scoring import speed_up_scoring
 
 
-def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
+def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[PairRow]:
     """Update a teacher on the preference pairs of its one shard; the result is a model folder.
 
     The input `teacher` has the initial weights. Intermediate teachers are saved in the folder `kept` of the result.
-    Rows: `prompt`, `chosen`, `rejected`, and see `encode_pair`. Prompt and outputs are the exact texts of generation, so the
-    likelihoods are those of generation.
+    Prompt and outputs of a row are the exact texts of generation, so the likelihoods are those of generation.
     """
     recipe = settings.recipe
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
+    def compute(rows: list[PairRow], output: Path, report: Report) -> None:
         start_processes()
         import torch
         from trl import DPOConfig, DPOTrainer
@@ -84,7 +84,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
     return compute
 
 
-def _encode(tokenizer: Any, rows: list[Row], settings: programs.Dpo) -> list[dict[str, list[int]]]:
+def _encode(tokenizer: Any, rows: list[PairRow], settings: programs.Dpo) -> list[dict[str, list[int]]]:
     """Tokenize the pairs that fit into the teacher update's `max_length`."""
     limit = settings.recipe.max_length
     pairs = [encode_pair(tokenizer, row, settings.prompt_style) for row in rows]
@@ -121,7 +121,7 @@ def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[
             shutil.rmtree(path, ignore_errors=True)
 
 
-def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
+def encode_pair(tokenizer: Any, row: Mapping[str, Any], style: str) -> dict[str, list[int]]:
     """Return the token ids of prompt, chosen and rejected output.
 
     The ids of an output are the generated ones (`chosen_output_ids`, `rejected_output_ids`) if they belong to this

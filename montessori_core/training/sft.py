@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import TrainingRow
 from montessori_core.errors import DataError
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer, with_lora
-from montessori_core.program import Compute, Report, Row
+from montessori_core.program import Compute, Report
 from montessori_core.synthesis.nomad import encode_conversation
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
@@ -25,14 +26,14 @@ from montessori_core.training.padding import EvenSteps, padding_rows
 from montessori_core.training.scoring import speed_up_scoring
 
 
-def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
+def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[TrainingRow]:
     """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if requested.
 
-    The input `student` has the initial weights. Rows: `instruction`, `response`, `finished`.
+    The input `student` has the initial weights.
     """
     recipe = settings.recipe
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
+    def compute(rows: list[TrainingRow], output: Path, report: Report) -> None:
         start_processes()
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
@@ -83,13 +84,14 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
     return compute
 
 
-def _encode(tokenizer: Any, rows: list[Row], settings: programs.Sft) -> list[Encoded]:
+def _encode(tokenizer: Any, rows: list[TrainingRow], settings: programs.Sft) -> list[Encoded]:
     """Tokenize the rows that have a response within the student's `max_length`."""
     encode = encode_example
     if settings.conversations:
         encode = partial(encode_conversation, mask_prompt=settings.mask_prompts)
     encoded = [
-        encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]) for row in rows
+        encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"])
+        for row in rows
     ]
     usable = [example for example in encoded if example.response_tokens]
     if not usable:

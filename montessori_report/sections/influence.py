@@ -327,7 +327,7 @@ def _interval(part: InfluenceData, share: str) -> str:
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
-    """Return the edges of equal bins with an edge at the threshold; outliers do not widen the range."""
+    """Return the edges of equal bins with an edge at the threshold; outliers do not extend the range."""
     if not len(values):
         return threshold + np.array([-1.0, 0.0, 1.0])
     lower, upper = np.percentile(values, [25, 75]) - threshold

@@ -19,19 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.backends.local import LocalBackend
-from cluster.costs import cost_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
-from cluster.usage import use_of
+from cluster.usage import cost_of, use_of
 from cluster.worker import _compute_shards
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.program import Row
 from support import squares
+from support.row_programs import as_shards
 from support.squares import (
     CLUSTER,
     EXPECTED,
@@ -39,6 +39,7 @@ from support.squares import (
     SHARDS,
     computed,
     jobs_alive,
+    key_of,
     results,
     run,
     stage,
@@ -81,7 +82,7 @@ def test_stage_usage_is_sum_of_jobs(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_stage_cost_is_read_from_manifests(folder: Path) -> None:
     kind = replace(stage(folder, seconds=0.2), kind="influence")
-    fan_out(kind, SHARDS, Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
+    fan_out(kind, as_shards(*SHARDS), Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
     cost = cost_of(kind.folder)
     assert cost is not None
     assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
@@ -105,7 +106,7 @@ def test_single_shard_stage_reports_time_left(folder: Path) -> None:
                 assert seen.seconds_left is not None
                 left.append(seen.seconds_left / (12 - seen.rows_done))
 
-    fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
+    fan_out(stage(folder, 0.3), as_shards(rows), Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
     assert left
     assert all(0.3 <= seconds < 3 for seconds in left)
 
@@ -143,14 +144,14 @@ def test_memory_error_at_opening_is_retried(folder: Path) -> None:
 
 def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage(folder)
-    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    made.write(as_shards(*SHARDS))
     ledger = Ledger(made.folder / "jobs")
     ledger.submissions = [Submission("never-noted", "w", [[1]], platform.node(), 0)]
     ledger.save()
     assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a pending submission
 
     def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-        with made.commit_part(0, made.key(SHARDS[0]), len(SHARDS[0]), "7:0") as part:
+        with made.commit_part(0, key_of(made, SHARDS[0]), len(SHARDS[0]), "7:0") as part:
             part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
         close_submission(submission, cluster, ledger)
 
@@ -191,10 +192,8 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
     environment = submitit.JobEnvironment()
     monkeypatch.syspath_prepend(folder)
     own = stage(folder)
-    (own.folder / "failures").mkdir(parents=True)
-    for name in ("shards", "progress", "jobs"):
-        (own.folder / name).mkdir()
-    write_json({"key": "k", "rows": [{"n": 5}]}, own.shard_file(0))
+    own.write(as_shards([{"n": 5}]))
+    (own.folder / "jobs").mkdir()
     for attempt, fault, kind in (("0", "peer-5", "lost"), ("1", "fail-5", "code_error"), ("1", "full-5", "code_error")):
         (folder / fault).touch()
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
@@ -257,9 +256,9 @@ def test_damaged_result_is_recomputed(folder: Path, damage: str) -> None:
 @pytest.mark.guarantee("result of another configuration")
 def test_result_with_another_key_is_not_used(folder: Path) -> None:
     run(folder)
-    fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER, python=sys.executable)
+    fan_out(stage(folder, version=2), as_shards(*SHARDS), Resources(), CLUSTER, python=sys.executable)
     assert computed(folder).count(0) == 2
-    changed = [[{"n": 5}], *SHARDS[1:]]
+    changed = as_shards([{"n": 5}, *SHARDS[0][1:]], *SHARDS[1:])
     assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER, python=sys.executable))[0] == 25
     assert computed(folder).count(10) == 2
 
@@ -273,7 +272,9 @@ def test_key_does_not_depend_on_resources(folder: Path) -> None:
 
 def test_progress_is_monotonic_and_complete(folder: Path) -> None:
     seen: list[Progress] = []
-    fan_out(stage(folder, 0.3), SHARDS[:2], Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable)
+    fan_out(
+        stage(folder, 0.3), as_shards(*SHARDS[:2]), Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable
+    )
     done = [progress.rows_done for progress in seen]
     assert done == sorted(done)
     assert done[-1] == 6
@@ -374,8 +375,8 @@ def test_file_replaced_during_nfs_read_is_reread(tmp_path: Path, monkeypatch: py
 
 def test_first_result_of_a_shard_is_kept(folder: Path) -> None:
     shards = stage(folder)
-    key = shards.key(SHARDS[0])
-    shards.write(SHARDS[:1], [key])
+    key = key_of(shards, SHARDS[0])
+    shards.write(as_shards(SHARDS[0]))
     with shards.commit_part(0, key, 3, "slow") as slow:
         with shards.commit_part(0, key, 3, "fast") as fast:
             fast.write_text("fast")
@@ -390,9 +391,9 @@ def test_first_result_of_a_shard_is_kept(folder: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A stage with records of every kind; all shards are done except the last, which failed."""
     made = stage(tmp_path_factory.mktemp("finished"))
-    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    made.write(as_shards(*SHARDS))
     for index, rows in enumerate(SHARDS[:-1]):
-        with made.commit_part(index, made.key(rows), len(rows), "7:0.5") as part:
+        with made.commit_part(index, key_of(made, rows), len(rows), "7:0.5") as part:
             part.write_text("[1, 2, 3]")
     RowClock(made.progress_file(5))(2)
     failure = {"job_id": "7", "attempt": "0", "class": "code_error", "opening": False, "error": "e", "traceback": "t"}
@@ -440,7 +441,7 @@ def test_damaged_record_counts_as_missing(finished: Stage, data: st.DataObject) 
     note.write_bytes(after)
     try:
         for index, thorough in itertools.product(range(6), (False, True)):
-            if finished.is_done(index, finished.key(SHARDS[index]), thorough) and note == finished.manifest(index):
+            if finished.is_done(index, key_of(finished, SHARDS[index]), thorough) and note == finished.manifest(index):
                 fields = ("key", "bytes", "sha256") if thorough else ("key", "bytes")
                 assert [json.loads(after)[name] == json.loads(before)[name] for name in fields] == [True] * len(fields)
         read_stage_status(finished.folder, CLUSTER)

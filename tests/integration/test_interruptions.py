@@ -30,8 +30,8 @@ from support.runs import (
 @pytest.mark.parametrize(
     "stages",
     [
-        ("instructions-1", "warmup", "influence", "teacher", "training/instructions-1", "student"),
-        pytest.param(("responses-1", "influence-audit"), marks=pytest.mark.slow),
+        ("instructions-1", "influence", "teacher", "training/instructions-1", "student"),
+        pytest.param(("responses-1", "warmup", "influence-audit"), marks=pytest.mark.slow),
     ],
     ids=["most", "others"],
 )
@@ -58,6 +58,7 @@ def test_run_interrupted_in_every_stage_has_same_tables(
     assert digests(run) == digests(finished_run / "runs" / "tiny")
 
 
+@pytest.mark.slow
 def test_temporary_server_ends_with_killed_driver(talking_llama: Path, tmp_path: Path) -> None:
     driver = montessori("run", str(configuration(tmp_path, talking_llama)), cwd=tmp_path)
     deadline = time.monotonic() + 120
@@ -103,9 +104,9 @@ def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.guarantee("second driver on the same run")
-def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:
+def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: dict[str, str], tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
-    first = montessori("run", str(config), cwd=tmp_path)
+    first = montessori("run", str(config), cwd=tmp_path, **shared_server)
     ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
     while not ledger.exists():
         assert first.poll() is None

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import fan_out
-from cluster.stage import Stage, cut_into_shards
+from cluster.shards import Shards
+from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, Influence, Resources, Warmup
+from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.influence.jobs import open_reference_loss
@@ -25,7 +27,7 @@ ROWS: list[Row] = [
         "prompt_id": f"p{n // 4}",
         "instruction": " ".join(DRAW.choices(WORDS, k=DRAW.randint(3, 30))),
         "response": " ".join(DRAW.choices(WORDS, k=DRAW.randint(1, 40))),
-        "finished": n % 5 > 0,
+        "response_finished": n % 5 > 0,
     }
     for n in range(20)
 ]
@@ -49,7 +51,7 @@ def joined(
     inputs = {"student": model, "reference": reference}
     stage = Stage.of(programs.INFLUENCE, settings, folder / "stage", inputs, {})
     resources = Resources(parallel_jobs=jobs, cpus_per_process=threads)
-    parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster(), python=python)
+    parts = fan_out(stage, Shards(Rows.of(rows, ExampleRow), size), resources, Cluster(), python=python)
     table = join_influence(parts).read_all()
     write_table(table.sort_by("example_id").combine_chunks(), folder / "influence.parquet", INFLUENCE)
     return (folder / "influence.parquet").read_bytes()
@@ -68,7 +70,8 @@ def test_reference_loss_does_not_depend_on_interruptions(tiny_llama: Path, tmp_p
     """Padding changes the last bits, so remaining rows must share the same batches as before."""
     settings = programs.ModelLoss(max_length=512, batch_tokens=1200)
     rows: list[Row] = [
-        {"id": row["example_id"], "text": row["instruction"], "response": row["response"]} for row in ROWS
+        {"example_id": row["example_id"], "instruction": row["instruction"], "response": row["response"]}
+        for row in ROWS
     ]
     compute = as_compute(open_reference_loss(settings, {"model": tiny_llama}))
     compute(rows, tmp_path / "calm.parquet", lambda done: None)

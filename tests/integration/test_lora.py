@@ -18,10 +18,12 @@ from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
+from support.row_programs import as_shards
 
 CPU = torch.device("cpu")
 ROWS = [
-    {"instruction": f"Count to {n}.", "response": " ".join(map(str, range(n + 2))), "finished": True} for n in range(8)
+    {"instruction": f"Count to {n}.", "response": " ".join(map(str, range(n + 2))), "response_finished": True}
+    for n in range(8)
 ]
 
 
@@ -40,7 +42,7 @@ def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: py
     )
     training = Stage.of(SFT, settings, folder, {"student": tiny_llama}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=1)
-    (part,) = fan_out(training, [ROWS], resources, Cluster())
+    (part,) = fan_out(training, as_shards(ROWS), resources, Cluster())
     return part
 
 

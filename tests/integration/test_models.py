@@ -4,15 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from montessori_core.errors import UserError
-from montessori_core.models.embedded import embedded_folder, fetch_embedded
+from montessori_core.models.embedded import EMBEDDED, GgufModel, embedded_folder, fetch_embedded
 from montessori_core.models.fetch import fingerprint, local_path
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.prune import prune_model
 
 
 def test_embedded_model_completes_a_fact(smollm2: Path) -> None:
@@ -75,10 +77,42 @@ def test_concurrent_fetches_write_model_once(fetched: tuple[Path, list[str], str
     assert fingerprint(written) == fingerprint(smollm2)
 
 
+PRUNE = """
+from montessori_core.models.fetch import local_path
+print(local_path("smollm2-135m-pruned"))
+"""
+
+
+def test_pruned_variant_is_made_once_when_it_is_named(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network, no command: the source in the cache is enough, and of two processes one makes it."""
+    shutil.copytree(smollm2, tmp_path / "models" / smollm2.name)
+    offline = {"MONTESSORI_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", PRUNE], env=os.environ | offline, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = [process.communicate()[0].strip() for process in both]
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
+    folder = embedded_folder("smollm2-135m-pruned")
+    assert paths == [str(folder)] * 2
+    written = (folder / "model.safetensors").stat().st_ino
+    assert fetch_embedded("smollm2-135m-pruned") == folder
+    assert (folder / "model.safetensors").stat().st_ino == written
+    model = load_model("smollm2-135m-pruned", torch.float32)
+    assert model.config.num_hidden_layers == 22
+    assert sum(p.numel() for p in model.parameters()) == 106_194_240
+    prune_model(smollm2, range(12, 20), tmp_path / "by-hand")
+    assert fingerprint(tmp_path / "by-hand") == fingerprint(folder)
+
+
 @pytest.mark.guarantee("another embedded model")
 def test_changed_model_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
-    monkeypatch.setattr("montessori_core.models.embedded._GGUF_SHA256", "0" * 64)
+    model = EMBEDDED["smollm2-135m"]
+    assert isinstance(model, GgufModel)
+    monkeypatch.setitem(EMBEDDED, "smollm2-135m", replace(model, sha256="0" * 64))
     with pytest.raises(UserError, match="content changed and is not used"):
         fetch_embedded()
     assert not embedded_folder().exists()
@@ -94,5 +128,6 @@ def test_unusable_models_are_refused_with_remedy(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"has no weights .* only safetensors"):
         local_path(str(tmp_path))
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="montessori model fetch"):
-        local_path("smollm2-135m")
+    for name in EMBEDDED:
+        with pytest.raises(UserError, match=f"montessori model fetch {name}"):
+            local_path(name)

@@ -24,7 +24,7 @@ from cluster.stage import Stage
 from montessori_core.config import Resources
 from montessori_core.program import Recorder, Row, RowProgram
 from support import squares as local
-from support.row_programs import Interrupted
+from support.row_programs import Interrupted, as_shards
 
 folder = local.folder
 SCHEMA = pa.schema([pa.field("square", pa.int64(), nullable=False), pa.field("text", pa.string())], {"note": "kept"})
@@ -96,7 +96,9 @@ def stage(folder: Path, version: int = 1) -> Stage:
 
 
 def run(folder: Path, version: int = 1) -> list[Path]:
-    return fan_out(stage(folder, version), SHARDS, Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
+    return fan_out(
+        stage(folder, version), as_shards(*SHARDS), Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable
+    )
 
 
 def squares(parts: list[Path]) -> list[int]:
@@ -128,9 +130,9 @@ def test_pace_ignores_resumed_rows(folder: Path) -> None:
             left.append(progress.seconds_left / (20 - progress.rows_done))
 
     with pytest.raises(ShardsFailed):
-        fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
+        fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
     (folder / "fail-12").unlink()
-    fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, look)
+    fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER, look)
     assert left
     assert min(left) >= 0.2
 

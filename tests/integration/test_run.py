@@ -9,16 +9,19 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel
 from cluster.stage import Stage
 from cluster.status import stages_of
 from flows.forecast import costs_may_differ, forecast, planned_stages
 from montessori_core.config import Experiment, Preferences
 from montessori_core.data import tables as schema
+from montessori_core.data.rows import Rows
 from montessori_core.errors import UserError
 from montessori_core.influence.screening import screening_report
 from support.judges import QUESTIONS, Judge, judged
 from support.runs import call, digests, finish_lean, invoke
+from support.squares import key_of
 from tasks.run import Run, reopen_run
 
 
@@ -106,10 +109,10 @@ def test_forecast_counts_confirmed_examples(tmp_path: Path) -> None:
         "influence-confirm", 1, "p:f", {}, {}, {}, tmp_path / "iteration-1" / "influence-confirm", kind="influence"
     )
     rows = [{"example_id": str(n)} for n in range(10)]
-    stage.write([rows], [stage.key(rows)])
+    stage.write(Shards(Rows.of(rows), len(rows)))
     (stage.folder / "jobs").mkdir()
     stage.record_start("1", "here", restarts=0)
-    with stage.commit_part(0, stage.key(rows), len(rows), "1") as part:
+    with stage.commit_part(0, key_of(stage, rows), len(rows), "1") as part:
         part.touch()
 
     def probing(examples: int) -> Experiment:
@@ -312,7 +315,7 @@ def test_changed_preferences_keep_upstream_stages(
     assert (code, "warmup.examples: 4 -> 5" in output, "max_pairs" in output) == (1, True, False)
     code, output = call("run", config, *settings, cwd=tmp_path, **shared_server)
     assert code == 0, output
-    assert "all before the confirmation of influence near the threshold is kept" in output
+    assert "the confirmation of influence near the threshold and later stages are computed again" in output
     assert "preferences.baseline: 'median' -> 'null_step'" in output
     changed = {path.parent.relative_to(run) for path, then in before.items() if path.stat().st_mtime_ns != then}
     kept = {path.parent.relative_to(run) for path in before} - changed
@@ -349,8 +352,8 @@ def test_run_pilot_warns_before_measuring_rest(
     assert warning < end
     assert "lower preferences.margin" in output[warning:end]
     measured = tmp_path / "runs" / "tiny" / "iteration-1"
-    pilot = pq.read_table(next((measured / "influence-pilot").glob("*.parquet")))
-    others = sum(pq.read_table(part).num_rows for part in (measured / "influence").glob("*.parquet"))
+    pilot = pq.read_table(next((measured / "influence-pilot").glob("part-*.parquet")))
+    others = sum(pq.read_table(part).num_rows for part in (measured / "influence").glob("part-*.parquet"))
     assert 64 <= pilot.num_rows < 72
     assert pilot.num_rows + others == pq.read_table(measured / "influence.parquet").num_rows == 256
 

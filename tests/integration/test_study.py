@@ -162,10 +162,10 @@ def test_demonstration_with_answers_has_highest_utility(smollm2: Path, tmp_path:
 def test_training_loss_encodes_like_training(smollm2: Path, tmp_path: Path) -> None:
     settings = programs.ModelLoss(max_length=64, batch_tokens=512)
     compute = as_compute(open_training_loss(settings, {"student": smollm2}))
-    row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "finished": True}
+    row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "response_finished": True}
     rows = [
         row | {"example_id": "whole"},
-        row | {"example_id": "cut", "finished": False},  # has no end token
+        row | {"example_id": "cut", "response_finished": False},  # has no end token
         row | {"example_id": "long", "instruction": "word " * 100},  # no response token fits
     ]
     compute(rows, tmp_path / "part.parquet", lambda done: None)
@@ -210,7 +210,7 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
     for section in ("warmup", "teacher_update", "training"):
         odd[section] |= {"batch_size": 2, "micro_batch_size": 1}
     for content, words in [
-        ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
+        ({"methods": ["montessori"]}, "baseline 'self_instruct' is not in methods; add it there"),
         ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
         ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; available: montessori, self_instruct"),
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
@@ -291,7 +291,7 @@ def test_bootstrap_demonstrates_most_influential_half(iteration: Path, methods: 
     ranked = sorted(influence, key=lambda row: -row["influence_student"])
     best = {row["example_id"] for row in ranked[: len(ranked) // 2]}
     tasks = most_influential(iteration / "examples.parquet", iteration / "influence.parquet")
-    assert {task.id for task in tasks} == best
+    assert {task.example_id for task in tasks} == best
     shown = read_table(methods / "bootstrap" / "round-1" / "training" / "instructions.parquet", INSTRUCTIONS)
     assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= best
 
@@ -368,9 +368,9 @@ def test_nomad_mixes_real_and_written_examples(methods: Path) -> None:
     counts = json.loads((folder / "teacher" / "part-00000" / "training_counts.json").read_text())
     assert counts["examples"] == 10
     real = {row["instruction"] for row in mixed[:3]}
-    assert real < {task.text for task in conversations(12)}
+    assert real < {task.instruction for task in conversations(12)}
     assert {row["prompt"] for row in mixed[3:]} == {"User:"}
-    assert not {row["instruction"] for row in mixed[3:]} & {task.text for task in conversations(12)}
+    assert not {row["instruction"] for row in mixed[3:]} & {task.instruction for task in conversations(12)}
     nearness = read_table(folder / "norm-sim" / "norm-sim.parquet", SIMILARITY)
     assert nearness["example_id"].to_pylist() == [row["example_id"] for row in mixed[3:]]
     assert all(0.0 < value < 1.0 for value in nearness["norm_sim"].to_pylist())
@@ -424,8 +424,10 @@ def test_self_reward_student_learns_from_its_scores(talking_llama: Path, judging
     }
     assert len(judged) == 3 * len(scores)
     for name, score in scores.items():
-        own = [row for row in judged if row["row_id"].rpartition("-j")[0] == name and row["finish_reason"] == "stop"]
-        read = [int(found[1]) for row in own if (found := re.search(r"Score: ([0-5])$", row["text"].strip()))]
+        own = [
+            row for row in judged if row["example_id"].rpartition("-j")[0] == name and row["finish_reason"] == "stop"
+        ]
+        read = [int(found[1]) for row in own if (found := re.search(r"Score: ([0-5])$", row["raw_output"].strip()))]
         assert score == (pytest.approx(sum(read) / len(read)) if read else None)
     pairs = read_table(round_1 / "preferences.parquet", UTILITY_PREFERENCES)
     assert pairs.num_rows > 0

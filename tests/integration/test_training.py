@@ -34,6 +34,7 @@ from montessori_core.training.moments import Moments, load_moments, weights_chec
 from montessori_core.training.schedule import rate_factor
 from support import ROOT
 from support.preference_pairs import PAIRS
+from support.row_programs import as_shards
 from tasks.run import Model
 from tasks.teachers import kept_teachers
 
@@ -41,7 +42,7 @@ ROWS: list[Row] = [
     {
         "instruction": f"Describe object number {i} in a few words.",
         "response": f"Object {i} is " + "round and heavy " * (i % 3 + 1),
-        "finished": i != 3,
+        "response_finished": i != 3,
     }
     for i in range(8)
 ]
@@ -98,7 +99,7 @@ def execute(
 ) -> Path:
     stage = Stage.of(program, settings, folder, {"student": model, "teacher": model}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=max(1, 2 // processes))
-    (part,) = fan_out(stage, [rows], resources, Cluster())
+    (part,) = fan_out(stage, as_shards(rows), resources, Cluster())
     return part
 
 
@@ -129,7 +130,7 @@ def plain_torch(
     Passes use `copies` of the weights; gradients are accumulated, and weights updated, in fp32.
     """
     tokenizer = load_tokenizer(str(model))
-    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in rows]
+    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["response_finished"]) for r in rows]
     order = sampled_order(len(encoded))
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     copy = AutoModelForCausalLM.from_pretrained(model, dtype=copies).train()
@@ -237,6 +238,7 @@ def test_bf16_training_saves_fp32_masters(tiny_llama: Path, tmp_path: Path, stag
     assert kept.weights == weights_checksums(load_model(str(part), torch.float32).named_parameters())
 
 
+@pytest.mark.slow
 def test_bf16_training_accumulates_gradients_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
     """A bf16 sum of equal terms stops growing at 256 terms."""
 
@@ -397,7 +399,7 @@ def test_result_of_training_has_no_pickle(tiny_llama: Path, tmp_path: Path) -> N
 
 
 def test_training_without_usable_examples_fails(tiny_llama: Path, tmp_path: Path) -> None:
-    rows = [{"instruction": "word " * 200, "response": "late", "finished": True}]
+    rows = [{"instruction": "word " * 200, "response": "late", "response_finished": True}]
     with pytest.raises(ShardsFailed, match="no training example has a response within student.max_length"):
         sft(tmp_path / "stage", tiny_llama, 0, 1, rows)
 

@@ -18,11 +18,12 @@ from cluster.backends.local import LocalBackend
 from cluster.fanout import fan_out
 from cluster.ledger import Ledger
 from cluster.records import Failure, read_record
+from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
-from montessori_core.program import Row
 from support import ROOT
+from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
 PROGRAM = """
@@ -76,9 +77,9 @@ def quick(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{programs / 'absent'}{os.pathsep}{os.environ['PYTHONPATH']}")
 
 
-def shards_of(*values: str) -> list[list[Row]]:
+def shards_of(*values: str) -> Shards:
     """Return shards of one row each: a Python expression that a job evaluates."""
-    return [[{"n": number, "value": value}] for number, value in enumerate(values)]
+    return as_shards(*([{"n": number, "value": value}] for number, value in enumerate(values)))
 
 
 def run(stage: Stage, *values: str, **options: Any) -> list[Any]:
@@ -95,7 +96,7 @@ def computed(stage: Stage) -> list[int]:
 def job_of(stage: Stage, *values: str, seconds: float = 600.0) -> Job:
     """Start a job for shards, without a fan-out."""
     shards = shards_of(*values)
-    stage.write(shards, [stage.key(rows) for rows in shards])
+    stage.write(shards)
     folder = stage.folder / "jobs" / "by-hand"
     folder.mkdir(parents=True)
     return Job(str(folder), str(stage.folder), list(range(len(shards))), 1, 1, seconds, dict(os.environ))
@@ -158,7 +159,7 @@ def test_jobs_draw_different_random_numbers(stage: Stage) -> None:
 
 def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
     together = Stage("together", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
-    [part] = fan_out(together, [[{"n": 0}]], Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
+    [part] = fan_out(together, as_shards([{"n": 0}]), Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
     assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
     assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
 
@@ -367,7 +368,7 @@ def test_driver_killed_during_submit_starts_nothing_twice(stage: Stage, moment: 
 @pytest.mark.usefixtures("quick")
 def test_gpus_of_forked_jobs_are_reserved(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: [2, 5])
-    stage.write(shards := shards_of("time.sleep(600)"), [stage.key(shards[0])])
+    stage.write(shards_of("time.sleep(600)"))
     backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
     folder = stage.folder / "jobs" / "gpus"
     folder.parent.mkdir()

@@ -139,7 +139,7 @@ def write_synthesis(folder: Path, draw: str, examples: int, texts: list[str] | N
     for i in range(examples + 6):
         text = texts[i % len(texts)] if texts else f"{draw}: explain thing number {i} in two short sentences."
         candidate = {
-            "candidate_id": f"{draw}-{i}",
+            "example_id": f"{draw}-{i}",
             "prompt_id": f"{draw}-p{i // 4}",
             "prompt": text,
             "demonstrations": ["seed-1"],
@@ -150,8 +150,8 @@ def write_synthesis(folder: Path, draw: str, examples: int, texts: list[str] | N
         candidates.append(candidate)
         if i < examples:
             kept.append(
-                {key: candidate[key] for key in ("prompt_id", "prompt", "raw_output", "instruction")}
-                | {"example_id": f"{draw}-{i}", "response": f"Answer: {text}", "response_finished": i % 3 > 0}
+                {key: candidate[key] for key in ("example_id", "prompt_id", "prompt", "raw_output", "instruction")}
+                | {"response": f"Answer: {text}", "response_finished": i % 3 > 0}
             )
     write_table(table_from_rows(candidates, INSTRUCTIONS), folder / "instructions.parquet", INSTRUCTIONS)
     write_table(table_from_rows(kept, EXAMPLES), folder / "examples.parquet", EXAMPLES)

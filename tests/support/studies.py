@@ -30,7 +30,7 @@ def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object
     experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
     experiment["synthesis"]["oversampling"] = 3.0  # one round does
     # So few conversations that a model of this size memorises and varies them.
-    lines = [json.dumps({"instruction": task.text, "output": task.response}) for task in conversations(12)]
+    lines = [json.dumps({"instruction": task.instruction, "output": task.response}) for task in conversations(12)]
     (folder / "reference.jsonl").write_text("\n".join(lines))
     experiment["reference"] = {"path": str(folder / "reference.jsonl")}
     experiment["synthesis"]["instruction"]["max_tokens"] = 20

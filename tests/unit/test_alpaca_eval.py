@@ -168,7 +168,7 @@ def test_outputs_are_read_from_json_or_jsonl(tmp_path: Path) -> None:
     mine = {one.instruction: one.output for one in outputs}
     rows = comparisons(mine, dict(reversed({one: f"other {one}" for one in mine}.items())))
     assert rows[0] == {
-        "id": "00000",
+        "question_id": "00000",
         "instruction": "Name a river.",
         "answer": "The Danube.",
         "other": "other Name a river.",

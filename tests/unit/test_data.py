@@ -46,7 +46,9 @@ def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
     found = rows(f"targets/{kind}/{field}")
     assert len(found) == len({row["id"] for row in found}) == 64
     assert {row["category"] for row in found} == {kind}
-    assert [task.id for task in read_tasks(DataSource(path=f"builtin/{kind}"), field, True)] == [r["id"] for r in found]
+    assert [task.example_id for task in read_tasks(DataSource(path=f"builtin/{kind}"), field, True)] == [
+        r["id"] for r in found
+    ]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,8 @@ def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
     for kind, field in product(TARGETS, ("reference", "evaluation")):
         tasks += read_tasks(DataSource(path=f"builtin/{kind}"), field, with_response=True)
     assert len(tasks) == 240 + 96 + 64 + 3 * 128
-    accepted = RougeIndex(max_rouge_l=0.5 - 1e-9).add_all([task.text for task in tasks])
-    assert [task.id for task, new in zip(tasks, accepted, strict=True) if not new] == []
+    accepted = RougeIndex(max_rouge_l=0.5 - 1e-9).add_all([task.instruction for task in tasks])
+    assert [task.example_id for task, new in zip(tasks, accepted, strict=True) if not new] == []
 
 
 def test_builtin_sets_raise_no_warning() -> None:
@@ -158,7 +160,10 @@ def test_jsonl_parquet_and_data_set_agree(tmp_path: Path) -> None:
         for name in ("d.jsonl", "d.parquet")
     ]
     assert tasks[0] == tasks[1]
-    assert [(task.text, task.response) for task in tasks[0]] == [("Name a colour.", "Red."), ("Add: 1 and 2", "3")]
+    assert [(task.instruction, task.response) for task in tasks[0]] == [
+        ("Name a colour.", "Red."),
+        ("Add: 1 and 2", "3"),
+    ]
 
 
 def test_hub_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +188,7 @@ def test_overlapping_sets_are_refused_or_warned_about() -> None:
     copy = Task("e2", "List three rivers of France and their lengths!", "...")
     with pytest.raises(DataError, match=r"1 of 1 examples are also in the evaluation set, e.g. e2 and r1"):
         check_sources(Sources(seeds, [shared], [other, copy]), EXPERIMENT)
-    warnings = check_sources(Sources([*seeds, Task("s9", copy.text)], [shared], [other]), EXPERIMENT)
+    warnings = check_sources(Sources([*seeds, Task("s9", copy.instruction)], [shared], [other]), EXPERIMENT)
     assert len(warnings) == 1
     assert "s9 and r1" in warnings[0]
     with pytest.raises(
@@ -258,11 +263,17 @@ def test_text_is_refused_or_survives_round_trip(
             read_tasks(source, "reference", with_response=True)
         return
     tasks = read_tasks(source, "reference", with_response=True)
-    assert [(task.text, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
+    assert [(task.instruction, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
     write_tasks(tasks, path)
     assert load_tasks(path) == tasks
     rows: list[dict[str, object]] = [
-        {"row_id": task.id, "prompt": task.text, "text": task.response, "finish_reason": "stop", "tokens": 1}
+        {
+            "example_id": task.example_id,
+            "prompt": task.instruction,
+            "raw_output": task.response,
+            "finish_reason": "stop",
+            "tokens": 1,
+        }
         | {"output_ids": [3, 5], "vocabulary": "v"}
         for task in tasks
     ]
@@ -271,7 +282,7 @@ def test_text_is_refused_or_survives_round_trip(
 
 
 ROWS: list[dict[str, object]] = [
-    {"row_id": f"r{n}", "prompt": "näm" * n, "text": "", "finish_reason": "stop", "tokens": n}
+    {"example_id": f"r{n}", "prompt": "näm" * n, "raw_output": "", "finish_reason": "stop", "tokens": n}
     | {"output_ids": None, "vocabulary": None}
     for n in range(40)
 ]

@@ -60,20 +60,18 @@ def test_guarantees_have_tests() -> None:
     assert len(tested & set(names["security.md"])) > 15
 
 
-# Words that make a reader translate. In docstrings: those that are gone; a word moves up once the last is rewritten.
-STUMBLING = ["went on", "widen", "bury", "oversight", "as it were", "behind our back", "in vain"]
-STUMBLING_IN_PAGES = [*STUMBLING, "go on", "goes on", "at work", "mend", "anew", "be had", "so many", "told apart"]
-STUMBLING_IN_PAGES += ["of which", "what is not", "of one's own", "slope", "worth", "disturb", "pieces"]
+# Words that make a reader translate; test_pages and test_docstrings keep them out.
+STUMBLING = ["went on", "go on", "goes on", "at work", "mend", "anew", "be had", "so many", "told apart", "of which"]
+STUMBLING += ["what is not", "of one's own", "slope", "worth", "disturb", "pieces", "widen", "bury", "oversight"]
+STUMBLING += ["as it were", "behind our back", "in vain"]
 
 
-def stumbling(text: str, words: list[str]) -> list[str]:
-    return re.findall(rf"\b(?:{'|'.join(words)})\b", " ".join(text.split()), re.IGNORECASE)
+def stumbling(text: str) -> list[str]:
+    return re.findall(rf"\b(?:{'|'.join(STUMBLING)})\b", " ".join(text.split()), re.IGNORECASE)
 
 
 def test_pages_are_plain_english() -> None:
-    pages = [page for page in PAGES if page.name != "configuration.md"]  # field descriptions from the code
-    found = {page.name: words for page in pages if (words := stumbling(page.read_text(), STUMBLING_IN_PAGES))}
-    assert found == {}
+    assert {page.name: words for page in PAGES if (words := stumbling(page.read_text()))} == {}
 
 
 def test_docstrings_are_plain_english() -> None:
@@ -81,7 +79,7 @@ def test_docstrings_are_plain_english() -> None:
     for path in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
-            assert not stumbling(text or "", STUMBLING), f"{path}: {text}"
+            assert not stumbling(text or ""), f"{path}: {text}"
 
 
 def test_readme_is_short_and_shows_the_tree() -> None:
@@ -147,7 +145,7 @@ BAD_DATA = re.findall(r"```jsonl\n([^`]*)```\n\n```text\n([^`]*)\n```", DATA_PAG
 def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(GOOD_DATA)
     tasks = read_tasks(DataSource(path=str(tmp_path / "data.jsonl")), "reference", with_response=True)
-    assert [task.text for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
+    assert [task.instruction for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
     assert len(BAD_DATA) == 6
 
 

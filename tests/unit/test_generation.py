@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from montessori_core.config import DataSource, Sampling, Synthesis
+from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task, read_tasks
 from montessori_core.data.tables import GENERATION
 from montessori_core.errors import UserError
@@ -48,12 +49,15 @@ SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]
 def test_prompt_shows_six_seeds_two_synthetic_tasks() -> None:
     prompts = build_prompts(50, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=0)
     for prompt in prompts:
-        ids = [task.id for task in prompt.demonstrations]
+        ids = [task.example_id for task in prompt.demonstrations]
         assert len(set(ids)) == 8
         assert sum(name.startswith("synthetic") for name in ids) == 2
-        assert all(f"<instruction>{task.text}</instruction>" in prompt.text for task in prompt.demonstrations)
-    assert len({tuple(task.id for task in prompt.demonstrations) for prompt in prompts}) == 50
-    assert len({[t.id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts}) > 3
+        assert all(f"<instruction>{task.instruction}</instruction>" in prompt.text for task in prompt.demonstrations)
+    assert len({tuple(task.example_id for task in prompt.demonstrations) for prompt in prompts}) == 50
+    assert (
+        len({[t.example_id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts})
+        > 3
+    )
 
 
 def test_seeds_replace_missing_synthetic_tasks() -> None:
@@ -67,7 +71,9 @@ def test_paper_request_precedes_demonstrations() -> None:
     request, *shown = prompt.text.partition("generate only one instruction.\n")
     assert "1. Briefly explain why you generate this instruction.\n" in request
     assert "sentences long" not in request
-    assert "".join(shown[1:]) == "".join(f"<instruction>{task.text}</instruction>\n" for task in prompt.demonstrations)
+    assert "".join(shown[1:]) == "".join(
+        f"<instruction>{task.instruction}</instruction>\n" for task in prompt.demonstrations
+    )
     (own,) = build_prompts(1, "chat", Synthesis(), SEEDS, [], seed=0)
     assert own.demonstrations == prompt.demonstrations
 
@@ -288,7 +294,8 @@ def test_control_tokens_in_data_are_escaped(smollm2: Path, engine: Any) -> None:
     )
     control = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for form, expected in (("request", 2), ("reply", 4), ("tagged", 0), ("whole", 0)):  # SmolLM2 has a system turn
-        prompt = jobs._render(tokenizer, {"text": said, "turns": [said] * 3}, form)
+        turns = [said] * (3 if form == "reply" else 1)
+        prompt = jobs._render(tokenizer, {"example_ids": ["e"], "turns": turns, "seeds": [0]}, form)
         continuations(engine.generate([Request(prompt, 0)], Sampling(max_tokens=1), None))
         assert tokenizer.decode(read).count(said) == (3 if form == "reply" else 1)
         assert read.count(control) == expected
@@ -355,8 +362,12 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
     program = open_generation(settings, {"teacher": talking_llama})
     assert program.schema is GENERATION
     prompts = build_prompts(6, "completion", Synthesis(), SEEDS, SYNTHETIC, seed=0)
-    rows: list[Row] = [
-        {"ids": [f"{prompt.id}-s{sample}" for sample in range(3)], "text": prompt.text, "seeds": [position, 1, 2]}
+    rows: list[GenerationRow] = [
+        {
+            "example_ids": [f"{prompt.id}-s{sample}" for sample in range(3)],
+            "turns": [prompt.text],
+            "seeds": [position, 1, 2],
+        }
         for position, prompt in enumerate(prompts)
     ]
     undisturbed = MemoryRecorder({})
@@ -378,7 +389,7 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
     assert finished == undisturbed.finished
     tokenizer = load_tokenizer(str(talking_llama))
     for record in itertools.chain.from_iterable(finished.values()):
-        assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["text"])
+        assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["raw_output"])
         assert record["vocabulary"] == hash_vocabulary(tokenizer)
 
 
@@ -392,16 +403,16 @@ def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) 
     file.write_text(endpoint(server).model_dump_json())
     settings = ApiGeneration(endpoint=endpoint(server).identity(), sampling=Sampling(max_tokens=9))
     recorder = MemoryRecorder({})
-    rows: list[Row] = [
-        {"ids": ["a-1", "a-2"], "text": "Sing.", "seeds": [1, 2]},
-        {"ids": ["b-1"], "text": "Dance.", "seeds": [3]},
+    rows: list[GenerationRow] = [
+        {"example_ids": ["a-1", "a-2"], "turns": ["Sing."], "seeds": [1, 2]},
+        {"example_ids": ["b-1"], "turns": ["Dance."], "seeds": [3]},
     ]
     open_api_generation(settings, {"endpoint": file}).compute(rows, recorder)
-    assert {place: [record["row_id"] for record in records] for place, records in recorder.finished.items()} == {
+    assert {place: [record["example_id"] for record in records] for place, records in recorder.finished.items()} == {
         0: ["a-1", "a-2"],
         1: ["b-1"],
     }
-    assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.finished[1][0]["raw_output"] == "An answer to: Dance."
     assert recorder.finished[1][0]["output_ids"] is recorder.finished[1][0]["vocabulary"] is None
     assert recorder.reported[-1] == 2
     assert len(server.asked) == 3

@@ -169,7 +169,7 @@ def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
 
     tokenizer = load_tokenizer(str(smollm2))
     tasks = read_tasks(DataSource(path="builtin", limit=14), "reference", with_response=True)
-    encoded = [encode_example(tokenizer, task.text, task.response, 96) for task in tasks]
+    encoded = [encode_example(tokenizer, task.instruction, task.response, 96) for task in tasks]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
     losses = TokenLosses(model)

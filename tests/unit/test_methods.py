@@ -120,11 +120,11 @@ def test_nomad_uses_its_sampling_and_recipe(
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
         decoded.append(arguments[4])
         text = " What is {}?\nAssistant: A word."
-        names = [name for row in arguments[2] for name in row["ids"]]
+        names = [name for row in arguments[2] for name in row["example_ids"]]
         things = ["light", "a sonnet", "the tundra", "an oboe"]
         texts = [text.format(things[number % 4]) for number in range(len(names))]
         return [
-            {"row_id": name, "prompt": "User:", "text": text, "finish_reason": "stop"}
+            {"example_id": name, "prompt": "User:", "raw_output": text, "finish_reason": "stop"}
             for name, text in zip(names, texts, strict=True)
         ], []
 

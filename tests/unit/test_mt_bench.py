@@ -96,9 +96,8 @@ def test_answers_are_decoded_at_their_temperatures(
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
         rows = arguments[2]
         for row in rows:
-            question = row["turns"][0] if "turns" in row else row["text"]
-            decoded.setdefault(question, []).append(arguments[4].temperature)
-        return [{"text": f"Answer to {row.get('text', row.get('turns'))}"} for row in rows], []
+            decoded.setdefault(row["turns"][0], []).append(arguments[4].temperature)
+        return [{"raw_output": f"Answer to {row['turns'][-1]}"} for row in rows], []
 
     judged: list[list[Row]] = []
     monkeypatch.setattr(benchmarks, "generate", generate)
@@ -142,7 +141,8 @@ def test_invalid_question_file_is_named_with_line(
 
 def test_judge_sees_conversation_up_to_turn(dialogues: list[Dialogue]) -> None:
     rows = judgements(dialogues, {one.id: (f"{one.id} first", f"{one.id} second") for one in dialogues})
-    assert [row["id"] for row in rows] == ["81-1", "81-2", "111-1", "111-2", "c1-1", "c1-2"]
+    asked = [(row["question_id"], row["turn"]) for row in rows]
+    assert asked == [(name, turn) for name in ("81", "111", "c1") for turn in (1, 2)]
     first, second = question_about(rows[2]), question_about(rows[3])
     for text in ("What is 6 x 7?", "111 first", "It is 42."):
         assert text in first

@@ -42,7 +42,7 @@ def test_open_run_warns_of_contaminated_references(words: int, warned: bool, tin
         "mt_bench": str(tmp_path / "questions.jsonl"),
         "contamination_words": words,
     }
-    sections = {"reference": {"path": str(tmp_path / "reference.jsonl")}, "judge": {"model": "judge"}}
+    sections = {"reference": {"path": str(tmp_path / "reference.jsonl"), "limit": 2}, "judge": {"model": "judge"}}
     warnings = warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, **sections)
     assert ["2 of 2 reference examples are also in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
 

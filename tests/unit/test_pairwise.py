@@ -40,7 +40,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Comparer
 
 
 def row(name: str, answer: str, other: str) -> Row:
-    return {"id": name, "instruction": "Name a river.", "answer": answer, "other": other}
+    return {"question_id": name, "instruction": "Name a river.", "answer": answer, "other": other}
 
 
 ROWS = [
@@ -60,7 +60,7 @@ def test_disagreement_over_orders_is_a_tie(server: Comparer, tmp_path: Path) -> 
     judge(ROWS, tmp_path / "part.parquet", seen.append)
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     outcomes = ["win", "loss", "tie", "tie", "unparsed", "unparsed", "loss"]
-    assert table["question_id"].to_pylist() == [one["id"] for one in ROWS]
+    assert table["question_id"].to_pylist() == [one["question_id"] for one in ROWS]
     assert table["outcome"].to_pylist() == outcomes
     assert table["preference"].to_pylist() == [1.0, 0.0, 0.5, 0.5, None, None, 0.0]
     assert table["characters"].to_pylist() == [len(one["answer"]) for one in ROWS]

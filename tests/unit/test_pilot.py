@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Preferences
+from montessori_core.data.rows import Rows
 from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
 from montessori_core.influence.pilot import measure_after_pilot, pilot_size, predict_pair_count
 from montessori_core.influence.table import join_influence, write_influence_metadata
@@ -45,17 +46,17 @@ def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
     [(255, 4, 0), (256, 4, 64), (256, 3, 66), (300, 64, 64), (300, 65, 65), (300, 300, 0)],
 )
 def test_pilot_is_64_rows_of_whole_prompts(count: int, of_prompt: int, size: int) -> None:
-    assert pilot_size(rows(count, of_prompt)) == size
+    assert pilot_size([row["prompt_id"] for row in rows(count, of_prompt)]) == size
 
 
 @pytest.mark.parametrize(("common", "warned"), [(0.0, False), (9.0, True)])
 def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp_path: Path) -> None:
     events: list[str] = []
 
-    def measure(some: list[Row], is_pilot: bool) -> list[Path]:
+    def measure(some: Rows, is_pilot: bool) -> list[Path]:
         events.append(f"pilot {len(some)}" if is_pilot else f"others {len(some)}")
         part = tmp_path / f"{len(events)}.parquet"
-        write_table(influence(some, common), part, INFLUENCE)
+        write_table(influence(next(some.tables()).to_pylist(), common), part, INFLUENCE)
         return [part]
 
     warnings: list[str] = []
@@ -64,7 +65,7 @@ def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp
         events.append("warning")
         warnings.append(warning)
 
-    parts = measure_after_pilot(rows(300), measure, Preferences(baseline="student"), warn)
+    parts = measure_after_pilot(Rows.of(rows(300)), measure, Preferences(baseline="student"), warn)
     assert events == ["pilot 64", *["warning"] * warned, "others 236"]
     assert join_influence(parts).read_all().equals(influence(rows(300), common))
     if warned:
@@ -75,11 +76,11 @@ def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp
 def test_small_sets_have_no_pilot(tmp_path: Path) -> None:
     calls: list[tuple[int, bool]] = []
 
-    def measure(some: list[Row], is_pilot: bool) -> list[Path]:
+    def measure(some: Rows, is_pilot: bool) -> list[Path]:
         calls.append((len(some), is_pilot))
         return []
 
-    measure_after_pilot(rows(255), measure, Preferences(), pytest.fail)
+    measure_after_pilot(Rows.of(rows(255)), measure, Preferences(), pytest.fail)
     assert calls == [(255, False)]
 
 

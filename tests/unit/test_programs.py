@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cluster.fanout import fan_out
@@ -16,6 +17,7 @@ from montessori_core.files import hash_path
 from montessori_core.program import Program, load
 from support import ROOT
 from support.logged_programs import ADDING, DOUBLING, LogSettings
+from support.row_programs import as_shards
 from support.squares import CLUSTER
 
 DECLARED: list[Program[Any]] = [value for value in vars(programs).values() if isinstance(value, Program)]
@@ -23,7 +25,7 @@ DECLARED: list[Program[Any]] = [value for value in vars(programs).values() if is
 
 def key_of(program: Program[Any]) -> str:
     stage = Stage.of(program, program.settings.model_construct(), Path("stage"), {}, {})
-    return stage.key([{"n": 1}])
+    return stage.key(pa.table({"n": [1]}))
 
 
 @pytest.fixture
@@ -38,9 +40,9 @@ def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSet
     log.unlink(missing_ok=True)
     settings, resources = LogSettings(log=str(log)), Resources(cpus_per_process=1)
     first = Stage.of(doubling, settings, folder / "doubled", {}, {})
-    [part] = fan_out(first, [[{"n": 1}, {"n": 2}]], resources, CLUSTER, python=sys.executable)
+    [part] = fan_out(first, as_shards([{"n": 1}, {"n": 2}]), resources, CLUSTER, python=sys.executable)
     second = Stage.of(adding, settings, folder / "added", {"doubled": part}, {"doubled": hash_path(part)})
-    [part] = fan_out(second, [[{"n": 3}]], resources, CLUSTER, python=sys.executable)
+    [part] = fan_out(second, as_shards([{"n": 3}]), resources, CLUSTER, python=sys.executable)
     assert part.read_text() == "12"
     return log.read_text().split() if log.exists() else []
 

@@ -356,7 +356,7 @@ def test_rare_reasons_are_shown(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / "iteration-1" / "instructions.parquet"
     rows = read_table(path, INSTRUCTIONS).to_pylist()
-    common = [rows[-1] | {"candidate_id": f"more-{i}", "rejection": TOO_SHORT} for i in range(200)]
+    common = [rows[-1] | {"example_id": f"more-{i}", "rejection": TOO_SHORT} for i in range(200)]
     write_table(table_from_rows(common + rows, INSTRUCTIONS), path, INSTRUCTIONS)
     listed = re.findall(r"(\d+) rejected, (\d+) shown", page_of(folder).text)
     assert listed == [("200", str(REJECTIONS_SHOWN - 18)), ("9", "9"), ("9", "9")]

@@ -8,8 +8,9 @@ import pytest
 
 from flows.validation import MeasuredStages
 from montessori_core.config import Influence, Preferences, Screening
+from montessori_core.data.rows import Positions
 from montessori_core.data.tables import INFLUENCE, table_from_rows
-from montessori_core.influence.preferences import Positions, pair_by_influence
+from montessori_core.influence.preferences import pair_by_influence
 from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
 from montessori_core.influence.table import write_influence_metadata
 from montessori_core.program import Row

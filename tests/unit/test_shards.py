@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from cluster.backends.base import split_for_array
 from cluster.fanout import fan_out
-from cluster.stage import cut_for_jobs, shard_size
+from cluster.shards import cut_for_jobs, shard_size
 from montessori_core import programs
 from montessori_core.config import Resources, Sampling, parse_experiment
-from montessori_core.program import Row
+from montessori_core.data.rows import Rows
 from support.squares import CLUSTER, computed, folder, results, stage
 from tasks.run import Run
 from tasks.stage import Step
@@ -51,25 +51,27 @@ def test_array_task_respects_shard_limit() -> None:
 
 
 def test_resumed_run_keeps_shards_when_jobs_change(folder: Path) -> None:
-    rows: list[Row] = [{"n": n} for n in range(12)]
+    rows = Rows.of([{"n": n} for n in range(12)])
     cuts = []
     for jobs in (2, 5, 1):
         shards = cut_for_jobs(stage(folder).folder, rows, jobs, 8)
         parts = fan_out(stage(folder), shards, Resources(parallel_jobs=jobs), CLUSTER, python=sys.executable)
         assert results(parts) == [n**2 for n in range(12)]
-        cuts.append(shards)
+        cuts.append([table["n"].to_pylist() for table in shards])
     assert [len(shard) for shard in cuts[0]] == [6, 6]
     assert cuts[0] == cuts[1] == cuts[2]
     assert sorted(computed(folder)) == list(range(12))
-    assert [len(shard) for shard in cut_for_jobs(stage(folder).folder, rows * 4, 2, 8)] == [8] * 6  # other rows
+    more = Rows.of([{"n": n} for n in range(48)])
+    assert [len(shard) for shard in cut_for_jobs(stage(folder).folder, more, 2, 8)] == [8] * 6  # other rows
 
 
 def test_step_shards_rows_for_parallel_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"influence": {"parallel_jobs": 64}, "generation": {"parallel_jobs": 8}}
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "cluster": {"resources": resources}}
     step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
-    rows: list[Row] = [{"n": n} for n in range(100)]
+    tasks = [{"example_id": str(n), "instruction": "i", "response": "r"} for n in range(100)]
+    prompts = [{"example_ids": [str(n)], "turns": ["t"], "seeds": [n]} for n in range(100)]
     monkeypatch.setattr(Step, "_compute", lambda self, program, settings, shards, *_, **__: shards)
-    assert len(step.execute(programs.NORM_SIM, programs.Similarity(max_length=1), rows, 64)) == 50
+    assert len(step.execute(programs.NORM_SIM, programs.Similarity(max_length=1), tasks, 64)) == 50
     sampling = programs.Generation(engine="auto", form="whole", sampling=Sampling())
-    assert len(step.execute(programs.GENERATION, sampling, rows, 256)) == 8
+    assert len(step.execute(programs.GENERATION, sampling, prompts, 256)) == 8

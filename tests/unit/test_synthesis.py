@@ -28,9 +28,9 @@ def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch:
     written = iter([outputs, ["By their pigments."] * 3])
 
     def generate(*arguments: Any) -> tuple[list[dict[str, Any]], list[Path]]:
-        ids = [name for row in arguments[2] for name in row["ids"]]
+        ids = [name for row in arguments[2] for name in row["example_ids"]]
         return [
-            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop", "output_ids": [len(text)]}
+            {"example_id": name, "prompt": "p", "raw_output": text, "finish_reason": "stop", "output_ids": [len(text)]}
             | {"vocabulary": "v"}
             for name, text in zip(ids, next(written), strict=True)
         ], []

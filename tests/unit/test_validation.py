@@ -112,13 +112,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def row_of(task: Task) -> Row:
-    return {
-        "example_id": task.id,
-        "prompt_id": task.id,
-        "instruction": task.text,
-        "response": task.response,
-        "finished": True,
-    }
+    return vars(task) | {"prompt_id": task.example_id, "response_finished": True}
 
 
 def warm_state(model: Path, folder: Path) -> Path:

@@ -33,6 +33,7 @@ from support import runs as whole
 from support import squares as local
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
+from support.row_programs import as_shards
 
 pytestmark = pytest.mark.guarantee("no sacct")
 
@@ -121,7 +122,11 @@ def run(
     cluster = Cluster(profile="slurm", poll_seconds=0.5, slurm=slurm)
     defaults: dict[str, float] = {"parallel_jobs": 8, "cpus_per_process": 1, "shards_per_job": 1}
     return fan_out(
-        stage or local.stage(folder, seconds), shards, Resources(**defaults | resources), cluster, on_progress
+        stage or local.stage(folder, seconds),
+        as_shards(*shards),
+        Resources(**defaults | resources),
+        cluster,
+        on_progress,
     )
 
 

