@@ -39,6 +39,7 @@ class AnyRow(TypedDict):
     tokens: list[int] | None
     flag: bool
     number: int | None
+    batches: list[list[int]]
 
 
 ANY = st.fixed_dictionaries(
@@ -47,6 +48,7 @@ ANY = st.fixed_dictionaries(
         "tokens": st.none() | st.lists(st.integers(0, 2**31), max_size=3),
         "flag": st.booleans(),
         "number": st.none() | st.integers(0, 2**64 - 1),
+        "batches": st.lists(st.lists(st.integers(0, 2**31), max_size=3), max_size=3),
     }
 )
 
