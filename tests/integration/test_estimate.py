@@ -78,7 +78,7 @@ def test_estimate_measures_no_speed_for_gpus(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(estimate, "measure_gflops", lambda threads: pytest.fail("measured"))
-    monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: ["0"])
+    monkeypatch.setattr("cluster.backends.local.gpus_of_this_machine", lambda: ["0"])
     on_gpu = {"resources": {"influence": {"gpus_per_node": 1}}}
     run, _ = open_run(experiment(tiny_llama, cluster=on_gpu), tmp_path / "run")
     print_estimate(run.experiment, estimate_run(run))

@@ -367,7 +367,7 @@ def test_driver_killed_during_submit_starts_nothing_twice(stage: Stage, moment: 
 
 @pytest.mark.usefixtures("quick")
 def test_gpus_of_forked_jobs_are_reserved(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: [2, 5])
+    monkeypatch.setattr("cluster.backends.local.gpus_of_this_machine", lambda: [2, 5])
     stage.write(shards_of("time.sleep(600)"))
     backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
     folder = stage.folder / "jobs" / "gpus"
