@@ -80,7 +80,7 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
     shards, rows = description.shards, description.rows
     done: list[int] = []
     missing: dict[int, ShardProgress | None] = {}
-    rows, partial_rows = 0, 0.0
+    partial_rows = 0.0
     for index in range(shards):
         if stage.is_done(index):
             done.append(index)
