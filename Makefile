@@ -1,14 +1,14 @@
 # make quickstart   one iteration on this machine, with a real model
 # make test         the tests of every change
-# make test-all     all tests, those that take minutes each and clean installations (as root) included
+# make test-all     all tests, including slow ones and clean installations (as root)
 # make check        formatting, lint and types
 # make docs         the documentation as a site, in site/
 #
-# make install-driver | install-worker | install-generation   a locked environment in VENV: what the images hold
-# make lock         raise all locks to the newest versions that pyproject.toml allows
-# make test-latest  the unit tests on the newest versions, without changing a lock
+# make install-driver | install-worker | install-generation   a locked environment in VENV, as in the images
+# make lock         update all locks to the newest versions that pyproject.toml allows
+# make test-latest  the unit tests with the newest versions, without changing a lock
 #
-# PYTHON=python3.12 chooses the interpreter, TORCH=cpu or TORCH=cuda the build of torch (see requirements/README.md).
+# PYTHON=python3.12 selects the interpreter, TORCH=cpu or TORCH=cuda the build of torch (see requirements/README.md).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Montessori ne
 $(PYTHON) -m venv $(BIN:/bin=)
 endef
 
-# A mirror or a folder of wheels that pip is set up with may have the CPU build; uv knows where PyTorch publishes it.
+# pip finds the CPU build only in a mirror or wheel folder that has it; otherwise uv gets it from PyTorch's index.
 define INSTALL_TORCH
 @$(BIN)/python -c 'from importlib.metadata import version; version, _, build = version("torch").partition("+"); assert version == "$(TORCH_VERSION)" and (build, "$(TORCH)") != ("cpu", "cuda")' 2>/dev/null \
  || if [ $(TORCH) = cuda ]; then $(BIN)/python -m pip uninstall --quiet --yes torch; $(PIP) torch==$(TORCH_VERSION); \
@@ -38,7 +38,7 @@ quickstart: $(VENV)/.local-$(TORCH)
 	$(BIN)/montessori model fetch smollm2-135m
 	$(BIN)/montessori run quickstart
 
-# A file is one unit of work: its tests share servers and models. (xdist 3.8 does not see groups with pytest 9.2.)
+# Tests are distributed by file, because tests of a file share servers and models. (xdist 3.8 ignores groups with pytest 9.2.)
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
@@ -76,7 +76,7 @@ $(VENV)/.dev: requirements/dev.lock $(VENV)/.local-$(TORCH)
 	$(LOCKED) $<
 	touch $@
 
-# vLLM pins torch and fastapi to versions of its own, so it has an environment of its own, as it has on a cluster.
+# vLLM pins other versions of torch and fastapi, so it has a separate environment, as on a cluster.
 $(VENV)-vllm/.ready: BIN = $(@D)/bin
 $(VENV)-vllm/.ready: requirements/generation-cpu.lock Makefile
 	$(NEW_VENV)
@@ -91,14 +91,14 @@ $(VENV)-latest/.latest: pyproject.toml
 	$(PIP) --upgrade --editable '.[dev]'
 	touch $@
 
-# Without torch: pages are made of text and of the configuration's models.
+# Building the documentation does not need torch.
 $(VENV)/.docs: requirements/dev.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(LOCKED) $<
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Montessori is installed last and without dependencies, so that nothing unlocked comes along.
+# Install Montessori last and without dependencies, so that only locked packages are installed.
 install-driver install-worker install-generation: install-%: requirements/%.lock
 	$(NEW_VENV)
 	$(LOCKED) $<

@@ -1,12 +1,12 @@
-"""Cost of one influence: the procedure as published beside ours, in one run.
+"""Compare the cost of measuring influence: the published procedure and ours, in one run.
 
     python benchmarks/influence.py [--references 256] [--scaling]
 
-*Naive* is what the authors' public code does for every example: load the checkpoint and the optimizer's state from disk, pad
-everything to 1024 tokens, compute logits at every position. All ways use the same student (the embedded SmolLM2-135M),
-moments, probing examples, reference examples and threads. Reference examples are the project's own, repeated as often
-as needed: only their lengths matter here. --scaling adds how the cost grows with reference size, length and model size.
-On a GPU (--device cuda) times are taken after synchronisation, and peak memory is printed.
+*Naive* is the procedure of the authors' public code. For each example it loads the checkpoint and the optimizer state from
+disk, pads everything to 1024 tokens, and computes logits at every position. All procedures use the same student (the embedded
+SmolLM2-135M), moments, probing examples, reference examples and threads. Reference examples are built-in ones, repeated as
+needed: only their lengths matter. --scaling adds the cost for several reference sizes, lengths and model sizes. On a GPU
+(--device cuda) times are taken after synchronisation, and peak memory is printed.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,24 +37,33 @@ RATE = 5e-6
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--references", type=int, default=256, help="reference examples")
-    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of a batch of reference examples")
-    parser.add_argument("--naive-batch", type=int, default=4, help="reference examples of a naive batch")
+    parser.add_argument("--references", type=int, default=256, help="number of reference examples")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens per batch of reference examples")
     parser.add_argument(
-        "--screened-share", type=float, default=0.06, help="share of rows that screened measures exactly"
+        "--naive-batch", type=int, default=4, help="reference examples per batch of the naive procedure"
     )
-    parser.add_argument("--student", type=Path, help="model folder; by default the embedded model")
-    parser.add_argument("--llama-8b", action="store_true", help="a student of Llama-3-8B's shape, with random weights")
-    parser.add_argument("--skip-naive", action="store_true", help="ours alone")
-    parser.add_argument("--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="of ours")
+    parser.add_argument(
+        "--screened-share",
+        type=float,
+        default=0.06,
+        help="share of examples that the screened estimator measures exactly",
+    )
+    parser.add_argument("--student", type=Path, help="model folder (default: the embedded model)")
+    parser.add_argument(
+        "--llama-8b", action="store_true", help="use a student of Llama-3-8B's shape, with random weights"
+    )
+    parser.add_argument("--skip-naive", action="store_true", help="omit the naive procedure")
+    parser.add_argument(
+        "--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="precision of ours"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--scaling", action="store_true", help="also the growth of the cost")
+    parser.add_argument("--scaling", action="store_true", help="also measure how the cost scales")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    tokenizer_of = arguments.student or fetch_embedded()
-    tokenizer = load_tokenizer(str(tokenizer_of))
+    student = arguments.student or fetch_embedded()
+    tokenizer = load_tokenizer(str(student))
     references, probing = (
-        [encode_example(tokenizer, task.text, task.response, PADDED) for task in read_tasks(source, name, True)]
+        [encode_example(tokenizer, task.instruction, task.response, PADDED) for task in read_tasks(source, name, True)]
         for source, name in ((DataSource(path="builtin"), "reference"), (DataSource(path="builtin"), "evaluation"))
     )
     references = [references[i % len(references)] for i in range(arguments.references)]
@@ -64,14 +74,13 @@ def main() -> None:
         f"{device}; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = prepare(Path(scratch), arguments, tokenizer_of, device)
+        folder = prepare(Path(scratch), arguments, student, device)
         rows: list[tuple[str, float]] = []
         if not arguments.skip_naive:
-            rows.append(("naive", naive(folder, probing[0], references, arguments.naive_batch, device)))
-        exact, seconds_exact, mfu = ours(folder, "exact", references, probing[:2], arguments, device, peak)
+            rows.append(("naive", measure_naive(folder, probing[0], references, arguments.naive_batch, device)))
+        seconds_exact, mfu = measure_ours(folder, "exact", references, probing[:2], arguments, device, peak)
         rows.append(("exact", seconds_exact))
-        del exact
-        _, seconds_first, _ = ours(folder, "first_order", references, probing[:8], arguments, device, peak)
+        seconds_first, _ = measure_ours(folder, "first_order", references, probing[:8], arguments, device, peak)
         rows.append(("first order", seconds_first))
         rows.append(
             (
@@ -91,25 +100,25 @@ def main() -> None:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """Measure the FLOP/s of a large matrix product."""
     size = 2048 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: left @ right, device) for _ in range(5))
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    work()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def prepare(folder: Path, arguments: argparse.Namespace, student: Path, device: torch.device) -> Path:
-    """A warm student on disk: weights and moments."""
+    """Save a warm student, weights and moments, to a folder."""
     if arguments.llama_8b:
         config = LlamaConfig(
             hidden_size=4096,
@@ -126,12 +135,12 @@ def prepare(folder: Path, arguments: argparse.Namespace, student: Path, device: 
         model = load_model(str(student), torch.float32)
     model.save_pretrained(folder)
     if not arguments.llama_8b:
-        save_moments(made_up_moments(model), folder)
+        save_moments(random_moments(model), folder)
     return folder
 
 
-def made_up_moments(model: Any) -> Moments:
-    """Moments of plausible size: a step costs the same whatever they are."""
+def random_moments(model: Any) -> Moments:
+    """Return random moments of realistic size: the cost of a step does not depend on their values."""
     generator = torch.Generator().manual_seed(0)
     first, second = {}, {}
     for name, parameter in model.named_parameters():
@@ -140,8 +149,8 @@ def made_up_moments(model: Any) -> Moments:
     return Moments(first, second, 30)
 
 
-def naive(folder: Path, example: Encoded, references: list[Encoded], batch: int, device: torch.device) -> float:
-    """Seconds for one example."""
+def measure_naive(folder: Path, example: Encoded, references: list[Encoded], batch: int, device: torch.device) -> float:
+    """Return the seconds of the naive procedure for one example."""
 
     def padded(examples: list[Encoded]) -> dict[str, torch.Tensor]:
         ids = torch.zeros((len(examples), PADDED), dtype=torch.long)
@@ -154,8 +163,8 @@ def naive(folder: Path, example: Encoded, references: list[Encoded], batch: int,
         return {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": mask.to(device)}
 
     def measure() -> None:
-        parts = {}
-        parts["load"] = time.perf_counter()
+        starts = {}
+        starts["load"] = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
         moments = load_moments(folder)
@@ -165,22 +174,22 @@ def naive(folder: Path, example: Encoded, references: list[Encoded], batch: int,
                 "exp_avg": moments.first[name].to(device),
                 "exp_avg_sq": moments.second[name].to(device),
             }
-        parts["step"] = time.perf_counter()
+        starts["step"] = time.perf_counter()
         model(**padded([example])).loss.backward()
         optimizer.step()
-        parts["evaluate"] = time.perf_counter()
+        starts["evaluate"] = time.perf_counter()
         with torch.no_grad():
             for start in range(0, len(references), batch):
                 model(**padded(references[start : start + batch]))
-        parts["end"] = time.perf_counter()
-        names = list(parts)
-        shares = ", ".join(f"{a} {parts[b] - parts[a]:.2f} s" for a, b in itertools.pairwise(names))
-        print(f"naive: {shares}")  # noqa: T201
+        starts["end"] = time.perf_counter()
+        names = list(starts)
+        seconds = ", ".join(f"{a} {starts[b] - starts[a]:.2f} s" for a, b in itertools.pairwise(names))
+        print(f"naive: {seconds}")  # noqa: T201
 
     return timed(measure, device)
 
 
-def ours(
+def measure_ours(
     folder: Path,
     estimator: Literal["exact", "first_order"],
     references: list[Encoded],
@@ -188,11 +197,11 @@ def ours(
     arguments: argparse.Namespace,
     device: torch.device,
     peak: float,
-) -> tuple[InfluenceMeter, float, float]:
-    """A meter, seconds per example, and the share of the peak that its reference pass reaches."""
+) -> tuple[float, float]:
+    """Return the seconds per example, and the share of the peak FLOP/s that the reference pass reaches."""
     dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
     model = load_model(str(folder), dtype)
-    moments = load_moments(folder) if (folder / "adamw.safetensors").exists() else made_up_moments(model)
+    moments = load_moments(folder) if (folder / "adamw.safetensors").exists() else random_moments(model)
     reference = ReferenceSet(references, arguments.batch_tokens, device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
     plan = plan_memory(Shape.of(model), estimator, arguments.dtype, PADDED, arguments.batch_tokens, memory)
@@ -204,12 +213,12 @@ def ours(
     print(f"{estimator}: opened in {time.perf_counter() - started:.1f} s, once per worker")  # noqa: T201
     meter.measure(probing[0])
     seconds = timed(lambda: [meter.measure(example) for example in probing], device) / len(probing)
-    reading = timed(lambda: reference.evaluate(student.losses), device)
-    return meter, seconds, forward_flops(model, references) / reading / peak
+    reference_pass = timed(lambda: reference.evaluate(student.losses), device)
+    return seconds, forward_flops(model, references) / reference_pass / peak
 
 
 def forward_flops(model: Any, examples: list[Encoded]) -> float:
-    """Of a pass with logits at labelled positions: two per weight and token, and causal attention."""
+    """Return the FLOPs of a pass with logits at labelled positions: two per weight and token, plus causal attention."""
     shape, head = Shape.of(model), model.get_output_embeddings().weight.numel()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     body = shape.parameters - (head if tied else 2 * head)
@@ -221,19 +230,19 @@ def forward_flops(model: Any, examples: list[Encoded]) -> float:
 
 
 def scaling(device: torch.device) -> None:
-    """Cost against reference size, example length and model size, on models of random weights."""
+    """Print the cost for several reference sizes, example lengths and model sizes, on models with random weights."""
 
     def example(length: int) -> Encoded:
         ids = torch.randint(3, 1000, (length,)).tolist()
         return Encoded(ids, [IGNORED] * (length // 2) + ids[length // 2 :], False)
 
-    print("\n| student | reference examples | tokens of each | exact, s | first order, s |\n|---|---|---|---|---|")  # noqa: T201
-    small, middle, large = (256, 768, 8), (576, 1536, 15), (576, 1536, 30)
+    print("\n| student | reference examples | tokens per example | exact, s | first order, s |\n|---|---|---|---|---|")  # noqa: T201
+    small, medium, large = (256, 768, 8), (576, 1536, 15), (576, 1536, 30)
     for sizes, count, length in (
         (small, 32, 128),
         (small, 32, 256),
         (small, 32, 512),
-        (middle, 32, 128),
+        (medium, 32, 128),
         (large, 32, 128),
         (large, 16, 128),
     ):
@@ -248,16 +257,16 @@ def scaling(device: torch.device) -> None:
             tie_word_embeddings=True,
         )
         model = LlamaForCausalLM(config).to(device)
-        found = []
+        seconds = []
         for estimator, repeats in (("exact", 1), ("first_order", 3)):
             reference = ReferenceSet([example(length) for _ in range(count)], 1024, device)
-            student = ResidentStudent(model, made_up_moments(model), AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, 31), device)
+            student = ResidentStudent(model, random_moments(model), AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, 31), device)
             meter = InfluenceMeter(student, reference, estimator)  # type: ignore[arg-type]
-            one = example(length)
-            seconds = timed(lambda meter=meter, one=one, n=repeats: [meter.measure(one) for _ in range(n)], device)
-            found.append(seconds / repeats)
+            probes = [example(length)] * repeats
+            total = timed(partial(list, map(meter.measure, probes)), device)
+            seconds.append(total / repeats)
         size = Shape.of(model).parameters / 1e6
-        print(f"| {size:.0f}M | {count} | {length} | {found[0]:.2f} | {found[1]:.2f} |", flush=True)  # noqa: T201
+        print(f"| {size:.0f}M | {count} | {length} | {seconds[0]:.2f} | {seconds[1]:.2f} |", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

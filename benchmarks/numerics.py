@@ -1,11 +1,11 @@
-"""How well the ways to measure influence agree with an fp32 oracle: signs, ranks, errors.
+"""Compare procedures that measure influence with an fp32 oracle: signs, ranks, errors.
 
     python benchmarks/numerics.py --examples data.jsonl [--reference FILE] [--student DIR --warm-state DIR]
 
-Warms the student up (or takes a warm one), measures every probing example in every way on the same reference set, and
-prints a Markdown table; --out appends it to a file. The oracle is the exact influence with fp32 weights, step and evaluation;
-a few examples are measured in fp64 as well, to see that fp32 is one. Takes minutes to hours: the oracle reads the reference
-set for each example. Fields of both files: instruction, input, output.
+The program warms the student up (or loads a warm one), measures every probing example with every procedure on the same
+reference set, and prints a Markdown table; --out appends it to a file. The oracle is exact influence with fp32 weights, step
+and evaluation; --double checks it in fp64. The run takes minutes to hours, because the oracle evaluates the reference set for
+each example. Fields of both files: instruction, input, output.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Setting:
-    """A warm student, what it is measured on, and what is measured."""
+    """A warm student, the reference set and the probing examples."""
 
     student: Path
     weights: dict[str, torch.Tensor]
@@ -48,13 +48,13 @@ class Setting:
     probing: list[Encoded]
 
     def model(self, dtype: torch.dtype) -> Any:
-        """A fresh copy of the warm student."""
+        """Return a new copy of the warm student."""
         model = load_model(str(self.student), dtype)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.weights.items()}, strict=False)
         return model
 
     def resident(self, dtype: torch.dtype = torch.float32, mixed: bool = False) -> ResidentStudent:
-        """The warm student, ready to be stepped."""
+        """Return the warm student as a `ResidentStudent`."""
         moments = Moments(self.moments.first, self.moments.second, self.moments.step)
         return ResidentStudent(self.model(dtype), moments, self.adamw, CPU, mixed=mixed)
 
@@ -76,9 +76,9 @@ def main() -> None:
     errors = differences.std(1, ddof=1) / len(setting.reference) ** 0.5
     rows: list[list[str]] = []
 
-    def add(name: str, found: np.ndarray, seconds: float) -> None:
-        outcome = compare(oracle[: len(found)], found, momentum, oracle_meter.noise_floor)
-        rows.append([name, str(len(found)), *outcome, f"{seconds:.2f}"])
+    def add(name: str, influence: np.ndarray, seconds: float) -> None:
+        agreement = compare(oracle[: len(influence)], influence, momentum, oracle_meter.noise_floor)
+        rows.append([name, str(len(influence)), *agreement, f"{seconds:.2f}"])
 
     add("oracle: exact, fp32", oracle, oracle_seconds)
     first_order = InfluenceMeter(setting.resident(), setting.reference, "first_order")
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def publish(lines: list[str], out: Path | None) -> None:
-    """Print lines, and append them to a file."""
+    """Print lines and append them to a file."""
     print("\n".join(lines))  # noqa: T201
     if out:
         with out.open("a", encoding="utf-8") as file:
@@ -127,45 +127,45 @@ def publish(lines: list[str], out: Path | None) -> None:
 
 
 def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str]:
-    """First order and forward mode against exact, all in fp32, at each weight of the example; and the weights' ranks."""
+    """Compare first order and forward mode with exact in fp32 at each example weight, and the ranks of all weights."""
     exact: list[np.ndarray] = []
     rows = []
     linear: np.ndarray | None = None
     for weight in weights:
         weighted = replace(setting, adamw=replace(setting.adamw, example_weight=weight))
-        against: dict[str, np.ndarray] = {}
+        influence: dict[str, np.ndarray] = {}
         for estimator in ("exact", "first_order"):
             meter = InfluenceMeter(weighted.resident(), setting.reference, estimator)
-            found = [
+            results = [
                 meter.measure(example) for example in tqdm(setting.probing, desc=f"{estimator}, weight {weight:g}")
             ]
-            against[estimator] = np.array([one.influence_null_step for one in found], dtype=np.float64)
+            influence[estimator] = np.array([result.influence_null_step for result in results], dtype=np.float64)
         if linear is None:
             assert meter.reference_gradient is not None
             linear, _ = forward_mode(setting, meter.reference_gradient, momentum=0.0)
-        exact.append(against["exact"])
+        exact.append(influence["exact"])
         rows.append(
             [
                 f"{weight:g}",
-                f"{(against['exact'] > 0).mean():.0%}",
-                f"{np.median([one.dominated_share for one in found]):.1%}",
-                f"{against['exact'].mean():.1e}",
-                f"{against['exact'].std(ddof=1):.1e}",
-                *agreement(against["exact"], against["first_order"]),
-                *agreement(against["exact"], weight * linear),
-                f"{spearmanr(against['exact'], [one.gradient_norm for one in found]).statistic:.2f}",
-                f"{spearmanr(against['exact'], [e.response_tokens for e in setting.probing]).statistic:.2f}",
+                f"{(influence['exact'] > 0).mean():.0%}",
+                f"{np.median([result.dominated_share for result in results]):.1%}",
+                f"{influence['exact'].mean():.1e}",
+                f"{influence['exact'].std(ddof=1):.1e}",
+                *agreement(influence["exact"], influence["first_order"]),
+                *agreement(influence["exact"], weight * linear),
+                f"{spearmanr(influence['exact'], [result.gradient_norm for result in results]).statistic:.2f}",
+                f"{spearmanr(influence['exact'], [e.response_tokens for e in setting.probing]).statistic:.2f}",
             ]
         )
     columns = ["weight", "above the null step", "dominated share", "mean", "sd"]
     columns += ["first order, Spearman", "signs", "rms error", "forward mode, Spearman", "signs", "rms error"]
     columns += ["Spearman with norm", "with tokens", *(f"with weight {weight:g}" for weight in weights)]
-    for row, ours in zip(rows, exact, strict=True):
-        row += [f"{spearmanr(ours, theirs).statistic:.2f}" for theirs in exact]
+    for row, influence_of_row in zip(rows, exact, strict=True):
+        row += [f"{spearmanr(influence_of_row, other).statistic:.2f}" for other in exact]
     return [
         f"{len(setting.probing)} probing examples, {len(setting.reference)} reference examples, {setting.moments.step} "
-        f"warm-up steps, learning rate {setting.adamw.learning_rate:g}, seed {seed}; influence against the null step, which "
-        f"itself has {meter.null_step_influence:.2e}; noise floor {meter.noise_floor:.1e}.",
+        f"warm-up steps, learning rate {setting.adamw.learning_rate:g}, seed {seed}; influence against the null step, whose "
+        f"influence is {meter.null_step_influence:.2e}; noise floor {meter.noise_floor:.1e}.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
@@ -174,12 +174,12 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
     ]
 
 
-def agreement(exact: np.ndarray, found: np.ndarray) -> list[str]:
-    """Spearman, share of equal signs, rms error."""
+def agreement(exact: np.ndarray, estimate: np.ndarray) -> list[str]:
+    """Return Spearman's correlation, the share of equal signs, and the rms error."""
     return [
-        f"{spearmanr(exact, found).statistic:.4f}",
-        f"{((exact > 0) == (found > 0)).mean():.3f}",
-        f"{np.sqrt(np.mean((found - exact) ** 2)):.1e}",
+        f"{spearmanr(exact, estimate).statistic:.4f}",
+        f"{((exact > 0) == (estimate > 0)).mean():.3f}",
+        f"{np.sqrt(np.mean((estimate - exact) ** 2)):.1e}",
     ]
 
 
@@ -189,7 +189,7 @@ def add_other_precisions(
     momentum: float,
     add: Callable[[str, np.ndarray, float], None],
 ) -> None:
-    """First order in other precisions, and without gradients of examples."""
+    """Add first order in other precisions and with forward mode."""
     mixed = InfluenceMeter(setting.resident(mixed=True), setting.reference, "first_order")
     add("first order, mixed", *measure(mixed, setting.probing, "first order, mixed"))
     del mixed
@@ -199,24 +199,26 @@ def add_other_precisions(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", required=True, help="probing examples, and those of the warm-up")
-    parser.add_argument("--reference", default="builtin", help="reference examples; 'builtin' for the project's own")
+    parser.add_argument("--examples", required=True, help="file of probing and warm-up examples")
+    parser.add_argument("--reference", default="builtin", help="file of reference examples, or 'builtin'")
     parser.add_argument("--response-field", default="output", help="field of --examples that holds the response")
-    parser.add_argument("--student", type=Path, help="folder of a student; by default the embedded model")
-    parser.add_argument("--warm-state", type=Path, help="folder with its AdamW moments; without, it is warmed up here")
-    parser.add_argument("--probing", type=int, default=100, help="probing examples")
-    parser.add_argument("--bf16-probing", type=int, default=40, help="of them, measured in bf16: it takes as long")
-    parser.add_argument("--brief", action="store_true", help="only the oracle, first order in fp32, and bfloat16")
-    parser.add_argument("--weights", type=float, nargs="+", help="instead: exact and first order at these weights")
-    parser.add_argument("--references", type=int, default=64, help="reference examples")
+    parser.add_argument("--student", type=Path, help="student folder (default: the embedded model)")
+    parser.add_argument("--warm-state", type=Path, help="folder of AdamW moments (default: warm the student up)")
+    parser.add_argument("--probing", type=int, default=100, help="number of probing examples")
+    parser.add_argument("--bf16-probing", type=int, default=40, help="number of probing examples measured in bf16")
+    parser.add_argument("--brief", action="store_true", help="only oracle, first order in fp32, exact in bfloat16")
+    parser.add_argument("--weights", type=float, nargs="+", help="compare estimators at these example weights instead")
+    parser.add_argument("--references", type=int, default=64, help="number of reference examples")
     parser.add_argument("--warmup-steps", type=int, default=20, help="warm-up steps of 4 examples")
-    parser.add_argument("--learning-rate", type=float, default=5e-6, help="peak of the warm-up, and of the one step")
-    parser.add_argument("--max-length", type=int, default=224, help="tokens of an example")
-    parser.add_argument("--double", type=int, default=0, help="examples measured in fp64 too")
-    parser.add_argument("--save", type=Path, help="file for the influences by reference example, .npz")
-    parser.add_argument("--seed", type=int, default=0, help="draws the examples")
+    parser.add_argument(
+        "--learning-rate", type=float, default=5e-6, help="of the warm-up (peak) and the influence step"
+    )
+    parser.add_argument("--max-length", type=int, default=224, help="maximum tokens per example")
+    parser.add_argument("--double", type=int, default=0, help="number of examples also measured in fp64")
+    parser.add_argument("--save", type=Path, help=".npz file for influence by reference example")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the examples")
     parser.add_argument("--title", default="Agreement with the oracle", help="heading of the table")
     parser.add_argument("--out", type=Path, help="Markdown file to append to")
     return parser.parse_args()
@@ -231,26 +233,26 @@ def prepare(arguments: argparse.Namespace) -> Setting:
     def read(path: str, name: str, response_field: str) -> list[Encoded]:
         source = DataSource(path=path, output_field=response_field)
         tasks = read_tasks(source, name, with_response=True)
-        encoded = [encode_example(tokenizer, task.text, task.response, arguments.max_length) for task in tasks]
+        encoded = [encode_example(tokenizer, task.instruction, task.response, arguments.max_length) for task in tasks]
         usable = [example for example in encoded if example.response_tokens]
         draw.shuffle(usable)
         return usable
 
     pool = read(arguments.examples, "examples", arguments.response_field)
     reference = ReferenceSet(read(arguments.reference, "reference", "output")[: arguments.references], 1024, CPU)
-    probing, rest = pool[: arguments.probing], pool[arguments.probing :]
+    probing, warmup = pool[: arguments.probing], pool[arguments.probing :]
     model = load_model(str(student), torch.float32)
     if arguments.warm_state:
         moments = load_moments(arguments.warm_state)
     else:
-        moments = warm_up(model, rest, arguments.warmup_steps, arguments.learning_rate)
+        moments = warm_up(model, warmup, arguments.warmup_steps, arguments.learning_rate)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     adamw = AdamW(arguments.learning_rate, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
     return Setting(student, weights, moments, adamw, reference, probing)
 
 
 def warm_up(model: Any, examples: Sequence[Encoded], steps: int, rate: float) -> Moments:
-    """Plain AdamW, 4 examples a step, linear ramp, gradients clipped to 1, as the pipeline's warm-up."""
+    """Train as the pipeline's warm-up: AdamW, 4 examples per step, linear ramp, gradients clipped to 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     losses = TokenLosses(model)
     for step in tqdm(range(steps), desc="warm-up"):
@@ -269,26 +271,26 @@ def warm_up(model: Any, examples: Sequence[Encoded], steps: int, rate: float) ->
 
 
 def exact_differences(setting: Setting, meter: InfluenceMeter) -> tuple[np.ndarray, float]:
-    """[probing, references] what each reference example says of each exact influence, and seconds per example."""
-    student, before, found = setting.resident(), meter.student_loss, []
+    """Return the [probing, references] exact influence on each reference example, and seconds per example."""
+    student, before, rows = setting.resident(), meter.student_loss, []
     started = time.perf_counter()
     for example in tqdm(setting.probing, desc="oracle"):
         student.take_step(make_batch([(0, example)], CPU))
-        found.append(influence_by_example(before, setting.reference.evaluate(student.losses), "example").numpy())
+        rows.append(influence_by_example(before, setting.reference.evaluate(student.losses), "example").numpy())
         student.restore()
-    return np.array(found), (time.perf_counter() - started) / len(found)
+    return np.array(rows), (time.perf_counter() - started) / len(rows)
 
 
 def measure(meter: InfluenceMeter, probing: list[Encoded], name: str) -> tuple[np.ndarray, float]:
-    """Influence against the student, and seconds per example."""
+    """Return influence against the student, and seconds per example."""
     started = time.perf_counter()
-    found = [meter.measure(example).influence_student for example in tqdm(probing, desc=name)]
+    influence = [meter.measure(example).influence_student for example in tqdm(probing, desc=name)]
     seconds = (time.perf_counter() - started) / len(probing)
-    return np.array([math.nan if value is None else value for value in found]), seconds
+    return np.array([math.nan if value is None else value for value in influence]), seconds
 
 
 def sequential_table(setting: Setting, differences_against: dict[str, np.ndarray]) -> list[str]:
-    """What sequential evaluation would have decided on these very differences, and what it would have read."""
+    """Simulate sequential evaluation on these differences: error rate and tokens saved."""
     lines = [
         "| sequential evaluation | error rate allowed | observed | tokens saved |",
         "|---|---|---|---|",
@@ -296,39 +298,41 @@ def sequential_table(setting: Setting, differences_against: dict[str, np.ndarray
     for baseline, differences in differences_against.items():
         for rate in (0.01, 0.05, 0.1, 0.2):
             rule = SequentialReference(setting.reference, 16, rate)
-            wrong, read = 0, 0
+            errors, tokens_read = 0, 0
             for row in torch.from_numpy(differences):
                 for look in rule.looks:
-                    read += sum(batch.tokens for batch in look.batches)
+                    tokens_read += sum(batch.tokens for batch in look.batches)
                     if is_decided(row[look.seen], len(row), rule.look_error_rate):
                         break
-                wrong += bool((row[look.seen].mean() > 0) != (row.mean() > 0))
-            saved = 1 - read / (setting.reference.input_tokens * len(differences))
-            lines.append(f"| against the {baseline} | {rate:g} | {wrong / len(differences):.3f} | {saved:.0%} |")
+                errors += bool((row[look.seen].mean() > 0) != (row.mean() > 0))
+            saved = 1 - tokens_read / (setting.reference.input_tokens * len(differences))
+            lines.append(f"| against the {baseline} | {rate:g} | {errors / len(differences):.3f} | {saved:.0%} |")
     return [*lines, ""]
 
 
 def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float]:
-    """The step in fp32, the stepped weights rounded to bf16 for the evaluation."""
-    student, twin = setting.resident(), setting.model(torch.bfloat16)
-    losses, reference = TokenLosses(twin.eval()), setting.reference
+    """Measure influence with an fp32 step, whose weights are rounded to bf16 for the evaluation."""
+    student, rounded = setting.resident(), setting.model(torch.bfloat16)
+    losses, reference = TokenLosses(rounded.eval()), setting.reference
     before = reference.evaluate(losses)
-    started, found = time.perf_counter(), []
+    started, influence = time.perf_counter(), []
     for example in tqdm(setting.probing[:count], desc="bf16 evaluation"):
         student.take_step(make_batch([(0, example)], CPU))
         with torch.no_grad():
-            for name, parameter in twin.named_parameters():
+            for name, parameter in rounded.named_parameters():
                 parameter.copy_(student.parameters[name])
-        found.append(influence_of(before, reference.evaluate(losses), "example")[0])
+        influence.append(influence_of(before, reference.evaluate(losses), "example")[0])
         student.restore()
-    return np.array(found), (time.perf_counter() - started) / len(found)
+    return np.array(influence), (time.perf_counter() - started) / len(influence)
 
 
 def forward_mode(
     setting: Setting, reference_gradient: dict[str, torch.Tensor], momentum: float
 ) -> tuple[np.ndarray, float]:
-    """No gradient per example: around the null step AdamW is linearised too, so that the influence is a derivative of the
-    example's own loss in one fixed direction, which forward mode computes for a batch at once."""
+    """Measure influence by forward mode, without a gradient per example.
+
+    With AdamW linearised around the null step, influence is the derivative of the example's loss in one direction.
+    """
     adamw, moments = setting.adamw, setting.moments
     rate = adamw.learning_rate / (1 - adamw.beta1**adamw.step) * (1 - adamw.beta1)
     model = setting.model(torch.float32).eval()
@@ -355,35 +359,35 @@ def forward_mode(
         ]
         return tangent
 
-    found = np.zeros(len(setting.probing))
-    groups = ReferenceSet(setting.probing, 512, CPU).batches
+    influence = np.zeros(len(setting.probing))
+    batches = ReferenceSet(setting.probing, 512, CPU).batches
     started = time.perf_counter()
-    for batch in tqdm(groups, desc="forward mode"):
+    for batch in tqdm(batches, desc="forward mode"):
         # The step is -rate * gradient / second. With the reference gradient r:
         # influence = <r, -step> = <r * rate / second, gradient>.
-        found[batch.indices] = momentum + derivative(batch).numpy()
-    return found, (time.perf_counter() - started) / len(found)
+        influence[batch.indices] = momentum + derivative(batch).numpy()
+    return influence, (time.perf_counter() - started) / len(influence)
 
 
-def compare(oracle: np.ndarray, found: np.ndarray, momentum: float, noise: float) -> list[str]:
-    """Spearman, sign agreement outside the noise floor for three thresholds, rms error."""
+def compare(oracle: np.ndarray, influence: np.ndarray, momentum: float, noise: float) -> list[str]:
+    """Return Spearman's correlation, sign agreement outside the noise floor for three thresholds, and the rms error."""
 
-    def signs(threshold_oracle: float, threshold_found: float) -> str:
+    def signs(threshold_oracle: float, threshold_influence: float) -> str:
         outside = np.abs(oracle - threshold_oracle) > noise
-        agree = (oracle > threshold_oracle) == (found > threshold_found)
+        agree = (oracle > threshold_oracle) == (influence > threshold_influence)
         return f"{agree[outside].mean():.3f}" if outside.any() else "none outside"
 
     return [
-        f"{spearmanr(oracle, found).statistic:.4f}",
+        f"{spearmanr(oracle, influence).statistic:.4f}",
         signs(0.0, 0.0),
         signs(momentum, momentum),
-        signs(float(np.median(oracle)), float(np.median(found))),
-        f"{np.sqrt(np.mean((oracle - found) ** 2)):.1e}",
+        signs(float(np.median(oracle)), float(np.median(influence))),
+        f"{np.sqrt(np.mean((oracle - influence) ** 2)):.1e}",
     ]
 
 
 def changed_weights(setting: Setting, dtype: torch.dtype) -> float:
-    """Share of the weights that one step on the first probing example changes."""
+    """Return the share of weights that one step on the first probing example changes."""
     student = setting.resident(dtype)
     student.take_step(make_batch([(0, setting.probing[0])], CPU))
     changed = sum(int((p != setting.weights[n].to(dtype)).sum()) for n, p in student.parameters.items())
@@ -391,7 +395,7 @@ def changed_weights(setting: Setting, dtype: torch.dtype) -> float:
 
 
 def double_check(setting: Setting, oracle: np.ndarray, count: int) -> str:
-    """How far the oracle is from the same in fp64."""
+    """Return a sentence about the difference between the oracle and fp64."""
     reference = setting.reference
     meter = InfluenceMeter(setting.resident(torch.float64), reference)
     exact, _ = measure(meter, setting.probing[:count], "fp64")

@@ -1,11 +1,11 @@
-"""What Prefect has to bear for a stage of 100, 1,000 and 10,000 shards, and whether it shows all of them.
+"""Measure the load on Prefect of a stage of 100, 1,000 and 10,000 shards, and whether all task runs are shown.
 
     python benchmarks/prefect_view.py [--shards 100 1000 10000] [--database postgresql+asyncpg://...]
 
-Starts a Prefect server of its own (SQLite, or the database named) and brings stages of tiny shards to their end in a flow on
-it, as a run does. Reported: task runs, how long after the flow's end the last of them is recorded as completed (the recorder
-works behind a queue), how many never are, the server's memory after that, how long the run's graph takes to come, and how
-long it is until headless Chromium, sent to the run's page, has listed its task runs.
+The program starts a Prefect server (with SQLite or the given database) and runs stages of tiny shards in a flow, as a run
+does. It reports the task runs; how many are recorded as completed, and how long after the flow's end (the recorder works
+behind a queue); the server's memory; the time to load the run's graph; and the time until headless Chromium lists the task
+runs on the run's page.
 """
 
 import argparse
@@ -39,14 +39,16 @@ import sys
 from pathlib import Path
 from prefect import flow
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
+from montessori_core.data.rows import Rows
 from montessori_core.config import Cluster, Resources
 from tasks.stage_progress import StageTaskRuns
 
 @flow(flow_run_name=sys.argv[2])
 def one_stage(folder, shards):
     stage = Stage("rows", 1, "rows_program:open_rows", {}, {}, {}, folder / f"stage-{shards}")
-    rows = [[{"n": n}] for n in range(shards)]
+    rows = Shards(Rows.of([{"n": n} for n in range(shards)]), 1)
     with StageTaskRuns("iteration 1: influence", stage, shards, [], lambda part: part) as view:
         fan_out(stage, rows, Resources(parallel_jobs=2, cpus_per_process=1), Cluster(poll_seconds=2), view.show)
     assert len(view.results()) == shards
@@ -58,8 +60,8 @@ one_stage(Path(sys.argv[1]), int(sys.argv[2]))
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[100, 1000, 10_000], help="how many")
-    parser.add_argument("--database", help="connection URL for Prefect; by default SQLite in a scratch folder")
+    parser.add_argument("--shards", type=int, nargs="+", default=[100, 1000, 10_000], help="numbers of shards")
+    parser.add_argument("--database", help="database URL for Prefect (default: SQLite in a scratch folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -88,7 +90,7 @@ def main() -> None:
 
 
 def row(shards: int, folder: Path, server: "subprocess.Popen[bytes]", browser: Browser) -> str:
-    """One stage, measured."""
+    """Run one stage; return its row of the table."""
     started = time.time()
     environment = os.environ | {"PREFECT_API_URL": API, "PREFECT_LOGGING_LEVEL": "WARNING"}
     subprocess.run([sys.executable, "-c", FLOW, str(folder), str(shards)], env=environment, check=True)
@@ -97,22 +99,22 @@ def row(shards: int, folder: Path, server: "subprocess.Popen[bytes]", browser: B
     expected = -(-shards // max(25, -(-shards // 20)))
     completed = 0
     while completed < expected and time.time() - ended < 120:
-        found = ask("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run["id"]]}}})
-        completed = sum(task["state_type"] == "COMPLETED" for task in found)
+        task_runs = ask("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [run["id"]]}}})
+        completed = sum(task["state_type"] == "COMPLETED" for task in task_runs)
         time.sleep(0.5)
     lag = time.time() - ended
-    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    memory = sum(process.memory_info().rss for process in family) / 1e6
-    asked = time.time()
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    memory = sum(process.memory_info().rss for process in processes) / 1e6
+    requested = time.time()
     nodes = ask(f"flow_runs/{run['id']}/graph-v2")["nodes"]
     assert len(nodes) == completed
-    graph = time.time() - asked
+    graph = time.time() - requested
     numbers = f"{ended - started:.0f} | {expected} | {completed} | {lag:.1f} | {memory:.0f} | {graph:.2f}"
     return f"| {shards} | {numbers} | {page_seconds(browser, run['id']):.1f} |"
 
 
 def page_seconds(browser: Browser, run: str) -> float:
-    """From the address to the list of task runs."""
+    """Return the seconds until the page of a run lists its task runs."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     started = time.time()
     page.goto(f"http://127.0.0.1:{PORT}/runs/flow-run/{run}")
@@ -124,11 +126,11 @@ def page_seconds(browser: Browser, run: str) -> float:
 
 
 def ask(path: str, content: dict[str, Any] | None = None) -> Any:
-    """An answer of Prefect's API."""
+    """Send a request to Prefect's API; return the response."""
     data = None if content is None else json.dumps(content).encode()
     request = urllib.request.Request(f"{API}/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
 
 
 if __name__ == "__main__":

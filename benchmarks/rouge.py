@@ -1,14 +1,14 @@
-"""ROUGE-L filtering: candidates deduplicated among themselves, with the index and by comparing every pair.
+"""Compare ROUGE-L deduplication with the index and by comparing all pairs.
 
     python benchmarks/rouge.py [--sizes 1000 10000 100000] [--texts FILE]
 
-Built-in cases: *drawn* has the words and lengths of the built-in seed pool, drawn independently, so that nothing is too
-similar; *variants* takes its instructions and replaces a share of their words, from a tenth to nine tenths, so that
-many come close to the limit. `--texts` adds the lines of a file, one candidate each.
+Built-in cases: *drawn* samples words and lengths from the built-in seed pool independently, so that no texts are too similar;
+*variants* takes its instructions and replaces 10 % to 90 % of their words, so that many are close to the limit. `--texts`
+adds the lines of a file, one candidate each.
 
-Pairs are compared by rapidfuzz as well, all those whose lengths allow F above the limit, on a sample of blocks; and by
-`rouge-score` on a sample of pairs. Both are extrapolated to all, and on the sampled blocks the verdicts must agree. Each
-row is measured in a process of its own, on one thread, in processor time, which other work on the machine changes little.
+rapidfuzz compares all pairs whose lengths allow F above the limit, on a sample of blocks; its verdicts must equal those of
+the index. `rouge-score` compares a sample of pairs. Both times are extrapolated to all pairs. Each row is measured in a
+separate process, on one thread, in processor time, which other programs on the machine change little.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
@@ -39,14 +40,14 @@ HEADER = """\
 
 
 def drawn(count: int) -> list[str]:
-    """Texts of words drawn from the seed pool."""
+    """Return texts of words drawn from the seed pool."""
     draw, seeds = random.Random(0), _seeds()
     vocabulary = [word for seed in seeds for word in seed]
     return [" ".join(draw.choices(vocabulary, k=len(draw.choice(seeds)))) for _ in range(count)]
 
 
 def variants(count: int) -> list[str]:
-    """Instructions of the seed pool with a share of their words replaced by others of the pool."""
+    """Return instructions of the seed pool with some of their words replaced by others."""
     draw, seeds = random.Random(0), _seeds()
     vocabulary = [word for seed in seeds for word in seed]
     texts = []
@@ -58,7 +59,7 @@ def variants(count: int) -> list[str]:
 
 
 def measure(name: str, texts: Sequence[str]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     process = psutil.Process()
     before = process.memory_info().rss
     started = time.process_time()
@@ -67,40 +68,42 @@ def measure(name: str, texts: Sequence[str]) -> str:
     indexed = time.process_time() - started
     memory = (process.memory_info().rss - before) / 2**20
 
-    # Candidates against those accepted before: every pair that somebody without an index has to compare.
+    # Without an index, each candidate is pair_seconds with all candidates accepted before it.
     pairs = int(np.cumsum(verdicts).sum()) - sum(verdicts)
     draw = random.Random(0)
     blocks = range(0, len(texts), BLOCK)
     step = max(1, len(blocks) // SAMPLED_BLOCKS)
-    sampled = blocks[step // 2 :: step]  # the middle of each stretch: later blocks have more to be compared with
-    compared = _compare(texts, verdicts, sampled) * len(blocks) / len(sampled)
+    sampled = blocks[step // 2 :: step]  # evenly spaced: later blocks are pair_seconds with more texts
+    pair_seconds = _compare(texts, verdicts, sampled) * len(blocks) / len(sampled)
     scorer = RougeScorer(["rougeL"])
     started = time.process_time()
     for _ in range(SAMPLED_PAIRS):
         scorer.score(draw.choice(texts), draw.choice(texts))
-    published = (time.process_time() - started) / SAMPLED_PAIRS * pairs
+    rouge_score = (time.process_time() - started) / SAMPLED_PAIRS * pairs
     return (
-        f"| {name}, {len(texts):,} | {sum(verdicts):,} | {indexed:.1f} | {compared:,.1f} | {published:,.0f} "
-        f"| {compared / indexed:.1f} | {published / indexed:,.0f} | {memory:.0f} |"
+        f"| {name}, {len(texts):,} | {sum(verdicts):,} | {indexed:.1f} | {pair_seconds:,.1f} | {rouge_score:,.0f} "
+        f"| {pair_seconds / indexed:.1f} | {rouge_score / indexed:,.0f} | {memory:.0f} |"
     )
 
 
 def _seeds() -> list[list[str]]:
-    return [words(task.text) for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)]
+    return [
+        words(task.instruction) for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
+    ]
 
 
 def _compare(texts: Sequence[str], verdicts: Sequence[bool], starts: Sequence[int]) -> float:
-    """Seconds to compare the blocks at `starts` with all accepted before and within themselves; verdicts must agree."""
+    """Return the seconds to compare the blocks at `starts` with all accepted texts before and within them; check verdicts."""
     vocabulary: dict[str, int] = {}
     codes = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
-    # One character for each word, but none of the code points that no string may hold.
+    # One character per word; surrogate code points are skipped.
     candidates = ["".join(chr(code if code < 0xD800 else code + 0x800) for code in text) for text in codes]
     seconds = 0.0
     for start in starts:
         block = candidates[start : start + BLOCK]
         accepted = [text for text, kept in zip(candidates[:start], verdicts, strict=False) if kept]
         started = time.process_time()
-        near = _near(block, accepted).any(axis=1)
+        near = np.asarray(_near(block, accepted).any(axis=1))
         within = _near(block, block)
         kept: list[int] = []
         for index in range(len(block)):
@@ -111,8 +114,8 @@ def _compare(texts: Sequence[str], verdicts: Sequence[bool], starts: Sequence[in
     return seconds
 
 
-def _near(first: list[str], second: list[str]) -> np.ndarray:
-    """[first, second], whether F is above the limit; only lengths that allow it are compared."""
+def _near(first: list[str], second: list[str]) -> npt.NDArray[np.bool_]:
+    """Return a [first, second] array: whether F is above the limit. Pairs whose lengths exclude it are not compared."""
     near = np.zeros((len(first), len(second)), dtype=bool)
     lengths = np.array([len(text) for text in first]), np.array([len(text) for text in second])
     for length in np.unique(lengths[0]):
@@ -129,10 +132,10 @@ def _near(first: list[str], second: list[str]) -> np.ndarray:
 
 
 def main() -> None:
-    """Print a table, one row for each case and size."""
+    """Print a table with one row per case and size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="numbers of candidates")
-    parser.add_argument("--texts", type=Path, help="a file with a candidate on each line, measured as well")
+    parser.add_argument("--texts", type=Path, help="file with a candidate per line, as an additional case")
     arguments = parser.parse_args()
     print(HEADER)  # noqa: T201
     lines = arguments.texts.read_text(encoding="utf-8").splitlines() if arguments.texts else []
@@ -141,8 +144,8 @@ def main() -> None:
         if lines:
             cases[arguments.texts.name] = lines[:size]
         for name, texts in cases.items():
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-                print(alone.submit(measure, name, texts).result(), flush=True)  # noqa: T201
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                print(process.submit(measure, name, texts).result(), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

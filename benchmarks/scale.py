@@ -1,13 +1,13 @@
-"""Joins and plans as they grow: influence tables of up to 1,000,000 rows, stages of up to 10,000 shards.
+"""Measure joins of up to 1,000,000 rows and plans of up to 10,000 shards.
 
     python benchmarks/scale.py [--rows 10000 100000 1000000] [--at-once 100000] [--shards 100 1000 10000] [--folder .]
 
-Join: the parts of an influence stage, 100 rows each, become one table; preference pairs are made from it and from an example
-table whose rows hold what completion prompts with eight demonstrations have: 2.5 kB of prompt, 200 B of instruction, 500 B of
-response, four rows to a prompt. Beside it, in the same run and up to --at-once rows, what the same takes when all rows are
-loaded as Python's dictionaries; the pairs must be the same. Plan: from the call of the fan-out until the jobs are submitted,
-for shards of 100 such rows. Each size has a process of its own, whose peak memory is given. Seconds of CPU are those of all
-its threads: they say more where other programs want the same cores.
+Join: the parts of an influence stage, 100 rows each, become one table. Preference pairs are made from it and from an example
+table with rows of the size that completion prompts with eight demonstrations have: 2.5 kB of prompt, 200 B of instruction,
+500 B of response, four rows per prompt. For up to --at-once rows, the same is computed with all rows loaded as Python
+dictionaries; the pairs must be equal. Plan: from the call of the fan-out until the jobs are submitted, for shards of 100 such
+rows. Each size runs in a separate process, whose peak memory is reported. CPU seconds are the sum over its threads; they are
+more reliable than wall time if other programs use the same cores.
 """
 
 import argparse
@@ -27,34 +27,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.fanout import Progress, fan_out
-from cluster.stage import Stage, cut_into_shards
+from cluster.shards import Shards
+from cluster.stage import Stage
 from montessori_core.config import Cluster, Preferences, Resources
+from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
-from montessori_core.influence.preferences import pair_by_influence, write_preferences
+from montessori_core.influence.preferences import PAIRED, pair_by_influence, write_preferences
 from montessori_core.influence.table import NOTES, join_influence, write_influence_metadata
 
 SHARD = 100  # rows
 PROMPT, INSTRUCTION, RESPONSE = 2500, 200, 500  # bytes
 OUTPUT_TOKENS = 50
-SAMPLES = 4  # of a prompt
-_POLL = 1.0  # seconds between looks
+SAMPLES = 4  # per prompt
+_POLL = 1.0  # seconds between polls
 
 
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="of the table")
-    parser.add_argument("--at-once", type=int, default=100_000, help="load everything at once up to so many rows")
-    parser.add_argument("--shards", type=int, nargs="*", default=[100, 1000, 10_000], help="of the stage")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="where scratch folders are made: 3 GB for the default"
+        "--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="numbers of table rows"
     )
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--at-once", type=int, default=100_000, help="largest number of rows loaded at once for comparison"
+    )
+    parser.add_argument("--shards", type=int, nargs="*", default=[100, 1000, 10_000], help="numbers of shards")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="parent of scratch folders; the default sizes need 3 GB"
+    )
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        what, size, folder = arguments.one
-        found = {"join": join, "at_once": join_at_once, "plan": plan}[what](Path(folder), int(size))
-        print(json.dumps({**found, "megabytes": peak_memory()}))  # noqa: T201
+    if arguments.measure:
+        operation, size, folder = arguments.measure
+        result = {"join": join, "at_once": join_at_once, "plan": plan}[operation](Path(folder), int(size))
+        print(json.dumps({**result, "megabytes": peak_memory()}))  # noqa: T201
         return
     head = "| rows | parts | pairs | join, s | pairs, s | CPU, s | peak, MB | at once: s | CPU, s | peak, MB |"
     print(f"{head}\n|{'---|' * 10}")  # noqa: T201
@@ -62,64 +68,43 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
             make_tables(Path(scratch), rows)
             streamed = measure("join", rows, scratch)
-            beside = "- | - | -"
+            comparison = "- | - | -"
             if rows <= arguments.at_once:
                 at_once = measure("at_once", rows, scratch)
                 if read_table(Path(scratch, "at-once.parquet"), PREFERENCES) != read_table(
                     Path(scratch, "preferences.parquet"), PREFERENCES
                 ):
-                    raise SystemExit("the two ways make different pairs")
-                beside = f"{at_once['seconds']:.1f} | {at_once['cpu']:.1f} | {at_once['megabytes']:.0f}"
+                    raise SystemExit("the two procedures make different pairs")
+                comparison = f"{at_once['seconds']:.1f} | {at_once['cpu']:.1f} | {at_once['megabytes']:.0f}"
         print(  # noqa: T201
             f"| {rows:,} | {rows // SHARD:,} | {streamed['pairs']:,} | {streamed['joining']:.1f} | "
-            f"{streamed['pairing']:.1f} | {streamed['cpu']:.1f} | {streamed['megabytes']:.0f} | {beside} |",
+            f"{streamed['pairing']:.1f} | {streamed['cpu']:.1f} | {streamed['megabytes']:.0f} | {comparison} |",
             flush=True,
         )
     print(f"\n| shards | rows | from the call to the jobs submitted, s | CPU, s | peak, MB |\n|{'---|' * 5}")  # noqa: T201
     for shards in arguments.shards:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            make_examples(Path(scratch), shards * SHARD)
             planned = measure("plan", shards, scratch)
-        took = f"{planned['seconds']:.1f} | {planned['cpu']:.1f} | {planned['megabytes']:.0f}"
-        print(f"| {shards:,} | {shards * SHARD:,} | {took} |", flush=True)  # noqa: T201
+        cells = f"{planned['seconds']:.1f} | {planned['cpu']:.1f} | {planned['megabytes']:.0f}"
+        print(f"| {shards:,} | {shards * SHARD:,} | {cells} |", flush=True)  # noqa: T201
 
 
-def measure(what: str, size: int, folder: str) -> dict[str, Any]:
-    """What a fresh process takes for it."""
-    command = [sys.executable, __file__, "--one", what, str(size), folder]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+def measure(operation: str, size: int, folder: str) -> dict[str, Any]:
+    """Run an operation in a new process; return its seconds, memory and counts."""
+    command = [sys.executable, __file__, "--measure", operation, str(size), folder]
+    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return result
 
 
 def peak_memory() -> float:
-    """MB of this program. Unlike `getrusage`, Linux's own file leaves out the process that started it."""
+    """Return the peak memory of this process, MB. `getrusage` would include the process that started it."""
     return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
 
 
 def make_tables(folder: Path, rows: int) -> None:
-    """An example table, and the parts of its influence stage."""
-    draw = np.random.default_rng(0)
-    text = words(draw, 30_000_000)
-
-    def examples() -> Iterator[pa.RecordBatch]:
-        for start in range(0, rows, ROW_GROUP):
-            numbers = range(start, min(start + ROW_GROUP, rows))
-            places = draw.integers(0, len(text) - PROMPT, (2, len(numbers)))
-            prompts = [int(n // SAMPLES * 7919 % (len(text) - PROMPT)) for n in numbers]
-            instructions = [text[place : place + INSTRUCTION] for place in places[0]]
-            columns = {
-                "example_id": [name_of(n) for n in numbers],
-                "prompt_id": [prompt_of(n) for n in numbers],
-                "prompt": [text[place : place + PROMPT] for place in prompts],
-                "raw_output": [f"{instruction}</instruction>" for instruction in instructions],
-                "instruction": instructions,
-                "response": [text[place : place + RESPONSE] for place in places[1]],
-                "response_finished": [True] * len(numbers),
-                "output_ids": draw.integers(0, 128_000, (len(numbers), OUTPUT_TOKENS), dtype=np.int32).tolist(),
-                "vocabulary": ["0" * 64] * len(numbers),
-            }
-            yield pa.RecordBatch.from_pydict(columns, schema=EXAMPLES)
-
-    write_table(pa.RecordBatchReader.from_batches(EXAMPLES, examples()), folder / "examples.parquet", EXAMPLES)
+    """Write an example table and the parts of its influence stage."""
+    draw = make_examples(folder, rows)
     for number, start in enumerate(range(0, rows, SHARD)):
         numbers = range(start, min(start + SHARD, rows))
         influence = draw.normal(size=len(numbers))
@@ -145,8 +130,36 @@ def make_tables(folder: Path, rows: int) -> None:
         pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")  # not flushed one by one
 
 
+def make_examples(folder: Path, rows: int) -> np.random.Generator:
+    """An example table; return the generator that drew it."""
+    draw = np.random.default_rng(0)
+    text = words(draw, 30_000_000)
+
+    def examples() -> Iterator[pa.RecordBatch]:
+        for start in range(0, rows, ROW_GROUP):
+            numbers = range(start, min(start + ROW_GROUP, rows))
+            places = draw.integers(0, len(text) - PROMPT, (2, len(numbers)))
+            prompts = [int(n // SAMPLES * 7919 % (len(text) - PROMPT)) for n in numbers]
+            instructions = [text[place : place + INSTRUCTION] for place in places[0]]
+            columns = {
+                "example_id": [name_of(n) for n in numbers],
+                "prompt_id": [prompt_of(n) for n in numbers],
+                "prompt": [text[place : place + PROMPT] for place in prompts],
+                "raw_output": [f"{instruction}</instruction>" for instruction in instructions],
+                "instruction": instructions,
+                "response": [text[place : place + RESPONSE] for place in places[1]],
+                "response_finished": [True] * len(numbers),
+                "output_ids": draw.integers(0, 128_000, (len(numbers), OUTPUT_TOKENS), dtype=np.int32).tolist(),
+                "vocabulary": ["0" * 64] * len(numbers),
+            }
+            yield pa.RecordBatch.from_pydict(columns, schema=EXAMPLES)
+
+    write_table(pa.RecordBatchReader.from_batches(EXAMPLES, examples()), folder / "examples.parquet", EXAMPLES)
+    return draw
+
+
 def words(draw: np.random.Generator, size: int) -> str:
-    """Text that compresses somewhat, as text does."""
+    """Return random text that compresses about as well as natural text."""
     vocabulary = ["".join(map(chr, draw.integers(97, 123, draw.integers(2, 10)))) for _ in range(5000)]
     return " ".join(vocabulary[word] for word in draw.integers(0, len(vocabulary), size // 7))[:size]
 
@@ -164,19 +177,19 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def join(folder: Path, rows: int) -> dict[str, Any]:
-    """As the tasks do it."""
+    """Join and pair as the tasks do."""
     started, before = time.perf_counter(), time.process_time()
     write_table(join_influence(parts_of(folder)), folder / "influence.parquet", INFLUENCE)
     joined = time.perf_counter()
-    columns = ("example_id", "prompt_id", "status", "influence_student", "influence_null_step")
-    pairs = pair_by_influence(read_table(folder / "influence.parquet", INFLUENCE, columns), Preferences())
+    table = read_table(folder / "influence.parquet", INFLUENCE, PAIRED)
+    pairs = pair_by_influence(table, Preferences(baseline="student"))
     write_preferences(pairs, folder / "examples.parquet", folder / "preferences.parquet", PREFERENCES)
     ended, cpu = time.perf_counter(), time.process_time() - before
     return {"joining": joined - started, "pairing": ended - joined, "cpu": cpu, "pairs": pairs.num_rows}
 
 
 def join_at_once(folder: Path, rows: int) -> dict[str, Any]:
-    """As one would write it for small tables."""
+    """Join and pair with all rows in memory."""
     started, before = time.perf_counter(), time.process_time()
     influence = [row for part in parts_of(folder) for row in read_table(part, INFLUENCE).to_pylist()]
     texts = {row["example_id"]: row for row in read_table(folder / "examples.parquet", EXAMPLES).to_pylist()}
@@ -210,33 +223,22 @@ def join_at_once(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def plan(folder: Path, shards: int) -> dict[str, Any]:
-    """A fan-out that is given up once its jobs are submitted."""
-    draw = np.random.default_rng(0)
-    text = words(draw, 1_000_000)
-    rows = [
-        {
-            "example_id": name_of(number),
-            "prompt_id": prompt_of(number),
-            "instruction": text[place : place + INSTRUCTION],
-            "response": text[place : place + RESPONSE],
-            "finished": True,
-        }
-        for number, place in enumerate(draw.integers(0, len(text) - RESPONSE, shards * SHARD))
-    ]
+    """Start a fan-out and interrupt it after its jobs are submitted."""
+    rows = Rows.of_file(folder / "examples.parquet", EXAMPLES, ExampleRow)
     stage = Stage("influence", 1, "no_program:to_load", {}, {}, {}, folder.resolve() / "stage")
-    looks: list[float] = []
+    polls: list[float] = []
 
     def stop(progress: Progress) -> None:
-        looks.append(time.perf_counter())
-        if len(looks) == 2:  # jobs are submitted between the first two looks
+        polls.append(time.perf_counter())
+        if len(polls) == 2:  # jobs are submitted between the first two polls
             raise KeyboardInterrupt
 
     started, before = time.perf_counter(), time.process_time()
     try:
-        fan_out(stage, cut_into_shards(rows, SHARD), Resources(), Cluster(poll_seconds=_POLL), stop)
+        fan_out(stage, Shards(rows, SHARD), Resources(), Cluster(poll_seconds=_POLL), stop)
     except KeyboardInterrupt:
-        return {"seconds": looks[1] - _POLL - started, "cpu": time.process_time() - before}
-    raise SystemExit("the fan-out ended by itself")
+        return {"seconds": polls[1] - _POLL - started, "cpu": time.process_time() - before}
+    raise SystemExit("the fan-out ended before it was interrupted")
 
 
 if __name__ == "__main__":

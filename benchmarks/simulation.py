@@ -1,18 +1,18 @@
-"""The simulation behind `montessori forecast` beside a real Slurm: predicted and measured time of the same stages.
+"""Compare the simulation of `montessori forecast` with a real Slurm: predicted and measured time of the same stages.
 
     LAB=/tmp/lab NODES=4 CPUS=1 docker/slurm/lab.sh start && eval "$(LAB=/tmp/lab docker/slurm/lab.sh env)"
     LAB=/tmp/lab python benchmarks/simulation.py --folder /tmp [--runs 4]
     LAB=/tmp/lab docker/slurm/lab.sh stop
 
-Shards sleep a time that differs from shard to shard, and are committed whole. A *pilot* of 8 shards, run first and in peace,
-says what a row costs; from that, 96 shards are predicted and then run --runs times, under each of:
+Shards sleep for random times, without partial commits. A *pilot* of 8 shards without faults measures the cost of a row. From
+this, the program predicts 96 shards and then runs them --runs times, under each of:
 
-* peace, with four jobs at a time and with two;
-* preemption: every running job is put back into the queue (scontrol requeue) at random, once in 20 s on average;
-* failing nodes: each is crashed (lab.sh kill-node) once in 60 s on average and started again after 20 s.
+* no faults, with four jobs at a time and with two;
+* preemption: each running job is requeued (scontrol requeue) at random, every 20 s on average;
+* failing nodes: each node crashes (lab.sh kill-node) every 60 s on average and is restarted after 20 s.
 
-Each line gives the median and 80 % range of the simulations, then the measured runs. The lab is told of a crashed node at
-once, and lets a job that was put back start after --requeue-seconds.
+Each line has the median and 80 % range of the simulations, then the measured runs. The lab notices a crashed node at once and
+starts a requeued job after --requeue-seconds.
 """
 
 import argparse
@@ -29,12 +29,13 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from cluster.costs import StageCost, cost_of
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel, Work, simulate
 from cluster.stage import Stage
-from cluster.usage import use_of
+from cluster.usage import StageCost, cost_of, use_of
 from montessori_core.config import Cluster, Resources
+from montessori_core.data.rows import Rows
 
 PROGRAM = """
 import random, time
@@ -49,18 +50,20 @@ def open_sleep(settings, inputs):
     return compute
 """
 NODES = 4
-ROWS, SECONDS = 8, 0.3  # rows of a shard, and what a row sleeps on average
+ROWS, SECONDS = 8, 0.3  # rows per shard, mean sleep of a row
 SHARDS, SHARDS_PER_JOB = 96, 6
 PREEMPTION, FAILURE, REPAIR = 20.0, 60.0, 20.0  # seconds
 SIMULATIONS = 400
 
 
 def main() -> None:
-    """Measure the pilot, then predict and run."""
+    """Run the pilot, then predict and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(), help="where scratch folders are made; shared, for Slurm")
-    parser.add_argument("--runs", type=int, default=4, help="measured runs of each line")
-    parser.add_argument("--requeue-seconds", type=float, default=6.0, help="of the lab; see cred_expire in slurm.conf")
+    parser.add_argument("--folder", type=Path, default=Path(), help="parent of scratch folders; shared, for Slurm")
+    parser.add_argument("--runs", type=int, default=4, help="measured runs per line")
+    parser.add_argument(
+        "--requeue-seconds", type=float, default=6.0, help="requeue delay of the lab; see cred_expire in slurm.conf"
+    )
     arguments = parser.parse_args()
 
     cost, _ = run(arguments.folder, 8, NODES, lambda stop: None)
@@ -70,62 +73,64 @@ def main() -> None:
         "| measured |\n|---|---|---|---|---|---|---|",
         flush=True,
     )
-    back = arguments.requeue_seconds
-    peace = FailureModel(requeue_seconds=back)
-    preempted = FailureModel(preemption_hours=PREEMPTION / 3600, requeue_seconds=back)
-    failing = FailureModel(FAILURE / 3600, notice_seconds=0.0, repair_minutes=REPAIR / 60, requeue_seconds=back)
-    for name, at_once, disturbances, disturb in (
-        ("no faults, 4 jobs at a time", 4, peace, lambda stop: None),
-        ("no faults, 2 jobs at a time", 2, peace, lambda stop: None),
-        ("preemption", 4, preempted, preempt),
-        ("failing nodes", 4, failing, crash_nodes),
+    delay = arguments.requeue_seconds
+    no_faults = FailureModel(requeue_seconds=delay)
+    preemption = FailureModel(preemption_hours=PREEMPTION / 3600, requeue_seconds=delay)
+    crashes = FailureModel(FAILURE / 3600, notice_seconds=0.0, repair_minutes=REPAIR / 60, requeue_seconds=delay)
+    for name, at_once, failures, inject_faults in (
+        ("no faults, 4 jobs at a time", 4, no_faults, lambda stop: None),
+        ("no faults, 2 jobs at a time", 2, no_faults, lambda stop: None),
+        ("preemption", 4, preemption, preempt),
+        ("failing nodes", 4, crashes, crash_nodes),
     ):
         work = planned(cost, at_once)
-        spent = [simulate([work], ClusterSpec(NODES, 0, 1), disturbances, seed)[0] for seed in range(SIMULATIONS)]
-        deciles = statistics.quantiles([one.seconds for one in spent], n=10)
-        measured = [run(arguments.folder, SHARDS, at_once, disturb) for _ in range(arguments.runs)]
+        simulated = [simulate([work], ClusterSpec(NODES, 0, 1), failures, seed)[0] for seed in range(SIMULATIONS)]
+        deciles = statistics.quantiles([outcome.seconds for outcome in simulated], n=10)
+        measured = [run(arguments.folder, SHARDS, at_once, inject_faults) for _ in range(arguments.runs)]
         print(  # noqa: T201
             f"| {name} | {deciles[4]:.0f}, {deciles[0]:.0f} to {deciles[8]:.0f} "
-            f"| {', '.join(f'{one.ended - one.submitted:.0f}' for _, one in measured)} "
-            f"| {statistics.median(one.job_seconds for one in spent):.0f} "
-            f"| {', '.join(f'{one.occupied:.0f}' for _, one in measured)} "
-            f"| {statistics.mean(one.restarts for one in spent):.1f} "
-            f"| {', '.join(str(one.restarts) for _, one in measured)} |",
+            f"| {', '.join(f'{clock.ended - clock.submitted:.0f}' for _, clock in measured)} "
+            f"| {statistics.median(outcome.job_seconds for outcome in simulated):.0f} "
+            f"| {', '.join(f'{clock.occupied:.0f}' for _, clock in measured)} "
+            f"| {statistics.mean(outcome.restarts for outcome in simulated):.1f} "
+            f"| {', '.join(str(clock.restarts) for _, clock in measured)} |",
             flush=True,
         )
 
 
 class Clock:
-    """When a run was submitted and ended, how long its jobs held nodes together, and how many of them Slurm put back."""
+    """Submission and end of a run, total seconds its jobs held nodes, and number of requeues."""
 
     submitted = ended = occupied = 0.0
     restarts = 0
 
 
-def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Event], None]) -> tuple[StageCost, Clock]:
-    """One fan-out of sleeping shards; its cost and its time."""
+def run(
+    folder: Path, shards: int, at_once: int, inject_faults: Callable[[threading.Event], None]
+) -> tuple[StageCost, Clock]:
+    """Run one fan-out of sleeping shards; return its cost and times."""
     clock, stop = Clock(), threading.Event()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        home = Path(scratch).resolve()
-        (home / "sleeping_program.py").write_text(PROGRAM)
-        os.environ["PYTHONPATH"] = f"{home}{os.pathsep}{Path(__file__).resolve().parent.parent}"
+        workspace = Path(scratch).resolve()
+        (workspace / "sleeping_program.py").write_text(PROGRAM)
+        os.environ["PYTHONPATH"] = f"{workspace}{os.pathsep}{Path(__file__).resolve().parent.parent}"
         stage = Stage(
-            *("sleep", 1, "sleeping_program:open_sleep", {"seconds": SECONDS}, {}, {}, home / "stage"),
+            *("sleep", 1, "sleeping_program:open_sleep", {"seconds": SECONDS}, {}, {}, workspace / "stage"),
             kind="influence",
         )
-        rows = [[{"n": ROWS * shard + row} for row in range(ROWS)] for shard in range(shards)]
+        rows = Shards(Rows.of([{"n": number} for number in range(ROWS * shards)]), ROWS)
         resources = Resources(
             parallel_jobs=at_once, cpus_per_process=1, shards_per_job=min(SHARDS_PER_JOB, shards // NODES)
         )
         before = len(completed())
-        beside = threading.Thread(target=disturb, args=(stop,))
+        faults = threading.Thread(target=inject_faults, args=(stop,))
         clock.submitted = time.time()
-        beside.start()
+        faults.start()
         try:
             fan_out(stage, rows, resources, Cluster(profile="slurm", poll_seconds=0.5))
         finally:
             stop.set()
-            beside.join()
+            faults.join()
         while running():
             time.sleep(0.1)
         clock.occupied = sum(completed()[before:])
@@ -137,7 +142,7 @@ def run(folder: Path, shards: int, at_once: int, disturb: Callable[[threading.Ev
 
 
 def planned(cost: StageCost, at_once: int) -> Work:
-    """The stage as the simulation has it."""
+    """Return the stage as input of the simulation."""
     return Work(
         name="sleep",
         jobs=[[ROWS * cost.seconds_per_row] * SHARDS_PER_JOB] * (SHARDS // SHARDS_PER_JOB),
@@ -154,13 +159,13 @@ def planned(cost: StageCost, at_once: int) -> Work:
 
 
 def running() -> list[str]:
-    """Jobs that hold a node now."""
+    """Return the ids of running jobs."""
     command = ["squeue", "--me", "--noheader", "--states=RUNNING", "--format=%i"]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
 def completed() -> list[float]:
-    """How long each job held its node, in seconds, every start of one that was put back by itself: from the lab's record."""
+    """Return the seconds that each job held its node, from the lab's record; each start of a requeued job counts."""
     record = Path(os.environ["LAB"], "log", "completed")
     if not record.exists():
         return []
@@ -169,21 +174,21 @@ def completed() -> list[float]:
 
 
 def preempt(stop: threading.Event) -> None:
-    """Put running jobs back into the queue at random."""
-    looked = time.monotonic()
+    """Requeue running jobs at random."""
+    checked = time.monotonic()
     while not stop.wait(0.5):
-        since, looked = time.monotonic() - looked, time.monotonic()
+        elapsed, checked = time.monotonic() - checked, time.monotonic()
         for job in running():
-            if random.random() < since / PREEMPTION:
+            if random.random() < elapsed / PREEMPTION:
                 subprocess.run(["scontrol", "requeue", job], stderr=subprocess.DEVNULL)
 
 
 def crash_nodes(stop: threading.Event) -> None:
-    """Crash nodes at random, and start each again after a while."""
+    """Crash nodes at random and restart each after `REPAIR` seconds."""
     due = {node: time.time() + random.expovariate(1 / FAILURE) for node in range(1, NODES + 1)}
     down: set[int] = set()
     while not stop.wait(0.2):
-        for node in [node for node, when in due.items() if when <= time.time()]:
+        for node in [node for node, at in due.items() if at <= time.time()]:
             lab("start-node" if node in down else "kill-node", str(node))
             due[node] = time.time() + (random.expovariate(1 / FAILURE) if node in down else REPAIR)
             down ^= {node}
@@ -192,7 +197,7 @@ def crash_nodes(stop: threading.Event) -> None:
 
 
 def lab(*arguments: str) -> None:
-    """Speak to the lab."""
+    """Run lab.sh."""
     script = Path(__file__).resolve().parent.parent / "docker" / "slurm" / "lab.sh"
     subprocess.run([script, *arguments], check=True, stdout=subprocess.DEVNULL)
 

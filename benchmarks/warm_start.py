@@ -1,9 +1,9 @@
-"""What a local job costs before its program opens: forked from the warm process, and in a Python of its own.
+"""Compare the start-up cost of local jobs that are forked from the warm process and jobs in a new Python process.
 
     python benchmarks/warm_start.py [--jobs 5]
 
-Both ways in turns, so that other work on the machine hits them alike; medians. Seconds run from the submission to the
-moment in which the program has imported what it needs; processor seconds and private memory are those of the job's rank.
+Both kinds of jobs alternate, so that other programs on the machine affect them equally. The table has medians. Seconds are
+from submission until the program has finished its imports; CPU seconds and private memory are those of the job's rank.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from pathlib import Path
 import psutil
 
 from cluster.fanout import fan_out
+from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.warm_start import warm_process
 from montessori_core.config import Cluster, Resources
+from montessori_core.data.rows import Rows
 
 PROGRAMS = {
     "nothing": "pass",
@@ -44,7 +46,7 @@ def open_imports(settings, inputs):
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=5, help="of each program and way")
+    parser.add_argument("--jobs", type=int, default=5, help="jobs per program and kind")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve()
@@ -71,16 +73,18 @@ def main() -> None:
 
 
 def measure(folder: Path, program: str, python: str | None) -> tuple[float, float, float]:
-    """Seconds, processor seconds and private megabytes of one job when its program has opened."""
+    """Run one job; return the seconds, CPU seconds and private megabytes until its program has opened."""
     stage = Stage("imports", 1, "imports_program:open_imports", {"imports": PROGRAMS[program]}, {}, {}, folder, ".json")
     submitted = time.time()
-    [part] = fan_out(stage, [[{"n": 0}]], Resources(cpus_per_process=1), Cluster(poll_seconds=0.05), python=python)
+    [part] = fan_out(
+        stage, Shards(Rows.of([{"n": 0}]), 1), Resources(cpus_per_process=1), Cluster(poll_seconds=0.05), python=python
+    )
     opened, processor, memory = json.loads(part.read_text())
     return opened - submitted, processor, memory / 1e6
 
 
 def medians(jobs: list[tuple[float, float, float]]) -> str:
-    """Of each column."""
+    """Return the median of each column as text."""
     seconds, processor, memory = (statistics.median(column) for column in zip(*jobs, strict=True))
     return f"{seconds:.2f}, {processor:.2f}, {memory:.0f}"
 

@@ -1,1 +1,1 @@
-"""How work reaches machines: shards, their commits, jobs on this machine or on Slurm, and the fan-out that drives them."""
+"""Run a stage on machines: shards and their commits, local and Slurm jobs, and the fan-out that drives them."""

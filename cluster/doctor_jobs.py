@@ -1,4 +1,4 @@
-"""What `montessori doctor` has nodes do: say what they see, and add up a number together."""
+"""Diagnostic jobs of `montessori doctor`: report a node's environment; run an all-reduce."""
 
 import importlib
 import json
@@ -13,40 +13,40 @@ from montessori_core.program import Compute, Report, Row
 from montessori_core.versions import misfit
 
 
-def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
-    """Report host, versions, packages that cannot be imported or do not fit, GPUs, and what the driver wrote to a file.
+def open_node_report(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
+    """Report host, versions, packages that fail to import or have the wrong version, GPUs, and the driver's token.
 
-    Settings: `packages` to import, with the range of versions that fits. Inputs: `token`, a file.
+    Settings: `packages` to import, with their ranges of versions. Inputs: `token`, a file that the driver wrote.
     """
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
-        found: dict[str, Any] = {"host": platform.node(), "python": platform.python_version(), "versions": {}}
+        node: dict[str, Any] = {"host": platform.node(), "python": platform.python_version(), "versions": {}}
         wrong: dict[str, str] = {}
-        for package, fit in settings["packages"].items():
+        for package, versions in settings["packages"].items():
             try:
                 importlib.import_module(package)
-                found["versions"][package] = version(package)
-                unfit = misfit(package, fit)
-                if unfit is not None:
-                    wrong[package] = unfit
+                node["versions"][package] = version(package)
+                problem = misfit(package, versions)
+                if problem is not None:
+                    wrong[package] = problem
             except PackageNotFoundError:
-                found["versions"][package] = "?"
-            except Exception as error:  # a broken CUDA library raises many kinds
+                node["versions"][package] = "?"
+            except Exception as error:  # a broken CUDA library raises errors of many types
                 wrong[package] = f"{type(error).__name__}: {error}"
-        found["wrong"] = wrong
-        found["token"] = inputs["token"].read_text() if inputs["token"].exists() else None
-        found["gpus"] = 0
-        if "torch" in found["versions"]:
+        node["wrong"] = wrong
+        node["token"] = inputs["token"].read_text() if inputs["token"].exists() else None
+        node["gpus"] = 0
+        if "torch" in node["versions"]:
             import torch
 
-            found["gpus"] = torch.cuda.device_count()
-        output.write_text(json.dumps(found))
+            node["gpus"] = torch.cuda.device_count()
+        output.write_text(json.dumps(node))
 
     return compute
 
 
-def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute:
-    """Sum a one of every process over the job's processes."""
+def open_all_reduce(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Compute[Any]:
+    """Sum 1 over the processes of the job."""
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         import torch

@@ -1,7 +1,7 @@
-"""The fan-out: bring every shard of a stage to a valid result, whatever happens to jobs, nodes and drivers.
+"""The fan-out: compute every shard of a stage, whatever happens to jobs, nodes and drivers.
 
-Truth lies on disk: manifests say what is done, the ledger says which jobs may still be at work. A driver that starts over
-reads both, waits for jobs that run on, and submits only what is missing.
+The state is on disk: manifests tell which shards are done, the ledger tells which jobs may still be running. A new driver
+reads both, waits for running jobs, and submits only the missing shards.
 """
 
 import logging
@@ -20,22 +20,22 @@ from cluster.ledger import Ledger, Submission, close_submission
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
 from cluster.retry import NOT_RETRIED, REMEDIES, allowed_retries, classify_loss
+from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import hash_json, write_json
-from montessori_core.program import Row
 
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
-_PACED = 20  # shards that are done, for the pace of those that have none yet
+_PACED = 20  # finished shards whose pace is taken for those that have none yet
 
 
 @dataclass(frozen=True)
 class ShardFailure:
-    """A shard that is not retried: why, and where to read more."""
+    """A shard that is not retried, with the reason and the path of its log."""
 
     shard: int
     kind: str
@@ -45,14 +45,14 @@ class ShardFailure:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is.
+    """Progress of a stage.
 
     Attributes:
-        rows_done, rows: of all shards, those at work included, with fractions for rows at work.
-        seconds_left: at the pace of the jobs at work; None before it is known.
-        shards: how many there are.
-        begun: shards that some job has begun, done or not.
-        done: shards that are done; the driver's own, which grows.
+        rows_done, rows: of all shards; rows that are being computed count in fractions.
+        seconds_left: at the pace of the running jobs; None before it is known.
+        shards: number of shards.
+        begun: shards that a job has begun, done or not.
+        done: finished shards; the driver's own set, which grows.
         failed: shards that are not retried.
     """
 
@@ -66,20 +66,20 @@ class Progress:
 
 
 class ShardsFailed(UserError):
-    """Shards of a stage failed for good; all others are done and kept."""
+    """Shards of a stage failed and are not retried; all others are done and kept."""
 
     def __init__(self, stage: Stage, failures: list[ShardFailure], shards: int) -> None:
         self.failures = failures
         lines = [f"stage {stage.name}: {len(failures)} of {shards} shards failed, the others are kept:"]
         lines += [f"  shard {f.shard} ({f.kind}): {f.error}\n    log: {f.log}" for f in failures[:5]]
         lines += [f"  and {len(failures) - 5} more"] if len(failures) > 5 else []
-        lines.append("Mend the cause, then resume the run: only the missing shards are computed.")
+        lines.append("Fix the cause, then resume the run: only the missing shards are computed.")
         super().__init__("\n".join(lines))
 
 
 def fan_out(
     stage: Stage,
-    shards: list[list[Row]],
+    shards: Shards,
     resources: Resources,
     cluster: Cluster,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -87,24 +87,24 @@ def fan_out(
 ) -> list[Path]:
     """Compute every shard of `stage` that is not done; return the results in the order of the shards.
 
-    When the caller is interrupted, the stage's jobs are cancelled; when it is killed, they go on, and the next call
-    waits for them.
+    If the caller is interrupted, the stage's jobs are cancelled. If it is killed, they continue, and the next call waits for
+    them.
 
     Args:
-        stage: what to run.
-        shards: [shards][rows]; the cut may differ from an earlier call, results whose rows are the same are kept.
-        resources: what a job gets.
+        stage: the program, its settings and inputs.
+        shards: its rows. The cut may differ from an earlier call; shards with the same rows keep their results.
+        resources: of a job.
         cluster: where jobs run.
-        on_progress: called at every look.
-        python: Python of another environment for these jobs.
+        on_progress: called at every poll.
+        python: interpreter of these jobs, if they need another environment.
 
     Raises:
-        ShardsFailed: some shards failed for good, after all others were done.
+        ShardsFailed: some shards failed, after all others were done.
     """
     keys = [stage.key(rows) for rows in shards]
     driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
     driver.adopt()
-    stage.write(shards, keys)
+    stage.write(shards)
     driver.run()
     return [stage.part(index) for index in range(len(shards))]
 
@@ -113,7 +113,7 @@ class _Driver:
     def __init__(
         self,
         stage: Stage,
-        shards: list[list[Row]],
+        shards: Shards,
         keys: list[str],
         resources: Resources,
         cluster: Cluster,
@@ -140,18 +140,18 @@ class _Driver:
         self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
-        """Take over what an earlier driver left: jobs at work on these very shards are kept, all others are ended."""
+        """Take over from an earlier driver: keep jobs that compute these shards, end all others."""
         for submission in self._ledger.open_submissions():
             if submission.ids is None or submission.work != self._work or submission.host != self._host:
-                # Never noted (the driver died while it submitted), at work on what is no longer wanted, or elsewhere.
+                # Ids never recorded (the driver died while submitting), other shards, or another host.
                 close_submission(submission, self._cluster, self._ledger)
             else:
                 log.info("%s: waiting for jobs that an earlier driver started", self._stage.name)
         for index in set(range(len(self._shards))) - self._done:
-            if self._stage.is_done(index, self._keys[index], thorough=True):  # by a job at work, meanwhile
+            if self._stage.is_done(index, self._keys[index], thorough=True):  # by a job that was running
                 self._done.add(index)
                 continue
-            self._stage.manifest(index).unlink(missing_ok=True)  # workers do not look at the bytes again
+            self._stage.manifest(index).unlink(missing_ok=True)  # workers do not check the bytes again
             self._stage.progress_file(index).unlink(missing_ok=True)
 
     def run(self) -> None:
@@ -170,19 +170,19 @@ class _Driver:
                 close_submission(submission, self._cluster, self._ledger)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
-        shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # what killed jobs and duplicates left
+        shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # left by killed jobs and duplicates
 
     def _report(self) -> None:
         stage, shards = self._stage, self._shards
-        rows = sum(map(len, shards))
-        done: float = sum(len(shards[index]) for index in self._done)
+        rows = len(shards.rows)
+        done: float = sum(map(shards.rows_of, self._done))
         begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
         notes = {
             index: read_record(stage.progress_file(index), ShardProgress)
             for index in begun & set(range(len(shards))) - self._done
         }
-        done += sum(min(len(shards[index]), note.done) for index, note in notes.items() if note)
-        # A job computes its shards in order; one that has begun none of them waits, or loads its program.
+        done += sum(min(shards.rows_of(index), note.done) for index, note in notes.items() if note)
+        # A job computes its shards in order; a job that has begun none is waiting or loading its program.
         undone = [[index for index in task if index not in self._done] for task in self._alive if begun & set(task)]
         at_work = {indices[0] for indices in undone if indices}
         earlier = stage.manifests(sorted(self._done)[-_PACED:])
@@ -191,7 +191,7 @@ class _Driver:
         self._on_progress(Progress(done, rows, left, len(shards), begun, self._done, self._failed))
 
     def _update(self) -> set[int]:
-        """Update what is done and what failed; return the shards that some job is at work on."""
+        """Update the finished and failed shards; return the shards of running jobs."""
         self._collect_done()
         busy: set[int] = set()
         lost: list[tuple[Submission, str, Task]] = []
@@ -206,7 +206,9 @@ class _Driver:
                 if alive is None or job_id in alive:
                     submission.missed[job_id] = missed if alive is None else 0
                 elif self._done.issuperset(task):
-                    submission.missed[job_id] = self._backend.polls_until_lost  # it is gone because it is ready
+                    submission.missed[job_id] = (
+                        self._backend.polls_until_lost
+                    )  # it has ended because its shards are done
                 elif missed < self._backend.polls_until_lost:
                     submission.missed[job_id] = missed + 1
                 if submission.missed[job_id] < self._backend.polls_until_lost:
@@ -218,7 +220,7 @@ class _Driver:
             if not left:
                 submission.closed = True
                 self._ledger.save()
-            # What earlier submissions no longer need, later ones may have.
+            # Later submissions may use the slots that earlier ones no longer need.
             elif submission.at_once < (room := min(left, limit - self._running)):
                 self._backend.set_parallelism(ids, room)
                 submission.at_once = room
@@ -233,11 +235,12 @@ class _Driver:
         return busy - self._done
 
     def _submitted(self) -> list[tuple[Submission, list[str]]]:
-        """Open submissions with the ids of their jobs; those of which the scheduler never told us are not among them."""
-        return [(one, one.ids) for one in self._ledger.open_submissions() if one.ids is not None]
+        """Return open submissions with the ids of their jobs, without those whose ids the scheduler never returned."""
+        opened = self._ledger.open_submissions()
+        return [(submission, submission.ids) for submission in opened if submission.ids is not None]
 
     def _collect_done(self) -> None:
-        present = set(os.listdir(self._stage.folder))  # one listing, not a look at every shard
+        present = set(os.listdir(self._stage.folder))  # one listing instead of a call a shard
         for index, key in enumerate(self._keys):
             if index in self._done or self._stage.manifest(index).name not in present:
                 continue
@@ -246,7 +249,7 @@ class _Driver:
                 self._failed.pop(index, None)
 
     def _handle_lost_job(self, submission: Submission, job_id: str, task: Task) -> None:
-        """Decide what becomes of the shards that a job, now gone, has left undone."""
+        """Retry or fail the unfinished shards of a lost job."""
         undone = [index for index in task if index not in self._done]
         if not undone:
             return
@@ -258,8 +261,7 @@ class _Driver:
             if failure is None or failure.job_id != job_id.split(":")[0]:
                 continue
             first, kind, reason, opening = index, failure.kind, failure.error, failure.opening
-        # A program that does not open fails every shard. Otherwise the task ended at this shard, and those after it were
-        # not tried.
+        # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.
         hit = set(range(len(self._shards))) - self._done if opening else {first}
         if kind in NOT_RETRIED:
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
@@ -284,13 +286,13 @@ class _Driver:
         )
 
     def _pause(self, failures_before: int) -> float:
-        """Submit nothing for a while, the longer the more often it has failed; return for how many seconds."""
+        """Submit nothing for a while, longer after each failure; return the seconds."""
         seconds = min(_LONGEST_BACKOFF, 2.0 ** min(failures_before, 10))
         self._next_submission = time.monotonic() + seconds
         return seconds
 
     def _count_loss_on_node(self, node: str | None, shard: int) -> None:
-        """One shard may be at fault itself; a node that loses several is."""
+        """Exclude a node that lost several shards; one lost shard may itself be the cause."""
         limit = self._resources.exclude_node_after
         if node is None or not limit:
             return
@@ -309,7 +311,7 @@ class _Driver:
         tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running)
         if not tasks:
             return
-        while self._unanswered:  # the scheduler answers again, and may have had the jobs all along
+        while self._unanswered:  # the scheduler may have accepted the jobs without answering
             close_submission(self._unanswered[-1], self._cluster, self._ledger)
             self._unanswered.pop()
         self._submit(tasks, self._avoid)
@@ -333,7 +335,7 @@ class _Driver:
         self._ledger.save()
 
     def _duplicate_stragglers(self, busy: set[int]) -> None:
-        """Start shards that take much longer than others once more; the first of the two results counts."""
+        """Start slow shards a second time; the first result counts."""
         factor = self._resources.duplicate_stragglers_after
         if factor is None:
             return
@@ -349,7 +351,7 @@ class _Driver:
         now = time.monotonic()
         self._stopwatch.look(set(at_work), self._done, now)
         if waiting or self._running >= self._resources.parallel_jobs:
-            return  # a copy would take the turn of a shard that nobody computes yet
+            return  # a copy would take the slot of a shard that waits
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(at_work) - self._duplicated):
             job_id, left = at_work[index]
             node = self._stage.node_of(job_id.split(":")[0])

@@ -1,4 +1,4 @@
-"""The ledger: which jobs were submitted for a stage, and which of them may still be at work."""
+"""The ledger: the jobs submitted for a stage, and which of them may still be running."""
 
 import logging
 from dataclasses import dataclass, field
@@ -22,19 +22,19 @@ _JobId = Annotated[str, Bound(pattern=r"^[0-9]{1,10}(_[0-9]{1,10}|:[0-9]{1,12}(\
 
 @dataclass
 class Submission:
-    """Jobs that were started together, as the ledger has them.
+    """Jobs that were submitted together: an entry of the ledger.
 
     Attributes:
-        name: of the jobs; no other submission has it.
-        work: hash of the keys of all shards: what the jobs were started for.
-        tasks: the shards of each job.
-        host: whose processes the jobs are; None for jobs of Slurm.
+        name: unique name of the jobs.
+        work: hash of the keys of all shards of the stage at submission.
+        tasks: shards of each job.
+        host: host of local jobs; None for Slurm jobs.
         at_once: how many of the jobs the scheduler may run at a time.
-        gpus: that each job was given.
-        ids: of the jobs; None until the scheduler has answered.
-        missed: looks in a row at which a job was not found.
-        lost: class of the loss of each job that went and left shards to be submitted again.
-        closed: no job is left.
+        gpus: GPUs of each job.
+        ids: ids of the jobs; None until the scheduler has answered.
+        missed: consecutive polls that did not find a job, by job id.
+        lost: class of the loss, by id, of each lost job whose shards were submitted again.
+        closed: whether all jobs have ended.
     """
 
     name: str
@@ -52,21 +52,21 @@ class Submission:
 def _read_submissions(file: Path) -> list[Submission]:
     try:
         submissions = TypeAdapter(list[Submission]).validate_python(read_json(file))
-        matched = all(one.ids is None or len(one.ids) == len(one.tasks) for one in submissions)
+        consistent = all(entry.ids is None or len(entry.ids) == len(entry.tasks) for entry in submissions)
     except ValidationError:
-        matched = False
-    if not matched:
-        # Taken for empty, it would have jobs that are still at work started a second time.
+        consistent = False
+    if not consistent:
+        # Treating it as empty would start running jobs a second time.
         raise UserError(
-            f"{file}: damaged, so that nobody knows which jobs may still be at work. End those that are (Slurm: squeue --me, "
-            "names that begin with montessori-; local: cluster.supervisor or submitit), then remove the file and "
-            "resume the run: what is done is kept"
+            f"{file} is corrupt: cannot tell which jobs are still running. End them (Slurm: squeue --me, names that "
+            "begin with montessori-; local: processes of cluster.supervisor or submitit), then remove the file and "
+            "resume the run; finished shards are kept"
         )
     return submissions
 
 
 class Ledger:
-    """The submissions of a stage, on disk before and after each is made."""
+    """The submissions of a stage, saved before and after each submission."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,14 +85,14 @@ class Ledger:
 
 
 def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-    """End the jobs of a submission, those whose ids were never noted included."""
+    """End the jobs of a submission, even if their ids were never recorded."""
     backend = backend_at(submission.host, cluster)
     if backend is None:
-        # Commits are atomic, and the first result of a shard counts: they do no harm.
-        log.warning("jobs named %s may run on, as processes of %s", submission.name, submission.host)
+        # They do no harm: commits are atomic, and the first result of a shard counts.
+        log.warning("jobs named %s may still run on host %s", submission.name, submission.host)
     elif submission.ids is None:
         backend.cancel(backend.find(submission.name, ledger.folder / submission.name))
-        submission.tasks = []  # a scheduler may refuse for days, and the ledger is written again at every turn
+        submission.tasks = []  # keep the ledger small: a scheduler may reject submissions for days
     else:
         backend.cancel(submission.ids)
     submission.closed = True

@@ -1,7 +1,7 @@
-"""Partial commits: finished rows of a shard, written every half minute, so that a lost job loses no more than that.
+"""Partial commits: finished rows of a shard, written every 30 seconds, so that a lost job loses no more than that.
 
-A partial file holds the records of some rows. Its name carries the shard's index and key, so that rows of another shard
-or of other settings are never taken for its own, and a hash of the positions inside. It is removed once its shard is done.
+A partial file holds the records of some rows. Its name has the shard's index and key, so that rows of other shards or
+settings are never used, and a hash of the positions inside. It is removed when its shard is done.
 """
 
 import json
@@ -22,13 +22,13 @@ from montessori_core.files import hash_json, write_json
 from montessori_core.program import Report, Row, RowProgram
 
 COMMIT_SECONDS = 30.0
-"""Time between two partial commits."""
+"""Seconds between two partial commits."""
 _POSITIONS = b"montessori.positions"
 """Metadata of a partial file: [[position in the shard, number of its records], ...] in the order of the records."""
 
 
 def compute_rows(
-    program: RowProgram,
+    program: RowProgram[Any],
     rows: list[Row],
     folder: Path,
     index: int,
@@ -37,22 +37,22 @@ def compute_rows(
     report: Report,
     seconds: float = COMMIT_SECONDS,
 ) -> None:
-    """Compute the rows of a shard that are in no partial file, and write the table of all of them.
+    """Compute the rows of a shard that are in no partial file, and write the table of all its rows.
 
-    The bytes of the table depend on rows and program alone, not on how often the work was interrupted.
+    The bytes of the table depend only on rows and program, not on interruptions.
 
     Args:
         program: computes the rows.
         rows: of the shard.
-        folder: of the stage's partial files.
+        folder: the stage's folder of partial files.
         index: of the shard.
         key: of the shard.
         output: path of the table.
-        report: called with the number of rows of the shard that are done.
+        report: called with the number of finished rows of the shard.
         seconds: between two partial commits.
 
     Raises:
-        RuntimeError: the program returned and left rows unfinished.
+        RuntimeError: the program returned before all rows were finished.
     """
     folder.mkdir(exist_ok=True)
     recorder = ShardRecorder(folder, index, key, len(rows), program.schema, report, seconds)
@@ -75,8 +75,8 @@ def remove_partial_files(folder: Path, index: int) -> None:
 class ShardRecorder:
     """The `Recorder` of a shard.
 
-    The program knows rows by their position among the unfinished ones, files by their position in the shard. Two jobs may
-    work on one shard: each joins what it has in memory, so neither needs files that the other may remove.
+    The program counts positions among the unfinished rows, files count them in the shard. Two jobs may compute the same
+    shard: each joins the rows it has in memory, so that neither needs files that the other may remove.
 
     Attributes:
         unfinished: positions in the shard of the rows to compute.
@@ -86,7 +86,7 @@ class ShardRecorder:
     def __init__(
         self, folder: Path, index: int, key: str, rows: int, schema: pa.Schema, report: Report, seconds: float
     ) -> None:
-        """Read the partial files of a shard; what is damaged counts as not there."""
+        """Read the partial files of a shard; damaged files are ignored."""
         self._stem = folder / f"{index:05d}-{key[:16]}"
         self._rows, self._schema, self._report, self._seconds = rows, schema, report, seconds
         self._tables: dict[int, pa.Table] = {}
@@ -119,7 +119,7 @@ class ShardRecorder:
             return
         self.commit()
         offered = {self.unfinished[number]: draft for number, draft in drafts().items()}
-        drafts_by_position = self._drafts | offered  # rows that the program has not come to yet keep theirs
+        drafts_by_position = self._drafts | offered  # rows that the program has not reached keep their drafts
         self._drafts = {p: draft for p, draft in drafts_by_position.items() if p not in self._tables}
         text = json.dumps(self._drafts)
         write_json({"drafts": text, "sha256": hash_json(text)}, self._draft_file, durable=False)
@@ -133,7 +133,7 @@ class ShardRecorder:
             self.commit()
 
     def commit(self) -> None:
-        """Write the rows that were finished since the last commit. A signal's handler may commit in the midst of it."""
+        """Write the rows that were finished since the last commit; a signal handler may interrupt it with another commit."""
         pending = dict(self._pending)
         table, positions = self._hold(pending)
         if positions:
@@ -158,7 +158,7 @@ class ShardRecorder:
         return pa.concat_tables([self._schema.empty_table(), *tables])
 
     def _hold(self, pending: Mapping[int, list[Row]]) -> tuple[pa.Table, list[list[int]]]:
-        """Hold pending rows as a table; return it, and the positions of its records."""
+        """Turn pending rows into a table and keep it; return it and the positions of its records."""
         table = table_from_rows([record for records in pending.values() for record in records], self._schema)
         positions = [[position, len(records)] for position, records in pending.items()]
         self._tables |= _split(table, positions)
@@ -166,7 +166,7 @@ class ShardRecorder:
 
 
 def _split(table: pa.Table, positions: list[list[int]]) -> dict[int, pa.Table]:
-    """The records of each row."""
+    """Return the records of each row."""
     tables, start = {}, 0
     for position, count in positions:
         tables[position] = table.slice(start, count)
@@ -175,19 +175,19 @@ def _split(table: pa.Table, positions: list[list[int]]) -> dict[int, pa.Table]:
 
 
 def _read_partial(path: Path, schema: pa.Schema) -> dict[int, pa.Table]:
-    """The records of each row in a partial file; none if it is damaged."""
+    """Return the records of each row in a partial file; nothing if it is damaged."""
     try:
         table = read_table(path, schema)
         positions = json.loads((table.schema.metadata or {})[_POSITIONS])
     except (DataError, LookupError, ValueError):
         return {}
-    # Checksums cover the records, not the metadata; the name covers that.
+    # Checksums cover the records, the file's name covers the metadata.
     return _split(table, positions) if path.stem.endswith(hash_json(positions)[:16]) else {}
 
 
 @contextmanager
 def _commit_before_leaving(recorder: ShardRecorder) -> Iterator[None]:
-    """Commit when the scheduler says that the job has to go, then have submitit put it back into the queue."""
+    """Commit when the scheduler's signal ends the job, then let submitit requeue it."""
     leave = signal.getsignal(signal.SIGUSR2)
     if not callable(leave):
         yield

@@ -1,4 +1,4 @@
-"""How fast a stage is, from what its jobs measure themselves: neither loading models nor what was done before counts."""
+"""Throughput of a stage, as its jobs measure it; loading models and rows from earlier jobs do not count."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -6,19 +6,21 @@ from collections.abc import Iterable, Sequence
 from cluster.records import Manifest, ShardProgress
 
 
-def rows_per_second(at_work: Sequence[ShardProgress | None], done: Iterable[Manifest]) -> float | None:
-    """Rows that the jobs at work compute in a second together; None before any of them, or one before them, has a pace.
+def rows_per_second(running: Sequence[ShardProgress | None], done: Iterable[Manifest]) -> float | None:
+    """Return the rows per second of all running jobs together; None while there is no measurement.
 
     Args:
-        at_work: what is noted of each shard that a job computes now; None of one whose job has said nothing yet.
-        done: of shards that are done, for jobs that have no pace yet.
+        running: progress of each shard that a job computes now; None if its job has reported none.
+        done: manifests of finished shards; their median stands in for running shards without a measurement.
     """
-    paces = [begun.row_seconds if begun else None for begun in at_work]
-    known = [pace for pace in paces if pace] or [pace for manifest in done if (pace := _row_seconds(manifest))]
-    if not known:
+    seconds = [progress.row_seconds if progress else None for progress in running]
+    measured = [value for value in seconds if value] or [
+        value for manifest in done if (value := _row_seconds(manifest))
+    ]
+    if not measured:
         return None
-    typical = statistics.median(known)
-    return sum(1 / (pace or typical) for pace in paces) or None
+    median = statistics.median(measured)
+    return sum(1 / (value or median) for value in seconds) or None
 
 
 def _row_seconds(manifest: Manifest) -> float | None:

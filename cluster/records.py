@@ -1,7 +1,6 @@
-"""What a stage, its jobs and its driver note on disk, and how it is read back.
+"""The JSON records that a stage, its jobs and its driver keep on disk.
 
-A note that is missing, not whole, or not of its kind counts as not there: what it would have said is then found out, or
-done, again.
+A record that is missing, truncated or of another kind reads as None; whoever needs it does the work again.
 """
 
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from montessori_core.files import read_json
-from montessori_core.program import Row
 
 _Amount = Annotated[int, Field(ge=0, lt=10**30)]
 _Seconds = Annotated[float, Field(ge=0.0, lt=1e15)]
@@ -24,7 +22,7 @@ class Record(BaseModel):
 
 
 class Description(Record):
-    """A stage, as its workers are told of it; see `cluster.stage.Stage`. `shards` is how many there are."""
+    """A stage as its workers read it, and how its rows are cut; see `cluster.stage.Stage`."""
 
     program: str
     version: int
@@ -35,18 +33,13 @@ class Description(Record):
     input_hashes: dict[str, str]
     suffix: str
     kind: str = ""
-    shards: Annotated[int, Field(ge=0, lt=10**7)]
-
-
-class Shard(Record):
-    """Rows, and the key that says what their result is decided by."""
-
-    key: str
-    rows: list[Row]
+    rows: Annotated[int, Field(ge=0, lt=10**10)]
+    rows_per_shard: Annotated[int, Field(ge=1, lt=10**10)]
+    shards: Annotated[int, Field(ge=1, lt=10**7)]
 
 
 class Manifest(Record):
-    """That a shard is done: its key and rows, bytes and hash of its result, and what that took."""
+    """A finished shard: its key and rows, bytes and hash of its result, and what it cost."""
 
     key: str
     rows: _Amount
@@ -60,21 +53,21 @@ class Manifest(Record):
 
 
 class ShardProgress(Record):
-    """How many rows of a shard at work are done, in fractions, and how long its job takes for one."""
+    """Progress of a running shard: rows done, in fractions, and seconds a row."""
 
     done: _Rows
     row_seconds: _Seconds | None = None
 
 
 class DraftRows(Record):
-    """State of rows that a program has not finished, by position in the shard: JSON as text, and a hash of it."""
+    """State of unfinished rows by their position in the shard: JSON text, and its hash."""
 
     drafts: str
     sha256: str
 
 
 class Failure(Record):
-    """Why a shard failed; `opening` says that the program could not even be opened."""
+    """Why a shard failed; `opening` is true if the program failed to open."""
 
     job_id: str
     attempt: str
@@ -85,7 +78,7 @@ class Failure(Record):
 
 
 class JobStart(Record):
-    """Where a job started last, and how often Slurm had put it back into the queue before."""
+    """The node where a job last started, and how often Slurm had requeued it before."""
 
     node: str
     restarts: _Amount
@@ -95,7 +88,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
-    """Read a note; None if it is missing, not whole, or not of its kind."""
+    """Read a record; None if it is missing, truncated or of another kind."""
     try:
         return kind.model_validate(read_json(path))
     except ValidationError:

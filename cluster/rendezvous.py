@@ -1,7 +1,6 @@
-"""How the processes of one job find each other: rank 0 opens torch's store and says on the shared file system where.
+"""Rendezvous of a job's processes: rank 0 opens torch's TCPStore and writes its address to the shared file system.
 
-The store listens before its port is told to anyone. A port that is only looked up, and opened later, another job on the
-same node can take in between.
+The store listens before its port is published: another job on the node could take a port that is only reserved.
 """
 
 import os
@@ -13,31 +12,31 @@ import submitit
 
 from montessori_core.files import read_json, write_json
 
-_PATIENCE = 300.0  # seconds that ranks wait for rank 0, whose node may start last
+_TIMEOUT = 300.0  # seconds; the node of rank 0 may start last
 _open_stores: list[Any] = []  # for as long as the process lives
 
 
 def join_processes(environment: submitit.JobEnvironment, folder: Path) -> None:
-    """Set the variables by which torch.distributed starts; a job of one process is a world of one.
+    """Set the environment variables that torch.distributed reads; a job of one process has world size 1.
 
     Raises:
-        TimeoutError: rank 0 did not announce itself.
+        TimeoutError: rank 0 did not write its address.
     """
     if environment.num_tasks == 1:
-        _export("127.0.0.1", 0, environment)  # whichever port is free when torch opens its store
+        _export("127.0.0.1", 0, environment)  # port 0: torch takes a free one
         return
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     announcement = folder / f"rendezvous-{environment.job_id}-{attempt}.json"
     if environment.global_rank == 0:
         host = environment.hostname if environment.num_nodes > 1 else "127.0.0.1"
         write_json({"host": host, "port": _open_store(host)}, announcement)
-    deadline = time.monotonic() + _PATIENCE
-    while (found := read_json(announcement)) is None:
+    deadline = time.monotonic() + _TIMEOUT
+    while (address := read_json(announcement)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank 0 did not write {announcement} within {_PATIENCE:.0f} s: did its node start?")
+            raise TimeoutError(f"rank 0 did not write {announcement} within {_TIMEOUT:.0f} s: did its node start?")
         time.sleep(0.1)
-    _export(found["host"], found["port"], environment)
-    # The store is there already: rank 0, too, only connects to it. (torch's own launcher works like this.)
+    _export(address["host"], address["port"], environment)
+    # All ranks, 0 included, connect to the existing store, as with torchrun.
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=attempt)
 
 

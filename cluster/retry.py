@@ -1,6 +1,6 @@
-"""Which losses and failures are tried again, and how often."""
+"""Which losses and failures are retried, and how often."""
 
-NOT_RETRIED = ("code_error", "disk_full")  # of what a job says of itself: trying again would end the same
+NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
 REMEDIES = {
     "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
     "time_limit": "; raise time_limit_minutes of the stage in cluster.resources, or make its shards smaller",
@@ -8,7 +8,7 @@ REMEDIES = {
 
 
 def classify_loss(reason: str) -> str:
-    """The class of a loss that the job itself could not report, from what the scheduler says of it."""
+    """Classify a loss that the job could not report itself, from the scheduler's reason."""
     classes = {
         "PREEMPTED": "preempted",
         "NODE_FAIL": "node_failure",
@@ -22,11 +22,9 @@ def classify_loss(reason: str) -> str:
 
 
 def allowed_retries(kind: str, infrastructure_retries: int) -> int:
-    """How often a shard is submitted again after losses of a class.
-
-    Memory that ran out once may have been another job's; a preempted job did nothing wrong.
-    """
-    factors = {"preempted": 10, "node_failure": 2}
+    """Return how often a shard is submitted again after losses of a class."""
+    factors = {"preempted": 10, "node_failure": 2}  # the shard is not at fault
+    # Another job on the node may have used up the memory: one retry.
     if kind == "out_of_memory":
         return min(1, infrastructure_retries)
     return factors.get(kind, 1) * infrastructure_retries

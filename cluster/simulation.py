@@ -1,9 +1,9 @@
-"""How long stages take on a cluster that fails, preempts and lets jobs wait: a discrete-event simulation of the fan-out.
+"""Discrete-event simulation of the fan-out on a cluster with node failures, preemption and queueing.
 
-Stages come one after the other, as in a run. So many jobs of a stage are at work at a time as the nodes hold and
-`parallel_jobs` allows; a job opens its program, then computes its shards. One that is lost, preempted or at its time limit
-goes back into the queue, where Slurm puts it, and goes on from the last commit or checkpoint that it saved. Not simulated:
-straggler copies, nodes excluded after they lost several shards, errors of code. Jobs of several nodes take fixed groups.
+Stages run one after the other, as in a run. A stage runs as many jobs at a time as the nodes hold and `parallel_jobs` allows;
+a job opens its program, then computes its shards. A job that is lost, preempted or at its time limit is requeued, as by
+Slurm, and resumes from its last commit or checkpoint. Not simulated: copies of stragglers, exclusion of nodes that lost
+several shards, errors of code. Jobs of several nodes run on fixed groups of nodes.
 """
 
 import math
@@ -16,9 +16,9 @@ import simpy
 
 from montessori_core.errors import UserError
 
-Happening = Generator[simpy.Event, Any, Any]
-_HOPELESS = 8.0
-"""Logarithm of how often a job may start on average before something of it is saved."""
+Events = Generator[simpy.Event, Any, Any]
+_MAX_LOG_STARTS = 8.0
+"""Give up if a job needs more than e^8 expected starts to reach its first checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class ClusterSpec:
     """The nodes that jobs run on.
 
     Attributes:
-        nodes: how many.
-        gpus: of each.
-        cpus: cores of each.
+        nodes: number of nodes.
+        gpus: GPUs of each node.
+        cpus: cores of each node.
     """
 
     nodes: int
@@ -38,17 +38,15 @@ class ClusterSpec:
 
 @dataclass(frozen=True)
 class FailureModel:
-    """What happens to nodes and jobs. Times between events and waits in the queue are exponentially distributed.
+    """Failures, preemption and queueing. Times between events and waits in the queue are exponentially distributed.
 
     Attributes:
-        node_failure_hours: mean time that a node works until it fails; infinite if it never does.
-        notice_seconds: from a node's failure until the scheduler puts its jobs back (Slurm: SlurmdTimeout).
-        repair_minutes: until the node is back.
-        preemption_hours: mean time that a job runs until it is preempted; infinite if it never is.
-        requeue_seconds: before a job that was put back may start again (Slurm: until its credential, `cred_expire`, is
-            void).
-        queue_minutes: mean wait of a submission, and of a job that was put back, before it may have a node, because of
-            other people's jobs.
+        node_failure_hours: mean uptime of a node until it fails; infinite: never.
+        notice_seconds: time from a node's failure until the scheduler requeues its jobs (Slurm: SlurmdTimeout).
+        repair_minutes: time from a node's failure until it is up again.
+        preemption_hours: mean running time of a job until it is preempted; infinite: never.
+        requeue_seconds: time until a requeued job may start again (Slurm: until its credential expires, `cred_expire`).
+        queue_minutes: mean wait of a submission or a requeued job for a node, because of other users' jobs.
     """
 
     node_failure_hours: float = math.inf
@@ -61,17 +59,17 @@ class FailureModel:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage to be done.
+    """A stage to simulate.
 
     Attributes:
-        name: for people.
-        jobs: [jobs][shards], seconds that each shard takes on average.
+        name: name in tables.
+        jobs: [jobs][shards], mean seconds of each shard.
         spread: standard deviation of the logarithm of a shard's seconds.
         opening: seconds from a job's start until its program can compute.
-        saved_every: seconds of work between two savings within a shard; infinite if only whole shards are saved.
-        nodes, gpus, cpus: that a job takes: nodes, and on each of them GPUs and cores.
-        at_once: most jobs at a time.
-        limit: seconds after which a job is put back into the queue.
+        saved_every: seconds between two commits within a shard; infinite if only whole shards are committed.
+        nodes, gpus, cpus: resources of a job: nodes, and GPUs and cores of each.
+        at_once: maximum number of jobs at a time.
+        limit: time limit in seconds, after which a job is requeued.
         around: seconds of the driver, to plan and submit the stage and to join its results.
     """
 
@@ -90,13 +88,13 @@ class Work:
 
 @dataclass
 class StageTiming:
-    """What a stage took.
+    """Simulated time of a stage.
 
     Attributes:
-        seconds: from beginning to end.
-        job_seconds: of all its jobs together, those that were lost included.
-        lost_seconds: of these, all but the work that was kept and each job's first opening.
-        restarts: jobs that went back into the queue.
+        seconds: wall time.
+        job_seconds: total time of all jobs, lost jobs included.
+        lost_seconds: job_seconds without committed work and the first opening of each job.
+        restarts: how often jobs were requeued.
     """
 
     seconds: float = 0.0
@@ -105,62 +103,63 @@ class StageTiming:
     restarts: int = 0
 
 
-def room(work: Work, machines: ClusterSpec) -> int:
-    """How many jobs of a stage the nodes hold at a time.
+def capacity(work: Work, machines: ClusterSpec) -> int:
+    """Return how many jobs of a stage the nodes hold at a time.
 
     Raises:
-        UserError: not one.
+        UserError: they hold none.
     """
-    on_a_node = min(machines.cpus // work.cpus, machines.gpus // work.gpus if work.gpus else machines.cpus)
-    held = on_a_node * (machines.nodes // work.nodes)
-    if not held:
+    per_node = min(machines.cpus // work.cpus, machines.gpus // work.gpus if work.gpus else machines.cpus)
+    jobs = per_node * (machines.nodes // work.nodes)
+    if not jobs:
         raise UserError(
-            f"{work.name}: a job takes {work.nodes} nodes with {work.gpus} GPUs and {work.cpus} cores each, and there are "
+            f"{work.name}: a job needs {work.nodes} nodes with {work.gpus} GPUs and {work.cpus} cores each, but there are "
             f"{machines.nodes} with {machines.gpus} and {machines.cpus}; see cluster.resources"
         )
-    return held
+    return jobs
 
 
-def simulate(stages: Sequence[Work], machines: ClusterSpec, disturbances: FailureModel, seed: int) -> list[StageTiming]:
-    """Do stages one after the other; what each took.
+def simulate(stages: Sequence[Work], machines: ClusterSpec, failures: FailureModel, seed: int) -> list[StageTiming]:
+    """Simulate stages one after the other; return the time of each.
 
     Raises:
-        UserError: a job fits on no node, or its time limit leaves it no time to get on.
+        UserError: a job fits on no node, or cannot reach a commit within its time limit.
     """
     for work in stages:
-        room(work, machines)
+        capacity(work, machines)
     environment, draw = simpy.Environment(), Random(seed)
     nodes = [_Node(environment) for _ in range(machines.nodes)]
-    if math.isfinite(disturbances.node_failure_hours):
+    if math.isfinite(failures.node_failure_hours):
         for node in nodes:
-            environment.process(node.live(disturbances, draw))
-    spent = [StageTiming() for _ in stages]
+            environment.process(node.live(failures, draw))
+    timings = [StageTiming() for _ in stages]
 
-    def one_after_the_other() -> Happening:
-        for work, own in zip(stages, spent, strict=True):
-            begun = environment.now
-            yield from _Stage(environment, work, machines, nodes, disturbances, draw, own).run()
-            own.seconds = environment.now - begun
+    def run_stages() -> Events:
+        for work, timing in zip(stages, timings, strict=True):
+            start = environment.now
+            yield from _Stage(environment, work, machines, nodes, failures, draw, timing).run()
+            timing.seconds = environment.now - start
 
-    environment.run(environment.process(one_after_the_other()))
-    return spent
+    environment.run(environment.process(run_stages()))
+    return timings
 
 
-def _check_that_a_job_gets_on(shards: Sequence[float], work: Work, disturbances: FailureModel) -> None:
-    first_saved = min(work.saved_every, max(shards))
-    least = work.opening + first_saved
-    if least >= work.limit:
+def _check_job_progress(shards: Sequence[float], work: Work, failures: FailureModel) -> None:
+    interval = min(work.saved_every, max(shards))
+    first_commit = work.opening + interval
+    if first_commit >= work.limit:
         raise UserError(
-            f"{work.name}: a job takes {work.opening:.0f} s to begin, then saves after {first_saved:.0f} s: "
-            f"within its time limit of {work.limit:.0f} s it would never get on; raise time_limit_minutes in "
+            f"{work.name}: a job opens its program in {work.opening:.0f} s and commits after another {interval:.0f} s: "
+            f"it would never progress within its time limit of {work.limit:.0f} s; raise time_limit_minutes in "
             "cluster.resources, or make shards smaller"
         )
-    # Of a memoryless life, a job gets on once in e^(least / life) starts.
-    rate = (work.nodes / disturbances.node_failure_hours + 1 / disturbances.preemption_hours) / 3600
-    if least * rate > _HOPELESS:
+    # With exponential lifetimes, one start in e^(first_commit * rate) reaches the first commit.
+    rate = (work.nodes / failures.node_failure_hours + 1 / failures.preemption_hours) / 3600
+    if first_commit * rate > _MAX_LOG_STARTS:
         raise UserError(
-            f"{work.name}: a job takes {work.opening:.0f} s to begin, then saves after {first_saved:.0f} s, and lives for "
-            f"{1 / rate:.0f} s on average: it would hardly ever get on; fewer failures or preemptions, or smaller shards"
+            f"{work.name}: a job opens its program in {work.opening:.0f} s and commits after another {interval:.0f} s, but "
+            f"is lost after {1 / rate:.0f} s on average: it would hardly ever progress; assume fewer failures or "
+            "preemptions, or make shards smaller"
         )
 
 
@@ -169,115 +168,118 @@ class _Node:
 
     def __init__(self, environment: simpy.Environment) -> None:
         self._environment = environment
-        self.jobs: dict[simpy.Process, None] = {}  # in order, so that a seed has one outcome
+        self.jobs: dict[simpy.Process, None] = {}  # a dict keeps the order, so a seed has one outcome
         self.up = environment.event().succeed()
 
-    def live(self, disturbances: FailureModel, draw: Random) -> Happening:
-        """Work, fail, be repaired, and so on."""
+    def live(self, failures: FailureModel, draw: Random) -> Events:
+        """Alternate between uptime and repair."""
         while True:
-            yield self._environment.timeout(draw.expovariate(1 / (3600 * disturbances.node_failure_hours)))
+            yield self._environment.timeout(draw.expovariate(1 / (3600 * failures.node_failure_hours)))
             self.up = self._environment.event()
             for job in list(self.jobs):
                 job.interrupt()
-            yield self._environment.timeout(60 * disturbances.repair_minutes)
+            yield self._environment.timeout(60 * failures.repair_minutes)
             self.up.succeed()
 
 
 @dataclass
 class _Stage:
-    """A stage at work."""
+    """A running stage."""
 
     environment: simpy.Environment
     work: Work
     machines: ClusterSpec
     nodes: list[_Node]
-    disturbances: FailureModel
+    failures: FailureModel
     draw: Random
-    spent: StageTiming
+    timing: StageTiming
     turns: simpy.Resource = field(init=False)
-    places: simpy.Store = field(init=False)
+    free_groups: simpy.Store = field(init=False)
 
-    def run(self) -> Happening:
-        """Everything from the driver's call to its return."""
+    def run(self) -> Events:
+        """Run the stage from the driver's call to its return."""
         self.turns = simpy.Resource(self.environment, self.work.at_once)
-        self.places = simpy.Store(self.environment)
+        self.free_groups = simpy.Store(self.environment)
         groups = [
             self.nodes[first : first + self.work.nodes]
             for first in range(0, len(self.nodes) - self.work.nodes + 1, self.work.nodes)
         ]
-        # Jobs are spread over the nodes, as a scheduler would.
-        for _ in range(room(self.work, self.machines) // len(groups)):
+        # Spread jobs over the nodes, as a scheduler does.
+        for _ in range(capacity(self.work, self.machines) // len(groups)):
             for group in groups:
-                self.places.put(group)
+                self.free_groups.put(group)
         yield self.environment.timeout(self.work.around)
         yield self._queue()
         yield self.environment.all_of([self.environment.process(self._job(list(shards))) for shards in self.work.jobs])
 
     def _queue(self) -> simpy.Event:
-        minutes = self.disturbances.queue_minutes
+        minutes = self.failures.queue_minutes
         return self.environment.timeout(self.draw.expovariate(1 / (60 * minutes)) if minutes else 0.0)
 
-    def _job(self, shards: list[float]) -> Happening:
-        """One job, until all its shards are done."""
+    def _job(self, shards: list[float]) -> Events:
+        """Run one job until all its shards are done."""
         spread = self.work.spread
         # The mean of this factor is 1.
         shards = [seconds * self.draw.lognormvariate(-(spread**2) / 2, spread) for seconds in shards]
-        _check_that_a_job_gets_on(shards, self.work, self.disturbances)
-        kept, left, first = 0.0, sum(shards), True
+        _check_job_progress(shards, self.work, self.failures)
+        committed, remaining, first = 0.0, sum(shards), True
         while True:
             with self.turns.request() as turn:
                 yield turn
-                group = yield from self._place()
-                began = self.environment.now
-                worked = yield from self._at_work(group, left)
-                self.spent.job_seconds += (took := self.environment.now - began)
-                gone_on = left if worked >= left else max(0.0, self._saved(shards, kept + worked) - kept)
-                self.spent.lost_seconds += took - gone_on - (self.work.opening if first else 0.0)
-                self.places.put(group)
-            if gone_on >= left:
+                group = yield from self._take_nodes()
+                start = self.environment.now
+                worked = yield from self._run_job(group, remaining)
+                self.timing.job_seconds += (duration := self.environment.now - start)
+                if worked >= remaining:
+                    progress = remaining
+                else:
+                    progress = max(0.0, self._committed(shards, committed + worked) - committed)
+                self.timing.lost_seconds += duration - progress - (self.work.opening if first else 0.0)
+                self.free_groups.put(group)
+            if progress >= remaining:
                 return
-            kept, left, first = kept + gone_on, left - gone_on, False
-            self.spent.restarts += 1
-            yield self.environment.timeout(self.disturbances.requeue_seconds)
+            committed, remaining, first = committed + progress, remaining - progress, False
+            self.timing.restarts += 1
+            yield self.environment.timeout(self.failures.requeue_seconds)
             yield self._queue()
 
-    def _place(self) -> Generator[simpy.Event, Any, list[_Node]]:
-        """Nodes to run on; those that are down come back by themselves."""
+    def _take_nodes(self) -> Generator[simpy.Event, Any, list[_Node]]:
+        """Take a group of nodes that are up; groups with nodes that are down are put back after the repair."""
         while True:
-            group: list[_Node] = yield self.places.get()
+            group: list[_Node] = yield self.free_groups.get()
             down = [node.up for node in group if not node.up.triggered]
             if not down:
                 return group
-            self.environment.process(self._return(group, down))
+            self.environment.process(self._return_nodes(group, down))
 
-    def _return(self, group: list[_Node], down: list[simpy.Event]) -> Happening:
+    def _return_nodes(self, group: list[_Node], down: list[simpy.Event]) -> Events:
         yield self.environment.all_of(down)
-        yield self.places.put(group)
+        yield self.free_groups.put(group)
 
-    def _at_work(self, group: list[_Node], left: float) -> Generator[simpy.Event, Any, float]:
-        """Seconds of work that a start of a job did, of those that are left; nodes are held until the loss is noticed."""
-        began, whole = self.environment.now, self.work.opening + left
-        until = min(whole, self.work.limit)
-        if math.isfinite(self.disturbances.preemption_hours):
-            until = min(until, self.draw.expovariate(1 / (3600 * self.disturbances.preemption_hours)))
+    def _run_job(self, group: list[_Node], remaining: float) -> Generator[simpy.Event, Any, float]:
+        """Run a job once; return its seconds of work. A failed node stays occupied until the failure is noticed."""
+        start, total = self.environment.now, self.work.opening + remaining
+        until = min(total, self.work.limit)
+        if math.isfinite(self.failures.preemption_hours):
+            until = min(until, self.draw.expovariate(1 / (3600 * self.failures.preemption_hours)))
         job = cast(simpy.Process, self.environment.active_process)
         for node in group:
             node.jobs[job] = None
         try:
             yield self.environment.timeout(until)
-            return left if until == whole else max(0.0, until - self.work.opening)
+            return remaining if until == total else max(0.0, until - self.work.opening)
         except simpy.Interrupt:
-            worked = max(0.0, self.environment.now - began - self.work.opening)
+            worked = max(0.0, self.environment.now - start - self.work.opening)
             for node in group:
-                node.jobs.pop(job, None)  # another of its nodes may fail before this is noticed
-            yield self.environment.timeout(self.disturbances.notice_seconds)
+                node.jobs.pop(job, None)  # a second of its nodes may fail in the meantime
+            yield self.environment.timeout(self.failures.notice_seconds)
             return worked
         finally:
             for node in group:
                 node.jobs.pop(job, None)
 
-    def _saved(self, shards: list[float], worked: float) -> float:
-        """Of so many seconds of work at shards, those that are on disk."""
+    def _committed(self, shards: list[float], worked: float) -> float:
+        """Return how many of `worked` seconds of work are committed."""
         before = 0.0
         for seconds in shards:
             if before + seconds > worked:

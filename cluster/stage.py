@@ -1,17 +1,16 @@
 """A stage of work cut into shards, and the folder that says which of them are done.
 
-A shard's key hashes everything that decides its result and nothing else. It is done when its manifest is valid and
-carries that key; that a file exists proves nothing. Layout of a stage's folder:
+A shard's key is a hash of everything that decides its result, and of nothing else. A shard is done when its manifest is valid
+and has that key; a file that exists proves nothing. The folder of a stage:
 
-    stage.json                        program, settings, inputs
-    shards/00003.json                 key and rows of shard 3
-    part-00003.parquet | part-00003/  its result
-    part-00003.manifest.json          key, rows, bytes and hash of the result: written last
-    partial/                          finished rows of shards at work
+    stage.json                        program, settings, inputs; number of rows, in all and per shard
+    rows.parquet                      input rows of all shards
+    part-00003.parquet | part-00003/  result of shard 3
+    part-00003.manifest.json          key, rows, bytes and hash of the result; written last
+    partial/                          finished rows of unfinished shards
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,43 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.records import Description, JobStart, Manifest, Shard, read_record
-from montessori_core.errors import UserError
+import numpy as np
+import pyarrow as pa
+
+from cluster.records import Description, JobStart, Manifest, read_record
+from cluster.shards import Shards
+from montessori_core.data.rows import Rows
+from montessori_core.data.tables import open_parquet, take_rows, write_table
+from montessori_core.errors import DataError, UserError
 from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
 from montessori_core.models import flops
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Program, SettingsT
 
-
-def cut_into_shards(rows: list[Row], size: int) -> list[list[Row]]:
-    """[shards][rows], `size` rows each but the last."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def shard_size(rows: int, jobs: int, largest: int) -> int:
-    """Rows of a shard, so that every one of so many jobs has as many shards as the others; at most `largest`."""
-    shards_of_job = max(1, math.ceil(rows / (jobs * largest)))
-    return max(1, math.ceil(rows / (jobs * shards_of_job)))
-
-
-def cut_for_jobs(folder: Path, rows: list[Row], jobs: int, largest: int) -> list[list[Row]]:
-    """[shards][rows] of `shard_size`; or as so many rows of the stage in `folder` were cut before.
-
-    The rows of a shard are part of its key: a run that is resumed with more or fewer jobs keeps what is done.
-    """
-    first, before = (
-        read_record(folder / "shards" / "00000.json", Shard),
-        read_record(folder / "stage.json", Description),
-    )
-    size = shard_size(len(rows), jobs, largest)
-    if first and before and first.rows and math.ceil(len(rows) / len(first.rows)) == before.shards:
-        size = len(first.rows)
-    return cut_into_shards(rows, size)
+_REMEDY = "resume the run, which writes it again"
 
 
 class RowClock:
-    """What a job calls as rows of a shard get done, in fractions: notes how many, and how long a row takes.
+    """Records how many rows of a shard are done, in fractions, and how long a row takes.
 
-    The first call says where the job starts: what was done before has no part in its pace.
+    The first call says where the job starts: rows that were done before do not count for its pace.
     """
 
     def __init__(self, file: Path, pause: float = 0.5) -> None:
@@ -65,7 +46,7 @@ class RowClock:
         self._last = (0.0, 0.0)
 
     def __call__(self, done: float) -> None:
-        """So many rows are done."""
+        """Record that `done` rows are done."""
         now = time.monotonic()
         self._first, self._last = self._first or (now, done), (now, done)
         if now - self._written >= self._pause:
@@ -74,46 +55,46 @@ class RowClock:
 
     @property
     def row_seconds(self) -> float | None:
-        """From the first call to the last, so that what comes before and after rows is not in it; None until one more."""
+        """Seconds a row from the first call to the last, without set-up and clean-up; None before a row is done."""
         if self._first is None or self._last[1] <= self._first[1]:
             return None
         return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
 
 
 def describe(folder: Path) -> Description:
-    """What `Stage.write` left in a stage's folder.
+    """Read the description that `Stage.write` wrote.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it is missing or damaged.
     """
     description = read_record(folder / "stage.json", Description)
     if description is None:
-        raise UserError(f"{folder / 'stage.json'}: not there, or damaged; resume the run: it is written anew")
+        raise UserError(f"{folder / 'stage.json'}: missing or damaged; {_REMEDY}")
     return description
 
 
 def _size(part: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file())
 
 
 class _Overtaken(Exception):
-    """Another job has committed the shard."""
+    """Another job committed the shard first."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What to run and where its results go.
+    """A program with its settings and inputs, and the folder of its results.
 
     Attributes:
         program, version, entry: see `montessori_core.program.Program`.
         settings: plain data, without resources.
         inputs: files and folders the program reads, by name.
-        input_hashes: content hash of each input that decides results (for a hub id: of the id and its revision).
+        input_hashes: content hash of each input that decides results (of a model on the hub: of its id and revision).
         folder: the stage's folder.
         suffix: '.parquet' for a table, '' for a folder.
-        kind: which section of cluster.resources its jobs get, for people and plans.
-        settings_type: `module:class` that validates the settings on a node; None hands them over as they are.
+        kind: the section of cluster.resources that its jobs use; for display and forecasts.
+        settings_type: `module:class` that validates the settings on a node; None passes them unchanged.
     """
 
     program: str
@@ -135,7 +116,7 @@ class Stage:
         inputs: Mapping[str, Path],
         input_hashes: Mapping[str, str],
     ) -> "Stage":
-        """The stage of a declared program."""
+        """Return the stage of a declared program."""
         return Stage(
             program.name,
             program.version,
@@ -151,92 +132,135 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Of its folder, for people."""
+        """Name of its folder."""
         return self.folder.name
 
-    def key(self, rows: list[Row]) -> str:
-        """What a shard's result is decided by, hashed: where code and folders lie has no part in it."""
-        return hash_json([self.program, self.version, self.settings, self.input_hashes, rows])
+    def key(self, rows: pa.Table) -> str:
+        """Return the hash of everything that decides a shard's result; locations of code and files do not.
+
+        Equal rows have equal keys, whatever the order of their columns and the batches of the table.
+        """
+        return hash_json([self.program, self.version, self.settings, self.input_hashes, rows.to_pydict()])
 
     def part(self, index: int) -> Path:
-        """Where shard `index` puts its result."""
+        """Path of the result of shard `index`."""
         return self.folder / f"part-{index:05d}{self.suffix}"
 
     def manifest(self, index: int) -> Path:
-        """Where shard `index` says that it is done."""
+        """Path of the manifest of shard `index`."""
         return self.folder / f"part-{index:05d}.manifest.json"
 
-    def shard_file(self, index: int) -> Path:
-        """Where the rows of shard `index` lie."""
-        return self.folder / "shards" / f"{index:05d}.json"
+    @property
+    def rows_file(self) -> Path:
+        """Path of the input rows of all shards, in their order."""
+        return self.folder / "rows.parquet"
 
     @property
     def partial_folder(self) -> Path:
-        """Where partial commits lie."""
+        """Folder of partial commits."""
         return self.folder / "partial"
 
     def progress_file(self, index: int) -> Path:
-        """Where shard `index` says how far it is."""
+        """Path of the progress of shard `index`."""
         return self.folder / "progress" / f"{index:05d}.json"
 
     def failure_file(self, index: int) -> Path:
-        """Where shard `index` leaves its traceback."""
+        """Path of the traceback of shard `index`."""
         return self.folder / "failures" / f"{index:05d}.json"
 
     def record_start(self, job_id: str, node: str, restarts: int) -> None:
-        """Said by a job when it starts: where it runs, for the case that it can say nothing later, and which start it is."""
+        """Record a job's node and restart count when it starts, so that a job that dies silently has a node."""
         write_json({"node": node, "restarts": restarts}, self.folder / "jobs" / f"node-of-{job_id}.json")
 
     def node_of(self, job_id: str) -> str | None:
-        """Where a job last started; None if it never did."""
-        noted = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", JobStart)
-        return noted.node if noted else None
+        """Return the node where a job last started; None if it never did."""
+        start = read_record(self.folder / "jobs" / f"node-of-{job_id}.json", JobStart)
+        return start.node if start else None
 
-    def write(self, shards: list[list[Row]], keys: list[str]) -> None:
-        """Put the stage and its shards, whose keys these are, on disk for the workers; earlier failures are removed."""
-        for name in ("shards", "progress", "failures"):
+    def write(self, shards: Shards) -> None:
+        """Write the stage and its rows for the workers; remove earlier failures.
+
+        Files that already have this content are left alone: jobs may be reading them.
+        """
+        for name in ("progress", "failures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        if not self._holds(shards.rows):
+            schema = shards.rows.schema
+            batches = (batch for table in shards.rows.tables() for batch in table.to_batches())
+            write_table(pa.RecordBatchReader.from_batches(schema, batches), self.rows_file, schema)
         description = {
             **{name: value for name, value in vars(self).items() if name != "folder"},
             "settings": dict(self.settings),
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             "input_hashes": dict(self.input_hashes),
+            "rows": len(shards.rows),
+            "rows_per_shard": shards.size,
             "shards": len(shards),
         }
-        write_json(description, self.folder / "stage.json")
-        for index, (rows, key) in enumerate(zip(shards, keys, strict=True)):
-            content = {"key": key, "rows": rows}
-            if read_json(self.shard_file(index)) != content:
-                write_json(content, self.shard_file(index), durable=False)
+        if read_json(self.folder / "stage.json") != description:
+            write_json(description, self.folder / "stage.json")
         for failure in (self.folder / "failures").iterdir():
             failure.unlink(missing_ok=True)
 
-    @staticmethod
-    def read(folder: Path) -> "Stage":
-        """The stage whose folder this is, as `write` left it.
+    def _holds(self, rows: Rows) -> bool:
+        """Return whether the rows file holds these rows, undamaged."""
+        try:
+            written = Rows.of_file(self.rows_file, rows.schema)
+            pairs = zip(rows.tables(), written.tables(), strict=False)
+            return len(written) == len(rows) and all(table.equals(copy) for table, copy in pairs)
+        except DataError:
+            return False
+
+    def read_rows(self, index: int) -> pa.Table:
+        """Read the rows of shard `index` that `write` wrote.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: the file is missing or damaged.
+        """
+        description = describe(self.folder)
+        if not self.rows_file.exists():
+            raise UserError(f"{self.rows_file}: missing; {_REMEDY}")
+        start = index * description.rows_per_shard
+        with open_parquet(self.rows_file, f"; {_REMEDY}") as file:
+            if file.metadata.num_rows != description.rows:
+                raise ValueError(f"{file.metadata.num_rows} rows, not {description.rows}")
+            positions = np.arange(start, min(start + description.rows_per_shard, description.rows))
+            tables = take_rows(file, None, positions)
+            return pa.concat_tables([file.schema_arrow.empty_table(), *tables]).combine_chunks()
+
+    @staticmethod
+    def read(folder: Path) -> "Stage":
+        """Read the stage that `write` wrote to a folder.
+
+        Raises:
+            UserError: its description is missing or damaged.
         """
         return Stage.read_with_size(folder)[0]
 
     @staticmethod
     def read_with_size(folder: Path) -> "tuple[Stage, int]":
-        """The same, and how many shards it is cut into."""
+        """Read the same, and the number of its shards."""
         content = describe(folder).model_dump()
+        for name in ("rows", "rows_per_shard"):
+            del content[name]
         shards = content.pop("shards")
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
         return Stage(**content, inputs=inputs, folder=folder), shards
 
     def manifests(self, shards: Iterable[int]) -> list[Manifest]:
-        """Of those of `shards` that say that they are done, in order."""
-        noted = (read_record(self.manifest(index), Manifest) for index in shards)
-        return [manifest for manifest in noted if manifest is not None]
+        """Return the manifests of `shards`, in order, without those that are missing or damaged."""
+        manifests = (read_record(self.manifest(index), Manifest) for index in shards)
+        return [manifest for manifest in manifests if manifest is not None]
 
-    def is_done(self, index: int, key: str, thorough: bool = False) -> bool:
-        """Whether shard `index` has a valid result for `key`; `thorough` reads the result and checks its hash."""
+    def is_done(self, index: int, key: str | None = None, thorough: bool = False) -> bool:
+        """Return whether shard `index` has a valid result; `thorough` reads the result and checks its hash.
+
+        Without a `key`, any valid result counts: a driver removes the manifests of other rows and settings when it starts.
+        """
         manifest, part = read_record(self.manifest(index), Manifest), self.part(index)
-        if manifest is None or manifest.key != key or not part.exists() or _size(part) != manifest.bytes:
+        if manifest is None or key not in (None, manifest.key):
+            return False
+        if not part.exists() or _size(part) != manifest.bytes:
             return False
         return not thorough or hash_path(part) == manifest.sha256
 
@@ -251,18 +275,18 @@ class Stage:
         processes: int = 1,
         opening: float = 0.0,
     ) -> Iterator[Path]:
-        """Yield a temporary path for a result; on success move it in place, its manifest last.
+        """Yield a temporary path for a result; on success move it into place and write its manifest last.
 
-        If another job has committed the shard in the meantime, its result stays and this one is dropped.
+        If another job committed the shard first, its result stays and this one is dropped.
 
         Args:
             index: of the shard.
             key: of the shard.
-            rows: how many it has.
-            job_id: of the job, for people.
-            clock: called as rows got done.
-            processes: that work on it alike; only this one's operations are counted.
-            opening: seconds that the job took before it could compute its first shard; 0 for its others.
+            rows: number of its rows.
+            job_id: of the job; for display.
+            clock: has the time that a row took.
+            processes: number of processes that compute the shard together; FLOPs are counted in this one only.
+            opening: seconds from the job's start to its first shard; 0 for its other shards.
         """
         started = time.monotonic()
         part = self.part(index)

@@ -1,4 +1,4 @@
-"""Looking at a stage, and reaching into it, from outside its driver: state, logs, cancelling, single shards again."""
+"""Status and control of a stage from outside its driver: counts, logs, cancelling jobs, invalidating shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from cluster.backends import backend_at
 from cluster.backends.base import log_file
 from cluster.ledger import Ledger, close_submission
 from cluster.progress import rows_per_second
-from cluster.records import Failure, Shard, ShardProgress, read_record
+from cluster.records import Failure, ShardProgress, read_record
 from cluster.stage import Stage, describe
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
@@ -15,7 +15,7 @@ from montessori_core.errors import UserError
 
 @dataclass(frozen=True)
 class FailedShard:
-    """A shard that failed for good: why, the last lines it wrote, and where to read more."""
+    """A shard that failed after its retries, with the last lines of its log."""
 
     shard: int
     kind: str
@@ -26,15 +26,15 @@ class FailedShard:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How far a stage is.
+    """Status of a stage.
 
     Attributes:
-        folder: the stage's.
+        folder: folder of the stage.
         shards, done, running, queued, failed: counts of shards.
-        rows, rows_done: of all shards, those at work included, with fractions for rows at work.
-        job_seconds: spent on the shards that are done.
-        rows_per_second: of all jobs at work together; None before it is known.
-        failures: one for each failed shard.
+        rows, rows_done: rows of all shards, and rows done; a row that is being computed counts as a fraction.
+        job_seconds: job seconds of finished shards.
+        rows_per_second: throughput of all running jobs together; None before the first measurement.
+        failures: the failed shards.
     """
 
     folder: Path
@@ -50,52 +50,49 @@ class StageStatus:
     failures: list[FailedShard]
 
     @property
-    def word(self) -> str:
-        """The state in a word."""
+    def state(self) -> str:
+        """One of done, running, failed, incomplete."""
         if self.done == self.shards:
             return "done"
         if self.running or self.queued:
-            return "at work"
+            return "running"
         return "failed" if self.failed else "incomplete"
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the jobs at work; None before it is known."""
+        """Remaining seconds at the current throughput; None before it is known."""
         return (self.rows - self.rows_done) / self.rows_per_second if self.rows_per_second else None
 
 
 def stages_of(run: Path) -> list[Path]:
-    """Folders of a run's stages, in the order in which they began, by a time that copies can keep (cp -a, rsync -a)."""
-    found = sorted(run.rglob("stage.json"), key=lambda path: (path.parent / "shards").stat().st_mtime_ns)
-    return [path.parent for path in found]
+    """Return the folders of a run's stages in the order of their start, by a time that cp -a and rsync -a preserve."""
+    folders = [file.parent for file in run.rglob("stage.json")]
+    return sorted(folders, key=lambda folder: (folder / "stage.json").stat().st_mtime_ns)
 
 
 def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
-    """Read a stage's state from its folder and the scheduler.
+    """Read a stage's status from its folder and the scheduler.
 
     Raises:
-        UserError: the stage's description or its ledger is damaged.
+        UserError: the stage's description or its ledger is corrupt.
     """
-    stage, shards = Stage.read_with_size(folder)
+    stage, description = Stage.read(folder), describe(folder)
+    shards, rows = description.shards, description.rows
     done: list[int] = []
     missing: dict[int, ShardProgress | None] = {}
-    begun = 0.0
-    rows = 0
+    rows, partial_rows = 0, 0.0
     for index in range(shards):
-        shard = read_record(stage.shard_file(index), Shard)
-        count = len(shard.rows) if shard else 0
-        rows += count
-        if shard and stage.is_done(index, shard.key):
+        if stage.is_done(index):
             done.append(index)
         else:
-            missing[index] = note = read_record(stage.progress_file(index), ShardProgress)
-            begun += min(note.done, count) if note else 0
-    running, queued = _at_work(folder, cluster, set(missing))
+            missing[index] = progress = read_record(stage.progress_file(index), ShardProgress)
+            partial_rows += min(progress.done, description.rows_per_shard) if progress else 0
+    running, queued = _find_assigned(folder, cluster, set(missing))
     idle = set(missing) - running - queued
-    noted = {index: read_record(stage.failure_file(index), Failure) for index in sorted(idle)}
-    failures = [_failure(stage, index, failure) for index, failure in noted.items() if failure]
+    records = {index: read_record(stage.failure_file(index), Failure) for index in sorted(idle)}
+    failures = [_read_failure(stage, index, record) for index, record in records.items() if record]
     manifests = stage.manifests(done)
-    rows_done = sum(manifest.rows for manifest in manifests) + begun
+    rows_done = sum(manifest.rows for manifest in manifests) + partial_rows
     return StageStatus(
         folder,
         shards,
@@ -112,14 +109,14 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
 
 
 def logs_of(folder: Path, shards: range) -> dict[Path, list[int]]:
-    """Logs of the jobs that some shards were given to last, with those shards; a job that waits has written none."""
+    """Return the log of the last job of each shard, as {log: shards}; a queued job has no log."""
     last: dict[int, Path] = {}
     for submission in Ledger(folder / "jobs").submissions:
         for job_id, task in zip(submission.ids or [], submission.tasks, strict=False):
-            own = [index for index in task if index in shards]
+            indices = [index for index in task if index in shards]
             log = log_file(folder / "jobs" / submission.name, job_id)
-            if own and log.exists():
-                last.update(dict.fromkeys(own, log))
+            if indices and log.exists():
+                last.update(dict.fromkeys(indices, log))
     logs: dict[Path, list[int]] = {}
     for index in sorted(last):
         logs.setdefault(last[index], []).append(index)
@@ -127,19 +124,19 @@ def logs_of(folder: Path, shards: range) -> dict[Path, list[int]]:
 
 
 def log_of(folder: Path, shard: int) -> Path:
-    """The log of the last job that was given a shard.
+    """Return the log of the last job of a shard.
 
     Raises:
-        UserError: there is no such shard, or no job has had it.
+        UserError: there is no such shard, or no log of it.
     """
     _check_shard(folder, shard)
     for log in logs_of(folder, range(shard, shard + 1)):
         return log
-    raise UserError(f"{folder.name}, shard {shard}: no job has written a log yet; it may still wait in the queue")
+    raise UserError(f"{folder.name}, shard {shard}: no job has written a log yet; its job may still be in the queue")
 
 
-def forget(folder: Path, shard: int) -> None:
-    """Make a shard count as not done, so that the next driver computes it again; its result stays until then.
+def invalidate_shard(folder: Path, shard: int) -> None:
+    """Mark a shard as not done, so that the next driver computes it again; its result stays until then.
 
     Raises:
         UserError: there is no such shard.
@@ -149,42 +146,42 @@ def forget(folder: Path, shard: int) -> None:
 
 
 def cancel_jobs(folder: Path, cluster: Cluster) -> int:
-    """End the jobs of a stage that nobody drives any more; return how many submissions were ended."""
+    """Cancel the jobs of a stage without a driver; return the number of submissions."""
     ledger = Ledger(folder / "jobs")
-    left = ledger.open_submissions()
-    for submission in left:
+    submissions = ledger.open_submissions()
+    for submission in submissions:
         close_submission(submission, cluster, ledger)
-    return len(left)
+    return len(submissions)
 
 
 def _check_shard(folder: Path, shard: int) -> None:
     shards = describe(folder).shards
     if not 0 <= shard < shards:
-        raise UserError(f"{folder.name} has shards 0 to {shards - 1}, no shard {shard}")
+        raise UserError(f"{folder.name} has no shard {shard}; its shards are 0 to {shards - 1}")
 
 
-def _at_work(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int], set[int]]:
-    """Of the shards not done, those that a job computes now, and those that wait for their turn in or for a job."""
+def _find_assigned(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[set[int], set[int]]:
+    """Return the missing shards that a job computes now, and those queued: behind them in a job, or in a waiting job."""
     running: set[int] = set()
     queued: set[int] = set()
     for submission in Ledger(folder / "jobs").open_submissions():
         backend, ids = backend_at(submission.host, cluster), submission.ids
         if backend is None:
             continue
-        if ids is None:  # being submitted
+        if ids is None:  # sbatch has not answered
             queued.update(index for task in submission.tasks for index in task if index in missing)
             continue
         alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
         for job_id, task in zip(ids, submission.tasks, strict=True):
             if alive is not None and job_id not in alive:
                 continue
-            left = [index for index in task if index in missing]
-            running.update(left[:1] if job_id in started else [])
-            queued.update(left[1:] if job_id in started else left)
+            indices = [index for index in task if index in missing]
+            running.update(indices[:1] if job_id in started else [])
+            queued.update(indices[1:] if job_id in started else indices)
     return running, queued - running
 
 
-def _failure(stage: Stage, index: int, failure: Failure) -> FailedShard:
+def _read_failure(stage: Stage, index: int, failure: Failure) -> FailedShard:
     try:
         log = log_of(stage.folder, index)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]

@@ -1,7 +1,7 @@
-"""The process that a forked local job is known by: it holds the job's time limit and outlives driver and warm process.
+"""Supervisor process of a forked local job: it enforces the time limit and survives the driver and the warm process.
 
-`cluster.warm_start` forks the ranks of a job and then executes this module in their parent, so that the command line names
-the submission's folder, the environment names the GPUs, and the job costs no second copy of what its ranks have imported.
+`cluster.warm_start` forks the ranks of a job and then executes this module in their parent. So the command line contains the
+submission's folder, the environment contains the GPUs, and the supervisor holds no copy of the ranks' imports.
 """
 
 import ctypes
@@ -15,24 +15,24 @@ from types import FrameType
 
 import psutil
 
-_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-_WARNING_SECONDS = 30.0  # between SIGUSR2 and the time limit, as submitit has it for local jobs
-_GRACE_SECONDS = 1.0  # between SIGINT and SIGKILL, likewise
+_PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
+_WARNING_SECONDS = 30.0  # between SIGUSR2 and the time limit, as in submitit
+_GRACE_SECONDS = 1.0  # between SIGINT and SIGKILL, as in submitit
 
 
 def main(folder: Path, gate: int, seconds: float, pids: Sequence[int]) -> None:
-    """Tell the driver this job's id, let the ranks begin once it has answered, and end them at the time limit.
+    """Send this job's id to the driver, start the ranks once it has answered, and end them at the time limit.
 
-    Standard input is a socket to the driver. Without its answer nothing begins: a driver that has died by then can be
-    followed by one that looks for jobs before this one could be found.
+    Standard input is a socket to the driver. Without its answer the ranks do not start: if the driver has died, the next
+    driver may already have searched for jobs and missed this one.
 
     Args:
-        folder: of the submission; logs are written there.
-        gate: pipe that each rank waits for a byte from; at its end ranks leave.
+        folder: folder of the submission and its logs.
+        gate: pipe from which each rank reads one byte before it starts; at end of file ranks exit.
         seconds: time limit.
-        pids: of the ranks, children of this process.
+        pids: process ids of the ranks, children of this process.
     """
-    # What a rank that was killed has started (an engine that holds a GPU's memory) becomes a child of this process.
+    # Adopt children of killed ranks, such as an engine that holds GPU memory.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     ranks = [psutil.Process(pid) for pid in pids]
     signal.signal(signal.SIGTERM, lambda number, frame: _forward(ranks, number, frame))
@@ -51,27 +51,22 @@ def main(folder: Path, gate: int, seconds: float, pids: Sequence[int]) -> None:
 
 
 def redirect_output(out: Path, err: Path) -> None:
-    """Append standard output and error to files, and read nothing from standard input."""
+    """Append standard output and error to files; take standard input from /dev/null."""
     for descriptor, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
         opened = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(opened, descriptor)
         os.close(opened)
 
 
-def kill_family(process: psutil.Process) -> list[psutil.Process]:
-    """Kill a process and all that it has started; return them."""
-    family = family_of(process)
-    for member in family:
+def kill_tree(process: psutil.Process) -> list[psutil.Process]:
+    """Kill a process and its descendants; return them."""
+    tree = [process]
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        tree = [*process.children(recursive=True), process]
+    for member in tree:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    return family
-
-
-def family_of(process: psutil.Process) -> list[psutil.Process]:
-    """All that a process has started, and at the end itself."""
-    with suppress(psutil.NoSuchProcess):  # it has ended since it was found
-        return [*process.children(recursive=True), process]
-    return [process]
+    return tree
 
 
 def _wait(ranks: list[psutil.Process], seconds: float) -> None:
@@ -86,9 +81,9 @@ def _wait(ranks: list[psutil.Process], seconds: float) -> None:
 
 
 def _log_signal(rank: psutil.Process) -> None:
-    code = rank.returncode  # type: ignore[attr-defined]  # which wait_procs sets
+    code = rank.returncode  # type: ignore[attr-defined]  # set by wait_procs
     if code is not None and code < 0:
-        sys.stderr.write(f"process {rank.pid} was ended by signal {-code} ({signal.strsignal(-code)})\n")
+        sys.stderr.write(f"process {rank.pid} was killed by signal {-code} ({signal.strsignal(-code)})\n")
 
 
 def _forward(ranks: list[psutil.Process], number: int, frame: FrameType | None) -> None:
@@ -98,10 +93,10 @@ def _forward(ranks: list[psutil.Process], number: int, frame: FrameType | None) 
 
 
 def _end(ranks: list[psutil.Process]) -> None:
-    """End ranks that are left, and what ranks have started."""
-    family = psutil.Process().children(recursive=True)
+    """End the remaining ranks and all descendants."""
+    tree = psutil.Process().children(recursive=True)
     _forward(ranks, signal.SIGINT, None)
-    _, alive = psutil.wait_procs(family, _GRACE_SECONDS)
+    _, alive = psutil.wait_procs(tree, _GRACE_SECONDS)
     for member in alive:
         with suppress(psutil.NoSuchProcess):
             member.kill()

@@ -1,7 +1,7 @@
-"""Folders of one process of a job: temporary files and compile caches, which must not be shared while they change.
+"""Private folders of one process of a job: temporary files, and compile caches that processes must not share.
 
-They lie on the node's own disk and go with the process. What a killed process left there is removed by the next one on
-that node: each folder is locked for as long as its process lives.
+They are on the node's disk and end with the process, which locks its folder while it runs. The next process on the node
+removes the folders of killed processes.
 """
 
 import fcntl
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_JUST_MADE = 60.0  # seconds in which a folder's process may not have locked it yet
+_JUST_MADE = 60.0  # seconds; its process may not have locked a newer folder yet
 _CACHES = {
     "TMPDIR": "tmp",
     "TRITON_CACHE_DIR": "triton",
@@ -27,26 +27,26 @@ _CACHES = {
 
 @contextmanager
 def private_folders(name: str) -> Iterator[Path]:
-    """Give this process folders of its own, in $SLURM_TMPDIR or the node's usual place, and say so in its environment.
+    """Create private folders in $SLURM_TMPDIR or the default temporary folder; set the environment variables for them.
 
     Args:
-        name: of the process among all of this user's, for people who look.
+        name: name of the process in the folder's name, unique among the user's processes.
     """
     shared = Path(os.environ.get("SLURM_TMPDIR", tempfile.gettempdir()))
     prefix = f"montessori-{os.getuid()}-"
     for old in shared.glob(f"{prefix}*"):
         _remove_abandoned(old)
-    own = Path(tempfile.mkdtemp(prefix=f"{prefix}{name}-", dir=shared))
-    lock = os.open(own, os.O_RDONLY)
+    root = Path(tempfile.mkdtemp(prefix=f"{prefix}{name}-", dir=shared))
+    lock = os.open(root, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for variable, folder in _CACHES.items():
-            (own / folder).mkdir()
-            os.environ[variable] = str(own / folder)
-        tempfile.tempdir = None  # Python remembers where temporary files went before
-        yield own
+            (root / folder).mkdir()
+            os.environ[variable] = str(root / folder)
+        tempfile.tempdir = None  # make tempfile read TMPDIR again
+        yield root
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
         os.close(lock)
 
 
@@ -56,11 +56,11 @@ def _remove_abandoned(folder: Path) -> None:
             return
         lock = os.open(folder, os.O_RDONLY)
     except OSError:
-        return  # another process removes it, too
+        return  # another process has removed it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
     except BlockingIOError:
-        pass  # its process lives
+        pass  # its process is running
     finally:
         os.close(lock)

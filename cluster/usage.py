@@ -1,5 +1,7 @@
-"""What a stage used: shards, jobs, time, operations, GPUs, and what was lost, from what lies in its folder."""
+"""Read from its folder what a stage used, and its cost per row, the input of a simulation of a larger stage."""
 
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +12,18 @@ from cluster.stage import Stage
 
 @dataclass(frozen=True)
 class StageUse:
-    """Use of the cluster by a stage.
+    """Cluster usage of a stage.
 
     Attributes:
-        shards: that it is cut into.
-        rows: of those that are done.
-        seconds: that jobs took for these; what lost jobs took is not among them.
-        flops: floating-point operations of the same, see `montessori_core.models.flops`.
-        jobs: that were started; each task of an array is one.
-        retries: jobs that were lost, so that their shards were submitted again.
-        preemptions: of these, jobs that were preempted; and how often Slurm put a job back into its queue by itself, which it
-            does with preempted jobs, those of failed nodes, and ours at their time limit: they stay the same job.
-        gpus: of one job.
+        shards: shards of the stage.
+        rows: rows of finished shards.
+        seconds: job seconds of finished shards, without those of lost jobs.
+        flops: floating-point operations of finished shards, see `montessori_core.models.flops`.
+        jobs: submitted jobs; each array task counts as one.
+        retries: lost jobs whose shards were submitted again.
+        preemptions: retries after a preemption, plus requeues by Slurm (of preempted jobs, after node failures and at the
+            time limit), which keep the job id.
+        gpus: GPUs of one job.
     """
 
     shards: int
@@ -34,16 +36,16 @@ class StageUse:
     gpus: int
 
 
-def use_of(stage: Path) -> StageUse:
-    """Read what the stage in a folder used so far, by all drivers together.
+def use_of(folder: Path) -> StageUse:
+    """Read the usage of the stage in a folder so far, over all its drivers.
 
     Raises:
-        UserError: the stage's description or its ledger is damaged.
+        UserError: the stage's description or its ledger is corrupt.
     """
-    made, shards = Stage.read_with_size(stage)
-    manifests = made.manifests(range(shards))
-    submissions = Ledger(stage / "jobs").submissions
-    starts = [read_record(path, JobStart) for path in (stage / "jobs").glob("node-of-*.json")]
+    stage, shards = Stage.read_with_size(folder)
+    manifests = stage.manifests(range(shards))
+    submissions = Ledger(folder / "jobs").submissions
+    starts = [read_record(path, JobStart) for path in (folder / "jobs").glob("node-of-*.json")]
     losses = [kind for submission in submissions for kind in submission.lost.values()]
     return StageUse(
         shards=shards,
@@ -54,4 +56,59 @@ def use_of(stage: Path) -> StageUse:
         retries=len(losses),
         preemptions=losses.count("preempted") + sum(start.restarts for start in starts if start),
         gpus=max((submission.gpus for submission in submissions), default=0),
+    )
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Measured cost of a stage.
+
+    Attributes:
+        kind: section of cluster.resources that its jobs used.
+        rows: rows of the stage.
+        shard_rows: rows of its first shard.
+        seconds_per_row: seconds that one job spends on a row.
+        spread: standard deviation of the logarithm of a row's seconds, estimated from the shards; 0 for a single shard.
+        opening: fixed seconds of a job: until its program can compute; in a training also to load and save models.
+        begun: start time of its first job, seconds since 1970.
+        ended: commit time of its last shard, seconds since 1970.
+    """
+
+    kind: str
+    rows: int
+    shard_rows: int
+    seconds_per_row: float
+    spread: float
+    opening: float
+    begun: float
+    ended: float
+
+
+def cost_of(folder: Path) -> StageCost | None:
+    """Read the cost of the stage in a folder; None if it is unfinished or an older version recorded too little."""
+    stage, shards = Stage.read_with_size(folder)
+    manifests = stage.manifests(range(shards))
+    starts = [path.stat().st_mtime for path in (folder / "jobs").glob("node-of-*.json")]
+    if not stage.kind or not starts or len(manifests) < shards:
+        return None
+    rows = sum(manifest.rows for manifest in manifests)
+    seconds_per_row = sum(manifest.seconds for manifest in manifests) / rows
+    # A shard's mean over n rows varies 1/sqrt(n) as much as a row; the last shard may have fewer rows.
+    size = manifests[0].rows
+    logs = [math.log(manifest.seconds) for manifest in manifests if manifest.rows == size and manifest.seconds]
+    openings = [manifest.opening for manifest in manifests if manifest.opening]
+    opening = statistics.mean(openings) if openings else 0.0
+    paces = [manifest.row_seconds for manifest in manifests if manifest.row_seconds is not None]
+    if paces and not stage.suffix:  # a training: its fixed seconds include loading and saving models
+        fixed = (seconds_per_row - statistics.mean(paces)) * rows / shards
+        seconds_per_row, opening = statistics.mean(paces), opening + max(0.0, fixed)
+    return StageCost(
+        kind=stage.kind,
+        rows=rows,
+        shard_rows=size,
+        seconds_per_row=seconds_per_row,
+        spread=statistics.stdev(logs) * math.sqrt(size) if len(logs) > 1 else 0.0,
+        opening=opening,
+        begun=min(starts),
+        ended=max(stage.manifest(index).stat().st_mtime for index in range(shards)),
     )

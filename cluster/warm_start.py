@@ -1,13 +1,13 @@
-"""Start local jobs from a process that has imported what jobs import, which costs each of them seconds otherwise.
+"""Fork local jobs from a warm process that has already imported their libraries; this saves seconds per job.
 
-The driver starts one such warm process and asks it for jobs over a socket. For each the warm process forks; the fork forks
-the job's ranks and becomes their supervisor (`cluster.supervisor`), which reports its id and lets the ranks begin only when
-the driver answers. So no job computes that a later driver cannot find: one that has no answer leaves, one that has it shows
-the submission's folder in its command line. The warm process ends with the driver, jobs live on.
+The driver starts the warm process and requests jobs over a socket. For each job the warm process forks; the fork forks
+the job's ranks and becomes their supervisor (`cluster.supervisor`), which reports its id and starts the ranks only when
+the driver answers. So a later driver can find every job that computes: a job without an answer exits, and a job with an
+answer has the submission's folder in its command line. The warm process ends with the driver; jobs keep running.
 
-A job gets the environment that the driver has when it submits. Where the warm process has another working directory, or
-other values of variables that are read by imports, a new one takes its place. What differs from a new interpreter: jobs of
-one warm process share the seed of `hash`, and see modules as they were when it was started.
+A job gets the driver's environment at submission. If the working directory or a variable that imports read has changed, the
+driver starts a new warm process. Unlike new interpreters, the jobs of a warm process share the seed of `hash` and the
+modules as they were when it started.
 """
 
 import atexit
@@ -27,9 +27,9 @@ from pathlib import Path
 
 from cluster.supervisor import redirect_output
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_CUDA_ERROR_NOT_INITIALIZED = 3  # of cuda.h
-_PATIENCE = 300.0  # seconds that imports may take
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_CUDA_ERROR_NOT_INITIALIZED = 3  # from cuda.h
+_PATIENCE = 300.0  # seconds for the imports
 _READ_BY_IMPORTS = (
     "ACCELERATE_", "ATEN_", "CUDA_", "HF_", "HOME", "KMP_", "LD_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON",
     "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRL_", "XDG_CACHE_HOME",
@@ -52,16 +52,16 @@ _PRELOADED = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a job is told.
+    """Request for a job.
 
     Attributes:
-        folder: of the submission; logs are written there.
-        stage_folder: of the stage.
-        task: shards.
-        threads: of each rank.
-        ranks: processes that work on the task together.
+        folder: folder of the submission and its logs.
+        stage_folder: folder of the stage.
+        task: shards to compute.
+        threads: threads of each rank.
+        ranks: number of processes of the job.
         seconds: time limit.
-        environment: variables.
+        environment: environment variables.
     """
 
     folder: str
@@ -74,56 +74,56 @@ class Job:
 
 
 class WarmProcess:
-    """A Python of this environment that imports what jobs import, and forks them; it ends with the process that made it."""
+    """A process that imports the libraries of jobs and forks jobs; it ends with the process that created it."""
 
     def __init__(self) -> None:
         self._context = _context()
         self._answered = False
-        self._control, theirs = socket.socketpair()
-        with theirs:
-            # What imports have to say, each job would say again into its log; errors, too.
+        self._control, child_end = socket.socketpair()
+        with child_end:
+            # Discard output and errors of imports: a job that imports the module again reports them in its log.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "cluster.warm_start"],
-                stdin=theirs.fileno(),
+                stdin=child_end.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return int(self._process.pid)
 
     def fits(self) -> bool:
-        """Whether no other would do better: one of another context, or in place of one that ended after it had answered."""
+        """Whether it can be used as it is: the context is unchanged, and it is running or ended before its first answer."""
         return self._context == _context() and (self._process.poll() is None or not self._answered)
 
     def start(self, job: Job) -> str:
-        """Fork a job; return its id, as `cluster.backends.local.LocalBackend` has it.
+        """Fork a job; return its id in the format of `cluster.backends.local.LocalBackend`.
 
         Raises:
             OSError: the warm process has ended or does not answer; the job does not run.
         """
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-            ours.settimeout(_PATIENCE)
-            ours.sendall(json.dumps(vars(job)).encode() + b"\n")
+        driver_end, child_end = socket.socketpair()
+        with driver_end:
+            with child_end:
+                socket.send_fds(self._control, [b"+"], [child_end.fileno()])
+            driver_end.settimeout(_PATIENCE)
+            driver_end.sendall(json.dumps(vars(job)).encode() + b"\n")
             try:
-                with ours.makefile() as answers:
+                with driver_end.makefile() as answers:
                     job_id = answers.readline().strip()
             except TimeoutError:
-                self._process.kill()  # or every later job would wait as long
+                self._process.kill()  # otherwise every later job would wait as long
                 raise
             if not job_id:
-                raise ConnectionError(f"process {self.pid} ended, or could not fork")
-            ours.sendall(b"+")
+                raise ConnectionError(f"process {self.pid} ended or could not fork")
+            driver_end.sendall(b"+")
         self._answered = True
         return job_id
 
     def close(self) -> None:
-        """End it; its jobs go on."""
+        """End the process; its jobs keep running."""
         self._control.close()
         self._process.kill()
         self._process.wait()
@@ -134,7 +134,7 @@ _lock = threading.Lock()
 
 
 def warm_process() -> WarmProcess:
-    """The warm process of this driver. It is started at the first call, so that its imports are over when jobs need it."""
+    """Return the warm process of this driver. The first call starts it, so that it imports while the driver prepares jobs."""
     global _warm_process
     with _lock:
         if _warm_process is None or not _warm_process.fits():
@@ -156,18 +156,18 @@ def _context() -> tuple[str, dict[str, str]]:
 
 
 def main() -> None:
-    """Import what jobs import, then fork a job for each socket that the driver sends, until it is gone."""
+    """Import the libraries of jobs, then fork a job for each socket that the driver sends, until the driver ends."""
     control = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; whether jobs end is the driver's to say
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # jobs that have ended leave no zombies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the driver ends jobs
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended jobs leave no zombies
     importlib.import_module("cluster.worker").set_library_defaults()
     for name in _PRELOADED:
         with suppress(Exception):  # a job that needs it reports the error
             importlib.import_module(name)
     _refuse_cuda()
     gc.collect()
-    gc.freeze()  # collections in jobs would write to, and so copy, what they share
+    gc.freeze()  # garbage collection in jobs would copy shared memory pages
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
@@ -180,20 +180,20 @@ def main() -> None:
 
 
 def _refuse_cuda() -> None:
-    """Leave if CUDA was initialised: it does not work in children of such a process.
+    """Fail if CUDA is initialised: it does not work in forked children.
 
     Raises:
-        RuntimeError: a library has initialised it.
-        OSError, AttributeError: CUDA's library was loaded and cannot be asked.
+        RuntimeError: an import has initialised CUDA.
+        OSError, AttributeError: CUDA's library is loaded, but the check fails.
     """
     if "libcuda.so" not in Path("/proc/self/maps").read_text():
         return
     if ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _CUDA_ERROR_NOT_INITIALIZED:
-        raise RuntimeError("a library has initialised CUDA when it was imported")
+        raise RuntimeError("importing a library initialised CUDA")
 
 
 def _become_job(driver: socket.socket) -> None:
-    """Fork the ranks and become their supervisor; returns in a rank, when its work is done."""
+    """Fork the ranks and become their supervisor; only a rank returns, after its work."""
     from submitit.core.utils import DelayedSubmission, JobPaths
 
     from cluster.worker import run_task
@@ -226,7 +226,7 @@ def _become_job(driver: socket.socket) -> None:
             os.close(gate)
             _die_with_parent()
             if os.read(waiting, 1):
-                _work(job, rank)
+                _run_rank(job, rank)
             return
         pids.append(pid)
     os.dup2(driver.fileno(), 0)
@@ -236,19 +236,19 @@ def _become_job(driver: socket.socket) -> None:
 
 
 def _die_with_parent() -> None:
-    """Have Linux kill this process when its parent is killed: a job whose id is gone computes nothing."""
+    """Have Linux kill this process when its parent is killed: no rank computes without its supervisor."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _work(job: Job, rank: int) -> None:
-    """Run one rank as submitit does, in what is as good as a new interpreter."""
+def _run_rank(job: Job, rank: int) -> None:
+    """Run one rank as submitit does, with random seeds and threads as in a new interpreter."""
     from submitit.core.submission import process_job
     from submitit.core.utils import JobPaths
 
     paths = JobPaths(job.folder, os.environ["SUBMITIT_LOCAL_JOB_ID"], rank)
     redirect_output(paths.stdout, paths.stderr)
     os.environ.update(SUBMITIT_LOCAL_GLOBALID=str(rank), SUBMITIT_LOCAL_LOCALID=str(rank))
-    # A new interpreter has these seeded by chance, and torch told by OMP_NUM_THREADS when it is imported.
+    # A new interpreter seeds these at random, and torch reads OMP_NUM_THREADS at import.
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
     if (torch := sys.modules.get("torch")) is not None:

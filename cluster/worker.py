@@ -1,6 +1,6 @@
-"""What a job does on its node: open the stage's program once, then compute and commit one shard after another.
+"""A job on its node: opens the stage's program once, then computes and commits its shards in order.
 
-Runs under submitit, with one process or with several that train together. Knows nothing of Prefect or of the driver.
+It runs under submitit, as one process or as several that train together, and knows neither Prefect nor the driver.
 """
 
 import errno
@@ -11,17 +11,17 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import submitit
 
 from cluster.partial_commits import compute_rows, remove_partial_files
-from cluster.records import Failure, Shard, read_record
+from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
-from montessori_core.errors import UserError
 from montessori_core.files import write_json
-from montessori_core.program import Compute, RowProgram, open_program
+from montessori_core.program import Compute, Row, RowProgram, open_program
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,12 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connecti
 
 
 def run_task(folder: str, indices: list[int], threads: int) -> None:
-    """Compute the shards `indices` of the stage in `folder` that are not done.
+    """Compute those of the shards `indices` of the stage in `folder` that are not done.
 
-    An error is noted with its traceback and ends the task; the driver submits what the task did not reach again.
+    An error is recorded with its traceback and ends the task; the driver submits the remaining shards again.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Before torch is imported: the number of threads is then that of its pools, too.
+    # Before torch is imported, so that its thread pools get the same size.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     set_library_defaults()
     stage = Stage.read(Path(folder))
@@ -46,27 +46,26 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
 
 
 def set_library_defaults() -> None:
-    """Set variables that libraries read when they are imported, unless the user has."""
+    """Set environment variables that libraries read at import, unless the user has set them."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:
-    opened: Compute | RowProgram | None = None
+    opened: Compute[Any] | RowProgram[Any] | None = None
     begun = time.monotonic() - _seconds_alive()
     for index in indices:
-        shard = read_record(stage.shard_file(index), Shard)
-        if shard is None:
-            raise UserError(f"{stage.shard_file(index)}: not there, or damaged; resume the run: it is written anew")
-        if stage.is_done(index, shard.key):
-            continue
-        log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(shard.rows), platform.node())
         opening = 0.0
         try:
+            rows = stage.read_rows(index)
+            key = stage.key(rows)
+            if stage.is_done(index, key):
+                continue
+            log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(rows), platform.node())
             if opened is None:
                 opened = open_program(stage.entry, stage.settings_type, stage.settings, stage.inputs)
                 opening = time.monotonic() - begun
-            _compute_shard(stage, index, shard, opened, environment, opening)
+            _compute_shard(stage, index, key, rows.to_pylist(), opened, environment, opening)
         except Exception as error:
             failure = {
                 "job_id": environment.job_id,
@@ -76,15 +75,15 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": traceback.format_exc(),
             }
-            # Of several processes, the first to fail names the cause: the others only lose their connection to it.
-            noted = read_record(stage.failure_file(index), Failure)
-            if noted is None or (noted.job_id, noted.attempt) != (failure["job_id"], failure["attempt"]):
+            # Of several processes, the first failure is the cause: the others only lose their connection.
+            recorded = read_record(stage.failure_file(index), Failure)
+            if recorded is None or (recorded.job_id, recorded.attempt) != (failure["job_id"], failure["attempt"]):
                 write_json(failure, stage.failure_file(index))
             raise
 
 
 def _seconds_alive() -> float:
-    """How long this process has been there: interpreter and imports are part of what a job costs, whatever its rows."""
+    """Return the age of this process: a job's cost includes the interpreter's start and imports."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
@@ -93,41 +92,42 @@ def _seconds_alive() -> float:
 
 
 def _attempt() -> str:
-    """How often Slurm has put this job back into the queue: its id stays the same."""
+    """Return how often Slurm has requeued this job, whose id stays the same."""
     return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def classify_error(error: Exception) -> str:
-    """The class of a failure that the job itself saw."""
+    """Return the class of a failure that the job itself caught."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
     if os.strerror(errno.ENOSPC) in str(error):  # not only OSError: safetensors has errors of its own
         return "disk_full"
     if type(error).__name__ == "UncompletedJobError":
-        return "time_limit"  # submitit's word once it has put the job back in the queue as often as it may
-    named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    if named or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
-        return "lost"  # another process of the job is gone, and said nothing of an error of its own
+        return "time_limit"  # submitit raises it when a job was requeued too often
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    if distributed or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
+        return "lost"  # another process of the job died without an error of its own
     return "code_error"
 
 
 def _compute_shard(
     stage: Stage,
     index: int,
-    shard: Shard,
-    opened: Compute | RowProgram,
+    key: str,
+    rows: list[Row],
+    opened: Compute[Any] | RowProgram[Any],
     environment: submitit.JobEnvironment,
     opening: float,
 ) -> None:
-    clock, rows = RowClock(stage.progress_file(index)), shard.rows
+    clock = RowClock(stage.progress_file(index))
     first, processes, job = environment.global_rank == 0, environment.num_tasks, environment.job_id
     if isinstance(opened, RowProgram):
-        if first:  # the processes of a job do not share rows
-            with stage.commit_part(index, shard.key, len(rows), job, clock, 1, opening) as temporary:
-                compute_rows(opened, rows, stage.partial_folder, index, shard.key, temporary, clock)
+        if first:  # processes do not split rows among themselves
+            with stage.commit_part(index, key, len(rows), job, clock, 1, opening) as temporary:
+                compute_rows(opened, rows, stage.partial_folder, index, key, temporary, clock)
             remove_partial_files(stage.partial_folder, index)
     elif first:
-        with stage.commit_part(index, shard.key, len(rows), job, clock, processes, opening) as temporary:
+        with stage.commit_part(index, key, len(rows), job, clock, processes, opening) as temporary:
             opened(rows, temporary, clock)
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"

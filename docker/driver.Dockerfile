@@ -1,8 +1,8 @@
-# The driver: submits, joins, reports; a Prefect server, worker or deployments run in it, too. No torch.
+# The driver image, without torch: the command line, and Prefect's server, workers and deployments.
 #
 #   docker build --file docker/driver.Dockerfile --tag montessori-driver .
 #
-# Built by the Makefile's own step from requirements/driver.lock.
+# It is built by `make install-driver` from requirements/driver.lock.
 FROM python:3.12-slim-bookworm AS build
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*

@@ -1,10 +1,10 @@
-# The worker: what jobs on GPU nodes run in. Two environments, because vLLM pins torch and fastapi to versions of its own:
-# /opt/montessori trains (DeepSpeed) and measures influence, and comes first on PATH; /opt/generation has vLLM.
+# The image of jobs on GPU nodes. It has two environments, because vLLM pins other versions of torch and fastapi:
+# /opt/montessori for training (DeepSpeed) and influence, first on PATH, and /opt/generation for vLLM.
 #
 #   docker build --file docker/worker.Dockerfile --tag montessori-worker .
 #
-# Built by the Makefile's own steps from requirements/worker.lock and requirements/generation.lock. CUDA's compiler stays in the image:
-# DeepSpeed and vLLM's kernels are compiled where they are first used. It is of the CUDA that the locked torch is built for.
+# It is built by make from requirements/worker.lock and requirements/generation.lock. The image keeps CUDA's compiler, because
+# DeepSpeed and vLLM compile kernels at first use. The CUDA version is that of the locked torch.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS python
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -17,7 +17,7 @@ COPY . .
 RUN make install-worker VENV=/opt/montessori && make install-generation VENV=/opt/generation
 
 FROM python
-# The base image has a user 1000 of its own.
+# The base image already has a user 1000.
 RUN userdel --remove ubuntu && useradd --create-home --uid 1000 montessori && install --directory --owner montessori /runs /home/montessori/.cache
 COPY --from=build /opt/montessori /opt/montessori
 COPY --from=build /opt/generation /opt/generation

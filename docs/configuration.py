@@ -16,7 +16,7 @@ Made from `montessori_core/config/` by `python docs/configuration.py`; do not ed
 
 A configuration is YAML, checked as a whole before anything runs: an unknown key, a wrong type or a value out of range is
 refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and a run writes its resolved
-`config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list; `null` means none.
+`config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list; `null` means not set.
 
 ## Presets
 

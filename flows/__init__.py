@@ -1,1 +1,1 @@
-"""Prefect flows and the command line: what people start, schedule, watch and retry."""
+"""Prefect flows, their deployments and the command line."""

@@ -1,6 +1,6 @@
-"""Deployments in Prefect: `montessori up` serves them from this machine, `montessori deploy` gives them to a work pool.
+"""Deployments in Prefect: `montessori up` serves them on this machine, `montessori deploy` registers them for a work pool.
 
-Both read `prefect.yaml`. A deployment's configuration presets the form: what a person sees when they press Run.
+Both read `prefect.yaml`. A deployment's configuration fills the form that Prefect shows when a user presses Run.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, 
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 
-_DRIVERS_PATIENCE = 240.0  # seconds; Slurm's jobs may take two minutes to end
-_HEARTBEAT = 30  # seconds between a flow run's signs of life
-_SILENCE = 100  # seconds without one until it counts as crashed
+_END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
+_HEARTBEAT = 30  # seconds between heartbeats of a flow run
+_HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat until a flow run counts as crashed
 
 
 def up(file: Path | None, root: Path, port: int, console: Console) -> None:
-    """Serve the deployments until Ctrl-C, with a Prefect server of our own if there is none yet.
+    """Serve the deployments until Ctrl-C; start a Prefect server if there is none.
 
     Raises:
-        UserError: the server does not start, or the file does not fit.
+        UserError: the server does not start, or the file is invalid.
     """
     file = file or find_deployments()
     deployments = read_deployments(file)
@@ -41,34 +41,34 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"already up: {(read_json(state / 'up.json') or {}).get('url')}", soft_wrap=True)
+            console.print(f"already running: {(read_json(state / 'up.json') or {}).get('url')}", soft_wrap=True)
             return
         with (
             prefect_api(port, state / "server.log", console) as api,
             served_reports(root.resolve(), port + 1) as reports,
         ):
             url = api.removesuffix("/api")
-            _note(lock, {"url": url, "process": os.getpid()})
+            _write_state(lock, {"url": url, "process": os.getpid()})
             from flows.experiment import RUN_ROOT
             from tasks.report import REPORTS
 
             os.environ.update({RUN_ROOT: str(root.resolve()), REPORTS: reports})
-            _notice_crashes()
+            _register_crash_detection()
             names = ", ".join(deployment["name"] for deployment in deployments)
             console.print(
                 f"Prefect: {url}\ndeployments of {file}: {names}\nruns and reports: {root.resolve()}", soft_wrap=True
             )
-            console.print("Open the address, choose a deployment, press Run. Ctrl-C ends this.", soft_wrap=True)
+            console.print("Open the address, choose a deployment, press Run. Ctrl-C stops serving.", soft_wrap=True)
             _serve(deployments)
-        _note(lock, {})
-    console.print("down; runs go on from where they are when they are retried")
+        _write_state(lock, {})
+    console.print("stopped; a retried run resumes from its finished work")
 
 
 def deploy(file: Path | None, pool: str, console: Console) -> None:
-    """Register the deployments for a work pool of the server that Prefect's settings name.
+    """Register the deployments for a work pool of the server in Prefect's settings.
 
     Raises:
-        UserError: there is no such pool, or the server does not answer.
+        UserError: no such work pool, or the server does not answer.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
@@ -77,7 +77,7 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     with get_client(sync_client=True) as client:
         api = str(client.api_url).rstrip("/")
         if not answers(api):
-            raise UserError(f"no Prefect server answers at {api}; set PREFECT_API_URL to the server's address and /api")
+            raise UserError(f"no Prefect server answers at {api}; set PREFECT_API_URL to its address followed by /api")
         check_login(api)
         try:
             client.read_work_pool(pool)
@@ -88,19 +88,19 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     for deployment in deployments:
         _to_deployment(deployment, pool).apply()
         console.print(f"registered {deployment['name']} for work pool {pool}", soft_wrap=True)
-    _notice_crashes()
-    console.print(f"start a worker where jobs can be submitted: prefect worker start --pool {pool}", soft_wrap=True)
+    _register_crash_detection()
+    console.print(f"start a worker on a host that can submit jobs: prefect worker start --pool {pool}", soft_wrap=True)
 
 
 def _serve(deployments: list[dict[str, Any]]) -> None:
-    """Serve until SIGINT or SIGTERM; then end the flow runs that are at work, each of which ends its jobs."""
+    """Serve until SIGINT or SIGTERM, then end the running flow runs, which end their jobs."""
     from prefect.runner import Runner
 
-    # Schedules stay as they are: the next `up` goes on with them.
+    # Keep schedules active: the next `up` continues them.
     runner = Runner(pause_on_shutdown=False, heartbeat_seconds=_HEARTBEAT)
-    for one in deployments:
-        runner.add_deployment(_to_deployment(one, None))
-    # In a thread of its own, so that it neither takes the signals nor kills its flow runs on the way out.
+    for deployment in deployments:
+        runner.add_deployment(_to_deployment(deployment, None))
+    # In a thread, the runner neither receives the signals nor kills its flow runs on exit.
     loop = asyncio.new_event_loop()
     serving = asyncio.run_coroutine_threadsafe(runner.start(), loop)
     threading.Thread(target=loop.run_forever, daemon=True).start()
@@ -113,19 +113,19 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
     with suppress(KeyboardInterrupt):
         serving.result()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        signal.signal(number, signal.SIG_IGN)  # ignore further signals
     _end_flow_runs()
 
 
 def _end_flow_runs() -> None:
-    """Interrupt the flow runs that this process has started, and wait until they have ended their jobs."""
+    """Interrupt the flow runs of this process and wait until they have ended their jobs."""
     runs = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if "prefect.engine" in child.cmdline() or "prefect.flow_engine" in child.cmdline():
                 child.send_signal(signal.SIGINT)
                 runs.append(child)
-    psutil.wait_procs(runs, timeout=_DRIVERS_PATIENCE)
+    psutil.wait_procs(runs, timeout=_END_TIMEOUT)
 
 
 def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
@@ -137,7 +137,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     from flows.experiment import montessori
     from flows.study import compare
 
-    served: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate}[deployment["entrypoint"]]
+    flow: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate}[deployment["entrypoint"]]
     schedules = []
     for schedule in deployment.get("schedules") or []:
         options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}
@@ -148,7 +148,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     limit = deployment.get("concurrency_limit")
     variables = dict(deployment.get("job_variables") or {})
     variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), **variables.get("env", {})}
-    made = served.to_deployment(
+    runner_deployment = flow.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],
         description=deployment.get("description"),
@@ -159,10 +159,10 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
         job_variables=variables if pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
-    if _has_schedules(f"{served.name}/{deployment['name']}"):
-        made.schedules = None
-        made.model_fields_set.discard("schedules")  # so that they are left as they are: paused, or made in the UI
-    return made
+    if _has_schedules(f"{flow.name}/{deployment['name']}"):
+        runner_deployment.schedules = None
+        runner_deployment.model_fields_set.discard("schedules")  # keep them: they may be paused or made in the UI
+    return runner_deployment
 
 
 def _has_schedules(deployment: str) -> bool:
@@ -176,8 +176,8 @@ def _has_schedules(deployment: str) -> bool:
             return False
 
 
-def _notice_crashes() -> None:
-    """Have the server mark flow runs as crashed that give no sign of life any more: a lost machine says nothing."""
+def _register_crash_detection() -> None:
+    """Register an automation that marks flow runs without heartbeats as crashed: a lost machine cannot report it."""
     from prefect.client.orchestration import get_client
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -186,9 +186,9 @@ def _notice_crashes() -> None:
     ends = [
         f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
     ]
-    wanted = AutomationCore(
+    automation = AutomationCore(
         name=name,
-        description=f"A flow run that sent heartbeats, and then none for {_SILENCE} s, has lost its process or its machine.",
+        description=f"A flow run whose heartbeats stop for {_HEARTBEAT_TIMEOUT} s has lost its process or its machine.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ends},
@@ -196,24 +196,26 @@ def _notice_crashes() -> None:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=_SILENCE),
+            within=timedelta(seconds=_HEARTBEAT_TIMEOUT),
         ),
         actions=[
             ChangeFlowRunState(
-                state="CRASHED", name="Crashed", message="no sign of life; retry it: jobs that still run are found"
+                state="CRASHED",
+                name="Crashed",
+                message="no heartbeats; retry the run: it finds jobs that are still running",
             )
         ],
     )
     with get_client(sync_client=True) as client:
-        known = client.read_automations_by_name(name)
-        if [one.description for one in known] == [wanted.description]:
-            return  # anew, it would forget which runs it is waiting for
-        for one in known:
-            client.delete_automation(one.id)
-        client.create_automation(wanted)
+        existing = client.read_automations_by_name(name)
+        if [old.description for old in existing] == [automation.description]:
+            return  # a new one would forget the flow runs that it watches
+        for old in existing:
+            client.delete_automation(old.id)
+        client.create_automation(automation)
 
 
-def _note(lock: TextIO, content: dict[str, Any]) -> None:
+def _write_state(lock: TextIO, content: dict[str, Any]) -> None:
     lock.truncate(0)
     lock.write(json.dumps(content))
     lock.flush()

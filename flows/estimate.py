@@ -1,9 +1,9 @@
-"""What a run will do, and about how long that takes on this machine: said before its first job.
+"""Estimate the stages of a run and their time on this machine, before the first job.
 
-The model: a stage takes _JOB_SECONDS for each of its jobs and, for each kind of work, its operations (`flops`: two for each
-weight and token forward, six forward and backward) / (this machine's GFLOP/s in a matrix product x the share of it that the
-kind reaches). Tokens are typical ones, from the texts of the sets and the limits of the configuration. What is left out:
-further rounds of synthesis, which the filters decide, and benchmarks.
+A stage takes _JOB_SECONDS per job and, for each kind of work, FLOPs / (GFLOP/s of a matrix product on this machine x the
+share that the kind reaches). FLOPs are two per weight and token forward, six forward and backward (`flops`). Numbers of
+tokens are typical values, from the texts of the sets and the limits of the configuration. Not included: further rounds of
+synthesis, which depend on the filters, and benchmarks.
 """
 
 import math
@@ -20,28 +20,28 @@ from montessori_core.speed import measure_gflops
 from tasks.run import Run
 
 _JOB_SECONDS = 3.0
-"""To load a model and to save results, and between two jobs; jobs are forked from a warm process."""
+"""Loading a model, saving results, and the gap between two jobs; jobs are forked from a warm process."""
 _EFFICIENCY = {"prompt": 0.5, "write": 0.25, "read": 0.5, "learn": 0.5}
 """Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes token by token, the student reads
-and learns. From the FLOPs and seconds of a quickstart's stages, all in fp32 (docs/benchmarks.md)."""
+and learns. Measured on the stages of a quickstart, all in fp32 (docs/benchmarks.md)."""
 _CHARACTERS_PER_TOKEN = 4.0
-_FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt beside its demonstrations
+_FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt without its demonstrations
 _TAGS = 10  # tokens around a demonstration, or around a turn of a chat
-_WRITTEN = 0.8  # share of the token limit that responses take
-_LONGEST_RESPONSE = 250  # tokens, however high the limit
-_PAIRED = 0.7  # pairs for each probing example; the paper has 6,792 from 10,000
-_CONFIRMED = 0.06  # share of the examples behind the audit that the screened estimator measures exactly
+_RESPONSE_SHARE = 0.8  # mean length of responses, as a share of the token limit
+_LONGEST_RESPONSE = 250  # tokens, for any higher limit
+_PAIRS_PER_EXAMPLE = 0.7  # pairs per probing example; 6,792 from 10,000 in the paper
+_CONFIRMED = 0.06  # share of the unaudited examples that the screened estimator measures exactly
 _CHECKS = 3  # evaluations of the reference set before the first example is measured
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage, or a few that belong together.
+    """A stage, or a few stages that belong together.
 
     Attributes:
-        name: as its progress bar has it.
-        work: what it makes, for people.
-        jobs: that are started one after the other.
+        name: label of its progress bar.
+        work: description of its output, e.g. "100 examples".
+        jobs: number of jobs that run one after the other.
         flops: floating-point operations by kind of work, see `_EFFICIENCY`.
     """
 
@@ -51,18 +51,18 @@ class PlannedStage:
     flops: dict[str, float]
 
     def seconds(self, gflops: float) -> float:
-        """About how long it takes where a matrix product reaches so many GFLOP/s."""
+        """Estimate the seconds of the stage from the GFLOP/s of a matrix product."""
         work = sum(count / (gflops * 1e9 * _EFFICIENCY[kind]) for kind, count in self.flops.items())
         return self.jobs * _JOB_SECONDS + work
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will do, and about how long that takes.
+    """Estimate of a run.
 
     Attributes:
-        stages: in about their order.
-        gflops: that a job of the run reaches on this machine; None where its jobs are not for this machine's processor.
+        stages: its stages, in approximate order.
+        gflops: GFLOP/s that a job reaches on this machine; None if the jobs do not run on this machine's CPU.
     """
 
     stages: list[PlannedStage]
@@ -70,33 +70,33 @@ class Estimate:
 
 
 def estimate_run(run: Run) -> Estimate:
-    """Plan the stages of a run and, where its jobs use this machine's processor, measure and record its speed."""
+    """Estimate the stages of a run; if its jobs use this machine's CPU, measure and record the CPU's speed."""
     teacher, student = run.initial_teacher(), run.initial_student()
     sizes = Sizes.of(run.experiment, run.sources(), weights_of(Path(teacher.path)), weights_of(Path(student.path)))
-    gflops = _speed_for(run.experiment)
+    gflops = _measure_speed(run.experiment)
     if gflops:
         record_speed(run.folder, gflops)
     return Estimate(list(planned_stages(run.experiment, sizes)), gflops)
 
 
-def _speed_for(experiment: Experiment) -> float | None:
-    """GFLOP/s that a job of the run reaches; None if its jobs are not for this machine's processor."""
-    resources = dict(experiment.cluster.resources)
-    if experiment.cluster.profile != "local" or any(own.gpus_per_node for own in resources.values()):
+def _measure_speed(experiment: Experiment) -> float | None:
+    """Measure the GFLOP/s that a job reaches; None if the jobs do not run on this machine's CPU."""
+    stages = dict(experiment.cluster.resources).values()
+    if experiment.cluster.profile != "local" or any(resources.gpus_per_node for resources in stages):
         return None
     return measure_gflops(experiment.cluster.resources.training.cpus_per_process)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Typical tokens of an experiment's texts, and the weights that they are multiplied with (see `flops`).
+    """Typical numbers of tokens of an experiment's texts, and the sizes of its models (see `flops`).
 
     Attributes:
-        teacher, student: weights.
-        prompt, instruction, response: tokens that the teacher reads and writes.
-        example: tokens of an example as the student sees it.
-        reference, evaluation: examples of these sets.
-        reference_tokens, evaluation_tokens: of all of them together.
+        teacher, student: number of weights.
+        prompt, instruction, response: mean tokens of a text that the teacher reads or writes.
+        example: mean tokens of an example in the student's format.
+        reference, evaluation: number of examples of these sets.
+        reference_tokens, evaluation_tokens: total tokens of these sets.
     """
 
     teacher: int
@@ -112,15 +112,15 @@ class Sizes:
 
     @staticmethod
     def of(experiment: Experiment, sources: Sources, teacher: int, student: int) -> "Sizes":
-        """The means of the sets, within the limits of the configuration."""
+        """Compute the means from the sets, within the limits of the configuration."""
         synthesis, longest = experiment.synthesis, experiment.student.max_length
         shown = synthesis.seed_demonstrations + synthesis.synthetic_demonstrations
-        task = statistics.mean(len(seed.text) for seed in sources.seed_pool) / _CHARACTERS_PER_TOKEN
+        task = statistics.mean(len(seed.instruction) for seed in sources.seed_pool) / _CHARACTERS_PER_TOKEN
         instruction = min(synthesis.instruction.max_tokens, task + _TAGS)
-        response = min(_WRITTEN * synthesis.response.max_tokens, _LONGEST_RESPONSE)
+        response = min(_RESPONSE_SHARE * synthesis.response.max_tokens, _LONGEST_RESPONSE)
 
         def tokens(tasks: Sequence[Task]) -> float:
-            characters = (len(task.text) + len(task.response) for task in tasks)
+            characters = (len(task.instruction) + len(task.response) for task in tasks)
             return sum(min(longest, _TAGS + count / _CHARACTERS_PER_TOKEN) for count in characters)
 
         return Sizes(
@@ -138,7 +138,7 @@ class Sizes:
 
 
 def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStage]:
-    """Yield the stages of an experiment, in about their order."""
+    """Yield the stages of an experiment, in approximate order."""
     comparison, influence, trained = experiment.comparison, experiment.influence, experiment.training.examples
 
     def synthesis(label: str, count: int) -> PlannedStage:
@@ -163,7 +163,7 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
         return PlannedStage(label, work, passes, _flops(sizes.student, read=read, learn=learn))
 
     def update(label: str, probing: int) -> PlannedStage:
-        pairs = min(experiment.preferences.max_pairs or probing, math.ceil(_PAIRED * probing))
+        pairs = min(experiment.preferences.max_pairs or probing, math.ceil(_PAIRS_PER_EXAMPLE * probing))
         tokens = pairs * (sizes.prompt + 2 * sizes.instruction)
         operations = _flops(sizes.teacher, read=tokens, learn=tokens * experiment.teacher_update.epochs)
         return PlannedStage(label, f"about {pairs:,} pairs", 1, operations)
@@ -172,7 +172,7 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
         operations = _flops(sizes.student, read=sizes.evaluation_tokens)
         return PlannedStage(f"{label}: held-out loss", f"{sizes.evaluation:,} examples", 1, operations)
 
-    def student_of(label: str, measured: bool = True) -> Iterator[PlannedStage]:
+    def training_and_evaluation(label: str, measured: bool = True) -> Iterator[PlannedStage]:
         yield synthesis(f"{label}: training set", trained)
         yield training(f"{label}: student training", experiment.training)
         if measured and comparison.influence_examples:
@@ -189,17 +189,17 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
             yield training(f"{name}: student warm-up", experiment.warmup)
         yield measurement(f"{name}: influence of the probing set", probing)
         yield update(f"{name}: teacher update", probing)
-        yield from student_of(name)
+        yield from training_and_evaluation(name)
         if number == 1:
             yield evaluation("untrained student")
             if comparison.unmodified_teacher:
-                yield from student_of("unmodified teacher")
+                yield from training_and_evaluation("unmodified teacher")
         for kept in range(1, comparison.teacher_checkpoints + 1):
-            yield from student_of(f"{name}, teacher {kept} on the way", measured=False)
+            yield from training_and_evaluation(f"{name}, teacher {kept} on the way", measured=False)
 
 
 def _exact_measurements(influence: Influence, count: int) -> int:
-    """About how many of so many examples the configured estimator measures exactly."""
+    """Estimate how many of `count` examples the configured estimator measures exactly."""
     if influence.estimator != "screened":
         return count if influence.estimator == "exact" else 0
     audited = min(count, influence.screening.audit_examples)
@@ -207,5 +207,5 @@ def _exact_measurements(influence: Influence, count: int) -> int:
 
 
 def _flops(weights: int, **tokens: float) -> dict[str, float]:
-    """Operations of so many tokens through so many weights, by kind of work."""
+    """Compute FLOPs by kind of work from tokens by kind of work."""
     return {kind: (FORWARD + BACKWARD * (kind == "learn")) * weights * count for kind, count in tokens.items()}

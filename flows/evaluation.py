@@ -1,4 +1,4 @@
-"""The evaluation of any model, without a run: `montessori evaluate` and the flow of that name."""
+"""Evaluate any model without a run: `montessori evaluate` and the flow `evaluate`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,33 +7,34 @@ from prefect import flow
 from pydantic import Field
 
 from cluster.lock import only_driver
-from flows.experiment import end_jobs_of, run_root
+from flows.experiment import end_jobs_in, run_root
 from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
 from montessori_core.files import write_json
 from tasks.benchmarks import list_items
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
-from tasks.run import Run, open_run
+from tasks.run import Run, open_run, reopen_run
 from tasks.stage import Step
 
 RESULT = "evaluation.json"
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
-    """Hook, after an evaluation was cancelled: end what jobs its driver could not end itself."""
-    end_jobs_of(run_root() / flow_run.parameters["name"])
+    """End the remaining jobs of a cancelled evaluation (Prefect hook)."""
+    folder = run_root() / flow_run.parameters["name"]
+    end_jobs_in(folder, reopen_run(folder).experiment.cluster)
 
 
 @flow(name="evaluate", flow_run_name="{name}", on_cancellation=[end_jobs])
 def evaluate(
     experiment: Experiment, model: str, name: Annotated[FolderName, Field(pattern=RUN_NAME)] = "evaluation"
 ) -> None:
-    """Evaluate a model: held-out loss, and the benchmarks of the configuration. The same name again goes on after a failure.
+    """Evaluate a model: held-out loss, and the benchmarks of the configuration. The same name again resumes an evaluation.
 
     Args:
-        experiment: its evaluation set, benchmarks, judge, student (length, no model) and cluster are what counts.
+        experiment: provides the evaluation set, benchmarks, judge, student settings (not its model) and cluster.
         model: folder or Hugging Face id of the model.
-        name: of the evaluation, and of its folder.
+        name: name of the evaluation and of its folder.
     """
     run, _ = open_evaluation(experiment, model, run_root() / name)
     _evaluate(run)
@@ -41,15 +42,15 @@ def evaluate(
 
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)
 def evaluate_opened(run: Run) -> None:
-    """The same for an evaluation whose folder is open already."""
+    """Run an opened evaluation."""
     _evaluate(run)
 
 
 def open_evaluation(experiment: Experiment, model: str, folder: Path) -> tuple[Run, list[str]]:
-    """Create the folder of an evaluation, or open it if it is of the same model and settings; also return warnings.
+    """Create the folder of an evaluation, or open it if model and settings are the same; also return warnings.
 
     Raises:
-        UserError: something is wrong; the message says what and how to mend it. Nothing has been computed then.
+        UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
     sections = {
         "name": folder.name,

@@ -1,7 +1,7 @@
-"""How long an experiment will take on a cluster, from what a small run of it took.
+"""Predict the time of an experiment on a cluster from the costs of a small run, the pilot.
 
-Every stage of the pilot comes again with as many rows as the experiment's sizes make of it, at the pilot's cost of a row,
-as jobs of the experiment's cluster section; `cluster.simulation` plays that through with failures and queueing.
+Each stage of the pilot is scaled to the rows of the experiment, at the pilot's cost per row, and cut into jobs of the
+experiment's cluster section; `cluster.simulation` simulates them with failures and queueing.
 """
 
 import itertools
@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from cluster.backends.base import split_evenly, split_for_array
-from cluster.costs import StageCost, cost_of
 from cluster.partial_commits import COMMIT_SECONDS
-from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, room, simulate
-from cluster.stage import shard_size
+from cluster.shards import shard_size
+from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, capacity, simulate
 from cluster.status import stages_of
+from cluster.usage import StageCost, cost_of
 from montessori_core import layout
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
@@ -36,78 +36,79 @@ _SIZES = {
     "preferences": {"max_pairs"},
     "comparison": {"influence_examples"},
 }
-"""Settings that scale a stage or cut it otherwise; all others decide what a row costs, or which stages there are."""
+"""Settings that change only the rows or the cut of a stage; all others may change the cost of a row or the stages."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What simulations of an experiment came to.
+    """Simulated times of an experiment on a cluster.
 
     Attributes:
-        machines: what it ran on.
-        stages: the stages, in order.
-        spent: [simulations][stages].
+        machines: nodes of the cluster.
+        stages: stages in order.
+        timings: [simulations][stages].
     """
 
     machines: ClusterSpec
     stages: Sequence[Work]
-    spent: Sequence[Sequence[StageTiming]]
+    timings: Sequence[Sequence[StageTiming]]
 
-    def hours(self, what: str, share: float) -> float:
-        """A quantile over the simulations of what all stages took: of 'wall', 'job' or 'gpu' hours."""
-        return float(np.quantile([self._sum(what, spent) for spent in self.spent], share))
+    def hours(self, kind: str, share: float) -> float:
+        """Return a quantile, over the simulations, of the total 'wall', 'job' or 'gpu' hours."""
+        return float(np.quantile([self._total(kind, timings) for timings in self.timings], share))
 
     def mean(self, stage: int) -> StageTiming:
-        """What a stage took, by its number: means over the simulations."""
-        spent = [simulation[stage] for simulation in self.spent]
+        """Return the mean timing of a stage, by its index, over the simulations."""
+        timings = [simulation[stage] for simulation in self.timings]
         return StageTiming(
-            **{name: statistics.mean(getattr(one, name) for one in spent) for name in StageTiming.__annotations__}
+            **{
+                name: statistics.mean(getattr(timing, name) for timing in timings)
+                for name in StageTiming.__annotations__
+            }
         )
 
     def gpu_hours(self, stage: int) -> float:
-        """Mean GPU-hours of a stage."""
+        """Return the mean GPU-hours of a stage."""
         return _gpu_hours(self.stages[stage], self.mean(stage))
 
     def longest(self) -> int:
-        """The number of the stage that takes longest."""
+        """Return the index of the longest stage."""
         return max(range(len(self.stages)), key=lambda stage: self.mean(stage).seconds)
 
     def jobs_at_once(self, stage: int) -> tuple[int, str]:
-        """How many jobs of a stage are at work at a time, and what keeps it from more."""
+        """Return how many jobs of a stage run at a time, and what limits the number."""
         work = self.stages[stage]
         limits = {
-            "it has no more; make shards smaller for more": len(work.jobs),
-            "more by parallel_jobs in cluster.resources": work.at_once,
-            "more nodes would help": room(work, self.machines),
+            "make shards smaller for more jobs": len(work.jobs),
+            "raise parallel_jobs in cluster.resources for more": work.at_once,
+            "more nodes would help": capacity(work, self.machines),
         }
         reason = min(limits, key=lambda name: limits[name])
         return limits[reason], reason
 
-    def _sum(self, what: str, spent: Sequence[StageTiming]) -> float:
-        if what == "gpu":
-            return sum(map(_gpu_hours, self.stages, spent))
-        return sum(one.seconds if what == "wall" else one.job_seconds for one in spent) / 3600
+    def _total(self, kind: str, timings: Sequence[StageTiming]) -> float:
+        if kind == "gpu":
+            return sum(map(_gpu_hours, self.stages, timings))
+        return sum(timing.seconds if kind == "wall" else timing.job_seconds for timing in timings) / 3600
 
 
 def forecast(
-    pilot: Run, experiment: Experiment, machines: Sequence[ClusterSpec], disturbances: FailureModel, simulations: int
+    pilot: Run, experiment: Experiment, machines: Sequence[ClusterSpec], failures: FailureModel, simulations: int
 ) -> list[Forecast]:
     """Simulate an experiment on each of several clusters.
 
     Raises:
-        UserError: the pilot has not finished, or jobs do not fit.
+        UserError: the pilot is not finished, or a job does not fit the nodes.
     """
     if not pilot.finished:
-        raise UserError(
-            f"{pilot.folder}: this pilot has not finished; bring it to its end: montessori resume {pilot.folder}"
-        )
+        raise UserError(f"{pilot.folder}: this pilot is not finished; resume it: montessori resume {pilot.folder}")
     stages = planned_stages(pilot, experiment)
     return [
         Forecast(
             cluster,
             stages,
             [
-                simulate(stages, cluster, disturbances, seed)
+                simulate(stages, cluster, failures, seed)
                 for seed in tqdm(range(simulations), desc=f"{cluster.nodes} nodes", leave=False, disable=None)
             ],
         )
@@ -116,7 +117,7 @@ def forecast(
 
 
 def planned_stages(pilot: Run, experiment: Experiment) -> list[Work]:
-    """The stages of an experiment, with rows and costs worked out from those of the pilot.
+    """Return the stages of an experiment, with rows and costs scaled from the pilot.
 
     Raises:
         UserError: a stage of the pilot is not done.
@@ -126,13 +127,13 @@ def planned_stages(pilot: Run, experiment: Experiment) -> list[Work]:
         cost = cost_of(folder)
         if cost is None:
             raise UserError(
-                f"{folder}: this stage of the pilot is not done, or an older version did it; bring it to its end with "
-                f"montessori resume {pilot.folder}, or run a new pilot"
+                f"{folder}: this stage of the pilot is not finished, or an older version computed it; resume the pilot "
+                f"(montessori resume {pilot.folder}) or run a new one"
             )
         costs[folder.relative_to(pilot.folder)] = cost
     last = max((_iteration_of(stage) for stage in costs), default=0)
     if not last:
-        raise UserError(f"{pilot.folder}: nothing was run here yet; a pilot is a finished run")
+        raise UserError(f"{pilot.folder}: this run has no stages; a pilot is a finished run")
     around = _driver_seconds(list(costs.values()))
     works = []
     for number in range(1, experiment.iterations + 1):
@@ -152,19 +153,19 @@ def planned_stages(pilot: Run, experiment: Experiment) -> list[Work]:
 
 
 def _driver_seconds(costs: Sequence[StageCost]) -> float:
-    """From a stage's last commit to the first job of the next; the median, as somebody may have resumed the run next day."""
-    between = [after.begun - before.ended for before, after in itertools.pairwise(costs)]
-    return max(0.0, statistics.median(between)) if between else 0.0
+    """Return the median time from a stage's last commit to the next stage's first job; the run may have been interrupted."""
+    gaps = [after.begun - before.ended for before, after in itertools.pairwise(costs)]
+    return max(0.0, statistics.median(gaps)) if gaps else 0.0
 
 
 def _iteration_of(stage: PurePath) -> int:
-    """The iteration that a stage belongs to; those of untrained student and unmodified teacher are in the first."""
+    """Return the iteration of a stage; untrained student and unmodified teacher belong to the first."""
     name, _, number = stage.parts[0].partition("-")
     return int(number) if name == "iteration" and number.isdecimal() else 1
 
 
 def _size(stage: PurePath, experiment: Experiment) -> int:
-    """The setting that the rows of a stage grow with, by the names of its folders; 1 if there is none."""
+    """Return the setting that a stage's rows are proportional to, found by its folder names; 1 if there is none."""
     *folders, name = stage.parts
     first = _iteration_of(stage) == 1
     influence, comparison = experiment.influence, experiment.comparison
@@ -181,7 +182,7 @@ def _size(stage: PurePath, experiment: Experiment) -> int:
     if name.startswith(("instructions-", "responses-")):
         return warming + probing
     if name == "influence-pilot":
-        return 1  # it does not grow
+        return 1  # fixed size
     if name == "influence" and measured >= 4 * PILOT:
         return measured - PILOT
     audited = min(measured, influence.screening.audit_examples)
@@ -230,23 +231,26 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
 
 
 def costs_may_differ(pilot: Experiment, experiment: Experiment) -> list[str]:
-    """Settings in which the two differ beside sizes and how many jobs there are: what a row costs may depend on them.
+    """Return the differing settings that may change the cost of a row: all but sizes and numbers of jobs.
 
-    A size is no mere size where there is no stage without it, or where the pilot's pairs may have ended at it.
+    Two sizes count: `influence_examples` of 0, which removes a stage, and `max_pairs`, which may have limited the pilot's
+    pairs.
     """
     excluded: dict[str, Any] = dict.fromkeys(("name", "cluster", "iterations", "seed"), True) | _SIZES
     if pilot.preferences.max_pairs is not None:
         del excluded["preferences"]
 
-    def deciding(one: Experiment) -> dict[str, Any]:
-        settings = one.model_dump(mode="json", exclude=excluded)
-        settings["comparison"]["influence_examples > 0"] = one.comparison.influence_examples > 0
+    def cost_settings(configuration: Experiment) -> dict[str, Any]:
+        settings = configuration.model_dump(mode="json", exclude=excluded)
+        settings["comparison"]["influence_examples > 0"] = configuration.comparison.influence_examples > 0
         job = {"nodes", "processes_per_node", "gpus_per_node", "cpus_per_process"}
         kinds = dict.fromkeys(StageResources.model_fields, job)
-        return settings | {"cluster": {"resources": one.cluster.resources.model_dump(mode="json", include=kinds)}}
+        return settings | {
+            "cluster": {"resources": configuration.cluster.resources.model_dump(mode="json", include=kinds)}
+        }
 
-    return differences(deciding(pilot), deciding(experiment))
+    return differences(cost_settings(pilot), cost_settings(experiment))
 
 
-def _gpu_hours(work: Work, spent: StageTiming) -> float:
-    return spent.job_seconds * work.nodes * work.gpus / 3600
+def _gpu_hours(work: Work, timing: StageTiming) -> float:
+    return timing.job_seconds * work.nodes * work.gpus / 3600

@@ -1,4 +1,4 @@
-"""One iteration of Montessori-Instruct, top to bottom as in the paper's Figure 2."""
+"""One iteration of Montessori-Instruct, in the order of the paper's Figure 2."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from tasks.synthesis import SynthesisResult
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration hands to the next.
+    """Results that an iteration passes to the next.
 
     Attributes:
-        teacher: the updated teacher.
-        student: the student trained on its data.
-        training: that data.
-        evaluated: what students are worth, by their name.
+        teacher: updated teacher.
+        student: student trained on the updated teacher's data.
+        training: training set of the updated teacher.
+        evaluated: evaluations of students, by name.
     """
 
     teacher: Model
@@ -38,7 +38,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Unmodified:
-    """What the unmodified teacher's data is worth: the data, and the student trained on it."""
+    """The unmodified teacher's training set, and the evaluation of a student trained on it."""
 
     training: SynthesisResult
     evaluated: StudentEvaluation
@@ -46,9 +46,9 @@ class Unmodified:
 
 @flow(flow_run_name="{run.experiment.name}: unmodified teacher", validate_parameters=False)
 def unmodified_teacher(run: Run, probed: ProbingSet) -> Unmodified:
-    """Train a student on as many examples of the unmodified teacher, from the same prompts as iteration 1.
+    """Train a student on as many examples of the unmodified teacher, from the prompts of iteration 1.
 
-    The influence of its examples is measured on the same warm student as that of the updated teacher's (Figure 3d).
+    Their influence is measured on the same warm student as that of the updated teacher's examples (Figure 3d).
     """
     step, recipe = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher"), run.experiment.training
     training = write_training_set(step, run.initial_teacher())
@@ -58,7 +58,7 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> Unmodified:
 
 
 def _measure_training_influence(step: Step, student: Model, examples: Path) -> Path | None:
-    """The influence of the first examples of a training set, unless that is switched off."""
+    """Measure the influence of the first examples of a training set, if configured."""
     count = step.experiment.comparison.influence_examples
     if not count:
         return None
@@ -69,14 +69,14 @@ def _measure_training_influence(step: Step, student: Model, examples: Path) -> P
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
 def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, continued: bool) -> Iteration:
-    """Tailor the teacher to the student once, and train the student on what the teacher then writes.
+    """Tailor the teacher to the student, and train the student on the updated teacher's data.
 
     Args:
         run: the run.
-        number: of the iteration, counted from 1.
-        previous: what the iteration before left.
-        approve: wait for a person before the teacher update.
-        continued: a later iteration goes on from the student.
+        number: index of the iteration, from 1.
+        previous: results of the last iteration; None in the first.
+        approve: whether to wait for approval before the teacher update.
+        continued: whether a later iteration starts from the student.
     """
     experiment, step = run.experiment, Step.iteration(run, number)
     tailored = tailor(
@@ -93,7 +93,9 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
     training_influence = _measure_training_influence(step, tailored.probed.student, examples)
     evaluated = {"student": evaluate(step.at("evaluation"), trained)}
     if previous is not None:
-        evaluated |= {part: one for part, one in previous.evaluated.items() if part in ("untrained", "unmodified")}
+        evaluated |= {
+            name: previous.evaluated[name] for name in ("untrained", "unmodified") if name in previous.evaluated
+        }
         evaluated["previous"] = previous.evaluated["student"]
     else:
         untrained = Step(run, run.folder / layout.UNTRAINED, "untrained student")
@@ -113,29 +115,29 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
             tailored.preferences,
             tailored.training,
             training_influence,
-            {part: one.losses for part, one in evaluated.items()},
+            {name: evaluation.losses for name, evaluation in evaluated.items()},
         ),
         trajectory,
         IterationBenchmarks(
-            {part: one.benchmarks.scores for part, one in evaluated.items()},
-            _head_to_head(run, number, evaluated),
+            {name: evaluation.benchmarks.scores for name, evaluation in evaluated.items()},
+            _compare_with_others(run, number, evaluated),
             check_contamination(run, f"{step.label}: copies", step.folder / "contamination.json", examples),
         ),
     )
     return Iteration(tailored.teacher, trained, tailored.training, evaluated)
 
 
-def _head_to_head(run: Run, number: int, evaluated: dict[str, StudentEvaluation]) -> list[Row]:
-    """The student's answers against those of the unmodified teacher's student and of the last iteration's (Figure 4)."""
-    own = evaluated["student"].benchmarks.answers
-    if own is None:
+def _compare_with_others(run: Run, number: int, evaluated: dict[str, StudentEvaluation]) -> list[Row]:
+    """Compare the student's answers with those of the unmodified teacher's and the last iteration's student (Figure 4)."""
+    student_answers = evaluated["student"].benchmarks.answers
+    if student_answers is None:
         return []
-    others = {part: evaluated[part].benchmarks.answers for part in ("unmodified", "previous") if part in evaluated}
+    others = {name: evaluated[name].benchmarks.answers for name in ("unmodified", "previous") if name in evaluated}
     rows = []
-    for part, answers in others.items():
+    for name, answers in others.items():
         if answers is not None:
-            against = Step.iteration(run, number).at(f"head-to-head/{part}", f"student against {part}")
-            rates = compare_answers(against, own, answers)
+            step = Step.iteration(run, number).at(f"head-to-head/{name}", f"student against {name}")
+            rates = compare_answers(step, student_answers, answers)
             prompts = run.experiment.benchmarks.judge_prompts
-            rows.append({"model": "student", "against": part, "judge_prompts": prompts, **asdict(rates)})
+            rows.append({"model": "student", "against": name, "judge_prompts": prompts, **asdict(rates)})
     return rows

@@ -1,4 +1,4 @@
-"""A Prefect server on this machine: found or started, and asked for a login; the runs' reports are served beside it."""
+"""Find or start a Prefect server on this machine, check its login, and serve the reports of runs."""
 
 import os
 import re
@@ -21,20 +21,24 @@ from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
 
 _LOOPBACK = "127.0.0.1"
-_SERVER_PATIENCE = 180.0  # seconds; a first start migrates a database
+_SERVER_TIMEOUT = 180.0  # seconds; a first start migrates a database
 
 
 @contextmanager
 def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
-    """The address of the server that Prefect's settings name, of one on this machine, or of one that is started here."""
-    # In a process of its own: once settings are read, this one would not heed a server that is named later.
-    ask = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
-    named = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    if named:
-        if not answers(named):
-            raise UserError(f"no Prefect server answers at {named} (PREFECT_API_URL); start it, or unset the variable")
-        check_login(named)
-        yield named
+    """Yield the API address of the server in Prefect's settings, of one on this machine, or of one started here."""
+    # In a child process: this process must not read Prefect's settings before PREFECT_API_URL is set.
+    code = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
+    configured = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+    if configured:
+        if not answers(configured):
+            raise UserError(
+                f"no Prefect server answers at {configured} (PREFECT_API_URL); start it, or unset the variable"
+            )
+        check_login(configured)
+        yield configured
         return
     api = f"http://{_LOOPBACK}:{port}/api"
     os.environ["PREFECT_API_URL"] = api
@@ -44,13 +48,13 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
         return
     if "PREFECT_SERVER_API_AUTH_STRING" not in os.environ:
         console.print(
-            "no login: whoever has an account on this machine can start runs as you. If others do, set "
+            "no login: whoever has an account on this machine can start runs as you. To prevent that, set "
             "PREFECT_SERVER_API_AUTH_STRING and PREFECT_API_AUTH_STRING to the same user:password (docs/security.md)",
             soft_wrap=True,
         )
     start = ["server", "start", "--host", _LOOPBACK, "--port", str(port)]
     with log.open("w") as output:
-        # A session of its own: Ctrl-C is for us, who end it after the flow runs.
+        # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
         server = subprocess.Popen(
             [sys.executable, "-m", "flows.prefect_server", *start],
             env=server_environment(port),
@@ -74,15 +78,15 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
 def server_environment(port: int) -> dict[str, str]:
     """Environment of a Prefect server on this machine."""
     return {
-        **{key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"},  # it would reach the UI
+        **{key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"},  # the UI would use it
         "PREFECT_SERVER_API_HOST": _LOOPBACK,
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # By default any page that is open in a browser here may start runs; the UI is of the server's own origin.
+        # By default any web page in a browser on this machine could start runs; allow the server's origin only.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{_LOOPBACK}:{port}",
-        "PREFECT_SERVER_UI_API_URL": "/api",  # of the host that the browser sees: the port may be a tunnel's
+        "PREFECT_SERVER_UI_API_URL": "/api",  # relative to the page: the port may be a tunnel's
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        # The recorder of task runs drops what it cannot keep up with; in batches it keeps up.
+        # The task run recorder drops events under load; batches let it keep up.
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
@@ -90,12 +94,12 @@ def server_environment(port: int) -> dict[str, str]:
 
 
 def wait_for_server(server: "subprocess.Popen[bytes]", api: str) -> None:
-    """Return when the server that was started answers.
+    """Wait until a started server answers.
 
     Raises:
-        UserError: it ended, or does not answer in time; it is ended then.
+        UserError: it ended or does not answer in time; it is terminated.
     """
-    deadline = time.monotonic() + _SERVER_PATIENCE
+    deadline = time.monotonic() + _SERVER_TIMEOUT
     while not answers(api):
         if server.poll() is not None or time.monotonic() > deadline:
             _end(server)
@@ -138,7 +142,7 @@ def check_login(api: str) -> None:
 
 @contextmanager
 def served_reports(root: Path, port: int) -> Iterator[str]:
-    """Serve the runs' reports, and nothing else, to this machine; on another port if that one is taken."""
+    """Serve the reports of runs, and nothing else, to this machine; on another port if `port` is taken."""
 
     class Report(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

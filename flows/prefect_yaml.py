@@ -1,4 +1,4 @@
-"""The deployments of a `prefect.yaml`, with the configurations that they name."""
+"""Read the deployments of a `prefect.yaml` and their configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ def find_deployments() -> Path:
 
 
 def read_deployments(path: Path) -> list[dict[str, Any]]:
-    """Read the deployments of a `prefect.yaml`; `config` becomes a parameter of the flow, and parameters are validated.
+    """Read the deployments of a `prefect.yaml`; turn `config` into a parameter of the flow, and validate parameters.
 
     Raises:
-        ConfigError: the file cannot be read, or a deployment does not fit.
+        ConfigError: the file cannot be read, or a deployment is invalid.
     """
     try:
         deployments: list[dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["deployments"]
@@ -39,21 +39,21 @@ def read_deployments(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of deployments ({error}); see the shipped one, {_SHIPPED}") from error
     for deployment in deployments:
-        _fill_in(deployment, path)
+        _complete_parameters(deployment, path)
     return deployments
 
 
-def _fill_in(deployment: dict[str, Any], path: Path) -> None:
+def _complete_parameters(deployment: dict[str, Any], path: Path) -> None:
     source = f"{path}, deployment {deployment.get('name')!r}"
     entrypoint = deployment.setdefault("entrypoint", EXPERIMENT)
     if not isinstance(entrypoint, str) or entrypoint not in _PARAMETERS:
-        raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; there are {', '.join(_PARAMETERS)}")
+        raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; available: {', '.join(_PARAMETERS)}")
     parameter, kind = _PARAMETERS[entrypoint]
     parameters = deployment.setdefault("parameters", {})
     config = deployment.pop("config", None)
     if not isinstance(parameters, dict) or (config is None) == (parameter not in parameters):
         raise ConfigError(
-            f"{source}: give either config (a preset, or a path relative to this file) or parameters.{parameter}"
+            f"{source}: set either config (a preset, or a path relative to this file) or parameters.{parameter}"
         )
     if config is not None:
         try:
@@ -64,7 +64,7 @@ def _fill_in(deployment: dict[str, Any], path: Path) -> None:
 
 
 def _read_content(config: Path, kind: type[Section], folder: Path) -> dict[str, Any]:
-    """Read a configuration without adding defaults: Prefect's form has them."""
+    """Read a configuration without adding defaults: Prefect's form adds them."""
     if kind is Experiment:
         return read_overridden(find_configuration(config, folder=folder), ())
     path = find_configuration(config, "studies", folder)

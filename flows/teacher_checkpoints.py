@@ -1,4 +1,4 @@
-"""What the teachers on the way through an update are worth (Figures 3a and 3b): a student is trained on the data of each."""
+"""Evaluate checkpoints of a teacher update: train a student on the data of each (Figures 3a and 3b)."""
 
 from pathlib import Path
 
@@ -17,28 +17,35 @@ from tasks.teachers import kept_teachers, reward_margins
 def evaluate_checkpoints(
     run: Run, number: int, tailored: TailoringResult, student: StudentEvaluation, synthetic_pool: Path | None
 ) -> list[Row]:
-    """Reward margin and student's worth at each kept teacher; the updated teacher, and its `student`, come last.
+    """Return the reward margin and the student's losses and scores of each kept teacher, the updated teacher last.
 
-    Each writes its training set from the same prompts, with demonstrations of the same `synthetic_pool`, and each student is
-    trained by the same recipe.
+    All teachers write their training sets from the same prompts, with demonstrations of the same `synthetic_pool`, and all
+    students are trained with the same recipe.
+
+    Args:
+        run: the run.
+        number: index of the iteration.
+        tailored: result of the teacher update.
+        student: evaluation of the updated teacher's student.
+        synthetic_pool: training set of the last iteration.
     """
     margins = reward_margins(tailored.teacher)
-    worth: dict[int, StudentEvaluation] = {}
-    for step, teacher in kept_teachers(tailored.teacher).items():
-        folder = run.iteration(number) / "checkpoints" / f"step-{step}"
-        own = Step(run, folder, f"iteration {number}, step {step}")
-        written = write_training_set(own, teacher, number, synthetic_pool)
-        training = run.experiment.training
-        trained = train_student(own.at("student", "student training"), written.examples, training, training.examples)
-        worth[step] = evaluate(own.at("evaluation"), trained)
-    worth[max(margins)] = student
+    recipe = run.experiment.training
+    evaluations: dict[int, StudentEvaluation] = {}
+    for update, teacher in kept_teachers(tailored.teacher).items():
+        folder = run.iteration(number) / "checkpoints" / f"step-{update}"
+        step = Step(run, folder, f"iteration {number}, step {update}")
+        synthesized = write_training_set(step, teacher, number, synthetic_pool)
+        trained = train_student(step.at("student", "student training"), synthesized.examples, recipe, recipe.examples)
+        evaluations[update] = evaluate(step.at("evaluation"), trained)
+    evaluations[max(margins)] = student
     return [
         {
-            "step": step,
-            "margin": margins[step],
-            "held_out_loss": (loss := summarize_loss(one.losses))["mean"],
+            "step": update,
+            "margin": margins[update],
+            "held_out_loss": (loss := summarize_loss(evaluation.losses))["mean"],
             "standard_error": loss["standard_error"],
-            "scores": one.benchmarks.scores,
+            "scores": evaluation.benchmarks.scores,
         }
-        for step, one in worth.items()
+        for update, evaluation in evaluations.items()
     ]

@@ -1,4 +1,4 @@
-"""Prefect's temporary server, where the terminal's driver has no other: it ends with its driver, however that one ends."""
+"""A temporary Prefect server for a driver in the terminal; it ends with its driver, even if the driver is killed."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prefect.server.api.server import SubprocessASGIServer, create_app
 from prefect.settings import get_current_settings
 
-from flows.prefect_server import collect_beside
+from flows.prefect_server import collect_in_thread
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -19,12 +19,12 @@ _DRIVER = "MONTESSORI_DRIVER"
 
 
 class TemporaryServer(SubprocessASGIServer):
-    """As Prefect has it; Prefect's clients in this process find it."""
+    """Prefect's temporary server, running `app`; Prefect's clients in this process use it."""
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-        where = ["--host", "127.0.0.1", "--port", str(self.port)]
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
         return subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:app", *where, "--log-level", "error"],
+            [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:app", *address, "--log-level", "error"],
             env={
                 **os.environ,
                 **get_current_settings().to_environment_variables(exclude_unset=True),
@@ -35,7 +35,7 @@ class TemporaryServer(SubprocessASGIServer):
 
 
 def app() -> "FastAPI":
-    """The server's application, in a process that ends when the driver's has ended."""
+    """Create the server's application, in a process that ends with the driver."""
     driver = int(os.environ[_DRIVER])
 
     def end_with_driver() -> None:
@@ -44,5 +44,5 @@ def app() -> "FastAPI":
         os._exit(1)
 
     threading.Thread(target=end_with_driver, daemon=True, name="driver").start()
-    collect_beside()
+    collect_in_thread()
     return create_app(ephemeral=True, final=True)

@@ -1,3 +1,3 @@
-"""The Montessori-Instruct method: pure Python and torch, without Prefect and without a scheduler."""
+"""The Montessori-Instruct method in Python and torch, independent of Prefect and of any scheduler."""
 
 __version__ = "0.1.0"

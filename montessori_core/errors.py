@@ -1,10 +1,10 @@
-"""Errors a user can act on: each says what is wrong, where, and what to do about it."""
+"""Errors for the user: what is wrong, where, and how to fix it."""
 
 
 class UserError(Exception):
-    """Something in the user's input or environment is wrong; the message names it and the remedy.
+    """The user's input or environment is wrong; the message names the problem and the remedy.
 
-    The command line prints the message alone, without a traceback.
+    The command line prints the message without a traceback.
     """
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and the hashes that prove which."""
+"""Atomic writes of files and folders, and hashes of their content."""
 
 import errno
 import hashlib
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 _STALE_READS = 5
-"""Over NFS, reading a file that another host replaces at that moment fails; the next reading finds the new one."""
+"""Over NFS, reading a file while another host replaces it fails with ESTALE; a retry reads the new file."""
 
 
 @contextmanager
 def commit(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk (if `durable`) and move it to `path`.
+    """Yield a temporary path next to `path`; on success flush it to disk (if `durable`) and move it to `path`.
 
-    Works for a file and for a folder (the block creates either). On any exception the temporary is removed and `path`
-    keeps what it held. Concurrent commits never mix: the name carries host, process and a random part.
+    The block creates a file or a folder there. On any exception the temporary path is removed and `path` is unchanged.
+    Concurrent commits do not collide: the temporary name holds host, process and a random part.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -43,9 +43,10 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def write_json(content: Any, path: Path, durable: bool = True) -> None:
-    """Write `content` as JSON, atomically; what can be made again need not be `durable`, and is written much faster.
+    """Write `content` as JSON, atomically.
 
-    People read what is kept. The rest is for programs, in one line: only that way does Python write JSON at the speed of C.
+    A file that can be recomputed need not be `durable`: it is not flushed and is written in one line, which Python's C
+    encoder does much faster than indented JSON.
     """
     with commit(path, durable) as temporary:
         temporary.write_text(
@@ -54,7 +55,7 @@ def write_json(content: Any, path: Path, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; None if the file is missing or is not whole."""
+    """Read JSON; return None if the file is missing or incomplete."""
     for _ in range(_STALE_READS):
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -67,12 +68,12 @@ def read_json(path: Path) -> Any:
 
 
 def hash_json(content: Any) -> str:
-    """SHA-256 of plain data, independent of key order."""
+    """Return the SHA-256 of plain data, independent of key order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's file names and bytes."""
+    """Return the SHA-256 of a file's bytes, or of a folder's file names and bytes."""
     if path.is_file():
         return _hash_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -93,7 +94,7 @@ def _flush(path: Path) -> None:
 
 
 def cache_root() -> Path:
-    """Folder of converted models and of answers of APIs: $MONTESSORI_CACHE, else the user's cache folder."""
+    """Return the folder of converted models and API answers: $MONTESSORI_CACHE, else the user's cache folder."""
     if "MONTESSORI_CACHE" in os.environ:
         return Path(os.environ["MONTESSORI_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "montessori"

@@ -1,4 +1,4 @@
-"""Numbers as people read them: short, with a true minus sign, and a dash for an unknown value."""
+"""Format numbers for people: short, with a true minus sign, and a dash for an unknown value."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Unit:
-    """A power of ten of a nat: the unit of all influence on a page."""
+    """A power of ten of a nat, the unit of all influence values on a page."""
 
     exponent: int
 
@@ -36,7 +36,7 @@ class Unit:
 
 
 def unit_of(nats: Iterable[float]) -> Unit:
-    """Return the unit in which the median of these sizes lies between 1 and 1000."""
+    """Return the unit in which the median absolute value lies between 1 and 1000."""
     sizes = np.abs(np.fromiter(nats, dtype=float))
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     return Unit(min(0, 3 * math.floor(math.log10(float(np.median(sizes))) / 3)) if sizes.size else 0)
@@ -78,7 +78,7 @@ def gain(mean: float | None, standard_error: float | None) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Write a number to `digits` significant digits, as a power of ten where it is very small or large."""
+    """Write a number to `digits` significant digits, as a power of ten if it is very small or large."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
@@ -88,7 +88,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time in seconds, minutes or hours, as a person would."""
+    """Write a time in seconds, minutes or hours."""
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)

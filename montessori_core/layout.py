@@ -1,25 +1,25 @@
-"""Names of the files and folders that a run consists of.
+"""Names of the files and folders of a run.
 
     RUN/
-      config.yaml              every setting, defaults spelled out
-      provenance.json          versions, machine, and what the run was started from
+      config.yaml              every setting, including defaults
+      provenance.json          versions, machine and input models
       models.json              commits of models of the Hugging Face hub
-      driver.lock              the process that drives the run
+      driver.lock              the driver's process
       report.html
-      sources/                 copies of the human-written sets, and of the files of benchmarks
+      sources/                 copies of the human-written sets and of the benchmark files
       untrained/               held-out loss of the untrained student
       unmodified/              the unmodified teacher: training/, student/, training-influence.parquet
       iteration-1/
-        instructions.parquet   the probing set: what the teacher wrote, and why instructions were rejected
+        instructions.parquet   the probing set: all generated instructions, and why each rejected one was rejected
         examples.parquet       the probing set: accepted instructions and their responses
         influence.parquet      influence of the probing set
         preferences.parquet    preference pairs
-        metrics.json           written last: the iteration is finished
+        metrics.json           written last, when the iteration is finished
         training/              training set of the updated teacher: instructions.parquet, examples.parquet
         training-influence.parquet
-        warmup/ teacher/ student/   trainings
+        warmup/ teacher/ student/   training runs
 
-Folders of stages are described in `cluster.stage`.
+`cluster.stage` describes the folders of stages.
 """
 
 import re
@@ -43,19 +43,19 @@ UTILITY = "utility.parquet"
 METRICS = "metrics.json"
 
 # In the folder of a trained model.
-LOG_FILE = "training_log.json"  # one entry an optimizer step
-COUNTS_FILE = "training_counts.json"  # how many examples could be used
+LOG_FILE = "training_log.json"  # one entry per optimizer step
+COUNTS_FILE = "training_counts.json"  # numbers of usable examples
 MOMENTS_FILE = "adamw.safetensors"  # AdamW's moments, per parameter
-KEPT = "kept"  # folder of models on the way, one a folder step-N
+KEPT = "kept"  # folder of intermediate models, each in a folder step-N
 
 
 def iteration(number: int) -> str:
-    """Name of an iteration's folder; iterations count from 1."""
+    """Return the name of an iteration's folder; iterations count from 1."""
     return f"iteration-{number}"
 
 
 def iterations(run: Path) -> dict[int, Path]:
-    """Folders of the iterations that a run has begun, by number."""
+    """Return the folders of the iterations that a run has started, by number."""
     folders = {
         int(name[1]): path
         for path in run.glob("iteration-*")

@@ -1,4 +1,4 @@
-"""The processor of this machine and the number type it generates in. Needs no torch: the driver records both."""
+"""This machine's processor, and the dtype for generation on it. Works without torch, for the driver."""
 
 import os
 import platform
@@ -12,16 +12,16 @@ _ONEDNN_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX
 
 
 def processor_name() -> str:
-    """Return the processor's model name, as far as the system tells it."""
+    """Return the processor's model name, as the system reports it."""
     return _cpuinfo("model name") or platform.processor()
 
 
 def generation_dtype() -> Literal["bfloat16", "float32"]:
-    """Return the number type that this processor generates faster in.
+    """Return the dtype in which this processor generates faster.
 
-    That is bfloat16, half the bytes, where the processor multiplies it (AMX, AVX512-BF16, Arm's BF16). Others emulate it,
-    several times slower than float32. ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which limit torch to older
-    instructions, are taken into account.
+    That is bfloat16, which halves the bytes to read, if the processor has instructions for it (AMX, AVX512-BF16, Arm's
+    BF16). Other processors emulate it, several times slower than float32. ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA,
+    which limit torch to older instructions, are respected.
     """
     limited = (
         os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in _ATEN_WITHOUT_BF16
@@ -32,7 +32,7 @@ def generation_dtype() -> Literal["bfloat16", "float32"]:
 
 
 def _cpuinfo(field: str) -> str:
-    """The field's first value in /proc/cpuinfo; empty where there is none, as on macOS."""
+    """Return the field's first value in /proc/cpuinfo; empty if there is none, as on macOS."""
     try:
         lines = _CPUINFO.read_text().splitlines()
     except OSError:

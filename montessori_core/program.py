@@ -1,7 +1,7 @@
-"""What a job runs: a *program*, opened once with its settings, then applied to one shard after another.
+"""A job runs a *program*: it opens the program once with its settings, then applies it to its shards in order.
 
-A program is declared once, see `montessori_core.programs`. Its entry loads what every shard needs (a resident model) and
-returns the compute function. Entries know neither the scheduler nor the driver.
+Programs are declared in `montessori_core.programs`. A program's entry loads what every shard needs, such as a model, and
+returns the function that computes a shard. It knows neither the scheduler nor the driver.
 """
 
 import importlib
@@ -17,57 +17,59 @@ Kind = Literal["generation", "training", "teacher_update", "influence", "evaluat
 """A section of `cluster.resources`."""
 
 Row = dict[str, Any]
+"""A row of a result. Rows that a program computes are typed, see `montessori_core.data.rows`."""
 Report = Callable[[float], None]
-"""Called with the number of rows (or steps) done so far; a fraction counts rows that are being computed."""
+"""Called with the number of rows (or steps) that are done; rows that are being computed count in fractions."""
 
-Compute = Callable[[list[Row], Path, Report], None]
-"""Computes a shard's rows and writes the result to a path that does not exist yet: a file or a folder."""
+RowT = TypeVar("RowT")
+Compute = Callable[[list[RowT], Path, Report], None]
+"""Computes a shard's rows and writes the result, a file or a folder, to a path that does not exist yet."""
 
 
 class Recorder(Protocol):
-    """Takes the results of a shard's rows as they come, in any order; a lost job loses at most a minute of them.
+    """Records the results of a shard's rows, in any order; a lost job loses at most a minute of them.
 
-    What was recorded is committed during `progress` and `keep`, never in between: rows that are finished without a call
-    of these, such as those of a batch, are committed together or not at all.
+    Only `progress` and `keep` commit: rows that are finished between two such calls, as those of a batch, are committed
+    together or not at all.
 
     Attributes:
-        drafts: state that an earlier job kept of rows it did not finish, by position.
+        drafts: state of unfinished rows that an earlier job kept, by position.
     """
 
     drafts: Mapping[int, Any]
 
     def finish(self, position: int, records: list[Row]) -> None:
-        """Record that the row at `position` is done, and the records of the table that it became."""
+        """Record that the row at `position` is done, and its records in the result table."""
         ...
 
     def keep(self, drafts: Callable[[], Mapping[int, Any]]) -> None:
         """Offer the state of unfinished rows, as JSON values by position.
 
-        Call it as often as you like, after every decoding step: it is evaluated only when a commit is due.
+        It may be called after every decoding step: `drafts` is evaluated only when a commit is due.
         """
         ...
 
     def progress(self, done: float) -> None:
-        """Report how many of the rows given to the program are done; a fraction counts rows that are being computed.
+        """Report how many of the program's rows are done; rows that are being computed count in fractions.
 
-        Call it before the first row and after others were finished, or more often. The first call says where the program
-        starts: drafts and cached answers are no part of its pace.
+        Call it before the first row and at least after each finished row or batch. The first call tells where the program
+        starts: drafts and cached answers do not count for its pace.
         """
         ...
 
 
 @dataclass(frozen=True)
-class RowProgram:
-    """A program whose rows do not depend on each other.
+class RowProgram(Generic[RowT]):
+    """A program whose rows are independent of each other; `RowT` is their type.
 
     Attributes:
-        schema: of the table that the rows become.
-        compute: called with rows and a recorder; `position` is the index into these rows. After an interruption it is
-            called with those that were not finished.
+        schema: of the result table.
+        compute: called with rows and a recorder, which counts positions among these rows. After an interruption it is called
+            with the unfinished rows.
     """
 
     schema: pa.Schema
-    compute: Callable[[list[Row], Recorder], None]
+    compute: Callable[[list[RowT], Recorder], None]
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
@@ -78,12 +80,13 @@ class Program(Generic[SettingsT]):
     """The declaration of a program.
 
     Attributes:
-        name: enters the key of every shard; it is never renamed.
-        version: enters the key; raised when results change for equal settings, inputs and rows.
-        entry: `module:function`, which opens the program on a node with its settings and the paths of its inputs. It does not
-            enter the key: code may move.
-        settings: what the program is opened with, validated on the driver and on the node.
-        kind: which resources its jobs get.
+        name: part of every shard's key; never renamed.
+        version: part of the key; raised when results change for equal settings, inputs and rows.
+        entry: `module:function` that opens the program on a node with its settings and the paths of its inputs. It is not
+            part of the key: code may move.
+        settings: their type; validated on the driver and on the node.
+        rows: their type, a TypedDict of `montessori_core.data.rows`.
+        kind: the section of `cluster.resources` that its jobs use.
         suffix: of a shard's result: '.parquet' for a table, '' for a folder.
     """
 
@@ -91,27 +94,28 @@ class Program(Generic[SettingsT]):
     version: int
     entry: str
     settings: type[SettingsT]
+    rows: type
     kind: Kind
     suffix: str = ".parquet"
 
 
 def open_program(
     entry: str, settings_type: str | None, settings: Mapping[str, Any], inputs: Mapping[str, Path]
-) -> Compute | RowProgram:
-    """Open a program on the node that computes it.
+) -> Compute[Any] | RowProgram[Any]:
+    """Open a program on a node.
 
     Args:
         entry: see `Program`.
-        settings_type: `module:class` that validates the settings; None hands them over as they are.
+        settings_type: `module:class` that validates the settings; None passes them unchanged.
         settings: plain data.
-        inputs: paths by the names that the entry knows them by.
+        inputs: path of each input, by its name.
     """
     validated = load(settings_type).model_validate(settings) if settings_type else settings
-    opened: Compute | RowProgram = load(entry)(validated, inputs)
+    opened: Compute[Any] | RowProgram[Any] = load(entry)(validated, inputs)
     return opened
 
 
 def load(name: str) -> Any:
-    """Import what `module:name` names."""
+    """Import the object that `module:name` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

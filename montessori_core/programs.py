@@ -1,7 +1,7 @@
 """The programs that jobs run, and the settings that decide their results.
 
-The driver imports this module, and the node only the entry it needs. Sizes of shards and resources are no settings: a
-result does not depend on them.
+The driver imports this module; a node imports only the entry it needs. Sizes of shards and resources are not settings:
+results do not depend on them.
 """
 
 from typing import Any, Literal
@@ -9,19 +9,20 @@ from typing import Any, Literal
 from pydantic import Field
 
 from montessori_core.config import Influence, Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
+from montessori_core.data import rows
 from montessori_core.program import Program
 
 Form = Literal["tagged", "whole", "request", "reply"]
-"""A tagged or whole text is continued as it stands, after the token that texts begin with, a tagged one up to the closing
-tag. A request is put by the template, and so is what follows a request and its answer, to get a reply."""
+"""How a teacher gets its text. A tagged or whole text is continued after the beginning-of-text token, a tagged one up to the
+closing tag. The chat template renders a request; for a reply, it renders a request, its answer and a second request."""
 
 
 class NoSettings(Section):
-    """Of a program whose inputs and rows decide everything."""
+    """Settings of a program that has none."""
 
 
 class Generation(Section):
-    """How a loaded teacher writes."""
+    """How a local teacher generates."""
 
     engine: Literal["auto", "vllm", "transformers"]
     form: Form
@@ -29,25 +30,25 @@ class Generation(Section):
 
 
 class ApiRequest(Section):
-    """Who answers behind an API: what decides its answers, see `config.Endpoint.identity`."""
+    """The settings of an endpoint that decide its answers, see `config.Endpoint.identity`."""
 
     endpoint: dict[str, Any]
 
 
 class ApiGeneration(ApiRequest):
-    """How a teacher behind an API writes."""
+    """How a teacher behind an API generates."""
 
     sampling: Sampling
 
 
 class Judging(ApiRequest):
-    """What a judge gives points for."""
+    """What a judge scores."""
 
-    response_only: bool = Field(description="Five points for the response, in place of six with the instruction's.")
+    response_only: bool = Field(description="Score the response alone, with five points instead of six.")
 
 
 class BenchmarkJudging(ApiRequest):
-    """How a judge of a benchmark is asked."""
+    """Which prompts the judge of a benchmark gets."""
 
     prompts: Literal["own", "published"]
 
@@ -56,13 +57,13 @@ class Sft(Section):
     """Supervised fine-tuning."""
 
     max_length: int = Field(description="Tokens of an example.")
-    lora: Lora | None = Field(description="Train an adapter of this kind; none trains all weights.")
+    lora: Lora | None = Field(description="Train this adapter; none trains all weights.")
     recipe: Optimization
     zero: Zero
     seed: int
-    save_moments: bool = Field(description="Keep AdamW's moments beside the weights.")
+    save_moments: bool = Field(description="Save AdamW's moments with the weights.")
     conversations: bool = Field(False, description="Rows are whole conversations, as NOMAD trains teachers.")
-    mask_prompts: bool = Field(True, description="Of conversations, train the responses alone.")
+    mask_prompts: bool = Field(True, description="Train only the responses of conversations.")
 
 
 class Dpo(Section):
@@ -72,11 +73,11 @@ class Dpo(Section):
     recipe: TeacherUpdate
     zero: Zero
     seed: int
-    keep: int = Field(0, description="How many models on the way are kept.")
+    keep: int = Field(0, description="Number of intermediate models to keep.")
 
 
 class AdamWStep(Section):
-    """The one step of Eq. 11, its rate resolved."""
+    """The optimizer step of Eq. 11, with its learning rate resolved."""
 
     learning_rate: float
     beta1: float
@@ -97,21 +98,21 @@ class InfluenceMeasurement(Section):
     reference_batch_tokens: int
     sequential: Sequential | None
     baseline: Literal["student", "null_step"] | None = Field(
-        description="Whose sign a sequential measurement decides; none without one."
+        description="Baseline whose sign a sequential measurement tests; none if it is not sequential."
     )
 
 
 def measurement_settings(
     influence: Influence, warmup: Optimization, max_length: int, estimator: str, baseline: str
 ) -> InfluenceMeasurement:
-    """The settings of a measurement by one of the two estimators that jobs have.
+    """Return the settings of a measurement.
 
     Args:
-        influence: the configuration.
-        warmup: whose AdamW takes the one step, at its peak rate unless `influence` has another.
+        influence: its configuration.
+        warmup: its AdamW takes the step, at its peak learning rate unless `influence` sets another.
         max_length: tokens of an example.
         estimator: 'exact' or 'first_order'.
-        baseline: see `config.Preferences`; a sequential measurement decides signs against it.
+        baseline: see `config.Preferences`; a sequential measurement tests signs against it.
     """
     sequential = influence.sequential if estimator == "exact" else None
     step = AdamWStep(
@@ -142,7 +143,7 @@ class ModelLoss(Section):
 
 
 class InContext(ModelLoss):
-    """How the worth of a demonstration is measured."""
+    """How the value of a demonstration is measured."""
 
     reference_reduction: Literal["example", "token"]
 
@@ -154,28 +155,47 @@ class Similarity(Section):
 
 
 class Harness(Section):
-    """How items are put to a model."""
+    """How a model is evaluated on items."""
 
     batch_size: int = Field(description="Items scored together, and requests in a forward pass.")
-    chat_template: bool = Field(description="Put prompts in the model's template.")
+    chat_template: bool = Field(description="Render prompts with the model's chat template.")
 
 
 _CORE = "montessori_core"
-GENERATION = Program("generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, "generation")
-API_GENERATION = Program("api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, "judging")
-SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, "training", suffix="")
-DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, "teacher_update", suffix="")
-INFLUENCE = Program("influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, "influence")
-REFERENCE_LOSS = Program("reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, "evaluation")
-TRAINING_LOSS = Program("training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, "influence")
-IN_CONTEXT = Program("in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, "influence")
-NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, "influence")
-JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, "judging")
+GENERATION = Program(
+    "generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, rows.GenerationRow, "generation"
+)
+API_GENERATION = Program(
+    "api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
+)
+SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="")
+DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")
+INFLUENCE = Program(
+    "influence", 1, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
+)
+REFERENCE_LOSS = Program(
+    "reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, rows.TaskRow, "evaluation"
+)
+TRAINING_LOSS = Program(
+    "training-loss", 1, f"{_CORE}.influence.signals:open_training_loss", ModelLoss, rows.ExampleRow, "influence"
+)
+IN_CONTEXT = Program(
+    "in-context", 1, f"{_CORE}.influence.signals:open_in_context", InContext, rows.ExampleRow, "influence"
+)
+NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, rows.TaskRow, "influence")
+JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
 PAIRWISE_JUDGE = Program(
-    "pairwise-judge", 1, f"{_CORE}.judging.pairwise:open_pairwise_judge", BenchmarkJudging, "judging"
+    "pairwise-judge",
+    1,
+    f"{_CORE}.judging.pairwise:open_pairwise_judge",
+    BenchmarkJudging,
+    rows.ComparisonRow,
+    "judging",
 )
 MT_BENCH_JUDGE = Program(
-    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, "judging"
+    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, rows.DialogueRow, "judging"
 )
-BENCHMARK_ITEMS = Program("benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, "evaluation")
-HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, "evaluation")
+BENCHMARK_ITEMS = Program(
+    "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, rows.BenchmarkRow, "evaluation"
+)
+HARNESS = Program("harness", 1, f"{_CORE}.evaluation.harness:open_harness", Harness, rows.ItemRow, "evaluation")

@@ -1,4 +1,4 @@
-"""Where the results of a run come from: versions, revision, machine, models."""
+"""Provenance of a run: versions, revision, machine, models."""
 
 import os
 import platform
@@ -16,18 +16,18 @@ _PACKAGES = ("montessori", "torch", "transformers", "trl", "deepspeed", "vllm", 
 
 
 def write_provenance(folder: Path, models: dict[str, str]) -> None:
-    """Write `provenance.json` into a run's folder, each time it is opened.
+    """Write `provenance.json` into a run's folder, each time the run is opened.
 
     Args:
-        folder: of the run. A speed recorded there is kept.
-        models: hashes of the models that the run begins with, by role.
+        folder: the run's folder. A speed recorded there is kept.
+        models: hashes of the initial models, by role.
     """
-    before = (read_json(folder / layout.PROVENANCE) or {}).get("driver", {})
-    write_json(_provenance(models, before.get("gflops")), folder / layout.PROVENANCE)
+    driver = (read_json(folder / layout.PROVENANCE) or {}).get("driver", {})
+    write_json(_provenance(models, driver.get("gflops")), folder / layout.PROVENANCE)
 
 
 def record_speed(folder: Path, gflops: float) -> None:
-    """Add to a run's provenance how fast this machine multiplies matrices, see `montessori_core.speed`."""
+    """Add this machine's speed, see `montessori_core.speed`, to a run's provenance."""
     provenance = read_json(folder / layout.PROVENANCE)
     provenance["driver"]["gflops"] = round(gflops, 1)
     write_json(provenance, folder / layout.PROVENANCE)

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: what the seconds of a run are estimated from."""
+"""Matrix-multiplication speed of this machine, the basis for time estimates."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ _SECONDS = 0.7
 
 
 def measure_gflops(threads: int) -> float | None:
-    """Return the GFLOP/s of torch in a 1024 x 1024 fp32 matrix product on `threads` cores; None where there is no torch.
+    """Return torch's GFLOP/s in a 1024 x 1024 fp32 matrix product on `threads` cores; None if torch is missing.
 
-    A process of its own measures, as local jobs are started: the driver has no torch.
+    The measurement runs in a separate process, like local jobs: the driver does not load torch.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     outcome = subprocess.run(
@@ -22,7 +22,7 @@ def measure_gflops(threads: int) -> float | None:
 
 
 def _measure() -> float:
-    """Return the rate of the fastest tenth: the warm process imports its libraries at the same time."""
+    """Return the rate of the fastest tenth of products: the warm process imports its libraries at the same time."""
     import torch
 
     left, right = torch.rand(2, _SIZE, _SIZE)

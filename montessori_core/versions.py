@@ -1,6 +1,6 @@
-"""Which versions of what we import are fit: the ranges that the package declares, and no second list of them.
+"""Check installed packages against the version ranges that this package declares.
 
-Another version may import well and fail hours into a run, or change a result; it is refused before a job is started.
+An unsupported version may import well and fail hours into a run, or change a result. So it is an error before any job.
 """
 
 from collections.abc import Collection
@@ -13,9 +13,9 @@ from montessori_core.errors import UserError
 
 
 def declared(extras: Collection[str] = ()) -> dict[str, str]:
-    """Ranges of versions, such as '<4,>=3.8', by package: what the driver needs, and what the extras add.
+    """Return version ranges such as '<4,>=3.8' by package: the driver's requirements and those of `extras`.
 
-    Empty if this code was not installed but only put on Python's path.
+    Empty if this package is not installed but only on Python's path.
     """
     try:
         lines = requires("montessori") or []
@@ -32,27 +32,27 @@ def declared(extras: Collection[str] = ()) -> dict[str, str]:
     return ranges
 
 
-def misfit(package: str, fit: str) -> str | None:
-    """What is installed in place of a version in the range `fit`, as words; None if all is well."""
+def misfit(package: str, supported: str) -> str | None:
+    """Describe the installed version if it is not in the range `supported`; None if it is."""
     try:
         installed = version(package)
     except PackageNotFoundError:
         return f"{package} is not installed"
-    if SpecifierSet(fit).contains(installed, prereleases=True):
+    if SpecifierSet(supported).contains(installed, prereleases=True):
         return None
-    return f"{package} {installed} is installed, {package}{fit} is needed"
+    return f"{package} {installed} is installed, {package}{supported} is needed"
 
 
 def check_versions(extras: Collection[str] = ()) -> None:
-    """See that this environment holds fit versions of what the driver, and jobs that need `extras`, import.
+    """Check that this environment has supported versions of the packages of the driver and of `extras`.
 
     Raises:
-        UserError: it does not; the message names the packages and the command that mends it.
+        UserError: it does not; the message names the packages and the command that fixes it.
     """
     package = f"montessori[{','.join(extras)}]" if extras else "montessori"
-    found = [words for name, fit in declared(extras).items() if (words := misfit(name, fit))]
-    if found:
+    misfits = [text for name, supported in declared(extras).items() if (text := misfit(name, supported))]
+    if misfits:
         raise UserError(
-            f"this Python environment does not fit Montessori: {'; '.join(found)}. Mend it with pip install '{package}'; "
-            "versions known to work together are in docs/containers.md"
+            f"this Python environment does not fit Montessori: {'; '.join(misfits)}. Fix it with pip install '{package}'; "
+            "docs/containers.md lists versions that work together"
         )

@@ -1,1 +1,1 @@
-"""The report: self-contained HTML pages of a run, of several runs, and of a study. Imports montessori_core alone."""
+"""Self-contained HTML reports of a run, of several runs and of a study. Imports only montessori_core."""

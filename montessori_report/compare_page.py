@@ -1,4 +1,4 @@
-"""The page of several runs side by side: their students' losses, influence, cost, and settings."""
+"""The page that compares runs: held-out losses, benchmarks, influence, cost and settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,16 +23,16 @@ from montessori_report.sections.cost import OPERATIONS, gpu_hours, job_hours
 from montessori_report.sections.influence import distribution_figure, influence_unit
 from montessori_report.sections.overview import THRESHOLDS, judge
 
-_IGNORED_SETTINGS = ("name",)  # runs may differ in these and still be the same experiment
+_IGNORED_SETTINGS = ("name",)  # not part of the comparison of configurations
 
 
 def render_runs(folders: Sequence[Path]) -> Page:
-    """Return the page that compares the runs in some folders, finished or not.
+    """Return the page that compares runs, finished or not.
 
     Raises:
         DataError: a table cannot be read.
     """
-    runs = _named([read_run_data(folder) for folder in folders], folders)
+    runs = _with_unique_names([read_run_data(folder) for folder in folders], folders)
     unit = influence_unit(runs)
     sections = [
         Section("overview", "Overview", [Block([], [_overview(runs)])]),
@@ -46,7 +46,7 @@ def render_runs(folders: Sequence[Path]) -> Page:
     return build_page("Montessori comparison of runs", title, [("Runs", formatting.count(len(runs)))], sections)
 
 
-def _named(runs: Sequence[RunData], folders: Sequence[Path]) -> list[RunData]:
+def _with_unique_names(runs: Sequence[RunData], folders: Sequence[Path]) -> list[RunData]:
     """Use folder names where run names are not unique."""
     candidates = [[run.name for run in runs], [folder.name for folder in folders], [str(folder) for folder in folders]]
     names = next((names for names in candidates if len(set(names)) == len(runs)), candidates[-1])
@@ -62,8 +62,8 @@ def _overview(runs: Sequence[RunData]) -> Table:
         ["helpful means better than", *(THRESHOLDS.get(run.baseline, run.baseline) for run in runs)],
         ["preference pairs", *map(_pairs, runs)],
         ["probing examples measured", *map(_measured, runs)],
-        ["share that helps, first probing set", *(_share(_first_probed(run)) for run in runs)],
-        ["share that helps, last training set", *(_share(_last_trained_on(run)) for run in runs)],
+        ["share that helps, first probing set", *(_share(_first_probing_set(run)) for run in runs)],
+        ["share that helps, last training set", *(_share(_last_training_set(run)) for run in runs)],
     ]
     return Table("Key numbers side by side", ["", *(run.name for run in runs)], rows)
 
@@ -86,11 +86,11 @@ def _share(part: InfluenceData | None) -> str:
     return formatting.share(part.summary["share_positive"]) if part else UNKNOWN
 
 
-def _first_probed(run: RunData) -> InfluenceData | None:
+def _first_probing_set(run: RunData) -> InfluenceData | None:
     return next((part.influence for part in run.iterations if part.influence), None)
 
 
-def _last_trained_on(run: RunData) -> InfluenceData | None:
+def _last_training_set(run: RunData) -> InfluenceData | None:
     return next((part.training_influence for part in reversed(run.iterations) if part.training_influence), None)
 
 
@@ -98,38 +98,38 @@ def _held_out(runs: Sequence[RunData]) -> Section:
     entries, gains = [], []
     for number, run in enumerate(runs):
         colour = colour_of(number)
-        first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
+        losses = run.first_held_out_loss
         entries += [
-            (f"{run.name}: {MODELS[name]}", first[name], colour)
+            (f"{run.name}: {MODELS[name]}", losses[name], colour)
             for name in ("untrained", "unmodified")
-            if name in first
+            if name in losses
         ]
         for iteration in run.iterations:
             if "student" in iteration.held_out_loss:
-                label = f"{_place(run, iteration)}: {MODELS['student']}"
+                label = f"{_run_label(run, iteration)}: {MODELS['student']}"
                 entries.append((label, iteration.held_out_loss["student"], colour))
             gains += [
-                (f"{_place(run, iteration)}: over the {MODELS[name]}", gain, colour)
+                (f"{_run_label(run, iteration)}: over the {MODELS[name]}", gain, colour)
                 for name in ("unmodified", "untrained")
                 if (gain := iteration.held_out_gain.get(f"student_over_{name}"))
             ]
-    losses_drawn, gains_drawn = finite_dots(entries), finite_dots(gains)
-    figures = [loss_figure(losses_drawn)] if losses_drawn else []
-    figures += [gain_figure(gains_drawn)] if gains_drawn else []
-    rows = [["Loss: " + dot.label, formatting.loss(dot.mean), _interval(dot)] for dot in losses_drawn]
-    rows += [["Gain: " + dot.label, formatting.signed(dot.mean), _interval(dot)] for dot in gains_drawn]
+    loss_dots, gain_dots = finite_dots(entries), finite_dots(gains)
+    figures = [loss_figure(loss_dots)] if loss_dots else []
+    figures += [gain_figure(gain_dots)] if gain_dots else []
+    rows = [["Loss: " + dot.label, formatting.loss(dot.mean), _interval(dot)] for dot in loss_dots]
+    rows += [["Gain: " + dot.label, formatting.signed(dot.mean), _interval(dot)] for dot in gain_dots]
     table = Table("Held-out losses and paired gains, nats per token", ["", "Mean", "95 % interval"], rows)
     return Section(
         "held-out",
         "Held-out loss",
         [Block(figures, [table])] if figures else [],
-        introduction="Losses of different runs compare only if these were evaluated on the same examples; gains compare each "
-        "student with the others of its own run.",
+        introduction="Compare losses of different runs only if they were evaluated on the same examples. Gains compare each "
+        "student with others of the same run.",
         absent="No student of these runs has been evaluated yet.",
     )
 
 
-def _place(run: RunData, iteration: IterationData) -> str:
+def _run_label(run: RunData, iteration: IterationData) -> str:
     heading = run.heading(iteration)
     return f"{run.name}, {heading.lower()}" if heading else run.name
 
@@ -140,9 +140,9 @@ def _interval(dot: Dot) -> str:
 
 def _benchmarks(runs: Sequence[RunData]) -> Section:
     scores = [(f"{run.name}: {label}", entry) for run in runs for label, entry in scores_of(run)]
-    played = [
+    comparisons = [
         (
-            f"{_place(run, iteration)}: {MODELS.get(entry['model'], entry['model'])} against the "
+            f"{_run_label(run, iteration)}: {MODELS.get(entry['model'], entry['model'])} against the "
             f"{MODELS.get(entry['against'], entry['against'])}",
             entry,
         )
@@ -151,15 +151,15 @@ def _benchmarks(runs: Sequence[RunData]) -> Section:
         for entry in iteration.records("head_to_head")
     ]
     blocks = [Block(score_figures(scores), [score_table(scores)])] if scores else []
-    blocks += [Block([head_to_head_figure(played)])] if played else []
+    blocks += [Block([head_to_head_figure(comparisons)])] if comparisons else []
     return Section("benchmarks", "Benchmarks", blocks, absent="No benchmark has been run in these runs.")
 
 
 def _influence(runs: Sequence[RunData], unit: Unit) -> Section:
     figures = []
     for title, part_of in (
-        ("Influence of the first probing sets", _first_probed),
-        ("Influence of the last training sets", _last_trained_on),
+        ("Influence of the first probing sets", _first_probing_set),
+        ("Influence of the last training sets", _last_training_set),
     ):
         samples = [
             Sample.numbered(run.name, part.values, number)
@@ -170,8 +170,8 @@ def _influence(runs: Sequence[RunData], unit: Unit) -> Section:
             figures.append(
                 distribution_figure(
                     title,
-                    "Right of the line a step on the example lowers the reference loss of the student as it is; runs compare "
-                    "only if student and reference set are the same.",
+                    "Right of the line, a step on the example lowers the student's reference loss. Compare runs only if "
+                    "student and reference set are the same.",
                     samples,
                     unit,
                 )
@@ -187,33 +187,36 @@ def _cost(runs: Sequence[RunData]) -> Section:
     kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
         (
             "Seconds of jobs",
-            "All stages of a run together, as if its shards had been computed one after the other.",
+            "Sum over all shards of all stages of a run.",
             "seconds",
             seconds,
             formatting.duration,
         ),
         (
             "Floating-point operations (Table 8)",
-            f"All stages of a run together. {OPERATIONS}",
+            f"Sum over all stages of a run. {OPERATIONS}",
             "operations",
             operations,
             formatting.significant,
         ),
     ]
     figures = [bar_figure(*kind, column="run") for kind in kinds if kind[3]]
-    counted = [run for run in runs if run.stages]
     rows = [
         [
             run.name,
             *(formatting.count(sum(stage[key] for stage in run.stages)) for key in ("jobs", "retries", "preemptions")),
             *(formatting.significant(sum(map(hours, run.stages))) for hours in (job_hours, gpu_hours)),
         ]
-        for run in counted
+        for run in runs
+        if run.stages
     ]
     columns = ["Run", "Jobs", "Retries", "Preemptions", "Job-hours", "GPU-hours"]
-    tables = [Table("Use of the cluster", columns, rows)] if rows else []
+    tables = [Table("Cluster usage", columns, rows)] if rows else []
     return Section(
-        "cost", "Cost", [Block(figures, tables)] if figures else [], absent="Times are recorded when an iteration ends."
+        "cost",
+        "Cost",
+        [Block(figures, tables)] if figures else [],
+        absent="No iteration has finished yet; times are recorded at its end.",
     )
 
 
@@ -229,8 +232,6 @@ def _configuration(runs: Sequence[RunData]) -> Section:
     return Section(
         "configuration",
         "Configuration",
-        [Block([], [Table("What is set otherwise", ["Run", f"Field: in {first.name} -> there"], rows)])]
-        if rows
-        else [],
+        [Block([], [Table("Settings that differ", ["Run", f"Setting: {first.name} -> run"], rows)])] if rows else [],
         absent="The runs have the same configuration.",
     )

@@ -1,8 +1,8 @@
-"""Figures of a page: a Plotly figure, a sentence that says how to read it, and its numbers as a table.
+"""Figures of a page: a Plotly figure, an explanation of how to read it, and its data as a table.
 
-Colours are those of Okabe and Ito, which people with any colour vision tell apart, and mean the same everywhere: orange is
-the teacher before its update, blue the updated teacher, green the warm-up. No text that a model wrote enters a figure, since
-Plotly would read it as markup; all other text is escaped by `plain`.
+Colours are the colour-blind-safe palette of Okabe and Ito, with the same meaning in all figures: orange is the teacher before
+its update, blue the updated teacher, green the warm-up. Plotly interprets text as markup, so figures contain no text written
+by a model, and `escape_markup` escapes all other text.
 """
 
 import csv
@@ -24,21 +24,21 @@ from montessori_report.run_data import Log
 BEFORE, AFTER, WARM, GREY = "#E69F00", "#0072B2", "#009E73", "#8A8F98"
 CHOSEN, REJECTED, TEACHER = "#56B4E9", "#D55E00", "#CC79A7"
 SERIES = (BEFORE, AFTER, WARM, REJECTED, CHOSEN, TEACHER)
-"""Colours of teacher 0, teacher 1 and so on, and of whatever else is counted."""
+"""Colours of teacher 0, teacher 1 and so on, and of other numbered series."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-"""With `SERIES`, 42 marks that differ."""
+"""Combined with `SERIES`: 42 distinct marks."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 CONFIDENCE = 1.96
-"""Standard errors in half a 95 % interval."""
+"""Half-width of a 95 % interval, in standard errors."""
 ROWS: dict[str, Any] = {"yaxis_autorange": "reversed", "yaxis_showgrid": False}
-"""Layout of bars below each other, the first at the top."""
+"""Layout of horizontal bars, the first at the top."""
 _LINE = 17  # pixels
 _AXIS = {"title_font_size": 13, "automargin": True, "zeroline": False, "exponentformat": "e"}
 _CLEAR = "rgba(0,0,0,0)"
 _ERROR_BARS = {"thickness": 2, "width": 5}
 
 TEMPLATE = go.layout.Template(
-    # The page's script adds the colours of light or dark mode.
+    # script.js sets the colours of light or dark mode.
     layout=go.Layout(
         margin={"l": 8, "r": 16, "t": 16, "b": 8},
         paper_bgcolor=_CLEAR,
@@ -47,7 +47,7 @@ TEMPLATE = go.layout.Template(
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         modebar={"bgcolor": _CLEAR, "orientation": "v"},
-        dragmode=False,  # a finger on a figure scrolls the page
+        dragmode=False,  # on a touch screen, a swipe scrolls the page
         xaxis=go.layout.XAxis(**_AXIS),
         yaxis=go.layout.YAxis(**_AXIS),
         sunburstcolorway=SERIES,
@@ -63,14 +63,14 @@ TEMPLATE = go.layout.Template(
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with the sentence that says how to read it.
+    """A figure with an explanation of how to read it.
 
     Attributes:
-        title: above the figure; its file of data is named after it.
-        reading: how to read it.
+        title: title of the figure; its CSV file is named after it.
+        reading: how to read the figure.
         plot: the Plotly figure.
-        columns: names of the columns of the figure's data.
-        rows: the numbers that are drawn, for those who want to draw them again.
+        columns: column names of the figure's data.
+        rows: the drawn numbers.
     """
 
     title: str
@@ -91,7 +91,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Dot:
-    """A mean with its interval, whose ends are the mean where no error is known."""
+    """A mean with its interval; without a standard error, both ends equal the mean."""
 
     label: str
     mean: float
@@ -102,13 +102,13 @@ class Dot:
     @staticmethod
     def of(label: str, mean: float, standard_error: float | None, colour: str) -> "Dot":
         """Return the dot with the 95 % interval of a normal distribution."""
-        reach = CONFIDENCE * standard_error if is_finite(standard_error) else 0.0
-        return Dot(label, mean, mean - reach, mean + reach, colour)
+        half_width = CONFIDENCE * standard_error if is_finite(standard_error) else 0.0
+        return Dot(label, mean, mean - half_width, mean + half_width, colour)
 
 
 @dataclass(frozen=True)
 class Line:
-    """Values over places on the x axis."""
+    """A line of y over x values."""
 
     label: str
     x: Sequence[float]
@@ -125,7 +125,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Sample:
-    """Values of a set in a figure of several."""
+    """A labelled set of values in a histogram."""
 
     label: str
     values: npt.NDArray[np.float64]
@@ -134,7 +134,7 @@ class Sample:
 
     @staticmethod
     def numbered(label: str, values: npt.NDArray[np.float64], number: int) -> "Sample":
-        """Return the sample with the colour and dash of the set's number; they repeat after 24 sets."""
+        """Return the sample with the colour and dash of a number; they repeat after 24."""
         return Sample(label, values, colour_of(number), dash_of(number))
 
 
@@ -144,12 +144,12 @@ def colour_of(number: int) -> str:
 
 
 def dash_of(number: int) -> str:
-    """Return the dash that tells numbers of the same colour apart."""
+    """Return the dash of a number, distinct for numbers of the same colour."""
     return DASHES[number // len(SERIES) % len(DASHES)]
 
 
 def finite_dots(entries: Iterable[tuple[str, Mapping[str, float], str]]) -> list[Dot]:
-    """Return a dot for each label, statistic (`mean` and `standard_error`) and colour, if both numbers are finite."""
+    """Return a dot for each (label, statistic, colour) whose `mean` and `standard_error` are finite."""
     return [
         Dot.of(label, stat["mean"], stat["standard_error"], colour)
         for label, stat, colour in entries
@@ -158,36 +158,36 @@ def finite_dots(entries: Iterable[tuple[str, Mapping[str, float], str]]) -> list
 
 
 def slug(text: str) -> str:
-    """Return a text as part of a file's name."""
+    """Return a text in a form usable in a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def plain(text: str) -> str:
-    """Escape what Plotly would read as markup."""
+def escape_markup(text: str) -> str:
+    """Escape characters that Plotly would interpret as markup."""
     return escape(text, quote=False)
 
 
-def wrapped(label: str) -> str:
-    """Break a label into lines, for beside an axis."""
-    return "<br>".join(plain(line) for line in textwrap.wrap(label, 24)) or " "
+def wrap_label(label: str) -> str:
+    """Break an axis label into lines."""
+    return "<br>".join(escape_markup(line) for line in textwrap.wrap(label, 24)) or " "
 
 
 def row_height(labels: Iterable[str], least: int) -> int:
-    """Return the pixels of a row in which each of these labels has room."""
-    return max([least, *(6 + _LINE * (1 + wrapped(label).count("<br>")) for label in labels)])
+    """Return the row height in pixels, at least `least`, that fits the longest label."""
+    return max([least, *(6 + _LINE * (1 + wrap_label(label).count("<br>")) for label in labels)])
 
 
 def new_plot(traces: Sequence[Any], height: int, x_title: str, y_title: str = "", **layout: Any) -> go.Figure:
     """Return a Plotly figure in the page's style.
 
     Args:
-        traces: what is drawn.
-        height: of the figure, pixels.
-        x_title: of the x axis.
-        y_title: of the y axis; without one the axis has labels for ticks.
-        layout: further properties, with underscores between the parts of their names.
+        traces: Plotly traces.
+        height: height of the figure, pixels.
+        x_title: title of the x axis.
+        y_title: title of the y axis; empty if its ticks are labels.
+        layout: other layout properties, in Plotly's underscore notation.
     """
-    titles = {"xaxis_title_text": plain(x_title), "yaxis_title_text": plain(y_title)}
+    titles = {"xaxis_title_text": escape_markup(x_title), "yaxis_title_text": escape_markup(y_title)}
     # Fixed tick count: otherwise legend wrapping and label width can oscillate.
     ticks = 6 if y_title else None
     return go.Figure(traces, go.Layout(template=TEMPLATE, height=height, yaxis_nticks=ticks, **titles, **layout))
@@ -204,16 +204,16 @@ def bar_figure(
     """Draw horizontal bars from 0, in the order given.
 
     Args:
-        title: of the figure.
+        title: title of the figure.
         reading: how to read it.
-        axis: what the bars are in.
+        axis: title of the value axis.
         bars: values by label.
-        text_of: formats a value, at the end of its bar.
-        column: what the labels are, for the data.
+        text_of: formats the value shown at the end of a bar.
+        column: name of the label column in the data.
     """
     labels = [label.replace("/", " / ") for label in bars]
     trace = go.Bar(
-        y=[wrapped(label) for label in labels],
+        y=[wrap_label(label) for label in labels],
         x=list(bars.values()),
         text=list(map(text_of, bars.values())),
         hovertemplate="%{y}: %{text}<extra></extra>",
@@ -229,11 +229,11 @@ def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
     candidates, kept = funnel["candidates"], funnel["kept"]
     rejected = {reason: number for reason, number in funnel.items() if reason not in ("candidates", "kept")}
     steps = {"candidates": candidates, **rejected, "kept": kept}
-    left = candidates - np.cumsum(list(rejected.values()), dtype=int)
+    remaining = candidates - np.cumsum(list(rejected.values()), dtype=int)
     trace = go.Bar(
-        y=[wrapped(step) for step in steps],
+        y=[wrap_label(step) for step in steps],
         x=list(steps.values()),
-        base=[0, *left.tolist(), 0],
+        base=[0, *remaining.tolist(), 0],
         marker_color=[GREY, *[REJECTED] * len(rejected), AFTER],
         text=[count(candidates), *(f"−{count(number)}" for number in rejected.values()), count(kept)],
         textposition="outside",
@@ -242,7 +242,7 @@ def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
     height, limits = 70 + row_height(funnel, 34) * len(funnel), [0, 1.16 * max(candidates, 1)]
     return Figure(
         label,
-        "Read from top to bottom: each red bar is what one filter took away from what was left, and the blue bar is kept.",
+        "Read from top to bottom: each red bar is what one filter removed, and the blue bar is what remains.",
         new_plot([trace], height, "instructions", showlegend=False, xaxis_range=limits, **ROWS),
         ["step", "instructions"],
         list(steps.items()),
@@ -252,9 +252,9 @@ def funnel_figure(label: str, funnel: Mapping[str, int]) -> Figure:
 def histogram_figure(
     title: str, reading: str, samples: Sequence[Sample], edges: npt.NDArray[np.float64], axis: str
 ) -> Figure:
-    """Draw outlines of histograms over common bins, which stay readable where they overlap.
+    """Draw histograms as outlines over common bins, so that overlapping ones are readable.
 
-    Values beyond the bins are counted in the outermost.
+    Values outside the bins are counted in the first or last bin.
     """
     traces, rows = [], []
     for sample in samples:
@@ -263,7 +263,7 @@ def histogram_figure(
         traces.append(
             go.Scatter(
                 mode="lines",
-                name=f"{plain(sample.label)}, {count(len(sample.values))} examples",
+                name=f"{escape_markup(sample.label)}, {count(len(sample.values))} examples",
                 x=[float(edges[0]), *edges.tolist()],
                 y=[0, *shares, 0],
                 line={"shape": "hv", "color": sample.colour, "dash": sample.dash},
@@ -288,11 +288,11 @@ def line_figure(
     level: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw lines, with a dotted one at `level`."""
+    """Draw lines, and a dotted horizontal line at `level`."""
     traces = [
         go.Scatter(
             mode="lines+markers" if len(line.x) <= 60 else "lines",
-            name=plain(line.label),
+            name=escape_markup(line.label),
             x=line.x,
             y=line.y,
             line={"color": line.colour, "dash": line.dash},
@@ -311,13 +311,13 @@ def line_figure(
 def dot_figure(
     title: str, reading: str, dots: Sequence[Dot], axis: str, text_of: Callable[[float], str], zero: bool = False
 ) -> Figure:
-    """Draw means with their intervals below each other; `zero` draws a line at 0."""
+    """Draw means with intervals, one row each; `zero` draws a line at 0."""
     traces = [
         go.Scatter(
             mode="markers+text",
-            name=plain(dot.label),
+            name=escape_markup(dot.label),
             x=[dot.mean],
-            y=[wrapped(dot.label)],
+            y=[wrap_label(dot.label)],
             error_x=error_bars([dot]) | {"color": dot.colour},
             marker={"color": dot.colour, "size": 12},
             text=[text_of(dot.mean)],
@@ -343,7 +343,7 @@ def dot_figure(
 
 
 def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[Dot]], axis: str) -> Figure:
-    """Draw means with their intervals: a row for each group, in it a dot for each label, colours by label."""
+    """Draw means with intervals: a row per group, in it a dot per label; labels have colours."""
     rows = [(group, dot) for group, dots in groups.items() for dot in dots]
     by_label: dict[str, list[tuple[str, Dot]]] = {}
     for group, dot in rows:
@@ -352,10 +352,10 @@ def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[D
         go.Scatter(
             mode="markers",
             orientation="h",
-            offsetgroup=plain(label),
-            name=plain(label),
+            offsetgroup=escape_markup(label),
+            name=escape_markup(label),
             x=[dot.mean for _, dot in members],
-            y=[wrapped(group) for group, _ in members],
+            y=[wrap_label(group) for group, _ in members],
             error_x=error_bars([dot for _, dot in members]),
             marker={"color": members[0][1].colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9},
             hovertemplate="%{y}: %{x:.4g}<extra>%{fullData.name}</extra>",
@@ -378,7 +378,7 @@ def grouped_dot_figure(title: str, reading: str, groups: Mapping[str, Sequence[D
 
 
 def error_bars(dots: Sequence[Dot]) -> dict[str, Any]:
-    """Return the intervals of dots as Plotly's error bars."""
+    """Return the intervals of dots in Plotly's format of error bars."""
     return {
         "array": [max(0.0, dot.high - dot.mean) for dot in dots],
         "arrayminus": [max(0.0, dot.mean - dot.low) for dot in dots],
@@ -386,7 +386,7 @@ def error_bars(dots: Sequence[Dot]) -> dict[str, Any]:
 
 
 def _range_around(dots: Sequence[Dot], others: Sequence[float] = ()) -> list[float]:
-    """Return a range that holds these intervals and numbers with some room beside them."""
+    """Return an axis range that contains the intervals and numbers, with a margin."""
     ends = [*(end for dot in dots for end in (dot.low, dot.high)), *others]
     low, high = min(ends, default=0.0), max(ends, default=0.0)
     margin = 0.15 * ((high - low) or 1.0)

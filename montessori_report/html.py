@@ -1,8 +1,8 @@
-"""A page: sections of figures and tables in one self-contained HTML file, and each figure's data beside it.
+"""Pages: sections of figures and tables in one self-contained HTML file, and a CSV file per figure.
 
-A page loads nothing from a network. Every text that a model wrote is data on it: Jinja escapes it, Plotly never sees it, and
-the page's script shows it as text only. The content security policy allows only the page's two scripts, by their hashes, so
-that even text that slipped through could not run.
+A page loads nothing from a network. Text written by a model is untrusted: Jinja escapes it, Plotly never gets it, and the
+page's script inserts it as text only. The content security policy allows only the page's two scripts, by hash, so even
+unescaped text could not run.
 """
 
 import base64
@@ -25,7 +25,7 @@ _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; the first column names the row."""
+    """A table of text cells; the first column has the row names."""
 
     caption: str
     columns: Sequence[str]
@@ -34,7 +34,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Block:
-    """Figures and the tables with their numbers, under an optional heading."""
+    """Figures and tables under an optional heading."""
 
     figures: Sequence[Figure]
     tables: Sequence[Table] = ()
@@ -46,13 +46,13 @@ class Section:
     """A part of a page.
 
     Attributes:
-        id: of its HTML element.
-        title: of the section.
-        blocks: its content.
-        introduction: a sentence before the blocks.
-        note: a sentence after the blocks.
-        absent: the sentence shown if there are no blocks.
-        template: of further content, before the blocks.
+        id: id of the HTML element.
+        title: heading of the section.
+        blocks: figures and tables.
+        introduction: text before the blocks.
+        note: text after the blocks.
+        absent: text shown if there are no blocks.
+        template: Jinja template of additional content, before the blocks.
     """
 
     id: str
@@ -64,22 +64,22 @@ class Section:
     template: str | None = None
 
     def slug(self, block: Block, figure: Figure) -> str:
-        """Return the name of a figure's data, unique on the page."""
+        """Return the name of a figure's CSV file, unique on the page."""
         name = slug(figure.title)
-        for before in (slug(block.heading or ""), self.id):
-            name = name if name.startswith(before) else f"{before}-{name}"
+        for prefix in (slug(block.heading or ""), self.id):
+            name = name if name.startswith(prefix) else f"{prefix}-{name}"
         return name
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page ready to be written: its HTML, and the data of its figures as CSV, by name."""
+    """A rendered page: its HTML, and the data of its figures as CSV by name."""
 
     html: str
     data: Mapping[str, str]
 
     def write(self, path: Path) -> None:
-        """Write `NAME.html`, and a CSV file for each figure in `NAME-data/` beside it; other files there stay."""
+        """Write `NAME.html` and a CSV file per figure in `NAME-data/`; other files in that folder are kept."""
         folder = path.with_name(f"{path.stem}-data")
         folder.mkdir(parents=True, exist_ok=True)
         with commit(path) as temporary:
@@ -96,14 +96,14 @@ def build_page(
     sections: Sequence[Section],
     content: Mapping[str, object] | None = None,
 ) -> Page:
-    """Assemble a page.
+    """Render a page.
 
     Args:
-        product: the kind of page.
-        title: of the page.
+        product: the kind of page, shown above the title.
+        title: title of the page.
         facts: names and values for the page's header.
-        sections: of the page, in order.
-        content: variables of the sections' own templates.
+        sections: sections in order.
+        content: variables of the sections' templates.
     """
     plotly, script = get_plotlyjs(), _asset("script.js")
     environment = Environment(
@@ -135,7 +135,7 @@ def build_page(
 
 
 def visible(text: str) -> str:
-    """Replace control characters by visible signs; line breaks and tabs stay."""
+    """Replace control characters, except line breaks and tabs, with visible symbols."""
     return text.translate(_VISIBLE)
 
 

@@ -1,4 +1,4 @@
-"""Read a run's folder for its report; any part may still be missing."""
+"""Read a run folder for its report; any part may be missing."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ _TRAININGS = ("warmup", "teacher", "student")
 
 @dataclass(frozen=True)
 class SynthesisData:
-    """A synthesized set: every candidate that the teacher wrote, and the examples that were kept."""
+    """A synthesized set: all candidates of the teacher, and the kept examples."""
 
     label: str
     instructions: pa.Table | None
@@ -35,13 +35,13 @@ class SynthesisData:
 
     @cached_property
     def funnel(self) -> dict[str, int] | None:
-        """Numbers of candidates, of rejections by reason in the order of the filters, and of kept instructions."""
+        """Counts of candidates, of rejections by reason in filter order, and of kept instructions."""
         return None if self.instructions is None else funnel(self.instructions)
 
 
 @dataclass(frozen=True)
 class InfluenceData:
-    """The influence of a set of examples, and the `influence_student` above which an example counts as helpful."""
+    """Influence of a set of examples, and the threshold of `influence_student` above which an example is helpful."""
 
     label: str
     table: pa.Table
@@ -55,18 +55,18 @@ class InfluenceData:
 
     @cached_property
     def screening(self) -> ScreeningReport | None:
-        """How well the screening did; None for another estimator."""
+        """Accuracy of the screened estimator; None for other estimators."""
         return screening_report(self.table)
 
     @cached_property
     def summary(self) -> dict[str, float | int]:
-        """See `influence_table.summarize_influence`."""
+        """See `montessori_core.influence.table.summarize_influence`."""
         return summarize_influence(self.table, self.threshold)
 
 
 @dataclass(frozen=True)
 class IterationData:
-    """A teacher update: its inputs and results."""
+    """Inputs and results of an iteration."""
 
     number: int
     probing: SynthesisData
@@ -79,22 +79,22 @@ class IterationData:
 
     @property
     def held_out_loss(self) -> dict[str, dict[str, float]]:
-        """Mean and standard error by the name of the model: student, untrained, unmodified."""
+        """Mean and standard error by model: student, untrained, unmodified."""
         return dict((self.metrics or {}).get("held_out_loss", {}))
 
     @property
     def held_out_gain(self) -> dict[str, dict[str, float]]:
-        """Paired gain, mean and standard error, by the name of the comparison: student_over_..."""
+        """Mean and standard error of the paired gain by comparison: student_over_..."""
         return dict((self.metrics or {}).get("held_out_gain", {}))
 
     def records(self, name: str) -> list[dict[str, Any]]:
-        """Return a list of the metrics: scores, head_to_head, contamination, teacher_checkpoints or stages."""
+        """Return a list from metrics.json: scores, head_to_head, contamination, teacher_checkpoints or stages."""
         return list((self.metrics or {}).get(name, []))
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything in a run's folder so far."""
+    """The content of a run folder."""
 
     name: str
     config: str | None
@@ -110,18 +110,18 @@ class RunData:
 
     @property
     def baseline(self) -> str:
-        """The baseline that divides helpful from harmful examples, see `config.Preferences`."""
+        """The baseline of preference pairs, see `config.Preferences`."""
         return str(self.setting("preferences", "baseline", "student"))
 
     @property
     def planned(self) -> int:
-        """Iterations that the configuration asks for."""
+        """Number of configured iterations."""
         planned = self.settings.get("iterations")
         return planned if isinstance(planned, int) else len(self.iterations)
 
     @property
     def compares(self) -> bool:
-        """Whether the configuration asks for a student of the unmodified teacher."""
+        """Whether a student of the unmodified teacher is configured."""
         return bool(self.setting("comparison", "unmodified_teacher", True))
 
     @property
@@ -138,8 +138,13 @@ class RunData:
         return {number: part for number, part in sorted((trained | probed).items()) if part is not None}
 
     @property
+    def first_held_out_loss(self) -> dict[str, dict[str, float]]:
+        """The first recorded held-out loss of each model, mean and standard error."""
+        return {name: loss for iteration in reversed(self.iterations) for name, loss in iteration.held_out_loss.items()}
+
+    @property
     def stages(self) -> list[dict[str, Any]]:
-        """What each stage used (see `cluster.usage`), in the order of the stages' folders."""
+        """Resource usage of each stage (see `cluster.usage`), in the order of folder names."""
         by_name = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
         return [by_name[name] for name in sorted(by_name)]
 
@@ -148,13 +153,13 @@ class RunData:
         return f"Iteration {iteration.number}" if max(self.planned, len(self.iterations)) > 1 else None
 
     def in_iteration(self, label: str, iteration: IterationData) -> str:
-        """Return a label that names its iteration, if the run has several."""
+        """Return a label with the iteration's heading, if the run has several iterations."""
         heading = self.heading(iteration)
         return f"{heading}: {label}" if heading else label[0].upper() + label[1:]
 
     @property
     def job_seconds(self) -> dict[str, float]:
-        """Seconds of jobs by the stage's folder."""
+        """Job seconds by stage folder."""
         merged: dict[str, float] = {}
         for iteration in self.iterations:
             merged |= (iteration.metrics or {}).get("job_seconds", {})
@@ -165,7 +170,7 @@ def read_run_data(folder: Path) -> RunData:
     """Read a run's folder.
 
     Raises:
-        DataError: a table is there but cannot be read.
+        DataError: an existing table cannot be read.
     """
     config = folder / layout.CONFIG
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
@@ -175,9 +180,9 @@ def read_run_data(folder: Path) -> RunData:
     iterations = [
         _read_iteration(path, unmodified, number, baseline) for number, path in layout.iterations(folder).items()
     ]
-    # Measured on the student of the first iteration, so its threshold applies.
+    # This influence is measured on the student of the first iteration, so its threshold applies.
     threshold = iterations[0].influence.threshold if iterations and iterations[0].influence else None
-    of_unmodified = _read(unmodified / layout.TRAINING_INFLUENCE, INFLUENCE)
+    unmodified_influence = _read(unmodified / layout.TRAINING_INFLUENCE, INFLUENCE)
     return RunData(
         name=str(settings.get("name", folder.resolve().name)),
         config=text,
@@ -185,12 +190,12 @@ def read_run_data(folder: Path) -> RunData:
         provenance=read_json(folder / layout.PROVENANCE) or {},
         iterations=iterations,
         unmodified=_read_synthesis(unmodified / "training", "Unmodified teacher") if unmodified.is_dir() else None,
-        unmodified_influence=_influence("Training set (unmodified teacher)", of_unmodified, threshold),
+        unmodified_influence=_influence("Training set (unmodified teacher)", unmodified_influence, threshold),
     )
 
 
 def missing_parts(run: RunData) -> list[str]:
-    """Return a sentence for each part of a complete run that this one lacks."""
+    """Return a sentence for each missing part of a run."""
     sentences = []
     if run.config is None:
         sentences.append("The configuration (config.yaml) is not in the folder.")
@@ -198,10 +203,12 @@ def missing_parts(run: RunData) -> list[str]:
         sentences.append("The provenance (provenance.json) is not in the folder.")
     present = {iteration.number: iteration for iteration in run.iterations}
     for number in range(1, max([run.planned, *present]) + 1):
-        sentences += _missing_of(present[number], run) if number in present else [f"Iteration {number} has not begun."]
+        sentences += (
+            _missing_of(present[number], run) if number in present else [f"Iteration {number} has not started."]
+        )
     if not run.compares:
         sentences.append(
-            "The unmodified teacher was not compared: comparison.unmodified_teacher is switched off in the configuration."
+            "The unmodified teacher was not compared: comparison.unmodified_teacher is off in the configuration."
         )
     elif not any("unmodified" in iteration.held_out_loss for iteration in run.iterations):
         sentences.append("The student of the unmodified teacher has not been evaluated yet.")
@@ -219,7 +226,7 @@ def _missing_of(iteration: IterationData, run: RunData) -> list[str]:
         "the metrics (held-out losses, times)": iteration.metrics,
     }
     absent = [name for name, part in parts.items() if part is None]
-    sentences = [f"Iteration {iteration.number} is not complete. Not there yet: {', '.join(absent)}."] if absent else []
+    sentences = [f"Iteration {iteration.number} is not complete. Missing: {', '.join(absent)}."] if absent else []
     if not measures_training:
         sentences.append(
             f"Iteration {iteration.number}: the influence of the training set was not measured: "

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page for a run, and each figure's data beside it."""
+"""The report of a run: one self-contained HTML page and a CSV file per figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,4 +57,4 @@ def _provenance(run: RunData) -> Table | None:
             return [row for key in sorted(content) for row in flat(content[key], f"{path}.{key}" if path else key)]
         return [[path, UNKNOWN if content is None else str(content)]]
 
-    return Table("Where the run came from", ["", "Value"], flat(run.provenance, "")) if run.provenance else None
+    return Table("Provenance of the run", ["", "Value"], flat(run.provenance, "")) if run.provenance else None

@@ -1,4 +1,4 @@
-"""The page of a study: methods side by side, gain against cost (Figure 15), and transfer (Figure 5)."""
+"""The page of a study: comparison of methods, gain against cost (Figure 15), transfer (Figure 5)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ from montessori_report.figures import (
     dash_of,
     dot_figure,
     error_bars,
+    escape_markup,
     grouped_dot_figure,
     line_figure,
     new_plot,
-    plain,
 )
 from montessori_report.html import Block, Page, Section, Table, build_page
 from montessori_report.sections.benchmarks import score_name
@@ -38,24 +38,24 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     """Return the page of a study.
 
     Args:
-        study: the compared methods and their settings.
+        study: configuration of the study.
         result: content of its `comparison.json`.
-        folder: of the study; its NormSim tables are shown if it ran method nomad.
+        folder: folder of the study; its NormSim tables are shown if it ran method nomad.
 
     Raises:
         DataError: a table cannot be read.
     """
     rows = result["methods"]
-    drawn = _finite(rows)
+    finite_rows = _finite(rows)
     sections = [
         Section(
             "gain",
             "Gain over the baseline",
-            [Block([_gain_figure(study, drawn)], [_table("Methods, means over the seeds", rows)])],
+            [Block([_gain_figure(study, finite_rows)], [_table("Methods, means over the seeds", rows)])],
             introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
-            f"{len(study.seeds)} seed(s). Gain: held-out loss of {study.baseline} minus that of the method, so more is "
-            "better. The interval resamples the evaluation examples, the spread is the standard deviation over seeds; a gain "
-            "that is not well beyond both is not shown to be one. Before any training the loss is "
+            f"{len(study.seeds)} seed(s). Gain is the held-out loss of {study.baseline} minus that of the method; higher is "
+            "better. The interval resamples the evaluation examples; the spread is the standard deviation over seeds. A gain "
+            "counts only if it is well beyond both. Before any training, the loss is "
             f"{formatting.loss(result['untrained_loss'])}.",
         ),
         Section(
@@ -64,21 +64,21 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             [
                 Block(
                     [
-                        _against(study, drawn, "flops", "floating-point operations of one seed"),
-                        _against(study, drawn, "job_seconds", "job seconds of one seed"),
+                        _gain_cost_figure(study, finite_rows, "flops", "floating-point operations of one seed"),
+                        _gain_cost_figure(study, finite_rows, "job_seconds", "job seconds of one seed"),
                         _operations_figure(rows),
                     ]
                 )
             ],
-            introduction="Stages that several methods share count for each of them in full.",
+            introduction="A stage shared by several methods counts in full for each of them.",
         ),
     ]
-    if measured := _benchmarks(rows):
-        sections.append(Section("benchmarks", "Benchmarks", [Block([], [measured])]))
+    if benchmarks := _benchmarks(rows):
+        sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
     if result["transfer"]:
         sections.append(_transfer(study, result))
     if similarity := _similarity(folder):
-        sections.append(Section("norm-sim", "Nearness to real examples", [Block([similarity])]))
+        sections.append(Section("norm-sim", "Similarity to real examples", [Block([similarity])]))
     facts = [
         ("Student", study.experiment.student.model),
         ("Teacher", study.experiment.teacher.model),
@@ -89,20 +89,20 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
 
 
 def _benchmarks(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Return the benchmarks of each method's student (Tables 1 and 2): mean over seeds, standard error over items."""
-    of_methods = [
+    """Return benchmark scores by method (Tables 1 and 2): mean over seeds, standard error over items."""
+    scores_by_method = [
         {
             f"{score_name(entry['benchmark'])}: {entry['metric'].replace('_', ' ')}": entry
             for entry in row.get("scores", [])
         }
         for row in rows
     ]
-    names = list(dict.fromkeys(name for scores in of_methods for name in scores))
+    names = list(dict.fromkeys(name for scores in scores_by_method for name in scores))
     if not names:
         return None
     lines = [
         [row["method"], *(_score_text(scores.get(name)) for name in names)]
-        for row, scores in zip(rows, of_methods, strict=True)
+        for row, scores in zip(rows, scores_by_method, strict=True)
     ]
     return Table("Benchmarks, means over the seeds ± standard error over items", ["Method", *names], lines)
 
@@ -115,7 +115,7 @@ def _score_text(score: dict[str, Any] | None) -> str:
 
 
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows that can be drawn: a diverged student has no gain."""
+    """Return the rows with a finite gain; a diverged student has none."""
     return [row for row in rows if all(formatting.is_finite(row[key]) for key in ("gain", "gain_low", "gain_high"))]
 
 
@@ -126,7 +126,7 @@ def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
 def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     return dot_figure(
         "Gain of each method",
-        f"Right of 0 the student is better than with {study.baseline}; an interval that crosses 0 shows no difference.",
+        f"Right of 0, the student is better than with {study.baseline}. An interval that crosses 0 shows no difference.",
         [_gain_dot(row["method"], row, colour_of(number)) for number, row in enumerate(rows)],
         f"gain over {study.baseline}, nats per token",
         formatting.signed,
@@ -134,17 +134,17 @@ def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     )
 
 
-def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
+def _gain_cost_figure(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
     """Draw the gain of each method against its cost."""
     gain = f"gain over {study.baseline}, nats per token"
     highest = max((row[cost] for row in rows), default=0.0)
     points = [
         go.Scatter(
             mode="markers+text",
-            name=plain(row["method"]),
+            name=escape_markup(row["method"]),
             x=[row[cost]],
             y=[row["gain"]],
-            text=[f" {plain(row['method'])} "],
+            text=[f" {escape_markup(row['method'])} "],
             textposition="middle left" if row[cost] > 0.5 * highest else "middle right",
             cliponaxis=False,
             error_y=error_bars([_gain_dot(row["method"], row, colour_of(number))]),
@@ -158,8 +158,8 @@ def _against(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str)
     plot.add_hline(0.0, line_dash="dot")
     return Figure(
         f"Gain against {axis.removesuffix(' of one seed')} (Figure 15)",
-        "Up and to the left is better: more gain for less. A method is worth its cost only if no other lies above and to the "
-        "left of it. Bars are 95 % intervals.",
+        "Up and to the left is better: more gain at less cost. A method pays off only if no other is above and to the left "
+        "of it. Bars are 95 % intervals.",
         plot,
         ["method", axis, gain, "95 % interval from", "95 % interval to"],
         [(row["method"], row[cost], row["gain"], row["gain_low"], row["gain_high"]) for row in rows],
@@ -170,7 +170,7 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     operations = {row["method"]: float(row["flops"]) for row in sorted(rows, key=lambda row: -row["flops"])}
     return bar_figure(
         "Floating-point operations of each method (Table 8)",
-        f"Of one seed. {OPERATIONS} Models behind an API do theirs elsewhere.",
+        f"For one seed. {OPERATIONS} Models behind an API are not counted.",
         "operations",
         operations,
         formatting.significant,
@@ -186,8 +186,8 @@ def _transfer(study: Study, result: dict[str, Any]) -> Section:
     students += [(other["student"], other["methods"]) for other in result["transfer"]]
     figure = grouped_dot_figure(
         "Gain on each student (Figure 5)",
-        f"One group for each student, the first the one the data was made for; right of 0 a method's data is better for that "
-        f"student than that of {study.baseline}.",
+        f"One group per student; the data was made for the first. Right of 0, a method's data is better for that student "
+        f"than the data of {study.baseline}.",
         {
             student: [_gain_dot(row["method"], row, colours.get(row["method"], GREY)) for row in _finite(rows)]
             for student, rows in students
@@ -198,27 +198,27 @@ def _transfer(study: Study, result: dict[str, Any]) -> Section:
         "transfer",
         "Transfer to other students",
         [Block([figure], [_table(f"Transfer to {student}", rows) for student, rows in students[1:]])],
-        introduction="The same data, none of it made for these students.",
+        introduction="The same data, used for students that it was not made for.",
     )
 
 
 def _similarity(folder: Path) -> Figure | None:
-    """Draw how near synthetic examples are to real ones (NOMAD, Figure 2)."""
+    """Draw the similarity of synthetic examples to real ones (NOMAD, Figure 2)."""
     lines = []
     for number, path in enumerate(sorted(folder.glob("seed-*/methods/nomad/round-*/norm-sim/norm-sim.parquet"))):
-        nearness = np.sort(np.asarray(read_table(path, SIMILARITY)["norm_sim"].to_numpy()))[::-1]
-        if not len(nearness):
+        similarity = np.sort(np.asarray(read_table(path, SIMILARITY)["norm_sim"].to_numpy()))[::-1]
+        if not len(similarity):
             continue
-        ranks = np.unique(np.linspace(0, len(nearness) - 1, _CURVE_POINTS).round().astype(int))
+        ranks = np.unique(np.linspace(0, len(similarity) - 1, _CURVE_POINTS).round().astype(int))
         label = ", ".join(part for part in path.relative_to(folder).parts if part.startswith(("seed-", "round-")))
-        shares = ((ranks + 1) / len(nearness)).tolist()
-        lines.append(Line(label, shares, nearness[ranks].tolist(), colour_of(number), dash_of(number)))
+        shares = ((ranks + 1) / len(similarity)).tolist()
+        lines.append(Line(label, shares, similarity[ranks].tolist(), colour_of(number), dash_of(number)))
     if not lines:
         return None
     return line_figure(
-        "NormSim of what nomad wrote (NOMAD, Figure 2)",
-        "Read off the share of examples that are at least so near to their nearest real one: near 1 they repeat it, near 0 "
-        "they have nothing to do with it, and most should lie between.",
+        "NormSim of the examples of nomad (NOMAD, Figure 2)",
+        "The share of examples with at least this similarity to their nearest real example. Near 1 they repeat it, near 0 "
+        "they are unrelated to it; most should be in between.",
         lines,
         "share of the examples",
         "NormSim",

@@ -1,1 +1,1 @@
-"""Prefect tasks, one module a stage: each binds the method to the cluster and publishes what people want to see."""
+"""Prefect tasks, one module per stage: each runs a part of the method on the cluster and publishes its results."""

@@ -1,4 +1,4 @@
-"""A pause before the teacher update, until a person has looked at the preference pairs."""
+"""Pause a run before the teacher update until a person approves the preference pairs."""
 
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,19 @@ _WEEK = 7 * 24 * 3600  # seconds
 
 
 class Approval(RunInput):
-    """What a person says to the preference pairs."""
+    """A person's decision about the preference pairs."""
 
-    update_the_teacher: bool = Field(True, description="No ends the run here; what is done is kept.")
+    update_the_teacher: bool = Field(True, description="Choose no to end the run here. Finished stages are kept.")
 
 
 def approve_update(run: Run, number: int, influence: Path, preferences: Path) -> None:
-    """Pause the flow run; pairs that were approved once are not asked about again.
+    """Pause the flow run until these pairs are approved; return at once if they already are.
 
     Raises:
         UserError: the update was not approved.
     """
-    noted, pairs = run.iteration(number) / "approved.json", hash_path(preferences)
-    if (read_json(noted) or {}).get("preferences") == pairs:
+    record, pairs = run.iteration(number) / "approved.json", hash_path(preferences)
+    if (read_json(record) or {}).get("preferences") == pairs:
         return
     answer: Any = pause_flow_run(
         wait_for_input=Approval.with_initial_data(description=_summary(run, number, influence, preferences)),
@@ -40,16 +40,16 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
     )
     if not answer.update_the_teacher:
         raise UserError(
-            f"iteration {number}: the teacher update was not approved. Start this run again to be asked once more, "
-            "with other preferences if you like, or change influence under a new name"
+            f"iteration {number}: the teacher update was not approved. Start this run again to be asked again, "
+            "with other settings in preferences if needed; to change influence, use a new run name"
         )
-    write_json({"preferences": pairs}, noted)
+    write_json({"preferences": pairs}, record)
 
 
 def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
     baseline = run.experiment.preferences.baseline
     table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES, ["prompt_id"])
-    lines = {
+    values = {
         "preference pairs": pairs.num_rows,
         "prompts they come from": len(set(pairs["prompt_id"].to_pylist())),
         **{
@@ -57,8 +57,8 @@ def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
             for name, value in summarize_influence(table, threshold_of(table, baseline)).items()
         },
     }
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in lines.items()}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values.items()}
+    rows = "\n".join(f"| {name} | {text} |" for name, text in texts.items())
     return (
         f"**{run.experiment.name}, iteration {number}**: update the teacher on these pairs? (baseline: {baseline})\n\n"
         f"| | |\n|---|---|\n{rows}\n\nTables: `{preferences}`, `{influence}`"

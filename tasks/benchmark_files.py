@@ -1,4 +1,4 @@
-"""Files that the section `benchmarks` names: checked when a run is opened, and copied into its folder."""
+"""Files of the section `benchmarks`: checked when a run is opened, then copied into its folder."""
 
 import os
 import shutil
@@ -14,72 +14,73 @@ from montessori_core.judging.mt_bench import read_dialogues
 
 
 def benchmark_copy(benchmarks: Benchmarks, setting: str, copies: Path) -> Path:
-    """The copy of the file or folder that a setting names, in a folder of copies."""
+    """Return the path in `copies` of the file or folder that a setting names."""
     return copies / f"{setting}{Path(getattr(benchmarks, setting)).suffix}"
 
 
 def check_benchmarks(benchmarks: Benchmarks, copies: Path) -> dict[str, list[str]]:
-    """See that what the section `benchmarks` names can be used: the run's copies, once it has them.
+    """Check the files of the section `benchmarks`; a run's copies are checked instead of their originals.
 
     Returns:
-        The texts that answers are judged on, by the setting that names them.
+        The questions whose answers are judged, by setting.
 
     Raises:
-        UserError: something cannot; the message names it.
+        UserError: a file is missing or invalid; the message names it.
     """
     from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outputs
 
-    paths = _named(benchmarks)
-    kept = {setting: benchmark_copy(benchmarks, setting, copies) for setting in paths}
-    paths |= {setting: path for setting, path in kept.items() if path.exists()}
+    paths = _benchmark_paths(benchmarks)
+    copied = {setting: benchmark_copy(benchmarks, setting, copies) for setting in paths}
+    paths |= {setting: path for setting, path in copied.items() if path.exists()}
     for setting, path in paths.items():
         if not os.path.exists(path):
             raise UserError(f"benchmarks.{setting}: {path}: not found; correct the path")
     texts: dict[str, list[str]] = {}
     if "alpaca_eval" in paths:
-        texts["alpaca_eval"] = [one.instruction for one in read_outputs(paths["alpaca_eval"])]
-        outputs = len(texts["alpaca_eval"])
-        if "alpaca_eval_difficulty" in paths and len(read_difficulties(paths["alpaca_eval_difficulty"])) != outputs:
+        texts["alpaca_eval"] = [output.instruction for output in read_outputs(paths["alpaca_eval"])]
+        count = len(texts["alpaca_eval"])
+        if "alpaca_eval_difficulty" in paths and len(read_difficulties(paths["alpaca_eval_difficulty"])) != count:
             raise UserError(
-                f"benchmarks.alpaca_eval_difficulty: {paths['alpaca_eval_difficulty']} is not for the {outputs} instructions "
-                f"of {paths['alpaca_eval']}; it is for AlpacaEval's own, in their order: leave it out for others"
+                f"benchmarks.alpaca_eval_difficulty: {paths['alpaca_eval_difficulty']} does not match the {count} "
+                f"instructions of {paths['alpaca_eval']}: it is for AlpacaEval's original instructions, in their order; "
+                "remove the setting for other instructions"
             )
     if "mt_bench" in paths:
         dialogues = read_dialogues(paths["mt_bench"], paths.get("mt_bench_references"))
-        texts["mt_bench"] = [question for one in dialogues for question in one.questions]
+        texts["mt_bench"] = [question for dialogue in dialogues for question in dialogue.questions]
     return texts
 
 
-def seen_references(reference: list[Task], texts: Mapping[str, list[str]], words: int) -> list[str]:
-    """Return a warning for each benchmark that reference instructions stand in; none if `words` is 0.
+def overlap_warnings(reference: list[Task], texts: Mapping[str, list[str]], words: int) -> list[str]:
+    """Return a warning for each benchmark that contains reference instructions; none if `words` is 0.
 
     Args:
-        reference: what influence is measured on.
-        texts: what answers are judged on, by the setting that names it.
-        words: an instruction stands in a text that has so many of its words in a row.
+        reference: the reference set.
+        texts: questions of the benchmarks, by setting.
+        words: a question contains an instruction if they share this many consecutive words.
     """
     warnings = []
-    for setting, items in texts.items() if words else ():
-        seen = overlapping([task.text for task in reference], items, words)
-        if any(seen):
+    for setting, questions in texts.items() if words else ():
+        overlaps = overlapping([task.instruction for task in reference], questions, words)
+        if any(overlaps):
             warnings.append(
-                f"{sum(seen)} of {len(reference)} reference examples also stand in benchmarks.{setting}, e.g. "
-                f"{reference[seen.index(True)].id}: influence is measured on what students are tested on, so that their "
-                "scores there say nothing about other tasks"
+                f"{sum(overlaps)} of {len(reference)} reference examples are also in benchmarks.{setting}, e.g. "
+                f"{reference[overlaps.index(True)].example_id}: influence is measured on what students are tested on, so "
+                "scores of this benchmark say nothing about other tasks"
             )
     return warnings
 
 
-def _named(benchmarks: Benchmarks) -> dict[str, Path]:
-    """Files and folders that settings of the section `benchmarks` name."""
+def _benchmark_paths(benchmarks: Benchmarks) -> dict[str, Path]:
+    """Return the files and folders of the section `benchmarks`, by setting."""
     settings = ("task_folder", "alpaca_eval", "alpaca_eval_difficulty", "mt_bench", "mt_bench_references")
-    named = {setting: getattr(benchmarks, setting) for setting in settings}
-    return {setting: Path(os.path.expanduser(path)) for setting, path in named.items() if path is not None}
+    paths = {setting: getattr(benchmarks, setting) for setting in settings}
+    return {setting: Path(os.path.expanduser(path)) for setting, path in paths.items() if path is not None}
 
 
 def copy_benchmarks(benchmarks: Benchmarks, copies: Path) -> None:
-    """Keep what the section `benchmarks` names as it is when it is first used."""
-    for setting, path in _named(benchmarks).items():
+    """Copy the files of the section `benchmarks`, except those already copied."""
+    for setting, path in _benchmark_paths(benchmarks).items():
         copy = benchmark_copy(benchmarks, setting, copies)
         if not copy.exists():
             with commit(copy) as temporary:

@@ -1,5 +1,6 @@
-"""What students are measured by beside the held-out loss (Section 4.2): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
+"""Benchmarks of students (Section 4.2): lm-evaluation-harness, AlpacaEval 2.0, MT-Bench."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core import programs
 from montessori_core.config import Sampling
 from montessori_core.data.contamination import overlapping
-from montessori_core.data.sources import Task
+from montessori_core.data.rows import BenchmarkRow, GenerationRow
 from montessori_core.data.tables import EXAMPLES, ITEM_SCORES, ITEMS, MT_BENCH, PAIRWISE, read_table, write_table
 from montessori_core.evaluation import alpaca_eval
 from montessori_core.evaluation.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
@@ -31,7 +32,7 @@ class BenchmarkResult:
 
     Attributes:
         scores: rows of `montessori_core.evaluation.scores`.
-        answers: its answers to AlpacaEval's instructions, in AlpacaEval's format; None without AlpacaEval.
+        answers: file of the student's answers in AlpacaEval's format; None without AlpacaEval.
     """
 
     scores: list[Row]
@@ -39,21 +40,21 @@ class BenchmarkResult:
 
 
 def list_items(run: Run) -> Path | None:
-    """Write down what the harness's tasks ask, a table of schema `ITEMS`; None without such tasks.
+    """List the items of the harness's tasks in a table of schema `ITEMS`; return its path, or None without tasks.
 
-    To be called before anything else is computed, so that a name that the harness does not know costs a minute, not a night.
+    Call it before any other stage, so that an unknown task name fails in the first minute.
     """
     benchmarks = run.experiment.benchmarks
     if not benchmarks.tasks:
         return None
     step = Step(run, _items(run).with_suffix(""), "benchmarks: items")
-    rows: list[Row] = [{"benchmark": one.name, "limit": one.limit} for one in benchmarks.tasks]
+    rows: list[BenchmarkRow] = [{"benchmark": task.name, "limit": task.limit} for task in benchmarks.tasks]
     parts = step.execute(programs.BENCHMARK_ITEMS, programs.NoSettings(), rows, files=_task_folder(run))
     return _join("benchmarks: items, table", _items(run), parts, ITEMS)
 
 
 def measure_benchmarks(step: Step, student: Model) -> BenchmarkResult:
-    """Put a student to all benchmarks that the configuration names; `list_items` comes first."""
+    """Run all configured benchmarks on a student. Call `list_items` first."""
     benchmarks = step.experiment.benchmarks
     scores: list[Row] = []
     if benchmarks.tasks:
@@ -72,20 +73,20 @@ def measure_benchmarks(step: Step, student: Model) -> BenchmarkResult:
 
 
 def compare_answers(step: Step, answers: Path, others: Path) -> alpaca_eval.WinRates:
-    """Head to head: a student's answers to AlpacaEval's instructions against others, each pair judged in both orders."""
+    """Compare a student's answers to AlpacaEval's instructions with others; each pair is judged in both orders."""
     ours, theirs = (
-        {one.instruction: one.output for one in alpaca_eval.read_outputs(path)} for path in (answers, others)
+        {output.instruction: output.output for output in alpaca_eval.read_outputs(path)} for path in (answers, others)
     )
     parts = _judge(step, programs.PAIRWISE_JUDGE, alpaca_eval.comparisons(ours, theirs), [answers, others])
     table = _join(f"{step.label}: table", step.folder.with_name(f"{step.folder.name}.parquet"), parts, PAIRWISE)
-    known = None
+    difficulties = None
     if step.experiment.benchmarks.alpaca_eval_difficulty:
-        known = list(alpaca_eval.read_difficulties(step.run.benchmark_file("alpaca_eval_difficulty")))
-    return alpaca_eval.summarize(read_table(table, PAIRWISE), known)
+        difficulties = list(alpaca_eval.read_difficulties(step.run.benchmark_file("alpaca_eval_difficulty")))
+    return alpaca_eval.summarize(read_table(table, PAIRWISE), difficulties)
 
 
 def check_contamination(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
-    """How many items of each set that students are measured by share a run of words with training data."""
+    """Count the items of each evaluation set and benchmark that overlap the training data."""
     return _find_copies(run, label, path, examples) if run.experiment.benchmarks.contamination_words else []
 
 
@@ -95,11 +96,9 @@ def _items(run: Run) -> Path:
 
 def _score_items(step: Step, student: Model) -> list[Row]:
     benchmarks = step.experiment.benchmarks
-    shots = {one.name: one.shots for one in benchmarks.tasks}
-    rows: list[Row] = [
-        {**{key: row[key] for key in ("benchmark", "task", "item")}, "shots": shots[row["benchmark"]]}
-        for row in read_table(_items(step.run), ITEMS).to_pylist()
-    ]
+    shots = {task.name: task.shots for task in benchmarks.tasks}
+    items = read_table(_items(step.run), ITEMS, ["benchmark", "task", "item"]).to_pylist()
+    rows = [row | {"shots": shots[row["benchmark"]]} for row in items]
     scoring = step.at("items", "benchmarks")
     parts = scoring.execute(
         programs.HARNESS,
@@ -114,25 +113,27 @@ def _score_items(step: Step, student: Model) -> list[Row]:
 
 
 def _answer_alpaca_eval(step: Step, student: Model) -> Path:
-    asked = [one.instruction for one in alpaca_eval.read_outputs(step.run.benchmark_file("alpaca_eval"))]
-    rows: list[Row] = [{"text": instruction} for instruction in asked]
+    outputs = alpaca_eval.read_outputs(step.run.benchmark_file("alpaca_eval"))
+    instructions = [output.instruction for output in outputs]
     name = f"{step.label}: AlpacaEval"
     answering = step.at("alpaca-eval-answers").renamed(f"{name}, answers")
-    answers, parts = _answer(answering, student, rows, "request", step.experiment.benchmarks.answers)
-    outputs = [
+    answers, parts = _answer(
+        answering, student, [[text] for text in instructions], "request", step.experiment.benchmarks.answers
+    )
+    records = [
         {"instruction": instruction, "output": answer, "generator": name}
-        for instruction, answer in zip(asked, answers, strict=True)
+        for instruction, answer in zip(instructions, answers, strict=True)
     ]
-    return _write_outputs(answering.label, step.folder / "alpaca-eval-outputs.json", outputs, parts)
+    return _write_outputs(answering.label, step.folder / "alpaca-eval-outputs.json", records, parts)
 
 
 def _score_mt_bench(step: Step, student: Model) -> list[Row]:
     benchmarks, dialogues = step.experiment.benchmarks, _dialogues(step.run)
-    forced = benchmarks.mt_bench_temperature
+    override = benchmarks.mt_bench_temperature
     answers: dict[str, tuple[str, str]] = {}
     parts: list[Path] = []
-    for temperature in sorted({one.temperature if forced is None else forced for one in dialogues}):
-        asked = [one for one in dialogues if forced is not None or one.temperature == temperature]
+    for temperature in sorted({dialogue.temperature if override is None else override for dialogue in dialogues}):
+        group = [dialogue for dialogue in dialogues if override is not None or dialogue.temperature == temperature]
         sampling = benchmarks.answers.model_copy(update={"temperature": temperature})
         turns = [
             step.at(f"mt-bench-{temperature:g}-turn-{turn}").renamed(
@@ -140,14 +141,15 @@ def _score_mt_bench(step: Step, student: Model) -> list[Row]:
             )
             for turn in (1, 2)
         ]
-        opening: list[Row] = [{"text": one.questions[0]} for one in asked]
+        opening = [[dialogue.questions[0]] for dialogue in group]
         first, _ = _answer(turns[0], student, opening, "request", sampling)
-        following: list[Row] = [
-            {"turns": [one.questions[0], answer, one.questions[1]]} for one, answer in zip(asked, first, strict=True)
+        following = [
+            [dialogue.questions[0], answer, dialogue.questions[1]]
+            for dialogue, answer in zip(group, first, strict=True)
         ]
-        second, written = _answer(turns[1], student, following, "reply", sampling)
-        parts += written
-        answers |= {one.id: pair for one, pair in zip(asked, zip(first, second, strict=True), strict=True)}
+        second, second_parts = _answer(turns[1], student, following, "reply", sampling)
+        parts += second_parts
+        answers |= {dialogue.id: (opener, reply) for dialogue, opener, reply in zip(group, first, second, strict=True)}
     rows = mt_bench.judgements(dialogues, answers)
     judged = _judge(step.at("mt-bench"), programs.MT_BENCH_JUDGE, rows, parts)
     table = _join(f"{step.label}: table", step.folder / "mt-bench.parquet", judged, MT_BENCH)
@@ -164,19 +166,25 @@ def _dialogues(run: Run) -> list[mt_bench.Dialogue]:
 
 
 def _answer(
-    step: Step, student: Model, rows: list[Row], form: Form, sampling: Sampling
+    step: Step, student: Model, asked: list[list[str]], form: Form, sampling: Sampling
 ) -> tuple[list[str], list[Path]]:
-    """One answer to each row, and the parts they are from."""
+    """Generate an answer for the turns of each that is asked; return the answers and their part files."""
     seed = step.experiment.seed
-    for index, row in enumerate(rows):
-        row |= {"ids": [f"{index:05d}"], "seeds": [seed_of(seed, "benchmark", step.folder.name, index)]}
+    rows: list[GenerationRow] = [
+        {
+            "example_ids": [f"{index:05d}"],
+            "turns": turns,
+            "seeds": [seed_of(seed, "benchmark", step.folder.name, index)],
+        }
+        for index, turns in enumerate(asked)
+    ]
     size = step.experiment.synthesis.instructions_per_shard
     generated, parts = generate(step, student, rows, size, sampling, form, [])
-    return [row["text"].strip() for row in generated], parts
+    return [row["raw_output"].strip() for row in generated], parts
 
 
 def _judge(
-    step: Step, program: Program[programs.BenchmarkJudging], rows: list[Row], upstream: list[Path]
+    step: Step, program: Program[programs.BenchmarkJudging], rows: Sequence[Mapping[str, object]], upstream: list[Path]
 ) -> list[Path]:
     settings = {"prompts": step.experiment.benchmarks.judge_prompts}
     return step.renamed(f"{step.label}, judge").ask("judge", program, settings, rows, upstream)
@@ -187,21 +195,18 @@ def _task_folder(run: Run) -> dict[str, Path]:
 
 
 def _texts(run: Run) -> dict[str, list[str]]:
-    """What each set that students are measured by consists of, by its name."""
+    """Return the texts of the evaluation set and of each benchmark, by name."""
     benchmarks = run.experiment.benchmarks
-    texts = {"held-out": [_text(one) for one in run.sources().evaluation]}
+    texts = {"held-out": [f"{task.instruction}\n{task.response}" for task in run.sources().evaluation]}
     if benchmarks.tasks:
         for row in read_table(_items(run), ITEMS).to_pylist():
             texts.setdefault(row["benchmark"], []).append(row["text"])
     if benchmarks.alpaca_eval is not None:
-        texts["alpaca_eval"] = [one.instruction for one in alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))]
+        outputs = alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))
+        texts["alpaca_eval"] = [output.instruction for output in outputs]
     if benchmarks.mt_bench is not None:
-        texts["mt_bench"] = ["\n".join(one.questions) for one in _dialogues(run)]
+        texts["mt_bench"] = ["\n".join(dialogue.questions) for dialogue in _dialogues(run)]
     return texts
-
-
-def _text(one: Task) -> str:
-    return f"{one.text}\n{one.response}"
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
@@ -209,7 +214,7 @@ def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
     words = run.experiment.benchmarks.contamination_words
     rows = read_table(examples, EXAMPLES).select(["instruction", "response"]).to_pylist()
     data = [f"{row['instruction']}\n{row['response']}" for row in rows]
-    found: list[Row] = [
+    counts: list[Row] = [
         {
             "benchmark": name,
             "data": "training set",
@@ -219,9 +224,9 @@ def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
         }
         for name, items in _texts(run).items()
     ]
-    write_json(found, path)
-    create_table_artifact(found, description=label)
-    return found
+    write_json(counts, path)
+    create_table_artifact(counts, description=label)
+    return counts
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
@@ -232,7 +237,7 @@ def _write_outputs(label: str, path: Path, outputs: list[Row], parts: list[Path]
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _join(label: str, path: Path, parts: list[Path], schema: pa.Schema) -> Path:
-    """Write one table from the parts."""
+    """Write the rows of all parts to one table."""
     table = pa.concat_tables([read_table(part, schema) for part in parts]).combine_chunks()
     write_table(table, path, schema)
     return path

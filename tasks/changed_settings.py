@@ -1,4 +1,4 @@
-"""Settings that a run may change after it began, and the first stage that each decides."""
+"""Settings that may change after a run has started, and the first stage that each affects."""
 
 from pathlib import Path
 
@@ -11,35 +11,35 @@ _FIRST_STAGES = {
     "training.examples:": "training set",
     "training.": "student training",
 }
-"""Settings that a run may change, with the first stage that each decides, in the order of the stages."""
+"""The first stage that each changeable setting affects, in the order of the stages."""
 
 
 def changed_settings(experiment: Experiment, config: Path) -> list[str]:
-    """Return the settings in which an experiment differs from a run's, one `path: before -> after` line each.
+    """Return the settings that differ from those of a run, as `path: before -> after` lines.
 
     Raises:
-        UserError: what was computed before the preference pairs depends on one of them.
+        UserError: a stage before the preference pairs depends on a changed setting.
     """
     before = read_experiment(config)
     then, now = before.method(), experiment.method()
     if before.judge is None:
-        then["judge"] = now["judge"]  # nothing was judged so far
+        then["judge"] = now["judge"]  # the judge may be added: nothing has been judged yet
     changed = differences(then, now)
     fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
     if fixed:
         raise UserError(
             f"{config.parent}: this run was started with another configuration:\n  "
             + "\n  ".join(fixed)
-            + "\nOnly preferences, teacher_update and training may change. Give the new configuration another --name, or "
-            + f"resume the run as it was: montessori resume {config.parent}"
+            + "\nOnly preferences, teacher_update and training may change. Use another --name for the new configuration, or "
+            + f"resume the run unchanged: montessori resume {config.parent}"
         )
     return changed
 
 
 def first_stage(changed: list[str], experiment: Experiment) -> str:
-    """Return the first stage whose key, or table, depends on the changed settings, for people."""
+    """Return the name of the first stage that must be computed again, for messages."""
     if any(line.startswith("preferences.baseline:") for line in changed):
-        # Exact measurements are made for its threshold.
+        # Exact influence is measured around the threshold of this baseline.
         if experiment.influence.sequential is not None:
             return "influence of the probing set"
         if experiment.influence.estimator == "screened":

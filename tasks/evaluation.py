@@ -1,4 +1,4 @@
-"""What a model is worth: its held-out loss, and the benchmarks that the configuration names."""
+"""Evaluation of a model: held-out loss and the configured benchmarks."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ import pyarrow as pa
 from montessori_core import programs
 from montessori_core.data.tables import REFERENCE_LOSS, read_table
 from tasks.benchmarks import BenchmarkResult, measure_benchmarks
-from tasks.run import Model, as_rows
+from tasks.run import Model
 from tasks.stage import Step
 
 
 @dataclass(frozen=True)
 class StudentEvaluation:
-    """What a student is worth.
+    """Results of evaluating a student.
 
     Attributes:
-        losses: the table of its held-out losses.
-        benchmarks: its scores, and what they are from.
+        losses: table of held-out losses, schema `REFERENCE_LOSS`.
+        benchmarks: scores and answers.
     """
 
     losses: Path
@@ -29,36 +29,36 @@ class StudentEvaluation:
 
 
 def evaluate(step: Step, model: Model) -> StudentEvaluation:
-    """Evaluate a model; what the harness's tasks ask was listed before, see `tasks.benchmarks.list_items`."""
+    """Evaluate a model. Call `tasks.benchmarks.list_items` first."""
     return StudentEvaluation(_measure_loss(step, model), measure_benchmarks(step.beside("benchmarks"), model))
 
 
 def _measure_loss(step: Step, model: Model) -> Path:
-    """The table of a model's losses on the held-out examples."""
+    """Measure a model's loss on each held-out example; return the table."""
     experiment = step.experiment
     settings = programs.ModelLoss(
         max_length=experiment.student.max_length, batch_tokens=experiment.influence.reference_batch_tokens
     )
-    named = step.renamed(f"{step.label}: held-out loss")
-    rows = as_rows(step.run.sources().evaluation)
-    (table,) = named.execute(programs.REFERENCE_LOSS, settings, rows, models={"model": model})
+    measuring = step.renamed(f"{step.label}: held-out loss")
+    rows = [vars(task) for task in step.run.sources().evaluation]
+    (table,) = measuring.execute(programs.REFERENCE_LOSS, settings, rows, models={"model": model})
     return table
 
 
 def per_token(losses: pa.Table) -> npt.NDArray[np.float64]:
-    """[examples] loss of each, nats per token, of a table of schema `REFERENCE_LOSS`."""
+    """Return the [examples] losses in nats per token of a table of schema `REFERENCE_LOSS`."""
     mean: npt.NDArray[np.float64] = losses["loss"].to_numpy() / losses["response_tokens"].to_numpy()
     return mean
 
 
 def summarize_loss(table: Path) -> dict[str, float]:
-    """Mean over examples of the loss per token (Eq. 2), and its standard error."""
+    """Return the mean over examples of the loss per token (Eq. 2) and its standard error."""
     losses = per_token(read_table(table, REFERENCE_LOSS))
     return {"mean": float(losses.mean()), "standard_error": float(losses.std(ddof=1) / math.sqrt(len(losses)))}
 
 
 def summarize_gain(before: Path, after: Path) -> dict[str, float]:
-    """Paired difference of two models' losses (positive: `after` is better), and its standard error."""
+    """Return the paired difference of two models' losses (positive: `after` is better) and its standard error."""
     first, second = (read_table(table, REFERENCE_LOSS) for table in (before, after))
     gain = (first["loss"].to_numpy() - second["loss"].to_numpy()) / first["response_tokens"].to_numpy()
     error = float(np.std(gain, ddof=1) / math.sqrt(len(gain)))

@@ -1,4 +1,4 @@
-"""Collecting local data influence (Section 3.2): the fan-out over shards of examples, and its join."""
+"""Local data influence (Section 3.2): measure shards of examples, and join their tables."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -10,13 +10,13 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
 from montessori_core.config import Experiment
+from montessori_core.data.rows import ExampleRow, Positions, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table, write_table
 from montessori_core.influence.pilot import measure_after_pilot
-from montessori_core.influence.preferences import Positions, threshold_of
+from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
 from montessori_core.influence.table import SUMMARIZED, domination_warning, join_influence, summarize_influence
 from montessori_core.models.fingerprints import moments_fingerprint
-from montessori_core.program import Row
 from tasks.plots import histogram
 from tasks.run import Model
 from tasks.screening import estimate_influence
@@ -24,26 +24,26 @@ from tasks.stage import Step, warn
 
 
 def collect_influence(step: Step, student: Model, examples: Path, first: int, last: int, paired: bool = False) -> Path:
-    """Measure rows `first` to `last` of an example table; write a table beside the step's folder, of its name.
+    """Measure rows `first` to `last` of an example table; write a table beside the step's folder, with its name.
 
-    If they are to be `paired`, the first of many are measured before the others, to warn of too few pairs.
+    If the rows are to be `paired`, a pilot is measured first, which warns of too few pairs.
     """
     baseline = step.experiment.preferences.baseline
-    stages = _Stages(step, student, examples, measured_rows(examples, first, last), paired)
+    stages = _Stages(step, student, examples, Rows.of_file(examples, EXAMPLES, ExampleRow, first, last), paired)
     joined = estimate_influence(stages, step.experiment.influence, baseline)
     table = step.folder.with_name(f"{step.folder.name}.parquet")
     return _join(f"{step.label}: table", joined, table, baseline, stages.parts, stages.warnings)
 
 
 class _Stages:
-    """The stages that measure rows of an example table on a student.
+    """Stages that measure rows of an example table on a student.
 
     Attributes:
         parts: of all stages so far.
         warnings: so far.
     """
 
-    def __init__(self, step: Step, student: Model, examples: Path, rows: list[Row], paired: bool) -> None:
+    def __init__(self, step: Step, student: Model, examples: Path, rows: Rows, paired: bool) -> None:
         self._step, self._examples, self._rows, self._paired = step, examples, rows, paired
         self._models = {
             "student": student,
@@ -53,24 +53,24 @@ class _Stages:
         self.warnings: list[str] = []
 
     def measure_all(self, estimator: str) -> pa.RecordBatchReader:
-        whole, pilot = self._step, self._step.beside("pilot", ", pilot")
+        step, pilot = self._step, self._step.beside("pilot", ", pilot")
         if self._step.experiment.influence.estimator == "screened":
-            whole = whole.renamed(f"{whole.label}, screen")
+            step = step.renamed(f"{step.label}, screen")
         if not self._paired:
-            return join_influence(self._execute(whole, estimator, self._rows))
+            return join_influence(self._execute(step, estimator, self._rows))
         parts = measure_after_pilot(
             self._rows,
-            lambda rows, is_pilot: self._execute(pilot if is_pilot else whole, estimator, rows),
+            lambda rows, is_pilot: self._execute(pilot if is_pilot else step, estimator, rows),
             self._step.experiment.preferences,
             self._warn,
         )
         return join_influence(parts)
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
-        rows = [self._rows[i] for i in positions]
-        return join_influence(self._execute(self._step.beside(name, f", {name}"), "exact", rows))
+        step = self._step.beside(name, f", {name}")
+        return join_influence(self._execute(step, "exact", self._rows[positions]))
 
-    def _execute(self, step: Step, estimator: str, rows: list[Row]) -> list[Path]:
+    def _execute(self, step: Step, estimator: str, rows: Rows) -> list[Path]:
         parts = step.execute(
             programs.INFLUENCE,
             influence_settings(step.experiment, estimator),
@@ -88,18 +88,11 @@ class _Stages:
         warn(self._step.label, warning)
 
 
-def measured_rows(examples: Path, first: int, last: int | None) -> list[Row]:
-    """Rows `first` to `last` (None: to the end) of an example table, for a program that measures examples."""
-    kept = ["example_id", "prompt_id", "instruction", "response"]
-    rows = read_table(examples, EXAMPLES, [*kept, "response_finished"])[first:last].to_pylist()
-    return [{**{key: row[key] for key in kept}, "finished": row["response_finished"]} for row in rows]
-
-
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _join(
     label: str, joined: pa.RecordBatchReader, table: Path, baseline: str, parts: list[Path], warnings: list[str]
 ) -> Path:
-    """Write the table that the parts make, and its summary."""
+    """Write the joined table, and publish its summary."""
     write_table(joined, table, INFLUENCE)
     written = read_table(table, INFLUENCE, SUMMARIZED)
     threshold = threshold_of(written, baseline)
@@ -116,7 +109,7 @@ def _join(
 
 
 def influence_settings(experiment: Experiment, estimator: str) -> programs.InfluenceMeasurement:
-    """What decides a measurement by an estimator, 'exact' or 'first_order'; sizes and screening do not."""
+    """Return the settings of a measurement by an estimator, 'exact' or 'first_order'."""
     return programs.measurement_settings(
         experiment.influence,
         experiment.warmup,

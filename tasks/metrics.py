@@ -1,4 +1,4 @@
-"""The numbers of an iteration, gathered from its tables and logs into `metrics.json`."""
+"""Collect the numbers of an iteration from its tables and logs into `metrics.json`."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tasks.synthesis import SynthesisResult
 
 @dataclass(frozen=True)
 class IterationFiles:
-    """Where an iteration's results lie; `losses` are held-out loss tables by the name of the model."""
+    """Result tables of an iteration; `losses` are held-out loss tables by model."""
 
     probing: SynthesisResult
     influence: Path
@@ -35,12 +35,12 @@ class IterationFiles:
 
 @dataclass(frozen=True)
 class IterationBenchmarks:
-    """What benchmarks say of an iteration.
+    """Benchmark results of an iteration.
 
     Attributes:
-        scores: by the name of the model.
-        head_to_head: the student against others.
-        contamination: what training data shares with the sets that models are measured by.
+        scores: benchmark scores by model.
+        head_to_head: comparisons of the student with other models.
+        contamination: overlap of the training data with the evaluation set and benchmarks.
     """
 
     scores: dict[str, list[Row]]
@@ -52,13 +52,13 @@ class IterationBenchmarks:
 def write_metrics(
     run: Run, number: int, files: IterationFiles, trajectory: list[Row], benchmarked: IterationBenchmarks
 ) -> Path:
-    """Write `metrics.json` of an iteration; `trajectory` is what the teachers on the way through the update are worth."""
+    """Write `metrics.json` of an iteration; `trajectory` has a row per evaluated teacher checkpoint."""
     folder = run.iteration(number)
     unmodified = run.folder / layout.UNMODIFIED
     pairs = read_table(files.preferences, PREFERENCES, ["prompt_id"])
-    probed = read_table(files.influence, INFLUENCE)
-    threshold = threshold_of(probed, run.experiment.preferences.baseline)
-    uses = {
+    influence = read_table(files.influence, INFLUENCE)
+    threshold = threshold_of(influence, run.experiment.preferences.baseline)
+    usage_by_stage = {
         str(stage.parent.relative_to(run.folder)): use_of(stage.parent)
         for parent in (
             folder,
@@ -74,9 +74,9 @@ def write_metrics(
             "probing": funnel(read_table(files.probing.instructions, INSTRUCTIONS)),
             "training": funnel(read_table(files.training.instructions, INSTRUCTIONS)),
         },
-        "influence": {"probing": summarize_influence(probed, threshold)},
+        "influence": {"probing": summarize_influence(influence, threshold)},
         "preferences": {"pairs": pairs.num_rows, "prompts": len(set(pairs["prompt_id"].to_pylist()))},
-        "training_counts": _beside_models(run, number, COUNTS_FILE),
+        "training_counts": _read_from_models(run, number, COUNTS_FILE),
         "held_out_loss": {name: summarize_loss(table) for name, table in files.losses.items()},
         "held_out_gain": {
             f"student_over_{name}": summarize_gain(table, files.losses["student"])
@@ -84,12 +84,15 @@ def write_metrics(
             if name != "student"
         },
         "teacher_checkpoints": trajectory,
-        "scores": [{"model": name, **one} for name, scores in benchmarked.scores.items() for one in scores],
+        "scores": [{"model": name, **score} for name, scores in benchmarked.scores.items() for score in scores],
         "head_to_head": benchmarked.head_to_head,
         "contamination": benchmarked.contamination,
-        "training_logs": _beside_models(run, number, LOG_FILE),
-        "job_seconds": {stage: round(use.seconds, 1) for stage, use in uses.items()},
-        "stages": [{"stage": stage, **asdict(use), "seconds": round(use.seconds, 1)} for stage, use in uses.items()],
+        "training_logs": _read_from_models(run, number, LOG_FILE),
+        "job_seconds": {stage: round(usage.seconds, 1) for stage, usage in usage_by_stage.items()},
+        "stages": [
+            {"stage": stage, **asdict(usage), "seconds": round(usage.seconds, 1)}
+            for stage, usage in usage_by_stage.items()
+        ],
     }
     if files.training_influence is not None:
         content["influence"]["training"] = summarize_influence(
@@ -104,11 +107,11 @@ def write_metrics(
     return path
 
 
-def _beside_models(run: Run, number: int, name: str) -> dict[str, Any]:
-    """What the trainings of an iteration left beside their models in files of one name."""
+def _read_from_models(run: Run, number: int, name: str) -> dict[str, Any]:
+    """Read a JSON file from each model folder that the iteration trained, by training."""
     folder = run.iteration(number)
-    stages = {part: folder / part for part in ("warmup", "teacher", "student")}
+    stages = {training: folder / training for training in ("warmup", "teacher", "student")}
     if number == 1:
         stages["unmodified"] = run.folder / layout.UNMODIFIED / "student"
-    found = {part: read_json(stage / "part-00000" / name) for part, stage in stages.items()}
-    return {part: content for part, content in found.items() if content is not None}
+    contents = {training: read_json(stage / "part-00000" / name) for training, stage in stages.items()}
+    return {training: content for training, content in contents.items() if content is not None}

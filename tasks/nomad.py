@@ -1,4 +1,4 @@
-"""The stages of NOMAD: a teacher of conversations, what it writes, how near that is to real examples, and the mixture."""
+"""The stages of NOMAD: train a teacher on conversations, generate with it, measure similarity, mix with real examples."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core import programs
 from montessori_core.config import Optimization
 from montessori_core.data.rouge import RougeIndex
-from montessori_core.data.sources import Task
+from montessori_core.data.rows import GenerationRow, Rows, TaskRow, TrainingRow
 from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -29,10 +29,10 @@ _FEWEST_STEPS = 10
 
 
 def check_steps(run: Run) -> None:
-    """Refuse sets on which the teacher, or a student with a recipe of its own, would take too few steps to learn.
+    """Check that the teacher, and a student with a recipe of its own, would take enough training steps.
 
     Raises:
-        UserError: a set is too small for the batches.
+        UserError: a set has too few batches.
     """
     nomad = run.experiment.nomad
     recipes: dict[str, tuple[Optimization, int, str]] = {
@@ -50,13 +50,14 @@ def check_steps(run: Run) -> None:
 
 
 def train_nomad_teacher(step: Step) -> Model:
-    """Fine-tune the first teacher on conversations of the reference set, or of a part drawn at random."""
+    """Fine-tune the initial teacher on conversations of the reference set, or of a random part of it."""
     experiment = step.experiment
     nomad = experiment.nomad
     real = list(step.run.sources().reference)
     random.Random(seed_of(experiment.seed, _DRAW, "teacher")).shuffle(real)
-    rows: list[Row] = [
-        {"instruction": one.text, "response": one.response, "finished": True} for one in real[: nomad.teacher_examples]
+    rows: list[TrainingRow] = [
+        {"instruction": task.instruction, "response": task.response, "response_finished": True}
+        for task in real[: nomad.teacher_examples]
     ]
     settings = programs.Sft(
         max_length=experiment.student.max_length,
@@ -72,13 +73,13 @@ def train_nomad_teacher(step: Step) -> Model:
 
 
 def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResult:
-    """Let the teacher continue the bare beginning of a conversation until `count` conversations pass the filters.
+    """Generate conversations from their beginning alone until `count` of them pass the filters.
 
     Raises:
-        UserError: after `synthesis.max_rounds` rounds too few were kept.
+        UserError: too few were accepted after `synthesis.max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
-    accepted = RougeIndex([one.text for one in step.run.sources().reference], settings.filters.max_rouge_l)
+    accepted = RougeIndex([task.instruction for task in step.run.sources().reference], settings.filters.max_rouge_l)
     candidates: list[Row] = []
     examples: list[Row] = []
     parts: list[Path] = []
@@ -89,51 +90,36 @@ def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResu
             break
         wanted = count_candidates(missing, rounds, settings.oversampling)
         names = [f"{_DRAW}-{n}" for n in range(len(candidates), len(candidates) + wanted)]
-        rows: list[Row] = [{"ids": [name], "text": USER, "seeds": [seed_of(seed, name)]} for name in names]
+        rows: list[GenerationRow] = [
+            {"example_ids": [name], "turns": [USER], "seeds": [seed_of(seed, name)]} for name in names
+        ]
         turn = step if number == 1 else step.renamed(f"{step.label}, round {number}")
         writing, size = turn.at(f"conversations-{number}"), settings.instructions_per_shard
         generated, written = generate(writing, teacher, rows, size, step.experiment.nomad.sampling, "whole", parts[-1:])
         parts += written
         for row in generated:
-            conversation = read_conversation(row["text"], row["finish_reason"])
+            conversation = read_conversation(row["raw_output"], row["finish_reason"])
             rejection = judge_conversation(conversation)
             if conversation is not None and rejection is None:
                 [fresh] = accepted.add_all([conversation.instruction])
                 rejection = None if fresh else LIKE_ACCEPTED
             if rejection is None and len(examples) == count:
                 rejection = SURPLUS
-            common = {"prompt_id": row["row_id"], "prompt": row["prompt"], "raw_output": row["text"]}
+            common = {name: row[name] for name in ("example_id", "prompt", "raw_output")} | {
+                "prompt_id": row["example_id"]
+            }
             instruction = conversation.instruction if conversation else None
-            candidates.append(
-                common
-                | {
-                    "candidate_id": row["row_id"],
-                    "demonstrations": [],
-                    "instruction": instruction,
-                    "rejection": rejection,
-                }
-            )
+            candidates.append(common | {"demonstrations": [], "instruction": instruction, "rejection": rejection})
             if conversation is not None and rejection is None:
-                examples.append(
-                    common
-                    | {
-                        "example_id": row["row_id"],
-                        "instruction": conversation.instruction,
-                        "response": conversation.response,
-                        "response_finished": True,
-                    }
-                )
+                examples.append(common | vars(conversation) | {"response_finished": True})
         rounds.append((len(generated), len(examples) - (count - missing)))
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(f"{step.label}: table", step.folder, *tables, count, parts)
 
 
 def measure_norm_sim(step: Step, examples: Path) -> Path:
-    """How near synthetic examples are to real ones: the table `norm-sim.parquet` in the step's folder, and its quantiles."""
-    rows = [
-        {key: row[key] for key in ("example_id", "instruction", "response")}
-        for row in read_table(examples, EXAMPLES).to_pylist()
-    ]
+    """Measure the similarity of synthetic to real examples; write `norm-sim.parquet` in the step's folder."""
+    rows = Rows.of_file(examples, EXAMPLES, TaskRow)
     parts = step.execute(
         programs.NORM_SIM,
         programs.Similarity(max_length=step.experiment.student.max_length),
@@ -161,13 +147,10 @@ def _join_norm_sim(label: str, path: Path, parts: list[Path]) -> Path:
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def mix_with_real(run: Run, label: str, written: Path, real: int, path: Path) -> Path:
-    """An example table: so many of the reference set, drawn at random, and all that was written."""
+    """Write an example table of `real` random examples of the reference set and all examples of `written`."""
     chosen = random.Random(seed_of(run.experiment.seed, _DRAW, "mixture")).sample(run.sources().reference, real)
-    rows = [_as_example(one) for one in chosen] + read_table(written, EXAMPLES).to_pylist()
-    write_table(table_from_rows(rows, EXAMPLES), path, EXAMPLES)
+    without_prompt = {"prompt_id": "real", "prompt": "", "raw_output": "", "response_finished": True}
+    rows = [vars(task) | without_prompt | {"example_id": f"real-{task.example_id}"} for task in chosen]
+    table = pa.concat_tables([table_from_rows(rows, EXAMPLES), read_table(written, EXAMPLES)])
+    write_table(table.combine_chunks(), path, EXAMPLES)
     return path
-
-
-def _as_example(one: Task) -> Row:
-    text = {"prompt_id": "real", "prompt": "", "raw_output": "", "instruction": one.text, "response": one.response}
-    return {"example_id": f"real-{one.id}", "response_finished": True, **text}

@@ -1,27 +1,27 @@
-"""A plot for Prefect's UI, as an SVG in a data address: that is all an image artifact takes without a server for files."""
+"""Plots for Prefect's UI, as SVG in a data URL: an image artifact needs a URL, and no file server is available."""
 
 import base64
 
 import numpy as np
 
 _WIDTH, _HEIGHT, _MARGIN, _BINS = 640, 240, 34, 40
-_HELPS, _HARMS = "#0072b2", "#d55e00"  # told apart without red or green
+_HELPS, _HARMS = "#0072b2", "#d55e00"  # distinguishable with colour blindness
 
 
 def histogram(values: np.ndarray, threshold: float, title: str) -> str:
-    """Address of a histogram whose bars beyond `threshold` have the colour of what helps.
+    """Return the data URL of a histogram; bars above `threshold` have the colour of helpful examples.
 
     Args:
         values: [examples].
-        threshold: a line is drawn there.
-        title: above the plot.
+        threshold: position of the vertical line.
+        title: title of the plot.
     """
     low, high = float(min(values.min(), threshold)), float(max(values.max(), threshold))
     counts, edges = np.histogram(values, bins=_BINS, range=(low, high) if high > low else (low - 1e-9, high + 1e-9))
     step = (_WIDTH - 2 * _MARGIN) / _BINS
     scale = (_HEIGHT - 2 * _MARGIN) / max(1, counts.max())
 
-    def place(value: float) -> float:
+    def x_of(value: float) -> float:
         return _MARGIN + float(value - edges[0]) / float(edges[-1] - edges[0]) * (_WIDTH - 2 * _MARGIN)
 
     bars = [
@@ -29,7 +29,7 @@ def histogram(values: np.ndarray, threshold: float, title: str) -> str:
         f'height="{count * scale:.1f}" fill="{_HELPS if (left + right) / 2 > threshold else _HARMS}"/>'
         for number, (count, left, right) in enumerate(zip(counts, edges, edges[1:], strict=False))
     ]
-    base, line = _HEIGHT - _MARGIN, place(threshold)
+    base, line = _HEIGHT - _MARGIN, x_of(threshold)
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>'

@@ -9,17 +9,17 @@ from tqdm import tqdm
 
 from cluster.fanout import Progress
 
-_PAUSE, _LOG_PAUSE = 0.2, 15.0  # seconds between two states that are shown
+_PAUSE, _LOG_PAUSE = 0.2, 15.0  # seconds between updates: terminal, log file
 
 
 class ProgressBar:
-    """Shows the progress of one stage from `fan_out`; a stage that was done before shows as a full bar at once."""
+    """Progress bar of one stage of `fan_out`. A stage that is already complete shows a full bar."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._bar: _Bar | None = None
         self._pause = _PAUSE if sys.stderr.isatty() else _LOG_PAUSE
-        self._shown = 0.0
+        self._drawn_at = 0.0
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -33,16 +33,17 @@ class ProgressBar:
     def show(self, progress: Progress) -> None:
         """Callback for `fan_out`."""
         if self._bar is None:
-            self._bar, self._shown = _Bar(progress, self._name), time.monotonic()
+            self._bar, self._drawn_at = _Bar(progress, self._name), time.monotonic()
         self._bar.set(progress)
-        if time.monotonic() - self._shown >= self._pause:
-            self._shown = time.monotonic()
+        if time.monotonic() - self._drawn_at >= self._pause:
+            self._drawn_at = time.monotonic()
             self._bar.refresh()
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar that moves by fractions of rows, and whose remaining time is that of the jobs: a bar's own pace would count
-    what was done before it, and the loading of models.
+    """A tqdm bar that counts fractions of rows and takes the remaining time from the jobs.
+
+    tqdm's own rate would include rows of earlier runs and the loading of models.
     """
 
     def __init__(self, progress: Progress, name: str) -> None:
@@ -57,18 +58,18 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         )
 
     def set(self, progress: Progress) -> None:
-        """Take over how far the stage is, without showing it."""
+        """Store the progress without drawing it."""
         self._progress, self.n = progress, progress.rows_done
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """See tqdm; what `bar_format` names beside tqdm's own."""
+        """Add the fields of `bar_format` that tqdm does not define."""
         progress = self._progress
-        left = "starting" if progress.seconds_left is None else tqdm.format_interval(progress.seconds_left)
+        remaining = "starting" if progress.seconds_left is None else tqdm.format_interval(progress.seconds_left)
         return {
             **super().format_dict,
-            "rows": int(progress.rows_done),  # whole rows, and never 100 % before the end
+            "rows": int(progress.rows_done),  # rounded down: 100 % only at the end
             "percent": int(100 * progress.rows_done / progress.rows) if progress.rows else 100,
-            "left": left if progress.rows_done < progress.rows else tqdm.format_interval(0),
+            "left": remaining if progress.rows_done < progress.rows else tqdm.format_interval(0),
             "shards": f"{len(progress.done)}/{progress.shards}",
         }

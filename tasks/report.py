@@ -12,15 +12,15 @@ from montessori_report.run_page import render_report
 from tasks.run import Run
 
 REPORTS = "MONTESSORI_REPORTS"
-"""Environment variable: address under which reports are served, as <address>/<run>/report.html."""
+"""Environment variable: base URL of served reports, as in <URL>/<run>/report.html."""
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def write_report(run: Run) -> Path:
-    """Write `report.html` from what lies in the run's folder, and the data of its figures beside it."""
+    """Write `report.html` and the data of its figures into the run's folder."""
     path = run.folder / layout.REPORT
     render_report(run.folder).write(path)
-    served = os.environ.get(REPORTS)
-    link = f"{served}/{run.folder.name}/{layout.REPORT}" if served else path.as_uri()
+    base_url = os.environ.get(REPORTS)
+    link = f"{base_url}/{run.folder.name}/{layout.REPORT}" if base_url else path.as_uri()
     create_link_artifact(link, link_text="report.html", description=f"Report of {run.experiment.name}: {path}")
     return path

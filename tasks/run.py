@@ -1,4 +1,4 @@
-"""A run: its folder, its configuration, its sets, and how it is opened."""
+"""A run: its folder, configuration and data sets; opening and checking it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,28 +9,28 @@ from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
-from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
-from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, seen_references
+from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
 from tasks.changed_settings import changed_settings, first_stage
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as an input of a stage: what to load, and the hash that says which it is."""
+    """A model as an input of a stage: folder or model name, and content hash."""
 
     path: str
     sha256: str
 
     @staticmethod
     def of(folder: Path) -> "Model":
-        """The model in a folder."""
+        """Return the model in a folder."""
         return Model(str(folder), fingerprint(folder))
 
 
@@ -40,15 +40,15 @@ def stage_of(
     folder: Path,
     models: Mapping[str, Model],
     files: Mapping[str, Path],
-    undeciding_files: Mapping[str, Path] | None = None,
+    unkeyed_files: Mapping[str, Path] | None = None,
 ) -> Stage:
-    """The stage that computes a program in a folder.
+    """Return the stage that computes a program in a folder.
 
     Args:
         program, settings, folder: see `Stage.of`.
-        models: models the program loads, by the name of the input.
-        files: files the program reads, by the name of the input.
-        undeciding_files: the same of files that do not enter the key.
+        models: models the program loads, by input name.
+        files: files the program reads, by input name.
+        unkeyed_files: files the program reads that do not enter the key, by input name.
     """
     folders = {name: Path(model.path) for name, model in models.items() if Path(model.path).is_dir()}
     hashes = {name: model.sha256 for name, model in models.items()}
@@ -56,7 +56,7 @@ def stage_of(
         program,
         settings,
         folder,
-        inputs={**folders, **files, **(undeciding_files or {})},
+        inputs={**folders, **files, **(unkeyed_files or {})},
         input_hashes=hashes | {name: hash_path(path) for name, path in files.items()},
     )
 
@@ -66,9 +66,9 @@ class Run:
     """One experiment on disk; its folder holds all of its state.
 
     Attributes:
-        folder: of the run.
-        experiment: its configuration.
-        stages: folders of the stages executed by way of this object, for their cost.
+        folder: the run folder.
+        experiment: the configuration.
+        stages: folders of the stages that this object executed, to compute their cost.
     """
 
     folder: Path
@@ -76,68 +76,69 @@ class Run:
     stages: list[Path] = field(default_factory=list, compare=False)
 
     def sources(self) -> Sources:
-        """The sets as they were when the run began."""
+        """Return the data sets as they were when the run started."""
         return Sources(
             *(load_tasks(self.folder / layout.SOURCES / f"{name}.jsonl") for name in Sources.__annotations__)
         )
 
     def source_file(self, name: str) -> Path:
-        """The copy of a set in the run's folder."""
+        """Return the path of a data set's copy in the run folder."""
         return self.folder / layout.SOURCES / f"{name}.jsonl"
 
     def benchmark_file(self, setting: str) -> Path:
-        """The copy of a file or folder that a setting of the section `benchmarks` names."""
+        """Return the path of the copy of a file or folder of the section `benchmarks`."""
         return benchmark_copy(self.experiment.benchmarks, setting, self.folder / layout.SOURCES)
 
     def iteration(self, number: int) -> Path:
-        """Folder of an iteration, counted from 1."""
+        """Return the folder of an iteration, counted from 1."""
         return self.folder / layout.iteration(number)
 
     @property
     def finished(self) -> bool:
-        """Whether all of its iterations came to their end."""
+        """Whether all iterations have finished."""
         return all((self.iteration(n) / layout.METRICS).exists() for n in range(1, self.experiment.iterations + 1))
 
     def initial_teacher(self) -> Model:
-        """The teacher as configured."""
+        """Return the configured teacher."""
         return self._configured(self.experiment.teacher)
 
     def initial_student(self) -> Model:
-        """The student as configured."""
+        """Return the configured student."""
         return self._configured(self.experiment.student)
 
     def _configured(self, section: Teacher | Student) -> Model:
-        # A branch of a hub may move on while a run lasts; the run stays with the commit it began with.
+        # A branch on the hub may move during a run; the run keeps the commit it started with.
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
         return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
 
 
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
-    """Create the folder of a run, or open it if it is of the same configuration; also return warnings.
+    """Create the folder of a run, or open it if the configuration matches; also return warnings.
 
-    Settings that decide only preference pairs and what follows them may change: stages before keep their keys and results.
-    Everything that can be wrong with configuration, data, models and folder is found here, before any job.
+    Settings that affect only preference pairs and later stages may change: earlier stages keep their keys and results.
+    Configuration, data, models and folder are checked here, before any job.
 
     Raises:
-        UserError: it is wrong; the message says what and how to mend it.
+        UserError: a check failed; the message names the problem and a remedy.
     """
     config = folder / layout.CONFIG
     changed: list[str] = []
     if config.exists():
         changed = changed_settings(experiment, config)
         refuse_second_driver(folder)
-    begun = Run(folder, experiment)
-    complete = all(begun.source_file(name).exists() for name in Sources.__annotations__)
-    sources = begun.sources() if complete else read_sources(experiment)
+    run = Run(folder, experiment)
+    copied = all(run.source_file(name).exists() for name in Sources.__annotations__)
+    sources = run.sources() if copied else read_sources(experiment)
     warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
     if changed:
         warnings.append(
-            f"changed settings: all before the {first_stage(changed, experiment)} is kept, the rest is computed again:\n  "
+            f"changed settings: the {first_stage(changed, experiment)} and later stages are computed again, earlier stages "
+            + "are kept:\n  "
             + "\n  ".join(changed)
         )
     benchmarks = experiment.benchmarks
-    judged_on = check_benchmarks(benchmarks, folder / layout.SOURCES)
-    warnings += seen_references(sources.reference, judged_on, benchmarks.contamination_words)
+    questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
+    warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
     commits: dict[str, str] = read_json(folder / layout.MODEL_COMMITS) or {}
     for section in (experiment.teacher, experiment.student):
@@ -148,19 +149,18 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
         for name in Sources.__annotations__:
-            if not complete:
+            if not copied:
                 write_tasks(getattr(sources, name), run.source_file(name))
         copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
         write_json(commits, folder / layout.MODEL_COMMITS)
         if changed:
             for path in layout.iterations(folder).values():
-                (path / layout.METRICS).unlink(missing_ok=True)  # the run is not finished any more
+                (path / layout.METRICS).unlink(missing_ok=True)  # the run is no longer finished
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:
         raise UserError(
-            f"{folder}: the run's folder cannot be written ({error.strerror}); free space or give another place with "
-            "--run-root"
+            f"{folder}: the run folder cannot be written ({error.strerror}); free space or choose another --run-root"
         ) from error
     if not run.finished:
         open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
@@ -168,25 +168,25 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
 
 
 def reopen_run(folder: Path) -> Run:
-    """Open the folder of a run that was started before.
+    """Open the folder of an existing run.
 
     Raises:
-        UserError: it is not one.
+        UserError: the folder is not a run.
     """
     config = folder / layout.CONFIG
     if not config.exists():
-        raise UserError(f"{folder}: not a run (no config.yaml); runs lie in the folder given as --run-root, by name")
+        raise UserError(f"{folder}: not a run (no config.yaml); runs are subfolders of --run-root")
     return Run(folder.resolve(), read_experiment(config))
 
 
 def check_environment(experiment: Experiment) -> None:
-    """See that jobs can be started here, and that what the driver and local jobs import is fit, before any is started.
+    """Check that jobs can be started here and that installed packages have supported versions.
 
     Raises:
-        UserError: it is not.
+        UserError: jobs cannot be started, or a package is missing or has an unsupported version.
     """
     if experiment.cluster.profile == "slurm":
-        check_versions()  # the worker environment is on the nodes: montessori doctor looks at it
+        check_versions()  # montessori doctor checks the worker environment on the nodes
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
     for _, resources in experiment.cluster.resources:
@@ -195,8 +195,3 @@ def check_environment(experiment: Experiment) -> None:
 
 def _name_of(section: Teacher | Student) -> str:
     return f"{section.model}@{section.revision or 'main'}"
-
-
-def as_rows(tasks: list[Task]) -> list[Row]:
-    """Tasks as rows of a shard."""
-    return [vars(task) for task in tasks]

@@ -5,8 +5,8 @@ from typing import Protocol
 import pyarrow as pa
 
 from montessori_core.config import Influence
+from montessori_core.data.rows import Positions
 from montessori_core.data.tables import INFLUENCE
-from montessori_core.influence.preferences import Positions
 from montessori_core.influence.screening import calibrate, combine, doubtful, draw_audit
 
 

@@ -1,4 +1,4 @@
-"""A step of a run, and how its stages are brought to their end."""
+"""A step of a run: executes programs as stages."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +9,11 @@ from typing import Any, Literal
 from prefect import get_run_logger
 
 from cluster.fanout import Progress, fan_out
-from cluster.stage import cut_for_jobs
+from cluster.shards import Shards, cut_for_jobs
 from montessori_core.config import Endpoint, Experiment, Resources
+from montessori_core.data.rows import Rows
 from montessori_core.files import write_json
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
 from tasks.stage_progress import StageTaskRuns
@@ -21,18 +22,18 @@ log = logging.getLogger(__name__)
 
 
 def warn(label: str, warning: str) -> None:
-    """Warn in Prefect's log of the run, and on the terminal, which does not show that log."""
+    """Warn in Prefect's log of the run and on the terminal, which does not show that log."""
     get_run_logger().warning("%s: %s", label, warning)
     log.warning("%s: %s", label, warning)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the method: what is computed goes into its folder, and people read its label.
+    """A step of the method, with the folder of its results and a label for people.
 
     Attributes:
         run: the run that it belongs to.
-        folder: its own, in the run's folder. A stage of the step, or a table, is a folder or a file in it.
+        folder: in the run's folder; has the step's stages as folders and its tables as files.
         label: for progress bars, Prefect and errors, e.g. 'iteration 1: student training'.
     """
 
@@ -47,61 +48,63 @@ class Step:
 
     @staticmethod
     def iteration(run: Run, number: int) -> "Step":
-        """An iteration, counted from 1."""
+        """Return the step of an iteration, counted from 1."""
         return Step(run, run.iteration(number), f"iteration {number}")
 
     def at(self, folder: str, label: str = "") -> "Step":
-        """A part of the step, in a folder of its own."""
+        """Return a part of the step, in a folder inside the step's."""
         return Step(self.run, self.folder / folder, f"{self.label}: {label}" if label else self.label)
 
     def renamed(self, label: str) -> "Step":
-        """The same step under another label."""
+        """Return the same step with another label."""
         return Step(self.run, self.folder, label)
 
     def beside(self, suffix: str, label: str = "") -> "Step":
-        """A part of the step, in a folder beside its own that is named after both."""
-        named = self.folder.with_name(f"{self.folder.name}-{suffix}")
-        return Step(self.run, named, f"{self.label}{label}")
+        """Return a part of the step, in a folder beside the step's whose name ends with `suffix`."""
+        folder = self.folder.with_name(f"{self.folder.name}-{suffix}")
+        return Step(self.run, folder, f"{self.label}{label}")
 
     def execute(
         self,
         program: Program[SettingsT],
         settings: SettingsT,
-        rows: list[Row],
+        rows: Rows | Sequence[Mapping[str, object]],
         rows_per_shard: int | None = None,
         models: Mapping[str, Model] | None = None,
         files: Mapping[str, Path] | None = None,
         upstream: Sequence[object] = (),
     ) -> list[Path]:
-        """Compute a program's table over many jobs; return its parts, in the order of the rows.
+        """Compute a program's table in many jobs; return its parts, in the order of the rows.
 
-        To be called in a flow: groups of the stage's shards are its task runs.
+        Call it in a flow: groups of the stage's shards are the flow's task runs.
 
         Args:
             program: see `montessori_core.programs`.
             settings: of the program.
-            rows: that it computes.
-            rows_per_shard: at most so many; fewer where more jobs may run. None: all rows are one shard.
-            models: models the program loads, by the name of the input.
-            files: files the program reads, by the name of the input.
-            upstream: what else earlier tasks returned and the rows were made from, for the edges of Prefect's graph.
+            rows: of the program's type.
+            rows_per_shard: the most; shards are smaller if more jobs may run. None: all rows are one shard.
+            models: models that the program loads, by input name.
+            files: files that the program reads, by input name.
+            upstream: other results of earlier tasks that the rows come from, for the edges of Prefect's graph.
         """
-        shards = [rows]
+        shards = _one_shard(program, rows)
         if rows_per_shard is not None:
             jobs = self._resources(program).parallel_jobs
-            shards = cut_for_jobs(self.folder, rows, jobs, rows_per_shard)
+            shards = cut_for_jobs(self.folder, shards.rows, jobs, rows_per_shard)
         return self._compute(program, settings, shards, models or {}, files or {}, {}, upstream, read=lambda part: part)
 
     def train(
         self,
         program: Program[SettingsT],
         settings: SettingsT,
-        rows: list[Row],
+        rows: Rows | Sequence[Mapping[str, object]],
         models: Mapping[str, Model],
         upstream: Sequence[object] = (),
     ) -> Model:
-        """Compute a program whose result is a model, in one job; see `execute`."""
-        trained: list[Model] = self._compute(program, settings, [rows], models, {}, {}, upstream, read=Model.of)
+        """Train a model in one job; see `execute`."""
+        trained: list[Model] = self._compute(
+            program, settings, _one_shard(program, rows), models, {}, {}, upstream, read=Model.of
+        )
         return trained[0]
 
     def ask(
@@ -109,23 +112,24 @@ class Step:
         asked: Literal["judge", "strong_teacher"],
         program: Program[SettingsT],
         settings: Mapping[str, Any],
-        rows: list[Row],
+        rows: Rows | Sequence[Mapping[str, object]],
         upstream: Sequence[object],
     ) -> list[Path]:
-        """Put rows to a model behind an API, in one job, so that limits and cap hold over all of them; see `execute`.
+        """Send rows to a model behind an API, in one job, so that rate limits and cap hold for all; see `execute`.
 
         Args:
-            asked: the section of the configuration that says which model.
-            program: whose settings name the endpoint.
-            settings: the others.
+            asked: the section of the configuration with the endpoint.
+            program: its settings include the endpoint.
+            settings: its other settings.
             rows, upstream: see `execute`.
         """
         endpoint: Endpoint = getattr(self.experiment, asked)
         file = self.run.folder / f"{asked}.json"
         write_json(endpoint.model_dump(mode="json"), file)
-        whole = program.settings(endpoint=endpoint.identity(), **settings)
-        # Limits and prices decide no answer: with others, nothing is asked again.
-        return self._compute(program, whole, [rows], {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
+        complete = program.settings(endpoint=endpoint.identity(), **settings)
+        # The file has limits and prices, which do not enter the key: answers do not depend on them.
+        shards = _one_shard(program, rows)
+        return self._compute(program, complete, shards, {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
 
     def _resources(self, program: Program[SettingsT]) -> Resources:
         resources: Resources = getattr(self.experiment.cluster.resources, program.kind)
@@ -135,7 +139,7 @@ class Step:
         self,
         program: Program[SettingsT],
         settings: SettingsT,
-        shards: list[list[Row]],
+        shards: Shards,
         models: Mapping[str, Model],
         files: Mapping[str, Path],
         undeciding_files: Mapping[str, Path],
@@ -155,3 +159,9 @@ class Step:
 
             fan_out(stage, shards, self._resources(program), cluster, show, python)
         return view.results()
+
+
+def _one_shard(program: Program[SettingsT], rows: Rows | Sequence[Mapping[str, object]]) -> Shards:
+    """Return all rows of a program as one shard."""
+    of_kind = rows if isinstance(rows, Rows) else Rows.of(rows, program.rows)
+    return Shards(of_kind, max(1, len(of_kind)))

@@ -1,7 +1,7 @@
-"""A stage in Prefect's UI: one task run for each chunk of its shards, with counts, failures and logs.
+"""Show a stage in Prefect's UI: one task run per group of shards, with counts, failures and logs.
 
-The fan-out has one driver. The chunks' task runs do no work; they end when the driver says that their shards have ended, so
-that thousands of shards show as a few dozen task runs. What is done is for the disk to say: task runs are never cached.
+Thousands of shards become at most 20 task runs. These compute nothing: each ends when the driver reports that the shards of
+its group have ended. They are never cached, because the files on disk decide which shards are done.
 """
 
 import logging
@@ -28,39 +28,42 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 SHARD_FAILED = "montessori.shard.failed"
-"""Event for each shard that failed in the end; its resource is the stage."""
+"""Event for each failed shard; its resource is the stage."""
 _UI_PAUSE = 5.0  # seconds between updates of the progress artifact
-_FEWEST_SHARDS, _MOST_CHUNKS = 25, 20  # Prefect's graph is readable up to about 200 task runs
-_LINES_AT_A_TIME = 100  # of a log that is passed on
-_LOG_PAUSE = 1.0  # seconds between looks at logs
+_MIN_GROUP_SIZE, _MAX_GROUPS = 25, 20  # Prefect's graph is readable up to about 200 task runs
+_MAX_LINES = 100  # lines of a log that are forwarded at a time
+_LOG_PAUSE = 1.0  # seconds between reads of the logs
 _FAILURES_SHOWN = 100
-_PATIENCE = 20.0  # seconds for task runs to be recorded once their stage has ended
+_TIMEOUT = 20.0  # seconds that task runs have to end after their stage
 
 
 class StageTaskRuns:
-    """Shows a stage from `fan_out` in the flow run at work."""
+    """Task runs that show a stage of `fan_out` in the current flow run."""
 
     def __init__(
         self, name: str, stage: Stage, shards: int, inputs: Sequence[object], read: Callable[[Path], Any]
     ) -> None:
-        """Cut the stage into chunks.
+        """Divide the shards into groups.
 
         Args:
-            name: for people.
-            stage: what is shown.
-            shards: how many it has.
-            inputs: what earlier tasks returned and this stage reads; the edges of the graph follow from it.
-            read: what a part that is done becomes for the tasks that read it.
+            name: displayed name of the stage.
+            stage: the stage.
+            shards: number of its shards.
+            inputs: results of earlier tasks that this stage reads; they become edges of Prefect's graph.
+            read: converts a finished part to the value that later tasks get.
         """
-        size = max(_FEWEST_SHARDS, -(-shards // _MOST_CHUNKS))
-        cut = [range(start, min(start + size, shards)) for start in range(0, shards, size)]
-        names = [f"{name} {number}/{len(cut)}" if len(cut) > 1 else name for number in range(1, len(cut) + 1)]
+        size = max(_MIN_GROUP_SIZE, -(-shards // _MAX_GROUPS))
+        ranges = [range(start, min(start + size, shards)) for start in range(0, shards, size)]
+        names = [f"{name} {number}/{len(ranges)}" if len(ranges) > 1 else name for number in range(1, len(ranges) + 1)]
         self._name, self._inputs = name, list(inputs)
-        whole = len(cut) == 1
-        self._chunks = [ShardGroup(own, stage, indices, read, whole) for own, indices in zip(names, cut, strict=True)]
-        self._begun: dict[int, PrefectFuture[list[Any]]] = {}
+        forward_logs = len(ranges) == 1  # thousands of jobs log more than a page can show
+        self._groups = [
+            ShardGroup(group_name, stage, indices, read, forward_logs)
+            for group_name, indices in zip(names, ranges, strict=True)
+        ]
+        self._task_runs: dict[int, PrefectFuture[list[Any]]] = {}
         self._artifact: Any = None
-        self._published = 0.0
+        self._published_at = 0.0
 
     def __enter__(self) -> "StageTaskRuns":
         return self
@@ -68,54 +71,59 @@ class StageTaskRuns:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, chunk in enumerate(self._chunks):
+        for number, group in enumerate(self._groups):
             if error is None:
-                self._begin(number)
-            chunk.end()
-        wait(list(self._begun.values()), timeout=_PATIENCE)
+                self._start_task_run(number)
+            group.end()
+        wait(list(self._task_runs.values()), timeout=_TIMEOUT)
 
     def show(self, progress: Progress) -> None:
         """Callback for `fan_out`."""
-        self._publish(progress)
-        for number, chunk in enumerate(self._chunks):
-            if chunk.look(progress):
-                self._begin(number)
+        self._publish_progress(progress)
+        for number, group in enumerate(self._groups):
+            if group.update(progress):
+                self._start_task_run(number)
 
     def results(self) -> list[Any]:
-        """What the parts became, in the order of the shards; tasks that are given them depend on their chunks."""
-        return [result for _, future in sorted(self._begun.items()) for result in future.result()]
+        """Return the values read from the parts, in the order of the shards; they carry the edges of Prefect's graph."""
+        return [result for _, future in sorted(self._task_runs.items()) for result in future.result()]
 
-    def _begin(self, number: int) -> None:
-        if number not in self._begun:
-            chunk = self._chunks[number]
-            self._begun[number] = follow.submit(chunk.name, chunk, self._inputs)
+    def _start_task_run(self, number: int) -> None:
+        if number not in self._task_runs:
+            group = self._groups[number]
+            self._task_runs[number] = follow.submit(group.name, group, self._inputs)
 
-    def _publish(self, progress: Progress) -> None:
-        ended = len(progress.done) == progress.shards
-        if time.monotonic() - self._published < _UI_PAUSE and not ended:
+    def _publish_progress(self, progress: Progress) -> None:
+        done = len(progress.done) == progress.shards
+        if time.monotonic() - self._published_at < _UI_PAUSE and not done:
             return
-        self._published = time.monotonic()
-        share = 100.0 * progress.rows_done / progress.rows if progress.rows else 100.0
+        self._published_at = time.monotonic()
+        percent = 100.0 * progress.rows_done / progress.rows if progress.rows else 100.0
         if self._artifact is None:
-            self._artifact = _tell(lambda: create_progress_artifact(share, description=self._name))
+            self._artifact = _publish(lambda: create_progress_artifact(percent, description=self._name))
         else:
-            _tell(lambda: update_progress_artifact(self._artifact, share))
+            _publish(lambda: update_progress_artifact(self._artifact, percent))
 
 
 class ShardGroup:
-    """Some shards of a stage: what the driver saw of them last."""
+    """A group of shards of a stage, with the last state that the driver reported."""
 
-    def __init__(self, name: str, stage: Stage, indices: range, read: Callable[[Path], Any], whole: bool) -> None:
+    def __init__(
+        self, name: str, stage: Stage, indices: range, read: Callable[[Path], Any], forward_logs: bool
+    ) -> None:
         self.name = name
         self._stage, self._indices, self._read = stage, indices, read
-        self._logs = _LogTail(stage.folder, indices, whole)
+        self._logs = _LogTail(stage.folder, indices, forward_logs)
         self._done_before: int | None = None
         self._done = 0
         self._failures: list[ShardFailure] = []
         self._ended = threading.Event()
 
-    def look(self, progress: Progress) -> bool:
-        """Take note of the shards; whether any of them has begun. A chunk of one shard has: its log says more."""
+    def update(self, progress: Progress) -> bool:
+        """Store the state of the shards; return whether to start the task run: a shard has begun, or there is only one.
+
+        The task run of a single shard starts early to show its log.
+        """
         self._done = sum(index in progress.done for index in self._indices)
         self._failures = [progress.failed[index] for index in self._indices if index in progress.failed]
         if self._done_before is None:
@@ -126,18 +134,18 @@ class ShardGroup:
         return len(self._indices) == 1 or ended > 0 or any(index in progress.begun for index in self._indices)
 
     def end(self) -> None:
-        """Say that the driver looks no more."""
+        """Tell the task run that no more updates follow."""
         self._ended.set()
 
     def follow(self, logger: "logging.Logger | logging.LoggerAdapter[logging.Logger]") -> list[Any]:
-        """Wait for the end; pass on logs; publish counts and failures.
+        """Wait for the shards to end, forward their logs, publish counts and failures; return the values read from parts.
 
         Raises:
-            UserError: shards failed, or the driver left before they ended.
+            UserError: shards failed, or the driver was interrupted before they ended.
         """
         ended = False
         while not ended:
-            ended = self._ended.wait(_LOG_PAUSE if self._logs.whole else _UI_PAUSE)
+            ended = self._ended.wait(_LOG_PAUSE if self._logs.forward else _UI_PAUSE)
             for line in self._logs.new_lines() if self._done_before != len(self._indices) else []:
                 logger.info(line)
         before, shards = self._done_before or 0, len(self._indices)
@@ -148,24 +156,24 @@ class ShardGroup:
             "failed": len(self._failures),
             "left": shards - self._done - len(self._failures),
         }
-        _tell(lambda: create_table_artifact([counts], description=f"{self.name}: shards of {self._stage.folder}"))
+        _publish(lambda: create_table_artifact([counts], description=f"{self.name}: shards of {self._stage.folder}"))
         if self._failures:
             table = [
                 {"shard": f.shard, "class": f.kind, "error": f.error, "log": f.log}
                 for f in self._failures[:_FAILURES_SHOWN]
             ]
-            _tell(lambda: create_table_artifact(table, description=f"{self.name}: failed shards"))
+            _publish(lambda: create_table_artifact(table, description=f"{self.name}: failed shards"))
             for failure in self._failures[:_FAILURES_SHOWN]:
-                self._announce(failure)
+                self._emit_failure(failure)
             for failure in self._failures[:5]:
                 logger.error("shard %d (%s): %s\nlog: %s", failure.shard, failure.kind, failure.error, failure.log)
             raise ShardsFailed(self._stage, self._failures, shards)
         if self._done < shards:
-            raise UserError(f"{self.name}: interrupted with {self._done} of {shards} shards done, which are kept")
+            raise UserError(f"{self.name}: interrupted; {self._done} of {shards} shards are done and kept")
         return [self._read(self._stage.part(index)) for index in self._indices]
 
-    def _announce(self, failure: ShardFailure) -> None:
-        """Send the event that automations on failed shards count."""
+    def _emit_failure(self, failure: ShardFailure) -> None:
+        """Emit the event that Prefect automations on failed shards use."""
         emit_event(
             SHARD_FAILED,
             {"prefect.resource.id": f"montessori.stage.{self._stage.folder}", "prefect.resource.name": self.name},
@@ -173,52 +181,49 @@ class ShardGroup:
         )
 
 
-def _tell(publish: Callable[[], Any]) -> Any:
-    """Publish something; a server that is away for a while costs what it would have shown, not the stage."""
+def _publish(create: Callable[[], Any]) -> Any:
+    """Create or update an artifact; an unavailable server loses the artifact but does not fail the stage."""
     try:
-        return publish()
+        return create()
     except (httpx.HTTPError, PrefectException) as error:
-        log.warning("Prefect's server does not take an artifact: %s", error)
+        log.warning("Prefect's server did not accept an artifact: %s", error)
         return None
 
 
 class _LogTail:
-    """The logs of the jobs at work on some shards: where they lie and, if the stage is small, what they say.
+    """Logs of the jobs of a group of shards: their paths and, if `forward`, their lines."""
 
-    Of a large stage, thousands of jobs say more than a page can show.
-    """
-
-    def __init__(self, folder: Path, shards: range, whole: bool) -> None:
-        self._folder, self._shards, self.whole = folder, shards, whole
-        self._read: dict[Path, int] = {}
+    def __init__(self, folder: Path, shards: range, forward: bool) -> None:
+        self._folder, self._shards, self.forward = folder, shards, forward
+        self._offsets: dict[Path, int] = {}
 
     def new_lines(self) -> list[str]:
-        """What is new since the last call."""
+        """Return the lines added since the last call."""
         lines = []
         for path, shards in logs_of(self._folder, self._shards).items():
-            if path not in self._read:
-                self._read[path] = 0
-                lines.append(f"log of {_in_words(shards)}: {path}")
-            if self.whole:
-                lines += self._tail(path)
+            if path not in self._offsets:
+                self._offsets[path] = 0
+                lines.append(f"log of {_describe_shards(shards)}: {path}")
+            if self.forward:
+                lines += self._read_new(path)
         return lines
 
-    def _tail(self, path: Path) -> list[str]:
-        """Whole lines that are new; of many, the last."""
+    def _read_new(self, path: Path) -> list[str]:
+        """Return the new complete lines of a log, at most the last `_MAX_LINES`."""
         try:
             with path.open("rb") as file:
-                file.seek(self._read[path])
-                fresh = file.read()
+                file.seek(self._offsets[path])
+                content = file.read()
         except OSError:
             return []
-        whole = fresh[: fresh.rfind(b"\n") + 1]
-        self._read[path] += len(whole)
-        lines = [line for line in whole.decode(errors="replace").splitlines() if line.strip()]
-        skipped = len(lines) - _LINES_AT_A_TIME
-        return [f"({skipped} lines more in {path})", *lines[-_LINES_AT_A_TIME:]] if skipped > 0 else lines
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offsets[path] += len(complete)
+        lines = [line for line in complete.decode(errors="replace").splitlines() if line.strip()]
+        skipped = len(lines) - _MAX_LINES
+        return [f"({skipped} more lines in {path})", *lines[-_MAX_LINES:]] if skipped > 0 else lines
 
 
-def _in_words(shards: list[int]) -> str:
+def _describe_shards(shards: list[int]) -> str:
     if len(shards) == 1:
         return f"shard {shards[0]}"
     if shards == list(range(shards[0], shards[-1] + 1)):
@@ -227,6 +232,6 @@ def _in_words(shards: list[int]) -> str:
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
-def follow(name: str, chunk: ShardGroup, inputs: list[object]) -> list[Any]:
-    """The task run of a chunk."""
-    return chunk.follow(get_run_logger())
+def follow(name: str, group: ShardGroup, inputs: list[object]) -> list[Any]:
+    """Run as the task run of a group of shards."""
+    return group.follow(get_run_logger())

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from montessori_core import programs
 from montessori_core.config import Optimization
-from montessori_core.data.tables import EXAMPLES, read_table
+from montessori_core.data.rows import Rows, TrainingRow
+from montessori_core.data.tables import EXAMPLES
 from montessori_core.layout import MOMENTS_FILE
-from montessori_core.program import Row
 from tasks.run import Model
 from tasks.stage import Step
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def train_student(step: Step, examples: Path, recipe: Optimization, count: int, save_moments: bool = False) -> Model:
-    """Train a student, from its first weights, on the first `count` rows of an example table.
+    """Train a student from its initial weights on the first `count` rows of an example table.
 
-    AdamW's moments take twice the room of the weights: they are saved only if `save_moments`, for an iteration that
-    continues from this student. If that is decided after the training, it is repeated.
+    AdamW's moments are twice as large as the weights. They are saved only with `save_moments`, for an iteration that
+    continues from this student; if they are needed later, the training is repeated.
     """
     result = step.folder / "part-00000"
     if (result / MOMENTS_FILE).exists():
@@ -37,12 +37,5 @@ def train_student(step: Step, examples: Path, recipe: Optimization, count: int, 
         save_moments=save_moments,
     )
     models = {"student": step.run.initial_student()}
-    return step.train(programs.SFT, settings, training_rows(examples)[:count], models, upstream=[examples])
-
-
-def training_rows(examples: Path) -> list[Row]:
-    """Examples as rows of the training program."""
-    return [
-        {"instruction": row["instruction"], "response": row["response"], "finished": row["response_finished"]}
-        for row in read_table(examples, EXAMPLES).to_pylist()
-    ]
+    rows = Rows.of_file(examples, EXAMPLES, TrainingRow, last=count)
+    return step.train(programs.SFT, settings, rows, models, upstream=[examples])

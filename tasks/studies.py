@@ -1,4 +1,4 @@
-"""What a study leaves on disk, for those who only look at it."""
+"""Files of a study, for commands that only read them."""
 
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,17 @@ STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
 
 
 def in_study(folder: Path) -> bool:
-    """Whether a run's folder is a seed of a study, or another student's within it."""
+    """Return whether a run's folder belongs to a study, as a seed or as another student of a seed."""
     return any((parent / STUDY).exists() for parent in folder.parents[:2])
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
-    """The result of a study.
+    """Return the result of a study.
 
     Raises:
-        UserError: it has none yet.
+        UserError: the study has no result yet.
     """
     result: dict[str, Any] | None = read_json(folder / RESULT)
     if result is None:
-        raise UserError(f"{folder}: no result yet; montessori compare goes on with the study")
+        raise UserError(f"{folder}: no result yet; resume the study with montessori compare")
     return result

@@ -1,4 +1,4 @@
-"""Synthesis (Section 4.1 of the design): prompts, instructions, filters, responses, until enough examples are kept."""
+"""Synthesis: prompts, instructions, filters and responses, in rounds, until enough examples are kept."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core import layout, programs
 from montessori_core.config import Endpoint, Sampling
 from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import (
     DRAWN_TOKENS,
@@ -32,12 +33,14 @@ from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import Model
 from tasks.stage import Step
 
-_LATER_ROUNDS = 1.2  # candidates of a later round, by what the last round's acceptance asks for
+_KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
+"""Columns of a generated row that its candidate or example keeps."""
+_LATER_ROUNDS = 1.2  # factor on the candidates that the last round's acceptance requires
 
 
 @dataclass(frozen=True)
 class SynthesisResult:
-    """The tables of one synthesis: every candidate with its verdict, and the examples that were kept."""
+    """The tables of a synthesis: all candidates with their verdicts, and the accepted examples."""
 
     instructions: Path
     examples: Path
@@ -52,19 +55,19 @@ def synthesize(
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
 ) -> SynthesisResult:
-    """Let `teacher` write `count` examples.
+    """Generate `count` examples with `teacher`.
 
     Args:
-        step: in whose folder tables and stages go.
-        teacher: who writes: a model, or one behind an API.
-        count: examples wanted.
-        draw: names the random draw of prompts and samples; equal draws show equal prompts.
+        step: its folder gets tables and stages.
+        teacher: a local model, or one behind an API.
+        count: number of examples.
+        draw: name of the random draw of prompts and samples; equal draws show equal prompts.
         earlier: example tables whose instructions must not be repeated.
         synthetic_pool: examples of the last iteration, as demonstrations; None in the first.
-        seed_pool: what prompts demonstrate; None takes the run's.
+        seed_pool: human-written demonstrations; None takes the run's seed pool.
 
     Raises:
-        UserError: after `max_rounds` rounds too few examples were kept.
+        UserError: too few examples were accepted after `max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
     style = "chat" if isinstance(teacher, Endpoint) else step.experiment.teacher.prompt_style
@@ -96,13 +99,13 @@ def synthesize(
         candidates += fresh
         parts += written + responses
         rounds.append((len(fresh), len(answered)))
-    # Tables, not rows: Prefect looks into lists, and there may be many.
+    # Tables, not lists of rows: Prefect inspects every element of a list.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(step.label, step.folder, *tables, count, parts)
 
 
 def _seeds(step: Step, seed_pool: list[Task] | None) -> list[Task]:
-    """The tasks that prompts demonstrate; a UserError if they are fewer than a prompt takes."""
+    """Return the human-written demonstrations; raise a UserError if a prompt needs more."""
     settings = step.experiment.synthesis
     seeds = step.run.sources().seed_pool if seed_pool is None else seed_pool
     if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
@@ -114,15 +117,15 @@ def _seeds(step: Step, seed_pool: list[Task] | None) -> list[Task]:
 
 
 def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:
-    """Return how many candidates the next round of generation writes.
+    """Return the number of candidates of the next round of generation.
 
-    The more is accepted, the more candidates repeat it. So the acceptance of the last round counts, not that of all, and a
-    fifth is added; otherwise each round leaves a share of what the one before it left.
+    Acceptance falls as the accepted set grows, since more candidates repeat it. So the last round's acceptance counts, and a
+    fifth is added; otherwise every round would fall short.
 
     Args:
-        missing: examples still wanted.
+        missing: examples still missing.
         rounds: candidates and accepted examples of each round so far.
-        oversampling: candidates for an example while none was accepted.
+        oversampling: candidates an example while none was accepted.
     """
     candidates = kept = 0
     for written, accepted in reversed(rounds):
@@ -136,21 +139,20 @@ def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampli
 def join_synthesis(
     label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
 ) -> SynthesisResult:
-    """Write the tables that the parts make, and the funnel."""
-    made = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
-    write_table(candidates, made.instructions, INSTRUCTIONS)
+    """Write the tables, and publish the funnel of the filters."""
+    result = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
+    write_table(candidates, result.instructions, INSTRUCTIONS)
     _publish(label, funnel(candidates))
     if examples.num_rows < count:
         raise UserError(_too_few(examples.num_rows, count, candidates, label))
-    write_table(examples, made.examples, EXAMPLES)
-    return made
+    write_table(examples, result.examples, EXAMPLES)
+    return result
 
 
 def _pool(table: Path | None) -> list[Task]:
     if table is None:
         return []
-    rows = read_table(table, EXAMPLES).select(["example_id", "instruction"]).to_pylist()
-    return [Task(row["example_id"], row["instruction"]) for row in rows]
+    return [Task(**row) for row in read_table(table, EXAMPLES, ["example_id", "instruction"]).to_pylist()]
 
 
 def _write_instructions(
@@ -162,13 +164,13 @@ def _write_instructions(
     accepted: RougeIndex,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """Candidates with their verdicts, and the parts they come from."""
+    """Generate and filter instructions; return the candidates with their verdicts, and the generated parts."""
     settings = step.experiment.synthesis
     samples = range(settings.samples_per_prompt)
-    rows: list[Row] = [
+    rows: list[GenerationRow] = [
         {
-            "ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
-            "text": prompt.text,
+            "example_ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
+            "turns": [prompt.text],
             "seeds": [seed_of(step.experiment.seed, draw, prompt.id, sample) for sample in samples],
         }
         for prompt in prompts
@@ -177,17 +179,14 @@ def _write_instructions(
     size = settings.prompts_per_shard
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
-    verdicts = filter_candidates([row["text"] for row in generated], owners, style, settings.filters, accepted)
+    verdicts = filter_candidates([row["raw_output"] for row in generated], owners, style, settings.filters, accepted)
     candidates: list[Row] = [
         {
-            "candidate_id": row["row_id"],
+            **{name: row[name] for name in _KEPT},
             "prompt_id": f"{draw}-{prompt.id}",
-            "prompt": row["prompt"],
-            "demonstrations": [task.id for task in prompt.demonstrations],
-            "raw_output": row["text"],
+            "demonstrations": [task.example_id for task in prompt.demonstrations],
             "instruction": verdict.instruction,
             "rejection": verdict.rejection,
-            **{key: row[key] for key in DRAWN_TOKENS},
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
@@ -201,54 +200,51 @@ def _write_responses(
     draw: str,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """Answer the instructions; a candidate with an empty answer is marked as rejected. Examples, and their parts."""
+    """Answer instructions; return the examples and the generated parts. A candidate with an empty response is rejected."""
     if not candidates:
         return [], []
-    rows: list[Row] = [
+    rows: list[GenerationRow] = [
         {
-            "ids": [candidate["candidate_id"]],
-            "text": candidate["instruction"],
-            "seeds": [seed_of(step.experiment.seed, draw, candidate["candidate_id"], "response")],
+            "example_ids": [candidate["example_id"]],
+            "turns": [candidate["instruction"]],
+            "seeds": [seed_of(step.experiment.seed, draw, candidate["example_id"], "response")],
         }
         for candidate in candidates
     ]
     generated, parts = _respond(step, teacher, rows, upstream)
     examples = []
     for candidate, row in zip(candidates, generated, strict=True):
-        if not row["text"].strip():
+        if row["raw_output"].strip():
+            examples.append(candidate | _response_of(row))
+        else:
             candidate["rejection"] = EMPTY_RESPONSE
-            continue
-        examples.append(
-            {
-                "example_id": candidate["candidate_id"],
-                **{
-                    key: candidate.get(key)
-                    for key in ("prompt_id", "prompt", "raw_output", "instruction", *DRAWN_TOKENS)
-                },
-                "response": row["text"].strip(),
-                "response_finished": row["finish_reason"] == "stop",
-            }
-        )
     return examples, parts
 
 
+def _response_of(generated: Row) -> Row:
+    """Return the response columns of an example from a generated row."""
+    return {
+        "response": generated["raw_output"].strip(),
+        "response_finished": generated["finish_reason"] == "stop",
+    }
+
+
 def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
-    """Several responses to each of some instructions, as examples of which every instruction is the prompt.
+    """Generate several responses to each instruction; return a table in which an instruction is the prompt of its responses.
 
     Args:
-        step: in whose folder the stage and the table `examples.parquet` go.
-        teacher: who answers.
+        step: its folder gets the stage and the table `examples.parquet`.
+        teacher: model that answers.
         examples: an example table.
-        first: its first instruction to answer.
-        last: the one behind the last.
-        draw: names the random draw of the samples.
+        first, last: its rows `first` to `last` are answered.
+        draw: name of the random draw of the samples.
     """
-    asked = read_table(examples, EXAMPLES).to_pylist()[first:last]
+    asked = read_table(examples, EXAMPLES, ["example_id", "instruction"])[first:last].to_pylist()
     samples = range(step.experiment.synthesis.samples_per_prompt)
-    rows: list[Row] = [
+    rows: list[GenerationRow] = [
         {
-            "ids": [f"{row['example_id']}-r{sample}" for sample in samples],
-            "text": row["instruction"],
+            "example_ids": [f"{row['example_id']}-r{sample}" for sample in samples],
+            "turns": [row["instruction"]],
             "seeds": [seed_of(step.experiment.seed, draw, row["example_id"], "response", sample) for sample in samples],
         }
         for row in asked
@@ -256,48 +252,45 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
     generated, parts = _respond(step.at("responses"), teacher, rows, [examples])
     owners = [row for row in asked for _ in samples]
     answered = [
-        {
-            "example_id": response["row_id"],
-            "prompt_id": row["example_id"],
-            "prompt": response["prompt"],
-            "raw_output": response["text"],
-            "instruction": row["instruction"],
-            "response": response["text"].strip(),
-            "response_finished": response["finish_reason"] == "stop",
-            **{key: response[key] for key in DRAWN_TOKENS},
-        }
+        {name: response[name] for name in _KEPT}
+        | {"prompt_id": row["example_id"], "instruction": row["instruction"]}
+        | _response_of(response)
         for row, response in zip(owners, generated, strict=True)
-        if response["text"].strip()
+        if response["raw_output"].strip()
     ]
-    return _write_examples(f"{step.label}: table", step.folder / layout.EXAMPLES, answered, parts)
+    return _write_examples(
+        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
+    )
 
 
 def answer_seeds(step: Step, teacher: Model) -> Path:
-    """The teacher's responses to the seed pool, as the table `examples.parquet` in the step's folder."""
+    """Answer the seed pool with the teacher; write the table `examples.parquet` in the step's folder."""
     candidates: list[Row] = [
-        {"candidate_id": task.id, "prompt_id": task.id, "prompt": "", "raw_output": "", "instruction": task.text}
+        vars(task) | {"prompt_id": task.example_id, "prompt": "", "raw_output": ""}
         for task in step.run.sources().seed_pool
     ]
     answered, parts = _write_responses(step.at("responses", "responses"), teacher, candidates, "seeds", [])
-    return _write_examples(f"{step.label}: table", step.folder / layout.EXAMPLES, answered, parts)
+    return _write_examples(
+        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
+    )
 
 
 def join_examples(label: str, tables: list[Path], path: Path) -> Path:
-    """One example table from several, in their order."""
-    rows = [row for table in tables for row in read_table(table, EXAMPLES).to_pylist()]
-    return _write_examples(label, path, rows, tables)
+    """Concatenate example tables."""
+    joined = pa.concat_tables([read_table(table, EXAMPLES) for table in tables])
+    return _write_examples(label, path, joined, tables)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _write_examples(label: str, path: Path, rows: list[Row], parts: list[Path]) -> Path:
-    write_table(table_from_rows(rows, EXAMPLES), path, EXAMPLES)
+def _write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
+    write_table(examples, path, EXAMPLES)
     return path
 
 
 def _respond(
-    step: Step, teacher: Model | Endpoint, rows: list[Row], upstream: list[Path]
+    step: Step, teacher: Model | Endpoint, rows: list[GenerationRow], upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
-    """What the teacher answers to rows of the generation program, and the parts it is from."""
+    """Generate responses; return the generated rows and their parts."""
     settings = step.experiment.synthesis
     return generate(step, teacher, rows, settings.instructions_per_shard, settings.response, "request", upstream)
 
@@ -305,13 +298,13 @@ def _respond(
 def generate(
     step: Step,
     teacher: Model | Endpoint,
-    rows: list[Row],
+    rows: list[GenerationRow],
     rows_per_shard: int,
     sampling: Sampling,
     form: Form,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """What a teacher, loaded or behind an API, makes of rows of the generation program; and the parts it is from."""
+    """Generate with a local or API teacher; return the generated rows and their parts."""
     if isinstance(teacher, Endpoint):
         parts = step.ask("strong_teacher", programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
     else:

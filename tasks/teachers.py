@@ -10,8 +10,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
+from montessori_core.data.rows import PairRow, Rows
 from montessori_core.data.tables import (
-    DRAWN_TOKENS,
     EXAMPLES,
     INFLUENCE,
     PREFERENCES,
@@ -36,10 +36,10 @@ from tasks.stage import Step
 
 @task(task_run_name="{step.label}: preference pairs", cache_policy=NO_CACHE)
 def collect_preferences(step: Step, examples: Path, influence: Path) -> Path:
-    """Build the preference table of a step, `preferences.parquet` in its folder.
+    """Build preference pairs from influence; write `preferences.parquet` into the step's folder.
 
     Raises:
-        UserError: no prompt has both a helpful and a harmful example.
+        UserError: there are no pairs: no prompt has both a helpful and a harmful example.
     """
     settings = step.experiment.preferences
     table = read_table(influence, INFLUENCE, PAIRED)
@@ -60,23 +60,24 @@ def collect_preferences(step: Step, examples: Path, influence: Path) -> Path:
 
 @task(task_run_name="{step.label}: preference pairs", cache_policy=NO_CACHE)
 def collect_utility_preferences(step: Step, examples: Path, utility: Path, extremes: bool = False) -> Path:
-    """Build the preference table of another signal than influence, `preferences.parquet` in the step's folder.
+    """Build preference pairs from a utility; write `preferences.parquet` into the step's folder.
 
     Args:
-        step: in whose folder the table goes.
-        examples: an example table.
-        utility: a table of schema `UTILITY`.
-        extremes: of each prompt one pair, the best and the worst; otherwise all across the median of all prompts.
+        step: the step whose folder gets the table.
+        examples: table of schema `EXAMPLES`.
+        utility: table of schema `UTILITY`.
+        extremes: one pair per prompt, best and worst; otherwise all pairs across the median of all prompts.
 
     Raises:
-        UserError: no prompt has both a better and a worse example.
+        UserError: there are no pairs: no prompt has both a better and a worse example.
     """
     table = read_table(utility, UTILITY)
     pairs = pair_extremes(table) if extremes else pair_by_utility(table, step.experiment.preferences.max_pairs)
     if pairs.num_rows == 0:
         raise UserError(
-            f"{step.label}: no preference pairs: no prompt has both a better and a worse one of {table.num_rows} examples "
-            f"({table['utility'].null_count} without a score). Raise the number of examples or synthesis.samples_per_prompt"
+            f"{step.label}: no preference pairs: no prompt has both a better and a worse example "
+            f"({table.num_rows} examples, {table['utility'].null_count} without a score). Raise the number of examples or "
+            "synthesis.samples_per_prompt"
         )
     path = step.folder / layout.PREFERENCES
     write_preferences(pairs, examples, path, UTILITY_PREFERENCES)
@@ -92,42 +93,42 @@ def update_teacher(
     answered: Path | None = None,
     keep: int = 0,
 ) -> Model:
-    """Train the teacher, or a student that answers, on preference pairs with DPO (Eq. 4).
+    """Train the teacher, or a student that writes responses, on preference pairs with DPO (Eq. 4).
 
     Args:
-        step: the update.
-        teacher: what is trained.
-        preferences: a table of pairs.
-        schema: what kind of table it is.
-        answered: the example table whose responses are the outputs: these are chats, whatever the teacher's prompt style,
-            and some were cut at the token limit. None if the outputs are instructions.
-        keep: how many teachers on the way are kept, see `kept_teachers`.
+        step: the step of the update.
+        teacher: the model to train.
+        preferences: table of pairs.
+        schema: schema of `preferences`.
+        answered: example table, if the pairs consist of responses: these are chats regardless of the teacher's prompt
+            style, and some were cut at the token limit. None if the pairs consist of instructions.
+        keep: number of checkpoints to keep, see `kept_teachers`.
     """
     pairs = read_table(preferences, schema)
-    drawn = [f"{output}_{name}" for output in ("chosen", "rejected") for name in DRAWN_TOKENS]
-    rows = pairs.select(["prompt", "chosen", "rejected", *drawn]).to_pylist()
     experiment = step.experiment
-    style = experiment.teacher.prompt_style
-    if answered is not None:
-        style = "chat"
-        table = read_table(answered, EXAMPLES)
-        finished = dict(zip(table["example_id"].to_pylist(), table["response_finished"].to_pylist(), strict=True))
-        for row, pair in zip(rows, pairs.to_pylist(), strict=True):
-            row |= {f"{output}_finished": finished[pair[f"{output}_id"]] for output in ("chosen", "rejected")}
+    style = experiment.teacher.prompt_style if answered is None else "chat"
+    known = read_table(answered, EXAMPLES, ["example_id", "response_finished"]) if answered is not None else None
+    for output in ("chosen", "rejected"):
+        finished = pa.repeat(True, pairs.num_rows)
+        if known is not None:
+            finished = known["response_finished"].take(pc.index_in(pairs[f"{output}_id"], known["example_id"]))
+        pairs = pairs.append_column(f"{output}_finished", finished)
     settings = programs.Dpo(
         prompt_style=style, recipe=experiment.teacher_update, zero=experiment.zero, seed=experiment.seed, keep=keep
     )
-    return step.train(programs.DPO, settings, rows, {"teacher": teacher}, upstream=[preferences])
+    return step.train(
+        programs.DPO, settings, Rows.of_table(pairs, PairRow), {"teacher": teacher}, upstream=[preferences]
+    )
 
 
 def kept_teachers(updated: Model) -> dict[int, Model]:
-    """The teachers that were kept on the way to an updated one, by their optimizer step."""
+    """Return the kept checkpoints of a teacher update, by optimizer step."""
     folders = sorted((Path(updated.path) / KEPT).glob("step-*"))
     return {int(folder.name.removeprefix("step-")): Model.of(folder) for folder in folders}
 
 
 def reward_margins(updated: Model) -> dict[int, float]:
-    """DPO's reward margin at each optimizer step of an update."""
+    """Return DPO's reward margin at each logged optimizer step of an update."""
     log = json.loads((Path(updated.path) / LOG_FILE).read_text())
     return {int(entry["step"]): entry["rewards/margins"] for entry in log if "rewards/margins" in entry}
 

@@ -1,4 +1,4 @@
-"""Other signals than influence: how hard the student finds examples, what they show it, and how good a judge finds them."""
+"""Signals other than influence: training loss, in-context value, and judge scores."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
 from montessori_core.config import Sampling
-from montessori_core.data.tables import GENERATION, UTILITY, read_table, table_from_rows, write_table
+from montessori_core.data.rows import ExampleRow, GenerationRow, Rows
+from montessori_core.data.tables import EXAMPLES, GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.judging.client import Answer
 from montessori_core.judging.points import points_for, question_about, read_score
 from montessori_core.program import Row
 from montessori_core.seeding import seed_of
-from tasks.influence import measured_rows
 from tasks.run import Model
 from tasks.stage import Step
 from tasks.synthesis import generate
@@ -28,14 +28,14 @@ def measure_training_loss(step: Step, student: Model, examples: Path, first: int
     """The student's mean loss on the responses of rows `first` to `last` of an example table, nats per token.
 
     Returns:
-        A table of schema `UTILITY`, `utility.parquet` in the step's folder. Higher is better: what the student finds hard it
-        can learn from.
+        A table of schema `UTILITY`, `utility.parquet` in the step's folder. Higher is better: the student can learn from what
+        it finds hard.
     """
     settings = programs.ModelLoss(**_evaluation(step))
     parts = step.execute(
         programs.TRAINING_LOSS,
         settings,
-        measured_rows(examples, first, last),
+        Rows.of_file(examples, EXAMPLES, ExampleRow, first, last),
         step.experiment.influence.examples_per_shard,
         models={"student": student},
         upstream=[examples],
@@ -44,13 +44,13 @@ def measure_training_loss(step: Step, student: Model, examples: Path, first: int
 
 
 def measure_in_context(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
-    """What rows `first` to `last` of an example table are worth to the student as demonstrations; as above."""
+    """Measure the value of rows `first` to `last` as demonstrations for the student; return a table as above."""
     influence = step.experiment.influence
     settings = programs.InContext(reference_reduction=influence.reference_reduction, **_evaluation(step))
     parts = step.execute(
         programs.IN_CONTEXT,
         settings,
-        measured_rows(examples, first, last),
+        Rows.of_file(examples, EXAMPLES, ExampleRow, first, last),
         influence.examples_per_shard,
         models={"student": student},
         files={"reference": step.run.source_file("reference")},
@@ -67,30 +67,30 @@ def _evaluation(step: Step) -> dict[str, int]:
 
 
 def ask_judge(step: Step, examples: Path, first: int, last: int, response_only: bool = False) -> Path:
-    """A judge's score of some examples as their utility; a table of schema `UTILITY`, null where no score could be read.
+    """Take a judge's scores of rows `first` to `last` as their utility; return a table as above.
 
-    With `response_only`, instructions earn no point.
+    The utility is null if no score could be read. With `response_only`, instructions earn no point.
 
     Raises:
         UserError: the experiment has no judge.
     """
     if step.experiment.judge is None:
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
-    rows = measured_rows(examples, first, last)
+    rows = Rows.of_file(examples, EXAMPLES, ExampleRow, first, last)
     parts = step.ask("judge", programs.JUDGE, {"response_only": response_only}, rows, [examples])
     return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
 
 
 def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
-    """What the student itself says of responses, five points each, as their utility; as above.
+    """Take the student's own scores of responses, five points each, as their utility; return a table as above.
 
-    A utility is the mean of those of three judgements that end with a score (Yuan et al., 2024).
+    A utility is the mean over those of three judgements that end with a score (Yuan et al., 2024).
     """
-    rows = measured_rows(examples, 0, None)
-    asked: list[Row] = [
+    rows = read_table(examples, EXAMPLES, ["example_id", "prompt_id", "instruction", "response"]).to_pylist()
+    asked: list[GenerationRow] = [
         {
-            "ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
-            "text": question_about(row["instruction"], row["response"], response_only=True),
+            "example_ids": [f"{row['example_id']}-j{sample}" for sample in range(_JUDGEMENTS)],
+            "turns": [question_about(row["instruction"], row["response"], response_only=True)],
             "seeds": [
                 seed_of(step.experiment.seed, "judgement", row["example_id"], sample) for sample in range(_JUDGEMENTS)
             ],
@@ -105,14 +105,15 @@ def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path:
-    """The mean of the scores that the judgements of each row end with; `parts` has them in the order of the rows."""
-    judged = [one for part in parts for one in read_table(part, GENERATION).to_pylist()]
-    answers = [Answer(one["text"], one["finish_reason"], 0, one["tokens"]) for one in judged]
+    """Write the mean of the scores of each row; `parts` has the judgements in the order of the rows."""
+    judgements = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
+    answers = [Answer(row["raw_output"], row["finish_reason"], 0, row["tokens"]) for row in judgements]
+    most = len(points_for(response_only=True))
     scores: list[Row] = []
     for number, row in enumerate(rows):
-        own = answers[number * _JUDGEMENTS : (number + 1) * _JUDGEMENTS]
-        read = [score for one in own if (score := read_score(one, len(points_for(response_only=True)))) is not None]
-        utility = sum(read) / len(read) if read else None
+        all_scores = (read_score(answer, most) for answer in answers[number * _JUDGEMENTS : (number + 1) * _JUDGEMENTS])
+        valid = [score for score in all_scores if score is not None]
+        utility = sum(valid) / len(valid) if valid else None
         scores.append({"example_id": row["example_id"], "prompt_id": row["prompt_id"], "utility": utility})
     write_table(table_from_rows(scores, UTILITY), folder / "scores.parquet", UTILITY)
     return folder / "scores.parquet"
@@ -120,7 +121,7 @@ def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _join(label: str, path: Path, parts: list[Path]) -> Path:
-    """Write the table that the parts make, and publish how many rows have no utility: they are counted, never guessed."""
+    """Join the parts, and publish how many rows have no utility."""
     table = pa.concat_tables([read_table(part, UTILITY) for part in parts]).combine_chunks()
     write_table(table, path, UTILITY)
     missing = table["utility"].null_count

@@ -1,6 +1,6 @@
-"""Tiers of the tests, and settings that hold for all of them.
+"""Test tiers and common settings.
 
-`make test` runs what has no `slow` mark; `--all` runs everything, and a test that is named by its id always runs.
+`make test` runs tests without the `slow` mark; `--all` runs all tests. A test given by its id always runs.
 """
 
 import os
@@ -14,9 +14,9 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the cores from other tests
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would slow down other tests
 
-# The same examples each time, however busy the machine is; MONTESSORI_TEST_SEED draws others.
+# Hypothesis draws the same examples each time; MONTESSORI_TEST_SEED draws others.
 _DERANDOMIZE = "MONTESSORI_TEST_SEED" not in os.environ
 settings.register_profile("quick", deadline=None, derandomize=_DERANDOMIZE, max_examples=25)
 settings.register_profile("all", deadline=None, derandomize=_DERANDOMIZE, max_examples=500)
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests, unless they are named."""
+    """Deselect slow tests, unless their ids are given."""
     if config.getoption("--all"):
         return
     named = [argument for argument in config.args if "::" in argument]

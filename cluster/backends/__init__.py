@@ -1,4 +1,4 @@
-"""Where jobs run: processes of this machine, or Slurm. Both run jobs through submitit."""
+"""Backends that run jobs through submitit: local processes and Slurm."""
 
 import platform
 
@@ -9,21 +9,21 @@ from montessori_core.config import Cluster, Resources
 
 
 def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> Backend:
-    """The backend of the configured profile."""
+    """Open the backend of the configured profile."""
     if cluster.profile == "slurm":
         return SlurmBackend(cluster, resources, python or cluster.slurm.python)
     return LocalBackend(resources, python)
 
 
 def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
-    """The backend that reaches jobs which an earlier driver, perhaps of another profile, has submitted.
+    """Open the backend of jobs that an earlier driver submitted, possibly with another profile.
 
     Args:
-        host: whose processes they are; None for jobs of Slurm.
-        cluster: as configured now.
+        host: host of local jobs; None for Slurm jobs.
+        cluster: current configuration.
 
     Returns:
-        None if they are processes of another host.
+        None if the jobs are processes of another host.
     """
     if host not in (None, platform.node()):
         return None

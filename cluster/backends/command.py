@@ -1,10 +1,10 @@
-"""Commands of the machine and of Slurm, asked with patience."""
+"""Run a command of the machine or of Slurm."""
 
 import subprocess
 
 
-def ask(*command: str, timeout: float = 120.0) -> str | None:
-    """What a command of Slurm answers within `timeout` seconds; None if it cannot tell."""
+def run_command(*command: str, timeout: float = 120.0) -> str | None:
+    """Return the output of a command; None if it fails or takes longer than `timeout` seconds."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
     except (OSError, subprocess.SubprocessError):

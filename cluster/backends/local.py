@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine."""
+"""Backend that runs jobs as processes of this machine."""
 
 import itertools
 import logging
@@ -14,23 +14,23 @@ import psutil
 import submitit
 
 from cluster.backends.base import Task, split_evenly
-from cluster.backends.command import ask
-from cluster.supervisor import kill_family
+from cluster.backends.command import run_command
+from cluster.supervisor import kill_tree
 from cluster.warm_start import Job, warm_process
 from cluster.worker import run_task
 from montessori_core.config import Resources
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
-_KILL_PATIENCE = 10.0  # seconds; a process that reads from a disk may take some to end
+_KILL_TIMEOUT = 10.0  # seconds; a process that waits for a disk takes some to end
 
 
 class LocalBackend:
-    """Jobs as processes of this machine. An id is a process id and its start time, so that it is never mistaken.
+    """Jobs as processes of this machine. A job id has the process id and its start time, so it is never reused.
 
     Attributes:
-        forks_jobs: whether jobs are forked from this driver's warm process (`cluster.warm_start`). Jobs in another
-            environment are not, nor are any on macOS, whose libraries do not take a fork well.
+        forks_jobs: whether jobs are forked from this driver's warm process (`cluster.warm_start`). Not for jobs in
+            another environment, nor on macOS, whose libraries do not support forking.
     """
 
     polls_until_lost = 1
@@ -38,21 +38,21 @@ class LocalBackend:
     def __init__(self, resources: Resources, python: str | None) -> None:
         self._resources, self._python = resources, python
         self.forks_jobs = python is None and sys.platform == "linux"
-        self._known: set[str] = set()
+        self._job_ids: set[str] = set()
         self._gpus = _gpus_of_this_machine() if resources.gpus_per_node else []
         if len(self._gpus) < resources.gpus_per_node:
             raise UserError(
-                f"a job asks for {resources.gpus_per_node} GPUs, and this machine has {len(self._gpus)} "
+                f"a job needs {resources.gpus_per_node} GPUs, but this machine has {len(self._gpus)} "
                 "(nvidia-smi, CUDA_VISIBLE_DEVICES); lower gpus_per_node in cluster.resources"
             )
 
     def prepare(self) -> None:
-        """Start the warm process: what jobs import is imported while the driver prepares them."""
+        """Start the warm process, which imports libraries while the driver prepares jobs."""
         if self.forks_jobs:
             warm_process()
 
     def group(self, shards: Sequence[int], free: int) -> list[Task]:
-        """Deal shards evenly to the jobs that may still start; resident workers go from shard to shard."""
+        """Distribute shards evenly over the jobs that may still start; a job computes its shards in turn."""
         if self._resources.gpus_per_node:
             free = min(free, len(self._free_gpus()) // self._resources.gpus_per_node)
         return split_evenly(shards, free)
@@ -66,11 +66,11 @@ class LocalBackend:
             gpus = tuple(itertools.islice(free, self._resources.gpus_per_node))
             job_id = self._fork_job(folder, task, stage_folder, gpus) if self.forks_jobs else None
             ids.append(job_id or self._start_job(folder, task, stage_folder, gpus))
-        self._known.update(ids)
+        self._job_ids.update(ids)
         return ids
 
     def _fork_job(self, folder: Path, task: Task, stage_folder: Path, gpus: tuple[int, ...]) -> str | None:
-        """Start a job from the warm process; None if that does not answer."""
+        """Fork a job from the warm process; None if the warm process does not answer."""
         folder.mkdir(exist_ok=True)
         job = Job(
             folder=str(folder),
@@ -88,7 +88,7 @@ class LocalBackend:
             return None
 
     def _start_job(self, folder: Path, task: Task, stage_folder: Path, gpus: tuple[int, ...]) -> str:
-        """Start a job in a Python of its own."""
+        """Start a job in a new interpreter."""
         resources = self._resources
         executor = submitit.LocalExecutor(folder=folder, python=shlex.quote(self._python) if self._python else None)
         executor.update_parameters(
@@ -105,56 +105,56 @@ class LocalBackend:
         return f"{job.job_id}:{started}"
 
     def _free_gpus(self) -> list[int]:
-        """Those that no job at work has, jobs of an earlier driver included."""
-        taken: set[str] = set()
-        for job_id in self._known:
+        """Return the GPUs that no running job uses, including jobs of an earlier driver."""
+        used: set[str] = set()
+        for job_id in self._job_ids:
             process = _process(job_id)
             if process is not None:
                 with suppress(psutil.Error):  # it has just ended
-                    taken.update(process.environ().get("CUDA_VISIBLE_DEVICES", "").split(","))
-        return [gpu for gpu in self._gpus if str(gpu) not in taken]
+                    used.update(process.environ().get("CUDA_VISIBLE_DEVICES", "").split(","))
+        return [gpu for gpu in self._gpus if str(gpu) not in used]
 
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
-        pass  # a process waits for nothing
+        pass  # all jobs of a submission run at once
 
     def find(self, name: str, folder: Path) -> list[str]:
-        found = []
+        ids = []
         for process in psutil.process_iter(["cmdline", "create_time"]):
             command = process.info["cmdline"] or []
             if {"cluster.supervisor", "submitit.local._local"} & set(command) and str(folder) in command:
-                found.append(f"{process.pid}:{process.info['create_time']}")
-        return found
+                ids.append(f"{process.pid}:{process.info['create_time']}")
+        return ids
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
-        self._known.update(ids)
+        self._job_ids.update(ids)
         return {job_id for job_id in ids if _process(job_id) is not None}
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return {job_id for job_id in ids if _process(job_id) is not None}
 
     def cancel(self, ids: Sequence[str]) -> None:
-        # submitit's workers ignore SIGTERM, and commits are atomic: the processes are simply killed.
+        # Kill: submitit's workers ignore SIGTERM, and commits are atomic.
         for job_id in ids:
             process = _process(job_id)
             if process is None:
                 continue
-            family = kill_family(process)
-            deadline = time.monotonic() + _KILL_PATIENCE
-            while any(map(_lives, family)) and time.monotonic() < deadline:
+            tree = kill_tree(process)
+            deadline = time.monotonic() + _KILL_TIMEOUT
+            while any(map(_is_running, tree)) and time.monotonic() < deadline:
                 time.sleep(0.01)
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
         if time.time() - float(job_id.partition(":")[2]) >= 60 * minutes:
-            return f"TIMEOUT: the process was ended after {minutes} minutes"
+            return f"TIMEOUT: the process was killed after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
 
     def forget(self, job_id: str) -> None:
         pass
 
 
-def _lives(process: psutil.Process) -> bool:
-    """Whether a process runs; one that nobody has asked for its exit code does not: init may take seconds for that."""
+def _is_running(process: psutil.Process) -> bool:
+    """Whether a process is running; a zombie, which init may take seconds to reap, is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -166,17 +166,17 @@ def _process(job_id: str) -> psutil.Process | None:
     try:
         process = psutil.Process(int(pid))
         same = abs(process.create_time() - float(started)) < 0.05
-        return process if same and _lives(process) else None
+        return process if same and _is_running(process) else None
     except psutil.NoSuchProcess:
         return None
 
 
 def _gpus_of_this_machine() -> list[int]:
-    """Numbers of the GPUs that jobs may use: those that this process may."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return list(range((ask("nvidia-smi", "--list-gpus") or "").count("GPU ")))
-    numbers = [number.strip() for number in named.split(",") if number.strip()]
+    """Return the indices of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(range((run_command("nvidia-smi", "--list-gpus") or "").count("GPU ")))
+    numbers = [number.strip() for number in visible.split(",") if number.strip()]
     if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"CUDA_VISIBLE_DEVICES is {named!r}; for profile: local give GPUs by their numbers, e.g. 0,1")
+        raise UserError(f"CUDA_VISIBLE_DEVICES is {visible!r}; profile: local needs GPU numbers, e.g. 0,1")
     return [int(number) for number in numbers]

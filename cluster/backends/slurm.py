@@ -1,4 +1,4 @@
-"""Jobs as arrays of Slurm."""
+"""Backend that runs jobs as Slurm job arrays."""
 
 import logging
 import re
@@ -18,8 +18,8 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.backends.base import SchedulerUnavailable, Task, split_for_array
-from cluster.backends.command import ask
-from cluster.supervisor import kill_family
+from cluster.backends.command import run_command
+from cluster.supervisor import kill_tree
 from cluster.worker import run_task
 from montessori_core.config import Cluster, Resources, Slurm
 from montessori_core.errors import UserError
@@ -27,41 +27,41 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _NEVER_LAUNCHED = ("launch failed requeued held", "launch_failed_requeued_held")
-_CONTROLLER_AWAY = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
+_CONTROLLER_DOWN = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
 _SBATCH_PATIENCE = 120.0  # seconds
-_USUAL_ARRAY_LIMIT = 1001  # Slurm's own default
-_CANCEL_PATIENCE = 120.0  # seconds; Slurm's KillWait is 30 by default
-_SILENCE = 300.0  # seconds that a controller may need to come back
+_DEFAULT_ARRAY_LIMIT = 1001  # Slurm's default of MaxArraySize
+_CANCEL_TIMEOUT = 120.0  # seconds; Slurm's KillWait is 30 by default
+_CONTROLLER_TIMEOUT = 300.0  # seconds for a controller to come back
 
 
 @contextmanager
 def _limit_sbatch(folder: Path) -> Iterator[None]:
-    """Kill sbatch when it takes too long: some controllers take the connection and then say nothing, for ever.
+    """Kill sbatch when it takes too long: some controllers accept the connection and never answer.
 
     Args:
-        folder: which the command names.
+        folder: folder of the submission, which identifies the sbatch process by its command line.
     """
 
-    def end() -> None:
+    def kill_sbatch() -> None:
         for child in psutil.Process().children():
             with suppress(psutil.Error):
                 if any(str(folder) in argument for argument in child.cmdline()):
-                    kill_family(child)
+                    kill_tree(child)
 
-    clock = threading.Timer(_SBATCH_PATIENCE, end)
-    clock.start()
+    timer = threading.Timer(_SBATCH_PATIENCE, kill_sbatch)
+    timer.start()
     try:
         yield
     finally:
-        clock.cancel()
+        timer.cancel()
 
 
 class _Restartable(submitit.helpers.Checkpointable):
-    """The task as submitit restarts it: at its time limit or when preempted, a job goes back to the queue.
+    """A task that submitit requeues at its time limit or when it is preempted.
 
-    A plain function would be sent an exception there, which counts as an error of its code. Shards that are done are
-    skipped after the restart, so there is no state to keep.
+    In a plain function submitit would raise an exception, which counts as an error of its code. A restarted task skips
+    finished shards, so there is no state to save.
     """
 
     def __call__(self, stage_folder: str, task: Task, threads: int) -> None:
@@ -69,31 +69,31 @@ class _Restartable(submitit.helpers.Checkpointable):
 
 
 class SlurmBackend:
-    """Jobs as arrays of Slurm, submitted through submitit. squeue says what is running; accounting is not needed."""
+    """Jobs as Slurm arrays, submitted through submitit. squeue reports their states; accounting is not required."""
 
     polls_until_lost = 3
 
     def __init__(self, cluster: Cluster, resources: Resources, python: str | None) -> None:
         if shutil.which("sbatch") is None:
             raise UserError(
-                "cluster.profile is slurm, but there is no sbatch here: start on a login node, or use profile: local"
+                "cluster.profile is slurm, but there is no sbatch here; start on a login node, or set profile: local"
             )
         self._slurm, self._resources = cluster.slurm, resources
-        self._python, self._container_options = command_of(cluster.slurm, python)
+        self._python, self._container_options = python_command(cluster.slurm, python)
         self._largest_array = cluster.slurm.max_array_size
         self._silent = False
 
     def prepare(self) -> None:
-        pass  # jobs start on nodes
+        pass  # jobs import on their nodes
 
     def group(self, shards: Sequence[int], free: int) -> list[Task]:
-        """Cut shards into tasks for one array, of which the scheduler lets so many run at a time as may."""
-        # A controller that is away for minutes (restarts, failovers) must not end a run: sbatch would give up.
+        """Cut shards into the tasks of one array; the scheduler limits how many run at a time."""
+        # Submit nothing while the controller is down (restart, failover): sbatch would fail, and end the run.
         if free <= 0 or self._squeue("--me") is None:
             return []
         tasks = split_for_array(shards, free, self._resources.shards_per_job)
         if self._largest_array is None:
-            self._largest_array = (largest_array() or _USUAL_ARRAY_LIMIT) - 1
+            self._largest_array = (largest_array() or _DEFAULT_ARRAY_LIMIT) - 1
         return tasks[: self._largest_array]
 
     def submit(
@@ -103,7 +103,7 @@ class SlurmBackend:
         parameters: dict[str, Any] = {
             "job_name": name,
             "time": resources.time_limit_minutes,
-            # Time to go back to the queue before the limit, but most of the time for work when the limit is short.
+            # Time to be requeued before the limit; for a short limit a small share of it.
             "signal_delay_s": min(90, 15 * resources.time_limit_minutes),
             "nodes": resources.nodes,
             "ntasks_per_node": resources.processes_per_node,
@@ -117,12 +117,12 @@ class SlurmBackend:
             "constraint": slurm.constraint,
             "exclude": ",".join([*([slurm.exclude] if slurm.exclude else []), *sorted(avoid)]) or None,
             "setup": list(slurm.setup) or None,
-            # Clusters may be set up to forget jobs of crashed nodes instead of running them again.
+            # Some clusters do not requeue jobs of crashed nodes by default.
             "additional_parameters": {
                 key: value for key, value in {"requeue": True, **slurm.extra}.items() if value is not False
             },
-            # Some releases of srun do not take the CPUs from sbatch. And when one of several processes fails, the
-            # others would wait for it until the time limit.
+            # Some releases of srun do not inherit sbatch's CPUs. Without --kill-on-bad-exit, the other processes wait
+            # for a failed one until the time limit.
             "srun_args": [
                 f"--cpus-per-task={resources.cpus_per_process}",
                 "--kill-on-bad-exit=1",
@@ -139,32 +139,32 @@ class SlurmBackend:
             with _limit_sbatch(folder):
                 jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
-            if any(sign in str(error) for sign in _CONTROLLER_AWAY):
+            if any(sign in str(error) for sign in _CONTROLLER_DOWN):
                 raise SchedulerUnavailable(str(error)) from error
             if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
                 raise SchedulerUnavailable(f"sbatch did not answer within {_SBATCH_PATIENCE:.0f} s") from error
             if any(sign in str(error) for sign in _TOO_MANY_JOBS) and self._squeue("--me"):
-                # A limit on one's jobs: there is room again when some have ended.
+                # A limit on the user's jobs: sbatch accepts more when some have ended.
                 raise SchedulerUnavailable(str(error)) from error
             if avoid:
-                log.warning("no nodes are left without %s, using them again", ", ".join(sorted(avoid)))
+                log.warning("no node is left without %s; using them again", ", ".join(sorted(avoid)))
                 return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
             raise UserError(
-                f"sbatch did not take the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on jobs a "
+                f"sbatch rejected the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on the jobs a "
                 "user may submit) and cluster.resources in the configuration."
             ) from error
         return [job.job_id for job in jobs]
 
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         for array in _arrays(ids):
-            ask("scontrol", "update", f"jobid={array}", f"arraytaskthrottle={at_once}")
+            run_command("scontrol", "update", f"jobid={array}", f"arraytaskthrottle={at_once}")
 
     def find(self, name: str, folder: Path) -> list[str]:
-        deadline = time.monotonic() + _SILENCE
+        deadline = time.monotonic() + _CONTROLLER_TIMEOUT
         while (queued := self._queued(name)) is None:
             if time.monotonic() > deadline:
                 raise SchedulerUnavailable(
-                    f"squeue does not answer, and jobs named {name} may be running; try again when it does"
+                    f"squeue does not answer, and jobs named {name} may be running; try again when it answers"
                 )
             time.sleep(1)
         return sorted(_arrays(queued))
@@ -174,40 +174,40 @@ class SlurmBackend:
         return None if queued is None else queued & set(ids)
 
     def forget(self, job_id: str) -> None:
-        ask("scancel", "--quiet", job_id)
+        run_command("scancel", "--quiet", job_id)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return (self._queued(name, "--states=RUNNING,COMPLETING") or set()) & set(ids)
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End jobs, running or not, and wait until they have ended, so that none commits afterwards."""
+        """End jobs, running or queued, and wait until they have ended: none commits afterwards."""
         arrays = _arrays(ids)
         if not arrays:
             return
-        # submitit's workers ignore the SIGTERM of a plain scancel and would work on until Slurm's KillWait is over;
-        # SIGHUP ends them. Tasks that wait go first, or they would take the place of those.
+        # submitit's workers ignore the SIGTERM of a plain scancel and would run until Slurm's KillWait is over; SIGHUP
+        # ends them. Cancel pending tasks first: otherwise they would start in place of ended ones.
         for options in (["--state=PENDING"], ["--signal=HUP"], []):
-            ask("scancel", "--quiet", *options, *sorted(arrays))
-        deadline = time.monotonic() + _CANCEL_PATIENCE
-        while (left := self._squeue("--me", "--format=%F")) is None or left & arrays:
-            if time.monotonic() > deadline and left is None:
-                raise UserError(f"squeue does not answer, jobs may run on: scancel {' '.join(sorted(arrays))}")
-            if time.monotonic() > deadline:  # e.g. on a node that Slurm has lost sight of
-                log.warning("jobs %s are slow to end, going on without waiting", " ".join(sorted(arrays)))
+            run_command("scancel", "--quiet", *options, *sorted(arrays))
+        deadline = time.monotonic() + _CANCEL_TIMEOUT
+        while (queued := self._squeue("--me", "--format=%F")) is None or queued & arrays:
+            if time.monotonic() > deadline and queued is None:
+                raise UserError(f"squeue does not answer; jobs may still run: scancel {' '.join(sorted(arrays))}")
+            if time.monotonic() > deadline:  # e.g. on a node that does not respond to Slurm
+                log.warning("jobs %s have not ended; continuing without waiting", " ".join(sorted(arrays)))
                 return
             time.sleep(0.2)
 
     def reason(self, job_id: str) -> str:
-        # The controller remembers jobs for minutes, the accounting for good; clusters may have none.
+        # The controller forgets jobs after minutes; accounting keeps them, but is optional.
         job = f"--jobs={job_id}"
-        answer = ask("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or ask(
+        answer = run_command("squeue", "--noheader", "--states=all", job, "--format=%T (%r) on %N") or run_command(
             "sacct", "--noheader", "--allocations", "--parsable2", job, "--format=State,ExitCode,NodeList"
         )
-        return f"Slurm says {answer.strip()}" if answer else "the job is gone from the queue without a result"
+        return f"Slurm says {answer.strip()}" if answer else "the job left the queue without a result"
 
     def _queued(self, name: str, *options: str) -> set[str] | None:
-        # One line for each task: Slurm cuts a long list of an array's waiting tasks short. A job that a node failed to
-        # launch is kept in the queue, but held: it would wait until somebody releases it.
+        # --array prints a line per task: otherwise Slurm truncates long lists of pending tasks. A job that failed to
+        # launch stays in the queue, held until a user releases it: it does not count.
         lines = self._squeue("--array", f"--name={name}", "--format=%i|%r", *options)
         if lines is None:
             return None
@@ -216,33 +216,33 @@ class SlurmBackend:
         }
 
     def _squeue(self, *options: str) -> set[str] | None:
-        answer = ask("squeue", "--noheader", *options)
+        answer = run_command("squeue", "--noheader", *options)
         if self._silent != (answer is None):
             self._silent = answer is None
-            log.warning("squeue %s", "fails, waiting until it answers" if self._silent else "answers again")
+            log.warning("squeue %s", "fails; waiting until it answers" if self._silent else "answers again")
         return None if answer is None else set(answer.splitlines())
 
 
-def command_of(slurm: Slurm, python: str | None) -> tuple[str, list[str]]:
-    """The command that starts Python on a node, and what srun needs to be told for it."""
+def python_command(slurm: Slurm, python: str | None) -> tuple[str, list[str]]:
+    """Return the command that starts Python on a node, and the options that srun needs for it."""
     container = slurm.container
     if container is None:
         return shlex.quote(python or sys.executable), []
-    inside = python or "python3"
+    interpreter = python or "python3"
     if container.runtime == "apptainer":
         mounts = [f"--bind={mount}" for mount in container.mounts]
-        return shlex.join(["apptainer", "exec", "--nv", *mounts, container.image, inside]), []
+        return shlex.join(["apptainer", "exec", "--nv", *mounts, container.image, interpreter]), []
     mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
     options = [f"--container-image={container.image}"]
-    return shlex.quote(inside), [*options, f"--container-mounts={','.join(mounts)}"] if mounts else options
+    return shlex.quote(interpreter), [*options, f"--container-mounts={','.join(mounts)}"] if mounts else options
 
 
 def largest_array() -> int | None:
-    """Slurm's MaxArraySize; None if it does not say."""
-    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config") or "")
+    """Return Slurm's MaxArraySize; None if unknown."""
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", run_command("scontrol", "show", "config") or "")
     return int(match[1]) if match else None
 
 
 def _arrays(ids: Iterable[str]) -> set[str]:
-    """Ids of the arrays that jobs belong to; an array of one task is to submitit a job of its own."""
+    """Return the ids of the arrays of jobs; submitit makes an array of one task a plain job."""
     return {job_id.split("_")[0] for job_id in ids}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what lab.sh runs: Slurm's daemons and commands, and munge. Changes nothing where they are there already.
+# Install the programs that lab.sh runs, Slurm and munge, unless they are already installed.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 
@@ -16,7 +16,7 @@ fi
 
 if ! command -v apt-get >/dev/null; then
   echo "install.sh: Slurm is missing and this system has no apt-get. Install slurmctld, slurmd, Slurm's client" \
-    "commands, munge, util-linux and procps with its own package manager, or work in a Debian or Ubuntu container." >&2
+    "commands, munge, util-linux and procps with the system's package manager, or use a Debian or Ubuntu container." >&2
   exit 1
 fi
 
@@ -30,12 +30,12 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 install() {
-  # The lock's time-out: elsewhere on the machine another installation may be running.
+  # DPkg::Lock::Timeout: another installation may be running on this machine.
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
     apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=120 slurm-wlm munge util-linux procps
 }
 
-# Fresh containers have no package lists, old ones have lists that name packages no longer there.
+# New containers have no package lists, and lists of old ones may name removed packages.
 install || { "${as_root[@]}" apt-get update && install; }
 
 if ! have_all; then

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A throw-away Slurm cluster of several nodes on this one machine, for tests and for trying things out.
+# A temporary Slurm cluster of several nodes on this machine, for tests and to try things out.
 #
-#   lab.sh start           a fresh cluster; what an earlier one queued is forgotten
-#   lab.sh env             how a shell gets to it: eval "$(lab.sh env)"
-#   lab.sh kill-node N     crash node N: its daemon and all that ran there die at once
-#   lab.sh start-node N    bring it back
-#   lab.sh restart-controller   stop slurmctld, leave its cluster alone for 3 seconds, start it again
-#   lab.sh kill-controller      the same, but killed: it forgets what it has not written down yet
-#   touch $LAB/broken-nodeN     from now on, node N fails to launch jobs (as root)
+#   lab.sh start           start a new cluster, with an empty queue
+#   lab.sh env             print the environment of the cluster: eval "$(lab.sh env)"
+#   lab.sh kill-node N     crash node N: its daemon and all its processes die at once
+#   lab.sh start-node N    start node N again
+#   lab.sh restart-controller   stop slurmctld and start it again after 3 seconds
+#   lab.sh kill-controller      the same with SIGKILL: unsaved state is lost
+#   touch $LAB/broken-nodeN     make node N fail to launch jobs (as root)
 #   lab.sh stop
 #
-# Settings, by environment: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; need not
-# be there really), GPUS of each node (0; more are fakes that schedule like real ones).
+# Environment variables: LAB (folder, .slurmlab), NODES (2), CPUS and MEMORY in MB of each node (8, 16000; may exceed the
+# machine's), GPUS of each node (0; simulated, scheduled like real ones).
 #
-# As root every node has a host name, processes and /dev/shm of its own, as on a real cluster. An ordinary user's nodes
-# share the machine's. Nothing listens on other addresses than 127.0.0.1.
+# As root, every node has a separate host name, process namespace and /dev/shm, as on a real cluster. For an ordinary
+# user, nodes share those of the machine. Daemons listen on 127.0.0.1 only.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 
@@ -32,20 +32,20 @@ wait_for() { # SECONDS WHAT COMMAND...
     if ((SECONDS >= deadline)); then
       tail -n 20 "$LAB"/log/* >&2 || true
       stop
-      die "$what did not come up; the ends of the logs are above"
+      die "$what did not start; the last lines of the logs are above"
     fi
     sleep 0.1
   done
 }
 
-# A daemon is told by its pid file and its name: after a reboot the number may be another program's.
+# Check the process name too: after a reboot, the id in the pid file may belong to another program.
 running() { # PIDFILE
   local pid
   pid=$(cat "$1" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) =~ ^(unshare|slurm|munged) ]] &&
     ! grep -q '^State:.Z' "/proc/$pid/status"
 }
 
-free_ports() { # COUNT: first of so many free ports in a row, so that labs do not meet
+free_ports() { # COUNT: print the first of COUNT consecutive free ports, so that labs do not collide
   local base port
   while true; do
     base=$((20000 + RANDOM % 10000))
@@ -94,14 +94,14 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=64
-# People wait for this cluster: it starts jobs at once. A requeued job waits until its old credential has expired.
+# Start jobs at once: tests wait for them. A requeued job waits until its old credential has expired.
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 AuthInfo=socket=$SOCKET,cred_expire=5
 KillWait=5
 Prolog=$LAB/prolog
 MaxArraySize=501
 CONF
-  # Nodes are sound unless a file says otherwise.
+  # The prolog fails on nodes with a broken-nodeN file.
   printf '#!/bin/sh\n[ ! -e "%s/broken-$(hostname)" ]\n' "$LAB" >"$LAB/prolog"
   chmod 755 "$LAB/prolog"
   if ((GPUS > 0)); then
@@ -118,7 +118,7 @@ CONF
       "NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=$CPUS RealMemory=$MEMORY" \
       "$( ((GPUS == 0)) || echo "Gres=gpu:$GPUS")" >>"$SLURM_CONF"
   done
-  # Jobs in urgent send those in main back to the queue.
+  # Jobs in urgent preempt and requeue those in main.
   {
     echo "PreemptType=preempt/partition_prio"
     echo "PreemptMode=REQUEUE"
@@ -140,7 +140,7 @@ start_node() { # N
     disown
   else
     slurmd -N "$node"
-    wait_for 10 "$node" running "$LAB/pid/$node"  # the daemon writes the file after it has gone to the background
+    wait_for 10 "$node" running "$LAB/pid/$node"  # the daemon writes its pid file after it has forked
   fi
 }
 
@@ -153,7 +153,7 @@ descendants() { # PID...
   done
 }
 
-step_daemons() { # NODE: the processes that listen on sockets in the node's spool folder, one for each step of a job
+step_daemons() { # NODE: print the processes that listen on sockets in the node's spool folder, one per job step
   local inode
   awk -v folder="$LAB/spool/$1/" 'index($8, folder) == 1 { print $7 }' /proc/net/unix | while read -r inode; do
     find /proc/[0-9]*/fd -lname "socket:\[$inode\]" 2>/dev/null | cut -d/ -f3 || true
@@ -162,7 +162,7 @@ step_daemons() { # NODE: the processes that listen on sockets in the node's spoo
 
 kill_node() { # N
   local node=node$1
-  # An isolated node dies with the first process of its namespace; otherwise jobs outlive the node's daemon.
+  # An isolated node dies with the first process of its namespace; otherwise jobs survive the node's daemon.
   ! running "$LAB/pid/$node" || kill -KILL "$(cat "$LAB/pid/$node")"
   # shellcheck disable=SC2046  # a list of numbers
   kill -KILL $(descendants $(step_daemons "$node")) 2>/dev/null || true
@@ -177,10 +177,10 @@ start() {
   local node
   ! running "$LAB/pid/slurmctld" || die "a cluster is running in $LAB; stop it first"
   [ -e "$LAB/.slurm-lab" ] || [ -z "$(ls -A "$LAB" 2>/dev/null)" ] ||
-    die "$LAB holds other things; name a new folder: LAB=..."
+    die "$LAB contains other files; choose a new folder: LAB=..."
   rm -rf "$LAB"
   configure
-  # By force: munge dislikes running as root, and folders that others may not enter.
+  # --force: munge refuses to run as root and in folders that others cannot enter.
   munged --force --key-file="$LAB/munge.key" --socket="$SOCKET" --pid-file="$LAB/pid/munged" --num-threads=2 \
     --log-file="$LAB/log/munged" --seed-file="$LAB/munge.seed" 2>>"$LAB/log/munged.out"
   wait_for 10 munge munge -S "$SOCKET" -n
@@ -209,7 +209,7 @@ case "${1:-} ${2:-}" in
   "env ") printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" ;;
   "kill-node "[1-9]*)
     kill_node "$2"
-    # Slurm would find out by itself, but only minutes later.
+    # Slurm would notice by itself only after minutes.
     scontrol update "nodename=node$2" state=down reason=crashed
     ;;
   "start-node "[1-9]*)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a container of compose.yaml runs: machine.sh controller | node. All share the munge key that the controller makes.
+# Entry point of the containers of compose.yaml: machine.sh controller | node. The controller creates the shared munge key.
 set -euo pipefail
 key=/etc/munge/shared/munge.key
 

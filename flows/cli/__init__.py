@@ -25,7 +25,7 @@ from flows.cli import (
 from flows.cli.console import console
 from montessori_core.errors import UserError
 
-# Commands import Prefect when they are called. Unless told otherwise, it logs nothing and sends no analytics.
+# Commands import Prefect when they run. By default it logs nothing and sends no analytics.
 for _name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
     os.environ.setdefault(_name, "CRITICAL")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -43,15 +43,15 @@ app = typer.Typer(
 
     [b]First steps[/b]
       montessori model fetch smollm2-135m     an embedded model, once
-      montessori run quickstart               an iteration here, in minutes
-      montessori status runs/quickstart       what is done, what failed, how long yet
+      montessori run quickstart               one iteration on this machine, in minutes
+      montessori status runs/quickstart       progress, failures, time left
       montessori logs runs/quickstart --shard 3
       montessori cancel runs/quickstart
-      montessori resume runs/quickstart       goes on after Ctrl-C or a crash
+      montessori resume runs/quickstart       continues after Ctrl-C or a crash
 
-    [b]Is it better than what you do now?[/b]
+    [b]Is it better than your current method?[/b]
       montessori compare quickstart
-      montessori methods                      which there are to compare
+      montessori methods                      list the methods
 
     [b]How good is a model?[/b]
       montessori evaluate DIR_OR_ID           held-out loss and benchmarks
@@ -63,7 +63,7 @@ app = typer.Typer(
     [b]In Prefect's UI[/b]
       montessori up                           forms, schedules, retry in the browser
 
-    [b]Influence of data you have[/b]
+    [b]Influence of your own data[/b]
       montessori influence --student DIR_OR_ID --examples FILE --out FILE.parquet
       montessori plan --student DIR_OR_ID     does that fit a GPU?
 
@@ -103,10 +103,10 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point; errors a user can act on are printed without a traceback."""
+    """Run the command line; print errors that a user can fix without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cluster").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings by itself
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its own warnings
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -115,5 +115,5 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        console.print(f"error: {error}; free space, then resume: what is done is kept", soft_wrap=True)
+        console.print(f"error: {error}; free space, then resume: finished work is kept", soft_wrap=True)
         raise SystemExit(1) from error

@@ -1,4 +1,4 @@
-"""`python -m flows.cli` is the command `montessori`."""
+"""Run the command `montessori` as `python -m flows.cli`."""
 
 from flows.cli import main
 

@@ -1,4 +1,4 @@
-"""Commands of studies: compare, methods."""
+"""The commands of studies: compare, methods."""
 
 import shlex
 from pathlib import Path
@@ -20,22 +20,22 @@ def compare(
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
 ) -> None:
-    """Compare methods of making training data on equal terms. The same command again goes on after an interruption."""
+    """Compare methods of making training data on equal terms. To resume after an interruption, run the same command again."""
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
 
-    read = read_study(study, tuple(set_ or []))
-    folder = run_root / read.name
-    seeded, warnings = open_study(read, folder)
+    settings = read_study(study, tuple(set_ or []))
+    folder = run_root / settings.name
+    seeded, warnings = open_study(settings, folder)
     warn(warnings)
-    again = ["montessori", "compare", str(study), "--run-root", str(run_root)]
-    again += [part for override in set_ or [] for part in ("--set", override)]
-    interruptible(lambda: compare_opened(read, folder, seeded), shlex.join(again))
+    command = ["montessori", "compare", str(study), "--run-root", str(run_root)]
+    command += [part for override in set_ or [] for part in ("--set", override)]
+    interruptible(lambda: compare_opened(settings, folder, seeded), shlex.join(command))
     print_comparison(folder)
 
 
 def methods() -> None:
-    """List the methods that a study can name."""
+    """List the methods that a study can compare."""
     from flows.methods import REGISTRY
 
     width = max(map(len, REGISTRY))

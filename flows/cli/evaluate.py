@@ -18,30 +18,32 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the model.")],
     config: Annotated[
         Path,
-        typer.Option(help="Configuration, YAML: its evaluation, benchmarks, judge and cluster sections are read."),
+        typer.Option(help="Configuration (YAML); its evaluation, benchmarks, judge and cluster sections are used."),
     ] = Path("evaluation"),
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field, e.g. benchmarks.mt_bench=FILE."),
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and evaluations.")] = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="Name of the evaluation; by default made from the model's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the evaluation; by default derived from the model's name.")
+    ] = None,
     cluster: ClusterFile = None,
 ) -> None:
     """Evaluate any model: held-out loss, lm-evaluation-harness, AlpacaEval 2.0, MT-Bench.
 
-    The same command again goes on after an interruption; what is done is not repeated.
+    To resume after an interruption, run the same command again; finished work is not repeated.
     """
     from flows.evaluation import RESULT, evaluate_opened, open_evaluation
 
-    named = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
-    experiment = on_cluster(read_experiment(config, (*(set_ or []), f"name={json.dumps(named)}")), cluster, config)
+    run_name = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
+    experiment = on_cluster(read_experiment(config, (*(set_ or []), f"name={json.dumps(run_name)}")), cluster, config)
     folder = run_root / experiment.name
     opened, warnings = open_evaluation(experiment, model, folder)
     warn(warnings)
-    again = ["montessori", "evaluate", model, "--config", str(config), "--run-root", str(run_root)]
-    again += [part for override in set_ or [] for part in ("--set", override)]
-    again += ["--name", name] if name else []
-    again += ["--cluster", str(cluster)] if cluster else []
-    interruptible(lambda: evaluate_opened(opened), shlex.join(again))
+    command = ["montessori", "evaluate", model, "--config", str(config), "--run-root", str(run_root)]
+    command += [part for override in set_ or [] for part in ("--set", override)]
+    command += ["--name", name] if name else []
+    command += ["--cluster", str(cluster)] if cluster else []
+    interruptible(lambda: evaluate_opened(opened), shlex.join(command))
     print_evaluation(folder / RESULT)

@@ -1,4 +1,4 @@
-"""The command forecast: how long will an experiment take on a cluster?"""
+"""The command forecast: predict the time of an experiment on a cluster."""
 
 import math
 from pathlib import Path
@@ -15,11 +15,11 @@ from tasks.run import reopen_run
 
 def forecast(
     pilot: Annotated[
-        Path, typer.Option(metavar="RUN_DIR", help="A finished run: what its stages cost is measured there.")
+        Path, typer.Option(metavar="RUN_DIR", help="A finished run whose stages provide the measured costs.")
     ],
     config: Annotated[
         Path | None,
-        typer.Argument(help="Configuration of the experiment; by default that of the pilot.", metavar="[CONFIG]"),
+        typer.Argument(help="Configuration of the experiment; by default the pilot's.", metavar="[CONFIG]"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
@@ -27,27 +27,27 @@ def forecast(
     cluster: ClusterFile = None,
     nodes: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Nodes of the cluster, by default one; may be repeated, to compare."),
+        typer.Option(min=1, help="Number of nodes, by default 1; may be repeated to compare."),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node.")] = 8,
     cpus_per_node: Annotated[int, typer.Option(min=1, help="Cores of each node.")] = 64,
     node_failure_hours: Annotated[
-        float | None, typer.Option(min=0.01, help="Mean hours between failures of one node; none: never.")
+        float | None, typer.Option(min=0.01, help="Mean hours between failures of a node; by default never.")
     ] = None,
-    notice_seconds: Annotated[float, typer.Option(min=0, help="Until Slurm notices one (SlurmdTimeout).")] = 300.0,
-    repair_minutes: Annotated[float, typer.Option(min=0, help="Until the node is back.")] = 60.0,
+    notice_seconds: Annotated[float, typer.Option(min=0, help="Seconds until Slurm notices (SlurmdTimeout).")] = 300.0,
+    repair_minutes: Annotated[float, typer.Option(min=0, help="Minutes until a failed node is up again.")] = 60.0,
     preemption_hours: Annotated[
-        float | None, typer.Option(min=0.01, help="Mean hours that a job runs until it is preempted; none: never.")
+        float | None, typer.Option(min=0.01, help="Mean hours until a running job is preempted; by default never.")
     ] = None,
     requeue_seconds: Annotated[
-        float, typer.Option(min=0, help="Until a job put back may start again (cred_expire).")
+        float, typer.Option(min=0, help="Seconds until a requeued job may start again (cred_expire).")
     ] = 120.0,
-    queue_minutes: Annotated[float, typer.Option(min=0, help="Mean wait of a submission in the queue.")] = 0.0,
-    simulations: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    queue_minutes: Annotated[float, typer.Option(min=0, help="Mean minutes of a submission in the queue.")] = 0.0,
+    simulations: Annotated[int, typer.Option(min=1, help="Number of simulations.")] = 100,
 ) -> None:
-    """Say how long an experiment will take on a cluster: wall time and GPU-hours.
+    """Predict how long an experiment takes on a cluster: wall time and GPU-hours.
 
-    Simulates it on nodes that fail, preempt and queue, from the measured costs of a pilot.
+    Simulates node failures, preemption and queueing with the costs measured in a pilot.
     A pilot is the same experiment with small sizes, run on a machine of the cluster.
 
       montessori forecast CONFIG --pilot runs/pilot --cluster cluster.yaml \\
@@ -60,10 +60,10 @@ def forecast(
     run = reopen_run(pilot)
     file = config or pilot / layout.CONFIG
     experiment = on_cluster(read_experiment(file, tuple(set_ or [])), cluster, file)
-    differing = costs_may_differ(run.experiment, experiment)
-    warn([f"not as in the pilot, whose stages and costs are taken all the same: {line}" for line in differing])
+    differences = costs_may_differ(run.experiment, experiment)
+    warn([f"differs from the pilot, whose stages and costs are used nevertheless: {line}" for line in differences])
     machines = [ClusterSpec(count, gpus_per_node, cpus_per_node) for count in nodes or [1]]
-    disturbances = FailureModel(
+    failures = FailureModel(
         node_failure_hours or math.inf,
         notice_seconds,
         repair_minutes,
@@ -71,4 +71,4 @@ def forecast(
         requeue_seconds,
         queue_minutes,
     )
-    print_forecasts(simulate(run, experiment, machines, disturbances, simulations))
+    print_forecasts(simulate(run, experiment, machines, failures, simulations))

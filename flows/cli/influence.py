@@ -1,4 +1,4 @@
-"""The command influence: measure data of any kind, without a run."""
+"""The command influence: measure the influence of any data, without a run."""
 
 import os
 from pathlib import Path
@@ -16,30 +16,30 @@ from montessori_core.errors import ConfigError, UserError
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
 ExamplesFile = Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")]
 TableFile = Annotated[
-    Path, typer.Option(help="Influence table to write, .parquet; FILE.parts beside it makes it resumable.")
+    Path, typer.Option(help="Influence table to write, .parquet; FILE.parts next to it makes it resumable.")
 ]
-ReferenceFile = Annotated[str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, or 'builtin'.")]
+ReferenceFile = Annotated[
+    str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, 'builtin' or e.g. 'builtin/maths'.")
+]
 WarmState = Annotated[
-    Path | None, typer.Option(help="Folder with AdamW's moments of this student; without, the step is a first one.")
+    Path | None, typer.Option(help="Folder with AdamW's moments of this student; by default the step is AdamW's first.")
 ]
 EstimatorName = Annotated[
     str,
     typer.Option(
         help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
-        "gradient. screened: first order for all, exact for an audit and for signs in doubt."
+        "gradient. screened: first order for all, exact for an audit and for uncertain signs."
     ),
 ]
-ExampleWeight = Annotated[
-    float, typer.Option(help="What the example's gradient is multiplied by before AdamW's arithmetic, e.g. 0.125.")
-]
+ExampleWeight = Annotated[float, typer.Option(help="Factor of the example's gradient in AdamW's step, e.g. 0.125.")]
 BaselineName = Annotated[
-    str, typer.Option(help="What helping is measured against: student, null_step (momentum alone) or median.")
+    str, typer.Option(help="Baseline of influence: student, null_step (momentum alone) or median.")
 ]
 ErrorRate = Annotated[
     float | None,
     typer.Option(
         metavar="ERROR_RATE",
-        help="With exact: read the reference set only until the sign is decided, wrongly for at most this share.",
+        help="With exact: read the reference set only until the sign is decided, with at most this share of wrong signs.",
     ),
 ]
 NumberType = Annotated[
@@ -47,7 +47,7 @@ NumberType = Annotated[
     typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs)."),
 ]
 MaxLength = Annotated[
-    int, typer.Option(min=32, help="Tokens of an example; longer ones are cut, and that is recorded.")
+    int, typer.Option(min=32, help="Tokens of an example; longer examples are truncated, which the table records.")
 ]
 InstructionField = Annotated[str, typer.Option(help="Field of --examples that holds the instruction.")]
 ResponseField = Annotated[str, typer.Option(help="Field of --examples that holds the response.")]
@@ -60,11 +60,11 @@ def influence(
     reference: ReferenceFile = "builtin",
     warm_state: WarmState = None,
     estimator: EstimatorName = "screened",
-    learning_rate: Annotated[float, typer.Option(help="Rate of the one AdamW step.")] = 5e-6,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the AdamW step.")] = 5e-6,
     example_weight: ExampleWeight = 1 / 32,
     baseline: BaselineName = "student",
     reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
-    audit_examples: Annotated[int, typer.Option(help="Examples that screened measures both ways.")] = 100,
+    audit_examples: Annotated[int, typer.Option(help="Examples that screened measures with both estimators.")] = 100,
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -74,14 +74,14 @@ def influence(
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
 
-    Fields of both files are instruction, input (may be missing) and output.
+    Both files have the fields instruction, input (optional) and output.
     A row's influence is positive if one training step on it lowers the student's loss on the reference set.
-    The same command again goes on after an interruption.
+    To resume after an interruption, run the same command again.
     """
     if examples.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
     if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: the table is written as Parquet; give a name that ends in .parquet")
+        raise UserError(f"--out {out}: the table is a Parquet file; its name must end in .parquet")
     from flows.influence import Measurement, measure_influence
 
     options = {
@@ -108,10 +108,10 @@ def influence(
 
 
 def parse_options(options: dict[str, Any]) -> Influence:
-    """The settings of a measurement from command-line options.
+    """Validate command-line options as the settings of a measurement.
 
     Raises:
-        ConfigError: an option does not fit; it is named.
+        ConfigError: an option is invalid; the message names it.
     """
     try:
         return Influence.model_validate(options)
@@ -123,13 +123,13 @@ def parse_options(options: dict[str, Any]) -> Influence:
 
 
 def check_baseline(baseline: str) -> str:
-    """The same baseline.
+    """Return the baseline if it is valid here.
 
     Raises:
-        ConfigError: there is none of that name, or each example would be compared with itself.
+        ConfigError: no such baseline, or it would compare each example with itself.
     """
     if baseline == "prompt":
-        raise ConfigError("--baseline prompt: these examples have no prompts in common; take median")
+        raise ConfigError("--baseline prompt: these examples have no prompts in common; use median")
     try:
         return Preferences.model_validate({"baseline": baseline}).baseline
     except ValidationError as error:
@@ -137,16 +137,16 @@ def check_baseline(baseline: str) -> str:
 
 
 def choose_device(device: str) -> None:
-    """Let the jobs see the devices they may use, and no others."""
+    """Make only the chosen device visible to the jobs."""
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
-        raise ConfigError(f"--device: {device!r} is none of auto, cpu, cuda, cuda:N")
+        raise ConfigError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N")
     if kind == "cuda":
         import torch
 
         if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
             raise UserError(
-                f"--device {device}: PyTorch sees no such GPU here; use --device cpu, or install its CUDA build"
+                f"--device {device}: PyTorch sees no such GPU; use --device cpu, or install PyTorch's CUDA build"
             )
     if kind == "cpu" or number:
         os.environ["CUDA_VISIBLE_DEVICES"] = number

@@ -1,4 +1,4 @@
-"""Drive a flow so that Ctrl-C cancels its jobs and says which command resumes it."""
+"""Run a flow so that Ctrl-C cancels its jobs and prints the command that resumes it."""
 
 import os
 import signal
@@ -11,40 +11,40 @@ import psutil
 
 from flows.cli.console import console
 
-_PATIENCE = 60.0  # seconds between Ctrl-C and leaving without having told Prefect
-_SERVER_PATIENCE = 180  # seconds; a first start migrates a database
+_EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
+_SERVER_TIMEOUT = 180  # seconds; a first start migrates a database
 
 
-def interruptible(drive: Callable[[], object], again: str) -> None:
-    """Drive a flow; after Ctrl-C say which command goes on."""
+def interruptible(run_flow: Callable[[], object], command: str) -> None:
+    """Run a flow; after Ctrl-C print the command that resumes it."""
 
-    def leave(jobs: str) -> None:
-        console.print(f"\ninterrupted: {jobs}, what is done is kept. Go on with:\n  {again}", soft_wrap=True)
-        _leave()
+    def stop(jobs: str) -> None:
+        console.print(f"\ninterrupted: {jobs}, finished work is kept. Resume with:\n  {command}", soft_wrap=True)
+        _exit()
 
     def interrupt(number: int, frame: object) -> None:
-        left = "some jobs of this run may still be at work"
-        signal.signal(signal.SIGINT, lambda number, frame: leave(left))
-        patience = threading.Timer(_PATIENCE, leave, [left])
-        patience.daemon = True
-        patience.start()
-        console.print("\ninterrupted: cancelling the jobs of this run (Ctrl-C again leaves at once)")
+        message = "some jobs of this run may still be running"
+        signal.signal(signal.SIGINT, lambda number, frame: stop(message))
+        timer = threading.Timer(_EXIT_TIMEOUT, stop, [message])
+        timer.daemon = True
+        timer.start()
+        console.print("\ninterrupted: cancelling the jobs of this run (Ctrl-C again exits at once)")
         raise KeyboardInterrupt
 
     _start_server()
     signal.signal(signal.SIGINT, interrupt)
     try:
-        drive()
+        run_flow()
     except BaseException as error:
-        if not _interrupted(error):
+        if not _is_interrupt(error):
             raise
-        leave("the jobs were cancelled")
+        stop("the jobs were cancelled")
 
 
 def _start_server() -> None:
-    """Start Prefect's server for this run, if there is no other, where Ctrl-C in the terminal does not reach it.
+    """Start Prefect's server for this run, if there is no other, with SIGINT blocked: child processes inherit the block.
 
-    Prefect waits for it to take note of how the run ended. A signal that is blocked here is blocked in what is started.
+    The server must outlive Ctrl-C, because Prefect waits for it to record how the run ended.
     """
     from prefect.client.base import ServerType, determine_server_type
 
@@ -54,21 +54,21 @@ def _start_server() -> None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        TemporaryServer().start(_SERVER_PATIENCE)
+        TemporaryServer().start(_SERVER_TIMEOUT)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _leave() -> None:
+def _exit() -> None:
     sys.stdout.flush()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            child.kill()  # Prefect's server for this run, and local jobs that are left
-    os._exit(130)  # Prefect's threads would report at length that their server is gone
+            child.kill()  # Prefect's server for this run, and remaining local jobs
+    os._exit(130)  # skip the long error reports of Prefect's threads about the missing server
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether an error is, or came of, Ctrl-C or SIGTERM: what follows them fails in many ways."""
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C or SIGTERM caused an error, directly or through its chain of causes."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":
             return True

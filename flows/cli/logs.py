@@ -14,9 +14,11 @@ def logs(
     run_dir: RunFolder,
     shard: Annotated[int, typer.Option(help="The shard, counted from 0.")],
     stage: StageName = None,
-    lines: Annotated[int | None, typer.Option(min=1, help="Only so many lines from its end.")] = None,
+    lines: Annotated[
+        int | None, typer.Option(min=1, help="Number of lines to print, from the end; by default all.")
+    ] = None,
 ) -> None:
-    """Print the log of the last job that worked on a shard."""
+    """Print the log of a shard's last job."""
     path = log_of(stage_folder(reopen_run(run_dir), stage), shard)
     text = path.read_text(errors="replace").splitlines()
     for line in text if lines is None else text[-lines:]:

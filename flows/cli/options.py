@@ -13,15 +13,15 @@ from tasks.run import Run
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
 ClusterFile = Annotated[
-    Path | None, typer.Option(help="Cluster file, YAML: where jobs run, in place of the configuration's.")
+    Path | None, typer.Option(help="Cluster file (YAML) that replaces the configuration's cluster section.")
 ]
 StageName = Annotated[
-    str | None, typer.Option("--stage", help="The stage, as status names it; by default the last that began.")
+    str | None, typer.Option("--stage", help="Stage, as named by status; by default the last that started.")
 ]
 
 
 def on_cluster(experiment: Experiment, cluster: Path | None, config: Path) -> Experiment:
-    """The experiment, with the content of a cluster file in place of its own section."""
+    """Replace the cluster section of an experiment by a cluster file."""
     if cluster is None:
         return experiment
     content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
@@ -35,17 +35,17 @@ def warn(warnings: list[str]) -> None:
 
 
 def stage_folder(run: Run, name: str | None) -> Path:
-    """The folder of a run's stage; without a name, of the last that began.
+    """Return the folder of a run's stage; without a name, of the last that started.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no such stage.
     """
     folders = stages_of(run.folder)
     if not folders:
-        raise UserError(f"{run.folder}: no stage has begun")
+        raise UserError(f"{run.folder}: no stage has started")
     if name is None:
         return folders[-1]
-    known = [str(folder.relative_to(run.folder)) for folder in folders]
-    if name not in known:
-        raise UserError(f"{run.folder}: no stage {name!r}; there are {', '.join(known)}")
+    names = [str(folder.relative_to(run.folder)) for folder in folders]
+    if name not in names:
+        raise UserError(f"{run.folder}: no stage {name!r}; its stages are {', '.join(names)}")
     return run.folder / name

@@ -1,4 +1,4 @@
-"""The command plan: does measuring influence on a student fit a GPU?"""
+"""The command plan: check whether measuring influence on a student fits a GPU."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from flows.cli.tables import print_memory_plan
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.models.fetch import local_path
-from montessori_core.models.load import why_not_loaded, with_lora
+from montessori_core.models.load import describe_load_error, with_lora
 
 
 def plan(
@@ -22,29 +22,29 @@ def plan(
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Plan for a LoRA student of this rank.")] = None,
 ) -> None:
-    """Say whether measuring influence on a student fits a GPU.
+    """Check whether measuring influence on a student fits a GPU.
 
-    Shows what fits on the device, and what goes to the host; jobs place things by the same plan.
+    Shows what is placed on the device and what in host memory; jobs use the same plan.
     Exits with 1 if it does not fit.
     """
     options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
     influence = parse_options(options)
     from montessori_core.influence.memory import GB, Shape, plan_memory
 
-    shape = Shape.of(_without_weights(student, Lora(rank=lora_rank) if lora_rank else None))
+    shape = Shape.of(_load_without_weights(student, Lora(rank=lora_rank) if lora_rank else None))
     memory = int(gpu_memory * GB)
     fits = True
     for name in ("first_order", "exact") if estimator == "screened" else (influence.estimator,):
-        placed = plan_memory(shape, name, influence.dtype, max_length, reference_batch_tokens, memory)
-        print_memory_plan(placed, f"{student}: {name}, {dtype}, one worker", gpu_memory)
-        fits &= placed.fits
-    console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, of which {shape.trained / 1e9:.3f}e9 are trained")
+        memory_plan = plan_memory(shape, name, influence.dtype, max_length, reference_batch_tokens, memory)
+        print_memory_plan(memory_plan, f"{student}: {name}, {dtype}, one worker", gpu_memory)
+        fits &= memory_plan.fits
+    console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, {shape.trained / 1e9:.3f}e9 of them trained")
     if not fits:
         raise typer.Exit(1)
 
 
-def _without_weights(student: str, lora: Lora | None) -> Any:
-    """The model on the meta device: shapes, no numbers."""
+def _load_without_weights(student: str, lora: Lora | None) -> Any:
+    """Load the model on the meta device, which has shapes but no weights."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -53,7 +53,7 @@ def _without_weights(student: str, lora: Lora | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(local_path(student), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {student!r} cannot be loaded: {why_not_loaded(error)}") from error
+        raise UserError(f"the configuration of {student!r} cannot be loaded: {describe_load_error(error)}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         return with_lora(model, lora) if lora else model

@@ -13,16 +13,19 @@ from tasks.studies import PAGE, STUDY, read_comparison
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of a run or study; several runs are compared.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a run or study, or of several runs to compare.")],
     out: Annotated[
-        Path | None, typer.Option(help="Page to write, .html; by default in the folder, or here for several runs.")
+        Path | None,
+        typer.Option(
+            help="Page to write, .html; by default in the run folder, or in the current folder for several runs."
+        ),
     ] = None,
 ) -> None:
-    """Write a page from what lies in the folders: the report of a run, or of a study, or several runs side by side.
+    """Write the report of a run or a study, or a page that compares several runs.
 
-    The report of a run is report.html in its folder, that of a study comparison.html.
-    Several runs make comparison-of-runs.html in the current folder.
-    The data of each figure is written beside the page as CSV.
+    The report of a run is report.html in its folder; that of a study is comparison.html.
+    Several runs give comparison-of-runs.html in the current folder.
+    The data of each figure is written next to the page as CSV.
     """
     from montessori_core.config import read_study
     from montessori_report.compare_page import render_runs
@@ -30,7 +33,7 @@ def report(
     from montessori_report.study_page import study_page
 
     if out is not None and out.suffix != ".html":
-        raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+        raise UserError(f"--out {out}: the page is HTML; its name must end in .html")
     if len(runs) == 1 and (runs[0] / STUDY).exists():
         page = study_page(read_study(runs[0] / STUDY), read_comparison(runs[0]), runs[0])
         path = out or runs[0] / PAGE
@@ -43,6 +46,6 @@ def report(
     try:
         page.write(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another place with --out") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from error
     console.print(f"report: {path}", soft_wrap=True)
-    console.print(f"data of its figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True)
+    console.print(f"data of the figures: {path.with_name(f'{path.stem}-data')}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Commands that drive a run: run, resume, retry."""
+"""The commands that run a driver: run, resume, retry."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.status import forget, stages_of
+from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, RunFolder, on_cluster, stage_folder, warn
@@ -26,8 +26,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
     cluster: ClusterFile = None,
 ) -> None:
-    """Run an experiment. The same name again resumes it; what is done is not repeated."""
-    overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]  # a date or a number is a name here
+    """Run an experiment. An existing run of the same name is resumed; finished work is not repeated."""
+    # Quote the name: it may look like a date or a number.
+    overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
     opened, warnings = open_run(experiment, run_root / experiment.name)
     warn(warnings)
@@ -39,7 +40,7 @@ def run(
 
 
 def resume(run_dir: RunFolder) -> None:
-    """Go on with a run after an interruption, a crash or a mended error."""
+    """Resume a run after an interruption, a crash or a fixed error."""
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     drive_run(opened)
 
@@ -51,21 +52,21 @@ def retry(
     ] = False,
     shard: Annotated[int | None, typer.Option(help="Compute this shard again, even if it is done.")] = None,
     stage: Annotated[
-        str | None, typer.Option(help="The stage of --shard, as status names it; by default the last that began.")
+        str | None, typer.Option(help="Stage of --shard, as named by status; by default the last that started.")
     ] = None,
 ) -> None:
-    """Submit shards again, then go on with the run: all that are missing, or one that you name."""
+    """Submit shards again, either one or all that are failed or missing, then resume the run."""
     if failed and shard is not None:
-        raise UserError("--failed and --shard exclude each other: name one shard, or take all that are missing")
+        raise UserError("--failed and --shard exclude each other: name one shard, or retry all that are missing")
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     refuse_part_of_study(opened)
     if shard is not None:
-        forget(stage_folder(opened, stage), shard)
+        invalidate_shard(stage_folder(opened, stage), shard)
     drive_run(opened)
 
 
 def drive_run(opened: Run) -> None:
-    """Run or resume an experiment; print what came out of it."""
+    """Run or resume an experiment; print its results."""
     from flows.experiment import experiment
 
     refuse_part_of_study(opened)
@@ -76,6 +77,6 @@ def drive_run(opened: Run) -> None:
 
 
 def refuse_part_of_study(opened: Run) -> None:
-    """Raise a UserError if the run is a seed of a study."""
+    """Raise a UserError if the run belongs to a study."""
     if in_study(opened.folder):
-        raise UserError(f"{opened.folder} belongs to a study; go on with montessori compare and the study's file")
+        raise UserError(f"{opened.folder} belongs to a study; resume with montessori compare and the study's file")

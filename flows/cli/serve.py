@@ -1,4 +1,4 @@
-"""Commands for Prefect: up, deploy."""
+"""The commands for Prefect: up, deploy."""
 
 import os
 from pathlib import Path
@@ -17,31 +17,31 @@ DeploymentsFile = Annotated[
 def up(
     file: DeploymentsFile = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="Port of the Prefect server, if one has to be started.")] = 4200,
+    port: Annotated[int, typer.Option(help="Port of the Prefect server, if the command starts one.")] = 4200,
 ) -> None:
-    """Start, schedule, watch, retry and cancel runs in Prefect's UI, from this machine, until Ctrl-C.
+    """Serve runs in Prefect's UI until Ctrl-C: start, schedule, watch, retry and cancel them in the browser.
 
-    Uses the server that PREFECT_API_URL names, or one that answers here, or starts one that only this machine reaches.
-    Jobs go where a run's cluster section says.
+    Uses the server of PREFECT_API_URL, or one on this machine, or starts one that only this machine can reach.
+    Jobs run where a run's cluster section says.
     """
-    _let_prefect_log()
+    _enable_prefect_logs()
     from flows.deployments import up as serve_deployments
 
     serve_deployments(file, run_root, port, console)
 
 
 def deploy(
-    pool: Annotated[str, typer.Option(help="Work pool whose workers drive the runs.")],
+    pool: Annotated[str, typer.Option(help="Work pool whose workers run the drivers.")],
     file: DeploymentsFile = None,
 ) -> None:
-    """Register the same deployments on a Prefect server you have, for the workers of a work pool."""
-    _let_prefect_log()
+    """Register the same deployments on an existing Prefect server, for the workers of a work pool."""
+    _enable_prefect_logs()
     from flows.deployments import deploy as register_deployments
 
     register_deployments(file, pool, console)
 
 
-def _let_prefect_log() -> None:
+def _enable_prefect_logs() -> None:
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL"):
         os.environ.pop(name)
     os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"

@@ -6,5 +6,5 @@ from tasks.run import reopen_run
 
 
 def status(run_dir: RunFolder) -> None:
-    """Show the stages of a run: shards done, at work and failed."""
+    """Show the stages of a run: shards done, running and failed."""
     print_status(reopen_run(run_dir))

@@ -1,6 +1,6 @@
 """Rich tables of the command line.
 
-What takes long to import (scipy, plotly, simpy, torch) is imported where it is used: `montessori status` starts at once.
+Functions import slow libraries (scipy, plotly, simpy, torch) where they need them, so `montessori status` starts at once.
 """
 
 from pathlib import Path
@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
-from cluster.costs import cost_of
 from cluster.lock import driver_of
 from cluster.status import StageStatus, read_stage_status, stages_of
-from cluster.usage import use_of
+from cluster.usage import cost_of, use_of
 from flows.cli.console import console
 from flows.cli.options import warn
 from montessori_core import layout
@@ -35,26 +34,26 @@ if TYPE_CHECKING:
 
 
 def print_status(run: Run) -> None:
-    """Print a line for each stage, and what is known of each failed shard."""
-    states = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
+    """Print a line per stage, and the error of each failed shard."""
+    stages = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     rows = []
-    for state in states:
-        at_work = state.word == "at work"
+    for stage in stages:
+        running = stage.state == "running"
         rows.append(
             {
-                "stage": str(state.folder.relative_to(run.folder)),
-                "state": state.word,
-                "shards done": f"{state.done}/{state.shards}",
-                "running": str(state.running or ""),
-                "queued": str(state.queued or ""),
-                "failed": str(state.failed or ""),
-                "rows computed": f"{int(state.rows_done)}/{state.rows}",
-                "rows/min": f"{60 * state.rows_per_second:.3g}" if at_work and state.rows_per_second else "",
-                "job seconds": f"{state.job_seconds:.0f}",
-                "left": _time_left(state) if at_work else "",
+                "stage": str(stage.folder.relative_to(run.folder)),
+                "state": stage.state,
+                "shards done": f"{stage.done}/{stage.shards}",
+                "running": str(stage.running or ""),
+                "queued": str(stage.queued or ""),
+                "failed": str(stage.failed or ""),
+                "rows computed": f"{int(stage.rows_done)}/{stage.rows}",
+                "rows/min": f"{60 * stage.rows_per_second:.3g}" if running and stage.rows_per_second else "",
+                "job seconds": f"{stage.job_seconds:.0f}",
+                "left": _time_left(stage) if running else "",
             }
         )
-    # What nothing is said of takes no room: terminals are narrow, and stages are named in other commands as they stand here.
+    # Drop empty columns: terminals are narrow, and other commands take the full names of stages.
     columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
     table = Table(title=f"{run.experiment.name} ({run.folder})", title_justify="left")
     for name in columns:
@@ -64,32 +63,32 @@ def print_status(run: Run) -> None:
     if rows:
         console.print(table)
     else:
-        console.print(f"{run.experiment.name} ({run.folder}): no stage has begun", soft_wrap=True)
-    for state in states:
-        stage = state.folder.relative_to(run.folder)
-        for failure in state.failures:
-            console.print(f"failed: {stage}, shard {failure.shard}: {failure.kind}: {failure.error}", soft_wrap=True)
+        console.print(f"{run.experiment.name} ({run.folder}): no stage has started", soft_wrap=True)
+    for stage in stages:
+        name = str(stage.folder.relative_to(run.folder))
+        for failure in stage.failures:
+            console.print(f"failed: {name}, shard {failure.shard}: {failure.kind}: {failure.error}", soft_wrap=True)
             for line in failure.last_lines:
                 console.print(f"  | {line}", soft_wrap=True)
             console.print(f"  log: {failure.log}", soft_wrap=True)
     holder = driver_of(run.folder)
     if holder:
-        console.print(f"driven by process {holder['process']} on {holder['host']}")
+        console.print(f"driver: process {holder['process']} on {holder['host']}")
     elif in_study(run.folder):
-        console.print("nobody drives this seed of a study; montessori compare goes on with it", soft_wrap=True)
-    elif states and not run.finished:
-        console.print(f"nobody drives this run; go on with: montessori resume {run.folder}", soft_wrap=True)
+        console.print("No driver is running. Resume with: montessori compare, and the study's file", soft_wrap=True)
+    elif stages and not run.finished:
+        console.print(f"No driver is running. Resume with: montessori resume {run.folder}", soft_wrap=True)
 
 
-def _time_left(state: StageStatus) -> str:
-    """What is left of a stage at work; of one whose jobs have computed nothing yet, that they start."""
-    if state.seconds_left is not None:
-        return f"about {duration(state.seconds_left)}"
-    return "starting" if state.running else ""
+def _time_left(stage: StageStatus) -> str:
+    """Format the remaining time of a running stage; "starting" before the first measurement."""
+    if stage.seconds_left is not None:
+        return f"about {duration(stage.seconds_left)}"
+    return "starting" if stage.running else ""
 
 
 def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
-    """Print the stages of a run with their sizes and, where its speed is known, how long they take."""
+    """Print the stages of a run with their sizes and, if the speed is known, their times."""
     gflops = estimate.gflops
     title = f"{experiment.name}: teacher {experiment.teacher.model}, student {experiment.student.model}"
     table = Table(title=title, title_justify="left")
@@ -99,18 +98,20 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
         table.add_row(stage.name, stage.work, *([duration(stage.seconds(gflops))] if gflops else []))
     console.print(table)
     if experiment.benchmarks.tasks or experiment.benchmarks.judged:
-        console.print("benchmarks of the students come on top")
+        console.print("benchmarks of the students are not included")
     if gflops:
         total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
         console.print(
-            f"about {total} in all, at {gflops:.0f} GFLOP/s (fp32 matrix product on this machine, measured now)"
+            f"about {total} in total, at {gflops:.0f} GFLOP/s (fp32 matrix product, measured on this machine)"
         )
     else:
-        console.print("how long: montessori forecast CONFIG --pilot RUN_DIR, from a small finished run", soft_wrap=True)
+        console.print(
+            "to estimate the time from a small finished run: montessori forecast CONFIG --pilot RUN_DIR", soft_wrap=True
+        )
 
 
 def print_summary(run: Run) -> None:
-    """Print what came out of each finished iteration, and where the report lies."""
+    """Print the results of each finished iteration, and the path of the report."""
     for number in range(1, run.experiment.iterations + 1):
         metrics = read_json(run.iteration(number) / layout.METRICS)
         if metrics is None:
@@ -144,10 +145,10 @@ def print_summary(run: Run) -> None:
                 f"{gain['mean']:+.4f} nats/token (standard error {gain['standard_error']:.4f}, paired)",
             )
         scores: dict[str, list[str]] = {}
-        for one in metrics.get("scores", []):
-            if one["mean"] is not None:
-                text = f"{one['mean']:.4f} {one['model']}"
-                scores.setdefault(f"{one['benchmark']}: {one['metric'].replace('_', ' ')}", []).append(text)
+        for score in metrics.get("scores", []):
+            if score["mean"] is not None:
+                text = f"{score['mean']:.4f} {score['model']}"
+                scores.setdefault(f"{score['benchmark']}: {score['metric'].replace('_', ' ')}", []).append(text)
         for name, texts in scores.items():
             table.add_row(name, ", ".join(texts))
         console.print(table)
@@ -156,7 +157,7 @@ def print_summary(run: Run) -> None:
 
 
 def _print_times(run: Run) -> None:
-    """Print how long each stage took."""
+    """Print the time of each stage."""
     costs = {folder: cost for folder in stages_of(run.folder) if (cost := cost_of(folder))}
     if not costs:
         return
@@ -171,9 +172,7 @@ def _print_times(run: Run) -> None:
     seconds = max(cost.ended for cost in costs.values()) - min(cost.begun for cost in costs.values())
     table.add_row("all stages", "", f"{seconds:,.0f}", f"{sum(use.seconds for use in uses.values()):,.0f}")
     console.print(table)
-    console.print(
-        "seconds: by the clock, from a stage's first job to its last result; pauses of the run are among them"
-    )
+    console.print("seconds: wall time from a stage's first job to its last result, including pauses of the run")
 
 
 def print_comparison(folder: Path) -> None:
@@ -194,10 +193,10 @@ def print_comparison(folder: Path) -> None:
 
 
 def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
-    """Print what measuring influence takes on a device of so much memory, and what goes where."""
+    """Print the memory that measuring influence needs, by item and place."""
     from montessori_core.influence.memory import GB
 
-    table = Table("what", "GB", "where", title=title, title_justify="left")
+    table = Table("item", "GB", "place", title=title, title_justify="left")
     for need in plan.needs:
         table.add_row(need.name, f"{need.size / GB:.2f}", "device" if need.home == "device" else "host, pinned")
     table.add_section()
@@ -207,13 +206,13 @@ def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
     if not plan.fits:
         console.print(
             f"does not fit: weights, activations and logits alone need {plan.device / GB:.1f} GB. Lower "
-            "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or take --dtype bfloat16",
+            "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or use --dtype bfloat16",
             style="red",
         )
 
 
 def print_forecasts(forecasts: "Sequence[Forecast]") -> None:
-    """Print the stages on the first of the clusters, then what the whole takes on each."""
+    """Print the stages on the first cluster, then the totals on each cluster."""
     _print_stages(forecasts[0])
     table = Table(
         *("nodes", "wall time", "10 % to 90 % of simulations", "job hours", "GPU hours", "10 % to 90 %"),
@@ -236,19 +235,19 @@ def print_forecasts(forecasts: "Sequence[Forecast]") -> None:
         work = forecast.stages[stage]
         at_once, reason = forecast.jobs_at_once(stage)
         console.print(
-            f"nodes: {forecast.machines.nodes}: longest is {work.name}, {duration(forecast.mean(stage).seconds)}, with "
-            f"{at_once} of its {len(work.jobs)} jobs at a time: {reason}",
+            f"nodes: {forecast.machines.nodes}: the longest stage is {work.name}, {duration(forecast.mean(stage).seconds)}, "
+            f"with {at_once} of its {len(work.jobs)} jobs at a time: {reason}",
             soft_wrap=True,
         )
-    console.print("lost: share of job hours. put back: how often a job went back into the queue.", soft_wrap=True)
+    console.print("lost: share of job hours. requeued: mean requeues of a job.", soft_wrap=True)
 
 
 def _print_stages(forecast: "Forecast") -> None:
     machines = forecast.machines
     cluster = f"nodes: {machines.nodes}, each with {machines.gpus} GPUs and {machines.cpus} cores"
-    table = Table(title=f"{cluster}: means of {len(forecast.spent)} simulations", title_justify="left")
+    table = Table(title=f"{cluster}: means of {len(forecast.timings)} simulations", title_justify="left")
     table.add_column("stage", no_wrap=True)
-    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "put back"):
+    for name in ("jobs", "at a time", "wall time", "job hours", "GPU hours", "lost", "requeued"):
         table.add_column(name)
     for stage, work in enumerate(forecast.stages):
         mean = forecast.mean(stage)
@@ -277,13 +276,13 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     lines = Table(show_header=False)
     lines.add_row("examples measured", f"{summary['measured']} of {summary['examples']}")
     for status in ("no_response_tokens", "non_finite"):
-        left_out = table["example_id"].filter(pc.equal(table["status"], status)).to_pylist()
-        if left_out:
-            more = ", ..." if len(left_out) > 3 else ""
-            lines.add_row(f"left out: {status.replace('_', ' ')}", f"{len(left_out)} ({', '.join(left_out[:3])}{more})")
+        ids = table["example_id"].filter(pc.equal(table["status"], status)).to_pylist()
+        if ids:
+            more = ", ..." if len(ids) > 3 else ""
+            lines.add_row(f"left out: {status.replace('_', ' ')}", f"{len(ids)} ({', '.join(ids[:3])}{more})")
     truncated = pc.sum(table["truncated"]).as_py()
     if truncated:
-        lines.add_row("cut at --max-length", str(truncated))
+        lines.add_row("truncated at --max-length", str(truncated))
     lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats/token")
     if len(values):
         low, median, high = np.percentile(values, [5, 50, 95])
@@ -295,7 +294,7 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats/token")
     lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
     lines.add_row(
-        "dominated by the own gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
+        "dominated by the example's gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
     )
     screening = screening_report(table)
     if screening is not None:
@@ -304,11 +303,11 @@ def print_influence(table: pa.Table, baseline: str) -> None:
         lines.add_row("common error, corrected", f"{screening.offset:.3g} nats/token")
         lines.add_row("after correction and confirmation", str(screening.screened))
         if screening.fell_back:
-            lines.add_row("", "first order was unfit here: every example was measured exactly")
+            lines.add_row("", "first order failed the audit: every example was measured exactly")
     read = pc.sum(table["reference_tokens"]).as_py()
-    whole = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
-    if 0 < read < whole:
-        lines.add_row("reference tokens saved", f"{1 - read / whole:.0%}")
+    total = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
+    if 0 < read < total:
+        lines.add_row("reference tokens saved", f"{1 - read / total:.0%}")
     console.print(lines)
     warning = domination_warning(summary)
     warn([warning] if warning else [])
@@ -325,15 +324,16 @@ def print_evaluation(file: Path) -> None:
     result = read_json(file)
     table = Table("benchmark", "metric", "score", "95 % interval", "over", "unparsed", box=None)
     loss = result["held_out_loss"]
-    table.add_row("held-out", "loss, nats per token", *_numbers(loss["mean"], loss["standard_error"]))
-    for one in result["scores"]:
-        counts = str(one["examples"]), str(one["unparsed"] or "")
-        table.add_row(one["benchmark"], one["metric"], *_numbers(one["mean"], one["standard_error"]), *counts)
+    table.add_row("held-out", "loss, nats per token", *_format_mean(loss["mean"], loss["standard_error"]))
+    for score in result["scores"]:
+        counts = str(score["examples"]), str(score["unparsed"] or "")
+        mean = _format_mean(score["mean"], score["standard_error"])
+        table.add_row(score["benchmark"], score["metric"], *mean, *counts)
     console.print(table)
-    console.print(f"written to {file}; every item beside it, in Parquet", soft_wrap=True)
+    console.print(f"written to {file}; the items are in Parquet files next to it", soft_wrap=True)
 
 
-def _numbers(mean: float | None, error: float | None) -> tuple[str, str]:
+def _format_mean(mean: float | None, error: float | None) -> tuple[str, str]:
     if mean is None:
         return "-", ""
     return f"{mean:.4f}", "" if error is None else f"{mean - 1.96 * error:.4f} to {mean + 1.96 * error:.4f}"

@@ -1,4 +1,4 @@
-"""Methods that propose training data, one module each. `REGISTRY` has them by name; see `environment` for your own."""
+"""Methods that propose training data, one module each; `REGISTRY` has them by name. See `method` to write your own."""
 
 from flows.methods.bootstrap import BOOTSTRAP
 from flows.methods.llm2llm import LLM2LLM

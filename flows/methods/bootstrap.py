@@ -1,4 +1,4 @@
-"""The bootstrap ablation of Table 2: the most influential half of the probing set are the next demonstrations."""
+"""Bootstrap ablation of Table 2: the most influential half of the probing set become the demonstrations."""
 
 from pathlib import Path
 
@@ -13,20 +13,20 @@ from tasks.stage import Step
 
 
 def _propose(now: Round) -> Proposal:
-    first, teacher = Step.iteration(now.run, 1), now.run.initial_teacher()
-    probed = probe(first, 1, teacher)
-    seeds = most_influential(probed.synthesized.examples, measure(first, probed))
+    step, teacher = Step.iteration(now.run, 1), now.run.initial_teacher()
+    probed = probe(step, 1, teacher)
+    seeds = most_influential(probed.synthesized.examples, measure(step, probed))
     training = write_training_set(now.step, teacher, seed_pool=seeds)
     return Proposal(training.examples, teacher)
 
 
 def most_influential(examples: Path, influence: Path) -> list[Task]:
-    """The half of the measured examples with the highest influence, as tasks for prompts to show."""
+    """Return the half of the measured examples with the highest influence, as demonstrations."""
     table = read_table(influence, INFLUENCE)
     measured = table.filter(pc.equal(table["status"], "ok"))
     chosen = set(upper_half(measured["example_id"].to_pylist(), measured["influence_student"].to_pylist()))
-    rows = read_table(examples, EXAMPLES).to_pylist()
-    return [Task(row["example_id"], row["instruction"]) for row in rows if row["example_id"] in chosen]
+    rows = read_table(examples, EXAMPLES, ["example_id", "instruction"]).to_pylist()
+    return [Task(**row) for row in rows if row["example_id"] in chosen]
 
 
 BOOTSTRAP = Method("bootstrap", "The unmodified teacher is shown the most influential half of what it wrote.", _propose)

@@ -1,4 +1,4 @@
-"""LLM2LLM (Lee et al., 2024): more of what the student finds hard, in rounds; the first student is trained on the seeds."""
+"""LLM2LLM (Lee et al., 2024): more data like the seeds with a high loss, in rounds; the first student trains on the seeds."""
 
 from pathlib import Path
 
@@ -21,16 +21,16 @@ def _propose(now: Round) -> Proposal:
     losses = measure_training_loss(step.at("seed-loss", "loss on the seeds"), student, answered, 0, count)
     hard = set(hardest_half(losses))
     last = now.feedback.proposal.examples if now.feedback else None
-    # Every round adds its share, so that the last student sees as many examples as any other method's.
-    have = read_table(last, EXAMPLES).num_rows if last else 0
-    wanted = run.experiment.training.examples * now.number // now.rounds - have
+    # Rounds add equal shares, so that the last student trains on as many examples as in any other method.
+    existing = read_table(last, EXAMPLES).num_rows if last else 0
+    missing = run.experiment.training.examples * now.number // now.rounds - existing
     training = synthesize(
         step.at("training", "more of what is hard"),
         teacher,
-        wanted,
+        missing,
         draw=f"llm2llm-{now.number}",
         earlier=[last] if last else [],
-        seed_pool=[task for task in run.sources().seed_pool if task.id in hard],
+        seed_pool=[task for task in run.sources().seed_pool if task.example_id in hard],
     )
     if last is None:
         return Proposal(training.examples, teacher)
@@ -39,10 +39,10 @@ def _propose(now: Round) -> Proposal:
 
 
 def hardest_half(losses: Path) -> list[str]:
-    """Ids of the half of a utility table, of those that have one, with the highest loss per token."""
+    """Return the ids of the half of a utility table with the highest loss per token; rows without a loss do not count."""
     table = read_table(losses, UTILITY)
-    known = table.filter(pc.is_valid(table["utility"]))
-    return upper_half(known["example_id"].to_pylist(), known["utility"].to_pylist())
+    measured = table.filter(pc.is_valid(table["utility"]))
+    return upper_half(measured["example_id"].to_pylist(), measured["utility"].to_pylist())
 
 
 LLM2LLM = Method(

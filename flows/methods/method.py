@@ -1,6 +1,6 @@
-"""The loop that every method lives in: it proposes data, a student is trained on it, and its errors come back.
+"""The interface of a method: it proposes data, a student is trained on it, and the method gets the student as feedback.
 
-A method of your own is a module with a `Method`, named in a study as `module:NAME`:
+Your own method is a module with a `Method`; name it in a study as `module:NAME`:
 
     from flows.methods.method import Method, Proposal, Round
     from tasks.synthesis import synthesize
@@ -12,8 +12,8 @@ A method of your own is a module with a `Method`, named in a study as `module:NA
 
     MINE = Method("mine", "What it does, in a line.", propose)
 
-Build it from the functions in `tasks` and `flows.methods.tailoring`: what they compute is kept by its content, so that
-methods share stages and an interrupted study goes on where it was.
+Build it from the functions in `tasks` and `flows.methods.tailoring`: results have keys of their content, so methods share
+stages and an interrupted study resumes.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,12 @@ from tasks.stage import Step
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a method proposes.
+    """Training data that a method proposes.
 
     Attributes:
-        examples: training data.
-        teacher: that wrote the last of it.
-        student: one that the method trained by itself, in place of training on the examples; None is the rule.
+        examples: example table.
+        teacher: teacher that wrote the last examples.
+        student: student that the method has trained itself; None: train a student on the examples.
     """
 
     examples: Path
@@ -44,7 +44,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What comes back: the proposal, the student trained on it, and what it is worth."""
+    """A proposal, the student trained on it, and the student's evaluation."""
 
     proposal: Proposal
     student: Model
@@ -53,13 +53,13 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of a method.
+    """One round of a method.
 
     Attributes:
-        step: the method's own, for this round.
-        number: counted from 1.
-        rounds: how many there are.
-        feedback: of the last round; None in the first.
+        step: step of the method in this round.
+        number: index of the round, from 1.
+        rounds: number of rounds.
+        feedback: feedback of the last round; None in the first.
     """
 
     step: Step
@@ -69,12 +69,12 @@ class Round:
 
     @property
     def run(self) -> Run:
-        """Experiment, sets and first models."""
+        """The run, with experiment, sets and initial models."""
         return self.step.run
 
 
 def one_round(experiment: Experiment) -> int:
-    """Rounds of a method without feedback."""
+    """Return 1, the number of rounds of a method without feedback."""
     return 1
 
 
@@ -83,14 +83,14 @@ class Method:
     """A way to make training data.
 
     Attributes:
-        name: in studies, folders and tables.
-        description: for people, a line.
-        propose: makes the data of a round.
-        rounds: how many there are.
-        needs: a part of the experiment that must be set for it.
-        check: raises a UserError if the method cannot do with a run's sets; called before anything is computed.
-        trains_student: the student it returns learned otherwise than from examples, all of its weights; so there is no data
-            to try on other students.
+        name: name in studies, folders and tables.
+        description: one line for the list of methods.
+        propose: proposes the data of a round.
+        rounds: returns the number of rounds for an experiment.
+        needs: section of the experiment that must be set.
+        check: raises a UserError if a run's sets are unsuitable; called before anything is computed.
+        trains_student: whether the method trains all weights of the student itself, not by fine-tuning on examples; it then
+            has no data for transfer students.
     """
 
     name: str

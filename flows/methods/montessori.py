@@ -1,4 +1,4 @@
-"""Montessori-Instruct: the teacher learns from the influence of its data on the student."""
+"""Montessori-Instruct: DPO of the teacher on the influence of its data on the student."""
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import tailor

@@ -1,7 +1,4 @@
-"""NOMAD (Chen et al., 2024): the teacher learns to write conversations like the real ones; the student gets both, mixed.
-
-The real examples are the reference set.
-"""
+"""NOMAD (Chen et al., 2024): the teacher learns to write conversations like the reference set; the student trains on both."""
 
 from flows.methods.method import Method, Proposal, Round
 from montessori_core import layout
@@ -13,7 +10,7 @@ def _propose(now: Round) -> Proposal:
     run, step = now.run, now.step
     teacher = train_nomad_teacher(step.at("teacher", "teacher on conversations"))
     count = run.experiment.training.examples
-    # At least one is written, however near to 1 the share.
+    # The teacher writes at least one, for any share below 1.
     real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))
     written = write_conversations(step.at("training", "conversations"), teacher, count - real)
     measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)

@@ -1,4 +1,4 @@
-"""The optimisation ablation of Table 2: the teacher learns which of its responses to an instruction help the student."""
+"""Optimisation ablation of Table 2: the teacher learns which of its responses to an instruction help the student."""
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import probe, write_training_set
@@ -12,7 +12,7 @@ from tasks.teachers import collect_preferences, update_teacher
 def _propose(now: Round) -> Proposal:
     step, teacher = now.step, now.run.initial_teacher()
     probed = probe(Step.iteration(now.run, 1), 1, teacher)
-    # As many influences as the other methods measure: several of each instruction, so fewer instructions.
+    # As many measurements as the other methods: several responses per instruction, so fewer instructions.
     instructions = max(1, (probed.last - probed.first) // now.run.experiment.synthesis.samples_per_prompt)
     answering, examples = step.at("answers", "several responses to an instruction"), probed.synthesized.examples
     answered = regenerate_responses(

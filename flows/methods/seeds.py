@@ -1,4 +1,4 @@
-"""What LLM2LLM and Self-Reward begin with: the seed pool, answered by the teacher, and a student fine-tuned on it."""
+"""The start of LLM2LLM and Self-Reward: the teacher answers the seed pool, and a student is fine-tuned on it."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from tasks.synthesis import answer_seeds
 
 
 def answer_seed_pool(run: Run) -> Path:
-    """Return the seeds with the first teacher's responses, an example table: a seed pool has no responses."""
+    """Return an example table of the seeds with responses of the initial teacher: a seed pool has none."""
     step = Step(run, run.folder / "answered-seeds", "the teacher answers the seed pool")
     return answer_seeds(step, run.initial_teacher())
 
 
 def train_on_seeds(run: Run, answered: Path) -> Model:
-    """Train the student, from its first weights, on all answered seeds, with the recipe of `training`."""
+    """Train the student from its initial weights on all answered seeds, with the recipe `training`."""
     step = Step(run, run.folder / "seed-student", "student training on the seeds")
     return train_student(step, answered, run.experiment.training, read_table(answered, EXAMPLES).num_rows)

@@ -1,4 +1,4 @@
-"""Self-Instruct (Wang et al., 2023): the unmodified teacher, or a stronger one behind an API."""
+"""Self-Instruct (Wang et al., 2023): data of the unmodified teacher, or of a stronger teacher behind an API."""
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import write_training_set
@@ -13,7 +13,7 @@ def _propose(now: Round, teacher: Model | Endpoint) -> Proposal:
 
 def _propose_strong(now: Round) -> Proposal:
     strong = now.run.experiment.strong_teacher
-    assert strong is not None  # a study without one is refused, by `needs`
+    assert strong is not None  # guaranteed by `needs`
     return _propose(now, strong)
 
 

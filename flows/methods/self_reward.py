@@ -1,7 +1,7 @@
 """Self-Reward (Yuan et al., 2024): the student answers, a judge scores, and DPO trains the student on its own answers.
 
-It is trained on the answered seeds first (SFT, Appendix E.3). The judge is the student itself, or a model behind an API if
-the experiment has one. Instructions are the unmodified teacher's.
+The student is first trained on the answered seeds (SFT, Appendix E.3). The judge is the student itself, or a model behind an
+API if the experiment has one. The unmodified teacher writes the instructions.
 """
 
 from pathlib import Path
@@ -24,11 +24,13 @@ from tasks.utility import ask_judge, judge_own_responses
 def _propose(now: Round) -> Proposal:
     run, step = now.run, now.step
     student = now.feedback.student if now.feedback else train_on_seeds(run, answer_seed_pool(run))
-    asking = Step(run, step.folder.parent, "self_reward")
-    asked = write_training_set(asking, run.initial_teacher(), folder="instructions")
+    shared = Step(run, step.folder.parent, "self_reward")
+    instructions = write_training_set(shared, run.initial_teacher(), folder="instructions")
     first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
     answering = step.at("answers", "the student's responses")
-    answered = regenerate_responses(answering, student, asked.examples, first, last, draw=f"self-reward-{now.number}")
+    answered = regenerate_responses(
+        answering, student, instructions.examples, first, last, draw=f"self-reward-{now.number}"
+    )
     answers = read_table(answered, EXAMPLES).num_rows
     if run.experiment.judge is not None:
         scores = ask_judge(step.at("scores", "judge"), answered, 0, answers, response_only=True)
@@ -53,8 +55,8 @@ def _write_best(label: str, answered: Path, scores: Path, path: Path) -> Path:
 
 SELF_REWARD = Method(
     "self_reward",
-    "The student, trained on the seeds, answers the unmodified teacher's instructions; DPO of it on what a judge, or itself, "
-    "prefers; two rounds.",
+    "The student, trained on the seeds, answers the unmodified teacher's instructions; DPO trains it on the answers that a "
+    "judge, or the student itself, prefers; two rounds.",
     _propose,
     rounds=lambda experiment: 2,
     trains_student=True,

@@ -1,4 +1,4 @@
-"""Tailoring a teacher to a student: what every method with a preference signal shares (the paper's Figure 2)."""
+"""Tailor a teacher to a student (the paper's Figure 2); methods with a preference signal share these steps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from tasks.teachers import collect_preferences, update_teacher
 
 @dataclass(frozen=True)
 class ProbingSet:
-    """A probing set and the warm student it is for: rows `first` to `last` of the synthesized examples."""
+    """A probing set, rows `first` to `last` of the synthesized examples, and its warm student."""
 
     synthesized: SynthesisResult
     student: Model
@@ -26,7 +26,7 @@ class ProbingSet:
 
 @dataclass(frozen=True)
 class TailoringResult:
-    """What tailoring leaves: the updated teacher, the training set it wrote, and how it came to be."""
+    """Results of tailoring: the updated teacher, its training set, and the files behind the update."""
 
     probed: ProbingSet
     influence: Path
@@ -38,15 +38,15 @@ class TailoringResult:
 def tailor(
     step: Step, number: int, teacher: Model, student: Model | None, synthetic_pool: Path | None, approve: bool = False
 ) -> TailoringResult:
-    """Measure what helps the student, update the teacher with it, and let it write the training set.
+    """Measure the influence of the teacher's data, update the teacher with DPO, and let it write the training set.
 
     Args:
         step: the iteration.
-        number: of the iteration; names its random draws.
-        teacher: the last iteration's, or the first.
-        student: the last iteration's, with its moments; None warms one up.
-        synthetic_pool: training examples of the last iteration.
-        approve: wait for a person before the update.
+        number: index of the iteration; its random draws depend on it.
+        teacher: teacher of the last iteration, or the initial teacher.
+        student: student of the last iteration, with its moments; None: warm up a student.
+        synthetic_pool: training set of the last iteration.
+        approve: whether to wait for approval before the update.
     """
     probed = probe(step, number, teacher, student, synthetic_pool)
     influence = measure(step, probed)
@@ -62,13 +62,13 @@ def tailor(
 def probe(
     step: Step, number: int, teacher: Model, student: Model | None = None, synthetic_pool: Path | None = None
 ) -> ProbingSet:
-    """Let the teacher write the probing set of an iteration; without a student, its first examples warm one up."""
+    """Let the teacher write the probing set of an iteration; without a student, warm one up on its first examples."""
     experiment = step.experiment
     warming = experiment.warmup.examples if student is None else 0
     probing = experiment.influence.probing_examples if student is None else experiment.influence.later_probing_examples
-    written = step.renamed(f"{step.label}: {'warm-up and ' if warming else ''}probing set")
+    synthesis = step.renamed(f"{step.label}: {'warm-up and ' if warming else ''}probing set")
     synthesized = synthesize(
-        written, teacher, warming + probing, draw=f"i{number}-probing", synthetic_pool=synthetic_pool
+        synthesis, teacher, warming + probing, draw=f"i{number}-probing", synthetic_pool=synthetic_pool
     )
     if student is None:
         warmup = step.at("warmup", "student warm-up")
@@ -77,7 +77,7 @@ def probe(
 
 
 def measure(step: Step, probed: ProbingSet) -> Path:
-    """Local data influence of the probing set of an iteration."""
+    """Measure the local data influence of a probing set."""
     measuring, examples = step.at("influence", "influence of the probing set"), probed.synthesized.examples
     return collect_influence(measuring, probed.student, examples, probed.first, probed.last, paired=True)
 
@@ -90,18 +90,18 @@ def write_training_set(
     seed_pool: list[Task] | None = None,
     folder: str = "training",
 ) -> SynthesisResult:
-    """Let a teacher write a training set, in a folder of the step, from the prompts that every method has.
+    """Let a teacher write a training set in a folder of the step; all methods have the same prompts.
 
-    What was probed may be written again, as in the authors' code: only a tailored teacher has a probing set, and a set that
-    avoids it would lack what that teacher writes most.
+    The set may repeat examples of the probing set, as in the authors' code: only a tailored teacher has a probing set, and
+    without repeats its training set would lack what it writes most often.
 
     Args:
-        step: that the set belongs to.
-        teacher: who writes: a model, or one behind an API.
-        number: of the iteration.
-        synthetic_pool: training examples of the last iteration.
-        seed_pool: what prompts demonstrate; None takes the run's.
-        folder: its name.
+        step: step of the set.
+        teacher: a model, or one behind an API.
+        number: index of the iteration.
+        synthetic_pool: training set of the last iteration.
+        seed_pool: demonstrations of the prompts; None: the run's seed pool.
+        folder: name of the folder.
     """
     return synthesize(
         step.at(folder, "training set"),

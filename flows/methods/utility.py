@@ -1,4 +1,4 @@
-"""Another signal in place of the influence of the teacher's instructions: the utility ablations of Table 2, and ARTE."""
+"""Other preference signals than influence: the utility ablations of Table 2, and ARTE."""
 
 from collections.abc import Callable
 from pathlib import Path

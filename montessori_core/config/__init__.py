@@ -1,7 +1,7 @@
-"""The configuration of an experiment: frozen, validated, and described field by field.
+"""The configuration of an experiment: frozen pydantic models with a description per field.
 
-The descriptions are the documentation and the form a user fills in; units are part of them. Defaults follow the
-paper (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
+The descriptions, with units, become docs/configuration.md and the form in Prefect's UI. Defaults follow the paper
+(Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
 """
 
 from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, read_cluster

@@ -1,4 +1,4 @@
-"""Where jobs run, and what they get."""
+"""Where jobs run and which resources they get."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,36 +11,38 @@ from montessori_core.presets import find_configuration
 
 
 class Resources(Section):
-    """What one job of a stage asks for. Never part of a shard's key: changing it recomputes nothing."""
+    """Resources of one job of a stage. Not part of a shard's key: changing them recomputes nothing."""
 
-    nodes: Count = Field(1, description="Nodes of one job.")
-    processes_per_node: Count = Field(1, description="Processes on each node (one per GPU for training).")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs on each node of the job.")
-    cpus_per_process: Count = Field(2, description="CPU cores, and threads, of each process.")
-    memory_gb: Count | None = Field(None, description="Memory of each node, GB; none takes the scheduler's default.")
-    time_limit_minutes: Count = Field(240, description="Wall time after which the scheduler ends the job, minutes.")
+    nodes: Count = Field(1, description="Nodes per job.")
+    processes_per_node: Count = Field(1, description="Processes per node; for training, one per GPU.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node.")
+    cpus_per_process: Count = Field(2, description="CPU cores and threads per process.")
+    memory_gb: Count | None = Field(None, description="Memory per node, GB. If not set, the scheduler's default.")
+    time_limit_minutes: Count = Field(240, description="Wall-time limit of a job, minutes.")
     parallel_jobs: Count = Field(
-        1, description="Most jobs of the stage at a time. A new stage is cut into shards so that all of them have work."
+        1,
+        description="Maximum number of the stage's jobs that run at the same time. A new stage is split into enough shards "
+        "to keep all of them busy.",
     )
     shards_per_job: Count = Field(
-        16, description="Slurm: most shards that one array task works through. Shards are dealt evenly to the jobs."
+        16, description="Slurm: maximum number of shards per array task. Shards are spread evenly over the jobs."
     )
     infrastructure_retries: int = Field(
         3,
         ge=0,
-        description="Times a shard is submitted again after its job was lost or timed out; twice as often after a node "
-        "failed, at most once after memory ran out, and ten times as often after it was preempted.",
+        description="Retries of a shard after its job was lost or timed out: twice as many after a node failure, ten times "
+        "as many after preemption, at most one after the job ran out of memory.",
     )
     exclude_node_after: int = Field(
         3,
         ge=0,
-        description="Slurm: a node on which the jobs of so many different shards were lost gets no more; 0 is off.",
+        description="Slurm: stop using a node after the jobs of this many different shards were lost on it; 0 is off.",
     )
     duplicate_stragglers_after: float | None = Field(
         None,
         gt=1.0,
-        description="When no job waits any more and one may still start, a shard at work for so many times as long as the "
-        "median shard is started once more, on another node; the first result counts. None never does.",
+        description="Start a second copy of a shard, on another node, when it has run this many times as long as the median "
+        "shard, no job is waiting and one more may start. The first result counts. If not set, never.",
     )
 
 
@@ -51,69 +53,71 @@ class StageResources(Section):
     training: Resources = Field(Resources(), description="Warm-up and student training.")
     teacher_update: Resources = Field(
         default_factory=lambda stages: stages["training"],
-        description="Teacher update; none takes those of training. The paper's batch of 2 pairs has work for two processes "
-        "at most, fewer than a node has GPUs.",
+        description="Teacher update. If not set, those of training. The paper's batch of 2 pairs keeps at most two processes "
+        "busy, fewer than a node has GPUs.",
     )
     influence: Resources = Field(Resources(), description="Local data influence.")
-    evaluation: Resources = Field(Resources(), description="Held-out loss, and tasks of lm-evaluation-harness.")
+    evaluation: Resources = Field(Resources(), description="Held-out loss and tasks of lm-evaluation-harness.")
     judging: Resources = Field(
-        Resources(cpus_per_process=1), description="Questions to an API; its jobs need the network, and no GPU."
+        Resources(cpus_per_process=1), description="Requests to an API. These jobs need the network and no GPU."
     )
 
 
 class Container(Section):
-    """The image of the worker environment, for clusters that run jobs in containers."""
+    """Container image of the worker environment, for clusters that run jobs in containers."""
 
-    image: str = Field(description="Image: a path visible on the nodes, or a registry's name as the runtime writes it.")
+    image: str = Field(description="Image: a path visible on the nodes, or a registry name in the runtime's syntax.")
     runtime: Literal["pyxis", "apptainer"] = Field(
         "pyxis",
-        description="'pyxis' is Slurm's plugin for enroot (srun --container-image); 'apptainer' runs on the node.",
+        description="'pyxis': Slurm's plugin for enroot (srun --container-image). 'apptainer': the command, on the node.",
     )
     mounts: tuple[str, ...] = Field(
         (),
-        description="Folders seen inside, as source:target or a path that stays the same; the run folder, models and data "
-        "must be among them.",
+        description="Folders mounted in the container, as source:target or as one path for both. They must include the run "
+        "folder, the models and the data.",
     )
 
 
 class Slurm(Section):
     """How jobs are submitted to Slurm."""
 
-    partition: str | None = Field(None, description="Partition; none takes the cluster's default.")
-    account: str | None = Field(None, description="Account that is charged.")
+    partition: str | None = Field(None, description="Partition. If not set, the cluster's default.")
+    account: str | None = Field(None, description="Account to charge.")
     qos: str | None = Field(None, description="Quality of service.")
-    constraint: str | None = Field(None, description="Node features asked for.")
-    exclude: str | None = Field(None, description="Nodes never used, as Slurm writes node lists.")
+    constraint: str | None = Field(None, description="Required node features.")
+    exclude: str | None = Field(None, description="Nodes to exclude, in Slurm's node-list syntax.")
     python: str | None = Field(
         None,
-        description="Python of the worker environment on the nodes; none takes the driver's own, or python3 of the "
-        "container.",
+        description="Python of the worker environment on the nodes. If not set, the driver's Python, or the container's "
+        "python3.",
     )
-    setup: tuple[str, ...] = Field((), description="Shell lines run before Python starts, e.g. module load.")
-    container: Container | None = Field(None, description="Image that jobs run in; none runs them on the node itself.")
+    setup: tuple[str, ...] = Field((), description="Shell commands to run before Python starts, e.g. module load.")
+    container: Container | None = Field(
+        None, description="Image to run jobs in. If not set, jobs run on the node itself."
+    )
     max_array_size: Count | None = Field(
-        None, description="Most tasks in one job array; none asks Slurm (its MaxArraySize minus one)."
+        None, description="Maximum number of tasks in a job array. If not set, Slurm's MaxArraySize minus one."
     )
     extra: dict[str, str | int | bool] = Field(
-        {}, description="More sbatch options by name, e.g. {reservation: night}."
+        {}, description="Additional sbatch options by name, e.g. {reservation: night}."
     )
-    srun: tuple[str, ...] = Field((), description="More options of srun, as it is given them, e.g. --cpu-bind=cores.")
+    srun: tuple[str, ...] = Field((), description="Additional srun options, as on its command line: --cpu-bind=cores.")
 
 
 class Cluster(Section):
-    """Where jobs run and what they get."""
+    """Where jobs run and which resources they get. Changing these settings recomputes nothing."""
 
     profile: Literal["local", "slurm"] = Field(
-        "local", description="'local' runs jobs as processes of this machine, 'slurm' submits them with sbatch."
+        "local", description="'local' runs jobs as processes on this machine; 'slurm' submits them with sbatch."
     )
     resources: StageResources = Field(StageResources(), description="Resources by stage.")
     slurm: Slurm = Field(Slurm(), description="Slurm options; ignored by the local profile.")
     generation_python: str | None = Field(
         None,
-        description="Python of another environment for generation jobs (vLLM pins its own torch); none takes the "
-        "same as every job.",
+        description="Python of a separate environment for generation jobs (vLLM pins its own torch). If not set, the same as "
+        "for all other jobs.",
     )
-    poll_seconds: float = Field(0.5, gt=0.0, description="Pause between looks at the jobs, seconds.")
+    poll_seconds: float = Field(0.5, gt=0.0, description="Time between two polls of the jobs, seconds.")
 
     @model_validator(mode="after")
     def _local_is_one_node(self) -> "Cluster":
@@ -128,12 +132,12 @@ class Cluster(Section):
 
 
 def read_cluster(path: Path) -> Cluster:
-    """Read a cluster file: the `cluster` section of an experiment, by itself or under that name.
+    """Read a cluster file: the `cluster` section of an experiment, with or without the key `cluster`.
 
     `path` may be the name of a preset.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or does not fit.
+        ConfigError: the file is missing, is not YAML, or is not valid.
     """
     path = find_configuration(path, "clusters")
     content = read_yaml(path)

@@ -1,4 +1,4 @@
-"""What students are measured by, and what is computed for comparison."""
+"""How students are evaluated, and what is computed for comparison."""
 
 from typing import Literal
 
@@ -9,80 +9,85 @@ from montessori_core.config.synthesis import Sampling
 
 
 class Comparison(Section):
-    """What is computed beside the method, to see what it changed."""
+    """Additional results that show the effect of the method."""
 
     unmodified_teacher: bool = Field(
-        True, description="Also train a student on as many examples of the unmodified teacher."
+        True, description="Also train a student on the same number of examples from the unmodified teacher."
     )
     influence_examples: int = Field(
         256,
         ge=0,
-        description="Training examples of the updated and of the unmodified teacher whose influence is measured (Figure "
-        "3d); 0 is off.",
+        description="Number of training examples, from the updated and from the unmodified teacher each, whose influence is "
+        "measured (Figure 3d); 0 is off.",
     )
     teacher_checkpoints: int = Field(
         0,
         ge=0,
-        description="Teachers kept on the way through each update, evenly spread; a student is trained on the data of each "
-        "(Figures 3a and 3b). 0 is off.",
+        description="Number of checkpoints kept during each teacher update, evenly spaced. A student is trained on the data "
+        "of each (Figures 3a and 3b); 0 is off.",
     )
 
 
 class HarnessTask(Section):
     """A task of lm-evaluation-harness."""
 
-    name: str = Field(description="Name of a task, tag or group: 'lm_eval ls tasks' lists them.")
+    name: str = Field(description="Name of a task, tag or group; 'lm_eval ls tasks' lists them.")
     shots: int | None = Field(
-        None, ge=0, description="Demonstrations before each item; none takes the task's own number."
+        None, ge=0, description="Demonstrations before each item. If not set, the task's default."
     )
-    limit: Count | None = Field(None, description="Only so many first items of each task, for a trial; none takes all.")
+    limit: Count | None = Field(
+        None,
+        description="Use only the first items of each task, at most this many, for a trial. If not set, all items.",
+    )
 
 
 class Benchmarks(Section):
-    """What students are measured by beside the held-out loss (Section 4.2)."""
+    """Benchmarks of the students, in addition to the held-out loss (Section 4.2)."""
 
     tasks: tuple[HarnessTask, ...] = Field((), description="Tasks of lm-evaluation-harness.")
     task_folder: str | None = Field(
         None,
-        description="Folder with task files (YAML) of your own, and their data: they name data files from this folder.",
+        description="Folder with custom task files (YAML) and their data. Paths of data files are relative to it.",
     )
-    chat_template: bool = Field(False, description="Put the prompts of these tasks in the student's chat template.")
-    batch_size: Count = Field(16, description="Requests of these tasks in one forward pass.")
-    items_per_shard: Count = Field(500, description="Most items of these tasks in one shard.")
+    chat_template: bool = Field(False, description="Apply the student's chat template to the prompts of these tasks.")
+    batch_size: Count = Field(16, description="Requests of these tasks per forward pass.")
+    items_per_shard: Count = Field(500, description="Maximum number of items of these tasks per shard.")
     alpaca_eval: str | None = Field(
         None,
-        description="AlpacaEval: a file (.json or .jsonl) with instruction and output, the answers that the student's are "
-        "compared with, e.g. AlpacaEval 2.0's gpt4_turbo outputs. Students are compared with each other on them, too.",
+        description="AlpacaEval: file (.json or .jsonl) with instruction and output, the answers to compare the student's "
+        "with, e.g. the gpt4_turbo outputs of AlpacaEval 2.0. Students are also compared with each other on it.",
     )
     alpaca_eval_difficulty: str | None = Field(
         None,
-        description="AlpacaEval's instruction_difficulty.csv, for the length-controlled win rate; without, it is left out of "
-        "the model.",
+        description="AlpacaEval's instruction_difficulty.csv, for the length-controlled win rate. If not set, the regression "
+        "has no difficulty term.",
     )
-    mt_bench: str | None = Field(None, description="MT-Bench: its questions (.jsonl).")
+    mt_bench: str | None = Field(None, description="MT-Bench: file of questions (.jsonl).")
     mt_bench_references: str | None = Field(
-        None, description="MT-Bench: reference answers (.jsonl) to its questions of maths, coding and reasoning."
+        None, description="MT-Bench: file of reference answers (.jsonl) to the math, coding and reasoning questions."
     )
     mt_bench_temperature: float | None = Field(
         None,
         ge=0.0,
-        description="MT-Bench: one temperature for all questions; none decodes each category as FastChat does: writing and "
-        "roleplay at 0.7, stem and humanities at 0.1, extraction, math, coding and reasoning at 0, others at 0.7.",
+        description="MT-Bench: temperature for all questions. If not set, FastChat's for each category: 0.7 for writing and "
+        "roleplay, 0.1 for stem and humanities, 0 for extraction, math, coding and reasoning, 0.7 for others.",
     )
     judge_prompts: Literal["own", "published"] = Field(
         "own",
-        description="How the judge is asked: 'own' prompts, whose verdict is the last line of the answer; 'published' are "
-        "AlpacaEval's (the probability of one token) and FastChat's ([[rating]]). Scores are labelled by it.",
+        description="Prompts for the judge. 'own': those of this project, whose verdict is the last line of the answer. "
+        "'published': AlpacaEval's (the probability of one token) and FastChat's ([[rating]]). Names of scores say which.",
     )
     answers: Sampling = Field(
         Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
-        description="Decoding of the students' answers that are judged; MT-Bench has temperatures of its own.",
+        description="Decoding of the students' answers to judge. For MT-Bench, see mt_bench_temperature.",
     )
     contamination_words: int = Field(
-        8, ge=0, description="An item counts as seen if so many of its words stand in a row in training data; 0 is off."
+        8,
+        ge=0,
+        description="Count an item as seen if this many consecutive words of it occur in the training data; 0 is off.",
     )
 
     @property
     def judged(self) -> bool:
-        """Whether a judge is asked."""
+        """Whether a benchmark needs a judge."""
         return self.alpaca_eval is not None or self.mt_bench is not None

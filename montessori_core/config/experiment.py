@@ -1,4 +1,4 @@
-"""An experiment: all sections, and the checks across them."""
+"""An experiment: all sections and the checks across them."""
 
 from operator import attrgetter
 from pathlib import Path
@@ -18,48 +18,49 @@ from montessori_core.presets import find_configuration
 
 
 class DataSource(Section):
-    """Where a data set comes from and which of its fields are read."""
+    """Source of a data set, and the columns to read."""
 
     path: str = Field(
-        description="'builtin' for the project's own set, a .jsonl or .parquet file, or a Hugging Face data set id."
+        description="'builtin' for the built-in set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for built-in "
+        "reference or evaluation examples of one kind; a .jsonl or .parquet file; or a Hugging Face data set id."
     )
     split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")
-    limit: Count | None = Field(None, description="Use only the first so many rows; none for all.")
+    limit: Count | None = Field(None, description="Use only the first rows, at most this many. If not set, all rows.")
     instruction_field: str = Field("instruction", description="Column that holds the instruction.")
-    input_field: str = Field("input", description="Column that holds the input; may be missing from the data.")
-    output_field: str = Field("output", description="Column that holds the response; not read for a seed pool.")
+    input_field: str = Field("input", description="Column that holds the input; optional in the data.")
+    output_field: str = Field("output", description="Column that holds the response; not used for a seed pool.")
 
 
 class Experiment(Section):
     """An experiment: one or more iterations of Montessori-Instruct."""
 
-    name: FolderName = Field("experiment", pattern=RUN_NAME, description="Default name of the run and of its folder.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Everything drawn at random follows from this number.")
-    iterations: Count = Field(1, description="Teacher updates, one after the other.")
-    teacher: Teacher = Field(description="The model that writes the data.")
-    student: Student = Field(description="The model that the data trains.")
-    seed_pool: DataSource = Field(DataSource(path="builtin"), description="Human-written tasks, as demonstrations.")
-    reference: DataSource = Field(DataSource(path="builtin"), description="Examples that influence is measured on.")
+    name: FolderName = Field("experiment", pattern=RUN_NAME, description="Default name of the run and its folder.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Random seed of the whole experiment.")
+    iterations: Count = Field(1, description="Number of teacher updates, one after the other.")
+    teacher: Teacher = Field(description="The model that writes instructions and their responses.")
+    student: Student = Field(description="The model that is trained on the synthetic data.")
+    seed_pool: DataSource = Field(DataSource(path="builtin"), description="Human-written tasks for demonstrations.")
+    reference: DataSource = Field(DataSource(path="builtin"), description="Examples on which influence is measured.")
     evaluation: DataSource = Field(
         DataSource(path="builtin"), description="Held-out examples; must not overlap the reference set."
     )
-    synthesis: Synthesis = Field(Synthesis(), description="Prompting, decoding and filters.")
+    synthesis: Synthesis = Field(Synthesis(), description="How the teacher is prompted and how its output is filtered.")
     warmup: Warmup = Field(Warmup(), description="Warm-up of the student.")
-    influence: Influence = Field(Influence(), description="Local data influence.")
-    preferences: Preferences = Field(Preferences(), description="Preference pairs.")
-    teacher_update: TeacherUpdate = Field(TeacherUpdate(), description="DPO of the teacher.")
+    influence: Influence = Field(Influence(), description="How local data influence is measured.")
+    preferences: Preferences = Field(Preferences(), description="How influence becomes preference pairs.")
+    teacher_update: TeacherUpdate = Field(TeacherUpdate(), description="Direct preference optimization of the teacher.")
     training: Training = Field(Training(), description="Training of the student.")
-    nomad: Nomad = Field(Nomad(), description="What is particular to the method nomad.")
-    comparison: Comparison = Field(Comparison(), description="What is computed to see the effect.")
+    nomad: Nomad = Field(Nomad(), description="Settings of the method nomad.")
+    comparison: Comparison = Field(Comparison(), description="Additional results that show the effect of the method.")
     judge: Endpoint | None = Field(
-        None, description="The model that judges examples, for methods that ask one, and the answers of benchmarks."
+        None, description="The model that judges examples, for methods that need a judge, and benchmark answers."
     )
     strong_teacher: Endpoint | None = Field(
-        None, description="A stronger teacher behind an API, for the method self_instruct_strong."
+        None, description="A stronger teacher, for the method self_instruct_strong."
     )
-    benchmarks: Benchmarks = Field(Benchmarks(), description="What students are measured by beside the held-out loss.")
+    benchmarks: Benchmarks = Field(Benchmarks(), description="Benchmarks of the students.")
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
-    cluster: Cluster = Field(Cluster(), description="Where jobs run; changing it recomputes nothing.")
+    cluster: Cluster = Field(Cluster(), description="Where jobs run and which resources they get.")
 
     @model_validator(mode="after")
     def _batches_fit_processes(self) -> "Experiment":
@@ -68,10 +69,10 @@ class Experiment(Section):
         return self
 
     def check_batch(self, section: str) -> None:
-        """See that the batches of a recipe, named by its path, can be dealt to the processes of its jobs.
+        """Check that the batches of a recipe, given by its path, divide evenly over the processes of its jobs.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: they do not.
         """
         stage = "teacher_update" if section == "teacher_update" else "training"
         resources: Resources = getattr(self.cluster.resources, stage)
@@ -88,8 +89,8 @@ class Experiment(Section):
         baseline = self.preferences.baseline
         if self.influence.sequential is not None and baseline in ("median", "prompt"):
             raise ValueError(
-                f"influence.sequential decides signs one by one, but preferences.baseline: {baseline} has no threshold until "
-                "all are measured; set baseline: student or null_step, or sequential: null"
+                f"influence.sequential decides each sign separately, but preferences.baseline: {baseline} has no threshold "
+                "until all examples are measured; set baseline: student or null_step, or sequential: null"
             )
         return self
 
@@ -97,14 +98,16 @@ class Experiment(Section):
     def _benchmarks_have_a_judge(self) -> "Experiment":
         if self.benchmarks.judged and self.judge is None:
             raise ValueError(
-                "benchmarks.alpaca_eval and benchmarks.mt_bench are judged: set judge.model, and judge.base_url if it is not "
-                "OpenAI's"
+                "benchmarks.alpaca_eval and benchmarks.mt_bench need a judge: set judge.model, and judge.base_url if it is "
+                "not OpenAI's"
             )
         return self
 
     def method(self) -> dict[str, Any]:
-        """What decides the data of an iteration and its models, as plain data: not the name, where jobs run, how many
-        iterations there are, or what students are measured by."""
+        """Return the settings that determine an iteration's data and models, as plain data.
+
+        The name, the cluster, the number of iterations and the benchmarks do not.
+        """
         content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks"})
         for name in ("judge", "strong_teacher"):
             endpoint: Endpoint | None = getattr(self, name)
@@ -118,7 +121,7 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
     `path` may be the name of a preset.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or does not fit; every field at fault is named.
+        ConfigError: the file is missing, is not YAML, or is not valid; the message names every invalid field.
     """
     path = find_configuration(path)
     return parse_experiment(read_overridden(path, overrides), str(path))

@@ -1,4 +1,4 @@
-"""How influence is measured, and how it becomes preference pairs."""
+"""How influence is measured and turned into preference pairs."""
 
 from typing import Literal
 
@@ -8,28 +8,29 @@ from montessori_core.config.section import Count, Probability, Section
 
 
 class Screening(Section):
-    """How the screened estimator checks itself: first order for all, exact where it matters."""
+    """Audit of the screened estimator, which is first order for all examples and exact where a sign is in doubt."""
 
     audit_examples: int = Field(
         100,
         ge=40,
-        description="Examples measured both ways, drawn at random: one half says how far first order is off, the other "
-        "how often the signs agree once that is corrected.",
+        description="Examples, drawn at random, that are measured with both estimators: one half calibrates the error of "
+        "first order, the other half measures how often the signs agree after correction.",
     )
     error_rate: float = Field(
         0.05,
         gt=0.0,
         lt=0.5,
-        description="Share of examples on which first order may be off by more than the width within which signs are "
-        "confirmed exactly.",
+        description="Share of examples whose first-order error may exceed the width of the band in which signs are confirmed "
+        "exactly.",
     )
     minimum_agreement: Probability = Field(
-        0.9, description="If fewer signs of the audit agree after correction, every example is measured exactly."
+        0.9,
+        description="If a smaller share of the audit's signs agree after correction, measure every example exactly.",
     )
 
 
 class Sequential(Section):
-    """Reading the reference set only until the sign of an influence is decided."""
+    """Sequential test: read the reference set only until the sign of an influence is decided."""
 
     error_rate: float = Field(
         0.05, gt=0.0, lt=0.5, description="Share of examples whose sign may differ from that over the whole set."
@@ -44,39 +45,38 @@ class Influence(Section):
     later_probing_examples: Count = Field(2000, description="Examples in the probing set of later iterations.")
     estimator: Literal["exact", "first_order", "screened"] = Field(
         "screened",
-        description="'exact' takes the step and evaluates the reference set; 'first_order' projects the step on "
-        "the reference gradient at the null step, hundreds of times cheaper with many reference examples; 'screened' "
-        "takes first order for all, audits it, and confirms exactly where the sign is in doubt.",
+        description="'exact' takes the step and evaluates the reference set. 'first_order' projects the step on the "
+        "reference gradient at the null step; with many reference examples it is hundreds of times cheaper. 'screened' uses "
+        "first order for all examples, audits it, and confirms signs in doubt exactly.",
     )
     dtype: Literal["float32", "mixed", "bfloat16"] = Field(
         "float32",
-        description="Numbers a step is computed in: 'float32'; 'mixed' (the example's gradient with bf16 activations, "
-        "all else fp32); 'bfloat16' (all of it, as the authors' code: smaller, and mostly rounding for small students).",
+        description="Precision of a step: 'float32'; 'mixed' (bf16 activations for the example's gradient, fp32 for the "
+        "rest); 'bfloat16' (everything, as in the authors' code: less memory, but mostly rounding error for small students).",
     )
-    screening: Screening = Field(Screening(), description="The audit of estimator: screened.")
+    screening: Screening = Field(Screening(), description="Audit of estimator: screened.")
     sequential: Sequential | None = Field(
         None,
-        description="Exact measurements read the reference set only until the sign is decided; none reads all of it.",
+        description="Sequential test for exact measurements. If not set, they read the whole reference set.",
     )
     reference_reduction: Literal["example", "token"] = Field(
         "example", description="Reference loss: mean over examples (Eq. 2) or over all response tokens."
     )
     learning_rate: float | None = Field(
-        None, gt=0.0, description="Rate of the one step; none takes the warm-up's peak rate."
+        None, gt=0.0, description="Learning rate of the step. If not set, the warm-up's peak rate."
     )
     example_weight: float = Field(
         1 / 32,
         gt=0.0,
         le=1.0,
-        description="What the example's gradient is multiplied by before AdamW's arithmetic: 1 is Eq. 1 to the letter, 1/8 "
-        "the authors' code on 8 GPUs, 1/32 (the default: no other predicts training measurably better) an "
-        "example of a training batch of 32. At 1 the example's own square can decide most of AdamW's denominator "
-        "(`dominated_share` of the table).",
+        description="Factor on the example's gradient before AdamW: 1 is Eq. 1 to the letter, 1/8 the authors' code on 8 "
+        "GPUs, 1/32 (the default: no other value predicts training measurably better) an example in a training batch of 32. "
+        "At 1, the square of the example's gradient can dominate AdamW's denominator (`dominated_share` in the table).",
     )
     reference_batch_tokens: Count = Field(
-        2048, description="Tokens of a batch of reference examples, padding included."
+        2048, description="Tokens per batch of reference examples, including padding."
     )
-    examples_per_shard: Count = Field(64, description="Most probing examples in one shard.")
+    examples_per_shard: Count = Field(64, description="Maximum number of probing examples per shard.")
 
     @model_validator(mode="after")
     def _sequential_is_exact(self) -> "Influence":
@@ -96,17 +96,17 @@ class Preferences(Section):
 
     baseline: Baseline = Field(
         "prompt",
-        description="What an example is compared with: the student as it is (the paper's sign), the null step (what "
-        "momentum alone would do), the median of the probing set, or the mean of the examples of its prompt. Of the first "
-        "two, most examples lie on one side when momentum outweighs a single example, which leaves few pairs; the mean of "
-        "a prompt leaves pairs in every prompt.",
+        description="What an example is compared with: 'student', the student without the step (the paper's sign); "
+        "'null_step', a step of momentum alone; 'median', the median of the probing set; 'prompt', the mean over the "
+        "examples of its prompt. Where momentum outweighs a single example, most examples lie on one side of the first two, "
+        "which leaves few pairs; 'prompt' leaves pairs for every prompt.",
     )
     margin: float = Field(
         0.0,
         ge=0.0,
-        description="Keep pairs that differ in influence by more than so many standard errors of the difference over the "
-        "reference examples, the errors of both being taken as independent; 0 keeps all that rounding does not blur.",
+        description="Keep pairs whose influence gap exceeds this many standard errors over the reference examples (the "
+        "errors of both examples are treated as independent); 0 keeps every pair whose gap exceeds rounding error.",
     )
     max_pairs: Count | None = Field(
-        None, description="Keep only so many pairs, those with the widest influence gap; none keeps all."
+        None, description="Maximum number of pairs, those with the largest influence gap. If not set, all."
     )

@@ -14,68 +14,78 @@ class Teacher(Section):
         description="Hugging Face id, local folder or embedded name of the teacher: smollm2-135m, smollm2-135m-pruned, "
         "gemma3-270m."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id; none for a folder.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hugging Face id. If not set, main; ignored for folders."
+    )
     prompt_style: Literal["chat", "completion"] = Field(
         "chat",
-        description="How instructions are asked for: 'chat' puts the request in the chat template (instruct "
-        "models); 'completion' lets the model continue a plain list of tagged instructions (small or base models).",
+        description="How the teacher is prompted for instructions: 'chat', a request in the chat template (instruct models); "
+        "'completion', a plain list of tagged instructions to continue (small or base models).",
     )
 
 
 class Lora(Section):
-    """Low-rank adaptation: the student's weights stay, small matrices beside them are trained."""
+    """Low-rank adaptation: the student's weights are frozen, and small matrices are trained."""
 
     rank: Count = Field(16, description="Rank of the matrices.")
-    alpha: Count = Field(32, description="Their product is scaled by alpha / rank.")
+    alpha: Count = Field(32, description="The product of the matrices is scaled by alpha / rank.")
     targets: tuple[str, ...] = Field(
-        (), description="Names of the layers that get them; none takes every linear layer but the vocabulary's."
+        (), description="Names of the layers to adapt. If empty, every linear layer except the output layer."
     )
 
 
 class Student(Section):
-    """The model that the synthetic data trains."""
+    """The model that is trained on the synthetic data."""
 
     model: str = Field(
         description="Hugging Face id, local folder or embedded name of the student: smollm2-135m, smollm2-135m-pruned, "
         "gemma3-270m."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id; none for a folder.")
-    max_length: int = Field(
-        1024, ge=32, description="Tokens of an example (prompt and response); longer ones are cut and recorded."
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hugging Face id. If not set, main; ignored for folders."
     )
-    lora: Lora | None = Field(None, description="Train LoRA matrices; none trains all weights.")
+    max_length: int = Field(
+        1024,
+        ge=32,
+        description="Maximum length of an example (prompt and response), tokens; longer ones are truncated and recorded.",
+    )
+    lora: Lora | None = Field(None, description="Train LoRA matrices. If not set, train all weights.")
 
 
 class Endpoint(Section):
-    """A model behind an OpenAI-compatible API. Its key is taken from the environment and written nowhere."""
+    """A model behind an OpenAI-compatible API. The key is read from the environment and stored nowhere."""
 
-    model: str = Field(description="The model's name at the API, e.g. gpt-4o.")
+    model: str = Field(description="Name of the model at the API, e.g. gpt-4o.")
     base_url: str = Field(
         "https://api.openai.com/v1",
         pattern=r"^https?://",
-        description="Address of the API, /v1 included; a local vLLM server's is http://HOST:8000/v1.",
+        description="Address of the API, including /v1. For a local vLLM server: http://HOST:8000/v1.",
     )
     key_variable: str = Field(
         "OPENAI_API_KEY",
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Environment variable that holds the key, where the jobs run; a server without keys needs none.",
+        description="Environment variable that holds the key, where the jobs run. A server without keys needs none.",
     )
-    concurrency: Count = Field(8, description="Most requests at a time.")
+    concurrency: Count = Field(8, description="Maximum number of concurrent requests.")
     requests_per_minute: Count | None = Field(
-        None, description="Most questions put in a minute; those repeated after a fault come on top. None for no limit."
+        None, description="Maximum number of requests per minute, not counting retries. If not set, no limit."
     )
-    timeout_seconds: float = Field(120.0, gt=0.0, description="Seconds until a request without an answer is repeated.")
+    timeout_seconds: float = Field(
+        120.0, gt=0.0, description="Timeout of a request, after which it is retried, seconds."
+    )
     retries: int = Field(
         6,
         ge=0,
-        description="Times a request is repeated, with growing pauses, after 408, 409, 429, 5xx, a time-out, a lost "
-        "connection or an answer that is not of the protocol.",
+        description="Retries of a request, with growing pauses, after 408, 409, 429, 5xx, a timeout, a lost connection or a "
+        "response that does not follow the OpenAI API.",
     )
-    max_tokens: Count = Field(1024, description="Most tokens of an answer.")
-    dollars_per_million_input_tokens: float = Field(0.0, ge=0.0, description="Price, for the account kept.")
-    dollars_per_million_output_tokens: float = Field(0.0, ge=0.0, description="Price, for the account kept.")
+    max_tokens: Count = Field(1024, description="Maximum number of tokens of an answer.")
+    dollars_per_million_input_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
+    dollars_per_million_output_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
     spending_cap_dollars: float | None = Field(
-        None, gt=0.0, description="A stage that could pass this sum with its next request stops with what it has."
+        None,
+        gt=0.0,
+        description="Spending limit of a run: it stops before the first request that could exceed it, and keeps the answers.",
     )
 
     @model_validator(mode="after")
@@ -87,5 +97,5 @@ class Endpoint(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides an answer: all but limits, prices and the name of the key."""
+        """Return the settings that determine an answer."""
         return self.model_dump(mode="json", include={"model", "base_url", "max_tokens"})

@@ -1,4 +1,4 @@
-"""What all sections of a configuration have in common, and how mistakes in one are told."""
+"""The base class of a configuration's sections, and readable validation errors."""
 
 import reprlib
 from typing import Annotated, Any, TypeVar
@@ -9,22 +9,22 @@ from montessori_core.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-_shown = reprlib.Repr()
-_shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 100, 100
+_shortener = reprlib.Repr()
+_shortener.maxlevel, _shortener.maxstring, _shortener.maxother = 2, 100, 100
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
 
-def _no_way_up(name: str) -> str:
+def _reject_parent_folder(name: str) -> str:
     if ".." in name:
         raise ValueError("a run name must not contain '..'")
     return name
 
 
-FolderName = Annotated[str, AfterValidator(_no_way_up)]
+FolderName = Annotated[str, AfterValidator(_reject_parent_folder)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about names it does not know."""
+    """A part of the configuration: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -36,18 +36,18 @@ def parse(kind: type[Configuration], content: dict[str, Any], source: str) -> Co
     """Validate plain data; `source` names it in errors.
 
     Raises:
-        ConfigError: it does not fit; every field at fault is named.
+        ConfigError: it is not valid; the message names every invalid field.
     """
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        lines = [f"{source} does not fit:"]
-        lines += [f"  {_field_path(problem['loc'])}: {_sentence(problem, kind)}" for problem in error.errors()]
+        lines = [f"{source} is not valid:"]
+        lines += [f"  {_field_path(problem['loc'])}: {_describe(problem, kind)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """Fields in which two plain configurations differ, one `path: before -> after` line each."""
+    """Return the fields in which two plain configurations differ, one `path: before -> after` line each."""
     if isinstance(before, dict) and isinstance(after, dict):
         lines = []
         for key in sorted(before.keys() | after.keys()):
@@ -60,22 +60,21 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "(whole configuration)"
 
 
-def _sentence(problem: Any, root: type[Section]) -> str:
-    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+def _describe(problem: Any, root: type[Section]) -> str:
+    kind = problem["type"]
+    message: str = problem["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"unknown key; remove it or correct its spelling{_suggestion(problem['loc'], root)}"
+        return f"unknown key; remove it or correct its spelling{_suggest_key(problem['loc'], root)}"
     if kind == "missing":
         return "missing; this field has no default"
     if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == RUN_NAME:
         message = "a name has letters, digits, '.', '_' and '-', at most 80, and begins with a letter or digit"
-    return (
-        f"{message}; got {_shown.repr(problem['input'])}"
-        if not isinstance(problem["input"], dict | BaseModel)
-        else message
-    )
+    if isinstance(problem["input"], dict | BaseModel):
+        return message
+    return f"{message}; got {_shortener.repr(problem['input'])}"
 
 
-def _suggestion(location: tuple[int | str, ...], root: type[Section]) -> str:
+def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
     import difflib
 
     model: Any = root

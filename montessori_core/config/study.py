@@ -1,4 +1,4 @@
-"""A study: several methods on equal terms, over several seeds."""
+"""A study: a comparison of methods over several seeds."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,29 +16,33 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Study(Section):
-    """Methods that are compared: the same models, sets, sizes, recipe and seeds for each."""
+    """A comparison of methods with the same models, data sets, sizes, recipe and seeds."""
 
     name: FolderName = Field("study", pattern=RUN_NAME, description="Name of the study and of its folder.")
-    experiment: Experiment = Field(description="What all methods share. `iterations` is the rounds of montessori.")
+    experiment: Experiment = Field(
+        description="Settings that all methods share. `iterations` applies to the method montessori."
+    )
     methods: tuple[str, ...] = Field(
         ("montessori", "self_instruct"),
         min_length=1,
-        description="Methods by name (`montessori methods` lists them), or module:NAME of your own.",
+        description="Names of methods (`montessori methods` lists them), or module:NAME of a custom method.",
     )
     baseline: str = Field("self_instruct", description="The method that the others are compared with.")
     transfer: tuple[Student, ...] = Field(
-        (), description="Other students that are trained on the same data, none of it made for them (Section 5.4)."
+        (), description="Additional students to train on the same data, which was not made for them (Section 5.4)."
     )
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Everything is done once with each.")
+    seeds: tuple[Seed, ...] = Field(
+        (0, 1, 2), min_length=1, description="Random seeds; each runs the whole comparison."
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Study":
         for field in ("methods", "seeds"):
-            named = getattr(self, field)
-            if len(set(named)) < len(named):
-                raise ValueError(f"{field} has an entry twice; name each once")
+            entries = getattr(self, field)
+            if len(set(entries)) < len(entries):
+                raise ValueError(f"{field} has a duplicate entry; remove it")
         if self.baseline not in self.methods:
-            raise ValueError(f"baseline {self.baseline!r} is not among the methods; add it there, or name one that is")
+            raise ValueError(f"baseline {self.baseline!r} is not in methods; add it there, or choose one of them")
         return self
 
     @model_validator(mode="after")
@@ -50,9 +54,9 @@ class Study(Section):
         return self
 
     def seeded(self, seed: int, student: Student | None = None) -> Experiment:
-        """The experiment with one of the seeds, and another student if one is given.
+        """Return the experiment with `seed`, and with `student` if given.
 
-        What a single run computes for comparison, the study does itself.
+        `comparison` is off: a study makes those comparisons itself.
         """
         changes: dict[str, Any] = {
             "name": f"{self.name}-{seed}"[:80],
@@ -70,7 +74,7 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
     Its `experiment` may be a path relative to the study's file, or the name of a preset.
 
     Raises:
-        ConfigError: a file is missing, is not YAML, or does not fit; every field at fault is named.
+        ConfigError: a file is missing, is not YAML, or is not valid; the message names every invalid field.
     """
     path = find_configuration(path, "studies")
     content = read_overridden(path, ())

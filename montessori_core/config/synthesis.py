@@ -10,67 +10,69 @@ from montessori_core.config.section import Count, Probability, Section
 class Sampling(Section):
     """Decoding parameters of one kind of generation (paper, Table 5)."""
 
-    temperature: float = Field(
-        1.0, ge=0.0, description="Softmax temperature; 0 takes the most probable token every time."
+    temperature: float = Field(1.0, ge=0.0, description="Softmax temperature; 0 always takes the most probable token.")
+    top_p: float = Field(
+        0.9, gt=0.0, le=1.0, description="Nucleus sampling: the smallest set of tokens with this total probability."
     )
-    top_p: float = Field(0.9, gt=0.0, le=1.0, description="Nucleus: smallest set of tokens with this probability.")
     presence_penalty: float = Field(
-        1.0, ge=-2.0, le=2.0, description="Subtracted from the logit of every token generated before."
+        1.0, ge=-2.0, le=2.0, description="Subtracted from the logits of tokens generated before."
     )
     repetition_penalty: float = Field(
         1.0, gt=0.0, description="Divides the logits of tokens in the prompt or generated before; 1 is off."
     )
-    max_tokens: Count = Field(1024, description="Most tokens generated.")
+    max_tokens: Count = Field(1024, description="Maximum number of generated tokens.")
 
 
 class Filters(Section):
-    """Which instructions are kept (Section 4.1 of the design; every rejection is counted by its reason)."""
+    """Which instructions are kept. Rejections are counted by reason."""
 
-    min_characters: int = Field(6, ge=1, description="Shortest instruction kept, characters.")
-    max_characters: int = Field(400, ge=1, description="Longest instruction kept, characters.")
+    min_characters: int = Field(6, ge=1, description="Minimum length of an instruction, characters.")
+    max_characters: int = Field(400, ge=1, description="Maximum length of an instruction, characters.")
     max_rouge_l: Probability = Field(
         0.7,
-        description="Highest ROUGE-L F against any accepted instruction and the prompt's own demonstrations.",
+        description="Maximum ROUGE-L F of an instruction with any accepted instruction or demonstration of its prompt.",
     )
     keep_newlines: bool = Field(
         True,
-        description="Keep the line breaks of code and lists; false collapses every blank to one space as the "
+        description="Keep line breaks, which code and lists need; false collapses all whitespace to single spaces, as the "
         "authors' code does.",
     )
 
 
 class Synthesis(Section):
-    """How the teacher is prompted and what is kept of its output."""
+    """How the teacher is prompted and how its output is filtered."""
 
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="Generation engine; 'auto' takes vLLM where it is installed, else transformers."
+        "auto", description="Generation engine; 'auto' uses vLLM if it is installed, else transformers."
     )
     request: Literal["own", "paper"] = Field(
         "own",
-        description="Words of the request in prompt_style: chat. 'own' asks for the task alone, one to three sentences long; "
-        "'paper' is Figure 13: an explanation first, then an instruction of any length, with its input.",
+        description="Wording of the request with prompt_style: chat. 'own' asks for a task of one to three sentences and "
+        "nothing else. 'paper' is Figure 13: an explanation, then an instruction of any length with its input.",
     )
-    samples_per_prompt: Count = Field(4, description="Instructions generated for each prompt.")
-    seed_demonstrations: int = Field(6, ge=0, description="Demonstrations a prompt takes from the seed pool.")
+    samples_per_prompt: Count = Field(4, description="Instructions generated per prompt.")
+    seed_demonstrations: int = Field(6, ge=0, description="Demonstrations per prompt from the seed pool.")
     synthetic_demonstrations: int = Field(
-        2, ge=0, description="Demonstrations a prompt takes from the last iteration; from the seeds while none."
+        2, ge=0, description="Demonstrations per prompt from the last iteration; in the first, from the seed pool."
     )
     instruction: Sampling = Field(
         Sampling(temperature=1.0),
-        description="Decoding of instructions. Table 5 prints a repetition penalty of 1.5, which the authors' code does "
-        "not set: it counts the prompt, whose demonstrations end with the closing tag that an instruction must end with.",
+        description="Decoding of instructions. Table 5 gives a repetition penalty of 1.5, which the authors' code does not "
+        "set: it would penalise the closing tag of an instruction, since each demonstration in the prompt ends with it.",
     )
     response: Sampling = Field(Sampling(temperature=0.6), description="Decoding of responses.")
     filters: Filters = Field(Filters(), description="Which instructions are kept.")
     oversampling: float = Field(
         1.3,
         ge=1.0,
-        description="First round: candidates generated for each example wanted. Later rounds fill what the "
-        "filters removed, at the last round's acceptance, and a fifth more: acceptance falls as the accepted set grows.",
+        description="Candidates per wanted example in the first round. Later rounds replace rejected candidates according to "
+        "the last round's acceptance, plus a fifth: acceptance falls as the accepted set grows.",
     )
-    max_rounds: Count = Field(6, description="Rounds of generation before too low an acceptance is an error.")
-    prompts_per_shard: Count = Field(256, description="Most prompts in one shard of instruction generation.")
-    instructions_per_shard: Count = Field(512, description="Most instructions in one shard of response generation.")
+    max_rounds: Count = Field(6, description="Maximum number of rounds; if examples are still missing, the run fails.")
+    prompts_per_shard: Count = Field(256, description="Maximum number of prompts per shard of instruction generation.")
+    instructions_per_shard: Count = Field(
+        512, description="Maximum number of instructions per shard of response generation."
+    )
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":

@@ -1,4 +1,4 @@
-"""Reading and writing a configuration as YAML."""
+"""Read and write configurations as YAML."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 
 
 def read_overridden(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Content of a YAML file with `section.key=value` overrides applied.
+    """Read a YAML file and apply `section.key=value` overrides.
 
     Raises:
         ConfigError: the file is missing or is not YAML, or an override cannot be applied.
@@ -38,7 +38,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or holds something else.
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Read plain data from YAML; `source` names it in errors.
 
     Raises:
-        ConfigError: it is not YAML, or a key stands twice in one mapping; the message says where.
+        ConfigError: it is not YAML, or a mapping has a duplicate key; the message says where.
     """
     try:
         return _Loader(text).get_single_data()
@@ -67,7 +67,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data; of a key that stands twice, the first would be lost without a word."""
+    """Load plain data. A duplicate key is an error: PyYAML would silently drop the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in keys:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} occurs twice", problem_mark=key.start_mark)
                 keys.add(key.value)
         return node
 
@@ -84,28 +84,28 @@ class _Loader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int | str):
-                str(value).encode()  # no message or file could hold thousands of digits, or half of a surrogate pair
+                str(value).encode()  # fails for thousands of digits and lone surrogates, which cannot be written again
             return value
         except (ValueError, LookupError, AttributeError, TypeError) as error:  # e.g. the date 2026-02-30
             raise yaml.MarkedYAMLError(
-                problem=f"not a value of its kind ({error}); put text in quotes", problem_mark=node.start_mark
+                problem=f"not a valid value ({error}); put text in quotes", problem_mark=node.start_mark
             ) from error
 
 
 def write_yaml(section: Section, path: Path) -> None:
-    """Write any part of a configuration, every default spelled out."""
+    """Write any part of a configuration, including all defaults."""
     with commit(path) as temporary:
         temporary.write_text(to_yaml(section), encoding="utf-8")
 
 
 def to_yaml(section: Section) -> str:
-    """Any part of a configuration as YAML, every default spelled out."""
+    """Return any part of a configuration as YAML, including all defaults."""
     content = section.model_dump(mode="json")
     return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts are read back as they were, those with Unicode's other line breaks included."""
+    """Quote strings that hold Unicode's other line breaks, so that they are read back unchanged."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = '"' if re.search("[\x85\u2028\u2029\ufeff]", data) else None
@@ -128,7 +128,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         child = node.get(key)
         if not (child is None or isinstance(child, dict)):
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
-        # A copy: where YAML names a section by an anchor, others are the same one.
+        # Copy: sections that share a YAML anchor are the same object.
         node[key] = dict(child or {})
         node = node[key]
     node[keys[-1]] = value

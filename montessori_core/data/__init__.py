@@ -1,1 +1,1 @@
-"""Tables, the human-written sets, and how texts are compared."""
+"""Tables, the human-written sets, and comparison of texts."""

@@ -1,4 +1,4 @@
-"""Whether synthetic data holds what a model is evaluated on: n-grams of words that an evaluation set shares with it."""
+"""Contamination check: word n-grams that an evaluation set shares with training data."""
 
 import re
 from collections import defaultdict
@@ -8,36 +8,36 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def overlapping(items: Sequence[str], data: Iterable[str], n: int) -> list[bool]:
-    """Which items share n words in a row with a text of the data.
+    """Find the items that share n consecutive words with a text of the data.
 
-    Words are runs of letters and digits, in lower case (phrases, in scripts without blanks). An item of fewer than n words
-    overlaps if all of them stand in a row in a text; one without any never does. Memory is taken by the items alone
-    (64-bit hashes of their n-grams), not by the data.
+    Words are lower-case runs of letters and digits (phrases, in scripts without blanks). An item of fewer than n words
+    overlaps if a text has all of them in a row; an item without words never does. Memory holds the 64-bit hashes of the
+    items' n-grams, not the data.
 
     Args:
         items: the evaluation set.
         data: texts, read once.
-        n: words of an n-gram.
+        n: number of words in an n-gram.
 
     Returns:
         [items] whether each overlaps.
     """
     if n < 1:
         raise ValueError(f"n = {n}: an n-gram has at least one word")
-    of_items: list[set[int]] = []
-    wanted: defaultdict[int, set[int]] = defaultdict(set)
+    item_ngrams: list[set[int]] = []
+    by_length: defaultdict[int, set[int]] = defaultdict(set)
     for item in items:
         words = _words(item)
         length = min(n, len(words))
-        of_items.append(_ngrams(words, length))
+        item_ngrams.append(_ngrams(words, length))
         if words:
-            wanted[length] |= of_items[-1]
+            by_length[length] |= item_ngrams[-1]
     shared: set[int] = set()
     for text in data:
         words = _words(text)
-        for length, hashes in wanted.items():
+        for length, hashes in by_length.items():
             shared |= hashes & _ngrams(words, length)
-    return [not shared.isdisjoint(hashes) for hashes in of_items]
+    return [not shared.isdisjoint(hashes) for hashes in item_ngrams]
 
 
 def _words(text: str) -> list[str]:
@@ -45,7 +45,7 @@ def _words(text: str) -> list[str]:
 
 
 def _ngrams(words: list[str], length: int) -> set[int]:
-    """Hashes of all runs of `length` words; none of length 0."""
+    """Return the hashes of all runs of `length` words; an empty set for length 0."""
     if not length:
         return set()
     return {hash(" ".join(words[start : start + length])) for start in range(len(words) - length + 1)}

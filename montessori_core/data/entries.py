@@ -1,4 +1,4 @@
-"""Files of benchmarks as their projects publish them: a list of JSON, or one JSON object a line."""
+"""Read benchmark files in their published formats: a JSON list, or one JSON object per line."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
 class Entry(BaseModel):
-    """An entry of a file; fields that it does not name are nobody's concern."""
+    """An entry of a file; other fields are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,8 +27,7 @@ def read_entries(path: Path, kind: type[AnyEntry]) -> list[AnyEntry]:
     """Read a file of entries.
 
     Raises:
-        DataError: it cannot be read, holds no entry, or an entry does not fit; the message names file, line or entry, and
-            field.
+        DataError: it cannot be read, is empty, or has an invalid entry; the message names file, line or entry, and field.
     """
     entries = [_entry(where, content, kind) for where, content in _contents(path)]
     if not entries:
@@ -37,7 +36,7 @@ def read_entries(path: Path, kind: type[AnyEntry]) -> list[AnyEntry]:
 
 
 def _contents(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, entry) pairs."""
+    """Yield (place in the file, entry) pairs."""
     if path.suffix != ".json":
         yield from jsonl_rows(path)
         return
@@ -47,7 +46,7 @@ def _contents(path: Path) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); a .json file must be one "
-            "list, and a file of one object a line must be named .jsonl"
+            "list, and a file with one object per line must be named .jsonl"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text; convert the file") from error

@@ -1,4 +1,4 @@
-"""Reading JSON and JSONL, with errors that name file and line."""
+"""Read JSON and JSONL, with errors that name file and line."""
 
 import json
 import stat
@@ -10,25 +10,25 @@ from montessori_core.errors import DataError
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """Open a text in UTF-8; a byte order mark is passed over.
+    """Open a UTF-8 text file; a byte order mark is skipped.
 
     Raises:
-        DataError: it cannot be opened, or is a pipe or a device: files are read again when a run goes on.
+        DataError: it cannot be opened, or is a pipe or a device: a resumed run reads its files again.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: not a file; give one, not a folder or a pipe")
+            raise DataError(f"{path}: not a file; give a file, not a folder or a pipe")
         return path.open(encoding="utf-8-sig", newline=newline)
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path") from error
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse JSON that can be written again, as JSON and as a table.
+    """Parse JSON, and check that its values can be written again, as JSON and in a table.
 
     Raises:
         JSONDecodeError: it is not JSON.
-        DataError: it cannot be kept; the message begins with `where`.
+        DataError: a value cannot be written; the message begins with `where`.
     """
     try:
         content = json.loads(text)
@@ -40,8 +40,8 @@ def parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: nested too deeply; remove what is not needed") from error
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: a text holds half of a surrogate pair ({error.object[error.start]!r}), which is no character; it was "
-            "cut in the middle of one: correct or remove it"
+            f"{where}: a text holds half of a surrogate pair ({error.object[error.start]!r}): it was cut in the middle of a "
+            "character; correct or remove it"
         ) from error
     except ValueError as error:  # Python's limit
         raise DataError(f"{where}: a number has too many digits; write it as text, or remove it") from error
@@ -49,7 +49,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, row) pairs of a file with one JSON value a line; blank lines are passed over.
+    """Yield (place in the file, row) pairs of a file with one JSON value per line; blank lines are skipped.
 
     Raises:
         DataError: it cannot be read; the message names file and line.
@@ -66,11 +66,11 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}); each line must be one object"
             ) from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {_undecodable(path)}: not UTF-8 text; convert the file") from error
+            raise DataError(f"{path}, line {_find_invalid_line(path)}: not UTF-8 text; convert the file") from error
 
 
-def _undecodable(path: Path) -> int:
-    """The line of a file where what is not UTF-8 begins."""
+def _find_invalid_line(path: Path) -> int:
+    """Return the number of the first line that is not UTF-8."""
     content = path.read_bytes()
     try:
         content.decode()

@@ -1,12 +1,13 @@
-"""ROUGE-L F, exactly as the `rouge-score` package computes it (no stemmer), and fast enough for every pair.
+"""ROUGE-L F, exactly as the `rouge-score` package computes it (without stemmer), fast enough for all pairs.
 
-Instructions become strings with one character per word, so that the longest common subsequence of words is that of
-characters, which rapidfuzz computes bit-parallel and many at a time. Few pairs need it. Texts of m and n words have F above
-a limit t only if they have c words in common with 2c / (m + n) > t; as c <= n, that is c > t m / (2 - t), whatever n is.
-Put the words of every text in one fixed order, rarer ones first: the first common word is followed by c - 1 more in both
-texts, so it is not among the last c - 1 of either. Only the words before those, a text's *prefix*, are indexed and looked
-up (prefix filtering: Bayardo, Ma and Srikant, "Scaling up all pairs similarity search", WWW 2007), and the number of those
-found bounds what is common once more.
+Each text becomes a string with one character per word. The longest common subsequence of words is then that of characters,
+which rapidfuzz computes bit-parallel and in batches.
+
+Prefix filtering (Bayardo, Ma and Srikant, "Scaling up all pairs similarity search", WWW 2007) avoids most of these
+computations. Texts of m and n words have F > t only if they share c words with 2c / (m + n) > t. Since c <= n, this
+implies c > t m / (2 - t), for any n. Sort the words of all texts in one fixed order, rare words first. The first shared
+word is followed by c - 1 more shared words in both texts, so it is not among the last c - 1 words of either. Only the
+words before those, the *prefix*, are indexed and looked up; the number of matches gives a second bound on the shared words.
 """
 
 import math
@@ -21,17 +22,17 @@ from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
-_SURROGATES = range(0xD800, 0xE000)  # code points that no string may hold
-_SLACK = 1 - 1e-12  # on bounds of the common length: F itself is rounded, and the limit a rounded number
+_SURROGATES = range(0xD800, 0xE000)  # code points that are not characters
+_SLACK = 1 - 1e-12  # tolerance of the bounds: F and the limit are rounded numbers
 
 
 def words(text: str) -> list[str]:
-    """Tokens as `rouge_score.tokenize` makes them: lower case, runs of ASCII letters and digits."""
+    """Tokenize like `rouge_score.tokenize`: lower case, runs of ASCII letters and digits."""
     return _NOT_WORD.sub(" ", text.lower()).split()
 
 
 def f_measure(first: str, second: str) -> float:
-    """ROUGE-L F of two texts, in [0, 1]; equal to `RougeScorer(['rougeL']).score(a, b)['rougeL'].fmeasure`."""
+    """Return ROUGE-L F of two texts, in [0, 1]: `RougeScorer(['rougeL']).score(a, b)['rougeL'].fmeasure`."""
     vocabulary: dict[str, str] = {}
     a, b = _encode(first, vocabulary), _encode(second, vocabulary)
     common = np.array([LCSseq.similarity(a, b)])
@@ -39,16 +40,16 @@ def f_measure(first: str, second: str) -> float:
 
 
 class RougeIndex:
-    """A growing list of texts, none of which is too similar to an earlier one."""
+    """A growing list of texts that rejects a text too similar to an earlier one."""
 
     def __init__(self, texts: Iterable[str] = (), max_rouge_l: float = 0.7) -> None:
-        """Start with `texts`, unchecked; later ones must stay at or below `max_rouge_l` with every one."""
+        """Start with `texts`, unchecked. Later texts are accepted if their F with each text is at most `max_rouge_l`."""
         self._max = max_rouge_l
         self._vocabulary: dict[str, str] = {}
         self._codes: list[str] = []
-        self._postings: dict[int, array[int]] = {}  # from a word to the texts that have it in their prefix
-        # Of each text: its length, the last word of its prefix, and how many words come after the prefix.
-        self._lengths, self._ends, self._rests = array("i"), array("q"), array("i")
+        self._postings: dict[int, array[int]] = {}  # word -> texts with the word in their prefix
+        # Per text: its length, the last word of its prefix, and the number of words after the prefix.
+        self._lengths, self._ends, self._suffixes = array("i"), array("q"), array("i")
         for text in texts:
             code = _encode(text, self._vocabulary)
             self._add(code, self._prefix(code))
@@ -57,12 +58,12 @@ class RougeIndex:
         return len(self._codes)
 
     def nearest(self, text: str) -> int | None:
-        """Index of the first accepted text of the most similar that are above the limit, or None."""
+        """Return the index of the most similar accepted text above the limit (the first, if tied), or None."""
         code = _encode(text, self._vocabulary)
         return self._nearest(code, self._prefix(code))
 
     def add_all(self, texts: Sequence[str]) -> list[bool]:
-        """Go through `texts` in order, accept each that is not too similar to any accepted before, and say which."""
+        """Accept, in order, each text that is not too similar to an accepted one; return [texts] whether accepted."""
         verdicts: list[bool] = []
         for text in texts:
             code = _encode(text, self._vocabulary)
@@ -73,16 +74,16 @@ class RougeIndex:
         return verdicts
 
     def _prefix(self, code: str) -> list[int]:
-        """The words of a text without the last c - 1, c the fewest that it has in common with any text above the limit.
+        """Return the sorted words of a text without the last c - 1; c is the minimum shared with a text above the limit.
 
-        The order is that of first appearance, latest first, since words that appear late are rare. It never changes
-        for words that are indexed. A word's second, third, ... occurrence counts as another word, after all first ones.
+        Words are sorted by first appearance, latest first, since words that appear late are rare. The order of indexed
+        words never changes. The second, third, ... occurrence of a word counts as another word, after all first ones.
         """
         ordered = sorted(
             (ord(word) - (n << 21) for word, count in Counter(code).items() for n in range(count)), reverse=True
         )
-        fewest = max(1, math.ceil(self._max * len(code) / (2 - self._max) * _SLACK))
-        return ordered[: len(code) - fewest + 1]
+        minimum = max(1, math.ceil(self._max * len(code) / (2 - self._max) * _SLACK))
+        return ordered[: len(code) - minimum + 1]
 
     def _add(self, code: str, prefix: list[int]) -> None:
         for word in prefix:
@@ -90,27 +91,27 @@ class RougeIndex:
         self._codes.append(code)
         self._lengths.append(len(code))
         self._ends.append(prefix[-1] if prefix else 0)
-        self._rests.append(len(code) - len(prefix))
+        self._suffixes.append(len(code) - len(prefix))
 
     def _nearest(self, code: str, prefix: list[int]) -> int | None:
         postings = [self._postings[word] for word in prefix if word in self._postings]
         if not postings:
             return None
-        found = np.sort(np.concatenate([np.frombuffer(texts, np.intc) for texts in postings]))
-        starts = np.flatnonzero(np.diff(found, prepend=-1))
-        texts, shared = found[starts], np.diff(starts, append=len(found))
-        # Whichever prefix ends first in the order, all common words up to there are shared by both.
+        matches = np.sort(np.concatenate([np.frombuffer(texts, np.intc) for texts in postings]))
+        starts = np.flatnonzero(np.diff(matches, prepend=-1))
+        texts, shared = matches[starts], np.diff(starts, append=len(matches))
+        # All shared words up to the earlier of the two prefix ends are counted in `shared`; the rest is bounded.
         earlier = np.frombuffer(self._ends, np.longlong)[texts] > prefix[-1]
-        rests = np.where(earlier, np.frombuffer(self._rests, np.intc)[texts], len(code) - len(prefix))
+        suffixes = np.where(earlier, np.frombuffer(self._suffixes, np.intc)[texts], len(code) - len(prefix))
         lengths = np.frombuffer(self._lengths, np.intc)[texts]
-        most = np.minimum(shared + rests, np.minimum(lengths, len(code)))
-        near = 2 * most >= self._max * (lengths + len(code)) * _SLACK
+        bounds = np.minimum(shared + suffixes, np.minimum(lengths, len(code)))
+        near = 2 * bounds >= self._max * (lengths + len(code)) * _SLACK
         texts, lengths = texts[near], lengths[near]
         if not len(texts):
             return None
         choices = [self._codes[index] for index in texts.tolist()]
         scores = _f(cdist([code], choices, scorer=LCSseq.similarity, dtype=np.int32)[0], np.array([len(code)]), lengths)
-        best = scores.argmax()  # the first of the most similar: texts are in the order of acceptance
+        best = scores.argmax()  # the first if tied: texts are in order of acceptance
         return int(texts[best]) if scores[best] > self._max else None
 
 
@@ -130,7 +131,7 @@ def _encode(text: str, vocabulary: dict[str, str]) -> str:
 def _f(
     common: npt.NDArray[np.int32], first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """F from the common length, in the operations and order of the `rouge-score` package."""
+    """Compute F from the common length with the operations of the `rouge-score` package, in its order."""
     with np.errstate(divide="ignore", invalid="ignore"):
         precision, recall = common / second, common / first
         f = 2 * precision * recall / (precision + recall)

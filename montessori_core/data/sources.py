@@ -1,10 +1,11 @@
-"""Reading seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or our own."""
+"""Read seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or built-in sets."""
 
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from montessori_core.data.tables import read_parquet
 from montessori_core.errors import DataError
 from montessori_core.files import commit
 
+_FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd example decides the sign
+
 
 @dataclass(frozen=True)
 class Task:
     """A human-written task; `response` is empty in a seed pool."""
 
-    id: str
-    text: str
+    example_id: str
+    instruction: str
     response: str = ""
 
 
@@ -40,49 +43,55 @@ def read_sources(experiment: Experiment) -> Sources:
     """Read the three sets.
 
     Raises:
-        DataError: a set cannot be read or is empty; the message names file and line.
+        DataError: a set cannot be read or is empty, or the reference set is too small; the message names file and line.
     """
-    return Sources(
+    sources = Sources(
         seed_pool=read_tasks(experiment.seed_pool, "seed_pool", with_response=False),
         reference=read_tasks(experiment.reference, "reference", with_response=True),
         evaluation=read_tasks(experiment.evaluation, "evaluation", with_response=True),
     )
+    count = len(sources.reference)
+    if count < _FEWEST_REFERENCES and count != experiment.reference.limit:  # a limit is the user's choice
+        raise DataError(
+            f"reference.path: {experiment.reference.path} holds {count} examples; a reference set needs at least "
+            f"{_FEWEST_REFERENCES}, better some dozens, because influence is a mean over them. Add examples of the same kind"
+        )
+    return sources
 
 
 def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
-    """Check the sets against each other and against what prompts need; return warnings.
+    """Check the size of the seed pool and the overlap of the sets; return warnings.
 
     Raises:
         DataError: the seed pool is too small for a prompt, or the reference set overlaps the evaluation set.
     """
-    own, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
-    if len(sources.seed_pool) < own + synthetic:
+    seeds, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
+    if len(sources.seed_pool) < seeds + synthetic:
         raise DataError(
             f"seed_pool.path: {experiment.seed_pool.path} has {len(sources.seed_pool)} tasks, but a prompt of the first "
-            f"iteration takes {own + synthetic} demonstrations from it (synthesis.seed_demonstrations {own} + "
+            f"iteration takes {seeds + synthetic} demonstrations from it (synthesis.seed_demonstrations {seeds} + "
             f"synthesis.synthetic_demonstrations {synthetic}); add tasks or lower one of them"
         )
-    leak = _overlaps(sources.evaluation, sources.reference)
-    if leak:
+    leaks = _overlaps(sources.evaluation, sources.reference)
+    if leaks:
         raise DataError(
-            f"reference.path: {len(leak)} of {len(sources.reference)} examples also stand in the evaluation set, e.g. "
-            f"{leak[0][0]} and {leak[0][1]}: the held-out loss would not be held out. Remove them from either set"
+            f"reference.path: {len(leaks)} of {len(sources.reference)} examples are also in the evaluation set, e.g. "
+            f"{leaks[0][0]} and {leaks[0][1]}: the held-out loss would not be held out. Remove them from either set"
         )
-    warnings = []
     shared = _overlaps(sources.seed_pool, sources.reference)
-    if shared:
-        warnings.append(
-            f"{len(shared)} of {len(sources.reference)} reference examples also stand in the seed pool, e.g. "
-            f"{shared[0][0]} and {shared[0][1]}: the teacher is shown what influence is measured on"
-        )
-    return warnings
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of {len(sources.reference)} reference examples are also in the seed pool, e.g. "
+        f"{shared[0][0]} and {shared[0][1]}: prompts show the teacher examples on which influence is measured"
+    ]
 
 
 def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task]:
-    """Read one set; `field` (e.g. 'seed_pool') picks the built-in set and names the setting in errors.
+    """Read one set; `field` (e.g. 'seed_pool') selects the built-in set and names the setting in errors.
 
     Raises:
-        DataError: names the file and the line or column, and the remedy.
+        DataError: the set cannot be used; the message names the file, the line or column, and the remedy.
     """
     tasks: list[Task] = []
     for where, row in _rows(source, field):
@@ -92,23 +101,23 @@ def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task
         addition = _text(row, source.input_field, where, required=False)
         response = _text(row, source.output_field, where, required=True) if with_response else ""
         id = row.get("id")
-        named = f"{field}-{len(tasks) + 1:05d}" if id is None else str(id)
-        tasks.append(Task(named, f"{instruction} {addition}".strip(), response))
+        task_id = f"{field}-{len(tasks) + 1:05d}" if id is None else str(id)
+        tasks.append(Task(task_id, f"{instruction} {addition}".strip(), response))
         if source.limit and len(tasks) == source.limit:
             break
     if not tasks:
-        raise DataError(f"{field}.path: {source.path} holds no examples; give a set with at least one")
+        raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
     ids: set[str] = set()
     for task in tasks:
-        if task.id in ids:
-            raise DataError(f"{field}.path: {source.path}: id {task.id!r} occurs twice; ids must differ")
-        ids.add(task.id)
+        if task.example_id in ids:
+            raise DataError(f"{field}.path: {source.path}: id {task.example_id!r} occurs twice; ids must differ")
+        ids.add(task.example_id)
     return tasks
 
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
-    """Write a set as JSONL that workers read back with `load_tasks`."""
-    lines = [json.dumps({"id": t.id, "text": t.text, "response": t.response}, ensure_ascii=False) for t in tasks]
+    """Write a set as JSONL; workers read it with `load_tasks`."""
+    lines = [json.dumps(vars(task), ensure_ascii=False) for task in tasks]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -119,22 +128,38 @@ def load_tasks(path: Path) -> list[Task]:
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, row) pairs."""
-    if source.path == "builtin":
-        with as_file(files("montessori_core") / "data" / "builtin" / f"{field}.jsonl") as path:
-            yield from jsonl_rows(path)
-        return
+    """Yield (place in the source, row) pairs."""
     path = Path(os.path.expanduser(source.path))
     if path.suffix == ".jsonl":
         yield from jsonl_rows(path)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
+    elif path.parts[:1] == ("builtin",):
+        with as_file(_builtin_file(source.path, field)) as builtin:
+            yield from jsonl_rows(builtin)
     elif os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~")):
         raise DataError(
-            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, or 'builtin'"
+            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, 'builtin' or "
+            "'builtin/<kind>'"
         )
     else:
         yield from _hub_rows(source, field)
+
+
+def _builtin_file(path: str, field: str) -> Traversable:
+    """Return the file of a set of ours: `builtin` has tasks of all kinds, `builtin/maths` a target of one kind."""
+    folder = files("montessori_core") / "data" / "builtin"
+    if path == "builtin":
+        return folder / f"{field}.jsonl"
+    kinds = sorted(f"builtin/{target.name}" for target in (folder / "targets").iterdir())
+    if path not in kinds:
+        raise DataError(f"{field}.path: {path}: no such built-in target; give one of {', '.join(kinds)}, or 'builtin'")
+    if field == "seed_pool":
+        raise DataError(
+            f"seed_pool.path: {path} is a target: it has reference and evaluation examples, but no seeds, so that "
+            "the teacher is not shown what influence is measured on; give 'builtin' or tasks of your own"
+        )
+    return folder / "targets" / path.removeprefix("builtin/") / f"{field}.jsonl"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -150,13 +175,13 @@ def _hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:  # the library raises many kinds; all mean that the set is not to be had
+        rows = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # the library raises many kinds
         raise DataError(
             f"{field}.path: data set {source.path!r} (split {source.split!r}) cannot be loaded: {error}; check the id and "
             "the network, or give a .jsonl or .parquet file"
         ) from error
-    for number, row in enumerate(loaded, 1):
+    for number, row in enumerate(rows, 1):
         yield f"{source.path} ({source.split}), row {number}", row
 
 
@@ -177,7 +202,7 @@ def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
 
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:
-    """Pairs of ids, one per task of `second` whose ROUGE-L F with some task of `first` is above 0.9."""
-    known = RougeIndex([task.text for task in first], max_rouge_l=0.9)
-    matches = ((task, known.nearest(task.text)) for task in second)
-    return [(first[index].id, task.id) for task, index in matches if index is not None]
+    """Return pairs of ids, one for each task of `second` whose ROUGE-L F with a task of `first` is above 0.9."""
+    index = RougeIndex([task.instruction for task in first], max_rouge_l=0.9)
+    matches = ((task, index.nearest(task.instruction)) for task in second)
+    return [(first[nearest].example_id, task.example_id) for task, nearest in matches if nearest is not None]

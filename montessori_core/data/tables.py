@@ -1,13 +1,15 @@
-"""The Parquet tables of a run: declared once, versioned, described, and checked on read and write.
+"""The Parquet tables of a run: declared once, with versions and descriptions, and checked on read and write.
 
-Tables hold results only, never times or host names, so that a table has the same bytes however the work was cut,
-interrupted or repeated. Every text column may hold text a model wrote: it is data, and nothing else.
+Tables have results only, never times or host names, so that their bytes do not depend on the cut into shards, interruptions
+or repetitions. Text columns may have text that a model wrote, which is untrusted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,7 +17,7 @@ from montessori_core.errors import DataError
 from montessori_core.files import commit
 
 ROW_GROUP = 8192
-"""Rows that are written, and can be read, at a time: of the longest texts some 30 MB, however large a table is."""
+"""Rows that are written, and can be read, at a time: about 30 MB of the longest texts."""
 
 
 def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -30,11 +32,11 @@ _TEXT, _REAL, _WHOLE, _TRUTH = pa.string(), pa.float64(), pa.int32(), pa.bool_()
 
 
 DRAWN_TOKENS = ("output_ids", "vocabulary")
-"""The columns with the tokens of a raw output; of a pair, each stands behind `chosen_` and `rejected_`."""
+"""The columns with the tokens of a raw output; in a pair, they are prefixed with `chosen_` and `rejected_`."""
 
 
 def _drawn_tokens(output: str = "") -> tuple[pa.Field, pa.Field]:
-    """The columns DRAWN_TOKENS of a row or, with a prefix, of one of its two outputs."""
+    """Return the columns DRAWN_TOKENS of a row or, with a prefix, of one of its two outputs."""
     ids, vocabulary = (f"{output}{name}" for name in DRAWN_TOKENS)
     return (
         _field(ids, pa.list_(_WHOLE), "token ids of the raw output as drawn; null from an API", nullable=True),
@@ -44,10 +46,10 @@ def _drawn_tokens(output: str = "") -> tuple[pa.Field, pa.Field]:
 
 GENERATION = _schema(
     "generation",
-    2,
-    _field("row_id", _TEXT, "what was generated: candidate or example"),
+    3,
+    _field("example_id", _TEXT, "the example that it is for"),
     _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
-    _field("text", _TEXT, "the model's raw output, stop string included"),
+    _field("raw_output", _TEXT, "what the model wrote, stop string included"),
     _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
     _field("tokens", _WHOLE, "tokens generated"),
     *_drawn_tokens(),
@@ -55,9 +57,9 @@ GENERATION = _schema(
 
 INSTRUCTIONS = _schema(
     "instructions",
-    1,
-    _field("candidate_id", _TEXT, "prompt id and sample number"),
-    _field("prompt_id", _TEXT, "the prompt p this candidate answers"),
+    2,
+    _field("example_id", _TEXT, "prompt id and sample number"),
+    _field("prompt_id", _TEXT, "the prompt p that it answers"),
     _field("prompt", _TEXT, "the exact text the teacher continued, chat template included"),
     _field("demonstrations", pa.list_(_TEXT), "ids of the demonstrations in the prompt, in order"),
     _field("raw_output", _TEXT, "what the teacher wrote"),
@@ -227,12 +229,12 @@ ITEM_SCORES = _schema(
 
 
 def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
-    """Build a table of `schema` from one mapping per row."""
+    """Build a table of `schema` from a mapping a row."""
     return check(pa.Table.from_pylist(rows, schema=schema), schema, "rows")
 
 
 def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return `table` if it is of `schema`, or holds the `columns` of it.
+    """Return `table` if it has `schema`, or those of its `columns`.
 
     Raises:
         DataError: the name, version, columns, types or null values do not match.
@@ -259,29 +261,42 @@ def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str
 
 
 def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.Schema) -> None:
-    """Write a table, or a stream of its rows, so that `path` holds either all of it or what it held before.
+    """Write a table, or a stream of its rows, atomically.
 
-    The bytes depend on rows and metadata alone, not on the pieces that a table or a stream comes in.
+    The bytes depend only on rows and metadata, not on the batches of the table or stream.
 
     Raises:
-        DataError: it is not of `schema`.
+        DataError: the table does not have `schema`.
     """
     reader = table.to_reader(ROW_GROUP) if isinstance(table, pa.Table) else table
     check(reader.schema.empty_table(), schema, str(path))
     with commit(path) as temporary, _writer(temporary, reader.schema) as writer:
-        for group in _row_groups(reader):
+        for group in regroup((pa.Table.from_batches([batch]) for batch in reader), reader.schema, ROW_GROUP):
             writer.write_table(check(group, schema, str(path)))
 
 
-def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """The rows of a stream, each column in one piece, `ROW_GROUP` at a time but the last; one group if there are none."""
-    waiting = reader.schema.empty_table()
-    for batch in reader:
-        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
-        while waiting.num_rows > ROW_GROUP:
-            yield waiting.slice(0, ROW_GROUP).combine_chunks()
-            waiting = waiting.slice(ROW_GROUP)
+def regroup(tables: Iterable[pa.Table], schema: pa.Schema, size: int) -> Iterator[pa.Table]:
+    """Yield the rows of tables in tables of `size` rows, the last of fewer; without rows, yield an empty table."""
+    waiting = schema.empty_table()
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table])
+        while waiting.num_rows > size:
+            yield waiting.slice(0, size).combine_chunks()
+            waiting = waiting.slice(size)
     yield waiting.combine_chunks()
+
+
+def take_rows(
+    file: pq.ParquetFile, columns: Sequence[str] | None, positions: npt.NDArray[np.int64]
+) -> Iterator[pa.Table]:
+    """Yield rows of a file by their ascending positions, with one row group in memory at a time."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    ends = np.cumsum(sizes)
+    groups = np.searchsorted(ends, positions, side="right")
+    for group in np.unique(groups):
+        table = file.read_row_group(group, columns)
+        table.validate(full=True)
+        yield table.take(positions[groups == group] - (ends[group] - sizes[group]))
 
 
 def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
@@ -311,8 +326,8 @@ def read_parquet(path: Path, remedy: str = "", columns: Sequence[str] | None = N
     """
     with open_parquet(path, remedy) as file:
         table, rows = file.read(columns), file.metadata.num_rows
-        table.validate(full=True)  # texts are UTF-8, lists end where they should
-        if table.num_rows != rows:  # no checksum covers how many are to be read
+        table.validate(full=True)  # UTF-8 and list offsets
+        if table.num_rows != rows:  # no checksum covers the number of rows
             raise ValueError(f"{table.num_rows} rows where {rows} were written")
     return table
 
@@ -322,12 +337,12 @@ def open_parquet(path: Path, remedy: str = "") -> Iterator[pq.ParquetFile]:
     """Open a table to read parts of it.
 
     Raises:
-        DataError: the file is missing, or found to be damaged meanwhile; the message ends with `remedy`.
+        DataError: the file is missing, or damaged where it is read; the message ends with `remedy`.
     """
     try:
         if path.is_fifo():
             raise DataError(f"{path}: not a file; give one, not a pipe")
-        # Not a data set, which takes most of the time where thousands of shards have small results.
+        # Not a data set, which would take most of the time with thousands of small parts.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError as error:

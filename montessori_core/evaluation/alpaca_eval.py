@@ -1,7 +1,7 @@
-"""AlpacaEval 2.0: how often a model's answers are preferred, as it is and with the length of answers controlled for.
+"""AlpacaEval 2.0: the win rate of a model's answers, plain and length-controlled.
 
-The length-controlled win rate is that of Dubois et al. (2024), "Length-Controlled AlpacaEval": a logistic regression says how
-much of a preference is owed to length, and the rate is what it predicts for answers of equal length.
+The length-controlled win rate is from Dubois et al. (2024), "Length-Controlled AlpacaEval": a logistic regression estimates
+the effect of length on preferences, and the rate is its prediction for answers of equal length.
 """
 
 import csv
@@ -17,12 +17,12 @@ from scipy.special import expit
 
 from montessori_core.data.entries import Entry, Text, read_entries
 from montessori_core.data.jsonl import open_text
+from montessori_core.data.rows import ComparisonRow
 from montessori_core.errors import DataError, UserError
-from montessori_core.program import Row
 
 _FOLDS = 5
 _STRENGTHS = np.logspace(-4, 4, 10)
-"""Inverse strengths of the penalty that are tried: scikit-learn's, as in the published fit."""
+"""Candidate inverse strengths of the penalty: scikit-learn's, as in the published fit."""
 
 
 class Output(Entry):
@@ -36,12 +36,12 @@ class Output(Entry):
 
 @dataclass(frozen=True)
 class WinRates:
-    """How a model fares against another; rates are shares of 1, and None where they cannot be had.
+    """Outcomes of a model against another; rates are shares of 1, or None if there are too few questions.
 
     Attributes:
-        wins, ties, losses, unparsed: questions by their outcome; those unparsed enter no rate.
-        win_rate, win_rate_error: the mean preference and its standard error.
-        length_controlled, length_controlled_error: what they would be if answers were of equal length.
+        wins, ties, losses, unparsed: numbers of questions by outcome; unparsed ones count in no rate.
+        win_rate, win_rate_error: mean preference and its standard error.
+        length_controlled, length_controlled_error: the same for answers of equal length.
     """
 
     wins: int
@@ -55,31 +55,31 @@ class WinRates:
 
 
 def read_outputs(path: Path) -> list[Output]:
-    """Read a model's answers: a list (.json) or one object a line (.jsonl).
+    """Read a model's answers: a list (.json) or one object per line (.jsonl).
 
     Raises:
-        DataError: it cannot be used, or an instruction stands in it twice; the message names file, line or entry, and field.
+        DataError: it is not valid, or an instruction occurs twice; the message names file, line or entry, and field.
     """
     outputs = read_entries(path, Output)
-    places: dict[str, int] = {}
-    for number, one in enumerate(outputs, 1):
-        if one.instruction in places:
+    numbers: dict[str, int] = {}
+    for number, output in enumerate(outputs, 1):
+        if output.instruction in numbers:
             raise DataError(
-                f"{path}, entry {number}: field instruction: as in entry {places[one.instruction]}; remove one of them"
+                f"{path}, entry {number}: field instruction: as in entry {numbers[output.instruction]}; remove one of them"
             )
-        places[one.instruction] = number
+        numbers[output.instruction] = number
     return outputs
 
 
-def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[Row]:
-    """Rows for `open_pairwise_judge`, in the order of `answers`.
+def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[ComparisonRow]:
+    """Return rows for `open_pairwise_judge`, in the order of `answers`.
 
     Args:
         answers: instruction -> answer of the model.
-        others: instruction -> answer of what it is compared with.
+        others: instruction -> answer of the other model.
 
     Raises:
-        DataError: an instruction is answered by one of them alone.
+        DataError: only one of them answers an instruction.
     """
     for name, missing in (("other", answers.keys() - others.keys()), ("model", others.keys() - answers.keys())):
         if missing:
@@ -88,21 +88,21 @@ def comparisons(answers: Mapping[str, str], others: Mapping[str, str]) -> list[R
                 "the same instructions"
             )
     return [
-        {"id": f"{index:05d}", "instruction": instruction, "answer": answer, "other": others[instruction]}
+        {"question_id": f"{index:05d}", "instruction": instruction, "answer": answer, "other": others[instruction]}
         for index, (instruction, answer) in enumerate(answers.items())
     ]
 
 
 def read_difficulties(path: Path) -> list[float]:
-    """Read AlpacaEval's instruction_difficulty.csv: a header, then a question's index and its difficulty a line.
+    """Read AlpacaEval's instruction_difficulty.csv: a header, then lines with index and difficulty of a question.
 
     Returns:
-        [questions] difficulties in the order of their index.
+        [questions] difficulties in the order of the indexes.
 
     Raises:
-        DataError: it cannot be read, or a line does not fit; the message names file and line.
+        DataError: it cannot be read, or a line is not valid; the message names file and line.
     """
-    found: dict[int, float] = {}
+    difficulties: dict[int, float] = {}
     try:
         with open_text(path, newline="") as stream:
             for number, row in enumerate(csv.reader(stream), 1):
@@ -114,31 +114,29 @@ def read_difficulties(path: Path) -> list[float]:
                     raise DataError(
                         f"{path}, line {number}: expected an index and a number; give AlpacaEval's instruction_difficulty.csv"
                     ) from error
-                if not math.isfinite(difficulty) or index in found:
+                if not math.isfinite(difficulty) or index in difficulties:
                     raise DataError(
-                        f"{path}, line {number}: not finite, or index {index} stands there twice; correct the line"
+                        f"{path}, line {number}: not finite, or index {index} occurs twice; correct the line"
                     )
-                found[index] = difficulty
+                difficulties[index] = difficulty
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); give AlpacaEval's instruction_difficulty.csv") from error
-    if sorted(found) != list(range(len(found))):
-        raise DataError(f"{path}: indexes must be 0 to {len(found) - 1}, each once; complete the file")
-    return [found[index] for index in range(len(found))]
+    if sorted(difficulties) != list(range(len(difficulties))):
+        raise DataError(f"{path}: indexes must be 0 to {len(difficulties) - 1}, each once; complete the file")
+    return [difficulties[index] for index in range(len(difficulties))]
 
 
 def win_rate(preferences: Sequence[float]) -> tuple[float, float]:
-    """The mean preference and its standard error (nan of a single one), as shares of 1.
+    """Return the mean preference and its standard error (nan for one example), as shares of 1.
 
     Args:
         preferences: [examples] probability that the model's answer is preferred; 1 for a win, 0.5 for a tie.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no preferences.
     """
     if not len(preferences):
-        raise UserError(
-            "no preferences: no judgement could be read; look at the judge's answers, or take another judge"
-        )
+        raise UserError("no preferences: no judgement could be read; check the judge's answers, or use another judge")
     return _mean_and_error(np.asarray(preferences, dtype=float))
 
 
@@ -148,24 +146,25 @@ def length_controlled_win_rate(
     other_lengths: Sequence[int],
     difficulty: Sequence[float] | None = None,
 ) -> tuple[float, float]:
-    """The win rate to be expected if the two answers were always of equal length, and its standard error, as shares of 1.
+    """Return the expected win rate for answers of equal length, and its standard error, as shares of 1.
 
-    The published model: logit P(the model wins) = theta + phi tanh((length - other length) / deviation) + psi difficulty,
-    the deviation being the standard deviation of the differences. It is fitted to preferences as probabilities with an L1
-    penalty on all coefficients, chosen by five-fold cross-validation. The rate is the mean over the examples of what it
-    predicts at a difference of zero. Where all differences are equal, nothing can be told about length.
+    The published model is logit P(win) = theta + phi tanh((length - other length) / deviation) + psi difficulty, where
+    `deviation` is the standard deviation of the length differences. It is fitted to the preferences as probabilities, with
+    an L1 penalty on all coefficients that is chosen by five-fold cross-validation. The rate is the mean prediction over
+    the examples at a length difference of zero. If all differences are equal, the length term is 0.
 
-    Two things are not as published. The leaderboard's fit also pulls the coefficients towards those of two baselines that
-    were made verbose and concise on purpose; we leave them out, since they exist for one judge and one baseline model. And
-    its standard error is the spread of the predictions, which is about the questions' difficulty alone; ours is that of
-    the estimate under resampling of the examples, linearised (penalty fixed), so that it can stand beside the plain one's.
+    There are two differences from the published code. The leaderboard's fit also pulls the coefficients towards those of
+    two baselines, one verbose and one concise on purpose; they exist only for one judge and one baseline model and are
+    left out here. The leaderboard's standard error is the spread of the predictions, which reflects only the difficulty of
+    the questions. Here it is the error of the estimate under resampling of the examples, linearised with the penalty fixed,
+    so that it is comparable to that of the plain win rate.
 
-    The penalty can set theta to exactly 0: a rate within chance of one half may read 50 %.
+    The penalty can set theta to exactly 0: a rate that does not differ from one half by more than chance may be 50 %.
 
     Args:
         preferences: [examples] probability that the model's answer is preferred.
         lengths: [examples] characters of the model's answers.
-        other_lengths: [examples] characters of the answers they are compared with.
+        other_lengths: [examples] characters of the other answers.
         difficulty: [examples] difficulty of each instruction, see `read_difficulties`.
 
     Raises:
@@ -187,41 +186,42 @@ def length_controlled_win_rate(
 
     coefficients = _fit(features, targets, _best_strength(features, targets))
     fitted, rates = expit(features @ coefficients), expit(at_equal_length @ coefficients)
-    # What each example adds to the rate: by itself, and by way of the coefficients (a step of Newton's method).
-    curvature = (features * (fitted * (1 - fitted))[:, None]).T @ features / len(targets)
-    slope = (at_equal_length * (rates * (1 - rates))[:, None]).mean(axis=0)
-    contributions = rates + (targets - fitted) * (features @ np.linalg.pinv(curvature, hermitian=True) @ slope)
+    # Contribution of each example to the rate: direct, and through the coefficients (one Newton step).
+    hessian = (features * (fitted * (1 - fitted))[:, None]).T @ features / len(targets)
+    gradient = (at_equal_length * (rates * (1 - rates))[:, None]).mean(axis=0)
+    contributions = rates + (targets - fitted) * (features @ np.linalg.pinv(hessian, hermitian=True) @ gradient)
     return float(rates.mean()), _mean_and_error(contributions)[1]
 
 
 def summarize(table: pa.Table, difficulty: Sequence[float] | None = None) -> WinRates:
-    """Win rates from a table of schema `PAIRWISE`.
+    """Compute win rates from a table of schema `PAIRWISE`.
 
     Args:
-        table: a row a question.
+        table: one row per question.
         difficulty: [rows] difficulty of each instruction.
 
     Raises:
-        DataError: there is not one difficulty a row.
+        DataError: the numbers of rows and difficulties differ.
     """
     if difficulty is not None and len(difficulty) != table.num_rows:
         raise DataError(
-            f"{len(difficulty)} difficulties for {table.num_rows} questions; they are for AlpacaEval's own set, in its "
-            "order: leave them out for another"
+            f"{len(difficulty)} difficulties for {table.num_rows} questions; they belong to AlpacaEval's original set and "
+            "order: do not set them for another set"
         )
     outcomes = table["outcome"].to_pylist()
     judged = [index for index, outcome in enumerate(outcomes) if outcome != "unparsed"]
 
-    def of_judged(values: Sequence[Any]) -> list[Any]:
+    def select_judged(values: Sequence[Any]) -> list[Any]:
         return [values[index] for index in judged]
 
-    preferences, lengths, others = (
-        of_judged(table[name].to_pylist()) for name in ("preference", "characters", "other_characters")
-    )
-    kept = None if difficulty is None else of_judged(difficulty)
+    preferences = select_judged(table["preference"].to_pylist())
+    lengths, other_lengths = (select_judged(table[name].to_pylist()) for name in ("characters", "other_characters"))
+    difficulties = None if difficulty is None else select_judged(difficulty)
     plain = win_rate(preferences) if len(judged) > 1 else (None, None)
     controlled = (
-        length_controlled_win_rate(preferences, lengths, others, kept) if len(judged) >= _FOLDS else (None, None)
+        length_controlled_win_rate(preferences, lengths, other_lengths, difficulties)
+        if len(judged) >= _FOLDS
+        else (None, None)
     )
     wins, ties, losses, unparsed = (outcomes.count(name) for name in ("win", "tie", "loss", "unparsed"))
     return WinRates(wins, ties, losses, unparsed, *plain, *controlled)
@@ -233,22 +233,22 @@ def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def _best_strength(features: np.ndarray, targets: np.ndarray) -> float:
-    """The inverse strength whose fits predict left-out fifths of the examples best."""
+    """Return the inverse strength with the lowest loss in five-fold cross-validation."""
     fold = np.arange(len(targets)) % _FOLDS
 
     def loss(strength: float) -> float:
         losses = []
-        for left_out in range(_FOLDS):
-            inside, outside = fold != left_out, fold == left_out
-            logits = features[outside] @ _fit(features[inside], targets[inside], strength)
-            losses.append(np.mean(np.logaddexp(0.0, logits) - targets[outside] * logits))
+        for held_out in range(_FOLDS):
+            train, test = fold != held_out, fold == held_out
+            logits = features[test] @ _fit(features[train], targets[train], strength)
+            losses.append(np.mean(np.logaddexp(0.0, logits) - targets[test] * logits))
         return float(np.mean(losses))
 
     return float(min(_STRENGTHS, key=loss))
 
 
 def _fit(features: np.ndarray, targets: np.ndarray, strength: float) -> np.ndarray:
-    """[features] coefficients; each example is a win and a loss, weighted by how probable each is."""
+    """Return [features] coefficients; each example counts as a win and a loss, weighted by their probabilities."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(
@@ -257,7 +257,7 @@ def _fit(features: np.ndarray, targets: np.ndarray, strength: float) -> np.ndarr
     model.fit(
         np.concatenate([features, features]),
         np.repeat([1, 0], len(targets)),
-        # liblinear drops examples of no weight, and takes the only outcome left for a win whatever it is.
+        # Clip: liblinear drops examples of weight 0, and takes a single remaining class for a win.
         sample_weight=np.clip(np.concatenate([targets, 1.0 - targets]), 1e-9, 1.0),
     )
     return np.asarray(model.coef_[0])

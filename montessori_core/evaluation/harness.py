@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness (Section 4.2): which items they have, and how a model does on each.
+"""Tasks of lm-evaluation-harness (Section 4.2): list their items, and score a model on them.
 
-An item's demonstrations are drawn by the item itself, so that its result depends neither on the items before it nor on how
-they are cut into shards. (The harness draws for one item after the other from a single stream.)
+The demonstrations of an item are drawn with a seed from the item, so its result does not depend on other items or on
+sharding. (The harness draws for all items from one random stream.)
 """
 
 import contextlib
@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
 
-_LONGEST_ANSWER = 2000  # characters kept of what the model wrote
+_MAX_CHARACTERS = 2000  # of answers and targets in the table
 
 
-def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram:
-    """Open the harness, to list what its tasks ask.
+def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> RowProgram[BenchmarkRow]:
+    """Open the harness to list the items of its tasks.
 
-    Inputs: `tasks`, a folder of task files, or none. Rows: `benchmark` (a task, tag or group of the harness), `limit` (of
-    each of its tasks, or none). The result is a table of schema `ITEMS`.
+    Inputs: `tasks`, an optional folder of task files. The result is a table of schema `ITEMS`.
 
     Raises:
         UserError: the harness is not installed.
     """
     manager = _open_manager(inputs.get("tasks"))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[BenchmarkRow], recorder: Recorder) -> None:
         for position, row in enumerate(rows):
             records: list[Row] = []
             for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():
@@ -53,12 +53,10 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
     return RowProgram(ITEMS, compute)
 
 
-def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram:
-    """Load a model, to put items to it.
+def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowProgram[ItemRow]:
+    """Load a model to score it on items.
 
-    Inputs: `model`; `tasks`, a folder of task files, or none. Rows: `benchmark`, `task`,
-    `item` (its place in the task's evaluation set), `shots` (demonstrations; none takes the task's own number). The result
-    is a table of schema `ITEM_SCORES`.
+    Inputs: `model`; `tasks`, an optional folder of task files. The result is a table of schema `ITEM_SCORES`.
 
     Raises:
         UserError: the harness is not installed.
@@ -74,10 +72,10 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
     check_tokenizer(tokenizer, model)
-    subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
+    harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ItemRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
         for positions in _batches(rows, settings.batch_size):
             benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
@@ -89,7 +87,7 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
                     _draw_by_item(task)
             items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
             records: dict[int, list[Row]] = {position: [] for position in positions}
-            for record in _score(subject, tasks, sorted(items), benchmark, settings.chat_template):
+            for record in _score(harness_model, tasks, sorted(items), benchmark, settings.chat_template):
                 records[items[record["task"], record["item"]]].append(record)
             for position in positions:
                 recorder.finish(position, records[position])
@@ -110,58 +108,58 @@ def _open_manager(folder: Path | None) -> Any:
 
 
 def _load(manager: Any, benchmark: str, folder: Path | None) -> dict[str, Any]:
-    """The tasks that a name stands for. Data files that a task of one's own names are looked for from its folder."""
+    """Load the tasks of a name. Paths of data files in custom tasks are relative to `folder`."""
     try:
         with contextlib.chdir(folder or Path.cwd()):
             tasks: dict[str, Any] = manager.load([benchmark])["tasks"]
     except KeyError as error:
         raise DataError(
-            f"benchmarks.tasks: lm-evaluation-harness has no task {benchmark!r} ({error}); its names: lm_eval ls tasks; "
-            "one of your own is a YAML file in benchmarks.task_folder"
+            f"benchmarks.tasks: lm-evaluation-harness has no task {benchmark!r} ({error}); list its tasks with lm_eval ls "
+            "tasks; a custom task is a YAML file in benchmarks.task_folder"
         ) from error
-    except OSError as error:  # also what datasets and the hub raise
+    except OSError as error:  # includes errors of datasets and of the hub
         raise DataError(
-            f"benchmarks.tasks: the data of {benchmark!r} cannot be had ({error}); the nodes need the Hugging Face hub (and "
-            "HF_TOKEN where it asks for an agreement), or an HF_HOME into which it was fetched before, or a task of your own "
-            "with local data in benchmarks.task_folder"
+            f"benchmarks.tasks: the data of {benchmark!r} cannot be loaded ({error}); the nodes need access to the Hugging "
+            "Face hub (and HF_TOKEN for gated data), or an HF_HOME with the downloaded data, or a custom task with local "
+            "data in benchmarks.task_folder"
         ) from error
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise DataError(
-            f"benchmarks.tasks: {', '.join(unsafe)} would execute what the model writes; that is not done here"
+            f"benchmarks.tasks: {', '.join(unsafe)} would execute code that the model writes, which is not allowed"
         )
     return tasks
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    own = task.get_config("num_fewshot")
-    if own is None or (shots is not None and own != 0):  # 0 in a task's file means that it shows its own demonstrations
+    default = task.get_config("num_fewshot")
+    if default is None or (shots is not None and default != 0):  # 0 in a task file: the prompt has demonstrations
         task.set_config(key="num_fewshot", value=shots or 0)
 
 
 def _draw_by_item(task: Any) -> None:
-    """Let an item's demonstrations depend on the item alone."""
+    """Draw an item's demonstrations with a seed from the item."""
     context = task.fewshot_context
 
     def fewshot_context(doc: Any, *arguments: Any, **options: Any) -> Any:
-        task.set_fewshot_seed(int(hash_json(_plain(doc))[:8], 16))
+        task.set_fewshot_seed(int(hash_json(_to_plain_data(doc))[:8], 16))
         return context(doc, *arguments, **options)
 
     task.fewshot_context = fewshot_context
 
 
 def _score(
-    subject: Any, tasks: dict[str, Any], items: list[tuple[str, int]], benchmark: str, chat_template: bool
+    model: Any, tasks: dict[str, Any], items: list[tuple[str, int]], benchmark: str, chat_template: bool
 ) -> Iterator[Row]:
     from lm_eval.evaluator import evaluate
 
-    asked: dict[str, list[int]] = {}
+    items_by_task: dict[str, list[int]] = {}
     for name, item in items:
-        asked.setdefault(name, []).append(item)
+        items_by_task.setdefault(name, []).append(item)
     results = evaluate(
-        subject,
-        {"tasks": {name: task for name, task in tasks.items() if name in asked}, "groups": {}, "group_map": {}},
-        samples=asked,
+        model,
+        {"tasks": {name: tasks[name] for name in tasks if name in items_by_task}, "groups": {}, "group_map": {}},
+        samples=items_by_task,
         bootstrap_iters=0,
         apply_chat_template=chat_template,
     )
@@ -171,7 +169,7 @@ def _score(
             for metric in sample["metrics"]:
                 value = sample[metric]
                 if not isinstance(value, int | float) or not math.isfinite(value):
-                    continue  # what is only defined over all items, such as a corpus BLEU, is no item's score
+                    continue  # a metric over all items, such as corpus BLEU, has no score per item
                 yield {
                     "benchmark": benchmark,
                     "task": name,
@@ -179,15 +177,15 @@ def _score(
                     "metric": metric if sample["filter"] == "none" else f"{metric}, {sample['filter']}",
                     "score": float(value),
                     "higher_is_better": higher.get(metric) is not False,
-                    "answer": "; ".join(map(str, sample["filtered_resps"]))[:_LONGEST_ANSWER],
-                    "target": str(sample["target"])[:_LONGEST_ANSWER],
+                    "answer": "; ".join(map(str, sample["filtered_resps"]))[:_MAX_CHARACTERS],
+                    "target": str(sample["target"])[:_MAX_CHARACTERS],
                 }
 
 
 def _text_of(task: Any, item: Any) -> str:
-    """What an item says, question and right answer, for the search for copies."""
+    """Return the question and the correct answer of an item, for the contamination check."""
     question, target = task.doc_to_text(item), task.doc_to_target(item)
-    if isinstance(question, int):  # the place of the right one among several questions
+    if isinstance(question, int):  # index of the correct question among several
         question = task.doc_to_choice(item)[question]
     if isinstance(target, int):
         choices = task.doc_to_choice(item) if task.config.doc_to_choice is not None else []
@@ -195,12 +193,12 @@ def _text_of(task: Any, item: Any) -> str:
     return f"{question}\n{target if isinstance(target, str) else ' '.join(map(str, target))}"
 
 
-def _plain(doc: Any) -> Any:
+def _to_plain_data(doc: Any) -> Any:
     return json.loads(json.dumps(doc, default=str, sort_keys=True))
 
 
-def _batches(rows: list[Row], size: int) -> list[list[int]]:
-    """Positions of the rows that are put to the model together: the same whichever batches were recorded before."""
+def _batches(rows: list[ItemRow], size: int) -> list[list[int]]:
+    """Return the positions of the rows of each batch: the same, whichever batches were recorded before."""
     groups: dict[tuple[str, int | None], list[int]] = {}
     for position, row in enumerate(rows):
         groups.setdefault((row["benchmark"], row["shots"]), []).append(position)

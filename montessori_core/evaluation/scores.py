@@ -1,4 +1,4 @@
-"""Scores of benchmarks in one form, whatever they come from: mean, standard error, and how many items it is over."""
+"""One format for the scores of all benchmarks: mean, standard error, and number of items."""
 
 import math
 
@@ -19,10 +19,10 @@ def score(
     higher_is_better: bool = True,
     unparsed: int = 0,
 ) -> Row:
-    """A row of `scores` in `metrics.json`.
+    """Return a row of `scores` in `metrics.json`.
 
-    Mean and standard error are null where they cannot be had; `unparsed` counts judgements that could not be read and are
-    not among the `examples`.
+    Mean and standard error are null if undefined. `unparsed` is the number of judgements that could not be read; they are
+    not in `examples`.
     """
     return {
         "benchmark": benchmark,
@@ -36,9 +36,9 @@ def score(
 
 
 def item_scores(table: pa.Table) -> list[Row]:
-    """Scores from a table of schema `ITEM_SCORES`.
+    """Compute scores from a table of schema `ITEM_SCORES`.
 
-    The mean is over the items of all of a benchmark's tasks, so that a group such as MMLU weighs its tasks by their size.
+    The mean is over the items of all tasks of a benchmark, so a group such as MMLU weights its tasks by size.
     """
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in table.select(["benchmark", "metric", "score", "higher_is_better"]).to_pylist():
@@ -52,22 +52,22 @@ def item_scores(table: pa.Table) -> list[Row]:
 
 
 def win_rate_scores(benchmark: str, rates: WinRates) -> list[Row]:
-    """The win rate, and that for answers of equal length, as shares of 1."""
+    """Return the win rate and the length-controlled win rate, as shares of 1."""
     judged = rates.wins + rates.ties + rates.losses
-    found = {
+    metrics = {
         "win_rate": (rates.win_rate, rates.win_rate_error),
         "length_controlled_win_rate": (rates.length_controlled, rates.length_controlled_error),
     }
-    return [score(benchmark, metric, *rate, judged, unparsed=rates.unparsed) for metric, rate in found.items()]
+    return [score(benchmark, metric, *rate, judged, unparsed=rates.unparsed) for metric, rate in metrics.items()]
 
 
 def judged_benchmark(name: str, prompts: str) -> str:
-    """Return the name under which scores of a judged benchmark stand; `prompts` is 'own' or 'published'."""
+    """Return the name of a judged benchmark in `scores`; `prompts` is 'own' or 'published'."""
     return name if prompts == "own" else f"{name}_{prompts}"
 
 
 def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
-    """Means from 1 to 10: over all judgements, by turn and by category."""
+    """Return mean scores from 1 to 10: over all judgements, by turn and by category."""
     parts = [
         ("score", summary.overall),
         *((f"score_turn_{turn}", part) for turn, part in summary.by_turn.items()),
@@ -80,18 +80,18 @@ def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
 
 
 def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
-    """Scores averaged over runs that differ in their seed alone; standard errors are over items, as if those differed too.
+    """Average the scores of runs that differ only in their seed; errors combine as if the items were independent.
 
     Args:
         seeds: [seeds][scores], each in the same order.
     """
-    averaged = []
-    for same in zip(*seeds, strict=True):
-        means, errors = ([one[name] for one in same] for name in ("mean", "standard_error"))
+    averages = []
+    for scores in zip(*seeds, strict=True):
+        means, errors = ([row[name] for row in scores] for name in ("mean", "standard_error"))
         mean = None if None in means else sum(means) / len(means)
         error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
-        averaged.append(same[0] | {"mean": mean, "standard_error": error})
-    return averaged
+        averages.append(scores[0] | {"mean": mean, "standard_error": error})
+    return averages
 
 
 def _finite(value: float | None) -> float | None:

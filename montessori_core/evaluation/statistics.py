@@ -11,13 +11,13 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method reached.
+    """The results of a method.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         losses: [seeds, examples] held-out loss of each evaluation example, nats per token.
-        seconds: [seeds] of all jobs that the method needs, shared ones included.
-        flops: [seeds] floating-point operations of the same, those of models behind an API not among them.
+        seconds: [seeds] total time of the method's jobs, including shared ones.
+        flops: [seeds] floating-point operations of these jobs, without models behind an API.
     """
 
     method: str
@@ -27,11 +27,11 @@ class Outcome:
 
 
 def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, Any]]:
-    """A row for each method: its held-out loss, and the gain over the baseline with what is known of its error.
+    """Return a row per method: its held-out loss, and its gain over the baseline with interval and spread.
 
-    The interval (95 %) resamples evaluation examples, whose gains are averaged over the seeds first; the spread is the
-    standard deviation of the seeds' mean gains. The first says whether the gain holds for other examples, the second
-    whether it holds for other runs.
+    The 95 % interval is from a bootstrap over evaluation examples, after averaging the gains of each over the seeds. The
+    spread is the standard deviation of the seeds' mean gains. The interval shows whether the gain holds for other examples,
+    the spread whether it holds for other runs.
     """
     (reference,) = (outcome for outcome in outcomes if outcome.method == baseline)
     rows = []

@@ -1,9 +1,9 @@
 """Local data influence: how one training step on an example changes the student's loss on the reference set.
 
 influence(z) = L(ref; m) - L(ref; A(z; m)), Eq. 1 of the paper: positive means that the example helps. `A` is one AdamW
-step from the warm student m, with its warm moments. The *null step* m0 is what those moments alone would do.
+step from the warm student m, with its warm moments. The *null step* leads to m0: the same step with a zero gradient.
 
-Names are imported when they are first used: the driver imports `table`, `screening` and `preferences` without torch.
+Names are imported on first use: the driver imports `table`, `screening` and `preferences` without torch.
 """
 
 import importlib

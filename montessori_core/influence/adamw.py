@@ -1,8 +1,8 @@
-"""One AdamW step as a function of immutable moments: nothing to rebuild, nothing to undo.
+"""One AdamW step as a function of immutable moments: there is no optimizer state to restore.
 
 The operations and their order are those of `torch.optim.AdamW` (single-tensor), so that the result is the same to the
-last bit in fp32. A tensor is worked through in pieces: on a CPU they stay in the cache from the first operation to the
-last, on a GPU they bound what visits from host memory. All operations of a step are elementwise, so the pieces change no bit.
+last bit in fp32. Tensors are processed in chunks: on a CPU a chunk stays in the cache through all operations, on a GPU
+it bounds the copies from host memory. All operations are elementwise, so chunking changes no bit.
 """
 
 import math
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-_PIECE = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
 
 
 class GradientTally:
-    """Norm of an example's gradient, and in how many coordinates it decides AdamW's denominator.
+    """Norm of an example's gradient, and the number of coordinates in which it dominates AdamW's denominator.
 
-    A step adds the pieces that it works through; neither number depends on their order.
+    A step adds its chunks; neither number depends on their order.
     """
 
     def __init__(self) -> None:
@@ -25,33 +25,32 @@ class GradientTally:
         self._dominated: list[torch.Tensor] = []
 
     def add(self, gradient: torch.Tensor, past: torch.Tensor, second: torch.Tensor) -> None:
-        """Add a piece.
+        """Add a chunk.
 
         Args:
-            gradient: [piece], unweighted.
-            past: beta2 v, [piece]; overwritten.
-            second: beta2 v + (1 - beta2) (w g)^2, [piece].
+            gradient: [chunk], unweighted.
+            past: beta2 v, [chunk]; overwritten.
+            second: beta2 v + (1 - beta2) (w g)^2, [chunk].
         """
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
         self._dominated.append((second > past.mul_(2)).count_nonzero())
 
     @property
     def norm(self) -> float:
-        """Euclidean norm of the unweighted gradient, its squares summed in fp64."""
+        """Euclidean norm of the unweighted gradient; squares are summed in fp64."""
         return math.sqrt(math.fsum(norm * norm for norm in _values(self._norms)))
 
     @property
     def dominated(self) -> int:
-        """Coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v."""
+        """Number of coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v."""
         return int(sum(_values(self._dominated)))
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyper-parameters of one step, and the number of the step about to be taken (1 for a cold start).
+    """Hyper-parameters of one step, and the number of the next step (1 for a cold start).
 
-    `example_weight` multiplies the gradient before all else: Eq. 1 to the letter has 1, a training batch of 32 gives each
-    of its examples 1/32.
+    `example_weight` multiplies the gradient first: Eq. 1 has 1, a training batch of 32 gives each example 1/32.
     """
 
     learning_rate: float
@@ -70,16 +69,16 @@ class AdamW:
         second: torch.Tensor,
         tally: GradientTally | None = None,
     ) -> None:
-        """Move `weight` by one step, in place; `first` and `second` (the moments before it) stay as they are.
+        """Update `weight` by one step, in place; do not change the moments before the step, `first` and `second`.
 
         Args:
             weight: [any shape].
             gradient: like `weight`; None is a zero gradient, the null step.
             first: exp_avg, like `weight`.
             second: exp_avg_sq, like `weight`.
-            tally: counts the gradient.
+            tally: where the gradient is counted.
         """
-        for g, m, v, w in _pieces(weight.device, weight, gradient, first, second, weight):
+        for g, m, v, w in _chunks(weight.device, weight, gradient, first, second, weight):
             if self.weight_decay:
                 w.mul_(1 - self.learning_rate * self.weight_decay)
             numerator, denominator = self._fraction(g, m, v, tally)
@@ -94,23 +93,23 @@ class AdamW:
         device: torch.device,
         tally: GradientTally | None = None,
     ) -> list[float]:
-        """<direction, the step `gradient` leads to> of each direction; weight decay, which no gradient changes, left out.
+        """Return <direction, step> for each direction, without weight decay, which does not depend on the gradient.
 
         Args:
-            directions: [directions][any shape]. The first is summed in fp64; others, which may be of a smaller type, in the
-                step's own type, piece by piece.
+            directions: [directions][any shape]. The first is summed in fp64. The others may have fewer bits; each of their
+                chunks is summed in the dtype of the step.
             gradient: like a direction; None is a zero gradient.
             first: exp_avg, like a direction.
             second: exp_avg_sq, like a direction.
-            device: where to compute; the tensors may live elsewhere.
-            tally: counts the gradient.
+            device: where to compute; the tensors may be on another device.
+            tally: where the gradient is counted.
         """
         totals = torch.zeros(len(directions), dtype=torch.float64, device=device)
-        for g, m, v, main, *others in _pieces(device, first, gradient, first, second, *directions):
+        for g, m, v, main, *others in _chunks(device, first, gradient, first, second, *directions):
             numerator, denominator = self._fraction(g, m, v, tally)
             step = numerator.div_(denominator)
-            along = [torch.dot(step, d.to(step.dtype)).double() for d in others]
-            totals += torch.stack([(step * main).sum(dtype=torch.float64), *along])
+            products = [torch.dot(step, d.to(step.dtype)).double() for d in others]
+            totals += torch.stack([(step * main).sum(dtype=torch.float64), *products])
         return [-self._rate * total for total in totals.tolist()]
 
     @property
@@ -133,13 +132,13 @@ def _values(scalars: list[torch.Tensor]) -> list[float]:
     return torch.stack(scalars).tolist() if scalars else []
 
 
-def _pieces(
+def _chunks(
     device: torch.device, like: torch.Tensor, gradient: torch.Tensor | None, *others: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A gradient (None: zeros like `like`) and others, piece by piece on `device`; what lives there is not copied."""
+    """Yield chunks of a gradient (None: zeros like `like`) and of the others, copied to `device` if necessary."""
     if gradient is None:
         gradient = torch.zeros_like(like)
-    size = _PIECE[device.type]
+    size = _CHUNK[device.type]
     flat = gradient.reshape(-1), *(tensor.view(-1) for tensor in others)
-    for pieces in zip(*(tensor.split(size) for tensor in flat), strict=True):
-        yield tuple(piece.to(device, non_blocking=True) for piece in pieces)
+    for chunks in zip(*(tensor.split(size) for tensor in flat), strict=True):
+        yield tuple(chunk.to(device, non_blocking=True) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""Influence and held-out loss on a node: the programs behind the influence and evaluation stages."""
+"""Programs of the influence and evaluation stages: influence and held-out loss."""
 
 import logging
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from montessori_core import programs
+from montessori_core.data.rows import ExampleRow, TaskRow
 from montessori_core.data.sources import Task, load_tasks
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
@@ -21,17 +22,16 @@ from montessori_core.influence.table import schema_with_metadata
 from montessori_core.models.chat import encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.program import Recorder, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
 
 log = logging.getLogger(__name__)
 
 
-def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str, Path]) -> RowProgram:
+def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Load the warm student, its moments and the reference set once.
 
     Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks).
-    Rows: `example_id`, `prompt_id`, `instruction`, `response`, `finished`.
     """
     device = compute_device()
     path = str(inputs["student"])
@@ -53,11 +53,11 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
         "reference_tokens": float(reference.input_tokens),
     }
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for position, row in enumerate(rows):
             example = encode_example(
-                tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]
+                tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
             )
             measurement = meter.measure(example, lambda share, position=position: recorder.progress(position + share))  # type: ignore[misc]
             record = {
@@ -105,7 +105,7 @@ def _open_meter(
 
 
 def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torch.device) -> Placement:
-    """Where moments, snapshot and reference gradient go, by the memory the device really has."""
+    """Return where moments, snapshot and reference gradient go, given the device's memory."""
     if device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(device)
@@ -117,10 +117,10 @@ def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torc
     return plan.placement
 
 
-def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram:
+def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram[TaskRow]:
     """Load a model to evaluate its loss on human-written examples.
 
-    Inputs: `model`. Rows: `id`, `text`, `response`.
+    Inputs: `model`.
     """
     path = str(inputs["model"])
     device = compute_device()
@@ -129,17 +129,17 @@ def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]
     check_tokenizer(tokenizer, model)
     losses = TokenLosses(model.to(device).eval())
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[TaskRow], recorder: Recorder) -> None:
         tasks = [Task(**row) for row in rows]
         encoded = encode_tasks(tokenizer, tasks, settings.max_length, "evaluation")
         examples = ReferenceSet(encoded, settings.batch_tokens, device)
         recorder.progress(done := 0)
-        # Batches are recorded whole, and group neighbours in length: those that are left stay as they were.
+        # Batches group rows of similar length and are recorded whole: a resumed job computes the same batches.
         for batch in examples.batches:
             summed = examples.sum_losses(losses, [batch])
             for position in batch.indices:
                 loss, tokens = float(summed[position]), int(examples.tokens[position])
-                record = {"example_id": tasks[position].id, "loss": loss, "response_tokens": tokens}
+                record = {"example_id": tasks[position].example_id, "loss": loss, "response_tokens": tokens}
                 recorder.finish(position, [record])
             done += len(batch.indices)
             recorder.progress(done)

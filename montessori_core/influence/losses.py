@@ -1,6 +1,6 @@
-"""Losses of a causal language model at labelled positions: nothing else ever reaches the vocabulary.
+"""Losses of a causal language model at labelled positions; only these are projected onto the vocabulary.
 
-Batches are padded on the right, so that causal attention needs no mask: what a token sees never includes padding.
+Batches are padded on the right, so causal attention needs no mask: no response token attends to padding.
 Shapes: [batch, tokens]; [labelled] runs over the labelled positions of a batch, row by row.
 """
 
@@ -21,15 +21,15 @@ LOGITS_AT_A_TIME = 1 << 26
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that go through the model together.
+    """Examples of one forward pass.
 
     Attributes:
-        indices: which examples, in the order of the rows.
+        indices: [batch] index of each row's example.
         input_ids: [batch, tokens].
-        positions: [labelled] where a response token is predicted, in the flattened batch.
-        targets: [labelled], that token.
-        rows: [labelled], its row.
-        tokens: of all examples, without padding.
+        positions: [labelled] positions in the flattened batch that predict a response token.
+        targets: [labelled] the predicted token ids.
+        rows: [labelled] the row of each position.
+        tokens: number of tokens of all examples, without padding.
     """
 
     indices: list[int]
@@ -41,7 +41,7 @@ class Batch:
 
 
 def make_batch(members: Sequence[tuple[int, Encoded]], device: torch.device) -> Batch:
-    """Put examples, each with its index, into one batch."""
+    """Return a batch of examples, each given with its index."""
     width = max(len(example.input_ids) for _, example in members)
     ids = torch.zeros((len(members), width), dtype=torch.long)
     following = torch.full((len(members), width), IGNORED)
@@ -61,38 +61,38 @@ def make_batch(members: Sequence[tuple[int, Encoded]], device: torch.device) -> 
 
 
 class TokenLosses:
-    """Loss of each response token of a batch under one model, which may change its weights between calls."""
+    """Loss of each response token of a batch under one model, whose weights may change between calls."""
 
     def __init__(self, model: Any) -> None:
-        """Take `model` apart into its layers and its vocabulary projection.
+        """Split `model` into its layers and its vocabulary projection.
 
         Raises:
-            UserError: the model does something else to its logits, so that the parts are not the whole.
+            UserError: the model changes its logits in an unsupported way.
         """
-        whole = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._layers, self._head = whole.base_model, whole.get_output_embeddings()
-        text = whole.config.get_text_config()
-        self._scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
-            getattr(text, "logits_scaling", None) or 1.0
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._layers, self._head = causal_lm.base_model, causal_lm.get_output_embeddings()
+        config = causal_lm.config.get_text_config()
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
         )
-        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        self._check(model)
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._check_logits(model)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """[labelled] loss in fp32 (fp64 for a model of fp64), nats."""
+        """Return [labelled] losses in fp32 (fp64 for an fp64 model), nats."""
         hidden = self._layers(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.positions]
         size = max(1, LOGITS_AT_A_TIME // self._head.weight.shape[0])
-        pieces = list(zip(hidden.split(size), batch.targets.split(size), strict=True))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._predict(*piece) for piece in pieces])
-        # Logits of one piece at a time: they are computed again on the way back.
-        return torch.cat([checkpoint(self._predict, *piece, use_reentrant=False) for piece in pieces])
+        chunks = list(zip(hidden.split(size), batch.targets.split(size), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._cross_entropy(*chunk) for chunk in chunks])
+        # Only one chunk's logits are in memory: the backward pass recomputes them.
+        return torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
 
-    def _predict(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self._logits(hidden)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return functional.cross_entropy(logits.to(wide), targets, reduction="none")
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return functional.cross_entropy(logits.to(dtype), targets, reduction="none")
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._head(hidden)
@@ -101,35 +101,35 @@ class TokenLosses:
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
     @torch.no_grad()
-    def _check(self, model: Any) -> None:
+    def _check_logits(self, model: Any) -> None:
         ids = torch.arange(8, device=self._head.weight.device)[None]
-        ours = self._logits(self._layers(input_ids=ids, use_cache=False).last_hidden_state).float()
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
+        logits = self._logits(self._layers(input_ids=ids, use_cache=False).last_hidden_state).float()
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise UserError(
                 f"{type(model).__name__}: this architecture changes its logits after the vocabulary projection in a way "
-                "that montessori_core.influence.losses does not know; add it there"
+                "that montessori_core.influence.losses does not support; add it there"
             )
 
 
 def example_loss(losses: TokenLosses, batch: Batch) -> torch.Tensor:
-    """Mean loss over the response tokens of a batch of one example: what one training step minimises."""
+    """Return the training loss of a batch of one example: the mean over its response tokens."""
     return losses(batch).mean()
 
 
 def group_by_length(lengths: Sequence[int], order: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of examples that share a batch: neighbours in length, within the token budget, padding included.
+    """Group examples of similar length into batches within a token budget; return their indices.
 
-    A longer example than the budget has a batch of its own.
+    An example that exceeds the budget is alone in its batch.
 
     Args:
-        lengths: of all examples, tokens.
-        order: the examples to be grouped.
-        batch_tokens: the budget.
+        lengths: [examples] tokens of each example.
+        order: indices of the examples to group.
+        batch_tokens: most tokens of a batch, padding included.
     """
     groups: list[list[int]] = []
     for index in sorted(order, key=lambda index: (lengths[index], index)):
-        longest = lengths[index]  # so far: they come in order of length
+        longest = lengths[index]  # of the group: indices are sorted by length
         if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
             groups[-1].append(index)
         else:

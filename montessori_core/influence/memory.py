@@ -1,8 +1,8 @@
-"""What the influence of a student takes in memory, and what goes where (`montessori plan`).
+"""Plan the memory of an influence worker: sizes of its tensors, and which are on the device (`montessori plan`).
 
-Weights must be on the device; so must the activations of a pass and one gradient at a time. Moments, snapshot and gradients
-are read once per example, piece by piece, so they may live in (pinned) host memory at the price of the copies. They
-stay on the device in the order in which a byte saves most, for as long as they fit.
+Weights, activations of one pass and one gradient at a time must be on the device. Moments, snapshot and reference gradients
+are read once per example, chunk by chunk, so they may be in (pinned) host memory, at the cost of the copies. As many of
+them as fit stay on the device, those that save the most copying per byte first.
 """
 
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from montessori_core.influence.losses import LOGITS_AT_A_TIME
 from montessori_core.influence.student import ON_DEVICE, Home, Placement
 
 GB = 1e9
-_SPARE = 0.92
-"""Share of a device's memory that is planned with; the rest is left to the CUDA context and to fragmentation."""
+_USABLE = 0.92
+"""Share of the device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its memory.
+    """Dimensions of a model that determine its memory.
 
     Attributes:
-        parameters: all of them.
-        trained: those a step moves (all, or a LoRA adapter's).
-        largest: elements of the largest of these.
-        layers, hidden, intermediate, vocabulary: of the architecture.
+        parameters: number of all parameters.
+        trained: number of trained parameters (all, or those of a LoRA adapter).
+        largest: elements of the largest trained tensor.
+        layers, hidden, intermediate, vocabulary: dimensions of the architecture.
     """
 
     parameters: int
@@ -37,9 +37,9 @@ class Shape:
 
     @staticmethod
     def of(model: Any) -> "Shape":
-        """The shape of a model, which may be on the meta device."""
-        whole = model.get_base_model() if hasattr(model, "peft_config") else model
-        config = whole.config.get_text_config()
+        """Return the shape of a model, which may be on the meta device."""
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        config = causal_lm.config.get_text_config()
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         return Shape(
             parameters=sum(p.numel() for p in model.parameters()),
@@ -54,7 +54,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Need:
-    """Something that takes memory: bytes, and where it lives."""
+    """A group of tensors: its name, bytes, and home."""
 
     name: str
     size: int
@@ -63,12 +63,11 @@ class Need:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What lives where.
+    """Home of each group of tensors.
 
     Attributes:
-        needs: all of it.
-        device_limit: bytes the device has.
-        fits: what must be on the device does fit there.
+        needs: all groups of tensors.
+        device_limit: bytes of the device.
     """
 
     needs: tuple[Need, ...]
@@ -86,12 +85,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether what must be on the device fits there."""
-        return self.device <= self.device_limit * _SPARE
+        """Whether the tensors that must be on the device fit there."""
+        return self.device <= self.device_limit * _USABLE
 
     @property
     def placement(self) -> Placement:
-        """For `ResidentStudent`."""
+        """The placement for `ResidentStudent`."""
         homes = {need.name: need.home for need in self.needs}
         return {kind: homes.get(kind, "device") for kind in ON_DEVICE}
 
@@ -104,12 +103,12 @@ def plan_memory(
     reference_batch_tokens: int,
     device_limit: int,
 ) -> MemoryPlan:
-    """Plan one worker.
+    """Plan the memory of one worker.
 
     Args:
-        shape: of the student.
-        estimator: 'exact' needs the snapshot; 'first_order' needs the reference gradient, that of half the reference set in
-            bf16, and the snapshot until it has them.
+        shape: shape of the student.
+        estimator: 'exact' needs the snapshot; 'first_order' needs the reference gradient, the gradient of half the
+            reference set in bf16, and the snapshot until it has both.
         dtype: see `config.Influence`.
         max_length: tokens of the longest example.
         reference_batch_tokens: tokens of a batch of reference examples.
@@ -119,14 +118,14 @@ def plan_memory(
     activation = 2 if dtype in ("bfloat16", "mixed") else 4
     logits = min(max(max_length, reference_batch_tokens) * shape.vocabulary, LOGITS_AT_A_TIME) * 4
     kept_per_token = shape.layers * (8 * shape.hidden + 4 * shape.intermediate)
-    learning = max_length * kept_per_token * activation
+    backward = max_length * kept_per_token * activation
     if estimator == "first_order":
-        learning = max(learning, reference_batch_tokens * kept_per_token * width)
-    passing = reference_batch_tokens * (4 * shape.hidden + 3 * shape.intermediate) * width
+        backward = max(backward, reference_batch_tokens * kept_per_token * width)
+    forward = reference_batch_tokens * (4 * shape.hidden + 3 * shape.intermediate) * width
     needs = [
         Need("weights", shape.parameters * width, "device"),
         Need("one gradient", shape.largest * width, "device"),
-        Need("activations", max(learning, passing), "device"),
+        Need("activations", max(backward, forward), "device"),
         Need("logits", 3 * logits, "device"),
     ]
     movable = {"moments": 2 * width, "snapshot": width}
@@ -134,6 +133,6 @@ def plan_memory(
         movable = {"moments": 2 * width, "reference gradient": width, "half gradient": 2, "snapshot": width}
     for name, bytes_each in movable.items():
         size = bytes_each * shape.trained
-        taken = sum(need.size for need in needs if need.home == "device")
-        needs.append(Need(name, size, "device" if taken + size <= device_limit * _SPARE else "host"))
+        used = sum(need.size for need in needs if need.home == "device")
+        needs.append(Need(name, size, "device" if used + size <= device_limit * _USABLE else "host"))
     return MemoryPlan(tuple(needs), device_limit)

@@ -1,13 +1,12 @@
-"""The influence meter: a resident student that measures one example after another.
+"""The influence meter measures examples one by one on a resident student.
 
-*Exact* takes the step, evaluates the reference set, and restores the student. *First order* takes no step: around the null
-step m0 the reference loss is linear in what an example adds to it,
+*Exact* takes the step, evaluates the reference set, and restores the student. *First order* takes no step; it linearises
+the reference loss around the null step m0:
 
-    influence(z) = [L(m) - L(m0)] - <gradient of L at m0, step(z) - null step>,
+    influence(z) = [L(m) - L(m0)] - <gradient of L at m0, step(z) - null step>.
 
-so that one gradient of the reference set serves every example; that of a random half of the set gives the standard error.
-An example's influence depends on student, moments and reference set alone: never on its neighbours, on what was measured
-before, or on how the work was cut.
+One gradient of the reference set serves all examples; the gradient of a random half of it gives the standard error.
+An example's influence depends on student, moments and reference set alone: not on other examples, order or shards.
 """
 
 import math
@@ -34,18 +33,18 @@ from montessori_core.program import Report
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured for one example; None where nothing could be.
+    """The measurement of one example; None marks values that could not be measured.
 
     Attributes:
         status: 'ok', 'no_response_tokens' or 'non_finite'.
         example_loss: the student's mean loss on the response, nats per token.
-        influence_student: against the student, nats; positive = helps.
-        influence_null_step: against the null step, nats.
-        standard_error: of influence_null_step over the reference examples, nats. Exact: from all of them; first order: from
-            two halves, so that one says little and the root mean square of many is to be taken.
+        influence_student: influence against the student, nats; positive = helps.
+        influence_null_step: influence against the null step, nats.
+        standard_error: standard error of influence_null_step over the reference examples, nats. Exact: from all examples.
+            First order: from two halves; take the root mean square over many rows, a single value is very noisy.
         reference_tokens: tokens of the reference set that were read for this example.
-        gradient_norm: of the example's gradient, unweighted.
-        dominated_share: of the coordinates, those in which the example's weighted gradient decides AdamW's denominator.
+        gradient_norm: norm of the example's unweighted gradient.
+        dominated_share: share of the coordinates in which the weighted gradient dominates AdamW's denominator.
     """
 
     status: str
@@ -59,13 +58,13 @@ class Measurement:
 
 
 class InfluenceMeter:
-    """Measures influence on one student and one reference set.
+    """Measure influence on one student and one reference set.
 
     Attributes:
-        student_loss: of the reference set, before any step.
-        null_step_loss: after the null step.
-        null_step_influence: of momentum alone, nats.
-        noise_floor: two standard deviations of what rounding adds to an exact influence, nats.
+        student_loss: reference loss before any step.
+        null_step_loss: reference loss after the null step.
+        null_step_influence: influence of the null step, nats.
+        noise_floor: two standard deviations of the rounding noise of an exact influence, nats.
         reference_gradient: gradient of the reference loss at the null step, by parameter; None for the exact estimator.
     """
 
@@ -81,12 +80,12 @@ class InfluenceMeter:
         """Evaluate the student and its null step.
 
         Args:
-            student: left as it is after every measurement.
+            student: the student; restored after every measurement.
             reference: the reference set.
             estimator: see the module.
-            reduction: of the reference loss, 'example' or 'token'.
-            sequential: stop reading the reference set once the sign is decided; none reads it to its end.
-            baseline: whose sign that is.
+            reduction: reduction of the reference loss, 'example' or 'token'.
+            sequential: stop reading the reference set once the sign is decided; None always reads all of it.
+            baseline: the baseline of that sign.
 
         Raises:
             DataError: the student's loss on the reference set is not finite.
@@ -95,10 +94,10 @@ class InfluenceMeter:
         self._reduction, self._sequential, self._baseline = reduction, sequential, baseline
         self.student_loss: Loss = reference.evaluate(student.losses)
         if not self.student_loss.summed.isfinite().all():
-            broken = (~self.student_loss.summed.isfinite()).nonzero()[:, 0].tolist()
+            non_finite = (~self.student_loss.summed.isfinite()).nonzero()[:, 0].tolist()
             raise DataError(
-                f"the student's loss is not finite on {len(broken)} of {len(reference)} reference examples, the first of "
-                f"them number {broken[0] + 1}; a student that diverged cannot be measured: lower the warm-up's learning rate"
+                f"the student's loss is not finite on {len(non_finite)} of {len(reference)} reference examples (the first is "
+                f"number {non_finite[0] + 1}); the student probably diverged: lower the warm-up's learning rate"
             )
         student.perturb()
         self.noise_floor = rounding_noise(self.student_loss, reference.evaluate(student.losses), reduction)
@@ -115,11 +114,11 @@ class InfluenceMeter:
             student.drop_snapshot()
 
     def measure(self, example: Encoded, report: Report = lambda share: None) -> Measurement:
-        """Measure one example; the student is afterwards what it was before.
+        """Measure one example and restore the student.
 
         Args:
-            example: to measure.
-            report: called with the share of the reference set that was read, where all of it is.
+            example: the example.
+            report: called with the share of the reference set read so far, unless evaluation is sequential.
         """
         if example.response_tokens == 0:
             return Measurement("no_response_tokens")
@@ -129,33 +128,35 @@ class InfluenceMeter:
 
     def _measure_first_order(self, example: Encoded, gradient: dict[str, torch.Tensor]) -> Measurement:
         batch = make_batch([(0, example)], self._student.device)
-        own, projections = self._student.project_step(batch, [gradient, self._half_gradient])
+        step, projections = self._student.project_step(batch, [gradient, self._half_gradient])
         if not all(map(math.isfinite, projections)):
-            return Measurement("non_finite", own.loss if math.isfinite(own.loss) else None)
-        null_step, first_half = (null - at for null, at in zip(self._null_projections, projections, strict=True))
+            return Measurement("non_finite", step.loss if math.isfinite(step.loss) else None)
+        against_null_step, first_half = (
+            null - projection for null, projection in zip(self._null_projections, projections, strict=True)
+        )
         return Measurement(
             "ok",
-            own.loss,
-            self.null_step_influence + null_step,
-            null_step,
-            error_by_halves(first_half, null_step - first_half, self._halves),
-            gradient_norm=own.norm,
-            dominated_share=own.dominated_share,
+            step.loss,
+            self.null_step_influence + against_null_step,
+            against_null_step,
+            error_by_halves(first_half, against_null_step - first_half, self._halves),
+            gradient_norm=step.norm,
+            dominated_share=step.dominated_share,
         )
 
     def _reference_gradients(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The gradient of the reference loss where the student stands, and what the first half of the set adds to it."""
+        """Return the gradient of the reference loss at the student's weights, and the first half's part of it."""
         student, reference = self._student, self._reference
         first, second = reference.halves()
         self._halves = len(first), len(second)
         gradient = student.gradient_of(lambda: reference.backward(student.losses, self._reduction, first))
-        half = student.halve(gradient)
+        half_gradient = student.copy_in_bf16(gradient)
         student.gradient_of(lambda: reference.backward(student.losses, self._reduction, second), onto=gradient)
-        return gradient, half
+        return gradient, half_gradient
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
-        own = self._student.take_step(make_batch([(0, example)], self._student.device))
-        if not math.isfinite(own.loss):
+        step = self._student.take_step(make_batch([(0, example)], self._student.device))
+        if not math.isfinite(step.loss):
             return Measurement("non_finite")
         seen: list[int] | None = None
         if self._sequential is None:
@@ -169,9 +170,9 @@ class InfluenceMeter:
         against_student, _ = influence_of(before, stepped, self._reduction)
         against_null_step, error = influence_of(null_step, stepped, self._reduction)
         if not math.isfinite(against_student):
-            return Measurement("non_finite", own.loss, reference_tokens=tokens)
+            return Measurement("non_finite", step.loss, reference_tokens=tokens)
         return Measurement(
-            "ok", own.loss, against_student, against_null_step, error, tokens, own.norm, own.dominated_share
+            "ok", step.loss, against_student, against_null_step, error, tokens, step.norm, step.dominated_share
         )
 
     def _differences(self, stepped: Loss, seen: Any) -> torch.Tensor:

@@ -1,41 +1,41 @@
 """The pilot of a probing set: its first examples are measured before the others, to warn of too few preference pairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 import pyarrow as pa
 
 from montessori_core.config import Baseline, Preferences
+from montessori_core.data.rows import Rows
 from montessori_core.influence.preferences import pair_by_influence
 from montessori_core.influence.table import join_influence
-from montessori_core.program import Row
 
 PILOT = 64
-"""Examples of a pilot; a set of less than four times as many has none."""
+"""Examples of a pilot; a set of fewer than four times as many has no pilot."""
 
-_FEW = 0.1
+_ENOUGH = 0.1
 """Pairs per example below which a pilot warns; the paper's 10,000 examples made 6,792."""
 
 
 def measure_after_pilot(
-    rows: list[Row],
-    measure: Callable[[list[Row], bool], list[Path]],
+    rows: Rows,
+    measure: Callable[[Rows, bool], list[Path]],
     settings: Preferences,
     warn: Callable[[str], None],
 ) -> list[Path]:
-    """Measure the pilot, warn if it foretells few pairs, and measure the other rows; none is measured twice.
+    """Measure the pilot, warn if it predicts few pairs, then measure the other rows; no row is measured twice.
 
     Args:
-        rows: with `prompt_id`.
-        measure: from some of them, and whether these are the pilot, to the shards of their influence table.
-        settings: how pairs are made.
-        warn: called with a warning, before the others are measured.
+        rows: rows examples.
+        measure: measures rows, given whether they are the pilot, and returns the parts of their influence table.
+        settings: baseline and margin of the pairs.
+        warn: called with a warning, before the other rows are measured.
 
     Returns:
-        The shards of all rows, in their order.
+        The parts of all rows, in order.
     """
-    count = pilot_size(rows)
+    count = pilot_size(rows.column("prompt_id"))
     if not count:
         return measure(rows, False)
     pilot = measure(rows[:count], True)
@@ -45,38 +45,42 @@ def measure_after_pilot(
     return [*pilot, *measure(rows[count:], False)]
 
 
-def pilot_size(rows: list[Row]) -> int:
-    """How many rows are the pilot: PILOT, and on to the end of a prompt; 0 for a small set."""
-    if len(rows) < 4 * PILOT:
+def pilot_size(prompts: Sequence[str]) -> int:
+    """Return the number of examples of the pilot: at least PILOT, up to the end of a prompt; 0 for a small set.
+
+    Args:
+        prompts: [examples] ids.
+    """
+    if len(prompts) < 4 * PILOT:
         return 0
-    ends = (i for i in range(PILOT, len(rows)) if rows[i]["prompt_id"] != rows[i - 1]["prompt_id"])
+    ends = (i for i in range(PILOT, len(prompts)) if prompts[i] != prompts[i - 1])
     return next(ends, 0)
 
 
 def predict_pair_count(pilot: pa.Table, settings: Preferences, examples: int) -> str | None:
-    """Return a warning if a pilot foretells few preference pairs.
+    """Return a warning if a pilot predicts few preference pairs.
 
     Args:
-        pilot: influence of whole prompts.
+        pilot: influence table of complete prompts.
         settings: baseline and margin.
-        examples: that are to be measured in all.
+        examples: number of all examples.
     """
-    made = {baseline: _pairs(pilot, settings, baseline) for baseline in get_args(Baseline)}
-    pairs, enough = made[settings.baseline], _FEW * pilot.num_rows
+    counts = {baseline: _count_pairs(pilot, settings, baseline) for baseline in get_args(Baseline)}
+    pairs, enough = counts[settings.baseline], _ENOUGH * pilot.num_rows
     if pairs >= enough:
         return None
-    other = max(made, key=lambda baseline: made[baseline])
+    best = max(counts, key=lambda baseline: counts[baseline])
     remedy = (
-        f"With preferences.baseline={other} they make {made[other]}; it may be changed at any time and "
-        "keeps what is measured"
-        if made[other] >= enough
-        else "Other baselines make as few: lower preferences.margin, or raise synthesis.samples_per_prompt"
+        f"With preferences.baseline={best} they make {counts[best]}; you can change it at any time, and measured "
+        "influence stays valid"
+        if counts[best] >= enough
+        else "No baseline makes enough: lower preferences.margin, or raise synthesis.samples_per_prompt"
     )
     return (
-        f"the first {pilot.num_rows} examples make {pairs} preference pairs (preferences.baseline={settings.baseline}), so "
-        f"that all {examples} will make about {round(pairs * examples / pilot.num_rows)}. {remedy}"
+        f"the first {pilot.num_rows} examples make {pairs} preference pairs (preferences.baseline={settings.baseline}); all "
+        f"{examples} will make about {round(pairs * examples / pilot.num_rows)}. {remedy}"
     )
 
 
-def _pairs(pilot: pa.Table, settings: Preferences, baseline: str) -> int:
+def _count_pairs(pilot: pa.Table, settings: Preferences, baseline: str) -> int:
     return int(pair_by_influence(pilot, settings.model_copy(update={"baseline": baseline, "max_pairs": None})).num_rows)

@@ -1,6 +1,6 @@
 """The reference set on a device, and its loss (Eq. 2).
 
-Shapes: [examples] in the order the reference set was given.
+Shapes: [examples] in the order of the reference set.
 """
 
 import math
@@ -14,40 +14,40 @@ from montessori_core.influence.losses import Batch, TokenLosses, group_by_length
 from montessori_core.models.chat import Encoded
 from montessori_core.program import Report
 
-_ORDER_SEED = 20250211  # any; the order must be the same for every worker
+_ORDER_SEED = 20250211  # arbitrary, but equal for all workers
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of each of some reference examples: summed over its response tokens, and how many there are. Both [examples]."""
+    """Losses of reference examples: the sum over the response tokens, and their number. Both [examples]."""
 
     summed: torch.Tensor
     tokens: torch.Tensor
 
     def per_example(self) -> torch.Tensor:
-        """[examples] mean loss over the response tokens of each, nats per token."""
+        """Return [examples] mean losses over the response tokens, nats per token."""
         return self.summed / self.tokens
 
     def reduce(self, reduction: str) -> float:
-        """The reference loss: mean over examples ('example', Eq. 2) or over all tokens ('token')."""
+        """Return the reference loss: the mean over examples ('example', Eq. 2) or over all tokens ('token')."""
         if reduction == "example":
             return float(self.per_example().mean())
         return float(self.summed.sum() / self.tokens.sum())
 
     def of(self, indices: Sequence[int]) -> "Loss":
-        """The same of fewer examples."""
+        """Return the losses of these examples."""
         return Loss(self.summed[list(indices)], self.tokens[list(indices)])
 
 
 def influence_by_example(before: Loss, after: Loss, reduction: str) -> torch.Tensor:
-    """[examples] what each reference example says of an influence; their mean is the influence itself."""
+    """Return [examples] the influence measured on each reference example; the mean is the influence."""
     if reduction == "example":
         return before.per_example() - after.per_example()
     return (before.summed - after.summed) / before.tokens.mean()
 
 
 def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, float]:
-    """Influence of what lies between two losses, and its standard error over the reference examples."""
+    """Return the influence of a step, from the losses before and after it, and its standard error over the examples."""
     differences = influence_by_example(before, after, reduction)
     count = len(differences)
     error = float(differences.std(unbiased=True)) / count**0.5 if count > 1 else float("nan")
@@ -55,9 +55,13 @@ def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, floa
 
 
 def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> float:
-    """Standard error of first + second, where random halves of the reference set, of these sizes, add these.
+    """Return the standard error of first + second, the contributions of two random halves of the reference set.
 
-    It has one degree of freedom; its square is right in the mean. NaN for an empty half.
+    It has one degree of freedom; its square is unbiased. NaN if a half is empty.
+
+    Args:
+        first, second: contributions of the halves.
+        sizes: numbers of examples in the halves.
     """
     if 0 in sizes:
         return math.nan
@@ -66,14 +70,14 @@ def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> floa
 
 
 def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
-    """Two standard deviations of what rounding adds to an influence, nats.
+    """Return two standard deviations of the rounding noise of an influence, nats.
 
     Args:
-        student: the loss of some weights.
-        perturbed: the loss after these weights moved by their rounding error, which renews the rounding of all that is
-            computed from them as well. Each reference example is a draw of that noise; what all of them share is the
-            weights' own.
-        reduction: of the reference loss.
+        student: losses of the student.
+        perturbed: losses after a perturbation of the weights by their rounding error, which changes the rounding of all
+            activations, too. Each reference example is one draw of the activations' noise; the noise of the weights is
+            common to all examples.
+        reduction: reduction of the reference loss.
     """
     differences = influence_by_example(student, perturbed, reduction)
     independent = float(differences.square().mean().sqrt()) / math.sqrt(len(differences))
@@ -81,7 +85,7 @@ def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
 
 
 def random_order(count: int) -> list[int]:
-    """One fixed random order of the reference examples, the same for every worker."""
+    """Return a fixed random order of the reference examples, the same for all workers."""
     order = list(range(count))
     random.Random(_ORDER_SEED).shuffle(order)
     return order
@@ -91,7 +95,7 @@ class ReferenceSet:
     """Encoded reference examples in length-sorted batches, resident on a device."""
 
     def __init__(self, examples: Sequence[Encoded], batch_tokens: int, device: torch.device) -> None:
-        """`batch_tokens` bounds a batch, padding included; a longer example has a batch of its own."""
+        """`batch_tokens` limits a batch, padding included; a longer example is alone in its batch."""
         self._examples, self._device, self.batch_tokens = examples, device, batch_tokens
         self.batches = self.batched(range(len(examples)), batch_tokens)
         self.tokens = torch.tensor([example.response_tokens for example in examples], dtype=torch.float64)
@@ -101,50 +105,50 @@ class ReferenceSet:
 
     @property
     def input_tokens(self) -> int:
-        """Tokens that one evaluation reads, without padding."""
+        """Number of tokens of one evaluation, without padding."""
         return sum(batch.tokens for batch in self.batches)
 
     def batched(self, indices: Sequence[int], batch_tokens: int) -> list[Batch]:
-        """Some of the examples, in batches of their own."""
+        """Return batches of the examples at `indices`."""
         lengths = [len(example.input_ids) for example in self._examples]
         groups = group_by_length(lengths, indices, batch_tokens)
         return [make_batch([(i, self._examples[i]) for i in group], self._device) for group in groups]
 
     def evaluate(self, losses: TokenLosses, report: Report = lambda done: None) -> Loss:
-        """Loss of every example."""
+        """Return the losses of all examples."""
         return Loss(self.sum_losses(losses, self.batches, report), self.tokens)
 
     @torch.no_grad()
     def sum_losses(
         self, losses: TokenLosses, batches: Sequence[Batch], report: Report = lambda done: None
     ) -> torch.Tensor:
-        """[examples] summed loss in fp64; NaN for examples that are in none of the batches."""
+        """Return [examples] summed losses in fp64; NaN for examples outside the batches."""
         summed = torch.full((len(self),), torch.nan, dtype=torch.float64)
         done = 0
         for batch in batches:
-            summed[batch.indices] = _by_row(losses(batch), batch).cpu()
+            summed[batch.indices] = _sum_by_row(losses(batch), batch).cpu()
             done += len(batch.indices)
             report(done)
         return summed
 
     def halves(self) -> tuple[list[int], list[int]]:
-        """The examples, divided at random; of an odd number the second half has one more."""
+        """Split the examples at random; for an odd number the second half has one more."""
         order = random_order(len(self))
         middle = len(order) // 2
         return order[:middle], order[middle:]
 
     def backward(self, losses: TokenLosses, reduction: str, indices: Sequence[int]) -> None:
-        """Backward passes, one a batch, whose gradients sum to what these examples add to that of the reference loss."""
+        """Run a backward pass per batch; the gradients add up to these examples' part of the reference loss gradient."""
+        total = float(self.tokens.sum())
         for batch in self.batched(indices, self.batch_tokens):
             tokens = self.tokens[batch.indices].to(self._device)
-            whole = float(self.tokens.sum())
-            share = 1 / (tokens * len(self)) if reduction == "example" else torch.full_like(tokens, 1 / whole)
+            share = 1 / (tokens * len(self)) if reduction == "example" else torch.full_like(tokens, 1 / total)
             values = losses(batch)
             (values * share.to(values.dtype)[batch.rows]).sum().backward()
 
 
-def _by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[batch] sums of [labelled] values in fp64."""
+def _sum_by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum [labelled] values by row, in fp64: [batch]."""
     return torch.zeros(len(batch.indices), dtype=torch.float64, device=values.device).index_add_(
         0, batch.rows, values.double()
     )

@@ -1,8 +1,8 @@
-"""Reading only as much of the reference set as the sign of an influence needs.
+"""Sequential evaluation: stop reading the reference set once the sign of an influence is decided.
 
-Reference examples are read in blocks of one fixed random order. After each block a t-test on the paired differences asks
-whether the mean over the *whole* set can still have the other sign. The allowed error is spent evenly over the looks, so
-that their union stays within it (Bonferroni); the whole set, read to its end, decides exactly and spends nothing.
+Reference examples are read in blocks of a fixed random order. After each block (an interim *look*) a t-test on the paired
+differences decides whether the mean over the *full* set can still have the other sign. The error rate is divided evenly
+among the interim looks (Bonferroni). The last look has the full set: it is exact and needs no share of the error rate.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from montessori_core.influence.reference import Loss, ReferenceSet, random_order
 
 @dataclass(frozen=True)
 class Look:
-    """One more block of reference examples: its batches, and all examples seen once it is read."""
+    """One look: the batches of its block, and the indices of all examples read so far."""
 
     batches: list[Batch]
     seen: list[int]
 
 
 class SequentialReference:
-    """The reference set, cut into looks.
+    """The reference set, split into looks.
 
     Attributes:
-        looks: in their order; the last has seen the whole set.
-        look_error_rate: what each look but the last may spend.
+        looks: looks in order; the last one has seen the full set.
+        look_error_rate: error rate of each interim look.
     """
 
     def __init__(self, reference: ReferenceSet, block: int, error_rate: float) -> None:
-        """`block` examples at a look; `error_rate` bounds the share of wrong signs."""
+        """Split into blocks of `block` examples; `error_rate` bounds the share of wrong signs."""
         order = random_order(len(reference))
         ends = [*range(block, len(order), block), len(order)]
         starts = [0, *ends[:-1]]
@@ -49,17 +49,17 @@ class SequentialReference:
         """Evaluate until the sign is decided.
 
         Args:
-            losses: of the stepped student.
-            differences: from the losses of some examples, and which they are, [examples] whose mean has the sign.
+            losses: token losses of the student after the step.
+            differences: maps losses of examples, and their indices, to [examples] values whose mean has the sign.
 
         Returns:
-            The losses of the examples seen, which they are, and how many tokens were read.
+            The losses of the examples seen, their indices, and the number of tokens read.
         """
         summed = torch.full((self._count,), torch.nan, dtype=torch.float64)
         tokens = 0
         for look in self.looks:
-            found = self._reference.sum_losses(losses, look.batches)
-            summed = torch.where(found.isnan(), summed, found)
+            block = self._reference.sum_losses(losses, look.batches)
+            summed = torch.where(block.isnan(), summed, block)
             tokens += sum(batch.tokens for batch in look.batches)
             loss = Loss(summed, self._reference.tokens).of(look.seen)
             if is_decided(differences(loss, look.seen), self._count, self.look_error_rate):
@@ -68,12 +68,12 @@ class SequentialReference:
 
 
 def is_decided(differences: torch.Tensor, count: int, error_rate: float) -> bool:
-    """Whether the mean over all `count` examples has the sign of the mean seen so far, but for `error_rate`.
+    """Return whether the mean over all `count` examples has the sign of the mean so far, with error `error_rate`.
 
     Args:
-        differences: [seen] of the examples drawn so far, without replacement.
-        count: examples in the whole set.
-        error_rate: two-sided.
+        differences: [seen] differences of the examples drawn so far, without replacement.
+        count: examples in the full set.
+        error_rate: two-sided error rate.
     """
     seen = len(differences)
     if seen >= count:

@@ -1,4 +1,4 @@
-"""Signals in place of influence, measured on the student: how hard an example is, and its worth as a demonstration."""
+"""Signals other than influence, measured on the student: the training loss of an example, and in-context learning."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from montessori_core import programs
+from montessori_core.data.rows import ExampleRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import UTILITY
 from montessori_core.influence.losses import TokenLosses
@@ -15,21 +16,22 @@ from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models.chat import IGNORED, Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.program import Recorder, RowProgram
 
 
-def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram:
-    """Load the student once.
+def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
+    """Open the training loss signal: load the student.
 
-    Inputs: `student`. Rows: `example_id`, `prompt_id`, `instruction`, `response`,
-    `finished`. The result is a table of schema `UTILITY`: the mean loss of training on the example, nats per token; null
-    where no token of the response fits into the student's `max_length`.
+    Inputs: `student`. The result is a table of schema `UTILITY`: the mean training loss of the example, nats per token;
+    null if no response token fits into the student's `max_length`.
     """
     tokenizer, losses = _open_student(inputs)
     device = compute_device()
 
-    def loss_of(row: Row) -> float | None:
-        example = encode_example(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"])
+    def loss_of(row: ExampleRow) -> float | None:
+        example = encode_example(
+            tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
+        )
         if not example.response_tokens:
             return None
         return ReferenceSet([example], settings.batch_tokens, device).evaluate(losses).reduce("example")
@@ -37,42 +39,41 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
     return _utility_of_rows(loss_of)
 
 
-def open_in_context(settings: programs.InContext, inputs: Mapping[str, Path]) -> RowProgram:
-    """Load the student and the reference set once: in-context learning in place of a training step (ARTE).
+def open_in_context(settings: programs.InContext, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
+    """Open the in-context learning signal (ARTE): load the student and the reference set.
 
-    Inputs: `student`; `reference` (tasks). Rows: `example_id`,
-    `prompt_id`, `instruction`, `response`. The result is a table of schema `UTILITY`: how much lower the reference loss is
-    with the example shown before each reference example than without, nats per token; null where the two do not fit
-    together into twice the student's `max_length`.
+    Inputs: `student`; `reference` (tasks). The result is a table of schema `UTILITY`: by how much the example, as a
+    demonstration before each reference example, lowers the reference loss, nats per token; null if the two do not fit
+    into twice the student's `max_length`.
     """
     tokenizer, losses = _open_student(inputs)
     device = compute_device()
     tasks = load_tasks(inputs["reference"])
-    alone = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
-    before = ReferenceSet(alone, settings.batch_tokens, device).evaluate(losses)
+    zero_shot = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
+    before = ReferenceSet(zero_shot, settings.batch_tokens, device).evaluate(losses)
 
-    def worth_of(row: Row) -> float | None:
-        shown = []
-        for task, plain in zip(tasks, alone, strict=True):
-            demonstration = row["instruction"], row["response"]
-            whole = encode_example(
-                tokenizer, task.text, task.response, 2 * settings.max_length, demonstration=demonstration
+    def in_context_gain(row: ExampleRow) -> float | None:
+        one_shot = []
+        demonstration = row["instruction"], row["response"]
+        for task, plain in zip(tasks, zero_shot, strict=True):
+            example = encode_example(
+                tokenizer, task.instruction, task.response, 2 * settings.max_length, demonstration=demonstration
             )
-            shown.append(first_labels(whole, plain.response_tokens))
-            if shown[-1].response_tokens < plain.response_tokens:
+            one_shot.append(first_labels(example, plain.response_tokens))
+            if one_shot[-1].response_tokens < plain.response_tokens:
                 return None
-        after = ReferenceSet(shown, settings.batch_tokens, device).evaluate(losses)
+        after = ReferenceSet(one_shot, settings.batch_tokens, device).evaluate(losses)
         return influence_of(before, after, settings.reference_reduction)[0]
 
-    return _utility_of_rows(worth_of)
+    return _utility_of_rows(in_context_gain)
 
 
 def first_labels(example: Encoded, count: int) -> Encoded:
-    """The example with loss on its first `count` response tokens alone."""
-    left, labels = count, []
+    """Return the example with loss on its first `count` response tokens only."""
+    remaining, labels = count, []
     for label in example.labels:
-        labels.append(label if label != IGNORED and left > 0 else IGNORED)
-        left -= label != IGNORED
+        labels.append(label if label != IGNORED and remaining > 0 else IGNORED)
+        remaining -= label != IGNORED
     return replace(example, labels=labels)
 
 
@@ -85,11 +86,11 @@ def _open_student(inputs: Mapping[str, Path]) -> tuple[Any, TokenLosses]:
     return tokenizer, losses
 
 
-def _utility_of_rows(utility_of: Callable[[Row], float | None]) -> RowProgram:
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+def _utility_of_rows(utility_of: Callable[[ExampleRow], float | None]) -> RowProgram[ExampleRow]:
+    def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for position, row in enumerate(rows):
-            ids = {key: row[key] for key in ("example_id", "prompt_id")}
+            ids = {"example_id": row["example_id"], "prompt_id": row["prompt_id"]}
             recorder.finish(position, [{**ids, "utility": utility_of(row)}])
             recorder.progress(position + 1)
 

@@ -1,8 +1,8 @@
-"""The resident student: loaded once, stepped and restored for one example after another.
+"""The resident student: loaded once; takes a step on each example and restores its weights.
 
-A gradient lives only until its parameter has used it, during the backward pass: what is resident is weights, moments and,
-where steps are really taken, a snapshot of the weights. Moments, snapshot and gradients may live in host memory and visit the
-device piece by piece (`montessori plan` says which).
+The backward pass frees each gradient once it is used. Resident are the weights, the moments and, for exact influence, a
+snapshot of the weights. Moments, snapshot and reference gradients may be in host memory and are then copied to the device
+chunk by chunk (`montessori plan` shows which).
 """
 
 import math
@@ -21,7 +21,7 @@ from montessori_core.training.moments import Moments, number_type, weights_check
 Home = Literal["device", "host"]
 Direction = Mapping[str, torch.Tensor]
 Placement = Mapping[str, Home]
-"""Where 'moments', 'snapshot', 'reference gradient' and 'half gradient' live."""
+"""Home of 'moments', 'snapshot', 'reference gradient' and 'half gradient'."""
 
 ON_DEVICE: Placement = {
     "moments": "device",
@@ -33,12 +33,12 @@ ON_DEVICE: Placement = {
 
 @dataclass(frozen=True)
 class ExampleGradient:
-    """What a backward pass on an example found; the norm and the share say nothing if the loss is not finite.
+    """Loss and gradient statistics of an example; norm and share have no meaning if the loss is not finite.
 
     Attributes:
-        loss: before the step, nats per token.
-        norm: of the unweighted gradient.
-        dominated_share: of all coordinates, those in which the weighted gradient decides AdamW's denominator.
+        loss: loss before the step, nats per token.
+        norm: norm of the unweighted gradient.
+        dominated_share: share of the coordinates in which the weighted gradient dominates AdamW's denominator.
     """
 
     loss: float
@@ -47,12 +47,12 @@ class ExampleGradient:
 
 
 class ResidentStudent:
-    """A model, its moments and the one step they make possible.
+    """A model with its moments, from which it takes single steps.
 
     Attributes:
-        losses: of the model as it stands.
-        device: where it computes.
-        parameters: what a step moves, by name.
+        losses: token losses of the model with its current weights.
+        device: device of the model.
+        parameters: trained parameters, by name.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class ResidentStudent:
         mixed: bool = False,
         placement: Placement = ON_DEVICE,
     ) -> None:
-        """Take over `model`, already on `device` and of the type the steps are to be taken in.
+        """Take over `model`, which is on `device` and has the dtype of the steps.
 
         Args:
-            model: weights that ask for no gradient (a LoRA student's base) stay as they are.
-            moments: of the weights that do.
+            model: the model; weights without `requires_grad` (the base of a LoRA student) are not trained.
+            moments: moments of the trained parameters.
             adamw: the step.
-            device: where the model is.
-            mixed: compute the example's gradient with bf16 activations; weights and reference losses keep their type.
-            placement: what lives in host memory instead.
+            device: device of the model.
+            mixed: compute the example's gradient with bf16 activations; weights and reference losses keep their dtype.
+            placement: home of moments, snapshot and gradients.
 
         Raises:
-            DataError: the moments are of another model.
+            DataError: the moments belong to another model.
         """
         self.device, self.losses = device, TokenLosses(model.eval())
         self._adamw, self._mixed, self._placement = adamw, mixed, placement
@@ -92,52 +92,53 @@ class ResidentStudent:
 
     @torch.no_grad()
     def take_null_step(self) -> None:
-        """Move the weights by what momentum alone does."""
+        """Update the weights by a step with a zero gradient: momentum alone."""
         for name, parameter in self.parameters.items():
             self._step(name, parameter, None)
 
     def take_step(self, batch: Batch) -> ExampleGradient:
-        """Move the weights by one step on an example. A loss that is not finite moves nothing."""
+        """Update the weights by one step on an example, unless its loss is not finite."""
         return self._backward(batch, self._step)
 
     def perturb(self) -> None:
-        """Move the weights by what rounding them may have done: see `perturb_weights`."""
+        """Perturb the weights by their rounding error, see `perturb_weights`."""
         perturb_weights(self.parameters)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the weights back to the snapshot, bit for bit."""
+        """Restore the weights from the snapshot, bit for bit."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self._snapshot[name], non_blocking=True)
 
     def project_step(self, batch: Batch, directions: Sequence[Direction]) -> tuple[ExampleGradient, list[float]]:
-        """The example's gradient, and <direction, step on the example> of each direction; the step is not taken.
+        """Return gradient statistics of the example, and <direction, step> of each direction, without taking the step.
 
         Args:
             batch: the example.
-            directions: each like the parameters, by name.
+            directions: tensors by parameter name.
         """
         projections: list[list[float]] = []
 
         def project(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor, tally: GradientTally) -> None:
             projections.append(self._project(name, directions, gradient, tally))
 
-        found = self._backward(batch, project)
-        return found, _sums(projections, len(directions))
+        gradient = self._backward(batch, project)
+        return gradient, _sum_projections(projections, len(directions))
 
     @torch.no_grad()
     def project_null_step(self, directions: Sequence[Direction]) -> list[float]:
-        """<direction, null step> of each direction."""
-        return _sums([self._project(name, directions, None) for name in self.parameters], len(directions))
+        """Return <direction, null step> of each direction."""
+        projections = [self._project(name, directions, None) for name in self.parameters]
+        return _sum_projections(projections, len(directions))
 
     def gradient_of(
         self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The sum of the gradients of all backward passes that `accumulate` makes, by name.
+        """Return the sum of the gradients of all backward passes that `accumulate` runs, by parameter name.
 
         Args:
-            accumulate: makes the passes.
-            onto: gradients that they are added to, in place; None starts a new one.
+            accumulate: runs the backward passes.
+            onto: gradients to add to, in place; None starts from zero.
         """
         total = onto or {
             name: self._stored(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
@@ -146,20 +147,20 @@ class ResidentStudent:
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             total[name] += gradient.to(total[name].device)
 
-        with _gradients_used_by(self.parameters, add):
+        with _pass_gradients_to(add, self.parameters):
             accumulate()
         return total
 
     @torch.no_grad()
-    def halve(self, gradients: Direction) -> dict[str, torch.Tensor]:
-        """A copy of gradients in bf16, half the size where it is fp32: enough for a standard error."""
+    def copy_in_bf16(self, gradients: Direction) -> dict[str, torch.Tensor]:
+        """Return a copy of gradients in bf16, which is precise enough for a standard error."""
         return {
             name: self._stored(gradient.to(torch.bfloat16, copy=True), "half gradient")
             for name, gradient in gradients.items()
         }
 
     def drop_snapshot(self) -> None:
-        """Free the snapshot: no step will be taken again."""
+        """Free the snapshot. The student can take no further step."""
         self._snapshot.clear()
 
     def _backward(
@@ -170,18 +171,18 @@ class ResidentStudent:
             loss = example_loss(self.losses, batch)
         value = float(loss.detach())
         if math.isfinite(value):
-            reached: set[str] = set()
+            with_gradient: set[str] = set()
 
-            def reach(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-                reached.add(name)
+            def use_gradient(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+                with_gradient.add(name)
                 use(name, parameter, gradient, tally)
 
-            with _gradients_used_by(self.parameters, reach):
+            with _pass_gradients_to(use_gradient, self.parameters):
                 loss.backward()
-            # An expert that no token was sent to has no gradient. The other examples of a training batch reach it, and so
-            # does the null step: its momentum moves it all the same.
+            # An expert that gets no token has no gradient. In a training batch other examples reach it, and the null step
+            # updates it as well; so its momentum counts.
             with torch.no_grad():
-                for name in self.parameters.keys() - reached:
+                for name in self.parameters.keys() - with_gradient:
                     use(name, self.parameters[name], torch.zeros_like(self.parameters[name]), tally)
         return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
 
@@ -201,8 +202,8 @@ class ResidentStudent:
         gradient: torch.Tensor | None,
         tally: GradientTally | None = None,
     ) -> list[float]:
-        along = [direction[name] for direction in directions]
-        return self._adamw.project(along, gradient, self._first[name], self._second[name], self.device, tally)
+        parts = [direction[name] for direction in directions]
+        return self._adamw.project(parts, gradient, self._first[name], self._second[name], self.device, tally)
 
     def _stored(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
         tensor = tensor.contiguous()
@@ -212,34 +213,34 @@ class ResidentStudent:
         return on_host.pin_memory() if self.device.type == "cuda" else on_host
 
 
-def _sums(projections: Sequence[Sequence[float]], count: int) -> list[float]:
-    """[count] Sums over [parameters][count]; NaN where one of them is not finite."""
-    if not all(math.isfinite(value) for of_parameter in projections for value in of_parameter):
+def _sum_projections(projections: Sequence[Sequence[float]], count: int) -> list[float]:
+    """Return [count] sums of [parameters][count] projections; all NaN if any of them is not finite."""
+    if not all(math.isfinite(value) for row in projections for value in row):
         return [math.nan] * count
-    return [math.fsum(of_parameter[i] for of_parameter in projections) for i in range(count)]
+    return [math.fsum(row[i] for row in projections) for i in range(count)]
 
 
 @torch.no_grad()
 def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Move each weight to a neighbouring number of its type with probability 1/12, up or down: the variance of rounding."""
+    """Move each weight to an adjacent floating-point number with probability 1/12: the variance of rounding."""
     for number, parameter in enumerate(parameters.values()):
         generator = torch.Generator(parameter.device).manual_seed(number)
-        drawn = torch.rand(parameter.shape, generator=generator, device=parameter.device)
+        uniform = torch.rand(parameter.shape, generator=generator, device=parameter.device)
         infinity = torch.full_like(parameter, torch.inf)
         parameter.copy_(
             torch.where(
-                drawn < 1 / 24,
+                uniform < 1 / 24,
                 torch.nextafter(parameter, infinity),
-                torch.where(drawn > 23 / 24, torch.nextafter(parameter, -infinity), parameter),
+                torch.where(uniform > 23 / 24, torch.nextafter(parameter, -infinity), parameter),
             )
         )
 
 
 @contextmanager
-def _gradients_used_by(
-    parameters: Mapping[str, torch.nn.Parameter], use: Callable[[str, torch.nn.Parameter, torch.Tensor], None]
+def _pass_gradients_to(
+    use: Callable[[str, torch.nn.Parameter, torch.Tensor], None], parameters: Mapping[str, torch.nn.Parameter]
 ) -> Any:
-    """Within, a backward pass hands each gradient to `use` as soon as it is complete, and forgets it."""
+    """Pass each gradient to `use` as soon as the backward pass has accumulated it, then free it."""
 
     def hook_of(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -259,18 +260,18 @@ def _gradients_used_by(
 
 
 def _check_moments(moments: Moments, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    unknown = sorted(set(parameters) ^ set(moments.first))
-    wrong = [n for n, p in parameters.items() if n in moments.first and moments.first[n].shape != p.shape]
-    if unknown or wrong:
+    unmatched = sorted(set(parameters) ^ set(moments.first))
+    reshaped = [n for n, p in parameters.items() if n in moments.first and moments.first[n].shape != p.shape]
+    if unmatched or reshaped:
         raise DataError(
-            f"the AdamW moments are of another model: {len(unknown)} parameters have no counterpart (e.g. {unknown[:2]}), "
-            f"{len(wrong)} differ in shape; use the moments that were saved with this student"
+            f"the AdamW moments belong to another model: {len(unmatched)} parameters do not match (e.g. {unmatched[:2]}), "
+            f"{len(reshaped)} differ in shape; use the moments that were saved with this student"
         )
     if moments.weights is None:
         return
-    loaded = number_type(next(iter(parameters.values())).dtype)
-    if moments.weights[loaded] != weights_checksums(parameters.items())[loaded]:
+    dtype = number_type(next(iter(parameters.values())).dtype)
+    if moments.weights[dtype] != weights_checksums(parameters.items())[dtype]:
         raise DataError(
             "the AdamW moments fit this architecture but were saved with other weights; use the moments that were saved "
-            "with this very student"
+            "with this student"
         )

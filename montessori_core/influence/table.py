@@ -1,4 +1,4 @@
-"""The joined influence table: one row an example, and what its workers noted about the student."""
+"""The influence table: one row an example, and numbers of the student as metadata."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,9 +47,9 @@ def read_influence_metadata_of(table: pa.Table) -> dict[str, float]:
 
 
 def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
-    """One table from the shards' tables, in their order, of which a part is read when its rows are asked for.
+    """Join the shards' tables, in their order; a part is read when its rows are needed.
 
-    Of each note it has the largest that any worker saw.
+    Of each number in the metadata, the table has the largest of all parts.
 
     Raises:
         DataError: a part is missing, damaged, or another table.
@@ -61,7 +61,7 @@ def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
 
 
 def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | int]:
-    """What a person wants to know of a table; shares are of the rows that could be measured.
+    """Summarize a table; shares are of the rows that could be measured.
 
     Args:
         table: an influence table, or its columns SUMMARIZED.

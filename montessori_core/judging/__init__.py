@@ -1,1 +1,1 @@
-"""Judges behind an API: how they are asked, and how their verdicts are read."""
+"""LLM judges behind an API: prompts, requests, and parsing of verdicts."""

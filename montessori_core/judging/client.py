@@ -1,7 +1,7 @@
-"""Models behind an OpenAI-compatible API: many questions at a time, each paid for once.
+"""Client of models behind an OpenAI-compatible API: concurrent requests, each paid for once.
 
-Answers are kept in a cache on disk by the content of the question, so that a repeated or interrupted stage pays for nothing
-twice. Every answer's tokens and price are on account there, and a cap holds before a request is sent, not after.
+A cache on disk keeps answers by the content of the question, so a repeated or interrupted stage pays for nothing twice. It
+also records the price of every answer. The spending cap is checked before a request is sent.
 """
 
 import hashlib
@@ -26,14 +26,15 @@ from montessori_core.errors import UserError
 from montessori_core.files import cache_root
 
 _MILLION = 1e6
-_NO_ANSWER = ("content_filter", "context_length_exceeded")  # refusals that are about one question
+_REFUSALS = ("content_filter", "context_length_exceeded")  # error codes that concern a single question
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, why it ended ('stop', 'length', or why there is no text), and the tokens that were paid for.
+    """A model's answer, with its billed tokens.
 
-    `first_token` has the log-probabilities of the likeliest first tokens, if they were asked for and the server gives them.
+    `finish_reason` is 'stop', 'length', or the reason why there is no text. `first_token` has the log-probabilities of the
+    likeliest first tokens, if requested and supported by the server.
     """
 
     text: str
@@ -45,10 +46,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A user message, and how its answer is drawn: at most `max_tokens`, if that is less than the endpoint's own limit.
+    """A user message and the decoding of its answer.
 
-    Questions that differ in `draw` alone are asked anew. `likeliest` is how many first tokens come with their
-    log-probabilities.
+    The answer has at most `max_tokens` tokens, or the endpoint's limit if that is lower. Questions that differ only in
+    `draw` are asked separately. `likeliest` is the number of first tokens to return log-probabilities for.
     """
 
     text: str
@@ -62,7 +63,7 @@ class Question:
 
 
 class AnswerCache:
-    """Answers and the account, in one SQLite file that several processes may use."""
+    """Answers and spending, in one SQLite file that several processes may use."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,22 +73,22 @@ class AnswerCache:
             connection.execute("CREATE TABLE IF NOT EXISTS spending (account TEXT, dollars REAL)")
 
     def get(self, key: str) -> Answer | None:
-        """The answer to a question asked before."""
+        """Return the cached answer, or None."""
         with self._open() as connection:
-            found = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return Answer(**json.loads(found[0])) if found else None
+            row = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return Answer(**json.loads(row[0])) if row else None
 
     def put(self, key: str, answer: Answer, account: str, dollars: float) -> None:
-        """Keep an answer, and what it cost."""
+        """Store an answer and its price."""
         with self._open() as connection:
             connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(asdict(answer))))
             connection.execute("INSERT INTO spending VALUES (?, ?)", (account, dollars))
 
     def spent(self, account: str) -> float:
-        """Dollars spent on an account."""
+        """Return the dollars spent on an account."""
         with self._open() as connection:
-            found = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
-        return float(found[0] or 0.0)
+            row = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
+        return float(row[0] or 0.0)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -96,15 +97,18 @@ class AnswerCache:
 
 
 class CachedClient:
-    """An endpoint that questions are put to."""
+    """A client of one endpoint, with a cache of its answers."""
 
     def __init__(self, endpoint: Endpoint, account: str, cache: AnswerCache | None = None) -> None:
-        """Open it.
+        """Open the endpoint.
 
         Args:
-            endpoint: where, which model, limits and prices.
-            account: whom spending is counted for, against the cap.
+            endpoint: address, model, limits and prices.
+            account: name under which spending is counted against the cap.
             cache: by default the user's, see `montessori_core.files.cache_root`.
+
+        Raises:
+            UserError: the key is not valid.
         """
         import openai
 
@@ -112,7 +116,7 @@ class CachedClient:
         self._cache = cache or AnswerCache(cache_root() / "api" / "answers.sqlite")
         key = os.environ.get(endpoint.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):  # a client's error would quote it
-            raise UserError(f"the environment variable {endpoint.key_variable} holds what cannot be a key; set it anew")
+            raise UserError(f"the environment variable {endpoint.key_variable} is not a valid API key; set it again")
         self._client = openai.OpenAI(
             api_key=key or "none",
             base_url=endpoint.base_url,
@@ -127,94 +131,94 @@ class CachedClient:
         report: Callable[[int], None] = lambda done: None,
         receive: Callable[[int, Answer], None] = lambda number, answer: None,
     ) -> list[Answer]:
-        """Put questions, each by itself; those asked before are answered from the cache.
+        """Ask questions, each in a separate request; cached questions are not asked again.
 
         Args:
-            questions: what is asked; an equal question is asked once.
+            questions: the questions; equal ones are asked once.
             report: called with the number of questions answered so far.
-            receive: called before with each new answer and the place of its question.
+            receive: called before `report` with each new answer and the position of its question.
 
         Returns:
-            [questions] answers, in their order.
+            [questions] answers, in order.
 
         Raises:
-            UserError: the key is refused, the cap is reached, or a question found no answer after all retries; answers
-                so far are kept.
+            UserError: the key is refused, the cap is reached, or a request failed after all retries; earlier answers are
+                kept.
         """
         keys = [self._key(question) for question in questions]
-        places: defaultdict[str, list[int]] = defaultdict(list)
-        for number, key in enumerate(keys):
-            places[key].append(number)
+        positions: defaultdict[str, list[int]] = defaultdict(list)
+        for position, key in enumerate(keys):
+            positions[key].append(position)
         answers: dict[str, Answer] = {}
         answered = 0
 
-        def take(key: str, answer: Answer) -> None:
+        def add(key: str, answer: Answer) -> None:
             nonlocal answered
             answers[key] = answer
-            answered += len(places[key])
-            for number in places[key]:
-                receive(number, answer)
+            answered += len(positions[key])
+            for position in positions[key]:
+                receive(position, answer)
 
-        for key in places:
+        for key in positions:
             if (answer := self._cache.get(key)) is not None:
-                take(key, answer)
-        waiting = {key: question for key, question in zip(keys, questions, strict=True) if key not in answers}
+                add(key, answer)
+        pending = {key: question for key, question in zip(keys, questions, strict=True) if key not in answers}
         report(answered)
-        self._fetch_all(waiting, take, lambda: report(answered))
+        self._fetch_all(pending, add, lambda: report(answered))
         return [answers[key] for key in keys]
 
     def _fetch_all(
-        self, waiting: Mapping[str, Question], receive: Callable[[str, Answer], None], report: Callable[[], None]
+        self, questions: Mapping[str, Question], receive: Callable[[str, Answer], None], report: Callable[[], None]
     ) -> None:
-        """Ask as many questions at a time as the endpoint allows, while the cap allows the next one.
+        """Send concurrent requests, as long as the cap allows the next one.
 
         Args:
-            waiting: questions by key.
+            questions: questions by key.
             receive: called with each key and answer.
             report: called after answers were received.
         """
         spent = self._cache.spent(self._account)
         reserved: dict[Future[Answer], tuple[str, float]] = {}
-        left = list(waiting.items())
+        pending = list(questions.items())
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             try:
-                while left or reserved:
-                    while left and len(reserved) < self._endpoint.concurrency:
-                        key, question = left[0]
-                        most = self._most(question)
-                        if not self._affordable(spent + sum(cost for _, cost in reserved.values()) + most):
+                while pending or reserved:
+                    while pending and len(reserved) < self._endpoint.concurrency:
+                        key, question = pending[0]
+                        price = self._max_price(question)
+                        if not self._affordable(spent + sum(cost for _, cost in reserved.values()) + price):
                             break
-                        left.pop(0)
-                        reserved[pool.submit(self._fetch, question)] = key, most
+                        pending.pop(0)
+                        reserved[pool.submit(self._fetch, question)] = key, price
                     if not reserved:
                         raise UserError(
-                            f"{self._endpoint.model}: {len(left)} questions are left, and the next could pass "
+                            f"{self._endpoint.model}: {len(pending)} questions are pending, and the next could exceed "
                             f"spending_cap_dollars={self._endpoint.spending_cap_dollars:g} ({spent:.4f} spent); raise it and "
-                            "go on: answers are kept"
+                            "resume: answers are kept"
                         )
                     done, _ = wait(reserved, return_when=FIRST_COMPLETED)
                     for future in done:
                         key, _ = reserved.pop(future)
                         answer = future.result()
-                        spent += self._keep(key, answer)
+                        spent += self._store(key, answer)
                         receive(key, answer)
                     report()
             except BaseException:
                 for future, (key, _) in reserved.items():
-                    if not future.cancel():  # on its way, and paid for
+                    if not future.cancel():  # sent, and billed
                         with suppress(UserError):
-                            self._keep(key, future.result())
+                            self._store(key, future.result())
                 raise
 
-    def _keep(self, key: str, answer: Answer) -> float:
-        """Put an answer into the cache; what it cost."""
+    def _store(self, key: str, answer: Answer) -> float:
+        """Cache an answer; return its price, dollars."""
         dollars = self._price(answer.input_tokens, answer.output_tokens)
         self._cache.put(key, answer, self._account, dollars)
         return dollars
 
     def _key(self, question: Question) -> str:
-        asked = [self._endpoint.identity(), asdict(question)]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        content = [self._endpoint.identity(), asdict(question)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _fetch(self, question: Question) -> Answer:
         import openai
@@ -229,33 +233,33 @@ class CachedClient:
                     temperature=question.temperature,
                     top_p=question.top_p,
                     presence_penalty=question.presence_penalty,
-                    max_tokens=self._limit(question),
+                    max_tokens=self._max_tokens(question),
                     **logprobs,
                 )
-                return _read(completion)
+                return _parse(completion)
             except openai.APIStatusError as error:
-                if error.code in _NO_ANSWER:
+                if error.code in _REFUSALS:
                     return Answer("", str(error.code), 0, 0)
-                raise UserError(self._refusal(error)) from error
+                raise UserError(self._describe_status(error)) from error
             except openai.APIConnectionError as error:  # after the client's own retries
                 raise UserError(
                     f"{self._endpoint.base_url} does not answer ({error}); check base_url and the network of the node"
                 ) from error
             except (ValueError, TypeError, AttributeError, LookupError, RecursionError, openai.APIError) as error:
-                # Not of the protocol: cut off on the way, or a proxy's page.
+                # A truncated response, or a proxy's page.
                 if attempt == self._endpoint.retries:
                     raise UserError(
-                        f"{self._endpoint.base_url}: {attempt + 1} answers were not of the protocol (the last: {error!r})"
+                        f"{self._endpoint.base_url}: {attempt + 1} responses did not follow the OpenAI API (last: {error!r})"
                     ) from error
                 time.sleep(min(8.0, 0.5 * 2.0**attempt))
         raise AssertionError
 
-    def _refusal(self, error: Any) -> str:
+    def _describe_status(self, error: Any) -> str:
         if error.status_code in (401, 403):
-            known = "is set but refused" if os.environ.get(self._endpoint.key_variable) else "is not set"
+            problem = "is set but refused" if os.environ.get(self._endpoint.key_variable) else "is not set"
             return (
                 f"{self._endpoint.base_url}: {error.status_code}: the environment variable {self._endpoint.key_variable} "
-                f"{known} where the job runs"
+                f"{problem} where the job runs"
             )
         return f"{self._endpoint.base_url}: {error.status_code} for model {self._endpoint.model!r}: {error.message}"
 
@@ -267,11 +271,11 @@ class CachedClient:
             self._next_turn = turn + 60.0 / self._endpoint.requests_per_minute
         time.sleep(max(0.0, turn - time.monotonic()))
 
-    def _most(self, question: Question) -> float:
-        """Dollars a question can cost at most: no token is shorter than a byte, and templates add a few."""
-        return self._price(len((question.system + question.text).encode()) + 64, self._limit(question))
+    def _max_price(self, question: Question) -> float:
+        """Return the maximum price of a question, dollars: a token has at least one byte, and templates add a few."""
+        return self._price(len((question.system + question.text).encode()) + 64, self._max_tokens(question))
 
-    def _limit(self, question: Question) -> int:
+    def _max_tokens(self, question: Question) -> int:
         return min(self._endpoint.max_tokens, question.max_tokens or self._endpoint.max_tokens)
 
     def _price(self, input_tokens: int, output_tokens: int) -> float:
@@ -284,10 +288,9 @@ class CachedClient:
 
 
 def open_client(settings: programs.ApiRequest, inputs: Mapping[str, Path]) -> CachedClient:
-    """The endpoint of a stage.
+    """Open the endpoint of a stage.
 
-    Inputs: `endpoint` (its whole configuration, whose path is the account
-    that spending is counted for).
+    Inputs: `endpoint`, a file with its configuration. The path of the file is the account for spending.
     """
     endpoint = Endpoint.model_validate_json(inputs["endpoint"].read_bytes())
     assert endpoint.identity() == settings.endpoint
@@ -299,17 +302,17 @@ def _messages(question: Question) -> list[Any]:
     return [*system, {"role": "user", "content": question.text}]
 
 
-def _read(completion: Any) -> Answer:
-    """An answer of the protocol; anything else raises ValueError, TypeError, AttributeError or LookupError.
+def _parse(completion: Any) -> Answer:
+    """Parse a response; one that does not follow the API raises ValueError, TypeError, AttributeError or LookupError.
 
-    Null in place of text is of the protocol: a refusal, or a limit reached before the first word.
+    The API allows null instead of text: for a refusal, or for a limit reached before the first word.
     """
     choice, usage = completion.choices[0], completion.usage
     text = choice.message.content
     reason = choice.finish_reason or ("stop" if text else "length")
     if not all(0 <= tokens < math.inf for tokens in (usage.prompt_tokens, usage.completion_tokens)):
         raise ValueError(f"no numbers of tokens: {usage.prompt_tokens}, {usage.completion_tokens}")
-    # Half of a surrogate pair, as of an emoji that was cut in two, can be written to no file.
+    # A lone surrogate, such as half of a cut emoji, cannot be written to a file.
     text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")
     return Answer(text, reason, int(usage.prompt_tokens), int(usage.completion_tokens), _first_token(choice))
 
@@ -318,7 +321,7 @@ def _first_token(choice: Any) -> dict[str, float] | None:
     tokens = choice.logprobs.content if choice.logprobs else None
     if not tokens:
         return None
-    likeliest = {one.token: float(one.logprob) for one in tokens[0].top_logprobs}
+    likeliest = {token.token: float(token.logprob) for token in tokens[0].top_logprobs}
     if not all(map(math.isfinite, likeliest.values())):
         raise ValueError(f"no log-probabilities: {likeliest}")
     return likeliest

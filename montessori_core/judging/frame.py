@@ -1,4 +1,4 @@
-"""How texts are put before a judge: fenced, so that they can be nothing but material; and where its verdict stands."""
+"""Frame texts in a judge's prompt, so that they cannot act as instructions; find the line with its verdict."""
 
 import re
 from collections.abc import Sequence
@@ -6,28 +6,28 @@ from collections.abc import Sequence
 from montessori_core.judging.client import Answer
 
 
-def line_outside(*texts: str) -> str:
-    """A line that occurs in none of the texts, so that none of them can close the frame it stands in."""
+def separator_for(*texts: str) -> str:
+    """Return a line that occurs in none of the texts, so that none of them can close its frame."""
     longest = max((len(run) for text in texts for run in re.findall("=+", text)), default=0)
     return "=" * max(20, longest + 1)
 
 
 def last_line(answer: Answer) -> str | None:
-    """The last line that is not blank, where verdicts stand; None if there is none, or the answer was cut off."""
+    """Return the last line that is not blank, which holds the verdict; None if there is none or the answer is truncated."""
     lines = [line for line in answer.text.splitlines() if line.strip()]
     return lines[-1] if lines and answer.finish_reason == "stop" else None
 
 
-def framed(task: str, sections: Sequence[tuple[str, str]], ending: str) -> str:
-    """What a judge is asked.
+def frame_texts(task: str, sections: Sequence[tuple[str, str]], ending: str) -> str:
+    """Return a judge's prompt.
 
     Args:
-        task: what is to be done.
-        sections: (heading, text) of the material, in order; texts are anybody's.
-        ending: what the answer must end with.
+        task: the judge's task.
+        sections: (heading, text) of the material, in order; texts are untrusted.
+        ending: the required last line of the answer.
     """
-    line = line_outside(*(text for _, text in sections))
-    # Joined, not formatted: what is judged may hold braces.
+    line = separator_for(*(text for _, text in sections))
+    # Join, not str.format: texts may hold braces.
     return "\n\n".join(
         [
             task,

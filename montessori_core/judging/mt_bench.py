@@ -1,8 +1,7 @@
-"""MT-Bench (Zheng et al., 2023): two turns a question, each answer graded from 1 to 10 by a judge.
+"""MT-Bench (Zheng et al., 2023): two-turn questions; a judge grades each answer from 1 to 10.
 
-Answers to questions about mathematics, code and logic are graded beside a reference answer, since a judge that solves them
-itself errs. Questions and references are read in the format of the published files; the judge is asked by prompts of our
-own, or by FastChat's.
+For questions of maths, coding and reasoning the judge sees a reference answer, since judges err when they solve these
+themselves. Questions and references have the format of the published files. Prompts are this project's or FastChat's.
 """
 
 import math
@@ -18,10 +17,11 @@ from pydantic import Field
 
 from montessori_core import programs
 from montessori_core.data.entries import Entry, Text, read_entries
+from montessori_core.data.rows import DialogueRow
 from montessori_core.data.tables import MT_BENCH
 from montessori_core.errors import DataError
 from montessori_core.judging.client import Answer, Question, open_client
-from montessori_core.judging.frame import framed
+from montessori_core.judging.frame import frame_texts
 from montessori_core.judging.points import read_score
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.program import Recorder, Row, RowProgram
@@ -38,7 +38,7 @@ _TEMPERATURES = {
     "reasoning": 0.0,
 }
 _OTHER_TEMPERATURE = 0.7
-_MOST, _LEAST = 10, 1
+_HIGHEST, _LOWEST = 10, 1
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII), re.compile(r"\[(\d+\.?\d*)\]", re.ASCII))
 _PUBLISHED_TOKENS = 2048
 _CRITERIA = (
@@ -64,13 +64,13 @@ _Id = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A question of two turns.
+    """A question with two turns.
 
     Attributes:
-        id: as in the file.
+        id: question id in the file.
         category: 'writing', 'math', ...
-        questions: what the user says, first and second.
-        references: right answers to both; empty unless the category is of `REFERENCE_GUIDED`.
+        questions: the user's two messages.
+        references: correct answers to both; empty unless the category is in `REFERENCE_GUIDED`.
     """
 
     id: str
@@ -80,15 +80,15 @@ class Dialogue:
 
     @property
     def temperature(self) -> float:
-        """At which FastChat decodes answers of the category (`temperature_config` of its `llm_judge/common.py`)."""
+        """FastChat's temperature for answers of the category (`temperature_config` in its `llm_judge/common.py`)."""
         return _TEMPERATURES.get(self.category, _OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean score, 1 to 10, and its standard error over questions; None where there are too few to have it.
+    """A mean score, 1 to 10, and its standard error over questions; None if there are too few.
 
-    `judged` is how many judgements it is over, `unparsed` how many could not be read and are left out.
+    `judged` is the number of judgements in the mean, `unparsed` the number that could not be read.
     """
 
     mean: float | None
@@ -103,7 +103,8 @@ class Summary:
 
     Attributes:
         overall: over all judgements.
-        by_turn, by_category: over some of them.
+        by_turn: over the judgements of each turn.
+        by_category: over the judgements of each category.
     """
 
     overall: Score
@@ -127,33 +128,33 @@ class _Reference(Entry):
 
 
 def read_dialogues(questions: Path, references: Path | None) -> list[Dialogue]:
-    """Read the questions, and the references to those that need one.
+    """Read the questions and their references.
 
     Args:
-        questions: objects with question_id, category and turns, the user's two texts.
-        references: objects with question_id and choices, whose first has turns, the two answers.
+        questions: file of objects with question_id, category and turns, the user's two messages.
+        references: file of objects with question_id and choices; the first choice has turns, the two answers.
 
     Raises:
         DataError: a file cannot be used (the message names file, line and field), an id occurs twice, or a reference is
             missing (the message names the questions).
     """
-    asked = _by_id(read_entries(questions, _Question), questions)
-    known = _by_id(read_entries(references, _Reference), references) if references else {}
-    guided = [id for id, question in asked.items() if question.category in REFERENCE_GUIDED]
-    missing = [id for id in guided if id not in known]
+    by_id = _by_id(read_entries(questions, _Question), questions)
+    answers = _by_id(read_entries(references, _Reference), references) if references else {}
+    guided = [id for id, question in by_id.items() if question.category in REFERENCE_GUIDED]
+    missing = [id for id in guided if id not in answers]
     if missing:
         raise DataError(
-            f"{references or questions}: no reference answer for the questions {', '.join(missing)}; those of the categories "
-            f"{', '.join(REFERENCE_GUIDED)} are graded beside one: give a file that has them"
+            f"{references or questions}: no reference answer for the questions {', '.join(missing)}; questions of the "
+            f"categories {', '.join(REFERENCE_GUIDED)} need one: give a file that has them"
         )
     return [
-        Dialogue(id, question.category, question.turns, known[id].choices[0].turns if id in guided else ())
-        for id, question in asked.items()
+        Dialogue(id, question.category, question.turns, answers[id].choices[0].turns if id in guided else ())
+        for id, question in by_id.items()
     ]
 
 
-def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """Rows for `open_mt_bench_judge`: one a turn, with what was said until then.
+def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, str]]) -> list[DialogueRow]:
+    """Return rows for `open_mt_bench_judge`: one per turn, with the conversation up to there.
 
     Args:
         dialogues: the questions.
@@ -161,30 +162,31 @@ def judgements(dialogues: Iterable[Dialogue], answers: Mapping[str, tuple[str, s
     """
     return [
         {
-            "id": f"{one.id}-{turn}",
-            "question_id": one.id,
-            "category": one.category,
+            "question_id": dialogue.id,
+            "category": dialogue.category,
             "turn": turn,
-            "questions": list(one.questions[:turn]),
-            "answers": list(answers[one.id][:turn]),
-            "references": list(one.references[:turn]),
+            "questions": list(dialogue.questions[:turn]),
+            "answers": list(answers[dialogue.id][:turn]),
+            "references": list(dialogue.references[:turn]),
         }
-        for one in dialogues
+        for dialogue in dialogues
         for turn in (1, 2)
     ]
 
 
-def question_about(row: Row) -> str:
-    """What a judge is asked about the last answer of a row of `judgements`."""
+def question_about(row: DialogueRow) -> str:
+    """Return this project's prompt about the last answer of a row of `judgements`."""
     sections = []
     for number, (question, answer) in enumerate(zip(row["questions"], row["answers"], strict=True), 1):
         sections += [(f"Question {number}", question), (f"The assistant's answer {number}", answer)]
     sections += [(f"Reference answer {number}", text) for number, text in enumerate(row["references"], 1)]
-    return framed(_TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING)
+    return frame_texts(
+        _TASKS[row["turn"]] + _CRITERIA + (_BY_REFERENCE if row["references"] else ""), sections, _ENDING
+    )
 
 
-def published_question(row: Row) -> Question:
-    """Return FastChat's question about the last answer of a row of `judgements`, decoded as FastChat decodes it."""
+def published_question(row: DialogueRow) -> Question:
+    """Return FastChat's prompt about the last answer of a row of `judgements`, with FastChat's decoding."""
     prompt = PUBLISHED[row["turn"], bool(row["references"])]
     texts = {f"ref_answer_{number}": text for number, text in enumerate(row["references"], 1)}
     if row["turn"] == 1:
@@ -198,26 +200,26 @@ def published_question(row: Row) -> Question:
 def read_rating(answer: Answer) -> float | None:
     """Return the first `[[rating]]` of an answer, else the first `[rating]`, as FastChat does; None if there is none.
 
-    A rating out of range is none, though FastChat counts it.
+    Unlike in FastChat, a rating out of range gives None.
     """
-    found = next((match for pattern in _RATINGS if (match := pattern.search(answer.text))), None)
-    rating = float(found[1]) if found else math.nan
-    return rating if _LEAST <= rating <= _MOST else None
+    match = next(filter(None, (pattern.search(answer.text) for pattern in _RATINGS)), None)
+    rating = float(match[1]) if match else math.nan
+    return rating if _LOWEST <= rating <= _HIGHEST else None
 
 
-def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
+def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram[DialogueRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. Rows: those of `judgements`. The result is a table of
-    schema `MT_BENCH`.
+    Inputs: see `open_client`.  The result is a table of schema `MT_BENCH`.
     """
     api, published = open_client(settings, inputs), settings.prompts == "published"
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[DialogueRow], recorder: Recorder) -> None:
         def receive(position: int, answer: Answer) -> None:
-            asked = {name: rows[position][name] for name in ("question_id", "category", "turn")}
-            score = read_rating(answer) if published else read_score(answer, _MOST, _LEAST)
-            recorder.finish(position, [{**asked, "score": score}])
+            row = rows[position]
+            ids = {"question_id": row["question_id"], "category": row["category"], "turn": row["turn"]}
+            score = read_rating(answer) if published else read_score(answer, _HIGHEST, _LOWEST)
+            recorder.finish(position, [{**ids, "score": score}])
 
         questions = [published_question(row) if published else Question(question_about(row)) for row in rows]
         api.ask(questions, recorder.progress, receive)
@@ -226,9 +228,9 @@ def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
 
 
 def summarize(table: pa.Table) -> Summary:
-    """Mean scores from a table of schema `MT_BENCH`.
+    """Compute mean scores from a table of schema `MT_BENCH`.
 
-    A standard error is over questions: the two turns of one are not independent, and count as one draw.
+    The standard error is over questions: the two turns of a question are not independent and count as one draw.
     """
     rows = table.to_pylist()
     return Summary(
@@ -258,9 +260,9 @@ def _score(judgements: list[Row]) -> Score:
 
 
 def _by_id(entries: list[Any], path: Path) -> dict[str, Any]:
-    found = {entry.question_id: entry for entry in entries}
-    if len(found) < len(entries):
+    by_id = {entry.question_id: entry for entry in entries}
+    if len(by_id) < len(entries):
         ids = [entry.question_id for entry in entries]
-        twice = sorted({id for id in ids if ids.count(id) > 1})
-        raise DataError(f"{path}: field question_id: {', '.join(twice)} occurs more than once; ids must differ")
-    return found
+        duplicates = sorted({id for id in ids if ids.count(id) > 1})
+        raise DataError(f"{path}: field question_id: {', '.join(duplicates)} occurs more than once; ids must differ")
+    return by_id

@@ -1,9 +1,9 @@
-"""Two answers to one instruction, compared by a judge in both orders (Section 4.1, Evaluation Methods).
+"""A judge compares two answers to one instruction, in both orders (Section 4.1, Evaluation Methods).
 
-A judge that prefers whatever stands first contradicts itself when the order is turned round: disagreement is a tie.
+A judge that always prefers the first answer contradicts itself in the reverse order: disagreement counts as a tie.
 
-By AlpacaEval's published prompt the judge names the better output in one token, and its probability is the preference.
-AlpacaEval asks in one order, drawn at random; the mean over both is what that expects.
+With AlpacaEval's published prompt, the judge names the better output in one token; the token's probability is the
+preference. AlpacaEval asks in one order, drawn at random; the mean over both orders is its expected value.
 """
 
 import math
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from montessori_core import programs
+from montessori_core.data.rows import ComparisonRow
 from montessori_core.data.tables import PAIRWISE
 from montessori_core.judging.client import Answer, Question, open_client
-from montessori_core.judging.frame import framed, last_line
+from montessori_core.judging.frame import frame_texts, last_line
 from montessori_core.judging.published_prompts import ALPACA_EVAL
 from montessori_core.program import Recorder, Row, RowProgram
 
@@ -23,7 +24,7 @@ Preference = Literal["A", "B", "tie"]
 Outcome = Literal["win", "loss", "tie", "unparsed"]
 
 _VERDICT = re.compile(r"^[\s*_#]*better[\s*_]*:[\s*_]*(?:(A)|(B)|(tie))[\s*_.]*$", re.IGNORECASE | re.ASCII)
-_WORTH: dict[Outcome, float | None] = {"win": 1.0, "loss": 0.0, "tie": 0.5, "unparsed": None}
+_PREFERENCES: dict[Outcome, float | None] = {"win": 1.0, "loss": 0.0, "tie": 0.5, "unparsed": None}
 _TASK = (
     "You compare two answers, A and B, to one instruction. The better one serves the person who gave the instruction "
     "better: it does what was asked, what it says is right, and nothing that matters is missing. Neither the order of "
@@ -37,47 +38,44 @@ Better: tie"""
 
 
 def comparison(instruction: str, first: str, second: str) -> str:
-    """What a judge is asked about two answers, in this order."""
-    return framed(_TASK, [("Instruction", instruction), ("Answer A", first), ("Answer B", second)], _ENDING)
+    """Return this project's prompt about two answers, in this order."""
+    return frame_texts(_TASK, [("Instruction", instruction), ("Answer A", first), ("Answer B", second)], _ENDING)
 
 
 def read_preference(answer: Answer) -> Preference | None:
-    """The verdict that a judge ended with; None if there is none, and never a guess.
-
-    An answer that was cut off, or whose last line is not one of the three that were asked for, has none.
-    """
-    found = _VERDICT.match(last_line(answer) or "")
-    if found is None:
+    """Return the judge's verdict, or None if the last line is not one of the three verdicts or the answer is truncated."""
+    match = _VERDICT.match(last_line(answer) or "")
+    if match is None:
         return None
-    return "A" if found[1] else "B" if found[2] else "tie"
+    return "A" if match[1] else "B" if match[2] else "tie"
 
 
 def published_comparison(instruction: str, first: str, second: str) -> Question:
-    """Return AlpacaEval's question about two outputs, decoded as `weighted_alpaca_eval_gpt4_turbo` decodes it."""
+    """Return AlpacaEval's prompt about two outputs, with the decoding of `weighted_alpaca_eval_gpt4_turbo`."""
     text = ALPACA_EVAL.fill(instruction=instruction, output_1=first, output_2=second)
     return Question(text, temperature=1.0, max_tokens=1, system=ALPACA_EVAL.system, likeliest=5)
 
 
 def read_probability(answer: Answer) -> float | None:
-    """Return the probability that the first output is the better one, as AlpacaEval's `logprob_parser` reads it.
+    """Return the probability that the first output is better, as AlpacaEval's `logprob_parser` reads it.
 
-    It is that of the token `m` against `M`; a token that is not among the likeliest has none. Without log-probabilities the
-    token that was drawn decides, which has the same mean. None if neither token is there.
+    It is the probability of token `m` relative to `M`; a token that is not among the likeliest counts as 0. Without
+    log-probabilities the sampled token decides, which has the same mean. None if neither token occurs.
     """
     likeliest = {answer.text.strip(): 0.0} if answer.first_token is None else answer.first_token
     first, second = (likeliest.get(name, -math.inf) for name in ("m", "M"))
-    most = max(first, second)
-    if most == -math.inf:
+    larger = max(first, second)
+    if larger == -math.inf:
         return None
-    return math.exp(first - most) / (math.exp(first - most) + math.exp(second - most))
+    return math.exp(first - larger) / (math.exp(first - larger) + math.exp(second - larger))
 
 
 def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
-    """How an answer fares.
+    """Return the outcome for an answer that was judged in both positions.
 
     Args:
-        first: the verdict where it stood as A.
-        second: the verdict where it stood as B.
+        first: the verdict with the answer as A.
+        second: the verdict with the answer as B.
     """
     if first is None or second is None:
         return "unparsed"
@@ -88,18 +86,18 @@ def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
     return "tie"
 
 
-def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram:
+def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram[ComparisonRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. Rows: `id`, `instruction`, `answer`, `other`. The result
-    is a table of schema `PAIRWISE`: how `answer` fares against `other`.
+    Inputs: see `open_client`. The result is a table of schema `PAIRWISE`:
+    the outcome of `answer` against `other`.
     """
     api, published = open_client(settings, inputs), settings.prompts == "published"
 
     def question(*texts: str) -> Question:
         return published_comparison(*texts) if published else Question(comparison(*texts))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ComparisonRow], recorder: Recorder) -> None:
         answers: dict[int, Answer] = {}
 
         def receive(number: int, answer: Answer) -> None:
@@ -122,26 +120,26 @@ def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
 
 def _by_verdict(first: Answer, second: Answer) -> tuple[Outcome, float | None]:
     outcome = outcome_of(read_preference(first), read_preference(second))
-    return outcome, _WORTH[outcome]
+    return outcome, _PREFERENCES[outcome]
 
 
 def _by_probability(first: Answer, second: Answer) -> tuple[Outcome, float | None]:
-    chances = read_probability(first), read_probability(second)
-    outcome = outcome_of(*map(_likelier, chances))
-    if chances[0] is None or chances[1] is None:
+    as_first, as_second = read_probability(first), read_probability(second)
+    outcome = outcome_of(_preferred(as_first), _preferred(as_second))
+    if as_first is None or as_second is None:
         return outcome, None
-    return outcome, (chances[0] + 1.0 - chances[1]) / 2.0
+    return outcome, (as_first + 1.0 - as_second) / 2.0
 
 
-def _likelier(chance: float | None) -> Preference | None:
-    if chance is None:
+def _preferred(probability: float | None) -> Preference | None:
+    if probability is None:
         return None
-    return "tie" if chance == 0.5 else "A" if chance > 0.5 else "B"
+    return "tie" if probability == 0.5 else "A" if probability > 0.5 else "B"
 
 
-def _record(row: Row, outcome: Outcome, preference: float | None) -> Row:
+def _record(row: ComparisonRow, outcome: Outcome, preference: float | None) -> Row:
     return {
-        "question_id": row["id"],
+        "question_id": row["question_id"],
         "outcome": outcome,
         "preference": preference,
         "characters": len(row["answer"]),

@@ -1,14 +1,15 @@
-"""LLM-as-a-judge: a score for each example, by adding up points (the utility ablation of Table 2; cf. Figure 14)."""
+"""LLM-as-a-judge: score each example by adding up points (the utility ablation of Table 2; cf. Figure 14)."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from montessori_core import programs
+from montessori_core.data.rows import ExampleRow
 from montessori_core.data.tables import UTILITY
 from montessori_core.judging.client import Answer, Question, open_client
-from montessori_core.judging.frame import last_line, line_outside
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.judging.frame import last_line, separator_for
+from montessori_core.program import Recorder, RowProgram
 
 _SCORE = re.compile(
     r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]{1,3})(?:\s*/\s*([0-9]{1,3}))?[\s*_.]*$", re.IGNORECASE | re.ASCII
@@ -22,7 +23,7 @@ _ABOUT_THE_RESPONSE = (
     "The response is correct, complete and to the point: nothing should be added or removed.",
 )
 
-# Not str.format: what is judged may hold braces, and must not be able to close its own frame.
+# Not filled by str.format: judged texts may hold braces, and must not be able to close their frame.
 _QUESTION = """\
 You grade training examples for an assistant. An example is an instruction and a response. Start at 0 points and add one \
 point for each statement that is true:
@@ -42,43 +43,43 @@ Score: N"""
 
 
 def points_for(response_only: bool) -> tuple[str, ...]:
-    """What an example earns points by: six, or the five that are about its response."""
+    """Return the statements that earn points: all six, or the five about the response."""
     return _ABOUT_THE_RESPONSE if response_only else _ABOUT_THE_INSTRUCTION + _ABOUT_THE_RESPONSE
 
 
 def question_about(instruction: str, response: str, response_only: bool = False) -> str:
-    """What a judge is asked about an example."""
-    line = line_outside(instruction, response)
+    """Return the judge's prompt about an example."""
+    line = separator_for(instruction, response)
     points = "\n".join(f"{number}. {point}" for number, point in enumerate(points_for(response_only), 1))
     parts = {"line": line, "points": points, "instruction": instruction, "response": response}
-    return re.sub(r"\{(line|points|instruction|response)\}", lambda found: parts[found[1]], _QUESTION)
+    return re.sub(r"\{(line|points|instruction|response)\}", lambda match: parts[match[1]], _QUESTION)
 
 
-def read_score(answer: Answer, most: int = 6, least: int = 0) -> float | None:
-    """The score that a judge ended with; None if there is none, and never a guess.
+def read_score(answer: Answer, highest: int = 6, lowest: int = 0) -> float | None:
+    """Return the judge's score, or None.
 
-    An answer that was cut off, whose last line is not a score, or whose score is out of range or of another number
-    than `most` has none.
+    None if the answer is truncated, its last line is not a score, or the score is out of range or out of another maximum
+    than `highest`.
     """
-    found = _SCORE.match(last_line(answer) or "")
-    if found is None or not least <= int(found[1]) <= most or int(found[2] or most) != most:
+    match = _SCORE.match(last_line(answer) or "")
+    if match is None or not lowest <= int(match[1]) <= highest or int(match[2] or highest) != highest:
         return None
-    return float(found[1])
+    return float(match[1])
 
 
-def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram:
+def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. Rows: `example_id`, `prompt_id`,
-    `instruction`, `response`. The result is a table of schema `UTILITY`: the score, or null.
+    Inputs: see `open_client`. The result is a table of schema
+    `UTILITY`: the score, or null.
     """
     api, response_only = open_client(settings, inputs), settings.response_only
-    most = len(points_for(response_only))
+    highest = len(points_for(response_only))
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         def receive(position: int, answer: Answer) -> None:
-            ids = {key: rows[position][key] for key in ("example_id", "prompt_id")}
-            recorder.finish(position, [{**ids, "utility": read_score(answer, most)}])
+            ids = {"example_id": rows[position]["example_id"], "prompt_id": rows[position]["prompt_id"]}
+            recorder.finish(position, [{**ids, "utility": read_score(answer, highest)}])
 
         questions = [Question(question_about(row["instruction"], row["response"], response_only)) for row in rows]
         api.ask(questions, recorder.progress, receive)

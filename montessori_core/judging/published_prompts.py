@@ -1,6 +1,6 @@
-"""Judges' prompts of MT-Bench and AlpacaEval 2.0, with every character as their authors published them.
+"""The judges' prompts of MT-Bench and AlpacaEval 2.0, verbatim.
 
-Both are licensed under the Apache License, Version 2.0, whose text is in LICENSE at the root of this project.
+Both are licensed under the Apache License, Version 2.0; its text is in LICENSE at the root of this project.
 
 * MT-Bench: `single-v1`, `single-math-v1` and their `-multi-turn` of fastchat/llm_judge/data/judge_prompts.jsonl,
   https://github.com/lm-sys/FastChat at 0e6d3e4.
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prompt:
-    """A system message, and the template of a user's message."""
+    """A system message and the template of a user message."""
 
     system: str
     template: str
 
     def fill(self, **texts: str) -> str:
-        """Return the user's message. Texts may hold braces, and names of the template's places."""
-        return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda found: texts[found[1]], self.template)
+        """Return the user message. Texts may hold braces and names of the template's fields."""
+        return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda match: texts[match[1]], self.template)
 
 
 MT_BENCH = {
@@ -139,7 +139,7 @@ strictly following this format: "[[rating]]", for example: "Rating: [[5]]".
 <|The End of Assistant A's Conversation with User|>""",
     ),
 }
-"""By turn, and whether there is a reference answer."""
+"""Prompts by (turn, whether there is a reference answer)."""
 
 ALPACA_EVAL = Prompt(
     """\

@@ -1,1 +1,1 @@
-"""Models: where they come from, how they are loaded, and the tokens they are given."""
+"""Models: download, loading, fingerprints, and tokenization."""

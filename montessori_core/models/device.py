@@ -1,4 +1,4 @@
-"""The device that models compute on."""
+"""The device for computation."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 
 def compute_device() -> torch.device:
-    """The GPU of this process if it has one, else the CPU. On a GPU, kernels are chosen that repeat to the last bit."""
+    """Return the GPU of this process, or the CPU. On a GPU, enable deterministic kernels."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""Find the folder of a model: a local one, one of the Hugging Face hub, or an embedded one."""
+"""Find the folder of a model: a local folder, a model on the Hugging Face hub, or an embedded one."""
 
 import functools
 import json
@@ -22,10 +22,10 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def local_path(model: str) -> str:
-    """What to load for a configured model: an embedded model's folder, a local folder, or the id itself.
+    """Return what to load for a configured model: an embedded model's folder, a local folder, or the id itself.
 
     Raises:
-        UserError: an embedded model is not there yet, or a local folder holds no weights.
+        UserError: an embedded model is not downloaded yet, or a local folder has no weights.
     """
     if model in EMBEDDED:
         return str(find_embedded(model))
@@ -49,13 +49,13 @@ def local_path(model: str) -> str:
 
 
 def fetch_model(model: str, revision: str | None = None) -> Path:
-    """The folder to load a configured model from; one of a hub is downloaded first, weights as safetensors only.
+    """Return the folder of a configured model; a model on the hub is downloaded first, as safetensors only.
 
-    Called by drivers, so that a thousand workers need neither the hub nor each other's half of a download: the hub's cache
-    ($HF_HOME) is then where they read.
+    The driver calls this, so that workers read from the hub's cache ($HF_HOME) and neither need the hub nor see each
+    other's incomplete downloads.
 
     Raises:
-        UserError: the model cannot be had.
+        UserError: the model cannot be loaded.
     """
     path = Path(local_path(model))
     return path if path.is_dir() else Path(local_path(str(_download(model, revision))))
@@ -70,47 +70,46 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
     except GatedRepoError as error:
         raise UserError(
-            f"model {model!r} asks for an agreement first: accept its licence on the hub, then set HF_TOKEN or run hf auth "
-            "login"
+            f"model {model!r} is gated: accept its licence on the hub, then set HF_TOKEN or run hf auth login"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"model {model!r}, revision {revision or 'main'}, cannot be had from the hub: {reason}\nCheck id, revision and "
-            "network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"
+            f"model {model!r}, revision {revision or 'main'}, cannot be downloaded from the hub: {reason}\nCheck id, "
+            "revision and network; on a machine without network give the path of a folder, or fill $HF_HOME beforehand"
         ) from error
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a model in the hub's cache; None for any other folder."""
+    """Return the commit of a model in the hub's cache; None for any other folder."""
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     return folder.name if in_cache else None
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the hash that says which model it is: of its content, see `fingerprints`, or of the hub's name and commit.
+    """Return the hash that identifies a model: of its content, see `fingerprints`, or of its name and commit on the hub.
 
-    Folders that the project wrote carry their hash; others are read whole, once.
+    Folders written by this project hold their hash; other folders are read and hashed once.
 
     Raises:
-        UserError: there is no such model, or a file of it is damaged.
+        UserError: there is no such model, or one of its files is damaged.
     """
     path = Path(local_path(str(folder)))
     if commit_of(path) is not None:
         return hash_json([path.parent.parent.name, path.name])
     recorded = read_json(path / FINGERPRINT)
-    own = str(recorded["sha256"]) if recorded else _hash_once(path, _signature(path))
-    return hash_json([own, fingerprint(fetch_model(adapted_model(path)))]) if (path / ADAPTER).exists() else own
+    sha256 = str(recorded["sha256"]) if recorded else _hash_once(path, _signature(path))
+    return hash_json([sha256, fingerprint(fetch_model(adapted_model(path)))]) if (path / ADAPTER).exists() else sha256
 
 
 def adapted_model(folder: Path) -> str:
-    """What a LoRA adapter's folder says it adapts."""
+    """Return the base model of the LoRA adapter in a folder."""
     return str(json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"])
 
 
 @functools.cache
 def _hash_once(folder: Path, signature: tuple[tuple[str, int, int], ...]) -> str:
-    """Return the hash of a model, computed once for as long as its `signature` stays: weights can be many GB."""
+    """Return the hash of a model, cached while its `signature` is unchanged: weights can be many GB."""
     return hash_model(folder)
 
 

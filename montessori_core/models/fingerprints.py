@@ -1,8 +1,8 @@
-"""The hash that says which model a folder holds: its tensors, tokenizer and settings, whatever wrote the files.
+"""The hash that identifies the model in a folder: its tensors, tokenizer and settings.
 
-Neither the environment nor the version of a library may change a key. So tensors are hashed one by one, whatever file they
-lie in, and JSON files by their content, without the fields of `_TRACES`. In doubt a field counts: one too many costs a
-computation, one too few gives a wrong result. Needs neither torch nor safetensors: the driver has none.
+A key must not depend on the environment or on library versions. So tensors are hashed one by one, in whichever file they
+are, and JSON files by content without the fields in `_TRACES`. In doubt a field is included: an extra field costs a
+computation, a missing one gives a wrong result. Works without torch and safetensors, for the driver.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 ENVIRONMENT_FIELDS = {"local_files_only", "is_local"}
-"""Fields of tokenizer_config.json that say how the tokenizer was loaded before it was saved."""
+"""Fields of tokenizer_config.json that record how the tokenizer was loaded before it was saved."""
 _TRACES = ENVIRONMENT_FIELDS | {
-    # Which library wrote the file, and from where.
+    # The library that wrote the file, and the model's origin.
     *("transformers_version", "peft_version", "auto_mapping", "backend", "tokenizer_file", "_commit_hash"),
     *("_name_or_path", "name_or_path", "_model_name_or_path", "_from_model_config"),
-    # Which model an adapter adapts: that one has a fingerprint of its own.
+    # The base model of an adapter, which has a separate fingerprint.
     *("base_model_name_or_path", "revision"),
-    # How a model runs, or what it returns beside its result: decided where it is loaded.
+    # Runtime options, which are set at loading.
     *("use_cache", "inference_mode", "_attn_implementation", "_attn_implementation_autoset"),
     *("output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate"),
 }
@@ -41,14 +41,14 @@ _BUFFER = 1 << 20
 
 
 def hash_model(folder: Path) -> str:
-    """Return the SHA-256 of the model, or of the adapter alone, that a folder holds.
+    """Return the SHA-256 of the model in a folder, or of the adapter without its base model.
 
     Raises:
         DataError: a file is damaged.
     """
     tensors = sorted(tensor for file in weight_files(folder) for tensor in hash_tensors(file))
     settings = {file.name: _settings(file) for file in folder.glob("*.json") if file.name not in _NO_SETTINGS}
-    # Older libraries keep the template in tokenizer_config.json; where there is a file, it counts.
+    # Older libraries keep the template in tokenizer_config.json; chat_template.jinja takes precedence.
     template = settings.get("tokenizer_config.json", {}).pop("chat_template", None)
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -57,23 +57,23 @@ def hash_model(folder: Path) -> str:
 
 
 def hash_tensors(file: Path) -> list[tuple[str, str, list[int], str]]:
-    """Return name, dtype, shape and SHA-256 of each tensor of a safetensors file, which is read once, a piece at a time.
+    """Return name, dtype, shape and SHA-256 of each tensor of a safetensors file, read once through a small buffer.
 
     Raises:
         DataError: the file is damaged.
     """
     header, start = _read_header(file)
     try:
-        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        ranges = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         with file.open("rb") as stream:
-            hashes = {name: _hash_stream(stream, start + begin, end - begin) for begin, end, name in places}
+            hashes = {name: _hash_stream(stream, start + begin, end - begin) for begin, end, name in ranges}
         return [(name, entry["dtype"], entry["shape"], hashes[name]) for name, entry in header.items()]
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(file, error) from error
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shape of each tensor of the model that a folder holds; only the headers of its files are read.
+    """Return the shape of each tensor of the model in a folder, from the headers of its files.
 
     Raises:
         DataError: a file is damaged.
@@ -83,7 +83,7 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The description of each tensor in a safetensors file, and where their bytes start."""
+    """Return the header entry of each tensor in a safetensors file, and the offset of the data."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         try:
@@ -97,7 +97,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: no safetensors file, or a damaged one ({error}); fetch or write it again")
+    return DataError(f"{file}: not a safetensors file, or damaged ({error}); download or write it again")
 
 
 def _hash_stream(stream: BinaryIO, begin: int, count: int) -> str:
@@ -117,7 +117,7 @@ def _hash_bytes(file: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that are loaded, in the order in which transformers looks for them."""
+    """Return the weight files that transformers would load."""
     if (folder / ADAPTER).exists():
         return [folder / ADAPTER_WEIGHTS]
     if (folder / WEIGHTS).exists():
@@ -126,18 +126,18 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
     except (LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{index}: no index of weights; fetch or write it again") from error
+        raise DataError(f"{index}: not an index of weights; download or write it again") from error
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """The content of a JSON file as equal models have it alike."""
+    """Return the content of a JSON file, normalized so that it is equal for equal models."""
     content = _read_json(file)
     if file.name == "tokenizer.json":
         model = content.get("model", {})
         if "merges" in model:  # older libraries write a pair as one string
             model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     elif file.name == ADAPTER:
-        # Sets, such as the layers that are adapted, are written in any order.
+        # Sets, such as the adapted layers, are written in any order.
         content = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in content.items()}
     settings: dict[str, Any] = _without_traces(content) if file.name.endswith("config.json") else content
     return settings
@@ -158,24 +158,24 @@ def _read_json(file: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} where an object belongs")
     except ValueError as error:
-        raise DataError(f"{file}: no JSON of a model, or damaged ({error}); fetch or write it again") from error
+        raise DataError(f"{file}: not a model's JSON file, or damaged ({error}); download or write it again") from error
     return content
 
 
 def write_fingerprint(folder: Path) -> None:
-    """Write the hash of a model, and of AdamW's moments beside it, into its folder: nobody has to read them for it again."""
+    """Write the hash of a model, and of its AdamW moments if present, into its folder, so that it is computed once."""
     moments = folder / MOMENTS_FILE
     recorded = {"sha256": hash_model(folder)} | ({"moments": hash_path(moments)} if moments.exists() else {})
     write_json(recorded, folder / FINGERPRINT)
 
 
 def moments_fingerprint(folder: Path) -> str:
-    """Return the hash of the moments that a training of ours left beside a model."""
+    """Return the hash of the AdamW moments in the folder of a model that this project trained."""
     return str(json.loads((folder / FINGERPRINT).read_text())["moments"])
 
 
 def without_environment(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Keep how the tokenizer was loaded out of what it saves."""
+    """Remove the fields that record how the tokenizer was loaded, so that they are not saved."""
     for field in ENVIRONMENT_FIELDS:
         tokenizer.init_kwargs.pop(field, None)
     return tokenizer

@@ -1,4 +1,4 @@
-"""Load models and tokenizers. No code of a model's repository is ever run."""
+"""Load models and tokenizers, never running code from a model's repository."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer; one without a chat template gets the paper's (Figure 7), one without padding its end token.
+    """Load a tokenizer. Without a chat template it gets the paper's (Figure 7), without a padding token its end token.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
@@ -24,7 +24,7 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(fetch_model(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {model!r} cannot be loaded: {why_not_loaded(error)}") from error
+        raise UserError(f"the tokenizer of {model!r} cannot be loaded: {describe_load_error(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA3_STYLE_TEMPLATE
     if tokenizer.eos_token is None:
@@ -37,9 +37,9 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
 
 
 def load_model(model: str, dtype: Any) -> "PreTrainedModel":
-    """Load a causal language model from safetensors, without running any code of its repository.
+    """Load a causal language model from safetensors.
 
-    The folder of a LoRA adapter gives the model it adapts with the adapter in place; only the adapter asks for gradients.
+    For the folder of a LoRA adapter, load the base model and apply the adapter; only the adapter requires gradients.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -50,29 +50,29 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
     if (folder / ADAPTER).exists():
         from peft import PeftModel
 
-        adapted = load_model(adapted_model(folder), dtype)
-        return PeftModel.from_pretrained(adapted, folder, is_trainable=True)
+        base = load_model(adapted_model(folder), dtype)
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
     try:
-        loaded: PreTrainedModel = flops.count(
+        counted: PreTrainedModel = flops.count(
             AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         )
-        return loaded
+        return counted
     except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r} cannot be loaded: {why_not_loaded(error)}") from error
+        raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
 
 
-def why_not_loaded(error: Exception) -> str:
-    """What transformers says, but not its advice to run the code of a model's repository: that is never done here."""
+def describe_load_error(error: Exception) -> str:
+    """Return the message of transformers, without its advice to run code from a model's repository."""
     if "trust_remote_code" not in str(error):
         return str(error)
-    return "it needs code of its own repository, which is not run here; take one that transformers has a class for"
+    return "it needs code from its repository, which is never run; use a model that transformers has a class for"
 
 
 def with_lora(model: "PreTrainedModel", lora: Lora) -> "PreTrainedModel":
-    """Put LoRA matrices beside a model's layers; one that has an adapter already keeps it.
+    """Add LoRA matrices to a model's layers; a model that has an adapter keeps it.
 
     Raises:
-        UserError: the model has no layers of the names asked for.
+        UserError: the model has no layers with the configured names.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -84,19 +84,19 @@ def with_lora(model: "PreTrainedModel", lora: Lora) -> "PreTrainedModel":
         adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"student.lora.targets: {error}") from error
-    adapted.enable_input_require_grads()  # gradient checkpointing needs something to start from
+    adapted.enable_input_require_grads()  # gradient checkpointing needs an input that requires gradients
     return adapted
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
-    """See that a tokenizer writes no token that the model does not know.
+    """Check that the model's vocabulary includes all tokens of the tokenizer.
 
     Raises:
-        UserError: it does.
+        UserError: it does not.
     """
-    known = model.config.get_text_config().vocab_size
-    if len(tokenizer) > known:
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model knows {known}: they do not belong together; put the "
-            "model's own tokenizer files into its folder"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model has {vocabulary}: they do not belong together; put "
+            "the model's own tokenizer files into its folder"
         )

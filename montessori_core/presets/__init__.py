@@ -9,12 +9,12 @@ PRESETS = Path(__file__).parent
 
 
 def find_configuration(name: Path, kind: str = "", folder: Path = Path()) -> Path:
-    """Return the path of a configuration that is given by its path or by the name of a preset.
+    """Return the path of a configuration, given its path or the name of a preset.
 
     Args:
-        name: path of a file, relative to `folder`, or name of a preset; a file wins.
+        name: path of a file, relative to `folder`, or name of a preset; a file takes precedence.
         kind: "studies", "clusters", or "" for experiments.
-        folder: where relative paths begin.
+        folder: base of relative paths.
 
     Raises:
         ConfigError: there is neither a file nor a preset of this name.
@@ -26,9 +26,9 @@ def find_configuration(name: Path, kind: str = "", folder: Path = Path()) -> Pat
     if os.path.exists(preset):
         return preset
     if name.suffix:
-        return path  # reading it fails with the reason
-    known = ", ".join(sorted(file.stem for file in (PRESETS / kind).glob("*.yaml")))
+        return path  # reading it raises an error with the reason
+    presets = ", ".join(sorted(file.stem for file in (PRESETS / kind).glob("*.yaml")))
     raise ConfigError(
-        f"{path}: no such file, and no preset of this name; give the path of a configuration file, or a preset: {known} "
+        f"{path}: no such file, and no preset of this name; give the path of a configuration file, or a preset: {presets} "
         f"(files in {PRESETS / kind})"
     )

@@ -1,1 +1,1 @@
-"""Synthesis: the teacher is shown demonstrations, writes instructions, and answers those that pass the filters."""
+"""Synthesis: the teacher writes instructions from demonstrations, and responses to those that pass the filters."""

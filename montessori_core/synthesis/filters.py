@@ -1,6 +1,6 @@
-"""From raw output to accepted instruction, with every rejection counted by its reason.
+"""Filters: extract instructions from raw outputs, and reject some, each with a reason.
 
-The order is that of the authors' code: extract, collapse blanks, length, forbidden topics, first character, similarity.
+The order is that of the authors' code: extract, collapse whitespace, length, forbidden topics, first character, similarity.
 """
 
 import re
@@ -21,7 +21,7 @@ _NOT_TEXT = re.compile(
     re.IGNORECASE,
 )
 
-# Reasons, in the order in which they are tried.
+# Reasons, in the order of the filters.
 NO_TAGS = "no instruction tags"
 TOO_SHORT = "too short"
 TOO_LONG = "too long"
@@ -52,23 +52,23 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one candidate: its instruction, if one was found, and why it was rejected, if it was."""
+    """The result for one candidate: its instruction and the reason of its rejection; either may be None."""
 
     instruction: str | None
     rejection: str | None
 
 
 def extract_instruction(raw_output: str, style: str, keep_newlines: bool) -> str | None:
-    """The last tagged instruction in a teacher's output, blanks collapsed; None if there is none.
+    """Return the last tagged instruction in a teacher's output, whitespace collapsed; None if there is none.
 
-    In completion style the opening tag ends the prompt, so the output starts inside the tags.
+    In completion style the prompt ends with the opening tag, so the output starts inside the tags.
     """
-    found = _TAGGED.findall(OPEN + raw_output if style == "completion" else raw_output)
-    return collapse_blanks(found[-1], keep_newlines) if found else None
+    instructions = _TAGGED.findall(OPEN + raw_output if style == "completion" else raw_output)
+    return collapse_blanks(instructions[-1], keep_newlines) if instructions else None
 
 
 def collapse_blanks(text: str, keep_newlines: bool) -> str:
-    """Trim, and collapse runs of blanks; line breaks and the indentation after them may be kept."""
+    """Trim, and collapse whitespace; `keep_newlines` keeps line breaks and indentation."""
     if not keep_newlines:
         return " ".join(text.split())
     lines = [re.match(r"[ \t]*", line).group() + " ".join(line.split()) for line in text.splitlines()]  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def collapse_blanks(text: str, keep_newlines: bool) -> str:
 
 
 def reject_reason(instruction: str | None, filters: Filters) -> str | None:
-    """Why an instruction is rejected whatever the others are; None if it is not."""
+    """Return why an instruction is rejected, regardless of other instructions; None if it passes."""
     if instruction is None:
         return NO_TAGS
     if len(instruction) < filters.min_characters:
@@ -93,20 +93,20 @@ def reject_reason(instruction: str | None, filters: Filters) -> str | None:
 def filter_candidates(
     raw_outputs: Sequence[str], prompts: Sequence[Prompt], style: str, filters: Filters, accepted: RougeIndex
 ) -> list[Verdict]:
-    """Judge candidates in order; `accepted` grows by those that pass.
+    """Filter candidates in order, and add those that pass to `accepted`.
 
     Args:
-        raw_outputs: [candidates], what the teacher wrote.
-        prompts: [candidates], the prompt of each.
+        raw_outputs: [candidates] outputs of the teacher.
+        prompts: [candidates] their prompts.
         style: the teacher's prompt style.
-        filters: what is kept.
-        accepted: every instruction accepted before, its limit the same as the filters'.
+        filters: limits of the filters.
+        accepted: index of all instructions accepted before, with the similarity limit of `filters`.
     """
     instructions = [extract_instruction(raw, style, filters.keep_newlines) for raw in raw_outputs]
     rejections = [reject_reason(instruction, filters) for instruction in instructions]
     for index, (instruction, prompt) in enumerate(zip(instructions, prompts, strict=True)):
         if rejections[index] is None and instruction is not None:
-            similarity = max(f_measure(instruction, task.text) for task in prompt.demonstrations)
+            similarity = max(f_measure(instruction, task.instruction) for task in prompt.demonstrations)
             if similarity > filters.max_rouge_l:
                 rejections[index] = LIKE_DEMONSTRATION
     passing = [index for index, rejection in enumerate(rejections) if rejection is None]
@@ -117,7 +117,7 @@ def filter_candidates(
 
 
 def funnel(instructions: pa.Table) -> dict[str, int]:
-    """Of an instruction table: candidates, those rejected by each reason in the order of the filters, those kept."""
+    """Count the candidates of an instruction table, those rejected for each reason in filter order, and those kept."""
     reasons = Counter(reason for reason in instructions["rejection"].to_pylist() if reason is not None)
     rejected = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
     return {"candidates": instructions.num_rows, **rejected, "kept": instructions.num_rows - reasons.total()}

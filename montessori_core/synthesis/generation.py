@@ -1,7 +1,7 @@
-"""Generation engines behind one interface: vLLM on GPUs, transformers on CPUs.
+"""The interface of generation engines: vLLM on GPUs, transformers on CPUs.
 
-Every continuation has a seed of its own: what is drawn for it depends on that seed and on the model's probabilities, not
-on what else is generated. (The probabilities themselves vary in the last bits with the batch a continuation is in.)
+Every continuation has its seed. Its tokens depend on that seed and on the model's probabilities, not on other
+continuations. (The last bits of the probabilities depend on the batch.)
 """
 
 import importlib.util
@@ -17,9 +17,9 @@ class Request:
     """A text to continue.
 
     Attributes:
-        prompt: the text, rendered. Requests with the same prompt, or the same beginning, share the reading of it.
-        seed: what the draws depend on; the n-th token takes the n-th draw.
-        drawn: token ids with which the continuation begins, drawn by an earlier job.
+        prompt: the rendered text. A prompt, or a beginning, that several requests share is read once.
+        seed: seed of the random numbers; the n-th token takes the n-th number.
+        drawn: first token ids of the continuation, drawn by an earlier job.
     """
 
     prompt: str
@@ -32,11 +32,11 @@ class Generated:
     """One continuation.
 
     Attributes:
-        text: stop string included.
-        tokens: how many were written.
-        finish_reason: why it ended, 'stop' or 'length'.
-        token_ids: what was drawn: the end token included, and a last token whole that goes on behind the stop string; None
-            from an API.
+        text: the text, including the stop string.
+        tokens: number of tokens written.
+        finish_reason: 'stop' or 'length'.
+        token_ids: tokens drawn, including the end token. The last token may contain more than the end of the stop string.
+            None from an API.
     """
 
     text: str
@@ -47,12 +47,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of an engine brought.
+    """The result of one step of an engine.
 
     Attributes:
-        finished: continuations that ended, by the index of their request.
+        finished: continuations that ended in this step, by the index of their request.
         drafts: returns the token ids of unfinished continuations, by the index of their request. Valid until the next step.
-        done: requests done so far; a fraction counts those at work. It never decreases.
+        done: requests done so far, with fractions for unfinished ones. It never decreases.
     """
 
     finished: Mapping[int, Generated]
@@ -64,46 +64,46 @@ class Engine(Protocol):
     """A loaded model that continues texts."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
-        """Continue every request, in an order of the engine's choice.
+        """Continue every request, in any order.
 
         Args:
-            requests: what to continue.
+            requests: the texts to continue.
             sampling: decoding parameters.
-            stop: a string that ends a continuation and is kept at its end; the model's end token always ends it.
+            stop: a string that ends a continuation and is included in it; the model's end token always ends it.
         """
         ...
 
 
 class Progress:
-    """Requests done, where a request at work counts by what is read and written of it.
+    """Estimate how many requests are done; an unfinished request counts by its tokens read and written.
 
-    A continuation is expected to need as many tokens as those that ended needed on average, the limit while none has.
+    The expected length of a continuation is the mean of those that ended, or the limit before the first one ends.
     """
 
-    def __init__(self, reading: Sequence[float], limit: int) -> None:
-        """`reading`: [requests] what reading each prompt costs, in written tokens; `limit`: most tokens written."""
-        self._reading, self._limit = reading, limit
-        self._ended = self._tokens = 0
+    def __init__(self, read_costs: Sequence[float], limit: int) -> None:
+        """`read_costs`: [requests] cost of reading each prompt, in written tokens; `limit`: most tokens written."""
+        self._read_costs, self._limit = read_costs, limit
+        self._finished = self._tokens = 0
         self._done = 0.0
 
     def end(self, tokens: int) -> None:
         """Count a continuation that ended."""
-        self._ended += 1
+        self._finished += 1
         self._tokens += tokens
 
     def done(self, written: Iterable[tuple[int, int]]) -> float:
-        """Return the requests done, given index and tokens so far of those whose prompts are read."""
-        expected = max(1.0, self._tokens / self._ended) if self._ended else float(self._limit)
+        """Return the requests done, given the index and the tokens written of each unfinished request that was read."""
+        expected = max(1.0, self._tokens / self._finished) if self._finished else float(self._limit)
         shares = (
-            (self._reading[index] + min(tokens, expected)) / (self._reading[index] + expected)
+            (self._read_costs[index] + min(tokens, expected)) / (self._read_costs[index] + expected)
             for index, tokens in written
         )
-        self._done = max(self._done, self._ended + sum(shares))
+        self._done = max(self._done, self._finished + sum(shares))
         return self._done
 
 
 def continuations(steps: Iterable[Step]) -> list[Generated]:
-    """Run an engine to its end; return [requests] continuations."""
+    """Run all steps of an engine; return [requests] continuations."""
     finished: dict[int, Generated] = {}
     for step in steps:
         finished |= step.finished
@@ -111,7 +111,7 @@ def continuations(steps: Iterable[Step]) -> list[Generated]:
 
 
 def open_engine(engine: str, model: str, tokenizer: Any) -> Engine:
-    """Load `model` in the named engine; 'auto' is vLLM where it is installed, else transformers."""
+    """Load `model` in the named engine; 'auto' is vLLM if it is installed, else transformers."""
     if engine == "auto":
         engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if engine == "vllm":

@@ -1,4 +1,4 @@
-"""Generation on a node: the programs behind the two generation stages."""
+"""Programs of the generation stages: local generation, and generation by an API."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import GenerationRow
 from montessori_core.data.tables import GENERATION
 from montessori_core.judging.client import Question, open_client
 from montessori_core.models.chat import (
@@ -24,13 +25,10 @@ from montessori_core.synthesis.generation import Generated, Request, Step, open_
 from montessori_core.synthesis.prompts import CLOSE
 
 
-def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram:
+def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
     """Load the teacher once.
 
-    Inputs: `teacher`. Rows: `ids` (one per sample), `seeds`, and `text`;
-    for a reply `turns` in its place: request, answer, and what the request's author says then.
-
-    A row's draft holds for each sample its token ids so far, or what became of it.
+    Inputs: `teacher`. A row's draft has, for each sample, its token ids so far or its final text.
     """
     sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
@@ -39,7 +37,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     engine = open_engine(settings.engine, model, tokenizer)
     stop = CLOSE if form == "tagged" else None
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[GenerationRow], recorder: Recorder) -> None:
         prompts = [_render(tokenizer, row, form) for row in rows]
         samples = [_resume(row, recorder.drafts.get(position)) for position, row in enumerate(rows)]
         places = [
@@ -77,8 +75,8 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     return RowProgram(GENERATION, compute)
 
 
-def _resume(row: Row, draft: list[Any] | None) -> list[Any]:
-    """Return [samples] token ids that were drawn, or what was generated, as kept in a row's draft."""
+def _resume(row: GenerationRow, draft: list[Any] | None) -> list[Any]:
+    """Return [samples] the token ids so far, or the generated text, from a row's draft."""
     samples = draft or [[] for _ in row["seeds"]]
     return [Generated(**sample) if isinstance(sample, dict) else sample for sample in samples]
 
@@ -87,42 +85,48 @@ def _is_complete(samples: Sequence[Any]) -> bool:
     return all(isinstance(sample, Generated) for sample in samples)
 
 
-def _records(row: Row, prompt: str, samples: Sequence[Generated], vocabulary: str | None = None) -> list[Row]:
+def _records(row: GenerationRow, prompt: str, samples: Sequence[Generated], vocabulary: str | None = None) -> list[Row]:
     return [
         {
-            "row_id": row_id,
+            "example_id": example_id,
             "prompt": prompt,
-            "text": generated.text,
+            "raw_output": generated.text,
             "finish_reason": generated.finish_reason,
             "tokens": generated.tokens,
             "output_ids": generated.token_ids,
             "vocabulary": vocabulary,
         }
-        for row_id, generated in zip(row["ids"], samples, strict=True)
+        for example_id, generated in zip(row["example_ids"], samples, strict=True)
     ]
 
 
-def _render(tokenizer: Any, row: Row, form: Form) -> str:
+def _render(tokenizer: Any, row: GenerationRow, form: Form) -> str:
     if form == "reply":
         return render_conversation(tokenizer, *row["turns"])
+    [text] = row["turns"]
     if form == "request":
-        return render_prompt(tokenizer, row["text"])
-    return text_beginning(tokenizer) + mark_control_tokens(tokenizer, row["text"])
+        return render_prompt(tokenizer, text)
+    return text_beginning(tokenizer) + mark_control_tokens(tokenizer, text)
 
 
-def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, Path]) -> RowProgram:
+def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
     """Open a teacher behind an API.
 
-    The repetition penalty of the sampling is left out: the protocol has none. Inputs: see `open_client`. Rows: as for
-    `open_generation`, of which each seed is a draw. Rows need no drafts: the API's cache keeps every answer.
+    The sampling's repetition penalty is ignored: the API has none. Inputs: see `open_client`. Each seed of a
+    row is a draw. Rows need no drafts: the API's cache keeps every answer.
     """
     sampling = settings.sampling
     api = open_client(settings, inputs)
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[GenerationRow], recorder: Recorder) -> None:
         questions = [
             Question(
-                row["text"], sampling.temperature, sampling.top_p, sampling.presence_penalty, sampling.max_tokens, seed
+                row["turns"][0],
+                sampling.temperature,
+                sampling.top_p,
+                sampling.presence_penalty,
+                sampling.max_tokens,
+                seed,
             )
             for row in rows
             for seed in row["seeds"]
@@ -133,6 +137,6 @@ def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, P
                 Generated(answer.text, answer.output_tokens, answer.finish_reason)
                 for answer in islice(answers, len(row["seeds"]))
             ]
-            recorder.finish(position, _records(row, row["text"], samples))
+            recorder.finish(position, _records(row, row["turns"][0], samples))
 
     return RowProgram(GENERATION, compute)

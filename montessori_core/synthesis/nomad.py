@@ -1,4 +1,4 @@
-"""NOMAD (Chen et al., 2024): a teacher trained on whole conversations writes them from the bare beginning of one.
+"""NOMAD (Chen et al., 2024): a teacher is trained on conversations and generates new ones without a prompt.
 
 Conversations are plain text, as in the paper's Section 4.1: "User: [prompt] Assistant: [response]".
 """
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from montessori_core import programs
+from montessori_core.data.rows import TaskRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import SIMILARITY
 from montessori_core.models.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
-from montessori_core.program import Recorder, Row, RowProgram
+from montessori_core.program import Recorder, RowProgram
 from montessori_core.synthesis.filters import CODE, INCOMPLETE, REPETITION
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 USER = "User:"
-"""What a conversation begins with; no blank at its end, which tokenizers join to the word that follows."""
+"""The beginning of a conversation. No trailing blank: tokenizers merge it with the next word."""
 _ASSISTANT = "\nAssistant:"
 _NEXT = re.compile(r"\n(?:User|Assistant):")
 _REPEATED = re.compile(r"(?<!\w)(\w+(?:\W+\w+){0,4}?)(?:\W+\1){3}(?!\w)", re.IGNORECASE)
@@ -36,7 +37,7 @@ _CODE = re.compile(
 
 @dataclass(frozen=True)
 class Conversation:
-    """The first turn and the first answer of what a teacher wrote."""
+    """The first turn and the first answer of a generated conversation."""
 
     instruction: str
     response: str
@@ -53,40 +54,40 @@ def encode_conversation(
     """Tokenize a conversation for the training of the teacher.
 
     Args:
-        tokenizer: any with an end token.
-        instruction: what the user says.
-        response: what the assistant says.
-        max_length: tokens kept; the end is cut.
-        finished: the response is whole, so its end token is trained, too.
-        mask_prompt: only the response carries loss, as is usual; the paper's point is that the instruction should.
+        tokenizer: a tokenizer with an end token.
+        instruction: the user's turn.
+        response: the assistant's turn.
+        max_length: maximum number of tokens; the end is truncated.
+        finished: whether the response is complete, so that its end token is trained as well.
+        mask_prompt: whether only the response carries loss, as usual; in the paper the instruction does as well.
     """
-    # Piece by piece, so that the beginning has the very tokens that generation begins with.
+    # Tokenized in parts, so that the beginning has the same tokens as in generation.
     beginning, _ = encode_rendered(tokenizer, f"{text_beginning(tokenizer)}{USER}")
     request, answer = (encode_plain(tokenizer, f" {text}") for text in (instruction, response))
     prompt = [*beginning, *request, *encode_plain(tokenizer, _ASSISTANT)]
     labels = [*([IGNORED] * len(prompt) if mask_prompt else prompt), *answer]
     end = tokenizer.eos_token_id
-    whole = [*prompt, *answer, end]
+    ids = [*prompt, *answer, end]
     labels.append(end if finished else IGNORED)
-    return Encoded(whole[:max_length], labels[:max_length], truncated=len(whole) > max_length)
+    return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
 
 
 def read_conversation(text: str, finish_reason: str) -> Conversation | None:
-    """The first round of what was written after `USER`; None if it is not complete.
+    """Return the first round of the text generated after `USER`; None if it is incomplete.
 
-    A second round shows that the first had ended; without one, the text has to end by itself.
+    The first round is complete if a second one follows or the text ends with the end token.
     """
-    instruction, separator, rest = text.partition(_ASSISTANT)
-    following = _NEXT.search(rest)
-    response = rest[: following.start()] if following else rest
-    complete = bool(separator) and (following is not None or finish_reason == "stop")
+    instruction, separator, remainder = text.partition(_ASSISTANT)
+    next_turn = _NEXT.search(remainder)
+    response = remainder[: next_turn.start()] if next_turn else remainder
+    complete = bool(separator) and (next_turn is not None or finish_reason == "stop")
     if not complete or not instruction.strip() or not response.strip() or _NEXT.search(instruction):
         return None
     return Conversation(instruction.strip(), response.strip())
 
 
 def judge_conversation(conversation: Conversation | None) -> str | None:
-    """Why a conversation is dropped, whatever the others are (Appendix A.5); None if it is not."""
+    """Return why a conversation is rejected, regardless of other conversations (Appendix A.5); None if it passes."""
     if conversation is None:
         return INCOMPLETE
     texts = (conversation.instruction, conversation.response)
@@ -96,32 +97,32 @@ def judge_conversation(conversation: Conversation | None) -> str | None:
 
 
 def norm_sim(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """How near each synthetic example is to its nearest real one (Section 4.3).
+    """Return the similarity of each synthetic example to its nearest real one (Section 4.3).
 
-    Near 1 it repeats what is there, near 0 it has nothing to do with it; the paper wants most of a set in the middle.
+    Near 1 an example repeats a real one, near 0 it is unrelated to all; the paper wants most of a set in between.
 
     Args:
         synthetic: [examples, features].
-        real: [real examples, features]. What they have in common is taken off all features first: hidden states of
-            language models point in much the same direction whatever the text.
+        real: [real examples, features]. Their mean is subtracted from all features first: hidden states of language
+            models have similar directions for all texts.
 
     Returns:
         [examples] largest inner products of features of norm 1.
     """
-    common = real.mean(axis=0) if len(real) > 1 else 0.0
+    mean = real.mean(axis=0) if len(real) > 1 else 0.0
 
-    def directions(features: np.ndarray) -> np.ndarray:
-        centred = features - common
+    def normalize(features: np.ndarray) -> np.ndarray:
+        centred = features - mean
         return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12))
 
-    return np.asarray((directions(synthetic) @ directions(real).T).max(axis=1))
+    return np.asarray((normalize(synthetic) @ normalize(real).T).max(axis=1))
 
 
-def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram:
-    """Load the student, whose mean last hidden state stands for a text, and the real examples once.
+def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram[TaskRow]:
+    """Load the student and the real examples; the features of a text are the student's mean last hidden state.
 
-    Inputs: `student`; `real` (tasks). Rows: `example_id`, `instruction`, `response`. The result is a
-    table of schema `SIMILARITY`.
+    Inputs: `student`; `real` (tasks). The result is a table of schema
+    `SIMILARITY`.
     """
     import torch
 
@@ -136,17 +137,16 @@ def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> 
     def features(text: str) -> np.ndarray:
         ids = encode_plain(tokenizer, text)[: settings.max_length]
         states = model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True).hidden_states[-1]
-        found: np.ndarray = states[0].mean(dim=0).cpu().numpy()
-        return found
+        return np.asarray(states[0].mean(dim=0).cpu().numpy())
 
-    real = np.stack([features(f"{task.text}\n{task.response}") for task in load_tasks(inputs["real"])])
+    real = np.stack([features(f"{task.instruction}\n{task.response}") for task in load_tasks(inputs["real"])])
 
-    def compute(rows: list[Row], recorder: Recorder) -> None:
+    def compute(rows: list[TaskRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for position, row in enumerate(rows):
             example = features(f"{row['instruction']}\n{row['response']}")
-            [nearest] = norm_sim(example[None], real)
-            recorder.finish(position, [{"example_id": row["example_id"], "norm_sim": float(nearest)}])
+            [similarity] = norm_sim(example[None], real)
+            recorder.finish(position, [{"example_id": row["example_id"], "norm_sim": float(similarity)}])
             recorder.progress(position + 1)
 
     return RowProgram(SIMILARITY, compute)

@@ -1,4 +1,4 @@
-"""The paper's request for an instruction (Figure 13), with every character as the authors published it.
+"""The paper's request for an instruction (Figure 13), character by character as published.
 
 Source: src/prompt.py of https://github.com/cxcscmu/Montessori-Instruct, under the MIT License:
 

@@ -10,7 +10,7 @@ from montessori_core.seeding import seed_of
 from montessori_core.synthesis.paper_request import PAPER_REQUEST
 
 OPEN, CLOSE = "<instruction>", "</instruction>"
-_MOST_REPETITION_PENALTY = 1.2
+_MAX_REPETITION_PENALTY = 1.2
 
 _REQUEST = """\
 You write tasks that teach an assistant. Read the example tasks below, then write one new task of your own.
@@ -37,7 +37,7 @@ can be answered in text alone.
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt before the chat template: its id, the demonstrations it shows, and its text."""
+    """A prompt before the chat template: its id, its demonstrations, and its text."""
 
     id: str
     demonstrations: tuple[Task, ...]
@@ -47,11 +47,11 @@ class Prompt:
 def check_decoding(settings: Synthesis) -> list[str]:
     """Return a warning if the repetition penalty suppresses the tag that an instruction must end with."""
     penalty = settings.instruction.repetition_penalty
-    if penalty <= _MOST_REPETITION_PENALTY:
+    if penalty <= _MAX_REPETITION_PENALTY:
         return []
     return [
-        f"synthesis.instruction.repetition_penalty is {penalty:g}: it counts the prompt, which shows {CLOSE} after every "
-        f"demonstration, so that few outputs will have one and be accepted; set it to {_MOST_REPETITION_PENALTY:g} or less"
+        f"synthesis.instruction.repetition_penalty is {penalty:g}: it also counts the prompt, which has {CLOSE} after every "
+        f"demonstration; few outputs will have one and be accepted. Set it to {_MAX_REPETITION_PENALTY:g} or less"
     ]
 
 
@@ -64,26 +64,26 @@ def build_prompts(
     seed: int,
     first: int = 0,
 ) -> list[Prompt]:
-    """Build prompts number `first` to `first + count`, each from a random draw of its own.
+    """Build the prompts with numbers `first` to `first + count - 1`, each with its own random generator.
 
-    While there are no synthetic tasks, seeds take their place. Demonstrations are shuffled. A prompt depends only on
-    its number, so that a longer list starts with the shorter one.
+    If there are too few synthetic tasks, seed tasks replace them. Demonstrations are shuffled. A prompt depends only on its
+    number, so a longer list starts with the shorter one.
     """
     prompts = []
     for number in range(first, first + count):
-        draw = random.Random(seed_of(seed, "prompt", number))
-        synthetic = draw.sample(synthetic_pool, min(settings.synthetic_demonstrations, len(synthetic_pool)))
-        wanted = settings.seed_demonstrations + settings.synthetic_demonstrations
-        demonstrations = synthetic + draw.sample(seed_pool, wanted - len(synthetic))
-        draw.shuffle(demonstrations)
-        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _text(style, settings, demonstrations)))
+        generator = random.Random(seed_of(seed, "prompt", number))
+        synthetic = generator.sample(synthetic_pool, min(settings.synthetic_demonstrations, len(synthetic_pool)))
+        total = settings.seed_demonstrations + settings.synthetic_demonstrations
+        demonstrations = synthetic + generator.sample(seed_pool, total - len(synthetic))
+        generator.shuffle(demonstrations)
+        prompts.append(Prompt(f"p{number:06d}", tuple(demonstrations), _render(style, settings, demonstrations)))
     return prompts
 
 
-def _text(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
-    shown = "\n".join(f"{OPEN}{task.text}{CLOSE}" for task in demonstrations)
+def _render(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
+    texts = "\n".join(f"{OPEN}{task.instruction}{CLOSE}" for task in demonstrations)
     if style == "chat" and settings.request == "paper":
-        return f"{PAPER_REQUEST}{shown}\n"
-    # str.replace, not str.format: demonstrations may hold braces.
+        return f"{PAPER_REQUEST}{texts}\n"
+    # str.replace, not str.format: demonstrations may contain braces.
     template = _REQUEST if style == "chat" else _LIST
-    return template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{demonstrations}", shown)
+    return template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{demonstrations}", texts)

@@ -1,10 +1,10 @@
-"""A cache of keys and values whose rows come and go, for continuous batching with any attention of transformers.
+"""A cache of keys and values with exchangeable rows, for continuous batching with any attention of transformers.
 
-Rows are aligned at their ends, so that a column is one position further for all of them and a sliding window, which
-transformers measures in columns, is right for each. What lies before a row's first column is finite and must be masked.
-A token is appended in place: transformers' own cache is copied whole in every layer at every step.
+Rows are aligned at their ends, so the next column is the next position of every row, and a sliding window, which
+transformers measures in columns, is correct for each row. Columns before a row's first token are finite and must be masked.
+Tokens are appended in place; the cache of transformers copies all keys and values at every step.
 
-Shapes: [slots, heads, columns, size of a head] buffers, of which the first `rows` slots and `width` columns are in use.
+Shapes: [slots, heads, columns, size of a head] buffers. The first `rows` slots are in use, and `width` columns of each.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-SLACK = 128  # columns to append in before the ones in use are moved
+SLACK = 128  # free columns after a reallocation
 
 
 def fits_row_cache(config: Any) -> bool:
-    """Return whether a model's cache holds nothing but keys and values, which Mamba's and others' does not."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+    """Return whether a model's cache has keys and values only; Mamba's has other states."""
+    types = {type(layer) for layer in DynamicCache(config=config).layers}
+    return types <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 
 
 class RowCache(Cache):
@@ -34,17 +34,17 @@ class RowCache(Cache):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that a token of a row takes."""
+        """Bytes per token of a row."""
         return sum(layer.token_bytes for layer in self._row_layers)
 
     def use(self, rows: int, width: int) -> None:
-        """Set how many rows and columns are in use; what was not in use before is to be masked or written."""
+        """Set the number of rows and columns in use. The caller must mask or write those that were not in use before."""
         for layer in self._row_layers:
             layer.reserve(width)
             layer.rows, layer.width = rows, width
 
     def copy_row(self, source: "RowCache", row: int, length: int, slot: int, skipped: int = 0) -> None:
-        """Let a slot in use end with `length` columns of a row of `source`: its last ones, but for some that are skipped."""
+        """Copy `length` columns of a row of `source`, which precede its last `skipped` ones, to the end of a slot in use."""
         for layer, other in zip(self._row_layers, source._row_layers, strict=True):
             layer.copy_row(other, row, length, slot, skipped)
 
@@ -80,7 +80,7 @@ class _RowLayer(DynamicLayer):
         return self.width + query_length, 0
 
     def reserve(self, width: int, appended: int = 0) -> None:
-        """Have `width` columns up to the end, and room for more behind it."""
+        """Ensure `width` columns before the end of the rows, and `appended` free columns after it."""
         if not self._buffers:
             self._end = width
             return

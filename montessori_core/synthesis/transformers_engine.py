@@ -1,9 +1,9 @@
-"""Generation with transformers: the engine for CPUs and for trying things out.
+"""Generation with transformers: the engine for CPUs and for experiments.
 
-Continuous batching: a row that ends leaves the batch at once, and one that waits takes its place. What all prompts of a call
-begin with is read once, and so is a prompt with several continuations.
+Continuous batching: a row that ends leaves the batch at once, and a waiting row takes its slot. The common prefix of all
+prompts of a call is read once; a prompt with several continuations is read once, too.
 
-Shapes: [rows] continuations at work, [vocabulary] tokens of the model.
+Shapes: [rows] continuations in the batch, [vocabulary] tokens of the model.
 """
 
 import inspect
@@ -24,16 +24,16 @@ from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, RowCache, fits_row_cache
 
-_ROWS = 32  # continuations decoded together: on CPUs a decoding step costs little more for 32 rows than for 8
-_CACHE_BYTES = 2 * 2**30  # keys and values of all rows; models with larger ones decode fewer rows together
-_READ_TOKENS = 512  # read in one pass: enough to keep a CPU busy, few enough to report progress
-_READING_COST = 0.3  # of a token, in written ones, measured with SmolLM2
-_PADDING = 0  # masked, so any token that the model has; tokenizers may have added one that it has not
-_STOP_WINDOW = 16  # tokens at the end of a continuation in which a stop string is looked for
+_MAX_ROWS = 32  # of a batch: on CPUs a decoding step costs little more for 32 rows than for 8
+_CACHE_BYTES = 2 * 2**30  # limit of the keys and values of a batch; large models decode fewer rows
+_READ_TOKENS = 512  # per forward pass: enough to keep a CPU busy, few enough to report progress
+_READ_COST = 0.3  # of a token read, in tokens written; measured with SmolLM2
+_PADDING = 0  # a masked token id; the tokenizer's padding token may be missing in the model
+_STOP_WINDOW = 16  # last tokens of a continuation in which the stop string is searched
 
 
 class TransformersEngine:
-    """A model in bfloat16 on the GPU if there is one, else on the CPU in the number type it is faster in."""
+    """A model in bfloat16 on the GPU if there is one, else on the CPU in its fastest dtype."""
 
     def __init__(self, model: str, tokenizer: Any) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,16 +41,16 @@ class TransformersEngine:
         self._model = load_model(model, dtype).to(self._device).eval()
         self._tokenizer = tokenizer
         ends = self._model.generation_config.eos_token_id
-        # The tokenizer's end token is the one that trainings of ours teach (`chat.encode_example`).
+        # Our trainings use the tokenizer's end token (`chat.encode_example`).
         self._ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])}
         text_config = self._model.config.get_text_config()
         self._positions: int | None = getattr(text_config, "max_position_embeddings", None)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
-        """See `Engine.generate`. A continuation that reaches the model's last position ends there, as with vLLM.
+        """See `Engine.generate`. A continuation ends at the model's last position, as with vLLM.
 
         Raises:
-            UserError: a prompt is longer than the model's positions.
+            UserError: a prompt is too long for the model's positions.
         """
         if not requests:
             return
@@ -59,20 +59,18 @@ class TransformersEngine:
         longest = max(map(len, prompts.values()))
         if self._positions is not None and longest >= self._positions:
             raise UserError(
-                f"a prompt has {longest} tokens, and the model has {self._positions} positions for prompt and output; show "
-                "fewer demonstrations (synthesis.seed_demonstrations), or take a model with more positions"
+                f"a prompt has {longest} tokens, and the model has {self._positions} positions for prompt and output; use "
+                "fewer demonstrations (synthesis.seed_demonstrations) or a model with more positions"
             )
         rows = [
             _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
             for index, request in enumerate(requests)
         ]
-        # The longest first: neighbours have similar lengths, and equal contexts stand together.
+        # Longest first: adjacent rows have similar lengths, and equal contexts are adjacent.
         waiting = sorted(rows, key=lambda row: (row.length, row.context), reverse=True)
         unfinished = {row.index: row for row in rows}
-        sharing = Counter(tuple(row.context) for row in rows)
-        progress = Progress(
-            [_READING_COST * row.length / sharing[tuple(row.context)] for row in rows], sampling.max_tokens
-        )
+        counts = Counter(tuple(row.context) for row in rows)
+        progress = Progress([_READ_COST * row.length / counts[tuple(row.context)] for row in rows], sampling.max_tokens)
         batch = _Batch(self._model, rows, sampling)
         while unfinished:
             finished: dict[int, Generated] = {}
@@ -108,7 +106,7 @@ class TransformersEngine:
 
 @dataclass
 class _Row:
-    """A continuation: the index of its request, its seed, the prompt's token ids, and those drawn so far."""
+    """A continuation: the index of its request, its seed, and the token ids of its prompt and those drawn so far."""
 
     index: int
     seed: int
@@ -117,7 +115,7 @@ class _Row:
 
     @property
     def context(self) -> list[int]:
-        """Tokens to read before it decodes; the last one is read by the step that draws the next."""
+        """Tokens to read before decoding; the decoding step reads the last token."""
         return (self.prompt + self.drawn)[:-1]
 
     @property
@@ -129,8 +127,8 @@ class _Row:
 class _Batch:
     """Rows that a model decodes together.
 
-    Models with states other than keys and values (Mamba and other recurrent layers) get the cache of transformers: their
-    rows leave as others do, but new ones enter only when all have left.
+    Models with states other than keys and values (Mamba and other recurrent layers) use the cache of transformers: rows
+    leave one by one, but new rows enter only an empty batch.
 
     Attributes:
         rows: [slots in use].
@@ -138,18 +136,18 @@ class _Batch:
 
     @torch.inference_mode()
     def __init__(self, model: Any, rows: Sequence[_Row], sampling: Sampling) -> None:
-        """Read what the contexts of all `rows` begin with; these are the rows that will be read."""
+        """Read the common prefix of the contexts of `rows`, all rows that the batch will decode."""
         self.rows: list[_Row] = []
-        self._ready: list[tuple[_Row, Any, int]] = []  # read, but without room; see `_read_group`
+        self._ready: list[tuple[_Row, Any, int]] = []  # read, but without a slot; see `_read_group`
         self._model, self._device = model, model.device
-        self._slots, self._joins = min(_ROWS, len(rows)), fits_row_cache(model.config)
+        self._slots, self._joins = min(_MAX_ROWS, len(rows)), fits_row_cache(model.config)
         parameters = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # until transformers 5.23
         self._prefix: Any = None
         self._shared = self._width = 0  # length of the prefix; columns in use
         if self._joins:
             contexts = [row.context for row in rows]
-            self._shared = _common_length(min(contexts), max(contexts))  # what these two begin with, all do
+            self._shared = _common_length(min(contexts), max(contexts))  # their common prefix is that of all contexts
             self._prefix = self._run([contexts[0][: self._shared] or [_PADDING]], 0)
             longest = max(len(row.prompt) for row in rows) + sampling.max_tokens + SLACK
             self._slots = max(1, min(self._slots, _CACHE_BYTES // (self._prefix.token_bytes * longest)))
@@ -160,13 +158,13 @@ class _Batch:
 
     @torch.inference_mode()
     def read(self, waiting: list[_Row]) -> bool:
-        """Move rows from the front of `waiting`, longest first, into the batch; return False if none had to or could."""
-        room = self._slots - len(self.rows) if self._joins or not self.rows else 0
-        if not room or not (waiting or self._ready):
+        """Move rows from the front of `waiting`, longest first, into the batch; return whether any row moved."""
+        free = self._slots - len(self.rows) if self._joins or not self.rows else 0
+        if not free or not (waiting or self._ready):
             return False
         if not self._ready:
-            self._ready = self._read_group(waiting, room)
-        joining, self._ready = self._ready[:room], self._ready[room:]
+            self._ready = self._read_group(waiting, free)
+        joining, self._ready = self._ready[:free], self._ready[free:]
         slots = range(len(self.rows), len(self.rows) + len(joining))
         self.rows += [row for row, _, _ in joining]
         if self._joins:
@@ -181,21 +179,21 @@ class _Batch:
                 self._cache.copy_row(cache, place, row.length, slot)
         return True
 
-    def _read_group(self, waiting: list[_Row], room: int) -> list[tuple[_Row, Any, int]]:
-        """Read contexts for about `room` rows; return all rows that have one of them, each with a cache and its row there.
+    def _read_group(self, waiting: list[_Row], free: int) -> list[tuple[_Row, Any, int]]:
+        """Read contexts for about `free` rows; return all rows with these contexts, each with a cache and its row there.
 
-        A context is read once: rows without room are kept by the caller.
+        A context is read once, so more than `free` rows may be returned.
         """
         contexts: list[list[int]] = []
         places: list[int] = []
         for row in waiting:
             if contexts[-1:] != [row.context]:
                 tokens = (len(contexts) + 1) * (len(waiting[0].context) - self._shared)
-                if len(places) >= room or (self._joins and contexts and tokens > _READ_TOKENS):
+                if len(places) >= free or (self._joins and contexts and tokens > _READ_TOKENS):
                     break
                 contexts.append(row.context)
-            elif len(places) >= room and not self._joins:
-                break  # the cache of transformers holds the rows at work and no others
+            elif len(places) >= free and not self._joins:
+                break  # the cache of transformers cannot keep rows outside the batch
             places.append(len(contexts) - 1)
         cache = self._run(contexts, self._shared)
         group = [(row, cache, place) for row, place in zip(waiting, places, strict=False)]
@@ -207,7 +205,7 @@ class _Batch:
         """Draw a token for every row."""
         lengths = torch.tensor([row.length for row in self.rows], device=self._device)
         if self._joins:
-            self._width = int(lengths.max())  # rows that were longer may have left
+            self._width = int(lengths.max())  # longer rows may have left
             self._cache.use(len(self.rows), self._width)
         columns = torch.arange(self._width + 1, device=self._device)
         mask = (columns >= self._width - lengths[:, None]).long()
@@ -235,17 +233,17 @@ class _Batch:
         self.rows = [self.rows[source] for source in order]
 
     def _run(self, contexts: Sequence[Sequence[int]], shared: int) -> Any:
-        """Read contexts, the longest first, of which the first `shared` tokens are in the prefix; return their cache.
+        """Read contexts, the longest first; return their cache. The first `shared` tokens of each are in the prefix.
 
-        The last tokens of each are read, as many as the longest context needs: no padding, unless a context is shorter.
+        The same number of tokens is read of each: a shorter context reads the end of the prefix again, or is padded.
         """
         width = len(contexts[0])
         cache = self._new_cache(len(contexts))
         if shared:
             cache.use(len(contexts), shared)
             for row, context in enumerate(contexts):
-                read_again = min(shared, width - len(context))
-                cache.copy_row(self._prefix, 0, shared - read_again, row, skipped=read_again)
+                reread = min(shared, width - len(context))
+                cache.copy_row(self._prefix, 0, shared - reread, row, skipped=reread)
         padded = [[_PADDING] * (width - len(context)) + list(context) for context in contexts]
         ids = torch.tensor(padded, device=self._device)
         lengths = torch.tensor([len(context) for context in contexts], device=self._device)
@@ -261,7 +259,7 @@ class _Batch:
     ) -> torch.Tensor:
         """Return [rows, vocabulary] logits of the next token. `ids`, `positions`: [rows, tokens]; `mask`: [rows, columns]."""
         if all(cache.is_linear) and cache.has_previous_state():
-            mask = None  # without attention there are no columns: the mask is of the ids
+            mask = None  # without attention there are no columns to mask
         output = self._model(
             input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{self._cache_name: cache}
         )
@@ -274,15 +272,15 @@ class _Batch:
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Return the length of the common prefix of two sequences."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 class SeededSampler:
-    """Temperature, nucleus and penalties as vLLM applies them, then one draw per row from the row's own seed.
+    """Apply temperature, nucleus and penalties like vLLM, then draw a token per row with the row's seed.
 
-    The presence penalty counts generated tokens, the repetition penalty those of the prompt as well.
+    The presence penalty counts generated tokens; the repetition penalty counts tokens of the prompt as well.
     """
 
     def __init__(self, slots: int, vocabulary: int, sampling: Sampling, device: torch.device) -> None:
@@ -292,7 +290,7 @@ class SeededSampler:
         self._generated = torch.zeros_like(self._in_prompt)
 
     def place(self, slot: int, seed: int, prompt: Sequence[int], drawn: Sequence[int]) -> None:
-        """Put a row into a slot: its seed, and token ids of its prompt and of what was drawn so far."""
+        """Put a row into a slot, given its seed and the token ids of its prompt and those drawn so far."""
         draws = np.random.Generator(np.random.Philox(seed)).random(self._sampling.max_tokens)
         self._draws[slot] = torch.from_numpy(draws)
         for seen, tokens in ((self._in_prompt, prompt), (self._generated, drawn)):
@@ -309,7 +307,7 @@ class SeededSampler:
 
         Args:
             logits: [rows, vocabulary].
-            steps: [rows] tokens drawn before.
+            steps: [rows] number of tokens drawn before.
 
         Returns:
             [rows] token ids.
@@ -337,13 +335,13 @@ class SeededSampler:
 def draw_from_nucleus(
     probabilities: torch.Tensor, top_p: float, draws: torch.Tensor, sorted_tokens: int = 1024
 ) -> torch.Tensor:
-    """Pick a token from the smallest set of most probable tokens whose mass reaches `top_p`.
+    """Draw a token from the nucleus: the smallest set of most probable tokens whose mass reaches `top_p`.
 
     Args:
         probabilities: [rows, vocabulary].
         top_p: mass of the nucleus; 1.0 for all tokens.
-        draws: [rows], uniform in [0, 1): where in the nucleus's mass the pick lies.
-        sorted_tokens: how many of the most probable tokens are sorted first. Only rows that need more sort all of them.
+        draws: [rows] uniform in [0, 1): position in the mass of the nucleus.
+        sorted_tokens: number of most probable tokens to sort first. All tokens are sorted only for rows that need more.
 
     Returns:
         [rows] token ids.

@@ -16,11 +16,11 @@ from montessori_core.synthesis.generation import Generated, Progress, Request, S
 
 
 class VllmEngine:
-    """A model over all GPUs the job was given (tensor parallel), or on the CPU with a CPU build of vLLM."""
+    """A model on all GPUs of the job (tensor parallel), or on the CPU with a CPU build of vLLM."""
 
     def __init__(self, model: str, tokenizer: Any) -> None:
         if not torch.cuda.is_available():
-            # By default vLLM keeps one core for itself and takes 40 % of the memory for its cache.
+            # By default vLLM reserves one core and 40 % of the memory.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ.get('OMP_NUM_THREADS', '2')) - 1}")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         folder = fetch_model(model)
@@ -31,13 +31,13 @@ class VllmEngine:
             dtype="bfloat16" if torch.cuda.is_available() else generation_dtype(),
             seed=0,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
-            enable_prefix_caching=True,  # a prompt is read once for all its samples
-            enforce_eager=not torch.cuda.is_available(),  # compiling takes longer than a CPU run gains
+            enable_prefix_caching=True,  # read a prompt once for all its samples
+            enforce_eager=not torch.cuda.is_available(),  # on a CPU compilation costs more than it saves
         )
         self._tokenizer = tokenizer
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
-        """See `Engine.generate`. There are no drafts: vLLM draws from a generator, which cannot begin in the middle."""
+        """See `Engine.generate`. There are no drafts: vLLM's random generator cannot start in the middle."""
         texts = {request.prompt for request in requests}
         prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
         names = self._llm.enqueue(

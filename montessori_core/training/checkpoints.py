@@ -1,13 +1,13 @@
-"""When a training saves a checkpoint, and which of them count.
+"""Checkpoints of a training: when they are saved, and which are complete.
 
-Ten are spread evenly over a training, more come by the clock, and one when the scheduler says that the job has to go.
+Ten checkpoints are spread evenly over a training. More are saved as time passes, and one before the scheduler ends the job.
 """
 
 import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,90 +17,92 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from montessori_core.files import hash_json
 from montessori_core.models.fetch import fingerprint
-from montessori_core.program import Row
 from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
-_STEPS_WORTH_ONE = 20
-_COST = 0.05
-"""Share of the time that saving by the clock may take."""
+_MIN_STEPS = 20
+"""Steps of the shortest training with evenly spread checkpoints."""
+_TIME_SHARE = 0.05
+"""Share of the training time that timed checkpoints may take."""
 _GRACE = 60.0
-"""Seconds that a job is surely given to leave; submitit asks Slurm for 90."""
-_WHOLE = "whole"
-"""File in a checkpoint that was written to its end."""
+"""Seconds that a job has after the scheduler's signal at least; submitit asks Slurm for 90."""
+_COMPLETE = "whole"
+"""File that marks a complete checkpoint."""
 
 
-def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: list[Row]) -> Path:
-    """Where a training keeps its checkpoints: beside its result, and of these settings, weights, rows and processes alone."""
-    decides = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
-    folder = output.parent / "checkpoints" / hash_json(decides)[:16]
+def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: Sequence[object]) -> Path:
+    """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it."""
+    inputs = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
+    folder = output.parent / "checkpoints" / hash_json(inputs)[:16]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)  # torch keeps pickles here
+    folder.chmod(0o700)  # checkpoints contain pickles
     return folder
 
 
-def evenly_spread(steps: int) -> dict[str, Any]:
-    """The trainer's arguments for the checkpoints that come in any case; a short training needs none."""
+def checkpoint_arguments(steps: int) -> dict[str, Any]:
+    """Return the trainer's arguments for the evenly spread checkpoints; a short training has none."""
     return {
-        "save_strategy": "steps" if steps >= _STEPS_WORTH_ONE else "no",
+        "save_strategy": "steps" if steps >= _MIN_STEPS else "no",
         "save_steps": 1 / CHECKPOINTS,
-        "save_total_limit": 2,  # the last may be half written when the job is killed
+        "save_total_limit": 2,  # the last may be incomplete if the job is killed
     }
 
 
-def last_whole(checkpoints: Path) -> Path | None:
-    """The checkpoint to go on from."""
-    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def last_complete_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the checkpoint to resume from."""
+    complete = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class CheckpointCallback(TrainerCallback):
-    """Marks checkpoints that are whole, and has one saved when much time has passed or the job is told to go.
+    """Mark complete checkpoints; save one when enough time has passed or the scheduler is about to end the job.
 
-    All processes save after the same step: they agree on it after each one.
+    An all-reduce after each step lets all processes save after the same step.
     """
 
     def __init__(self) -> None:
-        self._told = False
-        self._last = time.monotonic()
-        self._begun = 0.0
-        self._longest = 0.0
-        # submitit's own handler puts the job back into the queue at once, wherever it is in a step.
-        self._leave = signal.signal(signal.SIGUSR2, self._note)
+        self._signalled = False
+        self._last_save = time.monotonic()
+        self._step_end = 0.0
+        self._longest_save = 0.0
+        # submitit's handler requeues the job at once, even in the middle of a step.
+        self._previous_handler = signal.signal(signal.SIGUSR2, self._handle_signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
-        if self._longest > _GRACE:
-            log.warning("told to go, and a checkpoint takes %.0f s: leaving without one", self._longest)
-            self._go()
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+        if self._longest_save > _GRACE:
+            log.warning(
+                "the scheduler ends this job, and a checkpoint takes %.0f s: exiting without one", self._longest_save
+            )
+            self._exit()
 
-    def _go(self) -> None:
-        if callable(self._leave):
-            self._leave(signal.SIGUSR2, None)
+    def _exit(self) -> None:
+        if callable(self._previous_handler):
+            self._previous_handler(signal.SIGUSR2, None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        waited = time.monotonic() - self._last
-        due = torch.tensor(self._told or waited > max(CHECKPOINT_SECONDS, self._longest / _COST), dtype=torch.int32)
+        """Ask for a checkpoint if one is due."""
+        interval = max(CHECKPOINT_SECONDS, self._longest_save / _TIME_SHARE)
+        due = torch.tensor(self._signalled or time.monotonic() - self._last_save > interval, dtype=torch.int32)
         due = due.to(args.device)
         torch.distributed.all_reduce(due, torch.distributed.ReduceOp.MAX)
         control.should_save |= bool(due) and state.global_step < state.max_steps
-        self._begun = time.monotonic()
+        self._step_end = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Mark the checkpoint as complete; exit if the scheduler ends the job."""
         torch.distributed.barrier()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
-        self._last = time.monotonic()
-        self._longest = max(self._longest, self._last - self._begun)
-        if self._told:
-            log.info("told to go: leaving with checkpoint-%d", state.global_step)
-            self._go()
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        self._last_save = time.monotonic()
+        self._longest_save = max(self._longest_save, self._last_save - self._step_end)
+        if self._signalled:
+            log.info("the scheduler ends this job: exiting with checkpoint-%d", state.global_step)
+            self._exit()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called by the trainer. What is left to do is quicker than what would have to be done again."""
-        signal.signal(signal.SIGUSR2, self._leave)
+        """Restore the signal handler: saving the model takes less time than repeating the last steps."""
+        signal.signal(signal.SIGUSR2, self._previous_handler)

@@ -1,4 +1,4 @@
-"""The teacher update: direct preference optimization on what helps the student (Section 3.3, Eq. 4)."""
+"""The teacher update: direct preference optimization on the student's preferences (Section 3.3, Eq. 4)."""
 
 import shutil
 import uuid
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import PairRow
 from montessori_core.errors import DataError
 from montessori_core.models.chat import encode_plain, encode_rendered, hash_vocabulary
 from montessori_core.models.load import load_model, load_tokenizer
-from montessori_core.program import Compute, Report, Row
+from montessori_core.program import Compute, Report
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
     KeepCallback,
@@ -23,29 +24,28 @@ from montessori_core.training.engine import (
     training_arguments,
 )
 from montessori_core.training.padding import EvenPairs, padding_rows
-from montessori_core.training.scoring import score_without_waste
+from montessori_core.training.scoring import speed_up_scoring
 
 
-def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
+def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[PairRow]:
     """Update a teacher on the preference pairs of its one shard; the result is a model folder.
 
-    The teacher's weights are the input `teacher`. Teachers on the way go into the folder `kept` of the result.
-    Rows: `prompt`, `chosen`, `rejected`, and see `encode_pair`. The prompt is the very text the teacher continued, and the
-    outputs are what it wrote, so that likelihoods are those of generation.
+    The input `teacher` has the initial weights. Intermediate teachers are saved in the folder `kept` of the result.
+    Prompt and outputs of a row are the exact texts of generation, so the likelihoods are those of generation.
     """
     recipe = settings.recipe
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
+    def compute(rows: list[PairRow], output: Path, report: Report) -> None:
         start_processes()
         import torch
         from trl import DPOConfig, DPOTrainer
 
         class TeacherTrainer(PlainAdamW, EvenPairs, DPOTrainer):  # type: ignore[misc]
             def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-                return dataset  # tokenised below, as generation tokenises: TRL would add special tokens
+                return dataset  # tokenized below, as in generation: TRL would add special tokens
 
             def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-                score_without_waste(self.model, pairs=True)
+                speed_up_scoring(self.model, pairs=True)
                 return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
             def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
@@ -57,18 +57,18 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
         model_path = str(inputs["teacher"])
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
-        fitting = _encode(tokenizer, rows, settings)
-        TeacherTrainer.padding = padding_rows(len(fitting), recipe)
+        pairs = _encode(tokenizer, rows, settings)
+        TeacherTrainer.padding = padding_rows(len(pairs), recipe)
         end = [tokenizer.eos_token_id]
         padding = [{"prompt_ids": end, "chosen_ids": end, "rejected_ids": end}] * TeacherTrainer.padding
         arguments = DPOConfig(
-            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(fitting)),
+            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(pairs)),
             beta=recipe.beta,
             max_length=recipe.max_length,
             precompute_ref_log_probs=True,  # no second teacher in memory
         )
-        progress = ProgressCallback(report, recipe, read_before=len(fitting) + len(padding))
-        with shared_dataset([*fitting, *padding], output.parent) as data:
+        progress = ProgressCallback(report, recipe, read_before=len(pairs) + len(padding))
+        with shared_dataset([*pairs, *padding], output.parent) as data:
             trainer = TeacherTrainer(
                 model=load_model(model_path, torch.float32),
                 args=arguments,
@@ -78,55 +78,55 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
             )
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))
             train(trainer, Path(model_path), checkpoints)
-        counts = {"pairs": len(fitting), "left_out": len(rows) - len(fitting)}
+        counts = {"pairs": len(pairs), "left_out": len(rows) - len(pairs)}
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 
     return compute
 
 
-def _encode(tokenizer: Any, rows: list[Row], settings: programs.Dpo) -> list[dict[str, list[int]]]:
+def _encode(tokenizer: Any, rows: list[PairRow], settings: programs.Dpo) -> list[dict[str, list[int]]]:
     """Tokenize the pairs that fit into the teacher update's `max_length`."""
     limit = settings.recipe.max_length
     pairs = [encode_pair(tokenizer, row, settings.prompt_style) for row in rows]
-    fitting = [pair for pair in pairs if longest(pair) <= limit]
+    fitting = [pair for pair in pairs if pair_length(pair) <= limit]
     if not fitting:
         raise DataError(
             f"none of {len(pairs)} preference pairs fits into teacher_update.max_length={limit} tokens "
-            f"(the shortest has {min(map(longest, pairs))}); raise it"
+            f"(the shortest has {min(map(pair_length, pairs))}); raise it"
         )
     return fitting
 
 
 @contextmanager
 def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[Any]:
-    """The pairs as a data set on the disk that all processes of the job share.
+    """Yield the pairs as a data set on the disk that all processes of the job share.
 
-    TRL computes the reference log-probabilities once, on rank 0's behalf, and leaves them beside the data set for the others.
+    TRL saves the reference log-probabilities next to the data set on rank 0; the other ranks read them there.
     """
     import torch.distributed
     from datasets import Dataset, load_from_disk
 
-    # Two jobs may be at work on the same stage, one of them not yet known to be lost.
+    # A unique name: a job that was reported as lost may still be running.
     name = [uuid.uuid4().hex]
     torch.distributed.broadcast_object_list(name)
     path = folder / f".pairs-{name[0]}"
-    first = torch.distributed.get_rank() == 0
-    if first:
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
         Dataset.from_list(pairs).save_to_disk(path)
     torch.distributed.barrier()
     try:
         yield load_from_disk(path)
     finally:
-        if first:
+        if is_first:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
-    """Token ids of prompt, chosen and rejected output.
+def encode_pair(tokenizer: Any, row: Mapping[str, Any], style: str) -> dict[str, list[int]]:
+    """Return the token ids of prompt, chosen and rejected output.
 
-    The ids of an output are those that were drawn (`chosen_output_ids`, `rejected_output_ids`), if they are of this
-    tokenizer's vocabulary. Otherwise its text is tokenized, and one of a chat ends with the end token, unless the row says
-    that it was cut (`chosen_finished`, `rejected_finished`).
+    The ids of an output are the generated ones (`chosen_output_ids`, `rejected_output_ids`) if they belong to this
+    tokenizer's vocabulary. Otherwise its text is tokenized; in chat style the end token is added, unless the output was
+    truncated (`chosen_finished`, `rejected_finished`).
     """
 
     def ids_of(output: str) -> list[int]:
@@ -142,6 +142,6 @@ def encode_pair(tokenizer: Any, row: Row, style: str) -> dict[str, list[int]]:
     }
 
 
-def longest(pair: Mapping[str, list[int]]) -> int:
-    """Tokens of the longer of the two sequences of an encoded pair."""
+def pair_length(pair: Mapping[str, list[int]]) -> int:
+    """Return the number of tokens of the longer sequence of an encoded pair."""
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))

@@ -1,4 +1,4 @@
-"""What SFT and DPO share: DeepSpeed's configuration, TRL's arguments, progress, and how a model is saved."""
+"""Common parts of SFT and DPO: DeepSpeed's configuration, TRL's arguments, progress, and saving a model."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from montessori_core.config import Optimization, Zero
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
-from montessori_core.training.checkpoints import evenly_spread, last_whole
+from montessori_core.training.checkpoints import checkpoint_arguments, last_complete_checkpoint
 from montessori_core.training.masters import MastersCallback, gather_masters
 from montessori_core.training.schedule import rate_factor
 
@@ -22,25 +22,25 @@ log = logging.getLogger(__name__)
 
 
 def start_processes() -> None:
-    """Join the job's processes, before any model is made: ZeRO-3 partitions weights as they are loaded."""
+    """Initialise the process group, before any model is created: ZeRO-3 partitions weights while loading them."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    # On CPUs DeepSpeed compiles a kernel here, under a lock file that a killed process leaves behind: every later
-    # training on the machine would wait for it for ever. Gloo does without the kernel.
+    # On CPUs DeepSpeed compiles a kernel here under a lock file. If the process is killed, the file stays and blocks every
+    # later training on the machine. Gloo does not need the kernel.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
 
 def computes_in_bf16() -> bool:
-    """Whether passes take bf16 copies of the weights; AdamW moves fp32 masters in any case."""
+    """Return whether forward and backward passes use bf16 copies of the weights; AdamW always updates fp32 masters."""
     return torch.cuda.is_available()
 
 
 def deepspeed_config(zero: Zero) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours; sizes that depend on the recipe are filled in by transformers."""
-    # DeepSpeed (0.19) accumulates the gradients of bf16 weights in fp32 only where it partitions the optimizer.
+    """Return DeepSpeed's configuration; transformers fills in the "auto" values from the trainer's arguments."""
+    # DeepSpeed (0.19) accumulates gradients of bf16 weights in fp32 only if it partitions the optimizer.
     stage = max(zero.stage, 1) if computes_in_bf16() else zero.stage
     optimization: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available()}
     if zero.offload != "none":
@@ -55,7 +55,7 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": optimization,
-        # AdamW comes from torch, not from DeepSpeed's kernels, so that influence can repeat its step exactly.
+        # AdamW is torch's, not DeepSpeed's kernel, so that influence can reproduce its step exactly.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": computes_in_bf16()},
@@ -65,7 +65,7 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
 
 
 def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints: Path, examples: int) -> dict[str, Any]:
-    """Arguments that SFTConfig and DPOConfig have in common."""
+    """Return the common arguments of SFTConfig and DPOConfig."""
     processes = int(os.environ["WORLD_SIZE"])
     steps = recipe.epochs * -(-examples // recipe.batch_size)
     return {
@@ -81,7 +81,7 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
         "gradient_checkpointing": torch.cuda.is_available(),
         "dataloader_drop_last": False,
         "logging_steps": 1,
-        **evenly_spread(steps),
+        **checkpoint_arguments(steps),
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
@@ -91,16 +91,16 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
 
 
 class PlainAdamW:
-    """Mixed into a trainer: torch's AdamW over all weights alike, its rate following the recipe's schedule."""
+    """Mixin for trainers: torch's AdamW with one parameter group and the recipe's learning rate schedule."""
 
     recipe: Optimization
     optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Called by the trainer.
+        """Create the optimizer, with one parameter group.
 
-        One parameter group: influence repeats the step for every weight alike, and DeepSpeed (0.19) links the AdamW
-        state of the first group only, so that moments of further groups could not be read back.
+        Influence uses the same step for all weights, and DeepSpeed (0.19) gives access to the AdamW state of the first
+        group only.
         """
         recipe = self.recipe
         if self.optimizer is None:
@@ -115,7 +115,7 @@ class PlainAdamW:
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Called by the trainer once it knows how many steps it will take."""
+        """Create the scheduler for the trainer's number of steps."""
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer if optimizer is not None else self.create_optimizer(),
             lambda step: rate_factor(min(step, num_training_steps - 1), num_training_steps, self.recipe.schedule),
@@ -125,12 +125,12 @@ class PlainAdamW:
 
 
 class ProgressCallback(TrainerCallback):
-    """Report how many of the examples are done, in fractions: epochs and a pass before training count by their work.
+    """Report the number of examples done, as a fraction of the work of all epochs and of a forward pass before training.
 
     Args:
-        report: of the job.
-        recipe: of the training.
-        read_before: examples that a forward pass before the training reads; it takes a third of an epoch's work.
+        report: reports the progress of the job.
+        recipe: recipe of the training.
+        read_before: examples of the forward pass before training, which costs a third of an epoch.
     """
 
     def __init__(self, report: Report, recipe: Optimization, read_before: int = 0) -> None:
@@ -140,35 +140,35 @@ class ProgressCallback(TrainerCallback):
         self._micro_batches = 0  # since the last step
 
     def on_read(self, examples: int) -> None:
-        """Count examples, of all processes, that the pass before the training has read."""
+        """Count examples that all processes have read in the forward pass before training."""
         self._read = min(self._read + examples, self._read_before)
         self._report(self._read * self._read_share)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.on_step_end(args, state, control)  # the clock starts here: a training may have a single step
+        self.on_step_end(args, state, control)  # starts the clock: a training may have a single step
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._micro_batches += 1
-        self._tell(args, state)
+        self._report_progress(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._micro_batches = 0
-        self._tell(args, state)
+        self._report_progress(args, state)
 
-    def _tell(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _report_progress(self, args: TrainingArguments, state: TrainerState) -> None:
         steps = state.global_step + self._micro_batches / args.gradient_accumulation_steps
         trained = steps * self._recipe.batch_size / self._recipe.epochs
         self._report(self._read_before * self._read_share + trained * (1 - self._read_share))
 
 
 class KeepCallback(TrainerCallback):
-    """Keeps models on the way, evenly spread over the training's steps.
+    """Save `count` intermediate models, evenly spread over the training's steps.
 
-    They lie among the checkpoints until the training ends: a job that goes on from a checkpoint finds those before it there.
+    They are in the checkpoint folder until the training ends, so a job that resumes from a checkpoint has the earlier ones.
     """
 
     def __init__(self, trainer: Any, tokenizer: PreTrainedTokenizerBase, count: int, checkpoints: Path) -> None:
@@ -176,25 +176,25 @@ class KeepCallback(TrainerCallback):
         self._folder = checkpoints / KEPT
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by the trainer, in all processes."""
+        """Save the model after the chosen steps, in all processes."""
         if state.global_step in {state.max_steps * part // (self._count + 1) for part in range(1, self._count + 1)}:
             _save_model(self._trainer, self._tokenizer, self._folder / f"step-{state.global_step:07d}")
 
 
 def train(trainer: Any, model: Path, checkpoints: Path) -> None:
-    """Train, from the last whole checkpoint if there is one: with the same data order, to the same end.
+    """Train, or resume from the last complete checkpoint: with the same data order and the same result.
 
     Args:
-        trainer: with the model in place.
-        model: the folder the model was loaded from.
-        checkpoints: of this training.
+        trainer: trainer with the loaded model.
+        model: the folder of that model.
+        checkpoints: checkpoint folder of this training.
     """
-    last = last_whole(checkpoints)
-    if last is None:
+    checkpoint = last_complete_checkpoint(checkpoints)
+    if checkpoint is None:
         trainer.add_callback(MastersCallback(trainer, model))
     else:
-        log.info("going on from %s", last.name)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+        log.info("resuming from %s", checkpoint.name)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def save_trained(
@@ -204,14 +204,11 @@ def save_trained(
     checkpoints: Path,
     folder: Path,
 ) -> None:
-    """Write fp32 masters, tokenizer, log and counts. All processes must call it; rank 0 writes.
-
-    Checkpoints are of no use any more, and removed.
-    """
+    """Write fp32 masters, tokenizer, log and counts; remove the checkpoints. All processes must call it; rank 0 writes."""
     _save_model(trainer, tokenizer, folder)
     if not trainer.is_world_process_zero():
         return
-    (folder / LOG_FILE).write_text(json.dumps(_log_of(trainer.state), indent=1) + "\n")
+    (folder / LOG_FILE).write_text(json.dumps(_step_log(trainer.state), indent=1) + "\n")
     (folder / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
     if (checkpoints / KEPT).exists():
         shutil.copytree(checkpoints / KEPT, folder / KEPT)
@@ -224,14 +221,14 @@ def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         return
     trainer.model.save_pretrained(folder, state_dict=masters)
     config = folder / "config.json"
-    if computes_in_bf16() and config.exists():  # it names the number type of the copies
+    if computes_in_bf16() and config.exists():  # it has the dtype of the bf16 copies
         content = json.loads(config.read_text()) | {"dtype": "float32"}
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
     write_fingerprint(folder)
 
 
-def _log_of(state: TrainerState) -> list[dict[str, float]]:
-    """What the trainer logged at each step, those before a restart included."""
+def _step_log(state: TrainerState) -> list[dict[str, float]]:
+    """Return the trainer's log of each step, including steps before a restart."""
     numbers = [{k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in state.log_history]
     return [{"step": entry["step"], **entry} for entry in numbers if "loss" in entry]

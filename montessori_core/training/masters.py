@@ -1,7 +1,7 @@
-"""fp32 masters: the weights that AdamW moves, while a GPU computes with their bf16 copies.
+"""fp32 masters: the weights that AdamW updates, while a GPU computes with their bf16 copies.
 
-DeepSpeed makes the masters from the bf16 copies and saves the copies; at the paper's rates either loses most of what a
-training moved. All functions go parameter by parameter, so that no process holds a second whole model beside its share.
+DeepSpeed initialises the masters from the bf16 copies and saves the copies. At the paper's learning rates each of the two
+loses most of the update. All functions process one parameter at a time, so no process holds a second full model.
 """
 
 import logging
@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 
 
 def trained_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Return name and parameter of all that a DeepSpeed engine trains."""
+    """Return name and parameter of all trained parameters of a DeepSpeed engine."""
     return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
-def whole(engine: Any, parameter: torch.nn.Parameter, state: str | None = None) -> torch.Tensor:
-    """Return a parameter's fp32 master, or AdamW's `state` of it, whatever the ZeRO stage. All processes must call it.
+def full_fp32(engine: Any, parameter: torch.nn.Parameter, state: str | None = None) -> torch.Tensor:
+    """Return the full fp32 master of a parameter, or its AdamW state, for any ZeRO stage. All processes must call it.
 
     Args:
-        engine: DeepSpeed's.
-        parameter: of its module.
+        engine: the DeepSpeed engine.
+        parameter: a parameter of its module.
         state: 'exp_avg' or 'exp_avg_sq'; None for the master.
 
     Raises:
-        RuntimeError: DeepSpeed holds no such state.
+        RuntimeError: DeepSpeed has no such state.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -43,18 +43,18 @@ def whole(engine: Any, parameter: torch.nn.Parameter, state: str | None = None) 
     else:
         tensor = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)
     if tensor is None:
-        raise RuntimeError(f"DeepSpeed holds no {state or 'fp32 master'} of a trained parameter")
+        raise RuntimeError(f"DeepSpeed has no {state or 'fp32 master'} for a trained parameter")
     return tensor.detach().float().reshape(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
-    """Collect the fp32 masters on rank 0's host; empty elsewhere. All processes must call it.
+    """Gather the fp32 masters in rank 0's host memory; other ranks return nothing. All processes must call it.
 
-    Of a LoRA model these are the matrices. Buffers that belong to a model's files come with them.
+    For a LoRA model these are the adapter's matrices. The result includes the buffers that are saved with a model.
     """
     masters = {}
     for name, parameter in trained_parameters(engine):
-        master = whole(engine, parameter)
+        master = full_fp32(engine, parameter)
         if torch.distributed.get_rank() == 0:
             masters[name] = master.cpu()
     if torch.distributed.get_rank() == 0:
@@ -64,7 +64,7 @@ def gather_masters(engine: Any) -> dict[str, torch.Tensor]:
 
 
 class MastersCallback(TrainerCallback):
-    """Starts a bf16 training from a model's own weights: DeepSpeed has made its masters from their bf16 copies."""
+    """Set the masters of a bf16 training to the model's fp32 weights: DeepSpeed initialises them from the bf16 copies."""
 
     def __init__(self, trainer: Any, model: Path) -> None:
         self._trainer, self._model = trainer, model
@@ -72,36 +72,36 @@ class MastersCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called by the trainer, in all processes, once DeepSpeed has the model.
+        """Set the masters, in all processes, after DeepSpeed's initialisation.
 
         Raises:
-            RuntimeError: a trained weight is not among the model's.
+            RuntimeError: the model has no weight for a trained parameter.
         """
         engine = self._trainer.model_wrapped
         if not engine.bfloat16_enabled():
             return
-        # A file holds tied weights under one of their names.
+        # A file has tied weights under one of their names.
         named = engine.module.named_parameters(remove_duplicate=False)
         parameters = {_name_in_files(name): parameter for name, parameter in named if parameter.requires_grad}
         if hasattr(engine.module, "peft_config") and not (self._model / ADAPTER).exists():
-            return  # a new adapter: its matrices were drawn, not read
+            return  # a new adapter, initialised at random
         if not _copy_from_files(self._model, parameters):
             _copy_from_model(self._model, parameters, args)
 
 
 def _name_in_files(name: str) -> str:
-    """Return the name of a parameter as it is stored: the matrices of a LoRA adapter leave out the adapter's."""
+    """Return the name of a parameter in files, where matrices of a LoRA adapter omit the adapter's name."""
     return name.replace(".default", "")
 
 
 def _copy_from_files(folder: Path, parameters: dict[str, torch.nn.Parameter]) -> bool:
-    """Set masters to the weights of the same name in safetensors; return whether no weight lost precision.
+    """Set masters to the weights of the same name in safetensors; return whether all masters have full precision.
 
-    Weights in bf16 are their own copies.
+    Weights in bf16 are equal to their copies.
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
-    left, others = {id(parameter) for parameter in parameters.values()}, set()
+    missing, other_dtypes = {id(parameter) for parameter in parameters.values()}, set()
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == MOMENTS_FILE:
             continue
@@ -109,29 +109,29 @@ def _copy_from_files(folder: Path, parameters: dict[str, torch.nn.Parameter]) ->
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 dtype = file.get_slice(name).get_dtype()
                 if name not in parameters:
-                    others.add(dtype)
+                    other_dtypes.add(dtype)
                     continue
-                left.discard(id(parameters[name]))
+                missing.discard(id(parameters[name]))
                 if dtype != "BF16":
                     safe_set_full_fp32_param(parameters[name], file.get_tensor(name).float())
-    return not left or others <= {"BF16"}
+    return not missing or other_dtypes <= {"BF16"}
 
 
 def _copy_from_model(folder: Path, parameters: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
-    """Set masters to the weights of the model as transformers loads it, for files whose names or shapes it changes.
+    """Set masters to the weights of the loaded model, for files whose names or shapes transformers converts.
 
-    Every process holds the model in host memory meanwhile, whatever the ZeRO stage.
+    Every process holds the full model in host memory, at any ZeRO stage.
     """
     from deepspeed.utils import safe_set_full_fp32_param
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    log.info("the files of %s have other names than the model's weights: reading all of them", folder)
+    log.info("%s: names in the files differ from those of the model's weights: loading the full model", folder)
     unset_hf_deepspeed_config()  # or ZeRO-3 would partition it
     try:
-        loaded = load_model(str(folder), torch.float32)
+        model = load_model(str(folder), torch.float32)
     finally:
         set_hf_deepspeed_config(args.hf_deepspeed_config)
-    weights = {_name_in_files(name): weight for name, weight in loaded.named_parameters(remove_duplicate=False)}
+    weights = {_name_in_files(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     if missing := sorted(parameters.keys() - weights.keys()):
         raise RuntimeError(f"{folder}: no weights for {len(missing)} trained parameters, e.g. {missing[0]}")
     for name, parameter in parameters.items():

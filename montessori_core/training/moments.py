@@ -1,4 +1,4 @@
-"""AdamW's moments after a training, per parameter, in safetensors: what a warm one-step influence starts from."""
+"""AdamW's moments after a training, per parameter, in safetensors; influence of a warm student starts from them."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from montessori_core.errors import DataError
 from montessori_core.files import hash_json
 from montessori_core.layout import MOMENTS_FILE
-from montessori_core.training.masters import trained_parameters, whole
+from montessori_core.training.masters import full_fp32, trained_parameters
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -23,9 +23,9 @@ class Moments:
     """AdamW's state.
 
     Attributes:
-        first, second: the moments of each parameter that is trained, by its name.
-        step: steps taken.
-        weights: checksums of the weights they were left with, see `weights_checksums`; None if they are not known.
+        first, second: moments of the trained parameters, by name.
+        step: number of steps taken.
+        weights: checksums of the weights after these steps, see `weights_checksums`; None if there are none.
     """
 
     first: Mapping[str, torch.Tensor]
@@ -35,12 +35,12 @@ class Moments:
 
 
 def weights_checksums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Return what tells weights from others of the same shapes, by the number type they are loaded in.
+    """Return checksums of weights, by the dtype in which they are loaded.
 
-    Of fp32 masters, the checksum 'float32' is theirs alone; 'bfloat16' is that of every copy rounded to bf16.
+    'float32' identifies the fp32 masters; 'bfloat16' identifies their bf16 copies.
 
     Args:
-        weights: names and tensors, one after the other; none is kept.
+        weights: names and tensors; only one is in memory at a time.
     """
     sums: dict[torch.dtype, dict[str, int]] = {dtype: {} for dtype in _BITS}
     for name, tensor in weights:
@@ -50,27 +50,27 @@ def weights_checksums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, 
 
 
 def number_type(dtype: torch.dtype) -> str:
-    """Return the name of a number type, as 'float32'."""
+    """Return the name of a dtype, such as 'float32'."""
     return str(dtype).removeprefix("torch.")
 
 
 def gather_moments(engine: Any, step: int) -> Moments | None:
-    """Collect the moments from a DeepSpeed engine on rank 0's host; None elsewhere. All processes must call it."""
+    """Gather the moments in rank 0's host memory; other ranks return None. All processes must call it."""
     first, second = {}, {}
 
     def masters() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in trained_parameters(engine):
-            m, v = (whole(engine, parameter, state) for state in ("exp_avg", "exp_avg_sq"))
+            m, v = (full_fp32(engine, parameter, state) for state in ("exp_avg", "exp_avg_sq"))
             if torch.distributed.get_rank() == 0:
                 first[name], second[name] = m.cpu().clone(), v.cpu().clone()
-            yield name, whole(engine, parameter)
+            yield name, full_fp32(engine, parameter)
 
     checksums = weights_checksums(masters())
     return Moments(first, second, step, checksums) if first else None
 
 
 def cold_moments(model: Any) -> Moments:
-    """The moments of a model that no optimizer has touched: all zero."""
+    """Return the moments of a model before its first step: all zero."""
     zeros = {
         name: torch.zeros_like(parameter, device="cpu")
         for name, parameter in model.named_parameters()
@@ -80,19 +80,19 @@ def cold_moments(model: Any) -> Moments:
 
 
 def save_moments(moments: Moments, folder: Path) -> None:
-    """Write the moments beside a model's weights."""
+    """Write the moments next to a model's weights."""
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
-    # One entry: safetensors writes several in an order that changes from run to run.
+    # One entry: safetensors writes several in a random order.
     state = json.dumps({"step": moments.step, "weights": moments.weights}, sort_keys=True)
     save_file(tensors, folder / MOMENTS_FILE, metadata={"adamw": state})
 
 
 def load_moments(folder: Path) -> Moments:
-    """Read what `save_moments` wrote.
+    """Read the moments that `save_moments` wrote.
 
     Raises:
-        DataError: the folder holds no moments.
+        DataError: the folder has no moments.
     """
     path = folder / MOMENTS_FILE
     if not path.exists():
@@ -104,6 +104,6 @@ def load_moments(folder: Path) -> Moments:
     with safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["adamw"])
         for key in file.keys():  # noqa: SIM118 - not a mapping
-            name, _, which = key.rpartition(".")
-            (first if which == "first" else second)[name] = file.get_tensor(key)
+            name, _, moment = key.rpartition(".")
+            (first if moment == "first" else second)[name] = file.get_tensor(key)
     return Moments(first, second, state["step"], state["weights"])

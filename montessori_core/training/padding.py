@@ -1,7 +1,7 @@
-"""Every example counts once, however many processes there are.
+"""Pad an epoch so that every example counts once, for any number of processes.
 
-Where processes x micro_batch_size does not divide the examples, accelerate fills the last step of an epoch with examples
-from its beginning, which then count twice. Here rows that carry no loss fill it, always the last of the epoch.
+If processes x micro_batch_size does not divide the number of examples, accelerate fills the last step of an epoch with
+examples from its beginning, which then count twice. We fill it with rows without loss, at the end of the epoch.
 """
 
 import math
@@ -16,12 +16,12 @@ from montessori_core.config import Optimization
 
 
 def padding_rows(examples: int, recipe: Optimization) -> int:
-    """Return how many rows to add to so many examples, so that all processes have whole micro-batches."""
+    """Return the number of rows to add to `examples` so that all processes have full micro-batches."""
     return -examples % (recipe.micro_batch_size * int(os.environ["WORLD_SIZE"]))
 
 
 class PaddedSampler(Sampler[int]):
-    """The examples in random order, another in each epoch; then the padding, which stands behind them in the data set."""
+    """Yield the examples in random order, different in each epoch; then the padding, the last rows of the data set."""
 
     def __init__(self, examples: int, padding: int, seed: int) -> None:
         self._shuffled = SeedableRandomSampler(range(examples), data_seed=seed)
@@ -35,12 +35,12 @@ class PaddedSampler(Sampler[int]):
         yield from self._padding
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate."""
+        """Set the epoch; accelerate calls it."""
         self._shuffled.set_epoch(epoch)
 
 
 class EvenSteps:
-    """Mixed into a trainer whose data set ends with rows of padding.
+    """Mixin for a trainer whose data set ends with rows of padding.
 
     Attributes:
         padding: number of these rows.
@@ -54,16 +54,16 @@ class EvenSteps:
 
 
 class EvenPairs(EvenSteps):
-    """Mixed into a DPO trainer whose padding has equal outputs, chosen and rejected: a loss of log 2, and no gradient.
+    """Mixin for a DPO trainer. Chosen and rejected output of the padding are equal: its loss is log 2, its gradient zero.
 
     Attributes:
-        recipe: of the training.
+        recipe: recipe of the training.
     """
 
     recipe: Optimization
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by the trainer for a micro-batch, over whose pairs TRL takes means: in the last step, padding included."""
+        """Remove the padding's part from the loss and metrics of the last step, which TRL averages over all pairs."""
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
         rows, batch_size = len(self.train_dataset), self.recipe.batch_size  # type: ignore[attr-defined]
         steps = math.ceil(rows / batch_size)

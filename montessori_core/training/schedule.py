@@ -1,13 +1,13 @@
-"""When a training changes its learning rate (WSD; Appendix A and Table 4), and when it saves a checkpoint."""
+"""Schedules of a training: learning rate (WSD; Appendix A and Table 4), and checkpoints."""
 
 from montessori_core.config import Schedule
 
 
 def rate_factor(step: int, steps: int, schedule: Schedule) -> float:
-    """Rate of optimizer step `step` (0-based) of `steps`, as a share of the peak.
+    """Return the learning rate of optimizer step `step` (0-based) of `steps`, as a share of the peak.
 
-    The ramp's first step is not zero and its last is the peak, so that no step is wasted, however few there are; the
-    decay's last step is the final rate.
+    The ramp starts above zero and its last step has the peak rate, so no step is wasted even in short trainings. The last
+    step of the decay has the final rate.
     """
     ramp = round(schedule.warmup * steps)
     decay = round(schedule.decay * steps)
@@ -19,5 +19,5 @@ def rate_factor(step: int, steps: int, schedule: Schedule) -> float:
     return schedule.final + (1.0 - schedule.final) * (remaining - 1) / decay
 
 
-CHECKPOINTS = 10  # evenly spread over a training
-CHECKPOINT_SECONDS = 60.0  # after which one more is saved, unless saving takes long
+CHECKPOINTS = 10  # number of evenly spread checkpoints
+CHECKPOINT_SECONDS = 60.0  # between timed checkpoints; more if saving takes long

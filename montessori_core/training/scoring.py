@@ -1,7 +1,7 @@
-"""Less work for the same log-probabilities: what TRL's trainers ask of a model, computed without waste.
+"""Faster log-probabilities for TRL's trainers, with the same results.
 
 TRL calls `model(..., labels=labels, fused_lm_head=True)` for per-token log-probabilities. On CPUs it projects every position
-on the vocabulary, and for DPO the model reads each prompt twice, before the chosen and before the rejected output.
+onto the vocabulary, and for DPO the model reads each prompt twice, before the chosen and before the rejected output.
 
 Shapes: [rows] sequences of a batch, chosen ones first; [tokens] of the longest of them; [packed] tokens of a prompt, its
 chosen output, the prompt's last token again, and the rejected output; [positions] whose next token has a label.
@@ -9,6 +9,7 @@ chosen output, the prompt's last token again, and the rejected output; [position
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,23 +24,24 @@ from montessori_core.models.chat import IGNORED
 log = logging.getLogger(__name__)
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_TOLERANCES = {torch.float32: 1e-4}  # nats a token, for weights of this kind
-_HEAD_TOLERANCES = {torch.float32: 1e-3}  # likewise, of logits that may be large
+# Tolerances in nats per token, by the dtype of the weights; the second constant is for other dtypes.
+_TOLERANCES = {torch.float32: 1e-4}
+_TOLERANCE = 0.05  # rounding costs a few hundredths, an ignored attention mask more than one nat
+_HEAD_TOLERANCES = {torch.float32: 1e-3}  # logits may be large
 _HEAD_TOLERANCE = 0.5
 _CHECKED_TOKENS = 16
-_TOLERANCE = 0.05  # for others: rounding takes some hundredths, a mask that a model ignores whole nats
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Pairs of sequences with one prompt each, packed into one row a pair.
+    """Pairs of sequences that share a prompt, packed into one row per pair.
 
     Attributes:
         input_ids: [pairs, packed].
         attention_mask: [pairs, 1, packed, packed], added to attention scores.
-        position_ids: [pairs, packed], as in the sequences by themselves.
-        scored: [rows, tokens - 1], where a labelled next token is predicted: its index in the flattened [pairs * packed];
-            elsewhere -1.
+        position_ids: [pairs, packed], as in the separate sequences.
+        scored: [rows, tokens - 1], index in the flattened [pairs * packed] of each position that predicts a label; -1 for
+            other positions.
     """
 
     input_ids: torch.Tensor
@@ -51,20 +53,20 @@ class Packed:
 def pack_pairs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> Packed:
-    """Pack sequences 0 and n, 1 and n + 1, ... of 2n, which begin with the same prompt.
+    """Pack sequences 0 and n, 1 and n + 1, ... of 2n sequences; the two sequences of a pair start with the same prompt.
 
-    The prompt's last token stands a second time before the rejected output, to predict that output's first token. Outputs see
-    the prompt and themselves.
+    The prompt's last token is repeated before the rejected output, to predict the first token of that output. Outputs attend
+    to the prompt and to themselves.
 
     Args:
         input_ids: [rows, tokens], padded on the right.
         attention_mask: [rows, tokens], 0 for padding.
         labels: [rows, tokens], `IGNORED` in the prompt and the padding.
-        dtype: of the mask.
+        dtype: dtype of the mask.
     """
     pairs, device = len(input_ids) // 2, input_ids.device
     labelled = labels != IGNORED
-    prompts = labelled.int().argmax(1)[:pairs]  # tokens of each prompt
+    prompts = labelled.int().argmax(1)[:pairs]  # number of tokens of each prompt
     ends = attention_mask.sum(1)
     outputs = (ends - prompts.repeat(2)).tolist()
     width = max(int(p) + outputs[i] + 1 + outputs[pairs + i] for i, p in enumerate(prompts))
@@ -89,85 +91,86 @@ def pack_pairs(
     scored = scored.masked_fill(~labelled[:, 1:], -1)
     query, key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    seen = causal & ((query == key) | ((key == 0) & (query != 2)))
-    # The repeated token sees what the first of its kind saw, and itself.
+    attends = causal & ((query == key) | ((key == 0) & (query != 2)))
+    # The repeated token attends to itself and to the tokens before the original.
     before = torch.arange(width, device=device)[None, None, :] < (prompts - 1)[:, None, None]
-    seen |= (query == 2) & (key == 0) & before
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+    attends |= (query == 2) & (key == 0) & before
+    mask = torch.zeros(attends.shape, dtype=dtype, device=device).masked_fill(~attends, torch.finfo(dtype).min)
     return Packed(ids, mask[:, None], positions, scored)
 
 
-def score_without_waste(model: Any, pairs: bool = False) -> None:
-    """Have a model that TRL gave its fused head project only labelled positions and, for `pairs`, read each prompt once.
+def speed_up_scoring(model: Any, pairs: bool = False) -> None:
+    """Patch a model with TRL's fused head: project only labelled positions and, for `pairs`, read each prompt once.
 
-    Call it between TRL's `add_fused_lm_head` and the first forward pass. Models that do not take a mask of two dimensions
-    (sliding windows, recurrent states, attention kernels of other kinds) read prompts twice, as before: the first batch is
-    computed both ways and compared. TRL's head is compared with the model's own, once.
+    Call it between TRL's `add_fused_lm_head` and the first forward pass. Models without support for a two-dimensional mask
+    (sliding windows, recurrent states, special attention kernels) still read prompts twice: the first batch is computed
+    both ways and compared. TRL's head is compared once with the model's.
     """
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    fused = inner.forward
-    shares: list[bool] = [] if pairs and _attends_to_everything(inner.config.get_text_config()) else [False]
-    heads_agree: list[bool] = []
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    fused = causal_lm.forward
+    packs: bool | None = None if pairs and _has_full_attention(causal_lm.config.get_text_config()) else False
+    head_checked = False
 
-    @functools.wraps(fused)  # its signature is looked at
+    @functools.wraps(fused)  # transformers inspects the signature
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal packs, head_checked
         if not kwargs.get("fused_lm_head") or args or kwargs.get("labels") is None:
             return fused(*args, **kwargs)
-        if not heads_agree:
-            _check_head(inner, fused, kwargs["input_ids"][:1, :_CHECKED_TOKENS])
-            heads_agree.append(True)
-        if not shares:
-            shares.append(_packing_is_exact(inner, fused, kwargs))
-        return _score_packed(inner, fused, kwargs) if shares[0] else _score_rows(inner, fused, kwargs)
+        if not head_checked:
+            _check_head(causal_lm, fused, kwargs["input_ids"][:1, :_CHECKED_TOKENS])
+            head_checked = True
+        if packs is None:
+            packs = _packing_is_exact(causal_lm, fused, kwargs)
+        return _score_packed(causal_lm, fused, kwargs) if packs else _score_rows(causal_lm, fused, kwargs)
 
-    inner.forward = forward
+    causal_lm.forward = forward
 
 
-def _attends_to_everything(config: Any) -> bool:
-    """Whether no layer has a window: the first batch may be too short to tell."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        # GPT-Neo's is its window_size.
+def _has_full_attention(config: Any) -> bool:
+    """Return whether no layer has a sliding window, which a short first batch would not reveal."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        # GPT-Neo has window_size.
         return not any(getattr(config, name, None) for name in ("sliding_window", "window_size"))
-    return set(kinds) == {"full_attention"}
+    return set(layer_types) == {"full_attention"}
 
 
 @torch.no_grad()
 def _check_head(model: Any, fused: Callable[..., Any], ids: torch.Tensor) -> None:
-    """Compare the log-probabilities of TRL's fused head with those of the model's own logits. `ids`: [1, tokens].
+    """Compare the log-probabilities of TRL's fused head with those of the model's logits. `ids`: [1, tokens].
 
     Raises:
-        UserError: TRL does not know what this model does to its logits, such as a cap of its own.
+        UserError: the model changes its logits in a way that TRL does not support, such as a soft cap.
     """
     training = model.training
-    model.eval()  # dropout differs from pass to pass
+    model.eval()  # no dropout
     logits = fused(input_ids=ids, use_cache=False).logits[:, :-1].float()
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     difference = float((fused(input_ids=ids, labels=ids, fused_lm_head=True).log_probs - expected).abs().mean())
     model.train(training)
     if difference > _HEAD_TOLERANCES.get(model.dtype, _HEAD_TOLERANCE):
         raise UserError(
-            f"{type(model).__name__} changes its logits in a way that TRL's fused head does not know: log-probabilities "
-            f"differ by {difference:.3g}; take another model"
+            f"{type(model).__name__} changes its logits in a way that TRL's fused head does not support: log-probabilities "
+            f"differ by {difference:.3g}; use another model"
         )
 
 
 def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     with torch.no_grad():
-        apart = _score_rows(model, fused, kwargs).log_probs
+        separate = _score_rows(model, fused, kwargs).log_probs
         try:
             packed = _score_packed(model, fused, kwargs).log_probs
             scored = (kwargs["labels"][:, 1:] != IGNORED).sum()
-            difference = float((apart - packed).abs().sum() / scored)
+            difference = float((separate - packed).abs().sum() / scored)
         except (RuntimeError, ValueError, TypeError) as error:
             log.info("prompts are read twice: %s", error)
-            difference = float("inf")
-    worst = torch.tensor(difference if difference == difference else float("inf"), device=apart.device)
+            difference = math.inf
+    worst = torch.tensor(math.inf if math.isnan(difference) else difference, device=separate.device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
     exact = float(worst) < _TOLERANCES.get(model.dtype, _TOLERANCE)
     if not exact:
-        log.info("prompts are read twice: this model's log-probabilities differ by %.3g when they are shared", worst)
+        log.info("prompts are read twice: log-probabilities of this model differ by %.3g if pairs are packed", worst)
     return exact
 
 
@@ -179,34 +182,34 @@ def _score_rows(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -
 
 def _score_packed(model: Any, fused: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     packed = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"], model.dtype)
-    changed = {
+    inputs = {
         "input_ids": packed.input_ids,
         "attention_mask": packed.attention_mask,
         "position_ids": packed.position_ids,
     }
-    return _score(model, fused, kwargs, changed, packed.scored)
+    return _score(model, fused, kwargs, inputs, packed.scored)
 
 
 def _score(
-    model: Any, fused: Callable[..., Any], kwargs: dict[str, Any], changed: dict[str, Any], scored: torch.Tensor
+    model: Any, fused: Callable[..., Any], kwargs: dict[str, Any], inputs: dict[str, Any], scored: torch.Tensor
 ) -> Any:
-    """Project only the positions in `scored`; per-token results come back as [rows, tokens - 1], zero where it is -1."""
-    kept = scored >= 0
-    next_tokens = kwargs["labels"][:, 1:][kept][None]  # [1, positions]
-    with _positions_of(model.base_model, scored[kept]):
-        output = fused(**kwargs | changed | {"labels": None, "shift_labels": next_tokens})
+    """Project only the positions in `scored`; return per-token results as [rows, tokens - 1], zero where it is -1."""
+    labelled = scored >= 0
+    next_tokens = kwargs["labels"][:, 1:][labelled][None]  # [1, positions]
+    with _select_positions(model.base_model, scored[labelled]):
+        output = fused(**kwargs | inputs | {"labels": None, "shift_labels": next_tokens})
     head = model.get_output_embeddings()
     flops.record_operations(head.weight.numel(), next_tokens.numel(), torch.is_grad_enabled())
     for name in (*_PER_TOKEN, "label_mask"):
         values = getattr(output, name)
         if values is not None:
-            setattr(output, name, values.new_zeros(kept.shape).masked_scatter(kept, values))
+            setattr(output, name, values.new_zeros(labelled.shape).masked_scatter(labelled, values))
     return output
 
 
 @contextmanager
-def _positions_of(backbone: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Have a backbone return the hidden states of some positions of the flattened batch: [1, positions, hidden]."""
+def _select_positions(backbone: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Make a backbone return the hidden states at `positions` of the flattened batch: [1, positions, hidden]."""
 
     def select(module: Any, args: Any, output: Any) -> Any:
         hidden = output.last_hidden_state

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.data.rows import TrainingRow
 from montessori_core.errors import DataError
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer, with_lora
-from montessori_core.program import Compute, Report, Row
+from montessori_core.program import Compute, Report
 from montessori_core.synthesis.nomad import encode_conversation
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
@@ -22,17 +23,17 @@ from montessori_core.training.engine import (
 )
 from montessori_core.training.moments import gather_moments, save_moments
 from montessori_core.training.padding import EvenSteps, padding_rows
-from montessori_core.training.scoring import score_without_waste
+from montessori_core.training.scoring import speed_up_scoring
 
 
-def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
-    """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if asked for.
+def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[TrainingRow]:
+    """Train a student on the rows of its one shard; the result is a model folder, with AdamW's moments if requested.
 
-    The student's first weights are the input `student`. Rows: `instruction`, `response`, `finished`.
+    The input `student` has the initial weights.
     """
     recipe = settings.recipe
 
-    def compute(rows: list[Row], output: Path, report: Report) -> None:
+    def compute(rows: list[TrainingRow], output: Path, report: Report) -> None:
         start_processes()
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
@@ -44,16 +45,16 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
         model_path = str(inputs["student"])
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         tokenizer = load_tokenizer(model_path)
-        usable = _encode(tokenizer, rows, settings)
-        StudentTrainer.padding = padding_rows(len(usable), recipe)
+        examples = _encode(tokenizer, rows, settings)
+        StudentTrainer.padding = padding_rows(len(examples), recipe)
         end = tokenizer.eos_token_id
-        # TRL drops rows without a label; that of a first token, which nothing predicts, carries no loss.
-        padded = [*usable, *[Encoded([end, end], [end, IGNORED], False)] * StudentTrainer.padding]
+        # TRL drops rows without a label. The label of a first token carries no loss: no position predicts it.
+        padded = [*examples, *[Encoded([end, end], [end, IGNORED], False)] * StudentTrainer.padding]
         data = Dataset.from_dict(
             {"input_ids": [example.input_ids for example in padded], "labels": [example.labels for example in padded]}
         )
         arguments = SFTConfig(
-            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(usable)),
+            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(examples)),
             max_length=settings.max_length,
             packing=False,
         )
@@ -65,31 +66,32 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
             processing_class=tokenizer,
             callbacks=[progress, CheckpointCallback()],
         )
-        score_without_waste(trainer.model)
+        speed_up_scoring(trainer.model)
         train(trainer, Path(model_path), checkpoints)
         if settings.save_moments:
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
             if moments is not None:
                 output.mkdir(parents=True, exist_ok=True)
                 save_moments(moments, output)
-            del moments  # twice the room of the weights, which are gathered next
+            del moments  # twice the size of the weights, which are gathered next
         counts = {
-            "examples": len(usable),
-            "truncated": sum(example.truncated for example in usable),
-            "left_out": len(rows) - len(usable),
+            "examples": len(examples),
+            "truncated": sum(example.truncated for example in examples),
+            "left_out": len(rows) - len(examples),
         }
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 
     return compute
 
 
-def _encode(tokenizer: Any, rows: list[Row], settings: programs.Sft) -> list[Encoded]:
+def _encode(tokenizer: Any, rows: list[TrainingRow], settings: programs.Sft) -> list[Encoded]:
     """Tokenize the rows that have a response within the student's `max_length`."""
     encode = encode_example
     if settings.conversations:
         encode = partial(encode_conversation, mask_prompt=settings.mask_prompts)
     encoded = [
-        encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["finished"]) for row in rows
+        encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"])
+        for row in rows
     ]
     usable = [example for example in encoded if example.response_tokens]
     if not usable:
@@ -104,5 +106,5 @@ def _load_student(model_path: str, tokenizer: Any, settings: programs.Sft) -> An
     check_tokenizer(tokenizer, model)
     if settings.lora is None:
         return model
-    torch.manual_seed(settings.seed)  # the matrices start at random
+    torch.manual_seed(settings.seed)  # the adapter is initialised at random
     return with_lora(model, settings.lora)

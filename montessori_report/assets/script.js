@@ -6,20 +6,20 @@ const drawn = new Set();
 const paper = { "--muted": "#444", "--line": "#ccc", "--accent": "#0067a3" };
 const paperWidth = 640; // pixels of a figure on A4 or Letter
 
-// Plotly draws with attributes, so the page's colours are handed to it, and again whenever they change.
+// Plotly cannot use CSS variables: pass it the page's colours, again whenever they change.
 function colours(layout, palette) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => palette?.[name] ?? style.getPropertyValue(name).trim();
-  const given = {
+  const values = {
     "font.color": colour("--muted"),
     "modebar.color": colour("--muted"),
     "modebar.activecolor": colour("--accent"),
   };
   for (const axis of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
-    given[`${axis}.gridcolor`] = colour("--line");
-    given[`${axis}.linecolor`] = colour("--line");
+    values[`${axis}.gridcolor`] = colour("--line");
+    values[`${axis}.linecolor`] = colour("--line");
   }
-  return given;
+  return values;
 }
 
 function contents(plot) {
@@ -30,8 +30,8 @@ function draw(plot) {
   if (drawn.has(plot)) return;
   drawn.add(plot);
   const { data, layout } = contents(plot).plot;
-  const given = colours(layout);
-  for (const [path, colour] of Object.entries(given)) {
+  const values = colours(layout);
+  for (const [path, colour] of Object.entries(values)) {
     const [part, name] = path.split(".");
     layout[part] = { ...layout[part], [name]: colour };
   }
@@ -43,7 +43,7 @@ function draw(plot) {
   });
 }
 
-// One at a time, so that the page can be read and scrolled while the others are drawn.
+// Draw one figure at a time, to keep the page responsive.
 function drawNext() {
   const next = plots.find((plot) => !drawn.has(plot));
   if (!next) return;
@@ -55,7 +55,7 @@ function recolour() {
   for (const plot of drawn) Plotly.relayout(plot, colours(plot.layout));
 }
 
-// A browser says that it will print while the page is still laid out for the screen.
+// The browser sends beforeprint while the page still has its screen layout.
 function layOutForPaper() {
   plots.forEach(draw);
   for (const plot of plots) Plotly.relayout(plot, { ...colours(plot.layout, paper), width: paperWidth });
@@ -76,12 +76,12 @@ function offerData(button) {
   });
 }
 
-// An element with text. Texts of models come this way only, never as markup.
+// Return an element with text. Text written by models is inserted only here, never as markup.
 function element(name, text = "", className = "") {
-  const made = document.createElement(name);
-  made.textContent = text;
-  if (className) made.className = className;
-  return made;
+  const node = document.createElement(name);
+  node.textContent = text;
+  if (className) node.className = className;
+  return node;
 }
 
 function modelText(text) {
@@ -118,8 +118,8 @@ function makeExplorer(explorer) {
   const headers = [...explorer.querySelectorAll("th")];
   const columns = headers.slice(1).map((header) => header.textContent);
   const perPage = Number(explorer.dataset.rows);
-  // Read when they are first needed: the first page is there already.
-  let entries, found;
+  // Parsed on first use: the HTML already contains the first page.
+  let entries, matches;
   let page = 0;
 
   function read() {
@@ -129,14 +129,14 @@ function makeExplorer(explorer) {
       const [instruction, response, , cells] = row;
       return { row, text: `${instruction} ${response ?? ""} ${cells[cells.length - 1][0]}`.toLowerCase() };
     });
-    found = entries;
+    matches = entries;
   }
 
   function show(number) {
     page = number;
-    body.replaceChildren(...found.slice(page * perPage, (page + 1) * perPage).map(({ row }) => rowOf(row, columns)));
+    body.replaceChildren(...matches.slice(page * perPage, (page + 1) * perPage).map(({ row }) => rowOf(row, columns)));
     table.scrollTop = 0;
-    showPager(found.length);
+    showPager(matches.length);
   }
 
   function showPager(count) {
@@ -152,9 +152,9 @@ function makeExplorer(explorer) {
   function search() {
     read();
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    found = entries.filter(({ text }) => words.every((word) => text.includes(word)));
-    const [some, all] = [found.length, entries.length].map((count) => count.toLocaleString("en"));
-    output.textContent = words.length ? `${some} of ${all} examples` : `${all} examples`;
+    matches = entries.filter(({ text }) => words.every((word) => text.includes(word)));
+    const [shown, all] = [matches.length, entries.length].map((count) => count.toLocaleString("en"));
+    output.textContent = words.length ? `${shown} of ${all} examples` : `${all} examples`;
     show(0);
   }
 
@@ -193,8 +193,8 @@ function sorted(entries, column, descending) {
 function followSections() {
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const observer = new IntersectionObserver(
-    (seen) => {
-      const entered = seen.find((entry) => entry.isIntersecting);
+    (entries) => {
+      const entered = entries.find((entry) => entry.isIntersecting);
       if (!entered) return;
       for (const link of links.values()) link.removeAttribute("aria-current");
       links.get(entered.target.id).setAttribute("aria-current", "true");

@@ -1,1 +1,1 @@
-"""The sections of a run's page, a module each."""
+"""Sections of a run's report, one module per section."""

@@ -1,4 +1,4 @@
-"""The students: held-out loss, benchmarks, comparisons by a judge (Figure 4), and contamination."""
+"""Evaluation of students: held-out loss, benchmarks, head-to-head comparisons (Figure 4), contamination."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from montessori_report.figures import (
     grouped_dot_figure,
     new_plot,
     row_height,
-    wrapped,
+    wrap_label,
 )
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import IterationData, RunData
@@ -38,14 +38,14 @@ _COLOURS = {"student": AFTER, "unmodified": BEFORE, "untrained": GREY, "previous
 
 
 def held_out_section(run: RunData) -> Section:
-    """Return held-out losses and paired gains."""
+    """Return the section of held-out losses and paired gains."""
     block = _held_out(run)
     return Section(
         "held-out",
         "Held-out loss",
         [block] if block else [],
-        note="The standard errors are over the held-out examples. They do not include how much a student differs from one "
-        "random seed to the next; repeat the run with other seeds before relying on a small gain."
+        note="Standard errors are over the held-out examples. They do not include the variation between random seeds; repeat "
+        "the run with other seeds before relying on a small gain."
         if block
         else "",
         absent="No student has been evaluated yet.",
@@ -53,11 +53,11 @@ def held_out_section(run: RunData) -> Section:
 
 
 def _held_out(run: RunData) -> Block | None:
-    first = {name: stat for place in reversed(run.iterations) for name, stat in place.held_out_loss.items()}
+    losses = run.first_held_out_loss
     entries = [
-        (MODELS[name][0].upper() + MODELS[name][1:], first[name], _COLOURS[name])
+        (MODELS[name][0].upper() + MODELS[name][1:], losses[name], _COLOURS[name])
         for name in ("untrained", "unmodified")
-        if name in first
+        if name in losses
     ]
     entries += [
         (run.in_iteration(MODELS["student"], iteration), iteration.held_out_loss["student"], AFTER)
@@ -89,8 +89,8 @@ def loss_figure(dots: Sequence[Dot]) -> Figure:
     """Draw held-out losses with their confidence intervals."""
     return dot_figure(
         "Held-out loss of each student",
-        "Further left is better; the bars are 95 % confidence intervals over the held-out examples. Intervals may overlap "
-        "although a paired difference is clear, so judge by the gains.",
+        "Further left is better. The bars are 95 % confidence intervals over the held-out examples. They may overlap even "
+        "if the paired difference is clear, so judge by the gains.",
         dots,
         "mean loss, nats per token",
         formatting.loss,
@@ -101,8 +101,8 @@ def gain_figure(dots: Sequence[Dot]) -> Figure:
     """Draw paired gains with their confidence intervals."""
     return dot_figure(
         "Paired gain of the updated teacher's student",
-        "Each held-out example is compared with itself under the other student; right of 0 the updated teacher's student is "
-        "better, and an interval that crosses 0 shows no difference.",
+        "The difference of two students' losses on the same held-out examples. Right of 0, the updated teacher's student is "
+        "better; an interval that crosses 0 shows no difference.",
         dots,
         "gain, nats per token",
         formatting.signed,
@@ -111,9 +111,9 @@ def gain_figure(dots: Sequence[Dot]) -> Figure:
 
 
 def benchmark_section(run: RunData) -> Section:
-    """Return benchmark scores, head-to-head comparisons, and contamination of the training data."""
+    """Return the section of benchmark scores, head-to-head comparisons, and contamination."""
     scores = scores_of(run)
-    played = [
+    comparisons = [
         (
             f"{_label(entry['model'], iteration, run)} against the {MODELS.get(entry['against'], entry['against'])}",
             entry,
@@ -121,7 +121,7 @@ def benchmark_section(run: RunData) -> Section:
         for iteration in run.iterations
         for entry in iteration.records("head_to_head")
     ]
-    found = [
+    contamination = [
         (run.in_iteration(entry["data"], iteration), entry)
         for iteration in run.iterations
         for entry in iteration.records("contamination")
@@ -129,27 +129,28 @@ def benchmark_section(run: RunData) -> Section:
     blocks = []
     if scores:
         blocks.append(Block(score_figures(scores), [score_table(scores)]))
-    if played:
-        blocks.append(Block([head_to_head_figure(played)], [], "Head to head" if scores else None))
-    if found:
-        blocks.append(Block([], [_contamination_table(found)], "Contamination" if scores or played else None))
+    if comparisons:
+        blocks.append(Block([head_to_head_figure(comparisons)], [], "Head to head" if scores else None))
+    if contamination:
+        heading = "Contamination" if scores or comparisons else None
+        blocks.append(Block([], [_contamination_table(contamination)], heading))
     return Section(
         "benchmarks",
         "Benchmarks",
         blocks,
-        absent="No benchmark has been run; the section benchmarks of the configuration names those that are wanted.",
+        absent="No benchmark has been run. Select benchmarks in the section benchmarks of the configuration.",
     )
 
 
 def scores_of(run: RunData) -> list[tuple[str, dict[str, Any]]]:
-    """Return label and record of every finite score; a model that no iteration changes appears once."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    """Return the label and record of each finite score; models that iterations do not change appear once."""
+    records: dict[tuple[str, str, str], dict[str, Any]] = {}
     for iteration in run.iterations:
         for entry in iteration.records("scores"):
             if formatting.is_finite(entry["mean"]):
                 key = _label(entry["model"], iteration, run), entry["benchmark"], entry["metric"]
-                found.setdefault(key, entry)
-    return [(label, entry) for (label, _, _), entry in found.items()]
+                records.setdefault(key, entry)
+    return [(label, entry) for (label, _, _), entry in records.items()]
 
 
 def _label(model: str, iteration: IterationData, run: RunData) -> str:
@@ -158,10 +159,10 @@ def _label(model: str, iteration: IterationData, run: RunData) -> str:
 
 
 def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
-    """Draw a figure for each benchmark: a row for each metric, a dot for each label.
+    """Draw a figure per benchmark, with a row per metric and a dot per label.
 
     Args:
-        scores: label and record, as in `scores` of metrics.json; means are finite.
+        scores: labels and records of `scores` of metrics.json, with finite means.
     """
     labels = list(dict.fromkeys(label for label, _ in scores))
     models = {label: entry["model"] for label, entry in scores}
@@ -172,25 +173,25 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
     }
     figures = []
     for benchmark in dict.fromkeys(entry["benchmark"] for _, entry in scores):
-        own = [(label, entry) for label, entry in scores if entry["benchmark"] == benchmark]
+        entries = [(label, entry) for label, entry in scores if entry["benchmark"] == benchmark]
         groups = {
             metric.replace("_", " "): [
                 Dot.of(label, entry["mean"], entry["standard_error"], colours[label])
-                for label, entry in own
+                for label, entry in entries
                 if entry["metric"] == metric
             ]
-            for metric in dict.fromkeys(entry["metric"] for _, entry in own)
+            for metric in dict.fromkeys(entry["metric"] for _, entry in entries)
         }
-        lower = [entry["metric"].replace("_", " ") for _, entry in own if not entry["higher_is_better"]]
+        lower = [entry["metric"].replace("_", " ") for _, entry in entries if not entry["higher_is_better"]]
         better = (
-            f"Further right is better, but for {', '.join(dict.fromkeys(lower))}"
+            f"Further right is better, except for {', '.join(dict.fromkeys(lower))}"
             if lower
             else "Further right is better"
         )
         figures.append(
             grouped_dot_figure(
                 score_name(benchmark),
-                f"{better}; the bars are 95 % intervals, and models whose bars overlap widely are not told apart.",
+                f"{better}. The bars are 95 % intervals; bars that overlap widely show no difference.",
                 groups,
                 "score",
             )
@@ -199,7 +200,7 @@ def score_figures(scores: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
 
 
 def score_table(scores: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    """Return all scores as a table: a row for each metric, a column for each label."""
+    """Return all scores as a table, with a row per metric and a column per label."""
     labels = list(dict.fromkeys(label for label, _ in scores))
     cells = {(entry["benchmark"], entry["metric"], label): entry for label, entry in scores}
     metrics = list(dict.fromkeys((entry["benchmark"], entry["metric"]) for _, entry in scores))
@@ -221,32 +222,32 @@ def _score_text(entry: dict[str, Any] | None) -> str:
     return f"{entry['mean']:.4g}{error} ({formatting.count(entry['examples'])}{unparsed})"
 
 
-def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
-    """Draw won, tied and lost comparisons as shares of all (Figure 4).
+def head_to_head_figure(comparisons: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
+    """Draw the shares of wins, ties and losses (Figure 4).
 
     Args:
-        played: label and record, as in `head_to_head` of metrics.json.
+        comparisons: labels and records of `head_to_head` of metrics.json.
     """
     kinds = {"wins": AFTER, "ties": GREY, "losses": REJECTED, "unparsed": TEACHER}
-    totals = [sum(entry[kind] for kind in kinds) or 1 for _, entry in played]
-    prompts = sorted({"published" if entry.get("judge_prompts") == "published" else "own" for _, entry in played})
-    drawn = [kind for kind in kinds if kind != "unparsed" or any(entry["unparsed"] for _, entry in played)]
+    totals = [sum(entry[kind] for kind in kinds) or 1 for _, entry in comparisons]
+    prompts = sorted({"published" if entry.get("judge_prompts") == "published" else "own" for _, entry in comparisons})
+    shown = [kind for kind in kinds if kind != "unparsed" or any(entry["unparsed"] for _, entry in comparisons)]
     bars = [
         go.Bar(
             name=kind,
-            y=[wrapped(label) for label, _ in played],
-            x=[entry[kind] / total for (_, entry), total in zip(played, totals, strict=True)],
-            text=[formatting.count(entry[kind]) for _, entry in played],
+            y=[wrap_label(label) for label, _ in comparisons],
+            x=[entry[kind] / total for (_, entry), total in zip(comparisons, totals, strict=True)],
+            text=[formatting.count(entry[kind]) for _, entry in comparisons],
             textposition="inside",
             insidetextanchor="middle",
             marker_color=kinds[kind],
             hovertemplate=f"%{{y}}: %{{text}} {kind}<extra></extra>",
         )
-        for kind in drawn
+        for kind in shown
     ]
     plot = new_plot(
         bars,
-        110 + row_height([label for label, _ in played], 56) * len(played),
+        110 + row_height([label for label, _ in comparisons], 56) * len(comparisons),
         "share of the comparisons",
         barmode="stack",
         xaxis_tickformat=".0%",
@@ -256,16 +257,15 @@ def head_to_head_figure(played: Sequence[tuple[str, dict[str, Any]]]) -> Figure:
     )
     return Figure(
         "Head-to-head comparisons (Figure 4)",
-        f"Each bar is one pairing, judged answer by answer with {' and '.join(prompts)} judge prompts: more blue than red "
-        "means that the first model wins more often than it loses; the numbers are comparisons, and unparsed ones had no "
-        "readable judgement.",
+        f"Each bar compares the answers of two models with {' and '.join(prompts)} judge prompts. More blue than red means "
+        "that the first model wins more often. The numbers are comparisons; those without a readable judgement are unparsed.",
         plot,
         ["pairing", "wins", "ties", "losses", "unparsed"],
-        [(label, *(entry[kind] for kind in kinds)) for label, entry in played],
+        [(label, *(entry[kind] for kind in kinds)) for label, entry in comparisons],
     )
 
 
-def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+def _contamination_table(contamination: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     rows = [
         [
             _name(entry["benchmark"]),
@@ -273,11 +273,11 @@ def _contamination_table(found: Sequence[tuple[str, dict[str, Any]]]) -> Table:
             f"{formatting.count(entry['overlapping'])} of {formatting.count(entry['items'])}",
             formatting.count(entry["n"]),
         ]
-        for data, entry in found
+        for data, entry in contamination
     ]
     return Table(
-        "Benchmark items that share a run of so many words with the data; their scores say less",
-        ["Benchmark", "Data", "Items that overlap", "Words in a run"],
+        "Benchmark items that share n consecutive words with the data; scores on them are less reliable",
+        ["Benchmark", "Data", "Overlapping items", "n"],
         rows,
     )
 
@@ -287,7 +287,7 @@ def _name(benchmark: str) -> str:
 
 
 def score_name(benchmark: str) -> str:
-    """Return the displayed name of a benchmark; for judged ones it says whose judge prompts were used."""
+    """Return the displayed name of a benchmark, with the kind of judge prompts if it is judged."""
     name, separator, against = benchmark.partition(" against ")
     judged = name.removesuffix("_published")
     prompts = "own" if judged == name else "published"

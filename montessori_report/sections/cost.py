@@ -1,4 +1,4 @@
-"""Cost of a run: time per stage and example (Table 7), operations (Table 8), and use of the cluster."""
+"""Cost of a run: time per stage and example (Table 7), operations (Table 8), cluster usage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,18 +9,18 @@ from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import RunData
 
 OPERATIONS = (
-    "Two operations for each weight and token forward, twice as many backward. The paper's totals are about 110 times "
-    "higher for the same work: Appendix E.3 charges a pass over 128 tokens for every token."
+    "Two operations per weight and token in the forward pass, four in the backward pass. The paper's totals are about 110 "
+    "times higher for the same work: Appendix E.3 counts a pass over 128 tokens for every token."
 )
 TABLE_7 = (
-    "The 13.4 s (8B) and 3.5 s (1.1B) that Table 7 gives for the influence of an example are the wall time of 8 H100s "
-    "together, 107 and 28 GPU-seconds."
+    "Table 7 reports 13.4 s (8B) and 3.5 s (1.1B) for the influence of an example: wall time on 8 H100s, that is 107 and 28 "
+    "GPU-seconds."
 )
 _COUNTS = ("shards", "rows", "jobs", "retries", "preemptions")
 
 
 def cost_section(run: RunData) -> Section:
-    """Return times, operations and use of the cluster by stage."""
+    """Return the section of times, operations and cluster usage by stage."""
     seconds = {stage: value for stage, value in run.job_seconds.items() if is_finite(value)}
     blocks = []
     if seconds:
@@ -32,17 +32,17 @@ def cost_section(run: RunData) -> Section:
         else:
             rows = [[stage, duration(value)] for stage, value in sorted(seconds.items())]
             rows.append(["all stages", duration(sum(seconds.values()))])
-            tables.append(Table("Job seconds by the folder of the stage", ["Stage", "Time"], rows))
+            tables.append(Table("Job seconds by stage folder", ["Stage", "Time"], rows))
         blocks.append(Block(figures, tables))
-    return Section("cost", "Cost", blocks, absent="Times are recorded when an iteration ends.")
+    return Section("cost", "Cost", blocks, absent="No iteration has finished yet; times are recorded at its end.")
 
 
 def time_figure(seconds: dict[str, float]) -> Figure:
     """Draw job seconds by stage, longest first."""
     return bar_figure(
         "Seconds of jobs by stage",
-        "Each bar adds up the seconds of all of a stage's shards that ended well, so parallel shards count together; the "
-        "longest stages come first.",
+        "Each bar is the sum of the seconds of all completed shards of a stage, including parallel ones. The longest stages "
+        "come first.",
         "seconds",
         _longest_first(seconds),
         duration,
@@ -53,22 +53,22 @@ def _stage_figures(stages: Sequence[dict[str, Any]]) -> list[Figure]:
     kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
         (
             "Seconds per example by stage (Table 7)",
-            "What one row costs on one job: an example generated, measured, trained on or evaluated. Loading the model is "
-            f"counted, so stages of few rows look expensive. {TABLE_7}",
+            "Job time per row: per example generated, measured, trained on or evaluated. It includes loading the model, so "
+            f"stages with few rows look expensive. {TABLE_7}",
             "seconds per row",
             {stage["stage"]: stage["seconds"] / stage["rows"] for stage in stages if stage["rows"]},
             lambda seconds: f"{significant(seconds)} s",
         ),
         (
             "Floating-point operations by stage (Table 8)",
-            f"{OPERATIONS} Models behind an API do theirs elsewhere.",
+            f"{OPERATIONS} Models behind an API are not counted.",
             "operations",
             {stage["stage"]: float(stage["flops"]) for stage in stages if stage["flops"]},
             significant,
         ),
         (
             "GPU-hours by stage",
-            "Hours of jobs times the GPUs that each held, busy or not; the longest bar has the most to save.",
+            "Job hours times GPUs per job, busy or idle. The longest bar has the largest potential saving.",
             "GPU-hours",
             {stage["stage"]: gpu_hours(stage) for stage in stages if stage["gpus"]},
             lambda hours: f"{significant(hours)} h",
@@ -99,16 +99,16 @@ def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
 
     rows = [row(stage["stage"], [stage], pace_of(stage)) for stage in stages]
     columns = ["Stage", *map(str.capitalize, _COUNTS), "Job time", "Per row", kind, "Operations"]
-    return Table("Use of the cluster by the folder of the stage", columns, [*rows, row("all stages", stages, "")])
+    return Table("Cluster usage by stage folder", columns, [*rows, row("all stages", stages, "")])
 
 
 def gpu_hours(stage: dict[str, Any]) -> float:
-    """Return the hours of a stage's jobs times the GPUs of each."""
+    """Return the job hours of a stage times the GPUs per job."""
     return float(stage["seconds"] * stage["gpus"] / 3600)
 
 
 def job_hours(stage: dict[str, Any]) -> float:
-    """Return the hours of a stage's jobs."""
+    """Return the job hours of a stage."""
     return float(stage["seconds"] / 3600)
 
 

@@ -1,4 +1,4 @@
-"""Texts on the page: preference pairs (Table 3), examples, rejected candidates. A model wrote them: they are data."""
+"""Texts of the report: preference pairs (Table 3), examples, rejected candidates. Models wrote them: untrusted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _BASELINES = {"null_step": "null step", "student": "student"}
 
 
 def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
-    """Return the pairs with the widest influence gap, each side with the texts of its example."""
+    """Return the pairs with the largest influence gap, each side with the texts of its example."""
     texts = _by_id(iteration.probing.examples)
     gaps = [
         (row["chosen_influence_student"] - row["rejected_influence_student"], row)
@@ -45,7 +45,7 @@ def pairs_of(iteration: IterationData) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell beside an example's text: its text, a remark, and its sort key (None sorts last)."""
+    """A cell of the table of examples: text, remark, and sort key (None sorts last)."""
 
     text: str
     remark: str = ""
@@ -67,10 +67,10 @@ class Examples:
     """The table of examples.
 
     Attributes:
-        columns: titles; the first is that of the texts.
-        rows: at most `EXAMPLES_SHOWN`.
-        total: number of all examples.
-        per_page: rows on a page of the table; the first page is in the HTML.
+        columns: column titles; the first column has the texts.
+        rows: at most `EXAMPLES_SHOWN` examples.
+        total: number of examples, including those not shown.
+        per_page: rows per page of the table; the first page is in the HTML.
     """
 
     columns: Sequence[str]
@@ -79,8 +79,8 @@ class Examples:
     per_page: int = 50
 
     @property
-    def plain(self) -> list[list[Any]]:
-        """The rows for the page's script: texts, and each cell as text, remark and sort key."""
+    def script_rows(self) -> list[list[Any]]:
+        """The rows as data for script.js: texts, then each cell as text, remark and sort key."""
         return [
             [row.instruction, row.response, row.summary, [[cell.text, cell.remark, cell.key] for cell in row.cells]]
             for row in self.rows
@@ -88,7 +88,7 @@ class Examples:
 
 
 def examples_of(run: RunData, unit: Unit) -> Examples:
-    """Return the probing sets with their influence, or without it until it is measured."""
+    """Return the examples of the probing sets, with influence if it has been measured."""
     several = len(run.iterations) > 1
     rows: list[Example] = []
     total = 0
@@ -127,29 +127,30 @@ def _cells(record: dict[str, Any], unit: Unit) -> list[Cell]:
 
 
 def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
-    """Return rejected candidates by reason; the reasons take turns, so that rare ones are shown."""
+    """Return rejected candidates by reason, spread evenly so that rare reasons are shown."""
     by_reason: dict[str, list[dict[str, str]]] = {}
     for part in sets:
         for row in _rows(part.instructions):
             if row["rejection"] is not None:
                 text = row["instruction"] or row["raw_output"]
                 by_reason.setdefault(row["rejection"], []).append({"set": part.label, "text": text})
-    depth = _rows_each([len(rows) for rows in by_reason.values()], REJECTIONS_SHOWN)
+    numbers = _rows_each([len(rows) for rows in by_reason.values()], REJECTIONS_SHOWN)
     return {
         "total": sum(map(len, by_reason.values())),
-        "shown": sum(depth),
+        "shown": sum(numbers),
         "reasons": [
-            (reason, len(rows), rows[:number]) for (reason, rows), number in zip(by_reason.items(), depth, strict=True)
+            (reason, len(rows), rows[:number])
+            for (reason, rows), number in zip(by_reason.items(), numbers, strict=True)
         ],
     }
 
 
-def _rows_each(available: Sequence[int], wanted: int) -> list[int]:
-    """Return how many rows of each group to show, as evenly as possible, `wanted` in all."""
+def _rows_each(available: Sequence[int], total: int) -> list[int]:
+    """Return the number of rows to show of each group, as even as possible, `total` together."""
     taken = [0] * len(available)
     for turn in range(max(available, default=0)):
         for group, number in enumerate(available):
-            if number > turn and sum(taken) < wanted:
+            if number > turn and sum(taken) < total:
                 taken[group] += 1
     return taken
 

@@ -1,4 +1,4 @@
-"""Influence: its distribution by teacher (Figure 3c) and training batch (3d), and how well it is measured."""
+"""Influence: distribution by teacher (Figure 3c) and training batch (3d), and accuracy of the measurement."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +29,14 @@ from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import InfluenceData, IterationData, RunData
 
 INTRODUCTION = (
-    "An example's influence is how far one training step on it lowers the student's loss on the reference set, in {unit} on "
-    "this page. It is measured against the student as it is, and against the null step, the step that AdamW's momentum takes "
-    "without any example; the two differ by the same amount for every example."
+    "An example's influence is how much one training step on it lowers the student's loss on the reference set, here in "
+    "{unit}. It is measured against the student as it is, and against the null step, the step of AdamW's momentum without "
+    "any example. The two differ by the same amount for every example."
 )
 
 
 def influence_unit(runs: Sequence[RunData]) -> Unit:
-    """Return the unit of all influence on a page."""
+    """Return the unit of influence on a page."""
     tables = [
         part
         for run in runs
@@ -50,14 +50,14 @@ def influence_unit(runs: Sequence[RunData]) -> Unit:
 
 
 def influence_section(run: RunData, unit: Unit) -> Section:
-    """Return the figures and tables of the influence of the run's examples."""
-    across = [figure for figure in (_teachers(run, unit), _batches(run)) if figure]
+    """Return the section of influence."""
+    run_figures = [figure for figure in (_teachers(run, unit), _batches(run)) if figure]
     blocks = [_of_iteration(iteration, run, unit) for iteration in run.iterations if iteration.influence]
     return Section(
         "influence",
         "Influence",
-        [*blocks, Block(across, heading="From teacher to teacher" if len(run.iterations) > 1 else None)]
-        if across
+        [*blocks, Block(run_figures, heading="From teacher to teacher" if len(run.iterations) > 1 else None)]
+        if run_figures
         else blocks,
         introduction=INTRODUCTION.format(unit=unit),
         note=_warnings(run),
@@ -66,7 +66,7 @@ def influence_section(run: RunData, unit: Unit) -> Section:
 
 
 def _warnings(run: RunData) -> str:
-    """Return the warnings about the tables, in one paragraph."""
+    """Return the warnings about the influence tables, in one paragraph."""
     warnings = [
         (run.in_iteration(part.label, iteration), domination_warning(part.summary))
         for iteration in run.iterations
@@ -106,19 +106,19 @@ def influence_figure(
     """Draw the distribution of influence against the student in each set.
 
     Args:
-        sets: influence (nats) of each.
-        unit: of the axis.
-        marks: influence (nats) of the possible baselines, by name.
-        threshold: influence that divides helpful from harmful examples, nats.
+        sets: influence of each set, nats.
+        unit: unit of the axis.
+        marks: influence of each baseline by name, nats.
+        threshold: influence above which an example is helpful, nats.
         noise_floor: half the width of the band around the threshold, nats.
     """
-    scaled, edges, beyond = _binned(sets, unit, threshold)
+    scaled, edges, outliers = _binned(sets, unit, threshold)
     lines = {name: unit.scale(nats) for name, nats in marks.items()}
     figure = histogram_figure(
         "Influence before and after the teacher's update",
-        "Examples right of the solid line count as helpful; if the update worked, blue lies further right than orange. The "
-        "named lines are what an example can be compared with: the student as it is (0), the null step, or the median. The "
-        f"grey band, if wide enough to be seen, is the noise floor.{beyond}",
+        "Examples right of the solid line are helpful; if the update worked, blue is further right than orange. The labelled "
+        "lines are the baselines: the student as it is (0), the null step, the median. The grey band, if wide enough to be "
+        f"visible, is the noise floor.{outliers}",
         scaled,
         edges,
         f"influence against the student, {unit}",
@@ -126,8 +126,8 @@ def influence_figure(
     if noise_floor:
         band = (unit.scale(threshold - noise_floor), unit.scale(threshold + noise_floor))
         figure.plot.add_vrect(*band, fillcolor=GREY, opacity=0.3, line_width=0)
-    for row, (name, at) in enumerate(lines.items()):
-        figure.plot.add_vline(at, line_dash="dash", annotation={"text": name, "yshift": -18 * row})
+    for row, (name, position) in enumerate(lines.items()):
+        figure.plot.add_vline(position, line_dash="dash", annotation={"text": name, "yshift": -18 * row})
     figure.plot.add_vline(unit.scale(threshold), line_dash="solid")
     shown = [float(edges[0]), float(edges[-1]), *lines.values()]
     margin = 0.03 * (max(shown) - min(shown))
@@ -136,29 +136,29 @@ def influence_figure(
 
 
 def distribution_figure(title: str, reading: str, sets: Sequence[Sample], unit: Unit) -> Figure:
-    """Draw distributions of influence against the student as it is, which lies at 0.
+    """Draw distributions of influence against the student as it is, with a line at 0.
 
     Args:
-        title: of the figure.
+        title: title of the figure.
         reading: how to read it.
-        sets: influence (nats) of each.
-        unit: of the axis.
+        sets: influence of each set, nats.
+        unit: unit of the axis.
     """
-    scaled, edges, beyond = _binned(sets, unit, 0.0)
+    scaled, edges, outliers = _binned(sets, unit, 0.0)
     axis = f"influence against the student, {unit}"
-    figure = histogram_figure(title, reading + beyond, scaled, edges, axis)
+    figure = histogram_figure(title, reading + outliers, scaled, edges, axis)
     figure.plot.add_vline(0.0, line_dash="solid")
     return figure
 
 
 def _teachers(run: RunData, unit: Unit) -> Figure | None:
-    """Draw Figure 3c; with a single iteration, that iteration's own figure shows the same."""
+    """Draw Figure 3c; not for a single iteration, whose figure shows the same."""
     if len(run.iterations) < 2 or len(run.teachers) < 2:
         return None
     return distribution_figure(
         "Influence of what each teacher writes (Figure 3c)",
-        "If the updates work, each teacher's distribution lies further right than the one before. Each is measured on the "
-        "student of its own iteration; right of the line the step lowers that student's reference loss.",
+        "If the updates work, each teacher's distribution is further right than the previous one. Each is measured on the "
+        "student of its iteration; right of the line, the step lowers that student's reference loss.",
         [Sample.numbered(f"Teacher {number}", part.values, number) for number, part in run.teachers.items()],
         unit,
     )
@@ -183,9 +183,9 @@ def _batches(run: RunData) -> Figure | None:
         return None
     return line_figure(
         "Share of positive influence per training batch (Figure 3d)",
-        f"Of each {count(size)} examples of the training set, as the teacher wrote them, the share that counts as helpful; "
-        "the updated teacher's line should run above the unmodified one's. All are measured on the warm student, before its "
-        "training, which draws its batches in another order.",
+        f"The share of helpful examples among each {count(size)} examples of the training set, in the order the teacher "
+        "wrote them. The updated teacher's line should be above the unmodified one's. Influence is measured on the warm "
+        "student; training uses another order of batches.",
         lines,
         "batch",
         "share that helps",
@@ -194,32 +194,32 @@ def _batches(run: RunData) -> Figure | None:
 
 
 def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
-    """Return the share of measured examples above the threshold by batch, counted from 1; empty batches are left out."""
-    values, usable = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
+    """Return the share of measured examples above the threshold by batch number, from 1; empty batches are omitted."""
+    values, statuses = part.table["influence_student"].to_pylist(), part.table["status"].to_pylist()
     shares = {}
     for start in range(0, len(values), size):
         batch = slice(start, start + size)
-        measured = [value for value, status in zip(values[batch], usable[batch], strict=True) if status == "ok"]
+        measured = [value for value, status in zip(values[batch], statuses[batch], strict=True) if status == "ok"]
         if measured:
             shares[start // size + 1] = sum(value > part.threshold for value in measured) / len(measured)
     return shares
 
 
 def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
-    """Draw the first-order estimate against exact influence, over the audit."""
-    both = part.table.filter(
+    """Draw first-order against exact influence of the audited examples."""
+    audited = part.table.filter(
         pc.and_(part.table["audited"], pc.and_(pc.is_valid(part.table["first_order_null_step"]), _measured(part)))
     )
-    if both.num_rows < 2:
+    if audited.num_rows < 2:
         return None
     estimated, exact = (
-        unit.scale(1.0) * both[name].to_numpy() for name in ("first_order_null_step", "influence_null_step")
+        unit.scale(1.0) * audited[name].to_numpy() for name in ("first_order_null_step", "influence_null_step")
     )
     floor = unit.scale(part.summary["noise_floor"])
     ends = [float(min(estimated.min(), exact.min())), float(max(estimated.max(), exact.max()))]
     points = go.Scatter(
         mode="markers",
-        name=f"{count(both.num_rows)} audited examples",
+        name=f"{count(audited.num_rows)} audited examples",
         x=estimated.tolist(),
         y=exact.tolist(),
         marker={"color": AFTER, "size": 7, "opacity": 0.7},
@@ -245,12 +245,12 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     axes = [f"{name}, against the null step, {unit}" for name in ("first order", "exact")]
     return Figure(
         "First-order estimate against exact influence",
-        "Each dot is an audited example, measured both ways: the closer to the line, the better first order stands in for "
-        "the exact step; distances within the dotted lines are noise. An offset that all share is corrected in the table."
+        "Each dot is an audited example, measured with both estimators; the closer to the line, the better they agree. "
+        "Distances within the dotted lines are noise. An offset common to all dots is corrected in the table."
         f"{rank}",
         new_plot([*lines, points], 400, *axes),
         ["example_id", *axes],
-        list(zip(both["example_id"].to_pylist(), estimated.tolist(), exact.tolist(), strict=True)),
+        list(zip(audited["example_id"].to_pylist(), estimated.tolist(), exact.tolist(), strict=True)),
     )
 
 
@@ -288,7 +288,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
         ),
         row("reference loss of the student (nats)", lambda part: formatting.loss(part.summary["student_loss"])),
         row(
-            "coordinates that the example's own gradient dominates (median share)",
+            "coordinates that the example's gradient dominates (median share)",
             lambda part: formatting.share(part.summary["median_dominated_share"]),
         ),
     ]
@@ -299,7 +299,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
             row("signs that agree after correction and confirmation", lambda part: _agreement(part, "screened")),
         ]
     return Table(
-        "Influence in numbers; in brackets the 95 % interval (Wilson) of each share",
+        "Influence in numbers; in parentheses the 95 % Wilson interval of each share",
         ["", *(part.label for part in sets)],
         rows,
     )
@@ -309,7 +309,7 @@ def _measured_exactly(part: InfluenceData) -> str:
     if part.screening is None:
         return UNKNOWN
     if part.screening.fell_back:
-        return "all: first order was unfit"
+        return "all: first order was inaccurate"
     return f"{count(part.screening.audited)} to audit, {count(part.screening.confirmed)} in doubt"
 
 
@@ -327,15 +327,15 @@ def _interval(part: InfluenceData, share: str) -> str:
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:
-    """Return equal bins, none of which straddles the threshold; outliers do not stretch them."""
+    """Return the edges of equal bins with an edge at the threshold; outliers do not extend the range."""
     if not len(values):
         return threshold + np.array([-1.0, 0.0, 1.0])
     lower, upper = np.percentile(values, [25, 75]) - threshold
     low, high = float(values.min()) - threshold, float(values.max()) - threshold
     bins = 12.0
     if upper > lower:
-        reach = 4 * float(upper - lower)
-        low, high = max(low, float(lower) - reach), min(high, float(upper) + reach)
+        margin = 4 * float(upper - lower)
+        low, high = max(low, float(lower) - margin), min(high, float(upper) + margin)
         freedman_diaconis = 2 * float(upper - lower) / len(values) ** (1 / 3)
         bins = min(60.0, max(12.0, (high - low) / freedman_diaconis))
     scale = max(abs(low), abs(high), abs(threshold))
@@ -346,12 +346,12 @@ def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.ND
 
 
 def _binned(sets: Sequence[Sample], unit: Unit, threshold: float) -> tuple[list[Sample], npt.NDArray[np.float64], str]:
-    """Return the sets in the unit, their common bins, and a sentence about values beyond the bins."""
+    """Return the sets in the unit, their common bin edges, and a sentence about values outside the bins."""
     scaled = [
         Sample(part.label, unit.scale(1.0) * part.values, part.colour, part.dash) for part in sets if len(part.values)
     ]
     pooled = np.concatenate([part.values for part in scaled]) if scaled else np.zeros(0)
     edges = histogram_edges(pooled, unit.scale(threshold))
     outside = int(((pooled < edges[0]) | (pooled > edges[-1])).sum())
-    beyond = f" {count(outside)} examples lie beyond the bars and are counted in the outermost." if outside else ""
-    return scaled, edges, beyond
+    outliers = f" The first and last bars include {count(outside)} examples outside the range." if outside else ""
+    return scaled, edges, outliers

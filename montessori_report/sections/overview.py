@@ -1,4 +1,4 @@
-"""The top of the report: the verdict in a line, and the key figures."""
+"""The top of the report: verdict and key numbers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ THRESHOLDS = {
 
 @dataclass(frozen=True)
 class Card:
-    """A key figure."""
+    """A key number of an iteration."""
 
     label: str
     value: str
@@ -26,7 +26,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of the run in a line; `tone` picks the colour."""
+    """The result of a run; `tone` selects the colour."""
 
     tone: Literal["better", "worse", "noise", "open"]
     headline: str
@@ -34,29 +34,27 @@ class Verdict:
 
 
 def judge(run: RunData) -> Verdict:
-    """Say whether the updated teacher's student is better than the unmodified teacher's."""
+    """Return the verdict: is the updated teacher's student better than the unmodified teacher's?"""
     finished = [iteration for iteration in run.iterations if "student" in iteration.held_out_loss]
     if not finished:
         return Verdict("open", "No verdict yet", "No iteration's student has been evaluated on the held-out examples.")
-    compared = [iteration for iteration in finished if "student_over_unmodified" in iteration.held_out_gain]
-    if not compared:
+    comparisons = [iteration for iteration in finished if "student_over_unmodified" in iteration.held_out_gain]
+    if not comparisons:
         return Verdict("open", "No comparison", _without_comparison(finished[-1], run))
-    last = compared[-1]
+    last = comparisons[-1]
     difference = last.held_out_gain["student_over_unmodified"]
     mean, error = difference["mean"], difference["standard_error"]
     if not (formatting.is_finite(mean) and formatting.is_finite(error)):
-        return Verdict("open", "No verdict", "A held-out loss is not a finite number; look at the learning curves.")
+        return Verdict("open", "No verdict", "A held-out loss is not finite; see the learning curves.")
     losses = last.held_out_loss
     sentence = (
         f"{f'Iteration {last.number}: the' if run.planned > 1 else 'The'} updated teacher's student has a held-out loss of "
         f"{formatting.loss(losses['student']['mean'])}, the unmodified teacher's "
         f"{formatting.loss(_mean(run, last, 'unmodified'))}: a paired gain of {formatting.gain(mean, error)} nats per token"
     )
-    untrained = _loss_to_untrained(run, last)
+    untrained = _warn_if_worse_than_untrained(run, last)
     if abs(mean) <= 2 * error:
-        return Verdict(
-            "noise", "Within noise", f"{sentence}, less than two standard errors from no difference.{untrained}"
-        )
+        return Verdict("noise", "Within noise", f"{sentence}, within two standard errors of no difference.{untrained}")
     if mean < 0:
         return Verdict("worse", "Worse student", f"{sentence}.{untrained}")
     if untrained:
@@ -64,8 +62,8 @@ def judge(run: RunData) -> Verdict:
     return Verdict("better", "Better student", f"{sentence}.")
 
 
-def _loss_to_untrained(run: RunData, iteration: IterationData) -> str:
-    """Return a warning if training made the student worse than it was before."""
+def _warn_if_worse_than_untrained(run: RunData, iteration: IterationData) -> str:
+    """Return a warning if training made the student worse than the untrained student."""
     gain = iteration.held_out_gain.get("student_over_untrained")
     if gain is None or not gain["mean"] < -2 * gain["standard_error"]:
         return ""
@@ -76,7 +74,7 @@ def _loss_to_untrained(run: RunData, iteration: IterationData) -> str:
 
 
 def _without_comparison(iteration: IterationData, run: RunData) -> str:
-    why = "has not been evaluated yet" if run.compares else "was not asked for"
+    reason = "has not been evaluated yet" if run.compares else "is not configured"
     sentence = (
         f"The updated teacher's student has a held-out loss of {formatting.loss(_mean(run, iteration, 'student'))}"
     )
@@ -84,34 +82,36 @@ def _without_comparison(iteration: IterationData, run: RunData) -> str:
     if over_untrained:
         paired = formatting.gain(over_untrained["mean"], over_untrained["standard_error"])
         sentence += f", a paired gain of {paired} nats per token over the untrained student"
-    return f"{sentence}; a student of the unmodified teacher to compare it with {why}."
+    return f"{sentence}; the student of the unmodified teacher, for comparison, {reason}."
 
 
 def _mean(run: RunData, iteration: IterationData, name: str) -> float | None:
-    """Return the held-out loss of a model, from another iteration if it was evaluated only once."""
-    for place in (iteration, *run.iterations):
-        if name in place.held_out_loss:
-            return place.held_out_loss[name]["mean"]
+    """Return the held-out loss of a model, from the first iteration if this one does not have it."""
+    for candidate in (iteration, *run.iterations):
+        if name in candidate.held_out_loss:
+            return candidate.held_out_loss[name]["mean"]
     return None
 
 
 def facts_of(run: RunData) -> list[tuple[str, str]]:
+    """Return names and values for the header of the report."""
     finished = sum(iteration.metrics is not None for iteration in run.iterations)
     facts = [
         ("Teacher", run.setting("teacher", "model", UNKNOWN)),
         ("Student", run.setting("student", "model", UNKNOWN)),
         ("Iterations", f"{finished} of {run.planned} finished"),
         ("Helpful means better than", THRESHOLDS.get(run.baseline, run.baseline)),
-        ("Opened", _moment(run.provenance.get("opened"))),
+        ("Opened", _format_time(run.provenance.get("opened"))),
     ]
     return [(name, str(value)) for name, value in facts]
 
 
-def _moment(text: object) -> str:
+def _format_time(text: object) -> str:
     return str(text).replace("T", " ").replace("Z", " UTC") if text else UNKNOWN
 
 
 def cards_of(iteration: IterationData, run: RunData) -> list[Card]:
+    """Return the key numbers of an iteration."""
     return [
         _kept_card(iteration),
         _pairs_card(iteration),
@@ -127,7 +127,7 @@ def _kept_card(iteration: IterationData) -> Card:
     detail = (
         f"probing set; training set {formatting.count(training['kept'])} of {formatting.count(training['candidates'])}"
         if training
-        else "probing set; the training set is not there yet"
+        else "probing set; no training set yet"
     )
     return Card("Candidates kept", value, detail)
 
@@ -135,7 +135,7 @@ def _kept_card(iteration: IterationData) -> Card:
 def _pairs_card(iteration: IterationData) -> Card:
     table = iteration.preferences
     if table is None:
-        return Card("Preference pairs", UNKNOWN, "not there yet")
+        return Card("Preference pairs", UNKNOWN, "none yet")
     prompts = len(set(table["prompt_id"].to_pylist()))
     return Card("Preference pairs", formatting.count(table.num_rows), f"from {formatting.count(prompts)} prompts")
 
@@ -144,7 +144,7 @@ def _positive_card(iteration: IterationData, run: RunData) -> Card:
     label = "Share that helps, before → after"
     before, after = iteration.influence, iteration.training_influence
     if before is None:
-        return Card(label, UNKNOWN, "influence is not measured yet")
+        return Card(label, UNKNOWN, "influence not measured yet")
     shares = [formatting.share(part.summary["share_positive"]) for part in (before, after) if part]
     measured = " and ".join(formatting.count(len(part.values)) for part in (before, after) if part)
     return Card(

@@ -1,4 +1,4 @@
-"""Synthesis: the funnel of filters, lengths (Figures 11 and 12), and verbs with their objects (6, 8 to 10)."""
+"""Synthesis: filter funnel, lengths (Figures 11 and 12), verbs and objects (Figures 6 and 8 to 10)."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _MOST_BINS = 50
 
 
 def synthesis_section(run: RunData) -> Section:
-    """Return the funnels, lengths and verbs of all sets."""
+    """Return the section of funnels, lengths and verbs."""
     introduction = (
-        "The teacher writes candidate instructions; filters remove what is malformed, too short or long, or too similar to "
-        "what is already there."
+        "The teacher writes candidate instructions. Filters remove those that are malformed, too short or long, or too "
+        "similar to existing ones."
     )
     if run.iterations:
         introduction += " The first probing set includes the examples that warm the student."
@@ -39,7 +39,7 @@ def synthesis_section(run: RunData) -> Section:
         blocks,
         introduction=introduction,
         note=note if blocks else "",
-        absent="No synthesis is finished yet.",
+        absent="No synthesis has finished yet.",
     )
 
 
@@ -62,7 +62,7 @@ def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
         [funnel_figure(label, funnel) for label, funnel in counted],
         [
             Table(
-                "Instructions by what became of them",
+                "Instructions by filter",
                 ["Step", *(label for label, _ in counted)],
                 [*rows, ["share kept", *rates]],
             )
@@ -71,7 +71,7 @@ def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
 
 
 def _length_figures(run: RunData) -> list[Figure]:
-    """Draw lengths of each teacher's examples, in the student's tokens, from the influence tables."""
+    """Draw the lengths of each teacher's examples in the student's tokens, from the influence tables."""
     tables = [
         (part.table, Sample.numbered(f"Teacher {number}", np.zeros(0), number)) for number, part in run.teachers.items()
     ]
@@ -100,9 +100,8 @@ def _length_figures(run: RunData) -> list[Figure]:
             figures.append(
                 histogram_figure(
                     title,
-                    "Teacher 0 is the one the run began with, teacher 1 its first update, and so on: a distribution that "
-                    "moves shows a teacher that learned to write longer or shorter. Texts beyond the last bar are counted in "
-                    "it.",
+                    "Teacher 0 is the initial teacher, teacher 1 its first update, and so on. A shift means that the "
+                    "teacher learned to write longer or shorter texts. The last bar includes longer texts.",
                     samples,
                     length_edges(np.concatenate([sample.values for sample in samples])),
                     axis,
@@ -112,14 +111,14 @@ def _length_figures(run: RunData) -> list[Figure]:
 
 
 def length_edges(lengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return bins of whole tokens, from the shortest texts to the 99.5th percentile."""
+    """Return bin edges in whole tokens, from the shortest text to the 99.5th percentile."""
     low, high = math.floor(lengths.min()), math.ceil(np.percentile(lengths, 99.5))
     width = max(1, math.ceil((high + 1 - low) / _MOST_BINS))
     return np.arange(low, high + 1 + width, width, dtype=np.float64)
 
 
 def _verbs(run: RunData) -> tuple[list[Figure], str]:
-    """Return a sunburst of each teacher, or the remedy if no parser is installed."""
+    """Return a sunburst figure per teacher, or none and a remedy if no parser is installed."""
     sets: list[tuple[str, pa.Table]] = []
     if run.unmodified is not None and run.unmodified.examples is not None:
         sets.append(("unmodified teacher", run.unmodified.examples))

@@ -1,4 +1,4 @@
-"""Training curves: losses, rewards and learning rates, and the teacher's checkpoints (Figures 3a and 3b)."""
+"""Training curves: losses, rewards, learning rates, and teacher checkpoints (Figures 3a and 3b)."""
 
 import math
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from montessori_report.run_data import IterationData, Log, RunData
 
 
 def learning_section(run: RunData) -> Section:
-    """Return the curves of all trainings."""
+    """Return the section of training curves."""
     return Section(
         "learning",
         "Learning curves",
         [block for iteration in run.iterations if (block := _learning(iteration, run))],
-        absent="No training is finished yet.",
+        absent="No training has finished yet.",
     )
 
 
@@ -53,8 +53,8 @@ def _learning(iteration: IterationData, run: RunData) -> Block | None:
         figures.append(
             _curve_figure(
                 "Training loss of the students",
-                "Each student is trained on other data, so compare the held-out losses, not these; what to look for here is "
-                "a steady fall without jumps.",
+                "The loss should fall steadily, without jumps. The students are trained on different data, so compare their "
+                "held-out losses, not these.",
                 losses,
                 "loss, nats per token",
             )
@@ -62,11 +62,9 @@ def _learning(iteration: IterationData, run: RunData) -> Block | None:
     if teacher:
         figures += _teacher_figures(logs["teacher"], teacher)
     figures.append(
-        _curve_figure(
-            "Learning rate", "The rate each optimizer step was taken with, as scheduled.", rates, "learning rate"
-        )
+        _curve_figure("Learning rate", "The scheduled learning rate of each optimizer step.", rates, "learning rate")
     )
-    checkpoints = [entry for entry in iteration.records("teacher_checkpoints") if _is_whole(entry)]
+    checkpoints = [entry for entry in iteration.records("teacher_checkpoints") if _is_complete(entry)]
     if len(checkpoints) > 1:
         figures += _checkpoint_figures(checkpoints)
     return Block(figures, [_learning_table([*losses, *teacher])], run.heading(iteration))
@@ -80,7 +78,7 @@ def _curve_figure(
     level: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw values over the steps of trainings, with a dotted line at `level`."""
+    """Draw values over optimizer steps, with a dotted line at `level`."""
     figure = line_figure(title, reading, lines, "optimizer step", axis, level, limits)
     if max(len(line.x) for line in lines) <= 12:
         figure.plot.update_xaxes(dtick=1)
@@ -96,22 +94,22 @@ def _teacher_figures(log: Log, loss: Sequence[Line]) -> list[Figure]:
     return [
         _curve_figure(
             "DPO loss of the teacher",
-            "The dotted line is ln 2, the loss of a teacher that prefers neither side; below it the teacher has begun to "
-            "prefer the chosen instructions.",
+            "The dotted line is ln 2, the loss without any preference; below it, the teacher prefers the chosen "
+            "instructions.",
             loss,
             "DPO loss",
             level=math.log(2),
         ),
         _curve_figure(
             "Rewards of the teacher",
-            "The margin should rise above 0; if both rewards fall, the teacher only learns to avoid both texts.",
+            "The margin should rise above 0. If both rewards fall, the teacher only learns to avoid both texts.",
             rewards,
             "reward",
             level=0.0,
         ),
         _curve_figure(
             "Reward accuracy",
-            "The share of a batch's pairs in which the chosen instruction has the higher reward; the dotted line is chance.",
+            "The share of pairs in a batch whose chosen instruction has the higher reward. The dotted line is chance.",
             [Line.of_log("accuracy", log, "rewards/accuracies", TEACHER)],
             "share of pairs",
             level=0.5,
@@ -120,7 +118,7 @@ def _teacher_figures(log: Log, loss: Sequence[Line]) -> list[Figure]:
     ]
 
 
-def _is_whole(entry: dict[str, Any]) -> bool:
+def _is_complete(entry: dict[str, Any]) -> bool:
     return all(formatting.is_finite(entry.get(key)) for key in ("step", "margin", "held_out_loss"))
 
 
@@ -157,16 +155,16 @@ def _checkpoint_figures(checkpoints: Sequence[dict[str, Any]]) -> list[Figure]:
     return [
         Figure(
             "Teacher checkpoints: margin and student (Figures 3a, 3b)",
-            "Above, how far the teacher at each step prefers the chosen instructions; below, the held-out loss of a student "
-            "trained on what that teacher writes, with its 95 % interval: as the margin rises, the loss should fall.",
+            "Top: how strongly the teacher at each step prefers the chosen instructions. Bottom: held-out loss of a student "
+            "trained on that teacher's data, with its 95 % interval. As the margin rises, the loss should fall.",
             over_steps,
             columns,
             rows,
         ),
         Figure(
             "Margin against student",
-            "Each dot is a checkpoint of the teacher, named by its step: a fall to the right says that a teacher that has "
-            "learned more writes better data.",
+            "Each dot is a teacher checkpoint, labelled with its step. A downward trend means that a teacher with a larger "
+            "margin writes better data.",
             new_plot([against], 420, "DPO reward margin", "held-out loss, nats per token", showlegend=False),
             columns,
             rows,

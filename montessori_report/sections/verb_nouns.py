@@ -1,7 +1,7 @@
 """Root verbs of instructions and their direct objects, as in Self-Instruct (Figures 6 and 8 to 10).
 
-spaCy and its pipeline are optional. A model wrote the words, so only lemmas made of letters are used: in a figure, other
-characters could act as markup.
+spaCy and its pipeline are optional. The words come from a model and Plotly interprets markup, so only lemmas that consist of
+letters are shown.
 """
 
 import os
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 PARSER = "MONTESSORI_PARSER"
 """Environment variable: name or folder of the spaCy pipeline."""
 PARSED = 2000
-"""Number of instructions of a set that are parsed, from its beginning."""
+"""Number of instructions parsed per set, from the first."""
 VERBS, OBJECTS = 20, 4
-_LONGEST = 30  # letters of a word that is shown
+_MAX_LETTERS = 30  # longer words are not shown
 REMEDY = (
-    "What the instructions ask for (root verbs and their objects) is not shown: that takes spaCy and an English pipeline, "
+    "Root verbs and objects of the instructions are not shown. They need spaCy and an English pipeline: "
     "pip install 'montessori[report]' && python -m spacy download en_core_web_sm."
 )
 
@@ -48,13 +48,13 @@ def open_parser() -> "Language | None":
 
 
 def read_verbs(parser: "Language", instructions: Sequence[str]) -> list[Pair]:
-    """Return root verb and direct object of those of the first `PARSED` instructions that have a verb."""
+    """Return root verb and direct object of the first `PARSED` instructions; those without a verb are omitted."""
     pairs = (verb_and_object(parsed) for parsed in parser.pipe(instructions[:PARSED], batch_size=64))
     return [pair for pair in pairs if pair is not None]
 
 
 def verb_and_object(instruction: "Doc") -> Pair | None:
-    """Return the lemmas of the first sentence's root verb and of its first direct object.
+    """Return the lemmas of the first sentence's root verb and its first direct object.
 
     If the root is not a verb ("Please, write ..."), the first verb below it counts.
 
@@ -64,11 +64,11 @@ def verb_and_object(instruction: "Doc") -> Pair | None:
     sentence = next(iter(instruction.sents), None)
     if sentence is None:
         return None
-    for token in _from_the_top(sentence.root):
+    for token in _breadth_first(sentence.root):
         verb = _lemma(token) if token.pos_ == "VERB" else None
         if verb is not None:
             objects = (_lemma(child) for child in token.children if child.dep_ in ("dobj", "obj"))
-            return verb, next((found for found in objects if found is not None), None)
+            return verb, next((lemma for lemma in objects if lemma is not None), None)
     return None
 
 
@@ -76,43 +76,43 @@ def sunburst_figure(label: str, pairs: Iterable[Pair], instructions: int) -> Fig
     """Draw the most common root verbs, each with its most common objects.
 
     Args:
-        label: of the set of instructions.
-        pairs: as from `read_verbs`.
+        label: name of the set of instructions.
+        pairs: result of `read_verbs`.
         instructions: number of parsed instructions.
     """
     by_verb: dict[str, Counter[str]] = {}
     totals: Counter[str] = Counter()
-    for verb, thing in pairs:
+    for verb, noun in pairs:
         totals[verb] += 1
-        by_verb.setdefault(verb, Counter()).update([thing] if thing else [])
+        by_verb.setdefault(verb, Counter()).update([noun] if noun else [])
     verbs = _most_common(totals, VERBS)
-    rings = [(verb, thing, number) for verb, _ in verbs for thing, number in _most_common(by_verb[verb], OBJECTS)]
+    objects = [(verb, noun, number) for verb, _ in verbs for noun, number in _most_common(by_verb[verb], OBJECTS)]
     trace = go.Sunburst(
         branchvalues="total",
         sort=False,
-        ids=[*(verb for verb, _ in verbs), *(f"{verb}/{thing}" for verb, thing, _ in rings)],
-        labels=[*(verb for verb, _ in verbs), *(thing for _, thing, _ in rings)],
-        parents=[*("" for _ in verbs), *(verb for verb, _, _ in rings)],
-        values=[*(number for _, number in verbs), *(number for _, _, number in rings)],
+        ids=[*(verb for verb, _ in verbs), *(f"{verb}/{noun}" for verb, noun, _ in objects)],
+        labels=[*(verb for verb, _ in verbs), *(noun for _, noun, _ in objects)],
+        parents=[*("" for _ in verbs), *(verb for verb, _, _ in objects)],
+        values=[*(number for _, number in verbs), *(number for _, _, number in objects)],
         insidetextorientation="radial",
         leaf_opacity=1,
         hovertemplate="%{id}: %{value:,} instructions<extra></extra>",
         marker_line_width=1,
     )
-    found = sum(totals.values())
+    with_verb = sum(totals.values())
     return Figure(
         f"Verbs and objects: {label}",
-        f"Inner ring: the {len(verbs)} most common root verbs of {found:,} instructions that have one, of {instructions:,} "
-        f"read; outer ring: their {OBJECTS} most common direct objects, a gap where others or none follow. Many narrow "
-        "sectors are a diverse set.",
+        f"Inner ring: the {len(verbs)} most common root verbs of the {with_verb:,} instructions that have one, of "
+        f"{instructions:,} parsed. Outer ring: their {OBJECTS} most common direct objects; gaps are other or no objects. "
+        "Many narrow sectors mean a diverse set.",
         go.Figure(trace, go.Layout(template=TEMPLATE, height=460)),
         ["verb", "object", "instructions"],
-        [*((verb, None, number) for verb, number in verbs), *rings],
+        [*((verb, None, number) for verb, number in verbs), *objects],
     )
 
 
-def _from_the_top(root: "Token") -> Iterable["Token"]:
-    """Yield a token and its descendants, level by level."""
+def _breadth_first(root: "Token") -> Iterable["Token"]:
+    """Yield a token and its descendants, breadth first."""
     level = [root]
     while level:
         yield from level
@@ -120,11 +120,11 @@ def _from_the_top(root: "Token") -> Iterable["Token"]:
 
 
 def _lemma(token: "Token") -> str | None:
-    """Return the lower-case lemma of a word of letters with at most `_LONGEST` of them."""
+    """Return the lower-case lemma of a token, if it consists of at most `_MAX_LETTERS` letters."""
     lemma = (token.lemma_ or token.text).lower()
-    return lemma if lemma.isalpha() and len(lemma) <= _LONGEST else None
+    return lemma if lemma.isalpha() and len(lemma) <= _MAX_LETTERS else None
 
 
 def _most_common(counts: "Counter[str]", number: int) -> list[tuple[str, int]]:
-    """Return the most common first; equally common ones in alphabetical order."""
+    """Return the `number` most common words; ties in alphabetical order."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]

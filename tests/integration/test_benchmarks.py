@@ -1,4 +1,4 @@
-"""Benchmarks: each item answered for itself, judged through the wire, and paid for once."""
+"""Benchmarks: items are independent, judged over HTTP, and paid for once."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def judge() -> Iterator[Judge]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_manager() -> Iterator[None]:
-    """Have the harness read its thousands of task files once for all tests, not once for each."""
+    """Make the harness read its thousands of task files once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "_open_manager", functools.cache(harness._open_manager))
         yield
@@ -43,7 +43,7 @@ def one_manager() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of one's own with local data: sums to be written, with demonstrations, and capitals to be chosen."""
+    """Two custom tasks with local data: sums to generate, with demonstrations, and capitals to choose."""
     folder = tmp_path_factory.mktemp("tasks")
     sums = [{"question": f"{a} plus {a + 1}", "answer": str(2 * a + 1)} for a in range(12)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
@@ -86,11 +86,11 @@ def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
 
 
 @pytest.mark.slow
-def test_item_is_answered_alike_whatever_stands_beside_it(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
+def test_answers_do_not_depend_on_other_items(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     items = items_of(tasks, tmp_path, "own_sums", "own_capitals")
     assert [item["text"] for item in items][-1] == "The capital of Italy is\nRome"
     rows: list[Row] = [{key: item[key] for key in ("benchmark", "task", "item")} | {"shots": None} for item in items]
-    settings = Harness(batch_size=1, chat_template=False)  # sums of a padded batch differ in their last bits
+    settings = Harness(batch_size=1, chat_template=False)  # padded batches differ in the last bits
 
     def scores(name: str, some: list[Row]) -> list[Row]:
         as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(some, tmp_path / name, print)
@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_interruptions(tasks: Path, tiny_llama: Path, tm
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
-def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
+def test_number_of_demonstrations_is_as_configured(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(3)]
     settings = Harness(batch_size=3, chat_template=False)
     bare = {}
@@ -125,13 +125,13 @@ def test_demonstrations_are_as_many_as_asked_for(tasks: Path, smollm2: Path, tmp
         as_compute(open_harness(settings, {"model": smollm2, "tasks": tasks}))(asked, output, print)
         answers = read_table(output, ITEM_SCORES)["answer"].to_pylist()
         bare[shots] = sum(answer.strip().isdigit() for answer in answers)
-    assert bare[0] < bare[8] == 3  # eight sums show that a number alone is wanted
+    assert bare[0] < bare[8] == 3  # eight demonstrations show that the answer is a number
 
 
 @pytest.mark.skipif(
     "MONTESSORI_SHARED_DATA" not in os.environ, reason="needs GSM8K's questions in MONTESSORI_SHARED_DATA"
 )
-def test_task_of_the_guide_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
+def test_documented_task_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     (written,) = re.findall(r"```yaml\n(task: gsm8k_local\n.*?)```", guide, re.DOTALL)
     (tmp_path / "gsm8k_local.yaml").write_text(written)
@@ -145,12 +145,12 @@ def test_task_of_the_guide_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")
 
 
-def test_tasks_that_cannot_be_had_are_named(tasks: Path, tmp_path: Path) -> None:
+def test_unavailable_tasks_are_named(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no task 'arc_chalenge'.*benchmarks.task_folder"):
         items_of(tasks, tmp_path, "arc_chalenge")
 
 
-def test_mean_is_over_the_items_of_all_tasks_of_a_group() -> None:
+def test_group_score_is_mean_over_all_items() -> None:
     def row(task: str, item: int, metric: str, value: float) -> dict[str, object]:
         place = {"benchmark": "group", "task": task, "item": item, "metric": metric}
         return place | {"score": value, "higher_is_better": True, "answer": "", "target": ""}
@@ -162,7 +162,7 @@ def test_mean_is_over_the_items_of_all_tasks_of_a_group() -> None:
     assert (single["mean"], single["standard_error"]) == (1.0, None)
 
 
-def test_scores_of_seeds_are_averaged_in_their_order() -> None:
+def test_seed_scores_are_averaged_in_order() -> None:
     seeds = [
         [score("a", "acc", mean, error, 9), score("b", "acc", None, None, 0)] for mean, error in ((0.25, 3), (0.35, 4))
     ]
@@ -172,9 +172,7 @@ def test_scores_of_seeds_are_averaged_in_their_order() -> None:
 
 
 @pytest.mark.slow
-def test_any_model_is_evaluated_and_paid_for_once(
-    judge: Judge, tasks: Path, talking_llama: Path, tmp_path: Path
-) -> None:
+def test_evaluated_model_is_not_paid_for_twice(judge: Judge, tasks: Path, talking_llama: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     own = {"task_folder": str(tasks), "tasks": [{"name": "own_sums"}], "items_per_shard": 5}
     config = tmp_path / "evaluation.yaml"
@@ -190,7 +188,7 @@ def test_any_model_is_evaluated_and_paid_for_once(
     folder = tmp_path / "runs" / "mine"
     done = {path: path.read_bytes() for path in folder.rglob("*.manifest.json")}
 
-    sections = judged(judge, tmp_path)  # added later, nothing else is computed
+    sections = judged(judge, tmp_path)  # added later; nothing else is recomputed
     config.write_text(yaml.safe_dump(content | sections | {"benchmarks": own | sections["benchmarks"]}))
     code, output = call(*command, cwd=tmp_path, **secrets)
     assert code == 0, output
@@ -231,12 +229,10 @@ def test_any_model_is_evaluated_and_paid_for_once(
     assert not {"alpaca_eval", "mt_bench"} & {benchmark for benchmark, _ in scores}
 
 
-def test_what_cannot_be_used_is_said_before_anything_is_computed(
-    judge: Judge, talking_llama: Path, tmp_path: Path
-) -> None:
+def test_unusable_options_are_refused_before_computing(judge: Judge, talking_llama: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     sections = judged(judge, tmp_path)
-    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench are judged: set judge.model"):
+    with pytest.raises(ConfigError, match=r"benchmarks.mt_bench need a judge: set judge.model"):
         parse_experiment(content | {"benchmarks": sections["benchmarks"]}, "test")
     config = tmp_path / "evaluation.yaml"
 
@@ -251,4 +247,4 @@ def test_what_cannot_be_used_is_said_before_anything_is_computed(
     assert "no reference answer for the questions 2" in refusal(mt_bench_references=None)
     (tmp_path / "difficulty.csv").write_text("index,difficulty\n0,0.5\n")
     output = refusal(alpaca_eval_difficulty=str(tmp_path / "difficulty.csv"))
-    assert "is not for the 5 instructions" in output
+    assert "does not match the 5 instructions" in output

@@ -1,4 +1,4 @@
-"""What is said of a run before its first job."""
+"""The estimate of a run before its first job."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The fan-out on real processes of this machine: whatever happens to jobs and drivers, the same parts come out."""
+"""The fan-out with local processes: faults of jobs and drivers do not change the parts."""
 
 import errno
 import itertools
@@ -19,19 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.backends.local import LocalBackend
-from cluster.costs import cost_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
-from cluster.usage import use_of
+from cluster.usage import cost_of, use_of
 from cluster.worker import _compute_shards
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.program import Row
 from support import squares
+from support.row_programs import as_shards
 from support.squares import (
     CLUSTER,
     EXPECTED,
@@ -39,6 +39,7 @@ from support.squares import (
     SHARDS,
     computed,
     jobs_alive,
+    key_of,
     results,
     run,
     stage,
@@ -49,12 +50,12 @@ from support.squares import (
 folder = squares.folder
 
 
-def test_parts_come_in_the_order_of_shards_whatever_the_number_of_jobs(folder: Path) -> None:
+def test_parts_are_in_shard_order_for_any_parallelism(folder: Path) -> None:
     assert results(run(folder, jobs=1)) == EXPECTED
-    assert len((folder / "opened.txt").read_text().split()) == 1  # one resident worker went through all shards
+    assert len((folder / "opened.txt").read_text().split()) == 1  # one resident worker computed all shards
 
 
-def test_what_is_done_is_not_computed_again(folder: Path) -> None:
+def test_finished_shards_are_not_recomputed(folder: Path) -> None:
     run(folder)
     before = computed(folder)
     assert results(run(folder, jobs=1)) == EXPECTED
@@ -68,31 +69,31 @@ def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
     assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [30, 31])
 
 
-def test_use_of_a_stage_is_what_its_jobs_took(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_usage_is_sum_of_jobs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "kill-31").touch()
     run(folder, jobs=1)
     use = use_of(folder / "stage")
     assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (6, 18, 2, 1, 0, 0)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # as Slurm tells a job that it has put back into the queue
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # Slurm sets it for a requeued job
     run(folder, [*SHARDS, [{"n": 60}]], jobs=1)
     use = use_of(folder / "stage")
     assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (7, 19, 3, 1, 2, 0)
 
 
-def test_cost_of_a_stage_is_what_its_manifests_say(folder: Path) -> None:
+def test_stage_cost_is_read_from_manifests(folder: Path) -> None:
     kind = replace(stage(folder, seconds=0.2), kind="influence")
-    fan_out(kind, SHARDS, Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
+    fan_out(kind, as_shards(*SHARDS), Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
     cost = cost_of(kind.folder)
     assert cost is not None
     assert (cost.kind, cost.rows, cost.shard_rows) == ("influence", 18, 3)
-    assert cost.seconds_per_row >= 0.2  # that a row sleeps
-    assert 0.2 < cost.opening < 60  # the interpreter and its imports; the program itself opens in no time
+    assert cost.seconds_per_row >= 0.2  # a row sleeps 0.2 s
+    assert 0.2 < cost.opening < 60  # interpreter and imports; the program itself opens at once
     assert cost.begun < cost.ended
     kind.manifest(3).unlink()
     assert cost_of(kind.folder) is None
 
 
-def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Path) -> None:
+def test_single_shard_stage_reports_time_left(folder: Path) -> None:
     rows: list[Row] = [{"n": n} for n in range(12)]
     left: list[float] = []
 
@@ -105,13 +106,13 @@ def test_time_left_of_a_stage_of_one_shard_is_known_while_it_computes(folder: Pa
                 assert seen.seconds_left is not None
                 left.append(seen.seconds_left / (12 - seen.rows_done))
 
-    fan_out(stage(folder, 0.3), [rows], Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
+    fan_out(stage(folder, 0.3), as_shards(rows), Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
     assert left
     assert all(0.3 <= seconds < 3 for seconds in left)
 
 
 @pytest.mark.guarantee("error in the code")
-def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
+def test_code_error_fails_only_its_shard(folder: Path) -> None:
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:
         run(folder, jobs=1)
@@ -127,7 +128,7 @@ def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None
     assert computed(folder).count(10) == 1
 
 
-def test_program_that_does_not_open_fails_once_for_all_shards(folder: Path) -> None:
+def test_program_that_fails_to_open_fails_once(folder: Path) -> None:
     (folder / "does-not-open").touch()
     with pytest.raises(ShardsFailed, match="the model does not load") as failure:
         run(folder, jobs=1)
@@ -135,24 +136,22 @@ def test_program_that_does_not_open_fails_once_for_all_shards(folder: Path) -> N
     assert len((folder / "opened.txt").read_text().split()) == 1
 
 
-def test_memory_that_another_process_has_when_a_program_opens_ends_nothing(folder: Path) -> None:
+def test_memory_error_at_opening_is_retried(folder: Path) -> None:
     (folder / "no-memory").touch()
     assert results(run(folder)) == EXPECTED
     assert sorted(computed(folder)) == sorted(row["n"] for shard in SHARDS for row in shard)
 
 
-def test_shard_committed_while_a_driver_takes_over_is_not_computed_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage(folder)
-    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    made.write(as_shards(*SHARDS))
     ledger = Ledger(made.folder / "jobs")
     ledger.submissions = [Submission("never-noted", "w", [[1]], platform.node(), 0)]
     ledger.save()
-    assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a submission under way
+    assert read_stage_status(made.folder, CLUSTER).queued == 1  # of a pending submission
 
     def commit_meanwhile(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
-        with made.commit_part(0, made.key(SHARDS[0]), len(SHARDS[0]), "7:0") as part:
+        with made.commit_part(0, key_of(made, SHARDS[0]), len(SHARDS[0]), "7:0") as part:
             part.write_text(json.dumps([row["n"] ** 2 for row in SHARDS[0]]))
         close_submission(submission, cluster, ledger)
 
@@ -161,9 +160,9 @@ def test_shard_committed_while_a_driver_takes_over_is_not_computed_again(
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
 
 
-def test_shard_that_is_always_lost_stops_at_its_budget(folder: Path) -> None:
+def test_lost_shard_fails_after_retry_budget(folder: Path) -> None:
     shards = [[{"n": 7}]]
-    (folder / "kill-7").mkdir()  # a folder is not unlinked: the worker dies with IsADirectoryError
+    (folder / "kill-7").mkdir()  # a folder cannot be unlinked: the worker fails with IsADirectoryError
     with pytest.raises(ShardsFailed):
         run(folder, shards)
     (folder / "kill-7").rmdir()
@@ -172,12 +171,12 @@ def test_shard_that_is_always_lost_stops_at_its_budget(folder: Path) -> None:
     (folder / "kill-7").touch()
     with pytest.raises(ShardsFailed, match=r"lost.*2 times"):
         run(folder, shards, infrastructure_retries=1)
-    [failed] = read_stage_status(folder / "stage", CLUSTER).failures  # for those who look later
+    [failed] = read_stage_status(folder / "stage", CLUSTER).failures  # for later status calls
     assert (failed.shard, failed.kind) == (0, "lost")
     assert "2 times" in failed.error
 
 
-def test_process_that_lost_another_is_tried_again_within_the_budget(folder: Path) -> None:
+def test_lost_peer_is_retried_within_budget(folder: Path) -> None:
     (folder / "peer-21").touch()
     assert results(run(folder)) == EXPECTED
     assert computed(folder).count(21) == 2
@@ -186,25 +185,21 @@ def test_process_that_lost_another_is_tried_again_within_the_budget(folder: Path
         run(folder, [[{"n": 7}]], infrastructure_retries=0)
 
 
-def test_error_of_an_earlier_attempt_gives_way_to_that_of_the_last(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job that Slurm puts back into the queue keeps its id."""
+def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that Slurm requeues keeps its id."""
     for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALRANK": "0"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
     environment = submitit.JobEnvironment()
     monkeypatch.syspath_prepend(folder)
     own = stage(folder)
-    (own.folder / "failures").mkdir(parents=True)
-    for name in ("shards", "progress", "jobs"):
-        (own.folder / name).mkdir()
-    write_json({"key": "k", "rows": [{"n": 5}]}, own.shard_file(0))
+    own.write(as_shards([{"n": 5}]))
+    (own.folder / "jobs").mkdir()
     for attempt, fault, kind in (("0", "peer-5", "lost"), ("1", "fail-5", "code_error"), ("1", "full-5", "code_error")):
         (folder / fault).touch()
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
         with pytest.raises((RuntimeError, ValueError, OSError)):
             _compute_shards(own, [0], environment)
-        assert read_json(own.failure_file(0))["class"] == kind  # of one attempt, the first error
+        assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
 
 
 @pytest.mark.guarantee("disk full")
@@ -218,7 +213,7 @@ def test_full_disk_is_named(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("disk full")
-def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
+def test_shards_resume_after_disk_full(folder: Path) -> None:
     program = folder / "squares_program.py"
     program.write_text(PROGRAM.replace("for row in rows]))", "for row in rows]) + ' ' * 400_000)"))
     (folder / "stage").mkdir()
@@ -231,7 +226,7 @@ def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder:
         before = len(computed(folder))
         subprocess.run([*mount, "remount,size=64m", "tmpfs", str(folder / "stage")], check=True)
         assert results(run(folder)) == EXPECTED
-        assert len(computed(folder)) < before + len(EXPECTED)  # those that had fitted were kept
+        assert len(computed(folder)) < before + len(EXPECTED)  # finished shards are kept
     finally:
         subprocess.run(["umount", "--lazy", str(folder / "stage")], check=True)
 
@@ -239,7 +234,7 @@ def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder:
 @pytest.mark.guarantee("damaged result or manifest")
 @pytest.mark.guarantee("damaged results")
 @pytest.mark.parametrize("damage", ["cut part", "other bytes", "no part", "cut manifest", "no manifest"])
-def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
+def test_damaged_result_is_recomputed(folder: Path, damage: str) -> None:
     run(folder)
     part, manifest = stage(folder).part(4), stage(folder).manifest(4)
     match damage:
@@ -259,32 +254,34 @@ def test_damaged_result_is_computed_again(folder: Path, damage: str) -> None:
 
 
 @pytest.mark.guarantee("result of another configuration")
-def test_result_of_other_settings_rows_or_version_is_not_taken(folder: Path) -> None:
+def test_result_with_another_key_is_not_used(folder: Path) -> None:
     run(folder)
-    fan_out(stage(folder, version=2), SHARDS, Resources(), CLUSTER, python=sys.executable)
+    fan_out(stage(folder, version=2), as_shards(*SHARDS), Resources(), CLUSTER, python=sys.executable)
     assert computed(folder).count(0) == 2
-    changed = [[{"n": 5}], *SHARDS[1:]]
+    changed = as_shards([{"n": 5}, *SHARDS[0][1:]], *SHARDS[1:])
     assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER, python=sys.executable))[0] == 25
     assert computed(folder).count(10) == 2
 
 
-def test_resources_do_not_enter_the_key(folder: Path) -> None:
+def test_key_does_not_depend_on_resources(folder: Path) -> None:
     run(folder, jobs=1)
     before = computed(folder)
     run(folder, jobs=3, time_limit_minutes=9, shards_per_job=1)
     assert computed(folder) == before
 
 
-def test_progress_reaches_the_end_and_never_falls(folder: Path) -> None:
+def test_progress_is_monotonic_and_complete(folder: Path) -> None:
     seen: list[Progress] = []
-    fan_out(stage(folder, 0.3), SHARDS[:2], Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable)
+    fan_out(
+        stage(folder, 0.3), as_shards(*SHARDS[:2]), Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable
+    )
     done = [progress.rows_done for progress in seen]
     assert done == sorted(done)
     assert done[-1] == 6
     assert any(0 < rows < 6 for rows in done)
 
 
-def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path) -> None:
+def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
     driver.kill()
@@ -295,7 +292,7 @@ def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path)
     assert len((folder / "opened.txt").read_text().split()) == 2
 
 
-def test_interrupted_driver_ends_its_jobs(folder: Path) -> None:
+def test_interrupted_driver_cancels_its_jobs(folder: Path) -> None:
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
     driver.send_signal(signal.SIGINT)
@@ -306,7 +303,7 @@ def test_interrupted_driver_ends_its_jobs(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("driver killed before it records a job id")
-def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path) -> None:
+def test_jobs_with_unrecorded_ids_are_cancelled(folder: Path) -> None:
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
     driver.kill()
@@ -314,14 +311,14 @@ def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path) -> No
     ledger = folder / "stage" / "jobs" / "ledger.json"
     entries = read_json(ledger)
     for entry in entries:
-        entry["ids"] = None  # as if the driver had died between starting the jobs and noting them
+        entry["ids"] = None  # as if the driver had died between starting the jobs and recording them
     ledger.write_text(json.dumps(entries))
     assert results(run(folder, seconds=0.15)) == EXPECTED
     assert jobs_alive(folder / "stage") == 0
 
 
 @pytest.mark.guarantee("driver killed at any moment")
-def test_driver_killed_at_any_moment_loses_nothing(folder: Path) -> None:
+def test_driver_killed_at_any_point_loses_nothing(folder: Path) -> None:
     for moment in (0.2, 0.5, 0.8, 1.1, 1.4):
         driver = start_driver(folder)
         time.sleep(moment)
@@ -332,7 +329,7 @@ def test_driver_killed_at_any_moment_loses_nothing(folder: Path) -> None:
     assert output.strip() == str(EXPECTED), errors
 
 
-def test_hanging_shard_is_started_once_more_with_those_behind_it(folder: Path) -> None:
+def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     (folder / "hang-21").touch()  # of two jobs, the first has shards 0, 2 and 4
     assert results(run(folder, seconds=0.1, duplicate_stragglers_after=8)) == EXPECTED
     assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [20, 21])
@@ -340,8 +337,8 @@ def test_hanging_shard_is_started_once_more_with_those_behind_it(folder: Path) -
     assert jobs_alive(folder / "stage") == 0
 
 
-def test_jobs_of_this_machine_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does a job that takes over for one that died, nor is any used that is not ours; they need not be there for that."""
+def test_local_jobs_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a replacement job; only visible GPUs are used. The test needs no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     (folder / "squares_program.py").write_text(
         PROGRAM.replace("def compute(rows", "gpu = os.environ['CUDA_VISIBLE_DEVICES']\n    def compute(rows").replace(
@@ -355,13 +352,11 @@ def test_jobs_of_this_machine_never_share_a_gpu(folder: Path, monkeypatch: pytes
         assert results(run(folder, jobs=3, gpus_per_node=1)) == EXPECTED
     assert computed(folder).count(10) == 2
     assert set((folder / "used.txt").read_text().split()) == {"2", "5"}
-    with pytest.raises(UserError, match=r"asks for 3 GPUs.*has 2.*lower gpus_per_node"):
+    with pytest.raises(UserError, match=r"needs 3 GPUs.*has 2.*lower gpus_per_node"):
         run(folder, gpus_per_node=3)
 
 
-def test_file_that_is_replaced_over_nfs_while_it_is_read_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_replaced_during_nfs_read_is_reread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json({"state": "new"}, tmp_path / "file.json")
     read, failures = Path.read_text, [errno.ESTALE, errno.ESTALE]
 
@@ -378,10 +373,10 @@ def test_file_that_is_replaced_over_nfs_while_it_is_read_is_read_again(
         read_json(tmp_path / "file.json")
 
 
-def test_first_result_of_a_shard_counts(folder: Path) -> None:
+def test_first_result_of_a_shard_is_kept(folder: Path) -> None:
     shards = stage(folder)
-    key = shards.key(SHARDS[0])
-    shards.write(SHARDS[:1], [key])
+    key = key_of(shards, SHARDS[0])
+    shards.write(as_shards(SHARDS[0]))
     with shards.commit_part(0, key, 3, "slow") as slow:
         with shards.commit_part(0, key, 3, "fast") as fast:
             fast.write_text("fast")
@@ -394,11 +389,11 @@ def test_first_result_of_a_shard_counts(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """A stage with notes of every kind: shards done but the last, which failed."""
+    """A stage with records of every kind; all shards are done except the last, which failed."""
     made = stage(tmp_path_factory.mktemp("finished"))
-    made.write(SHARDS, [made.key(rows) for rows in SHARDS])
+    made.write(as_shards(*SHARDS))
     for index, rows in enumerate(SHARDS[:-1]):
-        with made.commit_part(index, made.key(rows), len(rows), "7:0.5") as part:
+        with made.commit_part(index, key_of(made, rows), len(rows), "7:0.5") as part:
             part.write_text("[1, 2, 3]")
     RowClock(made.progress_file(5))(2)
     failure = {"job_id": "7", "attempt": "0", "class": "code_error", "opening": False, "error": "e", "traceback": "t"}
@@ -419,7 +414,7 @@ ANY_JSON = st.recursive(
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
-    """Other bytes, other JSON, or one field taken away or replaced."""
+    """Draw other bytes, other JSON, or the content with one field removed or replaced."""
     note: Any = json.loads(content)
     entry = note[0] if isinstance(note, list) else note
     match data.draw(st.sampled_from(["bytes", "cut", "json", "field", "no field"])):
@@ -438,7 +433,7 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
 
 @pytest.mark.guarantee("damaged results")
 @given(st.data())
-def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finished: Stage, data: st.DataObject) -> None:
+def test_damaged_record_counts_as_missing(finished: Stage, data: st.DataObject) -> None:
     results = {finished.part(index) for index in range(6)}
     note = data.draw(st.sampled_from(sorted(set(finished.folder.rglob("*.json")) - results)))
     before, refusal = note.read_bytes(), ""
@@ -446,7 +441,7 @@ def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finishe
     note.write_bytes(after)
     try:
         for index, thorough in itertools.product(range(6), (False, True)):
-            if finished.is_done(index, finished.key(SHARDS[index]), thorough) and note == finished.manifest(index):
+            if finished.is_done(index, key_of(finished, SHARDS[index]), thorough) and note == finished.manifest(index):
                 fields = ("key", "bytes", "sha256") if thorough else ("key", "bytes")
                 assert [json.loads(after)[name] == json.loads(before)[name] for name in fields] == [True] * len(fields)
         read_stage_status(finished.folder, CLUSTER)
@@ -459,19 +454,19 @@ def test_damaged_note_breaks_nothing_and_says_of_nothing_that_it_is_done(finishe
     assert not refusal or (note.name in ("stage.json", "ledger.json") and str(note) in refusal)
 
 
-def test_nothing_is_started_while_nobody_knows_what_is_at_work(folder: Path) -> None:
+def test_nothing_starts_if_running_jobs_are_unknown(folder: Path) -> None:
     (folder / "stage" / "jobs").mkdir(parents=True)
     ledger = folder / "stage" / "jobs" / "ledger.json"
     ledger.write_text('[{"name": "montessori-squares", "ids"')
-    with pytest.raises(UserError, match=r"ledger.json: damaged.*squeue --me.*remove the file and resume"):
+    with pytest.raises(UserError, match=r"ledger.json is corrupt.*squeue --me.*remove the file and resume"):
         run(folder)
     assert computed(folder) == []
     ledger.unlink()
     assert results(run(folder)) == EXPECTED
 
 
-def test_local_job_that_ends_while_it_is_cancelled_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job of this driver stays a zombie until the driver asks for it; one of an earlier driver is gone at once."""
+def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of this driver stays a zombie until the driver polls it; a job of an earlier driver disappears at once."""
     job = subprocess.Popen(["sleep", "600"])
     found = psutil.Process(job.pid)
     job.kill()
@@ -480,13 +475,13 @@ def test_local_job_that_ends_while_it_is_cancelled_is_no_error(monkeypatch: pyte
     LocalBackend(Resources(), None).cancel([f"{job.pid}:{found.create_time()}"])
 
 
-def test_local_job_that_ends_at_its_limit_has_reached_its_time_limit() -> None:
+def test_local_job_killed_at_its_limit_is_time_limit() -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
     assert classify_loss(backend.reason(f"1:{time.time() - 61}")) == "time_limit"
     assert classify_loss(backend.reason(f"1:{time.time() - 50}")) == "lost"
 
 
-def test_commit_is_whole_or_absent(tmp_path: Path) -> None:
+def test_commit_is_atomic(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with commit(target) as temporary:
         temporary.mkdir()
@@ -505,7 +500,7 @@ def test_commit_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_jobs_of_other_settings_are_ended_not_adopted(folder: Path) -> None:
+def test_jobs_with_other_settings_are_cancelled(folder: Path) -> None:
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
     driver.kill()
@@ -516,7 +511,7 @@ def test_jobs_of_other_settings_are_ended_not_adopted(folder: Path) -> None:
     assert jobs_alive(folder / "stage") == 0
 
 
-def test_losses_have_budgets_of_their_own() -> None:
+def test_each_kind_of_loss_has_its_budget() -> None:
     said = {
         "Slurm says OUT_OF_MEMORY (None) on node1": ("out_of_memory", 1),
         "Slurm says PREEMPTED (None) on node1": ("preempted", 30),

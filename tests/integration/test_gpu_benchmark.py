@@ -1,4 +1,4 @@
-"""The GPU benchmark: refuses where there is no GPU, and its checks hold, and can fail, on the CPU."""
+"""The GPU benchmark: it refuses to run without a GPU; its checks pass, and can fail, on the CPU."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from support import ROOT
 CPU = torch.device("cpu")
 
 
-def test_without_a_gpu_it_says_so_in_a_sentence() -> None:
+def test_benchmark_without_gpu_prints_one_sentence() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -32,14 +32,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gpu")
 
 
-def test_agreement_is_of_values_and_of_ranks(gpu: Any) -> None:
+def test_agreement_compares_values_and_ranks(gpu: Any) -> None:
     values = [0.0, 1.0, 2.0, 3.0]
     assert gpu.agreement("", [v + 0.01 for v in values], values, 3.0, 0.01).good
     assert not gpu.agreement("", [v + 0.1 for v in values], values, 3.0, 0.01).good
     assert not gpu.agreement("", [0.0, 2.0, 1.0, 3.0], values, 3.0, 0.5).good
 
 
-def test_checks_hold_for_a_sound_student_and_are_written_down(gpu: Any, tiny_llama: Path) -> None:
+def test_checks_pass_and_are_written(gpu: Any, tiny_llama: Path) -> None:
     warm = gpu.warm_up(tiny_llama, CPU, steps=4, references=5, probing=16)
     checks = [*gpu.check_influence(warm, CPU), gpu.check_sharded_training(tiny_llama, gpus=1)]
     assert [check.good for check in checks] == [True] * 4 + [None], checks
@@ -51,7 +51,7 @@ def test_checks_hold_for_a_sound_student_and_are_written_down(gpu: Any, tiny_lla
     assert section.endswith("### a student\n\n| a | b |\n")
 
 
-def test_a_student_that_is_not_restored_is_noticed(gpu: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrestored_student_fails_checks(gpu: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warm = gpu.warm_up(tiny_llama, CPU, steps=2, references=3, probing=3)
     monkeypatch.setattr(ResidentStudent, "restore", lambda self: None)
     assert next(iter(gpu.check_influence(warm, CPU))).good is False

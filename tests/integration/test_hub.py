@@ -1,6 +1,6 @@
-"""Models of a hub: the driver fetches them once, a run stays with the commit it began with, workers need no hub.
+"""Models from a hub: the driver fetches them once, a run keeps its commit, workers need no hub.
 
-A server on this machine speaks the hub's protocol to the real client.
+A local server implements the hub's protocol for the real client.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ print(Path(run.initial_teacher().path).name, run.initial_teacher().sha256)
 
 
 class Hub(ThreadingHTTPServer):
-    """One model, public at its one commit; `gated` asks for an agreement first."""
+    """A hub with one public model; `gated` requires an agreement."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -104,10 +104,10 @@ def open_run(folder: Path, student: str = "group/tiny") -> subprocess.CompletedP
 
 
 @pytest.mark.guarantee("commit that changes during a run")
-def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub, tmp_path: Path) -> None:
+def test_run_keeps_its_hub_commit_offline(hub: Hub, tmp_path: Path) -> None:
     first = open_run(tmp_path / "run")
     assert first.stdout.startswith("1" * 40), first.stderr
-    assert sum(path.endswith("model.safetensors") for path in hub.asked) <= 2  # a look and a download, for both models
+    assert sum(path.endswith("model.safetensors") for path in hub.asked) <= 2  # a HEAD and a GET for both models
     hub.commit = "2" * 40
     assert open_run(tmp_path / "run").stdout == first.stdout
     moved = open_run(tmp_path / "later-run").stdout
@@ -118,12 +118,12 @@ def test_run_stays_with_the_commit_it_began_with_and_needs_no_hub_later(hub: Hub
     assert open_run(tmp_path / "run").stdout == first.stdout
 
 
-def test_model_that_the_hub_does_not_give_is_refused_with_a_remedy(hub: Hub, tmp_path: Path) -> None:
+def test_unavailable_hub_model_is_refused_with_remedy(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
-    assert "asks for an agreement first" in open_run(tmp_path / "run").stderr
+    assert "is gated: accept its licence" in open_run(tmp_path / "run").stderr
     hub.gated = False
     absent = open_run(tmp_path / "run", "group/absent")
     assert absent.returncode == 1
-    assert "'group/absent', revision main, cannot be had from the hub" in absent.stderr
+    assert "'group/absent', revision main, cannot be downloaded from the hub" in absent.stderr
     assert "Check id, revision" in absent.stderr
     assert not (tmp_path / "run").exists()

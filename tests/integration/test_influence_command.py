@@ -1,4 +1,4 @@
-"""`montessori influence`: any data, any student, outside a run."""
+"""`montessori influence`: any data and any student, outside a run."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def arguments(folder: Path, model: Path, *options: str) -> list[str]:
 
 
 def influence(folder: Path, model: Path, *options: str) -> tuple[int, str]:
-    """In this process and always in one folder, so that one warm process starts the jobs of all tests."""
+    """Run the command in this process and in one folder, so that one warm process starts the jobs of all tests."""
     return invoke(*arguments(folder, model, *options), cwd=ROOT)
 
 
@@ -46,7 +46,7 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
         assert text in output
     table = read_table(folder / "influence.parquet", INFLUENCE)
     assert table.num_rows == 20
-    # A step on what the student is measured on lowers its loss there.
+    # A step on a reference example lowers its loss.
     assert all(value > 0 for value in table["influence_student"].to_pylist()[:3])
     before = {path: path.stat().st_mtime_ns for path in (folder / "influence.parquet.parts").glob("part-*")}
     content = (folder / "influence.parquet").read_bytes()
@@ -57,7 +57,7 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
 
 
 def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Path) -> None:
-    """Without a warm state every coordinate that has a gradient is dominated at any weight, and that is said."""
+    """Without moments every coordinate with a gradient is dominated, at any weight; the command warns."""
     options = ["--learning-rate", "1e-4", "--estimator", "first_order"]
     tables = []
     for weight in ("1", "1e-6"):
@@ -71,8 +71,8 @@ def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Pa
         assert one["dominated_share"] > 0.5
 
 
-def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder: Path) -> None:
-    """More examples than the audit, so that some rows stay first order; the exact rows are those of a run all exact."""
+def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None:
+    """There are more examples than the audit, so some rows stay first order; exact rows equal those of an exact run."""
     many = [
         {"instruction": f"Name {i} things.", "output": "thing " * (1 + i % 7) + str(i), "id": f"x{i}"}
         for i in range(60)
@@ -99,7 +99,7 @@ def test_screened_measures_exactly_what_its_table_says(tiny_llama: Path, folder:
     assert all(row["reference_tokens"] == 0 for row in rows if row["estimator"] == "first_order")
 
 
-def test_sequential_says_what_it_saved_and_mixed_precision_runs(tiny_llama: Path, folder: Path) -> None:
+def test_sequential_reports_savings_and_mixed_precision_runs(tiny_llama: Path, folder: Path) -> None:
     references = [{"instruction": f"Say {i}.", "output": "yes " * (1 + i % 5)} for i in range(40)]
     (folder / "reference.jsonl").write_text("\n".join(map(json.dumps, references)))
     options = ["--learning-rate", "1e-3", "--estimator", "exact", "--sequential", "0.2", "--dtype", "mixed"]
@@ -108,8 +108,8 @@ def test_sequential_says_what_it_saved_and_mixed_precision_runs(tiny_llama: Path
     assert "reference tokens saved" in output
 
 
-def test_examples_that_cannot_be_measured_are_listed(tiny_llama: Path, folder: Path) -> None:
-    """A prompt that fills the context leaves no response: the row is excluded and named, the others are measured."""
+def test_unmeasurable_examples_are_listed(tiny_llama: Path, folder: Path) -> None:
+    """If the prompt fills the context, the row is excluded and named; the others are measured."""
     long = {"id": "long-one", "instruction": "word " * 200, "output": "cut off"}
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*EXAMPLES[:4], long])))
     code, output = influence(folder, tiny_llama, "--max-length", "64")
@@ -122,7 +122,7 @@ def test_examples_that_cannot_be_measured_are_listed(tiny_llama: Path, folder: P
     assert row["influence_student"] is None
 
 
-def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, folder: Path) -> None:
+def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Path) -> None:
     other = folder / "other"
     shutil.copytree(tiny_llama, other)
     config = json.loads((other / "config.json").read_text())
@@ -132,21 +132,21 @@ def test_tokenizer_and_moments_of_another_model_are_refused(tiny_llama: Path, fo
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     code, output = influence(folder, other)
     assert code == 1
-    assert "the tokenizer has 4096 tokens, but the model knows 1000" in " ".join(output.split())
+    assert "the tokenizer has 4096 tokens, but the model has 1000" in " ".join(output.split())
     moments = cold_moments(load_model(str(tiny_llama), torch.float32))
     save_moments(Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, moments.step + 1), folder)
     code, output = influence(folder, tiny_llama, "--warm-state", str(folder))
     assert code == 1
-    assert "the AdamW moments are of another model" in " ".join(output.split())
+    assert "the AdamW moments belong to another model" in " ".join(output.split())
 
 
-def test_bad_options_are_refused_in_a_sentence(tiny_llama: Path, folder: Path) -> None:
+def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order' or 'screened'"),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step', 'median' or 'prompt'"),
         (["--baseline", "prompt"], "these examples have no prompts in common"),
-        (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda, cuda:N"),
+        (["--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda, cuda:N"),
         (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),

@@ -1,4 +1,4 @@
-"""Drivers that are interrupted, killed or started twice: the run goes on to the tables of an undisturbed one."""
+"""Drivers that are interrupted, killed or started twice: the resumed run has the tables of an uninterrupted one."""
 
 import os
 import pty
@@ -30,15 +30,15 @@ from support.runs import (
 @pytest.mark.parametrize(
     "stages",
     [
-        ("instructions-1", "warmup", "influence", "teacher", "training/instructions-1", "student"),
-        pytest.param(("responses-1", "influence-audit"), marks=pytest.mark.slow),
+        ("instructions-1", "influence", "teacher", "training/instructions-1", "student"),
+        pytest.param(("responses-1", "warmup", "influence-audit"), marks=pytest.mark.slow),
     ],
     ids=["most", "others"],
 )
-def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
+def test_run_interrupted_in_every_stage_has_same_tables(
     stages: tuple[str, ...], finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
 ) -> None:
-    """The first two drivers have a Prefect server of their own, which ends with them; the others share one."""
+    """The first two drivers start their temporary Prefect server, which ends with them; the others share one."""
     config = configuration(tmp_path, talking_llama)
     run = tmp_path / "runs" / "tiny"
     draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
@@ -58,7 +58,8 @@ def test_run_interrupted_in_every_stage_ends_with_the_same_tables(
     assert digests(run) == digests(finished_run / "runs" / "tiny")
 
 
-def test_temporary_server_ends_with_a_driver_killed_before_it_has_the_lock(talking_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_temporary_server_ends_with_killed_driver(talking_llama: Path, tmp_path: Path) -> None:
     driver = montessori("run", str(configuration(tmp_path, talking_llama)), cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not any("flows.temporary_server" in command for command in left_over(tmp_path)):
@@ -71,8 +72,8 @@ def test_temporary_server_ends_with_a_driver_killed_before_it_has_the_lock(talki
         time.sleep(0.1)
 
 
-def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: Path) -> None:
-    """A terminal sends the signal to all that runs in it, not to the driver alone."""
+def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> None:
+    """A terminal sends the signal to all processes in it, not only to the driver."""
     config = configuration(tmp_path, talking_llama)
     terminal, inside = pty.openpty()
     driver = subprocess.Popen(
@@ -88,7 +89,7 @@ def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: P
     os.close(inside)
     ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
     said = b""
-    with suppress(OSError):  # raised where the terminal has no process left
+    with suppress(OSError):  # raised if the terminal has no more processes
         while chunk := os.read(terminal, 4096):
             said += chunk
             if ledger.exists() and b"\x03" not in said:
@@ -97,38 +98,38 @@ def test_ctrl_c_in_a_terminal_says_how_to_go_on(talking_llama: Path, tmp_path: P
     assert driver.wait() == 130
     text = said.decode()
     assert "cancelling the jobs of this run" in text
-    assert "the jobs were cancelled, what is done is kept" in text
-    assert "resume" in text.split("Go on with:")[1]
+    assert "the jobs were cancelled, finished work is kept" in text
+    assert "resume" in text.split("Resume with:")[1]
     assert not left_over(tmp_path)
 
 
 @pytest.mark.guarantee("second driver on the same run")
-def test_second_driver_on_a_run_is_refused(talking_llama: Path, tmp_path: Path) -> None:
+def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: dict[str, str], tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
-    first = montessori("run", str(config), cwd=tmp_path)
+    first = montessori("run", str(config), cwd=tmp_path, **shared_server)
     ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
     while not ledger.exists():
         assert first.poll() is None
         time.sleep(0.05)
     code, output = invoke("run", str(config), cwd=tmp_path)
     assert code == 1
-    assert "another process drives this run" in output
+    assert "this run already has a driver" in output
     code, output = invoke("status", "runs/tiny", cwd=tmp_path)
-    assert f"driven by process {first.pid}" in output
+    assert f"driver: process {first.pid}" in output
     code, output = call("cancel", "runs/tiny", cwd=tmp_path)
     assert code == 0, output
-    assert "cancelled; what is done is kept" in output
+    assert "cancelled; finished work is kept" in output
     assert first.wait(90) == 130
     assert not left_over(tmp_path)
     code, output = invoke("cancel", "runs/tiny", cwd=tmp_path)
-    assert "nothing of this run is at work" in output
+    assert "nothing of this run is running" in output
     code, output = invoke("status", "runs/tiny", cwd=tmp_path)
-    assert "go on with: montessori resume" in output
+    assert "Resume with: montessori resume" in output
 
 
 @pytest.mark.guarantee("driver killed at any moment")
 @pytest.mark.slow
-def test_driver_killed_while_it_joins_tables_is_followed_by_the_same_tables(finished_run: Path, tmp_path: Path) -> None:
+def test_driver_killed_while_joining_has_same_tables(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished_run / "runs" / "tiny", run)
     expected = digests(run)

@@ -1,4 +1,4 @@
-"""However work is cut into shards, dealt to workers, ordered, interrupted or retried: tables have the same bytes."""
+"""Tables have the same bytes for any shards, workers, order, interruptions and retries."""
 
 import random
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import fan_out
-from cluster.stage import Stage, cut_into_shards
+from cluster.shards import Shards
+from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, Influence, Resources, Warmup
+from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import INFLUENCE, write_table
 from montessori_core.influence.jobs import open_reference_loss
@@ -25,7 +27,7 @@ ROWS: list[Row] = [
         "prompt_id": f"p{n // 4}",
         "instruction": " ".join(DRAW.choices(WORDS, k=DRAW.randint(3, 30))),
         "response": " ".join(DRAW.choices(WORDS, k=DRAW.randint(1, 40))),
-        "finished": n % 5 > 0,
+        "response_finished": n % 5 > 0,
     }
     for n in range(20)
 ]
@@ -41,7 +43,7 @@ def joined(
     threads: int = 1,
     python: str | None = None,
 ) -> bytes:
-    """The bytes of the joined table, its rows in the order of ROWS."""
+    """Return the bytes of the joined table, with rows in the order of ROWS."""
     folder.mkdir()
     reference = folder / "reference.jsonl"
     write_tasks([Task(f"r{n}", f"Say {n} in words.", "well, " * (n % 6 + 1) + str(n)) for n in range(10)], reference)
@@ -49,14 +51,14 @@ def joined(
     inputs = {"student": model, "reference": reference}
     stage = Stage.of(programs.INFLUENCE, settings, folder / "stage", inputs, {})
     resources = Resources(parallel_jobs=jobs, cpus_per_process=threads)
-    parts = fan_out(stage, cut_into_shards(rows, size), resources, Cluster(), python=python)
+    parts = fan_out(stage, Shards(Rows.of(rows, ExampleRow), size), resources, Cluster(), python=python)
     table = join_influence(parts).read_all()
     write_table(table.sort_by("example_id").combine_chunks(), folder / "influence.parquet", INFLUENCE)
     return (folder / "influence.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
+def test_influence_does_not_depend_on_shards(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
     expected = joined(tmp_path / "one-shard", tiny_llama, estimator, ROWS, 20, 1)
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
     assert joined(tmp_path / "many-shards", tiny_llama, estimator, ROWS, 3, 2) == expected
@@ -64,11 +66,12 @@ def test_influence_is_independent_of_shard_layout(tiny_llama: Path, tmp_path: Pa
 
 
 @pytest.mark.guarantee("any number of interruptions")
-def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
-    """Padding moves last bits, so that rows which are left have to share batches as before."""
+def test_reference_loss_does_not_depend_on_interruptions(tiny_llama: Path, tmp_path: Path) -> None:
+    """Padding changes the last bits, so remaining rows must share the same batches as before."""
     settings = programs.ModelLoss(max_length=512, batch_tokens=1200)
     rows: list[Row] = [
-        {"id": row["example_id"], "text": row["instruction"], "response": row["response"]} for row in ROWS
+        {"example_id": row["example_id"], "instruction": row["instruction"], "response": row["response"]}
+        for row in ROWS
     ]
     compute = as_compute(open_reference_loss(settings, {"model": tiny_llama}))
     compute(rows, tmp_path / "calm.parquet", lambda done: None)
@@ -79,6 +82,6 @@ def test_reference_loss_is_independent_of_interruptions(tiny_llama: Path, tmp_pa
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
-def test_influence_of_forked_job_is_that_of_new_interpreter(tiny_llama: Path, tmp_path: Path) -> None:
+def test_forked_job_measures_same_influence(tiny_llama: Path, tmp_path: Path) -> None:
     forked = joined(tmp_path / "forked", tiny_llama, "first_order", ROWS, 20, 1, threads=2)
     assert forked == joined(tmp_path / "new", tiny_llama, "first_order", ROWS, 20, 1, threads=2, python=sys.executable)

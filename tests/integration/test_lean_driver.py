@@ -1,4 +1,4 @@
-"""The driver's environment has no torch: whatever runs on a login node does without."""
+"""The driver's environment has no torch: all code on a login node runs without it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ print(json.dumps([invoke(*command, cwd=Path.cwd()) for command in json.loads(sys
 """
 
 
-def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:
+def test_login_node_commands_need_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "first")
     write_run(tmp_path / "runs" / "second", warmup={"learning_rate": 2e-5})
     write_study(tmp_path / "runs" / "study")
@@ -40,8 +40,8 @@ def test_commands_of_a_login_node_need_no_torch(tmp_path: Path) -> None:
     assert "self_instruct" in finish_lean("methods", cwd=tmp_path)
 
 
-def test_a_run_on_nodes_is_opened_without_torch(tmp_path: Path) -> None:
-    """Data, configuration and models are looked at on the login node; only nodes load a model."""
+def test_slurm_run_opens_without_torch(tmp_path: Path) -> None:
+    """The login node checks data, configuration and models; only nodes load a model."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -55,7 +55,7 @@ from tasks.run import open_run
 changes = ("teacher.model={model}", "student.model={model}", "cluster.profile=slurm", "cluster.slurm.max_array_size=100")
 open_run(read_experiment(Path("{CONFIGS}/quickstart.yaml"), changes), Path("run"))
 """
-    # sbatch has to be found, but is not called.
+    # sbatch must exist, but is not called.
     (tmp_path / "sbatch").touch(mode=0o755)
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | paths, check=True)

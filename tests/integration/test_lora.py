@@ -1,4 +1,4 @@
-"""LoRA students: warmed up, measured and evaluated through the adapter alone."""
+"""LoRA students: warm-up, influence and evaluation with the adapter only."""
 
 import json
 import shutil
@@ -18,16 +18,18 @@ from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
+from support.row_programs import as_shards
 
 CPU = torch.device("cpu")
 ROWS = [
-    {"instruction": f"Count to {n}.", "response": " ".join(map(str, range(n + 2))), "finished": True} for n in range(8)
+    {"instruction": f"Count to {n}.", "response": " ".join(map(str, range(n + 2))), "response_finished": True}
+    for n in range(8)
 ]
 
 
 @pytest.fixture(scope="module", params=[(0, 1), (3, 2)], ids=["plain", "zero-3"])
 def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A student warmed up through an adapter."""
+    """A student after a LoRA warm-up."""
     stage, processes = request.param
     folder = tmp_path_factory.mktemp("lora")
     settings = Sft(
@@ -40,11 +42,11 @@ def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: py
     )
     training = Stage.of(SFT, settings, folder, {"student": tiny_llama}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=1)
-    (part,) = fan_out(training, [ROWS], resources, Cluster())
+    (part,) = fan_out(training, as_shards(ROWS), resources, Cluster())
     return part
 
 
-def test_only_the_adapter_is_trained_and_kept(warm: Path, tiny_llama: Path) -> None:
+def test_lora_trains_and_saves_only_the_adapter(warm: Path, tiny_llama: Path) -> None:
     assert not (warm / "model.safetensors").exists()
     adapter = load_file(warm / "adapter_model.safetensors")
     assert adapter
@@ -54,7 +56,7 @@ def test_only_the_adapter_is_trained_and_kept(warm: Path, tiny_llama: Path) -> N
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(moments.first)
 
 
-def test_influence_of_a_lora_student_equals_the_procedure_spelled_out(warm: Path) -> None:
+def test_lora_influence_equals_explicit_procedure(warm: Path) -> None:
     tokenizer, moments = load_tokenizer(str(warm)), load_moments(warm)
     encoded = [encode_example(tokenizer, row["instruction"], row["response"], 64) for row in ROWS]
     reference, probing = encoded[:4], encoded[4:]
@@ -85,7 +87,7 @@ def test_influence_of_a_lora_student_equals_the_procedure_spelled_out(warm: Path
         assert meter.measure(example).influence_student == pytest.approx(before - loss(model), abs=2e-6)
 
 
-def test_an_adapter_is_another_model_when_what_it_adapts_changes(warm: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_adapter_fingerprint_includes_its_base(warm: Path, tiny_llama: Path, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(tiny_llama, base)
     shutil.copytree(warm, adapter)
@@ -97,6 +99,6 @@ def test_an_adapter_is_another_model_when_what_it_adapts_changes(warm: Path, tin
     assert fingerprint(adapter) != before
 
 
-def test_layers_that_do_not_exist_are_named(tiny_llama: Path) -> None:
+def test_unknown_lora_layers_are_named(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match=r"student.lora.targets: .*no_such_layer"):
         with_lora(load_model(str(tiny_llama), torch.float32), Lora(targets=("no_such_layer",)))

@@ -1,4 +1,4 @@
-"""The memory plan: never below what a worker really takes, and not far above."""
+"""The memory plan: never below the memory of a worker, and not far above."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LLAMA_3_8B = Shape(
     vocabulary=128_256,
 )
 
-# A process of its own: the peak is the kernel's count of its resident pages. What the libraries take is measured first.
+# A separate process: the kernel counts its peak of resident pages. The memory of the libraries is measured first.
 PROBE = """
 import json, random, sys
 import torch
@@ -69,16 +69,16 @@ print(json.dumps({"measured": status("VmHWM") - before, "planned": plan.device})
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
 @pytest.mark.parametrize("sizes", [(512, 1024, 8, 32000), (576, 1536, 16, 49152)], ids=["37M", "92M"])
-def test_plan_is_just_above_measured_peak_memory(sizes: tuple[int, ...], estimator: str) -> None:
+def test_plan_is_slightly_above_peak_memory(sizes: tuple[int, ...], estimator: str) -> None:
     command = [sys.executable, "-c", PROBE, *map(str, sizes), estimator, "float32", "512", "1024"]
-    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is the system's again, as on a GPU
+    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory returns to the system, as on a GPU
     outcome = subprocess.run(command, cwd=ROOT, env=returning, capture_output=True, text=True, check=True)
     found = json.loads(outcome.stdout.splitlines()[-1])
     assert 0.9 <= found["planned"] / found["measured"] <= 1.5
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_8b_student_fits_one_gpu_of_80_gb(estimator: str) -> None:
+def test_8b_student_fits_80_gb_gpu(estimator: str) -> None:
     plan = plan_memory(LLAMA_3_8B, estimator, "float32", 1024, 2048, int(80 * GB))
     assert plan.fits
     assert plan.placement["moments"] == "host"
@@ -88,11 +88,11 @@ def test_8b_student_fits_one_gpu_of_80_gb(estimator: str) -> None:
     assert larger.host < plan.host
 
 
-def test_what_does_not_fit_is_not_promised() -> None:
+def test_plan_reports_what_does_not_fit() -> None:
     assert not plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(40 * GB)).fits
 
 
-def test_plan_command_says_what_goes_where_and_what_to_do_if_it_does_not_fit(smollm2: Path) -> None:
+def test_plan_command_prints_placement_and_remedy(smollm2: Path) -> None:
     command = ("plan", "--student", str(smollm2))
     code, output = call(*command, "--gpu-memory", "24", cwd=ROOT)
     assert code == 0, output

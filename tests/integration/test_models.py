@@ -1,4 +1,4 @@
-"""The embedded model: converted once, checked by hash, and the model it claims to be."""
+"""The embedded model: converted once, checked by hash, and correct."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.models.prune import prune_model
 
 
-def test_embedded_model_speaks(smollm2: Path) -> None:
+def test_embedded_model_completes_a_fact(smollm2: Path) -> None:
     tokenizer, model = load_tokenizer("smollm2-135m"), load_model("smollm2-135m", torch.float32)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt")
@@ -25,7 +25,7 @@ def test_embedded_model_speaks(smollm2: Path) -> None:
     assert tokenizer.decode(output[0, ids["input_ids"].shape[1] :]).strip().startswith("Paris")
 
 
-def test_digits_are_split_as_the_model_was_trained(smollm2: Path) -> None:
+def test_embedded_tokenizer_splits_digits(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     assert tokenizer.tokenize("in 2024\n 17") == ["in", "Ġ", "2", "0", "2", "4", "ĊĠ", "1", "7"]
 
@@ -40,7 +40,7 @@ print((fetch_embedded() / "model.safetensors").stat().st_ino)
 
 @pytest.fixture(scope="module")
 def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """A cache whose model was changed before two processes fetched it at once; what they print and log."""
+    """A cache whose model was changed before two processes fetched it at once, with their output and logs."""
     cache = tmp_path_factory.mktemp("cache")
     weights = shutil.copytree(smollm2, cache / "models" / smollm2.name) / "model.safetensors"
     with weights.open("r+b") as stream:
@@ -55,7 +55,7 @@ def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.guarantee("another embedded model")
-def test_changed_cache_is_noticed_and_converted_anew(
+def test_changed_model_cache_is_converted_again(
     fetched: tuple[Path, list[str], str],
     smollm2: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,7 +70,7 @@ def test_changed_cache_is_noticed_and_converted_anew(
     assert not caplog.records
 
 
-def test_model_fetched_twice_at_once_is_written_once(fetched: tuple[Path, list[str], str], smollm2: Path) -> None:
+def test_concurrent_fetches_write_model_once(fetched: tuple[Path, list[str], str], smollm2: Path) -> None:
     cache, files, _ = fetched
     written = cache / "models" / smollm2.name
     assert files == [str((written / "model.safetensors").stat().st_ino)] * 2
@@ -108,18 +108,18 @@ def test_pruned_variant_is_made_once_when_it_is_named(
 
 
 @pytest.mark.guarantee("another embedded model")
-def test_package_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_model_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_CACHE", str(tmp_path))
     model = EMBEDDED["smollm2-135m"]
     assert isinstance(model, GgufModel)
     monkeypatch.setitem(EMBEDDED, "smollm2-135m", replace(model, sha256="0" * 64))
-    with pytest.raises(UserError, match="content changed, not used"):
+    with pytest.raises(UserError, match="content changed and is not used"):
         fetch_embedded()
     assert not embedded_folder().exists()
 
 
 @pytest.mark.guarantee("pickles in place of weights")
-def test_unusable_models_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_models_are_refused_with_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such folder"):
         local_path(str(tmp_path / "absent"))
     with pytest.raises(UserError, match=r"has no config.json"):

@@ -1,4 +1,4 @@
-"""Rows of shards committed as they come: a lost job loses half a minute, and the part is that of an undisturbed run."""
+"""Partial commits: a lost job loses half a minute, and the part equals that of an uninterrupted run."""
 
 import os
 import random
@@ -24,7 +24,7 @@ from cluster.stage import Stage
 from montessori_core.config import Resources
 from montessori_core.program import Recorder, Row, RowProgram
 from support import squares as local
-from support.row_programs import Interrupted
+from support.row_programs import Interrupted, as_shards
 
 folder = local.folder
 SCHEMA = pa.schema([pa.field("square", pa.int64(), nullable=False), pa.field("text", pa.string())], {"note": "kept"})
@@ -60,14 +60,14 @@ EXPECTED = [n**2 for n in range(15)]
 
 
 def records_of(row: Row) -> list[Row]:
-    """None, one or two records."""
+    """Return zero, one or two records of a row."""
     return [{"square": row["n"] ** 2, "text": None if row["n"] % 5 else "five"}] * (row["n"] % 3)
 
 
 def compute(
     path: Path, rows: list[Row], batches: list[list[int]] | None = None, stop: int | None = None, seconds: float = 0.0
 ) -> list[int]:
-    """Compute a shard, its rows in batches, until so many batches are finished; return the rows that were computed."""
+    """Compute a shard in batches of rows, up to a number of batches; return the rows that were computed."""
     computed = []
 
     def work(given: list[Row], recorder: Recorder) -> None:
@@ -96,7 +96,9 @@ def stage(folder: Path, version: int = 1) -> Stage:
 
 
 def run(folder: Path, version: int = 1) -> list[Path]:
-    return fan_out(stage(folder, version), SHARDS, Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
+    return fan_out(
+        stage(folder, version), as_shards(*SHARDS), Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable
+    )
 
 
 def squares(parts: list[Path]) -> list[int]:
@@ -116,8 +118,8 @@ def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
     assert pq.read_schema(parts[0]).metadata == {b"note": b"kept"}
 
 
-def test_resumed_rows_have_no_part_in_pace(folder: Path) -> None:
-    """A row takes 0.2 s; those done before would make it less."""
+def test_pace_ignores_resumed_rows(folder: Path) -> None:
+    """A row takes 0.2 s; resumed rows would lower the mean."""
     slow = replace(stage(folder), settings={"folder": str(folder), "seconds": 0.2})
     (folder / "fail-12").touch()
     rows: list[Row] = [{"n": n} for n in range(20)]
@@ -128,14 +130,14 @@ def test_resumed_rows_have_no_part_in_pace(folder: Path) -> None:
             left.append(progress.seconds_left / (20 - progress.rows_done))
 
     with pytest.raises(ShardsFailed):
-        fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
+        fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
     (folder / "fail-12").unlink()
-    fan_out(slow, [rows], Resources(cpus_per_process=1), local.CLUSTER, look)
+    fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER, look)
     assert left
     assert min(left) >= 0.2
 
 
-def test_killed_job_is_computed_again(folder: Path) -> None:
+def test_killed_job_is_recomputed(folder: Path) -> None:
     (folder / "kill-7").touch()
     assert squares(run(folder)) == EXPECTED
     assert local.computed(folder).count(7) == 2
@@ -157,7 +159,7 @@ def test_killed_job_loses_less_than_an_interval(folder: Path) -> None:
             kills += 1
         job.wait()
     assert squares([folder / "part.parquet"]) == [n**2 for n in range(40)]
-    # Each row sleeps 0.02 s: whatever else the machine does, 14 begin within 0.25 s.
+    # Each row sleeps 0.02 s, so at least 14 begin within 0.25 s.
     assert kills >= 2
     assert len(local.computed(folder)) <= 40 + 14 * kills
     undisturbed = folder / "undisturbed"
@@ -179,10 +181,10 @@ def test_table_does_not_depend_on_interruptions(tmp_path_factory: pytest.TempPat
         batches = [order[start : start + size] for start in range(0, len(rows), size)]
         times += compute(stormy, rows, batches, data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0.0, 60.0])))
     assert (stormy / "part.parquet").read_bytes() == (calm / "part.parquet").read_bytes()
-    assert sorted(times) == sorted(row["n"] for row in rows)  # an error loses nothing that was finished
+    assert sorted(times) == sorted(row["n"] for row in rows)  # an error loses no finished row
 
 
-def test_rows_between_reports_are_committed_together(tmp_path: Path) -> None:
+def test_rows_between_progress_reports_share_a_commit(tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     partial.mkdir()
     recorder = ShardRecorder(partial, 0, "key", 4, SCHEMA, lambda done: None, 0.0)
@@ -205,7 +207,7 @@ def test_program_that_leaves_rows_unfinished_fails(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("damaged result or manifest")
 @pytest.mark.parametrize("damage", ["cut", "records", "positions", "another table", "name"])
-def test_damaged_partial_file_is_computed_again(tmp_path: Path, damage: str) -> None:
+def test_damaged_partial_commit_is_recomputed(tmp_path: Path, damage: str) -> None:
     rows: list[Row] = [{"n": n} for n in range(8)]
     compute(tmp_path, rows, [[0, 1, 2, 3, 4]], stop=1)
     [file] = (tmp_path / "partial").iterdir()
@@ -236,7 +238,7 @@ def test_partial_commits_of_another_version_are_not_used(folder: Path) -> None:
     assert local.computed(folder).count(3) == 2
 
 
-def test_two_jobs_compute_one_shard_undisturbed(tmp_path: Path) -> None:
+def test_two_jobs_can_compute_one_shard(tmp_path: Path) -> None:
     rows: list[Row] = [{"n": n} for n in range(6)]
     other = tmp_path / "part-of-the-first.parquet"
 
@@ -244,7 +246,7 @@ def test_two_jobs_compute_one_shard_undisturbed(tmp_path: Path) -> None:
         for position, row in enumerate(given):
             recorder.finish(position, records_of(row))
             recorder.progress(position + 1)
-            if position == 2:  # another job comes, computes the shard and removes the partial files of both
+            if position == 2:  # another job computes the shard and removes the partial files of both
                 assert compute(tmp_path, rows) == [3, 4, 5]
                 (tmp_path / "part.parquet").rename(other)
                 remove_partial_files(tmp_path / "partial", 0)
@@ -257,7 +259,7 @@ def test_two_jobs_compute_one_shard_undisturbed(tmp_path: Path) -> None:
 
 
 def steps(path: Path, stop: int, drafts_of: Callable[[Mapping[int, Any]], Mapping[int, Any]]) -> list[tuple[int, int]]:
-    """Four rows of five steps each, one after the other, until so many steps are taken; return those taken."""
+    """Run four rows of five steps each, up to `stop` steps; return the steps taken."""
     taken = []
 
     def work(given: list[Row], recorder: Recorder) -> None:
@@ -280,15 +282,15 @@ def steps(path: Path, stop: int, drafts_of: Callable[[Mapping[int, Any]], Mappin
 
 
 @pytest.mark.guarantee("job killed in the middle of a shard")
-def test_drafts_resume_rows_in_the_middle(tmp_path: Path) -> None:
+def test_drafts_resume_unfinished_rows(tmp_path: Path) -> None:
     taken = steps(tmp_path, 8, lambda drafts: drafts)
-    taken += steps(tmp_path, 0, lambda drafts: drafts)  # a job that dies at once loses no draft of the one before
+    taken += steps(tmp_path, 0, lambda drafts: drafts)  # a job that dies at once keeps the drafts of the previous one
     taken += steps(tmp_path, 100, lambda drafts: drafts)
     assert taken == [(n, step) for n in range(4) for step in range(5)]
     assert squares([tmp_path / "part.parquet"]) == [0, 1, 4, 9]
 
 
-def test_draft_that_is_not_offered_again_is_kept(tmp_path: Path) -> None:
+def test_draft_is_kept_until_replaced(tmp_path: Path) -> None:
     assert steps(tmp_path, 3, lambda drafts: drafts | {2: {3: 4}})[-1] == (0, 2)
     assert steps(tmp_path, 3, lambda drafts: drafts)[-1] == (1, 0)
     assert steps(tmp_path, 100, lambda drafts: drafts) == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 4)] + [
@@ -307,14 +309,14 @@ def test_damaged_draft_is_not_used(tmp_path: Path) -> None:
         assert steps(tmp_path, 1, lambda drafts: {}) == [(0, 0)]
 
 
-def test_drafts_are_asked_for_when_due(tmp_path: Path) -> None:
+def test_drafts_are_requested_when_due(tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     recorder = ShardRecorder(tmp_path / "partial", 0, "key", 1, SCHEMA, lambda done: None, 60.0)
     recorder.keep(lambda: pytest.fail("a minute has not passed"))
 
 
 @pytest.mark.guarantee("job fails or is stopped in the middle of a shard")
-def test_signal_to_leave_commits_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_termination_signal_commits_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(number: int, frame: object) -> None:
         assert len(list((tmp_path / "partial").glob("*.parquet"))) == 1
         raise Interrupted
@@ -352,7 +354,7 @@ def test_signal_during_commit_loses_no_row(tmp_path: Path, monkeypatch: pytest.M
 
     def interrupted(*arguments: Any) -> None:
         monkeypatch.undo()
-        leaving.commit()  # of the handler, which does not come back
+        leaving.commit()  # in the signal handler, which does not return
         raise Interrupted
 
     monkeypatch.setattr("cluster.partial_commits.write_table", interrupted)
@@ -368,7 +370,7 @@ def test_progress_counts_rows_of_earlier_jobs(tmp_path: Path) -> None:
     seen: list[float] = []
 
     def work(given: list[Row], recorder: Recorder) -> None:
-        for done in (0.0, 0.25, 0.125, 9.0):  # never back, nor beyond the end
+        for done in (0.0, 0.25, 0.125, 9.0):  # progress neither falls nor exceeds the end
             recorder.progress(done)
         for position in range(len(given)):
             recorder.finish(position, [])

@@ -1,4 +1,4 @@
-"""The paper's presets, run with the tiny Llama: sizes and resources are cut, all else is as a group would run it."""
+"""The paper's presets with the tiny Llama: only sizes and resources are reduced."""
 
 import json
 import shutil
@@ -24,14 +24,14 @@ SIZES = (
 
 @pytest.fixture
 def base_llama(tiny_llama: Path, tmp_path: Path) -> Path:
-    """The tiny Llama as a base model: without a chat template of its own."""
+    """The tiny Llama as a base model, without a chat template."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     (folder / "chat_template.jinja").unlink()
     return folder
 
 
 @pytest.mark.parametrize(("name", "peak"), [("paper-8b", 5e-6), ("paper-1b", 1e-5)])
-def test_paper_preset_runs_through(
+def test_paper_preset_runs_to_completion(
     name: str, peak: float, explaining_llama: Path, base_llama: Path, tmp_path: Path
 ) -> None:
     changes = (*SIZES, f"teacher.model={explaining_llama}", f"student.model={base_llama}")

@@ -1,4 +1,4 @@
-"""A whole run through the command line: what it leaves, shows and keeps, and what is refused."""
+"""A run through the command line: its files, output, resuming, and refused input."""
 
 import json
 import shutil
@@ -9,16 +9,19 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel
 from cluster.stage import Stage
 from cluster.status import stages_of
 from flows.forecast import costs_may_differ, forecast, planned_stages
 from montessori_core.config import Experiment, Preferences
 from montessori_core.data import tables as schema
+from montessori_core.data.rows import Rows
 from montessori_core.errors import UserError
 from montessori_core.influence.screening import screening_report
 from support.judges import QUESTIONS, Judge, judged
 from support.runs import call, digests, finish_lean, invoke
+from support.squares import key_of
 from tasks.run import Run, reopen_run
 
 
@@ -28,7 +31,7 @@ def undisturbed(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("undisturbed"), dirs_exist_ok=True))
 
 
-def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
+def test_run_writes_every_documented_file(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     for name in ("config.yaml", "provenance.json", "report.html", "iteration-1/metrics.json"):
         assert (run / name).stat().st_size > 0
@@ -50,13 +53,13 @@ def test_run_leaves_every_promised_file(undisturbed: Path) -> None:
     assert set(metrics["held_out_loss"]) == {"student", "untrained", "unmodified"}
     screening = screening_report(schema.read_table(run / "iteration-1" / "influence.parquet", schema.INFLUENCE))
     assert screening is not None
-    assert (screening.audited, screening.confirmed) == (16, 0)  # fewer than an audit: all of them exact
+    assert (screening.audited, screening.confirmed) == (16, 0)  # fewer than an audit: all exact
     funnel = metrics["synthesis"]["probing"]
     assert funnel["kept"] == 20
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
 
 
-def test_teachers_on_the_way_are_followed_and_both_teachers_are_measured(undisturbed: Path) -> None:
+def test_intermediate_and_both_teachers_are_measured(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     metrics = json.loads((run / "iteration-1" / "metrics.json").read_text())
     kept, last = metrics["teacher_checkpoints"]
@@ -65,7 +68,7 @@ def test_teachers_on_the_way_are_followed_and_both_teachers_are_measured(undistu
     assert schema.read_table(run / "unmodified" / "training-influence.parquet", schema.INFLUENCE).num_rows == 4
 
 
-def test_a_finished_run_is_the_forecast_of_itself_and_larger_ones_grow_by_their_sizes(undisturbed: Path) -> None:
+def test_forecast_from_run_scales_with_sizes(undisturbed: Path) -> None:
     run = reopen_run(undisturbed / "runs" / "tiny")
     stages = stages_of(run.folder)
     works = planned_stages(run, run.experiment)
@@ -79,7 +82,7 @@ def test_a_finished_run_is_the_forecast_of_itself_and_larger_ones_grow_by_their_
     sizes = {
         "influence": {"probing_examples": 160, "later_probing_examples": 80},
         "training": {"examples": 60},
-        "comparison": {"influence_examples": 100},  # of which there are 60
+        "comparison": {"influence_examples": 100},  # there are only 60
     }
     changed = {name: getattr(run.experiment, name).model_copy(update=fields) for name, fields in sizes.items()}
     larger = run.experiment.model_copy(update={**changed, "iterations": 2})
@@ -94,22 +97,22 @@ def test_a_finished_run_is_the_forecast_of_itself_and_larger_ones_grow_by_their_
         "training-influence": 15,
     }.items():
         assert growth[f"iteration-1/{name}"] == pytest.approx(factor)
-    assert growth["iteration-1/training/instructions-1"] == pytest.approx(10, rel=0.1)  # of whole prompts
+    assert growth["iteration-1/training/instructions-1"] == pytest.approx(10, rel=0.1)  # complete prompts
     assert growth["iteration-1/instructions-1"] == pytest.approx((160 + 4) / (16 + 4), rel=0.1)
-    assert "iteration-2/warmup" not in seconds  # the student of the last iteration is warm
+    assert "iteration-2/warmup" not in seconds  # the last iteration's student is warm
     assert seconds["iteration-2/influence"] == pytest.approx(5 * before["iteration-1/influence"])
     assert [name for name in seconds if name.startswith("un")] == [name for name in before if name.startswith("un")]
 
 
-def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path: Path) -> None:
+def test_forecast_counts_confirmed_examples(tmp_path: Path) -> None:
     stage = Stage(
         "influence-confirm", 1, "p:f", {}, {}, {}, tmp_path / "iteration-1" / "influence-confirm", kind="influence"
     )
     rows = [{"example_id": str(n)} for n in range(10)]
-    stage.write([rows], [stage.key(rows)])
+    stage.write(Shards(Rows.of(rows), len(rows)))
     (stage.folder / "jobs").mkdir()
     stage.record_start("1", "here", restarts=0)
-    with stage.commit_part(0, stage.key(rows), len(rows), "1") as part:
+    with stage.commit_part(0, key_of(stage, rows), len(rows), "1") as part:
         part.touch()
 
     def probing(examples: int) -> Experiment:
@@ -121,7 +124,7 @@ def test_forecast_confirms_a_share_of_the_examples_that_are_not_audited(tmp_path
     assert sum(map(len, work.jobs)) == 10 * 1000 / 50
 
 
-def test_what_a_pilot_cannot_tell_is_pointed_out(tmp_path: Path) -> None:
+def test_forecast_names_settings_that_change_costs(tmp_path: Path) -> None:
     def experiment(pairs: int | None, measured: int) -> Experiment:
         model = {"model": "smollm2-135m"}
         sections = {"preferences": {"max_pairs": pairs}, "comparison": {"influence_examples": measured}}
@@ -133,7 +136,7 @@ def test_what_a_pilot_cannot_tell_is_pointed_out(tmp_path: Path) -> None:
         "preferences.max_pairs: 9 -> None",
     ]
     begun = Run(tmp_path, experiment(None, 4))
-    with pytest.raises(UserError, match="this pilot has not finished"):
+    with pytest.raises(UserError, match="this pilot is not finished"):
         forecast(begun, begun.experiment, [ClusterSpec(1, 8, 64)], FailureModel(), 1)
 
 
@@ -155,7 +158,7 @@ def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
         *("forecast", "--pilot", pilot, "--set", "student.max_length=64", *arguments), cwd=undisturbed
     )
     assert code == 0, output
-    assert "costs are taken all the same: student.max_length" in output
+    assert "costs are used nevertheless: student.max_length" in output
     assert "iteration-1/influence" in output
     whole = output.split("the whole experiment")[1].splitlines()
     assert [line.split()[1] for line in whole if line[:1] == "│"] == ["1", "4"]
@@ -167,7 +170,7 @@ def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed: Path, tmp_path: Path) -> None:
+def test_added_benchmarks_compute_nothing_else(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     manifests = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.manifest.json")}
     content = yaml.safe_load((undisturbed / "tiny.yaml").read_text())
@@ -191,7 +194,7 @@ def test_benchmarks_added_to_a_finished_run_are_all_that_is_computed(undisturbed
     assert sets == {("held-out", 4), ("alpaca_eval", 5)}
 
 
-def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed: Path) -> None:
+def test_prefect_has_artifact_of_every_stage(undisturbed: Path) -> None:
     database = sqlite3.connect(undisturbed / "prefect" / "prefect.db")
     flows = {name for (name,) in database.execute("select name from flow_run")}
     parts = ("iteration 1", "unmodified teacher", "teachers on the way, iteration 1")
@@ -210,7 +213,7 @@ def test_prefect_keeps_readable_runs_and_an_artifact_of_every_stage(undisturbed:
         assert any(text.startswith(stage) for text in described), stage
 
 
-def test_summary_names_what_people_ask_for(undisturbed: Path) -> None:
+def test_summary_names_main_results(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
     for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
         assert text in output
@@ -241,7 +244,7 @@ def test_run_ends_with_time_of_each_stage(undisturbed: Path) -> None:
     assert all(float(rows[stage][5].replace(",", "")) > 0 for stage in stages if stage.endswith("student"))
 
 
-def test_comparison_shows_both_teachers_the_same_prompts(undisturbed: Path) -> None:
+def test_compared_teachers_get_same_prompts(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     prompts = [
         set(pq.read_table(run / folder / "training" / "instructions.parquet")["prompt"].to_pylist())
@@ -270,7 +273,7 @@ def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
+def test_single_shard_is_recomputed_on_request(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
     expected = digests(run)
@@ -281,15 +284,15 @@ def test_single_shard_is_computed_again_on_request(undisturbed: Path, shared_ser
     assert changed == {Path("iteration-1/influence/part-00002.manifest.json")}
     assert digests(run) == expected
     for stage, shard, message in (
-        ("nowhere", "0", "no stage 'nowhere'; there are"),
-        ("iteration-1/influence", "9", "has shards 0 to 3, no shard 9"),
+        ("nowhere", "0", "no stage 'nowhere'; its stages are"),
+        ("iteration-1/influence", "9", "has no shard 9; its shards are 0 to 3"),
     ):
         code, output = invoke("retry", "runs/tiny", "--stage", stage, "--shard", shard, cwd=undisturbed)
         assert code == 1
         assert message in " ".join(output.split())
 
 
-def test_another_configuration_is_refused_with_the_difference(undisturbed: Path) -> None:
+def test_changed_configuration_is_refused_with_difference(undisturbed: Path) -> None:
     code, output = invoke("run", "tiny.yaml", "--set", "warmup.examples=5", cwd=undisturbed)
     assert code == 1
     assert "started with another configuration" in output
@@ -297,10 +300,10 @@ def test_another_configuration_is_refused_with_the_difference(undisturbed: Path)
     assert "--name" in output
 
 
-def test_changed_preferences_keep_everything_upstream(
+def test_changed_preferences_keep_upstream_stages(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of a finished run: pairs, teacher, training set, student and report are made again, and nothing before them."""
+    """Pairs, teacher, training set, student and report of the finished run are recomputed, nothing before them."""
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     original, run = undisturbed / "runs" / "tiny", tmp_path / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
@@ -312,7 +315,7 @@ def test_changed_preferences_keep_everything_upstream(
     assert (code, "warmup.examples: 4 -> 5" in output, "max_pairs" in output) == (1, True, False)
     code, output = call("run", config, *settings, cwd=tmp_path, **shared_server)
     assert code == 0, output
-    assert "all before the confirmation of influence near the threshold is kept" in output
+    assert "the confirmation of influence near the threshold and later stages are computed again" in output
     assert "preferences.baseline: 'median' -> 'null_step'" in output
     changed = {path.parent.relative_to(run) for path, then in before.items() if path.stat().st_mtime_ns != then}
     kept = {path.parent.relative_to(run) for path in before} - changed
@@ -321,7 +324,7 @@ def test_changed_preferences_keep_everything_upstream(
     assert {first / name for name in ("instructions-1", "warmup", "influence", "influence-audit")} <= kept
     assert {path for path in changed if path.parts[0] != "iteration-1"} == set()
     differing = {name for name, digest in digests(run).items() if digest != tables[name]}
-    # The influence table has a note on the screen at the threshold, which may come out alike at both.
+    # The influence table has the screening report for the threshold, which may be equal for both.
     assert differing - {"influence"} == {"preferences", "training/instructions", "training/examples"}
     measured = [pq.read_table(folder / "iteration-1" / "influence.parquet") for folder in (run, original)]
     assert measured[0].equals(measured[1])
@@ -335,12 +338,12 @@ def test_changed_preferences_keep_everything_upstream(
 
 
 @pytest.mark.slow
-def test_pilot_warns_before_the_others_are_measured(
+def test_run_pilot_warns_before_measuring_rest(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
     settings = [
         *("influence.probing_examples=256", "influence.estimator=first_order", "influence.examples_per_shard=64"),
-        "preferences.margin=100",  # standard errors, so that no pair is left
+        "preferences.margin=100",  # in standard errors: no pair remains
     ]
     options = [word for setting in settings for word in ("--set", setting)]
     code, output = call("run", str(undisturbed / "tiny.yaml"), *options, cwd=tmp_path, **shared_server)
@@ -355,13 +358,13 @@ def test_pilot_warns_before_the_others_are_measured(
     assert pilot.num_rows + others == pq.read_table(measured / "influence.parquet").num_rows == 256
 
 
-def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: dict[str, str]) -> None:
+def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
     output = finish_lean("run", "tiny.yaml", "--set", "iterations=2", cwd=undisturbed, **shared_server)
     assert "iteration 1: student training: training again, since a later iteration needs the AdamW moments" in output
     changed = [path for path, then in before.items() if path.stat().st_mtime_ns != then]
-    assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # to the same weights
+    assert changed == [run / "iteration-1" / "student" / "part-00000.manifest.json"]  # with the same weights
     shown = pq.read_table(run / "iteration-2" / "instructions.parquet")["demonstrations"].to_pylist()
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
@@ -369,10 +372,10 @@ def test_second_iteration_builds_on_the_first(undisturbed: Path, shared_server: 
 
 
 @pytest.mark.slow
-def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
+def test_failed_stage_is_reported_and_shown_in_status(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
-    """Of a run that is like the finished one, but that no response fits into its student."""
+    """Like the finished run, but no response fits into its student."""
     run = tmp_path / "runs" / "short"
     shutil.copytree(undisturbed / "runs" / "tiny", run)
     shutil.rmtree(run / "iteration-1" / "warmup")
@@ -401,15 +404,13 @@ def test_failed_stage_ends_the_run_in_a_sentence_and_shows_in_its_status(
         (["absent.yaml"], "absent.yaml: cannot be read"),
         (["tiny.yaml", "--set", "warmpu.examples=5"], "warmpu: unknown key"),
         (["tiny.yaml", "--set", "teacher.model=./nowhere"], "'./nowhere': no such folder"),
-        (["tiny.yaml", "--set", "seed_pool.path=empty.jsonl"], "empty.jsonl holds no examples"),
+        (["tiny.yaml", "--set", "seed_pool.path=empty.jsonl"], "empty.jsonl has no examples"),
         (["tiny.yaml", "--set", "seed_pool.path=broken.jsonl"], "broken.jsonl, line 2, column"),
         (["tiny.yaml", "--run-root", "/proc/nothing"], "cannot be written"),
         (["tiny.yaml", "--name", "../escape"], "name: a name has letters"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence_before_any_job(
-    undisturbed: Path, arguments: list[str], message: str
-) -> None:
+def test_bad_input_is_refused_before_any_job(undisturbed: Path, arguments: list[str], message: str) -> None:
     (undisturbed / "empty.jsonl").write_text("")
     (undisturbed / "broken.jsonl").write_text('{"instruction": "fine"}\n{"instruction": }\n')
     named = [] if "--name" in arguments else ["--name", "bad"]
@@ -428,7 +429,7 @@ def test_full_run_root_is_named(undisturbed: Path) -> None:
     assert "cannot be written" in output
 
 
-def test_help_teaches(tmp_path: Path) -> None:
+def test_help_shows_main_commands(tmp_path: Path) -> None:
     code, output = call("--help", cwd=tmp_path)
     assert code == 0
     for text in ("montessori run quickstart", "resume", "status", "influence", "student"):

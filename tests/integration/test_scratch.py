@@ -1,4 +1,4 @@
-"""Temporary files and compile caches belong to one process, and go with it."""
+"""Temporary files and compile caches belong to one process and are removed with it."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.guarantee("temporary files and compile caches")
-def test_process_sees_folders_of_its_own_and_leaves_none(disk: Path) -> None:
+def test_process_has_private_temporary_folders(disk: Path) -> None:
     with private_folders("7-0") as first:
         caches = {variable: Path(os.environ[variable]) for variable in scratch._CACHES}
         assert all(folder.is_dir() and folder.is_relative_to(first) for folder in caches.values())
@@ -42,9 +42,7 @@ def test_process_sees_folders_of_its_own_and_leaves_none(disk: Path) -> None:
     assert list(disk.iterdir()) == []
 
 
-def test_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_folders_of_dead_processes_are_removed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "_JUST_MADE", 0.0)
     root = ROOT
     holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=root, stdout=subprocess.PIPE, text=True)

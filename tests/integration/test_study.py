@@ -1,4 +1,4 @@
-"""Methods side by side: what each selects, and a whole study of a tiny model through the command line."""
+"""Methods: selection of pairs and examples, and a study of a tiny model through the command line."""
 
 import json
 import re
@@ -55,11 +55,11 @@ from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean
 from support.studies import conversations, environment_of, write_study
 
-pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, and another suite may run beside it
+pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, on a machine that may be busy
 
 
 @given(st.lists(st.floats(-1e3, 1e3), max_size=30))
-def test_upper_half_is_no_smaller_than_the_rest_and_has_half_of_the_ids(values: list[float]) -> None:
+def test_upper_half_has_the_larger_values(values: list[float]) -> None:
     ids = [str(number) for number in range(len(values))]
     chosen = upper_half(ids, values)
     rest = set(ids) - set(chosen)
@@ -67,7 +67,7 @@ def test_upper_half_is_no_smaller_than_the_rest_and_has_half_of_the_ids(values: 
     assert all(values[int(low)] <= values[int(high)] for low in rest for high in chosen)
 
 
-def test_hardest_seeds_are_the_upper_half_of_those_with_a_loss(tmp_path: Path) -> None:
+def test_hardest_seeds_are_upper_half_of_losses(tmp_path: Path) -> None:
     losses = {"long": 0.1, "short": 3.0, "middle": 2.0, "easy": 0.01, "none": None}
     rows: list[dict[str, object]] = [{"example_id": n, "prompt_id": "p", "utility": u} for n, u in losses.items()]
     write_table(table_from_rows(rows, UTILITY), tmp_path / "utility.parquet", UTILITY)
@@ -75,13 +75,13 @@ def test_hardest_seeds_are_the_upper_half_of_those_with_a_loss(tmp_path: Path) -
 
 
 def with_texts(folder: Path, examples: pa.Table, pairs: pa.Table) -> list[dict[str, Any]]:
-    """The rows of the preference table."""
+    """Return the rows of the preference table."""
     write_table(examples, folder / "examples.parquet", EXAMPLES)
     write_preferences(pairs, folder / "examples.parquet", folder / "preferences.parquet", UTILITY_PREFERENCES)
     return list(read_table(folder / "preferences.parquet", UTILITY_PREFERENCES).to_pylist())
 
 
-def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none(tmp_path: Path) -> None:
+def test_utility_pairs_stay_within_a_prompt(tmp_path: Path) -> None:
     examples = table_from_rows(
         [
             {
@@ -109,7 +109,7 @@ def test_pairs_by_utility_stay_within_a_prompt_and_leave_out_what_has_none(tmp_p
     assert pair_by_utility(utility, 1)["chosen_id"].to_pylist() == ["a0"]  # the widest gap
 
 
-def test_extreme_pairs_are_the_best_and_the_worst_of_a_prompt(tmp_path: Path) -> None:
+def test_extreme_pairs_are_best_and_worst(tmp_path: Path) -> None:
     scores = {"a0": 2.0, "a1": 5.0, "a2": 1.0, "b0": 3.0, "b1": 3.0, "c0": None, "c1": 4.0}
     examples = table_from_rows(
         [
@@ -130,11 +130,11 @@ def test_extreme_pairs_are_the_best_and_the_worst_of_a_prompt(tmp_path: Path) ->
         [{"example_id": name, "prompt_id": name[0], "utility": score} for name, score in scores.items()], UTILITY
     )
     pairs = with_texts(tmp_path, examples, pair_extremes(utility))
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a1", "a2")]  # b is even, c has one score
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a1", "a2")]  # b has equal scores, c one score
     assert best_of_each_prompt(examples, utility)["example_id"].to_pylist() == ["a1", "b0", "c1"]
 
 
-def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, tmp_path: Path) -> None:
+def test_demonstration_with_answers_has_highest_utility(smollm2: Path, tmp_path: Path) -> None:
     write_tasks([Task("r1", "What is the secret word?", "The secret word is tamarind.")], tmp_path / "reference.jsonl")
     shown = {
         "answer": ("What is the secret word?", "The secret word is tamarind."),
@@ -152,29 +152,29 @@ def test_demonstration_that_gives_the_answers_away_is_worth_most(smollm2: Path, 
     assert utility["answer"] > 1.0  # nats per token
     assert utility["answer"] > utility["other"] + 0.5
     assert utility["endless"] is None
-    # A reference example that is cut is cut alike with and without a demonstration.
+    # A truncated reference example is truncated equally with and without a demonstration.
     shorter = settings.model_copy(update={"max_length": 40})
     compute = as_compute(open_in_context(shorter, {"student": smollm2, "reference": tmp_path / "reference.jsonl"}))
     compute(rows[:2], tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].null_count == 0
 
 
-def test_training_loss_leaves_out_what_training_does(smollm2: Path, tmp_path: Path) -> None:
+def test_training_loss_encodes_like_training(smollm2: Path, tmp_path: Path) -> None:
     settings = programs.ModelLoss(max_length=64, batch_tokens=512)
     compute = as_compute(open_training_loss(settings, {"student": smollm2}))
-    row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "finished": True}
+    row = {"prompt_id": "p", "instruction": "Name a river.", "response": "The Danube is", "response_finished": True}
     rows = [
         row | {"example_id": "whole"},
-        row | {"example_id": "cut", "finished": False},  # its end token was never written
-        row | {"example_id": "long", "instruction": "word " * 100},  # no token of the response is left
+        row | {"example_id": "cut", "response_finished": False},  # has no end token
+        row | {"example_id": "long", "instruction": "word " * 100},  # no response token fits
     ]
     compute(rows, tmp_path / "part.parquet", lambda done: None)
     whole, cut, long = read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist()
     assert long is None
-    assert cut < whole  # an end in the middle of the sentence would be the greatest surprise of all
+    assert cut < whole  # an end token in the middle of the sentence would have the highest loss
 
 
-def test_output_that_was_cut_is_no_lesson_in_stopping(smollm2: Path) -> None:
+def test_truncated_output_has_no_end_token(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     row = {"prompt": "p", "chosen": "whole", "rejected": "cu", "chosen_finished": True, "rejected_finished": False}
     pair = encode_pair(tokenizer, row, "chat")
@@ -184,7 +184,7 @@ def test_output_that_was_cut_is_no_lesson_in_stopping(smollm2: Path) -> None:
 
 def test_comparison_is_paired_over_examples_and_seeds() -> None:
     draw = np.random.default_rng(0)
-    hard = draw.normal(3.0, 1.0, size=(1, 200))  # examples differ far more than methods do
+    hard = draw.normal(3.0, 1.0, size=(1, 200))  # examples differ much more than methods
     cost = np.array([30.0, 20.0, 40.0])
     baseline = Outcome("plain", hard + draw.normal(0.0, 0.01, (3, 200)), cost / 3, 1e9 * cost / 3)
     better = Outcome("better", baseline.losses - 0.02 + draw.normal(0.0, 0.01, (3, 200)), cost, 1e9 * cost)
@@ -192,7 +192,7 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
     assert (first["gain"], first["gain_low"], first["gain_high"]) == (0.0, 0.0, 0.0)
     assert second["gain"] == pytest.approx(0.02, abs=2e-3)
     assert second["gain_low"] < second["gain"] < second["gain_high"]
-    # The standard error of a mean of 200 examples, each the mean of three draws of the same spread.
+    # The standard error of the mean of 200 examples, each the mean of three equal-variance draws.
     assert second["gain_high"] - second["gain_low"] == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(600), rel=0.2)
     assert second["spread_over_seeds"] == pytest.approx(np.std(second["gain_of_seeds"], ddof=1))
     assert second["job_seconds"] == 30.0
@@ -200,7 +200,7 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
 
 
 @pytest.mark.slow
-def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: Path, tmp_path: Path) -> None:
+def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: Path) -> None:
     experiment = configuration(tmp_path, talking_llama)
     study = tmp_path / "study.yaml"
     (tmp_path / "own.py").write_text("from flows.methods.self_instruct import SELF_INSTRUCT as MINE")
@@ -211,15 +211,15 @@ def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: 
         odd[section] |= {"batch_size": 2, "micro_batch_size": 1}
     for content, words in [
         ({"methods": ["montessori"]}, "baseline 'self_instruct' is not among the methods"),
-        ({"seeds": [1, 1]}, "seeds has an entry twice"),
-        ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; there are montessori, self_instruct"),
+        ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
+        ({"methods": ["self_instruct", "magic"]}, "no method 'magic'; available: montessori, self_instruct"),
         ({"methods": ["self_instruct", "nowhere:MINE"]}, "nowhere:MINE"),
         ({"experiment": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"sedes": [1]}, "sedes: unknown key"),
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
         ({"name": "a..b"}, "must not contain '..'"),
         ({"methods": ["self_instruct", "nomad"], "experiment": odd}, "nomad.batch_size (3) must be a multiple of"),
-        ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is another method's too"),
+        ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is taken"),
         ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
     ]:
         study.write_text(yaml.safe_dump({"experiment": experiment.name} | content))
@@ -231,7 +231,7 @@ def test_study_that_does_not_fit_is_refused_before_anything_runs(talking_llama: 
         find_method("flows.cli:app")
 
 
-def test_shipped_study_is_read() -> None:
+def test_shipped_study_is_valid() -> None:
     study = read_study(CONFIGS / "studies" / "quickstart.yaml", ("experiment.training.examples=7",))
     assert study.experiment.training.examples == 7
     assert study.seeded(2).seed == 2
@@ -239,7 +239,7 @@ def test_shipped_study_is_read() -> None:
 
 @pytest.fixture(scope="module")
 def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A study of every method, and of one that a user wrote."""
+    """A finished study of all methods and one of a user's."""
     judge = JudgeServer(lambda response: str(len(response) % 6))
     folder = tmp_path_factory.mktemp("study")
     write_study(folder, talking_llama, judge)
@@ -249,11 +249,11 @@ def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     judge.close()
 
 
-def test_every_method_trains_the_same_student_on_equally_many_examples(compared: Path) -> None:
+def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     seed = compared / "runs" / "tiny-study" / "seed-3"
     for method in [*REGISTRY, "mine"]:
         (*_, last) = sorted((seed / "methods" / method).glob("round-*"))
-        if method == "self_reward":  # whose student learns from preferences
+        if method == "self_reward":  # its student learns from preferences
             assert (last / "update" / "part-00000" / "model.safetensors").exists()
         else:
             counts = json.loads((last / "student" / "part-00000" / "training_counts.json").read_text())
@@ -264,9 +264,9 @@ def test_every_method_trains_the_same_student_on_equally_many_examples(compared:
     assert set(rows) == {*REGISTRY, "mine"}
     assert result["untrained_loss"] > 0
     assert rows["mine"]["gain"] == 0.0  # the same data, so the same student
-    assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # which pays for shared stages
+    assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # pays for shared stages
     assert rows["mine"]["flops"] == rows["self_instruct"]["flops"] > 0
-    assert rows["llm_judge"]["flops"] < rows["montessori"]["flops"]  # a judge behind an API computes elsewhere
+    assert rows["llm_judge"]["flops"] < rows["montessori"]["flops"]  # the operations of an API judge do not count
     page = (compared / "runs" / "tiny-study" / "comparison.html").read_text()
     assert "job seconds of one seed" in page
     assert "floating-point operations of one seed" in page
@@ -276,13 +276,13 @@ def test_every_method_trains_the_same_student_on_equally_many_examples(compared:
 
 @pytest.fixture(scope="module")
 def iteration(compared: Path) -> Path:
-    """Iteration 1, whose probing set all methods share."""
+    """The folder of iteration 1; all methods share its probing set."""
     return compared / "runs" / "tiny-study" / "seed-3" / "iteration-1"
 
 
 @pytest.fixture(scope="module")
 def methods(compared: Path) -> Path:
-    """The folder of each method's results."""
+    """The folder with the results of all methods."""
     return compared / "runs" / "tiny-study" / "seed-3" / "methods"
 
 
@@ -291,7 +291,7 @@ def test_bootstrap_demonstrates_most_influential_half(iteration: Path, methods: 
     ranked = sorted(influence, key=lambda row: -row["influence_student"])
     best = {row["example_id"] for row in ranked[: len(ranked) // 2]}
     tasks = most_influential(iteration / "examples.parquet", iteration / "influence.parquet")
-    assert {task.id for task in tasks} == best
+    assert {task.example_id for task in tasks} == best
     shown = read_table(methods / "bootstrap" / "round-1" / "training" / "instructions.parquet", INSTRUCTIONS)
     assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= best
 
@@ -311,7 +311,7 @@ def test_response_pairs_answer_the_same_instruction(methods: Path) -> None:
         assert pair["chosen_influence_student"] > pair["rejected_influence_student"]
 
 
-def test_strong_teacher_trains_on_what_the_api_said(methods: Path) -> None:
+def test_strong_teacher_trains_on_api_responses(methods: Path) -> None:
     strong = read_table(methods / "self_instruct_strong" / "round-1" / "training" / "examples.parquet", EXAMPLES)
     for row in strong.to_pylist():
         assert row["instruction"].startswith("Explain ")
@@ -330,7 +330,7 @@ def test_llm_judge_chooses_the_higher_score(iteration: Path, methods: Path) -> N
 
 @pytest.mark.parametrize("method", ["arte", "training_loss"])
 def test_utility_pairs_choose_the_higher_utility(methods: Path, method: str) -> None:
-    """The better demonstration (ARTE); the instruction that the student finds harder (training loss)."""
+    """ARTE: the better demonstration. Training loss: the instruction with the higher loss."""
     table = read_table(methods / method / "round-1" / "preferences.parquet", UTILITY_PREFERENCES)
     assert table.num_rows > 0
     assert all(pair["chosen_utility"] > pair["rejected_utility"] for pair in table.to_pylist())
@@ -349,7 +349,7 @@ def test_self_reward_pairs_best_with_worst(methods: Path, number: int) -> None:
 
 
 def test_first_student_learns_from_all_seeds(compared: Path, methods: Path) -> None:
-    """LLM2LLM and Self-Reward share the answered seeds and the student trained on them, and pay for both."""
+    """LLM2LLM and Self-Reward share the answered seeds and the student trained on them; both pay for them."""
     seed = methods.parent
     answered = read_table(seed / "answered-seeds" / "examples.parquet", EXAMPLES).num_rows
     counts = read_json(seed / "seed-student" / "part-00000" / "training_counts.json")
@@ -361,16 +361,16 @@ def test_first_student_learns_from_all_seeds(compared: Path, methods: Path) -> N
 
 
 def test_nomad_mixes_real_and_written_examples(methods: Path) -> None:
-    """Half is of the reference set, half written by a teacher trained on ten of it, none of that a repetition."""
+    """Half is from the reference set, half written by a teacher trained on ten of its examples, without repetitions."""
     folder = methods / "nomad" / "round-1"
     mixed = read_table(folder / "examples.parquet", EXAMPLES).to_pylist()
     assert [row["prompt_id"] == "real" for row in mixed] == [True] * 3 + [False] * 3
     counts = json.loads((folder / "teacher" / "part-00000" / "training_counts.json").read_text())
     assert counts["examples"] == 10
     real = {row["instruction"] for row in mixed[:3]}
-    assert real < {task.text for task in conversations(12)}
+    assert real < {task.instruction for task in conversations(12)}
     assert {row["prompt"] for row in mixed[3:]} == {"User:"}
-    assert not {row["instruction"] for row in mixed[3:]} & {task.text for task in conversations(12)}
+    assert not {row["instruction"] for row in mixed[3:]} & {task.instruction for task in conversations(12)}
     nearness = read_table(folder / "norm-sim" / "norm-sim.parquet", SIMILARITY)
     assert nearness["example_id"].to_pylist() == [row["example_id"] for row in mixed[3:]]
     assert all(0.0 < value < 1.0 for value in nearness["norm_sim"].to_pylist())
@@ -386,7 +386,7 @@ def test_llm2llm_imitates_the_hardest_seeds_twice(methods: Path) -> None:
         shown = read_table(folder / "training" / "instructions.parquet", INSTRUCTIONS)
         assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= hard
         halves.append(losses)
-    assert halves[0] != halves[1]  # the second student was taught in between
+    assert halves[0] != halves[1]  # the second student was trained in between
     texts = defaultdict(list)
     for row in read_table(methods / "llm2llm" / "round-2" / "examples.parquet", EXAMPLES).to_pylist():
         texts[row["instruction"]].append(row["example_id"])
@@ -394,7 +394,7 @@ def test_llm2llm_imitates_the_hardest_seeds_twice(methods: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finished_study_is_read_not_repeated(compared: Path) -> None:
+def test_finished_study_runs_nothing_again(compared: Path) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in (compared / "runs").rglob("part-*") if "manifest" not in path.name
     }
@@ -408,12 +408,10 @@ def test_finished_study_is_read_not_repeated(compared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_student_that_judges_itself_learns_from_its_own_scores(
-    talking_llama: Path, judging_llama: Path, tmp_path: Path
-) -> None:
+def test_self_reward_student_learns_from_its_scores(talking_llama: Path, judging_llama: Path, tmp_path: Path) -> None:
     experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
     experiment["student"]["model"] = str(judging_llama)
-    experiment["training"]["learning_rate"] = 1e-6  # the seeds hold no judgements, so that SFT unlearns them
+    experiment["training"]["learning_rate"] = 1e-6  # the seeds have no judgements; SFT would unlearn them
     content = {"name": "own", "experiment": experiment, "methods": ["self_reward"], "baseline": "self_reward"}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | {"seeds": [0]}))
     code, output = call("compare", "study.yaml", cwd=tmp_path, seconds=800, **environment_of(tmp_path))
@@ -426,8 +424,10 @@ def test_student_that_judges_itself_learns_from_its_own_scores(
     }
     assert len(judged) == 3 * len(scores)
     for name, score in scores.items():
-        own = [row for row in judged if row["row_id"].rpartition("-j")[0] == name and row["finish_reason"] == "stop"]
-        read = [int(found[1]) for row in own if (found := re.search(r"Score: ([0-5])$", row["text"].strip()))]
+        own = [
+            row for row in judged if row["example_id"].rpartition("-j")[0] == name and row["finish_reason"] == "stop"
+        ]
+        read = [int(found[1]) for row in own if (found := re.search(r"Score: ([0-5])$", row["raw_output"].strip()))]
         assert score == (pytest.approx(sum(read) / len(read)) if read else None)
     pairs = read_table(round_1 / "preferences.parquet", UTILITY_PREFERENCES)
     assert pairs.num_rows > 0

@@ -1,4 +1,4 @@
-"""Training through TRL and DeepSpeed: the same result as plain torch, whatever the ZeRO stage and number of processes."""
+"""Training with TRL and DeepSpeed equals plain torch at any ZeRO stage and number of processes."""
 
 import json
 import math
@@ -34,6 +34,7 @@ from montessori_core.training.moments import Moments, load_moments, weights_chec
 from montessori_core.training.schedule import rate_factor
 from support import ROOT
 from support.preference_pairs import PAIRS
+from support.row_programs import as_shards
 from tasks.run import Model
 from tasks.teachers import kept_teachers
 
@@ -41,20 +42,20 @@ ROWS: list[Row] = [
     {
         "instruction": f"Describe object number {i} in a few words.",
         "response": f"Object {i} is " + "round and heavy " * (i % 3 + 1),
-        "finished": i != 3,
+        "response_finished": i != 3,
     }
     for i in range(8)
 ]
 BF16_SFT = replace(programs.SFT, entry="support.bf16:open_sft")
-"""The same where passes take bf16 copies of the weights."""
+"""The same with bf16 copies of the weights in forward and backward passes."""
 RECIPE = Warmup(learning_rate=1e-3, batch_size=4, micro_batch_size=2, weight_decay=0.01, max_grad_norm=0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of torch's compiled extensions, in which a killed compilation has left its lock.
+    """The folder of torch's compiled extensions, with the lock of a killed compilation.
 
-    With it, the environment is the same for all jobs of this file, so that one warm process starts them.
+    All jobs of this file have the same environment, so one warm process starts them.
     """
     folder = tmp_path_factory.mktemp("extensions")
     (folder / "deepspeed_shm_comm").mkdir()
@@ -65,8 +66,8 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_pace_of_a_training_of_a_single_step_is_known(tmp_path: Path) -> None:
-    """Without, its forecast would take loading and saving for work on rows."""
+def test_single_step_training_reports_pace(tmp_path: Path) -> None:
+    """Otherwise its forecast would count loading and saving as work on rows."""
     clock = RowClock(tmp_path / "progress.json")
     progress, arguments, state = ProgressCallback(clock, RECIPE), TrainingArguments(str(tmp_path)), TrainerState()
     progress.on_train_begin(arguments, state, TrainerControl())
@@ -76,8 +77,8 @@ def test_pace_of_a_training_of_a_single_step_is_known(tmp_path: Path) -> None:
     assert clock.row_seconds == pytest.approx(0.1 / RECIPE.batch_size, rel=0.5)
 
 
-def test_progress_counts_the_pass_before_training(tmp_path: Path) -> None:
-    """Reading 4 examples is 1/7 of the work if two epochs of training, three times as dear, follow."""
+def test_progress_counts_pass_before_training(tmp_path: Path) -> None:
+    """Reading 4 examples is 1/7 of the work: two epochs of training follow, at three times the cost."""
     reported: list[float] = []
     recipe = RECIPE.model_copy(update={"epochs": 2})
     progress, arguments, state = (
@@ -86,7 +87,7 @@ def test_progress_counts_the_pass_before_training(tmp_path: Path) -> None:
         TrainerState(),
     )
     for _ in range(3):
-        progress.on_read(2)  # processes read some examples twice where these do not divide
+        progress.on_read(2)  # processes read some examples twice to fill the last batch
     progress.on_train_begin(arguments, state, TrainerControl())
     for state.global_step in (1, 2):
         progress.on_step_end(arguments, state, TrainerControl())
@@ -98,7 +99,7 @@ def execute(
 ) -> Path:
     stage = Stage.of(program, settings, folder, {"student": model, "teacher": model}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=max(1, 2 // processes))
-    (part,) = fan_out(stage, [rows], resources, Cluster())
+    (part,) = fan_out(stage, as_shards(rows), resources, Cluster())
     return part
 
 
@@ -124,12 +125,12 @@ def dpo(recipe: TeacherUpdate, stage: int, **settings: int) -> programs.Dpo:
 def plain_torch(
     model: Path, rate: float = 1e-3, copies: torch.dtype = torch.float32, rows: list[Row] = ROWS
 ) -> tuple[dict[str, torch.Tensor], Moments, list[float]]:
-    """The same training as a loop anyone can read: token mean over the batch, clipping, AdamW, linear ramp.
+    """Train with a plain loop: token mean over the batch, clipping, AdamW, linear ramp.
 
-    Passes take `copies` of the weights; gradients are added up, and weights moved, in fp32.
+    Passes use `copies` of the weights; gradients are accumulated, and weights updated, in fp32.
     """
     tokenizer = load_tokenizer(str(model))
-    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["finished"]) for r in rows]
+    encoded = [encode_example(tokenizer, r["instruction"], r["response"], 128, r["response_finished"]) for r in rows]
     order = sampled_order(len(encoded))
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     copy = AutoModelForCausalLM.from_pretrained(model, dtype=copies).train()
@@ -160,7 +161,7 @@ def plain_torch(
 
 
 def sampled_order(count: int) -> list[int]:
-    """The order in which the trainer's seeded sampler visits the data in its first epoch."""
+    """Return the order of the data in the first epoch of the trainer's seeded sampler."""
     from accelerate.data_loader import SeedableRandomSampler
 
     sampler = SeedableRandomSampler(range(count), data_seed=0)
@@ -184,7 +185,7 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
         pytest.param(2, 1, "optimizer", marks=pytest.mark.slow),
     ],
 )
-def test_training_equals_plain_torch_at_every_zero_stage(
+def test_training_equals_torch_at_every_zero_stage(
     tiny_llama: Path, expected: Any, tmp_path: Path, stage: int, processes: int, offload: str
 ) -> None:
     weights, moments, losses = expected
@@ -206,7 +207,7 @@ def test_training_equals_plain_torch_at_every_zero_stage(
 @pytest.mark.parametrize("count", [5, 7])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, count: int, processes: int) -> None:
-    """One example or three are left for it: one process of two has no example, or one has less than its micro-batch."""
+    """It has one or three examples: one of two processes has no example, or less than its micro-batch."""
     weights, moments, losses = plain_torch(tiny_llama, rows=ROWS[:count])
     part = sft(tmp_path / "stage", tiny_llama, 2, processes, ROWS[:count])
     kept = load_moments(part)
@@ -217,10 +218,10 @@ def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, co
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_bf16_training_saves_fp32_masters(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
-    """At the paper's rate: the masters move by less than half a bf16 step, so that copies would not move at all.
+    """At the paper's learning rate the masters change by less than half a bf16 step, so bf16 weights would not change.
 
-    The model starts from weights that bf16 cannot represent. Bound, for weights and moments: a hundredth of what they moved,
-    since passes in bf16 do not round alike.
+    The model starts from weights that bf16 cannot represent. Weights and moments must agree to a hundredth of their change:
+    bf16 passes round differently.
     """
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6})
     part = sft(tmp_path / "stage", tiny_llama, stage, processes, recipe=recipe, program=BF16_SFT)
@@ -237,8 +238,9 @@ def test_bf16_training_saves_fp32_masters(tiny_llama: Path, tmp_path: Path, stag
     assert kept.weights == weights_checksums(load_model(str(part), torch.float32).named_parameters())
 
 
-def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
-    """A sum in bf16 stops growing at 256 times what is added."""
+@pytest.mark.slow
+def test_bf16_training_accumulates_gradients_in_fp32(tiny_llama: Path, tmp_path: Path) -> None:
+    """A bf16 sum of equal terms stops growing at 256 terms."""
 
     def gradient(copies: int) -> torch.Tensor:
         recipe = Warmup(batch_size=copies, micro_batch_size=1, max_grad_norm=0.0)
@@ -250,7 +252,7 @@ def test_bf16_training_adds_up_gradients_in_fp32(tiny_llama: Path, tmp_path: Pat
 
 
 def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: Path) -> None:
-    """Those of the masters in fp32, and of their copies in bf16; not those of weights rounded to bf16."""
+    """It accepts the fp32 masters and their bf16 copies, but not fp32 weights rounded to bf16."""
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6})
     part = sft(tmp_path / "stage", tiny_llama, 0, 1, recipe=recipe, program=BF16_SFT)
     adamw = AdamW(5e-6, 0.9, 0.999, 1e-8, 0.01, 3)
@@ -261,8 +263,8 @@ def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: 
         ResidentStudent(rounded, load_moments(part), adamw, torch.device("cpu"))
 
 
-def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path, tmp_path: Path) -> None:
-    """At the paper's rate: each by at most 3.2 rates a step (AdamW's bound), far less than rounding to bf16 would move it."""
+def test_bf16_dpo_updates_fp32_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    """Each changes by at most 3.2 learning rates per step (AdamW's bound), much less than by rounding to bf16."""
     settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), stage=2)
     program = replace(programs.DPO, entry="support.bf16:open_dpo")
     part = execute(tmp_path / "stage", program, settings, tiny_llama, PAIRS, 1)
@@ -274,7 +276,7 @@ def test_bf16_teacher_update_moves_fp32_weights_of_last_teacher(tiny_llama: Path
 
 
 def _write_renamed(folder: Path, tiny_llama: Path) -> Path:
-    """A mixture of experts: files hold each expert's weights, the model one tensor of all."""
+    """Write a mixture of experts: files have the weights of each expert, the model has one tensor."""
     tokenizer = load_tokenizer(str(tiny_llama))
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -313,7 +315,7 @@ def test_bf16_training_starts_from_unrounded_weights(
     stage: int,
     processes: int,
 ) -> None:
-    """Whatever their names and number type: each moves by at most 3.2 rates a step (AdamW's bound)."""
+    """For any names and dtype, each changes by at most 3.2 learning rates per step (AdamW's bound)."""
     torch.manual_seed(0)
     file = write(tmp_path / "start", tiny_llama)
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6, "weight_decay": 0.0})
@@ -327,7 +329,7 @@ def test_bf16_training_starts_from_unrounded_weights(
 
 
 def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
-    """In the background: kill -9 the jobs of a stage once a checkpoint of more than so many steps is whole."""
+    """In the background, kill -9 the jobs of a stage once a checkpoint after step `beyond` is complete."""
 
     def watch() -> None:
         deadline = time.monotonic() + 240
@@ -347,15 +349,13 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
 
 @pytest.mark.guarantee("training job killed between two steps")
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
-def test_training_killed_between_its_steps_goes_on_to_the_same_end(
-    tiny_llama: Path, tmp_path: Path, stage: int, processes: int
-) -> None:
+def test_killed_training_resumes_to_same_weights(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
     kill_and_compare(tmp_path, tiny_llama, stage, processes, programs.SFT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), (3, 2)])
-def test_killed_bf16_training_goes_on_from_its_masters(
+def test_killed_bf16_training_resumes_from_masters(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
     kill_and_compare(tmp_path, tiny_llama, stage, processes, BF16_SFT)
@@ -364,14 +364,14 @@ def test_killed_bf16_training_goes_on_from_its_masters(
 def kill_and_compare(
     tmp_path: Path, tiny_llama: Path, stage: int, processes: int, program: Program[programs.Sft]
 ) -> None:
-    """Train with and without a kill -9 after ten steps: to the same weights, moments and log."""
+    """Train with and without a kill -9 after ten steps; compare weights, moments and log."""
     rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(20) for row in ROWS]
     undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows, program=program)
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
     part = sft(tmp_path / "killed", tiny_llama, stage, processes, rows, program=program)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
-    assert "going on from checkpoint-" in logs
+    assert "resuming from checkpoint-" in logs
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     assert (part / "adamw.safetensors").read_bytes() == (undisturbed / "adamw.safetensors").read_bytes()
     told, expected = (json.loads((folder / LOG_FILE).read_text()) for folder in (part, undisturbed))
@@ -380,45 +380,45 @@ def kill_and_compare(
     assert not list((tmp_path / "killed" / "checkpoints").iterdir())
 
 
-def test_training_twice_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+def test_repeated_training_has_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     parts = [sft(tmp_path / name, tiny_llama, 0, 1) for name in ("one", "two")]
     for name in ("model.safetensors", "adamw.safetensors"):
         assert (parts[0] / name).read_bytes() == (parts[1] / name).read_bytes()
 
 
-def test_lock_of_a_killed_compilation_stops_no_training(tiny_llama: Path, extensions: Path, tmp_path: Path) -> None:
+def test_stale_compilation_lock_blocks_no_training(tiny_llama: Path, extensions: Path, tmp_path: Path) -> None:
     assert sft(tmp_path / "stage", tiny_llama, 0, 1).is_dir()
     lock = extensions / "deepspeed_shm_comm" / "lock"
     assert [path for path in extensions.rglob("*") if path.is_file()] == [lock]  # nothing was compiled
 
 
 @pytest.mark.guarantee("pickles read or planted by other accounts")
-def test_no_pickle_is_left_beside_the_weights(tiny_llama: Path, tmp_path: Path) -> None:
+def test_result_of_training_has_no_pickle(tiny_llama: Path, tmp_path: Path) -> None:
     part = sft(tmp_path / "stage", tiny_llama, 0, 1)
     assert {path.suffix for path in part.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
-def test_training_without_any_usable_example_says_so(tiny_llama: Path, tmp_path: Path) -> None:
-    rows = [{"instruction": "word " * 200, "response": "late", "finished": True}]
+def test_training_without_usable_examples_fails(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": "word " * 200, "response": "late", "response_finished": True}]
     with pytest.raises(ShardsFailed, match="no training example has a response within student.max_length"):
         sft(tmp_path / "stage", tiny_llama, 0, 1, rows)
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_teacher_learns_what_is_chosen(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
+def test_teacher_update_raises_chosen_likelihood(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
     schedule = Schedule(warmup=0.0, stable=1.0, decay=0.0)
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1, schedule=schedule)
     part = execute(tmp_path / "stage", programs.DPO, dpo(recipe, stage), tiny_llama, PAIRS, processes)
     log = json.loads((part / LOG_FILE).read_text())
-    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are equal at first (Eq. 4)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are initially equal (Eq. 4)
     assert log[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
     assert log[-1]["rewards/margins"] > 0.05
     assert log[-1]["loss"] < 0.67
 
 
 @pytest.mark.slow
-def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_path: Path) -> None:
-    """ZeRO-2 and ZeRO-3 in two processes, on the same pairs: to a thousandth of what the weights moved."""
+def test_multi_process_dpo_equals_single_process(tiny_llama: Path, tmp_path: Path) -> None:
+    """ZeRO-2 and ZeRO-3 in two processes agree to a thousandth of the weights' change."""
 
     def update(stage: int, processes: int) -> dict[str, torch.Tensor]:
         settings = dpo(TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=1), stage)
@@ -437,7 +437,7 @@ def test_teacher_update_over_processes_equals_that_of_one(tiny_llama: Path, tmp_
 
 
 def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> None:
-    """One pair is left for it: in micro-batches of one, or as one row of four in two processes."""
+    """It has one pair: in micro-batches of one, or as one row of four in two processes."""
 
     def update(processes: int, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
         recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch)
@@ -453,8 +453,8 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.guarantee("training job killed between two steps")
-def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_llama: Path, tmp_path: Path) -> None:
-    """Whether or not teachers on the way are kept; those from before the kill are kept, too."""
+def test_killed_teacher_update_resumes_to_same_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    """With and without intermediate teachers; those from before the kill are kept."""
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1)
     pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
 
@@ -466,7 +466,7 @@ def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_ll
     part = update(tmp_path / "killed", keep=3)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
-    assert "going on from checkpoint-" in logs
+    assert "resuming from checkpoint-" in logs
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     kept = kept_teachers(Model.of(part))
     assert list(kept) == [10, 20, 30]
@@ -474,14 +474,14 @@ def test_teacher_update_killed_between_its_steps_goes_on_to_the_same_end(tiny_ll
     assert [path.name for path in (tmp_path / "undisturbed").rglob("kept")] == []
 
 
-def test_pair_is_tokenised_as_it_was_generated(smollm2: Path) -> None:
+def test_pair_has_token_ids_of_generation(smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     pair = encode_pair(tokenizer, PAIRS[0], "completion")
     assert tokenizer.decode(pair["prompt_ids"]) == PAIRS[0]["prompt"]
     assert tokenizer.decode(pair["chosen_ids"]) == PAIRS[0]["chosen"]
     chat = encode_pair(tokenizer, PAIRS[0], "chat")
     assert chat["chosen_ids"] == [*pair["chosen_ids"], tokenizer.eos_token_id]
-    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "Name"]  # not how the tokenizer would cut it
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "Name"]  # not the tokenizer's segmentation
     drawn = PAIRS[0] | {"chosen_output_ids": letters, "chosen_vocabulary": hash_vocabulary(tokenizer)}
     assert encode_pair(tokenizer, drawn, "chat") == chat | {"chosen_ids": letters}
     assert encode_pair(tokenizer, drawn | {"chosen_vocabulary": "another"}, "chat") == chat
@@ -501,5 +501,5 @@ def test_schedule_ramps_holds_and_decays(steps: int) -> None:
         assert sum(rate == 1.0 for rate in rates) == steps - round(0.1 * steps) - round(0.4 * steps) + 1
 
 
-def test_warmup_ramps_to_the_peak_over_all_its_steps() -> None:
+def test_warmup_ramps_over_all_steps() -> None:
     assert [rate_factor(step, 4, Warmup().schedule) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -1,4 +1,4 @@
-"""Local jobs forked from a warm process: they start, are found and end like jobs of an interpreter of their own."""
+"""Local jobs forked from a warm process behave like jobs of a new interpreter."""
 
 import json
 import os
@@ -18,11 +18,12 @@ from cluster.backends.local import LocalBackend
 from cluster.fanout import fan_out
 from cluster.ledger import Ledger
 from cluster.records import Failure, read_record
+from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
-from montessori_core.program import Row
 from support import ROOT
+from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
 PROGRAM = """
@@ -53,7 +54,7 @@ HANGS = "(folder / 'child.txt').write_text(str(subprocess.Popen(['sleep', '600']
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on the jobs' path, the same for all tests, so that one warm process serves them."""
+    """A folder on the jobs' path, the same for all tests, so that one warm process serves them all."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "expressions_program.py").write_text(PROGRAM)
     (folder / "absent").mkdir()
@@ -72,13 +73,13 @@ def stage(programs: Path, tmp_path: Path) -> Stage:
 
 @pytest.fixture
 def quick(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warm processes that import in no time: for what they have imported does not matter here."""
+    """Make warm processes import nothing, as imports do not matter here."""
     monkeypatch.setenv("PYTHONPATH", f"{programs / 'absent'}{os.pathsep}{os.environ['PYTHONPATH']}")
 
 
-def shards_of(*values: str) -> list[list[Row]]:
-    """Shards of one row, a Python expression that a job evaluates."""
-    return [[{"n": number, "value": value}] for number, value in enumerate(values)]
+def shards_of(*values: str) -> Shards:
+    """Return shards of one row each: a Python expression that a job evaluates."""
+    return as_shards(*([{"n": number, "value": value}] for number, value in enumerate(values)))
 
 
 def run(stage: Stage, *values: str, **options: Any) -> list[Any]:
@@ -93,9 +94,9 @@ def computed(stage: Stage) -> list[int]:
 
 
 def job_of(stage: Stage, *values: str, seconds: float = 600.0) -> Job:
-    """A job for shards that no fan-out watches over."""
+    """Start a job for shards, without a fan-out."""
     shards = shards_of(*values)
-    stage.write(shards, [stage.key(rows) for rows in shards])
+    stage.write(shards)
     folder = stage.folder / "jobs" / "by-hand"
     folder.mkdir(parents=True)
     return Job(str(folder), str(stage.folder), list(range(len(shards))), 1, 1, seconds, dict(os.environ))
@@ -132,7 +133,7 @@ def test_finished_stage_starts_no_warm_process(stage: Stage, monkeypatch: pytest
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Tests that a shell runs in the background ignore SIGINT, and so would a new interpreter that they start."""
+    """Restore SIGINT, which background processes of a shell, and interpreters that they start, ignore."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -158,7 +159,7 @@ def test_jobs_draw_different_random_numbers(stage: Stage) -> None:
 
 def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
     together = Stage("together", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, tmp_path / "stage", ".json")
-    [part] = fan_out(together, [[{"n": 0}]], Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
+    [part] = fan_out(together, as_shards([{"n": 0}]), Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
     assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
     assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
 
@@ -180,16 +181,16 @@ def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytes
 @pytest.mark.guarantee("local job crashes")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("crash", "number"), [("os.abort()", signal.SIGABRT), ("ctypes.string_at(0)", signal.SIGSEGV)])
-def test_crashing_job_touches_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
+def test_crashing_job_affects_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
     pid = warm_process().pid
     assert run(stage, f"first_time('crash') and {crash}", "time.sleep(2) or 7") == [False, 7]
     assert computed(stage) == [0, 0, 1]
-    assert f"ended by signal {number} " in logs(stage)
+    assert f"killed by signal {number} " in logs(stage)
     assert warm_process().pid == pid
 
 
 @pytest.mark.usefixtures("quick")
-def test_error_of_job_is_in_its_log(stage: Stage) -> None:
+def test_job_log_has_its_error(stage: Stage) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError") as failure:
         run(stage, "1 / 0")
     [failed] = failure.value.failures  # type: ignore[attr-defined]
@@ -258,7 +259,7 @@ def test_next_job_starts_after_warm_process_was_killed(stage: Stage) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
+def test_cancel_kills_job_and_its_children(stage: Stage) -> None:
     file = stage.folder.parent / "child.txt"
     job_id = warm_process().start(job_of(stage, HANGS))
     wait_until(lambda: file.exists() and file.read_text())
@@ -271,7 +272,7 @@ def test_cancel_kills_job_and_what_it_started(stage: Stage) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_killed_supervisor_takes_its_ranks_along(stage: Stage) -> None:
+def test_killed_supervisor_ends_its_ranks(stage: Stage) -> None:
     job_id = warm_process().start(job_of(stage, "time.sleep(600)"))
     wait_until(lambda: computed(stage))
     supervisor = psutil.Process(int(job_id.split(":")[0]))
@@ -295,7 +296,7 @@ def test_child_of_killed_rank_ends_with_job(stage: Stage) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("deaf", [False, True])
 def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
-    """A rank hears SIGUSR2 halfway, as submitit has it; one that hears nothing is killed at the limit."""
+    """A rank gets SIGUSR2 halfway, as from submitit; a rank that ignores it is killed at the limit."""
     mask = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGINT]) or " if deaf else ""
     job = job_of(stage, f"{mask}{HANGS}", seconds=4.0)
     code = (
@@ -318,8 +319,8 @@ def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
 @pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("answered", [False, True])
-def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) -> None:
-    """The driver's part by hand: whoever could not be found by the next driver never computes."""
+def test_job_starts_after_driver_recorded_its_id(stage: Stage, answered: bool) -> None:
+    """The test plays the driver: a job whose id was not recorded never computes."""
     job = job_of(stage, "7")
     ours, theirs = socket.socketpair()
     socket.send_fds(warm_process()._control, [b"+"], [theirs.fileno()])
@@ -342,8 +343,8 @@ def test_job_begins_only_when_driver_has_its_id(stage: Stage, answered: bool) ->
 @pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("moment", ["asked", "noted"])
-def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, moment: str) -> None:
-    """Before it has told a job what to do, or when all are at work and the ledger has no id of them."""
+def test_driver_killed_during_submit_starts_nothing_twice(stage: Stage, moment: str) -> None:
+    """Before it assigned work to a job, or when all jobs run and the ledger has no ids."""
     values = ["time.sleep(2) or 5", "time.sleep(2) or 6"]
     die = "os.kill(os.getpid(), signal.SIGKILL)"
     before = {
@@ -365,14 +366,14 @@ def test_driver_killed_while_it_submits_starts_nothing_twice(stage: Stage, momen
 
 
 @pytest.mark.usefixtures("quick")
-def test_gpus_of_forked_jobs_are_taken(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_forked_jobs_are_reserved(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.backends.local._gpus_of_this_machine", lambda: [2, 5])
-    stage.write(shards := shards_of("time.sleep(600)"), [stage.key(shards[0])])
+    stage.write(shards_of("time.sleep(600)"))
     backend, next_backend = (LocalBackend(Resources(gpus_per_node=1), None) for _ in range(2))
     folder = stage.folder / "jobs" / "gpus"
     folder.parent.mkdir()
     ids = backend.submit("gpus", folder, [[0]], stage.folder, 1, frozenset())
-    next_backend.alive("gpus", ids)  # of a driver that takes over
+    next_backend.alive("gpus", ids)  # by the next driver
     assert backend._free_gpus() == next_backend._free_gpus() == [5]
     backend.cancel(ids)
     assert backend._free_gpus() == [2, 5]
@@ -402,11 +403,11 @@ def test_broken_library_breaks_no_job(
     pid = warm_process().pid
     forks = "'cluster.supervisor' in Path(f'/proc/{os.getppid()}/cmdline').read_text()"
     assert run(stage, forks, forks) == [forked, forked]
-    assert warm_process().pid == pid  # another one would end like it
+    assert warm_process().pid == pid  # another one would fail in the same way
 
 
 @pytest.mark.usefixtures("quick")
-def test_deaf_warm_process_is_waited_for_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_warm_process_is_awaited_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.warm_start._PATIENCE", 1.0)
     deaf = warm_process()
     os.kill(deaf.pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""What tests share: models, programs, runs, servers. No test lives here, and no test module imports another."""
+"""Shared parts of tests: models, programs, runs, servers. Test modules import from here, never from each other."""
 
 from pathlib import Path
 

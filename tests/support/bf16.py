@@ -1,4 +1,4 @@
-"""Trainings of which the passes take bf16 copies of the weights, as on a GPU."""
+"""Trainings whose forward and backward passes use bf16 copies of the weights, as on a GPU."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The browser that tests click with."""
+"""The browser of the tests."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    """Headless Chromium. Without it, and without a way to install it, tests fail."""
+    """Headless Chromium. Tests fail if it is missing and cannot be installed."""
     from playwright.sync_api import sync_playwright
 
     script = ROOT / "tests" / "support" / "install_chromium.sh"

@@ -1,4 +1,4 @@
-"""A finished run of the tiny Llama, made once for all workers of a session, and a Prefect server for more of its kind."""
+"""A finished run of the tiny Llama, computed once per session, and a Prefect server for further runs."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ import yaml
 
 @pytest.fixture(scope="session")
 def finished_run(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `tiny.yaml`, `runs/tiny`, `output.txt` and Prefect's home; tests that change it make a copy."""
+    """A folder with `tiny.yaml`, `runs/tiny`, `output.txt` and Prefect's home; tests that change it make a copy."""
     from support.runs import configuration, finish_lean
 
     session = tmp_path_factory.getbasetemp()
@@ -24,7 +24,7 @@ def finished_run(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
         if not output.exists():
             config = configuration(folder, talking_llama)
             content = yaml.safe_load(config.read_text())
-            content["comparison"]["teacher_checkpoints"] = 1  # which changes no table
+            content["comparison"]["teacher_checkpoints"] = 1  # changes no table
             config.write_text(yaml.safe_dump(content))
             output.write_text(finish_lean("run", str(config), cwd=folder, PREFECT_HOME=str(folder / "prefect")))
     return folder
@@ -32,7 +32,7 @@ def finished_run(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def shared_server(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server that drivers share, where each would start its own: the variables that name it."""
+    """Environment variables of a Prefect server that drivers share instead of each starting one."""
     from support.prefect_server import prefect_server
 
     home = shutil.copytree(finished_run / "prefect", tmp_path_factory.mktemp("server") / "prefect")

@@ -1,4 +1,4 @@
-"""A local server that speaks the protocol of a model behind an API, and fails in every way it may."""
+"""A local server with the OpenAI API, which can fail in many ways."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ Reply = Callable[[BaseHTTPRequestHandler, str], None]
 class JudgeServer:
     """A judge that scores an example by the last word of its response, or by `score`; and a teacher.
 
-    `faults` come first, one a request.
+    `faults` are used first, one per request.
     """
 
     def __init__(self, score: Callable[[str], str] = lambda response: response.split()[-1]) -> None:
@@ -81,7 +81,7 @@ Server = TypeVar("Server", bound=JudgeServer)
 
 
 def served(server: Server, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Server]:
-    """For a fixture: a server, with its key and a cache of answers of its own in the environment."""
+    """For a fixture: a server, with its key and a separate answer cache in the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("MONTESSORI_CACHE", str(folder / "cache"))
     yield server
@@ -99,7 +99,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
 
 
 def completion(text: str | None, finish_reason: str = "stop", first_token: dict[str, float] | None = None) -> bytes:
-    """Body of an answer; `first_token` has log-probabilities."""
+    """Return the body of an answer; `first_token` has log-probabilities."""
     message = {"role": "assistant", "content": text}
     likeliest = [{"token": token, "logprob": value, "bytes": None} for token, value in (first_token or {}).items()]
     logprobs = {"content": [likeliest[0] | {"top_logprobs": likeliest}]} if likeliest else None
@@ -120,7 +120,7 @@ def refuse(status: int, **headers: str) -> Reply:
 
 
 def hang(handler: BaseHTTPRequestHandler, question: str) -> None:
-    time.sleep(5.0)  # longer than the client waits
+    time.sleep(5.0)  # longer than the client's timeout
     send(handler, 200, completion("Score: 3"))
 
 
@@ -154,7 +154,7 @@ def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
 
 
 def open_with(server: JudgeServer, folder: Path, program: Program[SettingsT], **settings: Any) -> Compute:
-    """A judge's program, opened with the server as its endpoint."""
+    """Open a judge's program with the server as its endpoint."""
     path = folder / "judge.json"
     path.write_text(endpoint(server).model_dump_json())
     opened = load(program.entry)(program.settings(endpoint=endpoint(server).identity(), **settings), {"endpoint": path})
@@ -165,9 +165,9 @@ QUESTIONS = ["Name three rivers.", "Why is the sky blue?", "Write a line about r
 
 
 class Judge(JudgeServer):
-    """Prefers the longer answer, whichever stands first, and gives 7 to first and 4 to second turns.
+    """Prefers the longer answer in either order, and gives 7 to first and 4 to second turns.
 
-    Asked by published prompts, it prefers what stands first and gives 6.
+    With the published prompts it prefers the first answer and gives 6.
     """
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
@@ -181,7 +181,7 @@ class Judge(JudgeServer):
 
 
 def judged(judge: Judge, folder: Path) -> dict[str, Any]:
-    """Sections of a configuration with AlpacaEval and MT-Bench."""
+    """Return sections of a configuration with AlpacaEval and MT-Bench."""
     (folder / "outputs.jsonl").write_text(
         "".join(json.dumps({"instruction": question, "output": ""}) + "\n" for question in QUESTIONS)
     )

@@ -1,7 +1,7 @@
-"""The command line as in the driver's environment: a Python in which what only workers need cannot be found.
+"""The command line in the driver's environment, without the libraries that only workers need.
 
-As a program, `python tests/lean_driver.py ARGUMENTS` is `montessori ARGUMENTS`. Local jobs are processes of their own
-and find everything.
+`python tests/support/lean_driver.py ARGUMENTS` is `montessori ARGUMENTS`. Local jobs are separate processes, which
+have all libraries.
 """
 
 import importlib
@@ -14,18 +14,18 @@ ABSENT = ("torch", "transformers", "trl", "accelerate", "deepspeed", "safetensor
 
 
 class Lean(PathFinder):
-    """Finds what Python's own finder finds, less the worker's libraries."""
+    """Python's finder without the worker's libraries."""
 
     @classmethod
     def find_spec(
         cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """None for what is absent, as for any module that is not installed."""
+        """Return None for an absent library, as for any module that is not installed."""
         return None if fullname.partition(".")[0] in ABSENT else super().find_spec(fullname, path, target)
 
 
 def become_lean() -> None:
-    """Take the worker's libraries out of this process's reach."""
+    """Make the worker's libraries unavailable in this process."""
     sys.meta_path = [Lean if finder is PathFinder else finder for finder in sys.meta_path]
     for name in ABSENT:
         try:

@@ -1,6 +1,6 @@
-"""Models of the tests. All are real: SmolLM2-135M, and a tiny Llama with some of its tokens.
+"""Models of the tests: SmolLM2-135M, and a tiny Llama with some of its tokens.
 
-They are built once per machine, in the user's cache: their names carry a hash of this file and of the libraries' versions.
+They are built once per machine, in the user's cache; their names have a hash of this file and of the library versions.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ _THINGS = ["water", "people", "food", "words", "books", "children", "energy", "i
 
 
 def _built(name: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder of a model, building it unless another process or an earlier session did."""
+    """Return the folder of a model; build it if it does not exist."""
     recipe = Path(__file__).read_text() + version("torch") + version("transformers")
     folder = cache_root() / "tests" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer(smollm2: Path) -> Path:
-    """SmolLM2's tokenizer without its rarer tokens: a model of them is small enough for tests of whole runs."""
+    """SmolLM2's tokenizer without its rarer tokens, so that models are small enough to test full runs."""
     return _built("small-tokenizer", lambda folder: _write_small_tokenizer(smollm2, folder))
 
 
@@ -66,7 +66,7 @@ def _write_small_tokenizer(smollm2: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_llama(small_tokenizer: Path) -> Path:
-    """A Llama of a third of a million parameters with random weights."""
+    """A Llama with random weights and a third of a million parameters."""
     return _built("tiny-llama", lambda folder: _write_tiny_llama(small_tokenizer, folder))
 
 
@@ -94,7 +94,7 @@ def _write_tiny_llama(small_tokenizer: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def talking_llama(tiny_llama: Path) -> Path:
-    """The tiny Llama, trained for a moment to answer prompts with tasks, so that most of its output passes the filters."""
+    """The tiny Llama, trained briefly to answer prompts with tasks, so that most outputs pass the filters."""
     return _built("talking-llama", lambda folder: _train(tiny_llama, folder, _tasks_of_prompts))
 
 
@@ -111,7 +111,7 @@ def _tasks_of_prompts(tokenizer: Any) -> "Iterator[list[Encoded]]":
 
 @pytest.fixture(scope="session")
 def explaining_llama(tiny_llama: Path) -> Path:
-    """The tiny Llama, trained for a moment to answer the paper's request: an explanation, then a tagged task."""
+    """The tiny Llama, trained briefly to answer the paper's request: an explanation, then a tagged task."""
     return _built("explaining-llama", lambda folder: _train(tiny_llama, folder, _explained_tasks))
 
 
@@ -127,7 +127,7 @@ def _explained_tasks(tokenizer: Any) -> "Iterator[list[Encoded]]":
 
 @pytest.fixture(scope="session")
 def judging_llama(talking_llama: Path) -> Path:
-    """The talking Llama, trained for a moment to end what it is asked as a judge with a score, any score."""
+    """The talking Llama, trained briefly to end a judgement with a random score."""
     return _built("judging-llama", lambda folder: _train(talking_llama, folder, _judgements))
 
 
@@ -149,7 +149,7 @@ def _prompts(count: int, style: str, settings: Synthesis) -> list[Prompt]:
 
 
 def _train(start: Path, folder: Path, steps: "Callable[[Any], Iterator[list[Encoded]]]") -> None:
-    """Train a model on the examples of each step, whose gradients add up."""
+    """Train a model on the examples of each step; their gradients add up."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""`montessori up` on a free port, and Prefect's API as tests read it."""
+"""`montessori up` on a free port, and a client of Prefect's API."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[dict[str, str]]:
-    """A Prefect server whose database lies in `home`, as the variables that have drivers use it."""
+    """Start a Prefect server with its database in `home`; yield the environment variables for drivers."""
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
     environment = server_environment(port) | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}
@@ -51,7 +51,7 @@ def prefect_server(home: Path) -> Iterator[dict[str, str]]:
 
 
 class Inbox:
-    """Where a notification block posts its messages."""
+    """A server that receives the messages of a notification block."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -68,12 +68,12 @@ class Inbox:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        """Take no more."""
+        """Stop the server."""
         self._server.shutdown()
 
 
 class Server:
-    """`montessori up` in a folder, and Prefect's API as the tests read it."""
+    """`montessori up` in a folder, and a client of Prefect's API."""
 
     def __init__(self, folder: Path, deployments: list[dict[str, Any]]) -> None:
         self.folder, self.runs = folder, folder / "runs"
@@ -90,7 +90,7 @@ class Server:
         self.process = self.up()
 
     def up(self) -> subprocess.Popen[str]:
-        """Start it; return when it serves."""
+        """Start the server; return when it responds."""
         log = (self.folder / "up.log").open("a")
         begun = (self.folder / "up.log").stat().st_size
         process = subprocess.Popen(
@@ -107,7 +107,7 @@ class Server:
         return process
 
     def ask(self, path: str, content: dict[str, Any] | list[Any] | None = None, method: str | None = None) -> Any:
-        """An answer of the API: to a GET, or to a POST (or another method) of `content`."""
+        """Return the API's response to a GET, or to a POST (or another method) of `content`."""
         data = None if content is None else json.dumps(content).encode()
         kind = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/api/{path}", data, kind, method=method)
@@ -117,35 +117,35 @@ class Server:
                     body = answer.read()
                 return json.loads(body) if body else None
             except urllib.error.HTTPError as error:
-                if error.code != 503:  # what the server says when its database is busy; clients ask again
+                if error.code != 503:  # database busy: clients retry
                     raise
                 time.sleep(1)
 
     def deployment(self, name: str, flow: str = "montessori") -> dict[str, Any]:
-        """A deployment by its name."""
+        """Return a deployment by its name."""
         found: dict[str, Any] = self.ask(f"deployments/name/{flow}/{name}")
         return found
 
     def start(self, deployment: str, run: str, **parameters: Any) -> str:
-        """Start a run by the API; its id."""
+        """Start a run by the API; return its id."""
         preset = self.deployment(deployment)
         experiment = preset["parameters"]["experiment"] | {"name": run} | parameters.pop("experiment", {})
         content = {"parameters": {"experiment": experiment, **parameters}, "state": {"type": "SCHEDULED"}}
         return str(self.ask(f"deployments/{preset['id']}/create_flow_run", content)["id"])
 
     def run_named(self, name: str) -> str | None:
-        """The flow run of an experiment's name."""
+        """Return the flow run with an experiment's name."""
         for run in self.ask("flow_runs/filter", {"sort": "START_TIME_DESC"}):
             if run["parent_task_run_id"] is None and run["parameters"].get("experiment", {}).get("name") == name:
                 return str(run["id"])
         return None
 
     def state(self, run: str) -> str:
-        """The name of a flow run's state."""
+        """Return the name of a flow run's state."""
         return str(self.ask(f"flow_runs/{run}")["state"]["name"])
 
     def wait_for(self, run: str, *names: str, seconds: float = 300.0) -> None:
-        """Wait until a flow run is in one of some states."""
+        """Wait until a flow run is in one of the named states."""
 
         def reached() -> bool:
             state = self.state(run)
@@ -155,17 +155,17 @@ class Server:
         wait_until(reached, seconds, lambda: f"{self.state(run)}: {self.logs(run)[-3000:]}")
 
     def at_work(self, deployment: str) -> list[str]:
-        """Runs of a deployment that have begun and not ended."""
+        """Return the unfinished runs of a deployment."""
         content = {"deployments": {"id": {"any_": [deployment]}}}
         found = self.ask("flow_runs/filter", content)
         return [run["id"] for run in found if run["state"]["name"] in ("Pending", "Running")]
 
     def set_state(self, run: str, state: str) -> None:
-        """What the UI's buttons send."""
+        """Set a flow run's state, as the UI's buttons do."""
         self.ask(f"flow_runs/{run}/set_state", {"state": {"type": state, "name": state.capitalize()}, "force": True})
 
     def logs(self, run: str) -> str:
-        """Messages of a flow run and of its subflows."""
+        """Return the messages of a flow run and of its subflows."""
         ids = [run, *self.subflows(run)]
         content = {"logs": {"flow_run_id": {"any_": ids}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         found: list[str] = []
@@ -174,25 +174,25 @@ class Server:
         return "\n".join(found)
 
     def subflows(self, run: str) -> list[str]:
-        """Ids of a flow run's subflows, at any depth."""
+        """Return the ids of a flow run's subflows, at any depth."""
         found = self.ask("flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}})
         return [identity for flow in found for identity in (flow["id"], *self.subflows(flow["id"]))]
 
     def task_runs(self, run: str) -> list[dict[str, Any]]:
-        """Task runs of a flow run's subflows."""
+        """Return the task runs of a flow run's subflows."""
         content = {"task_runs": {"flow_run_id": {"any_": [run, *self.subflows(run)]}}, "limit": 200}
         found: list[dict[str, Any]] = self.ask("task_runs/filter", content)
         return found
 
     def artifacts(self, run: str) -> list[dict[str, Any]]:
-        """Artifacts of a flow run and of its subflows."""
+        """Return the artifacts of a flow run and of its subflows."""
         ids = [run, *self.subflows(run)]
         content = {"artifacts": {"flow_run_id": {"any_": ids}}, "limit": 200}
         found: list[dict[str, Any]] = self.ask("artifacts/filter", content)
         return found
 
     def counts(self, run: str) -> dict[str, tuple[int, int, int]]:
-        """Shards done before, computed now and failed, by stage; of several attempts, the last."""
+        """Return the shards done before, computed now and failed, by stage, in the last attempt."""
         counts = {}
         for artifact in sorted(self.artifacts(run), key=lambda a: str(a["created"])):
             if artifact["type"] == "table" and ": shards of " in str(artifact["description"]):
@@ -203,7 +203,7 @@ class Server:
         return counts
 
     def copy_of(self, finished: str, name: str, *missing: str) -> Path:
-        """A run in which all is done but some stages of its iteration; `finished` is the run it is copied from."""
+        """Copy the run `finished` without the stages `missing` of its iteration; return the new run."""
         folder = self.runs / name
         shutil.copytree(self.runs / self.ask(f"flow_runs/{finished}")["name"], folder)
         for stage in missing:
@@ -211,13 +211,13 @@ class Server:
         return folder
 
     def python(self, program: str) -> str:
-        """What a program that talks to this server prints."""
+        """Run a Python program that uses this server; return its output."""
         environment = self.environment | {"PREFECT_API_URL": f"{self.url}/api"}
         command = [sys.executable, "-c", program]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
     def jobs(self) -> list[psutil.Process]:
-        """Jobs of this server's runs that are alive."""
+        """Return the jobs of this server's runs that are alive."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = " ".join(process.info["cmdline"] or [])
@@ -227,10 +227,10 @@ class Server:
         return found
 
     def hold_job(self, seconds: float = 120.0) -> None:
-        """Wait for a job and stop it in its tracks, so that it is still there when a test reaches for it."""
+        """Wait for a job and suspend it, so that it is still there when the test needs it."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            with suppress(psutil.NoSuchProcess):  # it ended in this very moment
+            with suppress(psutil.NoSuchProcess):  # it has just ended
                 for job in self.jobs():
                     for process in [*job.children(recursive=True), job]:
                         process.suspend()
@@ -238,7 +238,7 @@ class Server:
         raise AssertionError("no job was started")
 
     def driver(self, run: str) -> psutil.Process:
-        """The process of a flow run."""
+        """Return the process of a flow run."""
         name = self.ask(f"flow_runs/{run}")["parameters"]["experiment"]["name"]
         return psutil.Process(json.loads((self.runs / name / "driver.lock").read_text())["process"])
 

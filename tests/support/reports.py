@@ -1,4 +1,4 @@
-"""Runs and studies as their flows leave them, written without computing anything: for tests of pages."""
+"""Runs and studies as flows write them, without any computation: for tests of pages."""
 
 import json
 import random
@@ -44,7 +44,7 @@ SHOWN = {"script": HOSTILE[0], "template": HOSTILE[2], "control": "nul ␀ bell 
 
 @dataclass
 class Page(HTMLParser):
-    """What an HTML parser makes of a report."""
+    """A parsed report."""
 
     source: str
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
@@ -84,11 +84,11 @@ class Page(HTMLParser):
 
     @property
     def examples(self) -> list[Any]:
-        """Rows of the table of examples, all pages."""
+        """Return the rows of the examples table, of all its pages."""
         return [row for rows in self.data("rows") for row in rows]
 
     def data(self, kind: str) -> list[Any]:
-        """What the page hands to its script."""
+        """Return the data that the page passes to its script."""
         return [json.loads(content, parse_constant=_no_constant) for found, content in self.scripts if found == kind]
 
     def count(self, tag: str, **attributes: str) -> int:
@@ -106,7 +106,7 @@ def page_of(folder: Path) -> Page:
 def write_run(
     folder: Path, iterations: int = 1, examples: int = 40, texts: list[str] | None = None, **sections: object
 ) -> Path:
-    """A run as the flows leave it: real schemas, small tables."""
+    """Write a run as the flows do: real schemas, small tables."""
     folder.mkdir(parents=True, exist_ok=True)
     model = {"model": "smollm2-135m"}
     content = {"name": "trial", "iterations": iterations, "teacher": model, "student": model, **sections}
@@ -139,7 +139,7 @@ def write_synthesis(folder: Path, draw: str, examples: int, texts: list[str] | N
     for i in range(examples + 6):
         text = texts[i % len(texts)] if texts else f"{draw}: explain thing number {i} in two short sentences."
         candidate = {
-            "candidate_id": f"{draw}-{i}",
+            "example_id": f"{draw}-{i}",
             "prompt_id": f"{draw}-p{i // 4}",
             "prompt": text,
             "demonstrations": ["seed-1"],
@@ -150,8 +150,8 @@ def write_synthesis(folder: Path, draw: str, examples: int, texts: list[str] | N
         candidates.append(candidate)
         if i < examples:
             kept.append(
-                {key: candidate[key] for key in ("prompt_id", "prompt", "raw_output", "instruction")}
-                | {"example_id": f"{draw}-{i}", "response": f"Answer: {text}", "response_finished": i % 3 > 0}
+                {key: candidate[key] for key in ("example_id", "prompt_id", "prompt", "raw_output", "instruction")}
+                | {"response": f"Answer: {text}", "response_finished": i % 3 > 0}
             )
     write_table(table_from_rows(candidates, INSTRUCTIONS), folder / "instructions.parquet", INSTRUCTIONS)
     write_table(table_from_rows(kept, EXAMPLES), folder / "examples.parquet", EXAMPLES)
@@ -256,7 +256,7 @@ METHODS = ("montessori", "self_instruct", "nomad")
 
 
 def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
-    """A study as its flow leaves it."""
+    """Write a study as its flow does."""
     model = {"model": "smollm2-135m"}
     content = {"name": "trial", "experiment": {"teacher": model, "student": model}, "methods": METHODS, "seeds": [0, 1]}
     study = parse(Study, content | {"transfer": [{"model": HOSTILE[0]}]}, "test")

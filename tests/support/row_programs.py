@@ -1,15 +1,18 @@
-"""Programs of rows, run in the process of a test."""
+"""Run row programs in the process of a test."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from cluster.partial_commits import compute_rows
+from cluster.shards import Shards
+from montessori_core.data.rows import Rows
 from montessori_core.program import Compute, Report, Row, RowProgram
 
 
-def as_compute(opened: Compute | RowProgram) -> Compute:
-    """The whole shard's work of a program of rows, undisturbed."""
-    program = cast(RowProgram, opened)
+def as_compute(opened: Compute[Any] | RowProgram[Any]) -> Compute[Any]:
+    """Return a function that computes a full shard of a row program without interruption."""
+    program = cast(RowProgram[Any], opened)
 
     def compute(rows: list[Row], output: Path, report: Report) -> None:
         compute_rows(program, rows, output.parent / f"{output.name}.partial", 0, "key", output, report)
@@ -17,12 +20,19 @@ def as_compute(opened: Compute | RowProgram) -> Compute:
     return compute
 
 
+def as_shards(*shards: Sequence[Mapping[str, object]]) -> Shards:
+    """Shards of these rows; all but the last have as many."""
+    cut = Shards(Rows.of([row for shard in shards for row in shard]), len(shards[0]))
+    assert [len(table) for table in cut] == [len(shard) for shard in shards]
+    return cut
+
+
 class Interrupted(Exception):
     """The end of a job."""
 
 
 def interrupt_at(rows: int) -> Report:
-    """A report that ends the job once so many rows are done."""
+    """Return a report that ends the job once `rows` rows are done."""
 
     def report(done: float) -> None:
         if done >= rows:

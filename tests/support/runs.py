@@ -33,11 +33,11 @@ sys.argv = ["montessori", "resume", sys.argv[1]]
 from flows.cli import main
 main()
 """
-"""A program that resumes the run of its argument, and is killed while it joins the influence table."""
+"""A program that resumes a run and is killed while it joins the influence table."""
 
 
 def configuration(folder: Path, model: Path) -> Path:
-    """One iteration with a model of a third of a million parameters."""
+    """Write a configuration with one iteration of the tiny Llama."""
     sampling = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
     content = {
         "name": "tiny",
@@ -74,12 +74,12 @@ def montessori(*arguments: str, cwd: Path, **environment: str) -> subprocess.Pop
 
 
 def lean(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """The same where the driver finds none of the worker's libraries."""
+    """Start a command in the driver's environment, without the worker's libraries."""
     return _start([str(ROOT / "tests" / "support" / "lean_driver.py"), *arguments], cwd, environment)
 
 
 def finish_lean(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> str:
-    """Return what such a driver prints until its end."""
+    """Run a command as `lean` does; return its output."""
     driver = lean(*arguments, cwd=cwd, **environment)
     output, _ = driver.communicate(timeout=seconds)
     assert driver.returncode == 0, output
@@ -105,9 +105,9 @@ def call(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -
 
 
 def invoke(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
-    """The same in this process, which has imported everything already. For commands that run no flow.
+    """Run a command in this process, which has all imports. For commands that run no flow.
 
-    Working directory, environment, arguments and loggers are as before when it returns.
+    Working directory, environment, arguments and loggers are restored.
     """
     output, level = io.StringIO(), logging.getLogger("cluster").level
     with (
@@ -133,14 +133,16 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def left_over(folder: Path) -> list[str]:
-    """Processes that runs in `folder` have left behind, Prefect's temporary servers among them."""
+    """Return processes left by runs in `folder`, including Prefect's temporary servers."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         if process.info["status"] == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
             continue
         try:
             command = " ".join(process.info["cmdline"] or [])
-            if command and (str(folder) in process.cwd() or str(folder) in command):  # one without is about to be gone
+            if command and (
+                str(folder) in process.cwd() or str(folder) in command
+            ):  # a process without a command is ending
                 found.append(command)
         except psutil.Error:
             continue
@@ -148,7 +150,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def kill_everything(driver: subprocess.Popen[str], how: signal.Signals) -> None:
-    """Kill the driver; by SIGKILL, its jobs as well, but not Prefect's server, which has to end by itself."""
+    """Kill the driver and, for SIGKILL, its jobs, but not Prefect's server, which must end by itself."""
     family = psutil.Process(driver.pid).children(recursive=True) if how is signal.SIGKILL else []
     driver.send_signal(how)
     for process in family:

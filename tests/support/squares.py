@@ -1,4 +1,4 @@
-"""A stage of squares whose rows fail on demand, and a driver for it: for tests of the fan-out, locally and on Slurm."""
+"""A stage of squares whose rows fail on demand, and its driver: for tests of the fan-out, local and on Slurm."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 
 from cluster.fanout import fan_out
@@ -16,6 +17,7 @@ from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources
 from montessori_core.program import Row
 from support import ROOT
+from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
 SHARDS: list[list[Row]] = [[{"n": 10 * shard + row} for row in range(3)] for shard in range(6)]
@@ -72,8 +74,12 @@ def run(
     folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
 ) -> list[Path]:
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
-    # A warm process would have to import everything again for each test's PYTHONPATH.
-    return fan_out(stage(folder, seconds), shards, resources, CLUSTER, python=sys.executable)
+    # A warm process would repeat all imports for each test's PYTHONPATH.
+    return fan_out(stage(folder, seconds), as_shards(*shards), resources, CLUSTER, python=sys.executable)
+
+
+def key_of(made: Stage, rows: list[Row]) -> str:
+    return made.key(pa.Table.from_pylist(rows))
 
 
 def results(parts: list[Path]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A study of every method, and of one that a user wrote, at a size for tests."""
+"""A study of all methods and one of a user's, at a size for tests."""
 
 import json
 import re
@@ -22,15 +22,15 @@ def conversations(count: int) -> Iterator[Task]:
 
 
 def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object) -> None:
-    """`study.yaml`: every method, and one that a user wrote, at a size for tests."""
+    """Write `study.yaml`: all methods and one of a user's, at a size for tests."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
-    (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # so that it equals self_instruct
+    (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # equal to self_instruct
     experiment = yaml.safe_load(configuration(folder, model).read_text())
     experiment["cluster"] |= cluster
     experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
     experiment["synthesis"]["oversampling"] = 3.0  # one round does
-    # What a model of this size can learn by heart and vary, so that it writes conversations of its own.
-    lines = [json.dumps({"instruction": task.text, "output": task.response}) for task in conversations(12)]
+    # So few conversations that a model of this size memorises and varies them.
+    lines = [json.dumps({"instruction": task.instruction, "output": task.response}) for task in conversations(12)]
     (folder / "reference.jsonl").write_text("\n".join(lines))
     experiment["reference"] = {"path": str(folder / "reference.jsonl")}
     experiment["synthesis"]["instruction"]["max_tokens"] = 20

@@ -1,4 +1,4 @@
-"""Win rates: on data whose truth is known, and on published annotations."""
+"""Win rates, on simulated data and on published annotations."""
 
 import json
 import math
@@ -27,20 +27,22 @@ PUBLIC = SHARED / "alpaca_eval_annotations_FuseChat-Llama-3.2-1B-Instruct.jsonl"
 
 
 @pytest.mark.skipif(not PUBLIC.exists(), reason="MONTESSORI_SHARED_DATA names no folder with the published annotations")
-def test_published_annotations_give_the_published_rates() -> None:
+def test_published_annotations_give_published_rates() -> None:
     annotations = [json.loads(line) for line in PUBLIC.read_text().splitlines()]
     preferences = [one["preference"] - 1 for one in annotations]
     lengths, others = ([one[name] for one in annotations] for name in ("len_2", "len_1"))
     rate, error = win_rate(preferences)
     assert (round(100 * rate, 2), round(100 * error, 2)) == (29.92, 1.39)
     controlled, _ = length_controlled_win_rate(preferences, lengths, others)
-    assert 100 * controlled == pytest.approx(26.03, abs=0.02)  # published: 25.27, with difficulties and gamed baselines
+    assert 100 * controlled == pytest.approx(
+        26.03, abs=0.02
+    )  # published: 25.27, with difficulties and adversarial baselines
 
 
 def preferences_for(
     seed: int, examples: int, theta: float, phi: float, psi: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities by the published model, both lengths (the model's answers are longer on average), difficulties."""
+    """Return preferences drawn from the published model, lengths (the model's answers are longer), and difficulties."""
     draw = np.random.default_rng(seed)
     others = draw.integers(500, 3000, examples)
     longer = draw.normal(400, 800, examples).round().astype(int)
@@ -50,7 +52,7 @@ def preferences_for(
 
 
 @pytest.mark.parametrize("phi", [2.0, -2.0])
-def test_preference_for_length_alone_is_a_rate_of_one_half(phi: float) -> None:
+def test_length_preference_gives_rate_one_half(phi: float) -> None:
     preferences, lengths, others, _ = preferences_for(0, 1000, theta=0.0, phi=phi)
     plain, _ = win_rate(preferences)
     controlled, _ = length_controlled_win_rate(preferences, lengths, others)
@@ -66,7 +68,7 @@ def test_strength_beyond_length_is_recovered() -> None:
 
 
 @pytest.mark.parametrize("with_difficulty", [False, True])
-def test_models_that_change_places_share_the_rate(with_difficulty: bool) -> None:
+def test_swapped_models_have_complementary_rates(with_difficulty: bool) -> None:
     preferences, lengths, others, difficulty = preferences_for(2, 400, theta=-0.7, phi=1.0, psi=0.5)
     known = difficulty if with_difficulty else None
     rate, error = length_controlled_win_rate(preferences, lengths, others, known)
@@ -76,7 +78,7 @@ def test_models_that_change_places_share_the_rate(with_difficulty: bool) -> None
 
 
 @pytest.mark.parametrize("difference", [0, 250])
-def test_without_differences_in_length_it_is_the_plain_rate(difference: int) -> None:
+def test_equal_lengths_give_plain_win_rate(difference: int) -> None:
     preferences = np.repeat([1.0, 0.5, 0.0], [100, 100, 500])
     np.random.default_rng(3).shuffle(preferences)
     lengths = np.full(700, 900)
@@ -84,7 +86,7 @@ def test_without_differences_in_length_it_is_the_plain_rate(difference: int) -> 
     assert controlled == pytest.approx(win_rate(preferences), abs=0.005)
 
 
-def test_standard_error_is_the_spread_over_draws_of_the_examples() -> None:
+def test_standard_error_is_spread_over_resamples() -> None:
     draw, found = np.random.default_rng(0), []
     for seed in range(60):
         probabilities, *known = preferences_for(seed, 250, theta=-0.8, phi=1.5, psi=1.0)
@@ -95,14 +97,14 @@ def test_standard_error_is_the_spread_over_draws_of_the_examples() -> None:
 
 
 @pytest.mark.parametrize("preference", [0.0, 1.0])
-def test_model_that_wins_or_loses_all_stays_so(preference: float) -> None:
+def test_rate_of_all_wins_or_losses_is_extreme(preference: float) -> None:
     _, lengths, others, difficulty = preferences_for(4, 100, theta=0.0, phi=0.0)
     controlled, error = length_controlled_win_rate([preference] * 100, lengths, others, difficulty)
     assert abs(controlled - preference) < 0.01
     assert 0 <= error < 0.01
 
 
-def test_too_few_preferences_are_an_error_or_no_rate() -> None:
+def test_too_few_preferences_give_no_rate() -> None:
     with pytest.raises(UserError, match="no judgement could be read"):
         win_rate([])
     with pytest.raises(UserError, match="4 preferences are too few"):
@@ -112,7 +114,7 @@ def test_too_few_preferences_are_an_error_or_no_rate() -> None:
     assert math.isnan(error)
 
 
-def test_summary_counts_all_and_rates_what_could_be_read() -> None:
+def test_summary_rates_readable_preferences() -> None:
     outcomes = ["win"] * 30 + ["loss"] * 50 + ["unparsed"] * 7 + ["tie"] * 20
     worth = {"win": 1.0, "loss": 0.0, "tie": 0.5, "unparsed": None}
     draw = np.random.default_rng(5)
@@ -154,7 +156,7 @@ ENTRIES = [
 ]
 
 
-def test_outputs_are_read_from_a_list_or_from_lines(tmp_path: Path) -> None:
+def test_outputs_are_read_from_json_or_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ENTRIES, indent=1))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ENTRIES)))
     outputs = read_outputs(tmp_path / "a.json")
@@ -166,7 +168,7 @@ def test_outputs_are_read_from_a_list_or_from_lines(tmp_path: Path) -> None:
     mine = {one.instruction: one.output for one in outputs}
     rows = comparisons(mine, dict(reversed({one: f"other {one}" for one in mine}.items())))
     assert rows[0] == {
-        "id": "00000",
+        "question_id": "00000",
         "instruction": "Name a river.",
         "answer": "The Danube.",
         "other": "other Name a river.",
@@ -191,7 +193,7 @@ def test_outputs_are_read_from_a_list_or_from_lines(tmp_path: Path) -> None:
         ("a.txt", "", "a.txt: no entries"),
     ],
 )
-def test_outputs_at_fault_are_named_with_place_and_field(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_invalid_outputs_are_named_with_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_outputs(tmp_path / name)
@@ -199,7 +201,7 @@ def test_outputs_at_fault_are_named_with_place_and_field(tmp_path: Path, name: s
         read_outputs(tmp_path / f"missing-{name}")
 
 
-def test_difficulties_stand_in_the_order_of_their_index(tmp_path: Path) -> None:
+def test_difficulties_are_sorted_by_index(tmp_path: Path) -> None:
     path = tmp_path / "difficulty.csv"
     path.write_text(",instruction_difficulty\n1,-0.5\n0,2\n2,1e-3\n")
     assert read_difficulties(path) == [2.0, -0.5, 0.001]
@@ -208,7 +210,7 @@ def test_difficulties_stand_in_the_order_of_their_index(tmp_path: Path) -> None:
         ",d\n0,1\nx,1\n": "line 3: expected an index and a number",
         ",d\n0\n": "line 2: expected an index",
         ",d\n0,nan\n": "line 2: not finite",
-        ",d\n0,1\n0,1\n": "line 3: .* index 0 stands there twice",
+        ",d\n0,1\n0,1\n": "line 3: .* index 0 occurs twice",
     }.items():
         path.write_text(content)
         with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""Loss masks: the response and its end token, nothing else, in whatever template."""
+"""Chat templates and loss masks: only the response and its end token have loss, in any template."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ EMPTY_SYSTEM = (
     "<|im_start|>system\n<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OTHER_END = (  # as Gemma has it
+OTHER_END = (  # like Gemma
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -48,7 +48,7 @@ def tokenizer(smollm2: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def unchanged(smollm2: Path) -> Any:
-    """A tokenizer that no test changes."""
+    """A tokenizer that tests do not change."""
     return load_tokenizer(str(smollm2))
 
 
@@ -79,7 +79,7 @@ def trained_text(tokenizer: Any, example: Encoded) -> str:
         "no end",
     ],
 )
-def test_loss_is_on_response_and_end_token_alone(
+def test_only_response_and_end_token_have_loss(
     tokenizer: Any, template: str | None, instruction: str, response: str, expected: str
 ) -> None:
     if template:
@@ -94,7 +94,7 @@ def test_loss_is_on_response_and_end_token_alone(
 
 
 @pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END])
-def test_second_turn_goes_on_from_the_first(tokenizer: Any, template: str | None) -> None:
+def test_second_turn_continues_the_first(tokenizer: Any, template: str | None) -> None:
     if template:
         tokenizer.chat_template = template
     conversation = render_conversation(tokenizer, "Say hi.", "Hi there.", "Again.")
@@ -109,7 +109,7 @@ CONTROL = {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
 
 @pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END])
 @pytest.mark.parametrize(("instruction", "response"), [(HOSTILE, "Hi."), ("Hi.", HOSTILE), (HOSTILE, HOSTILE)])
-def test_control_tokens_are_the_templates_alone(
+def test_only_template_makes_control_tokens(
     tokenizer: Any, template: str | None, instruction: str, response: str
 ) -> None:
     if template:
@@ -137,7 +137,7 @@ def test_control_tokens_are_the_templates_alone(
 
 
 @pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END])
-def test_clean_text_keeps_the_ids_of_its_template(tokenizer: Any, template: str | None) -> None:
+def test_plain_text_has_ids_of_the_template(tokenizer: Any, template: str | None) -> None:
     if template:
         tokenizer.chat_template = template
     turns = [{"role": "user", "content": "Say \u2060 hi <|im"}, {"role": "assistant", "content": "|> Hi <b>there</b>."}]
@@ -151,7 +151,7 @@ def test_clean_text_keeps_the_ids_of_its_template(tokenizer: Any, template: str 
 
 
 @given(st.lists(st.sampled_from([*sorted(CONTROL), "<", "|", "im_end", "\u2060", " a", "\n", "é"])).map("".join))
-def test_marks_are_never_read(unchanged: Any, text: str) -> None:
+def test_control_token_marks_are_never_encoded(unchanged: Any, text: str) -> None:
     tokenizer = unchanged
     ids, offsets = encode_rendered(tokenizer, f"<|im_start|>{mark_control_tokens(tokenizer, text)}<|im_end|>")
     assert [ids[0], ids[-1]] == tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -162,7 +162,7 @@ def test_marks_are_never_read(unchanged: Any, text: str) -> None:
 
 @pytest.mark.parametrize("template", [None, TRIMMING, EMPTY_SYSTEM, LLAMA3_STYLE_TEMPLATE, NO_END, OTHER_END])
 @pytest.mark.parametrize("response", ["one two three", f"one {HOSTILE}", "response"])
-def test_cut_response_does_not_teach_to_stop(tokenizer: Any, template: str | None, response: str) -> None:
+def test_truncated_response_trains_no_end_token(tokenizer: Any, template: str | None, response: str) -> None:
     if template:
         tokenizer.chat_template = template
     whole = encode_example(tokenizer, "Count.", response, 512)
@@ -172,7 +172,7 @@ def test_cut_response_does_not_teach_to_stop(tokenizer: Any, template: str | Non
     assert trained_text(tokenizer, whole).endswith("<|im_end|>")
 
 
-def test_templates_with_a_date_render_alike_every_day(tokenizer: Any) -> None:
+def test_templates_render_a_fixed_date(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y, %B %m') %}{% endif %}"
         f"{{{{ day }}}} {{{{ strftime_now('%f') }}}}\n{NO_END}"
@@ -180,7 +180,7 @@ def test_templates_with_a_date_render_alike_every_day(tokenizer: Any) -> None:
     assert render_prompt(tokenizer, "Hi") == "26 Jul 2024, July 07 %f\nuser: Hi\nassistant: "
 
 
-def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> None:
+def test_long_examples_are_truncated_and_flagged(tokenizer: Any) -> None:
     whole = encode_example(tokenizer, "Count.", "one two three four five six", 512)
     assert not whole.truncated
     short = encode_example(tokenizer, "Count.", "one two three four five six", len(whole.input_ids) - 3)
@@ -190,8 +190,8 @@ def test_examples_longer_than_the_limit_are_cut_and_say_so(tokenizer: Any) -> No
     assert nothing_left.response_tokens == 0
 
 
-def test_marked_part_leaves_the_other_parts_alone() -> None:
-    """Of a tokenizer that begins a text, but no later part of it, with a blank, as Llama 2's does."""
+def test_marked_part_does_not_change_other_parts() -> None:
+    """Llama 2's tokenizer adds a blank before a text, but not before later parts of it."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=list("</>"))
@@ -208,7 +208,7 @@ def test_marked_part_leaves_the_other_parts_alone() -> None:
     assert marked.count(tokenizer.eos_token_id) == clean.count(tokenizer.eos_token_id)
 
 
-def test_tokenizer_without_a_template_gets_the_papers(tokenizer: Any, tmp_path: Path) -> None:
+def test_tokenizer_without_template_gets_paper_template(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -218,7 +218,7 @@ def test_tokenizer_without_a_template_gets_the_papers(tokenizer: Any, tmp_path: 
     assert loaded.pad_token is not None
 
 
-def test_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
+def test_template_that_changes_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="changes the prompt once the answer is known"):
+    with pytest.raises(UserError, match="changes the prompt when the answer is added"):
         encode_example(tokenizer, "Hi", "there", 64)

@@ -1,4 +1,4 @@
-"""When a training saves: by the clock, and before it goes."""
+"""When a training saves checkpoints: after an interval, and before the scheduler ends it."""
 
 import os
 import signal
@@ -10,11 +10,11 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.training import checkpoints
-from montessori_core.training.checkpoints import CheckpointCallback, last_whole
+from montessori_core.training.checkpoints import CheckpointCallback, last_complete_checkpoint
 
 
 class Training:
-    """A trainer's side of the callback, a step at a time; saving takes no time."""
+    """A trainer that calls the callback; saving takes no time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -23,7 +23,7 @@ class Training:
         self.callback = CheckpointCallback()
 
     def step(self) -> bool:
-        """Take a step; whether a checkpoint was asked for, and saved."""
+        """Take a step; return whether the callback asked for a checkpoint, which is then saved."""
         control = TrainerControl()
         self.state.global_step += 1
         self.callback.on_step_end(self.arguments, self.state, control)
@@ -33,7 +33,7 @@ class Training:
         return control.should_save
 
     def end(self) -> None:
-        """The last step is done."""
+        """End the training."""
         self.callback.on_train_end(self.arguments, self.state, TrainerControl())
 
 
@@ -46,18 +46,18 @@ def training(tmp_path: Path) -> Iterator[Training]:
     signal.signal(signal.SIGUSR2, before)
 
 
-def test_checkpoint_is_saved_when_much_time_has_passed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_saved_after_interval(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not training.step()
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0.0)
     assert training.step()
-    assert last_whole(training.folder) == training.folder / "checkpoint-2"
-    (training.folder / "checkpoint-3").mkdir()  # begun, and never ended
-    assert last_whole(training.folder) == training.folder / "checkpoint-2"
-    training.callback._longest = 600.0  # of a large model; saving is to cost no more than a twentieth of the time
+    assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
+    (training.folder / "checkpoint-3").mkdir()  # incomplete
+    assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
+    training.callback._longest_save = 600.0  # a large model; saving may take a twentieth of the time
     assert not training.step()
 
 
-def test_training_that_is_told_to_go_saves_first(tmp_path: Path, training: Training) -> None:
+def test_signalled_training_saves_before_exit(tmp_path: Path, training: Training) -> None:
     gone: list[int] = []
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(training.state.global_step))
@@ -67,20 +67,20 @@ def test_training_that_is_told_to_go_saves_first(tmp_path: Path, training: Train
     assert gone == []
     assert training.step()
     assert gone == [2]
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def test_training_whose_checkpoints_take_too_long_goes_at_once(training: Training) -> None:
+def test_signalled_training_with_slow_checkpoints_exits(training: Training) -> None:
     gone: list[int] = []
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))
     training.callback = CheckpointCallback()
-    training.callback._longest = 61.0
+    training.callback._longest_save = 61.0
     os.kill(os.getpid(), signal.SIGUSR2)
     assert gone == [signal.SIGUSR2]
 
 
-def test_signal_after_the_last_step_is_its_former_owners_again(training: Training) -> None:
+def test_signal_handler_is_restored_after_training(training: Training) -> None:
     gone: list[int] = []
     training.end()
     signal.signal(signal.SIGUSR2, lambda number, frame: gone.append(number))

@@ -1,4 +1,4 @@
-"""What the images and compose files promise: a login, nothing reached from other machines, no root, no secrets inside."""
+"""Images and compose files: a login, no open ports, no root, no secrets."""
 
 import re
 
@@ -12,7 +12,7 @@ DOCKER = ROOT / "docker"
 
 
 @pytest.mark.guarantee("runs started on your Prefect server")
-def test_server_asks_for_a_login_and_listens_to_this_machine_only() -> None:
+def test_compose_server_is_local_and_needs_login() -> None:
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     assert services["server"]["environment"]["PREFECT_SERVER_API_AUTH_STRING"].startswith(
         "${MONTESSORI_PREFECT_LOGIN:?"
@@ -31,7 +31,7 @@ def test_server_asks_for_a_login_and_listens_to_this_machine_only() -> None:
     assert all("healthcheck" in service for service in services.values())
 
 
-def test_slurm_in_containers_has_the_machines_that_its_files_name() -> None:
+def test_slurm_containers_match_their_configuration() -> None:
     services = yaml.safe_load((DOCKER / "slurm" / "compose.yaml").read_text())["services"]
     configuration = dict(
         line.split("=", 1) for line in (DOCKER / "slurm" / "slurm.conf").read_text().splitlines() if line[0] != "#"
@@ -44,11 +44,11 @@ def test_slurm_in_containers_has_the_machines_that_its_files_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["driver", "worker"])
-def test_images_hold_what_is_locked_and_do_not_run_as_root(name: str) -> None:
+def test_images_install_locks_without_root(name: str) -> None:
     lines = (DOCKER / f"{name}.Dockerfile").read_text().splitlines()
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
     assert any(f"make install-{name} " in line for line in lines)
     assert not any(re.search(r"pip install|^ARG|^ADD|password|token", line, re.IGNORECASE) for line in lines)
     ignored = (DOCKER.parent / ".dockerignore").read_text().splitlines()
-    assert ignored[-1] == "**/.env*"  # what Compose reads passwords from
-    assert "*" in ignored  # all but what is named, so that no secret of a checkout gets into a layer
+    assert ignored[-1] == "**/.env*"  # Compose reads passwords from it
+    assert "*" in ignored  # only named files, so that no secret of a checkout enters a layer

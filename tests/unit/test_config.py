@@ -1,4 +1,4 @@
-"""Configuration: strict, described, and the same after a round trip."""
+"""Configuration: strict, described, and unchanged by a round trip."""
 
 import inspect
 from collections.abc import Callable
@@ -115,24 +115,24 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
         ({"synthesis": {"seed_demonstrations": 0, "synthetic_demonstrations": 0}}, "at least one demonstration"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_its_path(change: dict[str, object], message: str) -> None:
+def test_invalid_value_is_refused_with_its_path(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         parse_experiment(MINIMAL | change, "mine.yaml")
     assert message in str(refusal.value)
     assert "mine.yaml" in str(refusal.value)
 
 
-def test_shipped_cluster_file_fits_and_mistakes_in_one_are_named(tmp_path: Path) -> None:
+def test_cluster_file_mistakes_are_named(tmp_path: Path) -> None:
     assert read_cluster(CONFIGS / "clusters" / "slurm.yaml").profile == "slurm"
     path = tmp_path / "cluster.yaml"
     path.write_text("profile: slurm\nslurm: {partiton: gpu}")
     with pytest.raises(
-        ConfigError, match=r"cluster.yaml: the cluster file does not fit:\s+slurm.partiton: unknown key"
+        ConfigError, match=r"cluster.yaml: the cluster file is not valid:\s+slurm.partiton: unknown key"
     ):
         read_cluster(path)
 
 
-def test_misspelled_key_of_a_cluster_file_is_told_the_keys_of_cluster_files(tmp_path: Path) -> None:
+def test_misspelled_cluster_key_lists_valid_keys(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("polls_seconds: 3\n")
     with pytest.raises(ConfigError, match="polls_seconds: unknown key.*did you mean 'poll_seconds'"):
@@ -156,13 +156,13 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     for override, message in (
         ("warmup.learning_rate", "write it as section.key=value"),
         ("teacher.model.x=1", "model is a value, not a section"),
-        ("name=2026-02-30", "--set name=2026-02-30: not valid YAML: not a value of its kind"),
+        ("name=2026-02-30", "--set name=2026-02-30: not valid YAML: not a valid value"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_experiment(path, (override,))
 
 
-def test_override_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> None:
+def test_override_does_not_change_anchored_sections(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("teacher: {model: t}\nstudent: {model: s}\nwarmup: &same {epochs: 2}\ntraining: *same\n")
     experiment = read_experiment(path, ("training.epochs=3",))
@@ -173,10 +173,10 @@ def test_override_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"teacher: {model: t}\nseed: 1\nseed: 2", r"'seed' stands twice\s+in .*line 3"),
-        (b"teacher: {model: t}\nname: 2026-02-30", r"not a value of its kind .*; put text in quotes\s+in .*line 2"),
-        (b"seed: 0x" + b"f" * 5000, "not a value of its kind"),
-        (b'name: "\\ud800"', "not a value of its kind"),
+        (b"teacher: {model: t}\nseed: 1\nseed: 2", r"'seed' occurs twice\s+in .*line 3"),
+        (b"teacher: {model: t}\nname: 2026-02-30", r"not a valid value .*; put text in quotes\s+in .*line 2"),
+        (b"seed: 0x" + b"f" * 5000, "not a valid value"),
+        (b'name: "\\ud800"', "not a valid value"),
         (b"{a: " * 5000, "nested too deeply"),
         (b"teacher: \xff", "cannot be read .*UTF-8"),
         (b"teacher: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
@@ -184,7 +184,7 @@ def test_override_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> No
         (b"", "a configuration is a mapping of sections"),
     ],
 )
-def test_what_is_no_configuration_is_refused_with_its_place(text: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_yaml_is_refused_with_its_place(text: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(text)
     with pytest.raises(ConfigError, match=message) as refusal:
@@ -256,7 +256,7 @@ YAML = st.recursive(
 @pytest.mark.guarantee("code or endless references in YAML")
 @given(st.lists(st.tuples(WORDS, YAML), max_size=5), st.binary(max_size=3), st.tuples(WORDS, YAML))
 @example([("experiment", "elsewhere")], b"", ("teacher", "{}"))
-def test_any_file_is_a_configuration_or_is_refused_by_its_name(
+def test_any_file_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]], noise: bytes, override: tuple[str, str]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -309,7 +309,7 @@ EXPERIMENTS = st.builds(
 
 
 @given(EXPERIMENTS)
-def test_whatever_fits_is_read_back_as_it_was_written(
+def test_valid_configuration_survives_round_trip(
     tmp_path_factory: pytest.TempPathFactory, experiment: Experiment
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "written.yaml"
@@ -319,7 +319,7 @@ def test_whatever_fits_is_read_back_as_it_was_written(
     assert again.method() == experiment.method()
 
 
-def test_resources_and_name_are_not_part_of_the_method() -> None:
+def test_method_settings_exclude_resources_and_name() -> None:
     plain = parse_experiment(MINIMAL, "a")
     moved = parse_experiment(
         MINIMAL | {"name": "other", "iterations": 3, "cluster": {"resources": {"influence": {"parallel_jobs": 9}}}}, "b"
@@ -329,15 +329,15 @@ def test_resources_and_name_are_not_part_of_the_method() -> None:
     assert differences(plain.method(), changed.method()) == ["warmup.examples: 1000 -> 7"]
 
 
-def test_example_weight_is_that_in_training_batch() -> None:
-    """The authors' code has 1/8, on 8 GPUs: so have the presets that repeat the paper."""
+def test_example_weight_defaults_to_training_batch() -> None:
+    """The presets of the paper have 1/8, like the authors' code on 8 GPUs."""
     option = inspect.signature(influence).parameters["example_weight"]
     assert Influence().example_weight == option.default == 1 / Training().batch_size
     for name in ("paper-8b", "paper-1b"):
         assert read_experiment(CONFIGS / f"{name}.yaml").influence.example_weight == 1 / 8
 
 
-def test_influence_settings_have_all_that_decides_a_measurement() -> None:
+def test_influence_settings_are_complete() -> None:
     experiment = parse_experiment(MINIMAL | {"influence": {"example_weight": 0.125}}, "mine.yaml")
     settings = influence_settings(experiment, "exact")
     assert settings.step.example_weight == 0.125
@@ -347,7 +347,7 @@ def test_influence_settings_have_all_that_decides_a_measurement() -> None:
     assert Influence.model_fields.keys() - decisive == {"screening", *sizes}
 
 
-def test_teacher_update_takes_training_resources_by_default() -> None:
+def test_teacher_update_defaults_to_training_resources() -> None:
     training = {"processes_per_node": 8, "gpus_per_node": 8}
     assert parse(Cluster, {"resources": {"training": training}}, "a").resources.teacher_update.gpus_per_node == 8
     both = {"training": training, "teacher_update": {"processes_per_node": 2}}
@@ -355,7 +355,7 @@ def test_teacher_update_takes_training_resources_by_default() -> None:
 
 
 @pytest.mark.parametrize("name", ["paper-8b", "paper-1b"])
-def test_paper_presets_update_teacher_as_table_4_does(name: str) -> None:
+def test_paper_presets_have_table_4_teacher_update(name: str) -> None:
     experiment = read_experiment(CONFIGS / f"{name}.yaml")
     recipe, resources = experiment.teacher_update, experiment.cluster.resources.teacher_update
     assert (recipe.batch_size, recipe.learning_rate, recipe.beta, recipe.epochs) == (2, 1e-6, 0.1, 1)
@@ -366,13 +366,13 @@ def test_paper_presets_update_teacher_as_table_4_does(name: str) -> None:
 
 def test_preset_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("quickstart").mkdir()  # a folder is no configuration
+    Path("quickstart").mkdir()  # a folder, not a configuration
     assert read_experiment(Path("quickstart")) == read_experiment(CONFIGS / "quickstart.yaml")
     assert read_study(Path("quickstart")) == read_study(CONFIGS / "studies" / "quickstart.yaml")
     assert read_cluster(Path("slurm")) == read_cluster(CONFIGS / "clusters" / "slurm.yaml")
 
 
-def test_file_wins_over_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_takes_precedence_over_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("paper-8b").write_text("{name: mine, teacher: {model: t}, student: {model: s}}")
     Path("study.yaml").write_text("experiment: paper-8b")

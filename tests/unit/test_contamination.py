@@ -1,4 +1,4 @@
-"""Words that an evaluation set shares with data, whatever stands around them."""
+"""Contamination: consecutive words that an evaluation set shares with data."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +14,7 @@ def runs(words: list[str], length: int) -> set[tuple[str, ...]]:
 
 
 @given(st.lists(WORDS, max_size=5), st.lists(WORDS, max_size=5), N)
-def test_an_item_overlaps_exactly_if_it_shares_a_run_of_words(
-    items: list[list[str]], data: list[list[str]], n: int
-) -> None:
+def test_item_overlaps_if_it_shares_consecutive_words(items: list[list[str]], data: list[list[str]], n: int) -> None:
     expected = [any(runs(item, min(n, len(item))) & runs(text, min(n, len(item))) for text in data) for item in items]
     texts = [" ".join(text) for text in data]
     assert overlapping([" ".join(item) for item in items], iter(texts), n) == expected
@@ -24,7 +22,7 @@ def test_an_item_overlaps_exactly_if_it_shares_a_run_of_words(
 
 
 @given(WORDS, WORDS, N, st.sampled_from([" ", ", ", "--", "\n", "_", ' "']))
-def test_case_and_punctuation_make_no_difference(item: list[str], text: list[str], n: int, between: str) -> None:
+def test_overlap_ignores_case_and_punctuation(item: list[str], text: list[str], n: int, between: str) -> None:
     plain = overlapping([" ".join(item)], [" ".join(text)], n)
     assert overlapping([between.join(item).upper()], [" ".join(text)], n) == plain
     assert overlapping([" ".join(item)], [f"({between.join(text)}!)".upper()], n) == plain
@@ -41,8 +39,8 @@ def test_disjoint_vocabularies_never_overlap(items: list[str], data: list[str], 
     assert overlapping(items, data, n) == [False] * len(items)
 
 
-def test_whole_words_in_a_row_count_and_nothing_less() -> None:
+def test_overlap_needs_complete_consecutive_words() -> None:
     items = ["How do I dice an onion without crying?", "Dice an onion", "...", "an onion"]
     assert overlapping(items, ["Tell me: how do I DICE an Onion -- quickly"], 6) == [True, True, False, True]
     assert overlapping(items, ["I dice, then I chop an onions"], 3) == [False] * 4
-    assert overlapping(items, ["dice an", "onion"], 3) == [False] * 4  # words of two texts are not in a row
+    assert overlapping(items, ["dice an", "onion"], 3) == [False] * 4  # words of two texts are not consecutive

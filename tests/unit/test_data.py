@@ -1,12 +1,12 @@
-"""The built-in sets, and bad files of users."""
+"""Built-in data sets, and invalid files."""
 
-import itertools
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.config import DataSource, Experiment, Student, Teacher
-from montessori_core.data.rouge import f_measure
+from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
@@ -24,6 +24,7 @@ from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outpu
 from montessori_core.judging.mt_bench import read_dialogues
 
 EXPERIMENT = Experiment(teacher=Teacher(model="t"), student=Student(model="s"))
+TARGETS = ("coding", "facts", "maths")
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -40,14 +41,52 @@ def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
     assert set(categories.values()) == {count // 8}
 
 
+@pytest.mark.parametrize(("kind", "field"), list(product(TARGETS, ("reference", "evaluation"))))
+def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
+    found = rows(f"targets/{kind}/{field}")
+    assert len(found) == len({row["id"] for row in found}) == 64
+    assert {row["category"] for row in found} == {kind}
+    assert [task.example_id for task in read_tasks(DataSource(path=f"builtin/{kind}"), field, True)] == [
+        r["id"] for r in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "message"),
+    [
+        (
+            "builtin/cooking",
+            "reference",
+            "reference.path: builtin/cooking: .* builtin/coding, builtin/facts, builtin/maths",
+        ),
+        ("builtin/maths", "seed_pool", "seed_pool.path: builtin/maths is a target: .* no seeds"),
+    ],
+)
+def test_unknown_target_or_target_as_seeds_is_refused(path: str, field: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_tasks(DataSource(path=path), field, with_response=False)
+
+
+def test_fewer_than_eight_references_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    lines = [json.dumps({"instruction": f"Name river number {number}.", "output": "Rhine."}) for number in range(8)]
+    path.write_text("\n".join(lines[:7]))
+    experiment = EXPERIMENT.model_copy(update={"reference": DataSource(path=str(path))})
+    with pytest.raises(DataError, match=r"reference.path: .*few.jsonl holds 7 examples; .* at least 8"):
+        read_sources(experiment)
+    path.write_text("\n".join(lines))
+    assert len(read_sources(experiment).reference) == 8
+    limited = EXPERIMENT.model_copy(update={"reference": DataSource(path=str(path), limit=4)})
+    assert len(read_sources(limited).reference) == 4
+
+
 def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
-    sets = {name: [t.text for t in getattr(read_sources(EXPERIMENT), name)] for name in Sources.__annotations__}
-    highest = {
-        (a, b): max(f_measure(x, y) for x, y in itertools.product(sets[a], sets[b]))
-        for a, b in itertools.combinations(sets, 2)
-    }
-    highest |= {(a, a): max(f_measure(x, y) for x, y in itertools.combinations(sets[a], 2)) for a in sets}
-    assert max(highest.values()) < 0.5, highest
+    tasks = [task for name in Sources.__annotations__ for task in getattr(read_sources(EXPERIMENT), name)]
+    for kind, field in product(TARGETS, ("reference", "evaluation")):
+        tasks += read_tasks(DataSource(path=f"builtin/{kind}"), field, with_response=True)
+    assert len(tasks) == 240 + 96 + 64 + 3 * 128
+    accepted = RougeIndex(max_rouge_l=0.5 - 1e-9).add_all([task.instruction for task in tasks])
+    assert [task.example_id for task, new in zip(tasks, accepted, strict=True) if not new] == []
 
 
 def test_builtin_sets_raise_no_warning() -> None:
@@ -63,14 +102,14 @@ def test_builtin_sets_raise_no_warning() -> None:
         ('{"task": "a"}\n', "line 1: field 'instruction' is missing (found: task); set the field's option"),
         ('{"instruction": 7}\n', "line 1: field 'instruction' is int, expected text"),
         ('{"instruction": "  "}\n', "line 1: field 'instruction' is empty"),
-        ("\n\n", "holds no examples"),
+        ("\n\n", "has no examples"),
         ('{"id": 1, "instruction": "a"}\n{"id": 1, "instruction": "b"}\n', "id '1' occurs twice"),
         ('{"instruction": "a"}\n{"instruction": "\\ud800"}\n', "line 2: a text holds half of a surrogate pair"),
         ('{"instruction": "a", "more": ' + "[" * 100_000, "line 1: nested too deeply"),
         ('{"instruction": "a", "more": ' + "9" * 5000 + "}\n", "line 1: a number has too many digits"),
     ],
 )
-def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+def test_malformed_jsonl_is_refused_with_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "seeds.jsonl"
     path.write_text(content)
     with pytest.raises(DataError) as refusal:
@@ -79,13 +118,13 @@ def test_malformed_jsonl_is_refused_with_its_line(tmp_path: Path, content: str, 
     assert "seeds.jsonl" in str(refusal.value)
 
 
-def test_id_of_a_data_set_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_id_may_have_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"data set 'teknium/OpenHermes-2.5' \(split 'train'\) cannot be loaded"):
         read_tasks(DataSource(path="teknium/OpenHermes-2.5"), "seed_pool", with_response=False)
 
 
-def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_invalid_utf8_is_refused_with_line(tmp_path: Path) -> None:
     path = tmp_path / "seeds.jsonl"
     rows = [json.dumps({"instruction": f"Name {number} rivers."}).encode() for number in range(5000)]
     rows[4321] = '{"instruction": "Wie heißt der längste Fluss?"}'.encode("latin-1")
@@ -108,7 +147,7 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
         read_tasks(DataSource(path=str(broken)), "reference", with_response=True)
 
 
-def test_jsonl_parquet_and_data_set_give_the_same_tasks(tmp_path: Path) -> None:
+def test_jsonl_parquet_and_data_set_agree(tmp_path: Path) -> None:
     content = [{"q": "Name a colour.", "extra": "", "a": "Red."}, {"q": "Add:", "extra": "1 and 2", "a": "3"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, content)))
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "d.parquet")
@@ -121,11 +160,14 @@ def test_jsonl_parquet_and_data_set_give_the_same_tasks(tmp_path: Path) -> None:
         for name in ("d.jsonl", "d.parquet")
     ]
     assert tasks[0] == tasks[1]
-    assert [(task.text, task.response) for task in tasks[0]] == [("Name a colour.", "Red."), ("Add: 1 and 2", "3")]
+    assert [(task.instruction, task.response) for task in tasks[0]] == [
+        ("Name a colour.", "Red."),
+        ("Add: 1 and 2", "3"),
+    ]
 
 
-def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The hub cannot be reached here: a local folder in the hub's layout, under an id's relative path, stands for it.
+def test_hub_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests have no hub: a local folder with the hub's layout, at the relative path of the id, replaces it.
     folder = tmp_path / "group" / "tasks"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text('{"instruction": "Name a colour.", "output": "Red."}\n')
@@ -139,14 +181,14 @@ def test_hub_data_set_is_read_by_its_id(tmp_path: Path, monkeypatch: pytest.Monk
         list(sources._hub_rows(DataSource(path="group/absent"), "reference"))
 
 
-def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_about() -> None:
+def test_overlapping_sets_are_refused_or_warned_about() -> None:
     seeds = [Task(f"s{i}", f"seed task number {i} about topic {i}") for i in range(8)]
     shared = Task("r1", "List three rivers of France and their lengths.", "...")
     other = Task("e1", "Which metal melts at the lowest temperature of all?", "...")
     copy = Task("e2", "List three rivers of France and their lengths!", "...")
-    with pytest.raises(DataError, match=r"1 of 1 examples also stand in the evaluation set, e.g. e2 and r1"):
+    with pytest.raises(DataError, match=r"1 of 1 examples are also in the evaluation set, e.g. e2 and r1"):
         check_sources(Sources(seeds, [shared], [other, copy]), EXPERIMENT)
-    warnings = check_sources(Sources([*seeds, Task("s9", copy.text)], [shared], [other]), EXPERIMENT)
+    warnings = check_sources(Sources([*seeds, Task("s9", copy.instruction)], [shared], [other]), EXPERIMENT)
     assert len(warnings) == 1
     assert "s9 and r1" in warnings[0]
     with pytest.raises(
@@ -156,7 +198,7 @@ def test_reference_that_overlaps_evaluation_is_refused_and_seeds_are_warned_abou
 
 
 def refusal_of(read: Callable[[], object]) -> str | None:
-    """What a reader says against a file; None if it can be used."""
+    """Return the error of a reader; None if the file is valid."""
     try:
         read()
     except DataError as refusal:
@@ -164,7 +206,9 @@ def refusal_of(read: Callable[[], object]) -> str | None:
     return None
 
 
-ANY_TEXT = st.text(st.characters(exclude_categories=[]), max_size=20)  # lone surrogates, controls and all
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=[]), max_size=20
+)  # including lone surrogates and control characters
 PIECES = st.sampled_from(
     [
         *(
@@ -190,9 +234,7 @@ PIECES = st.sampled_from(
 
 @pytest.mark.guarantee("broken rows or wrong fields")
 @given(st.lists(PIECES | st.binary(max_size=4), max_size=6).map(b"".join), st.sampled_from(["any.jsonl", "any.json"]))
-def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
-) -> None:
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(content)
     source = DataSource(path=str(path))
@@ -209,7 +251,7 @@ def test_any_bytes_can_be_used_or_are_refused_by_the_name_of_their_file(
 
 @pytest.mark.guarantee("broken rows or wrong fields")
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=3))
-def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
+def test_text_is_refused_or_survives_round_trip(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "texts.jsonl"
@@ -221,11 +263,17 @@ def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
             read_tasks(source, "reference", with_response=True)
         return
     tasks = read_tasks(source, "reference", with_response=True)
-    assert [(task.text, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
+    assert [(task.instruction, task.response) for task in tasks] == [(f"x{a}".strip(), f"y{b}") for a, b in texts]
     write_tasks(tasks, path)
     assert load_tasks(path) == tasks
     rows: list[dict[str, object]] = [
-        {"row_id": task.id, "prompt": task.text, "text": task.response, "finish_reason": "stop", "tokens": 1}
+        {
+            "example_id": task.example_id,
+            "prompt": task.instruction,
+            "raw_output": task.response,
+            "finish_reason": "stop",
+            "tokens": 1,
+        }
         | {"output_ids": [3, 5], "vocabulary": "v"}
         for task in tasks
     ]
@@ -234,7 +282,7 @@ def test_text_is_refused_if_it_cannot_be_written_and_else_survives_every_copy(
 
 
 ROWS: list[dict[str, object]] = [
-    {"row_id": f"r{n}", "prompt": "näm" * n, "text": "", "finish_reason": "stop", "tokens": n}
+    {"example_id": f"r{n}", "prompt": "näm" * n, "raw_output": "", "finish_reason": "stop", "tokens": n}
     | {"output_ids": None, "vocabulary": None}
     for n in range(40)
 ]
@@ -242,9 +290,7 @@ ROWS: list[dict[str, object]] = [
 
 @pytest.mark.guarantee("damaged results")
 @given(st.data())
-def test_damaged_table_is_refused_or_holds_what_it_held(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_damaged_table_is_refused_or_unchanged(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.parquet"
     write_table(table_from_rows(ROWS, GENERATION), path, GENERATION)
     content = bytearray(path.read_bytes())
@@ -268,7 +314,7 @@ def test_odd_paths_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         read_tasks(DataSource(path=name), "seed_pool", with_response=False)
 
 
-def test_pipe_is_refused_as_it_could_be_read_only_once(tmp_path: Path) -> None:
+def test_pipe_is_refused(tmp_path: Path) -> None:
     for name, read in (("a.jsonl", read_outputs), ("a.json", read_outputs), ("a.csv", read_difficulties)):
         os.mkfifo(tmp_path / name)
         with pytest.raises(DataError, match="not a file"):

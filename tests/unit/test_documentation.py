@@ -1,4 +1,4 @@
-"""What the documentation shows runs, what it names exists, and it becomes a site that needs no network."""
+"""Documentation: shown commands run, named things exist, and the site builds and works offline."""
 
 import ast
 import re
@@ -36,18 +36,18 @@ def test_influence_as_a_library_runs_as_documented(page: str, tiny_llama: Path) 
     assert [score.status for score in names["scores"]] == ["ok", "ok"]
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_resolve() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
-def test_configuration_reference_is_that_of_the_models() -> None:
+def test_configuration_page_is_up_to_date() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == CONFIGURATION["page"](), "docs/configuration.md is out of date; run: python docs/configuration.py"
 
 
-def test_guarantees_page_lists_the_marks() -> None:
+def test_guarantees_page_is_up_to_date() -> None:
     written = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
     assert written == GUARANTEES["page"](), "docs/guarantees.md is out of date; run: python docs/guarantees.py"
 
@@ -71,7 +71,7 @@ def stumbling(text: str, words: list[str]) -> list[str]:
 
 
 def test_pages_are_plain_english() -> None:
-    pages = [page for page in PAGES if page.name != "configuration.md"]  # the descriptions of the fields in the code
+    pages = [page for page in PAGES if page.name != "configuration.md"]  # field descriptions from the code
     found = {page.name: words for page in pages if (words := stumbling(page.read_text(), STUMBLING_IN_PAGES))}
     assert found == {}
 
@@ -101,7 +101,7 @@ def test_readme_is_short_and_shows_the_tree() -> None:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command line of the documentation, in blocks and within sentences, as words after `montessori`."""
+    """Yield every documented command line, in blocks and in sentences, as the words after `montessori`."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -114,7 +114,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                 yield page.name, shlex.split(words[1], comments=True)
 
 
-def test_commands_and_options_of_the_documentation_exist() -> None:
+def test_documented_commands_and_options_exist() -> None:
     group: Any = typer.main.get_command(app)
     seen = 0
     for page, words in commands():
@@ -130,7 +130,7 @@ def test_commands_and_options_of_the_documentation_exist() -> None:
     assert seen > 50
 
 
-def test_settings_of_the_documentation_exist() -> None:
+def test_documented_settings_exist() -> None:
     paths = {kind: {row.path for row in CONFIGURATION["rows_of"](kind)} | {"name"} for kind in (Experiment, Study)}
     paths[Study] |= {f"experiment.{path}" for path in paths[Experiment]}
     for page, words in commands():
@@ -147,7 +147,7 @@ BAD_DATA = re.findall(r"```jsonl\n([^`]*)```\n\n```text\n([^`]*)\n```", DATA_PAG
 def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(GOOD_DATA)
     tasks = read_tasks(DataSource(path=str(tmp_path / "data.jsonl")), "reference", with_response=True)
-    assert [task.text for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
+    assert [task.instruction for task in tasks] == ["Name three rivers. In Asia.", "Add 2 and 2."]
     assert len(BAD_DATA) == 6
 
 
@@ -163,7 +163,7 @@ def test_bad_data_is_refused_as_documented(
     assert str(refusal.value) == said
 
 
-def test_modules_and_settings_of_the_method_page_exist() -> None:
+def test_method_page_names_existing_code() -> None:
     rows = [line.split("|") for line in (ROOT / "docs" / "method.md").read_text().splitlines() if line.startswith("| ")]
     modules = [name for row in rows for name in re.findall(r"`([\w/.]+)`", row[3])]
     settings = [name.partition(":")[0] for row in rows for name in re.findall(r"`([\w.: *]+)`", row[4])]
@@ -178,14 +178,14 @@ def test_modules_and_settings_of_the_method_page_exist() -> None:
         assert any(re.fullmatch(pattern, one) for one in known), name
 
 
-def test_tests_that_pages_refer_to_exist() -> None:
+def test_documented_tests_exist() -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for page in PAGES:
         for name in re.findall(r"`(test_\w+)(?:\[[^]]*\])?`", page.read_text()):
             assert f"def {name}(" in sources, f"{page.name}: {name}"
 
 
-def test_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_site_builds_and_works_offline(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -193,10 +193,10 @@ def test_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_pa
     pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert len(pages) > len(PAGES)
     assert [found for text in pages.values() for found in re.findall(loads, text)] == []
-    assert not any('class="mermaid"' in text for text in pages.values())  # the theme would fetch a library for it
+    assert not any('class="mermaid"' in text for text in pages.values())  # the theme would download a library
 
 
-def test_citation_names_the_software_and_the_papers_as_the_package_does() -> None:
+def test_citation_agrees_with_package() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{citation["version"]}"' in project

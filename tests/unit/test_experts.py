@@ -1,4 +1,4 @@
-"""Influence on a student of experts: one that no token of an example was sent to still takes its part of the step."""
+"""Influence on a mixture of experts: experts that get no token of an example still take the step."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ STEP = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.1, 5)
 
 
 class SeparateExperts(torch.nn.Module):
-    """Mixtral's experts with weights of their own, which have no gradient where no token is sent to them."""
+    """Mixtral's experts as separate weights, which have no gradient if no token is routed to them."""
 
     def __init__(self, stacked: Any) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def examples(count: int, seed: int) -> list[Encoded]:
 
 
 def warm_up(model: Any) -> torch.optim.AdamW:
-    """Four steps on batches that reach every expert."""
+    """Take four steps on batches that reach every expert."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     losses = TokenLosses(model)
     for seed in range(4):
@@ -74,7 +74,7 @@ def warm_up(model: Any) -> torch.optim.AdamW:
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_influence_moves_experts_without_tokens(separate: bool) -> None:
-    """Equal to torch's AdamW with zero gradients there; first order projects that very step."""
+    """The step equals torch's AdamW with zero gradients for these experts; first order projects the same step."""
     model = student_of_experts(separate)
     optimizer = warm_up(model)
     moments = Moments(

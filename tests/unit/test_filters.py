@@ -1,4 +1,4 @@
-"""Filters: each reason, in the paper's order."""
+"""Filters and their reasons, in the paper's order."""
 
 import re
 
@@ -40,20 +40,20 @@ def test_each_reason_is_found(output: str, rejection: str | None) -> None:
     assert judge(output) == [rejection]
 
 
-def test_later_candidates_are_compared_with_those_accepted_before() -> None:
+def test_candidates_are_compared_with_accepted_ones() -> None:
     a = "<instruction>Explain why the sky is blue in two sentences.</instruction>"
     b = "<instruction>Explain why the sky is blue in three sentences.</instruction>"
     assert judge(a, b, a) == [None, filters.LIKE_ACCEPTED, filters.LIKE_ACCEPTED]
     assert judge(b, a) == [None, filters.LIKE_ACCEPTED]
 
 
-def test_the_last_tagged_text_counts_and_completion_starts_inside_the_tags() -> None:
+def test_last_tagged_text_is_extracted() -> None:
     assert extract_instruction("<instruction>a</instruction> or <instruction>b</instruction>", "chat", True) == "b"
     assert extract_instruction("<instruction>half <instruction>whole</instruction>", "chat", True) == "whole"
     assert extract_instruction(" Sort the list. </instruction> more", "completion", True) == "Sort the list."
 
 
-def test_line_breaks_are_kept_or_collapsed_as_configured() -> None:
+def test_keep_newlines_keeps_line_breaks() -> None:
     raw = "<instruction>Fix  this:\n\n\n\ndef f(x):\n    return  x \n</instruction>"
     assert extract_instruction(raw, "chat", True) == "Fix this:\n\ndef f(x):\n    return x"
     assert extract_instruction(raw, "chat", False) == "Fix this: def f(x): return x"

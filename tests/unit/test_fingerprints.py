@@ -1,4 +1,4 @@
-"""What a model's fingerprint covers: its tensors, tokenizer and settings, and nothing of who wrote them where."""
+"""Fingerprints of models: they cover tensors, tokenizer and settings, but not how or where these were written."""
 
 import json
 import os
@@ -42,10 +42,10 @@ def test_fingerprint_ignores_the_environment(tiny_llama: Path, tmp_path: Path) -
     saved = [tmp_path / "online", tmp_path / "offline"]
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}
     subprocess.run([sys.executable, "-c", SAVE, tiny_llama, saved[0]], env=environment, check=True)
-    for kind in (AutoModelForCausalLM, AutoTokenizer):  # in an environment that is offline
+    for kind in (AutoModelForCausalLM, AutoTokenizer):  # in an offline environment
         kind.from_pretrained(tiny_llama).save_pretrained(saved[1])
     written = [(folder / "tokenizer_config.json").read_text() for folder in saved]
-    assert written[0] != written[1]  # what makes this a test
+    assert written[0] != written[1]  # or the test would prove nothing
     assert hash_model(saved[0]) == hash_model(saved[1]) == hash_model(tiny_llama)
 
 
@@ -110,7 +110,7 @@ def _reshape_weight(model: Path) -> None:
     ],
     ids=["weight", "shape", "merge", "template", "eos id", "epsilon", "eos token", "missing file"],
 )
-def test_fingerprint_follows_what_decides(model: Path, change: Callable[[Path], object]) -> None:
+def test_fingerprint_depends_on_weights_and_tokenizer(model: Path, change: Callable[[Path], object]) -> None:
     before = hash_model(model)
     change(model)
     assert hash_model(model) != before
@@ -128,7 +128,7 @@ def test_fingerprint_of_adapter_ignores_base_path(tmp_path: Path) -> None:
     assert hash_model(tmp_path) != before
 
 
-def test_hash_tensors_equals_hash_of_each_tensor(model: Path) -> None:
+def test_hash_tensors_equals_single_hashes(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     seen = {name: (dtype, shape) for name, dtype, shape, _ in hash_tensors(model / "model.safetensors")}
     assert seen == {name: ("F32", list(tensor.shape)) for name, tensor in tensors.items()}
@@ -152,6 +152,6 @@ def test_hash_model_refuses_damaged_settings(model: Path, content: str) -> None:
         hash_model(model)
 
 
-def test_tokenizer_saves_nothing_of_environment(tiny_llama: Path, tmp_path: Path) -> None:
+def test_saved_tokenizer_does_not_depend_on_environment(tiny_llama: Path, tmp_path: Path) -> None:
     load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path)
     assert not {"local_files_only", "is_local"} & set(json.loads((tmp_path / "tokenizer_config.json").read_text()))

@@ -1,4 +1,4 @@
-"""Operations are two for each weight and token forward and four backward, whatever code calls the model."""
+"""Floating-point operations: two per weight and token forward and four backward."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
-_ATTENTION, _MLP, _NORMS = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64  # of the tiny Llama, a layer
+_ATTENTION, _MLP, _NORMS = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64  # a layer of the tiny Llama
 LAYERS = 2 * (_ATTENTION + _MLP + _NORMS) + 64
 
 
-def test_forward_is_two_and_training_six_for_each_weight_and_token(tiny_llama: Path) -> None:
+def test_flops_are_two_and_six_per_weight(tiny_llama: Path) -> None:
     model = load_model(str(tiny_llama), torch.float32)
     head = model.config.vocab_size * 64
     ids = torch.arange(10)[None]
@@ -29,7 +29,7 @@ def test_forward_is_two_and_training_six_for_each_weight_and_token(tiny_llama: P
     assert flops.read_and_reset() == 0
 
 
-def test_losses_project_onto_the_vocabulary_only_what_carries_loss(tiny_llama: Path) -> None:
+def test_losses_project_only_labelled_positions(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     model = load_model(str(tiny_llama), torch.float32)
     losses = TokenLosses(model)
@@ -42,7 +42,7 @@ def test_losses_project_onto_the_vocabulary_only_what_carries_loss(tiny_llama: P
     assert flops.read_and_reset() == 2 * expected
 
 
-def test_generation_reads_a_prompt_once_and_every_token_it_writes(tiny_llama: Path) -> None:
+def test_generation_flops_count_shared_prompt_once(tiny_llama: Path) -> None:
     engine = TransformersEngine(str(tiny_llama), load_tokenizer(str(tiny_llama)))
     flops.read_and_reset()
     continuations(engine.generate([Request("one two three", seed) for seed in (1, 2)], Sampling(max_tokens=5), None))
@@ -54,7 +54,7 @@ def test_generation_reads_a_prompt_once_and_every_token_it_writes(tiny_llama: Pa
     assert abs(more / (2 * LAYERS) - prompt) < 10
 
 
-def test_weights_on_disk_are_those_that_are_counted(tiny_llama: Path, smollm2: Path) -> None:
+def test_flops_count_weights_on_disk(tiny_llama: Path, smollm2: Path) -> None:
     for folder in (tiny_llama, smollm2):
         model = load_model(str(folder), torch.float32)
         flops.read_and_reset()

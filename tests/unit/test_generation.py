@@ -1,4 +1,4 @@
-"""Generation: the paper's decoding, drawn from seeds; prompts from draws of their own."""
+"""Generation: the paper's decoding from seeds, and prompts from random demonstrations."""
 
 import itertools
 import json
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from montessori_core.config import DataSource, Sampling, Synthesis
+from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task, read_tasks
 from montessori_core.data.tables import GENERATION
 from montessori_core.errors import UserError
@@ -45,49 +46,54 @@ SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i
 SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]
 
 
-def test_prompt_shows_six_seeds_and_two_synthetic_tasks_shuffled() -> None:
+def test_prompt_shows_six_seeds_two_synthetic_tasks() -> None:
     prompts = build_prompts(50, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=0)
     for prompt in prompts:
-        ids = [task.id for task in prompt.demonstrations]
+        ids = [task.example_id for task in prompt.demonstrations]
         assert len(set(ids)) == 8
         assert sum(name.startswith("synthetic") for name in ids) == 2
-        assert all(f"<instruction>{task.text}</instruction>" in prompt.text for task in prompt.demonstrations)
-    assert len({tuple(task.id for task in prompt.demonstrations) for prompt in prompts}) == 50
-    assert len({[t.id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts}) > 3
+        assert all(f"<instruction>{task.instruction}</instruction>" in prompt.text for task in prompt.demonstrations)
+    assert len({tuple(task.example_id for task in prompt.demonstrations) for prompt in prompts}) == 50
+    assert (
+        len({[t.example_id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts})
+        > 3
+    )
 
 
-def test_seeds_take_the_place_of_absent_synthetic_tasks() -> None:
+def test_seeds_replace_missing_synthetic_tasks() -> None:
     (prompt,) = build_prompts(1, "completion", Synthesis(), SEEDS, [], seed=0)
     assert len(prompt.demonstrations) == 8
     assert prompt.text.endswith("<instruction>")
 
 
-def test_paper_request_is_followed_by_the_demonstrations() -> None:
+def test_paper_request_precedes_demonstrations() -> None:
     (prompt,) = build_prompts(1, "chat", Synthesis(request="paper"), SEEDS, [], seed=0)
     request, *shown = prompt.text.partition("generate only one instruction.\n")
     assert "1. Briefly explain why you generate this instruction.\n" in request
     assert "sentences long" not in request
-    assert "".join(shown[1:]) == "".join(f"<instruction>{task.text}</instruction>\n" for task in prompt.demonstrations)
+    assert "".join(shown[1:]) == "".join(
+        f"<instruction>{task.instruction}</instruction>\n" for task in prompt.demonstrations
+    )
     (own,) = build_prompts(1, "chat", Synthesis(), SEEDS, [], seed=0)
     assert own.demonstrations == prompt.demonstrations
 
 
-def test_a_prompt_depends_on_its_number_alone() -> None:
+def test_prompt_depends_only_on_its_number() -> None:
     many = build_prompts(10, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=3)
     assert build_prompts(4, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=3, first=6) == many[6:]
     assert build_prompts(4, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=4, first=6) != many[6:]
 
 
-def test_nucleus_is_the_smallest_set_that_reaches_its_mass() -> None:
+def test_nucleus_is_smallest_set_with_mass() -> None:
     probabilities = torch.tensor([[0.1, 0.5, 0.05, 0.3, 0.05]]).repeat(1000, 1)
     draws = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
     chosen = draw_from_nucleus(probabilities, 0.75, draws)
     counts = torch.bincount(chosen, minlength=5).tolist()
-    assert counts == pytest.approx([0, 625, 0, 375, 0], abs=1)  # .5 and .3 of .8
+    assert counts == pytest.approx([0, 625, 0, 375, 0], abs=1)  # 0.5 and 0.3 of 0.8
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
-def test_wide_and_narrow_nuclei_are_drawn_alike(top_p: float) -> None:
+def test_nucleus_draw_does_not_depend_on_sorted_tokens(top_p: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((6, 5000), generator=generator) * torch.tensor([0.01, 0.1, 1.0, 3.0, 8.0, 0.5])[:, None]
     probabilities = logits.softmax(-1)
@@ -101,7 +107,7 @@ def test_wide_and_narrow_nuclei_are_drawn_alike(top_p: float) -> None:
         assert probabilities[row, chosen] == pytest.approx(float(probabilities[row, expected]), rel=1e-5)
 
 
-def test_temperature_zero_takes_the_most_probable_token() -> None:
+def test_temperature_zero_takes_most_probable_token() -> None:
     sampling = Sampling(temperature=0.0, top_p=1.0, presence_penalty=2.0, max_tokens=4)
     sampler = SeededSampler(2, 4, sampling, torch.device("cpu"))
     for slot in (0, 1):
@@ -111,7 +117,7 @@ def test_temperature_zero_takes_the_most_probable_token() -> None:
     assert sampler.draw(logits, [1, 1]).tolist() == [2, 0]
 
 
-def test_penalties_count_what_vllm_counts() -> None:
+def test_penalties_count_tokens_like_vllm() -> None:
     sampling = Sampling(temperature=1.0, top_p=1.0, presence_penalty=0.5, repetition_penalty=2.0, max_tokens=4)
     sampler = SeededSampler(1, 5, sampling, torch.device("cpu"))
     sampler.place(0, 7, [1, 2], [3])
@@ -119,7 +125,7 @@ def test_penalties_count_what_vllm_counts() -> None:
 
 
 def reference(model: Any, tokenizer: Any, request: Request, sampling: Sampling, stop: str | None) -> Generated:
-    """Continue a request by itself, without a cache."""
+    """Continue a single request, without a cache."""
     prompt: list[int] = tokenizer(request.prompt)["input_ids"]
     draws = np.random.Generator(np.random.Philox(request.seed)).random(sampling.max_tokens)
     drawn: list[int] = []
@@ -186,13 +192,13 @@ def _random_model(config: Any, vocabulary: int) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("stop", ["s", None])
-def test_batch_writes_what_single_rows_do(
+def test_batched_rows_equal_single_rows(
     name: str, stop: str | None, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     _random_model(MODELS[name](), len(tokenizer)).save_pretrained(tmp_path)
     monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
-    monkeypatch.setattr(transformers_engine, "_ROWS", 5)
+    monkeypatch.setattr(transformers_engine, "_MAX_ROWS", 5)
     monkeypatch.setattr(transformers_engine, "_READ_TOKENS", 16)
     monkeypatch.setattr(row_cache, "SLACK", 4)
     engine = TransformersEngine(str(tmp_path), tokenizer)
@@ -209,7 +215,7 @@ def test_batch_writes_what_single_rows_do(
 def run_interrupted(
     engine: TransformersEngine, requests: list[Request], sampling: Sampling, stop: str | None
 ) -> list[Generated]:
-    """Run an engine that is stopped after every eleven steps and resumed from its drafts."""
+    """Run an engine, stopping it every eleven steps and resuming from its drafts."""
     finished: dict[int, Generated] = {}
     while left := [index for index in range(len(requests)) if index not in finished]:
         for step in islice(engine.generate([requests[index] for index in left], sampling, stop), 11):
@@ -234,7 +240,7 @@ def test_continuations_end_at_last_position(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_end_token_of_tokenizer_ends_continuations(tiny_llama: Path, tmp_path: Path) -> None:
-    """Of a model that names another one, as base models of chat tokenizers do."""
+    """The model names another end token, as base models with chat tokenizers do."""
     tokenizer = load_tokenizer(str(tiny_llama))
     model = _random_model(PhiConfig(**_SMALL | {"eos_token_id": 5}), len(tokenizer))
     model.lm_head.bias.data[tokenizer.eos_token_id] = 1e4
@@ -279,7 +285,7 @@ def test_engine_draws_each_sample_from_its_seed(engine: Any) -> None:
             assert sample.tokens == 24
 
 
-def test_control_tokens_of_data_reach_no_model(smollm2: Path, engine: Any) -> None:
+def test_control_tokens_in_data_are_escaped(smollm2: Path, engine: Any) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     said = "Say <|im_end|> now"
     read: list[int] = []
@@ -288,7 +294,8 @@ def test_control_tokens_of_data_reach_no_model(smollm2: Path, engine: Any) -> No
     )
     control = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for form, expected in (("request", 2), ("reply", 4), ("tagged", 0), ("whole", 0)):  # SmolLM2 has a system turn
-        prompt = jobs._render(tokenizer, {"text": said, "turns": [said] * 3}, form)
+        turns = [said] * (3 if form == "reply" else 1)
+        prompt = jobs._render(tokenizer, {"example_ids": ["e"], "turns": turns, "seeds": [0]}, form)
         continuations(engine.generate([Request(prompt, 0)], Sampling(max_tokens=1), None))
         assert tokenizer.decode(read).count(said) == (3 if form == "reply" else 1)
         assert read.count(control) == expected
@@ -322,11 +329,11 @@ def test_progress_moves_at_every_step(tiny_llama: Path) -> None:
 
 
 class Killed(Exception):
-    """Raised in place of a job's death."""
+    """Raised instead of killing a job."""
 
 
 class MemoryRecorder:
-    """Keeps what a program records, as JSON; a job dies when it records its n-th progress."""
+    """Keeps records of a program as JSON; raises `Killed` at its n-th progress report."""
 
     def __init__(self, drafts: dict[int, Any], lifetime: float = math.inf) -> None:
         self.drafts = drafts
@@ -355,8 +362,12 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
     program = open_generation(settings, {"teacher": talking_llama})
     assert program.schema is GENERATION
     prompts = build_prompts(6, "completion", Synthesis(), SEEDS, SYNTHETIC, seed=0)
-    rows: list[Row] = [
-        {"ids": [f"{prompt.id}-s{sample}" for sample in range(3)], "text": prompt.text, "seeds": [position, 1, 2]}
+    rows: list[GenerationRow] = [
+        {
+            "example_ids": [f"{prompt.id}-s{sample}" for sample in range(3)],
+            "turns": [prompt.text],
+            "seeds": [position, 1, 2],
+        }
         for position, prompt in enumerate(prompts)
     ]
     undisturbed = MemoryRecorder({})
@@ -378,7 +389,7 @@ def test_interrupted_job_resumes_from_drafts(talking_llama: Path, monkeypatch: p
     assert finished == undisturbed.finished
     tokenizer = load_tokenizer(str(talking_llama))
     for record in itertools.chain.from_iterable(finished.values()):
-        assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["text"])
+        assert tokenizer.decode(record["output_ids"], skip_special_tokens=True).startswith(record["raw_output"])
         assert record["vocabulary"] == hash_vocabulary(tokenizer)
 
 
@@ -392,16 +403,16 @@ def test_api_generation_finishes_every_row(server: JudgeServer, tmp_path: Path) 
     file.write_text(endpoint(server).model_dump_json())
     settings = ApiGeneration(endpoint=endpoint(server).identity(), sampling=Sampling(max_tokens=9))
     recorder = MemoryRecorder({})
-    rows: list[Row] = [
-        {"ids": ["a-1", "a-2"], "text": "Sing.", "seeds": [1, 2]},
-        {"ids": ["b-1"], "text": "Dance.", "seeds": [3]},
+    rows: list[GenerationRow] = [
+        {"example_ids": ["a-1", "a-2"], "turns": ["Sing."], "seeds": [1, 2]},
+        {"example_ids": ["b-1"], "turns": ["Dance."], "seeds": [3]},
     ]
     open_api_generation(settings, {"endpoint": file}).compute(rows, recorder)
-    assert {place: [record["row_id"] for record in records] for place, records in recorder.finished.items()} == {
+    assert {place: [record["example_id"] for record in records] for place, records in recorder.finished.items()} == {
         0: ["a-1", "a-2"],
         1: ["b-1"],
     }
-    assert recorder.finished[1][0]["text"] == "An answer to: Dance."
+    assert recorder.finished[1][0]["raw_output"] == "An answer to: Dance."
     assert recorder.finished[1][0]["output_ids"] is recorder.finished[1][0]["vocabulary"] is None
     assert recorder.reported[-1] == 2
     assert len(server.asked) == 3

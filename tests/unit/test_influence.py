@@ -1,4 +1,4 @@
-"""Local data influence: equal to the procedure spelled out, independent of everything but student, example, reference."""
+"""Local data influence: equal to the explicit procedure, and independent of order, batches and earlier examples."""
 
 import copy
 import itertools
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
     share=st.sampled_from([1.0, 1 / 8, 1 / 32, 0.3]),
     seed=st.integers(0, 1000),
 )
-def test_step_equals_torch_adamw_to_the_last_bit(
+def test_step_equals_torch_adamw_bit_for_bit(
     steps: int, rate: float, beta1: float, beta2: float, epsilon: float, decay: float, share: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,7 @@ def examples(count: int, seed: int, vocabulary: int = 500) -> list[Encoded]:
 
 @pytest.fixture(scope="module")
 def warm(tiny_llama: Path) -> tuple[Any, Moments, torch.optim.Optimizer]:
-    """A tiny student after a few ordinary AdamW steps, with the moments they left."""
+    """A tiny student after a few AdamW steps, with their moments."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
     losses = TokenLosses(model)
@@ -108,11 +108,11 @@ def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
 
 
 def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str, weight: float = 1.0) -> float:
-    """Loss after one step as the paper has it: a fresh copy, torch's optimizer, full logits, one example at a time."""
+    """Return the loss after one step as in the paper: a fresh copy, torch's optimizer, full logits, one example at a time."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     model.load_state_dict(warm[0].state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
-    optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # loading shares tensors, and a step changes them
+    optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # a step changes the tensors
     if example is not None:
         ids = torch.tensor([example.input_ids])
         (weight * model(input_ids=ids, labels=torch.tensor([example.labels])).loss).backward()
@@ -130,15 +130,13 @@ def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction:
 
 
 @pytest.mark.parametrize(("reduction", "weight"), [("example", 1.0), ("token", 1.0), ("example", 1 / 8)])
-def test_exact_influence_equals_the_procedure_spelled_out(
-    warm: Any, tiny_llama: Path, reduction: str, weight: float
-) -> None:
+def test_exact_influence_equals_explicit_procedure(warm: Any, tiny_llama: Path, reduction: str, weight: float) -> None:
     fast = meter(warm, tiny_llama, reduction=reduction, weight=weight)
     before = spelled_out(warm, tiny_llama, None, reduction)
     for example in PROBING[:4]:
         expected = before - spelled_out(warm, tiny_llama, example, reduction, weight)
         assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
-        assert abs(expected) > 1e-4  # the comparison above means something
+        assert abs(expected) > 1e-4  # large enough for the comparison above
 
 
 @pytest.mark.parametrize("count", [64, pytest.param(1000, marks=pytest.mark.slow)])
@@ -152,7 +150,7 @@ def test_student_is_bit_identical_after_examples(warm: Any, tiny_llama: Path, co
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_influence_does_not_depend_on_what_was_measured_before(warm: Any, tiny_llama: Path, estimator: str) -> None:
+def test_influence_does_not_depend_on_earlier_examples(warm: Any, tiny_llama: Path, estimator: str) -> None:
     together = meter(warm, tiny_llama, estimator=estimator)
     found = [together.measure(example) for example in PROBING]
     again = [together.measure(example) for example in reversed(PROBING)]
@@ -163,7 +161,7 @@ def test_influence_does_not_depend_on_what_was_measured_before(warm: Any, tiny_l
 
 @pytest.mark.slow
 def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
-    """On the real student, with real reference examples and the paper's rate for small models."""
+    """With SmolLM2, real reference examples and the paper's learning rate for small models."""
     from montessori_core.config import DataSource
     from montessori_core.data.sources import read_tasks
     from montessori_core.models.chat import encode_example
@@ -171,7 +169,7 @@ def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
 
     tokenizer = load_tokenizer(str(smollm2))
     tasks = read_tasks(DataSource(path="builtin", limit=14), "reference", with_response=True)
-    encoded = [encode_example(tokenizer, task.text, task.response, 96) for task in tasks]
+    encoded = [encode_example(tokenizer, task.instruction, task.response, 96) for task in tasks]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
     losses = TokenLosses(model)
@@ -208,7 +206,7 @@ def test_first_order_agrees_with_exact_at_small_weights(warm: Any, tiny_llama: P
 
 @pytest.mark.parametrize("weight", [1.0, 1 / 8])
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_norm_and_domination_are_those_of_torchs_gradient(
+def test_gradient_norm_and_dominated_share_equal_torch(
     warm: Any, tiny_llama: Path, estimator: str, weight: float
 ) -> None:
     """The norm is that of the unweighted gradient, the share that of the weighted one."""
@@ -225,18 +223,18 @@ def test_norm_and_domination_are_those_of_torchs_gradient(
         count = sum(g.numel() for g in gradients.values())
         found = resident.measure(example)
         assert found.gradient_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-12)
-        assert found.dominated_share == pytest.approx(dominated / count, abs=2 / count)  # rounding of a tie
+        assert found.dominated_share == pytest.approx(dominated / count, abs=2 / count)  # ties may round differently
         assert found.dominated_share > 0
 
 
-def test_batches_of_the_reference_set_do_not_change_its_loss(warm: Any, tiny_llama: Path) -> None:
+def test_reference_loss_does_not_depend_on_batches(warm: Any, tiny_llama: Path) -> None:
     warm_losses = TokenLosses(warm[0])
     losses = [ReferenceSet(REFERENCE, tokens, CPU).evaluate(warm_losses).summed for tokens in (1, 100, 10_000)]
     for other in losses[1:]:
         torch.testing.assert_close(losses[0], other, rtol=1e-5, atol=1e-4)
 
 
-def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any, tiny_llama: Path) -> None:
+def test_unmeasurable_examples_have_status_and_no_effect(warm: Any, tiny_llama: Path) -> None:
     resident = meter(warm, tiny_llama)
     expected = resident.measure(PROBING[0])
     assert resident.measure(Encoded([5, 6, 7], [IGNORED] * 3, True)) == Measurement("no_response_tokens")
@@ -254,7 +252,7 @@ def test_examples_that_cannot_be_measured_are_named_and_leave_no_trace(warm: Any
 
 
 @pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_a_gradient_lives_only_until_its_parameter_has_used_it(warm: Any, tiny_llama: Path, estimator: str) -> None:
+def test_gradients_are_freed_after_use(warm: Any, tiny_llama: Path, estimator: str) -> None:
     resident = meter(warm, tiny_llama, estimator=estimator)
     parameters = list(resident._student.parameters.values())
     alive: list[int] = []
@@ -271,7 +269,7 @@ def test_a_gradient_lives_only_until_its_parameter_has_used_it(warm: Any, tiny_l
     assert all(parameter.grad is None for parameter in parameters)
 
 
-def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
+def test_chunked_logits_change_no_loss_or_gradient(
     warm: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -299,8 +297,8 @@ def test_logits_of_one_piece_at_a_time_change_neither_loss_nor_gradient(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_floor_is_that_of_the_arithmetic(warm: Any, tiny_llama: Path) -> None:
-    """In fp32 it lies just above the distance to fp64; in bf16, hundreds of times higher."""
+def test_noise_floor_matches_rounding(warm: Any, tiny_llama: Path) -> None:
+    """In fp32 it is slightly above the distance to fp64; in bf16 it is hundreds of times larger."""
     single = meter(warm, tiny_llama)
     found = [single.measure(example).influence_student for example in PROBING]
 
@@ -316,7 +314,7 @@ def test_noise_floor_is_that_of_the_arithmetic(warm: Any, tiny_llama: Path) -> N
     assert resident(torch.bfloat16).noise_floor > 100 * single.noise_floor
 
 
-def test_sequential_evaluation_is_exact_at_the_end_of_the_set_and_cheaper_before(warm: Any, tiny_llama: Path) -> None:
+def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None:
     reference = ReferenceSet(examples(64, seed=4), 512, CPU)
 
     def measured(error_rate: float | None, baseline: str = "student") -> list[Measurement]:
@@ -342,8 +340,8 @@ def test_sequential_evaluation_is_exact_at_the_end_of_the_set_and_cheaper_before
         assert sum(signs) >= len(signs) - 1
 
 
-def test_signs_are_decided_wrongly_no_more_often_than_allowed() -> None:
-    """Differences whose mean is a fraction of their spread: the hardest case, drawn a thousand times."""
+def test_sequential_sign_errors_stay_within_rate() -> None:
+    """A thousand draws of differences whose mean is small compared with their spread, the hardest case."""
     generator = torch.Generator().manual_seed(0)
     wrong = saved = 0
     for _ in range(1000):
@@ -358,7 +356,7 @@ def test_signs_are_decided_wrongly_no_more_often_than_allowed() -> None:
     assert saved > 0.2 * 256 * 1000
 
 
-def test_where_moments_and_snapshot_live_changes_no_bit(warm: Any, tiny_llama: Path) -> None:
+def test_placement_changes_no_bit(warm: Any, tiny_llama: Path) -> None:
     everywhere = dict.fromkeys(ON_DEVICE, "host")
     for estimator in ("exact", "first_order"):
         expected = [meter(warm, tiny_llama, estimator=estimator).measure(e) for e in PROBING[:2]]
@@ -366,7 +364,7 @@ def test_where_moments_and_snapshot_live_changes_no_bit(warm: Any, tiny_llama: P
         assert [elsewhere.measure(e) for e in PROBING[:2]] == expected
 
 
-def test_a_student_that_diverged_is_named_at_once(warm: Any, tiny_llama: Path) -> None:
+def test_diverged_student_is_refused(warm: Any, tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[REFERENCE[3].input_ids[0]] = torch.inf
@@ -375,7 +373,7 @@ def test_a_student_that_diverged_is_named_at_once(warm: Any, tiny_llama: Path) -
 
 
 def reference_losses(model: Any) -> torch.Tensor:
-    """[references] mean loss of each, one at a time by the model's own loss."""
+    """Return [references] mean losses, one example at a time, by the model's loss."""
     found = [
         model(input_ids=torch.tensor([item.input_ids]), labels=torch.tensor([item.labels])).loss for item in REFERENCE
     ]
@@ -383,7 +381,7 @@ def reference_losses(model: Any) -> torch.Tensor:
 
 
 def stepped(warm: Any, tiny_llama: Path, example: Encoded | None) -> Any:
-    """A fresh student after torch's own step on an example (None: on a zero gradient)."""
+    """Return a fresh student after torch's step on an example (None: with a zero gradient)."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     model.load_state_dict(warm[0].state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
@@ -403,8 +401,8 @@ def test_exact_standard_error_is_over_reference_examples(warm: Any, tiny_llama: 
     assert found.standard_error == pytest.approx(float(differences.std()) / len(REFERENCE) ** 0.5, rel=1e-3)
 
 
-def test_first_order_standard_error_is_of_halves(warm: Any, tiny_llama: Path) -> None:
-    """The gradient of every single reference example, projected on the step, and the contrast of the halves."""
+def test_first_order_standard_error_is_from_halves(warm: Any, tiny_llama: Path) -> None:
+    """Compare with the gradients of single reference examples, projected on the step, summed by halves."""
     resident = meter(warm, tiny_llama, estimator="first_order")
     null_step = stepped(warm, tiny_llama, None)
     losses = reference_losses(null_step)
@@ -424,7 +422,7 @@ def test_first_order_standard_error_is_of_halves(warm: Any, tiny_llama: Path) ->
 
 
 def test_half_gradient_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> None:
-    """Where the reference gradient has that type already, the second half must not be added to the first."""
+    """It must be a copy even if the reference gradient is bf16: the second half is added to the gradient in place."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     student, reference = ResidentStudent(model, warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU)
     resident = InfluenceMeter(student, reference, "first_order")
@@ -435,7 +433,7 @@ def test_half_gradient_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> Non
 
 
 def test_error_by_halves_is_unbiased() -> None:
-    """Over all halves of five numbers, its mean square is the squared standard error of their sum."""
+    """Over all splits of five numbers, its mean square is the squared standard error of their sum."""
     values = torch.tensor([0.3, -1.0, 2.5, 0.7, 4.0], dtype=torch.float64)
     squares = []
     for first in itertools.combinations(range(5), 2):
@@ -445,9 +443,7 @@ def test_error_by_halves_is_unbiased() -> None:
     assert math.isnan(error_by_halves(0.0, 1.0, (0, 1)))
 
 
-def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
-    warm: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_moments_survive_round_trip_and_foreign_ones_fail(warm: Any, tiny_llama: Path, tmp_path: Path) -> None:
     save_moments(warm[1], tmp_path)
     loaded = load_moments(tmp_path)
     assert loaded.step == 6
@@ -455,7 +451,7 @@ def test_moments_survive_the_disk_and_those_of_another_model_are_refused(
     with pytest.raises(DataError, match="not a warmed-up student"):
         load_moments(tiny_llama)
     foreign = Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1)
-    with pytest.raises(DataError, match="moments are of another model"):
+    with pytest.raises(DataError, match="moments belong to another model"):
         meter((warm[0], foreign, None), tiny_llama)
     marked = Moments(warm[1].first, warm[1].second, 6, weights_checksums(warm[0].named_parameters()))
     save_moments(marked, tmp_path)

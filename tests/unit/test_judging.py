@@ -1,4 +1,4 @@
-"""Questions to a model behind an API, which a local server stands in for."""
+"""Requests to a model behind an API, with a local server."""
 
 import re
 import time
@@ -35,17 +35,17 @@ def questions(count: int) -> list[Question]:
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_question_is_put_again_after_a_fault(server: JudgeServer, tmp_path: Path, fault: Reply) -> None:
+def test_request_is_retried_after_fault(server: JudgeServer, tmp_path: Path, fault: Reply) -> None:
     server.faults = [fault]
     answers = api(server, tmp_path).ask(questions(3))
     assert [read_score(one) for one in answers] == [0.0, 1.0, 2.0]
     assert len(server.asked) == 4
 
 
-def test_questions_are_answered_in_order_a_few_at_a_time_and_paid_once(server: JudgeServer, tmp_path: Path) -> None:
+def test_answers_are_ordered_and_paid_once(server: JudgeServer, tmp_path: Path) -> None:
     server.pause = 0.05
     seen: list[int] = []
-    asked = [*questions(20), questions(1)[0]]  # one of them twice
+    asked = [*questions(20), questions(1)[0]]  # one question twice
     answers = api(server, tmp_path, concurrency=4).ask(asked, report=seen.append)
     assert [read_score(one) for one in answers] == [float(number % 7) for number in range(20)] + [0.0]
     assert len(server.asked) == 20
@@ -58,22 +58,22 @@ def test_questions_are_answered_in_order_a_few_at_a_time_and_paid_once(server: J
     assert KEY.encode() not in (tmp_path / "answers.sqlite").read_bytes()
 
 
-def test_questions_that_differ_in_their_draw_are_asked_anew(server: JudgeServer, tmp_path: Path) -> None:
+def test_each_draw_is_a_new_request(server: JudgeServer, tmp_path: Path) -> None:
     [question] = questions(1)
     api(server, tmp_path).ask([question, replace(question, draw=1), replace(question, temperature=0.5), question])
     assert len(server.asked) == 3
 
 
-def test_requests_keep_to_the_rate(server: JudgeServer, tmp_path: Path) -> None:
+def test_requests_respect_rate_limit(server: JudgeServer, tmp_path: Path) -> None:
     started = time.monotonic()
     api(server, tmp_path, requests_per_minute=600).ask(questions(8))
     assert time.monotonic() - started >= 7 * 0.1
 
 
 @pytest.mark.guarantee("spending without a limit")
-def test_spending_cap_holds_before_a_request_is_sent_and_answers_are_kept(server: JudgeServer, tmp_path: Path) -> None:
+def test_spending_cap_stops_requests_and_keeps_answers(server: JudgeServer, tmp_path: Path) -> None:
     prices = {"dollars_per_million_input_tokens": 1e3, "dollars_per_million_output_tokens": 1e4, "max_tokens": 100}
-    # An answer costs 100 x 0.001 + 10 x 0.01 = 0.2; before it is there, it may cost over 2 dollars.
+    # An answer costs 100 x 0.001 + 10 x 0.01 = 0.2; before it arrives, up to 2 dollars are reserved.
     with pytest.raises(UserError, match=r"spending_cap_dollars=4 \([0-9.]+ spent\); raise it") as stop:
         api(server, tmp_path, spending_cap_dollars=4.0, **prices).ask(questions(30))
     spent = AnswerCache(tmp_path / "answers.sqlite").spent("test")
@@ -81,12 +81,12 @@ def test_spending_cap_holds_before_a_request_is_sent_and_answers_are_kept(server
     assert spent == pytest.approx(0.2 * paid)
     assert 1 <= paid < 30
     assert spent <= 4.0
-    assert f"{30 - paid} questions are left" in str(stop.value)
+    assert f"{30 - paid} questions are pending" in str(stop.value)
     assert len(api(server, tmp_path, spending_cap_dollars=400.0, **prices).ask(questions(30))) == 30
     assert len(server.asked) == 30
 
 
-def test_refused_key_and_unknown_model_say_what_to_do(
+def test_refused_key_and_unknown_model_have_remedy(
     server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.faults = [refuse(401)]
@@ -105,10 +105,10 @@ def test_refused_key_and_unknown_model_say_what_to_do(
         api(server, tmp_path, retries=0).ask(questions(1))
 
 
-def test_faults_that_do_not_end_are_an_error_that_keeps_answers(server: JudgeServer, tmp_path: Path) -> None:
+def test_persistent_faults_fail_and_keep_answers(server: JudgeServer, tmp_path: Path) -> None:
     api(server, tmp_path).ask(questions(2))
     server.faults = [FAULTS["not JSON"]] * 10
-    with pytest.raises(UserError, match="3 answers were not of the protocol"):
+    with pytest.raises(UserError, match="3 responses did not follow the OpenAI API"):
         api(server, tmp_path, concurrency=1).ask(questions(3))
     server.faults = []
     asked = len(server.asked)
@@ -116,7 +116,7 @@ def test_faults_that_do_not_end_are_an_error_that_keeps_answers(server: JudgeSer
     assert len(server.asked) == asked + 1
 
 
-def test_question_without_an_answer_is_counted_not_asked_for_ever(server: JudgeServer, tmp_path: Path) -> None:
+def test_unanswered_question_is_not_retried_forever(server: JudgeServer, tmp_path: Path) -> None:
     filtered = b'{"error": {"message": "no", "code": "content_filter"}}'
     server.faults = [
         lambda handler, question: send(handler, 200, completion(None, "length")),
@@ -126,13 +126,13 @@ def test_question_without_an_answer_is_counted_not_asked_for_ever(server: JudgeS
     answers = api(server, tmp_path, concurrency=1, **prices).ask(questions(3))
     assert [(one.text, one.finish_reason) for one in answers[:2]] == [("", "length"), ("", "content_filter")]
     assert [read_score(one) for one in answers] == [None, None, 2.0]
-    assert AnswerCache(tmp_path / "answers.sqlite").spent("test") == pytest.approx(0.2)  # of the first and the last
+    assert AnswerCache(tmp_path / "answers.sqlite").spent("test") == pytest.approx(0.2)  # the first and the last answer
     assert len(server.asked) == 3
 
 
 @pytest.mark.guarantee("API keys in logs, tables or databases")
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-secr\u00e9t"])
-def test_key_that_is_none_is_never_quoted(
+def test_invalid_api_key_is_never_printed(
     server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -140,18 +140,18 @@ def test_key_that_is_none_is_never_quoted(
         assert len(api(server, tmp_path).ask(questions(1))) == 1
         assert server.keys == {"Bearer sk-secret"}
     else:
-        with pytest.raises(UserError, match="OPENAI_API_KEY holds what cannot be a key") as error:
+        with pytest.raises(UserError, match="OPENAI_API_KEY is not a valid API key") as error:
             api(server, tmp_path)
         assert "secr" not in str(error.value)
 
 
-def test_limit_of_a_question_holds_below_the_endpoints(server: JudgeServer, tmp_path: Path) -> None:
+def test_question_limit_lowers_endpoint_limit(server: JudgeServer, tmp_path: Path) -> None:
     [question] = questions(1)
     api(server, tmp_path, max_tokens=50).ask([replace(question, max_tokens=20), replace(question, max_tokens=90)])
     assert sorted(request["max_tokens"] for request in server.requests) == [20, 50]
 
 
-def test_answers_on_their_way_are_kept_when_another_question_fails(server: JudgeServer, tmp_path: Path) -> None:
+def test_pending_answers_are_kept_after_failure(server: JudgeServer, tmp_path: Path) -> None:
     def slow(handler: BaseHTTPRequestHandler, question: str) -> None:
         time.sleep(0.5)
         server.answer(handler, question)
@@ -161,7 +161,7 @@ def test_answers_on_their_way_are_kept_when_another_question_fails(server: Judge
         api(server, tmp_path, concurrency=2).ask(questions(2))
     assert len(server.asked) == 2
     api(server, tmp_path).ask(questions(2))
-    assert len(server.asked) == 3  # the refused one alone
+    assert len(server.asked) == 3  # only the refused one again
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_answers_on_their_way_are_kept_when_another_question_fails(server: Judge
         ("", "stop", None),
     ],
 )
-def test_score_is_read_from_the_last_line_or_not_at_all(text: str, finish_reason: str, score: float | None) -> None:
+def test_score_is_read_from_last_line(text: str, finish_reason: str, score: float | None) -> None:
     assert read_score(Answer(text, finish_reason, 1, 1)) == score
 
 
-def test_half_of_a_surrogate_pair_in_an_answer_can_be_written(server: JudgeServer, tmp_path: Path) -> None:
+def test_lone_surrogate_in_answer_is_written(server: JudgeServer, tmp_path: Path) -> None:
     server.faults = [lambda handler, question: send(handler, 200, completion("cut \ud83d"))]
     asked = [Question("Say hello.")]
     [answer] = api(server, tmp_path).ask(asked)
@@ -202,9 +202,7 @@ PARTS = st.text(st.characters(exclude_categories=[])) | st.sampled_from([*SCORES
 
 @pytest.mark.guarantee("judge that obeys the text it judges")
 @given(st.lists(PARTS).map("".join), st.sampled_from(["stop", "length"]), st.sampled_from([(6, 0), (5, 0), (10, 1)]))
-def test_no_answer_breaks_the_reading_of_a_score_and_only_its_last_line_decides(
-    text: str, finish_reason: str, limits: tuple[int, int]
-) -> None:
+def test_read_score_uses_only_last_line(text: str, finish_reason: str, limits: tuple[int, int]) -> None:
     score = read_score(Answer(text, finish_reason, 1, 1), *limits)
     last = [line for line in text.splitlines() if line.strip()][-1:]
     assert score == read_score(Answer("\n".join(last), finish_reason, 1, 1), *limits)
@@ -221,7 +219,7 @@ FENCES = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "{
 
 @pytest.mark.guarantee("judge that obeys the text it judges")
 @given(FENCES, FENCES)
-def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> None:
+def test_judged_text_stays_in_its_frame(instruction: str, response: str) -> None:
     question = question_about(instruction, response)
     line = max((one for one in question.splitlines() if set(one) == {"="}), key=len)
     assert question.count(line) == 3  # named once, opened once, closed once
@@ -229,7 +227,7 @@ def test_judged_text_stays_within_its_frame(instruction: str, response: str) -> 
     assert question.endswith("Score: N")
 
 
-def test_stage_has_null_where_a_judge_gave_no_score(server: JudgeServer, tmp_path: Path) -> None:
+def test_missing_judge_score_is_null(server: JudgeServer, tmp_path: Path) -> None:
     (tmp_path / "judge.json").write_text(endpoint(server).model_dump_json())
     settings = Judging(endpoint=endpoint(server).identity(), response_only=False)
     inputs = {"endpoint": tmp_path / "judge.json"}
@@ -242,5 +240,9 @@ def test_stage_has_null_where_a_judge_gave_no_score(server: JudgeServer, tmp_pat
     as_compute(open_judge(settings.model_copy(update={"response_only": True}), inputs))(
         rows, tmp_path / "part.parquet", lambda done: None
     )
-    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [4.0, None, None]  # of five points
+    assert read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist() == [
+        4.0,
+        None,
+        None,
+    ]  # out of five points
     assert ["The instruction is clear" in question for question in server.asked] == [True] * 3 + [False] * 3

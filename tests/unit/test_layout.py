@@ -1,4 +1,4 @@
-"""The one-way rule, and what each kind of environment may import."""
+"""Imports: layers go one way, and each kind of environment has only its libraries."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 from support.reports import write_run
 
-LAYERS = ["montessori_core", "montessori_report", "cluster", "tasks", "flows"]  # each may import those before it
+LAYERS = ["montessori_core", "montessori_report", "cluster", "tasks", "flows"]  # each may import the earlier ones
 FORBIDDEN = {
     "montessori_core": {"prefect", "submitit"},
     "montessori_report": {"prefect", "submitit"},
@@ -19,7 +19,7 @@ FORBIDDEN = {
 
 
 def imported(path: Path, depth: int = 1) -> set[str]:
-    """Top-level names of the modules that a file imports; with a depth of 2, the rooms of the core."""
+    """Return top-level names of the modules that a file imports; with a depth of 2, the packages of the core."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,8 +40,8 @@ def test_imports_go_one_way(layer: str) -> None:
     assert not wrong
 
 
-def test_rooms_of_core_import_one_way() -> None:
-    """No room imports one that imports it, be it by way of others."""
+def test_core_packages_import_one_way() -> None:
+    """Packages of the core have no import cycle."""
     rooms: dict[str, set[str]] = {}
     for path in (ROOT / "montessori_core").rglob("*.py"):
         room = path.relative_to(ROOT / "montessori_core").parts[0].removesuffix(".py")
@@ -69,8 +69,8 @@ def test_environment_stays_light(modules: str, absent: tuple[str, ...]) -> None:
     assert outcome.stdout.strip() == "[]"
 
 
-def test_commands_that_look_import_no_prefect(tmp_path: Path) -> None:
-    """`status`, `logs`, `report` and `cancel` start at once."""
+def test_read_only_commands_import_no_prefect(tmp_path: Path) -> None:
+    """`status`, `logs`, `report` and `cancel` start fast."""
     folder = str(write_run(tmp_path / "run"))
     commands = [["status", folder], ["logs", folder, "--shard", "0"], ["cancel", folder], ["report", folder]]
     code = f"""
@@ -85,6 +85,6 @@ print([name for name in ("prefect", "torch", "transformers", "simpy") if name in
 """
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     said, _, imported = outcome.stdout.strip().rpartition("\n")
-    assert "nothing of this run is at work" in said
+    assert "nothing of this run is running" in said
     assert "report.html" in said
     assert imported == "[]"

@@ -1,4 +1,4 @@
-"""Methods of a study: what they are given is the same for each."""
+"""Methods of a study: all get the same inputs."""
 
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from tasks.synthesis import SynthesisResult
 
 
 @pytest.mark.parametrize("method", ["montessori", "self_instruct", "self_instruct_strong"])
-def test_method_may_write_what_was_probed(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_set_may_repeat_probing_set(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = Model("m", "0"), []
     synthesized = SynthesisResult(tmp_path / "instructions.parquet", tmp_path / "examples.parquet")
 
@@ -49,7 +49,7 @@ def test_method_may_write_what_was_probed(method: str, tmp_path: Path, monkeypat
 
 
 class Reached(Exception):
-    """The stage under test was given its student."""
+    """Raised when the stage under test gets its student."""
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_first_round_trains_student_on_seeds(
 
 
 def write_reference(run: Run, count: int) -> None:
-    """Give a run a reference set, and two sets that are not read."""
+    """Write a reference set for a run, and two unused sets."""
     run.source_file("reference").parent.mkdir()
     for name in ("seed_pool", "reference", "evaluation"):
         write_tasks([Task(f"{name}-{n}", f"Count {n} rivers.", "Done.") for n in range(count)], run.source_file(name))
 
 
 @pytest.mark.parametrize(("share", "real"), [(0.5, 2), (0.99, 3)])
-def test_nomad_is_decoded_and_trained_by_its_own_settings(
+def test_nomad_uses_its_sampling_and_recipe(
     share: float, real: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, model = {"learning_rate": 2e-5, "batch_size": 128, "epochs": 4}, Model("m", "0")
@@ -120,11 +120,11 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
         decoded.append(arguments[4])
         text = " What is {}?\nAssistant: A word."
-        names = [name for row in arguments[2] for name in row["ids"]]
+        names = [name for row in arguments[2] for name in row["example_ids"]]
         things = ["light", "a sonnet", "the tundra", "an oboe"]
         texts = [text.format(things[number % 4]) for number in range(len(names))]
         return [
-            {"row_id": name, "prompt": "User:", "text": text, "finish_reason": "stop"}
+            {"example_id": name, "prompt": "User:", "raw_output": text, "finish_reason": "stop"}
             for name, text in zip(names, texts, strict=True)
         ], []
 
@@ -144,7 +144,7 @@ def test_nomad_is_decoded_and_trained_by_its_own_settings(
     assert read_table(examples, EXAMPLES)["prompt_id"].to_pylist().count("real") == real
 
 
-def test_nomad_teacher_is_kept_when_later_settings_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_settings_do_not_retrain_nomad_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executed: list[Any] = []
     monkeypatch.setattr(Step, "train", lambda *arguments: executed.append(arguments[2]) or Model("m", "0"))
     monkeypatch.setattr(Run, "initial_teacher", lambda _: Model("t", "0"))

@@ -1,4 +1,4 @@
-"""MT-Bench: its files, what a judge is shown at each turn, and means over questions."""
+"""MT-Bench: its files, the judge's prompts for each turn, and means over questions."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def dialogues(tmp_path: Path) -> list[Dialogue]:
     return read_dialogues(write(tmp_path / "q.jsonl", QUESTIONS), write(tmp_path / "r.jsonl", REFERENCES))
 
 
-def test_references_are_for_mathematics_code_and_logic_alone(dialogues: list[Dialogue]) -> None:
+def test_only_reasoning_questions_have_references(dialogues: list[Dialogue]) -> None:
     assert [(one.id, one.category, one.references) for one in dialogues] == [
         ("81", "writing", ()),
         ("111", "math", ("It is 42.", "It is 21.")),
@@ -96,9 +96,8 @@ def test_answers_are_decoded_at_their_temperatures(
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
         rows = arguments[2]
         for row in rows:
-            question = row["turns"][0] if "turns" in row else row["text"]
-            decoded.setdefault(question, []).append(arguments[4].temperature)
-        return [{"text": f"Answer to {row.get('text', row.get('turns'))}"} for row in rows], []
+            decoded.setdefault(row["turns"][0], []).append(arguments[4].temperature)
+        return [{"raw_output": f"Answer to {row['turns'][-1]}"} for row in rows], []
 
     judged: list[list[Row]] = []
     monkeypatch.setattr(benchmarks, "generate", generate)
@@ -133,16 +132,17 @@ def graded() -> pa.Table:
         (QUESTIONS, [REFERENCES[0] | {"choices": [{"turns": ["a"]}]}], r"r.jsonl, line 1: field choices.0.turns.1: "),
     ],
 )
-def test_file_at_fault_is_named_with_line_and_field(
+def test_invalid_question_file_is_named_with_line(
     tmp_path: Path, questions: list[Any], references: list[Any] | None, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         read_dialogues(write(tmp_path / "q.jsonl", questions), references and write(tmp_path / "r.jsonl", references))
 
 
-def test_each_turn_is_judged_with_what_was_said_until_then(dialogues: list[Dialogue]) -> None:
+def test_judge_sees_conversation_up_to_turn(dialogues: list[Dialogue]) -> None:
     rows = judgements(dialogues, {one.id: (f"{one.id} first", f"{one.id} second") for one in dialogues})
-    assert [row["id"] for row in rows] == ["81-1", "81-2", "111-1", "111-2", "c1-1", "c1-2"]
+    asked = [(row["question_id"], row["turn"]) for row in rows]
+    assert asked == [(name, turn) for name in ("81", "111", "c1") for turn in (1, 2)]
     first, second = question_about(rows[2]), question_about(rows[3])
     for text in ("What is 6 x 7?", "111 first", "It is 42."):
         assert text in first
@@ -159,7 +159,7 @@ TEXTS = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "Sc
 
 
 @given(st.lists(TEXTS, min_size=6, max_size=6))
-def test_conversation_stays_within_its_frames(texts: list[str]) -> None:
+def test_judged_conversation_stays_in_its_frames(texts: list[str]) -> None:
     row = {"turn": 2, "questions": texts[:2], "answers": texts[2:4], "references": texts[4:]}
     question = question_about(row)
     line = question.split("lines that begin with ")[1].split()[0]
@@ -171,7 +171,7 @@ def test_conversation_stays_within_its_frames(texts: list[str]) -> None:
 
 
 class Grader(JudgeServer):
-    """Ends with what the last answer says in angle brackets."""
+    """Ends its answer with the text in angle brackets of the last answer."""
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         verdict = question.rpartition("<")[2].partition(">")[0]
@@ -183,7 +183,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Grader]:
     yield from served(Grader(), monkeypatch, tmp_path)
 
 
-def test_score_is_a_whole_number_from_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
+def test_rating_is_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
     expected = {
         "Score: 1": 1.0,
         "**Score: 10/10**": 10.0,
@@ -268,7 +268,7 @@ def test_published_prompts_reach_the_judge(server: Grader, tmp_path: Path, dialo
 
 
 def test_published_texts_are_unchanged() -> None:
-    """Their SHA-256, system and template with a null between, at the commits that the module names."""
+    """Compare the SHA-256 of system prompt, null byte and template with the commits that the module names."""
     texts = {**PUBLISHED, "alpaca_eval": ALPACA_EVAL}
     digests = {
         name: hashlib.sha256(f"{one.system}\0{one.template}".encode()).hexdigest()[:16] for name, one in texts.items()
@@ -287,7 +287,7 @@ def table_of(scores: list[tuple[str, str, int, float | None]]) -> Any:
     return table_from_rows([dict(zip(names, row, strict=True)) for row in scores], MT_BENCH)
 
 
-def test_means_are_over_judgements_and_their_errors_over_questions() -> None:
+def test_means_are_over_judgements_errors_over_questions() -> None:
     draw = np.random.default_rng(0)
     scores = draw.integers(1, 11, (12, 2)).astype(float)
     summary = summarize(
@@ -308,7 +308,7 @@ def test_means_are_over_judgements_and_their_errors_over_questions() -> None:
     assert found(summary.by_category["stem"]) == expected(of_questions[5:])
 
 
-def test_what_could_not_be_read_enters_no_mean() -> None:
+def test_unreadable_ratings_enter_no_mean() -> None:
     summary = summarize(
         table_of([("a", "math", 1, 4.0), ("a", "math", 2, None), ("b", "stem", 1, None), ("b", "stem", 2, None)])
     )
@@ -323,7 +323,7 @@ SHARED = Path(os.environ.get("MONTESSORI_SHARED_DATA", "no folder named"))
 @pytest.mark.skipif(
     not (SHARED / "mt_bench_question.jsonl").exists(), reason="MONTESSORI_SHARED_DATA names no such file"
 )
-def test_published_files_are_read_as_they_are() -> None:
+def test_published_files_are_read_unchanged() -> None:
     dialogues = read_dialogues(SHARED / "mt_bench_question.jsonl", SHARED / "mt_bench_reference_gpt4.jsonl")
     assert len(dialogues) == 80
     assert [one.id for one in dialogues if one.references] == [str(number) for number in range(101, 131)]

@@ -1,4 +1,4 @@
-"""NOMAD's own parts: conversations as the teacher learns, writes and drops them, and NormSim."""
+"""NOMAD: encoding, reading and filtering conversations, and NormSim."""
 
 import time
 from pathlib import Path
@@ -29,7 +29,7 @@ from support.row_programs import as_compute
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_teacher_learns_the_instruction_unless_it_is_masked(smollm2: Path, masked: bool) -> None:
+def test_instruction_has_loss_unless_masked(smollm2: Path, masked: bool) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     encoded = encode_conversation(tokenizer, "Name a river.", "The Danube.", 64, mask_prompt=masked)
     assert tokenizer.decode(encoded.input_ids[:-1]) == "User: Name a river.\nAssistant: The Danube."
@@ -37,14 +37,14 @@ def test_teacher_learns_the_instruction_unless_it_is_masked(smollm2: Path, maske
     learned = tokenizer.decode([label for label in encoded.labels if label != IGNORED][:-1])
     assert learned == (" The Danube." if masked else "User: Name a river.\nAssistant: The Danube.")
     beginning = tokenizer(USER, add_special_tokens=False)["input_ids"]
-    assert encoded.input_ids[: len(beginning)] == beginning  # generation begins with the tokens that were trained
+    assert encoded.input_ids[: len(beginning)] == beginning  # training and generation start with the same tokens
     assert encode_conversation(tokenizer, "Name a river.", "The Danube.", 5).truncated
     cut = encode_conversation(tokenizer, "Name a river.", "The Dan", 64, finished=False)
-    assert cut.labels[-1] == IGNORED  # it was not at its end
+    assert cut.labels[-1] == IGNORED  # truncated
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_conversations_begin_as_their_generation_does(smollm2: Path, begins: bool) -> None:
+def test_trained_conversation_begins_like_generation(smollm2: Path, begins: bool) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     tokenizer.bos_token = "<|endoftext|>"
     if begins:
@@ -83,7 +83,7 @@ def test_first_round_of_a_complete_conversation_is_kept(
 
 
 @given(st.text(max_size=200), st.sampled_from(["stop", "length"]))
-def test_no_text_breaks_the_reader(text: str, finish_reason: str) -> None:
+def test_read_conversation_accepts_any_text(text: str, finish_reason: str) -> None:
     found = read_conversation(text, finish_reason)
     if found is not None:
         assert found.instruction
@@ -95,14 +95,14 @@ def test_no_text_breaks_the_reader(text: str, finish_reason: str) -> None:
     ("response", "rejection"),
     [
         ("Rivers flow to the sea, and the sea is wide and blue.", None),
-        ("It is very, very, very good.", None),  # three times may be meant
+        ("It is very, very, very good.", None),  # three times may be intended
         ("no no no no", REPETITION),
         ("The sea is wide, the sea is wide, the sea is wide, the sea is wide,", REPETITION),
         ("Use python to do it.", CODE),
         ("def answer(): pass", CODE),
         ("```\nx = 1\n```", CODE),
         ("Select the ripest fruit from the basket.", None),
-        ("She saw a python in the zoo's javanese house.", CODE),  # a keyword search is what it is
+        ("She saw a python in the zoo's javanese house.", CODE),  # a keyword search has false positives
         ("The javanese house is old.", None),
     ],
 )
@@ -111,7 +111,7 @@ def test_filters_drop_repetition_and_code(response: str, rejection: str | None) 
     assert judge_conversation(Conversation(response, "Well.")) == rejection
 
 
-def test_filters_take_no_longer_on_text_made_to_delay_them() -> None:
+def test_filters_resist_regex_backtracking() -> None:
     started = time.monotonic()
     for text in (
         "a " * 20_000 + "b",
@@ -124,8 +124,8 @@ def test_filters_take_no_longer_on_text_made_to_delay_them() -> None:
     assert time.monotonic() - started < 20
 
 
-def test_norm_sim_is_that_of_the_nearest_real_example() -> None:
-    common = np.array([7.0, 7.0, 7.0])  # which says nothing
+def test_norm_sim_uses_nearest_real_example() -> None:
+    common = np.array([7.0, 7.0, 7.0])  # without information
     real = common + np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, -2.0, 0.0]])
     synthetic = common + np.array([[3.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
     assert norm_sim(synthetic, real) == pytest.approx([1.0, 0.8, 0.0])

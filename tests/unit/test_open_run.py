@@ -1,4 +1,4 @@
-"""What is said about a run before its first job."""
+"""Warnings of a run before its first job."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ OTHER = {"instruction": "Count the rivers of the country that you know best.", "
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one object a line."""
+    """Write one object per line."""
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -32,7 +32,7 @@ def test_open_run_warns_of_repetition_penalty(penalty: float, warned: bool, tiny
 
 
 @pytest.mark.parametrize(("words", "warned"), [(8, True), (0, False)])
-def test_open_run_warns_of_references_in_benchmarks(words: int, warned: bool, tiny_llama: Path, tmp_path: Path) -> None:
+def test_open_run_warns_of_contaminated_references(words: int, warned: bool, tiny_llama: Path, tmp_path: Path) -> None:
     shared = "What are the names of some famous actors that started their careers on Broadway?"
     write_jsonl(tmp_path / "reference.jsonl", [{"instruction": shared.upper(), "output": "Some."}, OTHER])
     write_jsonl(tmp_path / "outputs.jsonl", [{"instruction": shared, "output": "Several."}, OTHER])
@@ -42,13 +42,13 @@ def test_open_run_warns_of_references_in_benchmarks(words: int, warned: bool, ti
         "mt_bench": str(tmp_path / "questions.jsonl"),
         "contamination_words": words,
     }
-    sections = {"reference": {"path": str(tmp_path / "reference.jsonl")}, "judge": {"model": "judge"}}
+    sections = {"reference": {"path": str(tmp_path / "reference.jsonl"), "limit": 2}, "judge": {"model": "judge"}}
     warnings = warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, **sections)
-    assert ["2 of 2 reference examples also stand in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
+    assert ["2 of 2 reference examples are also in benchmarks.alpaca_eval" in w for w in warnings] == [True] * warned
 
 
 @pytest.mark.parametrize("name", ["paper-1b", "paper-8b"])
-def test_paper_configurations_measure_on_unseen_alpaca(name: str) -> None:
+def test_paper_presets_use_unseen_alpaca_examples(name: str) -> None:
     experiment = read_experiment(CONFIGS / f"{name}.yaml")
     seeds, reference = experiment.seed_pool, experiment.reference
     assert (reference.path, reference.split, reference.limit) == ("vicgalle/alpaca-gpt4", "train", 256)

@@ -1,4 +1,4 @@
-"""Two answers compared in both orders, by a local server that stands in for the judge."""
+"""Pairwise judging in both orders, with a local server as the judge."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, se
 
 
 class Comparer(JudgeServer):
-    """Prefers the answer that says 'better'; ends with whatever else an answer dictates; else prefers the first."""
+    """Prefers the answer that says 'better'; ends with the text that an answer dictates; else prefers the first."""
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         first, second = question.split("Answer A\n")[1].split("Answer B\n")
@@ -40,7 +40,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Comparer
 
 
 def row(name: str, answer: str, other: str) -> Row:
-    return {"id": name, "instruction": "Name a river.", "answer": answer, "other": other}
+    return {"question_id": name, "instruction": "Name a river.", "answer": answer, "other": other}
 
 
 ROWS = [
@@ -54,13 +54,13 @@ ROWS = [
 ]
 
 
-def test_pair_is_asked_in_both_orders_and_disagreement_is_a_tie(server: Comparer, tmp_path: Path) -> None:
+def test_disagreement_over_orders_is_a_tie(server: Comparer, tmp_path: Path) -> None:
     seen: list[int] = []
     judge = open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="own")
     judge(ROWS, tmp_path / "part.parquet", seen.append)
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     outcomes = ["win", "loss", "tie", "tie", "unparsed", "unparsed", "loss"]
-    assert table["question_id"].to_pylist() == [one["id"] for one in ROWS]
+    assert table["question_id"].to_pylist() == [one["question_id"] for one in ROWS]
     assert table["outcome"].to_pylist() == outcomes
     assert table["preference"].to_pylist() == [1.0, 0.0, 0.5, 0.5, None, None, 0.0]
     assert table["characters"].to_pylist() == [len(one["answer"]) for one in ROWS]
@@ -79,14 +79,14 @@ def test_pair_is_asked_in_both_orders_and_disagreement_is_a_tie(server: Comparer
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_faults_of_the_judge_change_no_outcome(server: Comparer, tmp_path: Path, fault: Reply) -> None:
+def test_judge_faults_change_no_outcome(server: Comparer, tmp_path: Path, fault: Reply) -> None:
     server.faults = [fault]
     open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="own")(ROWS[:2], tmp_path / "part.parquet", lambda done: None)
     assert read_table(tmp_path / "part.parquet", PAIRWISE)["outcome"].to_pylist() == ["win", "loss"]
     assert len(server.asked) == 5
 
 
-def test_nothing_wins_against_itself() -> None:
+def test_equal_verdicts_in_both_orders_are_a_tie() -> None:
     for verdict in ("A", "B", "tie"):
         assert outcome_of(verdict, verdict) == "tie"
     assert outcome_of("A", "tie") == outcome_of("tie", "A") == "tie"
@@ -117,14 +117,12 @@ def test_nothing_wins_against_itself() -> None:
         ("", "stop", None),
     ],
 )
-def test_preference_is_read_from_the_last_line_or_not_at_all(
-    text: str, finish_reason: str, preference: str | None
-) -> None:
+def test_preference_is_read_from_last_line(text: str, finish_reason: str, preference: str | None) -> None:
     assert read_preference(Answer(text, finish_reason, 1, 1)) == preference
 
 
 class Leaderboard(JudgeServer):
-    """Asked by AlpacaEval's prompt: `m` has the probability that stands in the first output, if the server tells it."""
+    """Answers AlpacaEval's prompt: `m` has the probability in the first output, if the server gives probabilities."""
 
     tells = True
 
@@ -160,7 +158,7 @@ def test_published_prompt_reads_token_probabilities(
     table = read_table(tmp_path / "part.parquet", PAIRWISE)
     expected = [0.75, 0.25, 0.5, None, 0.75] if tells else [1.0, 0.0, 0.5, None, 1.0]
     assert table["preference"].to_pylist() == [value if value is None else pytest.approx(value) for value in expected]
-    # Two tokens drawn at one half are both `m`, so that each order prefers its first output.
+    # Both orders draw `m` with probability one half, so each prefers its first output.
     assert table["outcome"].to_pylist() == ["win", "loss", "tie", "unparsed", "win"]
     assert summarize(table).win_rate == pytest.approx(0.5625 if tells else 0.625)
 
@@ -190,14 +188,14 @@ def test_published_prompt_reads_token_probabilities(
         ("", None, None),
     ],
 )
-def test_probability_is_that_of_one_token(
+def test_preference_probability_is_of_one_token(
     text: str, first_token: dict[str, float] | None, probability: float | None
 ) -> None:
     found = read_probability(Answer(text, "length", 1, 1, first_token))
     assert found == (probability if probability is None else pytest.approx(probability))
 
 
-def test_log_probability_without_end_is_asked_for_again(server: Comparer, tmp_path: Path) -> None:
+def test_infinite_log_probability_is_retried(server: Comparer, tmp_path: Path) -> None:
     server.faults = [lambda handler, question: send(handler, 200, completion("m", "length", {"m": -math.inf}))]
     judge = open_with(server, tmp_path, PAIRWISE_JUDGE, prompts="published")
     server.answer = lambda handler, question: send(handler, 200, completion("m", "length", {"m": -0.1}))  # type: ignore[method-assign]
@@ -211,7 +209,7 @@ VERDICTS = st.sampled_from(["Better: A", "Better: B", "Better: tie"])
 
 @pytest.mark.guarantee("judge that obeys the text it judges")
 @given(st.text() | st.lists(st.text() | VERDICTS).map("\n".join), st.sampled_from(["stop", "length"]))
-def test_no_answer_breaks_the_reading_and_only_its_last_line_decides(text: str, finish_reason: str) -> None:
+def test_read_preference_uses_only_last_line(text: str, finish_reason: str) -> None:
     found = read_preference(Answer(text, finish_reason, 1, 1))
     last = [line for line in text.splitlines() if line.strip()][-1:]
     assert found == read_preference(Answer("\n".join(last), finish_reason, 1, 1))
@@ -227,10 +225,10 @@ TEXTS = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "An
 
 @pytest.mark.guarantee("judge that obeys the text it judges")
 @given(TEXTS, TEXTS, TEXTS)
-def test_compared_texts_stay_within_their_frames(instruction: str, first: str, second: str) -> None:
+def test_compared_texts_stay_in_their_frames(instruction: str, first: str, second: str) -> None:
     question = comparison(instruction, first, second)
     line = question.split("lines that begin with ")[1].split()[0]
-    assert question.count(line) == 5  # named once; before each of three texts, and after the last
+    assert question.count(line) == 5  # named once, before each of three texts, and after the last
     fenced = question.split(line)[2:]
     assert [part.partition("\n")[0] for part in fenced] == [
         " Instruction",

@@ -1,4 +1,4 @@
-"""The table of docs/method.md: what the paper prints, and what the presets resolve to."""
+"""The table of docs/method.md: the paper's numbers, and the values of the presets."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from support import CONFIGS, ROOT
 
 PRESETS = [read_experiment(CONFIGS / f"{name}.yaml") for name in ("paper-8b", "paper-1b")]
 METHOD = ("synthesis", "warmup", "influence", "preferences", "teacher_update", "training")
-OURS = (  # how the work is cut and checked, of which the paper has nothing
+OURS = (  # sharding and checks, which the paper does not have
     "synthesis.engine",
     "synthesis.oversampling",
     "synthesis.max_rounds",
@@ -84,7 +84,7 @@ def test_rows_without_a_setting_have_a_remark() -> None:
 
 
 def test_paper_request_is_the_published_text() -> None:
-    published = "356f8a908790d34cc53451769abd5ad8f4c83cf529c0705c106ea50925654566"  # of src/prompt.py at fa9c7db
+    published = "356f8a908790d34cc53451769abd5ad8f4c83cf529c0705c106ea50925654566"  # src/prompt.py at fa9c7db
     assert hashlib.sha256(PAPER_REQUEST.encode()).hexdigest() == published
 
 

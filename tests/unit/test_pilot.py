@@ -1,4 +1,4 @@
-"""The pilot of a probing set: measured once, and first; it warns of too few pairs and says what to do."""
+"""The pilot of a probing set: measured first and once; warns of too few pairs, with a remedy."""
 
 import random
 import re
@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Preferences
+from montessori_core.data.rows import Rows
 from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
 from montessori_core.influence.pilot import measure_after_pilot, pilot_size, predict_pair_count
 from montessori_core.influence.table import join_influence, write_influence_metadata
@@ -19,7 +20,7 @@ def rows(count: int, of_prompt: int = 4) -> list[Row]:
 
 
 def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
-    """Values of every row's own, of standard deviation `scale`, around a common one."""
+    """Return an influence table with random values of standard deviation `scale` around `common`."""
     records = [
         {
             **row,
@@ -45,17 +46,17 @@ def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
     [(255, 4, 0), (256, 4, 64), (256, 3, 66), (300, 64, 64), (300, 65, 65), (300, 300, 0)],
 )
 def test_pilot_is_64_rows_of_whole_prompts(count: int, of_prompt: int, size: int) -> None:
-    assert pilot_size(rows(count, of_prompt)) == size
+    assert pilot_size([row["prompt_id"] for row in rows(count, of_prompt)]) == size
 
 
 @pytest.mark.parametrize(("common", "warned"), [(0.0, False), (9.0, True)])
 def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp_path: Path) -> None:
     events: list[str] = []
 
-    def measure(some: list[Row], is_pilot: bool) -> list[Path]:
+    def measure(some: Rows, is_pilot: bool) -> list[Path]:
         events.append(f"pilot {len(some)}" if is_pilot else f"others {len(some)}")
         part = tmp_path / f"{len(events)}.parquet"
-        write_table(influence(some, common), part, INFLUENCE)
+        write_table(influence(next(some.tables()).to_pylist(), common), part, INFLUENCE)
         return [part]
 
     warnings: list[str] = []
@@ -64,28 +65,26 @@ def test_pilot_warns_before_others_are_measured(common: float, warned: bool, tmp
         events.append("warning")
         warnings.append(warning)
 
-    parts = measure_after_pilot(rows(300), measure, Preferences(baseline="student"), warn)
+    parts = measure_after_pilot(Rows.of(rows(300)), measure, Preferences(baseline="student"), warn)
     assert events == ["pilot 64", *["warning"] * warned, "others 236"]
     assert join_influence(parts).read_all().equals(influence(rows(300), common))
     if warned:
-        assert (
-            "first 64 examples make 0 preference pairs (preferences.baseline=student), so that all 300" in warnings[0]
-        )
+        assert "first 64 examples make 0 preference pairs (preferences.baseline=student); all 300" in warnings[0]
         assert "With preferences.baseline=" in warnings[0]
 
 
 def test_small_sets_have_no_pilot(tmp_path: Path) -> None:
     calls: list[tuple[int, bool]] = []
 
-    def measure(some: list[Row], is_pilot: bool) -> list[Path]:
+    def measure(some: Rows, is_pilot: bool) -> list[Path]:
         calls.append((len(some), is_pilot))
         return []
 
-    measure_after_pilot(rows(255), measure, Preferences(), pytest.fail)
+    measure_after_pilot(Rows.of(rows(255)), measure, Preferences(), pytest.fail)
     assert calls == [(255, False)]
 
 
-def test_foretold_remedy_makes_pairs() -> None:
+def test_predicted_remedy_makes_pairs() -> None:
     pilot = influence(rows(64), common=9.0)
     warning = predict_pair_count(pilot, Preferences(baseline="student"), 10_000)
     assert warning is not None
@@ -95,8 +94,8 @@ def test_foretold_remedy_makes_pairs() -> None:
     assert int(remedy[2]) > 40
 
 
-def test_foretelling_blames_margin_where_baselines_agree() -> None:
-    """Examples differ by less than the reference examples can tell."""
+def test_prediction_names_margin_if_no_baseline_helps() -> None:
+    """The examples do not differ significantly."""
     warning = predict_pair_count(
         influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000
     )
@@ -104,5 +103,5 @@ def test_foretelling_blames_margin_where_baselines_agree() -> None:
     assert "lower preferences.margin" in warning
 
 
-def test_foretelling_ignores_the_limit() -> None:
+def test_prediction_ignores_max_pairs() -> None:
     assert predict_pair_count(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None

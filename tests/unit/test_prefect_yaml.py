@@ -1,4 +1,4 @@
-"""Deployments of a `prefect.yaml`, and the configurations that they name."""
+"""Deployments in `prefect.yaml`, and their configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def written(folder: Path, **deployment: Any) -> Path:
     return path
 
 
-def test_shipped_deployments_are_the_shipped_configurations() -> None:
+def test_shipped_deployments_match_configurations() -> None:
     *experiments, evaluation, study = read_deployments(ROOT / "flows" / "prefect.yaml")
     for deployment in (*experiments, evaluation):
         config = CONFIGS / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
@@ -31,7 +31,7 @@ def test_shipped_deployments_are_the_shipped_configurations() -> None:
     assert study["concurrency_limit"]["limit"] == 1
 
 
-def test_deployment_that_does_not_fit_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_invalid_deployment_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "prefect.yaml"
     path.write_text(yaml.safe_dump({"deployments": [{"name": "mine", "parameters": {"experiment": {"seed": -1}}}]}))
     with pytest.raises(ConfigError, match=r"(?s)deployment 'mine'.*seed.*teacher: missing"):
@@ -54,8 +54,8 @@ def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("deployment", "message"),
     [
-        ({}, "give either config .* or parameters.experiment"),
-        ({"config": "quickstart", "parameters": {"experiment": {}}}, "give either config .* or parameters.experiment"),
+        ({}, "set either config .* or parameters.experiment"),
+        ({"config": "quickstart", "parameters": {"experiment": {}}}, "set either config .* or parameters.experiment"),
         ({"config": "quikstart"}, "config: .*quikstart: no such file, and no preset .* paper-1b, paper-8b, quickstart"),
         ({"config": "paper-8b", "entrypoint": "flows/study.py:compare"}, "config: .*no preset .*: quickstart"),
         ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),
@@ -67,7 +67,7 @@ def test_bad_deployment_is_refused(deployment: dict[str, Any], message: str, tmp
         read_deployments(written(tmp_path, **deployment))
 
 
-def test_shipped_file_is_taken_without_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_file_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_deployments() == ROOT / "flows" / "prefect.yaml"
     written(tmp_path, config="quickstart")

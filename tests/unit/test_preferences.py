@@ -1,4 +1,4 @@
-"""Preference pairs: the full cross product within a prompt, and nothing the measurement cannot carry."""
+"""Preference pairs: the cross product within a prompt, without pairs below the noise floor."""
 
 import json
 import os
@@ -105,19 +105,19 @@ def pairs(settings: Preferences, **kwargs: float) -> list[tuple[str, str]]:
     return list(zip(table["chosen_id"].to_pylist(), table["rejected_id"].to_pylist(), strict=True))
 
 
-def test_pairs_are_the_cross_product_of_signs_within_a_prompt() -> None:
+def test_pairs_are_cross_product_within_prompt() -> None:
     assert pairs(Preferences(baseline="student")) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3"), ("a2", "a4")]
 
 
 def test_baseline_moves_the_threshold() -> None:
     assert pairs(Preferences(baseline="null_step"), null_step=4.5) == [("b1", "b2")]
-    # The median of the measured is 0: d1 lies on it and is neither.
+    # The median of the measured rows is 0: d1 lies on it and makes no pair.
     assert threshold_of(influence(VALUES), "median") == 0.0
     assert pairs(Preferences(baseline="median")) == pairs(Preferences(baseline="student"))
 
 
 def test_prompt_baseline_pairs_around_its_mean() -> None:
-    """An odd number of rows makes as many pairs as it can, and a row alone in its prompt makes none."""
+    """An odd number of rows makes as many pairs as possible; a single row makes none."""
     table = influence(VALUES | {"e1": 1.0, "e2": 2.0, "e3": 9.0, "f1": 0.1, "f2": 0.1, "f3": 0.1})
     found = pair_by_influence(table, Preferences(baseline="prompt"))
     assert list(zip(found["chosen_id"].to_pylist(), found["rejected_id"].to_pylist(), strict=True)) == [
@@ -136,7 +136,7 @@ def test_prompt_baseline_ignores_common_momentum() -> None:
     assert chosen[0] == chosen[1] != []
 
 
-def test_nothing_within_noise_makes_a_pair() -> None:
+def test_influence_within_noise_makes_no_pair() -> None:
     assert pairs(Preferences(baseline="student"), noise=1.5) == [("a1", "a4")]
 
 
@@ -154,18 +154,18 @@ def test_margin_is_in_standard_errors() -> None:
     assert kept(0.62, **errors) == [("a1", "a3"), ("a1", "a4"), ("a2", "a3")]
     assert kept(3.9, **errors) == [("a1", "a3")]
     assert kept(4.1, **errors) == []
-    assert kept(0.1, a1=0.6, a3=0.8, a4=4.0) == [("a1", "a3"), ("a1", "a4")]  # that of a2 is not known
-    # First order: each row has the root mean square of all, here 2; two of them differ by 2.8.
+    assert kept(0.1, a1=0.6, a3=0.8, a4=4.0) == [("a1", "a3"), ("a1", "a4")]  # a2 has no standard error
+    # First order: each row gets the root mean square of all errors, here 2; a difference has 2.8.
     first_order = dict.fromkeys(VALUES, 0.0) | {"a1": 6.0}
     assert kept(1.0, "first_order", **first_order) == [("a1", "a3"), ("a1", "a4"), ("a2", "a4")]
 
 
-def test_a_limit_keeps_the_widest_gaps_in_table_order() -> None:
+def test_max_pairs_keeps_widest_gaps_in_order() -> None:
     assert pairs(Preferences(baseline="student", max_pairs=2)) == [("a1", "a3"), ("a1", "a4")]
     assert pairs(Preferences(baseline="student", max_pairs=1)) == [("a1", "a4")]
 
 
-def test_pairs_carry_raw_outputs_and_both_influences(tmp_path: Path) -> None:
+def test_pairs_have_raw_outputs_and_influences(tmp_path: Path) -> None:
     write_table(examples(*VALUES), tmp_path / "examples.parquet", EXAMPLES)
     pairs = pair_by_influence(influence(VALUES, null_step=0.5), Preferences(baseline="student", max_pairs=1))
     write_preferences(pairs, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
@@ -174,7 +174,7 @@ def test_pairs_carry_raw_outputs_and_both_influences(tmp_path: Path) -> None:
     assert (row["chosen_influence_student"], row["chosen_influence_null_step"]) == (3.0, 2.5)
 
 
-def test_join_keeps_order_and_the_largest_noise(tmp_path: Path) -> None:
+def test_join_keeps_order_and_largest_noise_floor(tmp_path: Path) -> None:
     parts = [tmp_path / "part-0.parquet", tmp_path / "part-1.parquet"]
     write_table(influence({"a1": 1.0}, noise=1e-9), parts[0], INFLUENCE)
     write_table(influence({"b1": 2.0}, noise=3e-9), parts[1], INFLUENCE)
@@ -184,7 +184,7 @@ def test_join_keeps_order_and_the_largest_noise(tmp_path: Path) -> None:
     assert summarize_influence(joined, 1.5)["share_positive"] == 0.5
 
 
-def test_summary_warns_of_gradients_that_dominate() -> None:
+def test_summary_warns_of_dominating_gradients() -> None:
     summary = summarize_influence(influence(VALUES), 0.0)
     assert (summary["median_gradient_norm"], summary["median_dominated_share"]) == (2.0, 0.2)
     assert domination_warning(summary) is None
@@ -196,7 +196,7 @@ def test_summary_warns_of_gradients_that_dominate() -> None:
 
 
 def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences) -> list[dict[str, Any]]:
-    """The definition in plain words: within a prompt all helpful against all harmful examples, the widest gaps of them."""
+    """Return pairs by definition: all helpful with all harmful examples of a prompt, those with the widest gaps."""
     floor = read_influence_metadata(influence, "noise_floor")
     measured = [row for row in influence.to_pylist() if row["status"] == "ok"]
 
@@ -243,14 +243,12 @@ def defined_pairs(examples: pa.Table, influence: pa.Table, settings: Preferences
 
 
 @pytest.mark.parametrize("group", [1, 7, 8192])
-def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
-) -> None:
+def test_pairs_match_definition_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     monkeypatch.setattr(tables, "ROW_GROUP", group)
     monkeypatch.setattr(preferences, "ROW_GROUP", group)
     for seed in range(30):
         draw = random.Random(seed)
-        ids = [f"{draw.choice('abcdefg')}{n}" for n in range(draw.randint(1, 50))]  # prompts interleaved
+        ids = [f"{draw.choice('abcdefg')}{n}" for n in range(draw.randint(1, 50))]  # interleaved prompts
         values = {name: draw.choice([None, round(draw.gauss(0, 1), 1), draw.gauss(0, 1)]) for name in ids}
         sample = dict(draw.sample(sorted(values.items()), len(ids) * 3 // 4))
         measured = influence(sample, 0.2, draw.choice([0.0, 0.3]), {name: draw.random() for name in ids})
@@ -266,15 +264,15 @@ def test_pairs_are_those_of_the_definition_however_tables_are_ordered_and_read(
             assert table.to_pylist() == defined_pairs(texts, measured, settings)
 
 
-def test_pairs_of_examples_that_are_not_in_the_table_are_refused(tmp_path: Path) -> None:
+def test_pairs_of_missing_examples_are_refused(tmp_path: Path) -> None:
     write_table(examples("a1", "a2"), tmp_path / "examples.parquet", EXAMPLES)
     made = pair_by_influence(influence(VALUES), Preferences(baseline="student"))
-    with pytest.raises(DataError, match=r"examples.parquet: lacks examples that were paired"):
+    with pytest.raises(DataError, match=r"examples.parquet: examples of the pairs are missing"):
         write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
     assert not (tmp_path / "preferences.parquet").exists()
 
 
-def test_bytes_of_a_table_do_not_follow_the_pieces_it_comes_in(tmp_path: Path) -> None:
+def test_parquet_bytes_do_not_depend_on_batching(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     values = dict(zip((f"{n % 7}-{n}" for n in range(20_000)), draw.normal(size=20_000), strict=True))
     table = influence(values)
@@ -308,8 +306,8 @@ print(json.dumps([pairs.num_rows, int(peak) * 1024]))
 """
 
 
-def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_texts(tmp_path: Path) -> None:
-    """A row has 3,400 bytes of text; at most 1,000 more bytes of memory are taken for it, so 1,000,000 rows take 1 GB."""
+def test_pairing_keeps_no_texts_in_memory(tmp_path: Path) -> None:
+    """A row has 3,400 bytes of text and takes at most 1,000 bytes of memory: 1 GB for 1,000,000 rows."""
     draw = np.random.default_rng(0)
     text = draw.integers(32, 127, 10_000_000, np.uint8).tobytes().decode()
 
@@ -339,7 +337,10 @@ def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_te
             part = part.set_column(1, INFLUENCE.field("prompt_id"), pa.array([f"probing-{n // 4}" for n in some]))
             write_table(part, folder / f"part-{number:05d}.parquet", INFLUENCE)
         command = [sys.executable, "-c", GROWTH, str(folder)]
-        returning = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back
+        returning = {
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        }  # free at once
         outcome = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | returning)
         pairs, found = json.loads(outcome.stdout)
         assert pairs > 0.7 * rows
@@ -348,7 +349,7 @@ def test_join_and_pairs_hold_ids_and_numbers_of_a_table_in_memory_but_not_its_te
     assert (peak(100_000) - peak(50_000)) / 50_000 < 1000
 
 
-def test_tables_are_checked_on_write_and_read(tmp_path: Any) -> None:
+def test_tables_are_validated_on_write_and_read(tmp_path: Any) -> None:
     path = tmp_path / "t.parquet"
     table = influence(VALUES)
     write_table(table, path, INFLUENCE)

@@ -1,4 +1,4 @@
-"""The number type of generation follows the processor's instructions, without torch."""
+"""The dtype of generation depends on the processor's instructions; choosing it needs no torch."""
 
 import subprocess
 import sys

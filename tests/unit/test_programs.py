@@ -1,4 +1,4 @@
-"""What is computed again when a program changes: its own stages, and only if its version was raised."""
+"""A raised version recomputes the stages of its program, and nothing else."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cluster.fanout import fan_out
@@ -16,6 +17,7 @@ from montessori_core.files import hash_path
 from montessori_core.program import Program, load
 from support import ROOT
 from support.logged_programs import ADDING, DOUBLING, LogSettings
+from support.row_programs import as_shards
 from support.squares import CLUSTER
 
 DECLARED: list[Program[Any]] = [value for value in vars(programs).values() if isinstance(value, Program)]
@@ -23,7 +25,7 @@ DECLARED: list[Program[Any]] = [value for value in vars(programs).values() if is
 
 def key_of(program: Program[Any]) -> str:
     stage = Stage.of(program, program.settings.model_construct(), Path("stage"), {}, {})
-    return stage.key([{"n": 1}])
+    return stage.key(pa.table({"n": [1]}))
 
 
 @pytest.fixture
@@ -33,35 +35,35 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSettings]) -> list[str]:
-    """Bring a stage of each program to its end, one after the other; return which of them were computed."""
+    """Run a stage of each program, one after the other; return the names of those that were computed."""
     log = folder / "log.txt"
     log.unlink(missing_ok=True)
     settings, resources = LogSettings(log=str(log)), Resources(cpus_per_process=1)
     first = Stage.of(doubling, settings, folder / "doubled", {}, {})
-    [part] = fan_out(first, [[{"n": 1}, {"n": 2}]], resources, CLUSTER, python=sys.executable)
+    [part] = fan_out(first, as_shards([{"n": 1}, {"n": 2}]), resources, CLUSTER, python=sys.executable)
     second = Stage.of(adding, settings, folder / "added", {"doubled": part}, {"doubled": hash_path(part)})
-    [part] = fan_out(second, [[{"n": 3}]], resources, CLUSTER, python=sys.executable)
+    [part] = fan_out(second, as_shards([{"n": 3}]), resources, CLUSTER, python=sys.executable)
     assert part.read_text() == "12"
     return log.read_text().split() if log.exists() else []
 
 
-def test_raised_version_recomputes_its_program_alone(folder: Path) -> None:
+def test_new_version_recomputes_only_its_program(folder: Path) -> None:
     assert compute(folder, DOUBLING, ADDING) == ["doubling", "adding"]
     raised = replace(DOUBLING, version=2)
-    assert compute(folder, raised, ADDING) == ["doubling"]  # with the same result, so that what reads it stays
+    assert compute(folder, raised, ADDING) == ["doubling"]  # with the same result, so that later stages are kept
     assert compute(folder, raised, replace(ADDING, version=2)) == ["adding"]
     moved = [replace(program, entry="moved:open") for program in (raised, replace(ADDING, version=2))]
     assert compute(folder, *moved) == []
 
 
 @pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
-def test_key_holds_name_and_version_but_no_module(program: Program[Any]) -> None:
+def test_key_has_name_and_version_but_no_module(program: Program[Any]) -> None:
     assert key_of(replace(program, entry="elsewhere:open")) == key_of(program)
     assert key_of(replace(program, version=program.version + 1)) != key_of(program)
     assert key_of(replace(program, name="another")) != key_of(program)
 
 
-def test_declared_programs_have_names_of_their_own() -> None:
+def test_declared_programs_have_unique_names() -> None:
     assert len({program.name for program in DECLARED}) == len(DECLARED)
 
 

@@ -1,4 +1,4 @@
-"""How far a stage is and how long it will take: as the bar, `montessori status` and the driver say it."""
+"""Progress and remaining time of a stage, in the bar, `montessori status` and the driver."""
 
 import re
 import sys
@@ -20,24 +20,24 @@ def manifest(rows: int, seconds: float, row_seconds: float | None) -> Manifest:
     return Manifest(rows=rows, seconds=seconds, row_seconds=row_seconds, **fields)
 
 
-def test_pace_is_that_of_all_jobs() -> None:
+def test_pace_counts_all_jobs() -> None:
     fast, slow = ShardProgress(done=3.5, row_seconds=0.5), ShardProgress(done=0.25, row_seconds=2.0)
     assert rows_per_second([fast, slow], []) == pytest.approx(2.5)
-    # A job without a pace of its own counts as a typical one, a stage without jobs has none.
+    # A job without a pace counts as a typical one; a stage without jobs has no pace.
     assert rows_per_second([fast, None, ShardProgress(done=0.0)], []) == pytest.approx(6.0)
     assert rows_per_second([], [manifest(4, 8.0, 1.0)]) is None
 
 
-def test_pace_before_any_row_is_of_earlier_shards() -> None:
+def test_initial_pace_is_from_earlier_shards() -> None:
     assert rows_per_second([None], []) is None
-    assert rows_per_second([ShardProgress(done=7.0)], []) is None  # rows of an earlier job have no pace
+    assert rows_per_second([ShardProgress(done=7.0)], []) is None  # an earlier job's rows give no pace
     earlier = [manifest(4, 100.0, 1.0), manifest(4, 100.0, 3.0), manifest(1, 2.0, None)]
     assert rows_per_second([None, None], earlier) == pytest.approx(1.0)
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the clock."""
+    """Return a function that sets the clock."""
     seconds = [1000.0]
     monkeypatch.setattr("cluster.stage.time.monotonic", lambda: seconds[0])
 
@@ -47,7 +47,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def test_clock_leaves_out_rows_before_its_start(tmp_path: Path, now: Callable[[float], None]) -> None:
+def test_clock_ignores_rows_before_its_start(tmp_path: Path, now: Callable[[float], None]) -> None:
     clock = RowClock(tmp_path / "progress.json", pause=0.0)
     now(1060.0)  # the model is loaded
     clock(50)
@@ -58,7 +58,7 @@ def test_clock_leaves_out_rows_before_its_start(tmp_path: Path, now: Callable[[f
 
 
 def shown(capsys: pytest.CaptureFixture[str], *states: Progress) -> list[tuple[str, str, str]]:
-    """Percentage, rows, and what stands for the remaining time, of each state that the bar shows."""
+    """Return the percentage, rows and remaining time that the bar shows for each state."""
     with ProgressBar("responses") as bar:
         for state in states:
             bar.show(state)
@@ -70,7 +70,7 @@ def progress(done: float, left: float | None, shards_done: set[int]) -> Progress
     return Progress(done, 104, left, 2, {0}, shards_done, {})
 
 
-def test_bar_shows_fractions_and_no_early_end(
+def test_bar_shows_fractions_and_ends_with_last_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -84,6 +84,6 @@ def test_bar_shows_fractions_and_no_early_end(
     ]
 
 
-def test_bar_in_a_log_writes_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bar_in_log_writes_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, *(progress(done, 60, set()) for done in range(100)))
     assert [rows for _, rows, _ in lines] == ["0/104", "99/104"]

@@ -1,4 +1,4 @@
-"""The report: complete in itself, safe whatever a model wrote, and honest about what is there."""
+"""The report: self-contained, safe for any model text, and correct for unfinished runs."""
 
 import base64
 import csv
@@ -43,7 +43,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 
 @pytest.mark.parametrize("text", SHOWN.values(), ids=SHOWN.keys())
-def test_model_text_is_shown_as_it_was_written(hostile: Page, text: str) -> None:
+def test_model_text_is_shown_unchanged(hostile: Page, text: str) -> None:
     assert hostile.text.count(text) > 10
 
 
@@ -59,7 +59,7 @@ def test_model_text_never_becomes_markup(hostile: Page, run: Path) -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", hostile.text + data)
 
 
-def test_text_that_reverses_its_line_has_a_block_of_its_own(hostile: Page) -> None:
+def test_bidirectional_text_is_isolated(hostile: Page) -> None:
     assert hostile.reversing == {"div"}
 
 
@@ -69,7 +69,7 @@ def test_model_text_never_enters_a_figure(hostile: Page) -> None:
     assert "7*7" not in figures
 
 
-def test_configuration_and_provenance_are_escaped_too(run: Path, tmp_path: Path) -> None:
+def test_configuration_and_provenance_are_escaped(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     (folder / "config.yaml").write_text(f"name: '{HOSTILE[1]}'\nteacher: {{model: '{HOSTILE[0]}'}}\n", encoding="utf-8")
     write_json({"versions": {HOSTILE[0]: HOSTILE[1]}}, folder / "provenance.json")
@@ -78,7 +78,7 @@ def test_configuration_and_provenance_are_escaped_too(run: Path, tmp_path: Path)
     assert len(page.programs) == 2
 
 
-def test_names_in_the_metrics_are_escaped_in_page_and_figures(run: Path, tmp_path: Path) -> None:
+def test_metric_names_are_escaped(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     content = metrics(1)
     name = HOSTILE[1]
@@ -96,20 +96,20 @@ def test_names_in_the_metrics_are_escaped_in_page_and_figures(run: Path, tmp_pat
     assert all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in report.data)
 
 
-def test_costs_say_what_the_papers_numbers_count(run: Path, tmp_path: Path) -> None:
+def test_costs_explain_paper_numbers(run: Path, tmp_path: Path) -> None:
     report, study = page_of(run), Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     for page in (report, study):
-        assert "Appendix E.3 charges a pass over 128 tokens for every token" in page.text
+        assert "Appendix E.3 counts a pass over 128 tokens for every token" in page.text
         assert "(Appendix E.3)" not in page.text
         assert "rule of Appendix E.3" not in page.text
-    assert "wall time of 8 H100s together, 107 and 28 GPU-seconds" in report.text
+    assert "wall time on 8 H100s, that is 107 and 28 GPU-seconds" in report.text
 
 
-def test_judged_scores_say_whose_prompts_judged(run: Path, tmp_path: Path) -> None:
+def test_judged_scores_name_judge_prompts(run: Path, tmp_path: Path) -> None:
     page = page_of(run)
     assert "MT-Bench (own judge prompts), score writing" in page.text
     assert "arc_challenge, acc norm" in page.text
-    assert "judged answer by answer with own judge prompts" in page.text
+    assert "compares the answers of two models with own judge prompts" in page.text
     study = Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     assert "MT-Bench (own judge prompts): score" in study.text
 
@@ -120,12 +120,12 @@ def test_judged_scores_say_whose_prompts_judged(run: Path, tmp_path: Path) -> No
     write_json(content, folder / "iteration-1" / "metrics.json")
     page = page_of(folder)
     assert "MT-Bench (published judge prompts), score writing" in page.text
-    assert "judged answer by answer with own and published judge prompts" in page.text
+    assert "compares the answers of two models with own and published judge prompts" in page.text
     assert score_name("alpaca_eval_published against x") == "AlpacaEval (published judge prompts) against x"
 
 
 @pytest.mark.guarantee("script in the report")
-def test_only_the_pages_own_scripts_may_run(hostile: Page) -> None:
+def test_page_allows_only_its_scripts(hostile: Page) -> None:
     (policy,) = (a["content"] for tag, a in hostile.tags if tag == "meta" and "http-equiv" in a)
     directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
     digests = [base64.b64encode(hashlib.sha256(program.encode()).digest()).decode() for program in hostile.programs]
@@ -144,22 +144,22 @@ def test_report_needs_no_network(run: Path) -> None:
     assert "@import" not in page.style
 
 
-def test_every_link_of_the_contents_leads_to_a_section(run: Path) -> None:
+def test_contents_links_resolve(run: Path) -> None:
     page = page_of(run)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert {str(a["href"])[1:] for tag, a in page.tags if tag == "a"} <= set(ids)
 
 
-def test_every_figure_is_valid_and_has_a_sentence(run: Path) -> None:
+def test_figures_are_valid_and_captioned(run: Path) -> None:
     page = page_of(run)
     assert len(page.plots) == page.count("figure") == page.count("figcaption") > 10
     for plot in page.plots:
-        figure = go.Figure(plot)  # raises on properties that Plotly does not know
+        figure = go.Figure(plot)  # raises on unknown properties
         assert figure.data
 
 
-def test_data_of_every_figure_is_in_the_page_and_beside_it(tmp_path: Path) -> None:
+def test_figure_data_is_in_page_and_files(tmp_path: Path) -> None:
     report = render_report(write_run(tmp_path / "run", iterations=2))
     report.write(tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
@@ -174,7 +174,7 @@ def test_data_of_every_figure_is_in_the_page_and_beside_it(tmp_path: Path) -> No
         assert {len(row) for row in rows} == {len(header)}
 
 
-def test_data_that_is_exported_is_what_the_tables_hold(run: Path) -> None:
+def test_exported_data_equals_tables(run: Path) -> None:
     data = {name: list(csv.DictReader(io.StringIO(text))) for name, text in render_report(run).data.items()}
     funnel = {row["step"]: int(row["instructions"]) for row in data["synthesis-iteration-1-probing-set"]}
     assert funnel == {"candidates": 46, LIKE_ACCEPTED: 3, NO_TAGS: 3, "kept": 40}
@@ -189,7 +189,7 @@ def test_data_that_is_exported_is_what_the_tables_hold(run: Path) -> None:
     assert sum(int(row["examples"]) for row in lengths) == 40
 
 
-def test_batches_count_what_helps_in_the_order_of_the_training_set(run: Path) -> None:
+def test_batches_count_helpful_examples_in_training_order(run: Path) -> None:
     table = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)
     values = table["influence_student"].to_pylist()  # the last was not measured
     part = InfluenceData("set", table, threshold=sorted(values[:-1])[20])
@@ -200,7 +200,7 @@ def test_batches_count_what_helps_in_the_order_of_the_training_set(run: Path) ->
     assert shares[1] == sum(value > part.threshold for value in values[:16]) / 16
 
 
-def test_gradients_that_dominate_are_warned_of(run: Path, tmp_path: Path) -> None:
+def test_report_warns_of_dominating_gradients(run: Path, tmp_path: Path) -> None:
     assert "own gradient decides" not in page_of(run).text
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / "iteration-1" / "influence.parquet"
@@ -216,7 +216,7 @@ def test_gradients_that_dominate_are_warned_of(run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("lost", "sentence"),
     [
-        ("iteration-1", "Iteration 1 has not begun."),
+        ("iteration-1", "Iteration 1 has not started."),
         ("iteration-1/influence.parquet", "the influence of the probing set"),
         ("iteration-1/training-influence.parquet", "the influence of the training set"),
         ("iteration-1/preferences.parquet", "the preference pairs"),
@@ -228,20 +228,20 @@ def test_gradients_that_dominate_are_warned_of(run: Path, tmp_path: Path) -> Non
         ("provenance.json", "The provenance (provenance.json) is not in the folder."),
     ],
 )
-def test_report_renders_what_an_unfinished_run_has(run: Path, tmp_path: Path, lost: str, sentence: str) -> None:
+def test_report_renders_unfinished_run(run: Path, tmp_path: Path, lost: str, sentence: str) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert sentence in page_of(folder).text
 
 
-def test_run_that_has_only_begun_is_reported_as_such(tmp_path: Path) -> None:
+def test_report_renders_new_run(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "No verdict yet" in page.text
     assert page.plots == []
 
 
-def test_training_logs_show_before_the_iteration_ends(run: Path, tmp_path: Path) -> None:
+def test_training_logs_show_during_iteration(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     (folder / "iteration-1" / "metrics.json").unlink()
     (folder / "iteration-1" / "warmup" / "part-00000").mkdir(parents=True)
@@ -277,9 +277,7 @@ def test_two_iterations_are_both_shown(tmp_path: Path) -> None:
         (math.nan, 0.004, "No verdict."),
     ],
 )
-def test_verdict_is_that_of_the_paired_gain(
-    run: Path, tmp_path: Path, gain: float, error: float, headline: str
-) -> None:
+def test_verdict_follows_paired_gain(run: Path, tmp_path: Path, gain: float, error: float, headline: str) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     write_json(metrics(1, gain, error), folder / "iteration-1" / "metrics.json")
     assert headline in page_of(folder).text
@@ -289,7 +287,7 @@ def test_verdict_is_that_of_the_paired_gain(
     ("gain", "headline"),
     [(0.02, "Better than unmodified, worse than untrained."), (0.0, "Within noise."), (-0.02, "Worse student.")],
 )
-def test_verdict_says_when_training_did_harm(run: Path, tmp_path: Path, gain: float, headline: str) -> None:
+def test_verdict_reports_harmful_training(run: Path, tmp_path: Path, gain: float, headline: str) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     content = metrics(1, gain)
     content["held_out_gain"]["student_over_untrained"]["mean"] = -0.3
@@ -308,12 +306,12 @@ def test_run_without_comparison_claims_none(tmp_path: Path) -> None:
     (folder / "iteration-1" / "training-influence.parquet").unlink()
     text = page_of(folder).text
     assert "No comparison." in text
-    assert "comparison.unmodified_teacher is switched off" in text
+    assert "comparison.unmodified_teacher is off" in text
     assert "comparison.influence_examples is 0" in text
     assert "is not complete" not in text
 
 
-def test_values_that_are_not_finite_leave_the_page_whole(run: Path, tmp_path: Path) -> None:
+def test_non_finite_values_do_not_break_page(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     content = metrics(1)
     content["training_logs"]["student"][2]["loss"] = math.nan
@@ -326,7 +324,7 @@ def test_values_that_are_not_finite_leave_the_page_whole(run: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
-def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline: str) -> None:
+def test_figure_shows_threshold_of_each_baseline(tmp_path: Path, baseline: str) -> None:
     folder = write_run(tmp_path / "run", preferences={"baseline": baseline})
     expected = threshold_of(read_table(folder / "iteration-1" / "influence.parquet", INFLUENCE), baseline)
     (plot,) = (plot for plot in page_of(folder).plots if "annotations" in plot["layout"])
@@ -336,7 +334,7 @@ def test_every_baseline_has_its_threshold_in_the_figure(tmp_path: Path, baseline
         assert sum(trace["y"]) == pytest.approx(1.0)
 
 
-def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
+def test_long_tables_are_truncated_with_note(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", examples=EXAMPLES_SHOWN + 7))
     assert f"The first {EXAMPLES_SHOWN:,} of {EXAMPLES_SHOWN + 7:,} examples" in page.text
     assert len(page.examples) == EXAMPLES_SHOWN
@@ -346,7 +344,7 @@ def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
     assert f"{PAIRS_SHOWN} of {pairs:,} pairs" in page.text
 
 
-def test_widest_pairs_come_first_and_every_reason_is_seen(run: Path) -> None:
+def test_widest_pairs_first_and_all_reasons_shown(run: Path) -> None:
     page = page_of(run)
     gaps = [float(gap.replace(",", "")) for gap in re.findall(r"gap ([\d.,]+) ·", page.text)]
     assert gaps == sorted(gaps, reverse=True)
@@ -354,17 +352,17 @@ def test_widest_pairs_come_first_and_every_reason_is_seen(run: Path) -> None:
     assert re.findall(r"(\d+) rejected, (\d+) shown", page.text) == [("9", "9"), ("9", "9")]
 
 
-def test_rare_reasons_are_seen_beside_common_ones(run: Path, tmp_path: Path) -> None:
+def test_rare_reasons_are_shown(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / "iteration-1" / "instructions.parquet"
     rows = read_table(path, INSTRUCTIONS).to_pylist()
-    common = [rows[-1] | {"candidate_id": f"more-{i}", "rejection": TOO_SHORT} for i in range(200)]
+    common = [rows[-1] | {"example_id": f"more-{i}", "rejection": TOO_SHORT} for i in range(200)]
     write_table(table_from_rows(common + rows, INSTRUCTIONS), path, INSTRUCTIONS)
     listed = re.findall(r"(\d+) rejected, (\d+) shown", page_of(folder).text)
     assert listed == [("200", str(REJECTIONS_SHOWN - 18)), ("9", "9"), ("9", "9")]
 
 
-def test_same_folder_gives_the_same_page(run: Path) -> None:
+def test_same_run_gives_same_page(run: Path) -> None:
     assert render_report(run) == render_report(run)
 
 

@@ -1,4 +1,4 @@
-"""The pages of studies and of several runs: as safe and as complete in themselves as the report, and honest numbers."""
+"""Pages of studies and of several runs: self-contained, safe, with correct numbers."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ def rows_of(page: pages.Page, name: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["study", "runs"])
-def test_pages_run_only_their_own_scripts_and_load_nothing(kind: str, request: pytest.FixtureRequest) -> None:
+def test_pages_run_only_their_scripts_offline(kind: str, request: pytest.FixtureRequest) -> None:
     rendered = request.getfixturevalue(kind)
     page = Page(rendered.html)
     (policy,) = (a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
@@ -52,7 +52,7 @@ def test_pages_run_only_their_own_scripts_and_load_nothing(kind: str, request: p
         assert go.Figure(plot).data
 
 
-def test_study_shows_gains_costs_and_transfer_as_they_were_computed(tmp_path: Path) -> None:
+def test_study_page_shows_gains_costs_transfer(tmp_path: Path) -> None:
     study, result = write_study(tmp_path / "study")
     rendered = study_page(study, result, tmp_path / "study")
     against = rows_of(rendered, "cost-gain-against-floating-point-operations-figure-15")
@@ -71,7 +71,7 @@ def test_study_shows_gains_costs_and_transfer_as_they_were_computed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("diverged", [METHODS[:1], METHODS], ids=["one method", "all methods"])
-def test_students_that_diverged_leave_the_page_whole(tmp_path: Path, diverged: tuple[str, ...]) -> None:
+def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str, ...]) -> None:
     study, result = write_study(tmp_path / "study")
     for row in result["methods"]:
         if row["method"] in diverged:
@@ -83,7 +83,7 @@ def test_students_that_diverged_leave_the_page_whole(tmp_path: Path, diverged: t
     assert [row[""] for row in rows_of(rendered, "gain-of-each-method")] == [m for m in METHODS if m not in diverged]
 
 
-def test_norm_sim_curve_is_the_share_at_least_so_near(study: pages.Page) -> None:
+def test_norm_sim_curve_is_cumulative_share(study: pages.Page) -> None:
     (name,) = (name for name in study.data if name.startswith("norm-sim"))
     curve = [row for row in rows_of(study, name) if row["line"] == "seed-0, round-1"]
     values = np.array([(i * 37 % 500) / 500 for i in range(500)])
@@ -92,7 +92,7 @@ def test_norm_sim_curve_is_the_share_at_least_so_near(study: pages.Page) -> None
         assert (values >= float(row["NormSim"])).mean() == pytest.approx(float(row["share of the examples"]))
 
 
-def test_runs_are_set_side_by_side_with_what_differs(runs: pages.Page) -> None:
+def test_runs_page_shows_differences(runs: pages.Page) -> None:
     page = Page(runs.html)
     assert "warmup.learning_rate: 5e-06 -> 2e-05" in page.text
     assert "preferences.baseline: 'median' -> 'student'" in page.text
@@ -105,10 +105,10 @@ def test_runs_are_set_side_by_side_with_what_differs(runs: pages.Page) -> None:
     assert gains["second: over the unmodified teacher's student"] == 0.02
     cost = {row["run"]: float(row["seconds"]) for row in rows_of(runs, "cost-seconds-of-jobs")}
     assert cost == {"first": 2 * 7275.5, "second": 7275.5}
-    assert "alert" not in page.text  # no text of a model is on this page
+    assert "alert" not in page.text  # this page has no model text
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_with_equal_names_show_folders(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / part / "run") for part in ("a", "b")]
     page = Page(render_runs(folders).html)
     assert all(str(folder) in page.text for folder in folders)
@@ -141,11 +141,11 @@ def test_one_command_writes_every_kind_of_page(tmp_path: Path) -> None:
     assert (run / "report.html").read_text() == (tmp_path / "elsewhere" / "mine.html").read_text()
 
 
-def test_page_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_unwritable_page_is_named_with_remedy(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml" / "mine.html"), cwd=tmp_path)
     assert code == 1
-    assert re.search(r"config\.yaml/mine\.html: cannot be written \(.*\); give another place with --out", output)
+    assert re.search(r"config\.yaml/mine\.html: cannot be written \(.*\); name another file with --out", output)
     code, output = invoke("report", str(run), "--out", str(run / "config.yaml"), cwd=tmp_path)
     assert code == 1
-    assert "ends in .html" in output
+    assert "end in .html" in output

@@ -1,4 +1,4 @@
-"""Root verbs and their objects: from hand-built parses, and through a small pipeline that really parses."""
+"""Root verbs and their objects: from hand-built parses, and from a small spaCy pipeline."""
 
 import random
 from pathlib import Path
@@ -25,7 +25,7 @@ VOCAB = Vocab()
 
 
 def parsed(*tokens: tuple[str, int, str, str, str], second_sentence: int | None = None) -> Doc:
-    """Of (word, head, dependency, part of speech, lemma)."""
+    """Return a parse of tokens (word, head, dependency, part of speech, lemma)."""
     words, heads, deps, pos, lemmas = (list(column) for column in zip(*tokens, strict=True))
     starts = [index in (0, second_sentence) for index in range(len(words))]
     return Doc(
@@ -56,7 +56,7 @@ def test_root_verb_and_first_object_are_lemmas() -> None:
     assert verb_and_object(parsed(*lists)) == ("list", "river")
 
 
-def test_only_the_first_sentence_counts() -> None:
+def test_verbs_are_from_first_sentence() -> None:
     second = (("Then", 4, "advmod", "ADV", "then"), ("rest", 4, "ROOT", "VERB", "rest"))
     assert verb_and_object(parsed(*WRITE_A_POEM, *second, second_sentence=3)) == ("write", "poem")
     only = (("Then", 1, "advmod", "ADV", "then"), ("rest", 1, "ROOT", "VERB", "rest"))
@@ -64,7 +64,7 @@ def test_only_the_first_sentence_counts() -> None:
     assert verb_and_object(parsed(*only, *after, second_sentence=2)) == ("rest", None)
 
 
-def test_root_that_is_no_verb_gives_way_to_the_nearest_below() -> None:
+def test_non_verb_root_yields_nearest_verb() -> None:
     tokens = (
         ("Task", 0, "ROOT", "NOUN", "task"),
         ("that", 2, "nsubj", "PRON", "that"),
@@ -79,13 +79,13 @@ def test_root_that_is_no_verb_gives_way_to_the_nearest_below() -> None:
 
 
 @pytest.mark.parametrize("word", ["<b>poem</b>", "x=1", "a&b", "{{7}}", "poem2", "w" * 31])
-def test_words_that_could_be_more_than_words_are_not_taken(word: str) -> None:
+def test_unsafe_words_are_ignored(word: str) -> None:
     tokens = (("Write", 0, "ROOT", "VERB", "write"), (word, 0, "dobj", "NOUN", word))
     assert verb_and_object(parsed(*tokens)) == ("write", None)
     assert verb_and_object(parsed((word, 0, "ROOT", "VERB", word))) is None
 
 
-def test_sunburst_shows_the_most_common_and_adds_up() -> None:
+def test_sunburst_shows_most_common_and_adds_up() -> None:
     pairs = [
         (f"verb{'a' * v}", f"object{'b' * o}")
         for v in range(VERBS + 5)
@@ -123,7 +123,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real pipeline, trained for a few seconds on a dozen sentences annotated by hand."""
+    """A pipeline trained for a few seconds on a dozen annotated sentences."""
     spacy.util.fix_random_seed(0)
     random_numbers = random.Random(0)
     language = spacy.blank("en")
@@ -146,9 +146,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_instructions_are_parsed_into_the_report(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_has_parsed_instructions(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PARSER, str(pipeline))
     parser = open_parser()
     assert isinstance(parser, Language)
@@ -163,7 +161,7 @@ def test_instructions_are_parsed_into_the_report(
 
 
 @pytest.mark.parametrize("name", ["no_such_pipeline", "/no/such/folder", "no.such"])
-def test_without_a_pipeline_the_report_says_how_to_get_one(
+def test_report_without_pipeline_explains_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(PARSER, name)

@@ -1,4 +1,4 @@
-"""ROUGE-L: the same number as the `rouge-score` package, and the same verdicts as comparing all pairs with it."""
+"""ROUGE-L: the values of the `rouge-score` package, and the verdicts of comparing all pairs with it."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ LIMITS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 @st.composite
 def variants(draw: st.DrawFn) -> list[str]:
-    """Texts near each other and near any limit: of very different lengths, with words repeated, replaced and new."""
+    """Draw similar texts of different lengths, with repeated, replaced and new words."""
     base = draw(st.lists(st.integers(0, 12), min_size=1, max_size=40))
     texts = []
     for number in range(draw(st.integers(2, 20))):
@@ -38,7 +38,7 @@ def test_f_measure_equals_rouge_score(first: str, second: str) -> None:
 
 
 @given(st.lists(TEXTS, max_size=6), st.lists(TEXTS, max_size=12), LIMITS)
-def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[str], limit: float) -> None:
+def test_acceptance_equals_brute_force(known: list[str], texts: list[str], limit: float) -> None:
     kept, expected = list(known), []
     for text in texts:
         expected.append(all(SCORER.score(other, text)["rougeL"].fmeasure <= limit for other in kept))
@@ -48,7 +48,7 @@ def test_acceptance_equals_comparing_every_pair(known: list[str], texts: list[st
 
 
 @given(variants(), LIMITS)
-def test_acceptance_and_nearest_of_variants_equal_comparing_every_pair(texts: list[str], limit: float) -> None:
+def test_acceptance_of_variants_equals_brute_force(texts: list[str], limit: float) -> None:
     accepted, kept = RougeIndex(max_rouge_l=limit), list[str]()
     for text in texts:
         scores = [f_measure(other, text) for other in kept]
@@ -59,14 +59,14 @@ def test_acceptance_and_nearest_of_variants_equal_comparing_every_pair(texts: li
     assert len(accepted) == len(kept)
 
 
-def test_nearest_is_the_first_of_the_most_similar() -> None:
+def test_nearest_is_first_of_most_similar() -> None:
     known = ["one two three four nine", "one two three four ten", "one two three four", "one two three four ten"]
     texts = ["one two three four eleven", known[1], "one two three four", "unseen words", "", "—"]
     assert [RougeIndex(known).nearest(text) for text in texts] == [2, 1, 2, None, None, None]
     assert RougeIndex([*known[:2], known[3]]).nearest(texts[0]) == 0
 
 
-def test_limit_is_exact_to_the_last_bit() -> None:
+def test_rouge_limit_is_exact() -> None:
     for first, second in itertools.product(range(25, 40), repeat=2):
         texts = [" ".join(f"w{number}" for number in range(length)) for length in (first, second)]
         f = SCORER.score(*texts)["rougeL"].fmeasure
@@ -74,7 +74,7 @@ def test_limit_is_exact_to_the_last_bit() -> None:
         assert RougeIndex(texts[:1], math.nextafter(f, 0)).nearest(texts[1]) == 0, (first, second)
 
 
-def test_verdicts_do_not_depend_on_how_texts_arrive() -> None:
+def test_verdicts_do_not_depend_on_batching() -> None:
     texts = [f"explain topic {i % 97} with {i % 13} examples and {i % 5} remarks for class {i % 3}" for i in range(700)]
     together = RougeIndex().add_all(texts)
     one_by_one = RougeIndex()

@@ -1,4 +1,4 @@
-"""Log-probabilities for TRL's trainers: the same as TRL's own, from less work."""
+"""Fast log-probabilities for TRL's trainers equal TRL's."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from montessori_core.errors import UserError
 from montessori_core.models.chat import IGNORED
-from montessori_core.training.scoring import pack_pairs, score_without_waste
+from montessori_core.training.scoring import pack_pairs, speed_up_scoring
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
 ATTENTION = SIZES | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -31,7 +31,7 @@ FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask")
 
 
 def pairs(prompts: tuple[int, ...] = (5, 1, 30), outputs: tuple[int, ...] = (4, 9, 1, 7, 2, 12)) -> dict[str, Any]:
-    """A batch as TRL's collator makes it: chosen sequences, then rejected ones, padded on the right."""
+    """Return a batch like TRL's collator: chosen sequences, then rejected ones, padded on the right."""
     draw = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def pairs(prompts: tuple[int, ...] = (5, 1, 30), outputs: tuple[int, ...] = (4, 
 
 
 def scores(model: Any, batch: dict[str, Any]) -> tuple[Any, torch.Tensor]:
-    """The model's output, and the gradient of a sum that weighs every sequence differently."""
+    """Return the model's output, and the gradient of a sum with different weights for all sequences."""
     model.zero_grad()
     output = model(**batch, use_cache=False, fused_lm_head=True)
     weights = torch.linspace(1, 2, len(output.log_probs))[:, None]
@@ -78,7 +78,7 @@ def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
     batch = pairs()
     expected, expected_gradient = scores(make(kind), batch)
     model = make(kind)
-    score_without_waste(model, pairs=shared)
+    speed_up_scoring(model, pairs=shared)
     output, gradient = scores(model, batch)
     for name in FIELDS:
         assert torch.allclose(getattr(output, name).float(), getattr(expected, name).float(), atol=1e-5), name
@@ -87,9 +87,9 @@ def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "reads"), [("tied", 3), ("mamba", 6)])
-def test_pairs_read_each_prompt_once_where_masks_allow(kind: str, reads: int) -> None:
+def test_pairs_read_prompt_once_if_masks_allow(kind: str, reads: int) -> None:
     model = make(kind)
-    score_without_waste(model, pairs=True)
+    speed_up_scoring(model, pairs=True)
     scores(model, pairs())
     rows: list[int] = []
     model.base_model.register_forward_pre_hook(
@@ -99,7 +99,7 @@ def test_pairs_read_each_prompt_once_where_masks_allow(kind: str, reads: int) ->
     assert rows == [reads]
 
 
-def test_packed_rows_are_prompt_and_two_outputs() -> None:
+def test_packed_rows_have_prompt_and_two_outputs() -> None:
     batch = pairs((3,), (2, 4))
     packed = pack_pairs(**batch, dtype=torch.float32)
     chosen, rejected = batch["input_ids"]
@@ -107,7 +107,7 @@ def test_packed_rows_are_prompt_and_two_outputs() -> None:
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 5, 6]]
     seen = (packed.attention_mask[0, 0] == 0).int().tolist()
     assert seen[4] == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # the chosen output: prompt and itself
-    assert seen[5] == [1, 1, 0, 0, 0, 1, 0, 0, 0, 0]  # the repeated token: what stood before it, and itself
+    assert seen[5] == [1, 1, 0, 0, 0, 1, 0, 0, 0, 0]  # the repeated token: the tokens before the original, and itself
     assert seen[7] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0]  # the rejected output: prompt and itself
     assert packed.scored.tolist() == [[-1, -1, 2, 3, -1, -1], [-1, -1, 5, 6, 7, 8]]
 
@@ -127,30 +127,30 @@ def test_loss_equals_models_own(config: Any, shared: bool) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     expected = model(**pairs()).loss
     add_fused_lm_head(model, outputs=FIELDS[:-1])
-    score_without_waste(model, pairs=shared)
+    speed_up_scoring(model, pairs=shared)
     assert torch.allclose(model(**pairs(), fused_lm_head=True).loss, expected, atol=1e-5)
 
 
 def test_unknown_change_of_logits_is_refused() -> None:
-    """TRL does not apply the cap of RecurrentGemma, which has another name than Gemma's."""
+    """TRL does not apply RecurrentGemma's soft cap, whose name differs from Gemma's."""
     torch.manual_seed(0)
     layers = {"block_types": ("recurrent", "attention"), "attention_window_size": 8, "lru_width": 32}
     model = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**ATTENTION, **layers, logits_soft_cap=0.1)).train()
     add_fused_lm_head(model)
-    score_without_waste(model)
+    speed_up_scoring(model)
     with pytest.raises(UserError, match="RecurrentGemmaForCausalLM changes its logits"):
         model(**pairs(), fused_lm_head=True)
     assert model.training
 
 
-def test_window_beyond_first_batch_is_noticed() -> None:
-    """A first batch that fits into the window tells nothing of the next ones."""
+def test_window_beyond_first_batch_is_detected() -> None:
+    """The first batch fits into the sliding window."""
     layers = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16}
     config = GPTNeoConfig(vocab_size=101, hidden_size=32, max_position_embeddings=64, **layers)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     expected = model(**pairs()).loss
     add_fused_lm_head(model)
-    score_without_waste(model, pairs=True)
+    speed_up_scoring(model, pairs=True)
     model(**pairs((3,), (2, 4)), fused_lm_head=True)
     assert torch.allclose(model(**pairs(), fused_lm_head=True).loss, expected, atol=1e-6)

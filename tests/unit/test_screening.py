@@ -1,4 +1,4 @@
-"""The screened estimator: calibrated, honest about itself, and independent of how rows come."""
+"""The screened estimator: calibrated, correctly reported, and independent of row order."""
 
 import random
 
@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Influence, Preferences, Screening
+from montessori_core.data.rows import Positions
 from montessori_core.data.tables import INFLUENCE, table_from_rows
-from montessori_core.influence.preferences import Positions, pair_by_influence
+from montessori_core.influence.preferences import pair_by_influence
 from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
 from montessori_core.influence.table import write_influence_metadata
 from montessori_core.program import Row
@@ -18,10 +19,10 @@ SETTINGS = Screening(audit_examples=100)
 
 
 class Bench:
-    """Rows whose exact influence is known, and a first-order estimate of a given error; counts what is measured."""
+    """Rows with given exact influence, and a first-order estimate with a given error; counts measurements."""
 
     def __init__(self, count: int, error: float, seed: int = 0, shift: float = 0.0, apart: float = 0.0) -> None:
-        """`apart` is how far the means of prompts, of four rows each, lie from one another."""
+        """`apart` is the distance between the means of prompts, which have four rows each."""
         draw = random.Random(seed)
         self.rows: list[Row] = [{"example_id": f"e{n:04d}", "prompt_id": f"p{n // 4}"} for n in range(count)]
         self.exact = {row["example_id"]: draw.gauss(0.2, 1.0) + n // 4 * apart for n, row in enumerate(self.rows)}
@@ -64,7 +65,7 @@ def screen(bench: Bench, settings: Screening, baseline: str) -> pa.Table:
     return estimate_influence(bench, Influence(estimator="screened", screening=settings), baseline).read_all()
 
 
-def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
+def test_screened_signs_in_doubt_are_exact() -> None:
     bench = Bench(2000, error=0.05)
     table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
@@ -73,13 +74,13 @@ def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
     confirmed = [r for r in table.to_pylist() if r["estimator"] == "exact"]
     assert len(confirmed) == report.audited + report.confirmed == sum(bench.measured.values()) - 2000
     assert sum(r["audited"] for r in table.to_pylist()) == 100
-    passes = {"first_order": {(8.0, 0.25)}, "exact": {(7.0, 0.5), (9.0, 0.5)}}  # screen; audit and confirm
+    passes = {"first_order": {(8.0, 0.25)}, "exact": {(7.0, 0.5), (9.0, 0.5)}}  # screen; audit and confirmation
     for estimator, expected in passes.items():
         rows = [r for r in table.to_pylist() if r["estimator"] == estimator]
         assert {(r["gradient_norm"], r["dominated_share"]) for r in rows} == expected
     assert all(r["influence_student"] == bench.exact[r["example_id"]] for r in confirmed)
     assert all(r["first_order_null_step"] == bench.estimate[r["example_id"]] for r in confirmed)
-    assert report.confirmed < 300  # the width is that of the errors, not of the influences
+    assert report.confirmed < 300  # the width follows the errors, not the influences
     wrong = sum((r["influence_student"] > 0) != (bench.exact[r["example_id"]] > 0) for r in table.to_pylist())
     alone = sum((bench.estimate[name] > 0) != (value > 0) for name, value in bench.exact.items())
     assert wrong <= 0.05 * 2000
@@ -87,12 +88,12 @@ def test_screened_signs_are_exact_where_first_order_was_in_doubt() -> None:
     assert not report.fell_back
 
 
-def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -> None:
+def test_common_error_is_corrected_by_offset() -> None:
     shifted = Bench(2000, error=0.05, shift=0.8)
     table = screen(shifted, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
-    assert report.first_order.high < 0.9  # a quarter of the signs is wrong before the correction
+    assert report.first_order.high < 0.9  # a quarter of the signs are wrong before the correction
     assert report.screened.share > 0.95
     assert not report.fell_back
     assert report.offset == pytest.approx(-0.8, abs=0.05)
@@ -103,8 +104,8 @@ def test_error_that_all_examples_share_is_corrected_not_confirmed_one_by_one() -
             assert row["influence_student"] == pytest.approx(shifted.exact[row["example_id"]], abs=0.3)
 
 
-def test_prompt_baseline_settles_order_within_prompts() -> None:
-    """Prompts lie far apart, so that no threshold of the whole set divides them; an error that all share cancels."""
+def test_prompt_baseline_decides_order_within_prompts() -> None:
+    """The means of prompts are far apart, so no common threshold divides them; the common error cancels."""
     bench = Bench(800, error=0.2, shift=0.8, apart=10.0)
 
     def wrong_pairs(table: pa.Table) -> int:
@@ -123,8 +124,8 @@ def test_prompt_baseline_settles_order_within_prompts() -> None:
     assert wrong_pairs(table) < alone / 3
 
 
-def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> None:
-    """95 % intervals for first order over many draws; and the error rate of the width holds on average."""
+def test_agreement_interval_has_nominal_coverage() -> None:
+    """95 % intervals for first order over many draws; the error rate of the width holds on average."""
     covered = exceeding = 0
     for seed in range(120):
         bench = Bench(400, error=0.3, seed=seed)
@@ -138,7 +139,7 @@ def test_reported_interval_holds_the_true_agreement_as_often_as_it_says() -> Non
     assert exceeding / 120 <= 0.06
 
 
-def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> None:
+def test_unfit_screening_falls_back_to_exact() -> None:
     bench = Bench(300, error=3.0)
     table = screen(bench, SETTINGS, "student")
     report = screening_report(table)
@@ -150,7 +151,7 @@ def test_unfit_screen_falls_back_to_exact_for_every_example_and_says_so() -> Non
 
 
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
-def test_screened_values_depend_on_the_examples_not_on_their_order(baseline: str) -> None:
+def test_screened_values_do_not_depend_on_order(baseline: str) -> None:
     bench = Bench(500, error=0.1)
     table = screen(bench, SETTINGS, baseline)
     shuffled = list(bench.rows)
@@ -169,7 +170,7 @@ def test_small_sets_are_measured_exactly() -> None:
     assert "confirm" not in bench.measured
 
 
-def test_a_larger_audit_holds_a_smaller_one() -> None:
+def test_larger_audit_contains_smaller_one() -> None:
     names = [f"e{n}" for n in range(300)]
     assert set(draw_ids(names, 50)) <= set(draw_ids(names[::-1], 100))
 

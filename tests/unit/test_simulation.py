@@ -1,4 +1,4 @@
-"""The simulation of the fan-out: where theory has an answer it gives that one, and what it is told it keeps account of."""
+"""The simulation of the fan-out agrees with theory and accounts for all time."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, room, simulate
+from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, capacity, simulate
 from montessori_core.errors import UserError
 
 ONE = Work(
@@ -29,7 +29,7 @@ DRAWS = 1500
 
 
 def mean_seconds(work: Work, disturbances: FailureModel, machines: ClusterSpec) -> tuple[float, float]:
-    """Mean over many simulations, and four standard errors of it."""
+    """Return the mean over many simulations, and four standard errors."""
     seconds = [simulate([work], machines, disturbances, seed)[0].seconds for seed in range(DRAWS)]
     return statistics.mean(seconds), 4 * statistics.stdev(seconds) / math.sqrt(DRAWS)
 
@@ -37,31 +37,31 @@ def mean_seconds(work: Work, disturbances: FailureModel, machines: ClusterSpec) 
 @pytest.mark.parametrize(
     ("machines", "at_once", "held"),
     [
-        (ClusterSpec(2, 8, 64), 1000, 16),  # by GPUs
-        (ClusterSpec(2, 8, 24), 1000, 6),  # by cores
-        (ClusterSpec(2, 8, 64), 5, 5),  # by parallel_jobs
+        (ClusterSpec(2, 8, 64), 1000, 16),  # limited by GPUs
+        (ClusterSpec(2, 8, 24), 1000, 6),  # limited by cores
+        (ClusterSpec(2, 8, 64), 5, 5),  # limited by parallel_jobs
     ],
 )
-def test_without_disturbance_jobs_come_in_waves(machines: ClusterSpec, at_once: int, held: int) -> None:
+def test_jobs_without_failures_run_in_waves(machines: ClusterSpec, at_once: int, held: int) -> None:
     work = replace(ONE, jobs=[[60.0, 40.0]] * 50, at_once=at_once)
     first, second = simulate([work, ONE], machines, CALM, seed=0)
     assert first.seconds == pytest.approx(5 + math.ceil(50 / held) * 120)
     assert (first.job_seconds, first.restarts) == (pytest.approx(50 * 120), 0)
     assert first.lost_seconds == pytest.approx(0, abs=1e-6)
     assert second.seconds == pytest.approx(125)
-    assert min(room(work, machines), at_once) == held
+    assert min(capacity(work, machines), at_once) == held
 
 
-def test_time_to_get_through_between_failures_is_that_of_theory() -> None:
-    """Nothing is saved, and a node fails at rate r: work of length L takes (e^{rL} - 1)(1/r + repair) on average."""
+def test_time_with_failures_matches_theory() -> None:
+    """Without checkpoints and with failure rate r, work of length L takes (e^{rL} - 1)(1/r + repair) on average."""
     rate, repair = 1 / 90.0, 45.0
     disturbances = FailureModel(1 / rate / 3600, 30.0, repair / 60, requeue_seconds=0.0)
     mean, tolerance = mean_seconds(ONE, disturbances, ClusterSpec(1, 1, 8))
     assert mean == pytest.approx(5 + (math.exp(rate * 120) - 1) * (1 / rate + repair), abs=tolerance)
 
 
-def test_preempted_jobs_lose_what_they_had_not_saved() -> None:
-    """Pieces of length q, no opening: each takes (e^{rq} - 1)(1/r + wait) on average, for a job is memoryless."""
+def test_preempted_jobs_lose_unsaved_work() -> None:
+    """With checkpoints every q seconds and no opening, an interval takes (e^{rq} - 1)(1/r + wait) on average."""
     rate, wait, back, piece = 1 / 40.0, 15.0, 10.0, 25.0
     work = replace(ONE, opening=0.0, saved_every=piece)
     disturbances = FailureModel(preemption_hours=1 / rate / 3600, requeue_seconds=back, queue_minutes=wait / 60)
@@ -70,22 +70,22 @@ def test_preempted_jobs_lose_what_they_had_not_saved() -> None:
     assert mean == pytest.approx(expected, abs=tolerance)
 
 
-def test_a_job_goes_on_behind_its_time_limit() -> None:
-    """70 s a start, 20 of them for opening: 100 s of work in pieces of 20 s take three starts, of which 40 s count twice."""
+def test_job_resumes_after_time_limit() -> None:
+    """A job has 70 s, 20 s of them for opening: 100 s of work with checkpoints every 20 s take three starts."""
     (spent,) = simulate([replace(ONE, limit=70.0, saved_every=20.0)], ClusterSpec(1, 1, 8), CALM, seed=0)
     assert (spent.restarts, spent.seconds) == (2, pytest.approx(5 + 70 + 120 + 70 + 120 + 40))
     assert spent.lost_seconds == pytest.approx(10 + 20 + 10 + 20)
 
 
-def test_a_job_of_several_nodes_falls_with_any_of_them() -> None:
-    """Two nodes fail twice as often as one; nothing is saved, and they are back at once."""
+def test_multi_node_job_fails_with_any_node() -> None:
+    """Two nodes fail twice as often as one; there are no checkpoints and no repair time."""
     rate = 1 / 200.0
     disturbances = FailureModel(1 / rate / 3600, notice_seconds=0.0, repair_minutes=0.0, requeue_seconds=0.0)
     mean, tolerance = mean_seconds(replace(ONE, nodes=2), disturbances, ClusterSpec(2, 1, 8))
     assert mean == pytest.approx(5 + (math.exp(2 * rate * 120) - 1) / (2 * rate), abs=tolerance)
 
 
-def test_spread_keeps_the_mean_and_the_last_job_decides() -> None:
+def test_spread_keeps_mean_and_last_job_decides() -> None:
     work = replace(ONE, jobs=[[100.0]] * 8, spread=0.3)
     spent = [simulate([work], ClusterSpec(1, 8, 64), CALM, seed)[0] for seed in range(DRAWS)]
     assert statistics.mean(one.job_seconds for one in spent) == pytest.approx(8 * 120, rel=0.01)
@@ -118,15 +118,15 @@ def test_all_seconds_are_accounted_for(
     assert spent == simulate(works, machines, disturbances, seed)
     for work, own in zip(works, spent, strict=True):
         needed = sum(map(sum, work.jobs)) + work.opening * len(work.jobs)
-        # A first start that ends while its program opens has lost less than an opening.
+        # A first start that fails while its program opens loses less than one opening.
         assert own.job_seconds == pytest.approx(needed + own.lost_seconds)
         if not own.restarts:
             assert own.lost_seconds == pytest.approx(0, abs=1e-6)
-        together = min(room(work, machines), work.at_once)
+        together = min(capacity(work, machines), work.at_once)
         assert own.seconds >= own.job_seconds / together + work.around - 1e-6
 
 
-def test_what_cannot_be_done_is_refused_with_a_remedy() -> None:
+def test_impossible_simulation_is_refused_with_remedy() -> None:
     machines = ClusterSpec(2, 8, 64)
     for work, remedy in (
         (replace(ONE, gpus=9), "9 GPUs"),
@@ -136,6 +136,6 @@ def test_what_cannot_be_done_is_refused_with_a_remedy() -> None:
     ):
         with pytest.raises(UserError, match=remedy):
             simulate([work], machines, CALM, seed=0)
-    with pytest.raises(UserError, match="hardly ever get on"):
+    with pytest.raises(UserError, match="hardly ever progress"):
         simulate([ONE], machines, FailureModel(preemption_hours=10 / 3600), seed=0)
     assert isinstance(simulate([replace(ONE, limit=121.0)], machines, CALM, seed=0)[0], StageTiming)

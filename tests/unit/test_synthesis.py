@@ -1,4 +1,4 @@
-"""From a teacher's raw output to examples and to what DPO trains."""
+"""From a teacher's raw output to examples and to DPO targets."""
 
 import math
 from pathlib import Path
@@ -23,14 +23,14 @@ EXPLAINED = (
 )
 
 
-def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = [EXPLAINED.format(thing=thing) for thing in ("most birds", "many rivers", "some stones")]
     written = iter([outputs, ["By their pigments."] * 3])
 
     def generate(*arguments: Any) -> tuple[list[dict[str, Any]], list[Path]]:
-        ids = [name for row in arguments[2] for name in row["ids"]]
+        ids = [name for row in arguments[2] for name in row["example_ids"]]
         return [
-            {"row_id": name, "prompt": "p", "text": text, "finish_reason": "stop", "output_ids": [len(text)]}
+            {"example_id": name, "prompt": "p", "raw_output": text, "finish_reason": "stop", "output_ids": [len(text)]}
             | {"vocabulary": "v"}
             for name, text in zip(ids, next(written), strict=True)
         ], []
@@ -66,10 +66,10 @@ def test_explained_output_is_parsed_and_becomes_dpo_target(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.3, 0.05])
-def test_rounds_suffice_where_acceptance_falls(rate: float) -> None:
+def test_rounds_suffice_if_acceptance_falls(rate: float) -> None:
     settings = Synthesis()
     rounds: list[tuple[int, int]] = []
-    kept, scale = 0, 10_000  # half as many are accepted once this many are
+    kept, scale = 0, 10_000  # acceptance halves after this many
     while kept < 11_000 and len(rounds) < settings.max_rounds:
         written = synthesis.count_candidates(11_000 - kept, rounds, settings.oversampling)
         # The integral of d kept = rate / (1 + kept / scale) d written.
@@ -79,7 +79,7 @@ def test_rounds_suffice_where_acceptance_falls(rate: float) -> None:
     assert kept >= 11_000
 
 
-def test_rounds_that_keep_nothing_ask_for_more() -> None:
+def test_rounds_without_acceptance_ask_for_more() -> None:
     assert synthesis.count_candidates(10, [], 1.3) == synthesis.count_candidates(10, [(40, 0)], 1.3) == 13
     assert synthesis.count_candidates(1, [(100, 50)], 1.3) == 3
     assert synthesis.count_candidates(1, [(100, 50), (3, 0)], 1.3) == 3

@@ -1,4 +1,4 @@
-"""Versions: what the package declares is what environments are held to, and what the lock files pin."""
+"""Versions: declared ranges, environments and lock files agree."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LOCKED = re.compile(
 
 
 def pretend(folder: Path, name: str, version: str) -> Path:
-    """A folder that, on Python's path, has another version of a package seem installed."""
+    """Return a folder that, on Python's path, makes a package appear in another version."""
     metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -36,9 +36,7 @@ def pretend(folder: Path, name: str, version: str) -> Path:
     [("prefect", "slurm", True), ("torch", "local", True), ("torch", "slurm", False)],
     ids=["the driver's own", "of a local job", "of a job on nodes"],
 )
-def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(
-    name: str, profile: str, refused: bool, tmp_path: Path
-) -> None:
+def test_wrong_version_is_refused_before_writing(name: str, profile: str, refused: bool, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{pretend(tmp_path / 'packages', name, '1.0')}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "flows.cli", "run", str(CONFIGS / "quickstart.yaml"), "--name", "mine"]
     command += ["--set", "teacher.model=absent", "--set", f"cluster.profile={profile}", "--run-root", str(tmp_path)]
@@ -49,11 +47,11 @@ def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "mine").exists()
 
 
-def test_an_extra_holds_what_the_extras_in_it_declare() -> None:
+def test_extra_includes_nested_extras() -> None:
     assert declared().items() < declared(["train"]).items() < declared(["benchmarks"]).items()
 
 
-def test_a_node_names_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_names_wrong_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(pretend(tmp_path, "pyarrow", "1.0"))
     look_around = open_node_report({"packages": {"pyarrow": ">=21", "numpy": ">=2"}}, {"token": tmp_path / "token"})
     look_around([], tmp_path / "found.json", lambda *_: None)
@@ -62,7 +60,7 @@ def test_a_node_names_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def read_lock(name: str) -> tuple[str, list[tuple[str, str, str]]]:
-    """A lock's text, and its pins: name, version, marker."""
+    """Return the text of a lock file, and its pins: name, version, marker."""
     text = (ROOT / "requirements" / f"{name}.lock").read_text()
     return text, [(name, version, marker) for name, version, marker, _ in LOCKED.findall(text)]
 
@@ -79,10 +77,10 @@ def read_lock(name: str) -> tuple[str, list[tuple[str, str, str]]]:
     ],
 )
 def test_lock_satisfies_declared_ranges(lock: str, extras: list[str] | None, torch: bool) -> None:
-    """Each version fits the declared range and has hashes; locks name no host, and torch only where its build is known."""
+    """Each version is in the declared range and has hashes; locks name no host, and torch only with its build."""
     text, entries = read_lock(lock)
     pins = {(name, version) for name, version, _ in entries}
-    assert LOCKED.sub("", text).splitlines() == text.splitlines()[:2]  # all but the heading is pins with hashes
+    assert LOCKED.sub("", text).splitlines() == text.splitlines()[:2]  # only the heading and pins with hashes
     assert "/" not in text
     assert ("torch" in dict(pins)) is torch
     assert any(name.startswith("nvidia-cu") for name, _ in pins) is torch
@@ -103,8 +101,8 @@ def test_lock_satisfies_declared_ranges(lock: str, extras: list[str] | None, tor
         assert all(requirement.specifier.contains(version) for version in versions), requirement
 
 
-def test_environment_holds_locked_versions() -> None:
-    """The tests run with what `make quickstart` and `make test` install, and with nothing newer."""
+def test_environment_has_locked_versions() -> None:
+    """Tests run with the versions that `make quickstart` and `make test` install."""
     pins = {name: version for name, version, marker in read_lock("dev")[1] if not marker or Marker(marker).evaluate()}
     local = {
         name: version for name, version, marker in read_lock("local")[1] if not marker or Marker(marker).evaluate()
@@ -117,7 +115,7 @@ def test_environment_holds_locked_versions() -> None:
     assert installed["torch"].partition("+")[0] == pinned[1]
 
 
-def test_table_of_versions_equals_locks() -> None:
+def test_versions_page_equals_locks() -> None:
     page = (ROOT / "docs" / "containers.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| [a-z-]+ \| [a-z0-9.–]", line)]
     assert rows[0] == ["package", "one machine", "driver", "worker", "generation (vLLM)"]

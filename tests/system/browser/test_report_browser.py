@@ -1,4 +1,4 @@
-"""The report as people open it: in a browser, without a network, on a screen, a phone, in the dark, and on paper."""
+"""The report in a browser: offline, on a screen and a phone, in dark mode, and printed."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from montessori_report.run_page import render_report
 from montessori_report.study_page import study_page
 from support.reports import HOSTILE, write_run, write_study
 
-EXAMPLES = 130  # of each of two iterations: several pages
+EXAMPLES = 130  # per iteration: several pages
 expect.set_options(timeout=30_000)
 PAGES = ("report", "runs", "study")
 
@@ -41,7 +41,7 @@ def written(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory
 
 
 class Visit:
-    """A page that is open, and whatever went wrong on it."""
+    """An open page, and its errors."""
 
     def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
         self.troubles: list[str] = []
@@ -65,7 +65,7 @@ class Visit:
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-def test_page_opens_quietly_and_is_accessible(
+def test_page_has_no_errors_and_is_accessible(
     browser: Browser, written: dict[str, Path], name: str, scheme: Literal["light", "dark"]
 ) -> None:
     with Visit(browser, written[name], color_scheme=scheme) as visit:
@@ -78,7 +78,7 @@ def test_page_opens_quietly_and_is_accessible(
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_is_wider_than_a_phone(browser: Browser, written: dict[str, Path], name: str) -> None:
+def test_page_fits_a_phone(browser: Browser, written: dict[str, Path], name: str) -> None:
     with Visit(browser, written[name], viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True) as visit:
         assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
         wide = visit.page.evaluate(
@@ -89,7 +89,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, written: dict[str, Path
         assert visit.troubles == []
 
 
-def test_examples_are_searched_sorted_and_leafed_through(browser: Browser, written: dict[str, Path]) -> None:
+def test_examples_can_be_searched_sorted_paged(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"]) as visit:
         page, rows = visit.page, visit.page.locator(".listing tbody tr")
         output, pager = page.locator(".explorer output"), page.locator(".pager span")
@@ -100,10 +100,10 @@ def test_examples_are_searched_sorted_and_leafed_through(browser: Browser, writt
         expect(pager).to_have_text("Page 2 of 6")
         assert not set(rows.all_inner_texts()) & set(without_script)
         page.get_by_role("button", name="Previous").click()
-        assert rows.all_inner_texts() == without_script  # what the script writes is what the page came with
+        assert rows.all_inner_texts() == without_script  # the script shows the same rows
 
         search = page.get_by_label("Search")
-        search.fill("RIVERS number 121")  # beyond the first page; words in any order
+        search.fill("RIVERS number 121")  # not on the first page; words in any order
         expect(rows).to_have_count(2)
         expect(output).to_have_text(f"2 of {2 * EXAMPLES} examples")
         expect(rows.first).to_contain_text("Write number 121 about rivers & <lakes>.")
@@ -124,7 +124,7 @@ def test_examples_are_searched_sorted_and_leafed_through(browser: Browser, writt
 
 
 @pytest.mark.guarantee("script in the report")
-def test_hostile_text_stays_text_whatever_is_pressed(browser: Browser, written: dict[str, Path]) -> None:
+def test_hostile_text_stays_text(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"]) as visit:
         page = visit.page
         for text in HOSTILE:
@@ -141,7 +141,7 @@ def test_hostile_text_stays_text_whatever_is_pressed(browser: Browser, written: 
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_data_of_a_figure_is_downloaded_from_the_page_itself(
+def test_figure_data_downloads_from_page(
     browser: Browser, written: dict[str, Path], reports: dict[str, Report], name: str
 ) -> None:
     with Visit(browser, written[name]) as visit:
@@ -170,7 +170,7 @@ def test_page_prints_with_every_figure(browser: Browser, written: dict[str, Path
         assert visit.troubles == []
 
 
-def test_first_examples_are_there_without_javascript(browser: Browser, written: dict[str, Path]) -> None:
+def test_first_examples_show_without_javascript(browser: Browser, written: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(written["report"].as_uri())
@@ -180,7 +180,7 @@ def test_first_examples_are_there_without_javascript(browser: Browser, written: 
     context.close()
 
 
-def test_figures_take_the_colours_of_the_mode_when_it_changes(browser: Browser, written: dict[str, Path]) -> None:
+def test_figures_follow_colour_mode(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"], color_scheme="light") as visit:
         title = visit.page.locator(".xtitle").first
         light = title.evaluate("(text) => getComputedStyle(text).fill")

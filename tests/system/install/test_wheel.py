@@ -1,4 +1,4 @@
-"""The wheel, installed in an empty environment and used outside of the clone."""
+"""The wheel, installed in an empty environment and used without a clone."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from support.reports import write_run
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of what .dockerignore lets into images: built beside the clone, where no older build lies."""
+    """The wheel of the files that .dockerignore allows, built outside the clone."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -35,19 +35,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """Programs of an environment that has the wheel, and what it depends on from the tests' environment."""
+    """Executables of an environment with the wheel; its dependencies come from the tests' environment."""
     environment = wheel.parent / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
     install = ["--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     [packages] = environment.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # without its own .pth files
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # without its .pth files
     return python.parent
 
 
 def montessori(installed: Path, folder: Path, *arguments: str) -> tuple[int, str]:
-    """Exit status and output of a command in a folder without a clone."""
+    """Run a command in a folder without a clone; return exit status and output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     outcome = subprocess.run(
         [installed / "montessori", *arguments],
@@ -74,19 +74,19 @@ def test_wheel_runs_presets_without_a_clone(installed: Path, tmp_path: Path) -> 
     assert "montessori run quickstart" in output
     code, output = montessori(installed, tmp_path, "run", "quickstart", "--set", "zero.stage=9")
     assert code == 1
-    assert re.search(rf"{installed.parent}\S+/presets/quickstart.yaml: the configuration does not fit", output), output
+    assert re.search(rf"{installed.parent}\S+/presets/quickstart.yaml: the configuration is not valid", output), output
     assert "zero.stage: " in output
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_wheel_has_what_commands_need(installed: Path, tmp_path: Path) -> None:
+def test_wheel_has_command_dependencies(installed: Path, tmp_path: Path) -> None:
     code, output = montessori(installed, tmp_path, "methods")
     assert code == 0, output
     assert "self_instruct" in output
     code, output = montessori(installed, tmp_path, "compare", "quickstart", "--set", "experiment.zero.stage=9")
     assert code == 1
-    assert "presets/studies/quickstart.yaml: the study does not fit" in output
+    assert "presets/studies/quickstart.yaml: the study is not valid" in output
     write_run(tmp_path / "runs" / "first")
     code, output = montessori(installed, tmp_path, "report", "runs/first")
     assert code == 0, output

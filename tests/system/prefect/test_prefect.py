@@ -1,4 +1,4 @@
-"""Prefect's UI, as people use it: a real server, real runs of a tiny model, and a browser that clicks."""
+"""Prefect's UI: a real server, real runs of a tiny model, and a browser."""
 
 import json
 import math
@@ -27,15 +27,15 @@ from support.runs import configuration, digests
 
 expect.set_options(timeout=30_000)
 SCREENSHOTS = os.environ.get("MONTESSORI_SCREENSHOTS")
-"""Folder for the pictures of docs/prefect.md; they are taken only if it is named."""
+"""Folder for the pictures of docs/prefect.md; without it, none are taken."""
 
 
 @pytest.fixture(scope="module")
 def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("prefect").resolve()
     content = yaml.safe_load(configuration(folder, talking_llama).read_text())
-    content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}  # half the time
-    content["synthesis"]["oversampling"] = 3.0  # one round does
+    content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}  # halves the time
+    content["synthesis"]["oversampling"] = 3.0  # one round suffices
     limit = {"limit": 1, "collision_strategy": "ENQUEUE"}
     deployments = [
         {"name": "tiny", "parameters": {"experiment": content}, "tags": ["montessori"]},
@@ -76,7 +76,7 @@ def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A fresh window."""
+    """A new page."""
     window = browser.new_page(viewport={"width": 1400, "height": 1000})
     window.set_default_timeout(60_000)
     yield window
@@ -84,7 +84,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def leave(page: Page) -> None:
-    """Without a look at a run: drawing its graph again and again takes most of a core from whatever computes."""
+    """Leave the page of a run: redrawing its graph takes most of a core."""
     page.goto("about:blank")
 
 
@@ -96,13 +96,13 @@ def photograph(page: Page, name: str, height: int = 1000) -> None:
 
 @pytest.fixture(scope="module")
 def finished(server: Server) -> str:
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
     run = server.start("tiny", "finished")
     server.wait_for(run, "Completed")
     return run
 
 
-def test_second_up_finds_the_first(server: Server) -> None:
+def test_second_up_finds_running_server(server: Server) -> None:
     again = subprocess.run(
         [sys.executable, "-m", "flows.cli", "up"],
         cwd=server.folder,
@@ -112,11 +112,11 @@ def test_second_up_finds_the_first(server: Server) -> None:
         timeout=60,
         check=True,
     )
-    assert f"already up: {server.url}" in again.stdout
+    assert f"already running: {server.url}" in again.stdout
 
 
 @pytest.mark.guarantee("requests from other web pages")
-def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> None:
+def test_server_refuses_other_origins(server: Server) -> None:
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.url}/api/deployments/filter", b"{}", headers)
@@ -128,7 +128,7 @@ def test_pages_of_other_sites_get_nothing_from_the_server(server: Server) -> Non
 
 
 @pytest.mark.guarantee("runs started on your Prefect server")
-def test_server_without_a_login_says_so(server: Server) -> None:
+def test_server_without_login_warns(server: Server) -> None:
     assert "no login: whoever has an account on this machine" in (server.folder / "up.log").read_text()
 
 
@@ -143,16 +143,14 @@ def test_form_explains_every_field(server: Server, flow: str, deployment: str) -
             assert field.get("description", described.get("description")), f"{section}.{name}"
 
 
-def test_form_refuses_what_does_not_fit(server: Server) -> None:
+def test_form_refuses_invalid_values(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.start("tiny", "bad", experiment={"iterations": 0})
     assert refusal.value.code == 409 or refusal.value.code == 422
     assert not (server.runs / "bad").exists()
 
 
-def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
-    server: Server, finished: str, page: Page
-) -> None:
+def test_run_shows_stages_artifacts_and_report(server: Server, finished: str, page: Page) -> None:
     expected = {"iteration 1: influence of the probing set, screen", "iteration 1: teacher update", "report"}
 
     def completed() -> set[str]:  # Prefect records task runs a little later
@@ -180,16 +178,14 @@ def test_run_shows_as_a_graph_of_stages_with_tables_plots_and_a_report(
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(address[0].rpartition("/finished/")[0] + "/" + stranger)
     logs = server.logs(finished)
-    assert "cluster.worker: warmup: shard 0, 4 rows" in logs  # from the training's own log
+    assert "cluster.worker: warmup: shard 0, 4 rows" in logs  # from the training's log
     for shard in range(4):
         assert f"cluster.worker: influence: shard {shard}, 4 rows" in logs
     [path] = set(re.findall(r"log of shards 0 to 3: (.*/iteration-1/influence/jobs/.*)", logs))
     assert Path(path).read_text()
 
 
-def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_report(
-    server: Server, finished: str, page: Page
-) -> None:
+def test_run_started_in_browser_ends_with_report(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "clicked")
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('tiny')['id']}")
     page.get_by_role("button", name="Run", exact=True).click()
@@ -219,7 +215,7 @@ def test_run_is_started_by_clicking_refused_if_it_does_not_fit_and_ends_with_a_r
 
 @pytest.fixture(scope="module")
 def inbox(server: Server) -> Iterator[Inbox]:
-    """Gets the messages of the automations in the guide, which are set up as it says."""
+    """A server for the messages of the guide's automations, set up as documented."""
     opened = Inbox()
     block = server.python(
         "from prefect.blocks.notifications import CustomWebhookNotificationBlock as Block\n"
@@ -237,13 +233,11 @@ def inbox(server: Server) -> Iterator[Inbox]:
     opened.close()
 
 
-def test_failed_shards_send_a_message_and_retry_computes_only_them(
-    server: Server, finished: str, inbox: Inbox, page: Page
-) -> None:
+def test_retry_computes_only_failed_shards(server: Server, finished: str, inbox: Inbox, page: Page) -> None:
     folder = server.copy_of(finished, "retried", "influence")
     in_the_way = folder / "iteration-1" / "influence" / "part-00002.parquet"
     in_the_way.mkdir(parents=True)
-    (in_the_way / "file").touch()  # a folder in the way: the shard cannot be committed
+    (in_the_way / "file").touch()  # blocks the commit of the shard
     run = server.start("tiny", "retried")
     server.wait_for(run, "Failed")
     assert server.counts(run)["iteration-1/influence"] == (0, 3, 1)
@@ -268,7 +262,7 @@ def test_failed_shards_send_a_message_and_retry_computes_only_them(
     wait_until(lambda: any("iteration is finished: retried" in text for text in inbox.messages), 60)
 
 
-def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Server, finished: str, page: Page) -> None:
+def test_cancelled_run_stops_jobs_and_resumes(server: Server, finished: str, page: Page) -> None:
     folder = server.copy_of(finished, "cancelled", "evaluation")
     run = server.start("tiny", "cancelled")
     server.hold_job()
@@ -286,9 +280,7 @@ def test_cancelled_run_has_no_jobs_within_a_minute_and_goes_on_later(server: Ser
 
 
 @pytest.mark.slow
-def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_on(
-    server: Server, finished: str
-) -> None:
+def test_killed_run_is_crashed_and_retry_finds_jobs(server: Server, finished: str) -> None:
     folder = server.copy_of(finished, "crashed", "warmup")
     run = server.start("tiny", "crashed")
     ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
@@ -297,11 +289,11 @@ def test_killed_run_is_marked_as_crashed_and_its_retry_finds_the_jobs_that_run_o
     server.wait_for(run, "Crashed", seconds=120)
     server.set_state(run, "SCHEDULED")
     server.wait_for(run, "Completed")
-    assert len(json.loads(ledger.read_text())) == 1  # the training that ran on was waited for, not started again
+    assert len(json.loads(ledger.read_text())) == 1  # the running training was awaited, not started again
     assert digests(folder) == digests(server.runs / "finished")
 
 
-def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, page: Page) -> None:
+def test_run_waits_for_approval_once(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
     wait_until(lambda: any(server.state(flow) == "Paused" for flow in server.subflows(run)))
@@ -311,9 +303,7 @@ def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, 
     page.goto(f"{server.url}/runs/flow-run/{paused}")
     page.get_by_role("button", name="Resume", exact=True).click()
     expect(page.get_by_text("update the teacher on these pairs?").first).to_be_visible()
-    expect(
-        page.get_by_text("Update The Teacher").first
-    ).to_be_visible()  # comes by itself; a form without it is not sent
+    expect(page.get_by_text("Update The Teacher").first).to_be_visible()  # the form appears by itself
     photograph(page, "prefect-approval")
     submit = page.get_by_role("button", name="Submit")
     submit.click()
@@ -325,11 +315,11 @@ def test_run_waits_for_approval_and_remembers_it(server: Server, finished: str, 
 
 
 @pytest.mark.slow
-def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server, finished: str) -> None:
+def test_scheduled_run_adds_iterations_without_overlap(server: Server, finished: str) -> None:
     server.copy_of(finished, "weekly")
     runs = [server.start("alone", "weekly", add_iterations=1) for _ in range(2)]
     wait_until(lambda: any(server.state(run) == "Running" for run in runs))
-    time.sleep(10)  # for the other to try, too
+    time.sleep(10)  # time for the other to try
     assert sorted(server.state(run) for run in runs) in (
         ["AwaitingConcurrencySlot", "Running"],
         ["Running", "Scheduled"],
@@ -341,7 +331,7 @@ def test_scheduled_run_adds_iterations_and_never_overlaps_itself(server: Server,
     assert not (server.runs / "weekly" / "iteration-3").exists()
 
 
-def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
+def test_schedule_starts_runs(server: Server, finished: str) -> None:
     server.copy_of(finished, "nightly")
     nightly = server.deployment("nightly")
     [schedule] = nightly["schedules"]
@@ -363,14 +353,14 @@ def test_schedule_starts_runs_by_itself(server: Server, finished: str) -> None:
 
 
 @pytest.mark.slow
-def test_run_under_way_when_up_ends_is_visible_and_goes_on_after_a_retry(server: Server, finished: str) -> None:
+def test_run_resumes_after_up_ended(server: Server, finished: str) -> None:
     folder = server.copy_of(finished, "interrupted", "warmup")
     run = server.start("tiny", "interrupted")
     server.hold_job()
-    server.process.send_signal(signal.SIGTERM)  # as systemd does; Ctrl-C is what ends it after these tests
+    server.process.send_signal(signal.SIGTERM)  # like systemd; the fixture uses Ctrl-C
     assert server.process.wait(120) == 0
     assert server.jobs() == []
-    assert "down; runs go on" in (server.folder / "up.log").read_text().splitlines()[-1]
+    assert "stopped; a retried run resumes" in (server.folder / "up.log").read_text().splitlines()[-1]
     server.process = server.up()
     wait_until(lambda: server.state(run) in ENDS, 180)
     assert server.state(run) != "Completed"
@@ -380,7 +370,7 @@ def test_run_under_way_when_up_ends_is_visible_and_goes_on_after_a_retry(server:
 
 
 @pytest.mark.slow
-def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(server: Server) -> None:
+def test_study_deployment_runs_transfer_students(server: Server) -> None:
     identity = server.deployment("study", "compare")["id"]
     run = server.ask(f"deployments/{identity}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
     server.wait_for(run, "Completed")
@@ -389,8 +379,8 @@ def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(s
     assert (row["method"], row["gain"]) == ("self_instruct", 0.0)
     result = json.loads((server.runs / "study" / "comparison.json").read_text())
     [transferred] = result["transfer"]
-    # A student of random weights guesses among 4096 tokens; the study's own has learned to write tasks only. How much worse
-    # it is depends on the processor that the test's model was trained on: by 0.4 and by more than 1 were seen.
+    # A student with random weights guesses among 4096 tokens; the study's student can only write tasks. The difference
+    # depends on the processor that trained the test's model: values from 0.4 to more than 1 occur.
     assert transferred["methods"][0]["held_out_loss"] == pytest.approx(math.log(4096), abs=0.3)
     assert result["methods"][0]["held_out_loss"] > transferred["methods"][0]["held_out_loss"] + 0.1
     page = (server.runs / "study" / "comparison.html").read_text()
@@ -400,7 +390,7 @@ def test_study_is_started_from_its_deployment_and_tries_data_on_other_students(s
 
 
 @pytest.mark.slow
-def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(server: Server, finished: str) -> None:
+def test_work_pool_deployments_run_on_a_worker(server: Server, finished: str) -> None:
     server.python("from prefect.blocks.system import Secret; " + f"Secret(value={CANARY!r}).save('hf-token')")
     server.python("from prefect.blocks.system import Secret; " + f"Secret(value={str(server.runs)!r}).save('root')")
     server.copy_of(finished, "pooled")
@@ -434,7 +424,7 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     assert deploy().returncode == 0
     first = server.deployment("pooled")
     assert [one["schedule"]["interval"] for one in first["schedules"]] == [86400.0]
-    hourly = [{"schedule": {"interval": 3600}, "active": False}]  # as somebody adds it in the UI
+    hourly = [{"schedule": {"interval": 3600}, "active": False}]  # as added in the UI
     server.ask(f"deployments/{first['id']}/schedules", hourly)
     automations = {one["id"] for one in server.ask("automations/filter", {})}
     assert deploy().returncode == 0
@@ -454,12 +444,12 @@ def test_deployments_of_a_work_pool_are_registered_once_and_run_by_a_worker(serv
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
-    assert server.counts(run)["iteration-1/warmup"] == (1, 0, 0)  # so it had the folder of runs from the Secret block
+    assert server.counts(run)["iteration-1/warmup"] == (1, 0, 0)  # so it had the run root from the Secret block
 
 
 @pytest.mark.guarantee("API keys in logs, tables or databases")
-def test_key_from_the_environment_is_written_nowhere(server: Server, finished: str) -> None:
-    """Not in a run's folder, a job's log or pickle, Prefect's database, or an answer of its API."""
+def test_api_key_is_never_written(server: Server, finished: str) -> None:
+    """Not in a run folder, a job's log or pickle, Prefect's database, or a response of its API."""
     files = [path for path in server.folder.rglob("*") if path.is_file()]
     assert len(files) > 100
     assert any(path.suffix == ".db" for path in files)
@@ -473,8 +463,8 @@ def test_key_from_the_environment_is_written_nowhere(server: Server, finished: s
 
 @pytest.mark.guarantee("runs started on your Prefect server")
 @pytest.mark.slow
-def test_server_with_a_login_as_in_the_compose_file_lets_in_those_who_have_it(tmp_path: Path, page: Page) -> None:
-    """And the login is written nowhere; the UI finds the API wherever people reach the server, as through a tunnel."""
+def test_server_with_login_requires_it(tmp_path: Path, page: Page) -> None:
+    """The login is never written; the UI finds the API at any address of the server, such as a tunnel."""
     [service] = [
         service
         for name, service in yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"].items()

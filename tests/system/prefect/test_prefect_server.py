@@ -1,4 +1,4 @@
-"""The server of `montessori up` goes on where the garbage collector would have it wait for SQLite."""
+"""The server of `montessori up` does not block when the garbage collector closes an SQLite cursor."""
 
 import re
 import subprocess
@@ -11,10 +11,10 @@ from support import ROOT
 
 PROGRAM = """
 import sqlite3, sys, threading, time
-from flows.prefect_server import collect_beside
+from flows.prefect_server import collect_in_thread
 
 if sys.argv[1] == "beside":
-    collect_beside(pause=0.05)
+    collect_in_thread(pause=0.05)
 writing, holding = (sqlite3.connect(sys.argv[2], 10, check_same_thread=False, isolation_level=None) for _ in range(2))
 writing.execute("PRAGMA journal_mode = WAL")
 writing.execute("CREATE TABLE rows (row)")
@@ -37,12 +37,12 @@ writer.join()
 
 
 @pytest.mark.parametrize(("collector", "stands_still"), [("beside", False), ("its own", True)])
-def test_a_cursor_given_up_keeps_no_event_loop_waiting(tmp_path: Path, collector: str, stands_still: bool) -> None:
-    """The second case shows that Python's own collector does: once it does not, the first needs no module of ours."""
+def test_abandoned_sqlite_cursor_does_not_block_event_loop(tmp_path: Path, collector: str, stands_still: bool) -> None:
+    """The second case shows that Python's collector blocks: once it does not, our workaround is unnecessary."""
     command = [sys.executable, "-c", PROGRAM, collector, str(tmp_path / "database")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = float(ended.stdout)
     assert (seconds > 5) == stands_still
-    # "database is locked", unless the collector takes the connection before the writer can ask it for the reason.
+    # "database is locked", unless the collector closes the connection before the writer asks for the reason.
     gave_up = re.search("sqlite3.OperationalError: (database is locked|not an error)", ended.stderr)
     assert (gave_up is not None) == stands_still

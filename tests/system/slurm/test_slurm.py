@@ -1,6 +1,6 @@
-"""The fan-out on a real Slurm: whatever happens to tasks, nodes, drivers and the scheduler, the same parts come out.
+"""The fan-out on a real Slurm: faults of tasks, nodes, drivers and the scheduler do not change the parts.
 
-`docker/slurm/lab.sh` runs a cluster of two nodes on this machine while these tests last.
+`docker/slurm/lab.sh` runs a cluster of two nodes on this machine during these tests.
 """
 
 import os
@@ -33,6 +33,7 @@ from support import runs as whole
 from support import squares as local
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
+from support.row_programs import as_shards
 
 pytestmark = pytest.mark.guarantee("no sacct")
 
@@ -75,14 +76,14 @@ folder = local.folder
 
 @pytest.fixture(scope="module", autouse=True)
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A running cluster that Slurm's commands find. Without Slurm, and without a way to install it, tests fail."""
+    """A running cluster for Slurm's commands. Tests fail if Slurm is missing and cannot be installed."""
     installation = subprocess.run([LAB / "install.sh"], capture_output=True, text=True)
     if installation.returncode:
         pytest.fail(f"these tests need Slurm:\n{installation.stderr.strip()}", pytrace=False)
     with pytest.MonkeyPatch.context() as environment:
         for name in list(os.environ):
             if name.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SCANCEL")):
-                environment.delenv(name)  # of a cluster that this machine may belong to
+                environment.delenv(name)  # if this machine belongs to a cluster
         settings = {"LAB": tmp_path_factory.mktemp("slurm"), "NODES": 2, "CPUS": 8, "MEMORY": 16000, "GPUS": 2}
         for name, value in settings.items():
             environment.setenv(name, str(value))
@@ -97,7 +98,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def empty_queue(lab: None) -> Iterator[None]:
-    """What one test leaves is not there for the next."""
+    """Empty the queue after each test."""
     yield
     subprocess.run(["scancel", "--me"], check=True)
     local.wait_until(are_idle, 60)
@@ -121,7 +122,11 @@ def run(
     cluster = Cluster(profile="slurm", poll_seconds=0.5, slurm=slurm)
     defaults: dict[str, float] = {"parallel_jobs": 8, "cpus_per_process": 1, "shards_per_job": 1}
     return fan_out(
-        stage or local.stage(folder, seconds), shards, Resources(**defaults | resources), cluster, on_progress
+        stage or local.stage(folder, seconds),
+        as_shards(*shards),
+        Resources(**defaults | resources),
+        cluster,
+        on_progress,
     )
 
 
@@ -141,7 +146,7 @@ def are_idle() -> bool:
 
 
 def once(condition: Callable[[], bool], action: Callable[[], object]) -> Callable[[Progress], None]:
-    """For `on_progress`: act at the first look at which the condition holds."""
+    """Return an `on_progress` callback that acts when the condition holds for the first time."""
     acted = False
 
     def look(progress: Progress) -> None:
@@ -167,7 +172,7 @@ def submissions(folder: Path, stage: str = "stage") -> list[str]:
 
 
 def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> Path:
-    """Have squeue fail so many times; return a file with a line for each time that is left."""
+    """Make squeue fail `times` times; return a file with a line for each remaining failure."""
     failures = folder / "failures"
     squeue = f'if [ -s {failures} ]; then sed -i 1d {failures}; exit 1; fi; exec {shutil.which("squeue")} "$@"'
     put_command(folder / "bin" / "squeue", squeue)
@@ -177,12 +182,12 @@ def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> P
 
 
 def preempt() -> None:
-    """A job that needs both nodes comes in the partition of higher priority."""
+    """Submit a job for both nodes to the partition of higher priority."""
     command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_results_are_those_of_the_local_profile(folder: Path) -> None:
+def test_slurm_results_equal_local_results(folder: Path) -> None:
     parts = run(folder, parallel_jobs=3, shards_per_job=2)
     assert local.results(parts) == EXPECTED
     of_slurm = [part.read_bytes() for part in parts]
@@ -191,8 +196,8 @@ def test_results_are_those_of_the_local_profile(folder: Path) -> None:
     assert [part.read_bytes() for part in local.run(folder)] == of_slurm
 
 
-def test_shards_beyond_the_largest_array_go_to_further_arrays(folder: Path) -> None:
-    # Three shards, two tasks in an array: the last array has one task, which to submitit is none.
+def test_stage_is_split_into_allowed_arrays(folder: Path) -> None:
+    # Three shards, two tasks per array: the last array has one task, which submitit submits without an array.
     parts = run(folder, SHARDS[:3], slurm=Slurm(max_array_size=2))
     assert local.results(parts) == EXPECTED[:9]
     first, second = Ledger(folder / "stage" / "jobs").submissions
@@ -202,7 +207,7 @@ def test_shards_beyond_the_largest_array_go_to_further_arrays(folder: Path) -> N
 
 @pytest.mark.guarantee("slow task at the end of an array")
 @pytest.mark.slow
-def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder: Path) -> None:
+def test_next_array_uses_freed_parallelism(folder: Path) -> None:
     until_30 = 'while row["n"] == 0 and "30" not in (folder / "computed.txt").read_text().split(): time.sleep(0.2)'
     (folder / "squares_program.py").write_text(local.PROGRAM.replace('time.sleep(settings["seconds"])', until_30))
     running: list[int] = []
@@ -210,20 +215,20 @@ def test_next_array_takes_the_places_that_the_one_before_no_longer_needs(folder:
     def look(progress: Progress) -> None:
         running.append(len(queued("--states=RUNNING", "--format=%i")))
 
-    # The first shard, of the first array, ends only when one of the second array has begun.
+    # The first shard, in the first array, ends only after a shard of the second array has begun.
     parts = run(folder, slurm=Slurm(max_array_size=3), seconds=0.2, parallel_jobs=2, on_progress=look)
     assert local.results(parts) == EXPECTED
     first, second = Ledger(folder / "stage" / "jobs").submissions
     assert max(running) == 2
-    assert (first.at_once, second.at_once) == (2, 2)  # and when it was over, the second had both places
+    assert (first.at_once, second.at_once) == (2, 2)  # after the first, the second had both places
     throttle = subprocess.run(["scontrol", "show", "job", (second.ids or [""])[0]], capture_output=True, text=True)
     assert "ArrayTaskThrottle=2" in throttle.stdout
 
 
 @pytest.mark.guarantee("limit on submitted jobs")
 @pytest.mark.slow
-def test_limit_on_submitted_jobs_is_waited_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no job of ours in the queue, it is the array that is too large, and nothing to wait for."""
+def test_driver_waits_at_submission_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If none of our jobs is queued, the array itself is too large, and waiting does not help."""
     refuse = 'echo "sbatch: error: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1'
     sbatch = shutil.which("sbatch")
     put_command(folder / "bin" / "sbatch", f'[ -z "$(squeue -h --me)" ] || {{ {refuse}; }}; exec {sbatch} "$@"')
@@ -254,7 +259,7 @@ def test_options_reach_slurm(folder: Path) -> None:
     assert environment["FROM_SRUN"] == "yes"
 
 
-def test_what_sbatch_refuses_is_said(folder: Path) -> None:
+def test_sbatch_refusal_is_reported(folder: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)sbatch.*nowhere.*cluster\.slurm"):
         run(folder, slurm=Slurm(partition="nowhere"))
 
@@ -267,7 +272,7 @@ def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("error in the code")
-def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None:
+def test_code_error_fails_only_its_shard(folder: Path) -> None:
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:
         run(folder)
@@ -282,7 +287,7 @@ def test_code_error_fails_its_shard_fast_and_others_finish(folder: Path) -> None
 
 @pytest.mark.guarantee("disk full")
 @pytest.mark.slow
-def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder: Path) -> None:
+def test_shards_resume_after_disk_full(folder: Path) -> None:
     (folder / "full-21").touch()
     with pytest.raises(ShardsFailed, match=r"shard 2 \(disk_full\)"):
         run(folder)
@@ -292,13 +297,13 @@ def test_shards_that_found_the_disk_full_are_computed_when_there_is_room(folder:
 
 
 @pytest.mark.slow
-def test_lost_shard_stops_at_its_budget_with_slurms_reason(folder: Path) -> None:
+def test_lost_shard_fails_with_slurm_reason(folder: Path) -> None:
     (folder / "squares_program.py").write_text("import os\ndef open_squares(settings, inputs): os._exit(3)")
     with pytest.raises(ShardsFailed, match=r"lost.*FAILED.*on node.*1 times"):
         run(folder, SHARDS[:1], infrastructure_retries=0)
 
 
-def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path) -> None:
+def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.kill()
@@ -311,8 +316,8 @@ def test_killed_driver_leaves_its_jobs_and_the_next_waits_for_them(folder: Path)
 
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
-def test_node_that_loses_several_shards_gets_no_more(folder: Path) -> None:
-    """A node whose jobs die at once would otherwise eat the whole queue, faster than any other computes it."""
+def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
+    """A node whose jobs die at once would otherwise take all tasks of the queue."""
     broken = 'if os.environ["SLURMD_NODENAME"] == "node1": os._exit(9)'
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
@@ -325,7 +330,7 @@ def test_node_that_loses_several_shards_gets_no_more(folder: Path) -> None:
     assert places[-1] == {"node2"}
 
 
-def test_interrupted_driver_leaves_no_job(folder: Path) -> None:
+def test_interrupted_driver_cancels_slurm_jobs(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.send_signal(signal.SIGINT)
@@ -337,7 +342,7 @@ def test_interrupted_driver_leaves_no_job(folder: Path) -> None:
 
 @pytest.mark.guarantee("driver killed before it records a job id")
 @pytest.mark.slow
-def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_unrecorded_ids_are_cancelled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch = folder / "bin" / "sbatch"
     put_command(sbatch, f'{shutil.which("sbatch")} "$@"; kill -KILL $PPID')
     with monkeypatch.context() as environment:
@@ -356,7 +361,7 @@ def test_jobs_whose_ids_were_never_noted_are_found_and_ended(folder: Path, monke
 
 @pytest.mark.guarantee("pending tasks cancelled by someone else")
 @pytest.mark.slow
-def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> None:
+def test_externally_cancelled_tasks_are_resubmitted(folder: Path) -> None:
     cancel = once(
         lambda: len(local.computed(folder)) >= 2,
         lambda: subprocess.run(["scancel", "--me", "--state=PENDING"], check=True),
@@ -368,7 +373,7 @@ def test_tasks_cancelled_behind_our_back_are_submitted_again(folder: Path) -> No
 
 @pytest.mark.guarantee("squeue fails for a while")
 @pytest.mark.slow
-def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_scheduler_is_awaited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = break_squeue(folder, monkeypatch, 4)  # before the first submission; then again while tasks run
     more_failures = once(lambda: len(local.computed(folder)) >= 2, lambda: failures.write_text("\n" * 4))
     assert local.results(run(folder, SHARDS[:2], seconds=1, on_progress=more_failures)) == EXPECTED[:6]
@@ -380,8 +385,10 @@ def test_silent_scheduler_is_waited_for(folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.guarantee("sbatch fails for a while")
 @pytest.mark.slow
 @pytest.mark.parametrize(("taken", "hangs"), [(False, False), (True, False), (True, True)])
-def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool) -> None:
-    """A busy controller answers late, too late, or never: then it may have taken jobs whose ids nobody was told."""
+def test_temporary_sbatch_failure_is_retried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool
+) -> None:
+    """A busy controller answers late or never; it may have accepted jobs without returning their ids."""
     monkeypatch.setattr("cluster.backends.slurm._SBATCH_PATIENCE", 3)
     failures, sbatch = folder / "failures", shutil.which("sbatch")
     first = f'{sbatch} "$@" >/dev/null; ' if taken else ""
@@ -401,24 +408,22 @@ def test_sbatch_may_fail_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.guarantee("task reaches its time limit")
 @pytest.mark.slow
-def test_task_at_its_time_limit_goes_back_to_the_queue_and_on(folder: Path) -> None:
-    # What Slurm sends ahead of the limit, sent by hand: limits are minutes.
+def test_task_at_time_limit_is_requeued_and_resumes(folder: Path) -> None:
+    # Slurm's signal before the limit, sent by hand: limits are in minutes.
     signal_tasks = once(
         lambda: len(local.computed(folder)) >= 4, lambda: subprocess.run(["scancel", "--me", "--signal=USR2"])
     )
     parts = run(folder, SHARDS[:3], seconds=0.6, parallel_jobs=1, shards_per_job=3, on_progress=signal_tasks)
     assert local.results(parts) == EXPECTED[:9]
-    assert local.computed(folder).count(0) == 1  # the shard that was done stayed done
+    assert local.computed(folder).count(0) == 1  # the finished shard was kept
     assert len(local.computed(folder)) > 9
     assert len(submissions(folder)) == 1
 
 
 @pytest.mark.guarantee("job hangs beyond its time limit")
 @pytest.mark.slow
-def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It does not hear the signal ahead of the limit either, as in a kernel or a collective that never returns."""
+def test_hanging_task_is_resubmitted_after_time_limit(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It does not handle the signal before the limit, like a kernel or collective that never returns."""
     deaf = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); time.sleep(600)"
     (folder / "squares_program.py").write_text(local.PROGRAM.replace("time.sleep(600)", deaf))
     (folder / "hang-11").touch()
@@ -431,10 +436,8 @@ def test_task_that_hangs_beyond_its_time_limit_is_submitted_again(
 @pytest.mark.guarantee("driver of a whole Slurm run killed twice")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
-    talking_llama: Path, tmp_path: Path
-) -> None:
-    """Its driver is killed while jobs run and while it joins tables, and a second one comes while it is at work."""
+def test_interrupted_slurm_run_has_tables_of_local_run(talking_llama: Path, tmp_path: Path) -> None:
+    """Its driver is killed while jobs run and while it joins tables; a second driver starts while it runs."""
     local_config = whole.configuration(tmp_path, talking_llama)
     code, output = whole.call("run", str(local_config), "--run-root", "quiet", cwd=tmp_path)
     assert code == 0, output
@@ -447,7 +450,7 @@ def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
     driver = whole.montessori("run", str(config), cwd=tmp_path)
     local.wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
     code, output = whole.call("run", str(config), cwd=tmp_path)
-    assert (code, "another process drives this run" in output) == (1, True)
+    assert (code, "this run already has a driver" in output) == (1, True)
     driver.kill()
     driver.wait()
     assert queued()
@@ -455,7 +458,7 @@ def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
     environment = os.environ | {"PYTHONPATH": str(whole.ROOT)}
     command = [sys.executable, "-c", whole.DIES_WHILE_JOINING, str(run)]
     assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == -signal.SIGKILL
-    assert len(read_json(ledger)) == 1  # what the first driver had submitted was waited for
+    assert len(read_json(ledger)) == 1  # the first driver's submission was awaited
 
     code, output = whole.call("resume", str(run), cwd=tmp_path)
     assert code == 0, output
@@ -465,9 +468,9 @@ def test_whole_run_disturbed_on_slurm_ends_with_the_tables_of_a_quiet_local_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_run_from_prefect_is_cancelled_and_found_again_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
-    """Cancelled: the queue is empty within a minute. Its machine lost, `up` and all: marked as crashed, and its retry waits
-    for the jobs that Slurm went on with."""
+def test_prefect_run_is_cancelled_and_resumed_on_slurm(talking_llama: Path, tmp_path: Path) -> None:
+    """After cancelling, the queue is empty within a minute. After the loss of `up` and its machine, the run is marked as
+    crashed, and its retry waits for the jobs that continue on Slurm."""
     content = yaml.safe_load(whole.configuration(tmp_path, talking_llama).read_text())
     content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}
     content["cluster"] = {"profile": "slurm", "poll_seconds": 0.5}
@@ -495,7 +498,7 @@ def test_run_from_prefect_is_cancelled_and_found_again_on_slurm(talking_llama: P
     finally:
         server.process.send_signal(signal.SIGINT)
         server.process.wait(120)
-        for process in psutil.process_iter(["cmdline"]):  # the server of the `up` that was killed
+        for process in psutil.process_iter(["cmdline"]):  # the server of the killed `up`
             if f"--port {server.port}" in " ".join(process.info["cmdline"] or []):
                 process.terminate()
     assert queued() == []
@@ -519,7 +522,7 @@ def test_every_method_runs_on_slurm(talking_llama: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.guarantee("node crashes in the middle of an array")
-def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
+def test_shards_of_crashed_node_run_elsewhere(folder: Path) -> None:
     crashed = []
 
     def crash() -> None:
@@ -533,12 +536,12 @@ def test_shards_of_a_crashed_node_are_computed_elsewhere(folder: Path) -> None:
         call_lab("start-node", *crashed)
     assert local.results(parts) == EXPECTED[:6]
     assert len(local.computed(folder)) > 6
-    assert len(submissions(folder)) == 1  # Slurm ran them again by itself
+    assert len(submissions(folder)) == 1  # Slurm requeued them
 
 
 @pytest.mark.guarantee("node is drained")
 @pytest.mark.slow
-def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
+def test_drained_node_finishes_its_tasks(folder: Path) -> None:
     def drain() -> None:
         subprocess.run(["scontrol", "update", "nodename=node1", "state=drain", "reason=test"], check=True)
 
@@ -553,7 +556,7 @@ def test_drained_node_ends_what_it_has_and_gets_no_more(folder: Path) -> None:
 
 @pytest.mark.guarantee("task requeued by hand")
 @pytest.mark.slow
-def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
+def test_manually_requeued_task_is_recomputed(folder: Path) -> None:
     def requeue() -> None:
         subprocess.run(["scontrol", "requeue", queued("--states=RUNNING", "--format=%i")[0]], check=True)
 
@@ -564,7 +567,7 @@ def test_task_requeued_by_hand_is_computed_again(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("task preempted")
-def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
+def test_preempted_tasks_are_requeued_and_resume(folder: Path) -> None:
     preempted = once(lambda: len(local.computed(folder)) >= 2, preempt)
     parts = run(folder, SHARDS[:2], seconds=2, on_progress=preempted, slurm=Slurm(partition="main"))
     assert local.results(parts) == EXPECTED[:6]
@@ -574,7 +577,7 @@ def test_preempted_tasks_go_back_to_the_queue_and_on(folder: Path) -> None:
 
 @pytest.mark.guarantee("Slurm controller restarted")
 @pytest.mark.slow
-def test_controller_may_be_restarted(folder: Path) -> None:
+def test_driver_survives_controller_restart(folder: Path) -> None:
     restarted = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("restart-controller"))
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=restarted)) == EXPECTED
     assert sorted(local.computed(folder)) == ROWS
@@ -583,8 +586,8 @@ def test_controller_may_be_restarted(folder: Path) -> None:
 
 @pytest.mark.guarantee("Slurm controller killed")
 @pytest.mark.slow
-def test_killed_controller_may_come_back(folder: Path) -> None:
-    """It reads the state it last wrote: jobs that started since may be unknown to it, or at work without its knowing."""
+def test_driver_survives_killed_controller(folder: Path) -> None:
+    """It reads its last saved state: it may not know later jobs, or that they run."""
     killed = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("kill-controller"))
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=killed)) == EXPECTED
 
@@ -592,8 +595,8 @@ def test_killed_controller_may_come_back(folder: Path) -> None:
 @pytest.mark.guarantee("node fails to launch jobs")
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="nodes of an ordinary user's lab have no names of their own")
-def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> None:
-    """Slurm drains the node and puts them back into the queue, but held, for somebody to release."""
+def test_jobs_not_launched_by_broken_node_run_elsewhere(folder: Path) -> None:
+    """Slurm drains the node and requeues the jobs as held, to be released by an administrator."""
     broken = Path(os.environ["LAB"]) / "broken-node1"
     broken.touch()
     try:
@@ -608,7 +611,7 @@ def test_jobs_that_a_broken_node_never_launched_run_elsewhere(folder: Path) -> N
 
 @pytest.mark.guarantee("damaged result or manifest")
 @pytest.mark.slow
-def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
+def test_damaged_truncated_and_stale_results_are_recomputed(folder: Path) -> None:
     stage = local.stage(folder, version=2)
     run(folder, SHARDS[4:5], stage=local.stage(folder, version=1))
     stale, manifest = (path.read_bytes() for path in (stage.part(0), stage.manifest(0)))
@@ -627,7 +630,7 @@ def test_damaged_cut_and_stale_results_are_computed_again(folder: Path) -> None:
 @pytest.mark.guarantee("profile changed between two drivers")
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["slurm", "local"])
-def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> None:
+def test_jobs_of_previous_profile_are_cancelled(folder: Path, first: str) -> None:
     driver = start_driver(folder, seconds=0.6) if first == "slurm" else local.start_driver(folder)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.kill()
@@ -640,8 +643,8 @@ def test_jobs_of_the_profile_used_before_are_ended(folder: Path, first: str) -> 
 
 @pytest.mark.guarantee("clocks of two nodes differ by two hours")
 @pytest.mark.slow
-def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
-    """No decision rests on a clock: node1's processes and the files they write are an hour ahead, node2's an hour behind."""
+def test_node_clock_may_be_wrong(folder: Path) -> None:
+    """Clocks decide nothing: processes and files of node1 are an hour ahead, those of node2 an hour behind."""
     (folder / "sitecustomize.py").write_text(SKEW)
     (folder / "kill-11").touch()
     parts = run(folder, seconds=0.2, slurm=ONE_A_NODE, duplicate_stragglers_after=20)
@@ -655,7 +658,7 @@ def test_clock_of_a_node_may_be_an_hour_off(folder: Path) -> None:
 
 @pytest.mark.guarantee("node hangs")
 @pytest.mark.slow
-def test_hanging_node_does_not_hold_up_the_stage(folder: Path) -> None:
+def test_hanging_node_does_not_delay_stage(folder: Path) -> None:
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace(
             'time.sleep(settings["seconds"])',
@@ -675,8 +678,8 @@ def test_hanging_node_does_not_hold_up_the_stage(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
-def test_jobs_run_in_the_container_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
-    """Neither runtime is here: commands in their place note what they were given, and run the rest on the node itself."""
+def test_jobs_run_in_configured_container(folder: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    """The runtimes are not installed: replacement commands record their arguments and run the job on the node."""
     said = folder / "said"
     if runtime == "apptainer":
         put_command(folder / "bin" / "apptainer", f'echo "$@" >>{said}; shift 4; exec "$@"')
@@ -695,16 +698,16 @@ def test_jobs_run_in_the_container_asked_for(folder: Path, monkeypatch: pytest.M
     assert expected[runtime] in said.read_text()
 
 
-def test_slurm_is_asked_how_large_an_array_may_be() -> None:
-    assert largest_array() == 501  # as docker/slurm/lab.sh sets it up
+def test_array_limit_is_read_from_slurm() -> None:
+    assert largest_array() == 501  # as set by docker/slurm/lab.sh
 
 
 @pytest.mark.guarantee("node crashes during a teacher update over two nodes")
 @pytest.mark.guarantee("teacher update over two nodes preempted")
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
-def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
-    """ZeRO-2; the weights are those of an undisturbed training."""
+def test_two_node_teacher_update_resumes_after_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
+    """With ZeRO-2, the weights equal those of an uninterrupted training."""
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1)
     settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=2), seed=0)
     rows = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(8) for pair in PAIRS]
@@ -727,10 +730,10 @@ def test_teacher_update_over_two_nodes_goes_on_after_a_fault(folder: Path, tiny_
     undisturbed, part = update("undisturbed"), update("hit", crash)
     assert hit
     logs = "".join(path.read_text() for path in (folder / "hit" / "jobs").rglob("*_log.err"))
-    assert "going on from checkpoint-" in logs
+    assert "resuming from checkpoint-" in logs
     if fault == "preemption":
-        left = max(re.findall(r"told to go: leaving with (checkpoint-\d+)", logs))
-        assert f"going on from {left}\n" in logs  # nothing was done twice
+        left = max(re.findall(r"the scheduler ends this job: exiting with (checkpoint-\d+)", logs))
+        assert f"resuming from {left}\n" in logs  # no step was repeated
     assert len(submissions(folder, "hit")) == 1
     assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
@@ -740,7 +743,7 @@ def processes(folder: Path, failing_rank: str = "") -> Stage:
     return Stage("processes", 1, "processes_program:open_processes", settings, {}, {}, folder / "stage", ".json")
 
 
-def test_processes_of_a_job_find_each_other_across_nodes(folder: Path) -> None:
+def test_multi_node_job_processes_connect(folder: Path) -> None:
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
     [part] = run(folder, SHARDS[:1], stage=processes(folder), nodes=2, processes_per_node=1)
     assert part.read_text() == "0"
@@ -755,13 +758,13 @@ def test_processes_of_a_job_find_each_other_across_nodes(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_failing_process_does_not_leave_the_others_waiting(folder: Path) -> None:
+def test_failing_process_ends_its_job(folder: Path) -> None:
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
     with pytest.raises(ShardsFailed, match="rank 1 is bad"):
         run(folder, SHARDS[:1], stage=processes(folder, failing_rank="1"), nodes=2)
 
 
-def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
+def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
     code, output = doctor(tmp_path, {"slurm": {"partition": "main"}})
     assert code == 0, output
     for text in (
@@ -783,12 +786,12 @@ def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
     [
         (
             {"slurm": {"partition": "nowhere"}},
-            ["no partition 'nowhere'; there are brief, main, urgent", "set cluster.slurm.partition"],
+            ["no partition 'nowhere'; available: brief, main, urgent", "set cluster.slurm.partition"],
         ),
-        ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 a node, 8 asked for", "gpus_per_node"]),
+        ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 per node, 8 requested", "gpus_per_node"]),
         (
             {"slurm": {"partition": "brief"}},
-            ["time limits: 2 minutes in the partition, 240 asked", "time_limit_minutes"],
+            ["time limits: 2 minutes in the partition, 240 requested", "time_limit_minutes"],
         ),
         (
             {"generation_python": sys.executable},
@@ -799,12 +802,10 @@ def test_doctor_finds_a_sound_cluster_sound(tmp_path: Path) -> None:
             {"slurm": {"python": "/nowhere/python"}},
             ["influence job: lost", "does the Python that the configuration names"],
         ),
-        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch did not take the jobs", "see cluster.slurm"]),
+        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch rejected the jobs", "see cluster.slurm"]),
     ],
 )
-def test_doctor_names_what_is_wrong_and_the_remedy(
-    tmp_path: Path, change: dict[str, object], messages: list[str]
-) -> None:
+def test_doctor_names_faults_and_remedies(tmp_path: Path, change: dict[str, object], messages: list[str]) -> None:
     code, output = doctor(tmp_path, change)
     assert code == 1
     for message in messages:
@@ -813,8 +814,8 @@ def test_doctor_names_what_is_wrong_and_the_remedy(
 
 
 @pytest.mark.slow
-def test_doctor_notices_a_folder_that_nodes_do_not_share() -> None:
-    """Each node of the lab has a /dev/shm of its own, as nodes of a cluster have a /tmp."""
+def test_doctor_detects_unshared_folder() -> None:
+    """Each node of the lab has a separate /dev/shm, like /tmp on a cluster."""
     private = Path("/dev/shm") / f"montessori-doctor-{os.getpid()}"
     try:
         code, output = doctor(private, {})

@@ -1,4 +1,4 @@
-"""The vLLM engine, in a worker environment of its own: the generation stage runs there as it does with transformers."""
+"""The vLLM engine, in a separate worker environment: the generation stage runs as with transformers."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench
 from montessori_core.program import Row
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from support import ROOT
-from support.row_programs import as_compute
+from support.row_programs import as_compute, as_shards
 
-pytestmark = pytest.mark.slow  # vLLM has an environment of its own
+pytestmark = pytest.mark.slow  # vLLM has a separate environment
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +37,30 @@ def vllm_python() -> str:
 def generate(folder: Path, model: Path, python: str, rows: list[Row], sampling: Sampling) -> list[Row]:
     settings = programs.Generation(engine="vllm", sampling=sampling, form="tagged")
     stage = Stage.of(programs.GENERATION, settings, folder, {"teacher": model}, {})
-    (part,) = fan_out(stage, [rows], Resources(), Cluster(), python=python)
+    (part,) = fan_out(stage, as_shards(rows), Resources(), Cluster(), python=python)
     found: list[Row] = read_table(part, GENERATION).to_pylist()
     return found
 
 
-def test_vllm_gives_n_samples_from_their_seeds(
+def test_vllm_samples_depend_on_their_seeds(
     smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     seeds = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
     prompts = build_prompts(4, "completion", Synthesis(), seeds, [], seed=0)
     rows: list[Row] = [
-        {"ids": [f"{p.id}-s{i}" for i in range(4)], "text": p.text, "seeds": [1, 2, 3, 1]} for p in prompts
+        {"example_ids": [f"{p.id}-s{i}" for i in range(4)], "turns": [p.text], "seeds": [1, 2, 3, 1]} for p in prompts
     ]
-    rows.append({"ids": ["france"], "text": "The capital of France is", "seeds": [1]})
+    rows.append({"example_ids": ["france"], "turns": ["The capital of France is"], "seeds": [1]})
     found = generate(tmp_path / "stage", smollm2, vllm_python, rows, Sampling(max_tokens=32, presence_penalty=0.0))
-    assert [row["row_id"] for row in found] == [name for row in rows for name in row["ids"]]
+    assert [row["example_id"] for row in found] == [name for row in rows for name in row["example_ids"]]
     # Equal seeds draw equally until rounding, which differs between a read and a cached prompt, moves a border.
-    starts = [[row["text"][:6] for row in found[first : first + 4]] for first in range(0, 16, 4)]
+    starts = [[row["raw_output"][:6] for row in found[first : first + 4]] for first in range(0, 16, 4)]
     assert sum(texts[0] == texts[3] for texts in starts) >= 3
     assert sum(len(set(texts[:3])) == 3 for texts in starts) >= 2
     assert all(row["tokens"] <= 32 for row in found)
     stopped = [row for row in found[:16] if row["finish_reason"] == "stop"]
-    assert any(row["text"].endswith(CLOSE) for row in stopped)
+    assert any(row["raw_output"].endswith(CLOSE) for row in stopped)
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
 
 
@@ -95,4 +95,4 @@ def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Pat
     assert table["turn"].to_pylist() == [1, 2]
     assert all(
         value is None or 1 <= value <= 10 for value in table["score"].to_pylist()
-    )  # so small a judge says anything
+    )  # such a small judge gives random scores
