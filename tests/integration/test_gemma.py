@@ -17,6 +17,7 @@ from montessori_core.models.embedded import embedded_folder, terms_to_accept
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
+from support.row_programs import as_shards
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +69,7 @@ def test_gemma_is_warmed_up_and_measured(gemma: Path, tmp_path: Path) -> None:
     recipe = Warmup(learning_rate=1e-5, batch_size=2, micro_batch_size=2).shared()
     settings = Sft(max_length=128, lora=None, recipe=recipe, zero=Zero(), seed=0, save_moments=True)
     training = Stage.of(SFT, settings, tmp_path / "warmup", {"student": gemma}, {})
-    (warm,) = fan_out(training, [ROWS], Resources(), Cluster())
+    (warm,) = fan_out(training, as_shards(ROWS), Resources(), Cluster())
     tokenizer, moments = load_tokenizer(str(warm)), load_moments(warm)
     assert moments.step == 2
     encoded = [encode_example(tokenizer, str(row["instruction"]), str(row["response"]), 128) for row in ROWS]
