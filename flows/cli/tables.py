@@ -99,6 +99,12 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
     console.print(table)
     if experiment.benchmarks.tasks or experiment.benchmarks.judged:
         console.print("benchmarks of the students are not included")
+    if experiment.answerer is not None:
+        price = f", about {estimate.dollars:,.2f} dollars" if estimate.dollars else ""
+        console.print(
+            f"the time of {estimate.answers:,} answers from {experiment.answerer.model} is not included{price}",
+            soft_wrap=True,
+        )
     if gflops:
         total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
         console.print(
