@@ -304,6 +304,7 @@ def join_examples(label: str, tables: list[Path], path: Path) -> Path:
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
     """Write an example table made from `parts`; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_table(examples, path, EXAMPLES)
     return path
 
