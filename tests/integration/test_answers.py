@@ -59,6 +59,7 @@ def test_unmodified_teacher_answers_in_all_iterations(talking_llama: Path, tmp_p
     assert len(updated) == 3
 
 
+@pytest.mark.slow
 def test_endpoint_answers_every_set_of_a_run(talking_llama: Path, tmp_path: Path, server: JudgeServer) -> None:
     content = with_answers(tmp_path, talking_llama, "endpoint", answerer=endpoint(server))
     code, output = run(tmp_path, content, "run", "run.yaml")
