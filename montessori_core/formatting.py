@@ -109,6 +109,16 @@ def interval_text(row: dict[str, Any]) -> str:
     return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
 
 
+def kind_text(row: dict[str, Any]) -> str:
+    """Write the share of a method's instructions that are of the wanted kind, with its interval; '' if unknown."""
+    value = row.get("wanted_kind")
+    return (
+        f"{share(value)} ({share(row['wanted_kind_low'])} to {share(row['wanted_kind_high'])})"
+        if value is not None
+        else ""
+    )
+
+
 def spread_text(row: dict[str, Any]) -> str:
     """Write the spread of a row's gain over seeds; a single seed has none."""
     return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

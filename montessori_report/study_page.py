@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from montessori_core import formatting
 from montessori_core.config import Study
 from montessori_core.data.tables import SIMILARITY, read_table
-from montessori_core.formatting import interval_text, spread_text
+from montessori_core.formatting import interval_text, kind_text, spread_text
 from montessori_report.figures import (
     GREY,
     SYMBOLS,
@@ -73,6 +73,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             introduction="A stage shared by several methods counts in full for each of them.",
         ),
     ]
+    if kind := result.get("kind_classifier"):
+        sections.append(_wanted_kind(rows, kind))
     if benchmarks := _benchmarks(rows):
         sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
     if result["transfer"]:
@@ -178,6 +180,36 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     )
 
 
+def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> Section:
+    """Return the share of each method's examples that are of the kind of the reference set's tasks."""
+    dots = [
+        Dot(row["method"], row["wanted_kind"], row["wanted_kind_low"], row["wanted_kind_high"], colour_of(number))
+        for number, row in enumerate(rows)
+        if row.get("wanted_kind") is not None
+    ]
+    figure = dot_figure(
+        "Training examples of the wanted kind",
+        "Further to the right, more of the instructions that the student was trained on are of the wanted kind. Intervals "
+        "(Wilson, 95 %) are over the instructions of all seeds.",
+        dots,
+        "share of the instructions of the wanted kind",
+        formatting.share,
+    )
+    figure.plot.update_xaxes(tickformat=".0%")
+    return Section(
+        "wanted-kind",
+        "Wanted kind",
+        [Block([figure])] if dots else [],
+        introduction="The wanted kind of task is that of the reference set. A classifier of words calls "
+        f"{formatting.share(classifier['recall'])} of the reference tasks wanted, and "
+        f"{formatting.share(classifier['false_positives'])} of the seeds (cross-validated; balanced accuracy "
+        f"{classifier['balanced_accuracy']:.2f})."
+        if dots
+        else "",
+        absent=f"The share of instructions of the wanted kind is not shown: {classifier['objection']}.",
+    )
+
+
 def _transfer(study: Study, result: dict[str, Any]) -> Section:
     """Return Figure 5: other students trained on the same data."""
     methods = [row["method"] for row in result["methods"]]
@@ -228,7 +260,16 @@ def _similarity(folder: Path) -> Figure | None:
 def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
     return Table(
         caption,
-        ["Method", "Held-out loss", "Gain", "95 % interval", "Spread over seeds", "Job time", "Operations"],
+        [
+            "Method",
+            "Held-out loss",
+            "Gain",
+            "95 % interval",
+            "Spread over seeds",
+            "Wanted kind",
+            "Job time",
+            "Operations",
+        ],
         [
             [
                 row["method"],
@@ -236,6 +277,7 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
                 formatting.signed(row["gain"]),
                 interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN,
                 spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
+                kind_text(row) or formatting.UNKNOWN,
                 formatting.duration(row["job_seconds"]),
                 formatting.significant(float(row["flops"])),
             ]
