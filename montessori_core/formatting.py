@@ -111,12 +111,10 @@ def interval_text(row: dict[str, Any]) -> str:
 
 def kind_text(row: dict[str, Any]) -> str:
     """Write the share of a method's instructions that are of the wanted kind, with its interval; '' if unknown."""
-    value = row.get("wanted_kind")
-    return (
-        f"{share(value)} ({share(row['wanted_kind_low'])} to {share(row['wanted_kind_high'])})"
-        if value is not None
-        else ""
-    )
+    if row.get("wanted_kind") is None:
+        return ""
+    value, low, high = (share(row[key]) for key in ("wanted_kind", "wanted_kind_low", "wanted_kind_high"))
+    return f"{value} ({low} to {high})"
 
 
 def spread_text(row: dict[str, Any]) -> str:

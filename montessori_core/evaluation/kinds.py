@@ -185,9 +185,10 @@ def _train(tasks: _Tasks, used: Mask) -> Reals:
     """
     of_wanted, of_other = used & tasks.wanted, used & ~tasks.wanted
     wanted = tasks.counts(of_wanted)
-    other = tasks.counts(of_other) * (of_wanted.sum() / max(1, of_other.sum()))
+    other = tasks.counts(of_other) * (max(1, of_wanted.sum()) / max(1, of_other.sum()))
     seen = wanted + other > 0
-    log_shares = [np.log(count + _SMOOTHING) - np.log((count + _SMOOTHING)[seen].sum()) for count in (wanted, other)]
+    smoothing = _SMOOTHING * max(1, seen.sum())
+    log_shares = [np.log(count + _SMOOTHING) - np.log(count.sum() + smoothing) for count in (wanted, other)]
     return np.where(seen, log_shares[0] - log_shares[1], 0.0)
 
 

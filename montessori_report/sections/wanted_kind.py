@@ -18,8 +18,8 @@ def wanted_kind_section(run: RunData) -> Section:
         "Wanted kind",
         [Block([figure])] if figure else [],
         introduction=_accuracy(run) if figure else "",
-        note="The intervals (Wilson) are over the instructions. They do not include the errors of the classifier, which "
-        "take a noisy text with the words of the wanted kind for a task of that kind."
+        note="The intervals are over the instructions. They do not include the errors of the classifier, which often takes "
+        "a noisy text with words of the wanted kind for a task of that kind."
         if figure
         else "",
         absent=_absence(run),
@@ -57,8 +57,8 @@ def _share_figure(run: RunData) -> Figure | None:
         return None
     figure = dot_figure(
         "Instructions of the wanted kind",
-        "Further to the right, more of the teacher's instructions are of the wanted kind. The update moved the teacher if "
-        "the intervals do not overlap.",
+        "Further to the right, more of the teacher's instructions are of the wanted kind. Intervals (Wilson, 95 %) that "
+        "do not overlap show that the update moved the teacher.",
         dots,
         "share of the instructions of the wanted kind",
         formatting.share,
@@ -75,7 +75,7 @@ def teacher_title(number: int) -> str:
 def teachers_of(run: RunData) -> list[dict[str, Any]]:
     """Return the first instructions of each teacher by id, with whether each is of the wanted kind."""
     return [
-        {"title": teacher_title(number), "update": number, "instructions": _first_instructions(part, run)}
+        {"title": teacher_title(number), "number": number, "instructions": _first_instructions(part, run)}
         for number, part in run.examples_of_teachers.items()
     ]
 
