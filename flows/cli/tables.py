@@ -198,25 +198,30 @@ def _print_times(run: Run) -> None:
 def print_comparison(folder: Path) -> None:
     """Print the result of a study."""
     result = read_comparison(folder)
-    columns = (
-        "method",
-        "held-out loss",
-        "gain",
-        "95 % interval",
-        "spread over seeds",
-        "wanted kind",
-        "job seconds",
-        "FLOPs",
-    )
     tables = {f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}": result["methods"]}
     tables |= {f"transfer to {other['student']}": other["methods"] for other in result["transfer"]}
     for title, rows in tables.items():
+        lines = [
+            {
+                "method": row["method"],
+                "held-out loss": f"{row['held_out_loss']:.4f}",
+                "gain": gain_text(row),
+                "95 % interval": interval_text(row),
+                "spread over seeds": spread_text(row),
+                "wanted kind": kind_text(row),
+                "job seconds": f"{row['job_seconds']:,.0f}",
+                "FLOPs": f"{row['flops']:.2e}",
+            }
+            for row in rows
+        ]
+        # Without a usable classifier, and for another student of the same data, there is no share.
+        columns = [name for name in lines[0] if name != "wanted kind" or any(line[name] for line in lines)]
         table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            texts = gain_text(row), interval_text(row), spread_text(row), kind_text(row)
-            costs = f"{row['job_seconds']:,.0f}", f"{row['flops']:.2e}"
-            table.add_row(row["method"], f"{row['held_out_loss']:.4f}", *texts, *costs)
+        for line in lines:
+            table.add_row(*(line[name] for name in columns))
         console.print(table)
+    if objection := (result.get("kind_classifier") or {}).get("objection"):
+        console.print(f"the share of instructions of the wanted kind is not shown: {objection}", soft_wrap=True)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)
 
