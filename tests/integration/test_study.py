@@ -267,6 +267,10 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # pays for shared stages
     assert rows["mine"]["flops"] == rows["self_instruct"]["flops"] > 0
     assert rows["llm_judge"]["flops"] < rows["montessori"]["flops"]  # the operations of an API judge do not count
+    assert result["kind_classifier"]["objection"] is None
+    assert rows["nomad"]["wanted_kind"] >= 0.5  # half of its examples are of the reference set
+    assert rows["nomad"]["wanted_kind_low"] < rows["nomad"]["wanted_kind"] <= rows["nomad"]["wanted_kind_high"]
+    assert "wanted kind" in (compared / "output.txt").read_text()
     page = (compared / "runs" / "tiny-study" / "comparison.html").read_text()
     assert "job seconds of one seed" in page
     assert "floating-point operations of one seed" in page
