@@ -198,8 +198,7 @@ def _score(
     next_tokens = kwargs["labels"][:, 1:][labelled][None]  # [1, positions]
     with _select_positions(model.base_model, scored[labelled]):
         output = fused(**kwargs | inputs | {"labels": None, "shift_labels": next_tokens})
-    head = model.get_output_embeddings()
-    flops.record_operations(head.weight.numel(), next_tokens.numel(), torch.is_grad_enabled())
+    flops.record_pass([model.get_output_embeddings().weight], next_tokens.numel())
     for name in (*_PER_TOKEN, "label_mask"):
         values = getattr(output, name)
         if values is not None:
