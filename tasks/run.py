@@ -12,6 +12,7 @@ from montessori_core.config import Experiment, Student, Teacher, read_experiment
 from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
+from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
@@ -141,8 +142,11 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
     commits: dict[str, str] = read_json(folder / layout.MODEL_COMMITS) or {}
-    for section in (experiment.teacher, experiment.student):
-        commit = commit_of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
+    trained = {"teacher_update.lora": experiment.teacher_update.lora, "student.lora": experiment.student.lora}
+    for section, (setting, lora) in zip((experiment.teacher, experiment.student), trained.items(), strict=True):
+        model = fetch_model(section.model, commits.get(_name_of(section), section.revision))
+        check_adapter(model, lora, setting)
+        commit = commit_of(model)
         if commit is not None:
             commits[_name_of(section)] = commit
     try:

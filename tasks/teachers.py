@@ -92,6 +92,7 @@ def update_teacher(
     schema: pa.Schema = PREFERENCES,
     answered: Path | None = None,
     keep: int = 0,
+    lora: bool = True,
 ) -> Model:
     """Train the teacher, or a student that writes responses, on preference pairs with DPO (Eq. 4).
 
@@ -103,6 +104,7 @@ def update_teacher(
         answered: example table, if the pairs consist of responses: these are chats regardless of the teacher's prompt
             style, and some were cut at the token limit. None if the pairs consist of instructions.
         keep: number of checkpoints to keep, see `kept_teachers`.
+        lora: whether to train an adapter, if `teacher_update.lora` is set.
     """
     pairs = read_table(preferences, schema)
     experiment = step.experiment
@@ -113,9 +115,8 @@ def update_teacher(
         if known is not None:
             finished = known["response_finished"].take(pc.index_in(pairs[f"{output}_id"], known["example_id"]))
         pairs = pairs.append_column(f"{output}_finished", finished)
-    settings = programs.Dpo(
-        prompt_style=style, recipe=experiment.teacher_update, zero=experiment.zero, seed=experiment.seed, keep=keep
-    )
+    recipe = experiment.teacher_update if lora else experiment.teacher_update.model_copy(update={"lora": None})
+    settings = programs.Dpo(prompt_style=style, recipe=recipe, zero=experiment.zero, seed=experiment.seed, keep=keep)
     return step.train(
         programs.DPO, settings, Rows.of_table(pairs, PairRow), {"teacher": teacher}, upstream=[preferences]
     )

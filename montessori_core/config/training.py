@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from montessori_core.config.models import Lora
 from montessori_core.config.section import Count, Probability, Section
 from montessori_core.config.synthesis import Sampling
 
@@ -79,6 +80,16 @@ class TeacherUpdate(Optimization):
         ge=64,
         description="Maximum length of prompt and instruction, tokens; longer pairs are skipped and counted.",
     )
+    lora: Lora | None = Field(
+        None,
+        description="Train LoRA matrices; the updated teacher is an adapter, and later iterations continue it. If not set, "
+        "train all weights. The learning rate should be 10 to 100 times higher than for all weights.",
+    )
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether the teacher before the update reads the pairs before training, and not in every step."""
+        return self.lora is None or self.epochs > 1
 
 
 class Nomad(Optimization):
