@@ -1,6 +1,7 @@
 """The folder of a LoRA adapter: its base model and its settings. Works without torch, for the driver."""
 
 from pathlib import Path
+from typing import Any
 
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
@@ -44,7 +45,7 @@ def check_adapter(folder: Path, lora: Lora | None, setting: str) -> None:
         )
 
 
-def _settings(folder: Path) -> dict[str, object]:
+def _settings(folder: Path) -> dict[str, Any]:
     content = read_json(folder / ADAPTER)
     if not isinstance(content, dict) or not {"base_model_name_or_path", "r", "lora_alpha"} <= content.keys():
         raise UserError(f"{folder / ADAPTER}: not the settings of a LoRA adapter, or damaged")

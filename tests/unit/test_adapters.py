@@ -44,11 +44,11 @@ def test_merged_model_has_logits_of_adapter(adapter: Path, tiny_llama: Path) -> 
     assert (logits(load_model(str(tiny_llama), torch.float32)) - adapted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"intermediate_size": 96}])
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"intermediate_size": 96}])
 def test_adapter_of_another_model_is_refused(
     adapter: Path, tiny_llama: Path, tmp_path: Path, change: dict[str, int]
 ) -> None:
-    """PEFT ignores layers that are in one of the two only."""
+    """PEFT ignores matrices of missing layers."""
     other = LlamaForCausalLM(LlamaConfig(**json.loads((tiny_llama / "config.json").read_text()) | change))
     other.save_pretrained(tmp_path / "other")
     rebase(adapter, tmp_path / "other")
