@@ -61,11 +61,12 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         tokenizer = load_tokenizer(model_path)
         pairs = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
-        end = [tokenizer.eos_token_id]
-        padding = [{"prompt_ids": end, "chosen_ids": end, "rejected_ids": end}] * TeacherTrainer.padding
+        end = tokenizer.eos_token_id
+        padding = [{"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}] * TeacherTrainer.padding
         arguments = DPOConfig(
             **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(pairs)),
             beta=recipe.beta,
+            label_smoothing=recipe.label_smoothing,
             max_length=recipe.max_length,
             precompute_ref_log_probs=recipe.precomputes_reference,  # no second teacher in memory
         )

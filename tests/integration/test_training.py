@@ -437,11 +437,12 @@ def test_multi_process_dpo_equals_single_process(tiny_llama: Path, tmp_path: Pat
             assert (together[name] - weight).abs().max() <= 1e-3 * moved, (stage, name)
 
 
-def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [{}, {"loss": "ipo", "sft_weight": 0.5}], ids=["sigmoid", "ipo and sft"])
+def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
     """It has one pair: in micro-batches of one, or as one row of four in two processes."""
 
     def update(processes: int, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-        recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch)
+        recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch, **loss)
         part = execute(tmp_path / str(processes), programs.DPO, dpo(recipe, 2), tiny_llama, PAIRS[:5], processes)
         return load_file(part / "model.safetensors"), json.loads((part / LOG_FILE).read_text())
 

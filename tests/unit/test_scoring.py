@@ -130,6 +130,21 @@ def test_packed_rows_have_prompt_and_two_outputs() -> None:
     assert packed.scored.tolist() == [[-1, -1, 2, 3, -1, -1], [-1, -1, 5, 6, 7, 8]]
 
 
+def test_pairs_without_outputs_have_zero_scores() -> None:
+    """They pad the last batch of a teacher update; in one process it may have no other."""
+    batch, padding = pairs((5, 2, 30), (4, 0, 1, 7, 0, 12)), pairs((2, 2), (0, 0, 0, 0))
+    expected, expected_gradient = scores(make("tied"), batch)
+    model = make("tied")
+    speed_up_scoring(model, pairs=True)
+    output, gradient = scores(model, batch)
+    assert torch.allclose(output.log_probs, expected.log_probs, atol=1e-5)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert not output.log_probs[[1, 4]].any()
+    output, gradient = scores(model, padding)
+    assert not output.log_probs.any()
+    assert not gradient.any()
+
+
 CHANGED_LOGITS = {
     "gemma2 caps": Gemma2Config(**ATTENTION, head_dim=8, final_logit_softcapping=3.0, initializer_range=0.3),
     "gemma3 caps": Gemma3TextConfig(**ATTENTION, head_dim=8, final_logit_softcapping=3.0, initializer_range=0.3),
