@@ -17,6 +17,7 @@ from montessori_core.layout import KEPT, LOG_FILE
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
+from support.row_programs import as_shards
 
 PAIRS: list[Row] = [
     {"prompt": "Tasks: ", "chosen": "Name three rivers and a lake.", "rejected": "Stop."},
@@ -98,7 +99,7 @@ def test_loss_equals_formula_on_two_pairs(
     )
     dpo = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=0), seed=0, keep=1)
     stage = Stage.of(programs.DPO, dpo, tmp_path, {"teacher": tiny_llama}, {})
-    (part,) = fan_out(stage, [PAIRS], Resources(cpus_per_process=1), Cluster())
+    (part,) = fan_out(stage, as_shards(PAIRS), Resources(cpus_per_process=1), Cluster())
     tokenizer = load_tokenizer(str(tiny_llama))
     pairs = [encode_pair(tokenizer, row, "completion") for row in PAIRS]
     teachers = [tiny_llama, part / KEPT / "step-0000001"]

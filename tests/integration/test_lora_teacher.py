@@ -18,6 +18,7 @@ from montessori_core.models.load import load_tokenizer
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from support.preference_pairs import PAIRS
+from support.row_programs import as_shards
 
 CONSTANT = Schedule(warmup=0.0, stable=1.0, decay=0.0)
 RECIPE = TeacherUpdate(
@@ -30,7 +31,7 @@ def update(folder: Path, teacher: Path, stage: int = 0, processes: int = 1, reci
     settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=stage), seed=0)
     training = Stage.of(programs.DPO, settings, folder, {"teacher": teacher}, {})
     resources = Resources(processes_per_node=processes, cpus_per_process=1)
-    (part,) = fan_out(training, [PAIRS], resources, Cluster())
+    (part,) = fan_out(training, as_shards(PAIRS), resources, Cluster())
     return part
 
 
