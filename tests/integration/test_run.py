@@ -19,6 +19,8 @@ from montessori_core.data import tables as schema
 from montessori_core.data.rows import Rows
 from montessori_core.errors import UserError
 from montessori_core.influence.screening import screening_report
+from montessori_core.models.adapters import adapted_model
+from montessori_core.models.fetch import fingerprint
 from support.judges import QUESTIONS, Judge, judged
 from support.runs import call, digests, finish_lean, invoke
 from support.squares import key_of
@@ -369,6 +371,23 @@ def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: di
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
+
+
+@pytest.mark.slow
+def test_second_iteration_continues_teachers_adapter(
+    finished_run: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
+    """The adapter writes the training set and the next probing set; it stays an adapter of the configured teacher."""
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    lora = "teacher_update.lora={rank: 4, alpha: 8}"
+    finish_lean("run", "tiny.yaml", "--set", "iterations=2", "--set", lora, cwd=tmp_path, **shared_server)
+    run = reopen_run(tmp_path / "runs" / "tiny")
+    teachers = [run.iteration(number) / "teacher" / "part-00000" for number in (1, 2)]
+    assert [adapted_model(teacher) for teacher in teachers] == [run.initial_teacher().path] * 2
+    assert len({fingerprint(teacher) for teacher in teachers}) == 2
+    for number in (1, 2):
+        examples = schema.read_table(run.iteration(number) / "training" / "examples.parquet", schema.EXAMPLES)
+        assert examples.num_rows == 6
 
 
 @pytest.mark.slow
