@@ -82,10 +82,10 @@ def test_vllm_applies_an_adapter(
         optimizer.zero_grad()
     model.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
-    row = {"ids": ["france"], "text": start, "seeds": [1]}
+    row = {"example_ids": ["france"], "turns": [start], "seeds": [1]}
     sampling = Sampling(temperature=0.1, max_tokens=10, presence_penalty=0.0)
     (found,) = generate(tmp_path / "stage", adapter, vllm_python, [row], sampling)
-    assert found["text"].startswith(end)
+    assert found["raw_output"].startswith(end)
 
 
 def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Path) -> None:
