@@ -84,11 +84,13 @@ def _load_adapter(folder: Path, dtype: Any) -> "PreTrainedModel":
         model: PreTrainedModel = PeftModel.from_pretrained(base, folder, is_trainable=True)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{misfit}: {error}") from error
-    # PEFT ignores matrices of layers that the model does not have.
-    saved = {name for name in weight_shapes(folder) if ".lora_" in name}
-    loaded = {name.replace(".default", "") for name, _ in model.named_parameters() if ".lora_" in name}
+    # PEFT ignores layers that the model does not have.
+    saved, loaded = (
+        {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+        for names in (weight_shapes(folder), dict(model.named_parameters()))
+    )
     if different := sorted(saved ^ loaded):
-        raise UserError(f"{misfit}: {len(different)} matrices are in one of the two only, such as {different[0]}")
+        raise UserError(f"{misfit}: {len(different)} layers are adapted in one of the two only, such as {different[0]}")
     return model
 
 
