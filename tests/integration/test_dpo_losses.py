@@ -1,4 +1,4 @@
-"""Losses of the teacher update equal their formulas, on two pairs of different lengths."""
+"""Losses of the teacher update equal their formulas, and updates those of TRL without our changes."""
 
 import json
 from collections.abc import Callable
@@ -7,16 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
+from trl import DPOConfig, DPOTrainer
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Zero
 from montessori_core.layout import KEPT, LOG_FILE
-from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.adapters import is_adapter
+from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
+from montessori_core.training.padding import PaddedSampler
+from support.preference_pairs import PAIRS as MORE_PAIRS
 from support.row_programs import as_shards
 
 PAIRS: list[Row] = [
@@ -108,3 +114,92 @@ def test_loss_equals_formula_on_two_pairs(
     expected = [float(formula(reference, reference)), float(formula(updated, reference))]
     logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
     assert logged == pytest.approx(expected, rel=1e-4)
+
+
+def update_by_trl(recipe: TeacherUpdate, start: Path, folder: Path) -> list[float]:
+    """Train with TRL alone: it reads each sequence of a pair in each step, for the teacher and for the reference."""
+    losses = {recipe.loss: 1.0} | ({"sft": recipe.sft_weight} if recipe.sft_weight else {})
+
+    class Plain(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, dataset: Any = None) -> PaddedSampler:
+            return PaddedSampler(len(MORE_PAIRS), 0, 0)
+
+    tokenizer = load_tokenizer(str(start))
+    arguments = DPOConfig(
+        output_dir=str(folder / "trl"),
+        beta=recipe.beta,
+        label_smoothing=recipe.label_smoothing,
+        loss_type=list(losses),
+        loss_weights=list(losses.values()),
+        max_length=None,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.batch_size // recipe.micro_batch_size,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Plain(
+        model=load_model(str(start), torch.float32),
+        ref_model=None if is_adapter(start) else load_model(str(start), torch.float32),
+        args=arguments,
+        train_dataset=Dataset.from_list([encode_pair(tokenizer, row, "completion") for row in MORE_PAIRS]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    adapters = {"selected_adapters": ["default"]} if is_adapter(start) else {}
+    trainer.model.save_pretrained(folder, **adapters)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("loss", "adapted"), [("sigmoid", False), ("ipo", True), ("robust", False), ("sigmoid_norm", True)]
+)
+def test_update_equals_plain_trl(tiny_llama: Path, tmp_path: Path, loss: str, adapted: bool) -> None:
+    """The likelihood of chosen outputs is added. With an adapter, the reference reads the pairs in each step."""
+    start = tiny_llama
+    if adapted:
+        start = tmp_path / "start"
+        torch.manual_seed(0)
+        model = with_lora(load_model(str(tiny_llama), torch.float32), Lora(rank=4, alpha=8))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        model.save_pretrained(start)
+        load_tokenizer(str(tiny_llama)).save_pretrained(start)
+    recipe = TeacherUpdate(
+        learning_rate=1e-3,
+        batch_size=4,
+        beta=BETA,
+        loss=loss,
+        label_smoothing=SMOOTHING if loss == "robust" else 0.0,
+        sft_weight=SFT,
+        max_grad_norm=0.0,
+        schedule=Schedule(warmup=0.0, stable=1.0, decay=0.0),
+        lora=Lora(rank=4, alpha=8) if adapted else None,
+    )
+    assert recipe.precomputes_reference != adapted
+    dpo = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=0), seed=0)
+    stage = Stage.of(programs.DPO, dpo, tmp_path / "ours", {"teacher": start}, {})
+    (part,) = fan_out(stage, as_shards(MORE_PAIRS), Resources(cpus_per_process=1), Cluster())
+    expected = update_by_trl(recipe, start, tmp_path / "theirs")
+    logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
+    assert len(logged) == 2
+    assert logged == pytest.approx(expected, rel=1e-4)
+    weights = "adapter_model.safetensors" if adapted else "model.safetensors"
+    before, trained, ours = (load_file(folder / weights) for folder in (start, tmp_path / "theirs", part))
+    assert trained.keys() == ours.keys()
+    for name, weight in trained.items():
+        moved = (weight - before[name]).norm()
+        assert moved > 0
+        # AdamW's first step has the size of the rate whatever the gradient: rounding turns the sign of the smallest.
+        assert (ours[name] - weight).norm() <= 1e-2 * moved, name
