@@ -164,7 +164,10 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
         return PlannedStage(label, work, passes, _flops(sizes.student, read=read, learn=learn))
 
     def update(label: str, probing: int) -> PlannedStage:
-        pairs = min(experiment.preferences.max_pairs or probing, math.ceil(_PAIRS_PER_EXAMPLE * probing))
+        preferences = experiment.preferences
+        across = preferences.pairs == "across_prompts"
+        pairs = math.ceil((preferences.max_uses / 2 if across else _PAIRS_PER_EXAMPLE) * probing)
+        pairs = min(preferences.max_pairs or pairs, pairs)
         tokens = pairs * (sizes.prompt + 2 * sizes.instruction)
         recipe = experiment.teacher_update
         operations = _flops(sizes.teacher, recipe.lora, read=tokens, learn=tokens * recipe.epochs)

@@ -100,6 +100,11 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
         ({"training": {"batch_size": 3}}, "training: batch_size (3) must be a multiple of micro_batch_size (2)"),
         ({"training": {"schedule": {"warmup": 0.5}}}, "training.schedule: warmup + stable + decay must be 1, not 1.4"),
         (
+            {"preferences": {"pairs": "across_prompts"}},
+            "preferences: pairs: across_prompts with baseline: prompt; the mean",
+        ),
+        ({"preferences": {"max_uses": 2}}, "preferences: max_uses: 2 needs pairs: across_prompts"),
+        (
             {"teacher_update": {"loss": "robust"}},
             "teacher_update: loss: robust with label_smoothing: 0; loss: robust needs",
         ),
