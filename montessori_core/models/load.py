@@ -62,7 +62,7 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
 
 
 def load_merged(model: str, dtype: Any) -> "PreTrainedModel":
-    """Load a model to generate with; an adapter is merged into its base model.
+    """Load a model to generate with or to save; an adapter is merged into its base model.
 
     An adapter that is not merged makes decoding on a CPU 42 % slower (SmolLM2), and its log-probabilities in bfloat16 are no
     closer to those in float32.

@@ -377,15 +377,28 @@ def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: di
 def test_second_iteration_continues_teachers_adapter(
     finished_run: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
-    """The adapter writes the training set and the next probing set; it stays an adapter of the configured teacher."""
+    """The adapter writes the training set and the next probing set; it stays an adapter of the configured teacher.
+
+    Its pairs are made across prompts, and the likelihood of chosen outputs is part of its loss.
+    """
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
-    lora = "teacher_update.lora={rank: 4, alpha: 8}"
-    finish_lean("run", "tiny.yaml", "--set", "iterations=2", "--set", lora, cwd=tmp_path, **shared_server)
+    changes = (
+        "iterations=2",
+        "teacher_update.lora={rank: 4, alpha: 8}",
+        "teacher_update.sft_weight=0.5",
+        "preferences.pairs=across_prompts",
+    )
+    options = [word for change in changes for word in ("--set", change)]
+    finish_lean("run", "tiny.yaml", *options, cwd=tmp_path, **shared_server)
     run = reopen_run(tmp_path / "runs" / "tiny")
     teachers = [run.iteration(number) / "teacher" / "part-00000" for number in (1, 2)]
     assert [adapted_model(teacher) for teacher in teachers] == [run.initial_teacher().path] * 2
     assert len({fingerprint(teacher) for teacher in teachers}) == 2
+    assert "Two instructions of any prompts" in (run.folder / "report.html").read_text()
     for number in (1, 2):
+        pairs = schema.read_table(run.iteration(number) / "preferences.parquet", schema.PREFERENCES)
+        assert 2 <= pairs.num_rows <= 4
+        assert len(set(pairs["chosen_id"].to_pylist()) | set(pairs["rejected_id"].to_pylist())) == 2 * pairs.num_rows
         examples = schema.read_table(run.iteration(number) / "training" / "examples.parquet", schema.EXAMPLES)
         assert examples.num_rows == 6
 

@@ -37,10 +37,12 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def test_merged_model_has_logits_of_adapter(adapter: Path, tiny_llama: Path) -> None:
+def test_merged_model_has_logits_of_adapter(adapter: Path, tiny_llama: Path, tmp_path: Path) -> None:
     merged, adapted = load_merged(str(adapter), torch.float32), logits(load_model(str(adapter), torch.float32))
     assert not hasattr(merged, "peft_config")
     assert torch.allclose(logits(merged), adapted, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load_model(str(tmp_path / "merged"), torch.float32)), logits(merged))
     assert (logits(load_model(str(tiny_llama), torch.float32)) - adapted).abs().max() > 0.1
 
 
