@@ -78,7 +78,9 @@ def thresholds_of(influence: pa.Table, baseline: str) -> Floats:
 
 
 def pair_by_influence(influence: pa.Table, settings: Preferences) -> pa.Table:
-    """Return the preference table without its texts, in the order of prompts and examples; across prompts, see there.
+    """Return the preference table without its texts, in the order of prompts and examples.
+
+    Pairs across prompts are in the order of `pair_across_prompts`.
 
     The sign of influence within the noise floor of the threshold is unknown, so such examples make no pairs; neither do rows
     that are not 'ok', nor, with a margin, rows without a standard error.
