@@ -3,7 +3,7 @@
 A stage takes _JOB_SECONDS per job and, for each kind of work, FLOPs / (GFLOP/s of a matrix product on this machine x the
 share that the kind reaches). FLOPs are two per weight and token forward, six forward and backward (`flops`). Numbers of
 tokens are typical values, from the texts of the sets and the limits of the configuration. Not included: further rounds of
-synthesis, which depend on the filters, and benchmarks.
+synthesis, which depend on the filters, benchmarks, and the time of answers behind an API.
 """
 
 import math
@@ -43,12 +43,14 @@ class PlannedStage:
         work: description of its output, e.g. "100 examples".
         jobs: number of jobs that run one after the other.
         flops: floating-point operations by kind of work, see `_EFFICIENCY`.
+        answers: number of answers from an API, whose time is not estimated.
     """
 
     name: str
     work: str
     jobs: int
     flops: dict[str, float]
+    answers: int = 0
 
     def seconds(self, gflops: float) -> float:
         """Estimate the seconds of the stage from the GFLOP/s of a matrix product."""
@@ -63,10 +65,17 @@ class Estimate:
     Attributes:
         stages: its stages, in approximate order.
         gflops: GFLOP/s that a job reaches on this machine; None if the jobs do not run on this machine's CPU.
+        dollars: price of the answers from `answerer`, without its cache; 0 without prices.
     """
 
     stages: list[PlannedStage]
     gflops: float | None
+    dollars: float = 0.0
+
+    @property
+    def answers(self) -> int:
+        """Number of answers from an API."""
+        return sum(stage.answers for stage in self.stages)
 
 
 def estimate_run(run: Run) -> Estimate:
@@ -76,7 +85,17 @@ def estimate_run(run: Run) -> Estimate:
     gflops = _measure_speed(run.experiment)
     if gflops:
         record_speed(run.folder, gflops)
-    return Estimate(list(planned_stages(run.experiment, sizes)), gflops)
+    stages = list(planned_stages(run.experiment, sizes))
+    return Estimate(stages, gflops, _price(run.experiment, sizes) * sum(stage.answers for stage in stages))
+
+
+def _price(experiment: Experiment, sizes: "Sizes") -> float:
+    """Estimate the price of an answer from the endpoint `answerer`, dollars."""
+    answerer = experiment.answerer
+    if answerer is None:
+        return 0.0
+    written = min(sizes.response, answerer.max_tokens) * answerer.dollars_per_million_output_tokens
+    return (sizes.instruction * answerer.dollars_per_million_input_tokens + written) / 1e6
 
 
 def _measure_speed(experiment: Experiment) -> float | None:
@@ -142,12 +161,7 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
     comparison, influence, trained = experiment.comparison, experiment.influence, experiment.training.examples
 
     def synthesis(label: str, count: int) -> PlannedStage:
-        candidates = math.ceil(count * experiment.synthesis.oversampling)
-        prompts = math.ceil(candidates / experiment.synthesis.samples_per_prompt)
-        prompt = prompts * sizes.prompt + count * (sizes.instruction + _TAGS)
-        write = candidates * sizes.instruction + count * sizes.response
-        work = f"{candidates:,} candidates, {count:,} examples"
-        return PlannedStage(label, work, 2, _flops(sizes.teacher, prompt=prompt, write=write))
+        return _synthesis(experiment, sizes, label, count)
 
     def training(label: str, recipe: Warmup | Training) -> PlannedStage:
         tokens = recipe.examples * recipe.epochs * sizes.example
@@ -201,6 +215,19 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
                 yield from training_and_evaluation("unmodified teacher")
         for kept in range(1, comparison.teacher_checkpoints + 1):
             yield from training_and_evaluation(f"{name}, teacher {kept} on the way", measured=False)
+
+
+def _synthesis(experiment: Experiment, sizes: Sizes, label: str, count: int) -> PlannedStage:
+    """Plan the synthesis of `count` examples; an API's answers take no operations here."""
+    candidates = math.ceil(count * experiment.synthesis.oversampling)
+    prompts = math.ceil(candidates / experiment.synthesis.samples_per_prompt)
+    prompt, write = prompts * sizes.prompt, candidates * sizes.instruction
+    work, answers = f"{candidates:,} candidates, {count:,} examples", 0
+    if experiment.synthesis.answers == "endpoint":
+        answers, work = count, f"{work}, answered by an API"
+    else:
+        prompt, write = prompt + count * (sizes.instruction + _TAGS), write + count * sizes.response
+    return PlannedStage(label, work, 2, _flops(sizes.teacher, prompt=prompt, write=write), answers)
 
 
 def _exact_measurements(influence: Influence, count: int) -> int:

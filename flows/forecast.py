@@ -201,6 +201,8 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
     influence, synthesis = experiment.influence, experiment.synthesis
     if cost.kind == "influence":
         size = influence.examples_per_shard
+    elif cost.kind == "judging":
+        size = rows  # one job asks an API, see `Step.ask`
     elif stage.name.startswith("instructions-"):
         size = synthesis.prompts_per_shard
     elif stage.name.startswith("responses-"):

@@ -20,6 +20,7 @@ from montessori_core import layout
 from montessori_core.config import RUN_NAME, Study, write_yaml
 from montessori_core.data.tables import EXAMPLES, REFERENCE_LOSS, read_table
 from montessori_core.errors import ConfigError, UserError
+from montessori_core.evaluation.kinds import KindShare, read_classifier, read_instructions
 from montessori_core.evaluation.scores import judged_benchmark, mean_over_seeds, win_rate_scores
 from montessori_core.evaluation.statistics import Outcome, compare_outcomes
 from montessori_core.files import write_json
@@ -157,6 +158,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     methods = [find_method(name) for name in study.methods]
     # Results of the study's student, then of each transfer student.
     results: list[MethodResults] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
+    proposed: dict[str, list[Path]] = {method.name: [] for method in methods}
     with only_driver(folder):
         first = seeded[0].run
         for seed in seeded:
@@ -171,12 +173,13 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     method_run = replace(seed.run, stages=[])
                     last = run_method(method_run, method)
                     results[0][method.name].append((last.evaluated, Cost.of(method_run)))
+                    proposed[method.name].append(last.proposal.examples)
                     for number, other in enumerate([] if method.trains_student else seed.others, 1):
                         transfer_run = replace(other, stages=[])
                         evaluated = transfer(transfer_run, method, last.proposal)
                         results[number][method.name].append((evaluated, Cost.of(method_run, transfer_run)))
                 _compare_with_baseline(study, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
-        write_comparison(study, folder, untrained.losses, results)
+        write_comparison(study, folder, untrained.losses, results, proposed)
 
 
 def _compare_with_baseline(study: Study, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:
@@ -230,15 +233,27 @@ def run_method(run: Run, method: Method) -> Feedback:
 
 
 @task(task_run_name="comparison", cache_policy=NO_CACHE, persist_result=False)
-def write_comparison(study: Study, folder: Path, untrained: Path, results: list[MethodResults]) -> None:
-    """Write `comparison.json` and `comparison.html` of a study from the results of its student and its transfer students."""
+def write_comparison(
+    study: Study, folder: Path, untrained: Path, results: list[MethodResults], proposed: dict[str, list[Path]]
+) -> None:
+    """Write `comparison.json` and `comparison.html` of a study.
+
+    Args:
+        study: the study.
+        folder: its folder.
+        untrained: loss table of the untrained student.
+        results: results of the study's student, then of each transfer student.
+        proposed: example tables of each method, by seed.
+    """
     baseline = find_method(study.baseline).name
     rows, *transfer_rows = (compare_outcomes(_to_outcomes(of_student), baseline) for of_student in results)
     for row in rows:
         row["scores"] = mean_over_seeds([evaluation.benchmarks.scores for evaluation, _ in results[0][row["method"]]])
+    kind = _add_kind_shares(rows, study, folder, proposed)
     result = {
         "study": study.name,
         "seeds": study.seeds,
+        "kind_classifier": kind,
         "untrained_loss": summarize_loss(untrained)["mean"],
         "methods": rows,
         "transfer": [
@@ -250,6 +265,27 @@ def write_comparison(study: Study, folder: Path, untrained: Path, results: list[
     study_page(study, result, folder).write(folder / PAGE)
     table = [{key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores")} for row in rows]
     create_table_artifact(table, description=f"Comparison of methods: {study.name}")
+
+
+def _add_kind_shares(
+    rows: list[dict[str, Any]], study: Study, folder: Path, proposed: dict[str, list[Path]]
+) -> dict[str, Any]:
+    """Add the share of each method's training examples that are of the wanted kind; return the classifier's accuracy."""
+    classifier = read_classifier(folder / f"seed-{study.seeds[0]}")  # all seeds have the same sets
+    assert classifier is not None
+    trained = study.experiment.training.examples
+    for row in rows:
+        shares = [classifier.share(read_instructions(path)[:trained]) for path in proposed[row["method"]]]
+        share = KindShare(sum(part.wanted for part in shares), sum(part.total for part in shares))
+        low, high = share.interval
+        values = (share.value, low, high) if classifier.usable else (None, None, None)
+        row |= dict(zip(("wanted_kind", "wanted_kind_low", "wanted_kind_high"), values, strict=True))
+    return {
+        "balanced_accuracy": classifier.balanced_accuracy,
+        "recall": classifier.recall,
+        "false_positives": classifier.false_positives,
+        "objection": None if classifier.usable else classifier.objection,
+    }
 
 
 def _to_outcomes(results: MethodResults) -> list[Outcome]:

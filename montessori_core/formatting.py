@@ -109,6 +109,14 @@ def interval_text(row: dict[str, Any]) -> str:
     return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
 
 
+def kind_text(row: dict[str, Any]) -> str:
+    """Write the share of a method's instructions that are of the wanted kind, with its interval; '' if unknown."""
+    if row.get("wanted_kind") is None:
+        return ""
+    value, low, high = (share(row[key]) for key in ("wanted_kind", "wanted_kind_low", "wanted_kind_high"))
+    return f"{value} ({low} to {high})"
+
+
 def spread_text(row: dict[str, Any]) -> str:
     """Write the spread of a row's gain over seeds; a single seed has none."""
     return "" if row["spread_over_seeds"] is None else f"{row['spread_over_seeds']:.4f}"

@@ -14,6 +14,7 @@ from montessori_core import layout
 from montessori_core.config import parse_yaml
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.errors import ConfigError
+from montessori_core.evaluation.kinds import KindClassifier, KindShare, read_classifier
 from montessori_core.files import read_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
@@ -37,6 +38,12 @@ class SynthesisData:
     def funnel(self) -> dict[str, int] | None:
         """Counts of candidates, of rejections by reason in filter order, and of kept instructions."""
         return None if self.instructions is None else funnel(self.instructions)
+
+    def kind_share(self, classifier: KindClassifier | None) -> KindShare | None:
+        """Return the share of instructions of the wanted kind; None without examples or a usable classifier."""
+        if classifier is None or not classifier.usable or self.examples is None:
+            return None
+        return classifier.share(self.examples["instruction"].to_pylist())
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class RunData:
     iterations: list[IterationData]
     unmodified: SynthesisData | None
     unmodified_influence: InfluenceData | None
+    classifier: KindClassifier | None
 
     def setting(self, section: str, name: str, default: Any) -> Any:
         """Return a value of the configuration, or `default` if it is not set."""
@@ -129,6 +137,14 @@ class RunData:
         """All synthesized sets, in the order of the run."""
         sets = [part for iteration in self.iterations for part in (iteration.probing, iteration.training)]
         return [part for part in (*sets, self.unmodified) if part is not None and part.instructions is not None]
+
+    @property
+    def examples_of_teachers(self) -> dict[int, SynthesisData]:
+        """The examples of each teacher: the first probing set of teacher 0, the training sets of its updates."""
+        sets = {iteration.number: iteration.training for iteration in self.iterations}
+        if 1 in sets:
+            sets[0] = self.iterations[0].probing
+        return {number: part for number, part in sorted(sets.items()) if part.examples is not None}
 
     @property
     def teachers(self) -> dict[int, InfluenceData]:
@@ -191,6 +207,7 @@ def read_run_data(folder: Path) -> RunData:
         iterations=iterations,
         unmodified=_read_synthesis(unmodified / "training", "Unmodified teacher") if unmodified.is_dir() else None,
         unmodified_influence=_influence("Training set (unmodified teacher)", unmodified_influence, threshold),
+        classifier=read_classifier(folder),
     )
 
 

@@ -14,6 +14,7 @@ from montessori_report.sections.influence import influence_section, influence_un
 from montessori_report.sections.overview import cards_of, facts_of, judge
 from montessori_report.sections.synthesis import synthesis_section
 from montessori_report.sections.training_curves import learning_section
+from montessori_report.sections.wanted_kind import teachers_of, wanted_kind_section
 
 
 def render_report(folder: Path) -> Page:
@@ -26,6 +27,8 @@ def render_report(folder: Path) -> Page:
     unit = influence_unit([run])
     sections = [
         Section("overview", "Overview", template="overview.html.j2"),
+        wanted_kind_section(run),
+        Section("teachers", "Instructions before and after", template="teachers.html.j2"),
         synthesis_section(run),
         influence_section(run, unit),
         learning_section(run),
@@ -45,6 +48,8 @@ def render_report(folder: Path) -> Page:
         "cards": [(run.heading(iteration), cards_of(iteration, run)) for iteration in run.iterations],
         "pairs": [(run.heading(part), part, pairs_of(part)) for part in run.iterations if part.preferences is not None],
         "across_prompts": run.setting("preferences", "pairs", "within_prompt") == "across_prompts",
+        "teachers": teachers_of(run),
+        "marks": run.classifier is not None and run.classifier.usable,
         "examples": examples_of(run, unit),
         "rejections": rejections_of(run.syntheses),
         "provenance": _provenance(run),

@@ -1,6 +1,6 @@
 """The page of a study: comparison of methods, gain against cost (Figure 15), transfer (Figure 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from montessori_core import formatting
 from montessori_core.config import Study
 from montessori_core.data.tables import SIMILARITY, read_table
-from montessori_core.formatting import interval_text, spread_text
+from montessori_core.formatting import interval_text, kind_text, spread_text
 from montessori_report.figures import (
     GREY,
     SYMBOLS,
@@ -73,6 +73,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             introduction="A stage shared by several methods counts in full for each of them.",
         ),
     ]
+    if kind := result.get("kind_classifier"):
+        sections.append(_wanted_kind(rows, kind))
     if benchmarks := _benchmarks(rows):
         sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
     if result["transfer"]:
@@ -178,6 +180,36 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     )
 
 
+def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> Section:
+    """Return the share of each method's examples that are of the kind of the reference set's tasks."""
+    dots = [
+        Dot(row["method"], row["wanted_kind"], row["wanted_kind_low"], row["wanted_kind_high"], colour_of(number))
+        for number, row in enumerate(rows)
+        if row.get("wanted_kind") is not None
+    ]
+    figure = dot_figure(
+        "Training examples of the wanted kind",
+        "Further to the right, more of the instructions that the student was trained on are of the wanted kind. Intervals "
+        "(Wilson, 95 %) are over the instructions of all seeds.",
+        dots,
+        "share of the instructions of the wanted kind",
+        formatting.share,
+    )
+    figure.plot.update_xaxes(tickformat=".0%")
+    return Section(
+        "wanted-kind",
+        "Wanted kind",
+        [Block([figure])] if dots else [],
+        introduction="The wanted kind of task is that of the reference set. A classifier of words calls "
+        f"{formatting.share(classifier['recall'])} of the reference tasks wanted, and "
+        f"{formatting.share(classifier['false_positives'])} of the seeds (cross-validated; balanced accuracy "
+        f"{classifier['balanced_accuracy']:.2f})."
+        if dots
+        else "",
+        absent=f"The share of instructions of the wanted kind is not shown: {classifier['objection']}.",
+    )
+
+
 def _transfer(study: Study, result: dict[str, Any]) -> Section:
     """Return Figure 5: other students trained on the same data."""
     methods = [row["method"] for row in result["methods"]]
@@ -226,19 +258,18 @@ def _similarity(folder: Path) -> Figure | None:
 
 
 def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
-    return Table(
-        caption,
-        ["Method", "Held-out loss", "Gain", "95 % interval", "Spread over seeds", "Job time", "Operations"],
-        [
-            [
-                row["method"],
-                formatting.loss(row["held_out_loss"]),
-                formatting.signed(row["gain"]),
-                interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN,
-                spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
-                formatting.duration(row["job_seconds"]),
-                formatting.significant(float(row["flops"])),
-            ]
-            for row in rows
-        ],
-    )
+    cells: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Method": lambda row: str(row["method"]),
+        "Held-out loss": lambda row: formatting.loss(row["held_out_loss"]),
+        "Gain": lambda row: formatting.signed(row["gain"]),
+        "95 % interval": lambda row: (
+            interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN
+        ),
+        "Spread over seeds": lambda row: spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
+        "Wanted kind": kind_text,
+        "Job time": lambda row: formatting.duration(row["job_seconds"]),
+        "Operations": lambda row: formatting.significant(float(row["flops"])),
+    }
+    if not any(map(kind_text, rows)):  # no usable classifier, or a table of another student of the same data
+        del cells["Wanted kind"]
+    return Table(caption, list(cells), [[text_of(row) for text_of in cells.values()] for row in rows])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
@@ -33,6 +34,13 @@ class Model:
     def of(folder: Path) -> "Model":
         """Return the model in a folder."""
         return Model(str(folder), fingerprint(folder))
+
+
+@dataclass(frozen=True)
+class ApiModel:
+    """A model behind an API, by the section of the configuration with its endpoint."""
+
+    section: Literal["strong_teacher", "answerer"]
 
 
 def stage_of(

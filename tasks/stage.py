@@ -109,7 +109,7 @@ class Step:
 
     def ask(
         self,
-        asked: Literal["judge", "strong_teacher"],
+        asked: Literal["judge", "strong_teacher", "answerer"],
         program: Program[SettingsT],
         settings: Mapping[str, Any],
         rows: Rows | Sequence[Mapping[str, object]],

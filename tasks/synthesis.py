@@ -11,7 +11,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
-from montessori_core.config import Endpoint, Sampling
+from montessori_core.config import Sampling, Synthesis
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task
@@ -30,7 +30,7 @@ from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
 from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, filter_candidates, funnel
 from montessori_core.synthesis.prompts import Prompt, build_prompts
-from tasks.run import Model
+from tasks.run import ApiModel, Model
 from tasks.stage import Step
 
 _KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
@@ -48,14 +48,15 @@ class SynthesisResult:
 
 def synthesize(
     step: Step,
-    teacher: Model | Endpoint,
+    teacher: Model | ApiModel,
     count: int,
     draw: str,
     earlier: Sequence[Path] = (),
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
+    answerer: Model | ApiModel | None = None,
 ) -> SynthesisResult:
-    """Generate `count` examples with `teacher`.
+    """Generate `count` examples: a teacher writes the instructions, and `synthesis.answers` says who answers them.
 
     Args:
         step: its folder gets tables and stages.
@@ -65,12 +66,14 @@ def synthesize(
         earlier: example tables whose instructions must not be repeated.
         synthetic_pool: examples of the last iteration, as demonstrations; None in the first.
         seed_pool: human-written demonstrations; None takes the run's seed pool.
+        answerer: model that answers in place of the one of `synthesis.answers`.
 
     Raises:
         UserError: too few examples were accepted after `max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
-    style = "chat" if isinstance(teacher, Endpoint) else step.experiment.teacher.prompt_style
+    answerer = answerer or choose_answerer(step, teacher)
+    style = "chat" if isinstance(teacher, ApiModel) else step.experiment.teacher.prompt_style
     seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
     accepted = RougeIndex(known, settings.filters.max_rouge_l)
@@ -94,7 +97,7 @@ def synthesize(
         for row in kept[missing:]:
             row["rejection"] = SURPLUS
         answering = turn.at(f"responses-{number}", "responses")
-        answered, responses = _write_responses(answering, teacher, kept[:missing], draw, written)
+        answered, responses = _write_responses(answering, answerer, kept[:missing], draw, written)
         examples += answered
         candidates += fresh
         parts += written + responses
@@ -104,16 +107,32 @@ def synthesize(
     return join_synthesis(step.label, step.folder, *tables, count, parts)
 
 
+def choose_answerer(step: Step, teacher: Model | ApiModel) -> Model | ApiModel:
+    """Return who answers a teacher's instructions, by `synthesis.answers`; a teacher behind an API answers itself."""
+    answers = step.experiment.synthesis.answers
+    if isinstance(teacher, ApiModel) or answers == "updated":
+        return teacher
+    return step.run.initial_teacher() if answers == "unmodified" else ApiModel("answerer")
+
+
 def _seeds(step: Step, seed_pool: list[Task] | None) -> list[Task]:
-    """Return the human-written demonstrations; raise a UserError if a prompt needs more."""
-    settings = step.experiment.synthesis
+    """Return the human-written demonstrations."""
     seeds = step.run.sources().seed_pool if seed_pool is None else seed_pool
-    if len(seeds) < settings.seed_demonstrations + settings.synthetic_demonstrations:
+    check_demonstrations(step.label, seeds, step.experiment.synthesis)
+    return seeds
+
+
+def check_demonstrations(label: str, tasks: Sequence[Task], settings: Synthesis) -> None:
+    """Check that there are enough tasks for the demonstrations of a prompt; `label` begins the error.
+
+    Raises:
+        UserError: a prompt needs more.
+    """
+    if len(tasks) < settings.seed_demonstrations + settings.synthetic_demonstrations:
         raise UserError(
-            f"{step.label}: {len(seeds)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
+            f"{label}: {len(tasks)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
             f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
         )
-    return seeds
 
 
 def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampling: float) -> int:
@@ -157,7 +176,7 @@ def _pool(table: Path | None) -> list[Task]:
 
 def _write_instructions(
     step: Step,
-    teacher: Model | Endpoint,
+    teacher: Model | ApiModel,
     style: str,
     prompts: list[Prompt],
     draw: str,
@@ -195,7 +214,7 @@ def _write_instructions(
 
 def _write_responses(
     step: Step,
-    teacher: Model | Endpoint,
+    answerer: Model | ApiModel,
     candidates: list[Row],
     draw: str,
     upstream: list[Path],
@@ -211,7 +230,7 @@ def _write_responses(
         }
         for candidate in candidates
     ]
-    generated, parts = _respond(step, teacher, rows, upstream)
+    generated, parts = _respond(step, answerer, rows, upstream)
     examples = []
     for candidate, row in zip(candidates, generated, strict=True):
         if row["raw_output"].strip():
@@ -258,19 +277,20 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
         for row, response in zip(owners, generated, strict=True)
         if response["raw_output"].strip()
     ]
-    return _write_examples(
+    return write_examples(
         f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
     )
 
 
-def answer_seeds(step: Step, teacher: Model) -> Path:
-    """Answer the seed pool with the teacher; write the table `examples.parquet` in the step's folder."""
+def answer_seeds(step: Step) -> Path:
+    """Answer the seed pool like instructions of the initial teacher; write `examples.parquet` in the step's folder."""
+    answerer = choose_answerer(step, step.run.initial_teacher())
     candidates: list[Row] = [
         vars(task) | {"prompt_id": task.example_id, "prompt": "", "raw_output": ""}
         for task in step.run.sources().seed_pool
     ]
-    answered, parts = _write_responses(step.at("responses", "responses"), teacher, candidates, "seeds", [])
-    return _write_examples(
+    answered, parts = _write_responses(step.at("responses", "responses"), answerer, candidates, "seeds", [])
+    return write_examples(
         f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
     )
 
@@ -278,26 +298,28 @@ def answer_seeds(step: Step, teacher: Model) -> Path:
 def join_examples(label: str, tables: list[Path], path: Path) -> Path:
     """Concatenate example tables."""
     joined = pa.concat_tables([read_table(table, EXAMPLES) for table in tables])
-    return _write_examples(label, path, joined, tables)
+    return write_examples(label, path, joined, tables)
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
+def write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
+    """Write an example table made from `parts`; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_table(examples, path, EXAMPLES)
     return path
 
 
 def _respond(
-    step: Step, teacher: Model | Endpoint, rows: list[GenerationRow], upstream: list[Path]
+    step: Step, answerer: Model | ApiModel, rows: list[GenerationRow], upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
     """Generate responses; return the generated rows and their parts."""
     settings = step.experiment.synthesis
-    return generate(step, teacher, rows, settings.instructions_per_shard, settings.response, "request", upstream)
+    return generate(step, answerer, rows, settings.instructions_per_shard, settings.response, "request", upstream)
 
 
 def generate(
     step: Step,
-    teacher: Model | Endpoint,
+    teacher: Model | ApiModel,
     rows: list[GenerationRow],
     rows_per_shard: int,
     sampling: Sampling,
@@ -305,8 +327,8 @@ def generate(
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """Generate with a local or API teacher; return the generated rows and their parts."""
-    if isinstance(teacher, Endpoint):
-        parts = step.ask("strong_teacher", programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
+    if isinstance(teacher, ApiModel):
+        parts = step.ask(teacher.section, programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
     else:
         settings = programs.Generation(engine=step.experiment.synthesis.engine, form=form, sampling=sampling)
         parts = step.execute(

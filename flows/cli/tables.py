@@ -19,7 +19,7 @@ from flows.cli.options import warn
 from montessori_core import layout
 from montessori_core.config import Experiment
 from montessori_core.files import read_json
-from montessori_core.formatting import duration, gain_text, interval_text, spread_text
+from montessori_core.formatting import duration, gain_text, interval_text, kind_text, share, spread_text
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import domination_warning, summarize_influence
 from tasks.run import Run
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from flows.estimate import Estimate
     from flows.forecast import Forecast
+    from montessori_core.evaluation.kinds import KindClassifier
     from montessori_core.influence.memory import MemoryPlan
     from montessori_core.training.memory import UpdateMemory
 
@@ -100,6 +101,12 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
     console.print(table)
     if experiment.benchmarks.tasks or experiment.benchmarks.judged:
         console.print("benchmarks of the students are not included")
+    if experiment.answerer is not None:
+        price = f", about {estimate.dollars:,.2f} dollars" if estimate.dollars else ""
+        console.print(
+            f"the time of {estimate.answers:,} answers from {experiment.answerer.model} is not included{price}",
+            soft_wrap=True,
+        )
     if gflops:
         total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
         console.print(
@@ -113,6 +120,9 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
 
 def print_summary(run: Run) -> None:
     """Print the results of each finished iteration, and the path of the report."""
+    from montessori_core.evaluation.kinds import read_classifier
+
+    classifier = read_classifier(run.folder)
     for number in range(1, run.experiment.iterations + 1):
         metrics = read_json(run.iteration(number) / layout.METRICS)
         if metrics is None:
@@ -130,6 +140,8 @@ def print_summary(run: Run) -> None:
             f"share of positive influence (baseline: {run.experiment.preferences.baseline})",
             f"{probing['share_positive']:.0%} before the teacher update, {after}",
         )
+        if classifier is not None:
+            table.add_row("instructions of the wanted kind", _kind_shares(run, number, classifier))
         titles = {
             "untrained": "held-out loss, untrained student",
             "unmodified": "held-out loss, student of the unmodified teacher",
@@ -157,6 +169,20 @@ def print_summary(run: Run) -> None:
     console.print(f"report: {run.folder / layout.REPORT}", soft_wrap=True)
 
 
+def _kind_shares(run: Run, number: int, classifier: "KindClassifier") -> str:
+    """Return the shares of the unmodified teacher and of the teacher after an iteration's update, or why not."""
+    from montessori_core.evaluation.kinds import read_instructions
+
+    if not classifier.usable:
+        return f"not shown: {classifier.objection}"
+    folders = run.iteration(1), run.iteration(number) / "training"
+    before, after = (classifier.share(read_instructions(folder / layout.EXAMPLES)) for folder in folders)
+    return (
+        f"{share(before.value)} before the teacher update, {share(after.value)} after (classifier: "
+        f"{classifier.balanced_accuracy:.2f} balanced accuracy)"
+    )
+
+
 def _print_times(run: Run) -> None:
     """Print the time of each stage."""
     costs = {folder: cost for folder in stages_of(run.folder) if (cost := cost_of(folder))}
@@ -179,16 +205,30 @@ def _print_times(run: Run) -> None:
 def print_comparison(folder: Path) -> None:
     """Print the result of a study."""
     result = read_comparison(folder)
-    columns = ("method", "held-out loss", "gain", "95 % interval", "spread over seeds", "job seconds", "FLOPs")
     tables = {f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}": result["methods"]}
     tables |= {f"transfer to {other['student']}": other["methods"] for other in result["transfer"]}
     for title, rows in tables.items():
+        lines = [
+            {
+                "method": row["method"],
+                "held-out loss": f"{row['held_out_loss']:.4f}",
+                "gain": gain_text(row),
+                "95 % interval": interval_text(row),
+                "spread over seeds": spread_text(row),
+                "wanted kind": kind_text(row),
+                "job seconds": f"{row['job_seconds']:,.0f}",
+                "FLOPs": f"{row['flops']:.2e}",
+            }
+            for row in rows
+        ]
+        # Without a usable classifier, and for another student of the same data, there is no share.
+        columns = [name for name in lines[0] if name != "wanted kind" or any(line[name] for line in lines)]
         table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            texts = gain_text(row), interval_text(row), spread_text(row)
-            costs = f"{row['job_seconds']:,.0f}", f"{row['flops']:.2e}"
-            table.add_row(row["method"], f"{row['held_out_loss']:.4f}", *texts, *costs)
+        for line in lines:
+            table.add_row(*(line[name] for name in columns))
         console.print(table)
+    if objection := (result.get("kind_classifier") or {}).get("objection"):
+        console.print(f"the share of instructions of the wanted kind is not shown: {objection}", soft_wrap=True)
     console.print(f"untrained student: {result['untrained_loss']:.4f}")
     console.print(f"comparison: {folder / PAGE}", soft_wrap=True)
 

@@ -1,4 +1,7 @@
-"""Optimisation ablation of Table 2: the teacher learns which of its responses to an instruction help the student."""
+"""Optimisation ablation of Table 2: the teacher learns which of its responses to an instruction help the student.
+
+It answers its training set itself, whatever `synthesis.answers` is: its answers are what it has learned.
+"""
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import probe, write_training_set
@@ -22,7 +25,7 @@ def _propose(now: Round) -> Proposal:
     influence = collect_influence(measuring, probed.student, answered, 0, count, paired=True)
     preferences = collect_preferences(step, answered, influence)
     updated = update_teacher(step.at("teacher", "teacher update"), teacher, preferences, answered=answered)
-    training = write_training_set(step, updated)
+    training = write_training_set(step, updated, answerer=updated)
     return Proposal(training.examples, updated)
 
 

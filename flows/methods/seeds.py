@@ -10,9 +10,8 @@ from tasks.synthesis import answer_seeds
 
 
 def answer_seed_pool(run: Run) -> Path:
-    """Return an example table of the seeds with responses of the initial teacher: a seed pool has none."""
-    step = Step(run, run.folder / "answered-seeds", "the teacher answers the seed pool")
-    return answer_seeds(step, run.initial_teacher())
+    """Return an example table of the seeds with responses: a seed pool has none."""
+    return answer_seeds(Step(run, run.folder / "answered-seeds", "the teacher answers the seed pool"))
 
 
 def train_on_seeds(run: Run, answered: Path) -> Model:

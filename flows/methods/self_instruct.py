@@ -2,19 +2,12 @@
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import write_training_set
-from montessori_core.config import Endpoint
-from tasks.run import Model
+from tasks.run import ApiModel, Model
 
 
-def _propose(now: Round, teacher: Model | Endpoint) -> Proposal:
+def _propose(now: Round, teacher: Model | ApiModel) -> Proposal:
     training = write_training_set(now.step, teacher)
     return Proposal(training.examples, now.run.initial_teacher())
-
-
-def _propose_strong(now: Round) -> Proposal:
-    strong = now.run.experiment.strong_teacher
-    assert strong is not None  # guaranteed by `needs`
-    return _propose(now, strong)
 
 
 SELF_INSTRUCT = Method(
@@ -23,6 +16,6 @@ SELF_INSTRUCT = Method(
 SELF_INSTRUCT_STRONG = Method(
     "self_instruct_strong",
     "A stronger teacher behind an API writes the data.",
-    _propose_strong,
+    lambda now: _propose(now, ApiModel("strong_teacher")),
     needs="strong_teacher",
 )

@@ -25,7 +25,9 @@ def _propose(now: Round) -> Proposal:
     run, step = now.run, now.step
     student = now.feedback.student if now.feedback else train_on_seeds(run, answer_seed_pool(run))
     shared = Step(run, step.folder.parent, "self_reward")
-    instructions = write_training_set(shared, run.initial_teacher(), folder="instructions")
+    # The student answers the instructions: the responses of this set are not used, so no endpoint is asked for them.
+    teacher = run.initial_teacher()
+    instructions = write_training_set(shared, teacher, folder="instructions", answerer=teacher)
     first, last = (run.experiment.training.examples * number // now.rounds for number in (now.number - 1, now.number))
     answering = step.at("answers", "the student's responses")
     answered = regenerate_responses(

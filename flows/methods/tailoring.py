@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from montessori_core.config import Endpoint
 from montessori_core.data.sources import Task
 from tasks.approval import approve_update
 from tasks.influence import collect_influence
-from tasks.run import Model
+from tasks.run import ApiModel, Model
 from tasks.stage import Step
 from tasks.students import train_student
 from tasks.synthesis import SynthesisResult, synthesize
@@ -66,14 +65,19 @@ def probe(
     experiment = step.experiment
     warming = experiment.warmup.examples if student is None else 0
     probing = experiment.influence.probing_examples if student is None else experiment.influence.later_probing_examples
-    synthesis = step.renamed(f"{step.label}: {'warm-up and ' if warming else ''}probing set")
-    synthesized = synthesize(
-        synthesis, teacher, warming + probing, draw=f"i{number}-probing", synthetic_pool=synthetic_pool
-    )
+    synthesized = write_probing_set(step, number, teacher, warming, probing, synthetic_pool)
     if student is None:
         warmup = step.at("warmup", "student warm-up")
         student = train_student(warmup, synthesized.examples, experiment.warmup, warming, save_moments=True)
     return ProbingSet(synthesized, student, warming, warming + probing)
+
+
+def write_probing_set(
+    step: Step, number: int, teacher: Model, warming: int, probing: int, synthetic_pool: Path | None = None
+) -> SynthesisResult:
+    """Let the teacher write an iteration's `warming` examples of the warm-up and, after them, `probing` probing examples."""
+    synthesis = step.renamed(f"{step.label}: {'warm-up and ' if warming else ''}probing set")
+    return synthesize(synthesis, teacher, warming + probing, draw=f"i{number}-probing", synthetic_pool=synthetic_pool)
 
 
 def measure(step: Step, probed: ProbingSet) -> Path:
@@ -84,11 +88,12 @@ def measure(step: Step, probed: ProbingSet) -> Path:
 
 def write_training_set(
     step: Step,
-    teacher: Model | Endpoint,
+    teacher: Model | ApiModel,
     number: int = 1,
     synthetic_pool: Path | None = None,
     seed_pool: list[Task] | None = None,
     folder: str = "training",
+    answerer: Model | None = None,
 ) -> SynthesisResult:
     """Let a teacher write a training set in a folder of the step; all methods have the same prompts.
 
@@ -102,6 +107,7 @@ def write_training_set(
         synthetic_pool: training set of the last iteration.
         seed_pool: demonstrations of the prompts; None: the run's seed pool.
         folder: name of the folder.
+        answerer: model that answers in place of the one of `synthesis.answers`.
     """
     return synthesize(
         step.at(folder, "training set"),
@@ -110,4 +116,5 @@ def write_training_set(
         draw=f"i{number}-training",
         synthetic_pool=synthetic_pool,
         seed_pool=seed_pool,
+        answerer=answerer,
     )

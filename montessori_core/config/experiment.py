@@ -58,6 +58,9 @@ class Experiment(Section):
     strong_teacher: Endpoint | None = Field(
         None, description="A stronger teacher, for the method self_instruct_strong."
     )
+    answerer: Endpoint | None = Field(
+        None, description="The model that answers the teacher's instructions; required by synthesis.answers: endpoint."
+    )
     benchmarks: Benchmarks = Field(Benchmarks(), description="Benchmarks of the students.")
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
     cluster: Cluster = Field(Cluster(), description="Where jobs run and which resources they get.")
@@ -103,13 +106,28 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _answerer_is_asked(self) -> "Experiment":
+        answers = self.synthesis.answers
+        if answers == "endpoint" and self.answerer is None:
+            raise ValueError(
+                "synthesis.answers: endpoint needs a model that answers: set answerer.model, and answerer.base_url if it is "
+                "not OpenAI's; or set synthesis.answers: updated"
+            )
+        if answers != "endpoint" and self.answerer is not None:
+            raise ValueError(
+                f"answerer is never asked with synthesis.answers: {answers}; set synthesis.answers: endpoint, or remove "
+                "answerer"
+            )
+        return self
+
     def method(self) -> dict[str, Any]:
         """Return the settings that determine an iteration's data and models, as plain data.
 
         The name, the cluster, the number of iterations and the benchmarks do not.
         """
         content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks"})
-        for name in ("judge", "strong_teacher"):
+        for name in ("judge", "strong_teacher", "answerer"):
             endpoint: Endpoint | None = getattr(self, name)
             content[name] = endpoint.identity() if endpoint else None
         return content

@@ -61,6 +61,12 @@ class Synthesis(Section):
         "set: it would penalise the closing tag of an instruction, since each demonstration in the prompt ends with it.",
     )
     response: Sampling = Field(Sampling(temperature=0.6), description="Decoding of responses.")
+    answers: Literal["updated", "unmodified", "endpoint"] = Field(
+        "updated",
+        description="Who answers the instructions of a teacher. 'updated': the teacher that wrote them, as in the paper. "
+        "'unmodified': the initial teacher in all iterations, so that an update changes only the instructions. 'endpoint': "
+        "the model of the section answerer, in all iterations and also where the initial teacher writes.",
+    )
     filters: Filters = Field(Filters(), description="Which instructions are kept.")
     oversampling: float = Field(
         1.3,

@@ -279,5 +279,10 @@ def _pairs(rows: pa.Table, values: list[str], best: Positions, worst: Positions)
 
 def upper_half(ids: Sequence[str], values: Sequence[float]) -> list[str]:
     """Return the ids of the larger half of the values (rounded up), highest first; among ties, the first."""
+    return highest(ids, values, -(-len(ids) // 2))
+
+
+def highest(ids: Sequence[str], values: Sequence[float], count: int) -> list[str]:
+    """Return the ids of the `count` largest values, highest first; among ties, the first."""
     order = sorted(range(len(ids)), key=lambda index: (-values[index], index))
-    return [ids[index] for index in order[: -(-len(ids) // 2)]]
+    return [ids[index] for index in order[:count]]

@@ -112,13 +112,15 @@ def _format_time(text: object) -> str:
 
 def cards_of(iteration: IterationData, run: RunData) -> list[Card]:
     """Return the key numbers of an iteration."""
-    return [
+    cards = [
         _kept_card(iteration),
         _pairs_card(iteration),
         _positive_card(iteration, run),
+        _kind_card(iteration, run),
         _loss_card(iteration, run),
         _gain_card(iteration),
     ]
+    return [card for card in cards if card is not None]
 
 
 def _kept_card(iteration: IterationData) -> Card:
@@ -152,6 +154,20 @@ def _positive_card(iteration: IterationData, run: RunData) -> Card:
         " → ".join(shares),
         f"of {measured} examples, better than {THRESHOLDS.get(run.baseline, run.baseline)}"
         + ("" if after else "; not measured after the update"),
+    )
+
+
+def _kind_card(iteration: IterationData, run: RunData) -> Card | None:
+    """Return the share of instructions of the wanted kind; None without a usable classifier."""
+    before = run.iterations[0].probing.kind_share(run.classifier)
+    after = iteration.training.kind_share(run.classifier)
+    if before is None or run.classifier is None:
+        return None
+    return Card(
+        "Of the wanted kind, before → after",
+        " → ".join(formatting.share(share.value) for share in (before, after) if share),
+        f"of {' and '.join(formatting.count(share.total) for share in (before, after) if share)} instructions; classifier "
+        f"of {run.classifier.balanced_accuracy:.2f} balanced accuracy" + ("" if after else "; no training set yet"),
     )
 
 

@@ -82,6 +82,29 @@ def test_planned_stages_follow_iterations_and_comparison() -> None:
     ]
 
 
+def test_answers_of_an_api_cost_dollars_not_operations(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = {"dollars_per_million_input_tokens": 1e3, "dollars_per_million_output_tokens": 2e3}
+    asked = {"synthesis": {"answers": "endpoint"}, "answerer": {"model": "gpt-x", "max_tokens": 50, **prices}}
+    alone, answered = planned(), planned(**asked)
+    sets = [name for name in alone if name.endswith("set") and "influence" not in name]
+    assert len(sets) == 3
+    assert {name for name in alone if answered[name].flops != alone[name].flops} == set(sets)
+    counts = {name: answered[name].answers for name in answered}
+    sizes = experiment("smollm2-135m")
+    assert counts[sets[0]] == sizes.warmup.examples + sizes.influence.probing_examples
+    assert counts["iteration 1: training set"] == counts["unmodified teacher: training set"] == sizes.training.examples
+    assert sum(counts.values()) == sum(counts[name] for name in sets)
+
+    monkeypatch.setattr(estimate, "measure_gflops", lambda threads: 100.0)
+    run, _ = open_run(experiment(tiny_llama, **asked), tmp_path / "run")
+    estimated = estimate_run(run)
+    assert 1e-3 * (40 + 2 * 50) * estimated.answers < 2 * estimated.dollars
+    print_estimate(run.experiment, estimated)
+    assert f"the time of {estimated.answers:,} answers from gpt-x is not included, about" in capsys.readouterr().out
+
+
 def test_planned_stage_takes_less_on_faster_machine() -> None:
     stage = PlannedStage("s", "w", 2, {"learn": 1e12})
     assert stage.seconds(50) - stage.seconds(100) == pytest.approx(1e12 / (0.5 * 100e9))

@@ -1,9 +1,13 @@
 """A run through the command line: its files, output, resuming, and refused input."""
 
+import csv
+import io
 import json
 import shutil
 import sqlite3
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,15 +17,20 @@ from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel
 from cluster.stage import Stage
 from cluster.status import stages_of
+from flows.cli.console import console, open_console
+from flows.cli.tables import print_summary
 from flows.forecast import costs_may_differ, forecast, planned_stages
-from montessori_core.config import Experiment, Preferences
+from montessori_core.config import DataSource, Experiment, Preferences
 from montessori_core.data import tables as schema
 from montessori_core.data.rows import Rows
+from montessori_core.data.sources import read_tasks, write_tasks
 from montessori_core.errors import UserError
+from montessori_core.evaluation.kinds import read_classifier
 from montessori_core.influence.screening import screening_report
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.fetch import fingerprint
 from support.judges import QUESTIONS, Judge, judged
+from support.reports import Page
 from support.runs import call, digests, finish_lean, invoke
 from support.squares import key_of
 from tasks.run import Run, reopen_run
@@ -219,6 +228,37 @@ def test_summary_names_main_results(undisturbed: Path) -> None:
     output = (undisturbed / "output.txt").read_text()
     for text in ("preference pairs", "share of positive influence", "unmodified teacher", "report.html", "kept"):
         assert text in output
+    (line,) = (line for line in output.splitlines() if "instructions of the wanted kind" in line)
+    assert "not shown: a classifier of words" in line
+
+
+def test_reports_show_share_of_target(undisturbed: Path, tmp_path: Path) -> None:
+    """The same run, with the reference set of a built-in target."""
+    run = Path(shutil.copytree(undisturbed / "runs" / "tiny", tmp_path / "tiny"))
+    tasks = read_tasks(DataSource(path="builtin/maths"), "reference", with_response=True)
+    write_tasks(tasks, run / "sources" / "reference.jsonl")
+    folders = run / "iteration-1", run / "iteration-1" / "training"
+    tables = [schema.read_table(folder / "examples.parquet", schema.EXAMPLES) for folder in folders]
+    classifier = read_classifier(run)
+    assert classifier is not None
+    shares = [classifier.share(table["instruction"].to_pylist()) for table in tables]
+
+    code, output = invoke("report", str(run), cwd=tmp_path)
+    assert code == 0, output
+    with (run / "report-data" / "wanted-kind-instructions-of-the-wanted-kind.csv").open() as file:
+        values = [float(row["share of the instructions of the wanted kind"]) for row in csv.DictReader(file)]
+    assert values == [share.value for share in shares]
+    page = Page((run / "report.html").read_text())
+    for table in tables:
+        assert table.sort_by("example_id")["instruction"][0].as_py() in page.text
+
+    printed = io.StringIO()
+    with redirect_stdout(printed), patch.dict(vars(console), vars(open_console())):
+        print_summary(reopen_run(run))
+    before, after = (f"{share.value:.0%}" for share in shares)
+    assert (
+        f"{before} before the teacher update, {after} after (classifier: 0.85 balanced accuracy)" in printed.getvalue()
+    )
 
 
 def test_run_announces_its_stages_before_any_job(undisturbed: Path) -> None:

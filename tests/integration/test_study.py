@@ -267,6 +267,10 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert rows["mine"]["job_seconds"] < rows["montessori"]["job_seconds"]  # pays for shared stages
     assert rows["mine"]["flops"] == rows["self_instruct"]["flops"] > 0
     assert rows["llm_judge"]["flops"] < rows["montessori"]["flops"]  # the operations of an API judge do not count
+    assert result["kind_classifier"]["objection"] is None
+    assert rows["nomad"]["wanted_kind"] >= 0.5  # half of its examples are of the reference set
+    assert rows["nomad"]["wanted_kind_low"] < rows["nomad"]["wanted_kind"] <= rows["nomad"]["wanted_kind_high"]
+    assert "wanted kind" in (compared / "output.txt").read_text()
     page = (compared / "runs" / "tiny-study" / "comparison.html").read_text()
     assert "job seconds of one seed" in page
     assert "floating-point operations of one seed" in page
@@ -294,6 +298,48 @@ def test_bootstrap_demonstrates_most_influential_half(iteration: Path, methods: 
     assert {task.example_id for task in tasks} == best
     shown = read_table(methods / "bootstrap" / "round-1" / "training" / "instructions.parquet", INSTRUCTIONS)
     assert {name for names in shown["demonstrations"].to_pylist() for name in names} <= best
+
+
+def test_select_trains_on_most_influential_examples(iteration: Path, methods: Path) -> None:
+    """Its student is the only one that is not shared: probing set and influence are those of iteration 1."""
+    influence = read_table(iteration / "influence.parquet", INFLUENCE).to_pylist()
+    best = sorted(influence, key=lambda row: -row["influence_student"])[:6]
+    rows = chosen_by(methods, "select")
+    assert {row["example_id"] for row in rows} == {row["example_id"] for row in best}
+    probing = {row["example_id"]: row for row in read_table(iteration / "examples.parquet", EXAMPLES).to_pylist()}
+    assert all(row == probing[row["example_id"]] for row in rows)
+    stages = {path.parent.name for path in (methods / "select").rglob("stage.json")}
+    assert stages == {"student", "evaluation"}
+
+
+@pytest.mark.parametrize("method", ["random", "length_matched"])
+def test_controls_of_select_choose_other_probing_examples(iteration: Path, methods: Path, method: str) -> None:
+    probing = read_table(iteration / "influence.parquet", INFLUENCE).to_pylist()
+    lengths = {row["example_id"]: row["response_tokens"] for row in probing}
+    names, selected = ({row["example_id"] for row in chosen_by(methods, name)} for name in (method, "select"))
+    assert len(names) == 6
+    assert names <= set(lengths)
+    assert names != selected
+    if method == "length_matched":
+        assert not names & selected
+        tokens = [sum(lengths[name] for name in chosen) for chosen in (names, selected)]
+        assert tokens[0] == pytest.approx(tokens[1], rel=0.2)
+
+
+def chosen_by(methods: Path, method: str) -> list[dict[str, Any]]:
+    """Return the examples that a method chose from the probing set."""
+    return list(read_table(methods / method / "round-1" / "examples.parquet", EXAMPLES).to_pylist())
+
+
+def test_target_seeds_are_instructions_of_the_reference_set(methods: Path) -> None:
+    training = methods / "target_seeds" / "round-1" / "training"
+    shown = {
+        name
+        for names in read_table(training / "instructions.parquet", INSTRUCTIONS)["demonstrations"].to_pylist()
+        for name in names
+    }
+    assert len(shown) > 3
+    assert shown <= {f"reference-{number:05d}" for number in range(1, 13)}
 
 
 def test_response_pairs_answer_the_same_instruction(methods: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from montessori_core.config import Preferences, Study, parse, parse_experiment, write_yaml
+from montessori_core.config import DataSource, Preferences, Study, parse, parse_experiment, write_yaml
+from montessori_core.data.sources import read_tasks, write_tasks
 from montessori_core.data.tables import (
     EXAMPLES,
     INFLUENCE,
@@ -21,6 +22,7 @@ from montessori_core.data.tables import (
     write_table,
 )
 from montessori_core.evaluation import scores
+from montessori_core.evaluation.kinds import KindShare
 from montessori_core.evaluation.scores import score as benchmark_score
 from montessori_core.evaluation.statistics import Outcome, compare_outcomes
 from montessori_core.files import write_json
@@ -113,11 +115,21 @@ def write_run(
     experiment = parse_experiment({"preferences": {"baseline": "median"}} | content, "test")
     write_yaml(experiment, folder / "config.yaml")
     write_json({"opened": "2026-01-01T00:00:00Z", "versions": {"torch": "2.9"}}, folder / "provenance.json")
+    write_sources(folder, experiment.reference)
     write_synthesis(folder / "unmodified" / "training", "u", examples, texts)
     write_influence(folder / "unmodified" / "training-influence.parquet", "u", examples, 0.0)
     for number in range(1, iterations + 1):
         write_iteration(folder / f"iteration-{number}", number, examples, texts, experiment.preferences)
     return folder
+
+
+def write_sources(folder: Path, reference: DataSource) -> None:
+    """Write copies of the reference set and the built-in seed pool."""
+    (folder / "sources").mkdir(exist_ok=True)
+    sources = {"reference": reference, "seed_pool": DataSource(path="builtin")}
+    for name, source in sources.items():
+        tasks = read_tasks(source, name, with_response=name == "reference")
+        write_tasks(tasks, folder / "sources" / f"{name}.jsonl")
 
 
 def write_iteration(
@@ -276,6 +288,10 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         return compare_outcomes(outcomes, "self_instruct")
 
     methods = compared(0.01)
+    for number, row in enumerate(methods):
+        share = KindShare(10 + 20 * number, 80)
+        values = (share.value, *share.interval)
+        row |= dict(zip(("wanted_kind", "wanted_kind_low", "wanted_kind_high"), values, strict=True))
     methods[1]["scores"] = [
         benchmark_score("arc_challenge", "acc_norm", 0.314, 0.01, 1172),
         benchmark_score("mt_bench", "score", None, None, 0),
@@ -284,6 +300,7 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         "study": "trial",
         "seeds": [0, 1],
         "untrained_loss": 2.7654,
+        "kind_classifier": {"balanced_accuracy": 0.854, "recall": 0.875, "false_positives": 0.167, "objection": None},
         "methods": methods,
         "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
     }

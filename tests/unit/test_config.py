@@ -132,6 +132,14 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
             "teacher.model: Input should be a valid string; got [['x', ",
         ),
         ({"synthesis": {"seed_demonstrations": 0, "synthetic_demonstrations": 0}}, "at least one demonstration"),
+        (
+            {"synthesis": {"answers": "endpoint"}},
+            "synthesis.answers: endpoint needs a model that answers: set answerer.model",
+        ),
+        (
+            {"answerer": {"model": "a"}},
+            "answerer is never asked with synthesis.answers: updated; set synthesis.answers",
+        ),
     ],
 )
 def test_invalid_value_is_refused_with_its_path(change: dict[str, object], message: str) -> None:

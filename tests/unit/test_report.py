@@ -29,7 +29,18 @@ from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.examples import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
 from montessori_report.sections.influence import histogram_edges, positive_shares
 from montessori_report.study_page import study_page
-from support.reports import HOSTILE, SHOWN, Page, metrics, page_of, score, stage_use, write_run, write_study
+from support.reports import (
+    HOSTILE,
+    SHOWN,
+    Page,
+    metrics,
+    page_of,
+    score,
+    stage_use,
+    write_run,
+    write_study,
+    write_synthesis,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +51,32 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(write_run(tmp_path_factory.mktemp("runs") / "hostile", texts=HOSTILE))
+
+
+def test_report_shows_share_of_wanted_kind(tmp_path: Path) -> None:
+    """Before the update a fourth of the texts are sums, after it half of them are."""
+    song, total = "Write a song about the rain.", "A pen costs 3 euros. How many euros do 12 pens cost in total?"
+    folder = write_run(tmp_path / "run", texts=[total, song, song, song], reference={"path": "builtin/maths"})
+    write_synthesis(folder / "iteration-1" / "training", "i1-training", 40, [total, song])
+    rendered = render_report(folder)
+    before, after = csv.DictReader(io.StringIO(rendered.data["wanted-kind-instructions-of-the-wanted-kind"]))
+    column = "share of the instructions of the wanted kind"
+    assert (float(before[column]), float(after[column])) == (0.25, 0.5)
+    assert float(after["95 % interval from"]) == pytest.approx(0.352, abs=1e-3)
+    page = Page(rendered.html)
+    assert "25% → 50%" in page.text
+    assert page.count("span", **{"class": "mark"}) == 3 + 5  # of the first ten of each teacher
+    assert page.count("div", **{"class": "side before"}) == page.count("div", **{"class": "side after"}) == 1
+    assert "balanced accuracy 0.85" in page.text
+
+
+def test_report_of_many_kinds_says_why_no_share(run: Path) -> None:
+    page = page_of(run)
+    assert "The share of instructions of the wanted kind is not shown: a classifier of words cannot tell" in page.text
+    assert "Of the wanted kind" not in page.text
+    assert page.count("span", **{"class": "mark"}) == 0
+    assert "Unmodified teacher" in page.text
+    assert "Teacher after update 1" in page.text
 
 
 @pytest.mark.parametrize("text", SHOWN.values(), ids=SHOWN.keys())

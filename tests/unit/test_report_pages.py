@@ -65,6 +65,9 @@ def test_study_page_shows_gains_costs_transfer(tmp_path: Path) -> None:
     assert (
         float(transferred[3]["gain over self_instruct, nats per token"]) == result["transfer"][0]["methods"][0]["gain"]
     )
+    shares = rows_of(rendered, "wanted-kind-training-examples-of-the-wanted-kind")
+    assert [float(row["share of the instructions of the wanted kind"]) for row in shares] == [0.125, 0.375, 0.625]
+    assert "38% (28% to 48%)" in Page(rendered.html).text
     assert "2.7654" in Page(rendered.html).text
     assert "arc_challenge: acc norm" in Page(rendered.html).text
     assert "0.314 ± 0.010" in Page(rendered.html).text
@@ -78,7 +81,7 @@ def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str
             row |= dict.fromkeys(("held_out_loss", "gain", "gain_low", "gain_high", "spread_over_seeds"), math.nan)
     rendered = study_page(study, result, tmp_path / "study")
     page = Page(rendered.html)
-    assert len(page.plots) == 6
+    assert len(page.plots) == 7
     assert "nan" not in page.text
     assert [row[""] for row in rows_of(rendered, "gain-of-each-method")] == [m for m in METHODS if m not in diverged]
 

@@ -14,7 +14,7 @@ from montessori_core.data.tables import EXAMPLES, UTILITY_PREFERENCES, read_tabl
 from montessori_core.influence.preferences import write_preferences
 from montessori_core.synthesis.prompts import build_prompts
 from tasks import synthesis
-from tasks.run import Model, Run
+from tasks.run import ApiModel, Model, Run
 from tasks.stage import Step
 
 EXPLAINED = (
@@ -63,6 +63,31 @@ def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch:
     assert (pair["chosen"], pair["rejected"]) == (outputs[0], outputs[2])
     assert (pair["chosen_output_ids"], pair["rejected_output_ids"]) == ([len(outputs[0])], [len(outputs[2])])
     assert pair["chosen_vocabulary"] == pair["rejected_vocabulary"] == "v"
+
+
+@pytest.mark.parametrize(
+    ("answers", "of_initial", "of_updated"),
+    [
+        ("updated", Model("initial", "0"), Model("updated", "0")),
+        ("unmodified", Model("initial", "0"), Model("initial", "0")),
+        ("endpoint", ApiModel("answerer"), ApiModel("answerer")),
+    ],
+)
+def test_answerer_follows_configuration(
+    answers: str,
+    of_initial: Model | ApiModel,
+    of_updated: Model | ApiModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    initial, strong = Model("initial", "0"), ApiModel("strong_teacher")
+    monkeypatch.setattr(Run, "initial_teacher", lambda _: initial)
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"answers": answers}}
+    content |= {"answerer": {"model": "a"}} if answers == "endpoint" else {}
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
+    assert synthesis.choose_answerer(step, initial) == of_initial
+    assert synthesis.choose_answerer(step, Model("updated", "0")) == of_updated
+    assert synthesis.choose_answerer(step, strong) == strong
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.3, 0.05])

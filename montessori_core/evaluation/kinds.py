@@ -1,0 +1,210 @@
+"""The share of a teacher's instructions that are of the wanted kind: the kind of the reference set's tasks.
+
+A naive Bayes classifier on words tells the reference set's tasks from the seed pool's, which the teacher is shown. The
+seed pool may have tasks of the wanted kind, too. Seeds that are more likely wanted, to a classifier that has not seen
+them, are left out of the other kinds (one pass of self-training). The length of a text is no feature, because a teacher
+update can change the length alone.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
+
+from montessori_core import layout
+from montessori_core.data.sources import load_tasks
+from montessori_core.data.tables import EXAMPLES, read_table
+
+LEAST_ACCURACY = 0.75
+"""Balanced accuracy below which no share is shown."""
+_LEAST_LOG_ODDS = math.log(9)  # a probability of 0.9: noise has little evidence either way, and is not wanted
+_SMOOTHING = 0.3  # added to each count
+_FOLDS = 8
+_MOST_TASKS = 2000  # of each set: more change little, and a seed pool may have 52,000
+_MOST_NUMBERS = 3
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]")
+
+Reals = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class KindClassifier:
+    """Decides whether a text is a task of the wanted kind.
+
+    Attributes:
+        weights: log odds of the wanted kind by feature; other features have 0.
+        recall: share of the reference tasks that are called wanted, cross-validated.
+        false_positives: share of the seeds that are called wanted, cross-validated. Seeds that are of the wanted kind
+            count, so a seed pool with many of them makes the classifier look worse than it is.
+    """
+
+    weights: dict[str, float]
+    recall: float
+    false_positives: float
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the accuracies on reference tasks and seeds; 0.5 is chance."""
+        return (self.recall + 1 - self.false_positives) / 2
+
+    @property
+    def usable(self) -> bool:
+        """Whether the classifier is accurate enough to show what it says."""
+        return self.balanced_accuracy >= LEAST_ACCURACY
+
+    @property
+    def objection(self) -> str:
+        """The reason why no share is shown, if the classifier is not usable."""
+        return (
+            f"a classifier of words cannot tell the reference set's tasks from the seed pool's (balanced accuracy "
+            f"{self.balanced_accuracy:.2f}, at least {LEAST_ACCURACY} is needed): the reference set has several kinds of "
+            "task, those of the seed pool, or too few examples"
+        )
+
+    def is_wanted(self, text: str) -> bool:
+        """Return whether a text is of the wanted kind with a probability of at least 0.9, from even odds."""
+        return sum(self.weights.get(feature, 0.0) for feature in features_of(text)) >= _LEAST_LOG_ODDS
+
+    def share(self, texts: Sequence[str]) -> "KindShare":
+        """Return the share of texts that are of the wanted kind."""
+        return KindShare(sum(map(self.is_wanted, texts)), len(texts))
+
+
+@dataclass(frozen=True)
+class KindShare:
+    """A number of wanted texts among `total`."""
+
+    wanted: int
+    total: int
+
+    @property
+    def value(self) -> float | None:
+        """The share; None without texts."""
+        return self.wanted / self.total if self.total else None
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the share (Wilson); it does not include errors of the classifier."""
+        if not self.total:
+            return 0.0, 1.0
+        interval = binomtest(self.wanted, self.total).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
+
+
+def features_of(text: str) -> list[str]:
+    """Return the distinct features of a text: words, pairs of neighbours, the first word, how many numbers it has.
+
+    All numbers are the word '0'. Punctuation marks are words.
+    """
+    words = ["0" if token[0].isdigit() else token.lower() for token in _TOKEN.findall(text)]
+    pairs = [f"{first} {second}" for first, second in zip(["^", *words], words, strict=False)]
+    return list(dict.fromkeys([*words, *pairs, f"numbers: {min(words.count('0'), _MOST_NUMBERS)}"]))
+
+
+def train_classifier(wanted: Sequence[str], other: Sequence[str]) -> KindClassifier:
+    """Train a classifier and measure its accuracy by cross-validation in eight folds.
+
+    Args:
+        wanted: tasks of the wanted kind, at least one.
+        other: tasks of all kinds, at least one.
+    """
+    wanted, other = wanted[:_MOST_TASKS], other[:_MOST_TASKS]
+    tasks = _Tasks([*wanted, *other], len(wanted))
+    everything = np.ones(len(tasks.wanted), dtype=np.bool_)
+    called = _cross_validate(tasks, everything, _self_train) >= _LEAST_LOG_ODDS
+    weights = _self_train(tasks, everything)
+    return KindClassifier(
+        weights=dict(zip(tasks.vocabulary, weights.tolist(), strict=True)),
+        recall=float(called[tasks.wanted].mean()),
+        false_positives=float(called[~tasks.wanted].mean()),
+    )
+
+
+def read_classifier(run: Path) -> KindClassifier | None:
+    """Train a classifier on the sets that a run keeps; None if they are not in its folder.
+
+    Raises:
+        DataError: a set cannot be read.
+    """
+    paths = [run / layout.SOURCES / f"{name}.jsonl" for name in ("reference", "seed_pool")]
+    if not all(path.exists() for path in paths):
+        return None
+    return train_classifier(*([task.instruction for task in load_tasks(path)] for path in paths))
+
+
+def read_instructions(examples: Path) -> list[str]:
+    """Return the instructions of an example table.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    instructions: list[str] = read_table(examples, EXAMPLES, ["instruction"])["instruction"].to_pylist()
+    return instructions
+
+
+class _Tasks:
+    """Tasks as pairs of a task's index and a feature's index; the first `wanted` tasks are of the wanted kind."""
+
+    def __init__(self, texts: Sequence[str], wanted: int) -> None:
+        self.vocabulary: dict[str, int] = {}
+        features = [
+            [self.vocabulary.setdefault(feature, len(self.vocabulary)) for feature in features_of(text)]
+            for text in texts
+        ]
+        self.wanted: Mask = np.arange(len(texts)) < wanted
+        self._task = np.repeat(np.arange(len(texts)), [len(indices) for indices in features])
+        self._feature = np.array([index for indices in features for index in indices], dtype=np.intp)
+
+    def counts(self, mask: Mask) -> Reals:
+        """Return how many of the tasks in `mask` have each feature: [features]."""
+        return np.bincount(self._feature, mask[self._task].astype(np.float64), len(self.vocabulary)).astype(np.float64)
+
+    def log_odds(self, weights: Reals) -> Reals:
+        """Return the sum of the weights of each task's features: [tasks]."""
+        return np.bincount(self._task, weights[self._feature], len(self.wanted)).astype(np.float64)
+
+
+class _Train(Protocol):
+    def __call__(self, tasks: _Tasks, used: Mask) -> Reals:
+        """Return the weights [features] of a classifier trained on the tasks in `used`."""
+
+
+def _train(tasks: _Tasks, used: Mask) -> Reals:
+    """Train multinomial naive Bayes with equal priors; features that no used task has get 0.
+
+    The counts of the other kinds are scaled to the number of wanted tasks. Otherwise the smoothing favours the larger
+    set: a classifier of 24 reference tasks and 240 seeds hardly calls anything wanted.
+    """
+    of_wanted, of_other = used & tasks.wanted, used & ~tasks.wanted
+    wanted = tasks.counts(of_wanted)
+    other = tasks.counts(of_other) * (max(1, of_wanted.sum()) / max(1, of_other.sum()))
+    seen = wanted + other > 0
+    smoothing = _SMOOTHING * max(1, seen.sum())
+    log_shares = [np.log(count + _SMOOTHING) - np.log(count.sum() + smoothing) for count in (wanted, other)]
+    return np.where(seen, log_shares[0] - log_shares[1], 0.0)
+
+
+def _self_train(tasks: _Tasks, used: Mask) -> Reals:
+    """Train without the tasks of other kinds that are more likely wanted to a classifier that has not seen them."""
+    likely = _cross_validate(tasks, used, _train) > 0
+    return _train(tasks, used & (tasks.wanted | ~likely))
+
+
+def _cross_validate(tasks: _Tasks, used: Mask, train: _Train) -> Reals:
+    """Return the log odds of each used task by a classifier that has not seen it: [tasks]; 0 for the others."""
+    log_odds = np.zeros(len(used))
+    fold = np.zeros(len(used), dtype=np.intp)
+    for of_kind in (used & tasks.wanted, used & ~tasks.wanted):
+        fold[of_kind] = np.arange(of_kind.sum()) % _FOLDS
+    for number in range(_FOLDS):
+        left_out = used & (fold == number)
+        log_odds[left_out] = tasks.log_odds(train(tasks, used & ~left_out))[left_out]
+    return log_odds

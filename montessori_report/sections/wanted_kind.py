@@ -1,0 +1,90 @@
+"""What the teachers write before and after the update: the share of the wanted kind, and the first texts of each."""
+
+from typing import Any
+
+from montessori_core import formatting
+from montessori_report.figures import Dot, Figure, colour_of, dot_figure
+from montessori_report.html import Block, Section
+from montessori_report.run_data import RunData, SynthesisData
+
+INSTRUCTIONS_SHOWN = 10
+
+
+def wanted_kind_section(run: RunData) -> Section:
+    """Return the section of the share of instructions of the wanted kind."""
+    figure = _share_figure(run)
+    return Section(
+        "wanted-kind",
+        "Wanted kind",
+        [Block([figure])] if figure else [],
+        introduction=_accuracy(run) if figure else "",
+        note="The intervals are over the instructions. They do not include the errors of the classifier, which often takes "
+        "a noisy text with words of the wanted kind for a task of that kind."
+        if figure
+        else "",
+        absent=_absence(run),
+    )
+
+
+def _accuracy(run: RunData) -> str:
+    assert run.classifier is not None
+    recall, false_positives = run.classifier.recall, run.classifier.false_positives
+    return (
+        "The wanted kind of task is that of the reference set. A classifier of words tells its tasks from those of the seed "
+        f"pool, which the teacher is shown: it calls {formatting.share(recall)} of the reference tasks wanted, and "
+        f"{formatting.share(false_positives)} of the seeds (cross-validated; balanced accuracy "
+        f"{run.classifier.balanced_accuracy:.2f}). Compare the shares with each other: neither is free of its errors."
+    )
+
+
+def _absence(run: RunData) -> str:
+    if run.classifier is None:
+        return "The reference set and the seed pool are not in the folder."
+    if not run.classifier.usable:
+        return f"The share of instructions of the wanted kind is not shown: {run.classifier.objection}."
+    return "No teacher has written examples yet."
+
+
+def _share_figure(run: RunData) -> Figure | None:
+    dots = []
+    for number, part in run.examples_of_teachers.items():
+        share = part.kind_share(run.classifier)
+        if share is not None and share.value is not None:
+            low, high = share.interval
+            label = f"{teacher_title(number)}: {formatting.count(share.total)} instructions"
+            dots.append(Dot(label, share.value, low, high, colour_of(number)))
+    if not dots:
+        return None
+    figure = dot_figure(
+        "Instructions of the wanted kind",
+        "Further to the right, more of the teacher's instructions are of the wanted kind. Intervals (Wilson, 95 %) that "
+        "do not overlap show that the update moved the teacher.",
+        dots,
+        "share of the instructions of the wanted kind",
+        formatting.share,
+    )
+    figure.plot.update_xaxes(tickformat=".0%", range=[0, min(1.02, 1.15 * max(dot.high for dot in dots))])
+    return figure
+
+
+def teacher_title(number: int) -> str:
+    """Return the title of a teacher: teacher 0 is the unmodified one."""
+    return "Unmodified teacher" if number == 0 else f"Teacher after update {number}"
+
+
+def teachers_of(run: RunData) -> list[dict[str, Any]]:
+    """Return the first instructions of each teacher by id, with whether each is of the wanted kind."""
+    return [
+        {"title": teacher_title(number), "number": number, "instructions": _first_instructions(part, run)}
+        for number, part in run.examples_of_teachers.items()
+    ]
+
+
+def _first_instructions(part: SynthesisData, run: RunData) -> list[dict[str, Any]]:
+    assert part.examples is not None
+    classifier = run.classifier if run.classifier is not None and run.classifier.usable else None
+    rows = part.examples.select(["example_id", "instruction"]).sort_by("example_id").slice(0, INSTRUCTIONS_SHOWN)
+    return [
+        {"text": row["instruction"], "wanted": classifier is not None and classifier.is_wanted(row["instruction"])}
+        for row in rows.to_pylist()
+    ]
