@@ -156,19 +156,21 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _builtin_file(path: str, field: str) -> Traversable:
-    """Return the file of a set of ours: `builtin` has tasks of all kinds, `builtin/maths` a target of one kind."""
+    """Return the file of a built-in set: `builtin` has tasks of all kinds, `builtin/maths` a target of one kind."""
     folder = files("montessori_core") / "data" / "builtin"
     if path == "builtin":
         return folder / f"{field}.jsonl"
-    kinds = sorted(f"builtin/{target.name}" for target in (folder / "targets").iterdir())
-    if path not in kinds:
-        raise DataError(f"{field}.path: {path}: no such built-in target; give one of {', '.join(kinds)}, or 'builtin'")
-    if field == "seed_pool":
-        raise DataError(
-            f"seed_pool.path: {path} is a target: it has reference and evaluation examples, but no seeds, so that "
-            "the teacher is not shown what influence is measured on; give 'builtin' or tasks of your own"
-        )
-    return folder / "targets" / path.removeprefix("builtin/") / f"{field}.jsonl"
+    targets = {f"builtin/{target.name}": target / f"{field}.jsonl" for target in (folder / "targets").iterdir()}
+    named = {"builtin/short": folder / "short_seed_pool.jsonl"} if field == "seed_pool" else targets
+    if path in named:
+        return named[path]
+    why = ""
+    if path in targets:
+        why = " is a target: it has no seeds, so that the teacher is not shown what influence is measured on"
+    choices = ", ".join(["builtin", *sorted(named)])
+    raise DataError(
+        f"{field}.path: {path}{why or ': no such built-in set'}; give one of {choices}, or a file of your own"
+    )
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

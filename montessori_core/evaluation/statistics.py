@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 _RESAMPLES = 9999
 
@@ -29,9 +28,8 @@ class Outcome:
 def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, Any]]:
     """Return a row per method: its held-out loss, and its gain over the baseline with interval and spread.
 
-    The 95 % interval is from a bootstrap over evaluation examples, after averaging the gains of each over the seeds. The
-    spread is the standard deviation of the seeds' mean gains. The interval shows whether the gain holds for other examples,
-    the spread whether it holds for other runs.
+    The 95 % interval says whether the gain holds for other examples and, with several seeds, for other runs; see
+    `bootstrap_gain`. The spread is the standard deviation of the seeds' mean gains.
     """
     (reference,) = (outcome for outcome in outcomes if outcome.method == baseline)
     rows = []
@@ -39,14 +37,7 @@ def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, A
         gains = reference.losses - outcome.losses
         low = high = 0.0
         if outcome is not reference:
-            interval = bootstrap(
-                (gains.mean(axis=0),),
-                np.mean,
-                n_resamples=_RESAMPLES,
-                method="percentile",
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-            low, high = float(interval.low), float(interval.high)
+            low, high = bootstrap_gain(gains)
         rows.append(
             {
                 "method": outcome.method,
@@ -61,3 +52,22 @@ def compare_outcomes(outcomes: list[Outcome], baseline: str) -> list[dict[str, A
             }
         )
     return rows
+
+
+def bootstrap_gain(gains: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a mean gain, by a percentile bootstrap over seeds and, within them, examples.
+
+    All seeds are evaluated on the same examples, so a resample draws seeds and, independently of them, examples (the
+    "pigeonhole" bootstrap of Owen, 2007). With one seed, only examples are drawn. Few seeds give an interval that is too
+    narrow: with five, the standard error over seeds is on average underestimated by a tenth.
+
+    Args:
+        gains: [seeds, examples].
+    """
+    generator = np.random.default_rng(0)
+    seeds, examples = gains.shape
+    seed_counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES)  # [resamples, seeds]
+    example_counts = generator.multinomial(examples, np.full(examples, 1 / examples), size=_RESAMPLES)
+    means = np.einsum("rs,se,re->r", seed_counts, gains, example_counts, optimize=True) / gains.size
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -37,7 +37,7 @@ from montessori_core.data.tables import (
     write_table,
 )
 from montessori_core.errors import ConfigError
-from montessori_core.evaluation.statistics import Outcome, compare_outcomes
+from montessori_core.evaluation.statistics import Outcome, bootstrap_gain, compare_outcomes
 from montessori_core.files import read_json
 from montessori_core.influence.preferences import (
     best_of_each_prompt,
@@ -192,11 +192,24 @@ def test_comparison_is_paired_over_examples_and_seeds() -> None:
     assert (first["gain"], first["gain_low"], first["gain_high"]) == (0.0, 0.0, 0.0)
     assert second["gain"] == pytest.approx(0.02, abs=2e-3)
     assert second["gain_low"] < second["gain"] < second["gain_high"]
-    # The standard error of the mean of 200 examples, each the mean of three equal-variance draws.
-    assert second["gain_high"] - second["gain_low"] == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(600), rel=0.2)
     assert second["spread_over_seeds"] == pytest.approx(np.std(second["gain_of_seeds"], ddof=1))
     assert second["job_seconds"] == 30.0
     assert second["flops"] == 30e9
+
+
+def test_interval_of_one_seed_is_over_examples() -> None:
+    low, high = bootstrap_gain(np.random.default_rng(0).normal(0.02, 0.01, (1, 200)))
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(200), rel=0.1)
+
+
+def test_interval_of_several_seeds_covers_the_gain_of_other_seeds() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        seeds, examples = draw.normal(0.0, 0.02, (5, 1)), draw.normal(0.0, 0.05, (1, 64))
+        low, high = bootstrap_gain(seeds + examples + draw.normal(0.0, 0.05, (5, 64)))
+        covered += low < 0.0 < high
+    assert 88 <= covered <= 99  # over examples alone: about 60
 
 
 @pytest.mark.slow

@@ -32,7 +32,9 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(("name", "count"), [("seed_pool", 240), ("reference", 96), ("evaluation", 64)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("seed_pool", 240), ("short_seed_pool", 96), ("reference", 96), ("evaluation", 64)]
+)
 def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
     found = rows(name)
     assert len(found) == len({row["id"] for row in found}) == count
@@ -59,7 +61,12 @@ def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
             "reference",
             "reference.path: builtin/cooking: .* builtin/coding, builtin/facts, builtin/maths",
         ),
-        ("builtin/maths", "seed_pool", "seed_pool.path: builtin/maths is a target: .* no seeds"),
+        (
+            "builtin/maths",
+            "seed_pool",
+            "seed_pool.path: builtin/maths is a target: .* no seeds.* builtin, builtin/short",
+        ),
+        ("builtin/short", "evaluation", "evaluation.path: builtin/short: no such built-in set; give one of builtin, "),
     ],
 )
 def test_unknown_target_or_target_as_seeds_is_refused(path: str, field: str, message: str) -> None:
@@ -84,7 +91,8 @@ def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
     tasks = [task for name in Sources.__annotations__ for task in getattr(read_sources(EXPERIMENT), name)]
     for kind, field in product(TARGETS, ("reference", "evaluation")):
         tasks += read_tasks(DataSource(path=f"builtin/{kind}"), field, with_response=True)
-    assert len(tasks) == 240 + 96 + 64 + 3 * 128
+    tasks += read_tasks(DataSource(path="builtin/short"), "seed_pool", with_response=False)
+    assert len(tasks) == 240 + 96 + 64 + 3 * 128 + 96
     accepted = RougeIndex(max_rouge_l=0.5 - 1e-9).add_all([task.instruction for task in tasks])
     assert [task.example_id for task, new in zip(tasks, accepted, strict=True) if not new] == []
 
