@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from montessori_core.config import DataSource
 from montessori_core.data.sources import read_tasks
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
-from montessori_core.influence.memory import Shape, plan_memory
+from montessori_core.influence.memory import plan_memory
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.shape import Shape
 from montessori_core.training.moments import Moments, load_moments, save_moments
 
 PADDED = 1024

@@ -32,7 +32,8 @@ def tested() -> dict[str, list[str]]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
                 marks = [mark for decorator in node.decorator_list for mark in _marks(decorator)]
-                slow = " (slow)" if any(name == "slow" for name, _ in marks) else ""
+                # Not the marks of single parameters.
+                slow = " (slow)" if "pytest.mark.slow" in map(ast.unparse, node.decorator_list) else ""
                 text = f"`{node.name}`{slow} in `{file}`"
             elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
                 marks, text = list(_marks(node.value)), f"all of `{file}`"

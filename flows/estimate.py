@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from montessori_core.config import Experiment, Influence, Training, Warmup
+from montessori_core.config import Experiment, Influence, Lora, Training, Warmup
 from montessori_core.data.sources import Sources, Task
-from montessori_core.models.flops import BACKWARD, FORWARD, weights_of
+from montessori_core.models.flops import BACKWARD, FORWARD, FROZEN_BACKWARD, weights_of
 from montessori_core.provenance import record_speed
 from montessori_core.speed import measure_gflops
 from tasks.run import Run
@@ -165,7 +165,8 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
 
     def training(label: str, recipe: Warmup | Training) -> PlannedStage:
         tokens = recipe.examples * recipe.epochs * sizes.example
-        return PlannedStage(label, f"{recipe.examples:,} examples", 1, _flops(sizes.student, learn=tokens))
+        operations = _flops(sizes.student, experiment.student.lora, learn=tokens)
+        return PlannedStage(label, f"{recipe.examples:,} examples", 1, operations)
 
     def measurement(label: str, count: int) -> PlannedStage:
         exact = _exact_measurements(influence, count)
@@ -177,9 +178,13 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
         return PlannedStage(label, work, passes, _flops(sizes.student, read=read, learn=learn))
 
     def update(label: str, probing: int) -> PlannedStage:
-        pairs = min(experiment.preferences.max_pairs or probing, math.ceil(_PAIRS_PER_EXAMPLE * probing))
+        preferences = experiment.preferences
+        across = preferences.pairs == "across_prompts"
+        pairs = math.ceil((preferences.max_uses / 2 if across else _PAIRS_PER_EXAMPLE) * probing)
+        pairs = min(preferences.max_pairs or pairs, pairs)
         tokens = pairs * (sizes.prompt + 2 * sizes.instruction)
-        operations = _flops(sizes.teacher, read=tokens, learn=tokens * experiment.teacher_update.epochs)
+        recipe = experiment.teacher_update
+        operations = _flops(sizes.teacher, recipe.lora, read=tokens, learn=tokens * recipe.epochs)
         return PlannedStage(label, f"about {pairs:,} pairs", 1, operations)
 
     def evaluation(label: str) -> PlannedStage:
@@ -233,6 +238,7 @@ def _exact_measurements(influence: Influence, count: int) -> int:
     return audited + math.ceil(_CONFIRMED * (count - audited))
 
 
-def _flops(weights: int, **tokens: float) -> dict[str, float]:
-    """Compute FLOPs by kind of work from tokens by kind of work."""
-    return {kind: (FORWARD + BACKWARD * (kind == "learn")) * weights * count for kind, count in tokens.items()}
+def _flops(weights: int, lora: Lora | None = None, **tokens: float) -> dict[str, float]:
+    """Compute FLOPs by kind of work from tokens by kind of work; with `lora`, an adapter learns."""
+    backward = FROZEN_BACKWARD if lora else BACKWARD
+    return {kind: (FORWARD + backward * (kind == "learn")) * weights * count for kind, count in tokens.items()}

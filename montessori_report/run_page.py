@@ -47,6 +47,7 @@ def render_report(folder: Path) -> Page:
         "missing": missing_parts(run),
         "cards": [(run.heading(iteration), cards_of(iteration, run)) for iteration in run.iterations],
         "pairs": [(run.heading(part), part, pairs_of(part)) for part in run.iterations if part.preferences is not None],
+        "across_prompts": run.setting("preferences", "pairs", "within_prompt") == "across_prompts",
         "teachers": teachers_of(run),
         "marks": run.classifier is not None and run.classifier.usable,
         "examples": examples_of(run, unit),

@@ -13,6 +13,7 @@ from montessori_core.config import Experiment, Student, Teacher, read_experiment
 from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
+from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
@@ -148,11 +149,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
-    commits: dict[str, str] = read_json(folder / layout.MODEL_COMMITS) or {}
-    for section in (experiment.teacher, experiment.student):
-        commit = commit_of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
-        if commit is not None:
-            commits[_name_of(section)] = commit
+    commits = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     try:
         (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
@@ -199,6 +196,22 @@ def check_environment(experiment: Experiment) -> None:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
     for _, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None)
+
+
+def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> dict[str, str]:
+    """Fetch and check teacher and student; return the commits of hub models, those in `commits` unchanged.
+
+    Raises:
+        UserError: a model cannot be loaded, or is an adapter that the training does not continue.
+    """
+    teacher, student = (
+        fetch_model(section.model, commits.get(_name_of(section), section.revision))
+        for section in (experiment.teacher, experiment.student)
+    )
+    check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
+    check_adapter(student, experiment.student.lora, "student.lora")
+    fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
+    return commits | {name: commit for name, commit in fetched.items() if commit is not None}
 
 
 def _name_of(section: Teacher | Student) -> str:

@@ -39,17 +39,20 @@ def collect_preferences(step: Step, examples: Path, influence: Path) -> Path:
     """Build preference pairs from influence; write `preferences.parquet` into the step's folder.
 
     Raises:
-        UserError: there are no pairs: no prompt has both a helpful and a harmful example.
+        UserError: there are no pairs: no prompt, or across prompts no set, has both a helpful and a harmful example.
     """
     settings = step.experiment.preferences
     table = read_table(influence, INFLUENCE, PAIRED)
     pairs = pair_by_influence(table, settings)
     if pairs.num_rows == 0:
         summary = summarize_influence(read_table(influence, INFLUENCE), threshold_of(table, settings.baseline))
+        across = settings.pairs == "across_prompts"
+        better = "median" if across else "prompt"
         raise UserError(
-            f"{step.label}: no preference pairs: no prompt has both an example above and one below the threshold "
-            f"(baseline {settings.baseline}, {summary['share_positive']:.0%} of {summary['measured']} examples positive). "
-            + ("" if settings.baseline == "prompt" else "Set preferences.baseline=prompt, or ")
+            f"{step.label}: no preference pairs: {'the probing set does not have' if across else 'no prompt has'} both an "
+            f"example above and one below the threshold (baseline {settings.baseline}, {summary['share_positive']:.0%} of "
+            f"{summary['measured']} examples positive). "
+            + ("" if settings.baseline == better else f"Set preferences.baseline={better}, or ")
             + "lower preferences.margin, or raise influence.probing_examples"
         )
     path = step.folder / layout.PREFERENCES
@@ -66,13 +69,14 @@ def collect_utility_preferences(step: Step, examples: Path, utility: Path, extre
         step: the step whose folder gets the table.
         examples: table of schema `EXAMPLES`.
         utility: table of schema `UTILITY`.
-        extremes: one pair per prompt, best and worst; otherwise all pairs across the median of all prompts.
+        extremes: one pair per prompt, best and worst; otherwise pairs across the median of all prompts, see
+            `preferences.pairs`.
 
     Raises:
         UserError: there are no pairs: no prompt has both a better and a worse example.
     """
     table = read_table(utility, UTILITY)
-    pairs = pair_extremes(table) if extremes else pair_by_utility(table, step.experiment.preferences.max_pairs)
+    pairs = pair_extremes(table) if extremes else pair_by_utility(table, step.experiment.preferences)
     if pairs.num_rows == 0:
         raise UserError(
             f"{step.label}: no preference pairs: no prompt has both a better and a worse example "
@@ -92,6 +96,7 @@ def update_teacher(
     schema: pa.Schema = PREFERENCES,
     answered: Path | None = None,
     keep: int = 0,
+    lora: bool = True,
 ) -> Model:
     """Train the teacher, or a student that writes responses, on preference pairs with DPO (Eq. 4).
 
@@ -103,6 +108,7 @@ def update_teacher(
         answered: example table, if the pairs consist of responses: these are chats regardless of the teacher's prompt
             style, and some were cut at the token limit. None if the pairs consist of instructions.
         keep: number of checkpoints to keep, see `kept_teachers`.
+        lora: whether to train an adapter, if `teacher_update.lora` is set.
     """
     pairs = read_table(preferences, schema)
     experiment = step.experiment
@@ -113,9 +119,8 @@ def update_teacher(
         if known is not None:
             finished = known["response_finished"].take(pc.index_in(pairs[f"{output}_id"], known["example_id"]))
         pairs = pairs.append_column(f"{output}_finished", finished)
-    settings = programs.Dpo(
-        prompt_style=style, recipe=experiment.teacher_update, zero=experiment.zero, seed=experiment.seed, keep=keep
-    )
+    recipe = experiment.teacher_update if lora else experiment.teacher_update.model_copy(update={"lora": None})
+    settings = programs.Dpo(prompt_style=style, recipe=recipe, zero=experiment.zero, seed=experiment.seed, keep=keep)
     return step.train(
         programs.DPO, settings, Rows.of_table(pairs, PairRow), {"teacher": teacher}, upstream=[preferences]
     )

@@ -1,4 +1,4 @@
-"""The command plan: check whether measuring influence on a student fits a GPU."""
+"""The command plan: check whether measuring influence on a student, or updating a teacher, fits a GPU."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ import typer
 
 from flows.cli.console import console
 from flows.cli.influence import parse_options
-from flows.cli.tables import print_memory_plan
+from flows.cli.tables import print_memory_plan, print_update_plans
 from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.models.fetch import local_path
@@ -14,24 +14,36 @@ from montessori_core.models.load import describe_load_error, with_lora
 
 
 def plan(
-    student: Annotated[str, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")],
+    student: Annotated[
+        str | None, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="The same, to plan a teacher update instead.")] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
     estimator: Annotated[str, typer.Option(help="exact, first_order or screened.")] = "screened",
     dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
-    max_length: Annotated[int, typer.Option(min=32, help="Tokens of the longest example.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=32, help="Tokens of the longest example or pair.")] = 1024,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
-    lora_rank: Annotated[int | None, typer.Option(min=1, help="Plan for a LoRA student of this rank.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Plan for an adapter of this rank.")] = None,
 ) -> None:
-    """Check whether measuring influence on a student fits a GPU.
+    """Check whether measuring influence on a student fits a GPU, or the update of a teacher.
 
-    Shows what is placed on the device and what in host memory; jobs use the same plan.
+    For a student, shows what is placed on the device and what in host memory; jobs use the same plan.
+    For a teacher, shows the memory of each GPU with teacher_update.micro_batch_size: 1.
     Exits with 1 if it does not fit.
     """
+    if (student is None) == (teacher is None):
+        raise UserError("give a --student or a --teacher")
+    lora = Lora(rank=lora_rank) if lora_rank else None
+    if teacher is not None:
+        _plan_update(teacher, lora, max_length, gpu_memory)
+        return
+    assert student is not None
     options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
     influence = parse_options(options)
-    from montessori_core.influence.memory import GB, Shape, plan_memory
+    from montessori_core.influence.memory import GB, plan_memory
+    from montessori_core.models.shape import Shape
 
-    shape = Shape.of(_load_without_weights(student, Lora(rank=lora_rank) if lora_rank else None))
+    shape = Shape.of(_load_without_weights(student, lora))
     memory = int(gpu_memory * GB)
     fits = True
     for name in ("first_order", "exact") if estimator == "screened" else (influence.estimator,):
@@ -40,6 +52,24 @@ def plan(
         fits &= memory_plan.fits
     console.print(f"{shape.parameters / 1e9:.3f}e9 parameters, {shape.trained / 1e9:.3f}e9 of them trained")
     if not fits:
+        raise typer.Exit(1)
+
+
+def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: float) -> None:
+    from montessori_core.influence.memory import GB, USABLE
+    from montessori_core.models.shape import Shape
+    from montessori_core.training.memory import plan_update
+
+    shape = Shape.of(_load_without_weights(teacher, lora))
+    plans = {
+        f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}": plan_update(
+            shape, stage, processes, 2 * max_length
+        )
+        for processes, stage in ((1, 2), (2, 2), (2, 3))
+    }
+    fitting = [name for name, plan in plans.items() if plan.total <= USABLE * gpu_memory * GB]
+    print_update_plans(plans, f"{teacher}: teacher update, GB on each GPU", gpu_memory, fitting)
+    if not fitting:
         raise typer.Exit(1)
 
 

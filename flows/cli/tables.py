@@ -26,12 +26,13 @@ from tasks.run import Run
 from tasks.studies import PAGE, in_study, read_comparison
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from flows.estimate import Estimate
     from flows.forecast import Forecast
     from montessori_core.evaluation.kinds import KindClassifier
     from montessori_core.influence.memory import MemoryPlan
+    from montessori_core.training.memory import UpdateMemory
 
 
 def print_status(run: Run) -> None:
@@ -247,6 +248,26 @@ def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
         console.print(
             f"does not fit: weights, activations and logits alone need {plan.device / GB:.1f} GB. Lower "
             "--reference-batch-tokens or --max-length, train LoRA matrices (--lora-rank), or use --dtype bfloat16",
+            style="red",
+        )
+
+
+def print_update_plans(
+    plans: "Mapping[str, UpdateMemory]", title: str, memory_gb: float, fitting: "Sequence[str]"
+) -> None:
+    """Print the memory of a GPU that updates a teacher, by item, for each number of GPUs and ZeRO stage."""
+    from montessori_core.influence.memory import GB
+
+    table = Table("item", *plans, title=title, title_justify="left")
+    for item in ("weights", "gradients", "optimizer", "activations", "total"):
+        table.add_row(item, *(f"{getattr(plan, item) / GB:.2f}" for plan in plans.values()))
+    console.print(table)
+    if fitting:
+        console.print(f"fits {memory_gb:g} GB: {'; '.join(fitting)}")
+    else:
+        console.print(
+            f"does not fit {memory_gb:g} GB: train LoRA matrices (--lora-rank), lower --max-length, or move the optimizer "
+            "to host memory (zero.offload: optimizer)",
             style="red",
         )
 

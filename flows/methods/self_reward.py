@@ -40,7 +40,7 @@ def _propose(now: Round) -> Proposal:
         scores = judge_own_responses(step.at("scores", "the student's judgements"), student, answered)
     preferences = collect_utility_preferences(step, answered, scores, extremes=True)
     update = step.at("update", "student update")
-    updated = update_teacher(update, student, preferences, UTILITY_PREFERENCES, answered=answered)
+    updated = update_teacher(update, student, preferences, UTILITY_PREFERENCES, answered=answered, lora=False)
     best = _write_best(f"{step.label}: best responses", answered, scores, step.folder / "best.parquet")
     if now.feedback:
         earlier = now.feedback.proposal.examples

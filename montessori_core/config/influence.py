@@ -107,6 +107,29 @@ class Preferences(Section):
         description="Keep pairs whose influence gap exceeds this many standard errors over the reference examples (the "
         "errors of both examples are treated as independent); 0 keeps every pair whose gap exceeds rounding error.",
     )
-    max_pairs: Count | None = Field(
-        None, description="Maximum number of pairs, those with the largest influence gap. If not set, all."
+    pairs: Literal["within_prompt", "across_prompts"] = Field(
+        "within_prompt",
+        description="'within_prompt' pairs each helpful example with each harmful example of its prompt (Eq. 3); "
+        "'across_prompts' pairs the most helpful with the most harmful examples of any prompt, under the prompt of the "
+        "helpful one. Needs baseline student, null_step or median.",
     )
+    max_uses: Count = Field(1, description="Maximum number of pairs of an example, for pairs: across_prompts.")
+    max_pairs: Count | None = Field(
+        None,
+        description="Maximum number of pairs: those with the largest influence gap; across prompts, every example is used "
+        "once before any is used twice. If not set, all.",
+    )
+
+    @model_validator(mode="after")
+    def _pairs_have_their_settings(self) -> "Preferences":
+        if self.pairs == "across_prompts" and self.baseline == "prompt":
+            raise ValueError(
+                "pairs: across_prompts with baseline: prompt; the mean of a prompt divides only its own examples; set "
+                "baseline: median or null_step"
+            )
+        if self.pairs == "within_prompt" and self.max_uses != 1:
+            raise ValueError(
+                f"max_uses: {self.max_uses} needs pairs: across_prompts; within a prompt, each helpful example makes a pair "
+                "with each harmful one"
+            )
+        return self

@@ -25,7 +25,7 @@ class Teacher(Section):
 
 
 class Lora(Section):
-    """Low-rank adaptation: the student's weights are frozen, and small matrices are trained."""
+    """Low-rank adaptation: the model's weights are frozen, and small matrices are trained."""
 
     rank: Count = Field(16, description="Rank of the matrices.")
     alpha: Count = Field(32, description="The product of the matrices is scaled by alpha / rank.")

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from montessori_core.config.models import Lora
 from montessori_core.config.section import Count, Probability, Section
 from montessori_core.config.synthesis import Sampling
 
@@ -74,11 +75,49 @@ class TeacherUpdate(Optimization):
     batch_size: Count = Field(2, description="Preference pairs per optimizer step, over all processes.")
     micro_batch_size: Count = Field(2, description="Preference pairs per process and forward pass.")
     beta: float = Field(0.1, gt=0.0, description="DPO: strength of the pull towards the teacher before the update.")
+    loss: Literal["sigmoid", "ipo", "robust", "sigmoid_norm"] = Field(
+        "sigmoid",
+        description="Loss of a pair, by TRL's name. 'sigmoid' is DPO (Eq. 4). For noisy pairs: 'ipo' pulls the margin of the "
+        "mean log-ratios per token towards 1 / (2 beta), not to infinity; 'robust' is unbiased if a share `label_smoothing` "
+        "of the pairs is reversed. 'sigmoid_norm' is DPO with the mean log-ratio per token, so that length counts less; it "
+        "needs a larger beta.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0.0,
+        lt=0.5,
+        description="Share of reversed pairs that loss: robust expects; the other losses have none.",
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="Weight of TRL's loss 'sft', which is added: the negative log-likelihood of chosen outputs, a mean over "
+        "the tokens of a micro-batch. It keeps their likelihood from falling.",
+    )
     max_length: int = Field(
         2048,
         ge=64,
         description="Maximum length of prompt and instruction, tokens; longer pairs are skipped and counted.",
     )
+    lora: Lora | None = Field(
+        None,
+        description="Train LoRA matrices; the updated teacher is an adapter, and later iterations continue it. If not set, "
+        "train all weights. The learning rate should be 10 to 100 times higher than for all weights.",
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_belongs_to_robust(self) -> "TeacherUpdate":
+        if (self.loss == "robust") != (self.label_smoothing > 0):
+            raise ValueError(
+                f"loss: {self.loss} with label_smoothing: {self.label_smoothing:g}; loss: robust needs label_smoothing above "
+                "0, such as 0.1, and the other losses have none"
+            )
+        return self
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether the teacher before the update reads the pairs before training, and not in every step."""
+        return self.lora is None or self.epochs > 1
 
 
 class Nomad(Optimization):

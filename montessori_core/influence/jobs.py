@@ -13,7 +13,7 @@ from montessori_core.data.sources import Task, load_tasks
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.losses import TokenLosses
-from montessori_core.influence.memory import GB, Shape, plan_memory
+from montessori_core.influence.memory import GB, plan_memory
 from montessori_core.influence.meter import InfluenceMeter
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
@@ -22,6 +22,7 @@ from montessori_core.influence.table import schema_with_metadata
 from montessori_core.models.chat import encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.models.shape import Shape
 from montessori_core.program import Recorder, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
 

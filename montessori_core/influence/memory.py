@@ -6,50 +6,15 @@ them as fit stay on the device, those that save the most copying per byte first.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from montessori_core.influence.losses import LOGITS_AT_A_TIME
 from montessori_core.influence.student import ON_DEVICE, Home, Placement
+from montessori_core.models.shape import Shape
 
 GB = 1e9
-_USABLE = 0.92
+USABLE = 0.92
 """Share of the device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Dimensions of a model that determine its memory.
-
-    Attributes:
-        parameters: number of all parameters.
-        trained: number of trained parameters (all, or those of a LoRA adapter).
-        largest: elements of the largest trained tensor.
-        layers, hidden, intermediate, vocabulary: dimensions of the architecture.
-    """
-
-    parameters: int
-    trained: int
-    largest: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-    @staticmethod
-    def of(model: Any) -> "Shape":
-        """Return the shape of a model, which may be on the meta device."""
-        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-        config = causal_lm.config.get_text_config()
-        trained = [p.numel() for p in model.parameters() if p.requires_grad]
-        return Shape(
-            parameters=sum(p.numel() for p in model.parameters()),
-            trained=sum(trained),
-            largest=max(trained),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            vocabulary=config.vocab_size,
-        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +51,7 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether the tensors that must be on the device fit there."""
-        return self.device <= self.device_limit * _USABLE
+        return self.device <= self.device_limit * USABLE
 
     @property
     def placement(self) -> Placement:
@@ -134,5 +99,5 @@ def plan_memory(
     for name, bytes_each in movable.items():
         size = bytes_each * shape.trained
         used = sum(need.size for need in needs if need.home == "device")
-        needs.append(Need(name, size, "device" if used + size <= device_limit * _USABLE else "host"))
+        needs.append(Need(name, size, "device" if used + size <= device_limit * USABLE else "host"))
     return MemoryPlan(tuple(needs), device_limit)

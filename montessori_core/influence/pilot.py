@@ -62,10 +62,12 @@ def predict_pair_count(pilot: pa.Table, settings: Preferences, examples: int) ->
 
     Args:
         pilot: influence table of complete prompts.
-        settings: baseline and margin.
+        settings: kind of pairs, baseline and margin.
         examples: number of all examples.
     """
-    counts = {baseline: _count_pairs(pilot, settings, baseline) for baseline in get_args(Baseline)}
+    across = settings.pairs == "across_prompts"
+    baselines = [baseline for baseline in get_args(Baseline) if not (across and baseline == "prompt")]
+    counts = {baseline: _count_pairs(pilot, settings, baseline) for baseline in baselines}
     pairs, enough = counts[settings.baseline], _ENOUGH * pilot.num_rows
     if pairs >= enough:
         return None
@@ -74,7 +76,8 @@ def predict_pair_count(pilot: pa.Table, settings: Preferences, examples: int) ->
         f"With preferences.baseline={best} they make {counts[best]}; you can change it at any time, and measured "
         "influence stays valid"
         if counts[best] >= enough
-        else "No baseline makes enough: lower preferences.margin, or raise synthesis.samples_per_prompt"
+        else "No baseline makes enough: lower preferences.margin"
+        + ("" if across else ", or raise synthesis.samples_per_prompt")
     )
     return (
         f"the first {pilot.num_rows} examples make {pairs} preference pairs (preferences.baseline={settings.baseline}); all "

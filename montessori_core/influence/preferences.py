@@ -1,4 +1,7 @@
-"""Make preference pairs from influence (Eq. 3): within a prompt, every helpful example with every harmful one."""
+"""Make preference pairs from influence (Eq. 3): within a prompt, every helpful example with every harmful one.
+
+Across prompts (ours), the most helpful examples are paired with the most harmful ones of any prompt.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -77,22 +80,25 @@ def thresholds_of(influence: pa.Table, baseline: str) -> Floats:
 def pair_by_influence(influence: pa.Table, settings: Preferences) -> pa.Table:
     """Return the preference table without its texts, in the order of prompts and examples.
 
+    Pairs across prompts are in the order of `pair_across_prompts`.
+
     The sign of influence within the noise floor of the threshold is unknown, so such examples make no pairs; neither do rows
     that are not 'ok', nor, with a margin, rows without a standard error.
 
     Args:
         influence: influence table of the probing set, at least its columns PAIRED.
-        settings: baseline, margin and limit.
+        settings: kind of pairs, baseline, margin and limits.
     """
     measured = influence.select(PAIRED).filter(pc.equal(influence["status"], "ok"))
     thresholds, floor = thresholds_of(measured, settings.baseline), read_influence_metadata(influence, "noise_floor")
-    best, worst = pair_up(measured, "influence_student", thresholds, floor)
+    influences: Floats = measured["influence_student"].to_numpy()
+    best, worst = _pair(measured, influences, thresholds, floor, settings)
     if settings.margin:
-        influences, errors = measured["influence_student"].to_numpy(), standard_errors(measured)
+        errors = standard_errors(measured)
         significant = influences[best] - influences[worst] > settings.margin * np.hypot(errors[best], errors[worst])
         best, worst = best[significant], worst[significant]
-    values = ["influence_student", "influence_null_step"]
-    return _pairs(measured, values, *widest_pairs(measured, "influence_student", best, worst, settings.max_pairs))
+    columns = ["influence_student", "influence_null_step"]
+    return _pairs(measured, columns, *_limit(influences, best, worst, settings))
 
 
 def standard_errors(measured: pa.Table) -> Floats:
@@ -110,17 +116,18 @@ def standard_errors(measured: pa.Table) -> Floats:
     return errors
 
 
-def pair_by_utility(utility: pa.Table, max_pairs: int | None) -> pa.Table:
+def pair_by_utility(utility: pa.Table, settings: Preferences) -> pa.Table:
     """Return pairs made from another signal than influence, divided at its median (ablations of Table 2); no texts.
 
     Args:
         utility: utility table of the probing set; rows without utility make no pairs.
-        max_pairs: keep only this many pairs, those with the widest gap; None keeps all.
+        settings: kind of pairs and limits; baseline and margin are of influence alone.
     """
     measured = utility.filter(pc.is_valid(utility["utility"]))
-    threshold = float(np.median(measured["utility"].to_numpy())) if measured.num_rows else 0.0
-    best, worst = pair_up(measured, "utility", np.full(measured.num_rows, threshold), 0.0)
-    return _pairs(measured, ["utility"], *widest_pairs(measured, "utility", best, worst, max_pairs))
+    values: Floats = measured["utility"].to_numpy()
+    thresholds = np.full(len(values), np.median(values) if len(values) else 0.0)
+    best, worst = _pair(measured, values, thresholds, 0.0, settings)
+    return _pairs(measured, ["utility"], *_limit(values, best, worst, settings))
 
 
 def pair_extremes(utility: pa.Table) -> pa.Table:
@@ -148,23 +155,24 @@ def best_of_each_prompt(examples: pa.Table, utility: pa.Table) -> pa.Table:
     return examples.filter(pc.is_in(examples["example_id"], pa.array([row["example_id"] for row in best.values()])))
 
 
-def pair_up(rows: pa.Table, utility: str, thresholds: Floats, floor: float) -> tuple[Positions, Positions]:
+def pair_within_prompts(
+    prompt_ids: pa.ChunkedArray, values: Floats, thresholds: Floats, floor: float
+) -> tuple[Positions, Positions]:
     """Pair every row above its threshold with every row of the same prompt below its threshold.
 
     Args:
-        rows: examples with `prompt_id`.
-        utility: the column to compare.
+        prompt_ids: [rows] the prompt of each row.
+        values: [rows] influence or utility.
         thresholds: [rows] the threshold of each row.
         floor: rows at most this far from their threshold make no pairs.
 
     Returns:
         [pairs] better rows and [pairs] worse rows, by prompts in the order of their first better row.
     """
-    values: Floats = rows[utility].to_numpy()
     helpful, harmful = np.flatnonzero(values > thresholds + floor), np.flatnonzero(values < thresholds - floor)
     # Number the prompts in the order of their first helpful rows.
-    prompts = pc.unique(rows["prompt_id"].take(helpful))
-    numbers: Positions = pc.index_in(rows["prompt_id"], prompts).fill_null(-1).to_numpy()
+    prompts = pc.unique(prompt_ids.take(helpful))
+    numbers: Positions = pc.index_in(prompt_ids, prompts).fill_null(-1).to_numpy()
     harmful = harmful[numbers[harmful] >= 0]
     helpful, harmful = (side[np.argsort(numbers[side], kind="stable")] for side in (helpful, harmful))
     harmful_counts = np.bincount(numbers[harmful], minlength=len(prompts))  # [prompts]; `harmful` is sorted by prompt
@@ -175,14 +183,49 @@ def pair_up(rows: pa.Table, utility: str, thresholds: Floats, floor: float) -> t
     return best, harmful[first_harmful[numbers[best]] + offsets]
 
 
-def widest_pairs(
-    rows: pa.Table, utility: str, best: Positions, worst: Positions, max_pairs: int | None
+def pair_across_prompts(values: Floats, thresholds: Floats, floor: float, max_uses: int) -> tuple[Positions, Positions]:
+    """Pair rows above their threshold with rows below it, of any prompt; each row makes at most `max_uses` pairs.
+
+    The best row is paired with the worst, the second best with the second worst, until one side has no more rows. Each
+    further round shifts the side with more rows by one, so that no pair occurs twice.
+
+    The teacher is trained on a pair under the prompt of the better row. It wrote the worse output for another prompt, so
+    under this prompt the rejected output is off-policy.
+
+    Args:
+        values: [rows] influence or utility.
+        thresholds: [rows] the threshold of each row, the same for all.
+        floor: rows at most this far from their threshold make no pairs.
+        max_uses: maximum number of pairs of a row.
+
+    Returns:
+        [pairs] better rows and [pairs] worse rows, round by round, in each from the most extreme rows to the threshold.
+    """
+    helpful, harmful = np.flatnonzero(values > thresholds + floor), np.flatnonzero(values < thresholds - floor)
+    helpful = helpful[np.argsort(-values[helpful], kind="stable")]
+    harmful = harmful[np.argsort(values[harmful], kind="stable")]
+    fewer, more = sorted((len(helpful), len(harmful)))
+    rounds, ranks = np.divmod(np.arange(min(max_uses, more) * fewer), max(fewer, 1))
+    shifted = (ranks + rounds) % max(more, 1)
+    best, worst = (ranks, shifted) if len(helpful) == fewer else (shifted, ranks)
+    return helpful[best], harmful[worst]
+
+
+def _pair(
+    rows: pa.Table, values: Floats, thresholds: Floats, floor: float, settings: Preferences
 ) -> tuple[Positions, Positions]:
-    """Return the pairs with the widest gaps in a column, in their order; all pairs if there is no limit."""
-    if max_pairs is None or len(best) <= max_pairs:
+    if settings.pairs == "across_prompts":
+        return pair_across_prompts(values, thresholds, floor, settings.max_uses)
+    return pair_within_prompts(rows["prompt_id"], values, thresholds, floor)
+
+
+def _limit(values: Floats, best: Positions, worst: Positions, settings: Preferences) -> tuple[Positions, Positions]:
+    """Return at most `max_pairs` pairs, in their order: those with the widest gaps; across prompts, the first ones."""
+    if settings.max_pairs is None or len(best) <= settings.max_pairs:
         return best, worst
-    values: Floats = rows[utility].to_numpy()
-    widest = np.sort(np.argsort(values[worst] - values[best], kind="stable")[:max_pairs])
+    if settings.pairs == "across_prompts":
+        return best[: settings.max_pairs], worst[: settings.max_pairs]
+    widest = np.sort(np.argsort(values[worst] - values[best], kind="stable")[: settings.max_pairs])
     return best[widest], worst[widest]
 
 
@@ -191,7 +234,8 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
 
     Args:
         pairs: the table without its texts.
-        examples: example table that contains the examples of all pairs. If its order is that of the pairs, it is read once.
+        examples: example table that contains the examples of all pairs. If its order is that of the pairs, it is read
+            once; pairs across prompts read it once for each row group of pairs.
         path: the file to write.
         schema: `PREFERENCES` or `UTILITY_PREFERENCES`.
 

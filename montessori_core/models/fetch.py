@@ -1,15 +1,14 @@
 """Find the folder of a model: a local folder, a model on the Hugging Face hub, or an embedded one."""
 
 import functools
-import json
 import os
 from pathlib import Path
 
 from montessori_core.errors import UserError
 from montessori_core.files import hash_json, read_json
+from montessori_core.models.adapters import adapted_model, is_adapter
 from montessori_core.models.embedded import EMBEDDED, find_embedded
 from montessori_core.models.fingerprints import (
-    ADAPTER,
     ADAPTER_WEIGHTS,
     FINGERPRINT,
     WEIGHTS,
@@ -34,7 +33,7 @@ def local_path(model: str) -> str:
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UserError(f"model {model!r}: no such folder; give an existing folder or a Hugging Face id")
         return model
-    if (path / ADAPTER).exists():
+    if is_adapter(path):
         if not (path / ADAPTER_WEIGHTS).exists():
             raise UserError(f"model {model!r}: the adapter has no {ADAPTER_WEIGHTS}; only safetensors are loaded")
         return str(path.resolve())
@@ -89,22 +88,27 @@ def commit_of(folder: Path) -> str | None:
 def fingerprint(folder: Path) -> str:
     """Return the hash that identifies a model: of its content, see `fingerprints`, or of its name and commit on the hub.
 
-    Folders written by this project hold their hash; other folders are read and hashed once.
+    Folders written by this project hold their hash; other folders are read and hashed once. The hash of an adapter includes
+    its base model's.
 
     Raises:
-        UserError: there is no such model, or one of its files is damaged.
+        UserError: there is no such model, one of its files is damaged, or an adapter was trained on another base model.
     """
     path = Path(local_path(str(folder)))
     if commit_of(path) is not None:
         return hash_json([path.parent.parent.name, path.name])
     recorded = read_json(path / FINGERPRINT)
     sha256 = str(recorded["sha256"]) if recorded else _hash_once(path, _signature(path))
-    return hash_json([sha256, fingerprint(fetch_model(adapted_model(path)))]) if (path / ADAPTER).exists() else sha256
-
-
-def adapted_model(folder: Path) -> str:
-    """Return the base model of the LoRA adapter in a folder."""
-    return str(json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"])
+    if not is_adapter(path):
+        return sha256
+    model = adapted_model(path)
+    base = fingerprint(fetch_model(model))
+    if recorded and recorded.get("base", base) != base:
+        raise UserError(
+            f"the adapter in {path} was trained on another model than {model!r} is now; restore that model. If it is the "
+            f"same in another format, delete 'base' from {path / FINGERPRINT}"
+        )
+    return hash_json([sha256, base])
 
 
 @functools.cache

@@ -162,10 +162,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_fingerprint(folder: Path) -> None:
-    """Write the hash of a model, and of its AdamW moments if present, into its folder, so that it is computed once."""
+def write_fingerprint(folder: Path, base: str | None = None) -> None:
+    """Write the hash of a model, and of its AdamW moments if present, into its folder, so that it is computed once.
+
+    Args:
+        folder: folder of a model or an adapter.
+        base: hash of the model that an adapter was trained on.
+    """
     moments = folder / MOMENTS_FILE
     recorded = {"sha256": hash_model(folder)} | ({"moments": hash_path(moments)} if moments.exists() else {})
+    recorded |= {"base": base} if base else {}
     write_json(recorded, folder / FINGERPRINT)
 
 

@@ -1,5 +1,6 @@
 """Count the floating-point operations of this process: two per weight and token forward, four backward.
 
+A frozen weight, such as those under a LoRA adapter, takes two backward: it passes gradients on, and has none itself.
 Weights are those that tokens are multiplied with; an embedding table is only looked up. Not counted: the products within
 attention, which grow with length, and recomputation that saves memory.
 
@@ -8,12 +9,15 @@ every token, about 110 times too many. Its totals are not comparable with these.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from montessori_core.models.adapters import adapted_model, is_adapter
+from montessori_core.models.fetch import fetch_model
 from montessori_core.models.fingerprints import weight_shapes
 
-FORWARD, BACKWARD = 2, 4
+FORWARD, BACKWARD, FROZEN_BACKWARD = 2, 4, 2
 _total = _reported = 0
 
 
@@ -24,28 +28,36 @@ def read_and_reset() -> int:
     return operations
 
 
-def record_operations(weights: int, tokens: int, backward: bool = False) -> None:
-    """Add the operations of `tokens` tokens through `weights` weights: forward, plus backward if `backward`."""
+def record_operations(weights: int, tokens: int) -> None:
+    """Add the operations of `tokens` tokens through `weights` weights, forward."""
     global _total
-    _total += (FORWARD + backward * BACKWARD) * weights * tokens
+    _total += FORWARD * weights * tokens
+
+
+def record_pass(parameters: Iterable[Any], tokens: int) -> None:
+    """Add the operations of `tokens` tokens through parameters: forward, and backward if gradients are enabled."""
+    import torch
+
+    global _total
+    for parameter in parameters:
+        backward = BACKWARD if parameter.requires_grad else FROZEN_BACKWARD
+        _total += (FORWARD + torch.is_grad_enabled() * backward) * _size(parameter) * tokens
 
 
 def count(model: Any) -> Any:
     """Make a causal language model count its operations; return the model."""
-    import torch
-
     layers, head = model.base_model, model.get_output_embeddings()
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    weights = sum(_size(parameter) for parameter in layers.parameters() if id(parameter) not in embeddings)
+    weights = [parameter for parameter in layers.parameters() if id(parameter) not in embeddings]
 
     def count_layers(module: Any, arguments: Any, named: dict[str, Any]) -> None:
         ids = named.get("input_ids", arguments[0] if arguments else None)
         if ids is None:
             ids = named["inputs_embeds"][..., 0]
-        record_operations(weights, ids.numel(), torch.is_grad_enabled())
+        record_pass(weights, ids.numel())
 
     def count_head(module: Any, arguments: Any) -> None:
-        record_operations(_size(head.weight), arguments[0].numel() // arguments[0].shape[-1], torch.is_grad_enabled())
+        record_pass([head.weight], arguments[0].numel() // arguments[0].shape[-1])
 
     layers.register_forward_pre_hook(count_layers, with_kwargs=True)
     head.register_forward_pre_hook(count_head)
@@ -57,7 +69,9 @@ def _size(parameter: Any) -> int:
 
 
 def weights_of(folder: Path) -> int:
-    """Count the same weights of a model on disk, from the headers of its safetensors files."""
+    """Count the same weights of a model on disk, or of an adapter's base model, from the headers of safetensors files."""
+    if is_adapter(folder):
+        folder = fetch_model(adapted_model(folder))
     sizes = {name: math.prod(shape) for name, shape in weight_shapes(folder).items()}
     tied = not any(name.endswith("lm_head.weight") for name in sizes)
     return sum(size for name, size in sizes.items() if tied or not name.endswith("embed_tokens.weight"))

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from montessori_core.config import Sampling
 from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_rendered
-from montessori_core.models.load import load_model
+from montessori_core.models.load import load_merged
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, RowCache, fits_row_cache
@@ -38,7 +38,7 @@ class TransformersEngine:
     def __init__(self, model: str, tokenizer: Any) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, generation_dtype())
-        self._model = load_model(model, dtype).to(self._device).eval()
+        self._model = load_merged(model, dtype).to(self._device).eval()
         self._tokenizer = tokenizer
         ends = self._model.generation_config.eos_token_id
         # Our trainings use the tokenizer's end token (`chat.encode_example`).

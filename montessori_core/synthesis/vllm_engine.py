@@ -2,21 +2,30 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from montessori_core.config import Sampling
+from montessori_core.errors import UserError
 from montessori_core.models import flops
+from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
 from montessori_core.models.chat import encode_rendered
 from montessori_core.models.fetch import fetch_model
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+
 
 class VllmEngine:
-    """A model on all GPUs of the job (tensor parallel), or on the CPU with a CPU build of vLLM."""
+    """A model on all GPUs of the job (tensor parallel), or on the CPU with a CPU build of vLLM.
+
+    vLLM loads the base model of an adapter, and applies the adapter to every request: nothing is merged or written.
+    """
 
     def __init__(self, model: str, tokenizer: Any) -> None:
         if not torch.cuda.is_available():
@@ -25,14 +34,16 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         folder = fetch_model(model)
         self._weights = flops.weights_of(folder)
+        self._adapter = LoRARequest("teacher", 1, str(folder)) if is_adapter(folder) else None
         self._llm = LLM(
-            model=str(folder),
+            model=str(fetch_model(adapted_model(folder)) if self._adapter else folder),
             trust_remote_code=False,
             dtype="bfloat16" if torch.cuda.is_available() else generation_dtype(),
             seed=0,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
             enable_prefix_caching=True,  # read a prompt once for all its samples
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compilation costs more than it saves
+            **_room_for_adapter(folder),
         )
         self._tokenizer = tokenizer
 
@@ -43,6 +54,7 @@ class VllmEngine:
         names = self._llm.enqueue(
             [{"prompt_token_ids": prompts[request.prompt]} for request in requests],
             [_parameters(sampling, stop, request.seed) for request in requests],
+            lora_request=self._adapter,
             use_tqdm=False,
         )
         flops.record_operations(self._weights, sum(map(len, prompts.values())))
@@ -55,6 +67,23 @@ class VllmEngine:
                 progress.end(generated.tokens)
                 flops.record_operations(self._weights, generated.tokens)
             yield Step(finished, dict, progress.done(()))
+
+
+def _room_for_adapter(folder: Path) -> dict[str, Any]:
+    """Return the arguments with which vLLM can apply the adapter in a folder; none for a full model.
+
+    Raises:
+        UserError: its rank is larger than vLLM's largest.
+    """
+    if not is_adapter(folder):
+        return {}
+    rank = adapter_rank(folder)
+    if rank > max(_RANKS):
+        raise UserError(
+            f"the adapter in {folder} has rank {rank}, and vLLM applies at most {max(_RANKS)}; set "
+            "synthesis.engine: transformers"
+        )
+    return {"enable_lora": True, "max_lora_rank": min(room for room in _RANKS if room >= rank)}
 
 
 def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingParams:

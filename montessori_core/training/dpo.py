@@ -10,8 +10,9 @@ from typing import Any
 from montessori_core import programs
 from montessori_core.data.rows import PairRow
 from montessori_core.errors import DataError
+from montessori_core.models.adapters import is_adapter
 from montessori_core.models.chat import encode_plain, encode_rendered, hash_vocabulary
-from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.load import load_model, load_tokenizer, lora_config
 from montessori_core.program import Compute, Report
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (
@@ -30,7 +31,8 @@ from montessori_core.training.scoring import speed_up_scoring
 def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[PairRow]:
     """Update a teacher on the preference pairs of its one shard; the result is a model folder.
 
-    The input `teacher` has the initial weights. Intermediate teachers are saved in the folder `kept` of the result.
+    The input `teacher` has the initial weights, and is the reference. A new adapter is off for the reference; of an adapter
+    that is trained further, TRL keeps a copy. Intermediate teachers are saved in the folder `kept` of the result.
     Prompt and outputs of a row are the exact texts of generation, so the likelihoods are those of generation.
     """
     recipe = settings.recipe
@@ -59,23 +61,31 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         tokenizer = load_tokenizer(model_path)
         pairs = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
-        end = [tokenizer.eos_token_id]
-        padding = [{"prompt_ids": end, "chosen_ids": end, "rejected_ids": end}] * TeacherTrainer.padding
+        end = tokenizer.eos_token_id
+        padding = [{"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}] * TeacherTrainer.padding
         arguments = DPOConfig(
             **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(pairs)),
             beta=recipe.beta,
+            label_smoothing=recipe.label_smoothing,
             max_length=recipe.max_length,
-            precompute_ref_log_probs=True,  # no second teacher in memory
+            precompute_ref_log_probs=recipe.precomputes_reference,  # no second teacher in memory
         )
-        progress = ProgressCallback(report, recipe, read_before=len(pairs) + len(padding))
+        read_before = len(pairs) + len(padding) if recipe.precomputes_reference else 0
+        progress = ProgressCallback(report, recipe, read_before)
+        teacher, adapter = load_model(model_path, torch.float32), None
+        if recipe.lora is not None and not is_adapter(Path(model_path)):
+            adapter = lora_config(teacher, recipe.lora, "teacher_update.lora")
         with shared_dataset([*pairs, *padding], output.parent) as data:
             trainer = TeacherTrainer(
-                model=load_model(model_path, torch.float32),
+                model=teacher,
                 args=arguments,
                 train_dataset=data,
                 processing_class=tokenizer,
                 callbacks=[progress, CheckpointCallback()],
+                peft_config=adapter,
             )
+            if not recipe.precomputes_reference:
+                speed_up_scoring(trainer.model, pairs=True)
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))
             train(trainer, Path(model_path), checkpoints)
         counts = {"pairs": len(pairs), "left_out": len(rows) - len(pairs)}

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from montessori_core.config import Optimization, Zero
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
+from montessori_core.models.adapters import adapted_model, is_adapter
+from montessori_core.models.fetch import fetch_model, fingerprint
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import checkpoint_arguments, last_complete_checkpoint
@@ -219,13 +221,15 @@ def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     masters = gather_masters(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return
-    trainer.model.save_pretrained(folder, state_dict=masters)
+    # TRL keeps the adapter that DPO starts from as another one, named "ref".
+    adapters = {"selected_adapters": ["default"]} if hasattr(trainer.model, "peft_config") else {}
+    trainer.model.save_pretrained(folder, state_dict=masters, **adapters)
     config = folder / "config.json"
     if computes_in_bf16() and config.exists():  # it has the dtype of the bf16 copies
         content = json.loads(config.read_text()) | {"dtype": "float32"}
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
-    write_fingerprint(folder)
+    write_fingerprint(folder, fingerprint(fetch_model(adapted_model(folder))) if is_adapter(folder) else None)
 
 
 def _step_log(state: TrainerState) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.layout import MOMENTS_FILE
-from montessori_core.models.fingerprints import ADAPTER
+from montessori_core.models.adapters import is_adapter
 from montessori_core.models.load import load_model
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class MastersCallback(TrainerCallback):
         # A file has tied weights under one of their names.
         named = engine.module.named_parameters(remove_duplicate=False)
         parameters = {_name_in_files(name): parameter for name, parameter in named if parameter.requires_grad}
-        if hasattr(engine.module, "peft_config") and not (self._model / ADAPTER).exists():
+        if hasattr(engine.module, "peft_config") and not is_adapter(self._model):
             return  # a new adapter, initialised at random
         if not _copy_from_files(self._model, parameters):
             _copy_from_model(self._model, parameters, args)

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
 
-from montessori_core.config import Optimization
+from montessori_core.config import Optimization, TeacherUpdate
 
 
 def padding_rows(examples: int, recipe: Optimization) -> int:
@@ -54,17 +54,18 @@ class EvenSteps:
 
 
 class EvenPairs(EvenSteps):
-    """Mixin for a DPO trainer. Chosen and rejected output of the padding are equal: its loss is log 2, its gradient zero.
+    """Mixin for a DPO trainer. The padding has empty outputs: the loss of its pairs is a constant, its gradient zero.
 
     Attributes:
         recipe: recipe of the training.
     """
 
-    recipe: Optimization
+    recipe: TeacherUpdate
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Remove the padding's part from the loss and metrics of the last step, which TRL averages over all pairs."""
-        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Remove the padding's part from the loss and metrics of the last step, which TRL averages over all rows."""
+        self._choose_losses(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         rows, batch_size = len(self.train_dataset), self.recipe.batch_size  # type: ignore[attr-defined]
         steps = math.ceil(rows / batch_size)
         if not self.padding or (self.state.global_step + 1) % steps:  # type: ignore[attr-defined]
@@ -74,4 +75,14 @@ class EvenPairs(EvenSteps):
         metrics = self._metrics["train"]  # type: ignore[attr-defined]
         for name in ("rewards/margins", "rewards/accuracies"):
             metrics[name][-1] *= rows / pairs
-        return (loss * rows - math.log(2) * self.padding) / pairs
+        recipe = self.recipe
+        without_margin = (2 * recipe.beta) ** -2 if recipe.loss == "ipo" else math.log(2)
+        return (loss * rows - without_margin * self.padding) / pairs
+
+    def _choose_losses(self, inputs: Any) -> None:
+        """Set TRL's losses for a micro-batch. Its likelihood counts by its share of pairs: TRL averages over their tokens."""
+        share = float(inputs["completion_mask"].any(1).float().mean())
+        weights: dict[str, float] = {self.recipe.loss: 1.0}
+        if self.recipe.sft_weight and share:
+            weights["sft"] = self.recipe.sft_weight * share
+        self.loss_types, self.loss_weights = list(weights), list(weights.values())

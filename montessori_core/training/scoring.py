@@ -61,13 +61,13 @@ def pack_pairs(
     Args:
         input_ids: [rows, tokens], padded on the right.
         attention_mask: [rows, tokens], 0 for padding.
-        labels: [rows, tokens], `IGNORED` in the prompt and the padding.
+        labels: [rows, tokens], `IGNORED` in the prompt and the padding. A pair without labels has two empty outputs.
         dtype: dtype of the mask.
     """
     pairs, device = len(input_ids) // 2, input_ids.device
     labelled = labels != IGNORED
-    prompts = labelled.int().argmax(1)[:pairs]  # number of tokens of each prompt
     ends = attention_mask.sum(1)
+    prompts = torch.where(labelled.any(1), labelled.int().argmax(1), ends)[:pairs]  # number of tokens of each prompt
     outputs = (ends - prompts.repeat(2)).tolist()
     width = max(int(p) + outputs[i] + 1 + outputs[pairs + i] for i, p in enumerate(prompts))
     ids = input_ids.new_zeros(pairs, width)
@@ -160,7 +160,7 @@ def _packing_is_exact(model: Any, fused: Callable[..., Any], kwargs: dict[str, A
         separate = _score_rows(model, fused, kwargs).log_probs
         try:
             packed = _score_packed(model, fused, kwargs).log_probs
-            scored = (kwargs["labels"][:, 1:] != IGNORED).sum()
+            scored = (kwargs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
             difference = float((separate - packed).abs().sum() / scored)
         except (RuntimeError, ValueError, TypeError) as error:
             log.info("prompts are read twice: %s", error)
@@ -198,8 +198,7 @@ def _score(
     next_tokens = kwargs["labels"][:, 1:][labelled][None]  # [1, positions]
     with _select_positions(model.base_model, scored[labelled]):
         output = fused(**kwargs | inputs | {"labels": None, "shift_labels": next_tokens})
-    head = model.get_output_embeddings()
-    flops.record_operations(head.weight.numel(), next_tokens.numel(), torch.is_grad_enabled())
+    flops.record_pass([model.get_output_embeddings().weight], next_tokens.numel())
     for name in (*_PER_TOKEN, "label_mask"):
         values = getattr(output, name)
         if values is not None:

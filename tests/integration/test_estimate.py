@@ -59,6 +59,19 @@ def test_planned_stages_count_exact_measurements() -> None:
     assert flops("first_order")["read"] < flops("screened")["read"] < flops("exact")["read"]
 
 
+def test_planned_pairs_follow_preferences() -> None:
+    def pairs(**preferences: object) -> str:
+        return planned(influence={"probing_examples": 1000}, preferences=preferences)[
+            "iteration 1: teacher update"
+        ].work
+
+    across = {"pairs": "across_prompts", "baseline": "median"}
+    assert pairs() == "about 700 pairs"
+    assert pairs(**across) == "about 500 pairs"
+    assert pairs(**across, max_uses=3) == "about 1,500 pairs"
+    assert pairs(**across, max_uses=3, max_pairs=900) == "about 900 pairs"
+
+
 def test_planned_stages_follow_iterations_and_comparison() -> None:
     names = list(planned(iterations=2, comparison={"unmodified_teacher": False, "influence_examples": 0}))
     assert names.count("iteration 2: probing set") == 1

@@ -88,6 +88,7 @@ def test_lora_influence_equals_explicit_procedure(warm: Path) -> None:
 
 
 def test_adapter_fingerprint_includes_its_base(warm: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """An adapter that we trained knows its base model, and is refused with another one."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(tiny_llama, base)
     shutil.copytree(warm, adapter)
@@ -96,6 +97,10 @@ def test_adapter_fingerprint_includes_its_base(warm: Path, tiny_llama: Path, tmp
     before = fingerprint(adapter)
     changed = json.loads((base / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
     (base / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="the adapter in .* was trained on another model"):
+        fingerprint(adapter)
+    recorded = json.loads((adapter / "fingerprint.json").read_text())
+    (adapter / "fingerprint.json").write_text(json.dumps({"sha256": recorded["sha256"]}))
     assert fingerprint(adapter) != before
 
 

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from montessori_core.influence.memory import GB, Shape, plan_memory
+from montessori_core.influence.memory import GB, plan_memory
+from montessori_core.models.shape import Shape
+from montessori_core.training.memory import plan_update
 from support import ROOT
 from support.runs import call, invoke
 
@@ -29,7 +32,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
-from montessori_core.influence.memory import Shape, plan_memory
+from montessori_core.influence.memory import plan_memory
+from montessori_core.models.shape import Shape
 from montessori_core.training.moments import Moments
 
 hidden, intermediate, layers, vocabulary = map(int, sys.argv[1:5])
@@ -103,3 +107,24 @@ def test_plan_command_prints_placement_and_remedy(smollm2: Path) -> None:
     code, output = invoke(*command, "--gpu-memory", "1", cwd=ROOT)
     assert code == 1
     assert "--lora-rank" in output
+
+
+def test_8b_teacher_needs_an_adapter_on_80_gb() -> None:
+    """All weights need 16 bytes each, over two GPUs 10; with an adapter one GPU is enough."""
+    adapter = replace(LLAMA_3_8B, trained=42_000_000)
+    assert plan_update(LLAMA_3_8B, 3, 2, 4096).total > 80 * GB > 1.5 * plan_update(adapter, 2, 1, 4096).total
+
+
+def test_plan_command_prints_teacher_update(smollm2: Path) -> None:
+    command = ("plan", "--teacher", str(smollm2), "--max-length", "512")
+    code, output = invoke(*command, "--gpu-memory", "24", cwd=ROOT)
+    assert code == 0, output
+    assert "fits 24 GB: 1 GPU, zero.stage 2; 2 GPUs, zero.stage 2" in output
+    code, output = invoke(*command, "--gpu-memory", "1.2", cwd=ROOT)
+    assert code == 1
+    assert "--lora-rank" in output
+    code, output = invoke(*command, "--gpu-memory", "1.2", "--lora-rank", "16", cwd=ROOT)
+    assert code == 0, output
+    code, output = invoke(*command, "--student", str(smollm2), cwd=ROOT)
+    assert code == 1
+    assert "give a --student or a --teacher" in output

@@ -27,6 +27,8 @@ from montessori_core.data.sources import read_tasks, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.evaluation.kinds import read_classifier
 from montessori_core.influence.screening import screening_report
+from montessori_core.models.adapters import adapted_model
+from montessori_core.models.fetch import fingerprint
 from support.judges import QUESTIONS, Judge, judged
 from support.reports import Page
 from support.runs import call, digests, finish_lean, invoke
@@ -409,6 +411,37 @@ def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: di
     assert all(sum(name.startswith("i1-training") for name in demonstrations) == 1 for demonstrations in shown)
     assert not (run / "iteration-2" / "warmup").exists()
     assert schema.read_table(run / "iteration-2" / "influence.parquet", schema.INFLUENCE).num_rows == 8
+
+
+@pytest.mark.slow
+def test_second_iteration_continues_teachers_adapter(
+    finished_run: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
+    """The adapter writes the training set and the next probing set; it stays an adapter of the configured teacher.
+
+    Its pairs are made across prompts, and the likelihood of chosen outputs is part of its loss.
+    """
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    changes = (
+        "iterations=2",
+        "teacher_update.lora={rank: 4, alpha: 8}",
+        "teacher_update.sft_weight=0.5",
+        "preferences.pairs=across_prompts",
+    )
+    options = [word for change in changes for word in ("--set", change)]
+    finish_lean("run", "tiny.yaml", *options, cwd=tmp_path, **shared_server)
+    run = reopen_run(tmp_path / "runs" / "tiny")
+    teachers = [run.iteration(number) / "teacher" / "part-00000" for number in (1, 2)]
+    assert [adapted_model(teacher) for teacher in teachers] == [run.initial_teacher().path] * 2
+    assert len({fingerprint(teacher) for teacher in teachers}) == 2
+    assert "Two instructions of any prompts" in (run.folder / "report.html").read_text()
+    for number in (1, 2):
+        pairs = schema.read_table(run.iteration(number) / "preferences.parquet", schema.PREFERENCES)
+        measured = schema.read_table(run.iteration(number) / "influence.parquet", schema.INFLUENCE)
+        assert 1 <= pairs.num_rows <= measured.num_rows // 2
+        assert len(set(pairs["chosen_id"].to_pylist()) | set(pairs["rejected_id"].to_pylist())) == 2 * pairs.num_rows
+        examples = schema.read_table(run.iteration(number) / "training" / "examples.parquet", schema.EXAMPLES)
+        assert examples.num_rows == 6
 
 
 @pytest.mark.slow

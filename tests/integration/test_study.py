@@ -20,7 +20,7 @@ from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method
 from montessori_core import programs
-from montessori_core.config import read_study
+from montessori_core.config import Preferences, read_study
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import (
     EXAMPLES,
@@ -102,11 +102,11 @@ def test_utility_pairs_stay_within_a_prompt(tmp_path: Path) -> None:
     utility = table_from_rows(
         [{"example_id": name, "prompt_id": name[0], "utility": score} for name, score in scores.items()], UTILITY
     )
-    pairs = with_texts(tmp_path, examples, pair_by_utility(utility, None))
+    pairs = with_texts(tmp_path, examples, pair_by_utility(utility, Preferences()))
     assert [(pair["chosen_id"], pair["rejected_id"]) for pair in pairs] == [("a0", "a1"), ("b1", "b2")]
     assert pairs[0]["chosen"] == "output a0"
     assert pairs[0]["prompt"] == "prompt a"
-    assert pair_by_utility(utility, 1)["chosen_id"].to_pylist() == ["a0"]  # the widest gap
+    assert pair_by_utility(utility, Preferences(max_pairs=1))["chosen_id"].to_pylist() == ["a0"]  # the widest gap
 
 
 def test_extreme_pairs_are_best_and_worst(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -436,11 +437,12 @@ def test_multi_process_dpo_equals_single_process(tiny_llama: Path, tmp_path: Pat
             assert (together[name] - weight).abs().max() <= 1e-3 * moved, (stage, name)
 
 
-def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [{}, {"loss": "ipo", "sft_weight": 0.5}], ids=["sigmoid", "ipo and sft"])
+def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
     """It has one pair: in micro-batches of one, or as one row of four in two processes."""
 
     def update(processes: int, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-        recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch)
+        recipe = TeacherUpdate(learning_rate=1e-3, batch_size=4, micro_batch_size=micro_batch, **loss)
         part = execute(tmp_path / str(processes), programs.DPO, dpo(recipe, 2), tiny_llama, PAIRS[:5], processes)
         return load_file(part / "model.safetensors"), json.loads((part / LOG_FILE).read_text())
 
@@ -452,14 +454,32 @@ def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path) -> No
         assert (together[name] - weight).abs().max() <= 1e-3 * (weight - start[name]).abs().max(), name
 
 
+def _write_full(folder: Path, tiny_llama: Path) -> Path:
+    shutil.copytree(tiny_llama, folder)
+    return folder / "model.safetensors"
+
+
 @pytest.mark.guarantee("training job killed between two steps")
-def test_killed_teacher_update_resumes_to_same_weights(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "lora"),
+    [
+        (_write_full, None),
+        (_write_full, Lora(rank=4, alpha=8)),
+        pytest.param(_write_adapter, Lora(rank=4, alpha=8), marks=pytest.mark.slow),
+    ],
+    ids=["all weights", "new adapter", "last teacher's adapter"],
+)
+def test_killed_teacher_update_resumes_to_same_weights(
+    tiny_llama: Path, tmp_path: Path, write: Callable[[Path, Path], Path], lora: Lora | None
+) -> None:
     """With and without intermediate teachers; those from before the kill are kept."""
-    recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1)
+    start = write(tmp_path / "start", tiny_llama).parent
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1, lora=lora)
     pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
 
     def update(folder: Path, **keep: int) -> Path:
-        return execute(folder, programs.DPO, dpo(recipe, 2, **keep), tiny_llama, pairs, 1)
+        return execute(folder, programs.DPO, dpo(recipe, 2, **keep), start, pairs, 1)
 
     undisturbed = update(tmp_path / "undisturbed")
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
@@ -467,10 +487,10 @@ def test_killed_teacher_update_resumes_to_same_weights(tiny_llama: Path, tmp_pat
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
     assert "resuming from checkpoint-" in logs
-    assert (part / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert (part / weights).read_bytes() == (undisturbed / weights).read_bytes()
     kept = kept_teachers(Model.of(part))
     assert list(kept) == [10, 20, 30]
-    assert len({teacher.sha256 for teacher in kept.values()} | {fingerprint(part), fingerprint(tiny_llama)}) == 5
+    assert len({teacher.sha256 for teacher in kept.values()} | {fingerprint(part), fingerprint(start)}) == 5
     assert [path.name for path in (tmp_path / "undisturbed").rglob("kept")] == []
 
 

@@ -99,6 +99,25 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
         ({"influence": {"sequential": {}, "estimator": "exact"}}, "preferences.baseline: prompt has no threshold"),
         ({"training": {"batch_size": 3}}, "training: batch_size (3) must be a multiple of micro_batch_size (2)"),
         ({"training": {"schedule": {"warmup": 0.5}}}, "training.schedule: warmup + stable + decay must be 1, not 1.4"),
+        (
+            {"preferences": {"pairs": "across_prompts"}},
+            "preferences: pairs: across_prompts with baseline: prompt; the mean",
+        ),
+        ({"preferences": {"max_uses": 2}}, "preferences: max_uses: 2 needs pairs: across_prompts"),
+        (
+            {"teacher_update": {"loss": "robust"}},
+            "teacher_update: loss: robust with label_smoothing: 0; loss: robust needs",
+        ),
+        (
+            {"teacher_update": {"label_smoothing": 0.1}},
+            "teacher_update: loss: sigmoid with label_smoothing: 0.1; loss: ro",
+        ),
+        ({"teacher_update": {"label_smoothing": 0.5}}, "teacher_update.label_smoothing: Input should be less than 0.5"),
+        ({"teacher_update": {"loss": "simpo"}}, "teacher_update.loss: Input should be 'sigmoid', 'ipo', 'robust' or"),
+        (
+            {"teacher_update": {"lora": {"rank": 0}}},
+            "teacher_update.lora.rank: Input should be greater than or equal to 1",
+        ),
         ({"zero": {"stage": 0, "offload": "optimizer"}}, "zero: offload: optimizer needs stage 1, 2 or 3"),
         ({"cluster": {"resources": {"training": {"nodes": 2}}}}, "cluster: resources.training.nodes is 2, but profile"),
         ({"cluster": {"resources": {"training": {"processes_per_node": 3}}}}, "x 3 processes; change them"),

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from montessori_core.config import Sampling
+from montessori_core.config import Lora, Sampling
 from montessori_core.influence.losses import TokenLosses, make_batch
 from montessori_core.models import flops
 from montessori_core.models.chat import encode_example
-from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
@@ -27,6 +27,8 @@ def test_flops_are_two_and_six_per_weight(tiny_llama: Path) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     assert flops.read_and_reset() == 6 * 10 * (LAYERS + head)
     assert flops.read_and_reset() == 0
+    with_lora(model, Lora())(input_ids=ids, labels=ids).loss.backward()
+    assert flops.read_and_reset() == 4 * 10 * (LAYERS + head)
 
 
 def test_losses_project_only_labelled_positions(tiny_llama: Path) -> None:
@@ -54,8 +56,10 @@ def test_generation_flops_count_shared_prompt_once(tiny_llama: Path) -> None:
     assert abs(more / (2 * LAYERS) - prompt) < 10
 
 
-def test_flops_count_weights_on_disk(tiny_llama: Path, smollm2: Path) -> None:
-    for folder in (tiny_llama, smollm2):
+def test_flops_count_weights_on_disk(tiny_llama: Path, smollm2: Path, tmp_path: Path) -> None:
+    """Those of an adapter are its base model's."""
+    with_lora(load_model(str(tiny_llama), torch.float32), Lora()).save_pretrained(tmp_path)
+    for folder in (tiny_llama, smollm2, tmp_path):
         model = load_model(str(folder), torch.float32)
         flops.read_and_reset()
         with torch.no_grad():

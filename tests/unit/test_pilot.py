@@ -103,5 +103,13 @@ def test_prediction_names_margin_if_no_baseline_helps() -> None:
     assert "lower preferences.margin" in warning
 
 
+def test_remedy_across_prompts_is_a_common_threshold() -> None:
+    """The sign of momentum is that of all examples; of the other baselines, the mean of a prompt is no threshold here."""
+    settings = Preferences(pairs="across_prompts", baseline="student")
+    warning = predict_pair_count(influence(rows(64), common=9.0), settings, 10_000)
+    assert warning is not None
+    assert re.search(r"With preferences.baseline=(null_step|median) they make 3\d;", warning)
+
+
 def test_prediction_ignores_max_pairs() -> None:
     assert predict_pair_count(influence(rows(64), 0.0), Preferences(baseline="prompt", max_pairs=1), 10_000) is None

@@ -1,4 +1,4 @@
-"""Preference pairs: the cross product within a prompt, without pairs below the noise floor."""
+"""Preference pairs within a prompt and across prompts, without pairs below the noise floor."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from montessori_core.config import Preferences
 from montessori_core.data import tables
@@ -25,7 +27,13 @@ from montessori_core.data.tables import (
 )
 from montessori_core.errors import DataError
 from montessori_core.influence import preferences
-from montessori_core.influence.preferences import pair_by_influence, threshold_of, thresholds_of, write_preferences
+from montessori_core.influence.preferences import (
+    pair_across_prompts,
+    pair_by_influence,
+    threshold_of,
+    thresholds_of,
+    write_preferences,
+)
 from montessori_core.influence.table import (
     domination_warning,
     join_influence,
@@ -163,6 +171,50 @@ def test_margin_is_in_standard_errors() -> None:
 def test_max_pairs_keeps_widest_gaps_in_order() -> None:
     assert pairs(Preferences(baseline="student", max_pairs=2)) == [("a1", "a3"), ("a1", "a4")]
     assert pairs(Preferences(baseline="student", max_pairs=1)) == [("a1", "a4")]
+
+
+def across(baseline: str = "student", **settings: Any) -> Preferences:
+    return Preferences(pairs="across_prompts", baseline=baseline, **settings)
+
+
+def test_pairs_across_prompts_match_best_with_worst() -> None:
+    """Helpful: b1 5, b2 4, a1 3, a2 1. Harmful: d2 -9, a4 -2, then a3 and c1 -1. d1 is on the threshold."""
+    first = [("b1", "d2"), ("b2", "a4"), ("a1", "a3"), ("a2", "c1")]
+    second = [("b1", "a4"), ("b2", "a3"), ("a1", "c1"), ("a2", "d2")]
+    assert pairs(across()) == pairs(across("median")) == first
+    assert pairs(across(max_uses=2)) == first + second
+    assert pairs(across(max_uses=2, max_pairs=6)) == first + second[:2]
+    assert len(set(pairs(across(max_uses=99)))) == 16
+    # Two of five rows are harmful: the other side is shifted.
+    few = [("b1", "d2"), ("b2", "a4"), ("b2", "d2"), ("a1", "a4")]
+    assert pairs(across("null_step", max_uses=2), null_step=-1.0) == few
+    assert pairs(across(), noise=9.0) == []
+
+
+def test_pairs_across_prompts_keep_chosen_prompt(tmp_path: Path) -> None:
+    write_table(examples(*VALUES), tmp_path / "examples.parquet", EXAMPLES)
+    made = pair_by_influence(influence(VALUES), across(max_pairs=1))
+    write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
+    (row,) = read_table(tmp_path / "preferences.parquet", PREFERENCES).to_pylist()
+    assert (row["prompt_id"], row["prompt"]) == ("b", "prompt b")
+    assert (row["chosen"], row["rejected"], row["rejected_influence_student"]) == ("raw b1", "raw d2", -9.0)
+
+
+NUMBERS = st.floats(-1.0, 1.0)
+
+
+@given(st.lists(NUMBERS, max_size=40), NUMBERS, st.floats(0.0, 0.5), st.integers(1, 50))
+def test_pairs_across_prompts_are_distinct_with_positive_gaps(
+    numbers: list[float], threshold: float, floor: float, max_uses: int
+) -> None:
+    values = np.array(numbers, float)
+    best, worst = pair_across_prompts(values, np.full(len(values), threshold), floor, max_uses)
+    assert len(set(zip(best.tolist(), worst.tolist(), strict=True))) == len(best)
+    assert (values[best] > values[worst]).all()
+    for side in (best, worst):
+        assert np.bincount(side, minlength=1).max() <= max_uses
+    counts = [int(above.sum()) for above in (values > threshold + floor, values < threshold - floor)]
+    assert len(best) == min(counts) * min(max_uses, max(counts))
 
 
 def test_pairs_have_raw_outputs_and_influences(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -69,11 +70,14 @@ def make(kind: str) -> Any:
     else:
         model = LlamaForCausalLM(LlamaConfig(**ATTENTION, tie_word_embeddings=kind == "tied"))
     add_fused_lm_head(model, outputs=FIELDS[:-1])
+    if kind == "adapter":
+        # Not a new adapter, which changes nothing.
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     return model
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["rows", "pairs"])
-@pytest.mark.parametrize("kind", ["tied", "untied", "sliding window", "mamba"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "adapter", "sliding window", "mamba"])
 def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
     batch = pairs()
     expected, expected_gradient = scores(make(kind), batch)
@@ -86,13 +90,27 @@ def test_scores_and_gradients_equal_trl(kind: str, shared: bool) -> None:
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
-@pytest.mark.parametrize(("kind", "reads"), [("tied", 3), ("mamba", 6)])
+def test_scores_without_adapter_equal_base_model() -> None:
+    """DPO's reference is the model without its adapter, after a batch with it."""
+    base, model, batch = make("untied"), make("adapter"), pairs()
+    for scored in (base, model):
+        speed_up_scoring(scored, pairs=True)
+    expected = base(**batch, fused_lm_head=True).log_probs
+    adapted = model(**batch, fused_lm_head=True).log_probs
+    with model.disable_adapter():
+        reference = model(**batch, fused_lm_head=True).log_probs
+    assert torch.equal(reference, expected)
+    assert (adapted - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("tied", 3), ("adapter", 3), ("mamba", 6)])
 def test_pairs_read_prompt_once_if_masks_allow(kind: str, reads: int) -> None:
     model = make(kind)
     speed_up_scoring(model, pairs=True)
     scores(model, pairs())
     rows: list[int] = []
-    model.base_model.register_forward_pre_hook(
+    causal_lm = model.get_base_model() if kind == "adapter" else model
+    causal_lm.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     scores(model, pairs())
@@ -110,6 +128,21 @@ def test_packed_rows_have_prompt_and_two_outputs() -> None:
     assert seen[5] == [1, 1, 0, 0, 0, 1, 0, 0, 0, 0]  # the repeated token: the tokens before the original, and itself
     assert seen[7] == [1, 1, 1, 0, 0, 0, 1, 1, 0, 0]  # the rejected output: prompt and itself
     assert packed.scored.tolist() == [[-1, -1, 2, 3, -1, -1], [-1, -1, 5, 6, 7, 8]]
+
+
+def test_pairs_without_outputs_have_zero_scores() -> None:
+    """They pad the last batch of a teacher update; in one process it may have no other."""
+    batch, padding = pairs((5, 2, 30), (4, 0, 1, 7, 0, 12)), pairs((2, 2), (0, 0, 0, 0))
+    expected, expected_gradient = scores(make("tied"), batch)
+    model = make("tied")
+    speed_up_scoring(model, pairs=True)
+    output, gradient = scores(model, batch)
+    assert torch.allclose(output.log_probs, expected.log_probs, atol=1e-5)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert not output.log_probs[[1, 4]].any()
+    output, gradient = scores(model, padding)
+    assert not output.log_probs.any()
+    assert not gradient.any()
 
 
 CHANGED_LOGITS = {

@@ -11,14 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Cluster, DataSource, Endpoint, Resources, Sampling, Synthesis
+from montessori_core.config import Cluster, DataSource, Endpoint, Lora, Resources, Sampling, Synthesis
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import GENERATION, MT_BENCH, read_table
 from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench_judge
+from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
 from support import ROOT
@@ -62,6 +64,28 @@ def test_vllm_samples_depend_on_their_seeds(
     stopped = [row for row in found[:16] if row["finish_reason"] == "stop"]
     assert any(row["raw_output"].endswith(CLOSE) for row in stopped)
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
+
+
+def test_vllm_applies_an_adapter(
+    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter has learnt one sentence by heart."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    start, end = "The capital of France is", " a yellow elephant with nine umbrellas."
+    adapter, tokenizer = tmp_path / "adapter", load_tokenizer(str(smollm2))
+    model = with_lora(load_model(str(smollm2), torch.float32), Lora())
+    ids = torch.tensor([tokenizer(start + end)["input_ids"]])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
+    for _ in range(20):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    row = {"example_ids": ["france"], "turns": [start], "seeds": [1]}
+    sampling = Sampling(temperature=0.1, max_tokens=10, presence_penalty=0.0)
+    (found,) = generate(tmp_path / "stage", adapter, vllm_python, [row], sampling)
+    assert found["raw_output"].startswith(end)
 
 
 def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""Dimensions of a model that determine its memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a model that determine the memory of its training.
+
+    Attributes:
+        parameters: number of all parameters.
+        trained: number of trained parameters (all, or those of a LoRA adapter).
+        largest: elements of the largest trained tensor.
+        layers, hidden, intermediate, vocabulary: dimensions of the architecture.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    @staticmethod
+    def of(model: Any) -> "Shape":
+        """Return the shape of a model, which may be on the meta device."""
+        causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        config = causal_lm.config.get_text_config()
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        return Shape(
+            parameters=sum(p.numel() for p in model.parameters()),
+            trained=sum(trained),
+            largest=max(trained),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+        )
