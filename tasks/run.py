@@ -15,6 +15,7 @@ from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
+from montessori_core.models.weight_names import check_weight_files
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.prompts import check_decoding
@@ -32,7 +33,12 @@ class Model:
 
     @staticmethod
     def of(folder: Path) -> "Model":
-        """Return the model in a folder."""
+        """Return the model in a folder.
+
+        Raises:
+            UserError: a file is missing or damaged, or names of weights are wrong.
+        """
+        check_weight_files(folder)
         return Model(str(folder), fingerprint(folder))
 
 
@@ -208,6 +214,8 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> dict[str, 
         fetch_model(section.model, commits.get(_name_of(section), section.revision))
         for section in (experiment.teacher, experiment.student)
     )
+    for folder in (teacher, student):
+        check_weight_files(folder)
     check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
     check_adapter(student, experiment.student.lora, "student.lora")
     fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}

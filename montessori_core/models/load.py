@@ -10,6 +10,7 @@ from montessori_core.models.adapters import adapted_model, is_adapter
 from montessori_core.models.chat import LLAMA3_STYLE_TEMPLATE
 from montessori_core.models.fetch import fetch_model
 from montessori_core.models.fingerprints import weight_shapes, without_environment
+from montessori_core.models.weight_names import check_loaded
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -45,7 +46,7 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
     For the folder of a LoRA adapter, load the base model and apply the adapter; only the adapter requires gradients.
 
     Raises:
-        UserError: the model cannot be loaded, or an adapter does not fit its base model.
+        UserError: the model cannot be loaded, weights are missing or not used, or an adapter does not fit its base model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -53,12 +54,19 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
     if is_adapter(folder):
         return _load_adapter(folder, dtype)
     try:
-        counted: PreTrainedModel = flops.count(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below
         )
-        return counted
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
+    check_loaded(model, len(loaded.state_dict()), info)
+    counted: PreTrainedModel = flops.count(loaded)
+    return counted
 
 
 def load_merged(model: str, dtype: Any) -> "PreTrainedModel":
@@ -76,7 +84,7 @@ def load_merged(model: str, dtype: Any) -> "PreTrainedModel":
 
 
 def _load_adapter(folder: Path, dtype: Any) -> "PreTrainedModel":
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     base = load_model(adapted_model(folder), dtype)
     misfit = f"the adapter in {folder} was trained on another model than {adapted_model(folder)!r}"
@@ -84,13 +92,11 @@ def _load_adapter(folder: Path, dtype: Any) -> "PreTrainedModel":
         model: PreTrainedModel = PeftModel.from_pretrained(base, folder, is_trainable=True)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{misfit}: {error}") from error
-    # PEFT ignores layers that the model does not have.
-    saved, loaded = (
-        {name.partition(".lora_")[0] for name in names if ".lora_" in name}
-        for names in (weight_shapes(folder), dict(model.named_parameters()))
-    )
-    if different := sorted(saved ^ loaded):
-        raise UserError(f"{misfit}: {len(different)} layers are adapted in one of the two only, such as {different[0]}")
+    # PEFT ignores weights that the model does not have, and draws those that the file does not have at random.
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved, adapted = ({name for name in names if ".lora_" in name} for names in (weight_shapes(folder), loaded))
+    if different := sorted(saved ^ adapted):
+        raise UserError(f"{misfit}: {len(different)} weights are in one of the two only, such as {different[0]}")
     return model
 
 

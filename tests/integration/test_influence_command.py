@@ -123,6 +123,16 @@ def test_unmeasurable_examples_are_listed(tiny_llama: Path, folder: Path) -> Non
     assert row["influence_student"] is None
 
 
+def test_student_with_renamed_weights_is_refused_before_jobs(tiny_llama: Path, folder: Path) -> None:
+    other = Path(shutil.copytree(tiny_llama, folder / "other"))
+    weights = {f"module.{name}": tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    code, output = influence(folder, other)
+    assert code == 1
+    assert "20 of 20 weights have names that DDP gives them" in " ".join(output.split())
+    assert not (folder / "influence.parquet.parts").exists()
+
+
 def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Path) -> None:
     other = folder / "other"
     shutil.copytree(tiny_llama, other)
