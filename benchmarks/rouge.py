@@ -27,8 +27,9 @@ from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
 
 from montessori_core.config import DataSource
-from montessori_core.data.rouge import RougeIndex, words
+from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import read_tasks
+from montessori_core.data.words import words
 
 LIMIT = 0.7
 BLOCK = 256

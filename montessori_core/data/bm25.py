@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from montessori_core.data.rouge import words
+from montessori_core.data.words import words
 
 _SATURATION, _LENGTH = 1.2, 0.75  # k1 and b
 

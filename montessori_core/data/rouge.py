@@ -1,5 +1,8 @@
 """ROUGE-L F, exactly as the `rouge-score` package computes it (without stemmer), fast enough for all pairs.
 
+`rouge-score` ignores all but ASCII letters and digits, so that it finds nothing in common between two Russian texts; here
+words are those of any script (`data.words`).
+
 Each text becomes a string with one character per word. The longest common subsequence of words is then that of characters,
 which rapidfuzz computes bit-parallel and in batches.
 
@@ -11,7 +14,6 @@ words before those, the *prefix*, are indexed and looked up; the number of match
 """
 
 import math
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,18 +23,14 @@ import numpy.typing as npt
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
-_NOT_WORD = re.compile(r"[^a-z0-9]+")
+from montessori_core.data.words import words
+
 _SURROGATES = range(0xD800, 0xE000)  # code points that are not characters
 _SLACK = 1 - 1e-12  # tolerance of the bounds: F and the limit are rounded numbers
 
 
-def words(text: str) -> list[str]:
-    """Tokenize like `rouge_score.tokenize`: lower case, runs of ASCII letters and digits."""
-    return _NOT_WORD.sub(" ", text.lower()).split()
-
-
 def f_measure(first: str, second: str) -> float:
-    """Return ROUGE-L F of two texts, in [0, 1]: `RougeScorer(['rougeL']).score(a, b)['rougeL'].fmeasure`."""
+    """Return ROUGE-L F of two texts, in [0, 1]: `RougeScorer(['rougeL']).score(a, b)['rougeL'].fmeasure` in English."""
     vocabulary: dict[str, str] = {}
     a, b = _encode(first, vocabulary), _encode(second, vocabulary)
     common = np.array([LCSseq.similarity(a, b)])

@@ -205,6 +205,13 @@ def test_overlapping_sets_are_refused_or_warned_about() -> None:
         check_sources(Sources(seeds[:7], [shared], [other]), EXPERIMENT)
 
 
+def test_overlap_is_seen_in_other_scripts() -> None:
+    seeds = [Task(f"s{i}", f"seed task number {i} about topic {i}") for i in range(8)]
+    for text in ("Назови три реки во Франции.", "请说出法国的三条河流。"):
+        with pytest.raises(DataError, match="1 of 1 examples are also in the evaluation set, e.g. e1 and r1"):
+            check_sources(Sources(seeds, [Task("r1", text, "...")], [Task("e1", text, "...")]), EXPERIMENT)
+
+
 def refusal_of(read: Callable[[], object]) -> str | None:
     """Return the error of a reader; None if the file is valid."""
     try:

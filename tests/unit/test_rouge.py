@@ -1,19 +1,23 @@
-"""ROUGE-L: the values of the `rouge-score` package, and the verdicts of comparing all pairs with it."""
+"""ROUGE-L: the values of the `rouge-score` package, words of any script, and the verdicts of comparing all pairs."""
 
 import itertools
 import math
+import unicodedata
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from montessori_core.data.rouge import RougeIndex, f_measure
+from montessori_core.data.words import words
 
 SCORER = RougeScorer(["rougeL"])
 WORDS = st.sampled_from(
-    ["write", "a", "poem", "the", "sea", "Sea", "SEA,", "two", "lines.", "42", "x_1", "naïve", "—", "ß", "I'm"]
+    ["write", "a", "poem", "the", "sea", "Sea", "SEA,", "two", "lines.", "42", "x_1", "“naive”", "—", "…", "I'm", "I’m"]
 )
-TEXTS = st.lists(WORDS, max_size=14).map(" ".join) | st.text(max_size=30)
+ENGLISH = st.lists(WORDS, max_size=14).map(" ".join) | st.text(st.characters(codec="ascii"), max_size=30)
+TEXTS = ENGLISH | st.text(max_size=30)
 LIMITS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 
@@ -32,8 +36,8 @@ def variants(draw: st.DrawFn) -> list[str]:
     return texts
 
 
-@given(TEXTS, TEXTS)
-def test_f_measure_equals_rouge_score(first: str, second: str) -> None:
+@given(ENGLISH, ENGLISH)
+def test_f_measure_equals_rouge_score_in_english(first: str, second: str) -> None:
     assert f_measure(first, second) == SCORER.score(first, second)["rougeL"].fmeasure
 
 
@@ -41,7 +45,7 @@ def test_f_measure_equals_rouge_score(first: str, second: str) -> None:
 def test_acceptance_equals_brute_force(known: list[str], texts: list[str], limit: float) -> None:
     kept, expected = list(known), []
     for text in texts:
-        expected.append(all(SCORER.score(other, text)["rougeL"].fmeasure <= limit for other in kept))
+        expected.append(all(f_measure(other, text) <= limit for other in kept))
         if expected[-1]:
             kept.append(text)
     assert RougeIndex(known, limit).add_all(texts) == expected
@@ -57,6 +61,48 @@ def test_acceptance_of_variants_equals_brute_force(texts: list[str], limit: floa
         assert accepted.add_all([text]) == [not above]
         kept += [] if above else [text]
     assert len(accepted) == len(kept)
+
+
+SENTENCES = {
+    "Russian": ("Назови три реки в Европе.", "Напиши стихи о холодной зиме."),
+    "Greek": ("Γράψε ένα ποίημα για τη θάλασσα.", "Πόσα είναι δύο και δύο;"),
+    "Arabic": ("اكتب قصيدة عن البحر", "كم عدد أيام السنة"),
+    "Hebrew": ("כתוב שיר על הים הגדול", "כמה ימים יש בשנה"),
+    "Hindi": ("समुद्र के बारे में एक कविता लिखो", "साल में कितने दिन होते हैं"),
+    "Tamil": ("கடலைப் பற்றி ஒரு கவிதை எழுது", "வருடத்தில் எத்தனை நாட்கள்"),
+    "Korean": ("바다에 대한 시를 써 줘", "일 년은 며칠인가요"),
+    "Chinese": ("写一首关于大海的诗。", "一年有多少天？"),
+    "Japanese": ("海についての詩を書いてください。", "一年は何日ありますか？"),
+    "Thai": ("เขียนบทกวีเกี่ยวกับทะเล", "หนึ่งปีมีกี่วัน"),
+    "Khmer": ("សរសេរកំណាព្យអំពីសមុទ្រ", "មួយឆ្នាំមានប៉ុន្មានថ្ងៃ"),
+    "French": ("Écris un poème sur l'été.", "Où êtes-vous né ?"),
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_similarity_is_seen_in_any_script(language: str) -> None:
+    first, other = SENTENCES[language]
+    assert f_measure(first, first) == 1.0
+    assert f_measure(first, unicodedata.normalize("NFD", first).upper()) == 1.0
+    assert f_measure(first, other) < 0.6
+    start = first[: len(first) * 2 // 3]
+    assert 0.4 < f_measure(first, start) < 1.0
+    assert RougeIndex().add_all([first, first, other, f"{first}!", first]) == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Café-NAÏVE x_1", ["café", "naïve", "x", "1"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("GPT-4は、強い。", ["gpt", "4", "は", "強", "い"]),
+        ("มีกี่วัน", ["มี", "กี่", "วั", "น"]),
+        ("2024년 3월", ["2024년", "3월"]),
+        ("\u0301 — …", []),
+    ],
+)
+def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert words(text) == [unicodedata.normalize("NFC", word) for word in expected]
 
 
 def test_nearest_is_first_of_most_similar() -> None:
