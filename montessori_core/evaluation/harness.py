@@ -16,6 +16,7 @@ from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
+from montessori_core.models.chat import dated_template, end_tokens, turn_content
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
 
@@ -68,11 +69,25 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
     manager = _open_manager(inputs.get("tasks"))
     from lm_eval.models.huggingface import HFLM
 
+    class ChatModel(HFLM):  # type: ignore[misc]
+        """A model whose prompts are rendered as those of our other programs."""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            turns = [turn | {"content": turn_content(tokenizer, turn["content"])} for turn in chat_history]
+            return str(super().apply_chat_template(turns, add_generation_prompt))
+
     path, device = str(inputs["model"]), compute_device()
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
     check_tokenizer(tokenizer, model)
-    harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
+    model.generation_config.eos_token_id = sorted(end_tokens(tokenizer, model.generation_config))
+    tokenizer.chat_template = dated_template(tokenizer)
+    harness_model = ChatModel(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
+        device=str(device),
+    )
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
     def compute(rows: list[ItemRow], recorder: Recorder) -> None:

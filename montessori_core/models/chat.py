@@ -8,9 +8,12 @@ instruction does not end a turn.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from montessori_core.data.sources import Task
 from montessori_core.errors import DataError, UserError
@@ -21,13 +24,12 @@ if TYPE_CHECKING:
 
 
 _MARK = "\u2060"
-# Templates that use today's date (Llama 3.2, SmolLM3) get a fixed one, so that runs are reproducible.
-_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"} | dict.fromkeys(
-    ("%H", "%M", "%S"), "00"
-)
-_FIXED_DATE_MACRO = (
+# Templates with today's date (Llama 3.2, SmolLM3) get this one: a run that lasts over midnight must not mix two prompts.
+_TODAY = datetime(2024, 7, 26)
+_DIRECTIVES = [f"%{modifier}{letter}" for modifier in ("-", "") for letter in "aAbBdeFHIjmMpSuUVwWyY"]
+_DATE_MACRO = (
     "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('{directive}', '{value}')" for directive, value in _DAY.items())
+    + "".join(f" | replace('{directive}', '{_TODAY.strftime(directive)}')" for directive in _DIRECTIVES)
     + " }}{% endmacro %}\n"
 )
 IGNORED = -100  # label of a token without loss, as in torch's cross-entropy
@@ -51,6 +53,12 @@ class Encoded:
     def response_tokens(self) -> int:
         """Number of tokens with loss. The first token of a sequence has none, since nothing precedes it."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+
+def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the tokenizer's chat template, with a fixed date in place of today's."""
+    template = tokenizer.get_chat_template()
+    return _DATE_MACRO + template if "strftime_now" in template else template
 
 
 def text_beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -114,10 +122,11 @@ def hash_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 @dataclass(frozen=True)
 class _Patterns:
-    """Patterns of the names of a tokenizer's control tokens: unmarked (as a group) and marked."""
+    """A tokenizer's control tokens: patterns of their names, unmarked (as a group) and marked, and their ids."""
 
     named: re.Pattern[str]
     marked: re.Pattern[str]
+    ids: frozenset[int]
 
     def unmark(self, text: str) -> str:
         """Return a text without marks."""
@@ -126,24 +135,100 @@ class _Patterns:
 
 @lru_cache(maxsize=8)
 def _patterns(tokenizer: "PreTrainedTokenizerBase") -> _Patterns:
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted(special, key=len, reverse=True)
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = sorted(set(special.values()), key=len, reverse=True)
     named, marked = (
         "|".join(map(re.escape, forms)) or "(?!)" for forms in (names, [f"{n[0]}{_MARK}{n[1:]}" for n in names])
     )
-    return _Patterns(re.compile(f"({named})"), re.compile(marked))
+    return _Patterns(re.compile(f"({named})"), re.compile(marked), frozenset(special) - {tokenizer.bos_token_id})
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a chat template writes turns.
+
+    Attributes:
+        parts: whether it takes the content of a turn as a list of parts, as templates of multimodal models do.
+        ending: text after an assistant's turn.
+    """
+
+    parts: bool
+    ending: str
+
+
+def _form(tokenizer: "PreTrainedTokenizerBase") -> _Form:
+    return _probe_template(tokenizer, tokenizer.get_chat_template())
+
+
+@lru_cache(maxsize=8)
+def _probe_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> _Form:
+    """Render a conversation, to see how `template`, the tokenizer's template, writes turns.
+
+    Raises:
+        UserError: it does not write the text of both turns.
+    """
+    request, response = "What is asked?", "What is answered."
+    failure = "it does not write the text of both turns, whether as text or as a list of parts"
+    for parts in (False, True):
+        try:
+            text = _apply(tokenizer, _turns(request, response), parts, add_generation_prompt=False)
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            failure = str(error)
+            continue
+        if request in text and response in text:
+            return _Form(parts, text.rpartition(response)[2])
+    raise UserError(
+        f"the chat template of {tokenizer.name_or_path} cannot render a user's and an assistant's turn: {failure}; use "
+        "another chat_template.jinja"
+    )
+
+
+def turn_content(tokenizer: "PreTrainedTokenizerBase", content: str) -> Any:
+    """Return the content of a turn in the form that the tokenizer's chat template takes."""
+    return _content(content, _form(tokenizer).parts)
+
+
+def _content(content: str, parts: bool) -> Any:
+    return [{"type": "text", "text": content}] if parts else content
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], parts: bool, add_generation_prompt: bool
+) -> str:
+    marked = [turn | {"content": _content(mark_control_tokens(tokenizer, turn["content"]), parts)} for turn in turns]
+    return str(
+        tokenizer.apply_chat_template(
+            marked,
+            chat_template=dated_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    )
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
-    marked = [turn | {"content": mark_control_tokens(tokenizer, turn["content"])} for turn in turns]
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _FIXED_DATE_MACRO + template
-    return str(
-        tokenizer.apply_chat_template(
-            marked, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+    return _apply(tokenizer, turns, _form(tokenizer).parts, add_generation_prompt)
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the token that ends an assistant's turn: the first control token of the template after it.
+
+    It may differ from the tokenizer's end token, which is the end of a text in base models (Qwen, Gemma). Templates without
+    such a token get the tokenizer's.
+    """
+    ids, _ = encode_rendered(tokenizer, _form(tokenizer).ending)
+    return next((token for token in ids if token in _end_tokens(tokenizer)), int(tokenizer.eos_token_id))
+
+
+def _end_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return the tokens that may end a turn: control tokens, except that of the beginning."""
+    return _patterns(tokenizer).ids | {tokenizer.eos_token_id}
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", generation_config: Any) -> set[int]:
+    """Return the tokens that end a generation: the end of a turn, of a text, and those that the model's settings name."""
+    named = generation_config.eos_token_id
+    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
 
 
 def encode_example(
@@ -161,7 +246,7 @@ def encode_example(
         instruction: the user's turn.
         response: the assistant's turn.
         max_length: tokens kept; the end is cut.
-        finished: whether the response is complete, so that its end token is trained too; a response that was cut at a
+        finished: whether the response is complete, so that the end of its turn is trained too; a response that was cut at a
             token limit must not teach the student to stop there.
         demonstration: an instruction and a response that precede, as part of the prompt.
 
@@ -182,31 +267,22 @@ def encode_example(
     # A token across the border, such as a blank of the prompt joined to the first word, belongs to the response.
     border = len(unmark(prompt))
     labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
-    ids, labels = _end_at_end_token(ids, labels, tokenizer.eos_token_id)
+    ending = _form(tokenizer).ending
+    response_end = len(unmark(text.removesuffix(ending))) if text.endswith(ending) else border
+    written = sum(end <= response_end for _, end in offsets)  # tokens of prompt and response
+    ends = _end_tokens(tokenizer)
+    end = next((place for place in range(written, len(ids)) if ids[place] in ends), None)
+    if end is None:
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    else:  # without the template's text after the end of the turn
+        ids, labels = ids[: end + 1], labels[: end + 1]
     if not finished:
-        response_end = len(unmark(text.removesuffix(_text_after_response(tokenizer, turns[:-1], prompt))))
-        kept = min(sum(end <= response_end for _, end in offsets), len(labels) - 1)
-        labels[kept:] = [IGNORED] * (len(labels) - kept)
+        labels[written:] = [IGNORED] * (len(labels) - written)
     return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
 
 
 def _turns(instruction: str, response: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
-
-
-def _text_after_response(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], prompt: str) -> str:
-    """Return the template's text after an assistant's turn, which may differ from the end token."""
-    probe = "response"
-    text = _render(tokenizer, [*turns, {"role": "assistant", "content": probe}], add_generation_prompt=False)
-    return text[len(prompt) :].rpartition(probe)[2]
-
-
-def _end_at_end_token(ids: list[int], labels: list[int], end: int) -> tuple[list[int], list[int]]:
-    """Drop the template's text after the assistant's end token; append that token if the template has none."""
-    last = max((position for position, label in enumerate(labels) if label == end), default=None)
-    if last is None:
-        return [*ids, end], [*labels, end]
-    return ids[: last + 1], labels[: last + 1]
 
 
 LLAMA3_STYLE_TEMPLATE = (

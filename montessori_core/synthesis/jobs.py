@@ -38,7 +38,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     stop = CLOSE if form == "tagged" else None
 
     def compute(rows: list[GenerationRow], recorder: Recorder) -> None:
-        prompts = [_render(tokenizer, row, form) for row in rows]
+        prompts = [render_row(tokenizer, row, form) for row in rows]
         samples = [_resume(row, recorder.drafts.get(position)) for position, row in enumerate(rows)]
         places = [
             (position, place)
@@ -100,7 +100,8 @@ def _records(row: GenerationRow, prompt: str, samples: Sequence[Generated], voca
     ]
 
 
-def _render(tokenizer: Any, row: GenerationRow, form: Form) -> str:
+def render_row(tokenizer: Any, row: GenerationRow, form: Form) -> str:
+    """Render the prompt of a row: a conversation, a request, or a text to continue after the model's beginning token."""
     if form == "reply":
         return render_conversation(tokenizer, *row["turns"])
     [text] = row["turns"]

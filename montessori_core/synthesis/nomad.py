@@ -132,10 +132,11 @@ def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> 
     tokenizer = load_tokenizer(str(inputs["student"]))
     device = compute_device()
     model = load_model(str(inputs["student"]), torch.float32).to(device).eval()
+    beginning, _ = encode_rendered(tokenizer, text_beginning(tokenizer))
 
     @torch.inference_mode()
     def features(text: str) -> np.ndarray:
-        ids = encode_plain(tokenizer, text)[: settings.max_length]
+        ids = [*beginning, *encode_plain(tokenizer, text)][: settings.max_length]
         states = model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True).hidden_states[-1]
         return np.asarray(states[0].mean(dim=0).cpu().numpy())
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from montessori_core.config import Sampling
 from montessori_core.errors import UserError
-from montessori_core.models.chat import encode_rendered
+from montessori_core.models.chat import encode_rendered, end_tokens
 from montessori_core.models.load import load_merged
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
@@ -40,9 +40,7 @@ class TransformersEngine:
         dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, generation_dtype())
         self._model = load_merged(model, dtype).to(self._device).eval()
         self._tokenizer = tokenizer
-        ends = self._model.generation_config.eos_token_id
-        # Our trainings use the tokenizer's end token (`chat.encode_example`).
-        self._ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])}
+        self._ends = end_tokens(tokenizer, self._model.generation_config)
         text_config = self._model.config.get_text_config()
         self._positions: int | None = getattr(text_config, "max_position_embeddings", None)
 

@@ -13,7 +13,7 @@ from montessori_core.config import Sampling
 from montessori_core.errors import UserError
 from montessori_core.models import flops
 from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
-from montessori_core.models.chat import encode_rendered
+from montessori_core.models.chat import encode_rendered, end_of_turn
 from montessori_core.models.fetch import fetch_model
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
@@ -46,6 +46,9 @@ class VllmEngine:
             **_room_for_adapter(folder),
         )
         self._tokenizer = tokenizer
+        self._ends = sorted(
+            {end_of_turn(tokenizer), tokenizer.eos_token_id}
+        )  # vLLM adds those of generation_config.json
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
         """See `Engine.generate`. There are no drafts: vLLM's random generator cannot start in the middle."""
@@ -53,7 +56,7 @@ class VllmEngine:
         prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
         names = self._llm.enqueue(
             [{"prompt_token_ids": prompts[request.prompt]} for request in requests],
-            [_parameters(sampling, stop, request.seed) for request in requests],
+            [_parameters(sampling, stop, request.seed, self._ends) for request in requests],
             lora_request=self._adapter,
             use_tqdm=False,
         )
@@ -86,7 +89,7 @@ def _room_for_adapter(folder: Path) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": min(room for room in _RANKS if room >= rank)}
 
 
-def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingParams:
+def _parameters(sampling: Sampling, stop: str | None, seed: int, ends: list[int]) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -94,6 +97,7 @@ def _parameters(sampling: Sampling, stop: str | None, seed: int) -> SamplingPara
         repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_tokens,
         stop=[stop] if stop else None,
+        stop_token_ids=ends,
         include_stop_str_in_output=True,
         seed=seed % 2**31,
     )

@@ -11,7 +11,7 @@ from montessori_core import programs
 from montessori_core.data.rows import PairRow
 from montessori_core.errors import DataError
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.chat import encode_plain, encode_rendered, hash_vocabulary
+from montessori_core.models.chat import encode_plain, encode_rendered, end_of_turn, hash_vocabulary
 from montessori_core.models.load import load_model, load_tokenizer, lora_config
 from montessori_core.program import Compute, Report
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
@@ -135,7 +135,7 @@ def encode_pair(tokenizer: Any, row: Mapping[str, Any], style: str) -> dict[str,
     """Return the token ids of prompt, chosen and rejected output.
 
     The ids of an output are the generated ones (`chosen_output_ids`, `rejected_output_ids`) if they belong to this
-    tokenizer's vocabulary. Otherwise its text is tokenized; in chat style the end token is added, unless the output was
+    tokenizer's vocabulary. Otherwise its text is tokenized; in chat style the end of the turn is added, unless the output was
     truncated (`chosen_finished`, `rejected_finished`).
     """
 
@@ -143,7 +143,7 @@ def encode_pair(tokenizer: Any, row: Mapping[str, Any], style: str) -> dict[str,
         if row.get(f"{output}_vocabulary") == hash_vocabulary(tokenizer):
             return list(row[f"{output}_output_ids"])
         ended = style == "chat" and row.get(f"{output}_finished", True)
-        return encode_plain(tokenizer, row[output]) + ([tokenizer.eos_token_id] if ended else [])
+        return encode_plain(tokenizer, row[output]) + ([end_of_turn(tokenizer)] if ended else [])
 
     return {
         "prompt_ids": encode_rendered(tokenizer, row["prompt"])[0],

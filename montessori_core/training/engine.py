@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from montessori_core.config import Optimization, Zero
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.models.adapters import adapted_model, is_adapter
+from montessori_core.models.chat import end_tokens
 from montessori_core.models.fetch import fetch_model, fingerprint
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
@@ -223,6 +224,10 @@ def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         return
     # TRL keeps the adapter that DPO starts from as another one, named "ref".
     adapters = {"selected_adapters": ["default"]} if hasattr(trainer.model, "peft_config") else {}
+    # The model was trained to end its turns as the chat template does.
+    generation = trainer.model.generation_config
+    ends = sorted(end_tokens(tokenizer, generation))
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     trainer.model.save_pretrained(folder, state_dict=masters, **adapters)
     config = folder / "config.json"
     if computes_in_bf16() and config.exists():  # it has the dtype of the bf16 copies

@@ -1,5 +1,6 @@
 """Chat templates and loss masks: only the response and its end token have loss, in any template."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from montessori_core.errors import UserError
@@ -17,11 +19,14 @@ from montessori_core.models.chat import (
     encode_example,
     encode_plain,
     encode_rendered,
+    end_of_turn,
     mark_control_tokens,
     render_conversation,
     render_prompt,
 )
 from montessori_core.models.load import load_tokenizer
+from montessori_core.synthesis.jobs import render_row
+from montessori_core.training.dpo import encode_pair
 
 TRIMMING = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
@@ -169,15 +174,149 @@ def test_truncated_response_trains_no_end_token(tokenizer: Any, template: str | 
     cut = encode_example(tokenizer, "Count.", response, 512, finished=False)
     assert cut.input_ids == whole.input_ids
     assert trained_text(tokenizer, cut).lstrip() == response
-    assert trained_text(tokenizer, whole).endswith("<|im_end|>")
+    assert trained_text(tokenizer, whole).lstrip().startswith(response)
+    assert whole.labels[-1] == end_of_turn(tokenizer)
+
+
+TURN_ENDS = {  # template, end of text, end of a turn
+    "ChatML over end of text (Qwen, base)": (None, "<|endoftext|>", "<|im_end|>"),
+    "ChatML": (None, "<|im_end|>", "<|im_end|>"),
+    "Gemma": (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<eos>",
+        "<end_of_turn>",
+    ),
+    "Llama 3": (
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m['role'] }}"
+        "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+    ),
+    "Phi 3": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        "<|endoftext|>",
+        "<|end|>",
+    ),
+    "Mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %}"
+        "{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+        "</s>",
+        "</s>",
+    ),
+    "GLM": (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|endoftext|>",
+        "<|endoftext|>",
+    ),
+    "no control tokens": (NO_END, "<|endoftext|>", "<|endoftext|>"),
+}
+
+
+def with_template(tokenizer: Any, name: str) -> str:
+    """Give a tokenizer a template and the control tokens of its model; return the name of the token that ends a turn."""
+    template, eos, end = TURN_ENDS[name]
+    names = set(re.findall(r"<[a-z_|]+>", template or "")) | {
+        "<s>",
+        "<start_of_turn>",
+        "<|assistant|>",
+        "<|user|>",
+        end,
+    }
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": eos, "additional_special_tokens": sorted(names)})
+    if template:
+        tokenizer.chat_template = template
+    return end
+
+
+@pytest.mark.parametrize("name", TURN_ENDS)
+@pytest.mark.parametrize("response", ["one two three", f"one {HOSTILE}", "I said: What is answered."])
+def test_end_of_turn_is_the_templates(tokenizer: Any, name: str, response: str) -> None:
+    end = with_template(tokenizer, name)
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == end
+    whole, cut = (encode_example(tokenizer, "Count.", response, 512, finished) for finished in (True, False))
+    assert trained_text(tokenizer, whole).strip().removesuffix(end).strip() == response
+    assert tokenizer.convert_ids_to_tokens(whole.labels[-1]) == end
+    assert cut.input_ids == whole.input_ids
+    assert trained_text(tokenizer, cut).strip() == response
+
+
+@pytest.mark.parametrize("name", TURN_ENDS)
+def test_pair_ends_as_the_teacher_writes(tokenizer: Any, name: str) -> None:
+    end = with_template(tokenizer, name)
+    row = {
+        "prompt": render_prompt(tokenizer, "Count."),
+        "chosen": "one two",
+        "rejected": "on",
+        "rejected_finished": False,
+    }
+    pair = encode_pair(tokenizer, row, "chat")
+    assert tokenizer.decode(pair["chosen_ids"]) == f"one two{end}"
+    assert tokenizer.decode(pair["rejected_ids"]) == "on"
+    assert encode_pair(tokenizer, row, "completion")["chosen_ids"] == pair["chosen_ids"][:-1]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("name", TURN_ENDS)
+def test_completion_prompt_has_one_beginning(tokenizer: Any, name: str, begins: bool) -> None:
+    """As the model was trained with: exactly one BOS if its tokenizer adds one, also in pairs; chat prompts as rendered."""
+    with_template(tokenizer, name)
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    row: Any = {"turns": ["<instruction>Say <s>.</instruction>\n<instruction>"], "seeds": [0], "example_ids": ["a"]}
+    prompt = render_row(tokenizer, row, "tagged")
+    pair = encode_pair(tokenizer, {"prompt": prompt, "chosen": "Hi", "rejected": "Ho"}, "completion")
+    for ids in (encode_rendered(tokenizer, prompt)[0], pair["prompt_ids"]):
+        assert [place for place, token in enumerate(ids) if token == tokenizer.bos_token_id] == [0] * begins
+    chat, _ = encode_rendered(tokenizer, render_row(tokenizer, row, "request"))
+    assert chat.count(tokenizer.bos_token_id) == ("bos_token" in tokenizer.chat_template)
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace("m['content']", "(m['content'] + [])")])
+def test_template_of_parts_gets_parts(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    example = encode_example(tokenizer, f"Say {HOSTILE}", f"Hi {HOSTILE}", 512)
+    assert f"user\nSay {HOSTILE}<|im_end|>" in tokenizer.decode(example.input_ids)
+    assert trained_text(tokenizer, example) == f"Hi {HOSTILE}<|im_end|>"
+    conversation = render_conversation(tokenizer, "Say hi.", "Hi there.", "Again.")
+    assert all(text in conversation for text in ("Say hi.", "Hi there.", "Again."))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m['text'] }}{% endfor %}", "does not write the text"),
+        ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", "both turns"),
+        ("{% for m in messages %}{{ m['content'] }}", "Unexpected end of template"),
+        ("{{ raise_exception('only tools') }}", "only tools"),
+    ],
+)
+def test_template_that_loses_text_is_refused(tokenizer: Any, template: str, reason: str) -> None:
+    tokenizer.chat_template = template
+    for render in (lambda: render_prompt(tokenizer, "Hi"), lambda: encode_example(tokenizer, "Hi", "there", 64)):
+        with pytest.raises(UserError, match=f"chat template of .* cannot render .*{reason}"):
+            render()
 
 
 def test_templates_render_a_fixed_date(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y, %B %m') %}{% endif %}"
-        f"{{{{ day }}}} {{{{ strftime_now('%f') }}}}\n{NO_END}"
+        f"{{{{ day }}}} {{{{ strftime_now('%A %y %j %-m') }}}}\n{NO_END}"
     )
-    assert render_prompt(tokenizer, "Hi") == "26 Jul 2024, July 07 %f\nuser: Hi\nassistant: "
+    assert render_prompt(tokenizer, "Hi") == "26 Jul 2024, July 07 Friday 24 208 7\nuser: Hi\nassistant: "
 
 
 def test_long_examples_are_truncated_and_flagged(tokenizer: Any) -> None:

@@ -251,6 +251,20 @@ def test_end_token_of_tokenizer_ends_continuations(tiny_llama: Path, tmp_path: P
     ]
 
 
+def test_end_of_turn_of_template_ends_continuations(tiny_llama: Path, tmp_path: Path) -> None:
+    """ChatML over <|endoftext|>: neither tokenizer nor model name the token that ends a turn."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    model = _random_model(PhiConfig(**_SMALL | {"eos_token_id": 5}), len(tokenizer))
+    model.lm_head.bias.data[end] = 1e4
+    model.save_pretrained(tmp_path)
+    engine = TransformersEngine(str(tmp_path), tokenizer)
+    assert continuations(engine.generate([Request("one", 0)], Sampling(max_tokens=4), None)) == [
+        Generated("", 0, "stop", [end])
+    ]
+
+
 def test_padding_token_unknown_to_model_is_never_read(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     sampling = Sampling(max_tokens=4)
@@ -295,7 +309,7 @@ def test_control_tokens_in_data_are_escaped(smollm2: Path, engine: Any) -> None:
     control = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for form, expected in (("request", 2), ("reply", 4), ("tagged", 0), ("whole", 0)):  # SmolLM2 has a system turn
         turns = [said] * (3 if form == "reply" else 1)
-        prompt = jobs._render(tokenizer, {"example_ids": ["e"], "turns": turns, "seeds": [0]}, form)
+        prompt = jobs.render_row(tokenizer, {"example_ids": ["e"], "turns": turns, "seeds": [0]}, form)
         continuations(engine.generate([Request(prompt, 0)], Sampling(max_tokens=1), None))
         assert tokenizer.decode(read).count(said) == (3 if form == "reply" else 1)
         assert read.count(control) == expected

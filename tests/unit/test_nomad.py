@@ -155,3 +155,31 @@ def test_norm_sim_reads_control_tokens_as_characters(
     assert len(read) == 3
     assert not any(load_tokenizer(str(tiny_llama)).eos_token_id in ids for ids in read)
     assert read_table(tmp_path / "part.parquet", SIMILARITY)["norm_sim"].to_pylist() == [pytest.approx(1.0)]
+
+
+def test_norm_sim_reads_texts_after_beginning_token(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def load(*arguments: Any) -> Any:
+        model = load_model(*arguments)
+        model.register_forward_pre_hook(
+            lambda _, __, named: read.append(named["input_ids"][0].tolist()), with_kwargs=True
+        )
+        return model
+
+    def tokenizer_with_beginning(model: str) -> Any:
+        tokenizer = load_tokenizer(model)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        )
+        return tokenizer
+
+    monkeypatch.setattr("montessori_core.models.load.load_model", load)
+    monkeypatch.setattr("montessori_core.models.load.load_tokenizer", tokenizer_with_beginning)
+    write_tasks([Task("r", "Name a river.", "Yes."), Task("s", "Name a sea.", "No.")], tmp_path / "real.jsonl")
+    open_norm_sim(Similarity(max_length=64), {"student": tiny_llama, "real": tmp_path / "real.jsonl"})
+    beginning = load_tokenizer(str(tiny_llama)).bos_token_id
+    assert [ids.count(beginning) for ids in read] == [1, 1]
+    assert all(ids[0] == beginning for ids in read)
