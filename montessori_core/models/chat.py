@@ -57,7 +57,7 @@ class Encoded:
 
 def dated_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the tokenizer's chat template, with a fixed date in place of today's."""
-    template = tokenizer.get_chat_template()
+    template: str = tokenizer.get_chat_template()
     return _DATE_MACRO + template if "strftime_now" in template else template
 
 
