@@ -108,7 +108,7 @@ class SlurmBackend:
             "nodes": resources.nodes,
             "ntasks_per_node": resources.processes_per_node,
             "cpus_per_task": resources.cpus_per_process,
-            "gpus_per_node": resources.gpus_per_node or None,
+            "gpus_per_node": gpus_option(resources),
             "mem": f"{resources.memory_gb}GB" if resources.memory_gb else None,
             "array_parallelism": at_once,
             "partition": slurm.partition,
@@ -221,6 +221,12 @@ class SlurmBackend:
             self._silent = answer is None
             log.warning("squeue %s", "fails; waiting until it answers" if self._silent else "answers again")
         return None if answer is None else set(answer.splitlines())
+
+
+def gpus_option(resources: Resources) -> str | int | None:
+    """Return the value of sbatch's option for GPUs."""
+    count = resources.gpus_per_node
+    return f"{resources.gpu_type}:{count}" if count and resources.gpu_type else count or None
 
 
 def python_command(slurm: Slurm, python: str | None) -> tuple[str, list[str]]:

@@ -5,9 +5,22 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from montessori_core.config.section import Count, Section, parse
+from montessori_core.config.section import Count, Minutes, Section, parse
 from montessori_core.config.yaml import read_yaml
 from montessori_core.presets import find_configuration
+
+_SETTINGS = {  # of sbatch options; None: this program chooses the value
+    **dict.fromkeys(("partition", "account", "qos", "constraint", "exclude"), "cluster.slurm.{option}"),
+    "time": "cluster.resources.*.time_limit_minutes",
+    "nodes": "cluster.resources.*.nodes",
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node"), "cluster.resources.*.processes_per_node"),
+    **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cluster.resources.*.cpus_per_process"),
+    "gpus-per-node": "cluster.resources.*.gpus_per_node and gpu_type",
+    "mem": "cluster.resources.*.memory_gb",
+    "array": "cluster.resources.*.parallel_jobs and shards_per_job",
+    **dict.fromkeys(("job-name", "output", "error", "open-mode", "signal"), None),
+}
+_GPU_OPTIONS, _MEMORY_OPTIONS = {"gpus", "gpus-per-task", "gpus-per-socket", "gres"}, {"mem-per-cpu", "mem-per-gpu"}
 
 
 class Resources(Section):
@@ -16,9 +29,17 @@ class Resources(Section):
     nodes: Count = Field(1, description="Nodes per job.")
     processes_per_node: Count = Field(1, description="Processes per node; for training, one per GPU.")
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node.")
+    gpu_type: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="Slurm: type of the GPUs, such as h100. If not set, any.",
+    )
     cpus_per_process: Count = Field(2, description="CPU cores and threads per process.")
     memory_gb: Count | None = Field(None, description="Memory per node, GB. If not set, the scheduler's default.")
-    time_limit_minutes: Count = Field(240, description="Wall-time limit of a job, minutes.")
+    time_limit_minutes: Minutes = Field(
+        240,
+        description="Wall-time limit of a job: minutes, or a time as in sbatch, such as 12:00:00 or 1-12 (36 hours).",
+    )
     parallel_jobs: Count = Field(
         1,
         description="Maximum number of the stage's jobs that run at the same time. A new stage is split into enough shards "
@@ -99,7 +120,9 @@ class Slurm(Section):
         None, description="Maximum number of tasks in a job array. If not set, Slurm's MaxArraySize minus one."
     )
     extra: dict[str, str | int | bool] = Field(
-        {}, description="Additional sbatch options by name, e.g. {reservation: night}."
+        {},
+        description="Additional sbatch options by name, e.g. {reservation: night}. Options that another setting determines "
+        "are refused.",
     )
     srun: tuple[str, ...] = Field((), description="Additional srun options, as on its command line: --cpu-bind=cores.")
 
@@ -118,6 +141,22 @@ class Cluster(Section):
         "for all other jobs.",
     )
     poll_seconds: float = Field(0.5, gt=0.0, description="Time between two polls of the jobs, seconds.")
+
+    @model_validator(mode="after")
+    def _extra_repeats_no_setting(self) -> "Cluster":
+        settings = dict[str, str | None](_SETTINGS)
+        if any(resources.gpus_per_node for _, resources in self.resources):
+            settings |= dict.fromkeys(_GPU_OPTIONS, _SETTINGS["gpus-per-node"])
+        if any(resources.memory_gb for _, resources in self.resources):
+            settings |= dict.fromkeys(_MEMORY_OPTIONS, _SETTINGS["mem"])
+        for key, value in self.slurm.extra.items():
+            option = key.strip().lstrip("-").replace("_", "-")
+            if option not in settings or (option == "gres" and "gpu" not in str(value)):
+                continue
+            setting = (settings[option] or "").format(option=option)
+            remedy = f"set {setting}" if setting else "leave its value to the program"
+            raise ValueError(f"slurm.extra: {key}: sbatch would get this option twice; remove it, and {remedy}")
+        return self
 
     @model_validator(mode="after")
     def _local_is_one_node(self) -> "Cluster":

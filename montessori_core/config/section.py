@@ -1,13 +1,30 @@
 """The base class of a configuration's sections, and readable validation errors."""
 
+import re
 import reprlib
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from montessori_core.errors import ConfigError
 
+_TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<parts>[0-9]+(?::[0-9]+){0,2})")
+
+
+def _read_time(value: Any) -> Any:
+    """Return the minutes of a time as sbatch reads it, rounded up; anything else is returned unchanged."""
+    match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    numbers = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is None and len(numbers) < 3:
+        numbers = [0, *numbers]  # minutes, or minutes:seconds; after days the first number is hours
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return (int(match["days"] or 0) * 24 + hours) * 60 + minutes + -(-seconds // 60)
+
+
 Count = Annotated[int, Field(ge=1)]
+Minutes = Annotated[int, Field(ge=1), BeforeValidator(_read_time)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 _shortener = reprlib.Repr()
 _shortener.maxlevel, _shortener.maxstring, _shortener.maxother = 2, 100, 100

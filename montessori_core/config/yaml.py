@@ -1,8 +1,8 @@
-"""Read and write configurations as YAML."""
+"""Read and write configurations as YAML 1.2."""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -10,7 +10,17 @@ from montessori_core.config.section import Section
 from montessori_core.errors import ConfigError
 from montessori_core.files import commit
 
-_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+# Plain scalars of YAML 1.2's core schema (section 10.3.2). PyYAML reads YAML 1.1, where 12:00:00 is 43200 and no is false.
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    "merge": (r"<<", ["<"]),  # of YAML 1.1: many configurations use it
+}
 
 
 def read_overridden(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -67,7 +77,13 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Load plain data. A duplicate key is an error: PyYAML would silently drop the first."""
+    """Load plain data of YAML 1.2. A duplicate key is an error: PyYAML would silently drop the first."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -112,7 +128,12 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 _Dumper.add_representer(str, _Dumper.represent_str)
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+    # In addition to those of YAML 1.1: a text that either version reads as something else is quoted.
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -121,8 +142,6 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"--set {override}: write it as section.key=value, e.g. --set warmup.learning_rate=1e-5")
     value = parse_yaml(text, f"--set {override}")
-    if isinstance(value, str) and _EXPONENT.fullmatch(text.strip()):
-        value = float(text)  # YAML 1.1 reads 1e-5 (no dot) as text
     node = content
     for key in keys[:-1]:
         child = node.get(key)
