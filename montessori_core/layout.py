@@ -6,7 +6,8 @@
       models.json              commits of models of the Hugging Face hub
       driver.lock              the driver's process
       report.html
-      sources/                 copies of the human-written sets and of the benchmark files
+      sources/                 copies of the human-written sets, the benchmark files and configured chat templates
+      models/                  teacher and student with configured chat templates: links to their files
       untrained/               held-out loss of the untrained student
       unmodified/              the unmodified teacher: training/, student/, training-influence.parquet
       iteration-1/
@@ -31,6 +32,7 @@ MODEL_COMMITS = "models.json"
 DRIVER_LOCK = "driver.lock"
 REPORT = "report.html"
 SOURCES = "sources"
+MODELS = "models"
 UNTRAINED = "untrained"
 UNMODIFIED = "unmodified"
 

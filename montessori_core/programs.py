@@ -170,10 +170,10 @@ class Harness(Section):
 
 _CORE = "montessori_core"
 GENERATION = Program(
-    "generation", 1, f"{_CORE}.synthesis.jobs:open_generation", Generation, rows.GenerationRow, "generation"
+    "generation", 2, f"{_CORE}.synthesis.jobs:open_generation", Generation, rows.GenerationRow, "generation"
 )
 API_GENERATION = Program(
-    "api-generation", 1, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
+    "api-generation", 2, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
 )
 SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="")
 DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")

@@ -15,6 +15,7 @@ from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
+from montessori_core.models.templates import TEMPLATE, configured_template, with_template
 from montessori_core.models.weight_names import check_weight_files
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
@@ -124,7 +125,12 @@ class Run:
     def _configured(self, section: Teacher | Student) -> Model:
         # A branch on the hub may move during a run; the run keeps the commit it started with.
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
-        return Model.of(fetch_model(section.model, commits.get(_name_of(section), section.revision)))
+        folder = fetch_model(section.model, commits.get(_name_of(section), section.revision))
+        role = _role(section)
+        template = _template_copy(self.folder, role)
+        if template.exists():
+            folder = with_template(folder, template.read_text(encoding="utf-8"), self.folder / layout.MODELS / role)
+        return Model.of(folder)
 
 
 def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
@@ -155,7 +161,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
-    commits = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
+    commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     try:
         (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
@@ -163,6 +169,9 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             if not copied:
                 write_tasks(getattr(sources, name), run.source_file(name))
         copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
+        for role, template in templates.items():
+            if not _template_copy(folder, role).exists():
+                _template_copy(folder, role).write_text(template, encoding="utf-8")
         write_json(commits, folder / layout.MODEL_COMMITS)
         if changed:
             for path in layout.iterations(folder).values():
@@ -204,11 +213,14 @@ def check_environment(experiment: Experiment) -> None:
         open_backend(experiment.cluster, resources, None)
 
 
-def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> dict[str, str]:
-    """Fetch and check teacher and student; return the commits of hub models, those in `commits` unchanged.
+def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Fetch and check teacher and student.
+
+    Returns:
+        The commits of hub models, those in `commits` unchanged; configured chat templates, by role.
 
     Raises:
-        UserError: a model cannot be loaded, or is an adapter that the training does not continue.
+        UserError: a model or chat template cannot be loaded, or is an adapter that the training does not continue.
     """
     teacher, student = (
         fetch_model(section.model, commits.get(_name_of(section), section.revision))
@@ -219,7 +231,21 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> dict[str, 
     check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
     check_adapter(student, experiment.student.lora, "student.lora")
     fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
-    return commits | {name: commit for name, commit in fetched.items() if commit is not None}
+    templates = {
+        _role(section): template
+        for section, model in ((experiment.teacher, teacher), (experiment.student, student))
+        if (template := configured_template(model, section, _role(section))) is not None
+    }
+    return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
+
+
+def _role(section: Teacher | Student) -> str:
+    return "teacher" if isinstance(section, Teacher) else "student"
+
+
+def _template_copy(folder: Path, role: str) -> Path:
+    """Return the path of a run's copy of the chat template that is configured for its teacher or student."""
+    return folder / layout.SOURCES / f"{role}-{TEMPLATE}"
 
 
 def _name_of(section: Teacher | Student) -> str:

@@ -6,6 +6,14 @@ from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Section
 
+Variables = dict[str, str | int | float | bool]
+_TEMPLATE: Any = Field(
+    None, description="Jinja file with the chat template. If not set, the model's own, or the paper's if it has none."
+)
+_VARIABLES: Any = Field(
+    {}, description="Variables of the chat template, e.g. {enable_thinking: false}. Thinking uses up max_tokens."
+)
+
 
 class Teacher(Section):
     """The model that writes instructions and their responses."""
@@ -22,6 +30,8 @@ class Teacher(Section):
         description="How the teacher is prompted for instructions: 'chat', a request in the chat template (instruct models); "
         "'completion', a plain list of tagged instructions to continue (small or base models).",
     )
+    chat_template: str | None = _TEMPLATE
+    chat_template_kwargs: Variables = _VARIABLES
 
 
 class Lora(Section):
@@ -50,6 +60,8 @@ class Student(Section):
         description="Maximum length of an example (prompt and response), tokens; longer ones are truncated and recorded.",
     )
     lora: Lora | None = Field(None, description="Train LoRA matrices. If not set, train all weights.")
+    chat_template: str | None = _TEMPLATE
+    chat_template_kwargs: Variables = _VARIABLES
 
 
 class Endpoint(Section):
@@ -79,7 +91,10 @@ class Endpoint(Section):
         description="Retries of a request, with growing pauses, after 408, 409, 429, 5xx, a timeout, a lost connection or a "
         "response that does not follow the OpenAI API.",
     )
-    max_tokens: Count = Field(1024, description="Maximum number of tokens of an answer.")
+    max_tokens: Count = Field(1024, description="Maximum number of tokens of an answer, thinking included.")
+    chat_template_kwargs: Variables = Field(
+        {}, description="Variables of the chat template, sent to servers that take them (vLLM, SGLang)."
+    )
     dollars_per_million_input_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
     dollars_per_million_output_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
     spending_cap_dollars: float | None = Field(
@@ -98,4 +113,5 @@ class Endpoint(Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine an answer."""
-        return self.model_dump(mode="json", include={"model", "base_url", "max_tokens"})
+        variables = {"chat_template_kwargs"} if self.chat_template_kwargs else set[str]()
+        return self.model_dump(mode="json", include={"model", "base_url", "max_tokens"} | variables)

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -79,8 +79,6 @@ def parse_yaml(text: str, source: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """Load plain data of YAML 1.2. A duplicate key is an error: PyYAML would silently drop the first."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
@@ -128,6 +126,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
 
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 _Dumper.add_representer(str, _Dumper.represent_str)
 for _name, (_pattern, _first) in _SCALARS.items():

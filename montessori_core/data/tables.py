@@ -39,17 +39,18 @@ def _drawn_tokens(output: str = "") -> tuple[pa.Field, pa.Field]:
     """Return the columns DRAWN_TOKENS of a row or, with a prefix, of one of its two outputs."""
     ids, vocabulary = (f"{output}{name}" for name in DRAWN_TOKENS)
     return (
-        _field(ids, pa.list_(_WHOLE), "token ids of the raw output as drawn; null from an API", nullable=True),
+        _field(ids, pa.list_(_WHOLE), "token ids of thinking and raw output as drawn; null from an API", nullable=True),
         _field(vocabulary, _TEXT, "SHA-256 of the vocabulary that these ids are of", nullable=True),
     )
 
 
 GENERATION = _schema(
     "generation",
-    3,
+    4,
     _field("example_id", _TEXT, "the example that it is for"),
     _field("prompt", _TEXT, "the exact text the model continued, chat template included"),
-    _field("raw_output", _TEXT, "what the model wrote, stop string included"),
+    _field("raw_output", _TEXT, "what the model wrote after its thinking, stop string included"),
+    _field("thinking", _TEXT, "what a reasoning model wrote before, between <think> and </think>", nullable=True),
     _field("finish_reason", _TEXT, "'stop' (end token or stop string) or 'length' (token limit)"),
     _field("tokens", _WHOLE, "tokens generated"),
     *_drawn_tokens(),

@@ -87,6 +87,7 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
         device=str(device),
+        think_end_token="</think>" if "</think>" in tokenizer.chat_template else None,
     )
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 

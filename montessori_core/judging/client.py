@@ -24,6 +24,7 @@ from montessori_core import programs
 from montessori_core.config import Endpoint
 from montessori_core.errors import UserError
 from montessori_core.files import cache_root
+from montessori_core.models.thinking import split_answer
 
 _MILLION = 1e6
 _REFUSALS = ("content_filter", "context_length_exceeded")  # error codes that concern a single question
@@ -34,7 +35,7 @@ class Answer:
     """A model's answer, with its billed tokens.
 
     `finish_reason` is 'stop', 'length', or the reason why there is no text. `first_token` has the log-probabilities of the
-    likeliest first tokens, if requested and supported by the server.
+    likeliest first tokens, if requested and supported by the server. `thinking` is what a reasoning model wrote before.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Answer:
     input_tokens: int
     output_tokens: int
     first_token: dict[str, float] | None = None
+    thinking: str | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,9 @@ class CachedClient:
     def _fetch(self, question: Question) -> Answer:
         import openai
 
-        logprobs: dict[str, Any] = {"logprobs": True, "top_logprobs": question.likeliest} if question.likeliest else {}
+        options: dict[str, Any] = {"logprobs": True, "top_logprobs": question.likeliest} if question.likeliest else {}
+        if self._endpoint.chat_template_kwargs:
+            options["extra_body"] = {"chat_template_kwargs": self._endpoint.chat_template_kwargs}
         for attempt in range(self._endpoint.retries + 1):
             self._wait_for_turn()
             try:
@@ -234,7 +238,7 @@ class CachedClient:
                     top_p=question.top_p,
                     presence_penalty=question.presence_penalty,
                     max_tokens=self._max_tokens(question),
-                    **logprobs,
+                    **options,
                 )
                 return _parse(completion)
             except openai.APIStatusError as error:
@@ -313,8 +317,12 @@ def _parse(completion: Any) -> Answer:
     if not all(0 <= tokens < math.inf for tokens in (usage.prompt_tokens, usage.completion_tokens)):
         raise ValueError(f"no numbers of tokens: {usage.prompt_tokens}, {usage.completion_tokens}")
     # A lone surrogate, such as half of a cut emoji, cannot be written to a file.
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text or "")
-    return Answer(text, reason, int(usage.prompt_tokens), int(usage.completion_tokens), _first_token(choice))
+    thinking, text = split_answer(re.sub("[\ud800-\udfff]", "\ufffd", text or ""))
+    for field in ("reasoning_content", "reasoning"):  # of servers that separate it
+        separate = getattr(choice.message, field, None)
+        thinking = re.sub("[\ud800-\udfff]", "\ufffd", separate) if isinstance(separate, str) else thinking
+    tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
+    return Answer(text, reason, *tokens, _first_token(choice), thinking)
 
 
 def _first_token(choice: Any) -> dict[str, float] | None:

@@ -19,6 +19,7 @@ from montessori_core.models.chat import (
     text_beginning,
 )
 from montessori_core.models.load import load_tokenizer
+from montessori_core.models.thinking import split_thinking
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
 from montessori_core.synthesis.generation import Generated, Request, Step, open_engine
@@ -67,7 +68,9 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
                 position, place = places[index]
                 samples[position][place] = generated
                 if _is_complete(samples[position]):
-                    records = _records(rows[position], prompts[position], samples[position], vocabulary)
+                    prompt = prompts[position]
+                    outputs = [split_thinking(sample.text, prompt) for sample in samples[position]]
+                    records = _records(rows[position], prompt, samples[position], outputs, vocabulary)
                     recorder.finish(position, records)
             recorder.keep(partial(drafts, step))
             recorder.progress((total - len(requests) + step.done) * len(rows) / total)
@@ -85,18 +88,26 @@ def _is_complete(samples: Sequence[Any]) -> bool:
     return all(isinstance(sample, Generated) for sample in samples)
 
 
-def _records(row: GenerationRow, prompt: str, samples: Sequence[Generated], vocabulary: str | None = None) -> list[Row]:
+def _records(
+    row: GenerationRow,
+    prompt: str,
+    samples: Sequence[Generated],
+    outputs: Sequence[tuple[str | None, str]],
+    vocabulary: str | None = None,
+) -> list[Row]:
+    """Return a row's records; `outputs`: [samples] thinking and answer."""
     return [
         {
             "example_id": example_id,
             "prompt": prompt,
-            "raw_output": generated.text,
+            "raw_output": answer,
+            "thinking": thinking,
             "finish_reason": generated.finish_reason,
             "tokens": generated.tokens,
             "output_ids": generated.token_ids,
             "vocabulary": vocabulary,
         }
-        for example_id, generated in zip(row["example_ids"], samples, strict=True)
+        for example_id, generated, (thinking, answer) in zip(row["example_ids"], samples, outputs, strict=True)
     ]
 
 
@@ -134,10 +145,9 @@ def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, P
         ]
         answers = iter(api.ask(questions, lambda done: recorder.progress(done * len(rows) / len(questions))))
         for position, row in enumerate(rows):
-            samples = [
-                Generated(answer.text, answer.output_tokens, answer.finish_reason)
-                for answer in islice(answers, len(row["seeds"]))
-            ]
-            recorder.finish(position, _records(row, row["turns"][0], samples))
+            given = list(islice(answers, len(row["seeds"])))
+            samples = [Generated(answer.text, answer.output_tokens, answer.finish_reason) for answer in given]
+            outputs = [(answer.thinking, answer.text) for answer in given]
+            recorder.finish(position, _records(row, row["turns"][0], samples, outputs))
 
     return RowProgram(GENERATION, compute)

@@ -1,0 +1,76 @@
+"""A model with another chat template: a folder of links to its files. Works without torch, for the driver."""
+
+import json
+from pathlib import Path
+
+from montessori_core.config import Student, Teacher
+from montessori_core.errors import UserError
+from montessori_core.files import commit, hash_json, read_json, write_json
+from montessori_core.models.fetch import fingerprint
+from montessori_core.models.fingerprints import FINGERPRINT
+
+TEMPLATE = "chat_template.jinja"
+
+
+def configured_template(folder: Path, section: Teacher | Student, setting: str) -> str | None:
+    """Return the chat template that a section of the configuration sets for its model, with its variables.
+
+    The variables become assignments at the beginning of the template, so that every later use of the model, and every model
+    trained from it, has them.
+
+    Args:
+        folder: the model.
+        section: the section.
+        setting: its name in the configuration.
+
+    Returns:
+        The template; None if the section sets neither a template nor variables.
+
+    Raises:
+        UserError: the template cannot be read, or does not have one of the variables.
+    """
+    variables = section.chat_template_kwargs
+    if section.chat_template is None and not variables:
+        return None
+    template = _own_template(folder)
+    if section.chat_template is not None:
+        path = Path(section.chat_template).expanduser()
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{setting}.chat_template: {path} cannot be read ({error}); give a Jinja file") from error
+    if unknown := [name for name in variables if not name.isidentifier() or name not in template]:
+        raise UserError(f"{setting}.chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
+    return "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in variables.items()) + template
+
+
+def _own_template(folder: Path) -> str:
+    """Return the chat template in a model's folder; an empty text if there is none."""
+    if (folder / TEMPLATE).exists():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    found = (read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(found, list):  # named templates
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return str(found or "")
+
+
+def with_template(folder: Path, template: str, target: Path) -> Path:
+    """Write a folder with links to a model's files and another chat template; return it.
+
+    Args:
+        folder: the model.
+        template: its chat template.
+        target: the folder to write; one that has the same model and template is kept.
+    """
+    recorded = {"sha256": hash_json([fingerprint(folder), template])}
+    if read_json(target / FINGERPRINT) == recorded:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with commit(target, durable=False) as temporary:
+        temporary.mkdir()
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in (TEMPLATE, FINGERPRINT):
+                (temporary / file.name).symlink_to(file.resolve())
+        (temporary / TEMPLATE).write_text(template, encoding="utf-8")
+        write_json(recorded, temporary / FINGERPRINT, durable=False)
+    return target
