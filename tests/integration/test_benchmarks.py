@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from montessori_core.evaluation import harness
 from montessori_core.evaluation.harness import open_harness, open_items
 from montessori_core.evaluation.scores import item_scores, mean_over_seeds, score
 from montessori_core.files import read_json
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import Harness, NoSettings
 from support import ROOT
@@ -113,6 +115,44 @@ def test_scores_do_not_depend_on_interruptions(tasks: Path, tiny_llama: Path, tm
         compute(rows, tmp_path / "stormy.parquet", interrupt_at(3))
     compute(rows, tmp_path / "stormy.parquet", lambda done: None)
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}DATE"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARTS = "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+
+
+def test_chat_prompts_have_text_and_fixed_date(
+    tasks: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that takes parts and shows the date gives the prompts of one without either."""
+    rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": n, "shots": 0} for n in range(3)]
+    templates = {
+        "plain": CHAT.replace("{{ CONTENT }}", "{{ m['content'] }}").replace("DATE", "26 Jul 2024"),
+        "parts": CHAT.replace("{{ CONTENT }}", PARTS).replace("DATE", "{{ strftime_now('%d %b %Y') }}"),
+    }
+    read: dict[str, list[list[int]]] = {name: [] for name in templates}
+
+    def load(path: str, dtype: Any) -> Any:
+        model, inputs = load_model(path, dtype), read[Path(path).name]
+        model.register_forward_pre_hook(
+            lambda _, args, kw: inputs.append(kw["input_ids"][0].tolist()), with_kwargs=True
+        )
+        return model
+
+    monkeypatch.setattr("montessori_core.evaluation.harness.load_model", load)
+    for name, template in templates.items():
+        model = Path(shutil.copytree(tiny_llama, tmp_path / name))
+        (model / "chat_template.jinja").write_text(template)
+        settings = Harness(batch_size=1, chat_template=True)
+        as_compute(open_harness(settings, {"model": model, "tasks": tasks}))(rows, tmp_path / f"{name}.parquet", print)
+    assert read["plain"] == read["parts"]
+    prompt = load_tokenizer(str(tiny_llama)).decode(read["parts"][0])
+    assert re.search(
+        r"<\|im_start\|>user\n.*\d.*<\|im_end\|>\n26 Jul 2024<\|im_start\|>assistant\n$", prompt, re.DOTALL
+    )
 
 
 def test_number_of_demonstrations_is_as_configured(tasks: Path, smollm2: Path, tmp_path: Path) -> None:

@@ -387,6 +387,18 @@ def test_repeated_training_has_same_bytes(tiny_llama: Path, tmp_path: Path) -> N
         assert (parts[0] / name).read_bytes() == (parts[1] / name).read_bytes()
 
 
+def test_trained_model_names_the_end_of_its_turns(tiny_llama: Path, tmp_path: Path) -> None:
+    """Training taught it to end turns with the template's token, here not the tokenizer's (ChatML over end of text)."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    content = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": "<|endoftext|>"}))
+    tokenizer = load_tokenizer(str(model))
+    ends = {tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>")}
+    assert tokenizer.eos_token == "<|endoftext|>"
+    part = sft(tmp_path / "stage", model, 0, 1)
+    assert set(json.loads((part / "generation_config.json").read_text())["eos_token_id"]) == ends
+
+
 def test_stale_compilation_lock_blocks_no_training(tiny_llama: Path, extensions: Path, tmp_path: Path) -> None:
     assert sft(tmp_path / "stage", tiny_llama, 0, 1).is_dir()
     lock = extensions / "deepspeed_shm_comm" / "lock"
