@@ -1,8 +1,6 @@
 """Configuration: strict, described, and unchanged by a round trip."""
 
 import inspect
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -13,7 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from cluster.backends.slurm import gpus_option
 from flows.cli.influence import influence
 from montessori_core.config import (
     Benchmarks,
@@ -32,7 +29,6 @@ from montessori_core.config import (
     differences,
     parse,
     parse_experiment,
-    parse_yaml,
     read_cluster,
     read_experiment,
     read_study,
@@ -191,107 +187,6 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             read_experiment(path, (override,))
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        *(
-            (text, text)
-            for text in ("12:00:00", "1:30", "1:30.5", "yes", "No", "on", "OFF", "y", "2026-02-30", "1_000", "0b1")
-        ),
-        *((text, text) for text in ("0o9", "1e", "e5", ".", "=", "+.nan", "tRue", "1.2.3", "-.e1")),
-        *(("010", 10), ("-7", -7), ("+7", 7), ("0o10", 8), ("0x1F", 31), ("1e-5", 1e-5), ("1.", 1.0), (".5", 0.5)),
-        *(
-            ("1e5", 1e5),
-            ("true", True),
-            ("FALSE", False),
-            ("~", None),
-            ("null", None),
-            ("", None),
-            ("-.inf", -math.inf),
-        ),
-        *(("'1e5'", "1e5"), ('"12:00"', "12:00")),
-    ],
-)
-def test_yaml_is_read_as_version_1_2(text: str, value: object) -> None:
-    parsed = parse_yaml(f"key: {text}", "test")["key"]
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [
-        *(
-            ("720", 720),
-            ("12:00:00", 720),
-            ("90:00", 90),
-            ("0:30", 1),
-            ("1-12", 2160),
-            ("2-00:30", 2910),
-            ("1-0:0:1", 1441),
-        ),
-        *(("'45'", 45), ("00:00:01", 1), ("100:00:00", 6000)),
-    ],
-)
-def test_time_limit_is_read_as_sbatch_reads_it(text: str, minutes: int) -> None:
-    content = parse_yaml(f"resources: {{training: {{time_limit_minutes: {text}}}}}", "test")
-    assert parse(Cluster, content, "test").resources.training.time_limit_minutes == minutes
-
-
-@pytest.mark.parametrize("text", ["0:00", "1:2:3:4", "12h", "-5", "1-", "12:", "UNLIMITED", "1.5"])
-def test_other_time_limit_is_refused(text: str) -> None:
-    content = parse_yaml(f"resources: {{training: {{time_limit_minutes: '{text}'}}}}", "test")
-    with pytest.raises(ConfigError, match="resources.training.time_limit_minutes: Input should be"):
-        parse(Cluster, content, "test")
-
-
-GPUS, MEMORY = {"training": {"gpus_per_node": 4}}, {"training": {"memory_gb": 8}}
-
-
-@pytest.mark.parametrize(
-    ("extra", "resources", "setting"),
-    [
-        ({"gpus-per-node": "h100:4"}, {}, "cluster.resources.*.gpus_per_node and gpu_type"),
-        ({"gpus_per_node": "h100:4"}, GPUS, "cluster.resources.*.gpus_per_node and gpu_type"),
-        ({"--gres": "gpu:h100:4"}, GPUS, "cluster.resources.*.gpus_per_node and gpu_type"),
-        ({"gpus": 4}, GPUS, "cluster.resources.*.gpus_per_node and gpu_type"),
-        ({"mem-per-cpu": "4G"}, MEMORY, "cluster.resources.*.memory_gb"),
-        ({"mem": "4G"}, {}, "cluster.resources.*.memory_gb"),
-        ({"time": "1:00:00"}, {}, "cluster.resources.*.time_limit_minutes"),
-        ({"partition": "gpu"}, {}, "cluster.slurm.partition"),
-        ({"ntasks": 2}, {}, "cluster.resources.*.processes_per_node"),
-        ({"array": "0-3"}, {}, "cluster.resources.*.parallel_jobs and shards_per_job"),
-    ],
-)
-def test_extra_option_of_a_setting_is_refused(
-    extra: dict[str, object], resources: dict[str, object], setting: str
-) -> None:
-    with pytest.raises(
-        ConfigError, match=re.escape(f"slurm.extra: {next(iter(extra))}: sbatch would get") + ".*"
-    ) as refusal:
-        parse(Cluster, {"slurm": {"extra": extra}, "resources": resources}, "test")
-    assert f"set {setting}" in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("extra", "resources"),
-    [
-        ({"gres": "nvme:1", "reservation": "night", "requeue": False, "wckey": "w"}, GPUS),
-        ({"gres": "gpu:2"}, MEMORY),
-        ({"mem-per-cpu": "4G", "begin": "16:00"}, GPUS),
-    ],
-)
-def test_other_extra_options_are_accepted(extra: dict[str, object], resources: dict[str, object]) -> None:
-    assert parse(Cluster, {"slurm": {"extra": extra}, "resources": resources}, "test").slurm.extra == extra
-
-
-def test_gpu_type_is_part_of_sbatch_option() -> None:
-    options = [
-        gpus_option(Resources(gpus_per_node=n, gpu_type=kind)) for n, kind in ((4, "h100"), (4, None), (0, "h100"))
-    ]
-    assert options == ["h100:4", 4, None]
 
 
 def test_override_does_not_change_anchored_sections(tmp_path: Path) -> None:
