@@ -6,12 +6,13 @@ it bounds the copies from host memory. All operations are elementwise, so chunki
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
+"""Elements of a chunk, by type of device."""
 
 
 class GradientTally:
@@ -86,31 +87,42 @@ class AdamW:
 
     def project(
         self,
-        directions: Sequence[torch.Tensor],
-        gradient: torch.Tensor | None,
+        gradients: Iterable[torch.Tensor],
         first: torch.Tensor,
         second: torch.Tensor,
-        device: torch.device,
-        tally: GradientTally | None = None,
-    ) -> list[float]:
-        """Return <direction, step> for each direction, without weight decay, which does not depend on the gradient.
+        directions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Project the steps on several examples onto directions, over a block of coordinates that fits in the cache.
+
+        The step is without weight decay, which does not depend on the gradient. Its numerator and denominator are divided by
+        the factors of the gradient, so that the moments are scaled once for all examples. An example's result does not depend
+        on the other examples.
 
         Args:
-            directions: [directions][any shape]. The first is summed in fp64. The others may have fewer bits; each of their
-                chunks is summed in the dtype of the step.
-            gradient: like a direction; None is a zero gradient.
-            first: exp_avg, like a direction.
-            second: exp_avg_sq, like a direction.
-            device: where to compute; the tensors may be on another device.
-            tally: where the gradient is counted.
+            gradients: [examples][block], unweighted; each is used before the next is requested.
+            first: exp_avg, [block].
+            second: exp_avg_sq, [block].
+            directions: [directions, block].
+
+        Returns:
+            [examples, directions + 2] in fp64: <direction, step> of each direction, the squared norm of the gradient, and the
+            number of coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v.
         """
-        totals = torch.zeros(len(directions), dtype=torch.float64, device=device)
-        for g, m, v, main, *others in _chunks(device, first, gradient, first, second, *directions):
-            numerator, denominator = self._fraction(g, m, v, tally)
-            step = numerator.div_(denominator)
-            products = [torch.dot(step, d.to(step.dtype)).double() for d in others]
-            totals += torch.stack([(step * main).sum(dtype=torch.float64), *products])
-        return [-self._rate * total for total in totals.tolist()]
+        weight, remainder = self.example_weight, 1 - self.beta2**self.step
+        scale = weight * ((1 - self.beta2) / remainder) ** 0.5  # of the gradient in the denominator
+        past = first * (self.beta1 / ((1 - self.beta1) * weight))
+        past_square = second * (self.beta2 / ((1 - self.beta2) * weight**2))
+        twice, exceeds = past_square * 2, torch.empty_like(past_square)
+        sums = []
+        for gradient in gradients:
+            square = torch.addcmul(past_square, gradient, gradient)
+            dominated = torch.gt(square, twice, out=exceeds).sum()
+            step = (past + gradient).div_(square.sqrt_().add_(self.epsilon / scale))
+            counts = torch.stack([torch.dot(gradient, gradient), dominated])
+            sums.append(torch.cat([directions @ step, counts]))
+        total = torch.stack(sums).double()
+        total[:, :-2] *= -self._rate * (1 - self.beta1) * weight / scale
+        return total
 
     @property
     def _rate(self) -> float:
@@ -138,7 +150,7 @@ def _chunks(
     """Yield chunks of a gradient (None: zeros like `like`) and of the others, copied to `device` if necessary."""
     if gradient is None:
         gradient = torch.zeros_like(like)
-    size = _CHUNK[device.type]
+    size = CHUNK[device.type]
     flat = gradient.reshape(-1), *(tensor.view(-1) for tensor in others)
     for chunks in zip(*(tensor.split(size) for tensor in flat), strict=True):
         yield tuple(chunk.to(device, non_blocking=True) for chunk in chunks)
