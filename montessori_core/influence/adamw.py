@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
-"""Elements of a chunk, by type of device."""
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 25}
+"""Elements of a block whose step is projected, by type of device."""
 
 
 class GradientTally:
@@ -112,14 +113,14 @@ class AdamW:
         scale = weight * ((1 - self.beta2) / remainder) ** 0.5  # of the gradient in the denominator
         past = first * (self.beta1 / ((1 - self.beta1) * weight))
         past_square = second * (self.beta2 / ((1 - self.beta2) * weight**2))
-        twice, exceeds = past_square * 2, torch.empty_like(past_square)
+        twice, scratch = past_square * 2, torch.empty_like(past_square)
         sums = []
         for gradient in gradients:
             square = torch.addcmul(past_square, gradient, gradient)
-            dominated = torch.gt(square, twice, out=exceeds).sum()
+            dominated = torch.gt(square, twice, out=scratch).sum()
             step = (past + gradient).div_(square.sqrt_().add_(self.epsilon / scale))
-            counts = torch.stack([torch.dot(gradient, gradient), dominated])
-            sums.append(torch.cat([directions @ step, counts]))
+            norm = torch.mul(gradient, gradient, out=scratch).sum()  # more accurate than a dot product
+            sums.append(torch.cat([directions @ step, torch.stack([norm, dominated])]))
         total = torch.stack(sums).double()
         total[:, :-2] *= -self._rate * (1 - self.beta1) * weight / scale
         return total
@@ -150,7 +151,7 @@ def _chunks(
     """Yield chunks of a gradient (None: zeros like `like`) and of the others, copied to `device` if necessary."""
     if gradient is None:
         gradient = torch.zeros_like(like)
-    size = CHUNK[device.type]
+    size = _CHUNK[device.type]
     flat = gradient.reshape(-1), *(tensor.view(-1) for tensor in others)
     for chunks in zip(*(tensor.split(size) for tensor in flat), strict=True):
         yield tuple(chunk.to(device, non_blocking=True) for chunk in chunks)

@@ -1,8 +1,8 @@
 """Gradients of single examples, kept as factors until a block of rows is needed.
 
-The gradient of a linear layer's weight is the product of its output gradients and its inputs, dY^T X. For a short example both
-factors are much smaller than the product. They are kept for several examples, so that AdamW's state is read once for all of
-them, and a block of the product stays in the cache while it is used.
+The gradient of a linear layer's weight is the product of its output gradients and its inputs, dY^T X. For a short example
+both factors are much smaller than the product. They are kept for several examples, so that AdamW's state is read once for
+all of them, and a block of the product stays in the cache while it is used.
 """
 
 from bisect import bisect_left

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from montessori_core.errors import DataError
-from montessori_core.influence.adamw import CHUNK, AdamW, GradientTally
+from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
 from montessori_core.influence.gradients import FactoredGradient, GradientCapture
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.training.moments import Moments, number_type, weights_checksums
@@ -85,10 +85,10 @@ class ResidentStudent:
         }
         _check_moments(moments, self.parameters)
         self._first, self._second = (
-            {name: self._stored(tensors[name].to(p.dtype), "moments") for name, p in self.parameters.items()}
+            {name: self.place(tensors[name].to(p.dtype), "moments") for name, p in self.parameters.items()}
             for tensors in (moments.first, moments.second)
         )
-        self._snapshot = {name: self._stored(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
+        self._snapshot = {name: self.place(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
         self._coordinates = sum(p.numel() for p in self.parameters.values())
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ class ResidentStudent:
             onto: gradients to add to, in place; None starts from zero.
         """
         total = onto or {
-            name: self._stored(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
+            name: self.place(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
         }
 
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -193,9 +193,17 @@ class ResidentStudent:
     def copy_in_bf16(self, gradients: Direction) -> dict[str, torch.Tensor]:
         """Return a copy of gradients in bf16, which is precise enough for a standard error."""
         return {
-            name: self._stored(gradient.to(torch.bfloat16, copy=True), "half gradient")
+            name: self.place(gradient.to(torch.bfloat16, copy=True), "half gradient")
             for name, gradient in gradients.items()
         }
+
+    def place(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+        """Return the tensor in the home of its kind, see `Placement`."""
+        tensor = tensor.contiguous()
+        if self._placement[kind] == "device":
+            return tensor.to(self.device)
+        on_host = tensor.cpu()
+        return on_host.pin_memory() if self.device.type == "cuda" else on_host
 
     def drop_snapshot(self) -> None:
         """Free the snapshot. The student can take no further step."""
@@ -206,26 +214,25 @@ class ResidentStudent:
     ) -> tuple[float, dict[str, FactoredGradient]]:
         """Return the loss, and the gradient of each parameter that was not passed to `project`; none if it is not finite.
 
-        Gradients without factors are passed to `project`, then freed. A parameter without a gradient has a zero gradient: an
-        expert that gets no token. In a training batch other examples reach it, and the null step updates it as well; so its
-        momentum counts.
+        Large gradients without factors are passed to `project`, then freed. A parameter without a gradient has a zero
+        gradient: an expert that gets no token. In a training batch other examples reach it, and the null step updates it as
+        well; so its momentum counts.
         """
         capture, used = GradientCapture(self.parameters), set()
 
         def use(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            if name in capture.gradients:
-                capture.gradients[name].dense.append(_as_matrix(gradient))
+            if name in capture.gradients or gradient.numel() <= BLOCK[self.device.type]:
+                capture.gradients.setdefault(name, FactoredGradient()).dense.append(_as_matrix(gradient))
             else:
                 used.add(name)
                 project(name, gradient)
 
-        # The capture is active in the backward pass as well, which recomputes checkpointed logits.
-        with capture, _pass_gradients_to(use, self.parameters):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
-                loss = example_loss(self.losses, batch)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                return value, {}
+        with capture, torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
+            loss = example_loss(self.losses, batch, capture)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value, {}
+        with _pass_gradients_to(use, self.parameters):
             loss.backward()
         return value, {n: capture.gradients.get(n, FactoredGradient()) for n in self.parameters if n not in used}
 
@@ -245,7 +252,7 @@ class ResidentStudent:
         state = [_as_matrix(part[name]) for part in (self._first, self._second, *directions)]
         dtype = torch.promote_types(state[0].dtype, torch.float32)
         rows, columns = state[0].shape
-        height = max(1, CHUNK[self.device.type] // columns)
+        height = max(1, BLOCK[self.device.type] // columns)
         total = torch.zeros(len(gradients), len(directions) + 2, dtype=torch.float64, device=self.device)
         for start in range(0, rows, height):
             stop = min(start + height, rows)
@@ -256,13 +263,6 @@ class ResidentStudent:
             blocks = (gradient.rows(start, stop, shape).reshape(-1) for gradient in gradients)
             total += self._adamw.project(blocks, first, second, torch.stack(parts))
         return total
-
-    def _stored(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
-        tensor = tensor.contiguous()
-        if self._placement[kind] == "device":
-            return tensor.to(self.device)
-        on_host = tensor.cpu()
-        return on_host.pin_memory() if self.device.type == "cuda" else on_host
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
