@@ -113,13 +113,13 @@ class AdamW:
         scale = weight * ((1 - self.beta2) / remainder) ** 0.5  # of the gradient in the denominator
         past = first * (self.beta1 / ((1 - self.beta1) * weight))
         past_square = second * (self.beta2 / ((1 - self.beta2) * weight**2))
-        twice, scratch = past_square * 2, torch.empty_like(past_square)
+        own_square = torch.empty_like(past_square)
         sums = []
         for gradient in gradients:
-            square = torch.addcmul(past_square, gradient, gradient)
-            dominated = torch.gt(square, twice, out=scratch).sum()
-            step = (past + gradient).div_(square.sqrt_().add_(self.epsilon / scale))
-            norm = torch.mul(gradient, gradient, out=scratch).sum()  # more accurate than a dot product
+            torch.mul(gradient, gradient, out=own_square)
+            norm, denominator = own_square.sum(), own_square + past_square
+            dominated = torch.gt(own_square, past_square, out=own_square).sum()
+            step = (past + gradient).div_(denominator.sqrt_().add_(self.epsilon / scale))
             sums.append(torch.cat([directions @ step, torch.stack([norm, dominated])]))
         total = torch.stack(sums).double()
         total[:, :-2] *= -self._rate * (1 - self.beta1) * weight / scale

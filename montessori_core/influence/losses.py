@@ -7,7 +7,6 @@ Shapes: [batch, tokens]; [labelled] runs over the labelled positions of a batch,
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +93,10 @@ class TokenLosses:
         if len(chunks) == 1 or not torch.is_grad_enabled():
             return torch.cat([self._cross_entropy(*chunk) for chunk in chunks])
         # Only one chunk's logits are in memory: the backward pass recomputes them.
-        contexts = partial(tuple, (nullcontext(), recompute or nullcontext()))
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), recompute or nullcontext()
+
         return torch.cat(
             [checkpoint(self._cross_entropy, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks]
         )
