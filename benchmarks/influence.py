@@ -1,16 +1,21 @@
 """Compare the cost of measuring influence: the published procedure and ours, in one run.
 
     python benchmarks/influence.py [--references 256] [--scaling]
+    python benchmarks/influence.py --batches [--student DIR]
 
 *Naive* is the procedure of the authors' public code. For each example it loads the checkpoint and the optimizer state from
 disk, pads everything to 1024 tokens, and computes logits at every position. All procedures use the same student (the embedded
 SmolLM2-135M), moments, probing examples, reference examples and threads. Reference examples are built-in ones, repeated as
 needed: only their lengths matter. --scaling adds the cost for several reference sizes, lengths and model sizes. On a GPU
 (--device cuda) times are taken after synchronisation, and peak memory is printed.
+
+--batches instead compares first order in batches of short examples with first order one by one, in which autograd computes
+each gradient, and AdamW's state is read for each example; then the opening of a first and a second worker.
 """
 
 import argparse
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,12 +24,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from montessori_core.config import DataSource
 from montessori_core.data.sources import read_tasks
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.adamw import GradientTally
+from montessori_core.influence.losses import Batch, example_loss, make_batch
 from montessori_core.influence.memory import plan_memory
+from montessori_core.influence.student import Direction
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer
@@ -58,6 +67,7 @@ def main() -> None:
         "--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="precision of ours"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batches", action="store_true", help="compare first order in batches and one by one")
     parser.add_argument("--scaling", action="store_true", help="also measure how the cost scales")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -67,6 +77,9 @@ def main() -> None:
         [encode_example(tokenizer, task.instruction, task.response, PADDED) for task in read_tasks(source, name, True)]
         for source, name in ((DataSource(path="builtin"), "reference"), (DataSource(path="builtin"), "evaluation"))
     )
+    if arguments.batches:
+        compare_batches(student, references[:8], device)
+        return
     references = [references[i % len(references)] for i in range(arguments.references)]
     mean = sum(len(e.input_ids) for e in references) / len(references)
     peak = matmul_peak(device, torch.float32 if arguments.dtype == "float32" else torch.bfloat16)
@@ -230,12 +243,103 @@ def forward_flops(model: Any, examples: list[Encoded]) -> float:
     return total
 
 
+class OneByOne:
+    """First order as it was before batches: the reference for speed and agreement."""
+
+    def __init__(self, student: ResidentStudent, moments: Moments, adamw: AdamW, directions: list[Direction]) -> None:
+        self._student, self._moments, self._adamw, self._directions = student, moments, adamw, directions
+
+    def project(self, example: Encoded) -> float:
+        """Return <direction, step> of the first direction."""
+        tally, totals = GradientTally(), torch.zeros(len(self._directions), dtype=torch.float64)
+
+        def add(name: str, parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            state = parameter.grad, self._moments.first[name], self._moments.second[name]
+            chunks = (tensor.view(-1).split(1 << 16) for tensor in (*state, *(d[name] for d in self._directions)))
+            for gradient, first, second, main, half in zip(*chunks, strict=True):
+                step = torch.zeros_like(gradient)
+                self._adamw.step_(step, gradient, first, second, tally)
+                in_fp64 = (step * main).sum(dtype=torch.float64)
+                totals.add_(torch.stack([in_fp64, torch.dot(step, half.to(step.dtype)).double()]))
+            parameter.grad = None
+
+        parameters = self._student.parameters.items()
+        hooks = [p.register_post_accumulate_grad_hook(torch.no_grad()(partial(add, name))) for name, p in parameters]
+        example_loss(self._student.losses, make_batch([(0, example)], self._student.device)).backward()
+        for hook in hooks:
+            hook.remove()
+        assert math.isfinite(tally.norm)
+        return float(totals[0])
+
+
+def compare_batches(folder: Path, references: list[Encoded], device: torch.device) -> None:
+    """Print seconds per example of first order one by one and in batches, and seconds to open a worker."""
+    model = load_model(str(folder), torch.float32).to(device)
+    moments = random_moments(model)
+    adamw = AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1, 1 / 32)
+
+    def opened(shared: Path) -> tuple[ResidentStudent, InfluenceMeter]:
+        student = ResidentStudent(model, moments, adamw, device)
+        return student, InfluenceMeter(student, ReferenceSet(references, 1024, device), "first_order", shared=shared)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        first, second = (timed(partial(opened, Path(scratch)), device) for _ in range(2))
+        student, meter = opened(Path(scratch))
+    print(f"opening with {len(references)} reference examples: {first:.1f} s, second worker {second:.1f} s")  # noqa: T201
+    assert meter.reference_gradient is not None
+    directions = [meter.reference_gradient.full, meter.reference_gradient.half]
+    single = OneByOne(student, moments, adamw, directions)
+    print("\n| tokens | one by one, s | batches of 1 | batches of 8 | 4 targets | GFLOP/s | Spearman | signs |")  # noqa: T201
+    print("|---|---|---|---|---|---|---|---|")  # noqa: T201
+    for length in (64, 96, 128):
+        examples = [random_example(length) for _ in range(8)]
+        batches = [make_batch([(0, example)], device) for example in examples]
+        results: dict[str, list[float]] = {}
+
+        def project(name: str, size: int, targets: int, batches: list[Batch] = batches) -> None:
+            groups = [batches[start : start + size] for start in range(0, 8, size)]
+            steps = [step for group in groups for step in student.project_steps(group, directions * targets)]
+            results[name] = [projections[0] for _, projections in steps]  # noqa: B023 - called in this iteration
+
+        def project_singly(examples: list[Encoded] = examples) -> None:
+            results["one by one"] = list(map(single.project, examples))  # noqa: B023
+
+        procedures: list[Callable[[], None]] = [
+            project_singly,
+            partial(project, "batches of 1", 1, 1),
+            partial(project, "batches of 8", 8, 1),
+            partial(project, "4 targets", 8, 4),
+        ]
+        # Procedures take turns, so that other work on the machine disturbs all of them.
+        times = [[processor_seconds(procedure, device) / 8 for procedure in procedures] for _ in range(2)]
+        best = [min(column) for column in zip(*times, strict=True)]
+        null = meter.reference_gradient.null_projections[0]
+        one, batched = ([null - value for value in results[name]] for name in ("one by one", "batches of 8"))
+        signs = sum((a > 0) == (b > 0) for a, b in zip(one, batched, strict=True))
+        seconds = f"{best[0]:.2f} | " + " | ".join(f"{s:.2f} ({best[0] / s:.2f}x)" for s in best[1:])
+        peak = matmul_peak(device, torch.float32) / 1e9
+        agreement = f"{spearmanr(one, batched).statistic:.4f} | {signs} of 8"
+        print(f"| {length} | {seconds} | {peak:.0f} | {agreement} |", flush=True)  # noqa: T201
+
+
+def processor_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the processor's seconds of one call, which other processes disturb less; on a GPU, elapsed seconds."""
+    if device.type == "cuda":
+        return timed(function, device)
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def random_example(length: int) -> Encoded:
+    """Return an example of random tokens; half of them are the response."""
+    ids = torch.randint(3, 1000, (length,)).tolist()
+    return Encoded(ids, [IGNORED] * (length // 2) + ids[length // 2 :], False)
+
+
 def scaling(device: torch.device) -> None:
     """Print the cost for several reference sizes, example lengths and model sizes, on models with random weights."""
-
-    def example(length: int) -> Encoded:
-        ids = torch.randint(3, 1000, (length,)).tolist()
-        return Encoded(ids, [IGNORED] * (length // 2) + ids[length // 2 :], False)
 
     print("\n| student | reference examples | tokens per example | exact, s | first order, s |\n|---|---|---|---|---|")  # noqa: T201
     small, medium, large = (256, 768, 8), (576, 1536, 15), (576, 1536, 30)
@@ -260,10 +364,10 @@ def scaling(device: torch.device) -> None:
         model = LlamaForCausalLM(config).to(device)
         seconds = []
         for estimator, repeats in (("exact", 1), ("first_order", 3)):
-            reference = ReferenceSet([example(length) for _ in range(count)], 1024, device)
+            reference = ReferenceSet([random_example(length) for _ in range(count)], 1024, device)
             student = ResidentStudent(model, random_moments(model), AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, 31), device)
             meter = InfluenceMeter(student, reference, estimator)  # type: ignore[arg-type]
-            probes = [example(length)] * repeats
+            probes = [random_example(length)] * repeats
             total = timed(partial(list, map(meter.measure, probes)), device)
             seconds.append(total / repeats)
         size = Shape.of(model).parameters / 1e6

@@ -12,7 +12,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ def main() -> None:
     add("first order, fp32", estimate, seconds)
     if arguments.save:
         np.savez(arguments.save, differences=differences, first_order=estimate, momentum=momentum_by_example.numpy())
-    reference_gradient = first_order.reference_gradient
-    assert reference_gradient is not None
+    assert first_order.reference_gradient is not None
+    reference_gradient = first_order.reference_gradient.full
     if not arguments.brief:
         add_other_precisions(setting, reference_gradient, momentum, add)
     bf16_meter = InfluenceMeter(setting.resident(torch.bfloat16), setting.reference)
@@ -142,7 +142,7 @@ def weights_table(setting: Setting, weights: list[float], seed: int) -> list[str
             influence[estimator] = np.array([result.influence_null_step for result in results], dtype=np.float64)
         if linear is None:
             assert meter.reference_gradient is not None
-            linear, _ = forward_mode(setting, meter.reference_gradient, momentum=0.0)
+            linear, _ = forward_mode(setting, meter.reference_gradient.full, momentum=0.0)
         exact.append(influence["exact"])
         rows.append(
             [
@@ -185,7 +185,7 @@ def agreement(exact: np.ndarray, estimate: np.ndarray) -> list[str]:
 
 def add_other_precisions(
     setting: Setting,
-    reference_gradient: dict[str, torch.Tensor],
+    reference_gradient: Mapping[str, torch.Tensor],
     momentum: float,
     add: Callable[[str, np.ndarray, float], None],
 ) -> None:
@@ -327,7 +327,7 @@ def bf16_evaluation(setting: Setting, count: int) -> tuple[np.ndarray, float]:
 
 
 def forward_mode(
-    setting: Setting, reference_gradient: dict[str, torch.Tensor], momentum: float
+    setting: Setting, reference_gradient: Mapping[str, torch.Tensor], momentum: float
 ) -> tuple[np.ndarray, float]:
     """Measure influence by forward mode, without a gradient per example.
 

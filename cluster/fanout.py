@@ -171,6 +171,7 @@ class _Driver:
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
         shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # left by killed jobs and duplicates
+        shutil.rmtree(self._stage.shared_root, ignore_errors=True)
 
     def _report(self) -> None:
         stage, shards = self._stage, self._shards

@@ -8,6 +8,7 @@ and has that key; a file that exists proves nothing. The folder of a stage:
     part-00003.parquet | part-00003/  result of shard 3
     part-00003.manifest.json          key, rows, bytes and hash of the result; written last
     partial/                          finished rows of unfinished shards
+    shared/                           results of opening the program; removed when all shards are done
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
@@ -159,6 +160,16 @@ class Stage:
     def partial_folder(self) -> Path:
         """Folder of partial commits."""
         return self.folder / "partial"
+
+    @property
+    def shared_root(self) -> Path:
+        """Folder of all shared folders."""
+        return self.folder / "shared"
+
+    @property
+    def shared_folder(self) -> Path:
+        """Folder in which a job keeps for others what depends on settings and inputs, but not on rows."""
+        return self.shared_root / hash_json([self.program, self.version, self.settings, self.input_hashes])[:16]
 
     def progress_file(self, index: int) -> Path:
         """Path of the progress of shard `index`."""

@@ -63,7 +63,8 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
                 continue
             log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(rows), platform.node())
             if opened is None:
-                opened = open_program(stage.entry, stage.settings_type, stage.settings, stage.inputs)
+                inputs = {**stage.inputs, "shared": stage.shared_folder}
+                opened = open_program(stage.entry, stage.settings_type, stage.settings, inputs)
                 opening = time.monotonic() - begun
             _compute_shard(stage, index, key, rows.to_pylist(), opened, environment, opening)
         except Exception as error:

@@ -108,7 +108,8 @@ def open_program(
         entry: see `Program`.
         settings_type: `module:class` that validates the settings; None passes them unchanged.
         settings: plain data.
-        inputs: path of each input, by its name.
+        inputs: path of each input, by its name; `shared` is a folder of all jobs with the same settings and inputs, which may
+            not exist yet and is removed after the last job.
     """
     validated = load(settings_type).model_validate(settings) if settings_type else settings
     opened: Compute[Any] | RowProgram[Any] = load(entry)(validated, inputs)

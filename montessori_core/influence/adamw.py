@@ -6,12 +6,14 @@ it bounds the copies from host memory. All operations are elementwise, so chunki
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}  # elements
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 25}
+"""Elements of a block whose step is projected, by type of device."""
 
 
 class GradientTally:
@@ -86,31 +88,42 @@ class AdamW:
 
     def project(
         self,
-        directions: Sequence[torch.Tensor],
-        gradient: torch.Tensor | None,
+        gradients: Iterable[torch.Tensor],
         first: torch.Tensor,
         second: torch.Tensor,
-        device: torch.device,
-        tally: GradientTally | None = None,
-    ) -> list[float]:
-        """Return <direction, step> for each direction, without weight decay, which does not depend on the gradient.
+        directions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Project the steps on several examples onto directions, over a block of coordinates that fits in the cache.
+
+        The step is without weight decay, which does not depend on the gradient. Its numerator and denominator are divided by
+        the factors of the gradient, so that the moments are scaled once for all examples. An example's result does not depend
+        on the other examples.
 
         Args:
-            directions: [directions][any shape]. The first is summed in fp64. The others may have fewer bits; each of their
-                chunks is summed in the dtype of the step.
-            gradient: like a direction; None is a zero gradient.
-            first: exp_avg, like a direction.
-            second: exp_avg_sq, like a direction.
-            device: where to compute; the tensors may be on another device.
-            tally: where the gradient is counted.
+            gradients: [examples][block], unweighted; each is used before the next is requested.
+            first: exp_avg, [block].
+            second: exp_avg_sq, [block].
+            directions: [directions, block].
+
+        Returns:
+            [examples, directions + 2] in fp64: <direction, step> of each direction, the squared norm of the gradient, and the
+            number of coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v.
         """
-        totals = torch.zeros(len(directions), dtype=torch.float64, device=device)
-        for g, m, v, main, *others in _chunks(device, first, gradient, first, second, *directions):
-            numerator, denominator = self._fraction(g, m, v, tally)
-            step = numerator.div_(denominator)
-            products = [torch.dot(step, d.to(step.dtype)).double() for d in others]
-            totals += torch.stack([(step * main).sum(dtype=torch.float64), *products])
-        return [-self._rate * total for total in totals.tolist()]
+        weight, remainder = self.example_weight, 1 - self.beta2**self.step
+        scale = weight * ((1 - self.beta2) / remainder) ** 0.5  # of the gradient in the denominator
+        past = first * (self.beta1 / ((1 - self.beta1) * weight))
+        past_square = second * (self.beta2 / ((1 - self.beta2) * weight**2))
+        own_square = torch.empty_like(past_square)
+        sums = []
+        for gradient in gradients:
+            torch.mul(gradient, gradient, out=own_square)
+            norm, denominator = own_square.sum(), own_square + past_square
+            dominated = torch.gt(own_square, past_square, out=own_square).sum()
+            step = (past + gradient).div_(denominator.sqrt_().add_(self.epsilon / scale))
+            sums.append(torch.cat([directions @ step, torch.stack([norm, dominated])]))
+        total = torch.stack(sums).double()
+        total[:, :-2] *= -self._rate * (1 - self.beta1) * weight / scale
+        return total
 
     @property
     def _rate(self) -> float:

@@ -1,7 +1,7 @@
 """Programs of the influence and evaluation stages: influence and held-out loss."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import GB, plan_memory
-from montessori_core.influence.meter import InfluenceMeter
+from montessori_core.influence.meter import InfluenceMeter, Measurement
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
 from montessori_core.influence.table import schema_with_metadata
-from montessori_core.models.chat import encode_example, encode_tasks
+from montessori_core.models.chat import Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
 from montessori_core.models.shape import Shape
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Load the warm student, its moments and the reference set once.
 
-    Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks).
+    Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks);
+    `shared`, see `open_program`, without which nothing is shared.
     """
     device = compute_device()
     path = str(inputs["student"])
@@ -46,7 +47,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
         settings.reference_batch_tokens,
         device,
     )
-    meter = _open_meter(settings, model.to(device), moments, reference, device)
+    meter = _open_meter(settings, model.to(device), moments, reference, device, inputs.get("shared"))
     measured = {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
@@ -56,25 +57,58 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(0)
-        for position, row in enumerate(rows):
-            example = encode_example(
+        examples = [
+            encode_example(
                 tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
             )
-            measurement = meter.measure(example, lambda share, position=position: recorder.progress(position + share))  # type: ignore[misc]
-            record = {
-                "example_id": row["example_id"],
-                "prompt_id": row["prompt_id"],
-                "tokens": len(example.input_ids),
-                "response_tokens": example.response_tokens,
-                "truncated": example.truncated,
-                "estimator": settings.estimator,
-                "audited": False,
-                **vars(measurement),
-            }
-            recorder.finish(position, [record])
-            recorder.progress(position + 1)
+            for row in rows
+        ]
+        for positions in _batches(examples, settings):
+            batch = [examples[position] for position in positions]
+            for position, measurement in zip(positions, measure(batch, positions[0], recorder), strict=True):
+                recorder.finish(position, [_record(rows[position], examples[position], settings, measurement)])
+            recorder.progress(positions[-1] + 1)
+
+    def measure(batch: list[Encoded], first: int, recorder: Recorder) -> list[Measurement]:
+        if settings.estimator == "first_order":
+            return meter.measure_batch(batch)
+        return [meter.measure(batch[0], lambda share: recorder.progress(first + share))]
 
     return RowProgram(schema_with_metadata(measured), compute)
+
+
+def _batches(examples: Sequence[Encoded], settings: programs.InfluenceMeasurement) -> list[list[int]]:
+    """Return the positions of examples that are measured together.
+
+    First order measures consecutive examples whose tokens are at most those of the longest example, for the same memory. The
+    result of an example does not depend on its batch.
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    for position, example in enumerate(examples):
+        length = len(example.input_ids)
+        if batches and settings.estimator == "first_order" and tokens + length <= settings.max_length:
+            batches[-1].append(position)
+            tokens += length
+        else:
+            batches.append([position])
+            tokens = length
+    return batches
+
+
+def _record(
+    row: ExampleRow, example: Encoded, settings: programs.InfluenceMeasurement, measurement: Measurement
+) -> dict[str, Any]:
+    return {
+        "example_id": row["example_id"],
+        "prompt_id": row["prompt_id"],
+        "tokens": len(example.input_ids),
+        "response_tokens": example.response_tokens,
+        "truncated": example.truncated,
+        "estimator": settings.estimator,
+        "audited": False,
+        **vars(measurement),
+    }
 
 
 def _open_meter(
@@ -83,6 +117,7 @@ def _open_meter(
     moments: Moments,
     reference: ReferenceSet,
     device: torch.device,
+    shared: Path | None,
 ) -> InfluenceMeter:
     step, sequential = settings.step, settings.sequential
     adamw = AdamW(
@@ -102,6 +137,7 @@ def _open_meter(
         settings.reference_reduction,
         SequentialReference(reference, sequential.block, sequential.error_rate) if sequential else None,
         settings.baseline or "student",
+        shared,
     )
 
 

@@ -5,6 +5,7 @@ Shapes: [batch, tokens]; [labelled] runs over the labelled positions of a batch,
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +79,13 @@ class TokenLosses:
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._check_logits(model)
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return [labelled] losses in fp32 (fp64 for an fp64 model), nats."""
+    def __call__(self, batch: Batch, recompute: AbstractContextManager[Any] | None = None) -> torch.Tensor:
+        """Return [labelled] losses in fp32 (fp64 for an fp64 model), nats.
+
+        Args:
+            batch: the examples.
+            recompute: context in which the backward pass recomputes logits.
+        """
         hidden = self._layers(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.positions]
         size = max(1, LOGITS_AT_A_TIME // self._head.weight.shape[0])
@@ -87,7 +93,13 @@ class TokenLosses:
         if len(chunks) == 1 or not torch.is_grad_enabled():
             return torch.cat([self._cross_entropy(*chunk) for chunk in chunks])
         # Only one chunk's logits are in memory: the backward pass recomputes them.
-        return torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), recompute or nullcontext()
+
+        return torch.cat(
+            [checkpoint(self._cross_entropy, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks]
+        )
 
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self._logits(hidden)
@@ -112,9 +124,11 @@ class TokenLosses:
             )
 
 
-def example_loss(losses: TokenLosses, batch: Batch) -> torch.Tensor:
+def example_loss(
+    losses: TokenLosses, batch: Batch, recompute: AbstractContextManager[Any] | None = None
+) -> torch.Tensor:
     """Return the training loss of a batch of one example: the mean over its response tokens."""
-    return losses(batch).mean()
+    return losses(batch, recompute).mean()
 
 
 def group_by_length(lengths: Sequence[int], order: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -85,7 +85,10 @@ def plan_memory(
     kept_per_token = shape.layers * (8 * shape.hidden + 4 * shape.intermediate)
     backward = max_length * kept_per_token * activation
     if estimator == "first_order":
-        backward = max(backward, reference_batch_tokens * kept_per_token * width)
+        # Inputs and output gradients of the linear layers, for as many tokens as the longest example has.
+        factors_per_token = shape.layers * (8 * shape.hidden + 3 * shape.intermediate) + shape.vocabulary
+        factors = max_length * factors_per_token * activation
+        backward = max(backward + factors, reference_batch_tokens * kept_per_token * width)
     forward = reference_batch_tokens * (4 * shape.hidden + 3 * shape.intermediate) * width
     needs = [
         Need("weights", shape.parameters * width, "device"),

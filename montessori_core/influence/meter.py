@@ -10,12 +10,14 @@ An example's influence depends on student, moments and reference set alone: not 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from montessori_core.errors import DataError
 from montessori_core.influence.losses import make_batch
 from montessori_core.influence.reference import (
     Loss,
@@ -23,10 +25,10 @@ from montessori_core.influence.reference import (
     error_by_halves,
     influence_by_example,
     influence_of,
-    rounding_noise,
 )
+from montessori_core.influence.reference_state import ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
-from montessori_core.influence.student import ResidentStudent
+from montessori_core.influence.student import ExampleGradient, ResidentStudent
 from montessori_core.models.chat import Encoded
 from montessori_core.program import Report
 
@@ -65,7 +67,7 @@ class InfluenceMeter:
         null_step_loss: reference loss after the null step.
         null_step_influence: influence of the null step, nats.
         noise_floor: two standard deviations of the rounding noise of an exact influence, nats.
-        reference_gradient: gradient of the reference loss at the null step, by parameter; None for the exact estimator.
+        reference_gradient: gradient of the reference loss at the null step; None for the exact estimator.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class InfluenceMeter:
         reduction: str = "example",
         sequential: SequentialReference | None = None,
         baseline: Literal["student", "null_step"] = "student",
+        shared: Path | None = None,
     ) -> None:
-        """Evaluate the student and its null step.
+        """Evaluate the student and its null step, unless another worker has.
 
         Args:
             student: the student; restored after every measurement.
@@ -86,31 +89,19 @@ class InfluenceMeter:
             reduction: reduction of the reference loss, 'example' or 'token'.
             sequential: stop reading the reference set once the sign is decided; None always reads all of it.
             baseline: the baseline of that sign.
+            shared: folder of workers with the same student, reference set and settings, see `shared_state`.
 
         Raises:
             DataError: the student's loss on the reference set is not finite.
         """
         self._student, self._reference = student, reference
         self._reduction, self._sequential, self._baseline = reduction, sequential, baseline
-        self.student_loss: Loss = reference.evaluate(student.losses)
-        if not self.student_loss.summed.isfinite().all():
-            non_finite = (~self.student_loss.summed.isfinite()).nonzero()[:, 0].tolist()
-            raise DataError(
-                f"the student's loss is not finite on {len(non_finite)} of {len(reference)} reference examples (the first is "
-                f"number {non_finite[0] + 1}); the student probably diverged: lower the warm-up's learning rate"
-            )
-        student.perturb()
-        self.noise_floor = rounding_noise(self.student_loss, reference.evaluate(student.losses), reduction)
-        student.restore()
-        student.take_null_step()
-        self.null_step_loss: Loss = reference.evaluate(student.losses)
+        measure = partial(ReferenceState.measure, student, reference, estimator, reduction)
+        state = shared_state(shared, student, measure) if shared else measure()
+        self.student_loss, self.null_step_loss = state.student_loss, state.null_step_loss
+        self.noise_floor, self.reference_gradient = state.noise_floor, state.gradient
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)
-        self.reference_gradient: dict[str, torch.Tensor] | None = None
-        if estimator == "first_order":
-            self.reference_gradient, self._half_gradient = self._reference_gradients()
-            self._null_projections = student.project_null_step([self.reference_gradient, self._half_gradient])
-        student.restore()
-        if estimator == "first_order":
+        if state.gradient is not None:
             student.drop_snapshot()
 
     def measure(self, example: Encoded, report: Report = lambda share: None) -> Measurement:
@@ -123,36 +114,43 @@ class InfluenceMeter:
         if example.response_tokens == 0:
             return Measurement("no_response_tokens")
         if self.reference_gradient is not None:
-            return self._measure_first_order(example, self.reference_gradient)
+            return self.measure_batch([example])[0]
         return self._measure_exactly(example, lambda done: report(done / len(self._reference)))
 
-    def _measure_first_order(self, example: Encoded, gradient: dict[str, torch.Tensor]) -> Measurement:
-        batch = make_batch([(0, example)], self._student.device)
-        step, projections = self._student.project_step(batch, [gradient, self._half_gradient])
+    def measure_batch(self, examples: Sequence[Encoded]) -> list[Measurement]:
+        """Measure examples to first order; AdamW's state and the reference gradient are read once for all of them.
+
+        Each result is the same to the last bit as that of `measure`. The memory is that of the factors of all gradients, see
+        `FactoredGradient`: that of a backward pass over all tokens at most.
+        """
+        if self.reference_gradient is None:
+            raise ValueError("measure_batch needs a meter with estimator='first_order'")
+        gradient = self.reference_gradient
+        measured = [example for example in examples if example.response_tokens]
+        steps = self._student.project_steps(
+            [make_batch([(0, example)], self._student.device) for example in measured], [gradient.full, gradient.half]
+        )
+        results = iter([self._first_order(*step, gradient.null_projections) for step in steps])
+        return [next(results) if example.response_tokens else Measurement("no_response_tokens") for example in examples]
+
+    def _first_order(
+        self, step: ExampleGradient, projections: Sequence[float], null_projections: Sequence[float]
+    ) -> Measurement:
         if not all(map(math.isfinite, projections)):
             return Measurement("non_finite", step.loss if math.isfinite(step.loss) else None)
         against_null_step, first_half = (
-            null - projection for null, projection in zip(self._null_projections, projections, strict=True)
+            null - projection for null, projection in zip(null_projections, projections, strict=True)
         )
+        halves = self._reference.halves()
         return Measurement(
             "ok",
             step.loss,
             self.null_step_influence + against_null_step,
             against_null_step,
-            error_by_halves(first_half, against_null_step - first_half, self._halves),
+            error_by_halves(first_half, against_null_step - first_half, (len(halves[0]), len(halves[1]))),
             gradient_norm=step.norm,
             dominated_share=step.dominated_share,
         )
-
-    def _reference_gradients(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the gradient of the reference loss at the student's weights, and the first half's part of it."""
-        student, reference = self._student, self._reference
-        first, second = reference.halves()
-        self._halves = len(first), len(second)
-        gradient = student.gradient_of(lambda: reference.backward(student.losses, self._reduction, first))
-        half_gradient = student.copy_in_bf16(gradient)
-        student.gradient_of(lambda: reference.backward(student.losses, self._reduction, second), onto=gradient)
-        return gradient, half_gradient
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         step = self._student.take_step(make_batch([(0, example)], self._student.device))

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from montessori_core.errors import DataError
-from montessori_core.influence.adamw import AdamW, GradientTally
+from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
+from montessori_core.influence.gradients import FactoredGradient, GradientCapture
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
 from montessori_core.training.moments import Moments, number_type, weights_checksums
 
@@ -84,10 +85,10 @@ class ResidentStudent:
         }
         _check_moments(moments, self.parameters)
         self._first, self._second = (
-            {name: self._stored(tensors[name].to(p.dtype), "moments") for name, p in self.parameters.items()}
+            {name: self.place(tensors[name].to(p.dtype), "moments") for name, p in self.parameters.items()}
             for tensors in (moments.first, moments.second)
         )
-        self._snapshot = {name: self._stored(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
+        self._snapshot = {name: self.place(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
         self._coordinates = sum(p.numel() for p in self.parameters.values())
 
     @torch.no_grad()
@@ -98,7 +99,23 @@ class ResidentStudent:
 
     def take_step(self, batch: Batch) -> ExampleGradient:
         """Update the weights by one step on an example, unless its loss is not finite."""
-        return self._backward(batch, self._step)
+        tally = GradientTally()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
+            loss = example_loss(self.losses, batch)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            unreached = dict(self.parameters)
+
+            def step(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+                del unreached[name]
+                self._step(name, parameter, gradient, tally)
+
+            with _pass_gradients_to(step, self.parameters):
+                loss.backward()
+            with torch.no_grad():  # an expert that gets no token, see `_factored_backward`
+                for name, parameter in unreached.items():
+                    self._step(name, parameter, torch.zeros_like(parameter), tally)
+        return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
 
     def perturb(self) -> None:
         """Perturb the weights by their rounding error, see `perturb_weights`."""
@@ -110,26 +127,47 @@ class ResidentStudent:
         for name, parameter in self.parameters.items():
             parameter.copy_(self._snapshot[name], non_blocking=True)
 
-    def project_step(self, batch: Batch, directions: Sequence[Direction]) -> tuple[ExampleGradient, list[float]]:
-        """Return gradient statistics of the example, and <direction, step> of each direction, without taking the step.
+    def project_steps(
+        self, batches: Sequence[Batch], directions: Sequence[Direction]
+    ) -> list[tuple[ExampleGradient, list[float]]]:
+        """Return gradient statistics of each example, and <direction, step> of each direction, without taking the step.
+
+        Each example has its own forward and backward pass; moments and directions are read once for all examples. The result
+        of an example does not depend on the others.
 
         Args:
-            batch: the example.
+            batches: of one example each. The factors of all gradients are in memory at once, see `FactoredGradient`.
             directions: tensors by parameter name.
         """
-        projections: list[list[float]] = []
+        totals = torch.zeros(len(batches), len(directions) + 2, dtype=torch.float64, device=self.device)
+        losses, pending = [], []
+        for batch, total in zip(batches, totals, strict=True):
 
-        def project(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor, tally: GradientTally) -> None:
-            projections.append(self._project(name, directions, gradient, tally))
+            def project(name: str, gradient: torch.Tensor, total: torch.Tensor = total) -> None:
+                total += self._project(name, directions, [FactoredGradient(dense=[_as_matrix(gradient)])])[0]
 
-        gradient = self._backward(batch, project)
-        return gradient, _sum_projections(projections, len(directions))
+            loss, gradients = self._factored_backward(batch, project)
+            losses.append(loss)
+            pending.append(gradients)
+        with torch.no_grad():
+            for name in self.parameters:
+                rows = [row for row, gradients in enumerate(pending) if name in gradients]
+                if rows:
+                    totals[rows] += self._project(name, directions, [pending[row].pop(name) for row in rows])
+        return [
+            (
+                ExampleGradient(loss, math.sqrt(square), dominated / self._coordinates),
+                projections if all(map(math.isfinite, [loss, *projections])) else [math.nan] * len(directions),
+            )
+            for loss, (*projections, square, dominated) in zip(losses, totals.tolist(), strict=True)
+        ]
 
     @torch.no_grad()
     def project_null_step(self, directions: Sequence[Direction]) -> list[float]:
         """Return <direction, null step> of each direction."""
-        projections = [self._project(name, directions, None) for name in self.parameters]
-        return _sum_projections(projections, len(directions))
+        total = sum(self._project(name, directions, [FactoredGradient()])[0] for name in self.parameters)
+        assert isinstance(total, torch.Tensor)
+        return total.tolist()[:-2]
 
     def gradient_of(
         self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor] | None = None
@@ -141,7 +179,7 @@ class ResidentStudent:
             onto: gradients to add to, in place; None starts from zero.
         """
         total = onto or {
-            name: self._stored(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
+            name: self.place(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
         }
 
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -155,36 +193,48 @@ class ResidentStudent:
     def copy_in_bf16(self, gradients: Direction) -> dict[str, torch.Tensor]:
         """Return a copy of gradients in bf16, which is precise enough for a standard error."""
         return {
-            name: self._stored(gradient.to(torch.bfloat16, copy=True), "half gradient")
+            name: self.place(gradient.to(torch.bfloat16, copy=True), "half gradient")
             for name, gradient in gradients.items()
         }
+
+    def place(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+        """Return the tensor in the home of its kind, see `Placement`."""
+        tensor = tensor.contiguous()
+        if self._placement[kind] == "device":
+            return tensor.to(self.device)
+        on_host = tensor.cpu()
+        return on_host.pin_memory() if self.device.type == "cuda" else on_host
 
     def drop_snapshot(self) -> None:
         """Free the snapshot. The student can take no further step."""
         self._snapshot.clear()
 
-    def _backward(
-        self, batch: Batch, use: Callable[[str, torch.nn.Parameter, torch.Tensor, GradientTally], None]
-    ) -> ExampleGradient:
-        tally = GradientTally()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
-            loss = example_loss(self.losses, batch)
+    def _factored_backward(
+        self, batch: Batch, project: Callable[[str, torch.Tensor], None]
+    ) -> tuple[float, dict[str, FactoredGradient]]:
+        """Return the loss, and the gradient of each parameter that was not passed to `project`; none if it is not finite.
+
+        Large gradients without factors are passed to `project`, then freed. A parameter without a gradient has a zero
+        gradient: an expert that gets no token. In a training batch other examples reach it, and the null step updates it as
+        well; so its momentum counts.
+        """
+        capture, used = GradientCapture(self.parameters), set()
+
+        def use(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+            if name in capture.gradients or gradient.numel() <= BLOCK[self.device.type]:
+                capture.gradients.setdefault(name, FactoredGradient()).dense.append(_as_matrix(gradient))
+            else:
+                used.add(name)
+                project(name, gradient)
+
+        with capture, torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
+            loss = example_loss(self.losses, batch, capture)
         value = float(loss.detach())
-        if math.isfinite(value):
-            with_gradient: set[str] = set()
-
-            def use_gradient(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-                with_gradient.add(name)
-                use(name, parameter, gradient, tally)
-
-            with _pass_gradients_to(use_gradient, self.parameters):
-                loss.backward()
-            # An expert that gets no token has no gradient. In a training batch other examples reach it, and the null step
-            # updates it as well; so its momentum counts.
-            with torch.no_grad():
-                for name in self.parameters.keys() - with_gradient:
-                    use(name, self.parameters[name], torch.zeros_like(self.parameters[name]), tally)
-        return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
+        if not math.isfinite(value):
+            return value, {}
+        with _pass_gradients_to(use, self.parameters):
+            loss.backward()
+        return value, {n: capture.gradients.get(n, FactoredGradient()) for n in self.parameters if n not in used}
 
     def _step(
         self,
@@ -196,28 +246,27 @@ class ResidentStudent:
         self._adamw.step_(parameter, gradient, self._first[name], self._second[name], tally)
 
     def _project(
-        self,
-        name: str,
-        directions: Sequence[Direction],
-        gradient: torch.Tensor | None,
-        tally: GradientTally | None = None,
-    ) -> list[float]:
-        parts = [direction[name] for direction in directions]
-        return self._adamw.project(parts, gradient, self._first[name], self._second[name], self.device, tally)
+        self, name: str, directions: Sequence[Direction], gradients: Sequence[FactoredGradient]
+    ) -> torch.Tensor:
+        """Return [gradients, directions + 2], see `AdamW.project`, of one parameter."""
+        state = [_as_matrix(part[name]) for part in (self._first, self._second, *directions)]
+        dtype = torch.promote_types(state[0].dtype, torch.float32)
+        rows, columns = state[0].shape
+        height = max(1, BLOCK[self.device.type] // columns)
+        total = torch.zeros(len(gradients), len(directions) + 2, dtype=torch.float64, device=self.device)
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            first, second, *parts = (
+                part[start:stop].to(self.device, dtype, non_blocking=True).view(-1) for part in state
+            )
+            shape = first.view(-1, columns)
+            blocks = (gradient.rows(start, stop, shape).reshape(-1) for gradient in gradients)
+            total += self._adamw.project(blocks, first, second, torch.stack(parts))
+        return total
 
-    def _stored(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
-        tensor = tensor.contiguous()
-        if self._placement[kind] == "device":
-            return tensor.to(self.device)
-        on_host = tensor.cpu()
-        return on_host.pin_memory() if self.device.type == "cuda" else on_host
 
-
-def _sum_projections(projections: Sequence[Sequence[float]], count: int) -> list[float]:
-    """Return [count] sums of [parameters][count] projections; all NaN if any of them is not finite."""
-    if not all(math.isfinite(value) for row in projections for value in row):
-        return [math.nan] * count
-    return [math.fsum(row[i] for row in projections) for i in range(count)]
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from cluster.stage import Stage
 from montessori_core.config import Cluster, Lora, Resources, Warmup, Zero
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.losses import make_batch
 from montessori_core.models.chat import encode_example
 from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
@@ -85,6 +86,24 @@ def test_lora_influence_equals_explicit_procedure(warm: Path) -> None:
         model(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss.backward()
         optimizer.step()
         assert meter.measure(example).influence_student == pytest.approx(before - loss(model), abs=2e-6)
+
+
+def test_lora_projection_equals_step(warm: Path) -> None:
+    """First order projects the step of the adapter's matrices, which are linear layers, several examples at a time."""
+    tokenizer, moments = load_tokenizer(str(warm)), load_moments(warm)
+    encoded = [encode_example(tokenizer, row["instruction"], row["response"], 64) for row in ROWS[:3]]
+    step = AdamW(1e-2, 0.9, 0.999, 1e-8, 0.0, moments.step + 1, 1 / 32)
+    student = ResidentStudent(load_model(str(warm), torch.float32), moments, step, CPU)
+    start = {name: parameter.detach().clone() for name, parameter in student.parameters.items()}
+    direction = {name: torch.ones_like(parameter) for name, parameter in start.items()}
+    batches = [make_batch([(0, example)], CPU) for example in encoded]
+    for batch, (gradient, projections) in zip(batches, student.project_steps(batches, [direction]), strict=True):
+        taken = student.take_step(batch)
+        moved = sum(float((p.detach() - start[name]).double().sum()) for name, p in student.parameters.items())
+        student.restore()
+        assert projections == pytest.approx([moved], rel=1e-3)
+        assert gradient.norm == pytest.approx(taken.norm, rel=1e-5)
+        assert gradient.dominated_share == pytest.approx(taken.dominated_share, abs=1e-4)
 
 
 def test_adapter_fingerprint_includes_its_base(warm: Path, tiny_llama: Path, tmp_path: Path) -> None:

@@ -109,4 +109,5 @@ def test_influence_moves_experts_without_tokens(separate: bool) -> None:
     still.take_step(make_batch([(0, probed)], CPU))
     moved = sum(float((p.detach() - start[name]).double().sum()) for name, p in still.parameters.items())
     still.restore()
-    assert still.project_step(make_batch([(0, probed)], CPU), [direction])[1] == pytest.approx([moved], rel=1e-4)
+    ((_, projections),) = still.project_steps([make_batch([(0, probed)], CPU)], [direction])
+    assert projections == pytest.approx([moved], rel=1e-4)

@@ -24,6 +24,7 @@ from montessori_core.influence import (
     SequentialReference,
 )
 from montessori_core.influence import losses as losses_module
+from montessori_core.influence.gradients import GradientCapture
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.reference import error_by_halves
 from montessori_core.influence.sequential import is_decided
@@ -222,7 +223,7 @@ def test_gradient_norm_and_dominated_share_equal_torch(
         )
         count = sum(g.numel() for g in gradients.values())
         found = resident.measure(example)
-        assert found.gradient_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-12)
+        assert found.gradient_norm == pytest.approx(float(torch.nn.utils.get_total_norm(gradients.values())), rel=1e-6)
         assert found.dominated_share == pytest.approx(dominated / count, abs=2 / count)  # ties may round differently
         assert found.dominated_share > 0
 
@@ -251,9 +252,8 @@ def test_unmeasurable_examples_have_status_and_no_effect(warm: Any, tiny_llama: 
     assert resident.measure(PROBING[0]) == expected
 
 
-@pytest.mark.parametrize("estimator", ["exact", "first_order"])
-def test_gradients_are_freed_after_use(warm: Any, tiny_llama: Path, estimator: str) -> None:
-    resident = meter(warm, tiny_llama, estimator=estimator)
+def test_gradients_are_freed_after_use(warm: Any, tiny_llama: Path) -> None:
+    resident = meter(warm, tiny_llama)
     parameters = list(resident._student.parameters.values())
     alive: list[int] = []
 
@@ -267,6 +267,71 @@ def test_gradients_are_freed_after_use(warm: Any, tiny_llama: Path, estimator: s
     assert len(alive) >= len(parameters)
     assert max(alive) <= 1
     assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_first_order_computes_no_weight_gradient(warm: Any, tiny_llama: Path) -> None:
+    """Autograd computes gradients of norms only; those of layers stay factored."""
+    resident = meter(warm, tiny_llama, estimator="first_order")
+    computed: list[str] = []
+    for name, parameter in resident._student.parameters.items():
+        parameter.register_hook(lambda gradient, name=name: computed.append(name))  # type: ignore[misc]
+    resident.measure(PROBING[0])
+    assert sorted(computed) == sorted(name for name in resident._student.parameters if "norm" in name)
+    assert all(parameter.grad is None for parameter in resident._student.parameters.values())
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 7 * 2000], ids=["all logits", "checkpointed logits"])
+def test_factored_gradients_equal_autograd(
+    warm: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The embedding is tied: the gradients of both of its uses are added, without that of the padding token."""
+    monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", limit)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.load_state_dict(warm[0].state_dict())
+    model.get_input_embeddings().padding_idx = PROBING[0].input_ids[5]
+    parameters, losses = dict(model.named_parameters()), TokenLosses(model)
+    batch = make_batch([(0, PROBING[0])], CPU)
+    example_loss(losses, batch).backward()
+    expected = {name: parameter.grad for name, parameter in parameters.items()}
+    model.zero_grad()
+    with GradientCapture(parameters) as capture:
+        example_loss(losses, batch, capture).backward()
+    assert sorted(capture.gradients) == sorted(name for name in parameters if "norm" not in name)
+    for name, gradient in capture.gradients.items():
+        rows = [gradient.rows(n, n + 1, torch.empty(1, expected[name].shape[1])) for n in range(len(expected[name]))]
+        torch.testing.assert_close(torch.cat(rows), expected[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_measurement_does_not_depend_on_batch(warm: Any, tiny_llama: Path, mixed: bool) -> None:
+    """Not in the last bit; an example without a finite loss, or without a response, changes no other."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.load_state_dict(warm[0].state_dict())
+    reference = ReferenceSet(REFERENCE, 128, CPU)
+    resident = InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU, mixed), reference, "first_order")
+    model.get_input_embeddings().register_forward_hook(
+        lambda layer, inputs, output: output.masked_fill((inputs[0] == 1999)[..., None], torch.inf)
+    )
+    broken = Encoded([5, 1999, 7], [IGNORED, 1999, 7], False)
+    silent = Encoded([5, 6, 7], [IGNORED] * 3, True)
+    together = resident.measure_batch([*PROBING, broken, silent])
+    assert [found.status for found in together] == ["ok"] * len(PROBING) + ["non_finite", "no_response_tokens"]
+    pairs = [found for start in range(0, 8, 2) for found in resident.measure_batch(PROBING[start : start + 2])]
+    assert together[:8] == pairs == [resident.measure(example) for example in PROBING]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+def test_second_worker_reads_reference_state(
+    warm: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
+    expected = [meter(warm, tiny_llama, estimator=estimator).measure(example) for example in PROBING[:2]]
+    first = meter(warm, tiny_llama, estimator=estimator, shared=tmp_path / "shared")
+    monkeypatch.setattr(ReferenceSet, "backward", None)
+    monkeypatch.setattr(ResidentStudent, "perturb", None)
+    second = meter(warm, tiny_llama, estimator=estimator, shared=tmp_path / "shared")
+    for worker in (first, second):
+        assert [worker.measure(example) for example in PROBING[:2]] == expected
+    assert (second.noise_floor, second.null_step_influence) == (first.noise_floor, first.null_step_influence)
 
 
 def test_chunked_logits_change_no_loss_or_gradient(
@@ -427,9 +492,8 @@ def test_half_gradient_is_copied_in_bfloat16(warm: Any, tiny_llama: Path) -> Non
     student, reference = ResidentStudent(model, warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU)
     resident = InfluenceMeter(student, reference, "first_order")
     assert resident.reference_gradient is not None
-    assert not torch.equal(
-        resident.reference_gradient["model.embed_tokens.weight"], resident._half_gradient["model.embed_tokens.weight"]
-    )
+    full, half = resident.reference_gradient.full, resident.reference_gradient.half
+    assert not torch.equal(full["model.embed_tokens.weight"], half["model.embed_tokens.weight"])
 
 
 def test_error_by_halves_is_unbiased() -> None:
