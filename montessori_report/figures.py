@@ -33,7 +33,7 @@ CONFIDENCE = 1.96
 ROWS: dict[str, Any] = {"yaxis_autorange": "reversed", "yaxis_showgrid": False}
 """Layout of horizontal bars, the first at the top."""
 _LINE = 17  # pixels
-_AXIS = {"title_font_size": 13, "automargin": True, "zeroline": False, "exponentformat": "e"}
+_AXIS = {"title_font_size": 13, "zeroline": False, "exponentformat": "e"}
 _CLEAR = "rgba(0,0,0,0)"
 _ERROR_BARS = {"thickness": 2, "width": 5}
 
@@ -48,8 +48,9 @@ TEMPLATE = go.layout.Template(
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         modebar={"bgcolor": _CLEAR, "orientation": "v"},
         dragmode=False,  # on a touch screen, a swipe scrolls the page
-        xaxis=go.layout.XAxis(**_AXIS),
-        yaxis=go.layout.YAxis(**_AXIS),
+        # Labels of the x axis change the height alone: if they changed the width, they would change with it, without end.
+        xaxis=go.layout.XAxis(automargin="height", **_AXIS),
+        yaxis=go.layout.YAxis(automargin="width", **_AXIS),
         sunburstcolorway=SERIES,
         shapedefaults={"line": {"color": GREY, "width": 1.5}},
         annotationdefaults={"font": {"size": 12}},

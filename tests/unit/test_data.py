@@ -286,6 +286,7 @@ def test_text_is_refused_or_survives_round_trip(
             "example_id": task.example_id,
             "prompt": task.instruction,
             "raw_output": task.response,
+            "thinking": None,
             "finish_reason": "stop",
             "tokens": 1,
         }
@@ -297,7 +298,14 @@ def test_text_is_refused_or_survives_round_trip(
 
 
 ROWS: list[dict[str, object]] = [
-    {"example_id": f"r{n}", "prompt": "näm" * n, "raw_output": "", "finish_reason": "stop", "tokens": n}
+    {
+        "example_id": f"r{n}",
+        "prompt": "näm" * n,
+        "raw_output": "",
+        "thinking": None,
+        "finish_reason": "stop",
+        "tokens": n,
+    }
     | {"output_ids": None, "vocabulary": None}
     for n in range(40)
 ]
