@@ -757,8 +757,8 @@ def test_jobs_run_in_configured_container(folder: Path, monkeypatch: pytest.Monk
         local.results(run(folder, SHARDS[:1], slurm=Slurm(python=sys.executable, container=container))) == EXPECTED[:3]
     )
     expected = {
-        "apptainer": f"exec --nv --bind={folder} /images/worker.sqsh {sys.executable} -u -m submitit",
-        "pyxis": f"--container-image=/images/worker.sqsh --container-mounts={folder}:{folder} {sys.executable} -u",
+        "apptainer": f"exec --nv --bind={folder} /images/worker.sqsh {sys.executable} -P -u -m submitit",
+        "pyxis": f"--container-image=/images/worker.sqsh --container-mounts={folder}:{folder} {sys.executable} -P -u",
     }
     assert expected[runtime] in said.read_text()
 
