@@ -83,7 +83,7 @@ class WarmProcess:
         with child_end:
             # Discard output and errors of imports: a job that imports the module again reports them in its log.
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "cluster.warm_start"],
+                [sys.executable, "-P", "-u", "-m", "cluster.warm_start"],
                 stdin=child_end.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -232,7 +232,7 @@ def _become_job(driver: socket.socket) -> None:
     os.dup2(driver.fileno(), 0)
     os.set_inheritable(gate, True)
     arguments = [job.folder, str(gate), str(job.seconds), *map(str, pids)]
-    os.execv(sys.executable, [sys.executable, "-m", "cluster.supervisor", *arguments])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "cluster.supervisor", *arguments])
 
 
 def _die_with_parent() -> None:

@@ -20,6 +20,7 @@ from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
 from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
+from montessori_core.environment import set_process_defaults
 from montessori_core.files import write_json
 from montessori_core.program import Compute, Row, RowProgram, open_program
 
@@ -46,7 +47,8 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
 
 
 def set_library_defaults() -> None:
-    """Set environment variables that libraries read at import, unless the user has set them."""
+    """Set environment variables that libraries read, unless the user has set them."""
+    set_process_defaults()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

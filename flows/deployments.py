@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import psutil
 from rich.console import Console
 
-from flows.local_server import answers, check_login, prefect_api, served_reports
+from flows.local_server import prefect_api, served_reports
+from flows.prefect_api import check_api, check_login
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -72,13 +73,15 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_API_URL
 
     deployments = read_deployments(file or find_deployments())
+    api = PREFECT_API_URL.value()
+    if api is None:
+        raise UserError("PREFECT_API_URL is not set; set it to the server's address followed by /api")
+    check_api(api)
+    check_login(api)
     with get_client(sync_client=True) as client:
-        api = str(client.api_url).rstrip("/")
-        if not answers(api):
-            raise UserError(f"no Prefect server answers at {api}; set PREFECT_API_URL to its address followed by /api")
-        check_login(api)
         try:
             client.read_work_pool(pool)
         except ObjectNotFound as error:
@@ -147,7 +150,9 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
             schedules.append(Interval(timedelta(seconds=schedule["interval"]), **options))
     limit = deployment.get("concurrency_limit")
     variables = dict(deployment.get("job_variables") or {})
-    variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), **variables.get("env", {})}
+    # The worker starts a flow run by python -m, which would import from its working directory first.
+    defaults = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), "PYTHONSAFEPATH": "1"}
+    variables["env"] = {**defaults, **variables.get("env", {})}
     runner_deployment = flow.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],

@@ -1,4 +1,4 @@
-"""Find or start a Prefect server on this machine, check its login, and serve the reports of runs."""
+"""Find or start a Prefect server on this machine, and serve the reports of runs."""
 
 import os
 import re
@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flows.prefect_api import answers, check_api, check_login
 from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
@@ -30,13 +29,10 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     # In a child process: this process must not read Prefect's settings before PREFECT_API_URL is set.
     code = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
     configured = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
     if configured:
-        if not answers(configured):
-            raise UserError(
-                f"no Prefect server answers at {configured} (PREFECT_API_URL); start it, or unset the variable"
-            )
+        check_api(configured)
         check_login(configured)
         yield configured
         return
@@ -56,7 +52,7 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     with log.open("w") as output:
         # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.prefect_server", *start],
+            [sys.executable, "-P", "-m", "flows.prefect_server", *start],
             env=server_environment(port),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -114,30 +110,6 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-
-
-def answers(api: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
-
-
-def check_login(api: str) -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectHTTPStatusError
-
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_work_pools(limit=1)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code not in (401, 403):
-                raise
-            raise UserError(
-                f"the Prefect server at {api} asks for a login; set PREFECT_API_AUTH_STRING=user:password (or "
-                "PREFECT_API_KEY for Prefect Cloud)"
-            ) from None
 
 
 @contextmanager

@@ -22,9 +22,9 @@ class TemporaryServer(SubprocessASGIServer):
     """Prefect's temporary server, running `app`; Prefect's clients in this process use it."""
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        # Not by uvicorn's command line, which puts the working directory first on the import path.
         return subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:app", *address, "--log-level", "error"],
+            [sys.executable, "-P", "-m", __name__, str(self.port)],
             env={
                 **os.environ,
                 **get_current_settings().to_environment_variables(exclude_unset=True),
@@ -46,3 +46,9 @@ def app() -> "FastAPI":
     threading.Thread(target=end_with_driver, daemon=True, name="driver").start()
     collect_in_thread()
     return create_app(ephemeral=True, final=True)
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    uvicorn.run(app(), host="127.0.0.1", port=int(sys.argv[1]), log_level="error")

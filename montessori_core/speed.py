@@ -16,7 +16,7 @@ def measure_gflops(threads: int) -> float | None:
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     outcome = subprocess.run(
-        [sys.executable, "-m", __name__], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-m", __name__], env=environment, capture_output=True, text=True, check=False
     )
     return float(outcome.stdout) if outcome.returncode == 0 else None
 

@@ -15,10 +15,12 @@ import submitit
 
 from cluster.backends.base import Task, split_evenly
 from cluster.backends.command import run_command
+from cluster.import_path import check_import_path
 from cluster.supervisor import kill_tree
 from cluster.warm_start import Job, warm_process
 from cluster.worker import run_task
 from montessori_core.config import Resources
+from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class LocalBackend:
     polls_until_lost = 1
 
     def __init__(self, resources: Resources, python: str | None) -> None:
+        check_import_path()
+        set_process_defaults()  # before submitit starts its own processes by python -m
         self._resources, self._python = resources, python
         self.forks_jobs = python is None and sys.platform == "linux"
         self._job_ids: set[str] = set()
@@ -90,7 +94,7 @@ class LocalBackend:
     def _start_job(self, folder: Path, task: Task, stage_folder: Path, gpus: tuple[int, ...]) -> str:
         """Start a job in a new interpreter."""
         resources = self._resources
-        executor = submitit.LocalExecutor(folder=folder, python=shlex.quote(self._python) if self._python else None)
+        executor = submitit.LocalExecutor(folder=folder, python=f"{shlex.quote(self._python or sys.executable)} -P")
         executor.update_parameters(
             timeout_min=resources.time_limit_minutes,
             tasks_per_node=resources.processes_per_node,

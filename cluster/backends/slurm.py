@@ -19,6 +19,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.backends.base import SchedulerUnavailable, Task, split_for_array
 from cluster.backends.command import run_command
+from cluster.backends.sbatch import SbatchExecutor
+from cluster.import_path import check_import_path
 from cluster.supervisor import kill_tree
 from cluster.worker import run_task
 from montessori_core.config import Cluster, Resources, Slurm
@@ -78,6 +80,7 @@ class SlurmBackend:
             raise UserError(
                 "cluster.profile is slurm, but there is no sbatch here; start on a login node, or set profile: local"
             )
+        check_import_path()
         self._slurm, self._resources = cluster.slurm, resources
         self._python, self._container_options = python_command(cluster.slurm, python)
         self._largest_array = cluster.slurm.max_array_size
@@ -130,10 +133,11 @@ class SlurmBackend:
                 *slurm.srun,
             ],
         }
-        executor = submitit.SlurmExecutor(
-            folder=folder, python=self._python, max_num_timeout=resources.infrastructure_retries
+        executor = SbatchExecutor(
+            folder=folder, python=f"{self._python} -P", max_num_timeout=resources.infrastructure_retries
         )
-        executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+        # Without wckey=None, submitit sends a workload characterization key of its own.
+        executor.update_parameters(wckey=None, **{key: value for key, value in parameters.items() if value is not None})
         arguments = [str(stage_folder)] * len(tasks), list(tasks), [resources.cpus_per_process] * len(tasks)
         try:
             with _limit_sbatch(folder):

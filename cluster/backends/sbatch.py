@@ -1,0 +1,72 @@
+"""Submission with the options of the configuration alone, whatever the driver's environment holds."""
+
+import copy
+import logging
+import os
+import shlex
+import uuid
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+log = logging.getLogger(__name__)
+
+_OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+"""Prefixes of variables that Slurm sets in a job; sbatch reads them as options, or passes them to the new job."""
+_OF_A_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
+_NEVER = {
+    "SBATCH_ARRAY_INX",
+    "SBATCH_WAIT",
+    "PYTHONSAFEPATH",  # ours for local processes; scripts of cluster.slurm.setup may import modules beside them
+}
+
+
+class SbatchExecutor(submitit.SlurmExecutor):
+    """submitit's executor, but options are on sbatch's command line, where no variable such as SBATCH_PARTITION overrides
+    them, and a driver inside a job passes nothing of that job on."""
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return sbatch_command(submission_file_path, os.environ)
+
+    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Any]:
+        """Submit several tasks as one array. submitit's own method would submit it by an executor of submitit's class."""
+        if len(delayed_submissions) == 1:
+            return list(super()._internal_process_submissions(delayed_submissions))
+        folder = JobPaths.get_first_id_independent_folder(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pickles = [folder / f"{uuid.uuid4().hex}.pkl" for _ in delayed_submissions]
+        for delayed, path in zip(delayed_submissions, pickles, strict=True):
+            delayed.set_timeout(self.parameters["time"], self.max_num_timeout)
+            delayed.dump(path)
+        array = copy.copy(self)
+        array.parameters = {**self.parameters, "map_count": len(pickles)}
+        first = array._submit_command(self._submitit_command_str)
+        processes = list(range(first.num_tasks))
+        jobs = [self.job_class(self.folder, f"{first.job_id}_{task}", processes) for task in range(len(pickles))]
+        for job, path in zip(jobs, pickles, strict=True):
+            job.paths.move_temporary_file(path, "submitted_pickle")
+        return jobs
+
+
+def sbatch_command(script: Path, environment: Mapping[str, str]) -> list[str]:
+    """Return the command that submits a script: its options, without variables that change or break the submission.
+
+    Variables that a user sets outside of a job, such as SBATCH_ACCOUNT, remain the defaults of options that are not set.
+    """
+    lines = script.read_text().splitlines()
+    prefix = "#SBATCH "
+    options = [word for line in lines if line.startswith(prefix) for word in shlex.split(line.removeprefix(prefix))]
+    removed = _NEVER & environment.keys()
+    if "SLURM_JOB_ID" in environment:
+        _report_surrounding_job(environment["SLURM_JOB_ID"])
+        removed |= {name for name in environment if name.startswith(_OF_A_JOB)} - _OF_A_CLUSTER
+    return ["env", *(f"--unset={name}" for name in sorted(removed)), "sbatch", *options, str(script)]
+
+
+@cache
+def _report_surrounding_job(job_id: str) -> None:
+    log.info("the driver runs inside Slurm job %s: its SLURM_* variables are not passed to sbatch", job_id)

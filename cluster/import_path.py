@@ -1,0 +1,26 @@
+"""Check that jobs import the packages of this program."""
+
+import os
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from montessori_core.errors import UserError
+
+
+def check_import_path() -> None:
+    """Check that no folder of PYTHONPATH hides a package that jobs import.
+
+    Raises:
+        UserError: a folder has a module of the same name.
+    """
+    root = Path(__file__).resolve().parent.parent
+    folders = os.environ["PYTHONPATH"].split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    for package in ("cluster", "montessori_core"):
+        # An empty entry is the working directory. A folder without __init__.py (no origin) hides nothing.
+        specs = (PathFinder.find_spec(package, [os.path.abspath(folder)]) for folder in folders)
+        origin = next((Path(spec.origin).resolve() for spec in specs if spec is not None and spec.origin), None)
+        if origin is not None and origin != root / package / "__init__.py":
+            raise UserError(
+                f"jobs would import {origin} in place of Montessori's package {package}, because its folder is on "
+                "PYTHONPATH (an empty entry is the working directory); rename it, or remove the folder from PYTHONPATH"
+            )

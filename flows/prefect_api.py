@@ -1,0 +1,104 @@
+"""The API of Prefect's server: is it there, and where is its address set."""
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from montessori_core.errors import UserError
+
+_VARIABLE = "PREFECT_API_URL"
+_TIMEOUT = 10.0  # seconds
+
+
+def answers(api: str) -> bool:
+    """Whether Prefect's API answers at an address."""
+    return problem_of(api) is None
+
+
+def problem_of(api: str) -> str | None:
+    """Say why an address cannot be used as Prefect's API; None if it can."""
+    try:
+        answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # ImportError: a SOCKS proxy without socksio
+        return f"no Prefect server answers there ({str(error).strip() or type(error).__name__})"
+    if answer.status_code in (401, 403):
+        return None  # it asks for a login
+    if answer.status_code >= 500:
+        return f"the server there is not ready ({answer.status_code})"
+    if answer.status_code != 200 or "json" not in answer.headers.get("content-type", ""):
+        return "what answers there is not Prefect's API: its address ends in /api"
+    return None
+
+
+def check_api(api: str) -> None:
+    """Check that the server of Prefect's settings answers.
+
+    Raises:
+        UserError: it does not; names the variable and where it is set.
+    """
+    problem = problem_of(api)
+    if problem is not None:
+        place, remedy = _setting()
+        raise UserError(
+            f"{_VARIABLE} is {api}, but {problem}; it is set in {place}. Start the server, correct the address, or {remedy}: "
+            "without it, the command starts a server of its own"
+        )
+
+
+def check_login(api: str) -> None:
+    """Check that the server of Prefect's settings accepts this user.
+
+    Raises:
+        UserError: it asks for another login.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pools(limit=1)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise UserError(
+                f"the Prefect server at {api} asks for a login; set PREFECT_API_AUTH_STRING=user:password (or "
+                "PREFECT_API_KEY for Prefect Cloud)"
+            ) from None
+
+
+def _setting() -> tuple[str, str]:
+    """Return where PREFECT_API_URL is set, and how it is unset; the first of Prefect's sources that sets it counts."""
+    return next(_settings(), ("Prefect's settings", f"run prefect config unset {_VARIABLE}"))
+
+
+def _settings() -> Iterator[tuple[str, str]]:
+    from dotenv import dotenv_values
+    from prefect.settings import PREFECT_PROFILES_PATH
+
+    if _sets(os.environ):
+        yield "the environment", f"unset {_VARIABLE}"
+    if _sets(dotenv_values(".env")):
+        yield str(Path(".env").resolve()), "remove it from that file"
+    for name, keys in (("prefect.toml", ("api",)), ("pyproject.toml", ("tool", "prefect", "api"))):
+        if "url" in _table(Path(name), *keys):
+            yield f"{Path(name).resolve()} ({'.'.join((*keys, 'url'))})", "remove it from that file"
+    profiles = PREFECT_PROFILES_PATH.value()
+    profile = os.environ.get("PREFECT_PROFILE") or _table(profiles).get("active")
+    if profile is not None and _sets(_table(profiles, "profiles", str(profile))):
+        yield f"the profile {profile} of {profiles}", f"run prefect config unset {_VARIABLE}"
+
+
+def _sets(variables: Mapping[str, Any]) -> bool:
+    return _VARIABLE in {name.upper() for name in variables}
+
+
+def _table(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a table of a TOML file; empty if there is none."""
+    table: Any = tomllib.loads(path.read_text()) if path.is_file() else {}
+    for key in keys:
+        table = table.get(key, {}) if isinstance(table, dict) else {}
+    return table if isinstance(table, dict) else {}

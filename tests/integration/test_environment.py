@@ -1,0 +1,318 @@
+"""Commands and jobs work whatever the environment and the working directory hold: modules, proxies, Prefect's settings."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.fanout import fan_out
+from flows.local_server import wait_for_server
+from flows.prefect_api import problem_of
+from montessori_core.config import Resources
+from montessori_core.environment import set_process_defaults
+from montessori_core.errors import UserError
+from support import ROOT
+from support.prefect_server import free_port
+from support.row_programs import as_shards
+from support.runs import call, configuration
+from support.squares import CLUSTER, EXPECTED, SHARDS, folder, results, stage
+
+__all__ = ["folder"]
+
+OWN_MODULES = ["cluster", "tasks", "flows", "montessori_core", "montessori_report", "submitit", "numpy", "queue"]
+SCRIPT = "import sys\nfrom flows.cli import main\nsys.exit(main())\n"
+"""The script `montessori` of an installation."""
+
+PROXY = "http://127.0.0.1:9"  # nothing listens on this port
+PROXIES = ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]
+
+
+def fill(folder: Path) -> Path:
+    """Write modules of a user with common names into a folder."""
+    folder.mkdir(exist_ok=True)
+    for name in OWN_MODULES:
+        (folder / f"{name}.py").write_text(f"raise RuntimeError('{name} of the working directory')\n")
+    return folder
+
+
+def script(folder: Path, *arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
+    """Run the installed command."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "montessori").write_text(SCRIPT)
+    outcome = subprocess.run(
+        [sys.executable, folder / "bin" / "montessori", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return outcome.returncode, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize("python", [None, sys.executable], ids=["forked jobs", "new interpreters"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_import_installed_packages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, python: str | None, processes: int
+) -> None:
+    monkeypatch.chdir(fill(folder / "own"))
+    resources = Resources(parallel_jobs=1, cpus_per_process=1, processes_per_node=processes, infrastructure_retries=0)
+    parts = fan_out(stage(folder), as_shards(*SHARDS), resources, CLUSTER, python=python)
+    assert results(parts) == EXPECTED
+
+
+def test_children_of_jobs_ignore_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's engine and other libraries start Python processes of their own."""
+    (folder / "parent_program.py").write_text(
+        "import subprocess, sys\n"
+        "def open_parent(settings, inputs):\n"
+        "    def compute(rows, output, report):\n"
+        "        code = 'import cluster, numpy; print([module.__file__ for module in (cluster, numpy)])'\n"
+        "        output.write_text(subprocess.check_output([sys.executable, '-c', code], text=True))\n"
+        "    return compute\n"
+    )
+    monkeypatch.chdir(fill(folder / "own"))
+    parent = stage(folder)
+    parent = type(parent)("parent", 1, "parent_program:open_parent", {}, {}, {}, folder / "stage", ".json")
+    [part] = fan_out(parent, as_shards(SHARDS[0]), Resources(infrastructure_retries=0), CLUSTER)
+    assert str(ROOT / "cluster") in part.read_text()
+    assert "own" not in part.read_text()
+
+
+@pytest.mark.parametrize("hidden", ["tasks", "flows", "montessori_report"])
+def test_driver_imports_installed_packages(tmp_path: Path, hidden: str) -> None:
+    own = fill(tmp_path / "own")
+    code, output = script(tmp_path, "methods", cwd=own)
+    assert code == 0, output
+    if hidden != "flows":  # Python finds the package flows by the same path
+        code, output = call("methods", cwd=_only(own, hidden), PYTHONPATH=f"{own}{os.pathsep}{ROOT}")
+        assert code == 0, output
+
+
+def _only(folder: Path, name: str) -> Path:
+    for path in folder.glob("*.py"):
+        if path.stem != name:
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["cluster", "montessori_core"])
+@pytest.mark.parametrize("entry", ["{own}", "", "."], ids=["folder", "empty", "dot"])
+def test_own_package_on_pythonpath_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, entry: str
+) -> None:
+    own = _only(fill(folder / "own"), name)
+    monkeypatch.chdir(own)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([entry.format(own=own), str(folder), str(ROOT)]))
+    with pytest.raises(UserError, match=rf"{own}/{name}.py in place of Montessori's package {name}.*PYTHONPATH"):
+        fan_out(stage(folder), as_shards(*SHARDS), Resources(), CLUSTER)
+
+
+def test_own_method_is_found_on_pythonpath(tmp_path: Path) -> None:
+    """As docs/comparing.md says; and PYTHONSAFEPATH does not hide it."""
+    (tmp_path / "mine.py").write_text(
+        "from flows.methods.method import Method\nMINE = Method('mine', 'Mine.', lambda now: None)\n"
+    )
+    code = "from flows.study import find_method; print(find_method('mine:MINE').name)"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1"}
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=fill(tmp_path / "own"), capture_output=True
+    )
+    assert outcome.stdout == b"mine\n", outcome.stderr
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment with a proxy that refuses connections, as login nodes set one."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in PROXIES:
+        monkeypatch.setenv(name, PROXY)
+
+
+@pytest.fixture(scope="module", params=["127.0.0.1", "::1"])
+def loopback(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Address of a server on this machine."""
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = 10 if request.param == "::1" else 2  # AF_INET6, AF_INET
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = Server((request.param, 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"[{request.param}]" if request.param == "::1" else request.param
+    yield f"http://{host}:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.usefixtures("proxy")
+@pytest.mark.parametrize("before", [{}, {"no_proxy": "a.org"}, {"NO_PROXY": "a.org, b.org"}, {"no_proxy": "*"}])
+def test_loopback_uses_no_proxy(loopback: str, monkeypatch: pytest.MonkeyPatch, before: dict[str, str]) -> None:
+    import requests
+
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    set_process_defaults()
+    assert httpx.get(loopback).json() is True
+    assert requests.get(loopback, timeout=5).json() is True
+    assert problem_of(loopback) is None
+    if "127.0.0.1" in loopback:
+        assert urllib.request.urlopen(loopback, timeout=5).read() == b"true"
+        assert httpx.get(loopback.replace("127.0.0.1", "localhost")).json() is True
+        assert httpx.get(loopback.replace("127.0.0.1", "0.0.0.0")).json() is True
+    for host in filter(None, "".join(before.values()).replace(" ", "").split(",")):
+        assert host in os.environ["no_proxy"].split(",")
+        assert host in os.environ["NO_PROXY"].split(",")
+    set_process_defaults()
+    assert os.environ["no_proxy"].count("::1") == 1
+
+
+def test_environment_without_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, no_proxy would hide the proxies of macOS's settings."""
+    for name in (*PROXIES, "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    set_process_defaults()
+    assert "no_proxy" not in os.environ
+
+
+@pytest.mark.usefixtures("proxy")
+def test_run_ignores_proxy_and_working_directory(talking_llama: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path, talking_llama)
+    # Models are files, and HF_HUB_OFFLINE keeps the hub out: only loopback is reached.
+    code, output = script(
+        tmp_path,
+        "run",
+        str(config),
+        "--run-root",
+        str(tmp_path / "runs"),
+        cwd=fill(tmp_path / "own"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert code == 0, output
+    assert (tmp_path / "runs" / "tiny" / "report.html").exists()
+
+
+def set_api(source: str, api: str, folder: Path) -> tuple[dict[str, str], str]:
+    """Set PREFECT_API_URL in one of Prefect's sources; return environment variables and the text that names the source."""
+    home = folder / "home"
+    home.mkdir()
+    variables = {"PREFECT_HOME": str(home)}
+    if source == "environment":
+        return variables | {"PREFECT_API_URL": api}, "set in the environment"
+    if source == ".env":
+        (folder / ".env").write_text(f"PREFECT_API_URL={api}\n")
+        return variables, str(folder / ".env")
+    if source == "prefect.toml":
+        (folder / "prefect.toml").write_text(f'[api]\nurl = "{api}"\n')
+        return variables, str(folder / "prefect.toml")
+    if source == "pyproject.toml":
+        (folder / "pyproject.toml").write_text(f'[tool.prefect.api]\nurl = "{api}"\n')
+        return variables, str(folder / "pyproject.toml")
+    (home / "profiles.toml").write_text(f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{api}"\n')
+    return variables, f"the profile mine of {home / 'profiles.toml'}"
+
+
+@pytest.mark.parametrize("source", ["environment", ".env", "prefect.toml", "pyproject.toml", "profile"])
+def test_place_of_prefect_address_is_named(tmp_path: Path, source: str) -> None:
+    api = f"http://127.0.0.1:{free_port()}/api"
+    environment, place = set_api(source, api, tmp_path)
+    code = "import flows.prefect_api as p; from prefect.settings import PREFECT_API_URL; p.check_api(PREFECT_API_URL.value())"
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | environment
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", code]
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    message = outcome.stderr.splitlines()[-1]
+    assert f"PREFECT_API_URL is {api}, but no Prefect server answers there" in message
+    assert place in message
+
+
+@pytest.mark.parametrize("command", ["run", "up", "deploy"])
+def test_missing_prefect_server_is_one_sentence(talking_llama: Path, tmp_path: Path, command: str) -> None:
+    api = f"http://127.0.0.1:{free_port()}/api"
+    environment, place = set_api("environment", api, tmp_path)
+    arguments = {"run": ["run", str(configuration(tmp_path, talking_llama))], "deploy": ["deploy", "--pool", "p"]}
+    code, output = call(*arguments.get(command, [command]), cwd=tmp_path, **environment)
+    assert code == 1
+    assert f"error: PREFECT_API_URL is {api}, but no Prefect server answers there" in output
+    assert place in output
+    assert "Traceback" not in output
+
+
+def test_other_server_is_not_prefect(tmp_path: Path) -> None:
+    """An address without /api: Prefect's pages answer it."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = {"/api/health": 503, "/login/health": 401}.get(self.path, 200)
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert "ends in /api" in str(problem_of(url))
+    assert "not ready (503)" in str(problem_of(f"{url}/api"))
+    assert problem_of(f"{url}/login") is None
+    server.shutdown()
+    server.server_close()
+    assert "no Prefect server answers" in str(problem_of("http://no such host"))
+    assert "no Prefect server answers" in str(problem_of(url))
+
+
+@pytest.mark.slow
+def test_run_that_loses_its_server_says_so(talking_llama: Path, tmp_path: Path) -> None:
+    port = free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    environment = {"PREFECT_API_URL": api, "PREFECT_HOME": str(tmp_path / "home"), "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-ui",
+    ]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        wait_for_server(server, api)
+
+        def end_server() -> None:
+            while not list((tmp_path / "runs").rglob("ledger.json")):
+                time.sleep(0.2)
+            server.kill()
+
+        threading.Thread(target=end_server, daemon=True).start()
+        code, output = call("run", str(configuration(tmp_path, talking_llama)), cwd=tmp_path, **environment)
+    finally:
+        server.kill()
+        server.wait()
+    assert code == 1, output
+    assert f"error: the run lost its Prefect server: PREFECT_API_URL is {api}, but no Prefect server" in output
+    assert "montessori resume" in output
