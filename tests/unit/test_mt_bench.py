@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from montessori_core.config import parse_experiment
 from montessori_core.data.tables import MT_BENCH, read_table, table_from_rows
 from montessori_core.errors import DataError
-from montessori_core.judging.client import Answer
 from montessori_core.judging.mt_bench import (
     Dialogue,
     Score,
@@ -30,6 +29,7 @@ from montessori_core.judging.mt_bench import (
 )
 from montessori_core.judging.published_prompts import ALPACA_EVAL
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Row
 from montessori_core.programs import MT_BENCH_JUDGE
 from support.judges import JudgeServer, completion, open_with, send, served
