@@ -190,7 +190,7 @@ def test_rating_is_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
         "Score: 0": None,
         "Score: 11": None,
         "Score: 4/5": None,
-        "Score: 7.5": None,
+        "Score: 7.5": 7.5,
         "Score: 7 or 8": None,
         "cut Score: 7": None,
         "Score: 7\nor so": None,
@@ -205,7 +205,7 @@ def test_rating_is_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
     assert table["score"].to_pylist() == [score for score in expected.values() for _ in range(2)]
     assert table["turn"].to_pylist() == [1, 2] * len(expected)
     summary = summarize(table)
-    assert (summary.overall.judged, summary.overall.unparsed) == (4, 18)
+    assert (summary.overall.judged, summary.overall.unparsed) == (6, 16)
     assert summary.overall.mean == 5.5
 
 
