@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
@@ -24,7 +24,7 @@ TEMPLATE = "chat_template.jinja"
 class _Generation(Extension):
     """The tag `generation` of transformers, which marks the assistant's text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012: the base class declares an instance variable
 
     def parse(self, parser: "Parser") -> "list[Node]":
         """Parse the tag's block."""

@@ -206,7 +206,7 @@ def test_rating_is_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
     assert table["turn"].to_pylist() == [1, 2] * len(expected)
     summary = summarize(table)
     assert (summary.overall.judged, summary.overall.unparsed) == (6, 16)
-    assert summary.overall.mean == 5.5
+    assert summary.overall.mean == pytest.approx(18.5 / 3)
 
 
 @pytest.mark.parametrize(
