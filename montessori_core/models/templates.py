@@ -24,7 +24,7 @@ TEMPLATE = "chat_template.jinja"
 class _Generation(Extension):
     """The tag `generation` of transformers, which marks the assistant's text."""
 
-    tags = {"generation"}  # noqa: RUF012: the base class declares an instance variable
+    tags = {"generation"}  # noqa: RUF012 - the base class declares an instance variable
 
     def parse(self, parser: "Parser") -> "list[Node]":
         """Parse the tag's block."""
