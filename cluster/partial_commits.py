@@ -80,7 +80,7 @@ class ShardRecorder:
 
     Attributes:
         unfinished: positions in the shard of the rows to compute.
-        drafts: see `Recorder`.
+        drafts, finished_before: see `Recorder`.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class ShardRecorder:
             self._tables |= _read_partial(path, schema)
         self._pending: dict[int, list[Row]] = {}
         self.unfinished = [position for position in range(rows) if position not in self._tables]
+        self.finished_before = rows - len(self.unfinished)
         note = read_record(self._draft_file, DraftRows)
         kept = json.loads(note.drafts) if note and note.sha256 == hash_json(note.drafts) else {}
         self._drafts = {position: kept[str(position)] for position in self.unfinished if str(position) in kept}
@@ -128,7 +129,7 @@ class ShardRecorder:
     def progress(self, done: float) -> None:
         """See `Recorder`."""
         self._reached = min(max(self._reached, done), float(len(self.unfinished)))
-        self._report(self._rows - len(self.unfinished) + self._reached)
+        self._report(self.finished_before + self._reached)
         if time.monotonic() - self._committed >= self._seconds:
             self.commit()
 

@@ -18,6 +18,8 @@ from montessori_core.files import hash_path
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
+from montessori_core.models.positions import check_positions
+from montessori_core.models.templates import check_template
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
@@ -99,7 +101,10 @@ def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
     examples = read_tasks(measurement.examples, "examples", with_response=True)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
-    models = {"student": Model.of(fetch_model(measurement.student.model, measurement.student.revision))}
+    student = fetch_model(measurement.student.model, measurement.student.revision)
+    check_template(student)
+    check_positions(student, measurement.student.max_length, "max_length")
+    models = {"student": Model.of(student)}
     if warm_state is not None:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
     reference = read_tasks(measurement.reference, "reference", with_response=True)

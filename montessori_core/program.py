@@ -34,9 +34,11 @@ class Recorder(Protocol):
 
     Attributes:
         drafts: state of unfinished rows that an earlier job kept, by position.
+        finished_before: number of the shard's rows that an earlier job finished.
     """
 
     drafts: Mapping[int, Any]
+    finished_before: int
 
     def finish(self, position: int, records: list[Row]) -> None:
         """Record that the row at `position` is done, and its records in the result table."""

@@ -173,7 +173,7 @@ GENERATION = Program(
     "generation", 2, f"{_CORE}.synthesis.jobs:open_generation", Generation, rows.GenerationRow, "generation"
 )
 API_GENERATION = Program(
-    "api-generation", 2, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
+    "api-generation", 3, f"{_CORE}.synthesis.jobs:open_api_generation", ApiGeneration, rows.GenerationRow, "judging"
 )
 SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow, "training", suffix="")
 DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")
@@ -201,17 +201,17 @@ RETRAINING = Program(
     "retraining", 1, f"{_CORE}.influence.retraining:open_retraining", Retraining, rows.SubsetRow, "influence"
 )
 NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, rows.TaskRow, "influence")
-JUDGE = Program("judge", 1, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
+JUDGE = Program("judge", 2, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
 PAIRWISE_JUDGE = Program(
     "pairwise-judge",
-    1,
+    2,
     f"{_CORE}.judging.pairwise:open_pairwise_judge",
     BenchmarkJudging,
     rows.ComparisonRow,
     "judging",
 )
 MT_BENCH_JUDGE = Program(
-    "mt-bench-judge", 1, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, rows.DialogueRow, "judging"
+    "mt-bench-judge", 2, f"{_CORE}.judging.mt_bench:open_mt_bench_judge", BenchmarkJudging, rows.DialogueRow, "judging"
 )
 BENCHMARK_ITEMS = Program(
     "benchmark-items", 1, f"{_CORE}.evaluation.harness:open_items", NoSettings, rows.BenchmarkRow, "evaluation"

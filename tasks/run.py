@@ -15,7 +15,8 @@ from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
-from montessori_core.models.templates import TEMPLATE, configured_template, with_template
+from montessori_core.models.positions import check_positions
+from montessori_core.models.templates import TEMPLATE, check_template, configured_template, with_template
 from montessori_core.models.weight_names import check_weight_files
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
@@ -220,7 +221,8 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
         The commits of hub models, those in `commits` unchanged; configured chat templates, by role.
 
     Raises:
-        UserError: a model or chat template cannot be loaded, or is an adapter that the training does not continue.
+        UserError: a model or chat template cannot be loaded, a model is an adapter that the training does not continue, or it
+            has fewer positions than `max_length`.
     """
     teacher, student = (
         fetch_model(section.model, commits.get(_name_of(section), section.revision))
@@ -230,12 +232,15 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
         check_weight_files(folder)
     check_adapter(teacher, experiment.teacher_update.lora, "teacher_update.lora")
     check_adapter(student, experiment.student.lora, "student.lora")
+    check_positions(teacher, experiment.teacher_update.max_length, "teacher_update.max_length")
+    check_positions(student, experiment.student.max_length, "student.max_length")
     fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
-    templates = {
-        _role(section): template
-        for section, model in ((experiment.teacher, teacher), (experiment.student, student))
-        if (template := configured_template(model, section, _role(section))) is not None
-    }
+    templates = {}
+    for section, model in ((experiment.teacher, teacher), (experiment.student, student)):
+        if (template := configured_template(model, section, _role(section))) is None:
+            check_template(model)
+        else:
+            templates[_role(section)] = template
     return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
 
 

@@ -12,7 +12,8 @@ from cluster.fanout import Progress, fan_out
 from cluster.shards import Shards, cut_for_jobs
 from montessori_core.config import Endpoint, Experiment, Resources
 from montessori_core.data.rows import Rows
-from montessori_core.files import write_json
+from montessori_core.files import read_json, write_json
+from montessori_core.judging.client import warnings_file
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
@@ -117,6 +118,8 @@ class Step:
     ) -> list[Path]:
         """Send rows to a model behind an API, in one job, so that rate limits and cap hold for all; see `execute`.
 
+        Warnings of the client are shown after the stage.
+
         Args:
             asked: the section of the configuration with the endpoint.
             program: its settings include the endpoint.
@@ -129,7 +132,12 @@ class Step:
         complete = program.settings(endpoint=endpoint.identity(), **settings)
         # The file has limits and prices, which do not enter the key: answers do not depend on them.
         shards = _one_shard(program, rows)
-        return self._compute(program, complete, shards, {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
+        known = read_json(warnings_file(file)) or []
+        parts = self._compute(program, complete, shards, {}, {}, {"endpoint": file}, upstream, read=lambda part: part)
+        for warning in read_json(warnings_file(file)) or []:
+            if warning not in known:
+                warn(self.label, warning)
+        return parts
 
     def _resources(self, program: Program[SettingsT]) -> Resources:
         resources: Resources = getattr(self.experiment.cluster.resources, program.kind)

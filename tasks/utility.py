@@ -12,8 +12,8 @@ from montessori_core.config import Sampling
 from montessori_core.data.rows import ExampleRow, GenerationRow, Rows
 from montessori_core.data.tables import EXAMPLES, GENERATION, UTILITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
-from montessori_core.judging.client import Answer
 from montessori_core.judging.points import points_for, question_about, read_score
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Row
 from montessori_core.seeding import seed_of
 from tasks.run import Model

@@ -15,6 +15,17 @@ _VARIABLES: Any = Field(
 )
 
 
+_SETTINGS_OF_PARAMETERS = {
+    "model": "set model instead",
+    "messages": "the messages are the questions",
+    "max_tokens": "set max_tokens and token_limit of the section instead",
+    "max_completion_tokens": "set max_tokens and token_limit of the section instead",
+    "chat_template_kwargs": "set chat_template_kwargs of the section instead",
+    "stream": "responses are not streamed",
+    "n": "a request has one answer",
+}
+
+
 class Teacher(Section):
     """The model that writes instructions and their responses."""
 
@@ -95,6 +106,24 @@ class Endpoint(Section):
     chat_template_kwargs: Variables = Field(
         {}, description="Variables of the chat template, sent to servers that take them (vLLM, SGLang)."
     )
+    token_limit: Literal["max_tokens", "max_completion_tokens", "none"] = Field(
+        "max_tokens",
+        description="Parameter that limits the tokens of an answer; 'none' sends no limit. If the server refuses max_tokens, "
+        "max_completion_tokens is tried.",
+    )
+    parameters: dict[str, Any] = Field(
+        {},
+        description="Parameters of each request, in place of ours, e.g. {reasoning_effort: low}; null leaves one out, e.g. "
+        "{temperature: null, presence_penalty: null}. If the server refuses temperature, top_p, presence_penalty or logprobs "
+        "that are not set here, they are left out, with a warning.",
+    )
+    unanswered_limit: float = Field(
+        0.1,
+        ge=0.0,
+        le=1.0,
+        description="Largest share of questions that the server may refuse, as too long or by moderation; they are counted "
+        "as unanswered. Beyond it, and beyond five questions, the stage fails.",
+    )
     dollars_per_million_input_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
     dollars_per_million_output_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
     spending_cap_dollars: float | None = Field(
@@ -109,9 +138,20 @@ class Endpoint(Section):
             self.dollars_per_million_input_tokens or self.dollars_per_million_output_tokens
         ):
             raise ValueError("spending_cap_dollars needs dollars_per_million_input_tokens and ..._output_tokens")
+        if self.spending_cap_dollars is not None and self.token_limit == "none":
+            raise ValueError("spending_cap_dollars needs a limit of tokens; set token_limit to the parameter's name")
+        return self
+
+    @model_validator(mode="after")
+    def _parameters_do_not_replace_settings(self) -> "Endpoint":
+        for name, setting in _SETTINGS_OF_PARAMETERS.items():
+            if name in self.parameters:
+                raise ValueError(f"parameters.{name}: {setting}")
         return self
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine an answer."""
-        variables = {"chat_template_kwargs"} if self.chat_template_kwargs else set[str]()
-        return self.model_dump(mode="json", include={"model", "base_url", "max_tokens"} | variables)
+        settings = {"model", "base_url", "max_tokens"}
+        settings |= {name for name in ("chat_template_kwargs", "parameters") if getattr(self, name)}
+        settings |= {"token_limit"} if self.token_limit == "none" else set()
+        return self.model_dump(mode="json", include=settings)

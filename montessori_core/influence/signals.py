@@ -17,6 +17,7 @@ from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models.chat import IGNORED, Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.models.positions import positions_of
 from montessori_core.program import Recorder, RowProgram
 
 
@@ -45,9 +46,10 @@ def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Pat
 
     Inputs: `student`; `reference` (tasks). The result is a table of schema `UTILITY`: by how much the example, as a
     demonstration before each reference example, lowers the reference loss, nats per token; null if the two do not fit
-    into twice the student's `max_length`.
+    into twice the student's `max_length`, or into its positions.
     """
     tokenizer, model = _open_student(inputs)
+    longest = min(2 * settings.max_length, positions_of(inputs["student"]) or 2 * settings.max_length)
     losses, device = TokenLosses(model), compute_device()
     tasks = load_tasks(inputs["reference"])
     zero_shot = encode_tasks(tokenizer, tasks, settings.max_length, "reference")
@@ -57,9 +59,7 @@ def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Pat
         one_shot = []
         demonstration = row["instruction"], row["response"]
         for task, plain in zip(tasks, zero_shot, strict=True):
-            example = encode_example(
-                tokenizer, task.instruction, task.response, 2 * settings.max_length, demonstration=demonstration
-            )
+            example = encode_example(tokenizer, task.instruction, task.response, longest, demonstration=demonstration)
             one_shot.append(first_labels(example, plain.response_tokens))
             if one_shot[-1].response_tokens < plain.response_tokens:
                 return None

@@ -6,16 +6,15 @@ also records the price of every answer. The spending cap is checked before a req
 
 import hashlib
 import json
+import logging
 import math
 import os
-import re
-import sqlite3
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,22 @@ from typing import Any
 from montessori_core import programs
 from montessori_core.config import Endpoint
 from montessori_core.errors import UserError
-from montessori_core.files import cache_root
-from montessori_core.models.thinking import split_answer
+from montessori_core.files import cache_root, read_json, write_json
+from montessori_core.judging.answer_cache import AnswerCache
+from montessori_core.judging.responses import (
+    Answer,
+    is_unknown_parameter,
+    parse,
+    refusal_of,
+    refused_parameter,
+)
+
+log = logging.getLogger(__name__)
 
 _MILLION = 1e6
-_REFUSALS = ("content_filter", "context_length_exceeded")  # error codes that concern a single question
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer, with its billed tokens.
-
-    `finish_reason` is 'stop', 'length', or the reason why there is no text. `first_token` has the log-probabilities of the
-    likeliest first tokens, if requested and supported by the server. `thinking` is what a reasoning model wrote before.
-    """
-
-    text: str
-    finish_reason: str
-    input_tokens: int
-    output_tokens: int
-    first_token: dict[str, float] | None = None
-    thinking: str | None = None
+_OPTIONAL = ("presence_penalty", "top_p", "temperature", "top_logprobs", "logprobs")
+"""Parameters that a request can do without, the least important first."""
+_FEW = 5  # unanswered questions that are always allowed, unless they are all
 
 
 @dataclass(frozen=True)
@@ -64,50 +58,23 @@ class Question:
     likeliest: int = 0
 
 
-class AnswerCache:
-    """Answers and spending, in one SQLite file that several processes may use."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        with self._open() as connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
-            connection.execute("CREATE TABLE IF NOT EXISTS spending (account TEXT, dollars REAL)")
-
-    def get(self, key: str) -> Answer | None:
-        """Return the cached answer, or None."""
-        with self._open() as connection:
-            row = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return Answer(**json.loads(row[0])) if row else None
-
-    def put(self, key: str, answer: Answer, account: str, dollars: float) -> None:
-        """Store an answer and its price."""
-        with self._open() as connection:
-            connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(asdict(answer))))
-            connection.execute("INSERT INTO spending VALUES (?, ?)", (account, dollars))
-
-    def spent(self, account: str) -> float:
-        """Return the dollars spent on an account."""
-        with self._open() as connection:
-            row = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
-        return float(row[0] or 0.0)
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._path, timeout=60.0)) as connection, connection:
-            yield connection
-
-
 class CachedClient:
     """A client of one endpoint, with a cache of its answers."""
 
-    def __init__(self, endpoint: Endpoint, account: str, cache: AnswerCache | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        account: str,
+        cache: AnswerCache | None = None,
+        warn: Callable[[str], None] = log.warning,
+    ) -> None:
         """Open the endpoint.
 
         Args:
             endpoint: address, model, limits and prices.
             account: name under which spending is counted against the cap.
             cache: by default the user's, see `montessori_core.files.cache_root`.
+            warn: called once with each warning: a parameter that the server refuses, estimated tokens, unanswered questions.
 
         Raises:
             UserError: the key is not valid.
@@ -126,38 +93,48 @@ class CachedClient:
             max_retries=endpoint.retries,
         )
         self._turn, self._next_turn = threading.Lock(), 0.0
+        self._warn, self._warned, self._adapting = warn, set[str](), threading.Lock()
+        self._omitted, self._limit = set[str](), endpoint.token_limit
 
     def ask(
         self,
         questions: Sequence[Question],
         report: Callable[[int], None] = lambda done: None,
         receive: Callable[[int, Answer], None] = lambda number, answer: None,
+        answered_before: int = 0,
     ) -> list[Answer]:
         """Ask questions, each in a separate request; cached questions are not asked again.
 
         Args:
             questions: the questions; equal ones are asked once.
             report: called with the number of questions answered so far.
-            receive: called before `report` with each new answer and the position of its question.
+            receive: called before `report` with each new answer and the position of its question; at the end for unanswered
+                questions, which a stage that fails asks again.
+            answered_before: questions of the stage that an earlier job asked; they count for the share of unanswered ones.
 
         Returns:
-            [questions] answers, in order.
+            [questions] answers, in order; see `Answer.refused` for unanswered ones.
 
         Raises:
-            UserError: the key is refused, the cap is reached, or a request failed after all retries; earlier answers are
-                kept.
+            UserError: the key is refused, the cap is reached, too many questions are unanswered, or a request failed after
+                all retries; earlier answers are kept.
         """
         keys = [self._key(question) for question in questions]
         positions: defaultdict[str, list[int]] = defaultdict(list)
         for position, key in enumerate(keys):
             positions[key].append(position)
         answers: dict[str, Answer] = {}
-        answered = 0
+        unanswered: list[str] = []
+        answered, total = 0, len(positions) + answered_before
 
         def add(key: str, answer: Answer) -> None:
             nonlocal answered
             answers[key] = answer
             answered += len(positions[key])
+            if answer.refused:
+                unanswered.append(key)
+                self._check_unanswered([answers[key] for key in unanswered], total)
+                return
             for position in positions[key]:
                 receive(position, answer)
 
@@ -167,7 +144,23 @@ class CachedClient:
         pending = {key: question for key, question in zip(keys, questions, strict=True) if key not in answers}
         report(answered)
         self._fetch_all(pending, add, lambda: report(answered))
+        for key in unanswered:
+            for position in positions[key]:
+                receive(position, answers[key])
+        if unanswered:
+            self._warn_once(
+                f"{_describe_unanswered([answers[key] for key in unanswered], total)}; they count as unanswered"
+            )
+            report(answered)
         return [answers[key] for key in keys]
+
+    def _check_unanswered(self, refused: Sequence[Answer], total: int) -> None:
+        share = self._endpoint.unanswered_limit
+        if len(refused) > max(share * total, min(_FEW, total - 1)):
+            raise UserError(
+                f"{self._endpoint.base_url}: {_describe_unanswered(refused, total)}, more than unanswered_limit={share:g}; "
+                "use a model with a longer context, lower max_tokens or raise the limit, and resume: answers are kept"
+            )
 
     def _fetch_all(
         self, questions: Mapping[str, Question], receive: Callable[[str, Answer], None], report: Callable[[], None]
@@ -213,7 +206,9 @@ class CachedClient:
                 raise
 
     def _store(self, key: str, answer: Answer) -> float:
-        """Cache an answer; return its price, dollars."""
+        """Cache an answer; return its price, dollars. A refused question that was not billed may be asked again."""
+        if answer.refused and not answer.input_tokens:
+            return 0.0
         dollars = self._price(answer.input_tokens, answer.output_tokens)
         self._cache.put(key, answer, self._account, dollars)
         return dollars
@@ -225,25 +220,17 @@ class CachedClient:
     def _fetch(self, question: Question) -> Answer:
         import openai
 
-        options: dict[str, Any] = {"logprobs": True, "top_logprobs": question.likeliest} if question.likeliest else {}
-        if self._endpoint.chat_template_kwargs:
-            options["extra_body"] = {"chat_template_kwargs": self._endpoint.chat_template_kwargs}
         for attempt in range(self._endpoint.retries + 1):
-            self._wait_for_turn()
             try:
-                completion = self._client.chat.completions.create(
-                    model=self._endpoint.model,
-                    messages=_messages(question),
-                    temperature=question.temperature,
-                    top_p=question.top_p,
-                    presence_penalty=question.presence_penalty,
-                    max_tokens=self._max_tokens(question),
-                    **options,
-                )
-                return _parse(completion)
+                answer, estimated = parse(self._request(question), question.system + question.text)
+                if estimated:
+                    self._warn_once(
+                        "the server does not report tokens; they are estimated from the length of the texts"
+                    )
+                return answer
             except openai.APIStatusError as error:
-                if error.code in _REFUSALS:
-                    return Answer("", str(error.code), 0, 0)
+                if reason := refusal_of(error):
+                    return Answer("", reason, 0, 0)
                 raise UserError(self._describe_status(error)) from error
             except openai.APIConnectionError as error:  # after the client's own retries
                 raise UserError(
@@ -258,6 +245,58 @@ class CachedClient:
                 time.sleep(min(8.0, 0.5 * 2.0**attempt))
         raise AssertionError
 
+    def _request(self, question: Question) -> Any:
+        """Send a request, again without each optional parameter that the server refuses."""
+        import openai
+
+        while True:
+            self._wait_for_turn()
+            parameters = self._parameters(question)
+            try:
+                return self._client.chat.completions.create(
+                    model=self._endpoint.model, messages=_messages(question), extra_body=parameters
+                )
+            except openai.APIStatusError as error:
+                if refusal_of(error) or not self._adapt(error, parameters):
+                    raise
+
+    def _parameters(self, question: Question) -> dict[str, Any]:
+        """Return the parameters of a request: the question's, the endpoint's, without those that the server refuses."""
+        parameters: dict[str, Any] = {
+            "temperature": question.temperature,
+            "top_p": question.top_p,
+            "presence_penalty": question.presence_penalty,
+        }
+        if question.likeliest:
+            parameters |= {"logprobs": True, "top_logprobs": question.likeliest}
+        if self._endpoint.chat_template_kwargs:
+            parameters["chat_template_kwargs"] = self._endpoint.chat_template_kwargs
+        parameters = {name: value for name, value in parameters.items() if name not in self._omitted}
+        parameters |= self._endpoint.parameters
+        if self._limit != "none":
+            parameters[self._limit] = self._max_tokens(question)
+        return {name: value for name, value in parameters.items() if value is not None}
+
+    def _adapt(self, error: Any, sent: Mapping[str, Any]) -> bool:
+        """Leave out, or rename, the parameter that the server refuses; return False if none can be."""
+        ours = [name for name in _OPTIONAL if name in sent and name not in self._endpoint.parameters]
+        name = refused_parameter(error, ours)
+        with self._adapting:
+            if name is not None:
+                self._omitted |= {"logprobs", "top_logprobs"} if "logprobs" in name else {name}
+                self._warn_once(f"the server refuses {name}={sent[name]}; requests are sent without it")
+                return True
+            if "max_tokens" in sent and refused_parameter(error, ["max_tokens"]) and is_unknown_parameter(error):
+                self._limit = "max_completion_tokens"
+                self._warn_once("the server refuses max_tokens; requests have max_completion_tokens instead")
+                return True
+        return False
+
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
+            self._warn(f"{self._endpoint.model}: {warning}")
+
     def _describe_status(self, error: Any) -> str:
         if error.status_code in (401, 403):
             problem = "is set but refused" if os.environ.get(self._endpoint.key_variable) else "is not set"
@@ -265,7 +304,12 @@ class CachedClient:
                 f"{self._endpoint.base_url}: {error.status_code}: the environment variable {self._endpoint.key_variable} "
                 f"{problem} where the job runs"
             )
-        return f"{self._endpoint.base_url}: {error.status_code} for model {self._endpoint.model!r}: {error.message}"
+        remedy = (
+            "; set a parameter that it refuses to null in the section's parameters"
+            if error.status_code in (400, 422)
+            else ""
+        )
+        return f"{self._endpoint.base_url}: {error.status_code} for model {self._endpoint.model!r}: {error.message}{remedy}"
 
     def _wait_for_turn(self) -> None:
         if self._endpoint.requests_per_minute is None:
@@ -298,38 +342,30 @@ def open_client(settings: programs.ApiRequest, inputs: Mapping[str, Path]) -> Ca
     """
     endpoint = Endpoint.model_validate_json(inputs["endpoint"].read_bytes())
     assert endpoint.identity() == settings.endpoint
-    return CachedClient(endpoint, str(inputs["endpoint"]))
+
+    def warn(warning: str) -> None:
+        log.warning(warning)
+        file = warnings_file(inputs["endpoint"])
+        write_json(sorted({*(read_json(file) or []), warning}), file)
+
+    return CachedClient(endpoint, str(inputs["endpoint"]), warn=warn)
+
+
+def warnings_file(endpoint: Path) -> Path:
+    """Return the file with the warnings about an endpoint, a list of texts, beside the file with its configuration."""
+    return endpoint.with_name(f"{endpoint.stem}-warnings.json")
+
+
+def _describe_unanswered(refused: Sequence[Answer], total: int) -> str:
+    counts = Counter(answer.finish_reason for answer in refused)
+    reasons = [
+        f"{counts[reason]} {text}"
+        for reason, text in (("context_length_exceeded", "too long"), ("content_filter", "refused by moderation"))
+        if counts[reason]
+    ]
+    return f"the server does not answer {len(refused)} of {total} questions ({', '.join(reasons)})"
 
 
 def _messages(question: Question) -> list[Any]:
     system = [{"role": "system", "content": question.system}] if question.system else []
     return [*system, {"role": "user", "content": question.text}]
-
-
-def _parse(completion: Any) -> Answer:
-    """Parse a response; one that does not follow the API raises ValueError, TypeError, AttributeError or LookupError.
-
-    The API allows null instead of text: for a refusal, or for a limit reached before the first word.
-    """
-    choice, usage = completion.choices[0], completion.usage
-    text = choice.message.content
-    reason = choice.finish_reason or ("stop" if text else "length")
-    if not all(0 <= tokens < math.inf for tokens in (usage.prompt_tokens, usage.completion_tokens)):
-        raise ValueError(f"no numbers of tokens: {usage.prompt_tokens}, {usage.completion_tokens}")
-    # A lone surrogate, such as half of a cut emoji, cannot be written to a file.
-    thinking, text = split_answer(re.sub("[\ud800-\udfff]", "\ufffd", text or ""))
-    for field in ("reasoning_content", "reasoning"):  # of servers that separate it
-        separate = getattr(choice.message, field, None)
-        thinking = re.sub("[\ud800-\udfff]", "\ufffd", separate) if isinstance(separate, str) else thinking
-    tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
-    return Answer(text, reason, *tokens, _first_token(choice), thinking)
-
-
-def _first_token(choice: Any) -> dict[str, float] | None:
-    tokens = choice.logprobs.content if choice.logprobs else None
-    if not tokens:
-        return None
-    likeliest = {token.token: float(token.logprob) for token in tokens[0].top_logprobs}
-    if not all(map(math.isfinite, likeliest.values())):
-        raise ValueError(f"no log-probabilities: {likeliest}")
-    return likeliest

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from montessori_core.judging.client import Answer
+from montessori_core.judging.responses import Answer
+
+_FENCE = re.compile(r"`{3,}|~{3,}")
 
 
 def separator_for(*texts: str) -> str:
@@ -13,8 +15,11 @@ def separator_for(*texts: str) -> str:
 
 
 def last_line(answer: Answer) -> str | None:
-    """Return the last line that is not blank, which holds the verdict; None if there is none or the answer is truncated."""
-    lines = [line for line in answer.text.splitlines() if line.strip()]
+    """Return the last line, which holds the verdict; None if there is none or the answer is truncated.
+
+    Blank lines and fences of code blocks do not count.
+    """
+    lines = [line for line in answer.text.splitlines() if line.strip() and not _FENCE.fullmatch(line.strip())]
     return lines[-1] if lines and answer.finish_reason == "stop" else None
 
 

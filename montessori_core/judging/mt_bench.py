@@ -20,10 +20,11 @@ from montessori_core.data.entries import Entry, Text, read_entries
 from montessori_core.data.rows import DialogueRow
 from montessori_core.data.tables import MT_BENCH
 from montessori_core.errors import DataError
-from montessori_core.judging.client import Answer, Question, open_client
+from montessori_core.judging.client import Question, open_client
 from montessori_core.judging.frame import frame_texts
 from montessori_core.judging.points import read_score
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Recorder, Row, RowProgram
 
 REFERENCE_GUIDED = ("math", "reasoning", "coding")
@@ -222,7 +223,7 @@ def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
             recorder.finish(position, [{**ids, "score": score}])
 
         questions = [published_question(row) if published else Question(question_about(row)) for row in rows]
-        api.ask(questions, recorder.progress, receive)
+        api.ask(questions, recorder.progress, receive, recorder.finished_before)
 
     return RowProgram(MT_BENCH, compute)
 

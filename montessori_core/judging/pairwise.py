@@ -15,15 +15,20 @@ from typing import Literal
 from montessori_core import programs
 from montessori_core.data.rows import ComparisonRow
 from montessori_core.data.tables import PAIRWISE
-from montessori_core.judging.client import Answer, Question, open_client
+from montessori_core.judging.client import Question, open_client
 from montessori_core.judging.frame import frame_texts, last_line
 from montessori_core.judging.published_prompts import ALPACA_EVAL
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Recorder, Row, RowProgram
 
 Preference = Literal["A", "B", "tie"]
 Outcome = Literal["win", "loss", "tie", "unparsed"]
 
-_VERDICT = re.compile(r"^[\s*_#]*better[\s*_]*:[\s*_]*(?:(A)|(B)|(tie))[\s*_.]*$", re.IGNORECASE | re.ASCII)
+_VERDICT = re.compile(
+    r"^[\s*_#`>-]*better(?:\s+(?:answer|one))?[\s*_`]*:[\s*_`]*(?P<open>\[{0,2})"
+    r"(?:(?:answer\s+)?(?:(?P<A>A)|(?P<B>B))|(?P<tie>tie))(?P<close>\]{0,2})[\s*_`.]*$",
+    re.IGNORECASE | re.ASCII,
+)
 _PREFERENCES: dict[Outcome, float | None] = {"win": 1.0, "loss": 0.0, "tie": 0.5, "unparsed": None}
 _TASK = (
     "You compare two answers, A and B, to one instruction. The better one serves the person who gave the instruction "
@@ -45,9 +50,9 @@ def comparison(instruction: str, first: str, second: str) -> str:
 def read_preference(answer: Answer) -> Preference | None:
     """Return the judge's verdict, or None if the last line is not one of the three verdicts or the answer is truncated."""
     match = _VERDICT.match(last_line(answer) or "")
-    if match is None:
+    if match is None or len(match["open"]) != len(match["close"]):
         return None
-    return "A" if match[1] else "B" if match[2] else "tie"
+    return "A" if match["A"] else "B" if match["B"] else "tie"
 
 
 def published_comparison(instruction: str, first: str, second: str) -> Question:
@@ -113,7 +118,8 @@ def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
             for row in rows
             for pair in ((row["answer"], row["other"]), (row["other"], row["answer"]))
         ]
-        api.ask(questions, lambda answered: recorder.progress(answered / 2), receive)
+        before = 2 * recorder.finished_before
+        api.ask(questions, lambda answered: recorder.progress(answered / 2), receive, before)
 
     return RowProgram(PAIRWISE, compute)
 

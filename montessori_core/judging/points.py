@@ -7,12 +7,16 @@ from pathlib import Path
 from montessori_core import programs
 from montessori_core.data.rows import ExampleRow
 from montessori_core.data.tables import UTILITY
-from montessori_core.judging.client import Answer, Question, open_client
+from montessori_core.judging.client import Question, open_client
 from montessori_core.judging.frame import last_line, separator_for
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Recorder, RowProgram
 
 _SCORE = re.compile(
-    r"^[\s*_#]*score[\s*_]*:[\s*_]*([0-9]{1,3})(?:\s*/\s*([0-9]{1,3}))?[\s*_.]*$", re.IGNORECASE | re.ASCII
+    r"^[\s*_#`>-]*(?:(?:my|the)\s+)?(?:(?:final|overall|total)\s+)?score[\s*_`]*(?::|=|\bis\b)[\s*_`]*"
+    r"(?P<open>\[{0,2})(?P<score>[0-9]{1,3}(?:\.[0-9]{1,3})?)"
+    r"(?:\s*(?:/|out\s+of)\s*(?P<highest>[0-9]{1,3}))?(?P<close>\]{0,2})(?:[\s*_`]*points?)?[\s*_`.]*$",
+    re.IGNORECASE | re.ASCII,
 )
 _ABOUT_THE_INSTRUCTION = ("The instruction is clear, complete and worth learning from.",)
 _ABOUT_THE_RESPONSE = (
@@ -58,13 +62,14 @@ def question_about(instruction: str, response: str, response_only: bool = False)
 def read_score(answer: Answer, highest: int = 6, lowest: int = 0) -> float | None:
     """Return the judge's score, or None.
 
-    None if the answer is truncated, its last line is not a score, or the score is out of range or out of another maximum
-    than `highest`.
+    Its last line may be `Score: 4`, `Final score: 4.5 / 6`, `**Score: [[4]]**` and the like. None if the answer is truncated,
+    its last line is not a score, or the score is out of range or out of another maximum than `highest`.
     """
     match = _SCORE.match(last_line(answer) or "")
-    if match is None or not lowest <= int(match[1]) <= highest or int(match[2] or highest) != highest:
+    if match is None or len(match["open"]) != len(match["close"]):
         return None
-    return float(match[1])
+    score = float(match["score"])
+    return score if lowest <= score <= highest and int(match["highest"] or highest) == highest else None
 
 
 def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
@@ -82,6 +87,6 @@ def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowPro
             recorder.finish(position, [{**ids, "utility": read_score(answer, highest)}])
 
         questions = [Question(question_about(row["instruction"], row["response"], response_only)) for row in rows]
-        api.ask(questions, recorder.progress, receive)
+        api.ask(questions, recorder.progress, receive, recorder.finished_before)
 
     return RowProgram(UTILITY, compute)

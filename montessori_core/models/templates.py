@@ -2,6 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from montessori_core.config import Student, Teacher
 from montessori_core.errors import UserError
@@ -9,7 +14,46 @@ from montessori_core.files import commit, hash_json, read_json, write_json
 from montessori_core.models.fetch import fingerprint
 from montessori_core.models.fingerprints import FINGERPRINT
 
+if TYPE_CHECKING:
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
 TEMPLATE = "chat_template.jinja"
+
+
+class _Generation(Extension):
+    """The tag `generation` of transformers, which marks the assistant's text."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares an instance variable
+
+    def parse(self, parser: "Parser") -> "list[Node]":
+        """Parse the tag's block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def check_template(folder: Path) -> None:
+    """Check the syntax of the chat template in a model's folder; a folder without one passes.
+
+    Raises:
+        UserError: Jinja cannot parse it.
+    """
+    file = folder / TEMPLATE
+    _check_syntax(_own_template(folder), str(file if file.exists() else folder / "tokenizer_config.json"))
+
+
+def _check_syntax(template: str, name: str) -> None:
+    # The environment of transformers.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    try:
+        environment.compile(template)  # finds unknown filters too
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template in {name} has a syntax error in line {error.lineno}: {error.message}; correct it, or set "
+            "another one with chat_template"
+        ) from error
 
 
 def configured_template(folder: Path, section: Teacher | Student, setting: str) -> str | None:
@@ -27,7 +71,7 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
         The template; None if the section sets neither a template nor variables.
 
     Raises:
-        UserError: the template cannot be read, or does not have one of the variables.
+        UserError: the template cannot be read, has a syntax error, or does not have one of the variables.
     """
     variables = section.chat_template_kwargs
     if section.chat_template is None and not variables:
@@ -41,6 +85,7 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
             raise UserError(f"{setting}.chat_template: {path} cannot be read ({error}); give a Jinja file") from error
     if unknown := [name for name in variables if not name.isidentifier() or name not in template]:
         raise UserError(f"{setting}.chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
+    _check_syntax(template, section.chat_template or str(folder))
     return "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in variables.items()) + template
 
 

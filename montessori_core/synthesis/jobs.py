@@ -125,7 +125,8 @@ def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, P
     """Open a teacher behind an API.
 
     The sampling's repetition penalty is ignored: the API has none. Inputs: see `open_client`. Each seed of a
-    row is a draw. Rows need no drafts: the API's cache keeps every answer.
+    row is a draw. Rows need no drafts: the API's cache keeps every answer. A question that the server refuses has an empty
+    output.
     """
     sampling = settings.sampling
     api = open_client(settings, inputs)
@@ -143,7 +144,12 @@ def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, P
             for row in rows
             for seed in row["seeds"]
         ]
-        answers = iter(api.ask(questions, lambda done: recorder.progress(done * len(rows) / len(questions))))
+        answered = api.ask(
+            questions,
+            lambda done: recorder.progress(done * len(rows) / len(questions)),
+            answered_before=recorder.finished_before,
+        )
+        answers = iter(answered)
         for position, row in enumerate(rows):
             given = list(islice(answers, len(row["seeds"])))
             samples = [Generated(answer.text, answer.output_tokens, answer.finish_reason) for answer in given]

@@ -10,6 +10,7 @@ from montessori_core.data.rows import TrainingRow
 from montessori_core.errors import DataError
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer, with_lora
+from montessori_core.models.positions import check_positions
 from montessori_core.program import Compute, Report
 from montessori_core.synthesis.nomad import encode_conversation
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
@@ -44,6 +45,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
         StudentTrainer.recipe = recipe
         model_path = str(inputs["student"])
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
+        check_positions(Path(model_path), settings.max_length, "student.max_length")
         tokenizer = load_tokenizer(model_path)
         examples = _encode(tokenizer, rows, settings)
         StudentTrainer.padding = padding_rows(len(examples), recipe)

@@ -11,7 +11,7 @@ import yaml
 from cluster.stage import describe
 from montessori_core.data.tables import EXAMPLES, GENERATION, read_table
 from montessori_core.files import read_json
-from support.judges import JudgeServer, refuse
+from support.judges import JudgeServer, refuse, send
 from support.runs import call, configuration
 from support.studies import environment_of
 
@@ -93,9 +93,11 @@ def test_silent_endpoint_loses_no_answer(
     assert code == 1, output
     assert f"{server.url}: 503 for model 'strong'" in output
     assert len(answered) == 4
-    server.faults = [answer] * 1000
+    unsupported = b'{"error": {"message": "presence_penalty is not supported"}}'
+    server.faults = [lambda handler, question: send(handler, 400, unsupported), *[answer] * 1000]
     code, output = run(tmp_path, content, "compare", "run.yaml")
     assert code == 0, output
+    assert output.count("strong: the server refuses presence_penalty") == 1
     folder = tmp_path / "runs" / "study" / "seed-0" / "methods" / method / "round-1"
     rows = read_table(folder / "training" / "examples.parquet", EXAMPLES).to_pylist()
     assert [row["response"] for row in rows] == [f"An answer to: {row['instruction']}" for row in rows]

@@ -351,6 +351,7 @@ class MemoryRecorder:
 
     def __init__(self, drafts: dict[int, Any], lifetime: float = math.inf) -> None:
         self.drafts = drafts
+        self.finished_before = 0
         self.finished: dict[int, list[Row]] = {}
         self.reported: list[float] = []
         self.kept: dict[int, Any] = {}

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from montessori_core.data.tables import UTILITY, read_table
 from montessori_core.errors import UserError
-from montessori_core.judging.client import Answer, AnswerCache, CachedClient, Question
+from montessori_core.judging.answer_cache import AnswerCache
+from montessori_core.judging.client import CachedClient, Question
 from montessori_core.judging.points import open_judge, question_about, read_score
+from montessori_core.judging.responses import Answer
 from montessori_core.programs import Judging
 from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
 from support.row_programs import as_compute
@@ -174,7 +176,34 @@ def test_pending_answers_are_kept_after_failure(server: JudgeServer, tmp_path: P
         ("Score: 7", "stop", None),
         ("Score: 5 or 6", "stop", None),
         ("Score: four", "stop", None),
-        ("Score: 4.5", "stop", None),
+        ("Score: 4.5", "stop", 4.5),
+        ("Final score: 4", "stop", 4.0),
+        ("**Final Score:** 4", "stop", 4.0),
+        ("The overall score is 4.", "stop", 4.0),
+        ("Score: [[4]]", "stop", 4.0),
+        ("Score: [4]", "stop", 4.0),
+        ("Score = 4 out of 6", "stop", 4.0),
+        ("### Score: `4/6` points", "stop", 4.0),
+        ("> Score: [[4.5/6]]", "stop", 4.5),
+        ("- Total score: 4 points", "stop", 4.0),
+        ("Good.\n```\nScore: 4\n```", "stop", 4.0),
+        ("```text\nGood.\nScore: 4\n```\n", "stop", 4.0),
+        ("`Score: 4`", "stop", 4.0),
+        ("Score: [[4", "stop", None),
+        ("Score: [[4]", "stop", None),
+        ("Score: [[4]] [[5]]", "stop", None),
+        ("Score: 4-5", "stop", None),
+        ("Score: 4,5", "stop", None),
+        ("Score: 4.", "stop", 4.0),
+        ("Score: 4.5.1", "stop", None),
+        ("Score: 6.5", "stop", None),
+        ("Score: 4 5", "stop", None),
+        ("Score: ~4", "stop", None),
+        ("Score: at least 4", "stop", None),
+        ("Score: 4 (or 5)", "stop", None),
+        ("Score for clarity: 4", "stop", None),
+        ("Minimum score: 4", "stop", None),
+        ("Score: 4\n```\nScore: five\n```", "stop", None),
         ("Score: .5", "stop", None),
         ("Score: -1", "stop", None),
         ("Score: 4/10", "stop", None),
@@ -197,19 +226,20 @@ def test_lone_surrogate_in_answer_is_written(server: JudgeServer, tmp_path: Path
 
 
 SCORES = ["Score: 3", "**score : 6/6**", "Score: 0", "Score: 7", "Score: ٣", "Score: 3/5", "Score:"]
-PARTS = st.text(st.characters(exclude_categories=[])) | st.sampled_from([*SCORES, "\n", "\r", "\x85", "\u2028", " "])
+FORMS = [*SCORES, "Final score: 4.5", "Score: [[2]]", "```"]
+PARTS = st.text(st.characters(exclude_categories=[])) | st.sampled_from([*FORMS, "\n", "\r", "\x85", "\u2028", " "])
 
 
 @pytest.mark.guarantee("judge that obeys the text it judges")
 @given(st.lists(PARTS).map("".join), st.sampled_from(["stop", "length"]), st.sampled_from([(6, 0), (5, 0), (10, 1)]))
 def test_read_score_uses_only_last_line(text: str, finish_reason: str, limits: tuple[int, int]) -> None:
     score = read_score(Answer(text, finish_reason, 1, 1), *limits)
-    last = [line for line in text.splitlines() if line.strip()][-1:]
+    last = [line for line in text.splitlines() if line.strip() and line.strip() != "```"][-1:]
     assert score == read_score(Answer("\n".join(last), finish_reason, 1, 1), *limits)
     if score is not None:
         assert finish_reason == "stop"
         assert limits[1] <= score <= limits[0]
-        assert re.search(rf"(?i)score.*\b{score:.0f}\b", last[0])
+        assert re.search(rf"(?i)score.*\b{score:g}\b", last[0])
 
 
 FENCES = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "{response}", "Score: 6", "x"])).map(

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from montessori_core.config import parse_experiment
 from montessori_core.data.tables import MT_BENCH, read_table, table_from_rows
 from montessori_core.errors import DataError
-from montessori_core.judging.client import Answer
 from montessori_core.judging.mt_bench import (
     Dialogue,
     Score,
@@ -30,6 +29,7 @@ from montessori_core.judging.mt_bench import (
 )
 from montessori_core.judging.published_prompts import ALPACA_EVAL
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Row
 from montessori_core.programs import MT_BENCH_JUDGE
 from support.judges import JudgeServer, completion, open_with, send, served
@@ -190,7 +190,7 @@ def test_rating_is_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
         "Score: 0": None,
         "Score: 11": None,
         "Score: 4/5": None,
-        "Score: 7.5": None,
+        "Score: 7.5": 7.5,
         "Score: 7 or 8": None,
         "cut Score: 7": None,
         "Score: 7\nor so": None,
@@ -205,8 +205,8 @@ def test_rating_is_1_to_10_or_null(server: Grader, tmp_path: Path) -> None:
     assert table["score"].to_pylist() == [score for score in expected.values() for _ in range(2)]
     assert table["turn"].to_pylist() == [1, 2] * len(expected)
     summary = summarize(table)
-    assert (summary.overall.judged, summary.overall.unparsed) == (4, 18)
-    assert summary.overall.mean == 5.5
+    assert (summary.overall.judged, summary.overall.unparsed) == (6, 16)
+    assert summary.overall.mean == pytest.approx(18.5 / 3)
 
 
 @pytest.mark.parametrize(

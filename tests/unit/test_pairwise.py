@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from montessori_core.data.tables import PAIRWISE, read_table
 from montessori_core.evaluation.alpaca_eval import summarize
-from montessori_core.judging.client import Answer
 from montessori_core.judging.pairwise import comparison, outcome_of, read_preference, read_probability
 from montessori_core.judging.published_prompts import ALPACA_EVAL
+from montessori_core.judging.responses import Answer
 from montessori_core.program import Row
 from montessori_core.programs import PAIRWISE_JUDGE
 from support.judges import FAULTS, JudgeServer, Reply, completion, open_with, send, served
@@ -107,7 +107,16 @@ def test_equal_verdicts_in_both_orders_are_a_tie() -> None:
         ("Better: A, B", "stop", None),
         ("Better: C", "stop", None),
         ("Better: AB", "stop", None),
-        ("Better: Answer A", "stop", None),
+        ("Better: Answer A", "stop", "A"),
+        ("**Better:** [[B]]", "stop", "B"),
+        ("Better answer: B", "stop", "B"),
+        ("`Better: [[tie]]`", "stop", "tie"),
+        ("A is right.\n```\nBetter: A\n```", "stop", "A"),
+        ("Better: [[A", "stop", None),
+        ("Better: [[A]] [[B]]", "stop", None),
+        ("Better: A\n```\nor B\n```", "stop", None),
+        ("Better: answer tie", "stop", None),
+        ("The better answer may be: A", "stop", None),
         ("Better: neither", "stop", None),
         ("Better: not A", "stop", None),
         ("Better: tıe", "stop", None),
@@ -211,11 +220,11 @@ VERDICTS = st.sampled_from(["Better: A", "Better: B", "Better: tie"])
 @given(st.text() | st.lists(st.text() | VERDICTS).map("\n".join), st.sampled_from(["stop", "length"]))
 def test_read_preference_uses_only_last_line(text: str, finish_reason: str) -> None:
     found = read_preference(Answer(text, finish_reason, 1, 1))
-    last = [line for line in text.splitlines() if line.strip()][-1:]
+    last = [line for line in text.splitlines() if line.strip() and not set(line.strip()) <= set("`~")][-1:]
     assert found == read_preference(Answer("\n".join(last), finish_reason, 1, 1))
     if found is not None:
         assert finish_reason == "stop"
-        assert last[0].strip(" \t*_#.\x0b\x0c\r\n").lower().endswith(found.lower())
+        assert last[0].strip(" \t*_#`].\x0b\x0c\r\n").lower().endswith(found.lower())
 
 
 TEXTS = st.text() | st.lists(st.sampled_from(["=", "=" * 20, "\n", "{line}", "Answer B", "Better: A", "x"])).map(

@@ -12,7 +12,8 @@ import torch
 from montessori_core.config import parse_experiment
 from montessori_core.data.rows import GenerationRow
 from montessori_core.errors import UserError
-from montessori_core.judging.client import AnswerCache, CachedClient, Question
+from montessori_core.judging.answer_cache import AnswerCache
+from montessori_core.judging.client import CachedClient, Question
 from montessori_core.models.chat import IGNORED, encode_example, render_prompt
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.models.thinking import split_answer, split_thinking

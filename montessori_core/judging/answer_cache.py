@@ -1,0 +1,44 @@
+"""A cache of the answers of models behind an API, with what they cost."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from montessori_core.judging.responses import Answer
+
+
+class AnswerCache:
+    """Answers and spending, in one SQLite file that several processes may use."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        with self._open() as connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")
+            connection.execute("CREATE TABLE IF NOT EXISTS spending (account TEXT, dollars REAL)")
+
+    def get(self, key: str) -> Answer | None:
+        """Return the cached answer, or None."""
+        with self._open() as connection:
+            row = connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return Answer(**json.loads(row[0])) if row else None
+
+    def put(self, key: str, answer: Answer, account: str, dollars: float) -> None:
+        """Store an answer and its price."""
+        with self._open() as connection:
+            connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(asdict(answer))))
+            connection.execute("INSERT INTO spending VALUES (?, ?)", (account, dollars))
+
+    def spent(self, account: str) -> float:
+        """Return the dollars spent on an account."""
+        with self._open() as connection:
+            row = connection.execute("SELECT SUM(dollars) FROM spending WHERE account = ?", (account,)).fetchone()
+        return float(row[0] or 0.0)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self._path, timeout=60.0)) as connection, connection:
+            yield connection

@@ -1,0 +1,141 @@
+"""Models whose positions or chat templates do not fit are refused before any job."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, LlamaConfig, MambaConfig, OPTConfig
+
+from flows.influence import Measurement, open_inputs
+from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
+from montessori_core.errors import UserError
+from montessori_core.models.positions import check_positions, positions_of
+from montessori_core.models.templates import check_template
+from tasks.run import open_run
+
+_ENDS = {"vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+CONFIGS: dict[str, Any] = {
+    "gpt2": lambda: GPT2Config(n_embd=32, n_head=2, n_layer=1, n_positions=32, **_ENDS),
+    "gpt-neo": lambda: GPTNeoConfig(
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        attention_types=[[["global"], 1]],
+        max_position_embeddings=32,
+        **_ENDS,
+    ),
+    "opt": lambda: OPTConfig(
+        hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, **_ENDS
+    ),
+    "llama": lambda: LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        **_ENDS,
+    ),
+}
+
+
+def save_model(config: Any, tokenizer: Path, folder: Path) -> Path:
+    """Save a model with random weights, and a tokenizer's files."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
+def experiment(teacher: Path, student: Path, **of_student: Any) -> Experiment:
+    """Return a configuration; `of_student` are further settings of the student."""
+    content = {"teacher": {"model": str(teacher)}, "student": {"model": str(student), **of_student}}
+    return parse_experiment(content, "test")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_too_few_positions_are_refused_before_jobs(
+    name: str, small_tokenizer: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    short = save_model(CONFIGS[name](), small_tokenizer, tmp_path / name)
+    assert positions_of(short) == 32
+    with pytest.raises(UserError, match=r"student.max_length=1024, but max_position_embeddings=32 in .*=32 or less"):
+        open_run(experiment(tiny_llama, short), tmp_path / "run")
+    with pytest.raises(UserError, match=r"teacher_update.max_length=2048, but max_position_embeddings=32"):
+        open_run(experiment(short, tiny_llama), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    open_run(experiment(tiny_llama, short, max_length=32), tmp_path / "run")
+
+
+def test_positions_of_other_models(small_tokenizer: Path, tmp_path: Path) -> None:
+    mamba = MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, **_ENDS)
+    assert positions_of(save_model(mamba, small_tokenizer, tmp_path / "mamba")) is None
+    check_positions(tmp_path / "mamba", 10**6, "student.max_length")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    base = save_model(CONFIGS["gpt2"](), small_tokenizer, tmp_path / "gpt2")
+    settings = {"base_model_name_or_path": str(base), "r": 4, "lora_alpha": 8}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert positions_of(adapter) == 32
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 64}}))
+    assert positions_of(tmp_path) == 64
+
+
+BROKEN = {
+    "unclosed block": ("{% for m in messages %}{{ m['content'] }}", "line 1: Unexpected end of template"),
+    "unclosed expression": ("{# chat #}\n\n{{ messages[0]['content' }}", "line 3: unexpected '}'"),
+    "unknown tag": ("{% fro m in messages %}", "line 1: Encountered unknown tag 'fro'"),
+    "unknown filter": ("{{ messages | tirm }}", "line 1: No filter named 'tirm'"),
+}
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "setting"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_template_is_refused_before_jobs(case: str, place: str, tiny_llama: Path, tmp_path: Path) -> None:
+    template, message = BROKEN[case]
+    broken, settings = Path(shutil.copytree(tiny_llama, tmp_path / "broken")), dict[str, str]()
+    name = str(broken / place)
+    if place == "chat_template.jinja":
+        (broken / place).write_text(template)
+    elif place == "tokenizer_config.json":
+        (broken / "chat_template.jinja").unlink()
+        content = json.loads((broken / place).read_text())
+        (broken / place).write_text(json.dumps(content | {"chat_template": template}))
+    else:
+        name = str(tmp_path / "mine.jinja")
+        Path(name).write_text(template)
+        settings = {"chat_template": name}
+    sound = {"model": str(tiny_llama)}
+    for role in ("teacher", "student"):
+        content = {"teacher": sound, "student": sound, role: {"model": str(broken), **settings}}
+        with pytest.raises(UserError) as error:
+            open_run(parse_experiment(content, "test"), tmp_path / "run")
+        assert f"the chat template in {name} has a syntax error in {message}" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_configured_template_replaces_broken_one(tiny_llama: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (broken / "chat_template.jinja").write_text("{% for")
+    mine = str(tiny_llama / "chat_template.jinja")
+    open_run(experiment(tiny_llama, broken, chat_template=mine), tmp_path / "run")
+
+
+def test_tags_of_transformers_are_known(tiny_llama: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    check_template(tmp_path)
+
+
+def test_measured_student_is_checked(tiny_llama: Path, small_tokenizer: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"instruction": "Say hello.", "output": "Hello."}\n')
+    source = DataSource(path=str(tasks))
+    short = save_model(CONFIGS["gpt2"](), small_tokenizer, tmp_path / "gpt2")
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (broken / "chat_template.jinja").write_text("{% for")
+    for model, message in ((short, "max_length=1024, but max_position_embeddings=32"), (broken, "syntax error")):
+        measurement = Measurement(Student(model=str(model)), None, source, source, Influence(), "student", Cluster())
+        with pytest.raises(UserError, match=message):
+            open_inputs(measurement, tmp_path / "measured")
