@@ -110,7 +110,12 @@ class RunData:
     iterations: list[IterationData]
     unmodified: SynthesisData | None
     unmodified_influence: InfluenceData | None
-    classifier: KindClassifier | None
+    folder: Path
+
+    @cached_property
+    def classifier(self) -> KindClassifier | None:
+        """The classifier of the wanted kind, trained on first use; None without the run's copies of its sets."""
+        return read_classifier(self.folder)
 
     def setting(self, section: str, name: str, default: Any) -> Any:
         """Return a value of the configuration, or `default` if it is not set."""
@@ -207,7 +212,7 @@ def read_run_data(folder: Path) -> RunData:
         iterations=iterations,
         unmodified=_read_synthesis(unmodified / "training", "Unmodified teacher") if unmodified.is_dir() else None,
         unmodified_influence=_influence("Training set (unmodified teacher)", unmodified_influence, threshold),
-        classifier=read_classifier(folder),
+        folder=folder,
     )
 
 
