@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
-from flows.prefect_api import check_api, check_login
+from flows.prefect_api import check_api
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -80,7 +80,6 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     if api is None:
         raise UserError("PREFECT_API_URL is not set; set it to the server's address followed by /api")
     check_api(api)
-    check_login(api)
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(pool)

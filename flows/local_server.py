@@ -33,7 +33,6 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     ).stdout.strip()
     if configured:
         check_api(configured)
-        check_login(configured)
         yield configured
         return
     api = f"http://{_LOOPBACK}:{port}/api"

@@ -35,10 +35,10 @@ def problem_of(api: str) -> str | None:
 
 
 def check_api(api: str) -> None:
-    """Check that the server of Prefect's settings answers.
+    """Check that the server of Prefect's settings answers, and accepts this user.
 
     Raises:
-        UserError: it does not; names the variable and where it is set.
+        UserError: it does not answer; names the variable and where it is set. Or it asks for another login.
     """
     problem = problem_of(api)
     if problem is not None:
@@ -47,6 +47,7 @@ def check_api(api: str) -> None:
             f"{_VARIABLE} is {api}, but {problem}; it is set in {place}. Start the server, correct the address, or {remedy}: "
             "without it, the command starts a server of its own"
         )
+    check_login(api)
 
 
 def check_login(api: str) -> None:
