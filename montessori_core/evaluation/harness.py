@@ -18,6 +18,7 @@ from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
 from montessori_core.models.chat import dated_template, end_tokens, turn_content
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.models.thinking import CLOSE
 from montessori_core.program import Recorder, Row, RowProgram
 
 _MAX_CHARACTERS = 2000  # of answers and targets in the table
@@ -87,7 +88,7 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
         device=str(device),
-        think_end_token="</think>" if "</think>" in tokenizer.chat_template else None,
+        think_end_token=CLOSE if CLOSE in tokenizer.chat_template else None,
     )
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 

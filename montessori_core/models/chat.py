@@ -225,9 +225,9 @@ def _end_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     return _patterns(tokenizer).ids | {tokenizer.eos_token_id}
 
 
-def end_tokens(tokenizer: "PreTrainedTokenizerBase", generation_config: Any) -> set[int]:
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", generation_config: Any = None) -> set[int]:
     """Return the tokens that end a generation: the end of a turn, of a text, and those that the model's settings name."""
-    named = generation_config.eos_token_id
+    named = generation_config.eos_token_id if generation_config is not None else None
     return {end_of_turn(tokenizer), tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
 
 

@@ -79,6 +79,15 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
 
 
+def full_model(folder: Path) -> Path:
+    """Return the folder of a full model: that of its base model for an adapter.
+
+    Raises:
+        UserError: there is no such base model.
+    """
+    return fetch_model(adapted_model(folder)) if is_adapter(folder) else folder
+
+
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a model in the hub's cache; None for any other folder."""
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from montessori_core.models.adapters import adapted_model, is_adapter
-from montessori_core.models.fetch import fetch_model
+from montessori_core.models.fetch import full_model
 from montessori_core.models.fingerprints import weight_shapes
 
 FORWARD, BACKWARD, FROZEN_BACKWARD = 2, 4, 2
@@ -70,8 +69,6 @@ def _size(parameter: Any) -> int:
 
 def weights_of(folder: Path) -> int:
     """Count the same weights of a model on disk, or of an adapter's base model, from the headers of safetensors files."""
-    if is_adapter(folder):
-        folder = fetch_model(adapted_model(folder))
-    sizes = {name: math.prod(shape) for name, shape in weight_shapes(folder).items()}
+    sizes = {name: math.prod(shape) for name, shape in weight_shapes(full_model(folder)).items()}
     tied = not any(name.endswith("lm_head.weight") for name in sizes)
     return sum(size for name, size in sizes.items() if tied or not name.endswith("embed_tokens.weight"))

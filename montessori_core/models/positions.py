@@ -4,17 +4,14 @@ from pathlib import Path
 
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
-from montessori_core.models.adapters import adapted_model, is_adapter
-from montessori_core.models.fetch import fetch_model
+from montessori_core.models.fetch import full_model
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")  # the latter two in GPT-2, GPT-J, CodeGen and MPT
 
 
 def positions_of(folder: Path) -> int | None:
     """Return the number of a model's positions; None if its config.json names none, as for state-space models."""
-    if is_adapter(folder):
-        return positions_of(fetch_model(adapted_model(folder)))
-    config = read_json(folder / "config.json")
+    config = read_json(full_model(folder) / "config.json")
     if not isinstance(config, dict):
         return None
     config = config.get("text_config") or config

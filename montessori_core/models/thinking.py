@@ -1,6 +1,6 @@
 """The thinking of reasoning models, which write it before the answer: <think>...</think>."""
 
-_OPEN, _CLOSE = "<think>", "</think>"
+_OPEN, CLOSE = "<think>", "</think>"
 
 
 def split_thinking(text: str, prompt: str = "") -> tuple[str | None, str]:
@@ -13,10 +13,10 @@ def split_thinking(text: str, prompt: str = "") -> tuple[str | None, str]:
     body = text.lstrip()
     if not body.startswith(_OPEN) and not prompt.rstrip().endswith(_OPEN):
         return None, text
-    thinking, closed, answer = body.removeprefix(_OPEN).partition(_CLOSE)
+    thinking, closed, answer = body.removeprefix(_OPEN).partition(CLOSE)
     return thinking.strip(), answer.lstrip() if closed else ""
 
 
 def split_answer(text: str) -> tuple[str | None, str]:
     """Split an answer of an API, whose prompt is unknown: it may have the end of the thinking alone."""
-    return split_thinking(text, _OPEN if _CLOSE in text and _OPEN not in text else "")
+    return split_thinking(text, _OPEN if CLOSE in text and _OPEN not in text else "")

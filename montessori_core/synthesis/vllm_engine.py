@@ -12,9 +12,9 @@ from vllm.lora.request import LoRARequest
 from montessori_core.config import Sampling
 from montessori_core.errors import UserError
 from montessori_core.models import flops
-from montessori_core.models.adapters import adapted_model, adapter_rank, is_adapter
-from montessori_core.models.chat import encode_rendered, end_of_turn
-from montessori_core.models.fetch import fetch_model
+from montessori_core.models.adapters import adapter_rank, is_adapter
+from montessori_core.models.chat import encode_rendered, end_tokens
+from montessori_core.models.fetch import fetch_model, full_model
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 
@@ -36,7 +36,7 @@ class VllmEngine:
         self._weights = flops.weights_of(folder)
         self._adapter = LoRARequest("teacher", 1, str(folder)) if is_adapter(folder) else None
         self._llm = LLM(
-            model=str(fetch_model(adapted_model(folder)) if self._adapter else folder),
+            model=str(full_model(folder)),
             trust_remote_code=False,
             dtype="bfloat16" if torch.cuda.is_available() else generation_dtype(),
             seed=0,
@@ -46,9 +46,7 @@ class VllmEngine:
             **_room_for_adapter(folder),
         )
         self._tokenizer = tokenizer
-        self._ends = sorted(
-            {end_of_turn(tokenizer), tokenizer.eos_token_id}
-        )  # vLLM adds those of generation_config.json
+        self._ends = sorted(end_tokens(tokenizer))  # vLLM adds those of generation_config.json
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: str | None) -> Iterator[Step]:
         """See `Engine.generate`. There are no drafts: vLLM's random generator cannot start in the middle."""

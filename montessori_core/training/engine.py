@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from montessori_core.config import Optimization, Zero
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
-from montessori_core.models.adapters import adapted_model, is_adapter
+from montessori_core.models.adapters import is_adapter
 from montessori_core.models.chat import end_tokens
-from montessori_core.models.fetch import fetch_model, fingerprint
+from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import checkpoint_arguments, last_complete_checkpoint
@@ -234,7 +234,7 @@ def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         content = json.loads(config.read_text()) | {"dtype": "float32"}
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
-    write_fingerprint(folder, fingerprint(fetch_model(adapted_model(folder))) if is_adapter(folder) else None)
+    write_fingerprint(folder, fingerprint(full_model(folder)) if is_adapter(folder) else None)
 
 
 def _step_log(state: TrainerState) -> list[dict[str, float]]:
