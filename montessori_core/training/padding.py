@@ -81,8 +81,7 @@ class EvenPairs(EvenSteps):
 
     def _choose_losses(self, inputs: Any) -> None:
         """Set TRL's losses for a micro-batch. Its likelihood counts by its share of pairs: TRL averages over their tokens."""
-        share = float(inputs["completion_mask"].any(1).float().mean())
         weights: dict[str, float] = {self.recipe.loss: 1.0}
-        if self.recipe.sft_weight and share:
+        if self.recipe.sft_weight and (share := float(inputs["completion_mask"].any(1).float().mean())):
             weights["sft"] = self.recipe.sft_weight * share
         self.loss_types, self.loss_weights = list(weights), list(weights.values())
