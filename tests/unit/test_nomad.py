@@ -132,10 +132,8 @@ def test_norm_sim_uses_nearest_real_example() -> None:
     assert norm_sim(real[:1], real[:1]) == pytest.approx([1.0])
 
 
-def test_norm_sim_reads_control_tokens_as_characters(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    control = load_tokenizer(str(tiny_llama)).eos_token
+def record_inputs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Return a list that gets the token ids of each text that a model reads."""
     read: list[list[int]] = []
 
     def load(*arguments: Any) -> Any:
@@ -146,6 +144,14 @@ def test_norm_sim_reads_control_tokens_as_characters(
         return model
 
     monkeypatch.setattr("montessori_core.models.load.load_model", load)
+    return read
+
+
+def test_norm_sim_reads_control_tokens_as_characters(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = load_tokenizer(str(tiny_llama)).eos_token
+    read = record_inputs(monkeypatch)
     text = f"Say {control} aloud."
     write_tasks([Task("r", text, "Yes."), Task("s", "Name a river.", "The Danube.")], tmp_path / "real.jsonl")
     compute = as_compute(
@@ -160,14 +166,7 @@ def test_norm_sim_reads_control_tokens_as_characters(
 def test_norm_sim_reads_texts_after_beginning_token(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[list[int]] = []
-
-    def load(*arguments: Any) -> Any:
-        model = load_model(*arguments)
-        model.register_forward_pre_hook(
-            lambda _, __, named: read.append(named["input_ids"][0].tolist()), with_kwargs=True
-        )
-        return model
+    read = record_inputs(monkeypatch)
 
     def tokenizer_with_beginning(model: str) -> Any:
         tokenizer = load_tokenizer(model)
@@ -176,7 +175,6 @@ def test_norm_sim_reads_texts_after_beginning_token(
         )
         return tokenizer
 
-    monkeypatch.setattr("montessori_core.models.load.load_model", load)
     monkeypatch.setattr("montessori_core.models.load.load_tokenizer", tokenizer_with_beginning)
     write_tasks([Task("r", "Name a river.", "Yes."), Task("s", "Name a sea.", "No.")], tmp_path / "real.jsonl")
     open_norm_sim(Similarity(max_length=64), {"student": tiny_llama, "real": tmp_path / "real.jsonl"})
