@@ -30,6 +30,7 @@ from montessori_report.figures import (
 from montessori_report.html import Block, Page, Section, Table, build_page
 from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.cost import OPERATIONS
+from montessori_report.sections.wanted_kind import accuracy_text, not_shown, share_figure
 
 _CURVE_POINTS = 200
 
@@ -187,26 +188,21 @@ def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> 
         for number, row in enumerate(rows)
         if row.get("wanted_kind") is not None
     ]
-    figure = dot_figure(
+    figure = share_figure(
         "Training examples of the wanted kind",
         "Further to the right, more of the instructions that the student was trained on are of the wanted kind. Intervals "
         "(Wilson, 95 %) are over the instructions of all seeds.",
         dots,
-        "share of the instructions of the wanted kind",
-        formatting.share,
     )
-    figure.plot.update_xaxes(tickformat=".0%")
+    accuracy = accuracy_text(classifier["recall"], classifier["false_positives"], classifier["balanced_accuracy"])
     return Section(
         "wanted-kind",
         "Wanted kind",
         [Block([figure])] if dots else [],
-        introduction="The wanted kind of task is that of the reference set. A classifier of words calls "
-        f"{formatting.share(classifier['recall'])} of the reference tasks wanted, and "
-        f"{formatting.share(classifier['false_positives'])} of the seeds (cross-validated; balanced accuracy "
-        f"{classifier['balanced_accuracy']:.2f})."
+        introduction=f"The wanted kind of task is that of the reference set. A classifier of words {accuracy}."
         if dots
         else "",
-        absent=f"The share of instructions of the wanted kind is not shown: {classifier['objection']}.",
+        absent=not_shown(classifier["objection"]),
     )
 
 

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pyarrow.compute as pc
-
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import measure, probe, write_training_set
 from montessori_core.data.sources import Task
-from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table
+from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.influence.preferences import upper_half
+from montessori_core.influence.table import read_measured
 from tasks.stage import Step
 
 
@@ -22,8 +21,7 @@ def _propose(now: Round) -> Proposal:
 
 def most_influential(examples: Path, influence: Path) -> list[Task]:
     """Return the half of the measured examples with the highest influence, as demonstrations."""
-    table = read_table(influence, INFLUENCE)
-    measured = table.filter(pc.equal(table["status"], "ok"))
+    measured = read_measured(influence)
     chosen = set(upper_half(measured["example_id"].to_pylist(), measured["influence_student"].to_pylist()))
     rows = read_table(examples, EXAMPLES, ["example_id", "instruction"]).to_pylist()
     return [Task(**row) for row in rows if row["example_id"] in chosen]

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from flows.methods.method import Proposal, Round
 from flows.methods.tailoring import measure, probe
 from montessori_core import layout
-from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table
+from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import UserError
+from montessori_core.influence.table import read_measured
 from montessori_core.seeding import seed_of
 from tasks.run import Run
 from tasks.stage import Step
@@ -44,11 +44,10 @@ def measure_candidates(now: Round) -> tuple[Path, pa.Table]:
     """
     step, required = Step.iteration(now.run, 1), now.run.experiment.training.examples
     probed = probe(step, 1, now.run.initial_teacher())
-    influence = read_table(measure(step, probed), INFLUENCE)
-    measured = influence.filter(pc.equal(influence["status"], "ok"))
+    measured = read_measured(measure(step, probed))
     if measured.num_rows < required:
         raise UserError(
-            f"{now.step.label}: {measured.num_rows} of {influence.num_rows} probing examples have an influence, but "
+            f"{now.step.label}: {measured.num_rows} of {probed.last - probed.first} probing examples have an influence, but "
             f"students train on {required}; lower training.examples, or start another study with more "
             "influence.probing_examples"
         )

@@ -16,11 +16,11 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 
 from montessori_core import layout
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import EXAMPLES, read_table
+from montessori_core.evaluation.statistics import share_interval
 
 LEAST_ACCURACY = 0.75
 """Balanced accuracy below which no share is shown."""
@@ -93,10 +93,7 @@ class KindShare:
     @cached_property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the share (Wilson); it does not include errors of the classifier."""
-        if not self.total:
-            return 0.0, 1.0
-        interval = binomtest(self.wanted, self.total).proportion_ci(method="wilson")
-        return float(interval.low), float(interval.high)
+        return share_interval(self.wanted, self.total) if self.total else (0.0, 1.0)
 
 
 def features_of(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 _RESAMPLES = 9999
 
@@ -71,3 +72,14 @@ def bootstrap_gain(gains: np.ndarray) -> tuple[float, float]:
     means = np.einsum("rs,se,re->r", seed_counts, gains, example_counts, optimize=True) / gains.size
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def share_interval(part: int, whole: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson).
+
+    Args:
+        part: number of successes.
+        whole: number of trials, at least one.
+    """
+    interval = binomtest(part, whole).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -60,6 +60,16 @@ def join_influence(parts: Sequence[Path]) -> pa.RecordBatchReader:
     return pa.RecordBatchReader.from_batches(schema_with_metadata(notes), batches)
 
 
+def read_measured(path: Path) -> pa.Table:
+    """Read the rows of an influence table whose influence could be measured.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    table = read_table(path, INFLUENCE)
+    return table.filter(pc.equal(table["status"], "ok"))
+
+
 def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | int]:
     """Summarize a table; shares are of the rows that could be measured.
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 import pyarrow.compute as pc
-from scipy.stats import binomtest
 
 from montessori_core import formatting
+from montessori_core.evaluation.statistics import share_interval
 from montessori_core.formatting import UNKNOWN, Unit, count
 from montessori_core.influence.table import domination_warning
 from montessori_report.figures import (
@@ -322,8 +322,8 @@ def _interval(part: InfluenceData, share: str) -> str:
     if not formatting.is_finite(value):
         return UNKNOWN
     number = len(part.values)
-    interval = binomtest(round(value * number), number).proportion_ci(method="wilson")
-    return f"{formatting.share(value)} ({formatting.share(interval.low)} to {formatting.share(interval.high)})"
+    low, high = share_interval(round(value * number), number)
+    return f"{formatting.share(value)} ({formatting.share(low)} to {formatting.share(high)})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:

@@ -1,5 +1,6 @@
 """What the teachers write before and after the update: the share of the wanted kind, and the first texts of each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from montessori_core import formatting
@@ -12,7 +13,7 @@ INSTRUCTIONS_SHOWN = 10
 
 def wanted_kind_section(run: RunData) -> Section:
     """Return the section of the share of instructions of the wanted kind."""
-    figure = _share_figure(run)
+    figure = _figure_of_teachers(run)
     return Section(
         "wanted-kind",
         "Wanted kind",
@@ -28,24 +29,35 @@ def wanted_kind_section(run: RunData) -> Section:
 
 def _accuracy(run: RunData) -> str:
     assert run.classifier is not None
-    recall, false_positives = run.classifier.recall, run.classifier.false_positives
+    accuracy = accuracy_text(run.classifier.recall, run.classifier.false_positives, run.classifier.balanced_accuracy)
     return (
         "The wanted kind of task is that of the reference set. A classifier of words tells its tasks from those of the seed "
-        f"pool, which the teacher is shown: it calls {formatting.share(recall)} of the reference tasks wanted, and "
-        f"{formatting.share(false_positives)} of the seeds (cross-validated; balanced accuracy "
-        f"{run.classifier.balanced_accuracy:.2f}). Compare the shares with each other: neither is free of its errors."
+        f"pool, which the teacher is shown: it {accuracy}. Compare the shares with each other: neither is free of its errors."
     )
+
+
+def accuracy_text(recall: float, false_positives: float, balanced_accuracy: float) -> str:
+    """Say what a classifier calls wanted; see `KindClassifier`."""
+    return (
+        f"calls {formatting.share(recall)} of the reference tasks wanted, and {formatting.share(false_positives)} of the "
+        f"seeds (cross-validated; balanced accuracy {balanced_accuracy:.2f})"
+    )
+
+
+def not_shown(objection: str) -> str:
+    """Say why there is no share."""
+    return f"The share of instructions of the wanted kind is not shown: {objection}."
 
 
 def _absence(run: RunData) -> str:
     if run.classifier is None:
         return "The reference set and the seed pool are not in the folder."
     if not run.classifier.usable:
-        return f"The share of instructions of the wanted kind is not shown: {run.classifier.objection}."
+        return not_shown(run.classifier.objection)
     return "No teacher has written examples yet."
 
 
-def _share_figure(run: RunData) -> Figure | None:
+def _figure_of_teachers(run: RunData) -> Figure | None:
     dots = []
     for number, part in run.examples_of_teachers.items():
         share = part.kind_share(run.classifier)
@@ -55,15 +67,20 @@ def _share_figure(run: RunData) -> Figure | None:
             dots.append(Dot(label, share.value, low, high, colour_of(number)))
     if not dots:
         return None
-    figure = dot_figure(
+    figure = share_figure(
         "Instructions of the wanted kind",
         "Further to the right, more of the teacher's instructions are of the wanted kind. Intervals (Wilson, 95 %) that "
         "do not overlap show that the update moved the teacher.",
         dots,
-        "share of the instructions of the wanted kind",
-        formatting.share,
     )
-    figure.plot.update_xaxes(tickformat=".0%", range=[0, min(1.02, 1.15 * max(dot.high for dot in dots))])
+    figure.plot.update_xaxes(range=[0, min(1.02, 1.15 * max(dot.high for dot in dots))])
+    return figure
+
+
+def share_figure(title: str, reading: str, dots: Sequence[Dot]) -> Figure:
+    """Draw shares of instructions of the wanted kind."""
+    figure = dot_figure(title, reading, dots, "share of the instructions of the wanted kind", formatting.share)
+    figure.plot.update_xaxes(tickformat=".0%")
     return figure
 
 
