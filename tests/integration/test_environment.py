@@ -193,6 +193,7 @@ def test_environment_without_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no_proxy" not in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("proxy")
 def test_run_ignores_proxy_and_working_directory(talking_llama: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)

@@ -17,6 +17,7 @@ from support import ROOT
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_benchmark_without_gpu_prints_one_sentence() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -100,6 +100,7 @@ def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None
     assert all(row["reference_tokens"] == 0 for row in rows if row["estimator"] == "first_order")
 
 
+@pytest.mark.slow
 def test_sequential_reports_savings_and_mixed_precision_runs(tiny_llama: Path, folder: Path) -> None:
     references = [{"instruction": f"Say {i}.", "output": "yes " * (1 + i % 5)} for i in range(40)]
     (folder / "reference.jsonl").write_text("\n".join(map(json.dumps, references)))

@@ -293,6 +293,7 @@ def test_killed_run_is_crashed_and_retry_finds_jobs(server: Server, finished: st
     assert digests(folder) == digests(server.runs / "finished")
 
 
+@pytest.mark.slow
 def test_run_waits_for_approval_once(server: Server, finished: str, page: Page) -> None:
     server.copy_of(finished, "approved")
     run = server.start("tiny", "approved", approve=True)
