@@ -1,4 +1,4 @@
-"""The page of a study: comparison of methods, gain against cost (Figure 15), transfer (Figure 5)."""
+"""The page of a study: comparison of methods, gain against cost (Figure 15), transfer (Figure 5), and the paper's numbers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from montessori_report.figures import (
 from montessori_report.html import Block, Page, Section, Table, build_page
 from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.cost import OPERATIONS
+from montessori_report.sections.paper import paper_section
 from montessori_report.sections.wanted_kind import accuracy_text, not_shown, share_figure
 
 _CURVE_POINTS = 200
@@ -80,6 +81,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
     if result["transfer"]:
         sections.append(_transfer(study, result))
+    if paper := paper_section(rows, study.experiment.training.examples):
+        sections.append(paper)
     if similarity := _similarity(folder):
         sections.append(Section("norm-sim", "Similarity to real examples", [Block([similarity])]))
     facts = [
