@@ -16,7 +16,7 @@ import pyarrow as pa
 from cluster.lock import only_driver
 from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, open_inputs
 from montessori_core import programs
-from montessori_core.config import DataSource, Optimization, Warmup, Zero
+from montessori_core.config import DataSource, Influence, Optimization, Warmup, Zero
 from montessori_core.data.bm25 import bm25
 from montessori_core.data.rows import Positions, Rows, SubsetRow, TrainingRow
 from montessori_core.data.sources import Task, check_reference_size, read_tasks, write_tasks
@@ -53,9 +53,9 @@ class Validation:
     """A validation of influence.
 
     Attributes:
-        measurement: student, data, and settings of the measurement; `settings.example_weight` is replaced by `weights`.
+        measurement: student, data, and settings of the measurement; its settings are replaced by `settings`.
         warmup: examples that warm the student up; None: the student is as it is, or `measurement.warm_state` is given.
-        weights: example weights to compare.
+        settings: settings to compare, which differ in the weight of an example.
         exact: also measure exact influence, which reads the reference set for every example.
         recipe: recipe of the trainings; its peak rate is also that of the warm-up and of the influence step.
         subsets: number of random subsets.
@@ -66,7 +66,7 @@ class Validation:
 
     measurement: Measurement
     warmup: DataSource | None
-    weights: tuple[float, ...]
+    settings: Sequence[Influence]
     exact: bool
     recipe: Optimization
     subsets: int
@@ -90,7 +90,7 @@ class Validation:
             "reference": measurement.reference.path,
             "reference_reduction": measurement.settings.reference_reduction,
             "dtype": measurement.settings.dtype,
-            "example_weights": list(self.weights),
+            "example_weights": list(map(weight_of, self.settings)),
             "seed": self.seed,
             **self.recipe.model_dump(include={"learning_rate", "batch_size", "epochs"}),
         }
@@ -176,11 +176,11 @@ def _warm_up(validation: Validation, warmup: list[Task], inputs: Inputs, folder:
 def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> dict[str, Floats]:
     """Return [examples] values by predictor; NaN for an example that cannot be measured."""
     values: dict[str, Floats] = {}
-    for weight in validation.weights:
-        at_weight = f", weight {weight:g}" if len(validation.weights) > 1 else ""
-        settings = validation.measurement.settings.model_copy(update={"example_weight": weight})
+    for settings in validation.settings:
+        weight = weight_of(settings)
+        at_weight = f", {weight}" if len(validation.settings) > 1 else ""
         measurement = replace(validation.measurement, settings=settings)
-        stages = MeasurementStages(out / f"influence-weight-{weight:g}", measurement, inputs)
+        stages = MeasurementStages(out / f"influence-{weight.replace(' ', '-')}", measurement, inputs)
         first_order = stages.measure_all("first_order").read_all()
         if validation.exact:
             exact = stages.measure_all("exact").read_all()
@@ -311,6 +311,11 @@ def _agreement(values: Mapping[str, Floats], subsets: Sequence[Sequence[int]], o
         "predicted": {name: column.tolist() for name, column in predictions.items()},
         "measured": outcomes.tolist(),
     }
+
+
+def weight_of(settings: Influence) -> str:
+    """Return the weight of an example as text."""
+    return f"weight {settings.example_weight:g}" + (" per token" if settings.weight_per == "token" else "")
 
 
 def _column(table: pa.Table, name: str) -> Floats:

@@ -8,7 +8,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from montessori_core.config import Influence, Lora, Optimization, Sampling, Section, Sequential, TeacherUpdate, Zero
+from montessori_core.config import (
+    Influence,
+    Lora,
+    Optimization,
+    Sampling,
+    Section,
+    Sequential,
+    TeacherUpdate,
+    WeightPer,
+    Zero,
+)
 from montessori_core.data import rows
 from montessori_core.program import Program
 
@@ -85,6 +95,7 @@ class AdamWStep(Section):
     epsilon: float
     weight_decay: float
     example_weight: float
+    weight_per: WeightPer
 
 
 class InfluenceMeasurement(Section):
@@ -122,6 +133,7 @@ def measurement_settings(
         epsilon=warmup.epsilon,
         weight_decay=warmup.weight_decay,
         example_weight=influence.example_weight,
+        weight_per=influence.weight_per,
     )
     return InfluenceMeasurement.model_validate(
         {

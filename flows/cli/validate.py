@@ -1,6 +1,7 @@
 """The command validate: does influence predict what training does?"""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,14 @@ ExampleWeights = Annotated[
         show_default="0.03125",
     ),
 ]
+WeightsPer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weight-per",
+        help="example (Eq. 1) or token, as in a training batch; repeat it to compare both.",
+        show_default="example",
+    ),
+]
 Rate = Annotated[float, typer.Option(help="Peak rate of warm-up and trainings, and rate of the influence step.")]
 Subsets = Annotated[int, typer.Option(min=8, help="Random subsets to train on, one training each.")]
 SubsetSize = Annotated[
@@ -71,6 +80,7 @@ def validate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a training step.")] = 8,
     epochs: Annotated[int, typer.Option(min=1, help="Passes of a training over its subset.")] = 1,
     example_weight: ExampleWeights = None,
+    weight_per: WeightsPer = None,
     exact: Annotated[bool, typer.Option(help="Measure exact (and screened) influence, too; the slowest part.")] = True,
     reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
     subsets: Subsets = 32,
@@ -107,8 +117,11 @@ def validate(
     from flows.validation import PAGE, Validation, validate_influence
 
     options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
-    weights = tuple(example_weight or [Influence().example_weight])
-    settings = [parse_options({"estimator": "first_order", "example_weight": w, **options}) for w in weights]
+    weights = product(example_weight or [Influence().example_weight], weight_per or [Influence().weight_per])
+    settings = [
+        parse_options({"estimator": "first_order", "example_weight": weight, "weight_per": per, **options})
+        for weight, per in weights
+    ]
     measurement = Measurement(
         student=Student(model=student, max_length=max_length),
         warm_state=warm_state,
@@ -121,7 +134,7 @@ def validate(
     trained_by = measurement.cluster.resources.training if warmup else Resources()
     recipe = _recipe(learning_rate, batch_size, epochs, trained_by.nodes * trained_by.processes_per_node)
     source = DataSource(path=warmup) if warmup else None
-    validation = Validation(measurement, source, weights, exact, recipe, subsets, subset_size, leave_out, seed)
+    validation = Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed)
     print_validation(validate_influence(validation, out))
     console.print(f"result: {out / PAGE}", soft_wrap=True)
 

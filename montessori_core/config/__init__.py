@@ -7,7 +7,7 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, read_cluster
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
 from montessori_core.config.experiment import DataSource, Experiment, parse_experiment, read_experiment
-from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential
+from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
 from montessori_core.config.study import Study, read_study
@@ -50,6 +50,7 @@ __all__ = [
     "TeacherUpdate",
     "Training",
     "Warmup",
+    "WeightPer",
     "Zero",
     "differences",
     "parse",

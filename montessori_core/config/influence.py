@@ -38,6 +38,9 @@ class Sequential(Section):
     block: int = Field(32, ge=8, description="Reference examples read between two decisions.")
 
 
+WeightPer = Literal["example", "token"]
+
+
 class Influence(Section):
     """How local data influence is measured (Eq. 1 and 2)."""
 
@@ -72,6 +75,12 @@ class Influence(Section):
         description="Factor on the example's gradient before AdamW: 1 is Eq. 1 to the letter, 1/8 the authors' code on 8 "
         "GPUs, 1/32 (the default: no other value predicts training measurably better) an example in a training batch of 32. "
         "At 1, the square of the example's gradient can dominate AdamW's denominator (`dominated_share` in the table).",
+    )
+    weight_per: WeightPer = Field(
+        "example",
+        description="What has this weight: 'example', the mean loss of every example (Eq. 1); 'token', that of an example "
+        "with as many response tokens as a reference example has on average. Examples with more tokens then weigh more, as "
+        "in a training batch, whose loss is the mean over the tokens of all its examples.",
     )
     reference_batch_tokens: Count = Field(
         2048, description="Tokens per batch of reference examples, including padding."

@@ -131,7 +131,15 @@ def _open_meter(
     )
     placement = _placement(model, settings, device)
     return InfluenceMeter(
-        ResidentStudent(model, moments, adamw, device, mixed=settings.dtype == "mixed", placement=placement),
+        ResidentStudent(
+            model,
+            moments,
+            adamw,
+            device,
+            mixed=settings.dtype == "mixed",
+            placement=placement,
+            typical_tokens=float(reference.tokens.mean()) if step.weight_per == "token" else None,
+        ),
         reference,
         settings.estimator,
         settings.reference_reduction,

@@ -64,6 +64,7 @@ class ResidentStudent:
         device: torch.device,
         mixed: bool = False,
         placement: Placement = ON_DEVICE,
+        typical_tokens: float | None = None,
     ) -> None:
         """Take over `model`, which is on `device` and has the dtype of the steps.
 
@@ -74,12 +75,15 @@ class ResidentStudent:
             device: device of the model.
             mixed: compute the example's gradient with bf16 activations; weights and reference losses keep their dtype.
             placement: home of moments, snapshot and gradients.
+            typical_tokens: response tokens of an example whose weight is that of `adamw`; the weight of others is in
+                proportion to their response tokens. None: all have the same weight.
 
         Raises:
             DataError: the moments belong to another model.
         """
         self.device, self.losses = device, TokenLosses(model.eval())
         self._adamw, self._mixed, self._placement = adamw, mixed, placement
+        self._typical_tokens = typical_tokens
         self.parameters: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -111,11 +115,12 @@ class ResidentStudent:
                 self._step(name, parameter, gradient, tally)
 
             with _pass_gradients_to(step, self.parameters):
-                loss.backward()
+                (loss * self._relative_weight(batch)).backward()
             with torch.no_grad():  # an expert that gets no token, see `_factored_backward`
                 for name, parameter in unreached.items():
                     self._step(name, parameter, torch.zeros_like(parameter), tally)
-        return ExampleGradient(value, tally.norm, tally.dominated / self._coordinates)
+        norm = tally.norm / self._relative_weight(batch)
+        return ExampleGradient(value, norm, tally.dominated / self._coordinates)
 
     def perturb(self) -> None:
         """Perturb the weights by their rounding error, see `perturb_weights`."""
@@ -156,10 +161,10 @@ class ResidentStudent:
                     totals[rows] += self._project(name, directions, [pending[row].pop(name) for row in rows])
         return [
             (
-                ExampleGradient(loss, math.sqrt(square), dominated / self._coordinates),
+                ExampleGradient(loss, math.sqrt(square) / self._relative_weight(batch), dominated / self._coordinates),
                 projections if all(map(math.isfinite, [loss, *projections])) else [math.nan] * len(directions),
             )
-            for loss, (*projections, square, dominated) in zip(losses, totals.tolist(), strict=True)
+            for batch, loss, (*projections, square, dominated) in zip(batches, losses, totals.tolist(), strict=True)
         ]
 
     @torch.no_grad()
@@ -209,6 +214,10 @@ class ResidentStudent:
         """Free the snapshot. The student can take no further step."""
         self._snapshot.clear()
 
+    def _relative_weight(self, batch: Batch) -> float:
+        """Return the weight of a batch of one example, relative to that of the step."""
+        return 1.0 if self._typical_tokens is None else len(batch.targets) / self._typical_tokens
+
     def _factored_backward(
         self, batch: Batch, project: Callable[[str, torch.Tensor], None]
     ) -> tuple[float, dict[str, FactoredGradient]]:
@@ -233,7 +242,7 @@ class ResidentStudent:
         if not math.isfinite(value):
             return value, {}
         with _pass_gradients_to(use, self.parameters):
-            loss.backward()
+            (loss * self._relative_weight(batch)).backward()
         return value, {n: capture.gradients.get(n, FactoredGradient()) for n in self.parameters if n not in used}
 
     def _step(

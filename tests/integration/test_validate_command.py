@@ -102,9 +102,11 @@ def test_example_weights_are_compared(tiny_llama: Path, folder: Path) -> None:
     assert code == 0, output
     part = folder / "validation" / "retraining" / "part-00000.parquet"
     before = part.stat().st_mtime_ns
-    code, output = invoke(*arguments(folder, tiny_llama, *options, "--example-weight", "0.125"), cwd=ROOT)
+    code, output = invoke(
+        *arguments(folder, tiny_llama, *options, "--example-weight", "0.125", "--weight-per", "token"), cwd=ROOT
+    )
     assert code == 0, output
-    assert "score less first order, weight 1" in output
+    assert "score less first order, weight 1 per token" in output
     assert "left out in turn" not in output
     assert part.stat().st_mtime_ns == before
 

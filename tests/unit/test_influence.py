@@ -105,7 +105,10 @@ def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
     reference = ReferenceSet(REFERENCE, options.pop("batch_tokens", 128), CPU)
     placement = options.pop("placement", ON_DEVICE)
     step = replace(STEP, example_weight=options.pop("weight", 1.0))
-    return InfluenceMeter(ResidentStudent(model, warm[1], step, CPU, placement=placement), reference, **options)
+    student = ResidentStudent(
+        model, warm[1], step, CPU, placement=placement, typical_tokens=options.pop("typical_tokens", None)
+    )
+    return InfluenceMeter(student, reference, **options)
 
 
 def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str, weight: float = 1.0) -> float:
@@ -138,6 +141,27 @@ def test_exact_influence_equals_explicit_procedure(warm: Any, tiny_llama: Path, 
         expected = before - spelled_out(warm, tiny_llama, example, reduction, weight)
         assert fast.measure(example).influence_student == pytest.approx(expected, abs=2e-6)
         assert abs(expected) > 1e-4  # large enough for the comparison above
+
+
+def test_weight_per_token_is_that_of_a_training_batch(warm: Any, tiny_llama: Path) -> None:
+    """An example's gradient in a batch whose loss is the mean over all tokens: its share of the tokens."""
+    size, plain = 32, meter(warm, tiny_llama)
+    typical = sum(example.response_tokens for example in PROBING) / len(PROBING)
+    exact, projected = (
+        meter(warm, tiny_llama, estimator=estimator, weight=1 / size, typical_tokens=typical)
+        for estimator in ("exact", "first_order")
+    )
+    before = spelled_out(warm, tiny_llama, None, "example")
+    assert len({example.response_tokens for example in PROBING}) > 3
+    for example, first_order in zip(PROBING, projected.measure_batch(PROBING), strict=True):
+        share = example.response_tokens / (size * typical)
+        measured = exact.measure(example)
+        expected = before - spelled_out(warm, tiny_llama, example, "example", share)
+        assert measured.influence_student == pytest.approx(expected, abs=2e-6)
+        assert first_order.influence_student == pytest.approx(expected, abs=1e-4, rel=0.05)
+        norm = plain.measure(example).gradient_norm
+        assert measured.gradient_norm == pytest.approx(norm, rel=1e-5)
+        assert first_order.gradient_norm == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [64, pytest.param(1000, marks=pytest.mark.slow)])
