@@ -22,7 +22,8 @@ class DataSource(Section):
 
     path: str = Field(
         description="'builtin' for the built-in set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for built-in "
-        "reference or evaluation examples of one kind; 'builtin/short' for a seed pool of short tasks, for a small teacher; "
+        "reference or evaluation examples of one kind; 'builtin/short' for a seed pool of short tasks, for a small teacher, "
+        "'builtin/half-coding' or 'builtin/half-maths' for short tasks half of which are of that kind; "
         "a .jsonl or .parquet file; or a Hugging Face data set id."
     )
     split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")

@@ -18,6 +18,7 @@ from montessori_core.data.tables import read_parquet
 from montessori_core.errors import DataError
 from montessori_core.files import commit
 
+_SEED_POOLS = ("short", "half-coding", "half-maths")
 _FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd example decides the sign
 
 
@@ -161,7 +162,8 @@ def _builtin_file(path: str, field: str) -> Traversable:
     if path == "builtin":
         return folder / f"{field}.jsonl"
     targets = {f"builtin/{target.name}": target / f"{field}.jsonl" for target in (folder / "targets").iterdir()}
-    named = {"builtin/short": folder / "short_seed_pool.jsonl"} if field == "seed_pool" else targets
+    pools = {f"builtin/{name}": folder / f"{name.replace('-', '_')}_seed_pool.jsonl" for name in _SEED_POOLS}
+    named = pools if field == "seed_pool" else targets
     if path in named:
         return named[path]
     why = ""

@@ -43,6 +43,14 @@ def test_builtin_set_is_large_and_balanced(name: str, count: int) -> None:
     assert set(categories.values()) == {count // 8}
 
 
+@pytest.mark.parametrize("kind", ["coding", "maths"])
+def test_half_of_a_seed_pool_is_of_the_wanted_kind(kind: str) -> None:
+    pools = {row["id"]: row for name in ("seed_pool", "short_seed_pool") for row in rows(name)}
+    tasks = [pools[task.example_id] for task in read_tasks(DataSource(path=f"builtin/half-{kind}"), "seed_pool", False)]
+    assert rows(f"half_{kind}_seed_pool") == tasks
+    assert Counter(task["category"] == kind for task in tasks) == {True: 40, False: 40}
+
+
 @pytest.mark.parametrize(("kind", "field"), list(product(TARGETS, ("reference", "evaluation"))))
 def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
     found = rows(f"targets/{kind}/{field}")
@@ -64,7 +72,7 @@ def test_target_has_64_examples_of_one_kind(kind: str, field: str) -> None:
         (
             "builtin/maths",
             "seed_pool",
-            "seed_pool.path: builtin/maths is a target: .* no seeds.* builtin, builtin/short",
+            "seed_pool.path: builtin/maths is a target: .* no seeds.* builtin, builtin/half-coding, ",
         ),
         ("builtin/short", "evaluation", "evaluation.path: builtin/short: no such built-in set; give one of builtin, "),
     ],
