@@ -1,5 +1,6 @@
 """Generation: the paper's decoding from seeds, and prompts from random demonstrations."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -76,6 +77,44 @@ def test_paper_request_precedes_demonstrations() -> None:
     )
     (own,) = build_prompts(1, "chat", Synthesis(), SEEDS, [], seed=0)
     assert own.demonstrations == prompt.demonstrations
+
+
+@pytest.mark.parametrize("style", ["chat", "completion"])
+def test_prompt_names_another_language(style: str) -> None:
+    english, french = (
+        build_prompts(1, style, Synthesis(language=language), SEEDS, [], seed=0)[0].text
+        for language in ("English", "French")
+    )
+    assert "French" in french
+    assert "English" not in french
+    assert "French" not in english
+    assert french.endswith(english[-20:])
+
+
+def test_prompt_texts_are_settings() -> None:
+    settings = Synthesis(
+        request='In {language}, like:\n{demonstrations}\nbetween {open} and {close}. {"a": 1}',
+        completion_prompt="Une liste.{demonstrations}",
+        separator="\n---\n",
+        seed_demonstrations=2,
+        synthetic_demonstrations=0,
+        language="French",
+    )
+    seeds = [Task("a", "Dis {language} et {open}."), Task("b", "Compte.")]
+    (chat,), (completion,) = (build_prompts(1, style, settings, seeds, [], seed=0) for style in ("chat", "completion"))
+    first, second = (f"<instruction>{task.instruction}</instruction>" for task in chat.demonstrations)
+    assert chat.text == (
+        f'In French, like:\n{first}\n---\n{second}\nbetween <instruction> and </instruction>. {{"a": 1}}'
+    )
+    assert completion.text == f"Une liste.{first}\n---\n{second}\n---\n<instruction>"
+
+
+def test_default_prompts_are_pinned() -> None:
+    texts = [build_prompts(1, style, Synthesis(), SEEDS, [], seed=0)[0].text for style in ("chat", "completion")]
+    assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts] == [
+        "cfbc76e02f3dbfb6",
+        "3e47a4afd7ce355e",
+    ]
 
 
 def test_prompt_depends_only_on_its_number() -> None:
