@@ -123,8 +123,8 @@ def _kind(field: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{_yaml(value)}`" for value in field["enum"])
     if field["type"] == "array":
-        entries = [_kind(option) for option in field["items"].get("anyOf", [])]
-        return "list of: section, by name" if set(entries) == {"section"} else f"list of: {_kind(field['items'])}"
+        named = any("$ref" in option for option in field["items"].get("anyOf", []))
+        return "list of: name, or section with a name" if named else f"list of: {_kind(field['items'])}"
     if field["type"] == "object":
         return "mapping"
     if field["type"] == "null":

@@ -119,11 +119,11 @@ def _check_name(value: Any) -> Any:
     return value
 
 
-class _AnyOf:
-    """Write `anyOf`, which Prefect's form can show, in place of `oneOf` in the JSON schema."""
+class _Named:
+    """Allow a name alone in the JSON schema, and write `anyOf`, which Prefect's form can show, in place of `oneOf`."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": handler(schema)["oneOf"]}
+        return {"anyOf": [*handler(schema)["oneOf"], {"type": "string", "title": "Name"}]}
 
 
 FilterSettings = Annotated[
@@ -135,7 +135,7 @@ FilterSettings = Annotated[
     | Annotated[RougeFilter, Tag("rouge_l")]
     | Annotated[OwnFilter, Tag("module:NAME")],
     Discriminator(_name_of),
-    _AnyOf(),
+    _Named(),
     BeforeValidator(_check_name),
 ]
 """The settings of one filter, found by its name."""

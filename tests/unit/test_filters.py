@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.utilities.schema_tools import validate
 
 from montessori_core.config import Synthesis, parse_experiment
 from montessori_core.data.sources import Task
@@ -282,3 +283,12 @@ def test_registry_and_settings_agree() -> None:
     synthesis = Synthesis.model_validate({"filters": [*REGISTRY]})
     assert [type(entry) for entry in synthesis.filters] == [filter.settings for filter in REGISTRY.values()]
     assert Synthesis.model_validate(synthesis.model_dump(mode="json")) == synthesis
+
+
+@pytest.mark.parametrize(
+    "entry", ["length", {"name": "length", "min_words": 2}, {"name": "own:MINE", "settings": {"a": 1}}]
+)
+def test_form_takes_names_and_mappings(entry: Any) -> None:
+    schema = Synthesis.model_json_schema()
+    assert validate({"filters": [entry]}, schema) == []
+    assert validate({"filters": [{"name": "length", "minimum": 2}]}, schema) != []
