@@ -36,6 +36,7 @@ from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import ApiGeneration, Generation
 from montessori_core.synthesis import jobs, row_cache, transformers_engine
+from montessori_core.synthesis.filtering import OpenFilters, filter_candidates
 from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
@@ -320,6 +321,32 @@ def engine(smollm2: Path) -> TransformersEngine:
     opened = open_engine("transformers", str(smollm2), load_tokenizer(str(smollm2)))
     assert isinstance(opened, TransformersEngine)
     return opened
+
+
+SEEDS_OF = {
+    "Spanish": ("¿Cuál es la capital de Perú?", "¿Por qué es salado el mar?", "¿Qué es un volcán?"),
+    "Chinese": ("请用两句话解释为什么天空是蓝色的。", "写一首关于雨的短诗。", "为什么海水是咸的？"),
+}
+
+
+@pytest.mark.parametrize("language", SEEDS_OF)
+def test_instructions_pass_in_their_language(language: str, engine: Any) -> None:
+    settings = Synthesis(language=language, seed_demonstrations=3, synthetic_demonstrations=0)
+    seeds = [Task(text, text) for text in SEEDS_OF[language]]
+    prompts = build_prompts(2, "completion", settings, seeds, [], seed=0)
+    sampling = Sampling(max_tokens=48, temperature=0.8, presence_penalty=0.0)
+    requests = [Request(prompt.text, seed) for prompt in prompts for seed in (1, 2, 3)]
+    outputs = [generated.text for generated in continuations(engine.generate(requests, sampling, CLOSE))]
+    owners = [prompt for prompt in prompts for _ in range(3)]
+
+    def reasons(language: str) -> list[str | None]:
+        filters = OpenFilters(settings.model_copy(update={"language": language}))
+        return [verdict.rejection for verdict in filter_candidates(outputs, owners, "completion", True, filters)]
+
+    no_letter = "first_character: starts with neither letter nor digit"
+    assert no_letter not in reasons(language)
+    assert no_letter in reasons("English")
+    assert reasons(language).count(None) >= 2
 
 
 def test_engine_draws_each_sample_from_its_seed(engine: Any) -> None:
