@@ -16,7 +16,8 @@ Made from `montessori_core/config/` by `python docs/configuration.py`; do not ed
 
 A configuration is YAML, checked as a whole before anything runs: an unknown key, a wrong type or a value out of range is
 refused with its path. `--set PATH=VALUE` changes one field (values are YAML, too), and a run writes its resolved
-`config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list; `null` means not set.
+`config.yaml` with every default spelled out. `[]` in a path stands for each entry of a list, `[NAME]` for an entry of this
+name; `null` means not set.
 
 ## Presets
 
@@ -35,8 +36,9 @@ the folder: `python -c "from montessori_core.presets import PRESETS; print(PRESE
 
 ## Fields
 
-Models and data sets are described in [data-and-models.md](data-and-models.md), the `cluster` section in
-[cluster.md](cluster.md), studies in [comparing.md](comparing.md). Where the paper gives a number, it is the default."""
+Models and data sets are described in [data-and-models.md](data-and-models.md), prompts and filters in
+[synthesis.md](synthesis.md), the `cluster` section in [cluster.md](cluster.md), studies
+in [comparing.md](comparing.md). Where the paper gives a number, it is the default."""
 _NUMBERS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -71,19 +73,26 @@ def rows_of(kind: type[Section]) -> list[Row]:
 def _rows(section: dict[str, Any], known: dict[str, Any], prefix: str, given: dict[str, Any]) -> Iterator[Row]:
     """Fields of a section; `given` are values that the section's own default gives them."""
     for name, field in section["properties"].items():
+        if "const" in field:
+            continue  # the name by which an entry of a list is chosen
         path = f"{prefix}{name}"
         inner, many = _section_in(field, known)
+        entries = _named_entries(field, known)
         default = given.get(name, field.get("default", ...))
         own = default if isinstance(default, dict) else {}
         if default is not ...:
             shown = f"`{_yaml(default)}`"
         else:  # a default that is another field's has its description say so
             shown = "must be given" if name in section.get("required", ()) else ""
-        if inner is None or many:
+        if inner is None or many or entries:
             yield Row(path, _kind(field), shown, field["description"])
         else:
             meaning = field.get("description", inner["description"])  # left out by pydantic where they are the same
             yield Row(path, _kind(field), "" if own else shown, meaning, inner["description"])
+        for entry in entries:
+            label = entry["properties"]["name"].get("default", "module:NAME")
+            yield Row(f"{path}[{label}]", "section", "", entry["description"], entry["description"])
+            yield from _rows(entry, known, f"{path}[{label}].", {})
         if inner is not None and inner["title"] != Experiment.__name__:
             yield from _rows(inner, known, f"{path}[]." if many else f"{path}.", own)
 
@@ -100,6 +109,12 @@ def _section_in(field: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str,
     return None, False
 
 
+def _named_entries(field: dict[str, Any], known: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections among which the name of a list's entry chooses."""
+    options = field.get("items", {}).get("anyOf", [])
+    return [known[option["$ref"].rpartition("/")[2]] for option in options if "$ref" in option]
+
+
 def _kind(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(_kind(option) for option in field["anyOf"])
@@ -108,7 +123,8 @@ def _kind(field: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{_yaml(value)}`" for value in field["enum"])
     if field["type"] == "array":
-        return f"list of: {_kind(field['items'])}"
+        named = any("$ref" in option for option in field["items"].get("anyOf", []))
+        return "list of: name, or section with a name" if named else f"list of: {_kind(field['items'])}"
     if field["type"] == "object":
         return "mapping"
     if field["type"] == "null":
@@ -119,7 +135,9 @@ def _kind(field: dict[str, Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+    style = '"' if value == "\n" else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=1000, sort_keys=False)
+    return str(text).removesuffix("...\n").strip()
 
 
 def page() -> str:

@@ -20,7 +20,7 @@ from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
 from montessori_core.influence.table import summarize_influence
 from montessori_core.layout import LOG_FILE
-from montessori_core.synthesis.filters import funnel
+from montessori_core.synthesis.filtering import funnel
 
 Log = list[dict[str, Any]]
 _TRAININGS = ("warmup", "teacher", "student")

@@ -15,7 +15,7 @@ from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import summarize_influence
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.program import Row
-from montessori_core.synthesis.filters import funnel
+from montessori_core.synthesis.filtering import funnel
 from tasks.evaluation import summarize_gain, summarize_loss
 from tasks.run import Run
 from tasks.synthesis import SynthesisResult

@@ -11,14 +11,14 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from montessori_core import programs
-from montessori_core.config import Optimization
-from montessori_core.data.rouge import RougeIndex
+from montessori_core.config import Optimization, RougeFilter
 from montessori_core.data.rows import GenerationRow, Rows, TaskRow, TrainingRow
 from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.seeding import seed_of
-from montessori_core.synthesis.filters import LIKE_ACCEPTED, SURPLUS
+from montessori_core.synthesis.filtering import SURPLUS, OpenFilters
+from montessori_core.synthesis.filters.filter import Candidate
 from montessori_core.synthesis.nomad import USER, judge_conversation, read_conversation
 from tasks.run import Model, Run
 from tasks.stage import Step
@@ -79,7 +79,10 @@ def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResu
         UserError: too few were accepted after `synthesis.max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
-    accepted = RougeIndex([task.instruction for task in step.run.sources().reference], settings.filters.max_rouge_l)
+    # NOMAD has filters of its own; of the list, only similarity applies to conversations.
+    similarity = tuple(entry for entry in settings.filters if isinstance(entry, RougeFilter))
+    real = [task.instruction for task in step.run.sources().reference]
+    filters = OpenFilters(settings.model_copy(update={"filters": similarity}), real)
     candidates: list[Row] = []
     examples: list[Row] = []
     parts: list[Path] = []
@@ -101,8 +104,7 @@ def write_conversations(step: Step, teacher: Model, count: int) -> SynthesisResu
             conversation = read_conversation(row["raw_output"], row["finish_reason"])
             rejection = judge_conversation(conversation)
             if conversation is not None and rejection is None:
-                [fresh] = accepted.add_all([conversation.instruction])
-                rejection = None if fresh else LIKE_ACCEPTED
+                rejection = filters.judge(Candidate(conversation.instruction))
             if rejection is None and len(examples) == count:
                 rejection = SURPLUS
             common = {name: row[name] for name in ("example_id", "prompt", "raw_output")} | {

@@ -20,6 +20,7 @@ from montessori_core.models.templates import TEMPLATE, check_template, configure
 from montessori_core.models.weight_names import check_weight_files
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
+from montessori_core.synthesis.filtering import check_filters
 from montessori_core.synthesis.prompts import check_decoding
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
@@ -152,6 +153,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     copied = all(run.source_file(name).exists() for name in Sources.__annotations__)
     sources = run.sources() if copied else read_sources(experiment)
     warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
+    warnings += check_filters(experiment.synthesis, sources.seed_pool)
     if changed:
         warnings.append(
             f"changed settings: the {first_stage(changed, experiment)} and later stages are computed again, earlier stages "

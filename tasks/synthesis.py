@@ -12,7 +12,6 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
 from montessori_core.config import Sampling, Synthesis
-from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import (
@@ -28,7 +27,7 @@ from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
-from montessori_core.synthesis.filters import EMPTY_RESPONSE, SURPLUS, filter_candidates, funnel
+from montessori_core.synthesis.filtering import EMPTY_RESPONSE, SURPLUS, OpenFilters, filter_candidates, funnel
 from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import ApiModel, Model
 from tasks.stage import Step
@@ -76,7 +75,7 @@ def synthesize(
     style = "chat" if isinstance(teacher, ApiModel) else step.experiment.teacher.prompt_style
     seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
-    accepted = RougeIndex(known, settings.filters.max_rouge_l)
+    filters = OpenFilters(settings, known)
     candidates: list[Row] = []
     examples: list[Row] = []
     prompts_used = 0
@@ -92,7 +91,7 @@ def synthesize(
         turn = step if number == 1 else step.renamed(f"{step.label}, round {number}")
         upstream = [*([synthetic_pool] if synthetic_pool else []), *parts[-1:]]
         writing = turn.at(f"instructions-{number}", "instructions")
-        fresh, written = _write_instructions(writing, teacher, style, prompts, draw, accepted, upstream)
+        fresh, written = _write_instructions(writing, teacher, style, prompts, draw, filters, upstream)
         kept = [row for row in fresh if row["rejection"] is None]
         for row in kept[missing:]:
             row["rejection"] = SURPLUS
@@ -180,7 +179,7 @@ def _write_instructions(
     style: str,
     prompts: list[Prompt],
     draw: str,
-    accepted: RougeIndex,
+    filters: OpenFilters,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
     """Generate and filter instructions; return the candidates with their verdicts, and the generated parts."""
@@ -198,7 +197,8 @@ def _write_instructions(
     size = settings.prompts_per_shard
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
-    verdicts = filter_candidates([row["raw_output"] for row in generated], owners, style, settings.filters, accepted)
+    outputs = [row["raw_output"] for row in generated]
+    verdicts = filter_candidates(outputs, owners, style, settings.keep_newlines, filters)
     candidates: list[Row] = [
         {
             **{name: row[name] for name in _KEPT},

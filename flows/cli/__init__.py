@@ -12,6 +12,7 @@ from flows.cli import (
     doctor,
     evaluate,
     fetch,
+    filters,
     forecast,
     influence,
     logs,
@@ -79,6 +80,7 @@ app = typer.Typer(
         --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
       montessori model prune DIR_OR_ID --layers 12-19 --out DIR    a student with much to learn
+      montessori filters                      list the filters of instructions
     """,
 )
 model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers from any model.")
@@ -90,6 +92,7 @@ for _command in (
     compare.compare,
     evaluate.evaluate,
     compare.methods,
+    filters.filters,
     run.resume,
     status.status,
     doctor.doctor,

@@ -7,11 +7,12 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, read_cluster
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
 from montessori_core.config.experiment import DataSource, Experiment, parse_experiment, read_experiment
+from montessori_core.config.filters import FilterSettings, OwnFilter, RougeFilter
 from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
 from montessori_core.config.study import Study, read_study
-from montessori_core.config.synthesis import Filters, Sampling, Synthesis
+from montessori_core.config.synthesis import Sampling, Synthesis
 from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
 from montessori_core.config.yaml import parse_yaml, read_overridden, to_yaml, write_yaml
 
@@ -26,16 +27,18 @@ __all__ = [
     "DataSource",
     "Endpoint",
     "Experiment",
-    "Filters",
+    "FilterSettings",
     "FolderName",
     "HarnessTask",
     "Influence",
     "Lora",
     "Nomad",
     "Optimization",
+    "OwnFilter",
     "Preferences",
     "Probability",
     "Resources",
+    "RougeFilter",
     "Sampling",
     "Schedule",
     "Screening",

@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -96,11 +96,24 @@ def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
 
     model: Any = root
     for part in location[:-1]:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, Section) else None
-        if field is None:
-            return ""
-        model = field.annotation
-    if not (isinstance(model, type) and issubclass(model, Section)):
+        if _is_section(model):
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field else None
+        elif isinstance(part, str):  # the name of an entry that chose the section among those of a list
+            sections = [kind for kind in _sections_in(model) if kind.model_fields["name"].default == part]
+            model = sections[0] if sections else None
+    if not _is_section(model):
         return ""
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(model.model_fields)})"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections that have a name among the types of an annotation, such as those of a list's entries."""
+    if _is_section(annotation):
+        return [annotation] if "name" in annotation.model_fields else []
+    return [kind for part in get_args(annotation) for kind in _sections_in(part)]

@@ -1,10 +1,40 @@
 """How data is generated and filtered."""
 
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from montessori_core.config.section import Count, Probability, Section
+from montessori_core.config.filters import (
+    FilterSettings,
+    FirstCharacterFilter,
+    LengthFilter,
+    RougeFilter,
+    TextOnlyFilter,
+)
+from montessori_core.config.section import Count, Section
+
+ENGLISH = "English"
+_PLACEHOLDERS = ("demonstrations", "language", "open", "close")
+_NAMED = ("own", "paper")
+
+
+def _check_template(text: str) -> str:
+    """Check the placeholders of a prompt's text, unless it is the name of a text."""
+    if text in _NAMED:
+        return text
+    unknown = [name for name in re.findall(r"\{([^\W\d]\w*)\}", text) if name not in _PLACEHOLDERS]
+    if unknown:
+        known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
+        raise ValueError(f"there is no placeholder {{{unknown[0]}}}; known: {known}")
+    if "{demonstrations}" not in text:
+        raise ValueError(
+            "give the name of a text ('own', 'paper'), or a text with {demonstrations} where the demonstrations belong"
+        )
+    return text
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
 
 
 class Sampling(Section):
@@ -23,32 +53,38 @@ class Sampling(Section):
     max_tokens: Count = Field(1024, description="Maximum number of generated tokens.")
 
 
-class Filters(Section):
-    """Which instructions are kept. Rejections are counted by reason."""
-
-    min_characters: int = Field(6, ge=1, description="Minimum length of an instruction, characters.")
-    max_characters: int = Field(400, ge=1, description="Maximum length of an instruction, characters.")
-    max_rouge_l: Probability = Field(
-        0.7,
-        description="Maximum ROUGE-L F of an instruction with any accepted instruction or demonstration of its prompt.",
-    )
-    keep_newlines: bool = Field(
-        True,
-        description="Keep line breaks, which code and lists need; false collapses all whitespace to single spaces, as the "
-        "authors' code does.",
-    )
-
-
 class Synthesis(Section):
     """How the teacher is prompted and how its output is filtered."""
 
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="Generation engine; 'auto' uses vLLM if it is installed, else transformers."
     )
-    request: Literal["own", "paper"] = Field(
+    language: str = Field(
+        ENGLISH,
+        pattern=r"^[^\W\d_][^\n<>{}]{0,39}$",
+        description="Language of the instructions, as an English prompt names it: French, Brazilian Portuguese. Our own "
+        "prompts ask for it, and the filter first_character depends on it; give seeds of this language, too.",
+    )
+    request: Template = Field(
         "own",
-        description="Wording of the request with prompt_style: chat. 'own' asks for a task of one to three sentences and "
-        "nothing else. 'paper' is Figure 13: an explanation, then an instruction of any length with its input.",
+        description="Text of the prompt with prompt_style: chat. 'own' asks for a task of one to three sentences and "
+        "nothing else. 'paper' is Figure 13: an explanation, then an instruction of any length with its input. Or a text of "
+        "yours with {demonstrations}, and optionally {language}, {open} and {close} (the tags of an instruction).",
+    )
+    completion_prompt: Template = Field(
+        "own",
+        description="Text of the prompt with prompt_style: completion: 'own', or a text of yours with {demonstrations} and "
+        "optionally {language}. After it come the separator and an opening tag, which the teacher continues.",
+    )
+    separator: str = Field(
+        "\n",
+        description="Between two demonstrations, and with prompt_style: completion between the prompt's text and the new "
+        "instruction.",
+    )
+    keep_newlines: bool = Field(
+        True,
+        description="Keep line breaks in instructions, which code and lists need; false collapses all whitespace to single "
+        "spaces, as the authors' code does.",
     )
     samples_per_prompt: Count = Field(4, description="Instructions generated per prompt.")
     seed_demonstrations: int = Field(6, ge=0, description="Demonstrations per prompt from the seed pool.")
@@ -67,7 +103,12 @@ class Synthesis(Section):
         "'unmodified': the initial teacher in all iterations, so that an update changes only the instructions. 'endpoint': "
         "the model of the section answerer, in all iterations and also where the initial teacher writes.",
     )
-    filters: Filters = Field(Filters(), description="Which instructions are kept.")
+    filters: tuple[FilterSettings, ...] = Field(
+        (LengthFilter(), TextOnlyFilter(), FirstCharacterFilter(), RougeFilter()),
+        description="Which instructions are kept: a list of filters, applied in order; the first that rejects an instruction "
+        "is counted. An entry is the name of a filter (montessori filters lists them) or module:NAME of your own, alone or "
+        "with settings: {name: rouge_l, maximum: 0.6}.",
+    )
     oversampling: float = Field(
         1.3,
         ge=1.0,
@@ -79,6 +120,31 @@ class Synthesis(Section):
     instructions_per_shard: Count = Field(
         512, description="Maximum number of instructions per shard of response generation."
     )
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _filters_are_listed(cls, value: Any) -> Any:
+        if isinstance(value, dict | str):
+            raise ValueError(
+                "filters is a list, such as [length, text_only, first_character, {name: rouge_l, maximum: 0.7}]"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _prompts_are_in_the_language(self) -> "Synthesis":
+        if self.completion_prompt == "paper":
+            raise ValueError("completion_prompt: the paper has no such prompt; set 'own', or a text of yours")
+        if self.request == "paper" and not self.in_english:
+            raise ValueError(
+                f"request: paper (Figure 13) is for English, but language is {self.language}; set request: own, or a text "
+                "of yours with {demonstrations}"
+            )
+        return self
+
+    @property
+    def in_english(self) -> bool:
+        """Whether the instructions are in English."""
+        return self.language.casefold() == ENGLISH.casefold()
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":

@@ -49,11 +49,15 @@ class RougeIndex:
         # Per text: its length, the last word of its prefix, and the number of words after the prefix.
         self._lengths, self._ends, self._suffixes = array("i"), array("q"), array("i")
         for text in texts:
-            code = _encode(text, self._vocabulary)
-            self._add(code, self._prefix(code))
+            self.add(text)
 
     def __len__(self) -> int:
         return len(self._codes)
+
+    def add(self, text: str) -> None:
+        """Add a text, unchecked."""
+        code = _encode(text, self._vocabulary)
+        self._add(code, self._prefix(code))
 
     def nearest(self, text: str) -> int | None:
         """Return the index of the most similar accepted text above the limit (the first, if tied), or None."""

@@ -17,7 +17,7 @@ from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import SIMILARITY
 from montessori_core.models.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
 from montessori_core.program import Recorder, RowProgram
-from montessori_core.synthesis.filters import CODE, INCOMPLETE, REPETITION
+from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

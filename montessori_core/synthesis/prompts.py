@@ -20,7 +20,7 @@ What makes a good task:
 - It is a single request, clear enough to be answered without a question back.
 - Everything needed to answer it is part of the task.
 - It can be answered in text alone, without images, files, tools or the web.
-- It is one to three sentences long, in English.
+- It is one to three sentences long, in {language}.
 
 Example tasks:
 {demonstrations}
@@ -31,8 +31,8 @@ _LIST = """\
 A collection of varied tasks for an assistant. Every task is different from all others, clear, complete in itself, and \
 can be answered in text alone.
 
-{demonstrations}
-{open}"""
+{demonstrations}"""
+_LIST_IN = _LIST.replace("text alone.", "text alone. All tasks are in {language}.")
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,16 @@ def build_prompts(
 
 
 def _render(style: str, settings: Synthesis, demonstrations: Sequence[Task]) -> str:
-    texts = "\n".join(f"{OPEN}{task.instruction}{CLOSE}" for task in demonstrations)
-    if style == "chat" and settings.request == "paper":
-        return f"{PAPER_REQUEST}{texts}\n"
-    # str.replace, not str.format: demonstrations may contain braces.
-    template = _REQUEST if style == "chat" else _LIST
-    return template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{demonstrations}", texts)
+    texts = [f"{OPEN}{task.instruction}{CLOSE}" for task in demonstrations]
+    if style == "completion":
+        template = settings.completion_prompt
+        if template == "own":
+            template = _LIST if settings.in_english else _LIST_IN
+        template += f"{settings.separator}{{open}}"
+    else:
+        template = {"own": _REQUEST, "paper": f"{PAPER_REQUEST}{{demonstrations}}\n"}.get(
+            settings.request, settings.request
+        )
+    # str.replace, not str.format: texts may contain braces. Demonstrations last: theirs stay.
+    filled = template.replace("{open}", OPEN).replace("{close}", CLOSE).replace("{language}", settings.language)
+    return filled.replace("{demonstrations}", settings.separator.join(texts))

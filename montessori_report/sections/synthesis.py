@@ -20,8 +20,8 @@ _MOST_BINS = 50
 def synthesis_section(run: RunData) -> Section:
     """Return the section of funnels, lengths and verbs."""
     introduction = (
-        "The teacher writes candidate instructions. Filters remove those that are malformed, too short or long, or too "
-        "similar to existing ones."
+        "The teacher writes candidate instructions. The filters of the configuration remove some; each bar names the filter "
+        "and its reason."
     )
     if run.iterations:
         introduction += " The first probing set includes the examples that warm the student."

@@ -29,9 +29,10 @@ from montessori_core.evaluation.kinds import read_classifier
 from montessori_core.influence.screening import screening_report
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.fetch import fingerprint
+from support import ROOT
 from support.judges import QUESTIONS, Judge, judged
 from support.reports import Page
-from support.runs import call, digests, finish_lean, invoke
+from support.runs import call, configuration, digests, finish_lean, invoke
 from support.squares import key_of
 from tasks.run import Run, reopen_run
 
@@ -68,6 +69,25 @@ def test_run_writes_every_documented_file(undisturbed: Path) -> None:
     funnel = metrics["synthesis"]["probing"]
     assert funnel["kept"] == 20
     assert sum(count for step, count in funnel.items() if step != "candidates") == funnel["candidates"]
+
+
+@pytest.mark.slow
+def test_run_counts_own_filter(talking_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "peopled.py").write_text(
+        "from montessori_core.synthesis.filters.filter import Filter\n"
+        "def reject(candidate):\n"
+        "    return 'about people' if 'people' in candidate.instruction else None\n"
+        "NO_PEOPLE = Filter('no_people', 'Instructions without people.', lambda settings, context: reject)\n"
+    )
+    change = "synthesis.filters=[length, 'peopled:NO_PEOPLE', rouge_l]"
+    config = configuration(tmp_path, talking_llama)
+    finish_lean("run", str(config), "--set", change, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    folder = tmp_path / "runs" / "tiny" / "iteration-1"
+    examples = schema.read_table(folder / "examples.parquet", schema.EXAMPLES)["instruction"].to_pylist()
+    assert [instruction for instruction in examples if "people" in instruction] == []
+    reason = "no_people: about people"
+    assert json.loads((folder / "metrics.json").read_text())["synthesis"]["probing"][reason] > 0
+    assert reason in (tmp_path / "runs" / "tiny" / "report.html").read_text()
 
 
 def test_intermediate_and_both_teachers_are_measured(undisturbed: Path) -> None:

@@ -28,9 +28,11 @@ from montessori_core.evaluation.statistics import Outcome, compare_outcomes
 from montessori_core.files import write_json
 from montessori_core.influence.preferences import pair_by_influence, write_preferences
 from montessori_core.influence.table import write_influence_metadata
-from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS
+from montessori_core.synthesis.filtering import NO_TAGS, rejection_by
+from montessori_core.synthesis.filters.rouge_l import LIKE_ACCEPTED, ROUGE_L
 from montessori_report.run_page import render_report
 
+REPEATED = rejection_by(ROUGE_L, LIKE_ACCEPTED)
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "</textarea></style><img src=x onerror=alert(1)>",
@@ -157,7 +159,7 @@ def write_synthesis(folder: Path, draw: str, examples: int, texts: list[str] | N
             "demonstrations": ["seed-1"],
             "raw_output": f"{text}</instruction>",
             "instruction": text if i < examples + 3 else None,
-            "rejection": None if i < examples else LIKE_ACCEPTED if i < examples + 3 else NO_TAGS,
+            "rejection": None if i < examples else REPEATED if i < examples + 3 else NO_TAGS,
         }
         candidates.append(candidate)
         if i < examples:

@@ -19,6 +19,7 @@ from montessori_core.config import (
     Endpoint,
     Experiment,
     Influence,
+    OwnFilter,
     Resources,
     Sampling,
     Slurm,
@@ -80,7 +81,27 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
     ("change", "message"),
     [
         ({"warmpu": {}}, "warmpu: unknown key; remove it or correct its spelling (did you mean 'warmup'?)"),
-        ({"synthesis": {"filters": {"max_rouge": 0.5}}}, "synthesis.filters.max_rouge: unknown key"),
+        (
+            {"synthesis": {"langauge": "French"}},
+            "synthesis.langauge: unknown key; remove it or correct its spelling (did you",
+        ),
+        (
+            {"synthesis": {"request": "papper"}},
+            "synthesis.request: give the name of a text ('own', 'paper'), or a text with",
+        ),
+        (
+            {"synthesis": {"request": "Like {demonstration}: {demonstrations}"}},
+            "synthesis.request: there is no placeholder {demonstration}; known: {demonstrations}, {language}",
+        ),
+        (
+            {"synthesis": {"completion_prompt": "A list:"}},
+            "synthesis.completion_prompt: give the name of a text ('own', 'paper'), or a text with {demonstrations}",
+        ),
+        ({"synthesis": {"completion_prompt": "paper"}}, "completion_prompt: the paper has no such prompt"),
+        (
+            {"synthesis": {"request": "paper", "language": "French"}},
+            "request: paper (Figure 13) is for English, but language is French; set request: own",
+        ),
         ({"seed": "many"}, "seed: Input should be a valid integer"),
         ({"teacher": {}}, "teacher.model: missing"),
         (
@@ -176,9 +197,9 @@ def test_every_mistake_is_named_at_once() -> None:
 def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
-    experiment = read_experiment(path, ("warmup.learning_rate=1e-5", "synthesis.filters.keep_newlines=false", "name=x"))
+    experiment = read_experiment(path, ("warmup.learning_rate=1e-5", "synthesis.keep_newlines=false", "name=x"))
     assert experiment.warmup.learning_rate == 1e-5
-    assert experiment.synthesis.filters.keep_newlines is False
+    assert experiment.synthesis.keep_newlines is False
     assert read_experiment(path, ("judge.model=gpt", "student.model='1e5'")).student.model == "1e5"
     for override, message in (
         ("warmup.learning_rate", "write it as section.key=value"),
@@ -316,6 +337,10 @@ SAMPLING = st.builds(
     presence_penalty=st.floats(-2, 2),
     max_tokens=st.integers(1),
 )
+FILTERS = st.lists(
+    st.sampled_from(["length", "words", "script"])
+    | st.builds(OwnFilter, name=st.just("m:F"), settings=st.dictionaries(TEXT, TEXT))
+).map(tuple)
 EXPERIMENTS = st.builds(
     Experiment,
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,79}\Z"),
@@ -323,7 +348,13 @@ EXPERIMENTS = st.builds(
     teacher=st.builds(Teacher, model=TEXT, revision=st.none() | TEXT),
     student=st.builds(Student, model=TEXT, max_length=st.integers(32)),
     seed_pool=st.builds(DataSource, path=TEXT, split=TEXT, limit=st.none() | st.integers(1), input_field=TEXT),
-    synthesis=st.builds(Synthesis, instruction=SAMPLING, oversampling=st.floats(1, allow_infinity=False)),
+    synthesis=st.builds(
+        Synthesis,
+        instruction=SAMPLING,
+        oversampling=st.floats(1, allow_infinity=False),
+        separator=TEXT,
+        filters=FILTERS,
+    ),
     judge=st.builds(Endpoint, model=TEXT, base_url=TEXT.map("https://{}".format), key_variable=st.just("KEY")),
     benchmarks=st.builds(Benchmarks, mt_bench=st.none() | TEXT, task_folder=st.none() | TEXT, answers=SAMPLING),
     cluster=st.builds(
@@ -331,7 +362,7 @@ EXPERIMENTS = st.builds(
         slurm=st.builds(
             Slurm,
             setup=st.lists(TEXT, max_size=3).map(tuple),
-            extra=st.dictionaries(TEXT, TEXT | st.integers() | st.booleans(), max_size=3),
+            extra=st.dictionaries(TEXT.map("own-{}".format), TEXT | st.integers() | st.booleans(), max_size=3),
         ),
         poll_seconds=st.floats(0, exclude_min=True, allow_infinity=False),
     ),

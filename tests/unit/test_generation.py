@@ -46,44 +46,6 @@ SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i
 SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]
 
 
-def test_prompt_shows_six_seeds_two_synthetic_tasks() -> None:
-    prompts = build_prompts(50, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=0)
-    for prompt in prompts:
-        ids = [task.example_id for task in prompt.demonstrations]
-        assert len(set(ids)) == 8
-        assert sum(name.startswith("synthetic") for name in ids) == 2
-        assert all(f"<instruction>{task.instruction}</instruction>" in prompt.text for task in prompt.demonstrations)
-    assert len({tuple(task.example_id for task in prompt.demonstrations) for prompt in prompts}) == 50
-    assert (
-        len({[t.example_id.startswith("synthetic") for t in prompt.demonstrations].index(True) for prompt in prompts})
-        > 3
-    )
-
-
-def test_seeds_replace_missing_synthetic_tasks() -> None:
-    (prompt,) = build_prompts(1, "completion", Synthesis(), SEEDS, [], seed=0)
-    assert len(prompt.demonstrations) == 8
-    assert prompt.text.endswith("<instruction>")
-
-
-def test_paper_request_precedes_demonstrations() -> None:
-    (prompt,) = build_prompts(1, "chat", Synthesis(request="paper"), SEEDS, [], seed=0)
-    request, *shown = prompt.text.partition("generate only one instruction.\n")
-    assert "1. Briefly explain why you generate this instruction.\n" in request
-    assert "sentences long" not in request
-    assert "".join(shown[1:]) == "".join(
-        f"<instruction>{task.instruction}</instruction>\n" for task in prompt.demonstrations
-    )
-    (own,) = build_prompts(1, "chat", Synthesis(), SEEDS, [], seed=0)
-    assert own.demonstrations == prompt.demonstrations
-
-
-def test_prompt_depends_only_on_its_number() -> None:
-    many = build_prompts(10, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=3)
-    assert build_prompts(4, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=3, first=6) == many[6:]
-    assert build_prompts(4, "chat", Synthesis(), SEEDS, SYNTHETIC, seed=4, first=6) != many[6:]
-
-
 def test_nucleus_is_smallest_set_with_mass() -> None:
     probabilities = torch.tensor([[0.1, 0.5, 0.05, 0.3, 0.05]]).repeat(1000, 1)
     draws = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)

@@ -15,7 +15,7 @@ from montessori_core.data.tables import SIMILARITY, read_table
 from montessori_core.models.chat import IGNORED, text_beginning
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.programs import Similarity
-from montessori_core.synthesis.filters import CODE, INCOMPLETE, REPETITION
+from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION
 from montessori_core.synthesis.nomad import (
     USER,
     Conversation,

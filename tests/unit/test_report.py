@@ -22,7 +22,8 @@ from montessori_core.errors import DataError
 from montessori_core.evaluation.scores import judged_benchmark
 from montessori_core.files import write_json
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.synthesis.filters import LIKE_ACCEPTED, NO_TAGS, TOO_SHORT
+from montessori_core.synthesis.filtering import NO_TAGS, rejection_by
+from montessori_core.synthesis.filters.length import LENGTH, TOO_SHORT
 from montessori_report.run_data import InfluenceData
 from montessori_report.run_page import render_report
 from montessori_report.sections.benchmarks import score_name
@@ -31,6 +32,7 @@ from montessori_report.sections.influence import histogram_edges, positive_share
 from montessori_report.study_page import study_page
 from support.reports import (
     HOSTILE,
+    REPEATED,
     SHOWN,
     Page,
     metrics,
@@ -214,7 +216,7 @@ def test_figure_data_is_in_page_and_files(tmp_path: Path) -> None:
 def test_exported_data_equals_tables(run: Path) -> None:
     data = {name: list(csv.DictReader(io.StringIO(text))) for name, text in render_report(run).data.items()}
     funnel = {row["step"]: int(row["instructions"]) for row in data["synthesis-iteration-1-probing-set"]}
-    assert funnel == {"candidates": 46, LIKE_ACCEPTED: 3, NO_TAGS: 3, "kept": 40}
+    assert funnel == {"candidates": 46, REPEATED: 3, NO_TAGS: 3, "kept": 40}
     probed = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE).to_pylist()
     audited = {row["example_id"]: row["influence_null_step"] for row in probed if row["audited"]}
     agreement = data["influence-first-order-estimate-against-exact-influence"]
@@ -393,7 +395,7 @@ def test_rare_reasons_are_shown(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     path = folder / "iteration-1" / "instructions.parquet"
     rows = read_table(path, INSTRUCTIONS).to_pylist()
-    common = [rows[-1] | {"example_id": f"more-{i}", "rejection": TOO_SHORT} for i in range(200)]
+    common = [rows[-1] | {"example_id": f"more-{i}", "rejection": rejection_by(LENGTH, TOO_SHORT)} for i in range(200)]
     write_table(table_from_rows(common + rows, INSTRUCTIONS), path, INSTRUCTIONS)
     listed = re.findall(r"(\d+) rejected, (\d+) shown", page_of(folder).text)
     assert listed == [("200", str(REJECTIONS_SHOWN - 18)), ("9", "9"), ("9", "9")]

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Synthesis, parse_experiment
-from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
 from montessori_core.influence.preferences import write_preferences
+from montessori_core.synthesis.filtering import OpenFilters
 from montessori_core.synthesis.prompts import build_prompts
 from tasks import synthesis
 from tasks.run import ApiModel, Model, Run
@@ -36,13 +36,14 @@ def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch:
         ], []
 
     monkeypatch.setattr(synthesis, "generate", generate)
-    settings = {"request": "paper", "samples_per_prompt": 3}
+    settings = {"request": "paper", "samples_per_prompt": 3, "filters": [{"name": "rouge_l", "maximum": 0.9}]}
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": settings}
     step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
     teacher = Model("t", "0")
     seeds = [Task(str(number), f"Task {number}") for number in range(8)]
     prompts = build_prompts(1, "chat", step.experiment.synthesis, seeds, [], seed=0)
-    candidates, _ = synthesis._write_instructions(step, teacher, "chat", prompts, "draw", RougeIndex([], 0.9), [])
+    filters = OpenFilters(step.experiment.synthesis)
+    candidates, _ = synthesis._write_instructions(step, teacher, "chat", prompts, "draw", filters, [])
     assert candidates[1]["instruction"] == "Why do many rivers differ in colour?"
     assert [candidate["rejection"] for candidate in candidates] == [None] * 3
     examples, _ = synthesis._write_responses(step, teacher, candidates, "draw", [])
