@@ -1,10 +1,23 @@
 """How data is generated and filtered."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Probability, Section
+
+_SETTINGS_OF_OPTIONS = {
+    "model": "set teacher.model",
+    "tokenizer": "the teacher's is used",
+    "trust_remote_code": "code from a model's repository is never run",
+    "seed": "each continuation has a seed of its own",
+    "tensor_parallel_size": "set cluster.vllm.tensor_parallel",
+    "data_parallel_size": "set cluster.vllm.data_parallel",
+    "gpu_memory_utilization": "set cluster.vllm.memory_share",
+    "max_model_len": "set cluster.vllm.max_model_len",
+    "enable_lora": "it is on for a teacher that is an adapter",
+    "max_lora_rank": "it follows the teacher's adapter",
+}
 
 
 class Sampling(Section):
@@ -45,6 +58,11 @@ class Synthesis(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="Generation engine; 'auto' uses vLLM if it is installed, else transformers."
     )
+    engine_options: dict[str, Any] = Field(
+        {},
+        description="Further options of vLLM's engine, by their names in Python, e.g. {kv_cache_dtype: fp8, max_num_seqs: "
+        "64}. Options that another setting determines are refused.",
+    )
     request: Literal["own", "paper"] = Field(
         "own",
         description="Wording of the request with prompt_style: chat. 'own' asks for a task of one to three sentences and "
@@ -79,6 +97,15 @@ class Synthesis(Section):
     instructions_per_shard: Count = Field(
         512, description="Maximum number of instructions per shard of response generation."
     )
+
+    @model_validator(mode="after")
+    def _options_do_not_replace_settings(self) -> "Synthesis":
+        for name, remedy in _SETTINGS_OF_OPTIONS.items():
+            if name in self.engine_options:
+                raise ValueError(f"engine_options.{name}: {remedy}")
+        if self.engine_options and self.engine == "transformers":
+            raise ValueError("engine_options are vLLM's, but engine is transformers; set engine: vllm, or remove them")
+        return self
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":

@@ -32,8 +32,8 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
             ) from error
         part = f"subset {source.subset!r}, split {source.split!r}" if source.subset else f"split {source.split!r}"
         raise DataError(
-            f"{field}.path: data set {source.path!r} ({part}) cannot be loaded: {error}; check the id and the network, or give "
-            "a .jsonl or .parquet file"
+            f"{field}.path: data set {source.path!r} ({part}) cannot be loaded: {error}; check the id and the network, or "
+            "give a .jsonl or .parquet file"
         ) from error
     place = ", ".join(filter(None, (source.subset, source.split)))
     for number, row in enumerate(rows, 1):

@@ -158,7 +158,7 @@ def test_evaluated_model_gets_configured_template(tiny_llama: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--chat-template", "absent.jinja"], "student.chat_template: absent.jinja cannot be read"),
+        (["--chat-template", "absent.jinja"], "chat_template: absent.jinja cannot be read"),
         (["--chat-template-kwargs", "{mood: calm}"], "the chat template has no variable 'mood'"),
         (["--chat-template-kwargs", "{mood: [1]}"], "student.chat_template_kwargs.mood"),
         (["--chat-template-kwargs", "calm"], "--chat-template-kwargs calm: write a mapping"),
