@@ -10,8 +10,7 @@ from flows.cli.influence import parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
 from montessori_core.config import Lora, Vllm
 from montessori_core.errors import UserError
-from montessori_core.files import read_json
-from montessori_core.models.fetch import full_model, local_path
+from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
 from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize, choose_parallelism
 
@@ -64,7 +63,8 @@ def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: f
     from montessori_core.models.shape import Shape
     from montessori_core.training.memory import plan_update
 
-    shape = Shape.of(_load_without_weights(teacher, lora))
+    model = _load_without_weights(teacher, lora)
+    shape = Shape.of(model)
     plans = {
         f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}": plan_update(
             shape, stage, processes, 2 * max_length
@@ -73,7 +73,7 @@ def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: f
     }
     fitting = [name for name, plan in plans.items() if plan.total <= USABLE * gpu_memory * GB]
     print_update_plans(plans, f"{teacher}: teacher update, GB on each GPU", gpu_memory, fitting)
-    size = ModelSize.from_config(read_json(full_model(local_path(teacher)) / "config.json") or {}, shape.parameters)
+    size = ModelSize.from_config(model.config.to_dict(), shape.parameters)
     _print_generation(size, teacher, int(gpu_memory * GB))
     if not fitting:
         raise typer.Exit(1)
