@@ -17,6 +17,11 @@ _SETTINGS_OF_OPTIONS = {
     "max_model_len": "set cluster.vllm.max_model_len",
     "enable_lora": "it is on for a teacher that is an adapter",
     "max_lora_rank": "it follows the teacher's adapter",
+    "load_format": "only safetensors are loaded",
+    **dict.fromkeys(
+        ("worker_cls", "worker_extension_cls", "scheduler_cls", "logits_processors"), "no code is imported"
+    ),
+    **dict.fromkeys(("io_processor_plugin", "reasoning_parser_plugin"), "no code is imported"),
 }
 
 

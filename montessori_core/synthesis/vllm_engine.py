@@ -55,7 +55,7 @@ class VllmEngine:
         self._weights, self._positions = flops.weights_of(folder), positions_of(folder)
         memory = current_platform.get_device_total_memory() if on_gpus else 0  # without CUDA in this process
         self._parallelism = choose_parallelism(ModelSize.of(folder), torch.cuda.device_count(), memory, gpus)
-        log.info("vLLM: %d copies of the model, each on %d GPUs", self._parallelism.data, self._parallelism.tensor)
+        log.info("vLLM: tensor_parallel %d, data_parallel %d", self._parallelism.tensor, self._parallelism.data)
         self._adapter = LoRARequest("teacher", 1, str(folder)) if is_adapter(folder) else None
         self._setting = gpus.max_model_len
         self._arguments: dict[str, Any] = {

@@ -107,6 +107,9 @@ def test_sizes_are_read_from_a_folder(smollm2: Path, tmp_path: Path) -> None:
 def test_engine_options_are_vllms(tiny_llama: Path) -> None:
     with pytest.raises(ValidationError, match=r"engine_options.max_model_len: set cluster.vllm.max_model_len"):
         Synthesis(engine_options={"max_model_len": 4096})
+    for name in ("trust_remote_code", "load_format", "worker_cls"):
+        with pytest.raises(ValidationError, match=f"engine_options.{name}: "):
+            Synthesis(engine_options={name: True})
     with pytest.raises(ValidationError, match="engine_options are vLLM's, but engine is transformers"):
         Synthesis(engine="transformers", engine_options={"max_num_seqs": 8})
     with pytest.raises(UserError, match="engine_options are vLLM's, which is not installed here"):

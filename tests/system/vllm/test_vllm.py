@@ -84,7 +84,7 @@ def test_copies_of_a_model_answer_all_requests(
 ) -> None:
     """Two copies, with an option of the engine: the lengths are those of the run, not the model's 8192 positions."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    texts = ["The capital of France is", "The largest planet is"]
+    texts = ["The capital of France is", "One, two, three, four,"]
     rows: list[Row] = [
         {"example_ids": [f"{i}-0", f"{i}-1"], "turns": [t], "seeds": [1, 2]} for i, t in enumerate(texts)
     ]
@@ -94,10 +94,10 @@ def test_copies_of_a_model_answer_all_requests(
     assert [row["example_id"] for row in found] == ["0-0", "0-1", "1-0", "1-1"]
     assert [row["raw_output"] for row in found[::2]] == [row["raw_output"] for row in found[1::2]]
     assert "Paris" in found[0]["raw_output"]
-    assert "Jupiter" in found[2]["raw_output"]
+    assert "five" in found[2]["raw_output"]
     log = "".join(file.read_text() for file in (tmp_path / "stage" / "jobs").rglob("*_log.*"))
-    assert "2 copies of the model, each on 1 GPUs" in log
-    assert "max_seq_len=1024" in log
+    assert "tensor_parallel 1, data_parallel 2" in log
+    assert log.count("'max_model_len': 1024") == 2
     with pytest.raises(ShardsFailed, match="engine_options.max_num_seq: vLLM .* did you mean 'max_num_seqs'"):
         generate(tmp_path / "wrong", smollm2, vllm_python, rows, sampling, gpus, {"max_num_seq": 4})
 
