@@ -4,9 +4,11 @@ vLLM's class `LLM` has no data parallelism within a process. Requests are split 
 prompts are adjacent, so that a copy reads a prompt once for all its samples.
 """
 
+import atexit
 import multiprocessing
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
@@ -77,6 +79,7 @@ class ModelCopies:
             other.close()
             self._processes.append(process)
             self._connections.append(connection)
+        atexit.register(self.close)  # before multiprocessing waits for the processes
 
     def generate(self, work: Work) -> Iterator[Finished]:
         """Yield the continuations that end in each step of a copy."""
@@ -84,7 +87,8 @@ class ModelCopies:
         starts = {}
         for connection, start in zip(self._connections, range(0, len(work.prompts), size), strict=False):
             part = slice(start, start + size)
-            connection.send(Work(work.prompts[part], work.parameters[part]))
+            with suppress(OSError):  # a copy that has ended; its error is received below
+                connection.send(Work(work.prompts[part], work.parameters[part]))
             starts[connection] = start
         while starts:
             for ready in wait(list(starts)):
