@@ -98,7 +98,7 @@ def test_copies_of_a_model_answer_all_requests(
     log = "".join(file.read_text() for file in (tmp_path / "stage" / "jobs").rglob("*_log.*"))
     assert "tensor_parallel 1, data_parallel 2" in log
     assert log.count("'max_model_len': 1024") == 2
-    with pytest.raises(ShardsFailed, match="engine_options.max_num_seq: vLLM .* did you mean 'max_num_seqs'"):
+    with pytest.raises(ShardsFailed, match="engine_options.max_num_seq: vLLM .*did you mean 'max_num_seqs'"):
         generate(tmp_path / "wrong", smollm2, vllm_python, rows, sampling, gpus, {"max_num_seq": 4})
 
 
