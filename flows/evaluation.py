@@ -52,11 +52,11 @@ def open_evaluation(experiment: Experiment, model: str, folder: Path) -> tuple[R
     Raises:
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
-    sections = {
-        "name": folder.name,
-        "teacher": Teacher(model=model),
-        "student": experiment.student.model_copy(update={"model": model, "revision": None}),
-    }
+    student = experiment.student.model_copy(update={"model": model, "revision": None})
+    teacher = Teacher(
+        model=model, chat_template=student.chat_template, chat_template_kwargs=student.chat_template_kwargs
+    )
+    sections = {"name": folder.name, "teacher": teacher, "student": student}
     return open_run(experiment.model_copy(update=sections), folder)
 
 

@@ -83,7 +83,7 @@ class Validation:
         measurement = self.measurement
         return {
             "student": measurement.student.model,
-            "max_length": measurement.student.max_length,
+            **measurement.student.model_dump(include={"max_length", "chat_template", "chat_template_kwargs"}),
             "warm_state": str(measurement.warm_state) if measurement.warm_state else None,
             "warmup": self.warmup.path if self.warmup else None,
             "examples": measurement.examples.path,

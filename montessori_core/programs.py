@@ -35,6 +35,7 @@ class Generation(Section):
     """How a local teacher generates."""
 
     engine: Literal["auto", "vllm", "transformers"]
+    engine_options: dict[str, Any] = Field({}, description="Further options of vLLM's engine.")
     form: Form
     sampling: Sampling
 

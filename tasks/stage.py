@@ -155,9 +155,12 @@ class Step:
         read: Callable[[Path], Any],
     ) -> list[Any]:
         self.run.stages.append(self.folder)
+        cluster, python = self.experiment.cluster, None
+        if program.kind == "generation":
+            python, file = cluster.generation_python, self.run.folder / "vllm.json"
+            write_json(cluster.vllm.model_dump(mode="json"), file)
+            undeciding_files = {**undeciding_files, "vllm": file}
         stage = stage_of(program, settings, self.folder, models, files, undeciding_files)
-        cluster = self.experiment.cluster
-        python = cluster.generation_python if program.kind == "generation" else None
         inputs = [*models.values(), *files.values(), *upstream]
         with ProgressBar(self.label) as bar, StageTaskRuns(self.label, stage, len(shards), inputs, read) as view:
 

@@ -330,7 +330,10 @@ def generate(
     if isinstance(teacher, ApiModel):
         parts = step.ask(teacher.section, programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
     else:
-        settings = programs.Generation(engine=step.experiment.synthesis.engine, form=form, sampling=sampling)
+        synthesis = step.experiment.synthesis
+        settings = programs.Generation(
+            engine=synthesis.engine, engine_options=synthesis.engine_options, form=form, sampling=sampling
+        )
         parts = step.execute(
             programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
         )

@@ -9,18 +9,26 @@ from pydantic import ValidationError
 
 from cluster.backends.local import gpus_of_this_machine
 from flows.cli.console import console
+from flows.cli.options import ChatTemplate, ChatTemplateVariables, data_source, student_with_template
 from flows.cli.tables import print_influence
-from montessori_core.config import Cluster, DataSource, Influence, Preferences, Resources, StageResources, Student
+from montessori_core.config import Cluster, Influence, Preferences, Resources, StageResources
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import ConfigError, UserError
 
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
-ExamplesFile = Annotated[Path, typer.Option(help="Examples to measure: .jsonl or .parquet.")]
+_DATA_SET = "Or a mapping as in a configuration, e.g. '{path: openai/gsm8k, subset: main, output_field: answer}'."
+Examples = Annotated[
+    str, typer.Option(help=f"Examples to measure: .jsonl, .parquet or a Hugging Face data set id. {_DATA_SET}")
+]
 TableFile = Annotated[
     Path, typer.Option(help="Influence table to write, .parquet; FILE.parts next to it makes it resumable.")
 ]
-ReferenceFile = Annotated[
-    str, typer.Option(help="Examples that measure the student: .jsonl, .parquet, 'builtin' or e.g. 'builtin/maths'.")
+Reference = Annotated[
+    str,
+    typer.Option(
+        help="Examples that measure the student: .jsonl, .parquet, a Hugging Face data set id, 'builtin' or e.g. "
+        f"'builtin/maths'. {_DATA_SET}"
+    ),
 ]
 WarmState = Annotated[
     Path | None, typer.Option(help="Folder with AdamW's moments of this student; by default the step is AdamW's first.")
@@ -56,9 +64,9 @@ ResponseField = Annotated[str, typer.Option(help="Field of --examples that holds
 
 def influence(
     student: StudentOption,
-    examples: ExamplesFile,
+    examples: Examples,
     out: TableFile,
-    reference: ReferenceFile = "builtin",
+    reference: Reference = "builtin",
     warm_state: WarmState = None,
     estimator: EstimatorName = "screened",
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the AdamW step.")] = 5e-6,
@@ -73,6 +81,8 @@ def influence(
     max_length: MaxLength = 1024,
     instruction_field: InstructionField = "instruction",
     response_field: ResponseField = "output",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateVariables = None,
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
 
@@ -80,8 +90,6 @@ def influence(
     A row's influence is positive if one training step on it lowers the student's loss on the reference set.
     To resume after an interruption, run the same command again.
     """
-    if examples.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the table is a Parquet file; its name must end in .parquet")
     from flows.influence import Measurement, measure_influence
@@ -97,10 +105,10 @@ def influence(
         "sequential": None if sequential is None else {"error_rate": sequential},
     }
     measurement = Measurement(
-        student=Student(model=student, max_length=max_length),
+        student=student_with_template(student, max_length, chat_template, chat_template_kwargs),
         warm_state=warm_state,
-        examples=DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
-        reference=DataSource(path=reference),
+        examples=data_source(examples, "--examples", instruction_field=instruction_field, output_field=response_field),
+        reference=data_source(reference, "--reference"),
         settings=parse_options(options),
         baseline=check_baseline(baseline),
         cluster=local_cluster(device),

@@ -1,19 +1,30 @@
 """Options and checks that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cluster.status import stages_of
 from flows.cli.console import console
-from montessori_core.config import Experiment, parse_experiment, read_cluster
-from montessori_core.errors import UserError
+from montessori_core.config import DataSource, Experiment, Student, parse, parse_experiment, parse_yaml, read_cluster
+from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
 ClusterFile = Annotated[
     Path | None, typer.Option(help="Cluster file (YAML) that replaces the configuration's cluster section.")
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="Jinja file with the chat template; by default the model's own, or the paper's.")
+]
+ChatTemplateVariables = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="MAPPING",
+        help="Variables of the chat template (YAML), e.g. '{enable_thinking: false}'.",
+    ),
 ]
 StageName = Annotated[
     str | None, typer.Option("--stage", help="Stage, as named by status; by default the last that started.")
@@ -26,6 +37,50 @@ def on_cluster(experiment: Experiment, cluster: Path | None, config: Path) -> Ex
         return experiment
     content = experiment.model_dump(mode="json") | {"cluster": read_cluster(cluster).model_dump(mode="json")}
     return parse_experiment(content, f"{config} with {cluster}")
+
+
+def data_source(text: str, option: str, **fields: str) -> DataSource:
+    """Read an option that names a data set: a path, or a mapping with the fields of `DataSource` (YAML).
+
+    Args:
+        text: value of the option.
+        option: its name, for errors.
+        fields: values of fields that a mapping may replace.
+
+    Raises:
+        ConfigError: the mapping is not valid.
+    """
+    content = parse_yaml(text, option) if text.lstrip().startswith("{") else {"path": text}
+    return parse(DataSource, {**fields, **content}, option)
+
+
+def student_with_template(model: str, max_length: int, template: Path | None, variables: str | None) -> Student:
+    """Return the student that options describe.
+
+    Args:
+        model, max_length: see `config.Student`.
+        template: value of --chat-template.
+        variables: value of --chat-template-kwargs.
+
+    Raises:
+        ConfigError: an option is not valid.
+    """
+    content = {"model": model, "max_length": max_length, **template_settings(template, variables)}
+    return parse(Student, content, "--student")
+
+
+def template_settings(template: Path | None, variables: str | None) -> dict[str, Any]:
+    """Return the fields `chat_template` and `chat_template_kwargs` that options set.
+
+    Raises:
+        ConfigError: the variables are not a mapping.
+    """
+    settings: dict[str, Any] = {} if template is None else {"chat_template": str(template)}
+    if variables is not None:
+        settings["chat_template_kwargs"] = parse_yaml(variables, "--chat-template-kwargs")
+        if not isinstance(settings["chat_template_kwargs"], dict):
+            raise ConfigError(f"--chat-template-kwargs {variables}: write a mapping, e.g. '{{enable_thinking: false}}'")
+    return settings
 
 
 def warn(warnings: list[str]) -> None:

@@ -3,14 +3,16 @@
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from flows.cli.console import console
 from flows.cli.influence import parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
-from montessori_core.config import Lora
+from montessori_core.config import Lora, Vllm
 from montessori_core.errors import UserError
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
+from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize, choose_parallelism
 
 
 def plan(
@@ -28,7 +30,8 @@ def plan(
     """Check whether measuring influence on a student fits a GPU, or the update of a teacher.
 
     For a student, shows what is placed on the device and what in host memory; jobs use the same plan.
-    For a teacher, shows the memory of each GPU with teacher_update.micro_batch_size: 1.
+    For a teacher, shows the memory of each GPU with teacher_update.micro_batch_size: 1, and how vLLM shares the GPUs of
+    a generation job.
     Exits with 1 if it does not fit.
     """
     if (student is None) == (teacher is None):
@@ -60,7 +63,8 @@ def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: f
     from montessori_core.models.shape import Shape
     from montessori_core.training.memory import plan_update
 
-    shape = Shape.of(_load_without_weights(teacher, lora))
+    model = _load_without_weights(teacher, lora)
+    shape = Shape.of(model)
     plans = {
         f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}": plan_update(
             shape, stage, processes, 2 * max_length
@@ -69,8 +73,31 @@ def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: f
     }
     fitting = [name for name, plan in plans.items() if plan.total <= USABLE * gpu_memory * GB]
     print_update_plans(plans, f"{teacher}: teacher update, GB on each GPU", gpu_memory, fitting)
+    size = ModelSize.from_config(model.config.to_dict(), shape.parameters)
+    _print_generation(size, teacher, int(gpu_memory * GB))
     if not fitting:
         raise typer.Exit(1)
+
+
+def _print_generation(size: ModelSize, teacher: str, memory: int) -> None:
+    """Print how vLLM shares some numbers of GPUs, with the defaults of `cluster.vllm`."""
+    from montessori_core.influence.memory import GB
+
+    table = Table(
+        *("GPUs", "tensor_parallel", "data_parallel", "weights, GB", "left for activations and cache, GB"),
+        title=f"{teacher}: generation with vLLM, for each GPU",
+        title_justify="left",
+    )
+    for gpus in (1, 2, 4, 8):
+        parallelism = choose_parallelism(size, gpus, memory, Vllm())
+        weights = size.weights / parallelism.tensor
+        left = max(0.0, DEFAULT_SHARE * memory - weights)
+        table.add_row(
+            *map(str, (gpus, parallelism.tensor, parallelism.data)), f"{weights / GB:.2f}", f"{left / GB:.2f}"
+        )
+    console.print(table)
+    if size.token:
+        console.print(f"cache of a token in all layers: {size.token / 1e6:.3f} MB, shared by tensor_parallel GPUs")
 
 
 def _load_without_weights(student: str, lora: Lora | None) -> Any:

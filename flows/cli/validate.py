@@ -10,26 +10,24 @@ from rich.table import Table
 
 from flows.cli.console import console
 from flows.cli.influence import (
-    ExamplesFile,
+    Examples,
     InstructionField,
     MaxLength,
     NumberType,
-    ReferenceFile,
+    Reference,
     ResponseField,
     StudentOption,
     WarmState,
     local_cluster,
     parse_options,
 )
-from flows.cli.options import ClusterFile
+from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, data_source, student_with_template
 from montessori_core.config import (
     Cluster,
-    DataSource,
     Influence,
     Optimization,
     Resources,
     Schedule,
-    Student,
     read_cluster,
 )
 from montessori_core.errors import ConfigError, UserError
@@ -37,7 +35,7 @@ from montessori_core.formatting import UNKNOWN
 
 OutFolder = Annotated[Path, typer.Option(help="Folder of the result; its finished work makes the command resumable.")]
 WarmupFile = Annotated[
-    str | None, typer.Option(help="Examples that first warm the student up: .jsonl or .parquet. Or give --warm-state.")
+    str | None, typer.Option(help="Examples that first warm the student up, given as --examples. Or give --warm-state.")
 ]
 ExampleWeights = Annotated[
     list[float] | None,
@@ -71,9 +69,9 @@ Groups = Annotated[
 
 def validate(
     student: StudentOption,
-    examples: ExamplesFile,
+    examples: Examples,
     out: OutFolder,
-    reference: ReferenceFile = "builtin",
+    reference: Reference = "builtin",
     warmup: WarmupFile = None,
     warm_state: WarmState = None,
     learning_rate: Rate = 5e-6,
@@ -93,6 +91,8 @@ def validate(
     max_length: MaxLength = 1024,
     instruction_field: InstructionField = "instruction",
     response_field: ResponseField = "output",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateVariables = None,
 ) -> None:
     """Check whether influence predicts what training does, for any student and data.
 
@@ -112,7 +112,7 @@ def validate(
 
     To resume after an interruption, run the same command again.
     """
-    _check_options(examples, out, leave_out)
+    _check_options(out, leave_out)
     from flows.influence import Measurement
     from flows.validation import PAGE, Validation, validate_influence
 
@@ -123,30 +123,28 @@ def validate(
         for weight, per in weights
     ]
     measurement = Measurement(
-        student=Student(model=student, max_length=max_length),
+        student=student_with_template(student, max_length, chat_template, chat_template_kwargs),
         warm_state=warm_state,
-        examples=DataSource(path=str(examples), instruction_field=instruction_field, output_field=response_field),
-        reference=DataSource(path=reference),
+        examples=data_source(examples, "--examples", instruction_field=instruction_field, output_field=response_field),
+        reference=data_source(reference, "--reference"),
         settings=settings[0],
         baseline="student",
         cluster=_cluster(cluster, device),
     )
     trained_by = measurement.cluster.resources.training if warmup else Resources()
     recipe = _recipe(learning_rate, batch_size, epochs, trained_by.nodes * trained_by.processes_per_node)
-    source = DataSource(path=warmup) if warmup else None
+    source = data_source(warmup, "--warmup") if warmup else None
     validation = Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed)
     print_validation(validate_influence(validation, out))
     console.print(f"result: {out / PAGE}", soft_wrap=True)
 
 
-def _check_options(examples: Path, out: Path, leave_out: int) -> None:
+def _check_options(out: Path, leave_out: int) -> None:
     """Check options that typer cannot.
 
     Raises:
         UserError: one is invalid; the message names it.
     """
-    if examples.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"--examples {examples}: give a .jsonl or .parquet file")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     if leave_out < 8 and leave_out != 0:

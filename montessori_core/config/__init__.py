@@ -4,7 +4,7 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
 """
 
-from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, read_cluster
+from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, Vllm, read_cluster
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
 from montessori_core.config.experiment import DataSource, Experiment, parse_experiment, read_experiment
 from montessori_core.config.filters import FilterSettings, OwnFilter, RougeFilter
@@ -52,6 +52,7 @@ __all__ = [
     "Teacher",
     "TeacherUpdate",
     "Training",
+    "Vllm",
     "Warmup",
     "WeightPer",
     "Zero",

@@ -127,6 +127,28 @@ class Slurm(Section):
     srun: tuple[str, ...] = Field((), description="Additional srun options, as on its command line: --cpu-bind=cores.")
 
 
+class Vllm(Section):
+    """How vLLM uses the GPUs of a generation job. Results do not depend on it, except for rounding."""
+
+    memory_share: float | None = Field(
+        None, gt=0.0, le=1.0, description="Share of a GPU's memory that vLLM takes. If not set, vLLM's default."
+    )
+    max_model_len: Count | None = Field(
+        None,
+        description="Longest prompt with its continuation, tokens; vLLM needs a cache for one of them. If not set, the next "
+        "power of two above the job's prompts and max_tokens, at most the model's positions.",
+    )
+    tensor_parallel: Count | None = Field(
+        None,
+        description="GPUs that share a copy of the model; must divide its attention heads. If not set, as few as hold the "
+        "weights with room for a cache.",
+    )
+    data_parallel: Count | None = Field(
+        None,
+        description="Copies of the model in a job, each on tensor_parallel GPUs. If not set, as many as the GPUs allow.",
+    )
+
+
 class Cluster(Section):
     """Where jobs run and which resources they get. Changing these settings recomputes nothing."""
 
@@ -140,6 +162,7 @@ class Cluster(Section):
         description="Python of a separate environment for generation jobs (vLLM pins its own torch). If not set, the same as "
         "for all other jobs.",
     )
+    vllm: Vllm = Field(Vllm(), description="How vLLM uses the GPUs of a generation job.")
     poll_seconds: float = Field(0.5, gt=0.0, description="Time between two polls of the jobs, seconds.")
 
     @model_validator(mode="after")

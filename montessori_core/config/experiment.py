@@ -24,9 +24,18 @@ class DataSource(Section):
         description="'builtin' for the built-in set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for built-in "
         "reference or evaluation examples of one kind; 'builtin/short' for a seed pool of short tasks, for a small teacher, "
         "'builtin/half-coding' or 'builtin/half-maths' for short tasks half of which are of that kind; "
-        "a .jsonl or .parquet file; or a Hugging Face data set id."
+        "a .jsonl or .parquet file; a Hugging Face data set id; or a folder with such a data set."
+    )
+    subset: str | None = Field(
+        None,
+        min_length=1,
+        description="Subset (configuration) of a Hugging Face data set, such as main of openai/gsm8k; ignored for files. If "
+        "not set, its only or default one.",
     )
     split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")
+    revision: str | None = Field(
+        None, min_length=1, description="Branch, tag or commit of a Hugging Face data set id. If not set, main."
+    )
     limit: Count | None = Field(None, description="Use only the first rows, at most this many. If not set, all rows.")
     instruction_field: str = Field("instruction", description="Column that holds the instruction.")
     input_field: str = Field("input", description="Column that holds the input; optional in the data.")

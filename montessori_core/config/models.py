@@ -117,6 +117,11 @@ class Endpoint(Section):
         "{temperature: null, presence_penalty: null}. If the server refuses temperature, top_p, presence_penalty or logprobs "
         "that are not set here, they are left out, with a warning.",
     )
+    structured_output: bool = Field(
+        False,
+        description="For a judge: ask for JSON by response_format and a schema, so that every complete answer has a verdict. "
+        "Left out, with a warning, if the server refuses it. Published prompts never have it.",
+    )
     unanswered_limit: float = Field(
         0.1,
         ge=0.0,
@@ -152,6 +157,7 @@ class Endpoint(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine an answer."""
         settings = {"model", "base_url", "max_tokens"}
-        settings |= {name for name in ("chat_template_kwargs", "parameters") if getattr(self, name)}
+        optional = ("chat_template_kwargs", "parameters", "structured_output")
+        settings |= {name for name in optional if getattr(self, name)}
         settings |= {"token_limit"} if self.token_limit == "none" else set()
         return self.model_dump(mode="json", include=settings)

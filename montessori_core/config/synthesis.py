@@ -36,6 +36,24 @@ def _check_template(text: str) -> str:
 
 Template = Annotated[str, AfterValidator(_check_template)]
 
+_SETTINGS_OF_OPTIONS = {
+    "model": "set teacher.model",
+    "tokenizer": "the teacher's is used",
+    "trust_remote_code": "code from a model's repository is never run",
+    "seed": "each continuation has a seed of its own",
+    "tensor_parallel_size": "set cluster.vllm.tensor_parallel",
+    "data_parallel_size": "set cluster.vllm.data_parallel",
+    "gpu_memory_utilization": "set cluster.vllm.memory_share",
+    "max_model_len": "set cluster.vllm.max_model_len",
+    "enable_lora": "it is on for a teacher that is an adapter",
+    "max_lora_rank": "it follows the teacher's adapter",
+    "load_format": "only safetensors are loaded",
+    **dict.fromkeys(
+        ("worker_cls", "worker_extension_cls", "scheduler_cls", "logits_processors"), "no code is imported"
+    ),
+    **dict.fromkeys(("io_processor_plugin", "reasoning_parser_plugin"), "no code is imported"),
+}
+
 
 class Sampling(Section):
     """Decoding parameters of one kind of generation (paper, Table 5)."""
@@ -64,6 +82,11 @@ class Synthesis(Section):
         pattern=r"^[^\W\d_][^\n<>{}]{0,39}$",
         description="Language of the instructions, as an English prompt names it: French, Brazilian Portuguese. Our own "
         "prompts ask for it, and the filter first_character depends on it; give seeds of this language, too.",
+    )
+    engine_options: dict[str, Any] = Field(
+        {},
+        description="Further options of vLLM's engine, by their names in Python, e.g. {kv_cache_dtype: fp8, max_num_seqs: "
+        "64}. Options that another setting determines are refused.",
     )
     request: Template = Field(
         "own",
@@ -145,6 +168,15 @@ class Synthesis(Section):
     def in_english(self) -> bool:
         """Whether the instructions are in English."""
         return self.language.casefold() == ENGLISH.casefold()
+
+    @model_validator(mode="after")
+    def _options_do_not_replace_settings(self) -> "Synthesis":
+        for name, remedy in _SETTINGS_OF_OPTIONS.items():
+            if name in self.engine_options:
+                raise ValueError(f"engine_options.{name}: {remedy}")
+        if self.engine_options and self.engine == "transformers":
+            raise ValueError("engine_options are vLLM's, but engine is transformers; set engine: vllm, or remove them")
+        return self
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":

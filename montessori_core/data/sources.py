@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from montessori_core.config import DataSource, Experiment
+from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.tables import read_parquet
@@ -20,6 +21,8 @@ from montessori_core.files import commit
 
 _SEED_POOLS = ("short", "half-coding", "half-maths")
 _FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd example decides the sign
+
+_DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".gz", ".zst", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -147,18 +150,32 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     elif path.parts[:1] == ("builtin",):
         with as_file(_builtin_file(source.path, field)) as builtin:
             yield from jsonl_rows(builtin)
+    elif _is_data_set_folder(path):
+        yield from hub_rows(source, field)
     elif os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~")):
         raise DataError(
-            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id, 'builtin' or "
-            "'builtin/<kind>'"
+            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id or a folder with "
+            "such a data set, 'builtin' or 'builtin/<kind>'"
         )
     else:
-        yield from _hub_rows(source, field)
+        yield from hub_rows(source, field)
+
+
+def _is_data_set_folder(path: Path) -> bool:
+    """Return whether a folder has files that the library `datasets` reads."""
+    try:
+        return path.is_dir() and any(file.suffix in _DATA_FILES for file in path.rglob("*"))
+    except (OSError, ValueError):  # a path that no file can have
+        return False
 
 
 def _builtin_file(path: str, field: str) -> Traversable:
     """Return the file of a built-in set: `builtin` has tasks of all kinds, `builtin/maths` a target of one kind."""
     folder = files("montessori_core") / "data" / "builtin"
+    if field not in ("seed_pool", "reference", "evaluation"):
+        raise DataError(
+            f"{field}.path: {path}: the built-in sets are seeds, references and held-out examples; give a file"
+        )
     if path == "builtin":
         return folder / f"{field}.jsonl"
     targets = {f"builtin/{target.name}": target / f"{field}.jsonl" for target in (folder / "targets").iterdir()}
@@ -182,20 +199,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: a column cannot be read ({error}); remove it") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
-
-
-def _hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:  # the library raises many kinds
-        raise DataError(
-            f"{field}.path: data set {source.path!r} (split {source.split!r}) cannot be loaded: {error}; check the id and "
-            "the network, or give a .jsonl or .parquet file"
-        ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source.path} ({source.split}), row {number}", row
 
 
 def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from montessori_core.errors import UserError
 from montessori_core.models.chat import IGNORED, Encoded
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 LOGITS_AT_A_TIME = 1 << 26
 """Elements of the largest tensor of vocabulary size: 256 MB in fp32."""
 
@@ -76,7 +77,7 @@ class TokenLosses:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
         self._check_logits(model)
 
     def __call__(self, batch: Batch, recompute: AbstractContextManager[Any] | None = None) -> torch.Tensor:

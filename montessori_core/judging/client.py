@@ -35,7 +35,7 @@ from montessori_core.judging.responses import (
 log = logging.getLogger(__name__)
 
 _MILLION = 1e6
-_OPTIONAL = ("presence_penalty", "top_p", "temperature", "top_logprobs", "logprobs")
+_OPTIONAL = ("response_format", "presence_penalty", "top_p", "temperature", "top_logprobs", "logprobs")
 """Parameters that a request can do without, the least important first."""
 _FEW = 5  # unanswered questions that are always allowed, unless they are all
 
@@ -46,6 +46,7 @@ class Question:
 
     The answer has at most `max_tokens` tokens, or the endpoint's limit if that is lower. Questions that differ only in
     `draw` are asked separately. `likeliest` is the number of first tokens to return log-probabilities for.
+    `schema` is the JSON schema of the answer, for endpoints with `structured_output`.
     """
 
     text: str
@@ -56,6 +57,7 @@ class Question:
     draw: int = 0
     system: str = ""
     likeliest: int = 0
+    schema: Mapping[str, Any] | None = None
 
 
 class CachedClient:
@@ -214,7 +216,10 @@ class CachedClient:
         return dollars
 
     def _key(self, question: Question) -> str:
-        content = [self._endpoint.identity(), asdict(question)]
+        asked = asdict(question)
+        if not self._endpoint.structured_output or question.schema is None:
+            del asked["schema"]
+        content = [self._endpoint.identity(), asked]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _fetch(self, question: Question) -> Answer:
@@ -269,6 +274,9 @@ class CachedClient:
         }
         if question.likeliest:
             parameters |= {"logprobs": True, "top_logprobs": question.likeliest}
+        if self._endpoint.structured_output and question.schema is not None:
+            verdict = {"name": "verdict", "strict": True, "schema": question.schema}
+            parameters["response_format"] = {"type": "json_schema", "json_schema": verdict}
         if self._endpoint.chat_template_kwargs:
             parameters["chat_template_kwargs"] = self._endpoint.chat_template_kwargs
         parameters = {name: value for name, value in parameters.items() if name not in self._omitted}
@@ -284,7 +292,8 @@ class CachedClient:
         with self._adapting:
             if name is not None:
                 self._omitted |= {"logprobs", "top_logprobs"} if "logprobs" in name else {name}
-                self._warn_once(f"the server refuses {name}={sent[name]}; requests are sent without it")
+                value = "" if name == "response_format" else f"={sent[name]}"
+                self._warn_once(f"the server refuses {name}{value}; requests are sent without it")
                 return True
             if "max_tokens" in sent and refused_parameter(error, ["max_tokens"]) and is_unknown_parameter(error):
                 self._limit = "max_completion_tokens"

@@ -21,7 +21,7 @@ from montessori_core.data.rows import DialogueRow
 from montessori_core.data.tables import MT_BENCH
 from montessori_core.errors import DataError
 from montessori_core.judging.client import Question, open_client
-from montessori_core.judging.frame import frame_texts
+from montessori_core.judging.frame import frame_texts, verdict_schema
 from montessori_core.judging.points import read_score
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.judging.responses import Answer
@@ -222,7 +222,10 @@ def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
             score = read_rating(answer) if published else read_score(answer, _HIGHEST, _LOWEST)
             recorder.finish(position, [{**ids, "score": score}])
 
-        questions = [published_question(row) if published else Question(question_about(row)) for row in rows]
+        schema = verdict_schema("score", range(_LOWEST, _HIGHEST + 1))
+        questions = [
+            published_question(row) if published else Question(question_about(row), schema=schema) for row in rows
+        ]
         api.ask(questions, recorder.progress, receive, recorder.finished_before)
 
     return RowProgram(MT_BENCH, compute)

@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from montessori_core import programs
 from montessori_core.data.rows import ComparisonRow
 from montessori_core.data.tables import PAIRWISE
 from montessori_core.judging.client import Question, open_client
-from montessori_core.judging.frame import frame_texts, last_line
+from montessori_core.judging.frame import frame_texts, last_line, verdict_field, verdict_schema
 from montessori_core.judging.published_prompts import ALPACA_EVAL
 from montessori_core.judging.responses import Answer
 from montessori_core.program import Recorder, Row, RowProgram
@@ -48,7 +48,13 @@ def comparison(instruction: str, first: str, second: str) -> str:
 
 
 def read_preference(answer: Answer) -> Preference | None:
-    """Return the judge's verdict, or None if the last line is not one of the three verdicts or the answer is truncated."""
+    """Return the judge's verdict, or None if the answer is truncated or has none.
+
+    It is the last line, or the field `better` of an answer that is a JSON object.
+    """
+    field = verdict_field(answer, "better")
+    if field in ("A", "B", "tie"):
+        return cast(Preference, field)
     match = _VERDICT.match(last_line(answer) or "")
     if match is None or len(match["open"]) != len(match["close"]):
         return None
@@ -100,7 +106,9 @@ def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str
     api, published = open_client(settings, inputs), settings.prompts == "published"
 
     def question(*texts: str) -> Question:
-        return published_comparison(*texts) if published else Question(comparison(*texts))
+        if published:
+            return published_comparison(*texts)
+        return Question(comparison(*texts), schema=verdict_schema("better", ("A", "B", "tie")))
 
     def compute(rows: list[ComparisonRow], recorder: Recorder) -> None:
         answers: dict[int, Answer] = {}

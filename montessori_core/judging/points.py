@@ -8,7 +8,7 @@ from montessori_core import programs
 from montessori_core.data.rows import ExampleRow
 from montessori_core.data.tables import UTILITY
 from montessori_core.judging.client import Question, open_client
-from montessori_core.judging.frame import last_line, separator_for
+from montessori_core.judging.frame import last_line, separator_for, verdict_field, verdict_schema
 from montessori_core.judging.responses import Answer
 from montessori_core.program import Recorder, RowProgram
 
@@ -62,9 +62,13 @@ def question_about(instruction: str, response: str, response_only: bool = False)
 def read_score(answer: Answer, highest: int = 6, lowest: int = 0) -> float | None:
     """Return the judge's score, or None.
 
-    Its last line may be `Score: 4`, `Final score: 4.5 / 6`, `**Score: [[4]]**` and the like. None if the answer is truncated,
-    its last line is not a score, or the score is out of range or out of another maximum than `highest`.
+    Its last line may be `Score: 4`, `Final score: 4.5 / 6`, `**Score: [[4]]**` and the like; or all of it is a JSON object
+    with the field `score`. None if the answer is truncated, its last line is not a score, or the score is out of range or
+    out of another maximum than `highest`.
     """
+    field = verdict_field(answer, "score")
+    if isinstance(field, int | float) and not isinstance(field, bool):
+        return float(field) if lowest <= field <= highest else None
     match = _SCORE.match(last_line(answer) or "")
     if match is None or len(match["open"]) != len(match["close"]):
         return None
@@ -86,7 +90,9 @@ def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowPro
             ids = {"example_id": rows[position]["example_id"], "prompt_id": rows[position]["prompt_id"]}
             recorder.finish(position, [{**ids, "utility": read_score(answer, highest)}])
 
-        questions = [Question(question_about(row["instruction"], row["response"], response_only)) for row in rows]
+        schema = verdict_schema("score", range(highest + 1))
+        texts = [question_about(row["instruction"], row["response"], response_only) for row in rows]
+        questions = [Question(text, schema=schema) for text in texts]
         api.ask(questions, recorder.progress, receive, recorder.finished_before)
 
     return RowProgram(UTILITY, compute)

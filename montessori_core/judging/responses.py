@@ -40,6 +40,9 @@ _UNKNOWN = re.compile(
     re.IGNORECASE,
 )
 
+_NAMES = {"response_format": r"(?i)\bresponse_format\b|json_schema|structured[ _]outputs?"}
+"""Words for parameters that servers call by other names."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -152,7 +155,7 @@ def refused_parameter(error: Any, candidates: Iterable[str]) -> str | None:
     text, candidates = error_text(error), list(candidates)
     if error.param in candidates:
         return str(error.param)
-    return next((name for name in candidates if re.search(rf"\b{name}\b", text)), None)
+    return next((name for name in candidates if re.search(_NAMES.get(name, rf"\b{name}\b"), text)), None)
 
 
 def is_unknown_parameter(error: Any) -> bool:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+"""Model types of which PEFT refuses to adapt `out_proj`: Mamba's kernels read its weight, and would not see the adapter."""
+
 
 def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """Load a tokenizer. Without a chat template it gets the paper's (Figure 7), without a padding token its end token.
@@ -131,20 +134,30 @@ def lora_config(model: "PreTrainedModel", lora: Lora, setting: str) -> "LoraConf
         setting: their name in the configuration.
 
     Raises:
-        UserError: the model has no layers with the configured names, or TRL cannot train an adapter of its output layer.
+        UserError: the model has no layers with the configured names, or an adapter of one of them cannot be trained: of the
+            output layer by TRL, of Mamba's `out_proj` by PEFT.
     """
     from peft import LoraConfig
 
     names = {name for name, _ in model.named_modules()}
     output = next(name for name, layer in model.named_modules() if layer is model.get_output_embeddings())
+    excluded = ["out_proj", "conv1d"] if model.config.get_text_config().model_type in _MAMBA else None
     for target in lora.targets:
         adapted = {name for name in names if f".{name}".endswith(f".{target}")}
         if not adapted:
             raise UserError(f"{setting}.targets: the model has no layer {target!r}")
         if output in adapted:
             raise UserError(f"{setting}.targets: {target!r} is the output layer, which TRL cannot adapt; leave it out")
+        if excluded and target.rpartition(".")[2] in excluded:
+            raise UserError(f"{setting}.targets: PEFT cannot adapt {target!r} of a Mamba model; leave it out")
     targets = list(lora.targets) or "all-linear"
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        exclude_modules=excluded,
+        task_type="CAUSAL_LM",
+    )
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
+from montessori_core.config import Vllm
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.tables import GENERATION
 from montessori_core.judging.client import Question, open_client
@@ -29,13 +30,15 @@ from montessori_core.synthesis.prompts import CLOSE
 def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
     """Load the teacher once.
 
-    Inputs: `teacher`. A row's draft has, for each sample, its token ids so far or its final text.
+    Inputs: `teacher`; `vllm`, a file with `config.Vllm`, optional.
+    A row's draft has, for each sample, its token ids so far or its final text.
     """
     sampling, form = settings.sampling, settings.form
     model = str(inputs["teacher"])
     tokenizer = load_tokenizer(model)
     vocabulary = hash_vocabulary(tokenizer)
-    engine = open_engine(settings.engine, model, tokenizer)
+    gpus = Vllm.model_validate_json(inputs["vllm"].read_bytes()) if "vllm" in inputs else Vllm()
+    engine = open_engine(settings.engine, model, tokenizer, gpus, settings.engine_options)
     stop = CLOSE if form == "tagged" else None
 
     def compute(rows: list[GenerationRow], recorder: Recorder) -> None:

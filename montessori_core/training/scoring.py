@@ -108,7 +108,7 @@ def speed_up_scoring(model: Any, pairs: bool = False) -> None:
     """
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
     fused = causal_lm.forward
-    packs: bool | None = None if pairs and _has_full_attention(causal_lm.config.get_text_config()) else False
+    packs: bool | None = None if pairs and _has_full_attention(causal_lm) else False
     head_checked = False
 
     @functools.wraps(fused)  # transformers inspects the signature
@@ -126,8 +126,11 @@ def speed_up_scoring(model: Any, pairs: bool = False) -> None:
     causal_lm.forward = forward
 
 
-def _has_full_attention(config: Any) -> bool:
-    """Return whether no layer has a sliding window, which a short first batch would not reveal."""
+def _has_full_attention(model: Any) -> bool:
+    """Return whether no layer has a sliding window or a recurrent state, which a short first batch may not reveal."""
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):  # RWKV and xLSTM have no layer types
+        return False
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         # GPT-Neo has window_size.

@@ -72,6 +72,30 @@ def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Pa
         assert one["dominated_share"] > 0.5
 
 
+def test_options_have_the_words_of_a_configuration(tiny_llama: Path, folder: Path, tmp_path: Path) -> None:
+    """A chat template and its variables; a subset of a data set folder."""
+    own = (tiny_llama / "chat_template.jinja").read_text()
+    (tmp_path / "mine.jinja").write_text("{{ mood }}" + own)
+    calm = Path(shutil.copytree(tiny_llama, tmp_path / "calm"))
+    (calm / "chat_template.jinja").write_text("calm" + own)
+    for subset in ("train", "other"):
+        (tmp_path / "set" / subset).mkdir(parents=True)
+        shutil.copy(folder / "data.jsonl", tmp_path / "set" / subset / "rows.jsonl")
+    names = [f"{{config_name: {name}, data_files: {name}/rows.jsonl}}" for name in ("train", "other")]
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs: [{', '.join(names)}]\n---\n")
+    template = ["--chat-template", str(tmp_path / "mine.jinja"), "--chat-template-kwargs", "{mood: calm}"]
+    examples = ["--examples", f"{{path: {tmp_path / 'set'}, subset: other, limit: 4}}"]
+    shared = ["--learning-rate", "1e-4", "--estimator", "exact", *examples]
+    tables = []
+    for name, model, options in (("a", tiny_llama, template), ("b", calm, []), ("c", tiny_llama, [])):
+        out = folder / f"{name}.parquet"
+        code, output = influence(folder, model, *shared, *options, "--out", str(out))
+        assert code == 0, output
+        tables.append(read_table(out, INFLUENCE)["influence_student"].to_pylist())
+    assert len(tables[0]) == 4
+    assert tables[0] == tables[1] != tables[2]
+
+
 def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None:
     """There are more examples than the audit, so some rows stay first order; exact rows equal those of an exact run."""
     many = [
@@ -170,6 +194,9 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),
         (["--reference", "absent.jsonl"], "absent.jsonl: cannot be read"),
+        (["--reference", "{path: builtin, limt: 3}"], "limt: unknown key; remove it or correct its spelling"),
+        (["--chat-template", "absent.jinja"], "student.chat_template: absent.jinja cannot be read"),
+        (["--chat-template-kwargs", "{mood: calm}"], "the chat template has no variable 'mood'"),
     ):
         code, output = influence(folder, tiny_llama, *options)
         assert code == 1

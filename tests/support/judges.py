@@ -153,11 +153,17 @@ def endpoint(server: JudgeServer, **fields: Any) -> Endpoint:
     return Endpoint(model="judge", base_url=server.url, timeout_seconds=3.0, **({"retries": 2} | fields))
 
 
-def open_with(server: JudgeServer, folder: Path, program: Program[SettingsT], **settings: Any) -> Compute:
-    """Open a judge's program with the server as its endpoint."""
-    path = folder / "judge.json"
-    path.write_text(endpoint(server).model_dump_json())
-    opened = load(program.entry)(program.settings(endpoint=endpoint(server).identity(), **settings), {"endpoint": path})
+def open_with(
+    server: JudgeServer,
+    folder: Path,
+    program: Program[SettingsT],
+    fields: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Compute:
+    """Open a judge's program with the server as its endpoint; `fields` are further settings of the endpoint."""
+    path, asked = folder / "judge.json", endpoint(server, **(fields or {}))
+    path.write_text(asked.model_dump_json())
+    opened = load(program.entry)(program.settings(endpoint=asked.identity(), **settings), {"endpoint": path})
     return as_compute(opened)
 
 

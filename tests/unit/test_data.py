@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from montessori_core.config import DataSource, Experiment, Student, Teacher
+from montessori_core.data.hub import hub_rows
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, read_table, table_from_rows, write_table
@@ -189,12 +190,66 @@ def test_hub_data_set_is_read_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (folder / "train.jsonl").write_text('{"instruction": "Name a colour.", "output": "Red."}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    from montessori_core.data import sources
-
-    found = list(sources._hub_rows(DataSource(path="group/tasks"), "reference"))
+    found = list(hub_rows(DataSource(path="group/tasks"), "reference"))
     assert found[0][1]["instruction"] == "Name a colour."
     with pytest.raises(DataError, match="cannot be loaded.*check the id and the network"):
-        list(sources._hub_rows(DataSource(path="group/absent"), "reference"))
+        list(hub_rows(DataSource(path="group/absent"), "reference"))
+
+
+SUBSETS = """---
+configs:
+- config_name: main
+  data_files: [{split: train, path: main/train.jsonl}, {split: test, path: main/test.jsonl}]
+- config_name: socratic
+  data_files: socratic/train.jsonl
+---
+"""
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set with two subsets and without a default one, as openai/gsm8k."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "sums"
+    for name in ("main/train", "main/test", "socratic/train"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"instruction": f"{name} {number}", "output": "4"}) for number in range(2)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "README.md").write_text(SUBSETS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "first"),
+    [
+        ({"subset": "main"}, "main/train 0"),
+        ({"subset": "main", "split": "test[1:]"}, "main/test 1"),
+        ({"subset": "socratic"}, "socratic/train 0"),
+    ],
+)
+def test_subset_and_split_are_read(data_set: Path, fields: dict[str, str], first: str) -> None:
+    tasks = read_tasks(DataSource(path=str(data_set), **fields), "reference", with_response=True)
+    assert tasks[0].instruction == first
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "has several subsets; set reference.subset to one of main, socratic"),
+        ({"subset": "more"}, "has no subset 'more'; set reference.subset to one of main, socratic"),
+        ({"subset": "socratic", "split": "test"}, r"\(subset 'socratic', split 'test'\) cannot be loaded: .*train"),
+        ({"subset": "main", "output_field": "answer"}, r"sums \(main, train\), row 1: field 'answer' is missing"),
+    ],
+)
+def test_missing_subset_or_split_is_named(data_set: Path, fields: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_tasks(DataSource(path=str(data_set), **fields), "reference", with_response=True)
+
+
+@pytest.mark.parametrize("name", ["builtin", "builtin/maths"])
+def test_builtin_sets_are_not_scored(name: str) -> None:
+    with pytest.raises(DataError, match=f"examples.path: {name}: the built-in sets are seeds"):
+        read_tasks(DataSource(path=name), "examples", with_response=True)
 
 
 def test_overlapping_sets_are_refused_or_warned_about() -> None:

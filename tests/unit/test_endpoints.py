@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,98 @@ def test_every_program_leaves_out_refused_rows(server: StrictServer, tmp_path: P
         warnings = json.loads(warnings_file(folder / "judge.json").read_text())
         assert any("refuses temperature" in warning for warning in warnings)
         assert any("refused by moderation" in warning for warning in warnings)
+
+
+def follow_schema(server: StrictServer) -> None:
+    """Make the server answer requests with a schema in JSON, with the last allowed verdict."""
+
+    def answer(request: dict[str, Any]) -> tuple[int, Any] | None:
+        if "response_format" not in request:
+            return None
+        schema = request["response_format"]["json_schema"]["schema"]
+        [name] = schema["required"][1:]
+        text = json.dumps({"explanation": "Score: 1", name: schema["properties"][name]["enum"][-1]})
+        return 200, json.loads(completion(text))
+
+    server.problem = answer
+
+
+STRUCTURED: dict[str, tuple[Any, Any, Any]] = {
+    "points": (JUDGE, {"response_only": True}, [5.0, 5.0]),
+    "pairwise": (PAIRWISE_JUDGE, {"prompts": "own"}, ["tie", "tie"]),
+    "mt-bench": (MT_BENCH_JUDGE, {"prompts": "own"}, [10.0, 10.0]),
+}
+
+
+def judge_two(server: StrictServer, folder: Path, case: str, **fields: Any) -> list[Any]:
+    """Let a program judge two rows; return its verdicts."""
+    program, settings, _ = STRUCTURED[case]
+    rows: dict[str, list[Row]] = {
+        "points": [
+            {"example_id": str(n), "prompt_id": "p", "instruction": "Count.", "response": f"{n}"} for n in (2, 3)
+        ],
+        "pairwise": [{"question_id": str(n), "instruction": "Count.", "answer": "1", "other": "22"} for n in (2, 3)],
+        "mt-bench": [
+            {
+                "question_id": str(n),
+                "category": "writing",
+                "turn": 1,
+                "questions": [f"Count to {n}."],
+                "answers": ["1"],
+                "references": [],
+            }
+            for n in (2, 3)
+        ],
+    }
+    opened = open_with(server, folder, program, fields, **settings)
+    opened(rows[case], folder / "part.parquet", lambda done: None)
+    schema, column = {
+        "points": (UTILITY, "utility"),
+        "pairwise": (PAIRWISE, "outcome"),
+        "mt-bench": (MT_BENCH, "score"),
+    }[case]
+    verdicts: list[Any] = read_table(folder / "part.parquet", schema)[column].to_pylist()
+    return verdicts
+
+
+@pytest.mark.parametrize("case", STRUCTURED)
+def test_structured_output_has_a_verdict(case: str, server: StrictServer, tmp_path: Path) -> None:
+    follow_schema(server)
+    assert judge_two(server, tmp_path, case, structured_output=True) == STRUCTURED[case][2]
+    sent = [request["response_format"] for request in server.requests]
+    assert all(form["type"] == "json_schema" and form["json_schema"]["strict"] for form in sent)
+
+
+@pytest.mark.parametrize("case", STRUCTURED)
+def test_structured_output_is_off_by_default(case: str, server: StrictServer, tmp_path: Path) -> None:
+    follow_schema(server)
+    expected = judge_two(server, tmp_path, case)
+    assert not any("response_format" in request for request in server.requests)
+    assert expected == {"points": [2.0, 3.0], "pairwise": ["loss", "loss"], "mt-bench": [7.0, 7.0]}[case]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        openai_error("Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."),
+        openai_error("This model does not support structured outputs."),
+        {"detail": [{"loc": ["body", "response_format"], "msg": "Extra inputs are not permitted"}]},
+    ],
+)
+def test_refused_structured_output_falls_back_to_text(body: Any, server: StrictServer, tmp_path: Path) -> None:
+    server.problem = refuse_if("response_format", 400, body)
+    warnings: list[str] = []
+    schema = {"type": "object"}
+    asked = [Question(question.text, schema=schema) for question in questions(6)]
+    answers = client(server, tmp_path, warnings, structured_output=True, concurrency=1).ask(asked)
+    assert [read_score(answer) for answer in answers] == [float(number) for number in range(6)]
+    assert len(server.requests) == 7
+    assert warnings == ["judge: the server refuses response_format; requests are sent without it"]
+
+
+def test_schema_enters_key_only_if_it_is_sent(server: StrictServer, tmp_path: Path) -> None:
+    """Answers that were paid for before schemas existed are still found."""
+    plain, asked = questions(1)[0], replace(questions(1)[0], schema={"type": "object"})
+    for on in (False, True):
+        api = client(server, tmp_path, [], structured_output=on)
+        assert (api._key(plain) == api._key(asked)) is not on

@@ -5,8 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
-    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
-    MambaConfig,
     MistralConfig,
     PhiConfig,
 )
@@ -38,8 +35,10 @@ from montessori_core.synthesis import jobs, row_cache, transformers_engine
 from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE, build_prompts
-from montessori_core.synthesis.transformers_engine import SeededSampler, TransformersEngine, draw_from_nucleus
+from montessori_core.synthesis.sampler import SeededSampler, draw_from_nucleus
+from montessori_core.synthesis.transformers_engine import TransformersEngine
 from montessori_core.training.dpo import encode_pair
+from support.generation import continue_without_cache, run_interrupted
 from support.judges import JudgeServer, endpoint, served
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]
@@ -86,30 +85,6 @@ def test_penalties_count_tokens_like_vllm() -> None:
     assert sampler._penalize(torch.tensor([[1.0, 1.0, -1.0, 1.0, 1.0]])).tolist() == [[1.0, 0.5, -2.0, 0.0, 1.0]]
 
 
-def reference(model: Any, tokenizer: Any, request: Request, sampling: Sampling, stop: str | None) -> Generated:
-    """Continue a single request, without a cache."""
-    prompt: list[int] = tokenizer(request.prompt)["input_ids"]
-    draws = np.random.Generator(np.random.Philox(request.seed)).random(sampling.max_tokens)
-    drawn: list[int] = []
-    while len(drawn) < sampling.max_tokens:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + drawn]), use_cache=False).logits[0, -1]
-        for token in {*prompt, *drawn}:
-            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
-        logits[list(set(drawn))] -= sampling.presence_penalty
-        probabilities = (logits / sampling.temperature).softmax(-1)
-        draw = torch.tensor(draws[len(drawn) : len(drawn) + 1])
-        token = int(draw_from_nucleus(probabilities[None], sampling.top_p, draw))
-        if token == tokenizer.eos_token_id:
-            text = tokenizer.decode(drawn, skip_special_tokens=True)
-            return Generated(text, len(drawn), "stop", [*drawn, token])
-        drawn.append(token)
-        text = tokenizer.decode(drawn, skip_special_tokens=True)
-        if stop and stop in text:
-            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop", drawn)
-    return Generated(text, len(drawn), "length", drawn)
-
-
 _SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -139,10 +114,6 @@ MODELS = {
         **_SMALL, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=8
     ),
     "gpt2-learned-positions": lambda: _gpt2(n_positions=128),
-    "lfm2-convolutions": lambda: Lfm2Config(**_SMALL, layer_types=["conv", "full_attention", "conv"]),
-    "mamba": lambda: MambaConfig(
-        hidden_size=64, num_hidden_layers=2, state_size=4, bos_token_id=1, eos_token_id=2, pad_token_id=2
-    ),
 }
 
 
@@ -168,24 +139,10 @@ def test_batched_rows_equal_single_rows(
     start = "Name a river and a city"
     texts = [start + end for end in ("", " in Asia", " or one in Europe", " and it" * 10)]
     requests = [Request(text, seed) for seed, text in enumerate(texts * 2 + texts[:1])]
-    expected = [reference(engine._model, tokenizer, request, sampling, stop) for request in requests]
+    expected = [continue_without_cache(engine._model, tokenizer, request, sampling, stop) for request in requests]
     assert continuations(engine.generate(requests, sampling, stop)) == expected
     assert len({generated.tokens for generated in expected}) > 2 or stop is None
     assert run_interrupted(engine, requests, sampling, stop) == expected
-
-
-def run_interrupted(
-    engine: TransformersEngine, requests: list[Request], sampling: Sampling, stop: str | None
-) -> list[Generated]:
-    """Run an engine, stopping it every eleven steps and resuming from its drafts."""
-    finished: dict[int, Generated] = {}
-    while left := [index for index in range(len(requests)) if index not in finished]:
-        for step in islice(engine.generate([requests[index] for index in left], sampling, stop), 11):
-            finished |= {left[place]: generated for place, generated in step.finished.items()}
-        for place, tokens in step.drafts().items():
-            requests = list(requests)
-            requests[left[place]] = replace(requests[left[place]], drawn=tuple(tokens))
-    return [finished[index] for index in range(len(requests))]
 
 
 def test_continuations_end_at_last_position(tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, LlamaConfig, MambaConfig, OPTConfig
 
+from flows.evaluation import open_evaluation
 from flows.influence import Measurement, open_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.models.positions import check_positions, positions_of
 from montessori_core.models.templates import check_template
+from support.runs import invoke
 from tasks.run import open_run
 
 _ENDS = {"vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -139,3 +141,33 @@ def test_measured_student_is_checked(tiny_llama: Path, small_tokenizer: Path, tm
         measurement = Measurement(Student(model=str(model)), None, source, source, Influence(), "student", Cluster())
         with pytest.raises(UserError, match=message):
             open_inputs(measurement, tmp_path / "measured")
+
+
+def test_evaluated_model_gets_configured_template(tiny_llama: Path, tmp_path: Path) -> None:
+    """The model's own template is broken, so only the configured one may be checked."""
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (broken / "chat_template.jinja").write_text("{% for")
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{{ mood }}" + (tiny_llama / "chat_template.jinja").read_text())
+    settings = {"chat_template": str(mine), "chat_template_kwargs": {"mood": "calm"}}
+    run, _ = open_evaluation(experiment(tiny_llama, tiny_llama, **settings), str(broken), tmp_path / "evaluation")
+    template = Path(run.initial_student().path) / "chat_template.jinja"
+    assert template.read_text() == '{% set mood = "calm" %}' + mine.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chat-template", "absent.jinja"], "chat_template: absent.jinja cannot be read"),
+        (["--chat-template-kwargs", "{mood: calm}"], "the chat template has no variable 'mood'"),
+        (["--chat-template-kwargs", "{mood: [1]}"], "student.chat_template_kwargs.mood"),
+        (["--chat-template-kwargs", "calm"], "--chat-template-kwargs calm: write a mapping"),
+    ],
+)
+def test_template_options_of_evaluate_are_checked(
+    tiny_llama: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"teacher: {{model: {tiny_llama}}}\nstudent: {{model: {tiny_llama}}}\n")
+    code, output = invoke("evaluate", str(tiny_llama), "--config", "mine.yaml", *options, cwd=tmp_path)
+    assert code == 1
+    assert message in " ".join(output.split())

@@ -9,14 +9,15 @@ import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cluster.fanout import fan_out
+from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Cluster, DataSource, Endpoint, Lora, Resources, Sampling, Synthesis
+from montessori_core.config import Cluster, DataSource, Endpoint, Lora, Resources, Sampling, Synthesis, Vllm
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import GENERATION, MT_BENCH, read_table
 from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench_judge
@@ -36,9 +37,21 @@ def vllm_python() -> str:
     return str(python)
 
 
-def generate(folder: Path, model: Path, python: str, rows: list[Row], sampling: Sampling) -> list[Row]:
-    settings = programs.Generation(engine="vllm", sampling=sampling, form="tagged")
-    stage = Stage.of(programs.GENERATION, settings, folder, {"teacher": model}, {})
+def generate(
+    folder: Path,
+    model: Path,
+    python: str,
+    rows: list[Row],
+    sampling: Sampling,
+    gpus: Vllm | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[Row]:
+    settings = programs.Generation(engine="vllm", engine_options=options or {}, sampling=sampling, form="tagged")
+    inputs = {"teacher": model}
+    if gpus is not None:
+        inputs["vllm"] = folder.with_name("vllm.json")
+        inputs["vllm"].write_text(gpus.model_dump_json())
+    stage = Stage.of(programs.GENERATION, settings, folder, inputs, {})
     (part,) = fan_out(stage, as_shards(rows), Resources(), Cluster(), python=python)
     found: list[Row] = read_table(part, GENERATION).to_pylist()
     return found
@@ -64,6 +77,29 @@ def test_vllm_samples_depend_on_their_seeds(
     stopped = [row for row in found[:16] if row["finish_reason"] == "stop"]
     assert any(row["raw_output"].endswith(CLOSE) for row in stopped)
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
+
+
+def test_copies_of_a_model_answer_all_requests(
+    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two copies, with an option of the engine: the lengths are those of the run, not the model's 8192 positions."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    texts = ["The capital of France is", "One, two, three, four,"]
+    rows: list[Row] = [
+        {"example_ids": [f"{i}-0", f"{i}-1"], "turns": [t], "seeds": [1, 2]} for i, t in enumerate(texts)
+    ]
+    sampling = Sampling(temperature=0.0, max_tokens=12, presence_penalty=0.0)
+    gpus, options = Vllm(data_parallel=2), {"max_num_seqs": 4}
+    found = generate(tmp_path / "stage", smollm2, vllm_python, rows, sampling, gpus, options)
+    assert [row["example_id"] for row in found] == ["0-0", "0-1", "1-0", "1-1"]
+    assert [row["raw_output"] for row in found[::2]] == [row["raw_output"] for row in found[1::2]]
+    assert "Paris" in found[0]["raw_output"]
+    assert "five" in found[2]["raw_output"]
+    log = "".join(file.read_text() for file in (tmp_path / "stage" / "jobs").rglob("*_log.*"))
+    assert "tensor_parallel 1, data_parallel 2" in log
+    assert log.count("'max_model_len': 1024") == 2
+    with pytest.raises(ShardsFailed, match="engine_options.max_num_seq: vLLM .*did you mean 'max_num_seqs'"):
+        generate(tmp_path / "wrong", smollm2, vllm_python, rows, sampling, gpus, {"max_num_seq": 4})
 
 
 def test_vllm_applies_an_adapter(

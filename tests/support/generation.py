@@ -1,0 +1,53 @@
+"""Generation that the engine is compared with."""
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from montessori_core.config import Sampling
+from montessori_core.synthesis.generation import Generated, Request
+from montessori_core.synthesis.sampler import draw_from_nucleus
+from montessori_core.synthesis.transformers_engine import TransformersEngine
+
+
+def continue_without_cache(
+    model: Any, tokenizer: Any, request: Request, sampling: Sampling, stop: str | None
+) -> Generated:
+    """Continue a single request, without a cache."""
+    prompt: list[int] = tokenizer(request.prompt)["input_ids"]
+    draws = np.random.Generator(np.random.Philox(request.seed)).random(sampling.max_tokens)
+    drawn: list[int] = []
+    while len(drawn) < sampling.max_tokens:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + drawn]), use_cache=False).logits[0, -1]
+        for token in {*prompt, *drawn}:
+            logits[token] *= sampling.repetition_penalty ** (-1 if logits[token] > 0 else 1)
+        logits[list(set(drawn))] -= sampling.presence_penalty
+        probabilities = (logits / sampling.temperature).softmax(-1)
+        draw = torch.tensor(draws[len(drawn) : len(drawn) + 1])
+        token = int(draw_from_nucleus(probabilities[None], sampling.top_p, draw))
+        if token == tokenizer.eos_token_id:
+            text = tokenizer.decode(drawn, skip_special_tokens=True)
+            return Generated(text, len(drawn), "stop", [*drawn, token])
+        drawn.append(token)
+        text = tokenizer.decode(drawn, skip_special_tokens=True)
+        if stop and stop in text:
+            return Generated(text[: text.index(stop) + len(stop)], len(drawn), "stop", drawn)
+    return Generated(text, len(drawn), "length", drawn)
+
+
+def run_interrupted(
+    engine: TransformersEngine, requests: list[Request], sampling: Sampling, stop: str | None
+) -> list[Generated]:
+    """Run an engine, stopping it every eleven steps and resuming from its drafts."""
+    finished: dict[int, Generated] = {}
+    while left := [index for index in range(len(requests)) if index not in finished]:
+        for step in islice(engine.generate([requests[index] for index in left], sampling, stop), 11):
+            finished |= {left[place]: generated for place, generated in step.finished.items()}
+        for place, tokens in step.drafts().items():
+            requests = list(requests)
+            requests[left[place]] = replace(requests[left[place]], drawn=tuple(tokens))
+    return [finished[index] for index in range(len(requests))]
