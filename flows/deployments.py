@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
-from flows.prefect_api import check_api
+from flows.prefect_api import check_api, check_proxies
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -75,6 +75,7 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
     from prefect.exceptions import ObjectNotFound
     from prefect.settings import PREFECT_API_URL
 
+    check_proxies()
     deployments = read_deployments(file or find_deployments())
     api = PREFECT_API_URL.value()
     if api is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.prefect_api import answers, check_api, check_login
+from flows.prefect_api import answers, check_api, check_login, check_proxies
 from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
@@ -26,6 +26,7 @@ _SERVER_TIMEOUT = 180.0  # seconds; a first start migrates a database
 @contextmanager
 def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     """Yield the API address of the server in Prefect's settings, of one on this machine, or of one started here."""
+    check_proxies()
     # In a child process: this process must not read Prefect's settings before PREFECT_API_URL is set.
     code = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value() or '')"
     configured = subprocess.run(

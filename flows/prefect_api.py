@@ -3,6 +3,7 @@
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ from montessori_core.errors import UserError
 
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
+
+
+def check_proxies() -> None:
+    """Check that Prefect's client can be made: for a SOCKS proxy it needs a package that Prefect does not install.
+
+    Raises:
+        UserError: the package is missing; names the variable.
+    """
+    for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
+        proxy = os.environ.get(name.lower()) or os.environ.get(name, "")
+        if proxy.startswith("socks") and find_spec("socksio") is None:
+            raise UserError(
+                f"{name} is {proxy}, a SOCKS proxy, which needs a package: pip install socksio. Or unset {name} and "
+                f"{name.lower()}: Prefect is reached without a proxy on this machine"
+            )
 
 
 def answers(api: str) -> bool:

@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 
 from flows.cli.console import console
-from flows.prefect_api import check_api, problem_of
+from flows.prefect_api import check_api, check_proxies, problem_of
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
@@ -56,6 +56,7 @@ def _open_api() -> str | None:
     """
     from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 
+    check_proxies()
     api: str | None = PREFECT_API_URL.value()
     if api is not None:
         check_api(api)

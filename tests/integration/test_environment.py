@@ -257,6 +257,16 @@ def test_missing_prefect_server_is_one_sentence(talking_llama: Path, tmp_path: P
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("command", ["run", "up", "deploy"])
+def test_socks_proxy_without_its_package_is_one_sentence(talking_llama: Path, tmp_path: Path, command: str) -> None:
+    arguments = {"run": ["run", str(configuration(tmp_path, talking_llama))], "deploy": ["deploy", "--pool", "p"]}
+    code, output = call(*arguments.get(command, [command]), cwd=tmp_path, all_proxy="socks5://127.0.0.1:9")
+    assert code == 1
+    assert "error: ALL_PROXY is socks5://127.0.0.1:9, a SOCKS proxy" in output
+    assert "pip install socksio" in output
+    assert "Traceback" not in output
+
+
 def test_other_server_is_not_prefect(tmp_path: Path) -> None:
     """An address without /api: Prefect's pages answer it."""
 
