@@ -25,10 +25,11 @@ A command takes the path of a configuration or the name of a shipped preset; a f
 
 | preset | for | what it is |
 |---|---|---|
-| `quickstart` | `montessori run` | an iteration on a laptop: SmolLM2-135M teaches itself |
+| `quickstart` | `montessori run` | an iteration on a laptop: SmolLM2-135M learns to write tasks that help a smaller student to code |
 | `paper-1b`, `paper-8b` | `montessori run` | the paper's settings, for a cluster of H100 nodes |
 | `evaluation` | `montessori evaluate` | the paper's tasks |
 | `quickstart` | `montessori compare` | two methods, three seeds, with the quickstart's experiment |
+| `laptop` | `montessori compare` | seven methods and controls, five seeds; hours on a laptop |
 | `slurm` | `--cluster` | a cluster file to start from |
 
 To change more than a few fields, copy a preset from `montessori_core/presets/`. Where the package is installed, this prints

@@ -447,7 +447,7 @@ def test_file_takes_precedence_over_preset(tmp_path: Path, monkeypatch: pytest.M
     ("read", "presets"),
     [
         (read_experiment, "evaluation, paper-1b, paper-8b, quickstart"),
-        (read_study, "quickstart"),
+        (read_study, "laptop, quickstart"),
         (read_cluster, "slurm"),
     ],
 )

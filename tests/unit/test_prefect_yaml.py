@@ -57,7 +57,7 @@ def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ({}, "set either config .* or parameters.experiment"),
         ({"config": "quickstart", "parameters": {"experiment": {}}}, "set either config .* or parameters.experiment"),
         ({"config": "quikstart"}, "config: .*quikstart: no such file, and no preset .* paper-1b, paper-8b, quickstart"),
-        ({"config": "paper-8b", "entrypoint": "flows/study.py:compare"}, "config: .*no preset .*: quickstart"),
+        ({"config": "paper-8b", "entrypoint": "flows/study.py:compare"}, "config: .*no preset .*: laptop, quickstart"),
         ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),
         ({"config": "quickstart", "entrypoint": "flows/x.py:y"}, "no entrypoint 'flows/x.py:y'"),
     ],
