@@ -120,24 +120,14 @@ def _open_meter(
     shared: Path | None,
 ) -> InfluenceMeter:
     step, sequential = settings.step, settings.sequential
-    adamw = AdamW(
-        step.learning_rate,
-        step.beta1,
-        step.beta2,
-        step.epsilon,
-        step.weight_decay,
-        moments.step + 1,
-        step.example_weight,
-    )
-    placement = _placement(model, settings, device)
     return InfluenceMeter(
         ResidentStudent(
             model,
             moments,
-            adamw,
+            AdamW(step=moments.step + 1, **step.model_dump(exclude={"weight_per"})),
             device,
             mixed=settings.dtype == "mixed",
-            placement=placement,
+            placement=_placement(model, settings, device),
             typical_tokens=float(reference.tokens.mean()) if step.weight_per == "token" else None,
         ),
         reference,
