@@ -13,7 +13,7 @@ from montessori_core.config.models import Endpoint, Student, Teacher
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, parse
 from montessori_core.config.synthesis import Synthesis
 from montessori_core.config.training import Nomad, Optimization, TeacherUpdate, Training, Warmup, Zero
-from montessori_core.config.yaml import read_overridden
+from montessori_core.config.yaml import apply_overrides, read_yaml
 from montessori_core.presets import find_configuration
 
 
@@ -153,7 +153,9 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         ConfigError: the file is missing, is not YAML, or is not valid; the message names every invalid field.
     """
     path = find_configuration(path)
-    return parse_experiment(read_overridden(path, overrides), str(path))
+    content = read_yaml(path)
+    apply_overrides(content, overrides)
+    return parse_experiment(content, str(path))
 
 
 def parse_experiment(content: dict[str, Any], source: str) -> Experiment:
