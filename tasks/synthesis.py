@@ -277,9 +277,7 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
         for row, response in zip(owners, generated, strict=True)
         if response["raw_output"].strip()
     ]
-    return write_examples(
-        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
-    )
+    return write_examples(step, table_from_rows(answered, EXAMPLES), parts)
 
 
 def answer_seeds(step: Step) -> Path:
@@ -290,20 +288,18 @@ def answer_seeds(step: Step) -> Path:
         for task in step.run.sources().seed_pool
     ]
     answered, parts = _write_responses(step.at("responses", "responses"), answerer, candidates, "seeds", [])
-    return write_examples(
-        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
-    )
+    return write_examples(step, table_from_rows(answered, EXAMPLES), parts)
 
 
-def join_examples(label: str, tables: list[Path], path: Path) -> Path:
-    """Concatenate example tables."""
-    joined = pa.concat_tables([read_table(table, EXAMPLES) for table in tables])
-    return write_examples(label, path, joined, tables)
+def join_examples(step: Step, tables: list[Path]) -> Path:
+    """Concatenate example tables; write `examples.parquet` in the step's folder."""
+    return write_examples(step, read_table(tables, EXAMPLES), tables, "all so far")
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
-    """Write an example table made from `parts`; return its path."""
+@task(task_run_name="{step.label}: {what}", cache_policy=NO_CACHE, persist_result=False)
+def write_examples(step: Step, examples: pa.Table, parts: list[Path], what: str = "table") -> Path:
+    """Write an example table made from `parts` to `examples.parquet` in the step's folder; return its path."""
+    path = step.folder / layout.EXAMPLES
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(examples, path, EXAMPLES)
     return path
@@ -337,7 +333,7 @@ def generate(
         parts = step.execute(
             programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
         )
-    return [row for part in parts for row in read_table(part, GENERATION).to_pylist()], parts
+    return read_table(parts, GENERATION).to_pylist(), parts
 
 
 def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:

@@ -319,12 +319,14 @@ def take_rows(
         yield table.take(positions[groups == group] - (ends[group] - sizes[group]))
 
 
-def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a table of `schema`, or some columns of it.
+def read_table(path: Path | Sequence[Path], schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table of `schema`, or some columns of it; the parts of a table, in their order, are read as one.
 
     Raises:
-        DataError: the file is missing, damaged, or another table.
+        DataError: a file is missing, damaged, or another table.
     """
+    if not isinstance(path, Path):
+        return pa.concat_tables([read_table(part, schema, columns) for part in path]).combine_chunks()
     return check(read_parquet(path, "; delete it and resume the run", columns), schema, str(path), columns)
 
 
