@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import ClusterFile, on_cluster, warn
+from flows.cli.options import ClusterFile, Overrides, on_cluster, warn
 from flows.cli.tables import print_forecasts
 from montessori_core import layout
 from montessori_core.config import read_experiment
@@ -21,9 +21,7 @@ def forecast(
         Path | None,
         typer.Argument(help="Configuration of the experiment; by default the pilot's.", metavar="[CONFIG]"),
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
-    ] = None,
+    set_: Overrides = None,
     cluster: ClusterFile = None,
     nodes: Annotated[
         list[int] | None,
