@@ -160,6 +160,17 @@ def lora_config(model: "PreTrainedModel", lora: Lora, setting: str) -> "LoraConf
     )
 
 
+def load_with_tokenizer(model: str, dtype: Any) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
+    """Load a tokenizer and its model.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not belong together.
+    """
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
+    check_tokenizer(tokenizer, loaded)
+    return tokenizer, loaded
+
+
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
     """Check that the model's vocabulary includes all tokens of the tokenizer.
 
