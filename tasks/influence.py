@@ -45,10 +45,7 @@ class _Stages:
 
     def __init__(self, step: Step, student: Model, examples: Path, rows: Rows, paired: bool) -> None:
         self._step, self._examples, self._rows, self._paired = step, examples, rows, paired
-        self._models = {
-            "student": student,
-            "moments": Model(student.path, moments_fingerprint(Path(student.path))),
-        }
+        self._models = {"student": student, "moments": Model(student.path, moments_fingerprint(Path(student.path)))}
         self.parts: list[Path] = []
         self.warnings: list[str] = []
 

@@ -213,11 +213,7 @@ def _write_instructions(
 
 
 def _write_responses(
-    step: Step,
-    answerer: Model | ApiModel,
-    candidates: list[Row],
-    draw: str,
-    upstream: list[Path],
+    step: Step, answerer: Model | ApiModel, candidates: list[Row], draw: str, upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
     """Answer instructions; return the examples and the generated parts. A candidate with an empty response is rejected."""
     if not candidates:
@@ -242,10 +238,7 @@ def _write_responses(
 
 def _response_of(generated: Row) -> Row:
     """Return the response columns of an example from a generated row."""
-    return {
-        "response": generated["raw_output"].strip(),
-        "response_finished": generated["finish_reason"] == "stop",
-    }
+    return {"response": generated["raw_output"].strip(), "response_finished": generated["finish_reason"] == "stop"}
 
 
 def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:

@@ -11,14 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
 from montessori_core.data.rows import PairRow, Rows
-from montessori_core.data.tables import (
-    EXAMPLES,
-    INFLUENCE,
-    PREFERENCES,
-    UTILITY,
-    UTILITY_PREFERENCES,
-    read_table,
-)
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
 from montessori_core.errors import UserError
 from montessori_core.influence.preferences import (
     PAIRED,

@@ -18,14 +18,12 @@ def forecast(
         Path, typer.Option(metavar="RUN_DIR", help="A finished run whose stages provide the measured costs.")
     ],
     config: Annotated[
-        Path | None,
-        typer.Argument(help="Configuration of the experiment; by default the pilot's.", metavar="[CONFIG]"),
+        Path | None, typer.Argument(help="Configuration of the experiment; by default the pilot's.", metavar="[CONFIG]")
     ] = None,
     set_: Overrides = None,
     cluster: ClusterFile = None,
     nodes: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Number of nodes, by default 1; may be repeated to compare."),
+        list[int] | None, typer.Option(min=1, help="Number of nodes, by default 1; may be repeated to compare.")
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node.")] = 8,
     cpus_per_node: Annotated[int, typer.Option(min=1, help="Cores of each node.")] = 64,

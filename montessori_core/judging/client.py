@@ -24,13 +24,7 @@ from montessori_core.config import Endpoint
 from montessori_core.errors import UserError
 from montessori_core.files import cache_root, read_json, write_json
 from montessori_core.judging.answer_cache import AnswerCache
-from montessori_core.judging.responses import (
-    Answer,
-    is_unknown_parameter,
-    parse,
-    refusal_of,
-    refused_parameter,
-)
+from montessori_core.judging.responses import Answer, is_unknown_parameter, parse, refusal_of, refused_parameter
 
 log = logging.getLogger(__name__)
 

@@ -152,11 +152,7 @@ def lora_config(model: "PreTrainedModel", lora: Lora, setting: str) -> "LoraConf
             raise UserError(f"{setting}.targets: PEFT cannot adapt {target!r} of a Mamba model; leave it out")
     targets = list(lora.targets) or "all-linear"
     return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=targets,
-        exclude_modules=excluded,
-        task_type="CAUSAL_LM",
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM"
     )
 
 
