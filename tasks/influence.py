@@ -1,6 +1,5 @@
 """Local data influence (Section 3.2): measure shards of examples, and join their tables."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -119,10 +118,7 @@ def influence_settings(experiment: Experiment, estimator: str) -> programs.Influ
 def _publish(
     label: str, summary: dict[str, float | int], screening: ScreeningReport | None, warnings: list[str]
 ) -> None:
-    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items()]
-    if screening is not None:
-        lines += [
-            f"| {field.name.replace('_', ' ')} | {getattr(screening, field.name)} |" for field in fields(screening)
-        ]
+    values = {**summary, **(vars(screening) if screening else {})}
+    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in values.items()]
     notes = [line for warning in warnings for line in ("", f"**Warning**: {warning}")]
     create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines, *notes]), description=label)

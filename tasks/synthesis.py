@@ -160,7 +160,8 @@ def join_synthesis(
     """Write the tables, and publish the funnel of the filters."""
     result = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
     write_table(candidates, result.instructions, INSTRUCTIONS)
-    _publish(label, funnel(candidates))
+    counts = [{"step": step, "instructions": number} for step, number in funnel(candidates).items()]
+    create_table_artifact(counts, description=f"Synthesis funnel - {label}")
     if examples.num_rows < count:
         raise UserError(_too_few(examples.num_rows, count, candidates, label))
     write_table(examples, result.examples, EXAMPLES)
@@ -336,11 +337,4 @@ def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:
         + "\n".join(lines)
         + "\nFor a small or base teacher set teacher.prompt_style=completion; otherwise raise synthesis.max_rounds, widen "
         "the seed pool or relax synthesis.filters"
-    )
-
-
-def _publish(label: str, counts: dict[str, int]) -> None:
-    create_table_artifact(
-        [{"step": step, "instructions": number} for step, number in counts.items()],
-        description=f"Synthesis funnel - {label}",
     )

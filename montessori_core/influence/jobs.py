@@ -13,7 +13,7 @@ from montessori_core.data.sources import Task, load_tasks
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.losses import TokenLosses
-from montessori_core.influence.memory import GB, plan_memory
+from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.meter import InfluenceMeter, Measurement
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
@@ -22,7 +22,7 @@ from montessori_core.influence.table import schema_with_metadata
 from montessori_core.models.chat import Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
 from montessori_core.models.load import load_with_tokenizer
-from montessori_core.models.shape import Shape
+from montessori_core.models.shape import GB, Shape
 from montessori_core.program import Recorder, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
 
