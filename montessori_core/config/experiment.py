@@ -23,7 +23,7 @@ class DataSource(Section):
     path: str = Field(
         description="'builtin' for the built-in set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for built-in "
         "reference or evaluation examples of one kind; 'builtin/short' for a seed pool of short tasks, for a small teacher, "
-        "'builtin/half-coding' or 'builtin/half-maths' for short tasks half of which are of that kind; "
+        "'builtin/half-coding' or 'builtin/half-maths' for short tasks, half of them of that kind; "
         "a .jsonl or .parquet file; a Hugging Face data set id; or a folder with such a data set."
     )
     subset: str | None = Field(
