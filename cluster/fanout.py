@@ -207,9 +207,7 @@ class _Driver:
                 if alive is None or job_id in alive:
                     submission.missed[job_id] = missed if alive is None else 0
                 elif self._done.issuperset(task):
-                    submission.missed[job_id] = (
-                        self._backend.polls_until_lost
-                    )  # it has ended because its shards are done
+                    submission.missed[job_id] = self._backend.polls_until_lost  # it ended: its shards are done
                 elif missed < self._backend.polls_until_lost:
                     submission.missed[job_id] = missed + 1
                 if submission.missed[job_id] < self._backend.polls_until_lost:

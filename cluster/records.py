@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from montessori_core.files import read_json
 
 _Amount = Annotated[int, Field(ge=0, lt=10**30)]
-_Seconds = Annotated[float, Field(ge=0.0, lt=1e15)]
-_Rows = Annotated[float, Field(ge=0.0, lt=1e15)]
+_Number = Annotated[float, Field(ge=0.0, lt=1e15)]
 
 
 class Record(BaseModel):
@@ -46,17 +45,17 @@ class Manifest(Record):
     bytes: _Amount
     sha256: str
     job_id: str
-    opening: _Seconds = 0.0
-    seconds: _Seconds
-    row_seconds: _Seconds | None = None
+    opening: _Number = 0.0
+    seconds: _Number
+    row_seconds: _Number | None = None
     flops: _Amount
 
 
 class ShardProgress(Record):
     """Progress of a running shard: rows done, in fractions, and seconds a row."""
 
-    done: _Rows
-    row_seconds: _Seconds | None = None
+    done: _Number
+    row_seconds: _Number | None = None
 
 
 class DraftRows(Record):

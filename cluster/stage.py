@@ -246,17 +246,9 @@ class Stage:
         Raises:
             UserError: its description is missing or damaged.
         """
-        return Stage.read_with_size(folder)[0]
-
-    @staticmethod
-    def read_with_size(folder: Path) -> "tuple[Stage, int]":
-        """Read the same, and the number of its shards."""
-        content = describe(folder).model_dump()
-        for name in ("rows", "rows_per_shard"):
-            del content[name]
-        shards = content.pop("shards")
+        content = describe(folder).model_dump(exclude={"rows", "rows_per_shard", "shards"})
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
-        return Stage(**content, inputs=inputs, folder=folder), shards
+        return Stage(**content, inputs=inputs, folder=folder)
 
     def manifests(self, shards: Iterable[int]) -> list[Manifest]:
         """Return the manifests of `shards`, in order, without those that are missing or damaged."""

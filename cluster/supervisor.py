@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
@@ -35,7 +34,7 @@ def main(folder: Path, gate: int, seconds: float, pids: Sequence[int]) -> None:
     # Adopt children of killed ranks, such as an engine that holds GPU memory.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     ranks = [psutil.Process(pid) for pid in pids]
-    signal.signal(signal.SIGTERM, lambda number, frame: _forward(ranks, number, frame))
+    signal.signal(signal.SIGTERM, lambda number, frame: _forward(ranks, number))
     os.write(0, f"{os.getpid()}:{psutil.Process().create_time()}\n".encode())
     answer = os.read(0, 1)
     if not answer:
@@ -72,9 +71,7 @@ def kill_tree(process: psutil.Process) -> list[psutil.Process]:
 def _wait(ranks: list[psutil.Process], seconds: float) -> None:
     warning = min(_WARNING_SECONDS, seconds / 2)
     _, alive = psutil.wait_procs(ranks, seconds - warning, _log_signal)
-    for rank in alive:
-        with suppress(psutil.NoSuchProcess):
-            rank.send_signal(signal.SIGUSR2)
+    _forward(alive, signal.SIGUSR2)
     _, alive = psutil.wait_procs(alive, warning, _log_signal)
     if alive:
         sys.stderr.write(f"the time limit of {seconds / 60:g} minutes is over\n")
@@ -86,7 +83,7 @@ def _log_signal(rank: psutil.Process) -> None:
         sys.stderr.write(f"process {rank.pid} was killed by signal {-code} ({signal.strsignal(-code)})\n")
 
 
-def _forward(ranks: list[psutil.Process], number: int, frame: FrameType | None) -> None:
+def _forward(ranks: list[psutil.Process], number: int) -> None:
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
@@ -95,7 +92,7 @@ def _forward(ranks: list[psutil.Process], number: int, frame: FrameType | None) 
 def _end(ranks: list[psutil.Process]) -> None:
     """End the remaining ranks and all descendants."""
     tree = psutil.Process().children(recursive=True)
-    _forward(ranks, signal.SIGINT, None)
+    _forward(ranks, signal.SIGINT)
     _, alive = psutil.wait_procs(tree, _GRACE_SECONDS)
     for member in alive:
         with suppress(psutil.NoSuchProcess):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.ledger import Ledger
 from cluster.records import JobStart, read_record
-from cluster.stage import Stage
+from cluster.stage import Stage, describe
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def use_of(folder: Path) -> StageUse:
     Raises:
         UserError: the stage's description or its ledger is corrupt.
     """
-    stage, shards = Stage.read_with_size(folder)
+    stage, shards = Stage.read(folder), describe(folder).shards
     manifests = stage.manifests(range(shards))
     submissions = Ledger(folder / "jobs").submissions
     starts = [read_record(path, JobStart) for path in (folder / "jobs").glob("node-of-*.json")]
@@ -86,7 +86,7 @@ class StageCost:
 
 def cost_of(folder: Path) -> StageCost | None:
     """Read the cost of the stage in a folder; None if it is unfinished or an older version recorded too little."""
-    stage, shards = Stage.read_with_size(folder)
+    stage, shards = Stage.read(folder), describe(folder).shards
     manifests = stage.manifests(range(shards))
     starts = [path.stat().st_mtime for path in (folder / "jobs").glob("node-of-*.json")]
     if not stage.kind or not starts or len(manifests) < shards:

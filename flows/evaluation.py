@@ -65,9 +65,5 @@ def _evaluate(run: Run) -> None:
         list_items(run)
         evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), run.initial_student())
         loss = summarize_loss(evaluated.losses)
-        result = {
-            "model": run.experiment.student.model,
-            "held_out_loss": loss,
-            "scores": evaluated.benchmarks.scores,
-        }
+        result = {"model": run.experiment.student.model, "held_out_loss": loss, "scores": evaluated.benchmarks.scores}
         write_json(result, run.folder / RESULT)

@@ -45,11 +45,7 @@ def run_root() -> Path:
 
 
 @flow(name="montessori", flow_run_name="{experiment.name}", on_cancellation=[end_jobs])
-def montessori(
-    experiment: Experiment,
-    add_iterations: Annotated[int, Field(ge=0)] = 0,
-    approve: bool = False,
-) -> None:
+def montessori(experiment: Experiment, add_iterations: Annotated[int, Field(ge=0)] = 0, approve: bool = False) -> None:
     """Tailor a teacher to a student in iterations of synthesis, influence, preference pairs, DPO and training.
 
     A run of the same name is resumed: finished work is read from its folder, not repeated. So after a failure, a crash or a

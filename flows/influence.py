@@ -19,7 +19,7 @@ from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
 from montessori_core.models.positions import check_positions
-from montessori_core.models.templates import check_template, configured_template, with_template
+from montessori_core.models.templates import configured_template, with_template
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
@@ -102,9 +102,7 @@ def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
     student = fetch_model(measurement.student.model, measurement.student.revision)
-    if (template := configured_template(student, measurement.student, "student")) is None:
-        check_template(student)
-    else:
+    if (template := configured_template(student, measurement.student, "student")) is not None:
         student = with_template(student, template, folder / "student")
     check_positions(student, measurement.student.max_length, "max_length")
     models = {"student": Model.of(student)}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from montessori_core.config import Experiment, Section, Study, parse, parse_yaml, read_overridden
+from montessori_core.config import Experiment, Section, Study, parse, parse_yaml, read_yaml
 from montessori_core.errors import ConfigError
 from montessori_core.presets import find_configuration
 
@@ -66,9 +66,9 @@ def _complete_parameters(deployment: dict[str, Any], path: Path) -> None:
 def _read_content(config: Path, kind: type[Section], folder: Path) -> dict[str, Any]:
     """Read a configuration without adding defaults: Prefect's form adds them."""
     if kind is Experiment:
-        return read_overridden(find_configuration(config, folder=folder), ())
+        return read_yaml(find_configuration(config, folder=folder))
     path = find_configuration(config, "studies", folder)
-    content = read_overridden(path, ())
+    content = read_yaml(path)
     if isinstance(content.get("experiment"), str):
         content["experiment"] = _read_content(Path(content["experiment"]), Experiment, path.parent)
     return content

@@ -1,6 +1,5 @@
 """A study: compare methods that propose data to the same student, over several seeds."""
 
-import importlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from montessori_core.evaluation.kinds import KindShare, read_classifier, read_in
 from montessori_core.evaluation.scores import judged_benchmark, mean_over_seeds, win_rate_scores
 from montessori_core.evaluation.statistics import Outcome, compare_outcomes
 from montessori_core.files import write_json
+from montessori_core.program import load
 from montessori_report.study_page import study_page
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, per_token, summarize_loss
@@ -41,11 +41,10 @@ def find_method(name: str) -> Method:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    module, separator, attribute = name.partition(":")
-    if not separator:
+    if ":" not in name:
         raise ConfigError(f"methods: no method {name!r}; available: {', '.join(REGISTRY)}, or your own as module:NAME")
     try:
-        method = getattr(importlib.import_module(module), attribute)
+        method = load(name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"methods: {name}: {error}; the module must be importable where the driver runs") from error
     if not isinstance(method, Method):

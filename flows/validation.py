@@ -38,12 +38,8 @@ from montessori_report.validation_page import validation_page
 from tasks.run import Model
 from tasks.screening import estimate_influence
 
-RESULT, PAGE, TRAININGS, PREDICTED = (
-    "validation.json",
-    "validation.html",
-    "trainings.parquet",
-    "predictions.parquet",
-)
+RESULT, PAGE = "validation.json", "validation.html"
+TRAININGS, PREDICTED = "trainings.parquet", "predictions.parquet"
 FEWEST = 20  # examples: a tenth has two
 _SHARD = 8  # trainings
 
@@ -203,7 +199,7 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
     )
     cluster = validation.measurement.cluster
     parts = compute_parts(out / "cosine", programs.GRADIENT_COSINE, cosine, inputs.rows, inputs, cluster, 2 * _SHARD)
-    values["gradient cosine"] = _column(pa.concat_tables([read_table(part, UTILITY) for part in parts]), "utility")
+    values["gradient cosine"] = _column(read_table(parts, UTILITY), "utility")
     documents, queries = (
         [f"{t.instruction} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference)
     )
@@ -253,7 +249,7 @@ class _Trainings:
         parts = compute_parts(
             folder, programs.RETRAINING, settings, table_rows, self._inputs, measurement.cluster, _SHARD
         )
-        table = pa.concat_tables([read_table(part, RETRAINING) for part in parts])
+        table = read_table(parts, RETRAINING)
         self.tables.append(table)
         return dict(zip(batches, table["reference_loss"].to_pylist(), strict=True))
 

@@ -185,13 +185,7 @@ def _cost(runs: Sequence[RunData]) -> Section:
     seconds = {run.name: sum(filter(formatting.is_finite, run.job_seconds.values())) for run in runs if run.job_seconds}
     operations = {run.name: float(sum(stage["flops"] for stage in run.stages)) for run in runs if run.stages}
     kinds: list[tuple[str, str, str, dict[str, float], Callable[[float], str]]] = [
-        (
-            "Seconds of jobs",
-            "Sum over all shards of all stages of a run.",
-            "seconds",
-            seconds,
-            formatting.duration,
-        ),
+        ("Seconds of jobs", "Sum over all shards of all stages of a run.", "seconds", seconds, formatting.duration),
         (
             "Floating-point operations (Table 8)",
             f"Sum over all stages of a run. {OPERATIONS}",

@@ -19,7 +19,6 @@ from montessori_core.files import read_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
 from montessori_core.influence.table import summarize_influence
-from montessori_core.layout import LOG_FILE
 from montessori_core.synthesis.filtering import funnel
 
 Log = list[dict[str, Any]]
@@ -300,7 +299,7 @@ def _influence(label: str, table: pa.Table | None, threshold: float | None) -> I
 
 
 def _read_log(folder: Path) -> Log:
-    return read_json(folder / "part-00000" / LOG_FILE) or []
+    return read_json(folder / "part-00000" / layout.LOG_FILE) or []
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table | None:

@@ -238,8 +238,7 @@ def _write_outputs(label: str, path: Path, outputs: list[Row], parts: list[Path]
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _join(label: str, path: Path, parts: list[Path], schema: pa.Schema) -> Path:
     """Write the rows of all parts to one table."""
-    table = pa.concat_tables([read_table(part, schema) for part in parts]).combine_chunks()
-    write_table(table, path, schema)
+    write_table(read_table(parts, schema), path, schema)
     return path
 
 

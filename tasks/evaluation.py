@@ -1,6 +1,5 @@
 """Evaluation of a model: held-out loss and the configured benchmarks."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 
 from montessori_core import programs
 from montessori_core.data.tables import REFERENCE_LOSS, read_table
+from montessori_core.evaluation.statistics import mean_and_error
 from tasks.benchmarks import BenchmarkResult, measure_benchmarks
 from tasks.run import Model
 from tasks.stage import Step
@@ -53,13 +53,14 @@ def per_token(losses: pa.Table) -> npt.NDArray[np.float64]:
 
 def summarize_loss(table: Path) -> dict[str, float]:
     """Return the mean over examples of the loss per token (Eq. 2) and its standard error."""
-    losses = per_token(read_table(table, REFERENCE_LOSS))
-    return {"mean": float(losses.mean()), "standard_error": float(losses.std(ddof=1) / math.sqrt(len(losses)))}
+    return _summarize(per_token(read_table(table, REFERENCE_LOSS)))
 
 
 def summarize_gain(before: Path, after: Path) -> dict[str, float]:
     """Return the paired difference of two models' losses (positive: `after` is better) and its standard error."""
     first, second = (read_table(table, REFERENCE_LOSS) for table in (before, after))
-    gain = (first["loss"].to_numpy() - second["loss"].to_numpy()) / first["response_tokens"].to_numpy()
-    error = float(np.std(gain, ddof=1) / math.sqrt(len(gain)))
-    return {"mean": float(gain.mean()), "standard_error": error}
+    return _summarize((first["loss"].to_numpy() - second["loss"].to_numpy()) / first["response_tokens"].to_numpy())
+
+
+def _summarize(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    return dict(zip(("mean", "standard_error"), mean_and_error(values), strict=True))

@@ -1,6 +1,5 @@
 """Local data influence (Section 3.2): measure shards of examples, and join their tables."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,10 +44,7 @@ class _Stages:
 
     def __init__(self, step: Step, student: Model, examples: Path, rows: Rows, paired: bool) -> None:
         self._step, self._examples, self._rows, self._paired = step, examples, rows, paired
-        self._models = {
-            "student": student,
-            "moments": Model(student.path, moments_fingerprint(Path(student.path))),
-        }
+        self._models = {"student": student, "moments": Model(student.path, moments_fingerprint(Path(student.path)))}
         self.parts: list[Path] = []
         self.warnings: list[str] = []
 
@@ -122,10 +118,7 @@ def influence_settings(experiment: Experiment, estimator: str) -> programs.Influ
 def _publish(
     label: str, summary: dict[str, float | int], screening: ScreeningReport | None, warnings: list[str]
 ) -> None:
-    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in summary.items()]
-    if screening is not None:
-        lines += [
-            f"| {field.name.replace('_', ' ')} | {getattr(screening, field.name)} |" for field in fields(screening)
-        ]
+    values = {**summary, **(vars(screening) if screening else {})}
+    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in values.items()]
     notes = [line for warning in warnings for line in ("", f"**Warning**: {warning}")]
     create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines, *notes]), description=label)

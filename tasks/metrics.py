@@ -13,7 +13,6 @@ from montessori_core.data.tables import INFLUENCE, INSTRUCTIONS, PREFERENCES, re
 from montessori_core.files import read_json, write_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import summarize_influence
-from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.program import Row
 from montessori_core.synthesis.filtering import funnel
 from tasks.evaluation import summarize_gain, summarize_loss
@@ -76,7 +75,7 @@ def write_metrics(
         },
         "influence": {"probing": summarize_influence(influence, threshold)},
         "preferences": {"pairs": pairs.num_rows, "prompts": len(set(pairs["prompt_id"].to_pylist()))},
-        "training_counts": _read_from_models(run, number, COUNTS_FILE),
+        "training_counts": _read_from_models(run, number, layout.COUNTS_FILE),
         "held_out_loss": {name: summarize_loss(table) for name, table in files.losses.items()},
         "held_out_gain": {
             f"student_over_{name}": summarize_gain(table, files.losses["student"])
@@ -87,7 +86,7 @@ def write_metrics(
         "scores": [{"model": name, **score} for name, scores in benchmarked.scores.items() for score in scores],
         "head_to_head": benchmarked.head_to_head,
         "contamination": benchmarked.contamination,
-        "training_logs": _read_from_models(run, number, LOG_FILE),
+        "training_logs": _read_from_models(run, number, layout.LOG_FILE),
         "job_seconds": {stage: round(usage.seconds, 1) for stage, usage in usage_by_stage.items()},
         "stages": [
             {"stage": stage, **asdict(usage), "seconds": round(usage.seconds, 1)}

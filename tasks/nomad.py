@@ -10,7 +10,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from montessori_core import programs
+from montessori_core import layout, programs
 from montessori_core.config import Optimization, RougeFilter
 from montessori_core.data.rows import GenerationRow, Rows, TaskRow, TrainingRow
 from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
@@ -131,26 +131,27 @@ def measure_norm_sim(step: Step, examples: Path) -> Path:
         files={"real": step.run.source_file("reference")},
         upstream=[examples],
     )
-    return _join_norm_sim(f"{step.label}: table", step.folder / "norm-sim.parquet", parts)
+    return _join_norm_sim(step, parts)
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _join_norm_sim(label: str, path: Path, parts: list[Path]) -> Path:
-    table = pa.concat_tables([read_table(part, SIMILARITY) for part in parts]).combine_chunks()
+@task(task_run_name="{step.label}: table", cache_policy=NO_CACHE, persist_result=False)
+def _join_norm_sim(step: Step, parts: list[Path]) -> Path:
+    table, path = read_table(parts, SIMILARITY), step.folder / "norm-sim.parquet"
     write_table(table, path, SIMILARITY)
     found = np.quantile(table["norm_sim"].to_numpy(), [0.05, 0.25, 0.5, 0.75, 0.95])
     names = ("5 %", "25 %", "median", "75 %", "95 %")
     create_table_artifact(
         [{"examples": len(table)} | {name: float(value) for name, value in zip(names, found, strict=True)}],
-        description=f"NormSim - {label}",
+        description=f"NormSim - {step.label}: table",
     )
     return path
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def mix_with_real(run: Run, label: str, written: Path, real: int, path: Path) -> Path:
-    """Write an example table of `real` random examples of the reference set and all examples of `written`."""
-    chosen = random.Random(seed_of(run.experiment.seed, _DRAW, "mixture")).sample(run.sources().reference, real)
+@task(task_run_name="{step.label}: real and synthetic", cache_policy=NO_CACHE, persist_result=False)
+def mix_with_real(step: Step, written: Path, real: int) -> Path:
+    """Write `real` random examples of the reference set and all of `written` to the example table of the step."""
+    draw, path = random.Random(seed_of(step.experiment.seed, _DRAW, "mixture")), step.folder / layout.EXAMPLES
+    chosen = draw.sample(step.run.sources().reference, real)
     without_prompt = {"prompt_id": "real", "prompt": "", "raw_output": "", "response_finished": True}
     rows = [vars(task) | without_prompt | {"example_id": f"real-{task.example_id}"} for task in chosen]
     table = pa.concat_tables([table_from_rows(rows, EXAMPLES), read_table(written, EXAMPLES)])

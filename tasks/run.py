@@ -16,7 +16,7 @@ from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
 from montessori_core.models.positions import check_positions
-from montessori_core.models.templates import TEMPLATE, check_template, configured_template, with_template
+from montessori_core.models.templates import TEMPLATE, configured_template, with_template
 from montessori_core.models.weight_names import check_weight_files
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
@@ -95,9 +95,7 @@ class Run:
 
     def sources(self) -> Sources:
         """Return the data sets as they were when the run started."""
-        return Sources(
-            *(load_tasks(self.folder / layout.SOURCES / f"{name}.jsonl") for name in Sources.__annotations__)
-        )
+        return Sources(*(load_tasks(self.source_file(name)) for name in Sources.__annotations__))
 
     def source_file(self, name: str) -> Path:
         """Return the path of a data set's copy in the run folder."""
@@ -239,9 +237,7 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
     fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
     templates = {}
     for section, model in ((experiment.teacher, teacher), (experiment.student, student)):
-        if (template := configured_template(model, section, _role(section))) is None:
-            check_template(model)
-        else:
+        if (template := configured_template(model, section, _role(section))) is not None:
             templates[_role(section)] = template
     return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
 

@@ -150,7 +150,7 @@ class Step:
         shards: Shards,
         models: Mapping[str, Model],
         files: Mapping[str, Path],
-        undeciding_files: Mapping[str, Path],
+        unkeyed_files: Mapping[str, Path],
         upstream: Sequence[object],
         read: Callable[[Path], Any],
     ) -> list[Any]:
@@ -159,8 +159,8 @@ class Step:
         if program.kind == "generation":
             python, file = cluster.generation_python, self.run.folder / "vllm.json"
             write_json(cluster.vllm.model_dump(mode="json"), file)
-            undeciding_files = {**undeciding_files, "vllm": file}
-        stage = stage_of(program, settings, self.folder, models, files, undeciding_files)
+            unkeyed_files = {**unkeyed_files, "vllm": file}
+        stage = stage_of(program, settings, self.folder, models, files, unkeyed_files)
         inputs = [*models.values(), *files.values(), *upstream]
         with ProgressBar(self.label) as bar, StageTaskRuns(self.label, stage, len(shards), inputs, read) as view:
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -28,7 +27,7 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 SHARD_FAILED = "montessori.shard.failed"
-"""Event for each failed shard; its resource is the stage."""
+"""Event for each failed shard, for Prefect automations; its resource is the stage."""
 _UI_PAUSE = 5.0  # seconds between updates of the progress artifact
 _MIN_GROUP_SIZE, _MAX_GROUPS = 25, 20  # Prefect's graph is readable up to about 200 task runs
 _MAX_LINES = 100  # lines of a log that are forwarded at a time
@@ -68,9 +67,7 @@ class StageTaskRuns:
     def __enter__(self) -> "StageTaskRuns":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, group in enumerate(self._groups):
             if error is None:
                 self._start_task_run(number)
@@ -128,9 +125,9 @@ class ShardGroup:
         self._failures = [progress.failed[index] for index in self._indices if index in progress.failed]
         if self._done_before is None:
             self._done_before = self._done
-        if self._done + len(self._failures) == len(self._indices):
-            self._ended.set()
         ended = self._done + len(self._failures)
+        if ended == len(self._indices):
+            self._ended.set()
         return len(self._indices) == 1 or ended > 0 or any(index in progress.begun for index in self._indices)
 
     def end(self) -> None:
@@ -163,22 +160,17 @@ class ShardGroup:
                 for f in self._failures[:_FAILURES_SHOWN]
             ]
             _publish(lambda: create_table_artifact(table, description=f"{self.name}: failed shards"))
-            for failure in self._failures[:_FAILURES_SHOWN]:
-                self._emit_failure(failure)
+            stage = f"montessori.stage.{self._stage.folder}"
+            for row in table:
+                emit_event(
+                    SHARD_FAILED, {"prefect.resource.id": stage, "prefect.resource.name": self.name}, payload=row
+                )
             for failure in self._failures[:5]:
                 logger.error("shard %d (%s): %s\nlog: %s", failure.shard, failure.kind, failure.error, failure.log)
             raise ShardsFailed(self._stage, self._failures, shards)
         if self._done < shards:
             raise UserError(f"{self.name}: interrupted; {self._done} of {shards} shards are done and kept")
         return [self._read(self._stage.part(index)) for index in self._indices]
-
-    def _emit_failure(self, failure: ShardFailure) -> None:
-        """Emit the event that Prefect automations on failed shards use."""
-        emit_event(
-            SHARD_FAILED,
-            {"prefect.resource.id": f"montessori.stage.{self._stage.folder}", "prefect.resource.name": self.name},
-            payload={"shard": failure.shard, "class": failure.kind, "error": failure.error, "log": failure.log},
-        )
 
 
 def _publish(create: Callable[[], Any]) -> Any:

@@ -160,7 +160,8 @@ def join_synthesis(
     """Write the tables, and publish the funnel of the filters."""
     result = SynthesisResult(folder / layout.INSTRUCTIONS, folder / layout.EXAMPLES)
     write_table(candidates, result.instructions, INSTRUCTIONS)
-    _publish(label, funnel(candidates))
+    counts = [{"step": step, "instructions": number} for step, number in funnel(candidates).items()]
+    create_table_artifact(counts, description=f"Synthesis funnel - {label}")
     if examples.num_rows < count:
         raise UserError(_too_few(examples.num_rows, count, candidates, label))
     write_table(examples, result.examples, EXAMPLES)
@@ -213,11 +214,7 @@ def _write_instructions(
 
 
 def _write_responses(
-    step: Step,
-    answerer: Model | ApiModel,
-    candidates: list[Row],
-    draw: str,
-    upstream: list[Path],
+    step: Step, answerer: Model | ApiModel, candidates: list[Row], draw: str, upstream: list[Path]
 ) -> tuple[list[Row], list[Path]]:
     """Answer instructions; return the examples and the generated parts. A candidate with an empty response is rejected."""
     if not candidates:
@@ -242,10 +239,7 @@ def _write_responses(
 
 def _response_of(generated: Row) -> Row:
     """Return the response columns of an example from a generated row."""
-    return {
-        "response": generated["raw_output"].strip(),
-        "response_finished": generated["finish_reason"] == "stop",
-    }
+    return {"response": generated["raw_output"].strip(), "response_finished": generated["finish_reason"] == "stop"}
 
 
 def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
@@ -277,9 +271,7 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
         for row, response in zip(owners, generated, strict=True)
         if response["raw_output"].strip()
     ]
-    return write_examples(
-        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
-    )
+    return write_examples(step, table_from_rows(answered, EXAMPLES), parts)
 
 
 def answer_seeds(step: Step) -> Path:
@@ -290,20 +282,18 @@ def answer_seeds(step: Step) -> Path:
         for task in step.run.sources().seed_pool
     ]
     answered, parts = _write_responses(step.at("responses", "responses"), answerer, candidates, "seeds", [])
-    return write_examples(
-        f"{step.label}: table", step.folder / layout.EXAMPLES, table_from_rows(answered, EXAMPLES), parts
-    )
+    return write_examples(step, table_from_rows(answered, EXAMPLES), parts)
 
 
-def join_examples(label: str, tables: list[Path], path: Path) -> Path:
-    """Concatenate example tables."""
-    joined = pa.concat_tables([read_table(table, EXAMPLES) for table in tables])
-    return write_examples(label, path, joined, tables)
+def join_examples(step: Step, tables: list[Path]) -> Path:
+    """Concatenate example tables; write `examples.parquet` in the step's folder."""
+    return write_examples(step, read_table(tables, EXAMPLES), tables, "all so far")
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def write_examples(label: str, path: Path, examples: pa.Table, parts: list[Path]) -> Path:
-    """Write an example table made from `parts`; return its path."""
+@task(task_run_name="{step.label}: {what}", cache_policy=NO_CACHE, persist_result=False)
+def write_examples(step: Step, examples: pa.Table, parts: list[Path], what: str = "table") -> Path:
+    """Write an example table made from `parts` to `examples.parquet` in the step's folder; return its path."""
+    path = step.folder / layout.EXAMPLES
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(examples, path, EXAMPLES)
     return path
@@ -337,7 +327,7 @@ def generate(
         parts = step.execute(
             programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
         )
-    return [row for part in parts for row in read_table(part, GENERATION).to_pylist()], parts
+    return read_table(parts, GENERATION).to_pylist(), parts
 
 
 def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:
@@ -347,11 +337,4 @@ def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:
         + "\n".join(lines)
         + "\nFor a small or base teacher set teacher.prompt_style=completion; otherwise raise synthesis.max_rounds, widen "
         "the seed pool or relax synthesis.filters"
-    )
-
-
-def _publish(label: str, counts: dict[str, int]) -> None:
-    create_table_artifact(
-        [{"step": step, "instructions": number} for step, number in counts.items()],
-        description=f"Synthesis funnel - {label}",
     )

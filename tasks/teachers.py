@@ -11,14 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
 from montessori_core.data.rows import PairRow, Rows
-from montessori_core.data.tables import (
-    EXAMPLES,
-    INFLUENCE,
-    PREFERENCES,
-    UTILITY,
-    UTILITY_PREFERENCES,
-    read_table,
-)
+from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, UTILITY, UTILITY_PREFERENCES, read_table
 from montessori_core.errors import UserError
 from montessori_core.influence.preferences import (
     PAIRED,
@@ -29,7 +22,6 @@ from montessori_core.influence.preferences import (
     write_preferences,
 )
 from montessori_core.influence.table import summarize_influence
-from montessori_core.layout import KEPT, LOG_FILE
 from tasks.run import Model
 from tasks.stage import Step
 
@@ -128,13 +120,13 @@ def update_teacher(
 
 def kept_teachers(updated: Model) -> dict[int, Model]:
     """Return the kept checkpoints of a teacher update, by optimizer step."""
-    folders = sorted((Path(updated.path) / KEPT).glob("step-*"))
+    folders = sorted((Path(updated.path) / layout.KEPT).glob("step-*"))
     return {int(folder.name.removeprefix("step-")): Model.of(folder) for folder in folders}
 
 
 def reward_margins(updated: Model) -> dict[int, float]:
     """Return DPO's reward margin at each logged optimizer step of an update."""
-    log = json.loads((Path(updated.path) / LOG_FILE).read_text())
+    log = json.loads((Path(updated.path) / layout.LOG_FILE).read_text())
     return {int(entry["step"]): entry["rewards/margins"] for entry in log if "rewards/margins" in entry}
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -40,7 +39,7 @@ def measure_training_loss(step: Step, student: Model, examples: Path, first: int
         models={"student": student},
         upstream=[examples],
     )
-    return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
+    return _join(step, parts)
 
 
 def measure_in_context(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
@@ -56,7 +55,7 @@ def measure_in_context(step: Step, student: Model, examples: Path, first: int, l
         files={"reference": step.run.source_file("reference")},
         upstream=[examples],
     )
-    return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
+    return _join(step, parts)
 
 
 def _evaluation(step: Step) -> dict[str, int]:
@@ -78,7 +77,7 @@ def ask_judge(step: Step, examples: Path, first: int, last: int, response_only: 
         raise UserError("no judge: set judge.model, and judge.base_url if it is not OpenAI's")
     rows = Rows.of_file(examples, EXAMPLES, ExampleRow, first, last)
     parts = step.ask("judge", programs.JUDGE, {"response_only": response_only}, rows, [examples])
-    return _join(f"{step.label}: table", step.folder / layout.UTILITY, parts)
+    return _join(step, parts)
 
 
 def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
@@ -99,14 +98,13 @@ def judge_own_responses(step: Step, student: Model, examples: Path) -> Path:
     ]
     size = step.experiment.synthesis.instructions_per_shard
     _, parts = generate(step, student, asked, size, _JUDGING, "request", [examples])
-    scores = _score(f"{step.label}: scores", step.folder, rows, parts)
-    return _join(f"{step.label}: table", step.folder / layout.UTILITY, [scores])
+    return _join(step, [_score(step, rows, parts)])
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path:
+@task(task_run_name="{step.label}: scores", cache_policy=NO_CACHE, persist_result=False)
+def _score(step: Step, rows: list[Row], parts: list[Path]) -> Path:
     """Write the mean of the scores of each row; `parts` has the judgements in the order of the rows."""
-    judgements = [row for part in parts for row in read_table(part, GENERATION).to_pylist()]
+    judgements = read_table(parts, GENERATION).to_pylist()
     answers = [Answer(row["raw_output"], row["finish_reason"], 0, row["tokens"]) for row in judgements]
     most = len(points_for(response_only=True))
     scores: list[Row] = []
@@ -115,17 +113,16 @@ def _score(label: str, folder: Path, rows: list[Row], parts: list[Path]) -> Path
         valid = [score for score in all_scores if score is not None]
         utility = sum(valid) / len(valid) if valid else None
         scores.append({"example_id": row["example_id"], "prompt_id": row["prompt_id"], "utility": utility})
-    write_table(table_from_rows(scores, UTILITY), folder / "scores.parquet", UTILITY)
-    return folder / "scores.parquet"
+    write_table(table_from_rows(scores, UTILITY), step.folder / "scores.parquet", UTILITY)
+    return step.folder / "scores.parquet"
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _join(label: str, path: Path, parts: list[Path]) -> Path:
-    """Join the parts, and publish how many rows have no utility."""
-    table = pa.concat_tables([read_table(part, UTILITY) for part in parts]).combine_chunks()
-    write_table(table, path, UTILITY)
+@task(task_run_name="{step.label}: table", cache_policy=NO_CACHE, persist_result=False)
+def _join(step: Step, parts: list[Path]) -> Path:
+    """Join the parts in the step's folder, and publish how many rows have no utility."""
+    table = read_table(parts, UTILITY)
+    write_table(table, step.folder / layout.UTILITY, UTILITY)
     missing = table["utility"].null_count
-    create_table_artifact(
-        [{"examples": len(table), "with a utility": len(table) - missing, "without": missing}], description=label
-    )
-    return path
+    counts = {"examples": len(table), "with a utility": len(table) - missing, "without": missing}
+    create_table_artifact([counts], description=f"{step.label}: table")
+    return step.folder / layout.UTILITY

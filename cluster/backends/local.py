@@ -131,7 +131,7 @@ class LocalBackend:
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
         self._job_ids.update(ids)
-        return {job_id for job_id in ids if _process(job_id) is not None}
+        return self.running(name, ids)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
         return {job_id for job_id in ids if _process(job_id) is not None}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import ClusterFile, on_cluster, warn
+from flows.cli.options import ClusterFile, Overrides, on_cluster, warn
 from flows.cli.tables import print_forecasts
 from montessori_core import layout
 from montessori_core.config import read_experiment
@@ -18,16 +18,12 @@ def forecast(
         Path, typer.Option(metavar="RUN_DIR", help="A finished run whose stages provide the measured costs.")
     ],
     config: Annotated[
-        Path | None,
-        typer.Argument(help="Configuration of the experiment; by default the pilot's.", metavar="[CONFIG]"),
+        Path | None, typer.Argument(help="Configuration of the experiment; by default the pilot's.", metavar="[CONFIG]")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
-    ] = None,
+    set_: Overrides = None,
     cluster: ClusterFile = None,
     nodes: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Number of nodes, by default 1; may be repeated to compare."),
+        list[int] | None, typer.Option(min=1, help="Number of nodes, by default 1; may be repeated to compare.")
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node.")] = 8,
     cpus_per_node: Annotated[int, typer.Option(min=1, help="Cores of each node.")] = 64,

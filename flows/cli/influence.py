@@ -52,8 +52,7 @@ ErrorRate = Annotated[
     ),
 ]
 NumberType = Annotated[
-    str,
-    typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs)."),
+    str, typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs).")
 ]
 MaxLength = Annotated[
     int, typer.Option(min=32, help="Tokens of an example; longer examples are truncated, which the table records.")

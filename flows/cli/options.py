@@ -12,6 +12,9 @@ from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
+]
 ClusterFile = Annotated[
     Path | None, typer.Option(help="Cluster file (YAML) that replaces the configuration's cluster section.")
 ]

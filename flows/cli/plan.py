@@ -12,6 +12,7 @@ from montessori_core.config import Lora, Vllm
 from montessori_core.errors import UserError
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
+from montessori_core.models.shape import GB, Shape
 from montessori_core.synthesis.vllm_parallelism import DEFAULT_SHARE, ModelSize, choose_parallelism
 
 
@@ -43,8 +44,7 @@ def plan(
     assert student is not None
     options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
     influence = parse_options(options)
-    from montessori_core.influence.memory import GB, plan_memory
-    from montessori_core.models.shape import Shape
+    from montessori_core.influence.memory import plan_memory
 
     shape = Shape.of(_load_without_weights(student, lora))
     memory = int(gpu_memory * GB)
@@ -59,8 +59,7 @@ def plan(
 
 
 def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: float) -> None:
-    from montessori_core.influence.memory import GB, USABLE
-    from montessori_core.models.shape import Shape
+    from montessori_core.influence.memory import USABLE
     from montessori_core.training.memory import plan_update
 
     model = _load_without_weights(teacher, lora)
@@ -81,8 +80,6 @@ def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: f
 
 def _print_generation(size: ModelSize, teacher: str, memory: int) -> None:
     """Print how vLLM shares some numbers of GPUs, with the defaults of `cluster.vllm`."""
-    from montessori_core.influence.memory import GB
-
     table = Table(
         *("GPUs", "tensor_parallel", "data_parallel", "weights, GB", "left for activations and cache, GB"),
         title=f"{teacher}: generation with vLLM, for each GPU",

@@ -9,7 +9,7 @@ import typer
 from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
 from flows.cli.interrupt import interruptible
-from flows.cli.options import ClusterFile, RunFolder, on_cluster, stage_folder, warn
+from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_cluster, stage_folder, warn
 from flows.cli.tables import print_estimate, print_summary
 from montessori_core.config import read_experiment
 from montessori_core.errors import UserError
@@ -19,9 +19,7 @@ from tasks.studies import in_study
 
 def run(
     config: Annotated[Path, typer.Argument(help="Configuration: a YAML file or a preset, e.g. quickstart.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
-    ] = None,
+    set_: Overrides = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
     cluster: ClusterFile = None,
@@ -51,9 +49,7 @@ def retry(
         bool, typer.Option("--failed", help="Submit the failed and missing shards again (default).")
     ] = False,
     shard: Annotated[int | None, typer.Option(help="Compute this shard again, even if it is done.")] = None,
-    stage: Annotated[
-        str | None, typer.Option(help="Stage of --shard, as named by status; by default the last that started.")
-    ] = None,
+    stage: StageName = None,
 ) -> None:
     """Submit shards again, either one or all that are failed or missing, then resume the run."""
     if failed and shard is not None:

@@ -9,8 +9,7 @@ import typer
 from flows.cli.console import console
 
 DeploymentsFile = Annotated[
-    Path | None,
-    typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one."),
+    Path | None, typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one.")
 ]
 
 
@@ -31,8 +30,7 @@ def up(
 
 
 def deploy(
-    pool: Annotated[str, typer.Option(help="Work pool whose workers run the drivers.")],
-    file: DeploymentsFile = None,
+    pool: Annotated[str, typer.Option(help="Work pool whose workers run the drivers.")], file: DeploymentsFile = None
 ) -> None:
     """Register the same deployments on an existing Prefect server, for the workers of a work pool."""
     _enable_prefect_logs()

@@ -22,6 +22,7 @@ from montessori_core.files import read_json
 from montessori_core.formatting import duration, gain_text, interval_text, kind_text, share, spread_text
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import domination_warning, summarize_influence
+from montessori_core.models.shape import GB
 from tasks.run import Run
 from tasks.studies import PAGE, in_study, read_comparison
 
@@ -235,8 +236,6 @@ def print_comparison(folder: Path) -> None:
 
 def print_memory_plan(plan: "MemoryPlan", title: str, memory_gb: float) -> None:
     """Print the memory that measuring influence needs, by item and place."""
-    from montessori_core.influence.memory import GB
-
     table = Table("item", "GB", "place", title=title, title_justify="left")
     for need in plan.needs:
         table.add_row(need.name, f"{need.size / GB:.2f}", "device" if need.home == "device" else "host, pinned")
@@ -256,8 +255,6 @@ def print_update_plans(
     plans: "Mapping[str, UpdateMemory]", title: str, memory_gb: float, fitting: "Sequence[str]"
 ) -> None:
     """Print the memory of a GPU that updates a teacher, by item, for each number of GPUs and ZeRO stage."""
-    from montessori_core.influence.memory import GB
-
     table = Table("item", *plans, title=title, title_justify="left")
     for item in ("weights", "gradients", "optimizer", "activations", "total"):
         table.add_row(item, *(f"{getattr(plan, item) / GB:.2f}" for plan in plans.values()))

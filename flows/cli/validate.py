@@ -22,14 +22,7 @@ from flows.cli.influence import (
     parse_options,
 )
 from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, data_source, student_with_template
-from montessori_core.config import (
-    Cluster,
-    Influence,
-    Optimization,
-    Resources,
-    Schedule,
-    read_cluster,
-)
+from montessori_core.config import Cluster, Influence, Optimization, Resources, Schedule, read_cluster
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.formatting import UNKNOWN
 
@@ -56,8 +49,7 @@ WeightsPer = Annotated[
 Rate = Annotated[float, typer.Option(help="Peak rate of warm-up and trainings, and rate of the influence step.")]
 Subsets = Annotated[int, typer.Option(min=8, help="Random subsets to train on, one training each.")]
 SubsetSize = Annotated[
-    int | None,
-    typer.Option(min=2, help="Examples of a random subset.", show_default="a quarter of the examples"),
+    int | None, typer.Option(min=2, help="Examples of a random subset.", show_default="a quarter of the examples")
 ]
 Groups = Annotated[
     int,

@@ -6,7 +6,6 @@ import pyarrow.compute as pc
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
-from montessori_core import layout
 from montessori_core.data.tables import EXAMPLES, UTILITY, read_table
 from montessori_core.influence.preferences import upper_half
 from tasks.synthesis import join_examples, synthesize
@@ -34,8 +33,7 @@ def _propose(now: Round) -> Proposal:
     )
     if last is None:
         return Proposal(training.examples, teacher)
-    path = step.folder / layout.EXAMPLES
-    return Proposal(join_examples(f"{step.label}: all so far", [last, training.examples], path), teacher)
+    return Proposal(join_examples(step, [last, training.examples]), teacher)
 
 
 def hardest_half(losses: Path) -> list[str]:

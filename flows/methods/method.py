@@ -73,11 +73,6 @@ class Round:
         return self.step.run
 
 
-def one_round(experiment: Experiment) -> int:
-    """Return 1, the number of rounds of a method without feedback."""
-    return 1
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to make training data.
@@ -96,7 +91,7 @@ class Method:
     name: str
     description: str
     propose: Callable[[Round], Proposal]
-    rounds: Callable[[Experiment], int] = one_round
+    rounds: Callable[[Experiment], int] = lambda experiment: 1
     needs: Literal["judge", "strong_teacher"] | None = None
     check: Callable[[Run], None] | None = None
     trains_student: bool = False

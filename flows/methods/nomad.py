@@ -1,7 +1,6 @@
 """NOMAD (Chen et al., 2024): the teacher learns to write conversations like the reference set; the student trains on both."""
 
 from flows.methods.method import Method, Proposal, Round
-from montessori_core import layout
 from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_nomad_teacher, write_conversations
 from tasks.students import train_student
 
@@ -14,8 +13,7 @@ def _propose(now: Round) -> Proposal:
     real = min(round(count * run.experiment.nomad.real_share), count - 1, len(run.sources().reference))
     written = write_conversations(step.at("training", "conversations"), teacher, count - real)
     measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)
-    label, path = f"{step.label}: real and synthetic", step.folder / layout.EXAMPLES
-    mixed = mix_with_real(run, label, written.examples, real, path)
+    mixed = mix_with_real(step, written.examples, real)
     recipe, student = run.experiment.nomad.training, None
     if recipe is not None:
         student = train_student(step.at("student", "student training"), mixed, recipe, count)

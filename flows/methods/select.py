@@ -18,8 +18,5 @@ def most_influential(measured: pa.Table, count: int) -> list[str]:
 
 
 SELECT = Method(
-    "select",
-    "The most influential examples of the unmodified teacher's probing set.",
-    _propose,
-    check=check_choice,
+    "select", "The most influential examples of the unmodified teacher's probing set.", _propose, check=check_choice
 )

@@ -12,7 +12,6 @@ from prefect.cache_policies import NO_CACHE
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.seeds import answer_seed_pool, train_on_seeds
 from flows.methods.tailoring import write_training_set
-from montessori_core import layout
 from montessori_core.data.tables import EXAMPLES, UTILITY, UTILITY_PREFERENCES, read_table, write_table
 from montessori_core.influence.preferences import best_of_each_prompt
 from tasks.stage import Step
@@ -41,16 +40,16 @@ def _propose(now: Round) -> Proposal:
     preferences = collect_utility_preferences(step, answered, scores, extremes=True)
     update = step.at("update", "student update")
     updated = update_teacher(update, student, preferences, UTILITY_PREFERENCES, answered=answered, lora=False)
-    best = _write_best(f"{step.label}: best responses", answered, scores, step.folder / "best.parquet")
+    best = _write_best(step, answered, scores)
     if now.feedback:
-        earlier = now.feedback.proposal.examples
-        best = join_examples(f"{step.label}: all so far", [earlier, best], step.folder / layout.EXAMPLES)
+        best = join_examples(step, [now.feedback.proposal.examples, best])
     return Proposal(best, run.initial_teacher(), student=updated)
 
 
-@task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def _write_best(label: str, answered: Path, scores: Path, path: Path) -> Path:
+@task(task_run_name="{step.label}: best responses", cache_policy=NO_CACHE, persist_result=False)
+def _write_best(step: Step, answered: Path, scores: Path) -> Path:
     best = best_of_each_prompt(read_table(answered, EXAMPLES), read_table(scores, UTILITY))
+    path = step.folder / "best.parquet"
     write_table(best, path, EXAMPLES)
     return path
 

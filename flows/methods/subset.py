@@ -8,7 +8,6 @@ import pyarrow as pa
 
 from flows.methods.method import Proposal, Round
 from flows.methods.tailoring import measure, probe
-from montessori_core import layout
 from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import UserError
 from montessori_core.influence.table import read_measured
@@ -60,7 +59,4 @@ def propose_subset(now: Round, examples: Path, ids: Sequence[str]) -> Proposal:
     chosen = set(ids)
     rows = [row for row, name in enumerate(table["example_id"].to_pylist()) if name in chosen]
     random.Random(seed_of(now.run.experiment.seed, "subset")).shuffle(rows)
-    path = now.step.folder / layout.EXAMPLES
-    return Proposal(
-        write_examples(f"{now.step.label}: table", path, table.take(rows), [examples]), now.run.initial_teacher()
-    )
+    return Proposal(write_examples(now.step, table.take(rows), [examples]), now.run.initial_teacher())

@@ -14,7 +14,7 @@ from montessori_core.config.section import RUN_NAME, Count, FolderName, Probabil
 from montessori_core.config.study import Study, read_study
 from montessori_core.config.synthesis import Sampling, Synthesis
 from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
-from montessori_core.config.yaml import parse_yaml, read_overridden, to_yaml, write_yaml
+from montessori_core.config.yaml import parse_yaml, read_yaml, to_yaml, write_yaml
 
 __all__ = [
     "RUN_NAME",
@@ -62,8 +62,8 @@ __all__ = [
     "parse_yaml",
     "read_cluster",
     "read_experiment",
-    "read_overridden",
     "read_study",
+    "read_yaml",
     "to_yaml",
     "write_yaml",
 ]

@@ -30,9 +30,7 @@ class Resources(Section):
     processes_per_node: Count = Field(1, description="Processes per node; for training, one per GPU.")
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node.")
     gpu_type: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9_.-]+$",
-        description="Slurm: type of the GPUs, such as h100. If not set, any.",
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="Slurm: type of the GPUs, such as h100. If not set, any."
     )
     cpus_per_process: Count = Field(2, description="CPU cores and threads per process.")
     memory_gb: Count | None = Field(None, description="Memory per node, GB. If not set, the scheduler's default.")

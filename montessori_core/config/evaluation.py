@@ -46,8 +46,7 @@ class Benchmarks(Section):
 
     tasks: tuple[HarnessTask, ...] = Field((), description="Tasks of lm-evaluation-harness.")
     task_folder: str | None = Field(
-        None,
-        description="Folder with custom task files (YAML) and their data. Paths of data files are relative to it.",
+        None, description="Folder with custom task files (YAML) and their data. Paths of data files are relative to it."
     )
     chat_template: bool = Field(False, description="Apply the student's chat template to the prompts of these tasks.")
     batch_size: Count = Field(16, description="Requests of these tasks per forward pass.")

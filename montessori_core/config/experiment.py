@@ -13,7 +13,7 @@ from montessori_core.config.models import Endpoint, Student, Teacher
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, parse
 from montessori_core.config.synthesis import Synthesis
 from montessori_core.config.training import Nomad, Optimization, TeacherUpdate, Training, Warmup, Zero
-from montessori_core.config.yaml import read_overridden
+from montessori_core.config.yaml import apply_overrides, read_yaml
 from montessori_core.presets import find_configuration
 
 
@@ -23,7 +23,7 @@ class DataSource(Section):
     path: str = Field(
         description="'builtin' for the built-in set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for built-in "
         "reference or evaluation examples of one kind; 'builtin/short' for a seed pool of short tasks, for a small teacher, "
-        "'builtin/half-coding' or 'builtin/half-maths' for short tasks half of which are of that kind; "
+        "'builtin/half-coding' or 'builtin/half-maths' for short tasks, half of them of that kind; "
         "a .jsonl or .parquet file; a Hugging Face data set id; or a folder with such a data set."
     )
     subset: str | None = Field(
@@ -153,7 +153,9 @@ def read_experiment(path: Path, overrides: tuple[str, ...] = ()) -> Experiment:
         ConfigError: the file is missing, is not YAML, or is not valid; the message names every invalid field.
     """
     path = find_configuration(path)
-    return parse_experiment(read_overridden(path, overrides), str(path))
+    content = read_yaml(path)
+    apply_overrides(content, overrides)
+    return parse_experiment(content, str(path))
 
 
 def parse_experiment(content: dict[str, Any], source: str) -> Experiment:

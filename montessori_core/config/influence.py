@@ -59,8 +59,7 @@ class Influence(Section):
     )
     screening: Screening = Field(Screening(), description="Audit of estimator: screened.")
     sequential: Sequential | None = Field(
-        None,
-        description="Sequential test for exact measurements. If not set, they read the whole reference set.",
+        None, description="Sequential test for exact measurements. If not set, they read the whole reference set."
     )
     reference_reduction: Literal["example", "token"] = Field(
         "example", description="Reference loss: mean over examples (Eq. 2) or over all response tokens."

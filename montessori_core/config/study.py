@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from montessori_core.config.experiment import Experiment, read_experiment
 from montessori_core.config.models import Student
 from montessori_core.config.section import RUN_NAME, FolderName, Section, parse
-from montessori_core.config.yaml import apply_overrides, read_overridden
+from montessori_core.config.yaml import apply_overrides, read_yaml
 from montessori_core.errors import ConfigError
 from montessori_core.presets import find_configuration
 
@@ -77,7 +77,7 @@ def read_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
         ConfigError: a file is missing, is not YAML, or is not valid; the message names every invalid field.
     """
     path = find_configuration(path, "studies")
-    content = read_overridden(path, ())
+    content = read_yaml(path)
     if isinstance(content.get("experiment"), str):
         try:
             experiment = find_configuration(Path(content["experiment"]), folder=path.parent)

@@ -132,8 +132,7 @@ class Nomad(Optimization):
         "gives data that adds more to the real examples.",
     )
     mask_prompts: bool = Field(
-        False,
-        description="Train the teacher on responses only, as is usual; the paper finds this worse.",
+        False, description="Train the teacher on responses only, as is usual; the paper finds this worse."
     )
     real_share: float = Field(
         0.5,

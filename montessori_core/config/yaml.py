@@ -23,17 +23,6 @@ _SCALARS = {
 }
 
 
-def read_overridden(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Read a YAML file and apply `section.key=value` overrides.
-
-    Raises:
-        ConfigError: the file is missing or is not YAML, or an override cannot be applied.
-    """
-    content = read_yaml(path)
-    apply_overrides(content, overrides)
-    return content
-
-
 def apply_overrides(content: dict[str, Any], overrides: tuple[str, ...]) -> None:
     """Set `section.key=value` in plain data.
 

@@ -150,9 +150,9 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     elif path.parts[:1] == ("builtin",):
         with as_file(_builtin_file(source.path, field)) as builtin:
             yield from jsonl_rows(builtin)
-    elif _is_data_set_folder(path):
-        yield from hub_rows(source, field)
-    elif os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~")):
+    elif not _is_data_set_folder(path) and (
+        os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~"))
+    ):
         raise DataError(
             f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id or a folder with "
             "such a data set, 'builtin' or 'builtin/<kind>'"

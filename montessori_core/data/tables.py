@@ -289,7 +289,8 @@ def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.S
     """
     reader = table.to_reader(ROW_GROUP) if isinstance(table, pa.Table) else table
     check(reader.schema.empty_table(), schema, str(path))
-    with commit(path) as temporary, _writer(temporary, reader.schema) as writer:
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with commit(path) as temporary, pq.ParquetWriter(temporary, reader.schema, **options) as writer:
         for group in regroup((pa.Table.from_batches([batch]) for batch in reader), reader.schema, ROW_GROUP):
             writer.write_table(check(group, schema, str(path)))
 
@@ -318,23 +319,15 @@ def take_rows(
         yield table.take(positions[groups == group] - (ends[group] - sizes[group]))
 
 
-def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a table of `schema`, or some columns of it.
+def read_table(path: Path | Sequence[Path], schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table of `schema`, or some columns of it; the parts of a table, in their order, are read as one.
 
     Raises:
-        DataError: the file is missing, damaged, or another table.
+        DataError: a file is missing, damaged, or another table.
     """
+    if not isinstance(path, Path):
+        return pa.concat_tables([read_table(part, schema, columns) for part in path]).combine_chunks()
     return check(read_parquet(path, "; delete it and resume the run", columns), schema, str(path), columns)
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a table with a checksum for each of its pages."""
-    with _writer(path, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
 def read_parquet(path: Path, remedy: str = "", columns: Sequence[str] | None = None) -> pa.Table:

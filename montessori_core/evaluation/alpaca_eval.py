@@ -19,6 +19,7 @@ from montessori_core.data.entries import Entry, Text, read_entries
 from montessori_core.data.jsonl import open_text
 from montessori_core.data.rows import ComparisonRow
 from montessori_core.errors import DataError, UserError
+from montessori_core.evaluation.statistics import mean_and_error
 
 _FOLDS = 5
 _STRENGTHS = np.logspace(-4, 4, 10)
@@ -137,7 +138,7 @@ def win_rate(preferences: Sequence[float]) -> tuple[float, float]:
     """
     if not len(preferences):
         raise UserError("no preferences: no judgement could be read; check the judge's answers, or use another judge")
-    return _mean_and_error(np.asarray(preferences, dtype=float))
+    return mean_and_error(np.asarray(preferences, dtype=float))
 
 
 def length_controlled_win_rate(
@@ -190,7 +191,7 @@ def length_controlled_win_rate(
     hessian = (features * (fitted * (1 - fitted))[:, None]).T @ features / len(targets)
     gradient = (at_equal_length * (rates * (1 - rates))[:, None]).mean(axis=0)
     contributions = rates + (targets - fitted) * (features @ np.linalg.pinv(hessian, hermitian=True) @ gradient)
-    return float(rates.mean()), _mean_and_error(contributions)[1]
+    return float(rates.mean()), mean_and_error(contributions)[1]
 
 
 def summarize(table: pa.Table, difficulty: Sequence[float] | None = None) -> WinRates:
@@ -225,11 +226,6 @@ def summarize(table: pa.Table, difficulty: Sequence[float] | None = None) -> Win
     )
     wins, ties, losses, unparsed = (outcomes.count(name) for name in ("win", "tie", "loss", "unparsed"))
     return WinRates(wins, ties, losses, unparsed, *plain, *controlled)
-
-
-def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
 
 
 def _best_strength(features: np.ndarray, targets: np.ndarray) -> float:

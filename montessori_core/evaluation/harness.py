@@ -159,7 +159,8 @@ def _draw_by_item(task: Any) -> None:
     context = task.fewshot_context
 
     def fewshot_context(doc: Any, *arguments: Any, **options: Any) -> Any:
-        task.set_fewshot_seed(int(hash_json(_to_plain_data(doc))[:8], 16))
+        plain_data = json.loads(json.dumps(doc, default=str, sort_keys=True))
+        task.set_fewshot_seed(int(hash_json(plain_data)[:8], 16))
         return context(doc, *arguments, **options)
 
     task.fewshot_context = fewshot_context
@@ -208,10 +209,6 @@ def _text_of(task: Any, item: Any) -> str:
         choices = task.doc_to_choice(item) if task.config.doc_to_choice is not None else []
         target = choices[target] if 0 <= target < len(choices) else ""
     return f"{question}\n{target if isinstance(target, str) else ' '.join(map(str, target))}"
-
-
-def _to_plain_data(doc: Any) -> Any:
-    return json.loads(json.dumps(doc, default=str, sort_keys=True))
 
 
 def _batches(rows: list[ItemRow], size: int) -> list[list[int]]:

@@ -8,11 +8,10 @@ update can change the length alone.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -169,13 +168,8 @@ class _Tasks:
         return np.bincount(self._task, weights[self._feature], len(self.wanted)).astype(np.float64)
 
 
-class _Train(Protocol):
-    def __call__(self, tasks: _Tasks, used: Mask) -> Reals:
-        """Return the weights [features] of a classifier trained on the tasks in `used`."""
-
-
 def _train(tasks: _Tasks, used: Mask) -> Reals:
-    """Train multinomial naive Bayes with equal priors; features that no used task has get 0.
+    """Return [features] weights of multinomial naive Bayes with equal priors; features that no used task has get 0.
 
     The counts of the other kinds are scaled to the number of wanted tasks. Otherwise the smoothing favours the larger
     set: a classifier of 24 reference tasks and 240 seeds hardly calls anything wanted.
@@ -195,7 +189,7 @@ def _self_train(tasks: _Tasks, used: Mask) -> Reals:
     return _train(tasks, used & (tasks.wanted | ~likely))
 
 
-def _cross_validate(tasks: _Tasks, used: Mask, train: _Train) -> Reals:
+def _cross_validate(tasks: _Tasks, used: Mask, train: Callable[[_Tasks, Mask], Reals]) -> Reals:
     """Return the log odds of each used task by a classifier that has not seen it: [tasks]; 0 for the others."""
     log_odds = np.zeros(len(used))
     fold = np.zeros(len(used), dtype=np.intp)

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from montessori_core.evaluation.alpaca_eval import WinRates
+from montessori_core.evaluation.statistics import mean_and_error
 from montessori_core.judging.mt_bench import Summary
 from montessori_core.program import Row
 
@@ -45,9 +46,8 @@ def item_scores(table: pa.Table) -> list[Row]:
         grouped.setdefault((row["benchmark"], row["metric"]), []).append(row)
     scores = []
     for (benchmark, metric), rows in grouped.items():
-        values = np.array([row["score"] for row in rows])
-        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-        scores.append(score(benchmark, metric, float(values.mean()), error, len(rows), rows[0]["higher_is_better"]))
+        mean, error = mean_and_error(np.array([row["score"] for row in rows]))
+        scores.append(score(benchmark, metric, mean, error, len(rows), rows[0]["higher_is_better"]))
     return scores
 
 

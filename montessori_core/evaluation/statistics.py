@@ -1,5 +1,6 @@
 """Statistics of a study: the gain of each method over the baseline, with intervals."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,12 @@ def bootstrap_gain(gains: np.ndarray) -> tuple[float, float]:
     means = np.einsum("rs,se,re->r", seed_counts, gains, example_counts, optimize=True) / gains.size
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean of [examples] values and its standard error, NaN for one example."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
 
 
 def share_interval(part: int, whole: int) -> tuple[float, float]:

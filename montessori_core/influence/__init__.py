@@ -16,15 +16,7 @@ if TYPE_CHECKING:
     from montessori_core.influence.sequential import SequentialReference
     from montessori_core.influence.student import ResidentStudent
 
-__all__ = [
-    "AdamW",
-    "InfluenceMeter",
-    "Loss",
-    "Measurement",
-    "ReferenceSet",
-    "ResidentStudent",
-    "SequentialReference",
-]
+__all__ = ["AdamW", "InfluenceMeter", "Loss", "Measurement", "ReferenceSet", "ResidentStudent", "SequentialReference"]
 
 _MODULES = {
     "AdamW": "adamw",

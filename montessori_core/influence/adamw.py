@@ -87,11 +87,7 @@ class AdamW:
             w.addcdiv_(numerator, denominator, value=-self._rate)
 
     def project(
-        self,
-        gradients: Iterable[torch.Tensor],
-        first: torch.Tensor,
-        second: torch.Tensor,
-        directions: torch.Tensor,
+        self, gradients: Iterable[torch.Tensor], first: torch.Tensor, second: torch.Tensor, directions: torch.Tensor
     ) -> torch.Tensor:
         """Project the steps on several examples onto directions, over a block of coordinates that fits in the cache.
 

@@ -13,7 +13,7 @@ from montessori_core.data.sources import Task, load_tasks
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.losses import TokenLosses
-from montessori_core.influence.memory import GB, plan_memory
+from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.meter import InfluenceMeter, Measurement
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
@@ -21,8 +21,8 @@ from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStud
 from montessori_core.influence.table import schema_with_metadata
 from montessori_core.models.chat import Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
-from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
-from montessori_core.models.shape import Shape
+from montessori_core.models.load import load_with_tokenizer
+from montessori_core.models.shape import GB, Shape
 from montessori_core.program import Recorder, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
 
@@ -36,11 +36,8 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     `shared`, see `open_program`, without which nothing is shared.
     """
     device = compute_device()
-    path = str(inputs["student"])
-    tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    model = load_model(path, dtype)
-    check_tokenizer(tokenizer, model)
+    tokenizer, model = load_with_tokenizer(str(inputs["student"]), dtype)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     reference = ReferenceSet(
         encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
@@ -120,24 +117,14 @@ def _open_meter(
     shared: Path | None,
 ) -> InfluenceMeter:
     step, sequential = settings.step, settings.sequential
-    adamw = AdamW(
-        step.learning_rate,
-        step.beta1,
-        step.beta2,
-        step.epsilon,
-        step.weight_decay,
-        moments.step + 1,
-        step.example_weight,
-    )
-    placement = _placement(model, settings, device)
     return InfluenceMeter(
         ResidentStudent(
             model,
             moments,
-            adamw,
+            AdamW(step=moments.step + 1, **step.model_dump(exclude={"weight_per"})),
             device,
             mixed=settings.dtype == "mixed",
-            placement=placement,
+            placement=_placement(model, settings, device),
             typical_tokens=float(reference.tokens.mean()) if step.weight_per == "token" else None,
         ),
         reference,
@@ -167,11 +154,8 @@ def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]
 
     Inputs: `model`.
     """
-    path = str(inputs["model"])
     device = compute_device()
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32)
-    check_tokenizer(tokenizer, model)
+    tokenizer, model = load_with_tokenizer(str(inputs["model"]), torch.float32)
     losses = TokenLosses(model.to(device).eval())
 
     def compute(rows: list[TaskRow], recorder: Recorder) -> None:

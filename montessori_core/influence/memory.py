@@ -12,7 +12,6 @@ from montessori_core.influence.losses import LOGITS_AT_A_TIME
 from montessori_core.influence.student import ON_DEVICE, Home, Placement
 from montessori_core.models.shape import Shape
 
-GB = 1e9
 USABLE = 0.92
 """Share of the device's memory that a plan uses; the rest is for the CUDA context and for fragmentation."""
 

@@ -19,13 +19,7 @@ from typing import Any, Literal
 import torch
 
 from montessori_core.influence.losses import make_batch
-from montessori_core.influence.reference import (
-    Loss,
-    ReferenceSet,
-    error_by_halves,
-    influence_by_example,
-    influence_of,
-)
+from montessori_core.influence.reference import Loss, ReferenceSet, error_by_halves, influence_by_example, influence_of
 from montessori_core.influence.reference_state import ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ExampleGradient, ResidentStudent

@@ -19,10 +19,7 @@ _ENOUGH = 0.1
 
 
 def measure_after_pilot(
-    rows: Rows,
-    measure: Callable[[Rows, bool], list[Path]],
-    settings: Preferences,
-    warn: Callable[[str], None],
+    rows: Rows, measure: Callable[[Rows, bool], list[Path]], settings: Preferences, warn: Callable[[str], None]
 ) -> list[Path]:
     """Measure the pilot, warn if it predicts few pairs, then measure the other rows; no row is measured twice.
 

@@ -51,10 +51,7 @@ class ReferenceState:
 
     @staticmethod
     def measure(
-        student: ResidentStudent,
-        reference: ReferenceSet,
-        estimator: Literal["exact", "first_order"],
-        reduction: str,
+        student: ResidentStudent, reference: ReferenceSet, estimator: Literal["exact", "first_order"], reduction: str
     ) -> "ReferenceState":
         """Evaluate the student, its perturbation and its null step; restore the student.
 

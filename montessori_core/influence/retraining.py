@@ -22,7 +22,7 @@ from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.models.chat import Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
-from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.models.load import load_with_tokenizer
 from montessori_core.program import Recorder, Report, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
 from montessori_core.training.schedule import rate_factor
@@ -35,9 +35,7 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
     `examples` and `reference` (tasks). The result is a table of schema `RETRAINING`.
     """
     device = compute_device()
-    path = str(inputs["student"])
-    tokenizer, model = load_tokenizer(path), load_model(path, torch.float32)
-    check_tokenizer(tokenizer, model)
+    tokenizer, model = load_with_tokenizer(str(inputs["student"]), torch.float32)
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     student = WarmStudent(model.to(device), moments, settings.recipe, settings.mixed, settings.batch_tokens)
     tasks = load_tasks(inputs["examples"])

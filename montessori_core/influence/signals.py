@@ -16,7 +16,7 @@ from montessori_core.influence.losses import TokenLosses, example_loss, make_bat
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models.chat import IGNORED, Encoded, encode_example, encode_tasks
 from montessori_core.models.device import compute_device
-from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.positions import positions_of
 from montessori_core.program import Recorder, RowProgram
 
@@ -125,10 +125,7 @@ def _inner_product(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]
 
 
 def _open_student(inputs: Mapping[str, Path]) -> tuple[Any, Any]:
-    path = str(inputs["student"])
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32)
-    check_tokenizer(tokenizer, model)
+    tokenizer, model = load_with_tokenizer(str(inputs["student"]), torch.float32)
     return tokenizer, model.to(compute_device()).eval()
 
 

@@ -24,13 +24,7 @@ from montessori_core.config import Endpoint
 from montessori_core.errors import UserError
 from montessori_core.files import cache_root, read_json, write_json
 from montessori_core.judging.answer_cache import AnswerCache
-from montessori_core.judging.responses import (
-    Answer,
-    is_unknown_parameter,
-    parse,
-    refusal_of,
-    refused_parameter,
-)
+from montessori_core.judging.responses import Answer, is_unknown_parameter, parse, refusal_of, refused_parameter
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +168,7 @@ class CachedClient:
             receive: called with each key and answer.
             report: called after answers were received.
         """
-        spent = self._cache.spent(self._account)
+        spent, cap = self._cache.spent(self._account), self._endpoint.spending_cap_dollars or math.inf
         reserved: dict[Future[Answer], tuple[str, float]] = {}
         pending = list(questions.items())
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
@@ -183,14 +177,14 @@ class CachedClient:
                     while pending and len(reserved) < self._endpoint.concurrency:
                         key, question = pending[0]
                         price = self._max_price(question)
-                        if not self._affordable(spent + sum(cost for _, cost in reserved.values()) + price):
+                        if spent + sum(cost for _, cost in reserved.values()) + price > cap:
                             break
                         pending.pop(0)
                         reserved[pool.submit(self._fetch, question)] = key, price
                     if not reserved:
                         raise UserError(
                             f"{self._endpoint.model}: {len(pending)} questions are pending, and the next could exceed "
-                            f"spending_cap_dollars={self._endpoint.spending_cap_dollars:g} ({spent:.4f} spent); raise it and "
+                            f"spending_cap_dollars={cap:g} ({spent:.4f} spent); raise it and "
                             "resume: answers are kept"
                         )
                     done, _ = wait(reserved, return_when=FIRST_COMPLETED)
@@ -338,10 +332,6 @@ class CachedClient:
     def _price(self, input_tokens: int, output_tokens: int) -> float:
         prices = self._endpoint.dollars_per_million_input_tokens, self._endpoint.dollars_per_million_output_tokens
         return (input_tokens * prices[0] + output_tokens * prices[1]) / _MILLION
-
-    def _affordable(self, dollars: float) -> bool:
-        cap = self._endpoint.spending_cap_dollars
-        return dollars <= (math.inf if cap is None else cap)
 
 
 def open_client(settings: programs.ApiRequest, inputs: Mapping[str, Path]) -> CachedClient:

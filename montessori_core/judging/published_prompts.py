@@ -27,8 +27,7 @@ class Prompt:
 
 MT_BENCH = {
     (1, False): Prompt(
-        """\
-You are a helpful assistant.""",
+        "You are a helpful assistant.",
         """\
 [Instruction]
 Please act as an impartial judge and evaluate the quality of the response provided by an AI assistant to the user \
@@ -45,8 +44,7 @@ strictly following this format: "[[rating]]", for example: "Rating: [[5]]".
 [The End of Assistant's Answer]""",
     ),
     (1, True): Prompt(
-        """\
-You are a helpful assistant.""",
+        "You are a helpful assistant.",
         """\
 [Instruction]
 Please act as an impartial judge and evaluate the quality of the response provided by an AI assistant to the user \

@@ -198,10 +198,7 @@ def _apply(
     marked = [turn | {"content": _content(mark_control_tokens(tokenizer, turn["content"]), parts)} for turn in turns]
     return str(
         tokenizer.apply_chat_template(
-            marked,
-            chat_template=dated_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            marked, chat_template=dated_template(tokenizer), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     )
 

@@ -8,13 +8,7 @@ from montessori_core.errors import UserError
 from montessori_core.files import hash_json, read_json
 from montessori_core.models.adapters import adapted_model, is_adapter
 from montessori_core.models.embedded import EMBEDDED, find_embedded
-from montessori_core.models.fingerprints import (
-    ADAPTER_WEIGHTS,
-    FINGERPRINT,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    hash_model,
-)
+from montessori_core.models.fingerprints import ADAPTER_WEIGHTS, FINGERPRINT, WEIGHTS, WEIGHTS_INDEX, hash_model
 
 _WEIGHTS = (WEIGHTS, WEIGHTS_INDEX)
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -52,7 +52,7 @@ def hash_model(folder: Path) -> str:
     template = settings.get("tokenizer_config.json", {}).pop("chat_template", None)
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    files = {file.name: _hash_bytes(file) for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}
+    files = {file.name: hash_path(file) for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}
     return hash_json([tensors, settings, template, files])
 
 
@@ -110,10 +110,6 @@ def _hash_stream(stream: BinaryIO, begin: int, count: int) -> str:
         digest.update(buffer[:read])
         count -= read
     return digest.hexdigest()
-
-
-def _hash_bytes(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -152,12 +152,19 @@ def lora_config(model: "PreTrainedModel", lora: Lora, setting: str) -> "LoraConf
             raise UserError(f"{setting}.targets: PEFT cannot adapt {target!r} of a Mamba model; leave it out")
     targets = list(lora.targets) or "all-linear"
     return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=targets,
-        exclude_modules=excluded,
-        task_type="CAUSAL_LM",
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM"
     )
+
+
+def load_with_tokenizer(model: str, dtype: Any) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
+    """Load a tokenizer and its model.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not belong together.
+    """
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
+    check_tokenizer(tokenizer, loaded)
+    return tokenizer, loaded
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:

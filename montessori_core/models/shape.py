@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+GB = 1e9  # bytes
+
 
 @dataclass(frozen=True)
 class Shape:

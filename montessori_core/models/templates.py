@@ -68,13 +68,14 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
         setting: its name in the configuration.
 
     Returns:
-        The template; None if the section sets neither a template nor variables.
+        The template; None if the section sets neither a template nor variables, so that the model's own is used.
 
     Raises:
         UserError: the template cannot be read, has a syntax error, or does not have one of the variables.
     """
     variables = section.chat_template_kwargs
     if section.chat_template is None and not variables:
+        check_template(folder)
         return None
     template = _own_template(folder)
     if section.chat_template is not None:

@@ -1,6 +1,5 @@
 """Apply the filters of `synthesis.filters` to the candidates of a teacher, and count the rejections by filter and reason."""
 
-import importlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ import pyarrow as pa
 from montessori_core.config import FilterSettings, OwnFilter, Synthesis, parse
 from montessori_core.data.sources import Task
 from montessori_core.errors import ConfigError, UserError
+from montessori_core.program import load
 from montessori_core.synthesis.extraction import extract_instruction
 from montessori_core.synthesis.filters import REGISTRY
 from montessori_core.synthesis.filters.filter import Candidate, Context, Filter, Reject
@@ -83,9 +83,8 @@ def find_filter(name: str) -> Filter:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    module, _, attribute = name.partition(":")
     try:
-        filter = getattr(importlib.import_module(module), attribute)
+        filter = load(name)
     except Exception as error:
         raise ConfigError(
             f"synthesis.filters: {name}: {_short(error)}; the module must be importable where the driver runs: put its "

@@ -131,19 +131,11 @@ def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, P
     row is a draw. Rows need no drafts: the API's cache keeps every answer. A question that the server refuses has an empty
     output.
     """
-    sampling = settings.sampling
     api = open_client(settings, inputs)
 
     def compute(rows: list[GenerationRow], recorder: Recorder) -> None:
         questions = [
-            Question(
-                row["turns"][0],
-                sampling.temperature,
-                sampling.top_p,
-                sampling.presence_penalty,
-                sampling.max_tokens,
-                seed,
-            )
+            Question(row["turns"][0], draw=seed, **settings.sampling.model_dump(exclude={"repetition_penalty"}))
             for row in rows
             for seed in row["seeds"]
         ]

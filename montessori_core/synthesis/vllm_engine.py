@@ -146,11 +146,7 @@ def _room_for_adapter(folder: Path) -> dict[str, Any]:
 
 def _parameters(sampling: Sampling, stop: str | None, seed: int, ends: list[int]) -> SamplingParams:
     return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        presence_penalty=sampling.presence_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        max_tokens=sampling.max_tokens,
+        **sampling.model_dump(),  # vLLM has the same names
         stop=[stop] if stop else None,
         stop_token_ids=ends,
         include_stop_str_in_output=True,

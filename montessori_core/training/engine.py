@@ -201,11 +201,7 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
 
 
 def save_trained(
-    trainer: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    counts: dict[str, int],
-    checkpoints: Path,
-    folder: Path,
+    trainer: Any, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int], checkpoints: Path, folder: Path
 ) -> None:
     """Write fp32 masters, tokenizer, log and counts; remove the checkpoints. All processes must call it; rank 0 writes."""
     _save_model(trainer, tokenizer, folder)

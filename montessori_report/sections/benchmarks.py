@@ -268,7 +268,7 @@ def head_to_head_figure(comparisons: Sequence[tuple[str, dict[str, Any]]]) -> Fi
 def _contamination_table(contamination: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     rows = [
         [
-            _name(entry["benchmark"]),
+            _JUDGED.get(entry["benchmark"], entry["benchmark"]),
             data,
             f"{formatting.count(entry['overlapping'])} of {formatting.count(entry['items'])}",
             formatting.count(entry["n"]),
@@ -280,10 +280,6 @@ def _contamination_table(contamination: Sequence[tuple[str, dict[str, Any]]]) ->
         ["Benchmark", "Data", "Overlapping items", "n"],
         rows,
     )
-
-
-def _name(benchmark: str) -> str:
-    return _JUDGED.get(benchmark, benchmark)
 
 
 def score_name(benchmark: str) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -207,9 +206,9 @@ def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
 
 def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     """Draw first-order against exact influence of the audited examples."""
-    audited = part.table.filter(
-        pc.and_(part.table["audited"], pc.and_(pc.is_valid(part.table["first_order_null_step"]), _measured(part)))
-    )
+    table = part.table
+    both = pc.and_(pc.is_valid(table["first_order_null_step"]), pc.equal(table["status"], "ok"))
+    audited = table.filter(pc.and_(table["audited"], both))
     if audited.num_rows < 2:
         return None
     estimated, exact = (
@@ -252,10 +251,6 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
         ["example_id", *axes],
         list(zip(audited["example_id"].to_pylist(), estimated.tolist(), exact.tolist(), strict=True)),
     )
-
-
-def _measured(part: InfluenceData) -> Any:
-    return pc.equal(part.table["status"], "ok")
 
 
 def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:

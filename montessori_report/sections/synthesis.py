@@ -60,13 +60,7 @@ def _funnels(sets: Sequence[SynthesisData]) -> Block | None:
     ]
     return Block(
         [funnel_figure(label, funnel) for label, funnel in counted],
-        [
-            Table(
-                "Instructions by filter",
-                ["Step", *(label for label, _ in counted)],
-                [*rows, ["share kept", *rates]],
-            )
-        ],
+        [Table("Instructions by filter", ["Step", *(label for label, _ in counted)], [*rows, ["share kept", *rates]])],
     )
 
 

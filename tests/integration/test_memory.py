@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from montessori_core.influence.memory import GB, plan_memory
-from montessori_core.models.shape import Shape
+from montessori_core.influence.memory import plan_memory
+from montessori_core.models.shape import GB, Shape
 from montessori_core.training.memory import plan_update
 from support import ROOT
 from support.runs import call, invoke

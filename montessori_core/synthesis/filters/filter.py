@@ -27,10 +27,6 @@ from typing import Any
 from montessori_core.config import Section
 
 
-class NoSettings(Section):
-    """Settings of a filter that has none."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """An instruction of a teacher, and the demonstrations of its prompt."""
@@ -64,10 +60,10 @@ class Filter:
         name: name in the table of instructions and in the funnel.
         description: one line for the list of filters.
         open: returns the filter's function for its settings; called once per set of examples.
-        settings: type that validates its settings, a pydantic model.
+        settings: type that validates its settings; `Section` itself has none.
     """
 
     name: str
     description: str
     open: Callable[[Any, Context], Reject]
-    settings: type[Section] = NoSettings
+    settings: type[Section] = Section
