@@ -25,7 +25,7 @@ A command takes the path of a configuration or the name of a shipped preset; a f
 
 | preset | for | what it is |
 |---|---|---|
-| `quickstart` | `montessori run` | an iteration on a laptop: SmolLM2-135M learns to write tasks that help a smaller student to code |
+| `quickstart` | `montessori run` | an iteration on a laptop: a small teacher learns what helps a smaller student to code |
 | `paper-1b`, `paper-8b` | `montessori run` | the paper's settings, for a cluster of H100 nodes |
 | `evaluation` | `montessori evaluate` | the paper's tasks |
 | `quickstart` | `montessori compare` | two methods, three seeds, with the quickstart's experiment |
