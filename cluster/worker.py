@@ -26,6 +26,7 @@ from montessori_core.program import Compute, Row, RowProgram, open_program
 
 log = logging.getLogger(__name__)
 
+_DISK_FULL = (os.strerror(errno.ENOSPC), ". unexpected pos ")  # the latter: torch.save, when a write was cut short
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 
 
@@ -103,7 +104,7 @@ def classify_error(error: Exception) -> str:
     """Return the class of a failure that the job itself caught."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
-    if os.strerror(errno.ENOSPC) in str(error):  # not only OSError: safetensors has errors of its own
+    if any(text in str(error) for text in _DISK_FULL):  # not only OSError: safetensors has errors of its own
         return "disk_full"
     if type(error).__name__ == "UncompletedJobError":
         return "time_limit"  # submitit raises it when a job was requeued too often

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import submitit
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
 from cluster.usage import cost_of, use_of
-from cluster.worker import _compute_shards
+from cluster.worker import _compute_shards, classify_error
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
@@ -200,6 +201,13 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
         with pytest.raises((RuntimeError, ValueError, OSError)):
             _compute_shards(own, [0], environment)
         assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
+
+
+def test_full_disk_of_torch_is_recognised() -> None:
+    """torch.save has no error of its own for it; transformers' checkpoints are written with it."""
+    with pytest.raises(RuntimeError) as failure:
+        torch.save(torch.zeros(100_000), "/dev/full")
+    assert classify_error(failure.value) == "disk_full"
 
 
 @pytest.mark.guarantee("disk full")
