@@ -15,6 +15,7 @@ PRESETS = [read_experiment(CONFIGS / f"{name}.yaml") for name in ("paper-8b", "p
 METHOD = ("synthesis", "warmup", "influence", "preferences", "teacher_update", "training")
 OURS = (  # sharding and checks, which the paper does not have
     "synthesis.engine",
+    "synthesis.engine_options",
     "synthesis.completion_prompt",  # the paper has only chat
     "synthesis.filters[[]*].name",
     "synthesis.oversampling",
