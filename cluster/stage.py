@@ -246,7 +246,12 @@ class Stage:
         Raises:
             UserError: its description is missing or damaged.
         """
-        content = describe(folder).model_dump(exclude={"rows", "rows_per_shard", "shards"})
+        return Stage.described(describe(folder), folder)
+
+    @staticmethod
+    def described(description: Description, folder: Path) -> "Stage":
+        """Return the stage in a folder from its description."""
+        content = description.model_dump(exclude={"rows", "rows_per_shard", "shards"})
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
         return Stage(**content, inputs=inputs, folder=folder)
 

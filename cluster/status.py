@@ -76,7 +76,8 @@ def read_stage_status(folder: Path, cluster: Cluster) -> StageStatus:
     Raises:
         UserError: the stage's description or its ledger is corrupt.
     """
-    stage, description = Stage.read(folder), describe(folder)
+    description = describe(folder)
+    stage = Stage.described(description, folder)
     shards, rows = description.shards, description.rows
     done: list[int] = []
     missing: dict[int, ShardProgress | None] = {}

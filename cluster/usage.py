@@ -42,7 +42,8 @@ def use_of(folder: Path) -> StageUse:
     Raises:
         UserError: the stage's description or its ledger is corrupt.
     """
-    stage, shards = Stage.read(folder), describe(folder).shards
+    description = describe(folder)
+    stage, shards = Stage.described(description, folder), description.shards
     manifests = stage.manifests(range(shards))
     submissions = Ledger(folder / "jobs").submissions
     starts = [read_record(path, JobStart) for path in (folder / "jobs").glob("node-of-*.json")]
@@ -86,7 +87,8 @@ class StageCost:
 
 def cost_of(folder: Path) -> StageCost | None:
     """Read the cost of the stage in a folder; None if it is unfinished or an older version recorded too little."""
-    stage, shards = Stage.read(folder), describe(folder).shards
+    description = describe(folder)
+    stage, shards = Stage.described(description, folder), description.shards
     manifests = stage.manifests(range(shards))
     starts = [path.stat().st_mtime for path in (folder / "jobs").glob("node-of-*.json")]
     if not stage.kind or not starts or len(manifests) < shards:
