@@ -109,6 +109,11 @@ def interval_text(row: dict[str, Any]) -> str:
     return "" if row["gain_low"] == row["gain_high"] == 0.0 else f"{row['gain_low']:+.4f} to {row['gain_high']:+.4f}"
 
 
+def signed_interval(row: dict[str, Any]) -> str:
+    """Write the interval of a row's gain as `signed` writes a gain; the baseline has none."""
+    return interval_text(row).replace("-", "−") if is_finite(row["gain_low"]) else UNKNOWN
+
+
 def kind_text(row: dict[str, Any]) -> str:
     """Write the share of a method's instructions that are of the wanted kind, with its interval; '' if unknown."""
     if row.get("wanted_kind") is None:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from montessori_core import formatting
 from montessori_core.config import Study
 from montessori_core.data.tables import SIMILARITY, read_table
-from montessori_core.formatting import interval_text, kind_text, spread_text
+from montessori_core.formatting import kind_text, spread_text
 from montessori_report.figures import (
     GREY,
     SYMBOLS,
@@ -261,9 +261,7 @@ def _table(caption: str, rows: Sequence[dict[str, Any]]) -> Table:
         "Method": lambda row: str(row["method"]),
         "Held-out loss": lambda row: formatting.loss(row["held_out_loss"]),
         "Gain": lambda row: formatting.signed(row["gain"]),
-        "95 % interval": lambda row: (
-            interval_text(row).replace("-", "−") if formatting.is_finite(row["gain_low"]) else formatting.UNKNOWN
-        ),
+        "95 % interval": formatting.signed_interval,
         "Spread over seeds": lambda row: spread_text(row) if formatting.is_finite(row["gain"]) else formatting.UNKNOWN,
         "Wanted kind": kind_text,
         "Job time": lambda row: formatting.duration(row["job_seconds"]),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from montessori_core.formatting import UNKNOWN, interval_text, is_finite, signed, significant
+from montessori_core.formatting import UNKNOWN, is_finite, signed, signed_interval, significant
 from montessori_report.html import Block, Section, Table
 
 _SCORES = ("AlpacaEval 2.0 LC, %", "win rate, %", "MT-Bench", "MMLU", "GPQA", "ARC-C", "GSM8K", "HellaSwag")
@@ -57,5 +57,5 @@ def paper_section(rows: Sequence[dict[str, Any]], training_examples: int) -> Sec
 def _gain_text(row: dict[str, Any]) -> str:
     if not is_finite(row["gain"]):
         return UNKNOWN
-    interval = interval_text(row).replace("-", "−")
+    interval = signed_interval(row)
     return f"{signed(row['gain'])} ({interval})" if interval else signed(row["gain"])
