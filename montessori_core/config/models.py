@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from montessori_core.config.section import Count, Section
+from montessori_core.config.section import Count, Section, refuse_names
 
 Variables = dict[str, str | int | float | bool]
 _TEMPLATE: Any = Field(
@@ -149,9 +149,7 @@ class Endpoint(Section):
 
     @model_validator(mode="after")
     def _parameters_do_not_replace_settings(self) -> "Endpoint":
-        for name, setting in _SETTINGS_OF_PARAMETERS.items():
-            if name in self.parameters:
-                raise ValueError(f"parameters.{name}: {setting}")
+        refuse_names(self.parameters, _SETTINGS_OF_PARAMETERS, "parameters")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -106,6 +107,22 @@ def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
         return ""
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(model.model_fields)})"
+
+
+def refuse_names(given: Mapping[str, Any], remedies: Mapping[str, str], field: str) -> None:
+    """Refuse names in a mapping of the user's that the program or another field sets.
+
+    Args:
+        given: the mapping.
+        remedies: what to do instead, by refused name.
+        field: name of the mapping's field.
+
+    Raises:
+        ValueError: a name is refused; the message has its remedy.
+    """
+    for name, remedy in remedies.items():
+        if name in given:
+            raise ValueError(f"{field}.{name}: {remedy}")
 
 
 def _is_section(annotation: Any) -> bool:

@@ -12,7 +12,7 @@ from montessori_core.config.filters import (
     RougeFilter,
     TextOnlyFilter,
 )
-from montessori_core.config.section import Count, Section
+from montessori_core.config.section import Count, Section, refuse_names
 
 ENGLISH = "English"
 _PLACEHOLDERS = ("demonstrations", "language", "open", "close")
@@ -171,9 +171,7 @@ class Synthesis(Section):
 
     @model_validator(mode="after")
     def _options_do_not_replace_settings(self) -> "Synthesis":
-        for name, remedy in _SETTINGS_OF_OPTIONS.items():
-            if name in self.engine_options:
-                raise ValueError(f"engine_options.{name}: {remedy}")
+        refuse_names(self.engine_options, _SETTINGS_OF_OPTIONS, "engine_options")
         if self.engine_options and self.engine == "transformers":
             raise ValueError("engine_options are vLLM's, but engine is transformers; set engine: vllm, or remove them")
         return self
