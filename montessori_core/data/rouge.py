@@ -57,37 +57,7 @@ class RougeIndex:
     def add(self, text: str) -> None:
         """Add a text, unchecked."""
         code = _encode(text, self._vocabulary)
-        self._add(code, self._prefix(code))
-
-    def nearest(self, text: str) -> int | None:
-        """Return the index of the most similar accepted text above the limit (the first, if tied), or None."""
-        code = _encode(text, self._vocabulary)
-        return self._nearest(code, self._prefix(code))
-
-    def add_all(self, texts: Sequence[str]) -> list[bool]:
-        """Accept, in order, each text that is not too similar to an accepted one; return [texts] whether accepted."""
-        verdicts: list[bool] = []
-        for text in texts:
-            code = _encode(text, self._vocabulary)
-            prefix = self._prefix(code)
-            verdicts.append(self._nearest(code, prefix) is None)
-            if verdicts[-1]:
-                self._add(code, prefix)
-        return verdicts
-
-    def _prefix(self, code: str) -> list[int]:
-        """Return the sorted words of a text without the last c - 1; c is the minimum shared with a text above the limit.
-
-        Words are sorted by first appearance, latest first, since words that appear late are rare. The order of indexed
-        words never changes. The second, third, ... occurrence of a word counts as another word, after all first ones.
-        """
-        ordered = sorted(
-            (ord(word) - (n << 21) for word, count in Counter(code).items() for n in range(count)), reverse=True
-        )
-        minimum = max(1, math.ceil(self._max * len(code) / (2 - self._max) * _SLACK))
-        return ordered[: len(code) - minimum + 1]
-
-    def _add(self, code: str, prefix: list[int]) -> None:
+        prefix = self._prefix(code)
         for word in prefix:
             self._postings.setdefault(word, array("i")).append(len(self._codes))
         self._codes.append(code)
@@ -95,7 +65,10 @@ class RougeIndex:
         self._ends.append(prefix[-1] if prefix else 0)
         self._suffixes.append(len(code) - len(prefix))
 
-    def _nearest(self, code: str, prefix: list[int]) -> int | None:
+    def nearest(self, text: str) -> int | None:
+        """Return the index of the most similar accepted text above the limit (the first, if tied), or None."""
+        code = _encode(text, self._vocabulary)
+        prefix = self._prefix(code)
         postings = [self._postings[word] for word in prefix if word in self._postings]
         if not postings:
             return None
@@ -115,6 +88,27 @@ class RougeIndex:
         scores = _f(cdist([code], choices, scorer=LCSseq.similarity, dtype=np.int32)[0], np.array([len(code)]), lengths)
         best = scores.argmax()  # the first if tied: texts are in order of acceptance
         return int(texts[best]) if scores[best] > self._max else None
+
+    def add_all(self, texts: Sequence[str]) -> list[bool]:
+        """Accept, in order, each text that is not too similar to an accepted one; return [texts] whether accepted."""
+        verdicts: list[bool] = []
+        for text in texts:
+            verdicts.append(self.nearest(text) is None)
+            if verdicts[-1]:
+                self.add(text)
+        return verdicts
+
+    def _prefix(self, code: str) -> list[int]:
+        """Return the sorted words of a text without the last c - 1; c is the minimum shared with a text above the limit.
+
+        Words are sorted by first appearance, latest first, since words that appear late are rare. The order of indexed
+        words never changes. The second, third, ... occurrence of a word counts as another word, after all first ones.
+        """
+        ordered = sorted(
+            (ord(word) - (n << 21) for word, count in Counter(code).items() for n in range(count)), reverse=True
+        )
+        minimum = max(1, math.ceil(self._max * len(code) / (2 - self._max) * _SLACK))
+        return ordered[: len(code) - minimum + 1]
 
 
 def _encode(text: str, vocabulary: dict[str, str]) -> str:
