@@ -1,6 +1,7 @@
 """Synthesis: prompts, instructions, filters and responses, in rounds, until enough examples are kept."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,11 @@ from montessori_core.seeding import seed_of
 from montessori_core.synthesis.filtering import EMPTY_RESPONSE, SURPLUS, OpenFilters, filter_candidates, funnel
 from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import ApiModel, Model
-from tasks.stage import Step
+from tasks.stage import Step, warn
 
 _KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
 """Columns of a generated row that its candidate or example keeps."""
+_LOW_ACCEPTANCE = 0.1  # share of accepted candidates below which a round is warned of
 _LATER_ROUNDS = 1.2  # factor on the candidates that the last round's acceptance requires
 
 
@@ -101,6 +103,8 @@ def synthesize(
         candidates += fresh
         parts += written + responses
         rounds.append((len(fresh), len(answered)))
+        if warning := warn_of_low_acceptance(fresh):
+            warn(turn.label, warning)
     # Tables, not lists of rows: Prefect inspects every element of a list.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(step.label, step.folder, *tables, count, parts)
@@ -151,6 +155,24 @@ def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampli
         if kept:
             return math.ceil(_LATER_ROUNDS * missing * candidates / kept)
     return math.ceil(missing * oversampling)
+
+
+def warn_of_low_acceptance(candidates: Sequence[Row]) -> str | None:
+    """Return a warning if few of a round's candidates were accepted: the next round will have to write very many.
+
+    Args:
+        candidates: with their verdicts; those beyond the number that was asked for count as accepted.
+    """
+    reasons = Counter(row["rejection"] for row in candidates if row["rejection"] not in (None, SURPLUS))
+    accepted = len(candidates) - reasons.total()
+    if accepted >= _LOW_ACCEPTANCE * len(candidates):
+        return None
+    reason, count = reasons.most_common(1)[0]
+    return (
+        f"the filters accepted {accepted} of {len(candidates)} instructions, so that the next round writes many more; most "
+        f"often ({count} times): {reason}. If the teacher before its update did better, the update was too strong: lower "
+        "teacher_update.learning_rate or raise teacher_update.beta"
+    )
 
 
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
