@@ -28,6 +28,7 @@ from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
+from montessori_core.synthesis.extraction import close_output
 from montessori_core.synthesis.filtering import EMPTY_RESPONSE, SURPLUS, OpenFilters, filter_candidates, funnel
 from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import ApiModel, Model
@@ -221,6 +222,8 @@ def _write_instructions(
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
     outputs = [row["raw_output"] for row in generated]
+    if style == "completion":
+        outputs = [close_output(row["raw_output"], row["finish_reason"]) for row in generated]
     verdicts = filter_candidates(outputs, owners, style, settings.keep_newlines, filters)
     candidates: list[Row] = [
         {
