@@ -39,7 +39,7 @@ quickstart: $(VENV)/.local-$(TORCH)
 	$(BIN)/montessori run quickstart
 
 # Tests are distributed by file, because tests of a file share servers and models. (xdist 3.8 ignores groups with pytest 9.2.)
-PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --continue-interrupted
 
 test: lint
 	$(BIN)/python $(PYTEST) --durations 25

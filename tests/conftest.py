@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["support.models", "support.browser", "support.finished_run"]
+pytest_plugins = ["support.models", "support.browser", "support.finished_run", "support.interrupted"]
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")

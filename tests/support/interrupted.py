@@ -1,0 +1,76 @@
+"""Continue an interrupted run of the tests: option `--continue-interrupted`, as in `make test`.
+
+A run keeps the ids of the tests that passed; a run that ends by itself removes them. After a kill, the next run of the same
+files and of the same tier deselects them.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+
+_HASHED = ("montessori_core", "montessori_report", "cluster", "tasks", "flows", "tests", "benchmarks", "docs", "docker")
+_ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--continue-interrupted", action="store_true", help="skip what passed in a killed run of the same files"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--continue-interrupted"):
+        config.pluginmanager.register(_Continuation(config))
+
+
+class _Continuation:
+    """Records the tests that pass, and deselects those that passed before the kill."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        folder = config.cache.mkdir("interrupted")
+        self._passed, earlier = folder / "passed", folder / "earlier"
+        self._is_worker = hasattr(config, "workerinput")
+        if not self._is_worker:  # a worker that starts later must find the same tests
+            key = _hash_files(config.rootpath) + (" all" if config.getoption("--all", False) else "")
+            lines = self._passed.read_text().splitlines() if self._passed.exists() else []
+            if lines[:1] != [key]:
+                lines = [key]
+                self._passed.write_text(f"{key}\n")
+            earlier.write_text("\n".join(lines))
+        self._earlier = frozenset(earlier.read_text().splitlines()[1:])
+        self._called: set[str] = set()
+
+    def pytest_report_header(self) -> list[str]:
+        if not self._earlier:
+            return []
+        return [
+            f"continuing a killed run: {len(self._earlier)} tests passed in it (to start over, delete {self._passed})"
+        ]
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        earlier = [item for item in items if item.nodeid in self._earlier]
+        items[:] = [item for item in items if item.nodeid not in self._earlier]
+        config.hook.pytest_deselected(items=earlier)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self._called.add(report.nodeid)
+        elif report.when == "teardown" and report.passed and report.nodeid in self._called and not self._is_worker:
+            with self._passed.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if not self._is_worker and exitstatus in _ENDED:
+            self._passed.unlink(missing_ok=True)
+
+
+def _hash_files(root: Path) -> str:
+    """Return a hash of the interpreter and of the files on which tests depend."""
+    digest = hashlib.sha256(sys.executable.encode())
+    files = [file for folder in _HASHED for file in (root / folder).rglob("*") if file.is_file()]
+    for file in sorted([*files, *root.glob("*.*"), root / "Makefile"]):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
