@@ -25,6 +25,7 @@ from montessori_core.judging.frame import frame_texts, verdict_schema
 from montessori_core.judging.points import read_score
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.judging.responses import Answer
+from montessori_core.models.thinking import Answered
 from montessori_core.program import Recorder, Row, RowProgram
 
 REFERENCE_GUIDED = ("math", "reasoning", "coding")
@@ -120,7 +121,7 @@ class _Question(Entry):
 
 
 class _Choice(Entry):
-    turns: tuple[Text, Text]
+    turns: tuple[Annotated[Answered, Text], Annotated[Answered, Text]]
 
 
 class _Reference(Entry):
