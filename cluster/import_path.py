@@ -1,21 +1,31 @@
 """Check that jobs import the packages of this program."""
 
 import os
+import re
 import site
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 from montessori_core.errors import UserError
 
+_SETS_PATH = re.compile(r"""\s*(?:export\s+)?PYTHONPATH=["']?([^"';]*)""")
 
-def check_import_path() -> None:
+
+def check_import_path(setup: Sequence[str] = ()) -> None:
     """Check that no folder that Python searches before this program's hides a package that jobs import.
+
+    `setup`: commands of the shell that run before a job; one may set PYTHONPATH.
 
     Raises:
         UserError: a folder has a module of the same name.
     """
     root = Path(__file__).resolve().parent.parent
-    folders = os.environ["PYTHONPATH"].split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    path = os.environ.get("PYTHONPATH", "")
+    for command in setup:
+        if match := _SETS_PATH.match(command):
+            path = os.path.expandvars(match[1].replace("$PYTHONPATH", path).replace("${PYTHONPATH}", path))
+    folders = path.split(os.pathsep) if path else []
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
     for package in ("cluster", "montessori_core"):

@@ -81,8 +81,8 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
             if not any(name in tokenizer.chat_template for name in NAMES):
                 return super()._model_generate(context, max_length, stop, **options)
             # Stop strings count in the answer alone: the harness cuts it at them afterwards.
-            end = [tokenizer.decode(self.eot_token_id)]
-            written = super()._model_generate(context, max_length, end, **options)
+            ends = [tokenizer.decode(self.eot_token_id)] if settings.chat_template else stop
+            written = super()._model_generate(context, max_length, ends, **options)
             start = context.shape[1]
             for row in written:
                 drawn = row[start:].tolist()

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from cluster.fanout import fan_out
+from cluster.import_path import check_import_path
 from flows import deployments
 from flows.local_server import wait_for_server
 from flows.prefect_api import problem_of
@@ -156,6 +157,17 @@ def test_own_package_of_user_is_refused(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(UserError, match=rf"{own}/cluster.py in place of Montessori's package cluster"):
         fan_out(stage(folder), as_shards(*SHARDS), Resources(), CLUSTER)
+
+
+@pytest.mark.parametrize("command", ["export PYTHONPATH={own}", 'PYTHONPATH="{own}:$PYTHONPATH"; module load x'])
+def test_own_package_of_setup_commands_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    own = _only(fill(tmp_path / "own"), "montessori_core")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    check_import_path(["module load python", "export PYTHONPATH=$PYTHONPATH:/absent"])
+    with pytest.raises(UserError, match=rf"{own}/montessori_core.py in place of"):
+        check_import_path([command.format(own=own)])
 
 
 def test_own_method_is_found_on_pythonpath(tmp_path: Path) -> None:
