@@ -417,3 +417,14 @@ def test_duplicate_field_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=r"data.jsonl, line 1: field '(output|b)' occurs twice"):
         list(jsonl_rows(tmp_path / "data.jsonl"))
+
+
+def test_changed_data_set_folder_is_read_again(tmp_path: Path) -> None:
+    """Archives made reproducibly, and copies that keep times, have files of one time and other content."""
+    found = []
+    for text in ("one", "two"):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"instruction": text, "output": text}) + "\n")
+        os.utime(tmp_path / "train.jsonl", (0, 0))
+        [task] = read_tasks(DataSource(path=str(tmp_path)), "reference", with_response=True)
+        found.append(task.instruction)
+    assert found == ["one", "two"]
