@@ -12,7 +12,7 @@ import torch
 
 from montessori_core.config import parse_experiment
 from montessori_core.data.rows import GenerationRow
-from montessori_core.errors import UserError
+from montessori_core.errors import DataError, UserError
 from montessori_core.evaluation.alpaca_eval import read_outputs
 from montessori_core.judging.answer_cache import AnswerCache
 from montessori_core.judging.client import CachedClient, Question
@@ -214,6 +214,11 @@ def test_answers_in_files_have_no_thinking(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(content) + "\n")
     [dialogue] = read_dialogues(tmp_path / "questions.jsonl", tmp_path / "references.jsonl")
     assert dialogue.references == ("Four.", "Six.")
+    for text, problem in (("<think>Hm", "it has thinking, but no answer"), (" ", "should match")):
+        answers["choices"] = [{"turns": [text, "Six."]}]
+        (tmp_path / "references.jsonl").write_text(json.dumps(answers) + "\n")
+        with pytest.raises(DataError, match=rf"references.jsonl, line 1: field choices.0.turns.0: .*{problem}"):
+            read_dialogues(tmp_path / "questions.jsonl", tmp_path / "references.jsonl")
 
 
 def test_separate_and_inline_thinking_are_read(server: JudgeServer, tmp_path: Path) -> None:
