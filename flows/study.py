@@ -283,6 +283,7 @@ def _add_kind_shares(
         "balanced_accuracy": classifier.balanced_accuracy,
         "recall": classifier.recall,
         "false_positives": classifier.false_positives,
+        "others": classifier.others,
         "objection": None if classifier.usable else classifier.objection,
     }
 

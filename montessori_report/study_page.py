@@ -197,7 +197,9 @@ def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> 
         "(Wilson, 95 %) are over the instructions of all seeds.",
         dots,
     )
-    accuracy = accuracy_text(classifier["recall"], classifier["false_positives"], classifier["balanced_accuracy"])
+    accuracy = accuracy_text(
+        classifier["recall"], classifier["false_positives"], classifier["balanced_accuracy"], classifier["others"]
+    )
     return Section(
         "wanted-kind",
         "Wanted kind",

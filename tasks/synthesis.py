@@ -1,6 +1,7 @@
 """Synthesis: prompts, instructions, filters and responses, in rounds, until enough examples are kept."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from montessori_core.models.thinking import is_cut_thinking
 from montessori_core.program import Row
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
+from montessori_core.synthesis.extraction import close_output
 from montessori_core.synthesis.filtering import (
     CUT_THINKING,
     EMPTY_RESPONSE,
@@ -38,10 +40,11 @@ from montessori_core.synthesis.filtering import (
 )
 from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import ApiModel, Model
-from tasks.stage import Step
+from tasks.stage import Step, warn
 
 _KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
 """Columns of a generated row that its candidate or example keeps."""
+_LOW_ACCEPTANCE = 0.1  # share of accepted candidates below which a round is warned of
 _LATER_ROUNDS = 1.2  # factor on the candidates that the last round's acceptance requires
 
 
@@ -109,6 +112,8 @@ def synthesize(
         candidates += fresh
         parts += written + responses
         rounds.append((len(fresh), len(answered)))
+        if warning := warn_of_low_acceptance(fresh):
+            warn(turn.label, warning)
     # Tables, not lists of rows: Prefect inspects every element of a list.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(step.label, step.folder, *tables, count, parts)
@@ -161,6 +166,24 @@ def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampli
     return math.ceil(missing * oversampling)
 
 
+def warn_of_low_acceptance(candidates: Sequence[Row]) -> str | None:
+    """Return a warning if few of a round's candidates were accepted: the next round will have to write very many.
+
+    Args:
+        candidates: with their verdicts; those beyond the number that was asked for count as accepted.
+    """
+    reasons = Counter(row["rejection"] for row in candidates if row["rejection"] not in (None, SURPLUS))
+    accepted = len(candidates) - reasons.total()
+    if accepted >= _LOW_ACCEPTANCE * len(candidates):
+        return None
+    reason, count = reasons.most_common(1)[0]
+    return (
+        f"the filters accepted {accepted} of {len(candidates)} instructions, so that the next round writes many more; most "
+        f"often ({count} times): {reason}. If the teacher before its update did better, the update was too strong: lower "
+        "teacher_update.learning_rate or raise teacher_update.beta"
+    )
+
+
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def join_synthesis(
     label: str, folder: Path, candidates: pa.Table, examples: pa.Table, count: int, parts: list[Path]
@@ -207,6 +230,8 @@ def _write_instructions(
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
     outputs = [row["raw_output"] for row in generated]
+    if style == "completion":
+        outputs = [close_output(row["raw_output"], row["finish_reason"]) for row in generated]
     verdicts = filter_candidates(outputs, owners, style, settings.keep_newlines, filters)
     candidates: list[Row] = [
         {

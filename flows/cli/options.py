@@ -19,7 +19,8 @@ ClusterFile = Annotated[
     Path | None, typer.Option(help="Cluster file (YAML) that replaces the configuration's cluster section.")
 ]
 ChatTemplate = Annotated[
-    Path | None, typer.Option(help="Jinja file with the chat template; by default the model's own, or the paper's.")
+    Path | None,
+    typer.Option(help="Jinja file with the chat template, or 'chatml'; by default the model's own, or the paper's."),
 ]
 ChatTemplateVariables = Annotated[
     str | None,

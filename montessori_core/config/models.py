@@ -8,7 +8,9 @@ from montessori_core.config.section import Count, Section, refuse_names
 
 Variables = dict[str, str | int | float | bool]
 _TEMPLATE: Any = Field(
-    None, description="Jinja file with the chat template. If not set, the model's own, or the paper's if it has none."
+    None,
+    description="Jinja file with the chat template, or 'chatml' for ChatML without a system turn of its own (a model's own "
+    "template may add one to every example). If not set, the model's own, or the paper's if it has none.",
 )
 _VARIABLES: Any = Field(
     {}, description="Variables of the chat template, e.g. {enable_thinking: false}. Thinking uses up max_tokens."

@@ -2,27 +2,33 @@
 
 A naive Bayes classifier on words tells the reference set's tasks from the seed pool's, which the teacher is shown. The
 seed pool may have tasks of the wanted kind, too. Seeds that are more likely wanted, to a classifier that has not seen
-them, are left out of the other kinds (one pass of self-training). The length of a text is no feature, because a teacher
-update can change the length alone.
+them, are left out of the other kinds (one pass of self-training). If half of the seeds are of the kind, that is not enough,
+and the built-in seed pool, which has all kinds, stands for the others. The length of a text is no feature, because a
+teacher update can change the length alone.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from montessori_core import layout
-from montessori_core.data.sources import load_tasks
+from montessori_core.config import DataSource
+from montessori_core.data.sources import load_tasks, read_tasks
 from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.evaluation.statistics import share_interval
 
 LEAST_ACCURACY = 0.75
 """Balanced accuracy below which no share is shown."""
+_MOST_WANTED_SEEDS = (
+    0.75  # above it, a classifier against the built-in seed pool knows only the seeds' language or subject
+)
 _LEAST_LOG_ODDS = math.log(9)  # a probability of 0.9: noise has little evidence either way, and is not wanted
 _SMOOTHING = 0.3  # added to each count
 _FOLDS = 8
@@ -41,17 +47,19 @@ class KindClassifier:
     Attributes:
         weights: log odds of the wanted kind by feature; other features have 0.
         recall: share of the reference tasks that are called wanted, cross-validated.
-        false_positives: share of the seeds that are called wanted, cross-validated. Seeds that are of the wanted kind
+        false_positives: share of the other tasks that are called wanted, cross-validated. Those that are of the wanted kind
             count, so a seed pool with many of them makes the classifier look worse than it is.
+        others: what the other tasks are, in words.
     """
 
     weights: dict[str, float]
     recall: float
     false_positives: float
+    others: str = "the seeds"
 
     @property
     def balanced_accuracy(self) -> float:
-        """Mean of the accuracies on reference tasks and seeds; 0.5 is chance."""
+        """Mean of the accuracies on reference tasks and other tasks; 0.5 is chance."""
         return (self.recall + 1 - self.false_positives) / 2
 
     @property
@@ -133,7 +141,22 @@ def read_classifier(run: Path) -> KindClassifier | None:
     paths = [run / layout.SOURCES / f"{name}.jsonl" for name in ("reference", "seed_pool")]
     if not all(path.exists() for path in paths):
         return None
-    return train_classifier(*([task.instruction for task in load_tasks(path)] for path in paths))
+    return choose_classifier(*([task.instruction for task in load_tasks(path)] for path in paths))
+
+
+def choose_classifier(reference: Sequence[str], seeds: Sequence[str]) -> KindClassifier:
+    """Return the more accurate of two classifiers: against the seeds, and against the built-in seed pool.
+
+    Args:
+        reference: tasks of the wanted kind.
+        seeds: the seed pool's tasks.
+    """
+    against_seeds = train_classifier(reference, seeds)
+    builtin = [task.instruction for task in read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)]
+    against_builtin = replace(train_classifier(reference, builtin), others="the built-in tasks of all kinds")
+    knows_kind = (against_builtin.share(seeds).value or 0.0) <= _MOST_WANTED_SEEDS
+    candidates = [against_seeds, against_builtin] if knows_kind else [against_seeds]
+    return max(candidates, key=attrgetter("balanced_accuracy"))
 
 
 def read_instructions(examples: Path) -> list[str]:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 TEMPLATE = "chat_template.jinja"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML without a system turn of its own."""
+_NAMED = {"chatml": CHATML}
 
 
 class _Generation(Extension):
@@ -79,15 +85,21 @@ def configured_template(folder: Path, section: Teacher | Student, setting: str) 
         return None
     template = _own_template(folder)
     if section.chat_template is not None:
-        path = Path(section.chat_template).expanduser()
-        try:
-            template = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{setting}.chat_template: {path} cannot be read ({error}); give a Jinja file") from error
+        template = _NAMED.get(section.chat_template) or _read_template(section.chat_template, setting)
     if unknown := [name for name in variables if not name.isidentifier() or name not in template]:
         raise UserError(f"{setting}.chat_template_kwargs: the chat template has no variable {unknown[0]!r}")
     _check_syntax(template, section.chat_template or str(folder))
     return "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in variables.items()) + template
+
+
+def _read_template(file: str, setting: str) -> str:
+    path = Path(file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{setting}.chat_template: {path} cannot be read ({error}); give a Jinja file, or {' or '.join(_NAMED)}"
+        ) from error
 
 
 def _own_template(folder: Path) -> str:

@@ -29,18 +29,21 @@ def wanted_kind_section(run: RunData) -> Section:
 
 def _accuracy(run: RunData) -> str:
     assert run.classifier is not None
-    accuracy = accuracy_text(run.classifier.recall, run.classifier.false_positives, run.classifier.balanced_accuracy)
+    classifier = run.classifier
+    accuracy = accuracy_text(
+        classifier.recall, classifier.false_positives, classifier.balanced_accuracy, classifier.others
+    )
     return (
-        "The wanted kind of task is that of the reference set. A classifier of words tells its tasks from those of the seed "
-        f"pool, which the teacher is shown: it {accuracy}. Compare the shares with each other: neither is free of its errors."
+        f"The wanted kind of task is that of the reference set. A classifier of words {accuracy}. Compare the shares with "
+        "each other: neither is free of its errors."
     )
 
 
-def accuracy_text(recall: float, false_positives: float, balanced_accuracy: float) -> str:
+def accuracy_text(recall: float, false_positives: float, balanced_accuracy: float, others: str) -> str:
     """Say what a classifier calls wanted; see `KindClassifier`."""
     return (
-        f"calls {formatting.share(recall)} of the reference tasks wanted, and {formatting.share(false_positives)} of the "
-        f"seeds (cross-validated; balanced accuracy {balanced_accuracy:.2f})"
+        f"calls {formatting.share(recall)} of the reference tasks wanted, and {formatting.share(false_positives)} of "
+        f"{others} (cross-validated; balanced accuracy {balanced_accuracy:.2f})"
     )
 
 

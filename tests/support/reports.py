@@ -302,7 +302,13 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         "study": "trial",
         "seeds": [0, 1],
         "untrained_loss": 2.7654,
-        "kind_classifier": {"balanced_accuracy": 0.854, "recall": 0.875, "false_positives": 0.167, "objection": None},
+        "kind_classifier": {
+            "balanced_accuracy": 0.854,
+            "recall": 0.875,
+            "false_positives": 0.167,
+            "others": "the seeds",
+            "objection": None,
+        },
         "methods": methods,
         "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
     }

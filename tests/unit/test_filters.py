@@ -14,7 +14,7 @@ from montessori_core.data.sources import Task
 from montessori_core.data.tables import INSTRUCTIONS, table_from_rows
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.synthesis import filtering
-from montessori_core.synthesis.extraction import collapse_blanks, extract_instruction
+from montessori_core.synthesis.extraction import close_output, collapse_blanks, extract_instruction
 from montessori_core.synthesis.filtering import OpenFilters, check_filters, filter_candidates, funnel
 from montessori_core.synthesis.filters import REGISTRY
 from montessori_core.synthesis.filters.filter import Candidate
@@ -142,6 +142,21 @@ def test_last_tagged_text_is_extracted() -> None:
     assert extract_instruction("<instruction>a</instruction> or <instruction>b</instruction>", "chat", True) == "b"
     assert extract_instruction("<instruction>half <instruction>whole</instruction>", "chat", True) == "whole"
     assert extract_instruction(" Sort the list. </instruction> more", "completion", True) == "Sort the list."
+
+
+@pytest.mark.parametrize(
+    ("output", "finish_reason", "instruction"),
+    [
+        ("Sort the list.", "stop", "Sort the list."),
+        ("Sort the list.", "length", None),
+        ("Sort the list.</instruction> more", "stop", "Sort the list."),
+        ("Why is it 2?</explanation>", "stop", None),
+        ("What does </div> mean in HTML?", "stop", "What does </div> mean in HTML?"),
+        ("First.\n<instruction>Second.", "stop", "Second."),
+    ],
+)
+def test_output_that_the_teacher_ended_is_complete(output: str, finish_reason: str, instruction: str | None) -> None:
+    assert extract_instruction(close_output(output, finish_reason), "completion", True) == instruction
 
 
 def test_keep_newlines_keeps_line_breaks() -> None:

@@ -7,7 +7,13 @@ import pytest
 
 from montessori_core.config import DataSource
 from montessori_core.data.sources import read_tasks, write_tasks
-from montessori_core.evaluation.kinds import KindShare, features_of, read_classifier, train_classifier
+from montessori_core.evaluation.kinds import (
+    KindShare,
+    choose_classifier,
+    features_of,
+    read_classifier,
+    train_classifier,
+)
 
 
 def instructions_of(path: str, field: str, limit: int | None = None) -> list[str]:
@@ -71,6 +77,31 @@ def test_reference_of_seed_kinds_gives_no_share(limit: int | None) -> None:
     )
     assert not classifier.usable
     assert "cannot tell the reference set's tasks from the seed pool's" in classifier.objection
+
+
+@pytest.mark.parametrize("kind", ["coding", "maths"])
+def test_seed_pool_with_half_of_the_kind_is_replaced(kind: str) -> None:
+    """The quickstart's sets: half of the seeds are of the reference set's kind."""
+    reference = instructions_of(f"builtin/{kind}", "reference", 24)
+    seeds = instructions_of(f"builtin/half-{kind}", "seed_pool")
+    classifier = choose_classifier(reference, seeds)
+    assert classifier.usable
+    assert classifier.others == "the built-in tasks of all kinds"
+    assert 0.2 < (classifier.share(seeds).value or 0) < 0.5
+    held_out = classifier.share(instructions_of(f"builtin/{kind}", "evaluation")).value
+    other = "maths" if kind == "coding" else "coding"
+    of_other_kind = classifier.share(instructions_of(f"builtin/{other}", "evaluation")).value
+    assert held_out is not None
+    assert of_other_kind is not None
+    assert held_out > 0.6 > 0.1 > of_other_kind
+
+
+def test_language_of_the_seeds_is_no_kind() -> None:
+    """Against the built-in tasks, which are English, every German text would be of the wanted kind."""
+    sums = [f"Wie viele sind {number} Äpfel und {number + 2} Birnen?" for number in range(24)]
+    classifier = choose_classifier(sums[:12], sums[12:])
+    assert not classifier.usable
+    assert classifier.others == "the seeds"
 
 
 def test_classifier_of_a_run_reads_its_sources(tmp_path: Path) -> None:

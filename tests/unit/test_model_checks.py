@@ -12,6 +12,8 @@ from flows.evaluation import open_evaluation
 from flows.influence import Measurement, open_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
+from montessori_core.models.chat import encode_example
+from montessori_core.models.load import load_tokenizer
 from montessori_core.models.positions import check_positions, positions_of
 from montessori_core.models.templates import check_template
 from support.runs import invoke
@@ -153,6 +155,19 @@ def test_evaluated_model_gets_configured_template(tiny_llama: Path, tmp_path: Pa
     run, _ = open_evaluation(experiment(tiny_llama, tiny_llama, **settings), str(broken), tmp_path / "evaluation")
     template = Path(run.initial_student().path) / "chat_template.jinja"
     assert template.read_text() == '{% set mood = "calm" %}' + mine.read_text()
+
+
+def test_named_template_has_no_system_turn(tiny_llama: Path, tmp_path: Path) -> None:
+    run, _ = open_evaluation(experiment(tiny_llama, tiny_llama), str(tiny_llama), tmp_path / "evaluation")
+    named, _ = open_evaluation(
+        experiment(tiny_llama, tiny_llama, chat_template="chatml"), str(tiny_llama), tmp_path / "named"
+    )
+    own, chatml = (load_tokenizer(str(opened.initial_student().path)) for opened in (run, named))
+    example = encode_example(chatml, "Say hello.", "Hello.", 64)
+    assert chatml.decode(example.input_ids) == (
+        "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>"
+    )
+    assert example.response_tokens == encode_example(own, "Say hello.", "Hello.", 64).response_tokens
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from montessori_core.config import Synthesis, parse_experiment
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
 from montessori_core.influence.preferences import write_preferences
-from montessori_core.synthesis.filtering import OpenFilters
+from montessori_core.synthesis.filtering import SURPLUS, OpenFilters
 from montessori_core.synthesis.prompts import build_prompts
 from tasks import synthesis
 from tasks.run import ApiModel, Model, Run
@@ -110,3 +110,14 @@ def test_rounds_without_acceptance_ask_for_more() -> None:
     assert synthesis.count_candidates(1, [(100, 50)], 1.3) == 3
     assert synthesis.count_candidates(1, [(100, 50), (3, 0)], 1.3) == 3
     assert synthesis.count_candidates(1, [(100, 2), (60, 0)], 1.3) == 96
+
+
+def test_low_acceptance_is_warned_of_with_its_reason() -> None:
+    copied = [{"rejection": "rouge_l: too similar to a demonstration"}] * 60
+    kept = [{"rejection": None}] * 3 + [{"rejection": SURPLUS}] * 2
+    warning = synthesis.warn_of_low_acceptance(copied + kept + [{"rejection": "length: too short"}] * 5)
+    assert warning is not None
+    assert "5 of 70 instructions" in warning
+    assert "(60 times): rouge_l: too similar to a demonstration" in warning
+    assert synthesis.warn_of_low_acceptance(copied[:18] + kept[:2]) is None
+    assert synthesis.warn_of_low_acceptance([]) is None
