@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from cluster.processes import start_time
+
 _PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 _WARNING_SECONDS = 30.0  # between SIGUSR2 and the time limit, as in submitit
 _GRACE_SECONDS = 1.0  # between SIGINT and SIGKILL, as in submitit
@@ -35,7 +37,7 @@ def main(folder: Path, gate: int, seconds: float, pids: Sequence[int]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     ranks = [psutil.Process(pid) for pid in pids]
     signal.signal(signal.SIGTERM, lambda number, frame: _forward(ranks, number))
-    os.write(0, f"{os.getpid()}:{psutil.Process().create_time()}\n".encode())
+    os.write(0, f"{os.getpid()}:{start_time(os.getpid())}\n".encode())
     answer = os.read(0, 1)
     if not answer:
         return

@@ -16,6 +16,7 @@ from typing import Any
 import submitit
 
 from cluster.partial_commits import compute_rows, remove_partial_files
+from cluster.processes import seconds_since, start_time
 from cluster.records import Failure, read_record
 from cluster.rendezvous import join_processes
 from cluster.stage import RowClock, Stage
@@ -88,11 +89,7 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
 
 def _seconds_alive() -> float:
     """Return the age of this process: a job's cost includes the interpreter's start and imports."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, AttributeError):  # not on Linux
-        return 0.0
+    return max(0.0, seconds_since(start_time(os.getpid())))
 
 
 def _attempt() -> str:

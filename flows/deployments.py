@@ -164,6 +164,8 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
         job_variables=variables if pool else None,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+    # Where the flow runs, PYTHONPATH may have another module named flows.
+    runner_deployment.entrypoint = f"montessori_entry.{flow.fn.__name__}"
     if _has_schedules(f"{flow.name}/{deployment['name']}"):
         runner_deployment.schedules = None
         runner_deployment.model_fields_set.discard("schedules")  # keep them: they may be paused or made in the UI

@@ -1,5 +1,6 @@
 """Measure the influence of any data on any student, without a run."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,13 @@ from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
 from montessori_core.models.positions import check_positions
 from montessori_core.models.templates import configured_template, with_template
+from montessori_core.models.thinking import thinking_warning
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
+
+log = logging.getLogger(__name__)
 
 _SHARD = 16  # examples
 
@@ -110,6 +114,9 @@ def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
     reference = read_tasks(measurement.reference, "reference", with_response=True)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, tasks in {"examples": examples, "reference": reference}.items():
+        for warning in thinking_warning(name, tasks):
+            log.warning(warning)
     file = folder / "reference.jsonl"
     write_tasks(reference, file)
     return Inputs(examples, reference, models, {"reference": file})

@@ -18,11 +18,12 @@ from montessori_core.evaluation import alpaca_eval
 from montessori_core.evaluation.scores import item_scores, judged_benchmark, mt_bench_scores, win_rate_scores
 from montessori_core.files import write_json
 from montessori_core.judging import mt_bench
+from montessori_core.models.thinking import is_cut_thinking
 from montessori_core.program import Program, Row
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
 from tasks.run import Model, Run
-from tasks.stage import Step
+from tasks.stage import Step, warn
 from tasks.synthesis import generate
 
 
@@ -180,6 +181,12 @@ def _answer(
     ]
     size = step.experiment.synthesis.instructions_per_shard
     generated, parts = generate(step, student, rows, size, sampling, form, [])
+    if cut := sum(map(is_cut_thinking, generated)):
+        warn(
+            step.label,
+            f"{cut} of {len(generated)} answers are empty, because thinking used up max_tokens={sampling.max_tokens}; raise "
+            "benchmarks.answers.max_tokens, or switch thinking off with student.chat_template_kwargs",
+        )
     return [row["raw_output"].strip() for row in generated], parts
 
 

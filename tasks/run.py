@@ -17,6 +17,7 @@ from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
 from montessori_core.models.positions import check_positions
 from montessori_core.models.templates import TEMPLATE, configured_template, with_template
+from montessori_core.models.thinking import thinking_warning
 from montessori_core.models.weight_names import check_weight_files
 from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
@@ -151,6 +152,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     copied = all(run.source_file(name).exists() for name in Sources.__annotations__)
     sources = run.sources() if copied else read_sources(experiment)
     warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
+    for name in ("reference", "evaluation"):
+        warnings += thinking_warning(f"{name}.path", getattr(sources, name))
     warnings += check_filters(experiment.synthesis, sources.seed_pool)
     if changed:
         warnings.append(

@@ -14,6 +14,7 @@ from montessori_core.config import Endpoint, Experiment, Resources
 from montessori_core.data.rows import Rows
 from montessori_core.files import read_json, write_json
 from montessori_core.judging.client import warnings_file
+from montessori_core.layout import COUNTS_FILE
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
@@ -106,6 +107,11 @@ class Step:
         trained: list[Model] = self._compute(
             program, settings, _one_shard(program, rows), models, {}, {}, upstream, read=Model.of
         )
+        counts = read_json(Path(trained[0].path) / COUNTS_FILE) or {}
+        for name, meaning in (("left_out", "left out: they are too long"), ("truncated", "cut at max_length")):
+            if counts.get(name):
+                total = counts["left_out"] + counts.get("examples", counts.get("pairs", 0))
+                warn(self.label, f"{counts[name]} of {total} rows were {meaning}; see {COUNTS_FILE} and max_length")
         return trained[0]
 
     def ask(

@@ -25,11 +25,19 @@ from montessori_core.data.tables import (
     write_table,
 )
 from montessori_core.errors import UserError
+from montessori_core.models.thinking import is_cut_thinking
 from montessori_core.program import Row
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
 from montessori_core.synthesis.extraction import close_output
-from montessori_core.synthesis.filtering import EMPTY_RESPONSE, SURPLUS, OpenFilters, filter_candidates, funnel
+from montessori_core.synthesis.filtering import (
+    CUT_THINKING,
+    EMPTY_RESPONSE,
+    SURPLUS,
+    OpenFilters,
+    filter_candidates,
+    funnel,
+)
 from montessori_core.synthesis.prompts import Prompt, build_prompts
 from tasks.run import ApiModel, Model
 from tasks.stage import Step, warn
@@ -231,7 +239,7 @@ def _write_instructions(
             "prompt_id": f"{draw}-{prompt.id}",
             "demonstrations": [task.example_id for task in prompt.demonstrations],
             "instruction": verdict.instruction,
-            "rejection": verdict.rejection,
+            "rejection": CUT_THINKING if is_cut_thinking(row) else verdict.rejection,
         }
         for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
     ]
@@ -258,7 +266,7 @@ def _write_responses(
         if row["raw_output"].strip():
             examples.append(candidate | _response_of(row))
         else:
-            candidate["rejection"] = EMPTY_RESPONSE
+            candidate["rejection"] = CUT_THINKING if is_cut_thinking(row) else EMPTY_RESPONSE
     return examples, parts
 
 
@@ -352,11 +360,34 @@ def generate(
         parts = step.execute(
             programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
         )
-    return read_table(parts, GENERATION).to_pylist(), parts
+    generated = read_table(parts, GENERATION).to_pylist()
+    return (_without_cut_thinking(generated) if isinstance(teacher, ApiModel) else generated), parts
+
+
+def _without_cut_thinking(generated: list[Row]) -> list[Row]:
+    """Return answers of an endpoint, whose truncated texts may be thinking that the template opened and nothing ended.
+
+    They are if all finished answers have thinking.
+    """
+    finished = [row for row in generated if row["finish_reason"] == "stop"]
+    if not finished or any(row["thinking"] is None for row in finished):
+        return generated
+    return [
+        row | {"thinking": row["raw_output"], "raw_output": ""}
+        if row["finish_reason"] == "length" and row["thinking"] is None
+        else row
+        for row in generated
+    ]
 
 
 def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:
-    lines = [f"  {number:6d} {reason}" for reason, number in funnel(instructions).items()]
+    counts = funnel(instructions)
+    lines = [f"  {number:6d} {reason}" for reason, number in counts.items()]
+    if counts.get(CUT_THINKING):
+        lines.append(
+            "Thinking uses up max_tokens: raise it in synthesis.instruction and synthesis.response, or switch thinking off, "
+            "e.g. teacher.chat_template_kwargs: {enable_thinking: false}"
+        )
     return (
         f"{label}: only {kept} of {count} examples were kept:\n"
         + "\n".join(lines)

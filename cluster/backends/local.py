@@ -16,6 +16,7 @@ import submitit
 from cluster.backends.base import Task, split_evenly
 from cluster.backends.command import run_command
 from cluster.import_path import check_import_path
+from cluster.processes import seconds_since, start_time
 from cluster.supervisor import kill_tree
 from cluster.warm_start import Job, warm_process
 from cluster.worker import run_task
@@ -103,7 +104,7 @@ class LocalBackend:
         )
         job = executor.submit(run_task, str(stage_folder), task, resources.cpus_per_process)
         try:
-            started = psutil.Process(int(job.job_id)).create_time()
+            started = start_time(int(job.job_id))
         except psutil.NoSuchProcess:
             started = 0.0
         return f"{job.job_id}:{started}"
@@ -123,10 +124,11 @@ class LocalBackend:
 
     def find(self, name: str, folder: Path) -> list[str]:
         ids = []
-        for process in psutil.process_iter(["cmdline", "create_time"]):
+        for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
             if {"cluster.supervisor", "submitit.local._local"} & set(command) and str(folder) in command:
-                ids.append(f"{process.pid}:{process.info['create_time']}")
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    ids.append(f"{process.pid}:{start_time(process.pid)}")
         return ids
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
@@ -149,7 +151,7 @@ class LocalBackend:
 
     def reason(self, job_id: str) -> str:
         minutes = self._resources.time_limit_minutes
-        if time.time() - float(job_id.partition(":")[2]) >= 60 * minutes:
+        if seconds_since(float(job_id.partition(":")[2])) >= 60 * minutes:
             return f"TIMEOUT: the process was killed after {minutes} minutes"
         return "the process ended without a result (killed, or out of memory)"
 
@@ -169,7 +171,7 @@ def _process(job_id: str) -> psutil.Process | None:
     pid, _, started = job_id.partition(":")
     try:
         process = psutil.Process(int(pid))
-        same = abs(process.create_time() - float(started)) < 0.05
+        same = abs(start_time(int(pid)) - float(started)) < 0.05
         return process if same and _is_running(process) else None
     except psutil.NoSuchProcess:
         return None

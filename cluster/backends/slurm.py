@@ -80,7 +80,7 @@ class SlurmBackend:
             raise UserError(
                 "cluster.profile is slurm, but there is no sbatch here; start on a login node, or set profile: local"
             )
-        check_import_path()
+        check_import_path(cluster.slurm.setup)
         self._slurm, self._resources = cluster.slurm, resources
         self._python, self._container_options = python_command(cluster.slurm, python)
         self._largest_array = cluster.slurm.max_array_size

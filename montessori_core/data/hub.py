@@ -21,8 +21,12 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     path = os.path.expanduser(source.path)
+    # The library recognises files by path and time of change: another file with the same time would not be read.
+    mode = datasets.DownloadMode.FORCE_REDOWNLOAD if os.path.isdir(path) else None
     try:
-        rows = datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision)
+        rows = datasets.load_dataset(
+            path, source.subset, split=source.split, revision=source.revision, download_mode=mode
+        )
     except Exception as error:  # the library raises many kinds
         subsets = _subsets_of(path, source.revision)
         if len(subsets) > 1 and source.subset not in subsets:

@@ -28,10 +28,19 @@ def parse_json(text: str, where: str) -> Any:
 
     Raises:
         JSONDecodeError: it is not JSON.
-        DataError: a value cannot be written; the message begins with `where`.
+        DataError: a value cannot be written, or a field occurs twice; the message begins with `where`.
     """
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{where}: field {twice!r} occurs twice in an object; remove one of them")
+        return fields
+
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=to_object)
         if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError:

@@ -20,6 +20,7 @@ from montessori_core.data.jsonl import open_text
 from montessori_core.data.rows import ComparisonRow
 from montessori_core.errors import DataError, UserError
 from montessori_core.evaluation.statistics import mean_and_error
+from montessori_core.models.thinking import Answered
 
 _FOLDS = 5
 _STRENGTHS = np.logspace(-4, 4, 10)
@@ -30,7 +31,7 @@ class Output(Entry):
     """A model's answer, in the format of AlpacaEval's output files."""
 
     instruction: Text
-    output: str
+    output: Answered
     generator: str = ""
     dataset: str = ""
 

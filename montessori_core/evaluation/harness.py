@@ -16,9 +16,9 @@ from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
-from montessori_core.models.chat import dated_template, end_tokens, turn_content
+from montessori_core.models.chat import dated_template, encode_plain, end_tokens, split_generated, turn_content
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
-from montessori_core.models.thinking import CLOSE
+from montessori_core.models.thinking import NAMES
 from montessori_core.program import Recorder, Row, RowProgram
 
 _MAX_CHARACTERS = 2000  # of answers and targets in the table
@@ -77,6 +77,21 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
             turns = [turn | {"content": turn_content(tokenizer, turn["content"])} for turn in chat_history]
             return str(super().apply_chat_template(turns, add_generation_prompt))
 
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            if not any(name in tokenizer.chat_template for name in NAMES):
+                return super()._model_generate(context, max_length, stop, **options)
+            # Stop strings count in the answer alone: the harness cuts it at them afterwards.
+            ends = [tokenizer.decode(self.eot_token_id)] if settings.chat_template else stop
+            written = super()._model_generate(context, max_length, ends, **options)
+            start = context.shape[1]
+            for row in written:
+                drawn = row[start:].tolist()
+                text = tokenizer.decode(drawn, skip_special_tokens=True)
+                _, answer = split_generated(tokenizer, text, drawn, tokenizer.decode(row[:start]))
+                kept = encode_plain(tokenizer, answer)[: len(drawn)]
+                row[start:] = torch.tensor(kept + [self.eot_token_id] * (len(drawn) - len(kept)))
+            return written
+
     path, device = str(inputs["model"]), compute_device()
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
@@ -88,7 +103,6 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
         device=str(device),
-        think_end_token=CLOSE if CLOSE in tokenizer.chat_template else None,
     )
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 

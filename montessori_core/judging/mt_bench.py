@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from montessori_core import programs
 from montessori_core.data.entries import Entry, Text, read_entries
@@ -25,6 +25,7 @@ from montessori_core.judging.frame import frame_texts, verdict_schema
 from montessori_core.judging.points import read_score
 from montessori_core.judging.published_prompts import MT_BENCH as PUBLISHED
 from montessori_core.judging.responses import Answer
+from montessori_core.models.thinking import without_thinking
 from montessori_core.program import Recorder, Row, RowProgram
 
 REFERENCE_GUIDED = ("math", "reasoning", "coding")
@@ -113,6 +114,16 @@ class Summary:
     by_category: dict[str, Score]
 
 
+def _cut_thinking(text: str) -> str:
+    answer = without_thinking(text)
+    if not answer:
+        raise ValueError("it has thinking, but no answer")
+    return answer
+
+
+_Answer = Annotated[Text, AfterValidator(_cut_thinking)]
+
+
 class _Question(Entry):
     question_id: _Id
     category: Text
@@ -120,7 +131,7 @@ class _Question(Entry):
 
 
 class _Choice(Entry):
-    turns: tuple[Text, Text]
+    turns: tuple[_Answer, _Answer]
 
 
 class _Reference(Entry):

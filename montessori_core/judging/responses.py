@@ -21,6 +21,8 @@ _FINISH_REASONS = {
     "length": ("max_tokens", "max_length", "model_length", "max_output_tokens"),
     "content_filter": ("safety", "refusal", "sensitive", "prohibited_content", "content_filtered", "blocklist", "spii"),
 }
+_FAILURES = ("error", "insufficient_system_resource", "abort", "aborted", "cancelled", "timeout", "overloaded")
+"""Finish reasons of texts that the server did not finish, in responses without an error: OpenRouter's, DeepSeek's, vLLM's."""
 _NORMALIZED = {name: reason for reason, names in _FINISH_REASONS.items() for name in (reason, *names)}
 _BYTES_PER_TOKEN = 3  # few enough for text in any language, so that spending is seldom underestimated
 _MODERATION = re.compile(
@@ -78,10 +80,12 @@ def parse(completion: Any, prompt: str) -> tuple[Answer, bool]:
         The answer, and whether its tokens are estimated.
     """
     choice = completion.choices[0]
+    if choice.finish_reason and choice.finish_reason.lower() in _FAILURES:
+        raise ValueError(f"the server did not finish the answer: finish_reason is {choice.finish_reason!r}")
     text, thinking = _texts(choice.message.content)
     for field in ("reasoning_content", "reasoning"):  # of servers that separate it
         separate = getattr(choice.message, field, None)
-        thinking = separate if isinstance(separate, str) else thinking
+        thinking = separate if isinstance(separate, str) and separate else thinking
     reason = choice.finish_reason or ("stop" if text else "length")
     written, answer = split_answer(_without_surrogates(text))
     thinking = written if thinking is None else _without_surrogates(thinking)

@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from montessori_core.data.sources import Task
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
+from montessori_core.models.thinking import NAMES, OPENINGS, split_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,9 +82,16 @@ def render_conversation(tokenizer: "PreTrainedTokenizerBase", instruction: str, 
 def mark_control_tokens(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
     """Mark names of control tokens in the content of a turn, so that `encode_rendered` tokenizes them as characters.
 
-    The mark is a word joiner, which is invisible, after the first character of each name.
+    The mark is a word joiner, which is invisible, after the first character of each name. Names of thinking (`<think>`) are
+    marked as well, unless the content begins with thinking: templates take what precedes a `</think>` for it.
     """
-    return _patterns(tokenizer).named.sub(lambda match: f"{match[0][0]}{_MARK}{match[0][1:]}", content)
+    patterns = _patterns(tokenizer)
+    names = patterns.named if split_thinking(content)[0] is not None else patterns.with_thinking
+    return names.sub(lambda match: _marked(match[0]), content)
+
+
+def _marked(name: str) -> str:
+    return f"{name[0]}{_MARK}{name[1:]}"
 
 
 def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -122,9 +130,17 @@ def hash_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 @dataclass(frozen=True)
 class _Patterns:
-    """A tokenizer's control tokens: patterns of their names, unmarked (as a group) and marked, and their ids."""
+    """A tokenizer's control tokens.
+
+    Attributes:
+        named: pattern of their names, as a group.
+        with_thinking: pattern of their names and of those of thinking.
+        marked: pattern of all these names, marked.
+        ids: their ids.
+    """
 
     named: re.Pattern[str]
+    with_thinking: re.Pattern[str]
     marked: re.Pattern[str]
     ids: frozenset[int]
 
@@ -136,11 +152,38 @@ class _Patterns:
 @lru_cache(maxsize=8)
 def _patterns(tokenizer: "PreTrainedTokenizerBase") -> _Patterns:
     special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    names = sorted(set(special.values()), key=len, reverse=True)
-    named, marked = (
-        "|".join(map(re.escape, forms)) or "(?!)" for forms in (names, [f"{n[0]}{_MARK}{n[1:]}" for n in names])
-    )
-    return _Patterns(re.compile(f"({named})"), re.compile(marked), frozenset(special) - {tokenizer.bos_token_id})
+    names = set(special.values())
+    patterns = (_any_of(names), _any_of(names | set(NAMES)), _any_of({_marked(name) for name in names | set(NAMES)}))
+    return _Patterns(*patterns, frozenset(special) - {tokenizer.bos_token_id})
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    """Return the pattern of any of the texts, as a group; the longest that matches counts."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True))) or '(?!)'})")
+
+
+def split_generated(
+    tokenizer: "PreTrainedTokenizerBase", text: str, token_ids: Sequence[int], prompt: str
+) -> tuple[str | None, str]:
+    """Split what a local model wrote into thinking (None if there is none) and answer, as `split_thinking` does.
+
+    Args:
+        tokenizer: of the model; its marks of thinking may be control tokens.
+        text: the decoded text, without control tokens.
+        token_ids: the tokens drawn.
+        prompt: the rendered prompt.
+    """
+    patterns = _patterns(tokenizer)
+    if not any(map(patterns.named.fullmatch, OPENINGS)):
+        return split_thinking(text, prompt)
+    written = tokenizer.decode(token_ids, skip_special_tokens=False)
+    thinking, answer = split_thinking(written, prompt)
+    if thinking is None:
+        return None, text
+    thinking, before = (patterns.named.sub("", part) for part in (thinking, written.removesuffix(answer)))
+    if answer and text.startswith(before):  # the text may end before the last token, at a stop string
+        return thinking, text.removeprefix(before)
+    return thinking, patterns.named.sub("", answer)
 
 
 @dataclass(frozen=True)
@@ -259,8 +302,13 @@ def encode_example(
             "the chat template changes the prompt when the answer is added, so that the response cannot be separated from "
             "it; use a template whose generation prompt is a prefix of the conversation"
         )
-    ids, offsets = encode_rendered(tokenizer, text)
     unmark = _patterns(tokenizer).unmark
+    if (thinking := split_thinking(response)[0]) and thinking not in unmark(text):
+        raise UserError(
+            f"the chat template leaves out the thinking of a response ({thinking[:80]!r}); remove it from the set, or set a "
+            "chat template that keeps it"
+        )
+    ids, offsets = encode_rendered(tokenizer, text)
     # A token across the border, such as a blank of the prompt joined to the first word, belongs to the response.
     border = len(unmark(prompt))
     labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]

@@ -40,6 +40,8 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Of tokenizers that set it, such as Llama 3's, it removes blanks before punctuation, also in code: "a != b".
+    tokenizer.clean_up_tokenization_spaces = False
     return without_environment(tokenizer)
 
 
@@ -68,8 +70,29 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
     check_loaded(model, len(loaded.state_dict()), info)
+    _check_tied(model, loaded)
     counted: PreTrainedModel = flops.count(loaded)
     return counted
+
+
+def _check_tied(model: str, loaded: "PreTrainedModel") -> None:
+    """Check that embeddings are the output layer if config.json says so.
+
+    transformers keeps two different ones of a file; vLLM, and any program that saves the model again, would lose one.
+
+    Raises:
+        UserError: the files have two different ones.
+    """
+    embeddings, output = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    tied = getattr(loaded.config, "tie_word_embeddings", False)
+    if not tied or output is None or output.weight is embeddings.weight:
+        return
+    if output.weight.shape != embeddings.weight.shape or not bool((output.weight == embeddings.weight).all()):
+        raise UserError(
+            f"model {model!r}: config.json says that the output layer is the embeddings (tie_word_embeddings), but its files "
+            "have two different ones, and programs use one or the other; set tie_word_embeddings to false in config.json, or "
+            "save the model without the output layer"
+        )
 
 
 def load_merged(model: str, dtype: Any) -> "PreTrainedModel":
@@ -135,12 +158,15 @@ def lora_config(model: "PreTrainedModel", lora: Lora, setting: str) -> "LoraConf
 
     Raises:
         UserError: the model has no layers with the configured names, or an adapter of one of them cannot be trained: of the
-            output layer by TRL, of Mamba's `out_proj` by PEFT.
+            output layer by TRL, of Mamba's `out_proj` by PEFT, of embeddings that are the output layer too.
     """
     from peft import LoraConfig
 
     names = {name for name, _ in model.named_modules()}
     output = next(name for name, layer in model.named_modules() if layer is model.get_output_embeddings())
+    embeddings = model.get_input_embeddings()
+    tied = model.get_output_embeddings().weight is embeddings.weight
+    embedding = next(name for name, layer in model.named_modules() if layer is embeddings)
     excluded = ["out_proj", "conv1d"] if model.config.get_text_config().model_type in _MAMBA else None
     for target in lora.targets:
         adapted = {name for name in names if f".{name}".endswith(f".{target}")}
@@ -148,6 +174,11 @@ def lora_config(model: "PreTrainedModel", lora: Lora, setting: str) -> "LoraConf
             raise UserError(f"{setting}.targets: the model has no layer {target!r}")
         if output in adapted:
             raise UserError(f"{setting}.targets: {target!r} is the output layer, which TRL cannot adapt; leave it out")
+        if tied and embedding in adapted:
+            raise UserError(
+                f"{setting}.targets: {target!r} shares its weights with the output layer, which merging the adapter would "
+                "change as well; leave it out"
+            )
         if excluded and target.rpartition(".")[2] in excluded:
             raise UserError(f"{setting}.targets: PEFT cannot adapt {target!r} of a Mamba model; leave it out")
     targets = list(lora.targets) or "all-linear"

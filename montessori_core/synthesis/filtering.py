@@ -17,6 +17,7 @@ from montessori_core.synthesis.filters.filter import Candidate, Context, Filter,
 from montessori_core.synthesis.prompts import Prompt
 
 # Reasons that are no filter's, before and after the filters.
+CUT_THINKING = "thinking was cut off"
 NO_TAGS = "no instruction tags"
 EMPTY = "empty instruction"
 INCOMPLETE = "no complete conversation"
@@ -24,7 +25,7 @@ REPETITION = "repeats itself"
 CODE = "about code"
 EMPTY_RESPONSE = "empty response"
 SURPLUS = "more than asked for"
-_BEFORE, _AFTER = (NO_TAGS, EMPTY, INCOMPLETE, REPETITION, CODE), (EMPTY_RESPONSE, SURPLUS)
+_BEFORE, _AFTER = (CUT_THINKING, NO_TAGS, EMPTY, INCOMPLETE, REPETITION, CODE), (EMPTY_RESPONSE, SURPLUS)
 _LONGEST_REASON = 80
 _TRIED = 500  # seeds on which the filters are tried
 

@@ -17,10 +17,10 @@ from montessori_core.models.chat import (
     mark_control_tokens,
     render_conversation,
     render_prompt,
+    split_generated,
     text_beginning,
 )
 from montessori_core.models.load import load_tokenizer
-from montessori_core.models.thinking import split_thinking
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
 from montessori_core.synthesis.generation import Generated, Request, Step, open_engine
@@ -72,7 +72,10 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
                 samples[position][place] = generated
                 if _is_complete(samples[position]):
                     prompt = prompts[position]
-                    outputs = [split_thinking(sample.text, prompt) for sample in samples[position]]
+                    outputs = [
+                        split_generated(tokenizer, sample.text, sample.token_ids or [], prompt)
+                        for sample in samples[position]
+                    ]
                     records = _records(rows[position], prompt, samples[position], outputs, vocabulary)
                     recorder.finish(position, records)
             recorder.keep(partial(drafts, step))

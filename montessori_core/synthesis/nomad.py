@@ -16,6 +16,7 @@ from montessori_core.data.rows import TaskRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import SIMILARITY
 from montessori_core.models.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
+from montessori_core.models.thinking import split_answer
 from montessori_core.program import Recorder, RowProgram
 from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION
 
@@ -75,11 +76,12 @@ def encode_conversation(
 def read_conversation(text: str, finish_reason: str) -> Conversation | None:
     """Return the first round of the text generated after `USER`; None if it is incomplete.
 
-    The first round is complete if a second one follows or the text ends with the end token.
+    The first round is complete if a second one follows or the text ends with the end token. Thinking before the answer is
+    no part of the response.
     """
     instruction, separator, remainder = text.partition(_ASSISTANT)
     next_turn = _NEXT.search(remainder)
-    response = remainder[: next_turn.start()] if next_turn else remainder
+    response = split_answer(remainder[: next_turn.start()] if next_turn else remainder)[1]
     complete = bool(separator) and (next_turn is not None or finish_reason == "stop")
     if not complete or not instruction.strip() or not response.strip() or _NEXT.search(instruction):
         return None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.config import Optimization, Zero
+from montessori_core.errors import UserError
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.chat import end_tokens
@@ -84,6 +86,7 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
         "gradient_checkpointing": torch.cuda.is_available(),
         "dataloader_drop_last": False,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier losses in place of NaN
         **checkpoint_arguments(steps),
         "report_to": "none",
         "disable_tqdm": True,
@@ -168,6 +171,31 @@ class ProgressCallback(TrainerCallback):
         self._report(self._read_before * self._read_share + trained * (1 - self._read_share))
 
 
+class FiniteCallback(TrainerCallback):
+    """End a training whose loss or gradient is not finite: its weights are lost, and a model of NaN would be saved."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the log of a step.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                raise UserError(
+                    f"the training diverged: {name} is {value} at step {state.global_step} of {state.max_steps}; lower its "
+                    "learning_rate, set max_grad_norm, or look for extreme values in the model it starts from"
+                )
+
+
 class KeepCallback(TrainerCallback):
     """Save `count` intermediate models, evenly spread over the training's steps.
 
@@ -192,6 +220,7 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
         model: the folder of that model.
         checkpoints: checkpoint folder of this training.
     """
+    trainer.add_callback(FiniteCallback())
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint is None:
         trainer.add_callback(MastersCallback(trainer, model))

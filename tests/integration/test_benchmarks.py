@@ -155,6 +155,44 @@ def test_chat_prompts_have_text_and_fixed_date(
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [("<think>7\nor 8?</think>\n9\n10", "9"), ("<think>7\nor 8?", ""), ("9\n10", "9")],
+    ids=["finished thinking", "cut thinking", "no thinking"],
+)
+def test_thinking_is_not_scored(
+    written: str, answer: str, tasks: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop strings do not end thinking, and thinking without an end has no answer."""
+    shutil.copytree(tasks, tmp_path / "tasks")
+    settings = yaml.safe_load((tasks / "own_sums.yaml").read_text())
+    settings["generation_kwargs"]["max_gen_toks"] = 40
+    (tmp_path / "tasks" / "own_sums.yaml").write_text(yaml.safe_dump(settings))
+    tokenizer = load_tokenizer(str(tiny_llama))
+    script = [*tokenizer(written, add_special_tokens=False)["input_ids"], *[tokenizer.eos_token_id] * 40]
+    begun: list[int] = []
+
+    def load(path: str, dtype: Any) -> Any:
+        model = load_model(path, dtype)
+
+        def write(module: Any, arguments: Any, options: Any, output: Any) -> None:
+            begun.append(options["input_ids"].shape[1])
+            step = len(begun) - 1 - max(index for index, length in enumerate(begun) if length > 1)
+            output.logits[:, -1, script[step]] = 1e9
+
+        model.register_forward_hook(write, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr("montessori_core.evaluation.harness.load_model", load)
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    template = CHAT.replace("{{ CONTENT }}", "{{ m['content'] }}").replace("DATE", "{% if x %}</think>{% endif %}")
+    (model / "chat_template.jinja").write_text(template)
+    rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": n, "shots": 0} for n in range(2)]
+    program = open_harness(Harness(batch_size=2, chat_template=True), {"model": model, "tasks": tmp_path / "tasks"})
+    as_compute(program)(rows, tmp_path / "scores.parquet", print)
+    assert read_table(tmp_path / "scores.parquet", ITEM_SCORES)["answer"].to_pylist() == [answer] * 2
+
+
 def test_number_of_demonstrations_is_as_configured(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(3)]
     settings = Harness(batch_size=3, chat_template=False)

@@ -14,11 +14,15 @@ import httpx
 import pytest
 
 from cluster.fanout import fan_out
+from cluster.import_path import check_import_path
+from flows import deployments
 from flows.local_server import wait_for_server
 from flows.prefect_api import problem_of
+from flows.prefect_yaml import read_deployments
 from montessori_core.config import Resources
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
+from montessori_entry import FLOWS
 from support import ROOT
 from support.prefect_server import free_port
 from support.row_programs import as_shards
@@ -27,8 +31,9 @@ from support.squares import CLUSTER, EXPECTED, SHARDS, folder, results, stage
 
 __all__ = ["folder"]
 
-OWN_MODULES = ["cluster", "tasks", "flows", "montessori_core", "montessori_report", "submitit", "numpy", "queue"]
-SCRIPT = "import sys\nfrom flows.cli import main\nsys.exit(main())\n"
+OURS = ["cluster", "tasks", "flows", "montessori_core", "montessori_report"]
+OWN_MODULES = [*OURS, "submitit", "numpy", "queue"]
+SCRIPT = "import sys\nfrom montessori_entry import main\nsys.exit(main())\n"
 """The script `montessori` of an installation."""
 
 PROXY = "http://127.0.0.1:9"  # nothing listens on this port
@@ -88,14 +93,41 @@ def test_children_of_jobs_ignore_working_directory(folder: Path, monkeypatch: py
     assert "own" not in part.read_text()
 
 
-@pytest.mark.parametrize("hidden", ["tasks", "flows", "montessori_report"])
-def test_driver_imports_installed_packages(tmp_path: Path, hidden: str) -> None:
-    own = fill(tmp_path / "own")
-    code, output = script(tmp_path, "methods", cwd=own)
+def test_driver_ignores_working_directory(tmp_path: Path) -> None:
+    code, output = script(tmp_path, "methods", cwd=fill(tmp_path / "own"))
     assert code == 0, output
-    if hidden != "flows":  # Python finds the package flows by the same path
-        code, output = call("methods", cwd=_only(own, hidden), PYTHONPATH=f"{own}{os.pathsep}{ROOT}")
-        assert code == 0, output
+
+
+@pytest.mark.parametrize("hidden", OURS)
+def test_driver_imports_installed_packages(tmp_path: Path, hidden: str) -> None:
+    own = _only(fill(tmp_path / "own"), hidden)
+    code, output = script(tmp_path, "methods", cwd=tmp_path, PYTHONPATH=f"{own}{os.pathsep}{ROOT}")
+    assert code == 0, output
+
+
+def test_deployed_flows_import_installed_packages(tmp_path: Path) -> None:
+    """A worker or `montessori up` loads a flow by its entrypoint, wherever PYTHONPATH leads."""
+    own = fill(tmp_path / "own")
+    for path in own.glob("*.py"):
+        if path.stem not in OURS:
+            path.unlink()
+    code = (
+        "import sys\nfrom prefect.flows import load_flow_from_entrypoint as load\n"
+        "from montessori_entry import FLOWS\n"
+        "print([load(f'montessori_entry.{name}').fn.__module__ for name in FLOWS])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{own}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1"}
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert outcome.stdout == "['flows.experiment', 'flows.study', 'flows.evaluation']\n", outcome.stderr
+
+
+def test_deployments_name_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployments, "_has_schedules", lambda deployment: False)
+    shipped = read_deployments(ROOT / "flows" / "prefect.yaml")
+    entrypoints = {deployments._to_deployment(deployment, None).entrypoint for deployment in shipped}
+    assert entrypoints == {f"montessori_entry.{name}" for name in FLOWS}
 
 
 def _only(folder: Path, name: str) -> Path:
@@ -115,6 +147,27 @@ def test_own_package_on_pythonpath_is_refused(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([entry.format(own=own), str(folder), str(ROOT)]))
     with pytest.raises(UserError, match=rf"{own}/{name}.py in place of Montessori's package {name}.*PYTHONPATH"):
         fan_out(stage(folder), as_shards(*SHARDS), Resources(), CLUSTER)
+
+
+def test_own_package_of_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of a virtual environment, packages of pip install --user come before those of the system."""
+    own = _only(fill(folder / "own"), "cluster")
+    monkeypatch.setattr("site.ENABLE_USER_SITE", True)
+    monkeypatch.setattr("site.getusersitepackages", lambda: str(own))
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(UserError, match=rf"{own}/cluster.py in place of Montessori's package cluster"):
+        fan_out(stage(folder), as_shards(*SHARDS), Resources(), CLUSTER)
+
+
+@pytest.mark.parametrize("command", ["export PYTHONPATH={own}", 'PYTHONPATH="{own}:$PYTHONPATH"; module load x'])
+def test_own_package_of_setup_commands_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    own = _only(fill(tmp_path / "own"), "montessori_core")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    check_import_path(["module load python", "export PYTHONPATH=$PYTHONPATH:/absent"])
+    with pytest.raises(UserError, match=rf"{own}/montessori_core.py in place of"):
+        check_import_path([command.format(own=own)])
 
 
 def test_own_method_is_found_on_pythonpath(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from cluster.backends.local import LocalBackend
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submission
+from cluster.processes import seconds_since, start_time
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
 from cluster.status import logs_of, read_stage_status
@@ -480,13 +481,30 @@ def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPat
     job.kill()
     job.wait()
     monkeypatch.setattr("cluster.backends.local._process", lambda job_id: found)
-    LocalBackend(Resources(), None).cancel([f"{job.pid}:{found.create_time()}"])
+    LocalBackend(Resources(), None).cancel([f"{job.pid}:0"])
+
+
+def test_local_job_survives_clock_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's start times move with the clock, which NTP sets after a laptop or a virtual machine was suspended."""
+    job = subprocess.Popen(["sleep", "600"])
+    try:
+        job_id = f"{job.pid}:{start_time(job.pid)}"
+        backend = LocalBackend(Resources(), None)
+        assert seconds_since(start_time(job.pid)) < 60
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1.0)
+        assert backend.running("", [job_id]) == {job_id}
+        assert backend.running("", [f"{job.pid}:{start_time(job.pid) - 1}"]) == set()  # an earlier process of this id
+    finally:
+        job.kill()
+        job.wait()
+    assert backend.running("", [job_id]) == set()
 
 
 def test_local_job_killed_at_its_limit_is_time_limit() -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
-    assert classify_loss(backend.reason(f"1:{time.time() - 61}")) == "time_limit"
-    assert classify_loss(backend.reason(f"1:{time.time() - 50}")) == "lost"
+    now = seconds_since(0.0)
+    assert classify_loss(backend.reason(f"1:{now - 61}")) == "time_limit"
+    assert classify_loss(backend.reason(f"1:{now - 50}")) == "lost"
 
 
 def test_commit_is_atomic(tmp_path: Path) -> None:

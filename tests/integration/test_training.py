@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, TrainerState, TrainingArguments
 
 from cluster.fanout import ShardsFailed, fan_out
 from cluster.stage import RowClock, Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Warmup, Zero
-from montessori_core.errors import DataError
+from montessori_core.errors import DataError, UserError
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.layout import LOG_FILE
@@ -30,7 +30,7 @@ from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Program, Row, SettingsT
 from montessori_core.training.dpo import encode_pair
-from montessori_core.training.engine import ProgressCallback
+from montessori_core.training.engine import FiniteCallback, ProgressCallback
 from montessori_core.training.moments import Moments, load_moments, weights_checksums
 from montessori_core.training.schedule import rate_factor
 from support import ROOT
@@ -76,6 +76,25 @@ def test_single_step_training_reports_pace(tmp_path: Path) -> None:
     state.global_step = 1
     progress.on_step_end(arguments, state, TrainerControl())
     assert clock.row_seconds == pytest.approx(0.1 / RECIPE.batch_size, rel=0.5)
+
+
+@pytest.mark.parametrize("logs", [{"loss": math.nan}, {"loss": 1.0, "grad_norm": math.inf}])
+def test_diverged_training_ends(logs: dict[str, float], tmp_path: Path) -> None:
+    arguments, state = TrainingArguments(output_dir=str(tmp_path)), TrainerState(global_step=3, max_steps=9)
+    FiniteCallback().on_log(arguments, state, TrainerControl(), {"loss": 1.0, "grad_norm": 2.0, "epoch": 1.0})
+    with pytest.raises(UserError, match=r"the training diverged: .* at step 3 of 9; lower its learning_rate"):
+        FiniteCallback().on_log(arguments, state, TrainerControl(), logs)
+
+
+def test_training_of_damaged_model_fails(tiny_llama: Path, tmp_path: Path) -> None:
+    """transformers would log the mean of earlier losses in place of NaN, and save a model of NaN."""
+    damaged = Path(shutil.copytree(tiny_llama, tmp_path / "damaged"))
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    (damaged / "fingerprint.json").unlink(missing_ok=True)
+    with pytest.raises(ShardsFailed, match="the training diverged: loss is nan at step 1 of"):
+        sft(tmp_path / "stage", damaged, 0, 1)
 
 
 def test_progress_counts_pass_before_training(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Chat templates and loss masks: only the response and its end token have loss, in any template."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +363,15 @@ def test_template_that_changes_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="changes the prompt when the answer is added"):
         encode_example(tokenizer, "Hi", "there", 64)
+
+
+def test_decoding_keeps_blanks_of_code(tiny_llama: Path, tmp_path: Path) -> None:
+    """Llama 3's tokenizer_config.json asks to remove blanks before punctuation."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"clean_up_tokenization_spaces": True}
+    settings |= {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(folder))
+    text = "if a != b : the word 'c' , and do n't"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from montessori_core.config import DataSource, Experiment, Student, Teacher
 from montessori_core.data.hub import hub_rows
+from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, read_table, table_from_rows, write_table
@@ -408,3 +409,22 @@ def test_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="not a file"):
         read_tasks(DataSource(path=str(tmp_path / "a.parquet")), "seed_pool", with_response=False)
+
+
+@pytest.mark.parametrize("line", ['{"instruction": "Add.", "output": "4", "output": "5"}', '[{"a": {"b": 1, "b": 1}}]'])
+def test_duplicate_field_is_refused(line: str, tmp_path: Path) -> None:
+    """Python's parser would keep the last value, as PyYAML does."""
+    (tmp_path / "data.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"data.jsonl, line 1: field '(output|b)' occurs twice"):
+        list(jsonl_rows(tmp_path / "data.jsonl"))
+
+
+def test_changed_data_set_folder_is_read_again(tmp_path: Path) -> None:
+    """Archives made reproducibly, and copies that keep times, have files of one time and other content."""
+    found = []
+    for text in ("one", "two"):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"instruction": text, "output": text}) + "\n")
+        os.utime(tmp_path / "train.jsonl", (0, 0))
+        [task] = read_tasks(DataSource(path=str(tmp_path)), "reference", with_response=True)
+        found.append(task.instruction)
+    assert found == ["one", "two"]

@@ -453,3 +453,12 @@ def test_schema_enters_key_only_if_it_is_sent(server: StrictServer, tmp_path: Pa
     for on in (False, True):
         api = client(server, tmp_path, [], structured_output=on)
         assert (api._key(plain) == api._key(asked)) is not on
+
+
+@pytest.mark.parametrize("reason", ["error", "insufficient_system_resource", "abort"])
+def test_unfinished_answer_is_asked_again(reason: str, server: StrictServer, tmp_path: Path) -> None:
+    """Servers that fail in the middle of an answer send its beginning, without an HTTP error."""
+    server.faults.append(lambda handler, question: send(handler, 200, completion("Score: 1", reason)))
+    [answer] = client(server, tmp_path, []).ask(questions(1))
+    assert (answer.text[-8:-1], answer.finish_reason) == ("Score: ", "stop")
+    assert len(server.requests) == 2

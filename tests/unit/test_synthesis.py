@@ -31,7 +31,7 @@ def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch:
         ids = [name for row in arguments[2] for name in row["example_ids"]]
         return [
             {"example_id": name, "prompt": "p", "raw_output": text, "finish_reason": "stop", "output_ids": [len(text)]}
-            | {"vocabulary": "v"}
+            | {"vocabulary": "v", "thinking": None}
             for name, text in zip(ids, next(written), strict=True)
         ], []
 

@@ -107,6 +107,12 @@ def test_random_or_unused_weights_are_refused(model: Path, edit: Callable[[Weigh
         load_model(str(model), torch.float32)
 
 
+def test_output_layer_beside_tied_embeddings_is_refused(model: Path) -> None:
+    change(model, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1.0})
+    with pytest.raises(UserError, match=r"tie_word_embeddings.*two different ones"):
+        load_model(str(model), torch.float32)
+
+
 @pytest.mark.parametrize(
     "edit",
     [
