@@ -36,9 +36,13 @@ def judge() -> Iterator[Judge]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_manager() -> Iterator[None]:
-    """Make the harness read its thousands of task files once for all tests."""
+def one_manager(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make the harness read its thousands of task files once for all tests; without `--all`, only a test's own tasks."""
+    from lm_eval.tasks import TaskManager
+
+    own = functools.partial(TaskManager, include_defaults=request.config.getoption("--all"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", own)
         patch.setattr(harness, "_open_manager", functools.cache(harness._open_manager))
         yield
 

@@ -11,8 +11,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cluster.ledger import Ledger
+from cluster.supervisor import kill_tree
+from cluster.usage import use_of
 from support import ROOT
 from support.runs import (
     DIES_WHILE_JOINING,
@@ -25,13 +29,60 @@ from support.runs import (
     montessori,
 )
 
+STAGES = (
+    "instructions-1",
+    "responses-1",
+    "warmup",
+    "influence",
+    "influence-audit",
+    "teacher",
+    "training/instructions-1",
+    "student",
+)
+
+
+@pytest.mark.guarantee("job killed in the middle of a shard")
+@pytest.mark.guarantee("driver killed at any moment")
+def test_run_killed_in_every_stage_has_same_tables(
+    finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
+) -> None:
+    """A job of each stage is killed, and in the middle of the run its driver with all jobs."""
+    config = configuration(tmp_path, talking_llama)
+    run = tmp_path / "runs" / "tiny"
+    driver = montessori("run", str(config), cwd=tmp_path, **shared_server)
+    for name in STAGES:
+        kill_a_job(run / "iteration-1" / name, driver)
+        if name == "influence":
+            kill_everything(driver, signal.SIGKILL)
+            driver = montessori("resume", str(run), cwd=tmp_path, **shared_server)
+    output, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, output
+    lost = {name for name in STAGES if use_of(run / "iteration-1" / name).retries}
+    assert lost >= set(STAGES) - {"influence"}  # it was resumed by the next driver
+    assert not left_over(tmp_path)
+    assert digests(run) == digests(finished_run / "runs" / "tiny")
+
+
+def kill_a_job(stage: Path, driver: subprocess.Popen[str]) -> None:
+    """Wait for a job of a stage, then kill it with its processes."""
+    deadline = time.monotonic() + 300
+    while True:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()[0]
+        submissions = Ledger(stage / "jobs").submissions
+        if submissions and submissions[-1].ids:
+            kill_tree(psutil.Process(int(submissions[-1].ids[0].split(":")[0])))
+            return
+        time.sleep(0.02)
+
 
 @pytest.mark.guarantee("driver killed at any moment")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stages",
     [
         ("instructions-1", "influence", "teacher", "training/instructions-1", "student"),
-        pytest.param(("responses-1", "warmup", "influence-audit"), marks=pytest.mark.slow),
+        ("responses-1", "warmup", "influence-audit"),
     ],
     ids=["most", "others"],
 )

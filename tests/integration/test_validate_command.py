@@ -35,6 +35,13 @@ def arguments(folder: Path, model: Path, *options: str) -> list[str]:
     return ["validate", "--student", str(model), *given, *options]
 
 
+def test_validation_reports_every_predictor(tiny_llama: Path, folder: Path) -> None:
+    code, output = invoke(*arguments(folder, tiny_llama, "--warmup", str(folder / "warmup.jsonl"), *OPTIONS), cwd=ROOT)
+    assert code == 0, output
+    check_results(folder / "validation", output)
+
+
+@pytest.mark.slow
 def test_killed_validation_resumes_to_same_numbers(tiny_llama: Path, folder: Path) -> None:
     command = arguments(folder, tiny_llama, "--warmup", str(folder / "warmup.jsonl"), *OPTIONS)
     driver = montessori(*command, cwd=folder)

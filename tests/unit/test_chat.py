@@ -1,5 +1,6 @@
 """Chat templates and loss masks: only the response and its end token have loss, in any template."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,16 @@ NO_END = (
 )
 
 
-@pytest.fixture
-def tokenizer(smollm2: Path) -> Any:
-    return load_tokenizer(str(smollm2))
-
-
 @pytest.fixture(scope="module")
 def unchanged(smollm2: Path) -> Any:
     """A tokenizer that tests do not change."""
     return load_tokenizer(str(smollm2))
+
+
+@pytest.fixture
+def tokenizer(unchanged: Any) -> Any:
+    """A copy that a test may change: loading another takes a second."""
+    return copy.deepcopy(unchanged)
 
 
 def trained_text(tokenizer: Any, example: Encoded) -> str:
