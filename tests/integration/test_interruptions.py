@@ -46,34 +46,37 @@ STAGES = (
 def test_run_killed_in_every_stage_has_same_tables(
     finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
 ) -> None:
-    """A job of each stage is killed, and in the middle of the run its driver with all jobs."""
+    """A job of each stage is killed at a random moment, and in the middle of the run its driver with all jobs."""
     config = configuration(tmp_path, talking_llama)
     run = tmp_path / "runs" / "tiny"
     driver = montessori("run", str(config), cwd=tmp_path, **shared_server)
+    draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
     for name in STAGES:
-        kill_a_job(run / "iteration-1" / name, driver)
+        kill_a_job(run / "iteration-1" / name, driver, draw.uniform(0.0, 0.3))
         if name == "influence":
             kill_everything(driver, signal.SIGKILL)
             driver = montessori("resume", str(run), cwd=tmp_path, **shared_server)
     output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     lost = {name for name in STAGES if use_of(run / "iteration-1" / name).retries}
-    assert lost >= set(STAGES) - {"influence"}  # it was resumed by the next driver
+    assert len(lost) >= len(STAGES) / 2  # of the others, the job ended first, or the next driver resumed it
     assert not left_over(tmp_path)
     assert digests(run) == digests(finished_run / "runs" / "tiny")
 
 
-def kill_a_job(stage: Path, driver: subprocess.Popen[str]) -> None:
-    """Wait for a job of a stage, then kill it with its processes."""
+def kill_a_job(stage: Path, driver: subprocess.Popen[str], after: float) -> None:
+    """Wait for a job of a stage, then kill it with its processes `after` seconds later, unless it has ended."""
     deadline = time.monotonic() + 300
     while True:
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.communicate()[0]
         submissions = Ledger(stage / "jobs").submissions
         if submissions and submissions[-1].ids:
-            kill_tree(psutil.Process(int(submissions[-1].ids[0].split(":")[0])))
-            return
+            break
         time.sleep(0.02)
+    time.sleep(after)
+    with suppress(psutil.NoSuchProcess):
+        kill_tree(psutil.Process(int(submissions[-1].ids[0].split(":")[0])))
 
 
 @pytest.mark.guarantee("driver killed at any moment")

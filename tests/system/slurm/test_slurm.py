@@ -591,7 +591,6 @@ def test_every_method_runs_on_slurm(talking_llama: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.guarantee("node crashes in the middle of an array")
-@pytest.mark.slow
 def test_shards_of_crashed_node_run_elsewhere(folder: Path) -> None:
     crashed = []
 
