@@ -126,6 +126,7 @@ def test_temporary_server_ends_with_killed_driver(talking_llama: Path, tmp_path:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> None:
     """A terminal sends the signal to all processes in it, not only to the driver."""
     config = configuration(tmp_path, talking_llama)
@@ -173,7 +174,10 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: d
     code, output = call("cancel", "runs/tiny", cwd=tmp_path)
     assert code == 0, output
     assert "cancelled; finished work is kept" in output
-    assert first.wait(90) == 130
+    said, _ = first.communicate(timeout=90)
+    assert first.returncode == 130
+    assert "the jobs were cancelled, finished work is kept" in said
+    assert "resume" in said.split("Resume with:")[1]
     assert not left_over(tmp_path)
     code, output = invoke("cancel", "runs/tiny", cwd=tmp_path)
     assert "nothing of this run is running" in output

@@ -102,6 +102,7 @@ def check_results(out: Path, output: str) -> None:
     assert result["random_subsets"]["predicted"]["exact"][3] == pytest.approx(summed)
 
 
+@pytest.mark.slow
 def test_example_weights_are_compared(tiny_llama: Path, folder: Path) -> None:
     """Without a warm-up; the second run has another weight, and repeats no training on random subsets."""
     options = [*OPTIONS[:-1], "0", "--no-exact", "--example-weight", "1"]
