@@ -70,13 +70,13 @@ def kill_a_job(stage: Path, driver: subprocess.Popen[str], after: float) -> None
     while True:
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.communicate()[0]
-        submissions = Ledger(stage / "jobs").submissions
-        if submissions and submissions[-1].ids:
+        ledger = stage / "jobs" / "ledger.json"
+        if ledger.exists() and (ids := Ledger(ledger.parent).submissions[-1].ids):
             break
         time.sleep(0.02)
     time.sleep(after)
     with suppress(psutil.NoSuchProcess):
-        kill_tree(psutil.Process(int(submissions[-1].ids[0].split(":")[0])))
+        kill_tree(psutil.Process(int(ids[0].split(":")[0])))
 
 
 @pytest.mark.guarantee("driver killed at any moment")
