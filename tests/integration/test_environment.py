@@ -23,7 +23,7 @@ from montessori_core.config import Resources
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 from montessori_entry import FLOWS
-from support import ROOT
+from support import NO_LIBRARIES, ROOT
 from support.prefect_server import free_port
 from support.row_programs import as_shards
 from support.runs import call, configuration
@@ -70,6 +70,7 @@ def test_jobs_import_installed_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, python: str | None, processes: int
 ) -> None:
     monkeypatch.chdir(fill(folder / "own"))
+    monkeypatch.setenv("PYTHONPATH", f"{NO_LIBRARIES}{os.pathsep}{os.environ['PYTHONPATH']}")
     resources = Resources(parallel_jobs=1, cpus_per_process=1, processes_per_node=processes, infrastructure_retries=0)
     parts = fan_out(stage(folder), as_shards(*SHARDS), resources, CLUSTER, python=python)
     assert results(parts) == EXPECTED
@@ -86,6 +87,7 @@ def test_children_of_jobs_ignore_working_directory(folder: Path, monkeypatch: py
         "    return compute\n"
     )
     monkeypatch.chdir(fill(folder / "own"))
+    monkeypatch.setenv("PYTHONPATH", f"{NO_LIBRARIES}{os.pathsep}{os.environ['PYTHONPATH']}")
     parent = stage(folder)
     parent = type(parent)("parent", 1, "parent_program:open_parent", {}, {}, {}, folder / "stage", ".json")
     [part] = fan_out(parent, as_shards(SHARDS[0]), Resources(infrastructure_retries=0), CLUSTER)
@@ -98,7 +100,7 @@ def test_driver_ignores_working_directory(tmp_path: Path) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("hidden", OURS)
+@pytest.mark.parametrize("hidden", ["flows", "montessori_report"])
 def test_driver_imports_installed_packages(tmp_path: Path, hidden: str) -> None:
     own = _only(fill(tmp_path / "own"), hidden)
     code, output = script(tmp_path, "methods", cwd=tmp_path, PYTHONPATH=f"{own}{os.pathsep}{ROOT}")
@@ -284,7 +286,16 @@ def set_api(source: str, api: str, folder: Path) -> tuple[dict[str, str], str]:
     return variables, f"the profile mine of {home / 'profiles.toml'}"
 
 
-@pytest.mark.parametrize("source", ["environment", ".env", "prefect.toml", "pyproject.toml", "profile"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "profile",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("environment", ".env", "prefect.toml", "pyproject.toml")
+        ),
+    ],
+)
 def test_place_of_prefect_address_is_named(tmp_path: Path, source: str) -> None:
     api = f"http://127.0.0.1:{free_port()}/api"
     environment, place = set_api(source, api, tmp_path)
@@ -298,7 +309,7 @@ def test_place_of_prefect_address_is_named(tmp_path: Path, source: str) -> None:
     assert place in message
 
 
-@pytest.mark.parametrize("command", ["run", "up", "deploy"])
+@pytest.mark.parametrize("command", ["run", *(pytest.param(name, marks=pytest.mark.slow) for name in ("up", "deploy"))])
 def test_missing_prefect_server_is_one_sentence(talking_llama: Path, tmp_path: Path, command: str) -> None:
     api = f"http://127.0.0.1:{free_port()}/api"
     environment, place = set_api("environment", api, tmp_path)
@@ -310,7 +321,7 @@ def test_missing_prefect_server_is_one_sentence(talking_llama: Path, tmp_path: P
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("command", ["run", "up", "deploy"])
+@pytest.mark.parametrize("command", ["up", *(pytest.param(name, marks=pytest.mark.slow) for name in ("run", "deploy"))])
 def test_socks_proxy_without_its_package_is_one_sentence(talking_llama: Path, tmp_path: Path, command: str) -> None:
     arguments = {"run": ["run", str(configuration(tmp_path, talking_llama))], "deploy": ["deploy", "--pool", "p"]}
     code, output = call(*arguments.get(command, [command]), cwd=tmp_path, all_proxy="socks5://127.0.0.1:9")
