@@ -11,6 +11,7 @@ from flows.cli import (
     compare,
     doctor,
     evaluate,
+    export,
     fetch,
     filters,
     forecast,
@@ -72,6 +73,9 @@ app = typer.Typer(
       montessori validate --student DIR_OR_ID --examples FILE --out DIR   does it predict training?
       montessori plan --student DIR_OR_ID     does that fit a GPU?
 
+    [b]Data for your trainer[/b]
+      montessori export RUN_DIR --to messages  also sharegpt, alpaca, trl, parquet
+
     [b]How long will it take?[/b]
       montessori forecast CONFIG --pilot RUN_DIR
 
@@ -106,6 +110,7 @@ for _command in (
     serve.up,
     serve.deploy,
     report.report,
+    export.export,
 ):
     app.command()(_command)
 
