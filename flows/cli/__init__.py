@@ -21,8 +21,10 @@ from flows.cli import (
     prune,
     report,
     run,
+    select,
     serve,
     status,
+    train,
     validate,
 )
 from flows.cli.console import console
@@ -73,6 +75,10 @@ app = typer.Typer(
       montessori validate --student DIR_OR_ID --examples FILE --out DIR   does it predict training?
       montessori plan --student DIR_OR_ID     does that fit a GPU?
 
+    [b]Select, train[/b]
+      montessori select SCORED --share 0.1 --output FILE.jsonl
+      montessori train DIR_OR_ID FILE.jsonl --output DIR
+
     [b]Data for your trainer[/b]
       montessori export RUN_DIR --to messages  also sharegpt, alpaca, trl, parquet
 
@@ -111,6 +117,8 @@ for _command in (
     serve.deploy,
     report.report,
     export.export,
+    select.select,
+    train.train,
 ):
     app.command()(_command)
 

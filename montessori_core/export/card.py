@@ -84,7 +84,7 @@ def _feature(field: pa.Field) -> dict[str, Any]:
 
 
 def _description(field: pa.Field) -> str:
-    return (field.metadata or {}).get(b"description", b"").decode()
+    return str((field.metadata or {}).get(b"description", b"").decode())
 
 
 def _summary(data: RunSet, form: Format, rows: int, unfinished: int) -> str:

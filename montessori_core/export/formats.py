@@ -37,7 +37,7 @@ class Format:
 
     def rows(self, table: pa.Table) -> list[Row]:
         """Return the rows of a table of a run's set in this format."""
-        rows = table.to_pylist()
+        rows: list[Row] = table.to_pylist()
         if INSTRUCTION not in table.column_names:
             return rows
         return [self.write(row.pop(INSTRUCTION), row.pop(OUTPUT)) | row for row in rows]

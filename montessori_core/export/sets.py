@@ -94,7 +94,7 @@ class RunSet:
         run: folder of the run.
         experiment: its configuration.
         name: which set.
-        iteration: of which iteration, from 1.
+        iteration: its iteration, from 1.
     """
 
     run: Path
@@ -147,13 +147,18 @@ class RunSet:
             yield table.select(self.schema.names).cast(self.schema)
 
 
+def schema_of_set(name: SetName) -> pa.Schema:
+    """Return the columns of a data set, with descriptions."""
+    return _SCHEMAS[name]
+
+
 def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
     """Return a data set of a run.
 
     Args:
         run: folder of the run.
         name: which set.
-        iteration: of which iteration; None: the last that has it.
+        iteration: number of an iteration; None: the last that has the set.
 
     Raises:
         DataError: the folder is no run, or the run does not have the set (yet).

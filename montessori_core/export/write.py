@@ -1,11 +1,8 @@
 """Write an export: a folder with a data file and its card, which `datasets.load_dataset` reads."""
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +11,7 @@ import pyarrow.parquet as pq
 from montessori_core.errors import UserError
 from montessori_core.export.card import data_card
 from montessori_core.export.formats import FORMATS, Format
+from montessori_core.export.jsonl import json_line
 from montessori_core.export.sets import RunSet
 from montessori_core.files import commit
 from montessori_core.models.licences import CARD
@@ -108,16 +106,10 @@ def _write_jsonl(tables: _Tables, form: Format, schema: pa.Schema, path: Path) -
     with path.open("w", encoding="utf-8") as stream:
         for table in tables:
             for row in form.rows(table):
-                ordered = {name: _finite(row[name]) for name in schema.names}
-                stream.write(json.dumps(ordered, ensure_ascii=False, allow_nan=False) + "\n")
+                stream.write(json_line({name: row[name] for name in schema.names}))
 
 
 def _write_parquet(tables: _Tables, form: Format, schema: pa.Schema, path: Path) -> None:
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table.select(schema.names).cast(schema))
-
-
-def _finite(value: Any) -> Any:
-    """Return a value that JSON has: null in place of NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
