@@ -12,6 +12,7 @@ from flows.cli import (
     doctor,
     evaluate,
     export,
+    export_model,
     fetch,
     filters,
     forecast,
@@ -93,9 +94,10 @@ app = typer.Typer(
       montessori filters                      list the filters of instructions
     """,
 )
-model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers from any model.")
+model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers; export a run's models.")
 model_app.command()(fetch.fetch)
 model_app.command()(prune.prune)
+model_app.command("export")(export_model.export_model)
 app.add_typer(model_app, name="model")
 for _command in (
     run.run,

@@ -62,7 +62,7 @@ def write_export(data: RunSet, form: Format, output: Path, finished_only: bool =
         UserError: the folder exists; nothing is overwritten.
         DataError: a table of the run is missing or damaged.
     """
-    _refuse_existing(output)
+    refuse_existing(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with commit(output) as folder:
         file = Path("data") / f"train{form.suffix}"
@@ -73,11 +73,16 @@ def write_export(data: RunSet, form: Format, output: Path, finished_only: bool =
         counts = Exported(tables.rows, tables.unfinished, tables.left_out)
         card = data_card(data, form, file.as_posix(), counts.rows, counts.unfinished)
         (folder / CARD).write_text(card, encoding="utf-8")
-        _refuse_existing(output)
+        refuse_existing(output)
     return counts
 
 
-def _refuse_existing(output: Path) -> None:
+def refuse_existing(output: Path) -> None:
+    """Check that a path is free.
+
+    Raises:
+        UserError: it is not.
+    """
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; nothing is overwritten: give another folder with --output, or remove it")
 
