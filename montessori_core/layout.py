@@ -7,6 +7,7 @@
       driver.lock              the driver's process
       report.html
       sources/                 copies of the human-written sets, the benchmark files and configured chat templates
+      exports/                 data for other trainers, written by montessori export
       models/                  teacher and student with configured chat templates: links to their files
       untrained/               held-out loss of the untrained student
       unmodified/              the unmodified teacher: training/, student/, training-influence.parquet
@@ -33,6 +34,7 @@ DRIVER_LOCK = "driver.lock"
 REPORT = "report.html"
 SOURCES = "sources"
 MODELS = "models"
+EXPORTS = "exports"
 UNTRAINED = "untrained"
 UNMODIFIED = "unmodified"
 

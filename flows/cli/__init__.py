@@ -11,6 +11,8 @@ from flows.cli import (
     compare,
     doctor,
     evaluate,
+    export,
+    export_model,
     fetch,
     filters,
     forecast,
@@ -20,8 +22,10 @@ from flows.cli import (
     prune,
     report,
     run,
+    select,
     serve,
     status,
+    train,
     validate,
 )
 from flows.cli.console import console
@@ -72,6 +76,13 @@ app = typer.Typer(
       montessori validate --student DIR_OR_ID --examples FILE --out DIR   does it predict training?
       montessori plan --student DIR_OR_ID     does that fit a GPU?
 
+    [b]Select, train[/b]
+      montessori select SCORED --share 0.1 --output FILE.jsonl
+      montessori train DIR_OR_ID FILE.jsonl --output DIR
+
+    [b]Data for your trainer[/b]
+      montessori export RUN_DIR --to messages  also sharegpt, alpaca, trl, parquet
+
     [b]How long will it take?[/b]
       montessori forecast CONFIG --pilot RUN_DIR
 
@@ -83,9 +94,10 @@ app = typer.Typer(
       montessori filters                      list the filters of instructions
     """,
 )
-model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers from any model.")
+model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers; export a run's models.")
 model_app.command()(fetch.fetch)
 model_app.command()(prune.prune)
+model_app.command("export")(export_model.export_model)
 app.add_typer(model_app, name="model")
 for _command in (
     run.run,
@@ -106,6 +118,9 @@ for _command in (
     serve.up,
     serve.deploy,
     report.report,
+    export.export,
+    select.select,
+    train.train,
 ):
     app.command()(_command)
 

@@ -14,7 +14,7 @@ from montessori_core.config.section import RUN_NAME, Count, FolderName, Probabil
 from montessori_core.config.study import Study, read_study
 from montessori_core.config.synthesis import Sampling, Synthesis
 from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
-from montessori_core.config.yaml import parse_yaml, read_yaml, to_yaml, write_yaml
+from montessori_core.config.yaml import dump_yaml, parse_yaml, read_yaml, to_yaml, write_yaml
 
 __all__ = [
     "RUN_NAME",
@@ -57,6 +57,7 @@ __all__ = [
     "WeightPer",
     "Zero",
     "differences",
+    "dump_yaml",
     "parse",
     "parse_experiment",
     "parse_yaml",

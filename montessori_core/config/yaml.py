@@ -103,7 +103,11 @@ def write_yaml(section: Section, path: Path) -> None:
 
 def to_yaml(section: Section) -> str:
     """Return any part of a configuration as YAML, including all defaults."""
-    content = section.model_dump(mode="json")
+    return dump_yaml(section.model_dump(mode="json"))
+
+
+def dump_yaml(content: Any) -> str:
+    """Return plain data as YAML, in its order."""
     return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 

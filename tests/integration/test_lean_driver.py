@@ -30,6 +30,8 @@ def test_login_node_commands_need_no_torch(tmp_path: Path) -> None:
         ("report", "runs/first", "runs/second"): "comparison-of-runs.html",
         ("report", "runs/study"): "comparison.html",
         ("status", "runs/first"): "trial",
+        ("export", "runs/first", "--to", "messages"): "training set of iteration 1, 40 rows",
+        ("select", "runs/first", "--k", "3", "--output", "best.jsonl"): "3 of 39 scored rows",
     }
     command = [sys.executable, "-c", COMMANDS, json.dumps(list(shown))]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

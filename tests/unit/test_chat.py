@@ -29,23 +29,7 @@ from montessori_core.models.chat import (
 from montessori_core.models.load import load_tokenizer
 from montessori_core.synthesis.jobs import render_row
 from montessori_core.training.dpo import encode_pair
-
-TRIMMING = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
-    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-EMPTY_SYSTEM = (
-    "<|im_start|>system\n<|im_end|>\n{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-OTHER_END = (  # like Gemma
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|endoftext|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-NO_END = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
+from support.templates import EMPTY_SYSTEM, NO_END, OTHER_END, TRIMMING
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,78 @@
+"""The command select: choose training data from a pool of scored examples."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from flows.cli.console import console
+from flows.cli.options import data_source, warn
+from montessori_core.errors import UserError
+
+if TYPE_CHECKING:
+    from montessori_core.selection.pools import Pool
+
+
+def select(
+    scored: Annotated[
+        Path, typer.Argument(help="Scored rows: .parquet, .jsonl, an exported folder, or the folder of a run.")
+    ],
+    output: Annotated[Path, typer.Option(help="New file, .jsonl or .parquet. Nothing is overwritten.")],
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Number of rows.")] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Token budget, of --token-column.")] = None,
+    by: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the score; higher is better.")] = "influence",
+    per: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of sources or clusters that take turns.")
+    ] = None,
+    max_rouge_l: Annotated[
+        float | None,
+        typer.Option("--max-rouge-l", min=0, max=1, help="Skip instructions more similar to a chosen one."),
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Instead: random rows, or length_matched (others of the same lengths).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of a control.")] = 0,
+    token_column: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Tokens of a row, for --tokens and length_matched.")
+    ] = "response_tokens",
+    examples: Annotated[
+        str | None, typer.Option(help="Texts of an influence table: the --examples of montessori influence.")
+    ] = None,
+) -> None:
+    """Choose the best rows of a scored pool, or a control of the same size.
+
+    Of equal scores the earlier row is chosen; rows without a score never are. The file has all columns of the pool and
+    `rank`; montessori train reads it.
+    """
+    from montessori_core.selection.choose import Choice, Control, choose, count_scored
+    from montessori_core.selection.pools import open_pool
+    from montessori_core.selection.write import check_output, write_chosen
+
+    if [k, share, tokens].count(None) != 2:
+        raise UserError("give one of --k, --share and --tokens")
+    controls: dict[str, Control] = {name: name for name in get_args(Control)}
+    if control not in (None, *controls):
+        raise UserError(f"--control {control}: no such control; give one of {', '.join(controls)}")
+    check_output(output)
+    pool = open_pool(scored, data_source(examples, "--examples") if examples else None)
+    available = count_scored(pool, by)
+    if not available:
+        raise UserError(f"{pool.name}: no row has a score in {by!r}")
+    rows = max(1, round(share * available)) if share is not None else k
+    choice = Choice(by, rows, tokens, per, max_rouge_l, token_column)
+    chosen = choose(pool, choice, controls[control] if control else None, seed)
+    if not chosen:
+        raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
+    if rows is not None and len(chosen) < rows:
+        left_out = "" if max_rouge_l is None else ", and the others are similar to these"
+        warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
+    write_chosen(pool, chosen, output)
+    console.print(f"{len(chosen):,} of {available:,} scored rows{_range(pool, chosen, by)}: {output}", soft_wrap=True)
+
+
+def _range(pool: "Pool", chosen: list[int], by: str) -> str:
+    scores = [row[by] for _, row in pool.take(set(chosen), [by])]
+    return f", {by} {min(scores):.4g} to {max(scores):.4g}"

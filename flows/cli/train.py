@@ -1,0 +1,63 @@
+"""The command train: train a student on any data."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import console
+from flows.cli.options import (
+    ChatTemplate,
+    ChatTemplateVariables,
+    ClusterFile,
+    data_source,
+    on_cluster,
+    template_settings,
+)
+from montessori_core.config import read_experiment
+
+
+def train(
+    student: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the student.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Examples: a file of montessori select, an example table of a run, or any data as in a configuration."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="New folder for the trained student; DIR.parts next to it makes it resumable.")
+    ],
+    config: Annotated[
+        Path,
+        typer.Option(
+            help="Configuration (YAML) or preset; its sections student (not the model), training, zero, seed and cluster "
+            "are used."
+        ),
+    ] = Path("evaluation"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field, e.g. training.epochs=3."),
+    ] = None,
+    cluster: ClusterFile = None,
+    save_moments: Annotated[
+        bool, typer.Option("--save-moments", help="Save AdamW's moments, for montessori influence --warm-state.")
+    ] = False,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateVariables = None,
+) -> None:
+    """Train a student on any data by the recipe of a run, on all of its rows.
+
+    To resume after an interruption, run the same command again; a finished training is not repeated.
+    """
+    from flows.training import StudentTraining, train_on_data
+
+    source = data_source(data, "DATA")
+    settings = {"model": student, "revision": None, **template_settings(chat_template, chat_template_kwargs)}
+    overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
+    experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config)
+    trained = train_on_data(StudentTraining(experiment, source, save_moments), output)
+    counts = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in trained.counts.items())
+    console.print(f"{counts}; loss {trained.log[0]['loss']:.4f}, at the end {trained.log[-1]['loss']:.4f}")
+    console.print(f"student: {output}", soft_wrap=True)

@@ -1,0 +1,160 @@
+"""Train a student on any data, without a run: `montessori train`."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.fanout import fan_out
+from cluster.lock import only_driver
+from cluster.shards import Shards
+from cluster.stage import Stage
+from montessori_core import programs
+from montessori_core.config import DataSource, Experiment
+from montessori_core.data.rows import Rows, TrainingRow
+from montessori_core.data.sources import read_tasks
+from montessori_core.data.tables import EXAMPLES, open_parquet
+from montessori_core.errors import UserError
+from montessori_core.export.model_card import student_card
+from montessori_core.files import commit, read_json
+from montessori_core.layout import COUNTS_FILE, LOG_FILE
+from montessori_core.models.adapters import check_adapter
+from montessori_core.models.fetch import fetch_model
+from montessori_core.models.licences import CARD
+from montessori_core.models.positions import check_positions
+from montessori_core.models.templates import configured_template, with_template
+from montessori_core.selection.pools import unfinished_ids
+from tasks.progress import ProgressBar
+from tasks.run import Model, check_environment, stage_of
+
+
+@dataclass(frozen=True)
+class StudentTraining:
+    """A training of a student.
+
+    Attributes:
+        experiment: its student, and the sections `training`, `zero`, `seed` and `cluster`. All rows of the data are used,
+            whatever `training.examples` is.
+        data: the examples.
+        save_moments: save AdamW's moments with the weights, so that influence can be measured on a warm student.
+    """
+
+    experiment: Experiment
+    data: DataSource
+    save_moments: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained student.
+
+    Attributes:
+        counts: numbers of examples, truncated ones and those left out.
+        log: an entry per optimizer step.
+    """
+
+    counts: Mapping[str, int]
+    log: list[dict[str, Any]]
+
+
+def train_on_data(training: StudentTraining, output: Path) -> Trained:
+    """Train a student and write it to the folder `output`, with a model card.
+
+    Finished work is kept in a folder next to `output`, so that an interrupted training resumes from its last checkpoint, and
+    a finished one is not repeated.
+
+    Raises:
+        UserError: an option, the data or the model is invalid, or `output` exists and has another model.
+    """
+    experiment, recipe = training.experiment, training.experiment.training
+    folder = output.with_name(f"{output.name}.parts").absolute()
+    if output.exists() and not folder.exists():
+        raise UserError(f"{output} exists; nothing is overwritten: give another folder with --output, or remove it")
+    rows = read_training_rows(training.data)
+    check_environment(experiment)
+    student = _open_student(experiment, folder)
+    settings = programs.Sft(
+        max_length=experiment.student.max_length,
+        lora=experiment.student.lora,
+        recipe=recipe.shared(),
+        zero=experiment.zero,
+        seed=experiment.seed,
+        save_moments=training.save_moments,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_driver(folder):
+        stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {})
+        shards = Shards(rows, len(rows))
+        _check_output(output, stage, shards)
+        cluster = experiment.cluster
+        with ProgressBar(f"training of {experiment.student.model}") as bar:
+            (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)
+        counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
+        if not output.exists():
+            card = student_card(experiment, training.data, settings, counts, log)
+            with commit(output, durable=False) as temporary:
+                shutil.copytree(trained, temporary, copy_function=_link)
+                (temporary / CARD).write_text(card, encoding="utf-8")
+    return Trained(counts, log)
+
+
+def read_training_rows(source: DataSource) -> Rows:
+    """Read training examples: an example table of a run, or any data with an instruction and a response.
+
+    A response whose row says `response_finished: false` is trained without the end of its turn.
+
+    Raises:
+        DataError: the data cannot be read, or has no rows.
+    """
+    path = Path(os.path.expanduser(source.path))
+    if path.suffix == ".parquet":
+        with open_parquet(path) as file:
+            if (file.schema_arrow.metadata or {}).get(b"montessori.table") == b"examples":
+                return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
+    unfinished = unfinished_ids(path)
+    tasks = read_tasks(source, "data", with_response=True)
+    return Rows.of(
+        [
+            TrainingRow(
+                instruction=task.instruction,
+                response=task.response,
+                response_finished=task.example_id not in unfinished,
+            )
+            for task in tasks
+        ],
+        TrainingRow,
+    )
+
+
+def _open_student(experiment: Experiment, folder: Path) -> Model:
+    """Find and check the student."""
+    student = fetch_model(experiment.student.model, experiment.student.revision)
+    check_adapter(student, experiment.student.lora, "student.lora")
+    check_positions(student, experiment.student.max_length, "student.max_length")
+    if (template := configured_template(student, experiment.student, "student")) is not None:
+        student = with_template(student, template, folder / "student")
+    return Model.of(student)
+
+
+def _check_output(output: Path, stage: Stage, shards: Shards) -> None:
+    """Check that an existing folder has the result of this training.
+
+    Raises:
+        UserError: it has another.
+    """
+    (rows,) = shards
+    if output.exists() and not stage.is_done(0, stage.key(rows), thorough=True):
+        raise UserError(
+            f"{output} has a student of another training; nothing is overwritten: give another folder with --output, or "
+            "remove it"
+        )
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where that is not possible: weights are large."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

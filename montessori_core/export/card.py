@@ -1,0 +1,238 @@
+"""The data card of an export: README.md, with the YAML header of the Hugging Face hub.
+
+Everything comes from the folder of the run. Names and texts are escaped, and paths of this machine are shortened to their
+last part: cards are published.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from montessori_core import layout
+from montessori_core.config import DataSource, Experiment, dump_yaml
+from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.tables import INSTRUCTIONS, read_table
+from montessori_core.export.formats import Format
+from montessori_core.export.markdown import escape, fenced, table
+from montessori_core.export.sets import RunSet, name_of
+from montessori_core.files import read_json
+from montessori_core.models.licences import licence_of
+from montessori_core.synthesis.filtering import funnel
+
+_SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M", 1e8: "10M<n<100M"}
+_TYPES = {pa.string(): "string", pa.float64(): "float64", pa.int32(): "int32", pa.bool_(): "bool"}
+_PRIVATE = ("base_url", "key_variable", "cluster")  # settings that describe a site
+_TASKS = {"training": "supervised fine-tuning", "scored": "data selection", "preferences": "preference optimization"}
+_TAGS = {"training": "instruction-tuning", "scored": "data-selection", "preferences": "dpo"}
+_AXOLOTL = {
+    "messages": "type: chat_template\n    field_messages: messages",
+    "sharegpt": "type: chat_template\n    field_messages: conversations\n    message_property_mappings: "
+    "{role: from, content: value}",
+    "alpaca": "type: alpaca",
+}
+_LLAMA_FACTORY = {
+    "messages": '{"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {"role_tag": "role", '
+    '"content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}}',
+    "sharegpt": '{"formatting": "sharegpt", "columns": {"messages": "conversations"}}',
+    "alpaca": '{"columns": {"prompt": "instruction", "query": "input", "response": "output"}}',
+}
+
+
+def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int) -> str:
+    """Return the card of an export.
+
+    Args:
+        data: the exported set.
+        form: its format.
+        file: the data file, relative to the card.
+        rows: number of rows.
+        unfinished: number of rows whose response was cut at the token limit.
+    """
+    sections = {
+        "Columns": table(("column", "content"), [(f.name, _description(f)) for f in form.schema(data.schema)]),
+        "Read it": _loading(form, file),
+        "Models": _models(data),
+        "How it was made": _synthesis(data),
+        "Contamination": _contamination(data),
+        "Held-out loss": _losses(data),
+        "Repeat it": _repetition(data, form),
+    }
+    parts = [_header(data, form, file, rows), _summary(data, form, rows, unfinished)]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n".join(parts)
+
+
+def _header(data: RunSet, form: Format, file: str, rows: int) -> str:
+    content = {
+        "pretty_name": f"{data.experiment.name}: {data.title}",
+        "task_categories": ["text-generation"],
+        "tags": ["synthetic", "montessori", _TAGS[data.name]],
+        "size_categories": [next((name for limit, name in _SIZES.items() if rows < limit), "n>1T")],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": file}]}],
+        "dataset_info": {"features": [_feature(field) for field in form.schema(data.schema)]},
+    }
+    return f"---\n{dump_yaml(content)}---\n"
+
+
+def _feature(field: pa.Field) -> dict[str, Any]:
+    """Return a column in the notation of `dataset_info` on the hub."""
+    if pa.types.is_list(field.type):
+        return {"name": field.name, "list": [_feature(part) for part in field.type.value_type]}
+    return {"name": field.name, "dtype": _TYPES[field.type]}
+
+
+def _description(field: pa.Field) -> str:
+    return str((field.metadata or {}).get(b"description", b"").decode())
+
+
+def _summary(data: RunSet, form: Format, rows: int, unfinished: int) -> str:
+    experiment = data.experiment
+    text = (
+        f"# {escape(experiment.name)}: {data.title}\n\n"
+        f"{rows:,} rows for {_TASKS[data.name]}, in the format {form.name}. "
+        f"The instructions were written by {escape(data.teacher)}, in iteration {data.iteration} of "
+        f"{experiment.iterations}, for the student {escape(name_of(experiment.student.model))}. "
+        "Texts were written by models and were not checked by people; they may be wrong or harmful.\n"
+    )
+    if data.name == "preferences":
+        return text + (
+            "\nPrompts have the teacher's chat template already: do not apply one again. The run trained on the tokens that "
+            "the teacher drew; tokenizing these texts again may cut some words differently.\n"
+        )
+    if unfinished:
+        text += (
+            f"\n{unfinished:,} responses were cut at the token limit: their `response_finished` is false. A trainer that "
+            "ends every response with an end token teaches the student to stop there; leave these rows out, or mask the end "
+            "token as Montessori does.\n"
+        )
+    return text
+
+
+def _loading(form: Format, file: str) -> str:
+    text = fenced('from datasets import load_dataset\n\ndata = load_dataset("FOLDER", split="train")', "python")
+    if form.name == "trl":
+        text += "\nTRL's trainers take this data set as it is.\n"
+    if form.name in _AXOLOTL:
+        entry = f"datasets:\n  - path: FOLDER/{file}\n    ds_type: json\n    {_AXOLOTL[form.name]}"
+        text += f"\naxolotl:\n\n{fenced(entry, 'yaml')}"
+        entry = f'"NAME": {{"file_name": "FOLDER/{file}", {_LLAMA_FACTORY[form.name][1:]}'
+        text += f"\nLLaMA-Factory, in `dataset_info.json`:\n\n{fenced(entry, 'json')}"
+    return text
+
+
+def _models(data: RunSet) -> str:
+    experiment = data.experiment
+    commits = read_json(data.run / layout.MODEL_COMMITS) or {}
+    hashes = read_json(data.run / layout.PROVENANCE) or {}
+    rows = []
+    for role, section in (("teacher", experiment.teacher), ("student", experiment.student)):
+        commit = commits.get(f"{section.model}@{section.revision or 'main'}", "")
+        licence = licence_of(section.model) or "not known"
+        rows.append((role, name_of(section.model), commit, licence, hashes.get(f"{role}_sha256", "")))
+    for role in ("strong_teacher", "answerer", "judge"):
+        if (endpoint := getattr(experiment, role)) is not None:
+            rows.append((role.replace("_", " "), f"{endpoint.model} (API)", "", "not known", ""))
+    return (
+        table(("role", "model", "commit", "licence", "SHA-256"), rows)
+        + "\nNo licence of the data is declared here. The licences of the models above may bind what they write; set "
+        "`license` in the header before you publish.\n"
+    )
+
+
+def _synthesis(data: RunSet) -> str:
+    experiment = data.experiment
+    sets = [(name.replace("_", " "), *_source(data.run, name, getattr(experiment, name))) for name in _SOURCES]
+    names = [getattr(entry, "name", entry) for entry in experiment.synthesis.filters]
+    lines = [
+        table(("set", "source", "revision", "examples"), sets),
+        f"Random seed: {experiment.seed}. Filters, in order: {', '.join(map(escape, names)) or 'none'}. "
+        f"`synthesis.answers`: {escape(experiment.synthesis.answers)}.\n",
+    ]
+    if data.name != "training":
+        lines.append(
+            f"Influence: estimator {escape(experiment.influence.estimator)}, on the reference set, by one AdamW step of the "
+            f"warm student; baseline {escape(experiment.preferences.baseline)}.\n"
+        )
+    tables = data.folder / ("training" if data.name == "training" else "") / layout.INSTRUCTIONS
+    if tables.exists():
+        counts = funnel(read_table(tables, INSTRUCTIONS, ["rejection"]))
+        lines.append(f"The funnel of instructions:\n\n{table(('step', 'instructions'), list(counts.items()))}")
+    return "\n".join(lines)
+
+
+_SOURCES = ("seed_pool", "reference", "evaluation")
+
+
+def _source(run: Path, name: str, source: DataSource) -> tuple[str, str, str]:
+    """Return name, revision and size of a human-written set."""
+    parts = [name_of(source.path), *filter(None, [source.subset])]
+    copy = run / layout.SOURCES / f"{name}.jsonl"
+    size = f"{sum(1 for _ in jsonl_rows(copy)):,}" if copy.exists() else ""
+    return ", ".join(parts), source.revision or "", size
+
+
+def _contamination(data: RunSet) -> str:
+    counts = (read_json(data.folder / layout.METRICS) or {}).get("contamination") or []
+    rows = [(c["benchmark"], f"{c['overlapping']} of {c['items']}", c["n"]) for c in counts]
+    if not rows:
+        return "Not checked: the run has no numbers of it (`benchmarks.contamination_words`, or an unfinished iteration).\n"
+    note = "" if data.name == "training" else "\nThe check was of the iteration's training set, not of these rows.\n"
+    return (
+        "Items of evaluation sets that share n consecutive words with the training set:\n\n"
+        + table(("evaluation set", "overlapping items", "n"), rows)
+        + note
+    )
+
+
+def _losses(data: RunSet) -> str:
+    losses: Mapping[str, Any] = (read_json(data.folder / layout.METRICS) or {}).get("held_out_loss") or {}
+    rows = [(name, f"{loss['mean']:.4f}", f"{loss['standard_error']:.4f}") for name, loss in losses.items()]
+    if not rows:
+        return ""
+    return "Of students on the evaluation set, nats a token:\n\n" + table(("student", "mean", "standard error"), rows)
+
+
+def _repetition(data: RunSet, form: Format) -> str:
+    provenance = read_json(data.run / layout.PROVENANCE) or {}
+    revision = provenance.get("git_revision") or "not known"
+    versions = ", ".join(f"{name} {number}" for name, number in (provenance.get("versions") or {}).items())
+    name = data.experiment.name
+    command = (
+        "montessori run config.yaml\n"
+        f"montessori export runs/{name} --what {data.name} --to {form.name} --iteration {data.iteration}"
+    )
+    return "\n".join(
+        [
+            fenced(command, "bash"),
+            "with `config.yaml` (settings that differ from the defaults; PATH stands for a folder of the author's "
+            f"machine):\n\n{fenced(dump_yaml(_settings(data.experiment)), 'yaml')}",
+            f"Versions: {escape(versions)}. Revision of Montessori: {escape(revision)}.\n",
+        ]
+    )
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, without those that describe a site."""
+    content = experiment.model_dump(mode="json", exclude_defaults=True)
+    if "filters" in content.get("synthesis", {}):  # the name of a filter is a default too
+        content["synthesis"]["filters"] = experiment.model_dump(mode="json")["synthesis"]["filters"]
+    return dict(_published(content))
+
+
+def _published(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if name not in _PRIVATE:
+            yield name, _shortened(value)
+
+
+def _shortened(value: Any) -> Any:
+    """Return plain data with local paths as PATH and their last part."""
+    if isinstance(value, dict):
+        return dict(_published(value))
+    if isinstance(value, list):
+        return [_shortened(entry) for entry in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) and "\n" not in value:
+        return f"PATH/{name_of(value)}"
+    return value

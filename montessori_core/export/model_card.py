@@ -1,0 +1,64 @@
+"""Model cards: what a student was trained on, and how."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from montessori_core import programs
+from montessori_core.config import DataSource, Experiment, dump_yaml
+from montessori_core.export.markdown import escape, fenced, table
+from montessori_core.export.sets import name_of
+from montessori_core.models.embedded import EMBEDDED
+from montessori_core.models.licences import licence_of
+
+
+def model_header(base: str, tags: Sequence[str], adapter: bool = False) -> str:
+    """Return the YAML header of a model's card.
+
+    Args:
+        base: the configured model that was trained; a local folder is not named.
+        tags: for the hub's search.
+        adapter: whether the model is a LoRA adapter.
+    """
+    content: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["montessori", *tags],
+    }
+    if (licence := licence_of(base)) is not None:
+        content["license"] = licence
+    if base not in EMBEDDED and not Path(base).expanduser().exists():
+        content["base_model"] = base
+    return f"---\n{dump_yaml(content)}---\n"
+
+
+def student_card(
+    experiment: Experiment,
+    data: DataSource,
+    settings: programs.Sft,
+    counts: Mapping[str, int],
+    log: Sequence[Mapping[str, Any]],
+) -> str:
+    """Return the card of a student that was trained on any data.
+
+    Args:
+        experiment: names the student.
+        data: the examples.
+        settings: of the training.
+        counts: numbers of examples, truncated ones and those left out.
+        log: an entry per optimizer step.
+    """
+    student = experiment.student
+    name = escape(name_of(student.model))
+    rows = [(key.replace("_", " "), value) for key, value in counts.items()]
+    rows += [("loss of the first step, nats a token", log[0]["loss"])] if log else []
+    rows += [("loss of the last step, nats a token", log[-1]["loss"])] if log else []
+    parts = [
+        model_header(student.model, ["sft"], adapter=settings.lora is not None),
+        f"# {name}, trained on {escape(name_of(data.path))}\n",
+        f"{name} after supervised fine-tuning{' of a LoRA adapter' if settings.lora else ''} with Montessori; only "
+        f"responses have loss. Licence of {name}: {licence_of(student.model) or 'not known'}.\n",
+        f"## Data\n\n{table(('training data', ''), rows)}",
+        f"## Training\n\n{fenced(dump_yaml(settings.model_dump(mode='json')), 'yaml')}",
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,1 @@
+"""Choose training data from a pool of scored examples."""

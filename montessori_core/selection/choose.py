@@ -1,0 +1,198 @@
+"""The best rows of a pool: by count or token budget, round-robin over sources, without near-duplicates; and controls.
+
+Rules. The higher score is better; of equal scores, the earlier row. Rows without a score are never chosen. A token budget
+ends at the first row that does not fit. With sources, each in turn, in the order of their names, gives its best row that is
+left. A row above the ROUGE-L limit with a chosen row is skipped, and its source gives the next one.
+
+A pass over the pool keeps the best rows in a heap: (score, position, size, source), no texts. Near-duplicates are looked
+for among more candidates than are asked for; if too few remain, further passes take more.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.errors import DataError
+from montessori_core.selection.lengths import match_lengths
+from montessori_core.selection.pools import Pool, Row
+
+Control = Literal["random", "length_matched"]
+_SLACK = 4  # candidates for each row that is asked for, where near-duplicates are skipped
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen.
+
+    Attributes:
+        by: column of the score.
+        rows: number of rows; None: `tokens` decides.
+        tokens: token budget.
+        per: column whose values take turns; None: no turns.
+        max_rouge_l: limit of ROUGE-L F between the texts of chosen rows; None: any.
+        token_column: tokens of a row, for a budget and for equal lengths.
+        text_column: text that is compared.
+    """
+
+    by: str
+    rows: int | None = None
+    tokens: int | None = None
+    per: str | None = None
+    max_rouge_l: float | None = None
+    token_column: str = "response_tokens"
+    text_column: str = "instruction"
+
+    @property
+    def limit(self) -> int:
+        """Rows, or tokens."""
+        limit = self.tokens if self.rows is None else self.rows
+        if limit is None or limit < 1:
+            raise ValueError("a choice needs a positive number of rows or tokens")
+        return limit
+
+
+class Scored(NamedTuple):
+    """A row of a pool. Tuples compare as rows do: the greater one is better."""
+
+    score: float
+    order: int
+    size: int
+    source: str
+
+    @property
+    def position(self) -> int:
+        """Position in the pool, from 0."""
+        return -self.order
+
+
+def count_scored(pool: Pool, by: str) -> int:
+    """Return the number of rows that have a score."""
+    return sum(_score(pool, position, row, by) is not None for position, row in enumerate(pool.rows([by])))
+
+
+def choose(pool: Pool, choice: Choice, control: Control | None = None, seed: int = 0) -> list[int]:
+    """Return the positions of the chosen rows, best first.
+
+    Args:
+        pool: the rows.
+        choice: what is chosen.
+        control: 'random' chooses by a random score instead, with all other rules. 'length_matched' returns as many other
+            rows, with tokens as near as possible to those of the chosen ones.
+        seed: of a control.
+
+    Raises:
+        DataError: the pool cannot be read, a column is missing, or a value is not a number.
+    """
+    if control == "random":
+        return _best(pool, choice, lambda: _randomised(_scored(pool, choice), seed))
+    chosen = _best(pool, choice, lambda: _scored(pool, choice))
+    if control is None:
+        return chosen
+    lengths = {row.position: row.size for row in _scored(pool, choice, sized=True)}
+    positions = np.fromiter(lengths, np.int64)
+    matched = match_lengths(np.fromiter(lengths.values(), np.int64), np.isin(positions, chosen), seed)
+    return [int(positions[index]) for index in matched]
+
+
+def _best(pool: Pool, choice: Choice, read: Callable[[], Iterator[Scored]]) -> list[int]:
+    slack = 1 if choice.max_rouge_l is None else _SLACK
+    while True:
+        sources: dict[str, _Heap] = {}
+        for row in read():
+            sources.setdefault(row.source, _Heap(slack * choice.limit)).add(row)
+        ranked = [sources[name].ranked() for name in sorted(sources)]
+        chosen, full = _take(ranked, choice.limit, _accept(pool, choice, ranked))
+        if full or not any(heap.dropped for heap in sources.values()):
+            return [row.position for row in chosen]
+        slack *= _SLACK
+
+
+class _Heap:
+    """The best rows of a stream: the fewest whose sizes add up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._size, self._heap = limit, 0, list[Scored]()
+        self.dropped = False
+
+    def add(self, row: Scored) -> None:
+        heapq.heappush(self._heap, row)
+        self._size += row.size
+        while self._size - self._heap[0].size >= self._limit:
+            self._size -= heapq.heappop(self._heap).size
+            self.dropped = True
+
+    def ranked(self) -> list[Scored]:
+        """Return the rows, best first."""
+        return sorted(self._heap, reverse=True)
+
+
+def _take(ranked: Iterable[list[Scored]], limit: int, accept: Callable[[Scored], bool]) -> tuple[list[Scored], bool]:
+    """Take the best acceptable row of each source in turn; also return whether the limit was reached."""
+    queues = [iter(rows) for rows in ranked]
+    chosen: list[Scored] = []
+    size = 0
+    while queues:
+        for queue in list(queues):
+            row = next(filter(accept, queue), None)
+            if row is None:
+                queues.remove(queue)
+                continue
+            if size + row.size > limit:
+                return chosen, True
+            chosen.append(row)
+            size += row.size
+            if size == limit:
+                return chosen, True
+    return chosen, False
+
+
+def _accept(pool: Pool, choice: Choice, ranked: list[list[Scored]]) -> Callable[[Scored], bool]:
+    """Return whether a row's text is unlike those of the rows accepted before."""
+    if choice.max_rouge_l is None:
+        return lambda row: True
+    candidates = {row.position for rows in ranked for row in rows}
+    texts = {position: str(row[choice.text_column]) for position, row in pool.take(candidates, [choice.text_column])}
+    index = RougeIndex([], max_rouge_l=choice.max_rouge_l)
+    return lambda row: index.add_all([texts[row.position]])[0]
+
+
+def _scored(pool: Pool, choice: Choice, sized: bool = False) -> Iterator[Scored]:
+    """Yield the rows with a score; their size is 1, or their tokens if they count."""
+    tokens = choice.token_column if sized or choice.rows is None else None
+    columns = list(dict.fromkeys(filter(None, [choice.by, tokens, choice.per])))
+    for position, row in enumerate(pool.rows(columns)):
+        score = _score(pool, position, row, choice.by)
+        if score is not None:
+            size = _tokens(pool, position, row[tokens]) if tokens else 1
+            yield Scored(score, -position, size, str(row[choice.per]) if choice.per else "")
+
+
+def _randomised(rows: Iterator[Scored], seed: int) -> Iterator[Scored]:
+    draw = random.Random(seed)
+    for row in rows:
+        yield row._replace(score=draw.random())
+
+
+def _score(pool: Pool, position: int, row: Row, by: str) -> float | None:
+    """Return a row's score; None if it has none (null or NaN)."""
+    value = row[by]
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{pool.name}, row {position + 1}: {by!r} is {type(value).__name__}; a score is a number")
+    return None if math.isnan(value) else float(value)
+
+
+def _tokens(pool: Pool, position: int, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DataError(
+            f"{pool.name}, row {position + 1}: {value!r} is no number of tokens; name a column of whole numbers above 0 with "
+            "--token-column"
+        )
+    return value

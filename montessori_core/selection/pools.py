@@ -1,0 +1,205 @@
+"""Pools of scored rows: a file, the scored examples of a run, or an influence table with its examples.
+
+A pool is read in order, as often as needed; its rows are never all in memory.
+"""
+
+import os
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from montessori_core import layout
+from montessori_core.config import DataSource
+from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.sources import read_tasks
+from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, open_parquet, take_rows
+from montessori_core.errors import DataError
+from montessori_core.export.sets import RunSet, open_set, schema_of_set
+
+Row = dict[str, Any]
+_DATA_FILES = ("data/train.parquet", "data/train.jsonl")  # of an exported folder
+
+
+class Pool(Protocol):
+    """Rows with named columns, in an order.
+
+    Attributes:
+        name: for errors.
+        schema: the columns; None if only the rows say which.
+    """
+
+    name: str
+    schema: pa.Schema | None
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """Yield all rows in order, with some columns or all of them.
+
+        Raises:
+            DataError: the pool cannot be read, or has no such column.
+        """
+        ...
+
+    def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+        """Yield (position, row) pairs of some rows, in order; positions count from 0.
+
+        Raises:
+            DataError: as `rows`.
+        """
+        ...
+
+
+class _Scanned:
+    """A pool that finds rows by reading all before them."""
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        raise NotImplementedError
+
+    def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+        last = max(positions, default=-1)
+        for position, row in enumerate(self.rows(columns)):
+            if position > last:
+                return
+            if position in positions:
+                yield position, row
+
+
+class JsonlPool(_Scanned):
+    """The rows of a JSONL file."""
+
+    schema = None
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.name = path, str(path)
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        for where, row in jsonl_rows(self._path):
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected an object with named fields, found {type(row).__name__}")
+            if columns is None:
+                yield row
+                continue
+            _check_columns(where, columns, list(row))
+            yield {name: row[name] for name in columns}
+
+
+class ParquetPool:
+    """The rows of a Parquet file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.name = path, str(path)
+        with open_parquet(path) as file:
+            self.schema: pa.Schema | None = file.schema_arrow
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        _check_columns(self.name, columns or (), self.schema.names if self.schema else ())
+        with open_parquet(self._path) as file:
+            for batch in file.iter_batches(ROW_GROUP, columns=columns):
+                yield from batch.to_pylist()
+
+    def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+        ordered = np.array(sorted(positions), np.int64)
+        with open_parquet(self._path) as file:
+            rows = (row for table in take_rows(file, columns, ordered) for row in table.to_pylist())
+            yield from zip(ordered.tolist(), rows, strict=True)
+
+
+class RunPool(_Scanned):
+    """The scored examples of a run."""
+
+    def __init__(self, data: RunSet) -> None:
+        self._data, self.name, self.schema = data, str(data.run), data.schema
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        _check_columns(self.name, columns or (), self.schema.names)
+        for table in self._data.tables():
+            yield from table.select(list(columns or self.schema.names)).to_pylist()
+
+
+class InfluencePool(_Scanned):
+    """The table of `montessori influence`, with the texts of the examples that were measured."""
+
+    def __init__(self, path: Path, examples: DataSource) -> None:
+        self.name = str(path)
+        self._path = path
+        self._tasks = {task.example_id: task for task in read_tasks(examples, "examples", with_response=True)}
+        origin = ("source", "teacher", "iteration")
+        self.schema = pa.schema([field for field in schema_of_set("scored") if field.name not in origin])
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        names = list(columns or self.schema.names)
+        _check_columns(self.name, names, self.schema.names)
+        with open_parquet(self._path) as file:
+            check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
+            for batch in file.iter_batches(ROW_GROUP):
+                for measured in batch.to_pylist():
+                    row = self._named(measured)
+                    yield {name: row[name] for name in names}
+
+    def _named(self, measured: Row) -> Row:
+        task = self._tasks.get(measured["example_id"])
+        if task is None:
+            raise DataError(
+                f"{self.name}: example {measured['example_id']!r} is not in --examples; give the data that was measured"
+            )
+        texts = {"id": task.example_id, "instruction": task.instruction, "output": task.response}
+        return measured | texts | {"response_finished": True, "influence": measured["influence_student"]}
+
+
+def open_pool(path: Path, examples: DataSource | None = None, iteration: int | None = None) -> Pool:
+    """Open a pool.
+
+    Args:
+        path: a .parquet or .jsonl file, an exported folder, or the folder of a run.
+        examples: texts of an influence table's examples.
+        iteration: of a run; None: the last that has scored examples.
+
+    Raises:
+        DataError: it is none of these, or an influence table without its examples.
+    """
+    path = Path(os.path.expanduser(path))
+    if (path / layout.CONFIG).is_file():
+        return RunPool(open_set(path.resolve(), "scored", iteration))
+    path = data_file(path)
+    if path.suffix == ".jsonl":
+        return JsonlPool(path)
+    if path.suffix != ".parquet":
+        raise DataError(f"{path}: expected a .parquet or .jsonl file, an exported folder or the folder of a run")
+    pool = ParquetPool(path)
+    if ((pool.schema.metadata if pool.schema else None) or {}).get(b"montessori.table") != b"influence":
+        return pool
+    if examples is None:
+        raise DataError(f"{path}: an influence table has no texts; give the data that was measured with --examples")
+    return InfluencePool(path, examples)
+
+
+def data_file(path: Path) -> Path:
+    """Return the data file of an exported folder; any other path unchanged."""
+    return next((path / name for name in _DATA_FILES if (path / name).is_file()), path)
+
+
+def unfinished_ids(path: Path) -> set[str]:
+    """Return the ids of the rows of a file or exported folder whose `response_finished` is false.
+
+    Files without the columns `id` and `response_finished` have none.
+    """
+    path = data_file(path)
+    columns = ("id", "response_finished")
+    if path.suffix == ".jsonl" and path.is_file():
+        rows: Iterator[Row] = JsonlPool(path).rows()
+    elif path.suffix == ".parquet" and path.is_file():
+        pool = ParquetPool(path)
+        if pool.schema is None or not set(columns) <= set(pool.schema.names):
+            return set()
+        rows = pool.rows(columns)
+    else:
+        return set()
+    return {str(row["id"]) for row in rows if row.get("response_finished") is False and row.get("id") is not None}
+
+
+def _check_columns(where: str, needed: Sequence[str], present: Sequence[str]) -> None:
+    for name in needed:
+        if name not in present:
+            raise DataError(f"{where}: no column {name!r} (found: {', '.join(present)})")

@@ -1,0 +1,109 @@
+"""`montessori influence`, `select`, `train` and `evaluate` in sequence, on the tiny Llama."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from montessori_core.files import read_json
+from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
+from montessori_core.models.load import load_model
+from montessori_core.selection.pools import JsonlPool
+from support import ROOT
+from support.runs import call, invoke
+
+EXAMPLES = [
+    {"id": f"x{i}", "instruction": f"Describe object {i}.", "output": f"Object {i} is " + "round " * (1 + i % 4)}
+    for i in range(20)
+]
+RECIPE = ["training.batch_size=2", "training.learning_rate=1e-3", "training.epochs=2", "student.max_length=128"]
+SETTINGS = [part for setting in (*RECIPE, "zero.stage=0", "cluster.poll_seconds=0.1") for part in ("--set", setting)]
+
+
+def train(student: Path, data: Path, output: Path, *options: str) -> tuple[int, str]:
+    code, text = invoke("train", str(student), str(data), "--output", str(output), *SETTINGS, *options, cwd=ROOT)
+    return code, " ".join(text.split())
+
+
+def test_commands_run_in_sequence(tiny_llama: Path, tmp_path: Path) -> None:
+    data, table, best, student = (tmp_path / name for name in ("data.jsonl", "scored.parquet", "best.jsonl", "student"))
+    data.write_text("\n".join(map(json.dumps, EXAMPLES)))
+    files = ["--examples", str(data), "--reference", str(data), "--out", str(table), "--estimator", "first_order"]
+    code, output = invoke("influence", "--student", str(tiny_llama), *files, cwd=ROOT)
+    assert code == 0, output
+    code, output = invoke(
+        "select", str(table), "--examples", str(data), "--share", "0.3", "--output", str(best), cwd=ROOT
+    )
+    assert code == 0, output
+    assert len(list(JsonlPool(best).rows())) == 6
+
+    code, output = train(tiny_llama, best, student, "--save-moments")
+    assert code == 0, output
+    assert "examples 6" in output
+    assert read_json(student / COUNTS_FILE) == {"examples": 6, "truncated": 0, "left_out": 0}
+    log = read_json(student / LOG_FILE)
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (student / MOMENTS_FILE).exists()
+    card = (student / "README.md").read_text()
+    for text in ("library_name: transformers", "trained on best.jsonl", "learning_rate: 0.001", "| examples | 6 |"):
+        assert text in card
+    assert str(tmp_path) not in card
+    before = (student / "model.safetensors").stat().st_mtime_ns
+    code, output = train(tiny_llama, best, student, "--save-moments")
+    assert code == 0, output
+    assert (student / "model.safetensors").stat().st_mtime_ns == before
+
+    code, output = train(tiny_llama, data, student, "--save-moments")
+    assert code == 1
+    assert "has a student of another training; nothing is overwritten" in output
+
+    evaluation = [
+        "evaluation={path: builtin, limit: 4}",
+        "benchmarks.tasks=[]",
+        "student.max_length=192",
+        "cluster.poll_seconds=0.1",
+    ]
+    options = [part for setting in evaluation for part in ("--set", setting)]
+    code, output = call("evaluate", str(student), *options, cwd=tmp_path)
+    assert code == 0, output
+    result = read_json(tmp_path / "runs" / "evaluation-student" / "evaluation.json")
+    assert result["held_out_loss"]["mean"] > 0
+
+
+def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: Path) -> None:
+    """The same rows as an example table of a run, with `response_finished` of the rows."""
+    weights = {}
+    for name, flags in (("all", [True] * 4), ("some", [True, False] * 2)):
+        data = tmp_path / f"{name}.jsonl"
+        rows = [row | {"response_finished": flag} for row, flag in zip(EXAMPLES, flags, strict=False)]
+        data.write_text("\n".join(map(json.dumps, rows)))
+        code, output = train(tiny_llama, data, tmp_path / name)
+        assert code == 0, output
+        weights[name] = load_model(str(tmp_path / name), torch.float32).get_input_embeddings().weight
+    assert not torch.equal(weights["all"], weights["some"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "student.lora={rank: 0}"], "student.lora.rank"),
+        (["--set", "training.batch_size=3"], "must be a multiple of micro_batch_size"),
+        (["--chat-template", "absent.jinja"], "absent.jinja cannot be read"),
+        (["--set", "student.max_length=100000"], "max_length"),
+    ],
+)
+def test_bad_options_are_refused(tiny_llama: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
+    code, output = train(tiny_llama, tmp_path / "data.jsonl", tmp_path / "out", *options)
+    assert code == 1
+    assert message in output
+    assert not (tmp_path / "out").exists()
+    code, output = train(tiny_llama, tmp_path / "absent.jsonl", tmp_path / "out")
+    assert code == 1
+    assert "absent.jsonl: cannot be read" in output
+    (tmp_path / "out").mkdir()
+    code, output = train(tiny_llama, tmp_path / "data.jsonl", tmp_path / "out")
+    assert code == 1
+    assert "nothing is overwritten" in output

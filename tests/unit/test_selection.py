@@ -1,0 +1,183 @@
+"""`montessori select`: the best rows, turns, near-duplicates, controls."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.errors import DataError
+from montessori_core.selection.choose import Choice, choose, count_scored
+from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool, unfinished_ids
+from support.reports import write_run
+from support.runs import invoke
+
+
+class ListPool:
+    """Rows in memory, whose passes are counted."""
+
+    name, schema = "list", None
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows, self.passes = rows, 0
+
+    def rows(self, columns: Any = None) -> Any:
+        self.passes += 1
+        return iter(self._rows)
+
+    def take(self, positions: Any, columns: Any = None) -> Any:
+        return ((position, self._rows[position]) for position in sorted(positions))
+
+
+SCORES = st.lists(st.one_of(st.none(), st.just(float("nan")), st.integers(-3, 3)), min_size=1, max_size=30)
+
+
+@given(SCORES, st.integers(1, 12))
+def test_best_rows_are_those_of_a_stable_sort(scores: list[float | None], count: int) -> None:
+    pool = ListPool([{"s": score} for score in scores])
+    valid = [i for i, score in enumerate(scores) if score is not None and score == score]
+    assert count_scored(pool, "s") == len(valid)
+    assert choose(pool, Choice("s", rows=count)) == sorted(valid, key=lambda i: -(scores[i] or 0))[:count]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=25), st.integers(1, 40))
+def test_token_budget_ends_at_first_row_that_exceeds_it(rows: list[tuple[int, int]], budget: int) -> None:
+    pool = ListPool([{"s": score, "response_tokens": tokens} for score, tokens in rows])
+    expected, used = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -rows[i][0]):
+        used += rows[i][1]
+        if used > budget:
+            break
+        expected.append(i)
+    assert choose(pool, Choice("s", tokens=budget)) == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abc")), max_size=25), st.integers(1, 12))
+def test_sources_take_turns(rows: list[tuple[int, str]], count: int) -> None:
+    pool = ListPool([{"s": score, "source": source} for score, source in rows])
+    queues = [sorted((i for i, row in enumerate(rows) if row[1] == name), key=lambda i: -rows[i][0]) for name in "abc"]
+    expected: list[int] = []
+    while any(queues):
+        expected += [queue.pop(0) for queue in queues if queue]
+    assert choose(pool, Choice("s", rows=count, per="source")) == expected[:count]
+
+
+@pytest.mark.parametrize("per", [None, "source"])
+def test_near_duplicates_are_skipped(per: str | None) -> None:
+    """Also if all candidates of the first pass are alike."""
+    draw = random.Random(0)
+    alike = [f"count the birds in tree number {draw.randint(0, 9)}" for _ in range(60)]
+    words = ["apple", "river", "night", "stone", "cloud", "lemon"]
+    others = [" ".join([word, *(f"{word}{n}" for n in range(5))]) for word in words]
+    pool = ListPool([{"s": -i, "instruction": text, "source": "ab"[i % 2]} for i, text in enumerate([*alike, *others])])
+    chosen = choose(pool, Choice("s", rows=4, per=per, max_rouge_l=0.6))
+    assert chosen[0] == 0
+    assert len(chosen) == 4
+    assert set(chosen[1:]) <= set(range(60, 66))
+    assert pool.passes > 1
+    greedy = RougeIndex([], max_rouge_l=0.6)
+    everything = choose(pool, Choice("s", rows=50, max_rouge_l=0.6))
+    assert everything == [i for i, row in enumerate(pool.rows()) if greedy.add_all([row["instruction"]])[0]]
+
+
+def test_controls_are_seeded_and_have_size_or_lengths() -> None:
+    draw = random.Random(1)
+    tokens = [draw.randint(1, 40) for _ in range(200)]
+    pool = ListPool([{"s": -i, "response_tokens": number} for i, number in enumerate(tokens)])
+    choice = Choice("s", rows=20)
+    draws = [choose(pool, choice, "random", seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert all(len(set(drawn)) == 20 for drawn in draws)
+    assert Counter(i < 20 for i in choose(pool, Choice("s", rows=100), "random"))[True] < 18
+    matched = choose(pool, choice, "length_matched", 0)
+    assert not set(matched) & set(range(20))
+    errors = [abs(a - b) for a, b in zip(sorted(tokens[:20]), sorted(tokens[i] for i in matched), strict=True)]
+    assert max(errors) <= 2
+    assert matched == choose(pool, choice, "length_matched", 0)
+
+
+ROWS = [{"text": f"row {i}", "score": (i * 7) % 10, "source": "ab"[i % 2], "n": None} for i in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_command_writes_all_columns_and_ranks(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "pool.parquet")
+    for pool in ("pool.jsonl", "pool.parquet"):
+        out = tmp_path / f"from-{pool}{suffix}"
+        code, output = invoke("select", pool, "--share", "0.3", "--by", "score", "--output", out.name, cwd=tmp_path)
+        assert code == 0, output
+        assert "3 of 10 scored rows, score 7 to 9" in output
+        rows = list((ParquetPool if suffix == ".parquet" else JsonlPool)(out).rows())
+        assert rows == [ROWS[1] | {"rank": 3}, ROWS[4] | {"rank": 2}, ROWS[7] | {"rank": 1}]
+        code, output = invoke("select", pool, "--k", "1", "--by", "score", "--output", out.name, cwd=tmp_path)
+        assert code == 1
+        assert "nothing is overwritten" in output
+
+
+def test_command_selects_from_a_run_and_its_exports(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "trial")
+    invoke("export", "trial", "--what", "scored", "--to", "parquet", "--output", "out", cwd=tmp_path)
+    for name, pool in (("a", "trial"), ("b", "out")):
+        code, output = invoke("select", pool, "--k", "5", "--output", f"{name}.jsonl", cwd=tmp_path)
+        assert code == 0, output
+    rows = list(JsonlPool(tmp_path / "a.jsonl").rows())
+    assert rows == list(JsonlPool(tmp_path / "b.jsonl").rows())
+    influence = read_table(run / "iteration-1" / "influence.parquet", INFLUENCE)["influence_student"].to_pylist()
+    assert sorted(row["influence"] for row in rows) == sorted(filter(None, influence))[-5:]
+    assert unfinished_ids(tmp_path / "a.jsonl") == {row["id"] for row in rows if not row["response_finished"]}
+    assert len(unfinished_ids(tmp_path / "out")) == 14
+
+
+def test_influence_table_needs_its_examples(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "trial")
+    table = run / "iteration-1" / "influence.parquet"
+    with pytest.raises(DataError, match="has no texts; give the data that was measured with --examples"):
+        open_pool(table)
+    examples = [{"id": f"i1-probing-{i}", "instruction": f"Do {i}.", "output": f"Done {i}."} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    select = ["select", str(table), "--k", "3", "--output", "best.parquet", "--examples"]
+    code, output = invoke(*select, "data.jsonl", cwd=tmp_path)
+    assert code == 0, output
+    for row in ParquetPool(tmp_path / "best.parquet").rows():
+        assert row["instruction"] == f"Do {row['id'].removeprefix('i1-probing-')}."
+        assert row["status"] == "ok"
+    (tmp_path / "other.jsonl").write_text(json.dumps(examples[0]))
+    code, output = invoke(*select[:-2], "other.parquet", "--examples", "other.jsonl", cwd=tmp_path)
+    assert code == 1
+    assert "is not in --examples" in output
+
+
+def test_bad_options_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "bad.jsonl").write_text('{"score": "high"}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    by = ["--by", "score"]
+    for pool, options, message in (
+        ("pool.jsonl", by, "give one of --k, --share and --tokens"),
+        ("pool.jsonl", [*by, "--k", "1", "--share", "0.5"], "give one of --k, --share and --tokens"),
+        ("pool.jsonl", ["--k", "1"], "no column 'influence' (found: text, score, source, n)"),
+        ("pool.jsonl", ["--by", "n", "--k", "1"], "no row has a score in 'n'"),
+        ("pool.jsonl", [*by, "--k", "1", "--control", "best"], "give one of random, length_matched"),
+        ("pool.jsonl", [*by, "--tokens", "9"], "no column 'response_tokens'"),
+        ("pool.jsonl", [*by, "--tokens", "9", "--token-column", "source"], "is no number of tokens"),
+        ("bad.jsonl", [*by, "--k", "1"], "row 1: 'score' is str; a score is a number"),
+        ("list.jsonl", [*by, "--k", "1"], "expected an object with named fields"),
+        ("pool.csv", [*by, "--k", "1"], "expected a .parquet or .jsonl file"),
+        ("absent.parquet", [*by, "--k", "1"], "no such file"),
+    ):
+        code, output = invoke("select", pool, *options, "--output", "out.jsonl", cwd=tmp_path)
+        assert code == 1, output
+        assert message in " ".join(output.split())
+        assert not (tmp_path / "out.jsonl").exists()
+    code, output = invoke("select", "pool.jsonl", *by, "--k", "99", "--output", "all.jsonl", cwd=tmp_path)
+    assert code == 0
+    assert "10 rows instead of 99" in output
