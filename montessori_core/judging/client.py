@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _MILLION = 1e6
 _OPTIONAL = ("response_format", "presence_penalty", "top_p", "temperature", "top_logprobs", "logprobs")
 """Parameters that a request can do without, the least important first."""
+_FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 _FEW = 5  # unanswered questions that are always allowed, unless they are all
 
 
@@ -241,7 +242,7 @@ class CachedClient:
                     raise UserError(
                         f"{self._endpoint.base_url}: {attempt + 1} responses did not follow the OpenAI API (last: {error!r})"
                     ) from error
-                time.sleep(min(8.0, 0.5 * 2.0**attempt))
+                time.sleep(min(8.0, _FIRST_PAUSE * 2.0**attempt))
         raise AssertionError
 
     def _request(self, question: Question) -> Any:

@@ -60,7 +60,7 @@ class JudgeServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         if question.startswith("You write tasks"):
@@ -81,9 +81,10 @@ Server = TypeVar("Server", bound=JudgeServer)
 
 
 def served(server: Server, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Server]:
-    """For a fixture: a server, with its key and a separate answer cache in the environment."""
+    """For a fixture: a server, with its key and a separate answer cache in the environment; clients hardly pause."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("MONTESSORI_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("montessori_core.judging.client._FIRST_PAUSE", 0.05)
     yield server
     server.close()
 

@@ -107,6 +107,7 @@ def test_refused_key_and_unknown_model_have_remedy(
         api(server, tmp_path, retries=0).ask(questions(1))
 
 
+@pytest.mark.guarantee("endpoint stops answering")
 def test_persistent_faults_fail_and_keep_answers(server: JudgeServer, tmp_path: Path) -> None:
     api(server, tmp_path).ask(questions(2))
     server.faults = [FAULTS["not JSON"]] * 10
@@ -153,6 +154,7 @@ def test_question_limit_lowers_endpoint_limit(server: JudgeServer, tmp_path: Pat
     assert sorted(request["max_tokens"] for request in server.requests) == [20, 50]
 
 
+@pytest.mark.guarantee("endpoint stops answering")
 def test_pending_answers_are_kept_after_failure(server: JudgeServer, tmp_path: Path) -> None:
     def slow(handler: BaseHTTPRequestHandler, question: str) -> None:
         time.sleep(0.5)
