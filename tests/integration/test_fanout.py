@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 import submitit
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,7 +47,7 @@ from support.squares import (
     wait_until,
 )
 
-folder = squares.folder
+folder = squares.forking_folder
 
 
 def test_parts_are_in_shard_order_for_any_parallelism(folder: Path) -> None:
@@ -64,9 +63,10 @@ def test_finished_shards_are_not_recomputed(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("job killed in the middle of a shard")
-def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
+@pytest.mark.parametrize("python", [None, sys.executable], ids=["forked jobs", "new interpreters"])
+def test_killed_worker_costs_only_its_shard(folder: Path, python: str | None) -> None:
     (folder / "kill-31").touch()
-    assert results(run(folder)) == EXPECTED
+    assert results(run(folder, python=python)) == EXPECTED
     assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [30, 31])
 
 
@@ -107,7 +107,7 @@ def test_single_shard_stage_reports_time_left(folder: Path) -> None:
                 assert seen.seconds_left is not None
                 left.append(seen.seconds_left / (12 - seen.rows_done))
 
-    fan_out(stage(folder, 0.3), as_shards(rows), Resources(cpus_per_process=1), CLUSTER, look, sys.executable)
+    fan_out(stage(folder, 0.3), as_shards(rows), Resources(cpus_per_process=1), CLUSTER, look)
     assert left
     assert all(0.3 <= seconds < 3 for seconds in left)
 
@@ -191,7 +191,6 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
     for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALRANK": "0"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
     environment = submitit.JobEnvironment()
-    monkeypatch.syspath_prepend(folder)
     own = stage(folder)
     own.write(as_shards([{"n": 5}]))
     (own.folder / "jobs").mkdir()
@@ -205,6 +204,8 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
 
 def test_full_disk_of_torch_is_recognised() -> None:
     """torch.save has no error of its own for it; transformers' checkpoints are written with it."""
+    import torch
+
     with pytest.raises(RuntimeError) as failure:
         torch.save(torch.zeros(100_000), "/dev/full")
     assert classify_error(failure.value) == "disk_full"
@@ -264,10 +265,10 @@ def test_damaged_result_is_recomputed(folder: Path, damage: str) -> None:
 @pytest.mark.guarantee("result of another configuration")
 def test_result_with_another_key_is_not_used(folder: Path) -> None:
     run(folder)
-    fan_out(stage(folder, version=2), as_shards(*SHARDS), Resources(), CLUSTER, python=sys.executable)
+    fan_out(stage(folder, version=2), as_shards(*SHARDS), Resources(), CLUSTER)
     assert computed(folder).count(0) == 2
     changed = as_shards([{"n": 5}, *SHARDS[0][1:]], *SHARDS[1:])
-    assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER, python=sys.executable))[0] == 25
+    assert results(fan_out(stage(folder, version=2), changed, Resources(), CLUSTER))[0] == 25
     assert computed(folder).count(10) == 2
 
 
@@ -280,9 +281,7 @@ def test_key_does_not_depend_on_resources(folder: Path) -> None:
 
 def test_progress_is_monotonic_and_complete(folder: Path) -> None:
     seen: list[Progress] = []
-    fan_out(
-        stage(folder, 0.3), as_shards(*SHARDS[:2]), Resources(cpus_per_process=1), CLUSTER, seen.append, sys.executable
-    )
+    fan_out(stage(folder, 0.3), as_shards(*SHARDS[:2]), Resources(cpus_per_process=1), CLUSTER, seen.append)
     done = [progress.rows_done for progress in seen]
     assert done == sorted(done)
     assert done[-1] == 6
@@ -339,7 +338,7 @@ def test_driver_killed_at_any_point_loses_nothing(folder: Path) -> None:
 
 def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     (folder / "hang-21").touch()  # of two jobs, the first has shards 0, 2 and 4
-    assert results(run(folder, seconds=0.1, duplicate_stragglers_after=8)) == EXPECTED
+    assert results(run(folder, seconds=0.1, duplicate_stragglers_after=5)) == EXPECTED
     assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [20, 21])
     assert len(Ledger(folder / "stage" / "jobs").submissions) == 2
     assert jobs_alive(folder / "stage") == 0

@@ -26,7 +26,7 @@ from montessori_core.program import Recorder, Row, RowProgram
 from support import squares as local
 from support.row_programs import Interrupted, as_shards
 
-folder = local.folder
+folder = local.forking_folder
 SCHEMA = pa.schema([pa.field("square", pa.int64(), nullable=False), pa.field("text", pa.string())], {"note": "kept"})
 HEAD = """
 import json, os, signal, time
@@ -92,13 +92,11 @@ def compute(
 def stage(folder: Path, version: int = 1) -> Stage:
     (folder / "squares_program.py").write_text(PROGRAM)
     settings = {"folder": str(folder), "seconds": 0.0}
-    return Stage("squares", version, "squares_program:open_squares", settings, {}, {}, folder / "stage")
+    return Stage("squares", version, "support.squares_program:open_squares", settings, {}, {}, folder / "stage")
 
 
 def run(folder: Path, version: int = 1) -> list[Path]:
-    return fan_out(
-        stage(folder, version), as_shards(*SHARDS), Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable
-    )
+    return fan_out(stage(folder, version), as_shards(*SHARDS), Resources(cpus_per_process=1), local.CLUSTER)
 
 
 def squares(parts: list[Path]) -> list[int]:
@@ -130,7 +128,7 @@ def test_pace_ignores_resumed_rows(folder: Path) -> None:
             left.append(progress.seconds_left / (20 - progress.rows_done))
 
     with pytest.raises(ShardsFailed):
-        fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER, python=sys.executable)
+        fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER)
     (folder / "fail-12").unlink()
     fan_out(slow, as_shards(rows), Resources(cpus_per_process=1), local.CLUSTER, look)
     assert left

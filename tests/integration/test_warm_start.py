@@ -22,7 +22,7 @@ from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
-from support import ROOT
+from support import NO_LIBRARIES, ROOT
 from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
@@ -57,9 +57,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder on the jobs' path, the same for all tests, so that one warm process serves them all."""
     folder = tmp_path_factory.mktemp("programs")
     (folder / "expressions_program.py").write_text(PROGRAM)
-    (folder / "absent").mkdir()
-    for library in ("torch", "transformers", "datasets"):
-        (folder / "absent" / f"{library}.py").write_text("raise ImportError('not needed here')")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
         yield folder
@@ -74,7 +71,7 @@ def stage(programs: Path, tmp_path: Path) -> Stage:
 @pytest.fixture
 def quick(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make warm processes import nothing, as imports do not matter here."""
-    monkeypatch.setenv("PYTHONPATH", f"{programs / 'absent'}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{NO_LIBRARIES}{os.pathsep}{os.environ['PYTHONPATH']}")
 
 
 def shards_of(*values: str) -> Shards:
@@ -224,7 +221,7 @@ def warm_processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.usefixtures("quick")
 def test_jobs_outlive_killed_driver(stage: Stage) -> None:
-    values = ["time.sleep(4) or 5", "time.sleep(4) or 6"]
+    values = ["time.sleep(2.5) or 5", "time.sleep(2.5) or 6"]
     driver = start_driver(stage, *values)
     wait_until(lambda: computed(stage) == [0, 1])
     [warm] = warm_processes_of(driver)
@@ -238,7 +235,7 @@ def test_jobs_outlive_killed_driver(stage: Stage) -> None:
 @pytest.mark.guarantee("process that forks local jobs is killed")
 @pytest.mark.usefixtures("quick")
 def test_jobs_outlive_killed_warm_process(stage: Stage) -> None:
-    driver = start_driver(stage, "time.sleep(4) or 5", "time.sleep(4) or 6", "7")
+    driver = start_driver(stage, "time.sleep(2.5) or 5", "time.sleep(2.5) or 6", "7")
     wait_until(lambda: computed(stage) == [0, 1])
     warm_processes_of(driver)[0].kill()
     output, errors = driver.communicate(timeout=60)
@@ -294,7 +291,7 @@ def test_child_of_killed_rank_ends_with_job(stage: Stage) -> None:
 
 @pytest.mark.guarantee("local job reaches its time limit without a driver")
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("deaf", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_time_limit_holds_without_driver(stage: Stage, deaf: bool) -> None:
     """A rank gets SIGUSR2 halfway, as from submitit; a rank that ignores it is killed at the limit."""
     mask = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGINT]) or " if deaf else ""
@@ -342,7 +339,7 @@ def test_job_starts_after_driver_recorded_its_id(stage: Stage, answered: bool) -
 
 @pytest.mark.guarantee("driver killed while it starts local jobs")
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("moment", ["asked", "noted"])
+@pytest.mark.parametrize("moment", [pytest.param("asked", marks=pytest.mark.slow), "noted"])
 def test_driver_killed_during_submit_starts_nothing_twice(stage: Stage, moment: str) -> None:
     """Before it assigned work to a job, or when all jobs run and the ledger has no ids."""
     values = ["time.sleep(2) or 5", "time.sleep(2) or 6"]

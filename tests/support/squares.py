@@ -16,7 +16,7 @@ from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources
 from montessori_core.program import Row
-from support import ROOT
+from support import NO_LIBRARIES, ROOT
 from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
@@ -60,22 +60,37 @@ def open_squares(settings, inputs):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the program of squares, on the path of jobs."""
     (tmp_path / "squares_program.py").write_text(PROGRAM)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests"))))
+    return tmp_path
+
+
+@pytest.fixture
+def forking_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the program of squares; its jobs start from one warm process, which imports no large library."""
+    (tmp_path / "squares_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (NO_LIBRARIES, ROOT, ROOT / "tests"))))
     return tmp_path
 
 
 def stage(folder: Path, seconds: float = 0.0, version: int = 1) -> Stage:
     settings = {"folder": str(folder), "seconds": seconds}
-    return Stage("squares", version, "squares_program:open_squares", settings, {}, {}, folder / "stage", ".json")
+    return Stage(
+        "squares", version, "support.squares_program:open_squares", settings, {}, {}, folder / "stage", ".json"
+    )
 
 
 def run(
-    folder: Path, shards: list[list[Row]] = SHARDS, jobs: int = 2, seconds: float = 0.0, **options: float
+    folder: Path,
+    shards: list[list[Row]] = SHARDS,
+    jobs: int = 2,
+    seconds: float = 0.0,
+    python: str | None = None,
+    **options: float,
 ) -> list[Path]:
     resources = Resources(parallel_jobs=jobs, cpus_per_process=1, **options)
-    # A warm process would repeat all imports for each test's PYTHONPATH.
-    return fan_out(stage(folder, seconds), as_shards(*shards), resources, CLUSTER, python=sys.executable)
+    return fan_out(stage(folder, seconds), as_shards(*shards), resources, CLUSTER, python=python)
 
 
 def key_of(made: Stage, rows: list[Row]) -> str:

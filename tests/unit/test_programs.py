@@ -1,7 +1,6 @@
 """A raised version recomputes the stages of its program, and nothing else."""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from montessori_core import programs
 from montessori_core.config import Resources
 from montessori_core.files import hash_path
 from montessori_core.program import Program, load
-from support import ROOT
+from support import NO_LIBRARIES, ROOT
 from support.logged_programs import ADDING, DOUBLING, LogSettings
 from support.row_programs import as_shards
 from support.squares import CLUSTER
@@ -30,7 +29,7 @@ def key_of(program: Program[Any]) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (NO_LIBRARIES, ROOT, ROOT / "tests"))))
     return tmp_path
 
 
@@ -40,9 +39,9 @@ def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSet
     log.unlink(missing_ok=True)
     settings, resources = LogSettings(log=str(log)), Resources(cpus_per_process=1)
     first = Stage.of(doubling, settings, folder / "doubled", {}, {})
-    [part] = fan_out(first, as_shards([{"n": 1}, {"n": 2}]), resources, CLUSTER, python=sys.executable)
+    [part] = fan_out(first, as_shards([{"n": 1}, {"n": 2}]), resources, CLUSTER)
     second = Stage.of(adding, settings, folder / "added", {"doubled": part}, {"doubled": hash_path(part)})
-    [part] = fan_out(second, as_shards([{"n": 3}]), resources, CLUSTER, python=sys.executable)
+    [part] = fan_out(second, as_shards([{"n": 3}]), resources, CLUSTER)
     assert part.read_text() == "12"
     return log.read_text().split() if log.exists() else []
 

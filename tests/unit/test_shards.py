@@ -1,6 +1,5 @@
 """Sharding of a stage: work for all parallel jobs, and the same shards when a run is resumed."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,12 @@ from cluster.shards import cut_for_jobs, shard_size
 from montessori_core import programs
 from montessori_core.config import Resources, Sampling, parse_experiment
 from montessori_core.data.rows import Rows
-from support.squares import CLUSTER, computed, folder, results, stage
+from support import squares
+from support.squares import CLUSTER, computed, results, stage
 from tasks.run import Run
 from tasks.stage import Step
 
-__all__ = ["folder"]
+folder = squares.forking_folder
 
 
 @given(rows=st.integers(1, 20_000), jobs=st.integers(1, 100), largest=st.integers(1, 600))
@@ -55,7 +55,7 @@ def test_resumed_run_keeps_shards_when_jobs_change(folder: Path) -> None:
     cuts = []
     for jobs in (2, 5, 1):
         shards = cut_for_jobs(stage(folder).folder, rows, jobs, 8)
-        parts = fan_out(stage(folder), shards, Resources(parallel_jobs=jobs), CLUSTER, python=sys.executable)
+        parts = fan_out(stage(folder), shards, Resources(parallel_jobs=jobs), CLUSTER)
         assert results(parts) == [n**2 for n in range(12)]
         cuts.append([table["n"].to_pylist() for table in shards])
     assert [len(shard) for shard in cuts[0]] == [6, 6]

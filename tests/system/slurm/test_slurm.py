@@ -193,7 +193,7 @@ def test_slurm_results_equal_local_results(folder: Path) -> None:
     of_slurm = [part.read_bytes() for part in parts]
     for part in parts:
         part.unlink()
-    assert [part.read_bytes() for part in local.run(folder)] == of_slurm
+    assert [part.read_bytes() for part in local.run(folder, python=sys.executable)] == of_slurm
 
 
 def test_stage_is_split_into_allowed_arrays(folder: Path) -> None:
@@ -259,6 +259,7 @@ def test_options_reach_slurm(folder: Path) -> None:
     assert environment["FROM_SRUN"] == "yes"
 
 
+@pytest.mark.slow
 def test_driver_inside_a_job_submits_as_outside(folder: Path) -> None:
     """The surrounding job has memory by CPU, this one by node, which exclude each other."""
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
@@ -279,7 +280,7 @@ def test_driver_inside_a_job_submits_as_outside(folder: Path) -> None:
     assert "wckey" not in script.read_text()
 
 
-@pytest.mark.parametrize("shards", [SHARDS, SHARDS[:1]], ids=["array", "one job"])
+@pytest.mark.parametrize("shards", [pytest.param(SHARDS, marks=pytest.mark.slow), SHARDS[:1]], ids=["array", "one job"])
 def test_variables_of_slurm_override_no_setting(
     folder: Path, monkeypatch: pytest.MonkeyPatch, shards: list[list[Row]]
 ) -> None:
@@ -316,6 +317,7 @@ def test_variables_of_slurm_are_defaults(folder: Path, monkeypatch: pytest.Monke
     assert read_json(folder / "rank-0.json")["SLURM_JOB_PARTITION"] == "urgent"
 
 
+@pytest.mark.slow
 def test_slurm_jobs_import_installed_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "own").mkdir()
     for name in ("cluster", "tasks", "flows", "montessori_core", "submitit", "numpy", "queue"):
@@ -337,6 +339,7 @@ def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("error in the code")
+@pytest.mark.slow
 def test_code_error_fails_only_its_shard(folder: Path) -> None:
     (folder / "fail-21").touch()
     with pytest.raises(ShardsFailed) as failure:
@@ -369,12 +372,12 @@ def test_lost_shard_fails_with_slurm_reason(folder: Path) -> None:
 
 
 def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
-    driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
+    driver = start_driver(folder, seconds=0.3, parallel_jobs=2)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.kill()
     driver.wait()
     assert queued("--states=RUNNING")
-    assert local.results(run(folder, seconds=0.6)) == EXPECTED
+    assert local.results(run(folder, seconds=0.3)) == EXPECTED
     assert sorted(local.computed(folder)) == ROWS
     assert len(submissions(folder)) == 1
 
@@ -395,6 +398,7 @@ def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
     assert places[-1] == {"node2"}
 
 
+@pytest.mark.slow
 def test_interrupted_driver_cancels_slurm_jobs(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
@@ -634,7 +638,7 @@ def test_manually_requeued_task_is_recomputed(folder: Path) -> None:
 @pytest.mark.guarantee("task preempted")
 def test_preempted_tasks_are_requeued_and_resume(folder: Path) -> None:
     preempted = once(lambda: len(local.computed(folder)) >= 2, preempt)
-    parts = run(folder, SHARDS[:2], seconds=2, on_progress=preempted, slurm=Slurm(partition="main"))
+    parts = run(folder, SHARDS[:2], seconds=1, on_progress=preempted, slurm=Slurm(partition="main"))
     assert local.results(parts) == EXPECTED[:6]
     assert len(local.computed(folder)) > 6
     assert len(submissions(folder)) == 1
@@ -701,7 +705,7 @@ def test_jobs_of_previous_profile_are_cancelled(folder: Path, first: str) -> Non
     driver.kill()
     driver.wait()
     assert queued() if first == "slurm" else local.jobs_alive(folder / "stage")
-    assert local.results(local.run(folder) if first == "slurm" else run(folder)) == EXPECTED
+    assert local.results(local.run(folder, python=sys.executable) if first == "slurm" else run(folder)) == EXPECTED
     assert queued() == []
     assert local.jobs_alive(folder / "stage") == 0
 
