@@ -46,15 +46,16 @@ NO_END = (
 )
 
 
-@pytest.fixture
-def tokenizer(smollm2: Path) -> Any:
-    return load_tokenizer(str(smollm2))
-
-
 @pytest.fixture(scope="module")
 def unchanged(smollm2: Path) -> Any:
     """A tokenizer that tests do not change."""
     return load_tokenizer(str(smollm2))
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> Any:
+    """A tokenizer that a test may change. It has 4,096 tokens: SmolLM2's takes a second to load."""
+    return load_tokenizer(str(tiny_llama))
 
 
 def trained_text(tokenizer: Any, example: Encoded) -> str:
