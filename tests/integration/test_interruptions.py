@@ -11,8 +11,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cluster.ledger import Ledger
+from cluster.supervisor import kill_tree
+from cluster.usage import use_of
 from support import ROOT
 from support.runs import (
     DIES_WHILE_JOINING,
@@ -25,13 +29,63 @@ from support.runs import (
     montessori,
 )
 
+STAGES = (
+    "instructions-1",
+    "responses-1",
+    "warmup",
+    "influence",
+    "influence-audit",
+    "teacher",
+    "training/instructions-1",
+    "student",
+)
+
+
+@pytest.mark.guarantee("job killed in the middle of a shard")
+@pytest.mark.guarantee("driver killed at any moment")
+def test_run_killed_in_every_stage_has_same_tables(
+    finished_run: Path, shared_server: dict[str, str], talking_llama: Path, tmp_path: Path
+) -> None:
+    """A job of each stage is killed at a random moment, and in the middle of the run its driver with all jobs."""
+    config = configuration(tmp_path, talking_llama)
+    run = tmp_path / "runs" / "tiny"
+    driver = montessori("run", str(config), cwd=tmp_path, **shared_server)
+    draw = random.Random(os.environ.get("MONTESSORI_TEST_SEED", "0"))
+    for name in STAGES:
+        kill_a_job(run / "iteration-1" / name, driver, draw.uniform(0.0, 0.3))
+        if name == "influence":
+            kill_everything(driver, signal.SIGKILL)
+            driver = montessori("resume", str(run), cwd=tmp_path, **shared_server)
+    output, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, output
+    lost = {name for name in STAGES if use_of(run / "iteration-1" / name).retries}
+    assert len(lost) >= len(STAGES) / 2  # of the others, the job ended first, or the next driver resumed it
+    assert not left_over(tmp_path)
+    assert digests(run) == digests(finished_run / "runs" / "tiny")
+
+
+def kill_a_job(stage: Path, driver: subprocess.Popen[str], after: float) -> None:
+    """Wait for a job of a stage, then kill it with its processes `after` seconds later, unless it has ended."""
+    deadline = time.monotonic() + 300
+    while True:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()[0]
+        ledger = stage / "jobs" / "ledger.json"
+        if ledger.exists() and (ids := Ledger(ledger.parent).submissions[-1].ids):
+            break
+        time.sleep(0.02)
+    time.sleep(after)
+    with suppress(psutil.NoSuchProcess):
+        kill_tree(psutil.Process(int(ids[0].split(":")[0])))
+
 
 @pytest.mark.guarantee("driver killed at any moment")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stages",
     [
         ("instructions-1", "influence", "teacher", "training/instructions-1", "student"),
-        pytest.param(("responses-1", "warmup", "influence-audit"), marks=pytest.mark.slow),
+        ("responses-1", "warmup", "influence-audit"),
     ],
     ids=["most", "others"],
 )
@@ -72,6 +126,7 @@ def test_temporary_server_ends_with_killed_driver(talking_llama: Path, tmp_path:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> None:
     """A terminal sends the signal to all processes in it, not only to the driver."""
     config = configuration(tmp_path, talking_llama)
@@ -119,7 +174,10 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: d
     code, output = call("cancel", "runs/tiny", cwd=tmp_path)
     assert code == 0, output
     assert "cancelled; finished work is kept" in output
-    assert first.wait(90) == 130
+    said, _ = first.communicate(timeout=90)
+    assert first.returncode == 130
+    assert "the jobs were cancelled, finished work is kept" in said
+    assert "resume" in said.split("Resume with:")[1]
     assert not left_over(tmp_path)
     code, output = invoke("cancel", "runs/tiny", cwd=tmp_path)
     assert "nothing of this run is running" in output
