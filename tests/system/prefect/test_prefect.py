@@ -185,8 +185,8 @@ def test_run_shows_stages_artifacts_and_report(server: Server, finished: str, pa
     assert Path(path).read_text()
 
 
-def test_run_started_in_browser_ends_with_report(server: Server, finished: str, page: Page) -> None:
-    server.copy_of(finished, "clicked")
+def start_in_browser(server: Server, page: Page, name: str) -> str:
+    """Start a run with the form of its deployment, which first refuses a number; return its id."""
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('tiny')['id']}")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
@@ -198,19 +198,30 @@ def test_run_started_in_browser_ends_with_report(server: Server, finished: str, 
     expect(page.get_by_text("0 is less than the minimum of 1").first).to_be_visible()
     photograph(page, "prefect-refused")
     iterations.fill("1")
-    page.locator("textarea").first.fill("clicked")
+    page.locator("textarea").first.fill(name)
     page.get_by_role("button", name="Submit").click()
-    wait_until(lambda: server.run_named("clicked") is not None)
-    run = server.run_named("clicked")
+    wait_until(lambda: server.run_named(name) is not None)
+    run = server.run_named(name)
     assert run is not None
     leave(page)
-    server.wait_for(run, "Completed")
+    return run
+
+
+def retry_in_browser(server: Server, page: Page, run: str) -> None:
+    page.goto(f"{server.url}/runs/flow-run/{run}")
+    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    wait_until(lambda: server.state(run) != "Failed")
+    leave(page)
+
+
+def open_report_in_browser(server: Server, page: Page, run: str, name: str) -> Page:
     page.goto(f"{server.url}/runs/flow-run/{run}")
     page.get_by_text("Artifacts", exact=True).last.click()
-    page.get_by_text("Report of clicked").click()
+    page.get_by_text(f"Report of {name}").click()
     with page.expect_popup() as popup:
         page.get_by_role("link", name="report.html").click()
-    expect(popup.value).to_have_title(re.compile("clicked"))
+    return popup.value
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +244,13 @@ def inbox(server: Server) -> Iterator[Inbox]:
     opened.close()
 
 
-def test_retry_computes_only_failed_shards(server: Server, finished: str, inbox: Inbox, page: Page) -> None:
-    folder = server.copy_of(finished, "retried", "influence")
+def test_run_is_started_and_retried_in_browser(server: Server, finished: str, inbox: Inbox, page: Page) -> None:
+    """A shard fails; the retry computes only this shard, and the run ends with its report."""
+    folder = server.copy_of(finished, "clicked", "influence")
     in_the_way = folder / "iteration-1" / "influence" / "part-00002.parquet"
     in_the_way.mkdir(parents=True)
     (in_the_way / "file").touch()  # blocks the commit of the shard
-    run = server.start("tiny", "retried")
+    run = start_in_browser(server, page, "clicked")
     server.wait_for(run, "Failed")
     assert server.counts(run)["iteration-1/influence"] == (0, 3, 1)
     assert "1 of 4 shards failed" in server.ask(f"flow_runs/{run}")["state"]["message"]
@@ -247,21 +259,19 @@ def test_retry_computes_only_failed_shards(server: Server, finished: str, inbox:
     photograph(page, "prefect-failed")
     leave(page)
     wait_until(lambda: any("shards fail: iteration 1: influence" in text for text in inbox.messages), 60)
-    assert not any("iteration is finished: retried" in text for text in inbox.messages)
+    assert not any("iteration is finished: clicked" in text for text in inbox.messages)
     shutil.rmtree(in_the_way)
-    page.goto(f"{server.url}/runs/flow-run/{run}")
-    page.get_by_role("button", name="Retry").click()
-    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
-    wait_until(lambda: server.state(run) != "Failed")
-    leave(page)
+    retry_in_browser(server, page, run)
     server.wait_for(run, "Completed")
     counts = server.counts(run)
     assert counts["iteration-1/influence"] == (3, 1, 0)
     assert counts["iteration-1/warmup"] == (1, 0, 0)
     assert digests(folder) == digests(server.runs / "finished")
-    wait_until(lambda: any("iteration is finished: retried" in text for text in inbox.messages), 60)
+    wait_until(lambda: any("iteration is finished: clicked" in text for text in inbox.messages), 60)
+    expect(open_report_in_browser(server, page, run, "clicked")).to_have_title(re.compile("clicked"))
 
 
+@pytest.mark.slow
 def test_cancelled_run_stops_jobs_and_resumes(server: Server, finished: str, page: Page) -> None:
     folder = server.copy_of(finished, "cancelled", "evaluation")
     run = server.start("tiny", "cancelled")
@@ -332,6 +342,7 @@ def test_scheduled_run_adds_iterations_without_overlap(server: Server, finished:
     assert not (server.runs / "weekly" / "iteration-3").exists()
 
 
+@pytest.mark.slow
 def test_schedule_starts_runs(server: Server, finished: str) -> None:
     server.copy_of(finished, "nightly")
     nightly = server.deployment("nightly")
