@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ def judge() -> Iterator[Judge]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_manager() -> Iterator[None]:
-    """Make the harness read its thousands of task files once for all tests."""
+def one_manager(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make the harness read its thousands of task files once for all tests; without `--all`, only a test's own tasks."""
+    from lm_eval.tasks import TaskManager
+
+    own = functools.partial(TaskManager, include_defaults=request.config.getoption("--all"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", own)
         patch.setattr(harness, "_open_manager", functools.cache(harness._open_manager))
         yield
 
@@ -124,8 +129,38 @@ CHAT = (
 PARTS = "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[int]]]:
+    """Token ids that models read, by the name of the model's folder."""
+    inputs: dict[str, list[list[int]]] = defaultdict(list)
+
+    def load(path: str, dtype: Any) -> Any:
+        model = load_model(path, dtype)
+        model.register_forward_pre_hook(
+            lambda _, args, kw: inputs[Path(path).name].append(kw["input_ids"][0].tolist()), with_kwargs=True
+        )
+        return model
+
+    monkeypatch.setattr("montessori_core.evaluation.harness.load_model", load)
+    return inputs
+
+
+def test_prompts_have_configured_demonstrations(
+    tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    for shots in (0, 1, 8):
+        row = {"benchmark": "own_sums", "task": "own_sums", "item": 5, "shots": shots}
+        program = open_harness(Harness(batch_size=1, chat_template=False), {"model": tiny_llama, "tasks": tasks})
+        read.clear()
+        as_compute(program)([row], tmp_path / f"{shots}.parquet", print)
+        prompt = tokenizer.decode(read[tiny_llama.name][0])
+        assert len(re.findall(r"\d plus \d+ is \d", prompt)) == shots
+        assert prompt.endswith("5 plus 6 is")
+
+
 def test_chat_prompts_have_text_and_fixed_date(
-    tasks: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tasks: Path, tiny_llama: Path, tmp_path: Path, read: dict[str, list[list[int]]]
 ) -> None:
     """A template that takes parts and shows the date gives the prompts of one without either."""
     rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": n, "shots": 0} for n in range(3)]
@@ -133,16 +168,6 @@ def test_chat_prompts_have_text_and_fixed_date(
         "plain": CHAT.replace("{{ CONTENT }}", "{{ m['content'] }}").replace("DATE", "26 Jul 2024"),
         "parts": CHAT.replace("{{ CONTENT }}", PARTS).replace("DATE", "{{ strftime_now('%d %b %Y') }}"),
     }
-    read: dict[str, list[list[int]]] = {name: [] for name in templates}
-
-    def load(path: str, dtype: Any) -> Any:
-        model, inputs = load_model(path, dtype), read[Path(path).name]
-        model.register_forward_pre_hook(
-            lambda _, args, kw: inputs.append(kw["input_ids"][0].tolist()), with_kwargs=True
-        )
-        return model
-
-    monkeypatch.setattr("montessori_core.evaluation.harness.load_model", load)
     for name, template in templates.items():
         model = Path(shutil.copytree(tiny_llama, tmp_path / name))
         (model / "chat_template.jinja").write_text(template)
@@ -155,6 +180,7 @@ def test_chat_prompts_have_text_and_fixed_date(
     )
 
 
+@pytest.mark.slow
 def test_number_of_demonstrations_is_as_configured(tasks: Path, smollm2: Path, tmp_path: Path) -> None:
     rows: list[Row] = [{"benchmark": "own_sums", "task": "own_sums", "item": item} for item in range(3)]
     settings = Harness(batch_size=3, chat_template=False)
