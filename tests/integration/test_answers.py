@@ -74,7 +74,8 @@ def test_endpoint_answers_every_set_of_a_run(talking_llama: Path, tmp_path: Path
 
 
 @pytest.mark.guarantee("endpoint stops answering")
-@pytest.mark.parametrize("section", ["answerer", pytest.param("strong_teacher", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["answerer", "strong_teacher"])
 def test_silent_endpoint_loses_no_answer(
     section: str, talking_llama: Path, tmp_path: Path, server: JudgeServer
 ) -> None:

@@ -162,7 +162,13 @@ def update_by_trl(recipe: TeacherUpdate, start: Path, folder: Path) -> list[floa
 
 
 @pytest.mark.parametrize(
-    ("loss", "adapted"), [("sigmoid", False), ("ipo", True), ("robust", False), ("sigmoid_norm", True)]
+    ("loss", "adapted"),
+    [
+        ("sigmoid", False),
+        ("ipo", True),
+        pytest.param("robust", False, marks=pytest.mark.slow),
+        pytest.param("sigmoid_norm", True, marks=pytest.mark.slow),
+    ],
 )
 def test_update_equals_plain_trl(tiny_llama: Path, tmp_path: Path, loss: str, adapted: bool) -> None:
     """The likelihood of chosen outputs is added. With an adapter, the reference reads the pairs in each step."""

@@ -40,6 +40,7 @@ def test_agreement_compares_values_and_ranks(gpu: Any) -> None:
     assert not gpu.agreement("", [0.0, 2.0, 1.0, 3.0], values, 3.0, 0.5).good
 
 
+@pytest.mark.slow
 def test_checks_pass_and_are_written(gpu: Any, tiny_llama: Path) -> None:
     warm = gpu.warm_up(tiny_llama, CPU, steps=4, references=5, probing=16)
     checks = [*gpu.check_influence(warm, CPU), gpu.check_sharded_training(tiny_llama, gpus=1)]

@@ -55,6 +55,7 @@ def fetched(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.mark.guarantee("another embedded model")
+@pytest.mark.slow
 def test_changed_model_cache_is_converted_again(
     fetched: tuple[Path, list[str], str],
     smollm2: Path,
@@ -70,6 +71,7 @@ def test_changed_model_cache_is_converted_again(
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_concurrent_fetches_write_model_once(fetched: tuple[Path, list[str], str], smollm2: Path) -> None:
     cache, files, _ = fetched
     written = cache / "models" / smollm2.name
@@ -83,6 +85,7 @@ print(local_path("smollm2-135m-pruned"))
 """
 
 
+@pytest.mark.slow
 def test_pruned_variant_is_made_once_when_it_is_named(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -362,6 +362,7 @@ def test_changed_configuration_is_refused_with_difference(undisturbed: Path) -> 
     assert "--name" in output
 
 
+@pytest.mark.slow
 def test_changed_preferences_keep_upstream_stages(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:

@@ -202,6 +202,7 @@ def test_interval_of_one_seed_is_over_examples() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(200), rel=0.1)
 
 
+@pytest.mark.slow
 def test_interval_of_several_seeds_covers_the_gain_of_other_seeds() -> None:
     draw = np.random.default_rng(0)
     covered = 0

@@ -178,8 +178,8 @@ def expected(tiny_llama: Path) -> tuple[dict[str, torch.Tensor], Moments, list[f
     ("stage", "processes", "offload"),
     [
         (0, 1, "none"),
-        (2, 2, "none"),
         (3, 2, "all"),
+        pytest.param(2, 2, "none", marks=pytest.mark.slow),
         pytest.param(1, 1, "none", marks=pytest.mark.slow),
         pytest.param(3, 1, "none", marks=pytest.mark.slow),
         pytest.param(3, 2, "none", marks=pytest.mark.slow),
@@ -205,8 +205,10 @@ def test_training_equals_torch_at_every_zero_stage(
         torch.testing.assert_close(kept.second[name], moments.second[name], rtol=1e-3, atol=1e-10)
 
 
-@pytest.mark.parametrize("count", [5, 7])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "count"),
+    [(2, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 5), (1, 7), (2, 7)))],
+)
 def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, count: int, processes: int) -> None:
     """It has one or three examples: one of two processes has no example, or less than its micro-batch."""
     weights, moments, losses = plain_torch(tiny_llama, rows=ROWS[:count])
@@ -217,7 +219,9 @@ def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, co
         torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "processes"), [(0, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1), (3, 2)))]
+)
 def test_bf16_training_saves_fp32_masters(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
     """At the paper's learning rate the masters change by less than half a bf16 step, so bf16 weights would not change.
 
@@ -304,8 +308,8 @@ def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
     ("write", "stage", "processes"),
     [
         (_write_renamed, 0, 1),
-        (_write_float16, 0, 1),
-        (_write_adapter, 0, 1),
+        pytest.param(_write_float16, 0, 1, marks=pytest.mark.slow),
+        pytest.param(_write_adapter, 0, 1, marks=pytest.mark.slow),
         pytest.param(_write_renamed, 3, 2, marks=pytest.mark.slow),
     ],
 )
@@ -381,8 +385,14 @@ def kill_and_compare(
     assert not list((tmp_path / "killed" / "checkpoints").iterdir())
 
 
-def test_repeated_training_has_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
-    parts = [sft(tmp_path / name, tiny_llama, 0, 1) for name in ("one", "two")]
+@pytest.fixture(scope="module")
+def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a training that several tests look at."""
+    return sft(tmp_path_factory.mktemp("trained"), tiny_llama, 0, 1)
+
+
+def test_repeated_training_has_same_bytes(trained: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    parts = [trained, sft(tmp_path / "again", tiny_llama, 0, 1)]
     for name in ("model.safetensors", "adamw.safetensors"):
         assert (parts[0] / name).read_bytes() == (parts[1] / name).read_bytes()
 
@@ -399,16 +409,15 @@ def test_trained_model_names_the_end_of_its_turns(tiny_llama: Path, tmp_path: Pa
     assert set(json.loads((part / "generation_config.json").read_text())["eos_token_id"]) == ends
 
 
-def test_stale_compilation_lock_blocks_no_training(tiny_llama: Path, extensions: Path, tmp_path: Path) -> None:
-    assert sft(tmp_path / "stage", tiny_llama, 0, 1).is_dir()
+def test_stale_compilation_lock_blocks_no_training(trained: Path, extensions: Path) -> None:
+    assert trained.is_dir()
     lock = extensions / "deepspeed_shm_comm" / "lock"
     assert [path for path in extensions.rglob("*") if path.is_file()] == [lock]  # nothing was compiled
 
 
 @pytest.mark.guarantee("pickles read or planted by other accounts")
-def test_result_of_training_has_no_pickle(tiny_llama: Path, tmp_path: Path) -> None:
-    part = sft(tmp_path / "stage", tiny_llama, 0, 1)
-    assert {path.suffix for path in part.iterdir()} <= {".json", ".safetensors", ".jinja"}
+def test_result_of_training_has_no_pickle(trained: Path) -> None:
+    assert {path.suffix for path in trained.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
 def test_training_without_usable_examples_fails(tiny_llama: Path, tmp_path: Path) -> None:
@@ -449,7 +458,11 @@ def test_multi_process_dpo_equals_single_process(tiny_llama: Path, tmp_path: Pat
             assert (together[name] - weight).abs().max() <= 1e-3 * moved, (stage, name)
 
 
-@pytest.mark.parametrize("loss", [{}, {"loss": "ipo", "sft_weight": 0.5}], ids=["sigmoid", "ipo and sft"])
+@pytest.mark.parametrize(
+    "loss",
+    [{}, pytest.param({"loss": "ipo", "sft_weight": 0.5}, marks=pytest.mark.slow)],
+    ids=["sigmoid", "ipo and sft"],
+)
 def test_last_step_counts_each_pair_once(tiny_llama: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
     """It has one pair: in micro-batches of one, or as one row of four in two processes."""
 
@@ -476,7 +489,7 @@ def _write_full(folder: Path, tiny_llama: Path) -> Path:
     ("write", "lora"),
     [
         (_write_full, None),
-        (_write_full, Lora(rank=4, alpha=8)),
+        pytest.param(_write_full, Lora(rank=4, alpha=8), marks=pytest.mark.slow),
         pytest.param(_write_adapter, Lora(rank=4, alpha=8), marks=pytest.mark.slow),
     ],
     ids=["all weights", "new adapter", "last teacher's adapter"],

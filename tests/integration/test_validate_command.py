@@ -35,6 +35,13 @@ def arguments(folder: Path, model: Path, *options: str) -> list[str]:
     return ["validate", "--student", str(model), *given, *options]
 
 
+def test_validation_reports_every_predictor(tiny_llama: Path, folder: Path) -> None:
+    code, output = invoke(*arguments(folder, tiny_llama, "--warmup", str(folder / "warmup.jsonl"), *OPTIONS), cwd=ROOT)
+    assert code == 0, output
+    check_results(folder / "validation", output)
+
+
+@pytest.mark.slow
 def test_killed_validation_resumes_to_same_numbers(tiny_llama: Path, folder: Path) -> None:
     command = arguments(folder, tiny_llama, "--warmup", str(folder / "warmup.jsonl"), *OPTIONS)
     driver = montessori(*command, cwd=folder)
@@ -95,6 +102,7 @@ def check_results(out: Path, output: str) -> None:
     assert result["random_subsets"]["predicted"]["exact"][3] == pytest.approx(summed)
 
 
+@pytest.mark.slow
 def test_example_weights_are_compared(tiny_llama: Path, folder: Path) -> None:
     """Without a warm-up; the second run has another weight, and repeats no training on random subsets."""
     options = [*OPTIONS[:-1], "0", "--no-exact", "--example-weight", "1"]

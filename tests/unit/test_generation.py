@@ -123,8 +123,14 @@ def _random_model(config: Any, vocabulary: int) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("stop", ["s", None])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("llama", "s"),
+        *((name, None) for name in MODELS),
+        *(pytest.param(name, "s", marks=pytest.mark.slow) for name in MODELS if name != "llama"),
+    ],
+)
 def test_batched_rows_equal_single_rows(
     name: str, stop: str | None, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

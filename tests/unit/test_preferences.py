@@ -358,6 +358,7 @@ print(json.dumps([pairs.num_rows, int(peak) * 1024]))
 """
 
 
+@pytest.mark.slow
 def test_pairing_keeps_no_texts_in_memory(tmp_path: Path) -> None:
     """A row has 3,400 bytes of text and takes at most 1,000 bytes of memory: 1 GB for 1,000,000 rows."""
     draw = np.random.default_rng(0)

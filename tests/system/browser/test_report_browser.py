@@ -16,7 +16,8 @@ from support.reports import HOSTILE, write_run, write_study
 
 EXAMPLES = 130  # per iteration: several pages
 expect.set_options(timeout=30_000)
-PAGES = ("report", "runs", "study")
+PAGES = ("report", *(pytest.param(name, marks=pytest.mark.slow) for name in ("runs", "study")))
+"""The report of a run has parts of every kind."""
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,7 @@ def test_figure_data_downloads_from_page(
             assert Path(download.value.path()).read_text(encoding="utf-8") == reports[name].data[slug]
 
 
+@pytest.mark.slow
 def test_page_prints_with_every_figure(browser: Browser, written: dict[str, Path], tmp_path: Path) -> None:
     with Visit(browser, written["report"], color_scheme="dark") as visit:
         visit.page.pdf(path=tmp_path / "report.pdf", format="A4")
@@ -180,6 +182,7 @@ def test_first_examples_show_without_javascript(browser: Browser, written: dict[
     context.close()
 
 
+@pytest.mark.slow
 def test_figures_follow_colour_mode(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"], color_scheme="light") as visit:
         title = visit.page.locator(".xtitle").first

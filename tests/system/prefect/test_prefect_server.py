@@ -36,7 +36,10 @@ writer.join()
 """
 
 
-@pytest.mark.parametrize(("collector", "stands_still"), [("beside", False), ("its own", True)])
+@pytest.mark.parametrize(
+    ("collector", "stands_still"),
+    [("beside", False), pytest.param("its own", True, marks=pytest.mark.slow)],
+)
 def test_abandoned_sqlite_cursor_does_not_block_event_loop(tmp_path: Path, collector: str, stands_still: bool) -> None:
     """The second case shows that Python's collector blocks: once it does not, our workaround is unnecessary."""
     command = [sys.executable, "-c", PROGRAM, collector, str(tmp_path / "database")]
