@@ -1,6 +1,6 @@
 """Measure the influence of any data on any student, without a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from cluster.fanout import fan_out
 from cluster.shards import Shards, cut_for_jobs
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
+from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.rows import ExampleRow, Positions, Rows
 from montessori_core.data.sources import Task, read_tasks, write_tasks
 from montessori_core.data.tables import INFLUENCE, write_table
@@ -91,14 +92,17 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
 
 
-def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
+def open_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRow] = ()) -> Inputs:
     """Read the files and find the models of a measurement; create its folder.
+
+    Rows that are left out are listed in the folder, after `bad_rows`, those of a set that was read before.
 
     Raises:
         UserError: a file or the model is invalid; the message names it.
     """
     warm_state = measurement.warm_state
-    examples = read_tasks(measurement.examples, "examples", with_response=True)
+    left_out = list(bad_rows)
+    examples = read_tasks(measurement.examples, "examples", True, left_out)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
     student = fetch_model(measurement.student.model, measurement.student.revision)
@@ -108,8 +112,9 @@ def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
     models = {"student": Model.of(student)}
     if warm_state is not None:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
-    reference = read_tasks(measurement.reference, "reference", with_response=True)
+    reference = read_tasks(measurement.reference, "reference", True, left_out)
     folder.mkdir(parents=True, exist_ok=True)
+    write_bad_rows(left_out, folder)
     file = folder / "reference.jsonl"
     write_tasks(reference, file)
     return Inputs(examples, reference, models, {"reference": file})

@@ -17,6 +17,7 @@ from cluster.lock import only_driver
 from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, open_inputs
 from montessori_core import programs
 from montessori_core.config import DataSource, Influence, Optimization, Warmup, Zero
+from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.bm25 import bm25
 from montessori_core.data.rows import Positions, Rows, SubsetRow, TrainingRow
 from montessori_core.data.sources import Task, check_reference_size, read_tasks, write_tasks
@@ -103,9 +104,10 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
     measurement = validation.measurement
     if validation.warmup and measurement.warm_state:
         raise ConfigError("--warmup and --warm-state: give one of them; a warm student needs no warm-up")
-    warmup = read_tasks(validation.warmup, "warmup", with_response=True) if validation.warmup else []
+    bad_rows: list[BadRow] = []
+    warmup = read_tasks(validation.warmup, "warmup", True, bad_rows) if validation.warmup else []
     out = out.resolve()
-    inputs = open_inputs(measurement, out)
+    inputs = open_inputs(measurement, out, bad_rows)
     check_reference_size(inputs.reference, measurement.reference)
     _check_sizes(validation, len(inputs.examples), "examples")
     with only_driver(out):

@@ -154,7 +154,7 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
     for name, message in (
         ("no.jsonl", "cannot be read"),
         ("no.parquet", "cannot be read"),
-        ("a.csv", "expected a .jsonl"),
+        ("a.txt", "expected a file \\(.jsonl, .ndjson, .json, "),
     ):
         with pytest.raises(DataError, match=message):
             read_tasks(DataSource(path=str(tmp_path / name)), "reference", with_response=True)
