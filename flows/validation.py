@@ -109,7 +109,7 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
     out = out.resolve()
     inputs = open_inputs(measurement, out, bad_rows)
     check_reference_size(inputs.reference, measurement.reference)
-    _check_sizes(validation, len(inputs.examples), "examples")
+    _check_sizes(validation, len(inputs.rows), "examples")
     with only_driver(out):
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))
@@ -121,7 +121,7 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
         result |= {
             "settings": validation.summary(),
             "reference_examples": len(inputs.reference),
-            "examples_left_out": len(inputs.examples) - len(usable),
+            "examples_left_out": len(inputs.rows) - len(usable),
         }
         write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
         records: list[dict[str, object]] = [
@@ -183,7 +183,7 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
         if validation.exact:
             exact = stages.measure_all("exact").read_all()
             values[f"exact{at_weight}"] = _column(exact, "influence_null_step")
-            if len(inputs.examples) > settings.screening.audit_examples:
+            if len(inputs.rows) > settings.screening.audit_examples:
                 screened = settings.model_copy(update={"estimator": "screened"})
                 table = estimate_influence(
                     MeasuredStages(first_order, exact), screened, measurement.baseline

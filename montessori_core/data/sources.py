@@ -117,9 +117,7 @@ def read_tasks(source: DataSource, field: str, with_response: bool, bad_rows: li
     """
     reader = TaskReader(source, field, with_response)
     tasks = list(reader)
-    if bad_rows is not None:
-        bad_rows += reader.bad_rows
-    _log.info(reader.summary())
+    reader.report(bad_rows)
     return tasks
 
 
@@ -170,6 +168,12 @@ class TaskReader(Iterable[Task]):
             )
         if not self.tasks:
             raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
+
+    def report(self, bad_rows: list[BadRow] | None) -> None:
+        """Log what was read, and append the rows that were left out to `bad_rows`."""
+        if bad_rows is not None:
+            bad_rows += self.bad_rows
+        _log.info(self.summary())
 
     def summary(self) -> str:
         """Return a line on what was read: 'reference: 1,319 rows, format: messages'."""
