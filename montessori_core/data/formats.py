@@ -47,6 +47,8 @@ def recognise(row: Mapping[str, Any], source: DataSource) -> DataFormat:
         if isinstance(first, dict) and ("from" in first or "role" in first):
             return "sharegpt" if "from" in first else "messages"
         return "messages" if name == "messages" else "sharegpt"
+    if source.conversation_field is not None:
+        return "messages"  # whose error names the missing field
     return "prompt_completion" if "prompt" in row else "alpaca"
 
 

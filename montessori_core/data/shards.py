@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,7 @@ from montessori_core.errors import DataError
 
 _KINDS = f"{', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}"
 _SPLIT = re.compile(r"(^|[-_. ])(train|test|validation|valid|val|dev|eval|evaluation)[-_. ]", re.IGNORECASE)
+_MOST_ENTRIES = 100_000  # in a folder and its subfolders
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
 
@@ -44,7 +46,9 @@ def find_remote(url: str) -> list[DataFile]:
         raise DataError(
             f"{url}: cannot be read ({error or type(error).__name__}); check the path and the login"
         ) from error
-    if paths == [path]:
+    if "file" in system.protocol:
+        system = None  # so that pipes and devices are refused
+    if paths == [path] and kind_of(path):
         return [DataFile(path, url, system)]
     return _of_one_kind([DataFile(name, names[name], system) for name in paths], url)
 
@@ -90,7 +94,15 @@ def _files_in(folder: Path, split: str, field: str) -> list[DataFile] | None:
         folder = _saved_split(folder, split, field)
     if (folder / "state.json").exists():
         return _saved_files(folder)
-    files = [path for path in sorted(folder.rglob("*")) if kind_of(path.name) and path.name not in _DESCRIPTIONS]
+    try:
+        entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
+    except OSError as error:
+        raise DataError(f"{field}.path: {folder}: cannot be read ({error}); check the folder") from error
+    if len(entries) > _MOST_ENTRIES:
+        raise DataError(
+            f"{field}.path: {folder}: more than {_MOST_ENTRIES:,} files; name a folder with data files only"
+        )
+    files = [path for path in sorted(entries) if kind_of(path.name) and path.name not in _DESCRIPTIONS]
     files = [path for path in files if not path.name.startswith((".", "_")) and path.is_file()]
     if not files:
         raise DataError(f"{field}.path: {folder}: no data files in this folder; expected {expected()}")

@@ -213,6 +213,8 @@ def load_tasks(path: Path) -> list[Task]:
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     """Yield (place in the source, row) pairs; a row that cannot be read is a RowError."""
     path = Path(os.path.expanduser(source.path))
+    if not source.path.strip():
+        raise DataError(f"{field}.path is empty; expected {expected()}")
     if is_url(source.path):
         yield from shard_rows(find_remote(source.path))
     elif path.parts[:1] == ("builtin",) and not kind_of(source.path):

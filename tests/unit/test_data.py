@@ -391,7 +391,7 @@ def test_damaged_table_is_refused_or_unchanged(tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    "name", ["a\0.jsonl", "~nobody-here/a.jsonl", "x" * 5000, "x" * 5000 + ".parquet", ".", "folder.jsonl"]
+    "name", ["", "a\0.jsonl", "~nobody-here/a.jsonl", "x" * 5000, "x" * 5000 + ".parquet", ".", "folder.jsonl"]
 )
 def test_odd_paths_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.jsonl").mkdir()

@@ -112,9 +112,12 @@ def test_fsspec_paths_are_read(tmp_path: Path) -> None:
     system.pipe("/one/rows.jsonl.zst", compressed(encoded(ROWS, ".jsonl"), ".zst"))
     for path in ("memory://rows", "memory://rows/*.parquet", "memory://one/rows.jsonl.zst"):
         assert read(path) == TASKS, path
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for path, message in (
         ("memory://absent/rows.jsonl", "memory://absent/rows.jsonl: cannot be read"),
         ("memory://absent", "memory://absent: cannot be read"),
+        ("file:///dev/zero", "file:///dev/zero: no data files there"),
+        (f"file://{tmp_path}/pipe.jsonl", "pipe.jsonl: not a file"),
         ("nowhere://rows.jsonl", "nowhere://rows.jsonl: cannot be read .*Protocol not known"),
         ("s3://bucket/rows.jsonl", "install"),
     ):

@@ -165,6 +165,14 @@ def test_bad_row_is_refused_or_counted(row: dict[str, Any], message: str, reason
     assert [(row.place, row.reason) for row in bad] == [(f"{path}, line 2", reason)]
 
 
+def test_missing_conversation_field_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": TALK[:2], "instruction": "x"}])
+    with pytest.raises(
+        DataError, match=r"field 'chat.turns' is missing \(found: messages, instruction\); set the field's conv"
+    ):
+        read_tasks(DataSource(path=path, conversation_field="chat.turns"), "reference", with_response=True)
+
+
 @pytest.mark.guarantee("broken rows or wrong fields")
 def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path) -> None:
     good = [json.dumps({"instruction": f"Name river {number}.", "output": "Rhine."}).encode() for number in range(96)]
