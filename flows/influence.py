@@ -1,9 +1,12 @@
 """Measure the influence of any data on any student, without a run."""
 
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 
@@ -11,11 +14,12 @@ from cluster.fanout import fan_out
 from cluster.shards import Shards, cut_for_jobs
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
-from montessori_core.data.rows import ExampleRow, Positions, Rows
-from montessori_core.data.sources import Task, read_tasks, write_tasks
-from montessori_core.data.tables import INFLUENCE, write_table
+from montessori_core.data.bad_rows import BadRow, write_bad_rows
+from montessori_core.data.rows import ExampleRow, Positions, Rows, schema_of
+from montessori_core.data.sources import Task, TaskReader, read_tasks, write_tasks
+from montessori_core.data.tables import INFLUENCE, ROW_GROUP, write_table
 from montessori_core.errors import ConfigError, DataError
-from montessori_core.files import hash_path
+from montessori_core.files import commit, hash_path
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.fetch import fetch_model
@@ -30,6 +34,7 @@ from tasks.screening import estimate_influence
 log = logging.getLogger(__name__)
 
 _SHARD = 16  # examples
+_EXAMPLES = "examples.parquet"
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,22 @@ class Inputs:
     """Inputs of a measurement.
 
     Attributes:
-        examples: examples to measure.
+        rows: examples to measure, as rows of a program; read from a file, since they may be many.
         reference: the reference set.
         models: `student`, and `moments` if it is warm.
         files: `reference`, a copy of the reference set.
     """
 
-    examples: list[Task]
+    rows: Rows
     reference: list[Task]
     models: Mapping[str, Model]
     files: Mapping[str, Path]
 
     @property
-    def rows(self) -> Rows:
-        """The examples as rows of a program that measures them."""
-        rows = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in self.examples]
-        return Rows.of(rows, ExampleRow)
+    def examples(self) -> list[Task]:
+        """The examples as tasks, in memory."""
+        columns = (self.rows.column(name) for name in ("example_id", "instruction", "response"))
+        return [Task(*values) for values in zip(*columns, strict=True)]
 
 
 def measure_influence(measurement: Measurement, out: Path) -> None:
@@ -95,14 +100,60 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
 
 
-def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
+def open_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRow] = ()) -> Inputs:
     """Read the files and find the models of a measurement; create its folder.
+
+    Rows that are left out are listed in the folder, after `bad_rows`, those of a set that was read before.
 
     Raises:
         UserError: a file or the model is invalid; the message names it.
     """
+    left_out = list(bad_rows)
+    with TemporaryDirectory() as scratch:  # the folder is created when all inputs are valid
+        examples = Path(scratch) / _EXAMPLES
+        _write_examples(measurement.examples, examples, left_out)
+        models, reference = _other_inputs(measurement, folder, left_out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with commit(folder / _EXAMPLES) as copy:
+            shutil.copyfile(examples, copy)
+    write_bad_rows(left_out, folder)
+    file = folder / "reference.jsonl"
+    write_tasks(reference, file)
+    rows = Rows.of_file(folder / _EXAMPLES, schema_of(ExampleRow), ExampleRow)
+    for name, tasks in (("examples", _tasks_of(rows)), ("reference", reference)):
+        for warning in thinking_warning(name, tasks):
+            log.warning(warning)
+    return Inputs(rows, reference, models, {"reference": file})
+
+
+def _tasks_of(rows: Rows) -> Iterator[Task]:
+    """Yield the rows as tasks, with a few of them in memory."""
+    for table in rows.tables():
+        for row in table.to_pylist():
+            yield Task(row["example_id"], row["instruction"], row["response"])
+
+
+def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> None:
+    """Write the rows of examples to a table, with a few of them in memory."""
+    reader = TaskReader(source, "examples", with_response=True)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        tasks = iter(reader)
+        while chunk := list(islice(tasks, ROW_GROUP)):
+            rows = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in chunk]
+            for table in Rows.of(rows, ExampleRow).tables():
+                yield from table.to_batches()
+
+    schema = schema_of(ExampleRow)
+    write_table(pa.RecordBatchReader.from_batches(schema, batches()), path, schema)
+    reader.report(bad_rows)
+
+
+def _other_inputs(
+    measurement: Measurement, folder: Path, bad_rows: list[BadRow]
+) -> tuple[dict[str, Model], list[Task]]:
+    """Find the models of a measurement and read its reference set; `bad_rows` takes the rows that are left out."""
     warm_state = measurement.warm_state
-    examples = read_tasks(measurement.examples, "examples", with_response=True)
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
     student = fetch_model(measurement.student.model, measurement.student.revision)
@@ -112,14 +163,7 @@ def open_inputs(measurement: Measurement, folder: Path) -> Inputs:
     models = {"student": Model.of(student)}
     if warm_state is not None:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
-    reference = read_tasks(measurement.reference, "reference", with_response=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, tasks in {"examples": examples, "reference": reference}.items():
-        for warning in thinking_warning(name, tasks):
-            log.warning(warning)
-    file = folder / "reference.jsonl"
-    write_tasks(reference, file)
-    return Inputs(examples, reference, models, {"reference": file})
+    return models, read_tasks(measurement.reference, "reference", True, bad_rows)
 
 
 class MeasurementStages:

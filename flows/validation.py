@@ -17,6 +17,7 @@ from cluster.lock import only_driver
 from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, open_inputs
 from montessori_core import programs
 from montessori_core.config import DataSource, Influence, Optimization, Warmup, Zero
+from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.bm25 import bm25
 from montessori_core.data.rows import Positions, Rows, SubsetRow, TrainingRow
 from montessori_core.data.sources import Task, check_reference_size, read_tasks, write_tasks
@@ -103,11 +104,12 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
     measurement = validation.measurement
     if validation.warmup and measurement.warm_state:
         raise ConfigError("--warmup and --warm-state: give one of them; a warm student needs no warm-up")
-    warmup = read_tasks(validation.warmup, "warmup", with_response=True) if validation.warmup else []
+    bad_rows: list[BadRow] = []
+    warmup = read_tasks(validation.warmup, "warmup", True, bad_rows) if validation.warmup else []
     out = out.resolve()
-    inputs = open_inputs(measurement, out)
+    inputs = open_inputs(measurement, out, bad_rows)
     check_reference_size(inputs.reference, measurement.reference)
-    _check_sizes(validation, len(inputs.examples), "examples")
+    _check_sizes(validation, len(inputs.rows), "examples")
     with only_driver(out):
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))
@@ -119,7 +121,7 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
         result |= {
             "settings": validation.summary(),
             "reference_examples": len(inputs.reference),
-            "examples_left_out": len(inputs.examples) - len(usable),
+            "examples_left_out": len(inputs.rows) - len(usable),
         }
         write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
         records: list[dict[str, object]] = [
@@ -181,7 +183,7 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
         if validation.exact:
             exact = stages.measure_all("exact").read_all()
             values[f"exact{at_weight}"] = _column(exact, "influence_null_step")
-            if len(inputs.examples) > settings.screening.audit_examples:
+            if len(inputs.rows) > settings.screening.audit_examples:
                 screened = settings.model_copy(update={"estimator": "screened"})
                 table = estimate_influence(
                     MeasuredStages(first_order, exact), screened, measurement.baseline

@@ -10,6 +10,7 @@ from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
+from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
@@ -150,7 +151,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         refuse_second_driver(folder)
     run = Run(folder, experiment)
     copied = all(run.source_file(name).exists() for name in Sources.__annotations__)
-    sources = run.sources() if copied else read_sources(experiment)
+    bad_rows: list[BadRow] = []
+    sources = run.sources() if copied else read_sources(experiment, bad_rows)
     warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
     for name in ("reference", "evaluation"):
         warnings += thinking_warning(f"{name}.path", getattr(sources, name))
@@ -169,9 +171,10 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     try:
         (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
-        for name in Sources.__annotations__:
-            if not copied:
+        if not copied:
+            for name in Sources.__annotations__:
                 write_tasks(getattr(sources, name), run.source_file(name))
+            write_bad_rows(bad_rows, folder / layout.SOURCES)
         copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
         for role, template in templates.items():
             if not _template_copy(folder, role).exists():

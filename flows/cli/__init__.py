@@ -9,6 +9,7 @@ import typer
 from flows.cli import (
     cancel,
     compare,
+    data,
     doctor,
     evaluate,
     export,
@@ -87,6 +88,7 @@ app = typer.Typer(
       montessori forecast CONFIG --pilot RUN_DIR
 
     [b]Your own models and data[/b]
+      montessori data check FILE --model DIR_OR_ID    format, bad rows, lengths, duplicates
       montessori run quickstart --name mine \\
         --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
@@ -99,6 +101,9 @@ model_app.command()(fetch.fetch)
 model_app.command()(prune.prune)
 model_app.command("export")(export_model.export_model)
 app.add_typer(model_app, name="model")
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before a run reads it.")
+data_app.command()(data.check)
+app.add_typer(data_app, name="data")
 for _command in (
     run.run,
     compare.compare,
@@ -128,7 +133,8 @@ for _command in (
 def main() -> None:
     """Run the command line; print errors that a user can fix without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("cluster").setLevel(logging.INFO)
+    for name in ("cluster", "montessori_core.data"):
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own warnings
     try:
         app(standalone_mode=True)

@@ -16,18 +16,16 @@ from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import ConfigError, UserError
 
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
+DATA_HELP = "A file (.jsonl, .json, .csv, .parquet, .arrow), folder, glob, URL or Hugging Face data set id."
 _DATA_SET = "Or a mapping as in a configuration, e.g. '{path: openai/gsm8k, subset: main, output_field: answer}'."
-Examples = Annotated[
-    str, typer.Option(help=f"Examples to measure: .jsonl, .parquet or a Hugging Face data set id. {_DATA_SET}")
-]
+Examples = Annotated[str, typer.Option(help=f"Examples to measure: {DATA_HELP} {_DATA_SET}")]
 TableFile = Annotated[
     Path, typer.Option(help="Influence table to write, .parquet; FILE.parts next to it makes it resumable.")
 ]
 Reference = Annotated[
     str,
     typer.Option(
-        help="Examples that measure the student: .jsonl, .parquet, a Hugging Face data set id, 'builtin' or e.g. "
-        f"'builtin/maths'. {_DATA_SET}"
+        help=f"Examples that measure the student: {DATA_HELP} Or 'builtin', or e.g. 'builtin/maths'. {_DATA_SET}"
     ),
 ]
 WarmState = Annotated[
@@ -85,7 +83,7 @@ def influence(
 ) -> None:
     """Measure how much each example of any data helps a student, without a run.
 
-    Both files have the fields instruction, input (optional) and output.
+    Rows may be Alpaca, messages, ShareGPT, or TRL's prompt and completion; montessori data check shows how they are read.
     A row's influence is positive if one training step on it lowers the student's loss on the reference set.
     To resume after an interruption, run the same command again.
     """

@@ -5,8 +5,9 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 """
 
 from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, Vllm, read_cluster
+from montessori_core.config.data import DataFormat, DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
-from montessori_core.config.experiment import DataSource, Experiment, parse_experiment, read_experiment
+from montessori_core.config.experiment import Experiment, parse_experiment, read_experiment
 from montessori_core.config.filters import FilterSettings, OwnFilter, RougeFilter
 from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
@@ -24,6 +25,7 @@ __all__ = [
     "Comparison",
     "Container",
     "Count",
+    "DataFormat",
     "DataSource",
     "Endpoint",
     "Experiment",

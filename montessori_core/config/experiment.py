@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from montessori_core.config.cluster import Cluster, Resources
+from montessori_core.config.data import DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison
 from montessori_core.config.influence import Influence, Preferences
 from montessori_core.config.models import Endpoint, Student, Teacher
@@ -15,31 +16,6 @@ from montessori_core.config.synthesis import Synthesis
 from montessori_core.config.training import Nomad, Optimization, TeacherUpdate, Training, Warmup, Zero
 from montessori_core.config.yaml import apply_overrides, read_yaml
 from montessori_core.presets import find_configuration
-
-
-class DataSource(Section):
-    """Source of a data set, and the columns to read."""
-
-    path: str = Field(
-        description="'builtin' for the built-in set; 'builtin/maths', 'builtin/coding' or 'builtin/facts' for built-in "
-        "reference or evaluation examples of one kind; 'builtin/short' for a seed pool of short tasks, for a small teacher, "
-        "'builtin/half-coding' or 'builtin/half-maths' for short tasks, half of them of that kind; "
-        "a .jsonl or .parquet file; a Hugging Face data set id; or a folder with such a data set."
-    )
-    subset: str | None = Field(
-        None,
-        min_length=1,
-        description="Subset (configuration) of a Hugging Face data set, such as main of openai/gsm8k; ignored for files. If "
-        "not set, its only or default one.",
-    )
-    split: str = Field("train", description="Split of a Hugging Face data set; ignored for files.")
-    revision: str | None = Field(
-        None, min_length=1, description="Branch, tag or commit of a Hugging Face data set id. If not set, main."
-    )
-    limit: Count | None = Field(None, description="Use only the first rows, at most this many. If not set, all rows.")
-    instruction_field: str = Field("instruction", description="Column that holds the instruction.")
-    input_field: str = Field("input", description="Column that holds the input; optional in the data.")
-    output_field: str = Field("output", description="Column that holds the response; not used for a seed pool.")
 
 
 class Experiment(Section):

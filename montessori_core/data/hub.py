@@ -40,8 +40,12 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
             "give a .jsonl or .parquet file"
         ) from error
     place = ", ".join(filter(None, (source.subset, source.split)))
-    for number, row in enumerate(rows, 1):
-        yield f"{source.path} ({place}), row {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield f"{source.path} ({place}), row {number}", row
+    except Exception as error:  # of a column's decoder
+        raise DataError(f"{source.path} ({place}), row {number + 1}: cannot be read ({error})") from error
 
 
 def _subsets_of(path: str, revision: str | None) -> list[str]:

@@ -1,28 +1,31 @@
-"""Read seed pools, reference sets and evaluation sets: JSONL, Parquet, Hugging Face data sets, or built-in sets."""
+"""Read seed pools, reference sets and evaluation sets: from files, folders, the hub, or built-in sets."""
 
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.resources import as_file, files
-from importlib.resources.abc import Traversable
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from montessori_core.config import DataSource, Experiment
+from montessori_core.config import DataFormat, DataSource, Experiment
+from montessori_core.data.bad_rows import BadRow, RowError, count_reasons
+from montessori_core.data.builtin_sets import builtin_file
+from montessori_core.data.files import kind_of
+from montessori_core.data.formats import recognise, turns_of
 from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.readers import shard_rows
 from montessori_core.data.rouge import RougeIndex
-from montessori_core.data.tables import read_parquet
+from montessori_core.data.shards import expected, find_local, find_remote, is_url
+from montessori_core.data.turns import instruction_and_response
 from montessori_core.errors import DataError
 from montessori_core.files import commit
 
-_SEED_POOLS = ("short", "half-coding", "half-maths")
 _FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd example decides the sign
 
-_DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".gz", ".zst", ".arrow")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,16 @@ class Sources:
     evaluation: list[Task]
 
 
-def read_sources(experiment: Experiment) -> Sources:
-    """Read the three sets.
+def read_sources(experiment: Experiment, bad_rows: list[BadRow] | None = None) -> Sources:
+    """Read the three sets; `bad_rows` takes the rows that are left out.
 
     Raises:
         DataError: a set cannot be read or is empty, or the reference set is too small; the message names file and line.
     """
     sources = Sources(
-        seed_pool=read_tasks(experiment.seed_pool, "seed_pool", with_response=False),
-        reference=read_tasks(experiment.reference, "reference", with_response=True),
-        evaluation=read_tasks(experiment.evaluation, "evaluation", with_response=True),
+        seed_pool=read_tasks(experiment.seed_pool, "seed_pool", False, bad_rows),
+        reference=read_tasks(experiment.reference, "reference", True, bad_rows),
+        evaluation=read_tasks(experiment.evaluation, "evaluation", True, bad_rows),
     )
     if len(sources.reference) != experiment.reference.limit:  # a limit is the user's choice
         check_reference_size(sources.reference, experiment.reference)
@@ -100,32 +103,99 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
     ]
 
 
-def read_tasks(source: DataSource, field: str, with_response: bool) -> list[Task]:
-    """Read one set; `field` (e.g. 'seed_pool') selects the built-in set and names the setting in errors.
+def read_tasks(source: DataSource, field: str, with_response: bool, bad_rows: list[BadRow] | None = None) -> list[Task]:
+    """Read one set, and log the number of its rows and their format.
+
+    Args:
+        source: the set.
+        field: its setting, such as 'seed_pool', which selects the built-in set and is named in errors.
+        with_response: whether rows have a response.
+        bad_rows: takes the rows that are left out.
 
     Raises:
         DataError: the set cannot be used; the message names the file, the line or column, and the remedy.
     """
-    tasks: list[Task] = []
-    for where, row in _rows(source, field):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object with named fields, found {type(row).__name__}")
-        instruction = _text(row, source.instruction_field, where, required=True)
-        addition = _text(row, source.input_field, where, required=False)
-        response = _text(row, source.output_field, where, required=True) if with_response else ""
-        id = row.get("id")
-        task_id = f"{field}-{len(tasks) + 1:05d}" if id is None else str(id)
-        tasks.append(Task(task_id, f"{instruction} {addition}".strip(), response))
-        if source.limit and len(tasks) == source.limit:
-            break
-    if not tasks:
-        raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
-    ids: set[str] = set()
-    for task in tasks:
-        if task.example_id in ids:
-            raise DataError(f"{field}.path: {source.path}: id {task.example_id!r} occurs twice; ids must differ")
-        ids.add(task.example_id)
+    reader = TaskReader(source, field, with_response)
+    tasks = list(reader)
+    reader.report(bad_rows)
     return tasks
+
+
+class TaskReader(Iterable[Task]):
+    """Reads a set row by row, so that a large one is never in memory as a whole.
+
+    Attributes:
+        format: of the rows, None before the first.
+        rows: number of rows read.
+        tasks: number of them that can be used.
+        bad_rows: rows left out; see `DataSource.drop_bad_rows`.
+    """
+
+    def __init__(self, source: DataSource, field: str, with_response: bool) -> None:
+        """See `read_tasks`."""
+        self._source, self._field, self._with_response = source, field, with_response
+        self.format: DataFormat | None = None
+        self.rows = self.tasks = 0
+        self.bad_rows: list[BadRow] = []
+        self._ids: set[str] = set()
+
+    def __iter__(self) -> Iterator[Task]:
+        """Yield the tasks, once.
+
+        Raises:
+            DataError: as `read_tasks`.
+        """
+        source, field = self._source, self._field
+        for where, row in _rows(source, field):
+            self.rows += 1
+            try:
+                task = self._task(where, row)
+            except RowError as error:
+                if not source.drop_bad_rows:
+                    again = f"; or set {field}.drop_bad_rows: true to leave such rows out" if self.tasks else ""
+                    raise DataError(f"{error}{again}") from error
+                self.bad_rows.append(BadRow(field, error.place, error.reason, error.problem))
+                continue
+            self.tasks += 1
+            yield task
+            if self.tasks == source.limit:
+                break
+        if len(self.bad_rows) > source.max_bad_rows * self.rows:
+            raise DataError(
+                f"{field}.path: {source.path}: {len(self.bad_rows):,} of {self.rows:,} rows cannot be used "
+                f"({count_reasons(self.bad_rows)}), more than {field}.max_bad_rows ({source.max_bad_rows:g}); the first: "
+                f"{self.bad_rows[0].place}: {self.bad_rows[0].problem}"
+            )
+        if not self.tasks:
+            raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")
+
+    def report(self, bad_rows: list[BadRow] | None) -> None:
+        """Log what was read, and append the rows that were left out to `bad_rows`."""
+        if bad_rows is not None:
+            bad_rows += self.bad_rows
+        _log.info(self.summary())
+
+    def summary(self) -> str:
+        """Return a line on what was read: 'reference: 1,319 rows, format: messages'."""
+        bad = f"; {len(self.bad_rows):,} more left out ({count_reasons(self.bad_rows)})" if self.bad_rows else ""
+        return f"{self._field}: {self.tasks:,} rows, format: {self.format}{bad}"
+
+    def _task(self, where: str, row: Any) -> Task:
+        if isinstance(row, RowError):
+            raise row
+        if not isinstance(row, dict):
+            problem = f"expected an object with named fields, found {type(row).__name__}"
+            raise RowError(where, problem, "no object with named fields")
+        if self.format is None:
+            self.format = recognise(row, self._source)
+        turns = turns_of(row, self._source, self.format, where, self._with_response)
+        texts = instruction_and_response(turns, self._source, where, self._with_response, self._field)
+        id = row.get("id")
+        task_id = f"{self._field}-{self.tasks + 1:05d}" if id is None else str(id)
+        if task_id in self._ids:
+            raise RowError(where, f"id {task_id!r} occurs twice; ids must differ", "an id that occurs twice")
+        self._ids.add(task_id)
+        return Task(task_id, *texts)
 
 
 def write_tasks(tasks: list[Task], path: Path) -> None:
@@ -141,80 +211,21 @@ def load_tasks(path: Path) -> list[Task]:
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place in the source, row) pairs."""
+    """Yield (place in the source, row) pairs; a row that cannot be read is a RowError."""
     path = Path(os.path.expanduser(source.path))
-    if path.suffix == ".jsonl":
-        yield from jsonl_rows(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.parts[:1] == ("builtin",):
-        with as_file(_builtin_file(source.path, field)) as builtin:
+    if not source.path.strip():
+        raise DataError(f"{field}.path is empty; expected {expected()}")
+    if is_url(source.path):
+        yield from shard_rows(find_remote(source.path))
+    elif path.parts[:1] == ("builtin",) and not kind_of(source.path):
+        with as_file(builtin_file(source.path, field)) as builtin:
             yield from jsonl_rows(builtin)
-    elif not _is_data_set_folder(path) and (
-        os.path.exists(path) or path.suffix[1:].isalpha() or source.path.startswith((".", "/", "~"))
-    ):
-        raise DataError(
-            f"{field}.path: {source.path}: expected a .jsonl or .parquet file, a Hugging Face data set id or a folder with "
-            "such a data set, 'builtin' or 'builtin/<kind>'"
-        )
+    elif (found := find_local(path, source.split, field)) is not None:
+        yield from shard_rows(found)
+    elif source.path.startswith((".", "~")) and not path.is_dir():
+        raise DataError(f"{field}.path: {source.path}: expected {expected()}")
     else:
         yield from hub_rows(source, field)
-
-
-def _is_data_set_folder(path: Path) -> bool:
-    """Return whether a folder has files that the library `datasets` reads."""
-    try:
-        return path.is_dir() and any(file.suffix in _DATA_FILES for file in path.rglob("*"))
-    except (OSError, ValueError):  # a path that no file can have
-        return False
-
-
-def _builtin_file(path: str, field: str) -> Traversable:
-    """Return the file of a built-in set: `builtin` has tasks of all kinds, `builtin/maths` a target of one kind."""
-    folder = files("montessori_core") / "data" / "builtin"
-    if field not in ("seed_pool", "reference", "evaluation"):
-        raise DataError(
-            f"{field}.path: {path}: the built-in sets are seeds, references and held-out examples; give a file"
-        )
-    if path == "builtin":
-        return folder / f"{field}.jsonl"
-    targets = {f"builtin/{target.name}": target / f"{field}.jsonl" for target in (folder / "targets").iterdir()}
-    pools = {f"builtin/{name}": folder / f"{name.replace('-', '_')}_seed_pool.jsonl" for name in _SEED_POOLS}
-    named = pools if field == "seed_pool" else targets
-    if path in named:
-        return named[path]
-    why = ""
-    if path in targets:
-        why = " is a target: it has no seeds, so that the teacher is not shown what influence is measured on"
-    choices = ", ".join(["builtin", *sorted(named)])
-    raise DataError(
-        f"{field}.path: {path}{why or ': no such built-in set'}; give one of {choices}, or a file of your own"
-    )
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = read_parquet(path).to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: a column cannot be read ({error}); remove it") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
-def _text(row: dict[str, Any], name: str, where: str, required: bool) -> str:
-    value = row.get(name)
-    if value is None and not required:
-        return ""
-    if value is None:
-        raise DataError(
-            f"{where}: field {name!r} is missing (found: {', '.join(map(str, row))}); "
-            "set the field's option (instruction_field, input_field, output_field) to its name"
-        )
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r} is {type(value).__name__}, expected text")
-    if required and not value.strip():
-        raise DataError(f"{where}: field {name!r} is empty; fill it or remove the row")
-    return value
 
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:

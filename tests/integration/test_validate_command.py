@@ -126,7 +126,8 @@ def test_bad_validations_are_refused_before_any_job(tiny_llama: Path, folder: Pa
     warmup = ["--warmup", str(folder / "warmup.jsonl")]
     for options, message in (
         (["--examples", str(folder / "few.jsonl")], "19 examples; a validation needs at least 20"),
-        (["--examples", "data.csv"], "examples.path: data.csv: expected a .jsonl or .parquet file"),
+        (["--examples", "data.csv"], "data.csv: cannot be read"),
+        (["--examples", "data.txt"], "examples.path: data.txt: expected a file (.jsonl"),
         (["--examples", "{path: data.jsonl, sub: main}"], "--examples is not valid:"),
         (["--warmup", "builtin"], "warmup.path: builtin: the built-in sets are seeds"),
         (["--chat-template-kwargs", "false"], "--chat-template-kwargs false: write a mapping"),

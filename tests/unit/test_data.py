@@ -155,7 +155,7 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
     for name, message in (
         ("no.jsonl", "cannot be read"),
         ("no.parquet", "cannot be read"),
-        ("a.csv", "expected a .jsonl"),
+        ("a.txt", "expected a file \\(.jsonl, .ndjson, .json, "),
     ):
         with pytest.raises(DataError, match=message):
             read_tasks(DataSource(path=str(tmp_path / name)), "reference", with_response=True)
@@ -392,7 +392,7 @@ def test_damaged_table_is_refused_or_unchanged(tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    "name", ["a\0.jsonl", "~nobody-here/a.jsonl", "x" * 5000, "x" * 5000 + ".parquet", ".", "folder.jsonl"]
+    "name", ["", "a\0.jsonl", "~nobody-here/a.jsonl", "x" * 5000, "x" * 5000 + ".parquet", ".", "folder.jsonl"]
 )
 def test_odd_paths_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.jsonl").mkdir()

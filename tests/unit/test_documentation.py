@@ -149,6 +149,17 @@ def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
     assert len(BAD_DATA) == 6
 
 
+def test_documented_formats_are_one_task(tmp_path: Path) -> None:
+    rows = re.findall(r"```json\n(.*)\n```", DATA_PAGE)
+    path = tmp_path / "row.jsonl"
+    tasks = set()
+    for row in rows:
+        path.write_text(row)
+        tasks.update(read_tasks(DataSource(path=str(path)), "reference", with_response=True))
+    assert len(rows) == 5
+    assert len(tasks) == 1
+
+
 @pytest.mark.guarantee("broken rows or wrong fields")
 @pytest.mark.parametrize(("content", "said"), BAD_DATA, ids=range(len(BAD_DATA)))
 def test_bad_data_is_refused_as_documented(

@@ -53,3 +53,29 @@ def test_paper_presets_use_unseen_alpaca_examples(name: str) -> None:
     seeds, reference = experiment.seed_pool, experiment.reference
     assert (reference.path, reference.split, reference.limit) == ("vicgalle/alpaca-gpt4", "train", 256)
     assert (seeds.path, seeds.split, seeds.limit) == ("vicgalle/alpaca-gpt4", "train[256:]", None)
+
+
+def test_open_run_lists_rows_that_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rows that remain are copied with the bytes that they would have without the bad one."""
+    rows = [
+        {"instruction": f"Name river {number} of the country that you know best.", "output": "Rhine."}
+        for number in range(9)
+    ]
+    reference = {"path": str(tmp_path / "reference.jsonl"), "drop_bad_rows": True, "max_bad_rows": 0.1}
+    write_jsonl(tmp_path / "reference.jsonl", [*rows[:4], {"instruction": "Name a river.", "output": None}, *rows[4:]])
+    warnings_of(tmp_path, tiny_llama, reference=reference)
+    sources = tmp_path / "run" / "sources"
+    [bad] = map(json.loads, (sources / "bad_rows.jsonl").read_text().splitlines())
+    assert bad["place"].endswith("reference.jsonl, line 5")
+    assert (bad["set"], bad["reason"]) == ("reference", "field 'output' is null")
+    copied = (sources / "reference.jsonl").read_bytes()
+    messages = [
+        {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in rows
+    ]
+    write_jsonl(tmp_path / "reference.jsonl", messages)
+    (tmp_path / "other").mkdir()
+    warnings_of(tmp_path / "other", tiny_llama, reference=reference)
+    sources = tmp_path / "other" / "run" / "sources"
+    assert (sources / "reference.jsonl").read_bytes() == copied
+    assert not (sources / "bad_rows.jsonl").exists()

@@ -207,3 +207,16 @@ def test_missing_rows_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", [one for one in vars(programs).values() if isinstance(one, Program)])
 def test_every_program_declares_its_rows(program: Program[Any]) -> None:
     assert schema_of(program.rows).names
+
+
+def test_rows_of_a_file_have_the_key_of_rows_in_memory(tmp_path: Path) -> None:
+    rows = [
+        {"example_id": f"e{n}", "prompt_id": f"e{n}", "instruction": "ä", "response": "b", "response_finished": True}
+        for n in range(5)
+    ]
+    kept, schema = Rows.of(rows, ExampleRow), schema_of(ExampleRow)
+    write_table(next(kept.tables()), tmp_path / "rows.parquet", schema)
+    read = Rows.of_file(tmp_path / "rows.parquet", schema, ExampleRow)
+    first, second = (next(source[np.arange(1, 4)].tables()).to_pydict() for source in (kept, read))
+    assert first == second
+    assert list(first) == list(second)

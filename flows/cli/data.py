@@ -1,0 +1,124 @@
+"""The command data check: what a data source holds, and how a run reads it."""
+
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from flows.cli.console import console
+from flows.cli.options import ChatTemplate, ChatTemplateVariables, data_source, student_with_template
+from montessori_core.data.bad_rows import BadRow
+from tasks.data_check import NEAR, DataCheck, Part, check_data
+
+Set = Literal["seed_pool", "reference", "evaluation", "examples"]
+_LONGEST = 2_000  # characters of a part that are shown
+_MOST_REASONS = 10
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A file (.jsonl, .ndjson, .json, .csv, .parquet, .arrow, each also .gz, .zst or .xz), a folder or glob of them, "
+        "a folder of save_to_disk, a Hugging Face data set id, an fsspec URL, or 'builtin'. Or a mapping as in a "
+        "configuration, e.g. '{path: rows.json, format: sharegpt, turns: last}'."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hugging Face id of the student: count its tokens and show its chat template."),
+]
+Role = Annotated[Set, typer.Option("--as", help="The set that a run would read it as; a seed pool needs no responses.")]
+
+
+def check(
+    source: Source,
+    model: Model = None,
+    as_: Role = "reference",
+    max_length: Annotated[int, typer.Option(min=32, help="Tokens of an example; longer ones are cut.")] = 1024,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateVariables = None,
+) -> None:
+    """Show what a run would read from a data source, before it does.
+
+    The format is recognised from the first row:
+      [b]alpaca[/b]              instruction, input (optional), output
+      [b]messages[/b]            messages: a list of role and content
+      [b]sharegpt[/b]            conversations: a list of from and value
+      [b]prompt_completion[/b]   prompt and completion, texts or lists of messages (TRL)
+    Other names of columns, and what becomes of several turns, are fields of a mapping:
+      montessori data check '{path: rows.parquet, instruction_field: task.question, output_field: answer}'
+      montessori data check '{path: chats.jsonl, turns: first, system_turn: drop, drop_bad_rows: true}'
+
+    [b]bad rows[/b] are counted by reason, each with its first row. A run refuses them, unless drop_bad_rows is set.
+    [b]near duplicates[/b] are instructions with a ROUGE-L above 0.9.
+    [b]scripts[/b] are what synthesis.filters, script, goes by: of most letters of a row.
+    With --model, the first rows are shown as the student reads them; the tokens with loss are green.
+
+    The exit status is 1 if a run would refuse the data.
+    """
+    settings = data_source(source, "SOURCE")
+    tokenizer = None
+    if model is not None:
+        from montessori_core.models.fetch import fetch_model
+        from montessori_core.models.load import load_tokenizer
+        from montessori_core.models.templates import configured_template
+
+        tokenizer = load_tokenizer(model)
+        student = student_with_template(model, max_length, chat_template, chat_template_kwargs)
+        if (template := configured_template(fetch_model(model), student, "student")) is not None:
+            tokenizer.chat_template = template
+    result = check_data(settings, as_, as_ != "seed_pool", tokenizer, max_length)
+    print_check(result, max_length)
+    if result.refusal:
+        raise typer.Exit(1)
+
+
+def print_check(result: DataCheck, max_length: int) -> None:
+    """Print what a data source holds."""
+    console.print(f"{result.tasks:,} rows, format: {result.format}")
+    _print_bad_rows(result.bad_rows, result.refusal)
+    console.print(f"exact duplicates: {result.duplicates:,}")
+    of_all = result.sampled == result.tasks
+    console.print("" if of_all else f"\nof a random sample of {result.sampled:,} rows:")
+    table = Table(f"length in {result.unit}", "shortest", "median", "90 %", "99 %", "longest")
+    for name, values in result.lengths.items():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    console.print(table)
+    if result.truncated is not None:
+        console.print(f"longer than {max_length:,} tokens, cut: {result.truncated:,}")
+    if result.without_response:
+        console.print(f"without a response within {max_length:,} tokens: {result.without_response:,}", style="red")
+    near, pair = result.near_duplicates
+    console.print(f"near duplicates (ROUGE-L above {NEAR}): {near:,}")
+    for text in pair or ():
+        console.print(f"  {text[:100]!r}", soft_wrap=True)
+    shares = [f"{name} {count / result.sampled:.1%}" for name, count in result.scripts.most_common()]
+    console.print(f"scripts: {', '.join(shares)}", soft_wrap=True)
+    for number, parts in enumerate(result.first, 1):
+        console.print(f"\nrow {number}", style="bold")
+        console.print(_colored(parts), soft_wrap=True)
+
+
+def _print_bad_rows(rows: list[BadRow], refused: bool) -> None:
+    if not rows:
+        console.print("bad rows: none")
+        return
+    firsts: dict[str, BadRow] = {}
+    counts: dict[str, int] = {}
+    for row in rows:
+        firsts.setdefault(row.reason, row)
+        counts[row.reason] = counts.get(row.reason, 0) + 1
+    outcome = "a run refuses them; correct them or set drop_bad_rows and max_bad_rows" if refused else "left out"
+    console.print(f"bad rows: {len(rows):,} ({outcome})", style="red" if refused else "yellow")
+    for reason in sorted(counts, key=counts.__getitem__, reverse=True)[:_MOST_REASONS]:
+        first = firsts[reason]
+        console.print(f"  {counts[reason]:,} {reason}; the first: {first.place}: {first.problem}", soft_wrap=True)
+
+
+def _colored(parts: list[Part]) -> Text:
+    """Return the parts of a row; those with loss are green."""
+    text = Text()
+    for part, trained in parts:
+        more = f" ... ({len(part) - _LONGEST:,} more characters)" if len(part) > _LONGEST else ""
+        text.append(part[:_LONGEST] + more, style="green" if trained else "")
+    return text

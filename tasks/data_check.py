@@ -1,0 +1,168 @@
+"""What a data source holds: rows, bad rows, lengths, duplicates, scripts, and the first rows as the student sees them."""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from montessori_core.config import DataSource
+from montessori_core.data.bad_rows import BadRow
+from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.sources import Task, TaskReader
+from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.synthesis.filters.script import script_of
+
+SAMPLE = 5_000
+"""Rows whose tokens, near duplicates and scripts are examined: all of a small source, a random sample of a large one."""
+NEAR = 0.9
+"""ROUGE-L F of two instructions above which they are near duplicates, as between the sets of a run."""
+_SHOWN = 3
+_QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+
+Part = tuple[str, bool]
+"""A text of a rendered example, and whether its tokens are trained."""
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a data source holds.
+
+    Attributes:
+        format: of its rows.
+        tasks: number of rows that can be used, up to the source's limit.
+        bad_rows: rows that cannot.
+        refusal: whether a run refuses the source for its bad rows.
+        duplicates: number of rows with instruction and response of an earlier one.
+        sampled: number of rows on which the rest is based.
+        unit: of lengths, 'tokens' or 'characters'.
+        lengths: minimum, median, 90 %, 99 % and maximum of each length, by name.
+        truncated: rows longer than the student's maximum, whose end is cut; None without a model.
+        without_response: rows whose response lies beyond it; None without a model.
+        near_duplicates: instructions that are nearly those of another row, and such a pair of instructions.
+        scripts: number of rows by the script of most of their letters.
+        first: the first rows, in parts.
+    """
+
+    format: str
+    tasks: int
+    bad_rows: list[BadRow]
+    refusal: bool
+    duplicates: int
+    sampled: int
+    unit: str
+    lengths: dict[str, list[int]]
+    truncated: int | None
+    without_response: int | None
+    near_duplicates: tuple[int, tuple[str, str] | None]
+    scripts: Counter[str]
+    first: list[list[Part]]
+
+
+def check_data(
+    source: DataSource, field: str, with_response: bool, tokenizer: Any = None, max_length: int = 1024
+) -> DataCheck:
+    """Read a source once, row by row, and describe it. Bad rows are collected, whatever the source says.
+
+    Args:
+        source: the source.
+        field: the set it is read as, such as 'reference'.
+        with_response: whether rows have a response.
+        tokenizer: of the student; None counts characters.
+        max_length: tokens of an example; longer ones are cut.
+
+    Raises:
+        DataError: a file cannot be read, or no row can be used.
+    """
+    reader = TaskReader(source.model_copy(update={"drop_bad_rows": True, "max_bad_rows": 1.0}), field, with_response)
+    sample, first, duplicates = _read(reader)
+    encoded = [encode_example(tokenizer, task.instruction, task.response, max_length) for task in sample if tokenizer]
+    limit = source.max_bad_rows * reader.rows if source.drop_bad_rows else 0
+    return DataCheck(
+        format=str(reader.format),
+        tasks=reader.tasks,
+        bad_rows=reader.bad_rows,
+        refusal=len(reader.bad_rows) > limit,
+        duplicates=duplicates,
+        sampled=len(sample),
+        unit="tokens" if tokenizer else "characters",
+        lengths=_lengths(sample, encoded, with_response),
+        truncated=sum(example.truncated for example in encoded) if tokenizer else None,
+        without_response=sum(not example.response_tokens for example in encoded)
+        if tokenizer and with_response
+        else None,
+        near_duplicates=_near_duplicates([task.instruction for task in sample]),
+        scripts=Counter(_script(f"{task.instruction} {task.response}") for task in sample),
+        first=[_parts(task, tokenizer, max_length, with_response) for task in first],
+    )
+
+
+def _read(reader: TaskReader) -> tuple[list[Task], list[Task], int]:
+    """Read all rows; return a random sample in their order, the first rows, and the number of duplicates."""
+    sample: list[tuple[int, Task]] = []
+    first: list[Task] = []
+    seen: set[bytes] = set()
+    draw, count = random.Random(0), 0
+    for count, task in enumerate(reader, 1):  # algorithm R
+        place = len(sample) if len(sample) < SAMPLE else draw.randrange(count)
+        if place < SAMPLE:
+            sample[place : place + 1] = [(count, task)]
+        if len(first) < _SHOWN:
+            first.append(task)
+        text = f"{len(task.instruction)} {task.instruction}{task.response}".encode(errors="replace")
+        seen.add(hashlib.blake2b(text, digest_size=8).digest())
+    return [task for _, task in sorted(sample, key=lambda entry: entry[0])], first, count - len(seen)
+
+
+def _lengths(sample: Sequence[Task], encoded: Sequence[Encoded], with_response: bool) -> dict[str, list[int]]:
+    if encoded:
+        values = {"example": [len(example.input_ids) for example in encoded]}
+        if with_response:
+            values["response"] = [example.response_tokens for example in encoded]
+    else:
+        values = {"instruction": [len(task.instruction) for task in sample]}
+        if with_response:
+            values["response"] = [len(task.response) for task in sample]
+    return {
+        name: np.quantile(column, _QUANTILES, method="nearest").astype(int).tolist() for name, column in values.items()
+    }
+
+
+def _near_duplicates(instructions: Sequence[str]) -> tuple[int, tuple[str, str] | None]:
+    different = list(dict.fromkeys(instructions))
+    index, kept = RougeIndex(max_rouge_l=NEAR), []
+    count, pair = 0, None
+    for instruction in different:
+        nearest = index.nearest(instruction)
+        if nearest is None:
+            index.add(instruction)
+            kept.append(instruction)
+        else:
+            count, pair = count + 1, pair or (kept[nearest], instruction)
+    return count, pair
+
+
+def _script(text: str) -> str:
+    """Return the script of most letters, as the filter `script` names it."""
+    scripts = Counter(script_of(letter) for letter in text if letter.isalpha())
+    return scripts.most_common(1)[0][0] if scripts else "no letters"
+
+
+def _parts(task: Task, tokenizer: Any, max_length: int, with_response: bool) -> list[Part]:
+    """Return what the student sees of a task; without a tokenizer, its texts."""
+    if not tokenizer:
+        return [(task.instruction + "\n", False), (task.response, True)][: 1 + with_response]
+    encoded = encode_example(tokenizer, task.instruction, task.response, max_length)
+    parts: list[Part] = []
+    before = ""
+    places = groupby(range(len(encoded.input_ids)), lambda place: encoded.labels[place] != IGNORED)
+    for trained, group in places:
+        *_, last = group
+        text = tokenizer.decode(encoded.input_ids[: last + 1], skip_special_tokens=False)
+        parts.append((text[len(before) :], trained and with_response))
+        before = text
+    return parts

@@ -1,0 +1,67 @@
+"""The command data check, and rows that a run leaves out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from montessori_core.config import DataSource
+from montessori_core.models.load import load_tokenizer
+from tasks import data_check
+from tasks.data_check import check_data
+
+TEXTS = [("Name three long rivers of Europe, please.", "Rhine, Danube, Elbe."), ("Назови реку.", "Волга.")]
+
+
+def write(path: Path, pairs: list[tuple[str, str]], *more: object) -> str:
+    rows: list[object] = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in pairs
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    return str(path)
+
+
+def test_check_shows_rows_as_the_student_sees_them(tiny_llama: Path, tmp_path: Path) -> None:
+    near = ("Name three long rivers of Europe, please!", "Loire, Po, Ebro.")
+    path = write(
+        tmp_path / "rows.jsonl", [*TEXTS, TEXTS[0], near, ("Say it: <|im_end|>", "x " * 500)], {"messages": None}
+    )
+    tokenizer: Any = load_tokenizer(str(tiny_llama))
+    result = check_data(DataSource(path=path), "reference", True, tokenizer, max_length=200)
+    assert (result.format, result.tasks, result.duplicates, result.unit) == ("messages", 5, 1, "tokens")
+    assert result.near_duplicates == (1, (TEXTS[0][0], near[0]))
+    assert (result.truncated, result.without_response, result.refusal) == (1, 0, True)
+    assert result.scripts == {"latin": 4, "cyrillic": 1}
+    assert result.lengths["example"][-1] == 200
+    for parts, (instruction, response) in zip(result.first, TEXTS, strict=False):
+        assert instruction in "".join(text for text, trained in parts if not trained)
+        assert "".join(text for text, trained in parts if trained).strip() == f"{response}<|im_end|>"
+
+
+def test_check_command_prints_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.jsonl", TEXTS * 3)
+    outcome = CliRunner().invoke(app, ["data", "check", path])
+    assert outcome.exit_code == 0, outcome.output
+    for line in ("6 rows, format: messages", "bad rows: none", "exact duplicates: 4", "latin 50.0%", TEXTS[1][0]):
+        assert line in outcome.output
+    write(tmp_path / "rows.jsonl", TEXTS, {"messages": None}, {"messages": None})
+    outcome = CliRunner().invoke(app, ["data", "check", path])
+    assert outcome.exit_code == 1
+    assert "bad rows: 2 (a run refuses them" in outcome.output
+    assert f"2 field 'messages' is null; the first: {path}, line 3: field 'messages' is null; fill it" in outcome.output
+    outcome = CliRunner().invoke(app, ["data", "check", f"{{path: {path}, drop_bad_rows: true, max_bad_rows: 0.5}}"])
+    assert outcome.exit_code == 0
+    assert "bad rows: 2 (left out)" in outcome.output
+    outcome = CliRunner().invoke(app, ["data", "check", "builtin/maths", "--as", "evaluation"])
+    assert "64 rows, format: alpaca" in outcome.output
+
+
+def test_large_source_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_check, "SAMPLE", 20)
+    path = write(tmp_path / "rows.jsonl", [(f"Name river number {number}.", "Rhine.") for number in range(200)])
+    result = check_data(DataSource(path=path), "reference", True)
+    assert (result.tasks, result.sampled, len(result.first)) == (200, 20, 3)
+    assert result.lengths["instruction"][-1] == len("Name river number 199.")

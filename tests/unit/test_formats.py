@@ -1,0 +1,197 @@
+"""Rows of the field's formats, and rules for several turns and system turns."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from montessori_core.config import DataSource
+from montessori_core.data.bad_rows import BAD_ROWS, BadRow, count_reasons, write_bad_rows
+from montessori_core.data.sources import Task, TaskReader, read_tasks
+from montessori_core.errors import DataError
+
+PAIRS = [("Name a colour.", "Red."), ("Add: 1 and 2", " 3\n")]
+ROLES = {"role": ("user", "assistant"), "from": ("human", "gpt")}
+
+
+def turns(pair: tuple[str, str], role: str = "role", text: str = "content") -> list[dict[str, str]]:
+    return [{role: name, text: content} for name, content in zip(ROLES[role], pair, strict=True)]
+
+
+FORMATS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "alpaca": ("alpaca", [{"instruction": a, "input": "", "output": b} for a, b in PAIRS]),
+    "alpaca with input": (
+        "alpaca",
+        [
+            {"instruction": "Name", "input": "a colour.", "output": "Red."},
+            {"instruction": "Add:", "input": "1 and 2", "output": " 3\n"},
+        ],
+    ),
+    "messages": ("messages", [{"messages": turns(pair)} for pair in PAIRS]),
+    "messages of parts": (
+        "messages",
+        [
+            {"messages": [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns(pair)]}
+            for pair in PAIRS
+        ],
+    ),
+    "sharegpt": ("sharegpt", [{"conversations": turns(pair, "from", "value")} for pair in PAIRS]),
+    "conversations of roles": ("messages", [{"conversations": turns(pair)} for pair in PAIRS]),
+    "prompt and completion": ("prompt_completion", [{"prompt": a, "completion": b} for a, b in PAIRS]),
+    "prompt and completion, lists": (
+        "prompt_completion",
+        [{"prompt": turns(pair)[:1], "completion": turns(pair)[1:]} for pair in PAIRS],
+    ),
+}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_tasks(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    format, rows = FORMATS[name]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with caplog.at_level(logging.INFO, "montessori_core.data"):
+        tasks = read_tasks(DataSource(path=path), "reference", with_response=True)
+    assert tasks == [Task(f"reference-0000{number}", *pair) for number, pair in enumerate(PAIRS, 1)]
+    assert caplog.messages == [f"reference: 2 rows, format: {format}"]
+    seeds = read_tasks(DataSource(path=path), "seed_pool", with_response=False)
+    assert [(task.instruction, task.response) for task in seeds] == [(instruction, "") for instruction, _ in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        (
+            {"task": {"q": "Name a colour."}, "answers": [{"text": "Red."}]},
+            {"instruction_field": "task.q", "output_field": "answers.0.text"},
+        ),
+        ({"task.q": "Name a colour.", "a": "Red."}, {"instruction_field": "task.q", "output_field": "a"}),
+        ({"chat": {"turns": turns(PAIRS[0])}}, {"conversation_field": "chat.turns"}),
+        ({"chat": turns(PAIRS[0], "from", "value"), "instruction": "x"}, {"conversation_field": "chat"}),
+        ({"instruction": "x", "output": "y", "messages": turns(PAIRS[0])}, {"format": "messages"}),
+        ({"messages": turns(PAIRS[0]), "prompt": "x", "completion": "y"}, {}),
+    ],
+)
+def test_fields_are_found_by_path(row: dict[str, Any], fields: dict[str, Any], tmp_path: Path) -> None:
+    source = DataSource(path=write(tmp_path / "rows.jsonl", [row]), **fields)
+    [task] = read_tasks(source, "reference", with_response=True)
+    assert (task.instruction, task.response) == PAIRS[0]
+
+
+SYSTEM = {"role": "system", "content": "Be short."}
+TALK = [*turns(PAIRS[0]), *turns(PAIRS[1])]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "expected"),
+    [
+        ({"messages": TALK}, {"turns": "first"}, PAIRS[0]),
+        ({"messages": TALK}, {"turns": "last"}, PAIRS[1]),
+        ({"messages": [SYSTEM, *TALK]}, {"turns": "first", "system_turn": "drop"}, PAIRS[0]),
+        ({"messages": [SYSTEM, *TALK[:2]]}, {"system_turn": "prepend"}, ("Be short.\n\nName a colour.", "Red.")),
+        ({"system": "Be short.", "conversations": turns(PAIRS[0], "from", "value")}, {"system_turn": "drop"}, PAIRS[0]),
+        (
+            {"instruction": "Name a colour.", "output": "Red.", "system": "Be short.", "history": [["Hi", "Hello"]]},
+            {"system_turn": "prepend", "turns": "last"},
+            ("Be short.\n\nName a colour.", "Red."),
+        ),
+        ({"instruction": "Name a colour.", "output": "Red.", "system": "", "history": []}, {}, PAIRS[0]),
+    ],
+)
+def test_turns_follow_the_stated_rule(
+    row: dict[str, Any], fields: dict[str, Any], expected: tuple[str, str], tmp_path: Path
+) -> None:
+    source = DataSource(path=write(tmp_path / "rows.jsonl", [row]), **fields)
+    [task] = read_tasks(source, "reference", with_response=True)
+    assert (task.instruction, task.response) == expected
+
+
+GOOD = {"messages": turns(PAIRS[0])}
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": TALK}, "2 user turns, where one is read; set reference.turns to first or last", "several user turns"),
+    ({"messages": [SYSTEM, *TALK[:2]]}, "a system turn; set reference.system_turn to prepend", "a system turn"),
+    ({"messages": None}, "field 'messages' is null; fill it or remove the row", "field 'messages' is null"),
+    ({"messages": []}, "field 'messages' is an empty list", "field 'messages' is empty"),
+    ({"messages": "Hi"}, "field 'messages' is str, expected a list of turns", "no list of turns"),
+    ({"other": 1}, "field 'messages' is missing (found: other)", "field 'messages' is missing"),
+    (
+        {"messages": [{"role": "user"}]},
+        "field 'messages.0': a turn of the format messages has role and content",
+        "a turn without role or content",
+    ),
+    (
+        {"messages": [TALK[0], {"role": "assistant", "content": None}]},
+        "field 'messages.1.content' is null",
+        "field 'messages.*.content' is null",
+    ),
+    (
+        {"messages": [TALK[0], {"role": "assistant", "content": " "}]},
+        "field 'messages.1.content' is empty",
+        "field 'messages.*.content' is empty",
+    ),
+    (
+        {"messages": [TALK[0], {"role": "tool", "content": "x"}]},
+        "field messages.1.role is 'tool', expected one of",
+        "a turn of another role",
+    ),
+    ({"messages": TALK[:1]}, "no answer of the assistant after the user's turn", "no answer of the assistant"),
+    ({"messages": TALK[1:]}, "field 'messages.0.content': a turn of the assistant", "turns do not alternate"),
+    ({"messages": [SYSTEM]}, "a system turn", "a system turn"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+        "field 'messages.0.content' has parts that are no text",
+        "parts that are no text",
+    ),
+]
+
+
+@pytest.mark.guarantee("broken rows or wrong fields")
+@pytest.mark.parametrize(("row", "message", "reason"), REFUSED)
+def test_bad_row_is_refused_or_counted(row: dict[str, Any], message: str, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [GOOD, row, GOOD])
+    with pytest.raises(DataError) as refusal:
+        read_tasks(DataSource(path=path), "reference", with_response=True)
+    assert f"rows.jsonl, line 2: {message}" in str(refusal.value)
+    assert str(refusal.value).endswith("; or set reference.drop_bad_rows: true to leave such rows out")
+    bad: list[BadRow] = []
+    source = DataSource(path=path, drop_bad_rows=True, max_bad_rows=0.5)
+    assert len(read_tasks(source, "reference", with_response=True, bad_rows=bad)) == 2
+    assert [(row.place, row.reason) for row in bad] == [(f"{path}, line 2", reason)]
+
+
+def test_missing_conversation_field_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": TALK[:2], "instruction": "x"}])
+    with pytest.raises(
+        DataError, match=r"field 'chat.turns' is missing \(found: messages, instruction\); set the field's conv"
+    ):
+        read_tasks(DataSource(path=path, conversation_field="chat.turns"), "reference", with_response=True)
+
+
+@pytest.mark.guarantee("broken rows or wrong fields")
+def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path) -> None:
+    good = [json.dumps({"instruction": f"Name river {number}.", "output": "Rhine."}).encode() for number in range(96)]
+    bad = [b'{"instruction": "a", "output": null}', b'{"instruction": "a",}', b'"\xff"', b'{"instruction": " "}']
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*good, *bad]))
+    source = DataSource(path=str(tmp_path / "rows.jsonl"), drop_bad_rows=True, max_bad_rows=0.04)
+    reader = TaskReader(source, "reference", with_response=True)
+    assert len(list(reader)) == 96
+    assert reader.summary().startswith(
+        "reference: 96 rows, format: alpaca; 4 more left out (1 field 'output' is null, "
+    )
+    write_bad_rows(reader.bad_rows, tmp_path)
+    listed = [json.loads(line) for line in (tmp_path / BAD_ROWS).read_text().splitlines()]
+    assert [row["place"].rpartition(", line ")[2] for row in listed] == ["97", "98, column 21", "99", "100"]
+    assert count_reasons(reader.bad_rows).count("1 ") == 4
+    write_bad_rows([], tmp_path)
+    assert not (tmp_path / BAD_ROWS).exists()
+    strict = source.model_copy(update={"max_bad_rows": 0.039})
+    with pytest.raises(
+        DataError, match=r"4 of 100 rows cannot be used .*, more than reference.max_bad_rows \(0.039\); "
+    ):
+        read_tasks(strict, "reference", with_response=True)
