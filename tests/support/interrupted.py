@@ -7,6 +7,7 @@ files and of the same tier deselects them.
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,18 +30,22 @@ class _Continuation:
     """Records the tests that pass, and deselects those that passed before the kill."""
 
     def __init__(self, config: pytest.Config) -> None:
-        folder = config.cache.mkdir("interrupted")
-        self._passed, earlier = folder / "passed", folder / "earlier"
+        self._passed = config.cache.mkdir("interrupted") / "passed"
         self._is_worker = hasattr(config, "workerinput")
-        if not self._is_worker:  # a worker that starts later must find the same tests
-            key = _hash_files(config.rootpath) + (" all" if config.getoption("--all", False) else "")
-            lines = self._passed.read_text().splitlines() if self._passed.exists() else []
-            if lines[:1] != [key]:
-                lines = [key]
-                self._passed.write_text(f"{key}\n")
-            earlier.write_text("\n".join(lines))
-        self._earlier = frozenset(earlier.read_text().splitlines()[1:])
         self._called: set[str] = set()
+        if self._is_worker:
+            self._earlier = frozenset(config.workerinput["earlier"])
+            return
+        key = _hash_files(config.rootpath) + (" all" if config.getoption("--all", False) else "")
+        lines = self._passed.read_text().splitlines() if self._passed.exists() else []
+        self._earlier = frozenset(lines[1:] if lines[:1] == [key] else [])
+        if not self._earlier:
+            self._passed.write_text(f"{key}\n")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Give a worker of xdist what the main process found; all workers must collect the same tests."""
+        node.workerinput["earlier"] = sorted(self._earlier)
 
     def pytest_report_header(self) -> list[str]:
         if not self._earlier:
@@ -70,7 +75,8 @@ def _hash_files(root: Path) -> str:
     """Return a hash of the interpreter and of the files on which tests depend."""
     digest = hashlib.sha256(sys.executable.encode())
     files = [file for folder in _HASHED for file in (root / folder).rglob("*") if file.is_file()]
-    for file in sorted([*files, *root.glob("*.*"), root / "Makefile"]):
+    at_root = [file for pattern in ("*.py", "*.toml", "*.md", "*.yml", "Makefile") for file in root.glob(pattern)]
+    for file in sorted([*files, *at_root]):
         if file.is_file() and "__pycache__" not in file.parts:
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
