@@ -21,9 +21,9 @@ from tasks.run import Run
 
 _JOB_SECONDS = 3.0
 """Loading a model, saving results, and the gap between two jobs; jobs are forked from a warm process."""
-_EFFICIENCY = {"prompt": 0.5, "write": 0.25, "read": 0.5, "learn": 0.5}
+_EFFICIENCY = {"prompt": 0.8, "write": 0.45, "read": 0.7, "learn": 0.55}
 """Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes token by token, the student reads
-and learns. Measured on the stages of a quickstart, all in fp32 (docs/benchmarks.md)."""
+and learns. Measured on the stages of a quickstart on one core, all in fp32 (docs/benchmarks.md)."""
 _CHARACTERS_PER_TOKEN = 4.0
 _FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt without its demonstrations
 _TAGS = 10  # tokens around a demonstration, or around a turn of a chat

@@ -107,7 +107,7 @@ def test_answers_of_an_api_cost_dollars_not_operations(
 
 def test_planned_stage_takes_less_on_faster_machine() -> None:
     stage = PlannedStage("s", "w", 2, {"learn": 1e12})
-    assert stage.seconds(50) - stage.seconds(100) == pytest.approx(1e12 / (0.5 * 100e9))
+    assert stage.seconds(50) - stage.seconds(100) == pytest.approx(1e12 / (estimate._EFFICIENCY["learn"] * 100e9))
 
 
 def test_estimate_measures_no_speed_for_gpus(
