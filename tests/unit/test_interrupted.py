@@ -23,10 +23,12 @@ def test_count(number):
 
 def run_tests(folder: Path, *options: str) -> tuple[int, list[str], str]:
     (folder / "ran").write_text("")
+    # Without the variables of a worker of xdist that runs this test: the inner test would kill it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "support.interrupted", "--continue-interrupted", *options, "test_it.py"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,
