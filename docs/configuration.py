@@ -28,7 +28,7 @@ A command takes the path of a configuration or the name of a shipped preset; a f
 | `quickstart` | `montessori run` | an iteration on a laptop: a small teacher learns what helps a smaller student to code |
 | `paper-1b`, `paper-8b` | `montessori run` | the paper's settings, for a cluster of H100 nodes |
 | `evaluation` | `montessori evaluate` | the paper's tasks |
-| `quickstart` | `montessori compare` | two methods, three seeds, with the quickstart's experiment |
+| `quickstart` | `montessori compare` | three methods and seeds, with the quickstart's experiment |
 | `laptop` | `montessori compare` | seven methods and controls, five seeds; hours on a laptop |
 | `slurm` | `--cluster` | a cluster file to start from |
 

@@ -204,7 +204,7 @@ def test_long_row_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
             "a.jsonl.zst: cannot be read after",
         ),
         ("a.arrow", b"ARROW1 nothing", "a.arrow: not a readable Arrow file"),
-        ("a.parquet.gz", gzip.compress(b"PAR1 nothing"), "a.parquet.gz: not a readable Parquet file"),
+        ("a.parquet.gz", gzip.compress(b"PAR1 nothing", mtime=0), "a.parquet.gz: not a readable Parquet file"),
     ],
 )
 def test_broken_file_is_refused_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
