@@ -97,7 +97,7 @@ def test_answers_are_decoded_at_their_temperatures(
         rows = arguments[2]
         for row in rows:
             decoded.setdefault(row["turns"][0], []).append(arguments[4].temperature)
-        return [{"raw_output": f"Answer to {row['turns'][-1]}"} for row in rows], []
+        return [{"raw_output": f"Answer to {row['turns'][-1]}", "thinking": None} for row in rows], []
 
     judged: list[list[Row]] = []
     monkeypatch.setattr(benchmarks, "generate", generate)
