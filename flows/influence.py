@@ -22,14 +22,12 @@ from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import commit, hash_path
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
-from montessori_core.models.fetch import fetch_model
-from montessori_core.models.positions import check_positions
-from montessori_core.models.templates import configured_template, with_template
 from montessori_core.models.thinking import thinking_warning
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
+from tasks.students import open_student
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +77,7 @@ class Inputs:
     @property
     def examples(self) -> list[Task]:
         """The examples as tasks, in memory."""
-        columns = (self.rows.column(name) for name in ("example_id", "instruction", "response"))
-        return [Task(*values) for values in zip(*columns, strict=True)]
+        return list(_tasks_of(self.rows))
 
 
 def measure_influence(measurement: Measurement, out: Path) -> None:
@@ -156,11 +153,7 @@ def _other_inputs(
     warm_state = measurement.warm_state
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
-    student = fetch_model(measurement.student.model, measurement.student.revision)
-    if (template := configured_template(student, measurement.student, "student")) is not None:
-        student = with_template(student, template, folder / "student")
-    check_positions(student, measurement.student.max_length, "max_length")
-    models = {"student": Model.of(student)}
+    models = {"student": open_student(measurement.student, folder, "max_length")}
     if warm_state is not None:
         models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
     return models, read_tasks(measurement.reference, "reference", True, bad_rows)

@@ -15,19 +15,16 @@ from montessori_core import programs
 from montessori_core.config import DataSource, Experiment
 from montessori_core.data.rows import Rows, TrainingRow
 from montessori_core.data.sources import read_tasks
-from montessori_core.data.tables import EXAMPLES, open_parquet
+from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
 from montessori_core.errors import UserError
 from montessori_core.export.model_card import student_card
-from montessori_core.files import commit, read_json
+from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
-from montessori_core.models.adapters import check_adapter
-from montessori_core.models.fetch import fetch_model
 from montessori_core.models.licences import CARD
-from montessori_core.models.positions import check_positions
-from montessori_core.models.templates import configured_template, with_template
 from montessori_core.selection.pools import unfinished_ids
 from tasks.progress import ProgressBar
-from tasks.run import Model, check_environment, stage_of
+from tasks.run import check_environment, stage_of
+from tasks.students import open_student, sft_settings
 
 
 @dataclass(frozen=True)
@@ -70,19 +67,12 @@ def train_on_data(training: StudentTraining, output: Path) -> Trained:
     """
     experiment, recipe = training.experiment, training.experiment.training
     folder = output.with_name(f"{output.name}.parts").absolute()
-    if output.exists() and not folder.exists():
-        raise UserError(f"{output} exists; nothing is overwritten: give another folder with --output, or remove it")
+    if not folder.exists():
+        refuse_existing(output, "folder")
     rows = read_training_rows(training.data)
     check_environment(experiment)
-    student = _open_student(experiment, folder)
-    settings = programs.Sft(
-        max_length=experiment.student.max_length,
-        lora=experiment.student.lora,
-        recipe=recipe.shared(),
-        zero=experiment.zero,
-        seed=experiment.seed,
-        save_moments=training.save_moments,
-    )
+    student = open_student(experiment.student, folder, "student.max_length")
+    settings = sft_settings(experiment, recipe, training.save_moments)
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
         stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {})
@@ -111,7 +101,7 @@ def read_training_rows(source: DataSource) -> Rows:
     path = Path(os.path.expanduser(source.path))
     if path.suffix == ".parquet":
         with open_parquet(path) as file:
-            if (file.schema_arrow.metadata or {}).get(b"montessori.table") == b"examples":
+            if name_of_table(file.schema_arrow) == name_of_table(EXAMPLES):
                 return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
     unfinished = unfinished_ids(path)
     tasks = read_tasks(source, "data", with_response=True)
@@ -126,16 +116,6 @@ def read_training_rows(source: DataSource) -> Rows:
         ],
         TrainingRow,
     )
-
-
-def _open_student(experiment: Experiment, folder: Path) -> Model:
-    """Find and check the student."""
-    student = fetch_model(experiment.student.model, experiment.student.revision)
-    check_adapter(student, experiment.student.lora, "student.lora")
-    check_positions(student, experiment.student.max_length, "student.max_length")
-    if (template := configured_template(student, experiment.student, "student")) is not None:
-        student = with_template(student, template, folder / "student")
-    return Model.of(student)
 
 
 def _check_output(output: Path, stage: Stage, shards: Shards) -> None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from montessori_core.errors import UserError
+
 _STALE_READS = 5
 """Over NFS, reading a file while another host replaces it fails with ESTALE; a retry reads the new file."""
 
@@ -98,3 +100,13 @@ def cache_root() -> Path:
     if "MONTESSORI_CACHE" in os.environ:
         return Path(os.environ["MONTESSORI_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "montessori"
+
+
+def refuse_existing(output: Path, kind: str) -> None:
+    """Check that the path of an option --output is free; `kind` is 'file' or 'folder'.
+
+    Raises:
+        UserError: it is not.
+    """
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output} exists; nothing is overwritten: give another {kind} with --output, or remove it")

@@ -81,12 +81,11 @@ def check_data(
     reader = TaskReader(source.model_copy(update={"drop_bad_rows": True, "max_bad_rows": 1.0}), field, with_response)
     sample, first, duplicates = _read(reader)
     encoded = [encode_example(tokenizer, task.instruction, task.response, max_length) for task in sample if tokenizer]
-    limit = source.max_bad_rows * reader.rows if source.drop_bad_rows else 0
     return DataCheck(
         format=str(reader.format),
         tasks=reader.tasks,
         bad_rows=reader.bad_rows,
-        refusal=len(reader.bad_rows) > limit,
+        refusal=source.refuses(len(reader.bad_rows), reader.rows),
         duplicates=duplicates,
         sampled=len(sample),
         unit="tokens" if tokenizer else "characters",

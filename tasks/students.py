@@ -4,10 +4,14 @@ import logging
 from pathlib import Path
 
 from montessori_core import programs
-from montessori_core.config import Optimization
+from montessori_core.config import Experiment, Optimization, Student
 from montessori_core.data.rows import Rows, TrainingRow
 from montessori_core.data.tables import EXAMPLES
 from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.adapters import check_adapter
+from montessori_core.models.fetch import fetch_model
+from montessori_core.models.positions import check_positions
+from montessori_core.models.templates import configured_template, with_template
 from tasks.run import Model
 from tasks.stage import Step
 
@@ -27,8 +31,15 @@ def train_student(step: Step, examples: Path, recipe: Optimization, count: int, 
         log.warning(
             "%s: training again, since a later iteration needs the AdamW moments that were not kept", step.label
         )
-    experiment = step.experiment
-    settings = programs.Sft(
+    settings = sft_settings(step.experiment, recipe, save_moments)
+    models = {"student": step.run.initial_student()}
+    rows = Rows.of_file(examples, EXAMPLES, TrainingRow, last=count)
+    return step.train(programs.SFT, settings, rows, models, upstream=[examples])
+
+
+def sft_settings(experiment: Experiment, recipe: Optimization, save_moments: bool) -> programs.Sft:
+    """Return the settings of a training of an experiment's student."""
+    return programs.Sft(
         max_length=experiment.student.max_length,
         lora=experiment.student.lora,
         recipe=recipe.shared(),
@@ -36,6 +47,22 @@ def train_student(step: Step, examples: Path, recipe: Optimization, count: int, 
         seed=experiment.seed,
         save_moments=save_moments,
     )
-    models = {"student": step.run.initial_student()}
-    rows = Rows.of_file(examples, EXAMPLES, TrainingRow, last=count)
-    return step.train(programs.SFT, settings, rows, models, upstream=[examples])
+
+
+def open_student(student: Student, folder: Path, setting: str) -> Model:
+    """Find and check a student that belongs to no run.
+
+    Args:
+        student: the student.
+        folder: gets its links if a chat template is configured.
+        setting: name of its maximum length, for errors.
+
+    Raises:
+        UserError: it cannot be used; the message names the setting.
+    """
+    model = fetch_model(student.model, student.revision)
+    check_adapter(model, student.lora, "student.lora")
+    check_positions(model, student.max_length, setting)
+    if (template := configured_template(model, student, "student")) is not None:
+        model = with_template(model, template, folder / "student")
+    return Model.of(model)

@@ -229,9 +229,10 @@ def _write_instructions(
     size = settings.prompts_per_shard
     generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
     owners = [prompt for prompt in prompts for _ in samples]
-    outputs = [row["raw_output"] for row in generated]
-    if style == "completion":
-        outputs = [close_output(row["raw_output"], row["finish_reason"]) for row in generated]
+    outputs = [
+        close_output(row["raw_output"], row["finish_reason"]) if style == "completion" else row["raw_output"]
+        for row in generated
+    ]
     verdicts = filter_candidates(outputs, owners, style, settings.keep_newlines, filters)
     candidates: list[Row] = [
         {

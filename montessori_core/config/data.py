@@ -71,3 +71,7 @@ class DataSource(Section):
     max_bad_rows: Probability = Field(
         0.01, description="Largest share of the rows that drop_bad_rows leaves out; more are an error."
     )
+
+    def refuses(self, bad_rows: int, rows: int) -> bool:
+        """Return whether `bad_rows` of `rows` rows are too many to leave out."""
+        return bad_rows > (self.max_bad_rows * rows if self.drop_bad_rows else 0)

@@ -160,7 +160,7 @@ class TaskReader(Iterable[Task]):
             yield task
             if self.tasks == source.limit:
                 break
-        if len(self.bad_rows) > source.max_bad_rows * self.rows:
+        if source.refuses(len(self.bad_rows), self.rows):
             raise DataError(
                 f"{field}.path: {source.path}: {len(self.bad_rows):,} of {self.rows:,} rows cannot be used "
                 f"({count_reasons(self.bad_rows)}), more than {field}.max_bad_rows ({source.max_bad_rows:g}); the first: "

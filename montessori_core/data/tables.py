@@ -279,6 +279,11 @@ def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str
     return table
 
 
+def name_of_table(schema: pa.Schema) -> str:
+    """Return the name in a table's metadata; '' if it is no table of a run."""
+    return str((schema.metadata or {}).get(b"montessori.table", b"").decode(errors="replace"))
+
+
 def write_table(table: pa.Table | pa.RecordBatchReader, path: Path, schema: pa.Schema) -> None:
     """Write a table, or a stream of its rows, atomically.
 

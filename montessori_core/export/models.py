@@ -10,8 +10,7 @@ from montessori_core.errors import DataError, UserError
 from montessori_core.export.markdown import escape, fenced, table
 from montessori_core.export.model_card import model_header
 from montessori_core.export.sets import name_of
-from montessori_core.export.write import refuse_existing
-from montessori_core.files import commit, read_json
+from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.fingerprints import FINGERPRINT, write_fingerprint
 from montessori_core.models.licences import CARD, licence_of
@@ -55,7 +54,7 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
     Raises:
         UserError: the folder exists, the run does not have the model, or there is no adapter to merge.
     """
-    refuse_existing(output)
+    refuse_existing(output, "folder")
     folder, number = model_folder(run, role, iteration)
     if merge and not is_adapter(folder):
         raise UserError(f"{folder} has all weights; leave out --merge")
@@ -67,7 +66,7 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
         else:
             shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*_UNPUBLISHED))
         (temporary / CARD).write_text(card, encoding="utf-8")
-        refuse_existing(output)
+        refuse_existing(output, "folder")
     return folder
 
 

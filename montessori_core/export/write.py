@@ -13,7 +13,7 @@ from montessori_core.export.card import data_card
 from montessori_core.export.formats import FORMATS, Format
 from montessori_core.export.jsonl import json_line
 from montessori_core.export.sets import RunSet
-from montessori_core.files import commit
+from montessori_core.files import commit, refuse_existing
 from montessori_core.models.licences import CARD
 
 
@@ -62,7 +62,7 @@ def write_export(data: RunSet, form: Format, output: Path, finished_only: bool =
         UserError: the folder exists; nothing is overwritten.
         DataError: a table of the run is missing or damaged.
     """
-    refuse_existing(output)
+    refuse_existing(output, "folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     with commit(output) as folder:
         file = Path("data") / f"train{form.suffix}"
@@ -73,18 +73,8 @@ def write_export(data: RunSet, form: Format, output: Path, finished_only: bool =
         counts = Exported(tables.rows, tables.unfinished, tables.left_out)
         card = data_card(data, form, file.as_posix(), counts.rows, counts.unfinished)
         (folder / CARD).write_text(card, encoding="utf-8")
-        refuse_existing(output)
+        refuse_existing(output, "folder")
     return counts
-
-
-def refuse_existing(output: Path) -> None:
-    """Check that a path is free.
-
-    Raises:
-        UserError: it is not.
-    """
-    if output.exists() or output.is_symlink():
-        raise UserError(f"{output} exists; nothing is overwritten: give another folder with --output, or remove it")
 
 
 class _Tables:

@@ -15,7 +15,7 @@ from montessori_core import layout
 from montessori_core.config import DataSource
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.sources import read_tasks
-from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, open_parquet, take_rows
+from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
 from montessori_core.export.sets import RunSet, open_set, schema_of_set
 
@@ -48,16 +48,6 @@ class Pool(Protocol):
         Raises:
             DataError: as `rows`.
         """
-        ...
-
-
-class _Scanned:
-    """A pool that finds rows by reading all before them."""
-
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        raise NotImplementedError
-
-    def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
         last = max(positions, default=-1)
         for position, row in enumerate(self.rows(columns)):
             if position > last:
@@ -66,7 +56,7 @@ class _Scanned:
                 yield position, row
 
 
-class JsonlPool(_Scanned):
+class JsonlPool(Pool):
     """The rows of a JSONL file."""
 
     schema = None
@@ -85,7 +75,7 @@ class JsonlPool(_Scanned):
             yield {name: row[name] for name in columns}
 
 
-class ParquetPool:
+class ParquetPool(Pool):
     """The rows of a Parquet file."""
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +96,7 @@ class ParquetPool:
             yield from zip(ordered.tolist(), rows, strict=True)
 
 
-class RunPool(_Scanned):
+class RunPool(Pool):
     """The scored examples of a run."""
 
     def __init__(self, data: RunSet) -> None:
@@ -118,7 +108,7 @@ class RunPool(_Scanned):
             yield from table.select(list(columns or self.schema.names)).to_pylist()
 
 
-class InfluencePool(_Scanned):
+class InfluencePool(Pool):
     """The table of `montessori influence`, with the texts of the examples that were measured."""
 
     def __init__(self, path: Path, examples: DataSource) -> None:
@@ -168,7 +158,7 @@ def open_pool(path: Path, examples: DataSource | None = None, iteration: int | N
     if path.suffix != ".parquet":
         raise DataError(f"{path}: expected a .parquet or .jsonl file, an exported folder or the folder of a run")
     pool = ParquetPool(path)
-    if ((pool.schema.metadata if pool.schema else None) or {}).get(b"montessori.table") != b"influence":
+    if name_of_table(pool.schema) != name_of_table(INFLUENCE):
         return pool
     if examples is None:
         raise DataError(f"{path}: an influence table has no texts; give the data that was measured with --examples")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from montessori_core.data.tables import ROW_GROUP
 from montessori_core.errors import DataError, UserError
 from montessori_core.export.jsonl import json_line
-from montessori_core.files import commit
+from montessori_core.files import commit, refuse_existing
 from montessori_core.selection.pools import Pool, Row
 
 RANK = "rank"
@@ -26,8 +26,7 @@ def check_output(output: Path) -> None:
     """
     if output.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {output}: the name of the file must end in .jsonl or .parquet")
-    if output.exists() or output.is_symlink():
-        raise UserError(f"{output} exists; nothing is overwritten: give another file with --output, or remove it")
+    refuse_existing(output, "file")
 
 
 def write_chosen(pool: Pool, positions: Sequence[int], output: Path) -> None:
