@@ -119,7 +119,7 @@ class Preferences(Section):
         "within_prompt",
         description="'within_prompt' pairs each helpful example with each harmful example of its prompt (Eq. 3); "
         "'across_prompts' pairs the most helpful with the most harmful examples of any prompt, under the prompt of the "
-        "helpful one. Needs baseline student, null_step or median.",
+        "harmful one. Needs baseline student, null_step or median.",
     )
     max_uses: Count = Field(1, description="Maximum number of pairs of an example, for pairs: across_prompts.")
     max_pairs: Count | None = Field(

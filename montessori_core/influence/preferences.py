@@ -189,8 +189,8 @@ def pair_across_prompts(values: Floats, thresholds: Floats, floor: float, max_us
     The best row is paired with the worst, the second best with the second worst, until one side has no more rows. Each
     further round shifts the side with more rows by one, so that no pair occurs twice.
 
-    The teacher is trained on a pair under the prompt of the better row. It wrote the worse output for another prompt, so
-    under this prompt the rejected output is off-policy.
+    The teacher is trained on a pair under the prompt of the worse row, as it is this prompt that led to a harmful example.
+    Under the prompt of the better row it would learn little: there its demonstrations make the better output likely already.
 
     Args:
         values: [rows] influence or utility.
@@ -257,7 +257,7 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
                     take_rows(file, ["prompt", "raw_output", *DRAWN_TOKENS], rows)
                 ).combine_chunks()
                 best, worst = places.reshape(2, -1)
-                table = pairs[group].append_column("prompt", texts["prompt"].take(best))
+                table = pairs[group].append_column("prompt", texts["prompt"].take(worst))
                 for role, rows_of_role in (("chosen", best), ("rejected", worst)):
                     table = table.append_column(role, texts["raw_output"].take(rows_of_role))
                     for name in DRAWN_TOKENS:
@@ -268,8 +268,8 @@ def write_preferences(pairs: pa.Table, examples: Path, path: Path, schema: pa.Sc
 
 
 def _pairs(rows: pa.Table, values: list[str], best: Positions, worst: Positions) -> pa.Table:
-    """Return the table of [pairs] with `prompt_id`, and with `example_id` and `values` of both rows."""
-    columns = {"prompt_id": rows["prompt_id"].take(best)}
+    """Return the table of [pairs] with `prompt_id` (of the worse row), and with `example_id` and `values` of both rows."""
+    columns = {"prompt_id": rows["prompt_id"].take(worst)}
     for role, side in (("chosen", best), ("rejected", worst)):
         columns |= {
             f"{role}_{name.removeprefix('example_')}": rows[name].take(side) for name in ["example_id", *values]

@@ -191,12 +191,12 @@ def test_pairs_across_prompts_match_best_with_worst() -> None:
     assert pairs(across(), noise=9.0) == []
 
 
-def test_pairs_across_prompts_keep_chosen_prompt(tmp_path: Path) -> None:
+def test_pairs_across_prompts_keep_rejected_prompt(tmp_path: Path) -> None:
     write_table(examples(*VALUES), tmp_path / "examples.parquet", EXAMPLES)
     made = pair_by_influence(influence(VALUES), across(max_pairs=1))
     write_preferences(made, tmp_path / "examples.parquet", tmp_path / "preferences.parquet", PREFERENCES)
     (row,) = read_table(tmp_path / "preferences.parquet", PREFERENCES).to_pylist()
-    assert (row["prompt_id"], row["prompt"]) == ("b", "prompt b")
+    assert (row["prompt_id"], row["prompt"]) == ("d", "prompt d")
     assert (row["chosen"], row["rejected"], row["rejected_influence_student"]) == ("raw b1", "raw d2", -9.0)
 
 
