@@ -121,11 +121,15 @@ class Preferences(Section):
         "'across_prompts' pairs the most helpful with the most harmful examples of any prompt, under the prompt of the "
         "harmful one. Needs baseline student, null_step or median.",
     )
-    max_uses: Count = Field(1, description="Maximum number of pairs of an example, for pairs: across_prompts.")
+    max_uses: Count = Field(
+        1,
+        description="Maximum number of pairs of an example, for pairs: across_prompts. With max_pairs, a larger number trains "
+        "on fewer and more helpful examples, each under several prompts.",
+    )
     max_pairs: Count | None = Field(
         None,
-        description="Maximum number of pairs: those with the largest influence gap; across prompts, every example is used "
-        "once before any is used twice. If not set, all.",
+        description="Maximum number of pairs: those with the largest influence gap; across prompts, those of the most "
+        "helpful examples, each with max_uses others. If not set, all.",
     )
 
     @model_validator(mode="after")

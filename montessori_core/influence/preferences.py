@@ -3,6 +3,7 @@
 Across prompts (ours), the most helpful examples are paired with the most harmful ones of any prompt.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -183,11 +184,13 @@ def pair_within_prompts(
     return best, harmful[first_harmful[numbers[best]] + offsets]
 
 
-def pair_across_prompts(values: Floats, thresholds: Floats, floor: float, max_uses: int) -> tuple[Positions, Positions]:
+def pair_across_prompts(
+    values: Floats, thresholds: Floats, floor: float, max_uses: int, max_pairs: int | None = None
+) -> tuple[Positions, Positions]:
     """Pair rows above their threshold with rows below it, of any prompt; each row makes at most `max_uses` pairs.
 
     The best row is paired with the worst, the second best with the second worst, until one side has no more rows. Each
-    further round shifts the side with more rows by one, so that no pair occurs twice.
+    further round pairs the side with fewer rows with the next rows of the other side; no pair occurs twice.
 
     The teacher is trained on a pair under the prompt of the worse row, as it is this prompt that led to a harmful example.
     Under the prompt of the better row it would learn little: there its demonstrations make the better output likely already.
@@ -197,6 +200,7 @@ def pair_across_prompts(values: Floats, thresholds: Floats, floor: float, max_us
         thresholds: [rows] the threshold of each row, the same for all.
         floor: rows at most this far from their threshold make no pairs.
         max_uses: maximum number of pairs of a row.
+        max_pairs: maximum number of pairs, made from the best `max_pairs / max_uses` rows; None for no limit.
 
     Returns:
         [pairs] better rows and [pairs] worse rows, round by round, in each from the most extreme rows to the threshold.
@@ -204,9 +208,15 @@ def pair_across_prompts(values: Floats, thresholds: Floats, floor: float, max_us
     helpful, harmful = np.flatnonzero(values > thresholds + floor), np.flatnonzero(values < thresholds - floor)
     helpful = helpful[np.argsort(-values[helpful], kind="stable")]
     harmful = harmful[np.argsort(values[harmful], kind="stable")]
+    if max_pairs is not None:
+        helpful = helpful[: -(-max_pairs // max_uses)]
     fewer, more = sorted((len(helpful), len(harmful)))
-    rounds, ranks = np.divmod(np.arange(min(max_uses, more) * fewer), max(fewer, 1))
-    shifted = (ranks + rounds) % max(more, 1)
+    if not fewer:
+        return helpful[:0], harmful[:0]
+    rounds, ranks = np.divmod(np.arange(min(max_uses, more) * fewer)[:max_pairs], fewer)
+    # Shifts by `fewer` return to a row after `cycle` rounds; then start one row later.
+    cycle = more // math.gcd(fewer, more)
+    shifted = (ranks + rounds % cycle * fewer + rounds // cycle) % more
     best, worst = (ranks, shifted) if len(helpful) == fewer else (shifted, ranks)
     return helpful[best], harmful[worst]
 
@@ -215,16 +225,14 @@ def _pair(
     rows: pa.Table, values: Floats, thresholds: Floats, floor: float, settings: Preferences
 ) -> tuple[Positions, Positions]:
     if settings.pairs == "across_prompts":
-        return pair_across_prompts(values, thresholds, floor, settings.max_uses)
+        return pair_across_prompts(values, thresholds, floor, settings.max_uses, settings.max_pairs)
     return pair_within_prompts(rows["prompt_id"], values, thresholds, floor)
 
 
 def _limit(values: Floats, best: Positions, worst: Positions, settings: Preferences) -> tuple[Positions, Positions]:
-    """Return at most `max_pairs` pairs, in their order: those with the widest gaps; across prompts, the first ones."""
+    """Return at most `max_pairs` pairs, in their order: those with the widest gaps."""
     if settings.max_pairs is None or len(best) <= settings.max_pairs:
         return best, worst
-    if settings.pairs == "across_prompts":
-        return best[: settings.max_pairs], worst[: settings.max_pairs]
     widest = np.sort(np.argsort(values[worst] - values[best], kind="stable")[: settings.max_pairs])
     return best[widest], worst[widest]
 

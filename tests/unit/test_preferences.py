@@ -183,10 +183,11 @@ def test_pairs_across_prompts_match_best_with_worst() -> None:
     second = [("b1", "a4"), ("b2", "a3"), ("a1", "c1"), ("a2", "d2")]
     assert pairs(across()) == pairs(across("median")) == first
     assert pairs(across(max_uses=2)) == first + second
-    assert pairs(across(max_uses=2, max_pairs=6)) == first + second[:2]
+    # Six pairs use the best three rows twice.
+    assert pairs(across(max_uses=2, max_pairs=6)) == [*first[:3], ("b1", "c1"), ("b2", "d2"), ("a1", "a4")]
     assert len(set(pairs(across(max_uses=99)))) == 16
     # Two of five rows are harmful: the other side is shifted.
-    few = [("b1", "d2"), ("b2", "a4"), ("b2", "d2"), ("a1", "a4")]
+    few = [("b1", "d2"), ("b2", "a4"), ("a1", "d2"), ("a2", "a4")]
     assert pairs(across("null_step", max_uses=2), null_step=-1.0) == few
     assert pairs(across(), noise=9.0) == []
 
