@@ -123,8 +123,8 @@ class Preferences(Section):
     )
     max_uses: Count = Field(
         1,
-        description="Maximum number of pairs of an example, for pairs: across_prompts. With max_pairs, a larger number trains "
-        "on fewer and more helpful examples, each under several prompts.",
+        description="Maximum number of pairs of an example, for pairs: across_prompts. With max_pairs, a larger number "
+        "trains on fewer and more helpful examples, each under several prompts.",
     )
     max_pairs: Count | None = Field(
         None,
