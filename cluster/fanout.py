@@ -127,7 +127,7 @@ class _Driver:
         self._done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python)
-        self._host = platform.node() if cluster.profile == "local" else None
+        self._host = None if cluster.profile == "slurm" else platform.node()
         self._failed: dict[int, ShardFailure] = {}
         self._losses: dict[tuple[int, str], int] = {}
         self._lost_on: dict[str, set[int]] = {}
@@ -305,7 +305,7 @@ class _Driver:
             return
         lost = self._lost_on.setdefault(node, set())
         lost.add(shard)
-        if len(lost) == limit and self._cluster.profile == "slurm":
+        if len(lost) == limit and self._cluster.profile != "local":
             log.warning("%s: node %s lost %d shards; it gets no more of this stage", self._stage.name, node, limit)
             self._avoid |= {node}
 

@@ -211,11 +211,17 @@ class Vllm(Section):
 class Cluster(Section):
     """Where jobs run and which resources they get. Changing these settings recomputes nothing."""
 
-    profile: Literal["local", "slurm"] = Field(
-        "local", description="'local' runs jobs as processes on this machine; 'slurm' submits them with sbatch."
+    profile: Literal["local", "slurm", "allocation"] = Field(
+        "local",
+        description="'local' runs jobs as processes on this machine; 'slurm' submits them with sbatch; 'allocation' runs "
+        "them with srun on the nodes of the allocation (salloc, sbatch) in which the driver runs.",
     )
     resources: StageResources = Field(StageResources(), description="Resources by stage.")
-    slurm: Slurm = Field(Slurm(), description="Slurm options; ignored by the local profile.")
+    slurm: Slurm = Field(
+        Slurm(),
+        description="Slurm options; ignored by the local profile. The allocation profile uses `python`, "
+        "`setup`, `container` and `srun`.",
+    )
     generation_python: str | None = Field(
         None,
         description="Python of a separate environment for generation jobs (vLLM pins its own torch). If not set, the same as "
