@@ -18,15 +18,12 @@ from pathlib import Path
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import sbatch_command
+from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
 from montessori_core import layout
 from montessori_core.config import Slurm
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
-
-DRIVER_JOB = "MONTESSORI_DRIVER_JOB"
-"""Environment variable: in a driver's job, its unique name."""
 
 _SBATCH_PATIENCE = 120.0  # seconds
 _WARNING_SECONDS = 90  # between Slurm's signal and the time limit; Slurm may send the signal up to a minute early
@@ -167,6 +164,6 @@ def _stop(number: int, frame: object) -> None:
 
 def _requeue(job_id: str) -> None:
     if run_command("scontrol", "requeue", job_id) is None:
-        log.warning("scontrol requeue %s failed: the driver's job ends at its time limit; resume the run then", job_id)
+        log.warning("scontrol requeue %s failed: Slurm will not start the driver again; resume the run", job_id)
     else:
-        log.info("the time limit is near: Slurm job %s is requeued", job_id)
+        log.info("time limit or preemption: Slurm job %s is requeued", job_id)

@@ -305,7 +305,7 @@ class _Driver:
             return
         lost = self._lost_on.setdefault(node, set())
         lost.add(shard)
-        if len(lost) == limit and self._cluster.profile != "local":
+        if len(lost) == limit and self._cluster.profile == "slurm":
             log.warning("%s: node %s lost %d shards; it gets no more of this stage", self._stage.name, node, limit)
             self._avoid |= {node}
 

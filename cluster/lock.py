@@ -17,7 +17,8 @@ from typing import IO
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.driver_job import DRIVER_JOB, queued_job, submit_job
+from cluster.backends.sbatch import DRIVER_JOB
+from cluster.driver_job import queued_job, submit_job
 from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Slurm
@@ -44,10 +45,9 @@ class Driver(Record):
     state: str | None = None
 
     def __str__(self) -> str:
-        process = f"process {self.process or 'unknown'} on {self.host or 'unknown'}"
-        if self.job_name is None:
-            return process
-        return f"Slurm job {self.job or self.job_name}, {self.state or process}"
+        process = None if self.process is None else f"process {self.process} on {self.host}"
+        job = None if self.job_name is None else f"Slurm job {self.job or self.job_name}"
+        return ", ".join(filter(None, (job, self.state or process))) or "an unknown process"
 
     @property
     def is_this_job(self) -> bool:

@@ -83,10 +83,11 @@ class AllocationBackend(LocalBackend):
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
+        # Nodes to avoid are ignored: an allocation has few.
         folder.mkdir(exist_ok=True)
-        return [self._start(name, folder, task, stage_folder, avoid) for task in tasks]
+        return [self._start(name, folder, task, stage_folder) for task in tasks]
 
-    def _start(self, name: str, folder: Path, task: Task, stage_folder: Path, avoid: frozenset[str]) -> str:
+    def _start(self, name: str, folder: Path, task: Task, stage_folder: Path) -> str:
         resources = self._resources
         options = [
             f"--jobid={self._allocation}",
@@ -98,7 +99,6 @@ class AllocationBackend(LocalBackend):
             f"--gpus-per-node={gpus_option(resources)}" if resources.gpus_per_node else "--gres=none",
             f"--mem={resources.memory_gb}GB" if resources.memory_gb else "--mem=0",  # 0: shared by the steps
             f"--time={resources.time_limit_minutes}",
-            *([f"--exclude={','.join(sorted(avoid))}"] if avoid else []),
             *("--exact", "--kill-on-bad-exit=1", "--mpi=none", "--input=none", "--quiet"),
             *self._container_options,
             *self._slurm.srun,

@@ -15,12 +15,16 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 log = logging.getLogger(__name__)
 
+DRIVER_JOB = "MONTESSORI_DRIVER_JOB"
+"""Environment variable: in a driver's job, its unique name."""
+
 _OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
 """Prefixes of variables that Slurm sets in a job; sbatch reads them as options, or passes them to the new job."""
 _OF_A_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
 _NEVER = {
     "SBATCH_ARRAY_INX",
     "SBATCH_WAIT",
+    DRIVER_JOB,
     "PYTHONSAFEPATH",  # ours for local processes; scripts of cluster.slurm.setup may import modules beside them
 }
 

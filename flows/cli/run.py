@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cluster.driver_job import DRIVER_JOB, log_of_driver
+from cluster.backends.sbatch import DRIVER_JOB
+from cluster.driver_job import log_of_driver
 from cluster.lock import submit_driver
 from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.backends.sbatch import sbatch_command
-from cluster.driver_job import DRIVER_JOB, script_of
+from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
+from cluster.driver_job import script_of
 from cluster.lock import Driver, driver_of, only_driver
 from montessori_core.config import Cluster, DriverJob, Slurm, parse
 from montessori_core.errors import ConfigError, UserError
@@ -63,7 +63,8 @@ def test_driver_options_follow_settings() -> None:
 
 def test_driver_in_a_job_passes_no_variable_of_it(tmp_path: Path) -> None:
     (tmp_path / "job.sh").write_text("#!/bin/sh\n#SBATCH --ntasks=1\n")
-    of_job = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "8192", "SLURM_CPUS_PER_TASK": "2", "SLURM_RESTART_COUNT": "1"}
+    names = ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT", DRIVER_JOB)
+    of_job = dict.fromkeys(names, "1")
     command = sbatch_command(tmp_path / "job.sh", of_job | {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine"})
     assert [f"--unset={name}" for name in sorted(of_job)] == command[1:-3]
     assert command[-3:] == ["sbatch", "--ntasks=1", str(tmp_path / "job.sh")]

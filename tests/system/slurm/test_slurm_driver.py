@@ -6,6 +6,7 @@ Most tests drive a stage of squares; the last one a whole run, by the command li
 import logging
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,10 @@ ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 ENTRY = """
 import sys
 from pathlib import Path
-import test_driver_job
+import test_slurm_driver
 
 def main():
-    test_driver_job.drive(Path(sys.argv[1]))
+    test_slurm_driver.drive(Path(sys.argv[1]))
 """
 
 JOB = DriverJob(cpus=1, memory_gb=1, time_limit_minutes=10)
@@ -133,7 +134,7 @@ def test_driver_job_requeues_itself_at_time_limit(driven: Path) -> None:
     assert wait_for_results(driven) == local.EXPECTED
     assert sorted(local.computed(driven)) == ROWS
     assert len(submissions(driven)) == 1
-    assert f"the time limit is near: Slurm job {driver.job} is requeued" in log_of_driver(driven).read_text()
+    assert f"time limit or preemption: Slurm job {driver.job} is requeued" in log_of_driver(driven).read_text()
 
 
 @pytest.mark.slow
@@ -153,6 +154,20 @@ def configuration(folder: Path, model: Path, **driver: object) -> Path:
     path = folder / "slurm.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.mark.guarantee("driver's job submitted twice")
+def test_two_submissions_at_once_make_one_driver(driven: Path) -> None:
+    waiting = JOB.model_copy(update={"extra": {"begin": "now+1hour"}})
+
+    with ThreadPoolExecutor(4) as pool:
+        attempts = [pool.submit(submit, driven, waiting) for _ in range(4)]
+    errors = [error for attempt in attempts if (error := attempt.exception()) is not None]
+    assert ["already has a driver" in str(error) for error in errors] == [True] * 3
+    [driver] = [attempt.result() for attempt in attempts if attempt.exception() is None]
+    assert queued("--format=%i") == [driver.job]
+    assert end_driver(driven)
+    assert queued() == []
 
 
 @pytest.mark.guarantee("driver's job submitted twice")

@@ -41,8 +41,8 @@ def start(folder: Path, seconds: float, *options: str, **resources: float) -> su
     """Start a driver in an allocation of two nodes with two GPUs each."""
     code = (
         f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        "from pathlib import Path; import test_allocation\n"
-        f"test_allocation.drive(Path({str(folder)!r}), {seconds!r}, **{resources!r})"
+        "from pathlib import Path; import test_slurm_allocation\n"
+        f"test_slurm_allocation.drive(Path({str(folder)!r}), {seconds!r}, **{resources!r})"
     )
     nodes = ["salloc", "--quiet", "--nodes=2", "--cpus-per-task=4", "--gpus-per-node=2", "--mem=2000", *options]
     return subprocess.Popen(
@@ -106,7 +106,7 @@ def test_next_driver_in_allocation_awaits_steps(folder: Path) -> None:
     [job_id] = queued("--format=%i")
     code = (
         f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        f"from pathlib import Path; import test_allocation; test_allocation.drive(Path({str(folder)!r}), 2.0)"
+        f"from pathlib import Path; import test_slurm_allocation; test_slurm_allocation.drive(Path({str(folder)!r}), 2.0)"
     )
     command, environment = [sys.executable, "-c", code], os.environ | {"SLURM_JOB_ID": job_id}
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
