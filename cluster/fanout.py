@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cluster.backends import open_backend
 from cluster.backends.base import SchedulerUnavailable, Task, log_file
+from cluster.driver_job import DriverStopped
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
@@ -87,8 +88,8 @@ def fan_out(
 ) -> list[Path]:
     """Compute every shard of `stage` that is not done; return the results in the order of the shards.
 
-    If the caller is interrupted, the stage's jobs are cancelled. If it is killed, they continue, and the next call waits for
-    them.
+    If the caller is interrupted, the stage's jobs are cancelled. If it is killed, or stopped by DriverStopped, they continue,
+    and the next call waits for them.
 
     Args:
         stage: the program, its settings and inputs.
@@ -126,7 +127,7 @@ class _Driver:
         self._done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python)
-        self._host = platform.node() if cluster.profile == "local" else None
+        self._host = None if cluster.profile == "slurm" else platform.node()
         self._failed: dict[int, ShardFailure] = {}
         self._losses: dict[tuple[int, str], int] = {}
         self._lost_on: dict[str, set[int]] = {}
@@ -165,13 +166,20 @@ class _Driver:
                 self._submit_missing(busy)
                 self._duplicate_stragglers(busy)
                 time.sleep(self._cluster.poll_seconds)
-        finally:
-            for submission in self._ledger.open_submissions():
-                close_submission(submission, self._cluster, self._ledger)
+        except DriverStopped:
+            raise  # its jobs continue; the next driver waits for them
+        except BaseException:
+            self._close_submissions()
+            raise
+        self._close_submissions()
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
         shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # left by killed jobs and duplicates
         shutil.rmtree(self._stage.shared_root, ignore_errors=True)
+
+    def _close_submissions(self) -> None:
+        for submission in self._ledger.open_submissions():
+            close_submission(submission, self._cluster, self._ledger)
 
     def _report(self) -> None:
         stage, shards = self._stage, self._shards

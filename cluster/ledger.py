@@ -28,7 +28,7 @@ class Submission:
         name: unique name of the jobs.
         work: hash of the keys of all shards of the stage at submission.
         tasks: shards of each job.
-        host: host of local jobs; None for Slurm jobs.
+        host: host of local jobs and of the steps of an allocation; None for Slurm jobs.
         at_once: how many of the jobs the scheduler may run at a time.
         gpus: GPUs of each job.
         ids: ids of the jobs; None until the scheduler has answered.

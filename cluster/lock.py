@@ -1,21 +1,58 @@
-"""The driver's lock on a run folder: take it, find its holder, end its holder."""
+"""The driver's lock on a run folder: take it, find its holder, end its holder, submit a holder as a job.
+
+The lock's file says who drives the run: a process of a host, or a Slurm job (`cluster.driver_job`). A job drives the run from
+its submission to its end; while it waits in the queue, no process holds the lock.
+"""
 
 import fcntl
-import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from cluster.backends.base import SchedulerUnavailable
+from cluster.backends.command import run_command
+from cluster.backends.sbatch import DRIVER_JOB
+from cluster.driver_job import queued_job, submit_job
+from cluster.records import Record, read_record
 from montessori_core import layout
+from montessori_core.config import Slurm
 from montessori_core.errors import UserError
-from montessori_core.files import read_json
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
+_HANDOVER_TIMEOUT = 300.0  # seconds; a file server keeps the lock of a crashed node for a while
+
+
+class Driver(Record):
+    """The driver of a run: a process of a host, a Slurm job, or a process in a Slurm job.
+
+    Attributes:
+        process, host: of the process; None for a job that is not running.
+        job: id of the Slurm job; None until sbatch has returned it.
+        job_name: unique name of the Slurm job.
+        state: state of the job in the queue, if no process holds the lock; not recorded.
+    """
+
+    process: int | None = None
+    host: str | None = None
+    job: str | None = None
+    job_name: str | None = None
+    state: str | None = None
+
+    def __str__(self) -> str:
+        process = None if self.process is None else f"process {self.process} on {self.host}"
+        job = None if self.job_name is None else f"Slurm job {self.job or self.job_name}"
+        return ", ".join(filter(None, (job, self.state or process))) or "an unknown process"
+
+    @property
+    def is_this_job(self) -> bool:
+        """Whether this process runs in the driver's job."""
+        return self.job_name is not None and self.job_name == os.environ.get(DRIVER_JOB)
 
 
 @contextmanager
@@ -25,60 +62,148 @@ def only_driver(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another driver holds it.
     """
-    path = folder / layout.DRIVER_LOCK
-    with path.open("a+") as lock:
+    with _lock(folder) as lock:
+        name = os.environ.get(DRIVER_JOB)
+        job = os.environ.get("SLURM_JOB_ID") if name is not None else None
+        _write(lock, Driver(process=os.getpid(), host=socket.gethostname(), job=job, job_name=name))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse_second_driver(folder)
-            raise UserError(f"{folder}: another driver of this run has just ended; try again") from None
-        lock.truncate(0)
-        lock.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
-        lock.flush()
-        yield
+            yield
+        except Exception:
+            lock.truncate(0)
+            raise
+        lock.truncate(0)  # but not when the driver is stopped: its job may start again
+
+
+def submit_driver(folder: Path, command: Sequence[str], variables: Mapping[str, str], slurm: Slurm) -> Driver:
+    """Submit the driver of a run as a Slurm job.
+
+    Args:
+        folder: run folder.
+        command, variables, slurm: see `cluster.driver_job.submit_job`.
+
+    Raises:
+        UserError: the run has a driver, or sbatch refuses the job.
+        SchedulerUnavailable: sbatch does not answer. If it has accepted the job, the job is the run's driver.
+    """
+    name = f"montessori-driver-{uuid.uuid4().hex[:12]}"
+    with _lock(folder) as lock:
+        _write(lock, Driver(job_name=name))  # before sbatch: whoever comes later finds the job by its name
+        try:
+            driver = Driver(job=submit_job(folder, name, command, variables, slurm), job_name=name)
+        except SchedulerUnavailable:
+            raise
+        except Exception:
+            lock.truncate(0)
+            raise
+        _write(lock, driver)
+        return driver
+
+
+def _write(lock: IO[str], driver: Driver) -> None:
+    lock.truncate(0)
+    lock.write(driver.model_dump_json(exclude_none=True))
+    lock.flush()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[IO[str]]:
+    """Hold the lock of a run that has no other driver."""
+    path = folder / layout.DRIVER_LOCK
+    deadline = time.monotonic() + _HANDOVER_TIMEOUT
+    with path.open("a+") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                refuse_second_driver(folder)
+            # A command reads the lock, this job is still being submitted, or an earlier start of it ran on a crashed node.
+            if time.monotonic() > deadline:
+                raise UserError(f"{folder}: another process holds {path.name}; resume the run when it has ended")
+            time.sleep(0.2)
+        driver = _queued_driver(path)
+        if driver is not None and not driver.is_this_job:
+            raise UserError(_refusal(folder, driver))
+        yield lock
 
 
 def refuse_second_driver(folder: Path) -> None:
-    holder = driver_of(folder)
-    if holder is not None:
-        raise UserError(
-            f"{folder}: this run already has a driver (process {holder['process']} on {holder['host']}); "
-            "wait for it, or end it with montessori cancel"
-        )
+    """Raise a UserError if the run has a driver; the Slurm job of this process is not a second one."""
+    driver = driver_of(folder)
+    if driver is not None and not driver.is_this_job:
+        raise UserError(_refusal(folder, driver))
 
 
-def driver_of(folder: Path) -> dict[str, Any] | None:
-    """Return the process id and host of a run's driver; None if no driver is running."""
+def _refusal(folder: Path, driver: Driver) -> str:
+    return f"{folder}: this run already has a driver ({driver}); wait for it, or end it with montessori cancel"
+
+
+def driver_of(folder: Path) -> Driver | None:
+    """Return a run's driver, a process that holds the lock or a job in the queue; None if there is none.
+
+    Raises:
+        SchedulerUnavailable: the last driver was a job, and Slurm does not say whether it has ended.
+    """
+    path = folder / layout.DRIVER_LOCK
     try:
-        lock = (folder / layout.DRIVER_LOCK).open()
+        lock = path.open()
     except OSError:
         return None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return read_json(folder / layout.DRIVER_LOCK) or {"process": "unknown", "host": "unknown"}
-    return None
+            return read_record(path, Driver) or Driver()
+    return _queued_driver(path)
+
+
+def _queued_driver(path: Path) -> Driver | None:
+    """Return the driver in a lock's file if it is a job in the queue."""
+    driver = read_record(path, Driver)
+    if driver is None or driver.job_name is None or driver.is_this_job:
+        return None
+    try:
+        job = queued_job(driver.job_name)
+    except SchedulerUnavailable as error:
+        raise SchedulerUnavailable(
+            f"{path.parent}: its last driver is Slurm job {driver.job or driver.job_name}: {error}. If it has, remove {path}"
+        ) from error
+    return None if job is None else driver.model_copy(update={"job": job.id, "state": str(job)})
 
 
 def end_driver(folder: Path) -> bool:
     """Interrupt the driver of a run and wait until it has cancelled its jobs; return whether there was a driver.
 
     Raises:
-        UserError: it runs on another host, or does not exit in time.
+        UserError: its process runs on another host outside of a Slurm job, or it does not exit in time.
+        SchedulerUnavailable: Slurm does not say whether its job has ended.
     """
-    holder = driver_of(folder)
-    if holder is None:
+    driver = driver_of(folder)
+    if driver is None:
         return False
-    if holder["host"] != socket.gethostname():
-        raise UserError(
-            f"{folder}: the driver is process {holder['process']} on {holder['host']}; run this command there, or end that "
-            "process first"
-        )
-    os.kill(holder["process"], signal.SIGINT)
+    if driver.job_name is None and driver.host != socket.gethostname():
+        raise UserError(f"{folder}: the driver is {driver}; run this command there, or end that process first")
     deadline = time.monotonic() + _END_TIMEOUT
-    while driver_of(folder) is not None:
+    interrupted = False
+    while (current := driver_of(folder)) is not None:
+        if not interrupted:
+            interrupted = _interrupt(current)
         if time.monotonic() > deadline:
-            raise UserError(f"{folder}: process {holder['process']} does not exit; kill it and run this command again")
-        time.sleep(0.2)
+            remedy = f"scancel {current.job}" if current.job else f"kill {current.process}"
+            raise UserError(f"{folder}: {current} does not exit; end it ({remedy}), then run this command again")
+        time.sleep(0.2 if driver.job_name is None else 1.0)
     return True
+
+
+def _interrupt(driver: Driver) -> bool:
+    """Cancel a driver's job that waits; interrupt a driver that runs, and return whether this was possible."""
+    if driver.job_name is None:
+        if driver.process is not None:
+            os.kill(driver.process, signal.SIGINT)
+        return True
+    job = queued_job(driver.job_name)
+    if job is not None and job.state == "PENDING":
+        run_command("scancel", "--quiet", "--state=PENDING", job.id)
+    elif job is not None and job.state == "RUNNING":  # to the driver alone, which then cancels its jobs
+        return run_command("scancel", "--quiet", "--batch", "--signal=INT", job.id) is not None
+    return False

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
+from montessori_core.environment import LOOPBACK
 from montessori_core.errors import UserError
 
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
+_DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
 
 def check_proxies() -> None:
@@ -64,6 +67,30 @@ def check_api(api: str) -> None:
             "without it, the command starts a server of its own"
         )
     check_login(api)
+
+
+def refuse_local_api(api: str | None) -> None:
+    """Check that a process of another machine can reach the server of Prefect's settings, if they name one.
+
+    Raises:
+        UserError: the address is this machine's own; names where it is set.
+    """
+    if api is not None and urlsplit(api).hostname in LOOPBACK:
+        place, remedy = _setting()
+        raise UserError(
+            f"{_VARIABLE} is {api}, which the nodes of the cluster cannot reach; it is set in {place}. Name an address that "
+            f"they reach, or {remedy}: without it, the driver starts a server of its own"
+        )
+
+
+def own_database(folder: Path) -> dict[str, str]:
+    """Return variables that give the temporary server of a driver's job a database in the run folder, unless one is set.
+
+    By default, all servers of a user share a SQLite file in the home folder, which must not be opened on several hosts.
+    """
+    if any(name in os.environ for name in _DATABASES):
+        return {}
+    return {_DATABASES[0]: f"sqlite+aiosqlite:///{folder / 'prefect.db'}"}
 
 
 def check_login(api: str) -> None:

@@ -3,7 +3,8 @@
 import os
 from urllib.request import getproxies_environment
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+"""Addresses that mean this machine."""
 
 
 def set_process_defaults() -> None:
@@ -20,5 +21,5 @@ def _exempt_loopback() -> None:
         return
     # Libraries differ in which of the two they prefer.
     hosts = [host.strip() for name in ("no_proxy", "NO_PROXY") for host in os.environ.get(name, "").split(",")]
-    exempt = ",".join(dict.fromkeys([*filter(None, hosts), *_LOOPBACK]))
+    exempt = ",".join(dict.fromkeys([*filter(None, hosts), *LOOPBACK]))
     os.environ.update(no_proxy=exempt, NO_PROXY=exempt)

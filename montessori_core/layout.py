@@ -4,7 +4,9 @@
       config.yaml              every setting, including defaults
       provenance.json          versions, machine and input models
       models.json              commits of models of the Hugging Face hub
-      driver.lock              the driver's process
+      driver.lock              who drives the run: a process, or a Slurm job
+      driver.sh, driver.log    script and log of drivers that run as Slurm jobs; prefect.db is
+                               the database of their temporary Prefect servers
       report.html
       sources/                 copies of the human-written sets, the benchmark files and configured chat templates;
                                bad_rows.jsonl lists rows that were left out of the sets
@@ -32,6 +34,8 @@ CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 MODEL_COMMITS = "models.json"
 DRIVER_LOCK = "driver.lock"
+DRIVER_SCRIPT = "driver.sh"
+DRIVER_LOG = "driver.log"
 REPORT = "report.html"
 SOURCES = "sources"
 MODELS = "models"

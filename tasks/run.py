@@ -212,7 +212,7 @@ def check_environment(experiment: Experiment) -> None:
     Raises:
         UserError: jobs cannot be started, or a package is missing or has an unsupported version.
     """
-    if experiment.cluster.profile == "slurm":
+    if experiment.cluster.profile != "local":
         check_versions()  # montessori doctor checks the worker environment on the nodes
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])

@@ -1,7 +1,8 @@
-"""Backends that run jobs through submitit: local processes and Slurm."""
+"""Backends that run jobs through submitit: local processes, Slurm, and steps of an allocation."""
 
 import platform
 
+from cluster.backends.allocation import AllocationBackend
 from cluster.backends.base import Backend
 from cluster.backends.local import LocalBackend
 from cluster.backends.slurm import SlurmBackend
@@ -9,9 +10,17 @@ from montessori_core.config import Cluster, Resources
 
 
 def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> Backend:
-    """Open the backend of the configured profile."""
+    """Open the backend of the configured profile.
+
+    Raises:
+        UserError: jobs cannot be started here.
+    """
     if cluster.profile == "slurm":
         return SlurmBackend(cluster, resources, python or cluster.slurm.python)
+    if cluster.profile == "allocation":
+        backend = AllocationBackend(cluster, resources, python or cluster.slurm.python)
+        backend.check()
+        return backend
     return LocalBackend(resources, python)
 
 
@@ -19,7 +28,7 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
     """Open the backend of jobs that an earlier driver submitted, possibly with another profile.
 
     Args:
-        host: host of local jobs; None for Slurm jobs.
+        host: host of local jobs and of steps; None for Slurm jobs.
         cluster: current configuration.
 
     Returns:
@@ -27,6 +36,8 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
     """
     if host not in (None, platform.node()):
         return None
+    if host is not None and cluster.profile == "allocation":
+        return AllocationBackend(cluster, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)
     return open_backend(cluster.model_copy(update={"profile": "slurm"}), Resources(), None)

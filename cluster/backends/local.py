@@ -113,7 +113,7 @@ class LocalBackend:
         """Return the GPUs that no running job uses, including jobs of an earlier driver."""
         used: set[str] = set()
         for job_id in self._job_ids:
-            process = _process(job_id)
+            process = process_of(job_id)
             if process is not None:
                 with suppress(psutil.Error):  # it has just ended
                     used.update(process.environ().get("CUDA_VISIBLE_DEVICES", "").split(","))
@@ -123,25 +123,19 @@ class LocalBackend:
         pass  # all jobs of a submission run at once
 
     def find(self, name: str, folder: Path) -> list[str]:
-        ids = []
-        for process in psutil.process_iter(["cmdline"]):
-            command = process.info["cmdline"] or []
-            if {"cluster.supervisor", "submitit.local._local"} & set(command) and str(folder) in command:
-                with suppress(psutil.NoSuchProcess):  # it has just ended
-                    ids.append(f"{process.pid}:{start_time(process.pid)}")
-        return ids
+        return find_processes({"cluster.supervisor", "submitit.local._local"}, folder)
 
     def alive(self, name: str, ids: Sequence[str]) -> set[str] | None:
         self._job_ids.update(ids)
         return self.running(name, ids)
 
     def running(self, name: str, ids: Sequence[str]) -> set[str]:
-        return {job_id for job_id in ids if _process(job_id) is not None}
+        return {job_id for job_id in ids if process_of(job_id) is not None}
 
     def cancel(self, ids: Sequence[str]) -> None:
         # Kill: submitit's workers ignore SIGTERM, and commits are atomic.
         for job_id in ids:
-            process = _process(job_id)
+            process = process_of(job_id)
             if process is None:
                 continue
             tree = kill_tree(process)
@@ -167,7 +161,19 @@ def _is_running(process: psutil.Process) -> bool:
         return False
 
 
-def _process(job_id: str) -> psutil.Process | None:
+def find_processes(modules: set[str], folder: Path) -> list[str]:
+    """Return the ids of the jobs of this host whose command has one of these modules and the folder of a submission."""
+    ids = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if modules & set(command) and str(folder) in command:
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                ids.append(f"{process.pid}:{start_time(process.pid)}")
+    return ids
+
+
+def process_of(job_id: str) -> psutil.Process | None:
+    """Return the process of a job; None if it has ended."""
     pid, _, started = job_id.partition(":")
     try:
         process = psutil.Process(int(pid))

@@ -15,12 +15,16 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 log = logging.getLogger(__name__)
 
+DRIVER_JOB = "MONTESSORI_DRIVER_JOB"
+"""Environment variable: in a driver's job, its unique name."""
+
 _OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
 """Prefixes of variables that Slurm sets in a job; sbatch reads them as options, or passes them to the new job."""
 _OF_A_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
 _NEVER = {
     "SBATCH_ARRAY_INX",
     "SBATCH_WAIT",
+    DRIVER_JOB,
     "PYTHONSAFEPATH",  # ours for local processes; scripts of cluster.slurm.setup may import modules beside them
 }
 
@@ -63,8 +67,18 @@ def sbatch_command(script: Path, environment: Mapping[str, str]) -> list[str]:
     removed = _NEVER & environment.keys()
     if "SLURM_JOB_ID" in environment:
         _report_surrounding_job(environment["SLURM_JOB_ID"])
-        removed |= {name for name in environment if name.startswith(_OF_A_JOB)} - _OF_A_CLUSTER
+        removed |= _names_of_job(environment)
     return ["env", *(f"--unset={name}" for name in sorted(removed)), "sbatch", *options, str(script)]
+
+
+def environment_outside_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables without those of the surrounding job, which srun and sbatch read as options."""
+    removed = _NEVER | _names_of_job(environment)
+    return {name: value for name, value in environment.items() if name not in removed}
+
+
+def _names_of_job(environment: Mapping[str, str]) -> set[str]:
+    return {name for name in environment if name.startswith(_OF_A_JOB)} - _OF_A_CLUSTER
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from cluster.driver_job import DriverStopped, stopped_with_its_job
 from flows.cli import (
     cancel,
     compare,
@@ -30,6 +31,7 @@ from flows.cli import (
     validate,
 )
 from flows.cli.console import console
+from flows.cli.interrupt import STOPPED
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 
@@ -67,7 +69,7 @@ app = typer.Typer(
 
     [b]A Slurm cluster[/b]
       montessori doctor --cluster cluster.yaml
-      montessori run CONFIG --cluster cluster.yaml
+      montessori run CONFIG --cluster cluster.yaml [--submit-driver]
 
     [b]In Prefect's UI[/b]
       montessori up                           forms, schedules, retry in the browser
@@ -137,7 +139,11 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own warnings
     try:
-        app(standalone_mode=True)
+        with stopped_with_its_job():
+            app(standalone_mode=True)
+    except DriverStopped:
+        console.print(f"{STOPPED} the same command", soft_wrap=True)
+        raise SystemExit(1) from None
     except UserError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         raise SystemExit(1) from error

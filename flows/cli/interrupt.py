@@ -14,7 +14,10 @@ from flows.prefect_api import check_api, check_proxies, problem_of
 from montessori_core.errors import UserError
 
 _EXIT_TIMEOUT = 60.0  # seconds from Ctrl-C until the process exits without Prefect's acknowledgement
-_SERVER_TIMEOUT = 180  # seconds; a first start migrates a database
+STOPPED = (
+    "Slurm ends the driver's job; the jobs of this run continue. If Slurm does not start the driver again, resume with"
+)
+_SERVER_TIMEOUT = 600  # seconds; a first start migrates a database, slowly on a busy machine
 
 
 def interruptible(run_flow: Callable[[], object], command: str) -> None:
@@ -38,7 +41,10 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
     try:
         run_flow()
     except BaseException as error:
-        if _is_interrupt(error):
+        if _has_cause(error, "DriverStopped"):
+            console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
+            _exit()
+        if _has_cause(error, "KeyboardInterrupt", "TerminationSignal"):
             stop("the jobs were cancelled")
         if api is not None and (problem := problem_of(api)) is not None:
             raise UserError(
@@ -84,10 +90,10 @@ def _exit() -> None:
     os._exit(130)  # skip the long error reports of Prefect's threads about the missing server
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C or SIGTERM caused an error, directly or through its chain of causes."""
+def _has_cause(error: BaseException | None, *names: str) -> bool:
+    """Whether an exception of one of these types is an error or in its chain of causes."""
     while error is not None:
-        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":
+        if type(error).__name__ in names:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,20 +1,30 @@
 """The commands that run a driver: run, resume, retry."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cluster.backends.sbatch import DRIVER_JOB
+from cluster.driver_job import log_of_driver
+from cluster.lock import submit_driver
 from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_cluster, stage_folder, warn
 from flows.cli.tables import print_estimate, print_summary
-from montessori_core.config import read_experiment
+from flows.prefect_api import own_database, refuse_local_api
+from montessori_core.config import Experiment, read_experiment
 from montessori_core.errors import UserError
 from tasks.run import Run, open_run, reopen_run
 from tasks.studies import in_study
+
+SubmitDriver = Annotated[
+    bool,
+    typer.Option("--submit-driver", help="Run the driver as a Slurm job (cluster.slurm.driver), not in this terminal."),
+]
 
 
 def run(
@@ -23,24 +33,30 @@ def run(
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the configuration's.")] = None,
     cluster: ClusterFile = None,
+    as_job: SubmitDriver = False,
 ) -> None:
     """Run an experiment. An existing run of the same name is resumed; finished work is not repeated."""
     # Quote the name: it may look like a date or a number.
     overrides = [*(set_ or []), *([f"name={json.dumps(name)}"] if name else [])]
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
+    if as_job:
+        check_driver_job(experiment)
     opened, warnings = open_run(experiment, run_root / experiment.name)
     warn(warnings)
     if not stages_of(opened.folder):
         from flows.estimate import estimate_run
 
         print_estimate(opened.experiment, estimate_run(opened))
-    drive_run(opened)
+    drive_run(opened, as_job)
 
 
-def resume(run_dir: RunFolder) -> None:
+def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
     """Resume a run after an interruption, a crash or a fixed error."""
-    opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
-    drive_run(opened)
+    experiment = reopen_run(run_dir).experiment
+    if as_job:
+        check_driver_job(experiment)
+    opened, _ = open_run(experiment, run_dir)
+    drive_run(opened, as_job)
 
 
 def retry(
@@ -61,15 +77,53 @@ def retry(
     drive_run(opened)
 
 
-def drive_run(opened: Run) -> None:
-    """Run or resume an experiment; print its results."""
+def check_driver_job(experiment: Experiment) -> None:
+    """Check that a driver can run as a Slurm job.
+
+    Raises:
+        UserError: the run's jobs are not Slurm jobs, or the driver could not reach its Prefect server.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    profile = experiment.cluster.profile
+    if profile != "slurm":
+        raise UserError(
+            f"--submit-driver: cluster.profile is {profile}, so that the jobs would run inside the driver's job; set "
+            "profile: slurm, or leave --submit-driver out"
+        )
+    refuse_local_api(PREFECT_API_URL.value())
+
+
+def drive_run(opened: Run, as_job: bool = False) -> None:
+    """Run or resume an experiment, in this process or by a Slurm job; print its results, or how to find the job."""
+    refuse_part_of_study(opened)
+    if as_job:
+        _submit(opened)
+        return
     from flows.experiment import experiment
 
-    refuse_part_of_study(opened)
     if opened.finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")
-    interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}")
+    option = " --submit-driver" if DRIVER_JOB in os.environ else ""
+    interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}{option}")
     print_summary(opened)
+
+
+def _submit(opened: Run) -> None:
+    if opened.finished:
+        console.print(f"{opened.experiment.name} is finished; to check its results: montessori resume {opened.folder}")
+        return
+    command = ["resume", str(opened.folder)]
+    driver = submit_driver(opened.folder, command, own_database(opened.folder), opened.experiment.cluster.slurm)
+    lines = (
+        f"the driver is Slurm job {driver.job}",
+        f"  log:    {log_of_driver(opened.folder)}",
+        f"  follow: montessori status {opened.folder}",
+        f"          montessori logs {opened.folder} --driver",
+        f"  end:    montessori cancel {opened.folder}",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def refuse_part_of_study(opened: Run) -> None:

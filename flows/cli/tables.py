@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
-from cluster.lock import driver_of
-from cluster.status import StageStatus, read_stage_status, stages_of
+from cluster.status import stages_of
 from cluster.usage import cost_of, use_of
 from flows.cli.console import console
 from flows.cli.options import warn
@@ -24,7 +23,7 @@ from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.table import domination_warning, summarize_influence
 from montessori_core.models.shape import GB
 from tasks.run import Run
-from tasks.studies import PAGE, in_study, read_comparison
+from tasks.studies import PAGE, read_comparison
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,60 +33,6 @@ if TYPE_CHECKING:
     from montessori_core.evaluation.kinds import KindClassifier
     from montessori_core.influence.memory import MemoryPlan
     from montessori_core.training.memory import UpdateMemory
-
-
-def print_status(run: Run) -> None:
-    """Print a line per stage, and the error of each failed shard."""
-    stages = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
-    rows = []
-    for stage in stages:
-        running = stage.state == "running"
-        rows.append(
-            {
-                "stage": str(stage.folder.relative_to(run.folder)),
-                "state": stage.state,
-                "shards done": f"{stage.done}/{stage.shards}",
-                "running": str(stage.running or ""),
-                "queued": str(stage.queued or ""),
-                "failed": str(stage.failed or ""),
-                "rows computed": f"{int(stage.rows_done)}/{stage.rows}",
-                "rows/min": f"{60 * stage.rows_per_second:.3g}" if running and stage.rows_per_second else "",
-                "job seconds": f"{stage.job_seconds:.0f}",
-                "left": _time_left(stage) if running else "",
-            }
-        )
-    # Drop empty columns: terminals are narrow, and other commands take the full names of stages.
-    columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
-    table = Table(title=f"{run.experiment.name} ({run.folder})", title_justify="left")
-    for name in columns:
-        table.add_column(name, no_wrap=name in ("stage", "state"))
-    for row in rows:
-        table.add_row(*(row[name] for name in columns))
-    if rows:
-        console.print(table)
-    else:
-        console.print(f"{run.experiment.name} ({run.folder}): no stage has started", soft_wrap=True)
-    for stage in stages:
-        name = str(stage.folder.relative_to(run.folder))
-        for failure in stage.failures:
-            console.print(f"failed: {name}, shard {failure.shard}: {failure.kind}: {failure.error}", soft_wrap=True)
-            for line in failure.last_lines:
-                console.print(f"  | {line}", soft_wrap=True)
-            console.print(f"  log: {failure.log}", soft_wrap=True)
-    holder = driver_of(run.folder)
-    if holder:
-        console.print(f"driver: process {holder['process']} on {holder['host']}")
-    elif in_study(run.folder):
-        console.print("No driver is running. Resume with: montessori compare, and the study's file", soft_wrap=True)
-    elif stages and not run.finished:
-        console.print(f"No driver is running. Resume with: montessori resume {run.folder}", soft_wrap=True)
-
-
-def _time_left(stage: StageStatus) -> str:
-    """Format the remaining time of a running stage; "starting" before the first measurement."""
-    if stage.seconds_left is not None:
-        return f"about {duration(stage.seconds_left)}"
-    return "starting" if stage.running else ""
 
 
 def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:

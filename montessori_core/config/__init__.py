@@ -4,7 +4,16 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
 """
 
-from montessori_core.config.cluster import Cluster, Container, Resources, Slurm, StageResources, Vllm, read_cluster
+from montessori_core.config.cluster import (
+    Cluster,
+    Container,
+    DriverJob,
+    Resources,
+    Slurm,
+    StageResources,
+    Vllm,
+    read_cluster,
+)
 from montessori_core.config.data import DataFormat, DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
 from montessori_core.config.experiment import Experiment, parse_experiment, read_experiment
@@ -27,6 +36,7 @@ __all__ = [
     "Count",
     "DataFormat",
     "DataSource",
+    "DriverJob",
     "Endpoint",
     "Experiment",
     "FilterSettings",

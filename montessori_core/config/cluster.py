@@ -21,6 +21,16 @@ _SETTINGS = {  # of sbatch options; None: this program chooses the value
     **dict.fromkeys(("job-name", "output", "error", "open-mode", "signal"), None),
 }
 _GPU_OPTIONS, _MEMORY_OPTIONS = {"gpus", "gpus-per-task", "gpus-per-socket", "gres"}, {"mem-per-cpu", "mem-per-gpu"}
+_DRIVER_SETTINGS = {  # as _SETTINGS, of the driver's job
+    **dict.fromkeys(("partition", "account", "qos"), "cluster.slurm.driver.{option}"),
+    "time": "cluster.slurm.driver.time_limit_minutes",
+    "cpus-per-task": "cluster.slurm.driver.cpus",
+    **dict.fromkeys(("mem", "mem-per-cpu"), "cluster.slurm.driver.memory_gb"),
+    **dict.fromkeys(
+        ("nodes", "ntasks", "array", "job-name", "output", "error", "open-mode", "signal", "requeue"), None
+    ),
+    **dict.fromkeys(("no-requeue", "parsable", "wrap"), None),
+}
 
 
 class Resources(Section):
@@ -97,6 +107,56 @@ class Container(Section):
     )
 
 
+def _refuse_repeated(extra: dict[str, str | int | bool], settings: dict[str, str | None], field: str) -> None:
+    """Refuse additional options of sbatch that a setting, or the program, determines.
+
+    Args:
+        extra: additional options.
+        settings: setting of each option; None: this program chooses the value.
+        field: name of the field with additional options.
+
+    Raises:
+        ValueError: an option is refused; the message has the remedy.
+    """
+    for key, value in extra.items():
+        option = key.strip().lstrip("-").replace("_", "-")
+        if option not in settings or (option == "gres" and "gpu" not in str(value)):
+            continue
+        setting = (settings[option] or "").format(option=option)
+        remedy = f"set {setting}" if setting else "leave its value to the program"
+        raise ValueError(f"{field}: {key}: sbatch would get this option twice; remove it, and {remedy}")
+
+
+class DriverJob(Section):
+    """Job of the driver, with `--submit-driver`: a process on CPUs that submits the run's jobs and joins their tables."""
+
+    partition: str | None = Field(
+        None, description="Partition, preferably one for CPU jobs. If not set, `slurm.partition`."
+    )
+    account: str | None = Field(None, description="Account to charge. If not set, `slurm.account`.")
+    qos: str | None = Field(None, description="Quality of service. If not set, `slurm.qos`.")
+    time_limit_minutes: Minutes = Field(
+        1440,
+        description="Wall-time limit, as in `resources`. At its limit the driver goes back to the queue and then continues; "
+        "the run's jobs are not affected.",
+    )
+    cpus: Count = Field(2, description="CPU cores.")
+    memory_gb: Count | None = Field(
+        8, description="Memory, GB. If null, sbatch gets no --mem: some clusters do not accept it."
+    )
+    setup: tuple[str, ...] = Field((), description="Shell commands to run before the driver starts, e.g. module load.")
+    extra: dict[str, str | int | bool] = Field(
+        {},
+        description="Additional sbatch options by name, e.g. {reservation: night}. Options that another setting determines "
+        "are refused.",
+    )
+
+    @model_validator(mode="after")
+    def _extra_repeats_no_setting(self) -> "DriverJob":
+        _refuse_repeated(self.extra, _DRIVER_SETTINGS, "extra")
+        return self
+
+
 class Slurm(Section):
     """How jobs are submitted to Slurm."""
 
@@ -123,6 +183,7 @@ class Slurm(Section):
         "are refused.",
     )
     srun: tuple[str, ...] = Field((), description="Additional srun options, as on its command line: --cpu-bind=cores.")
+    driver: DriverJob = Field(DriverJob(), description="Job of the driver, with `--submit-driver`.")
 
 
 class Vllm(Section):
@@ -150,11 +211,17 @@ class Vllm(Section):
 class Cluster(Section):
     """Where jobs run and which resources they get. Changing these settings recomputes nothing."""
 
-    profile: Literal["local", "slurm"] = Field(
-        "local", description="'local' runs jobs as processes on this machine; 'slurm' submits them with sbatch."
+    profile: Literal["local", "slurm", "allocation"] = Field(
+        "local",
+        description="'local' runs jobs as processes on this machine; 'slurm' submits them with sbatch; 'allocation' runs "
+        "them with srun on the nodes of the allocation (salloc, sbatch) in which the driver runs.",
     )
     resources: StageResources = Field(StageResources(), description="Resources by stage.")
-    slurm: Slurm = Field(Slurm(), description="Slurm options; ignored by the local profile.")
+    slurm: Slurm = Field(
+        Slurm(),
+        description="Slurm options; ignored by the local profile. The allocation profile uses `python`, "
+        "`setup`, `container` and `srun`.",
+    )
     generation_python: str | None = Field(
         None,
         description="Python of a separate environment for generation jobs (vLLM pins its own torch). If not set, the same as "
@@ -170,13 +237,7 @@ class Cluster(Section):
             settings |= dict.fromkeys(_GPU_OPTIONS, _SETTINGS["gpus-per-node"])
         if any(resources.memory_gb for _, resources in self.resources):
             settings |= dict.fromkeys(_MEMORY_OPTIONS, _SETTINGS["mem"])
-        for key, value in self.slurm.extra.items():
-            option = key.strip().lstrip("-").replace("_", "-")
-            if option not in settings or (option == "gres" and "gpu" not in str(value)):
-                continue
-            setting = (settings[option] or "").format(option=option)
-            remedy = f"set {setting}" if setting else "leave its value to the program"
-            raise ValueError(f"slurm.extra: {key}: sbatch would get this option twice; remove it, and {remedy}")
+        _refuse_repeated(self.slurm.extra, settings, "slurm.extra")
         return self
 
     @model_validator(mode="after")

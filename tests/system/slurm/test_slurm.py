@@ -1,16 +1,15 @@
 """The fan-out on a real Slurm: faults of tasks, nodes, drivers and the scheduler do not change the parts.
 
-`docker/slurm/lab.sh` runs a cluster of two nodes on this machine during these tests.
+`docker/slurm/lab.sh` runs a cluster of two nodes on this machine during these tests (see `conftest.py`).
 """
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,10 +33,10 @@ from support import squares as local
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
 from support.row_programs import as_shards
+from support.slurm_lab import LAB, call_lab, preempt, put_command, queued
 
 pytestmark = pytest.mark.guarantee("no sacct")
 
-LAB = ROOT / "docker" / "slurm"
 SHARDS, EXPECTED = local.SHARDS, local.EXPECTED
 ROWS = [row["n"] for shard in SHARDS for row in shard]
 PROCESSES_PROGRAM = """
@@ -74,42 +73,6 @@ ONE_A_NODE = Slurm(extra={"exclusive": True})
 folder = local.folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A running cluster for Slurm's commands. Tests fail if Slurm is missing and cannot be installed."""
-    installation = subprocess.run([LAB / "install.sh"], capture_output=True, text=True)
-    if installation.returncode:
-        pytest.fail(f"these tests need Slurm:\n{installation.stderr.strip()}", pytrace=False)
-    with pytest.MonkeyPatch.context() as environment:
-        for name in list(os.environ):
-            if name.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SCANCEL")):
-                environment.delenv(name)  # if this machine belongs to a cluster
-        settings = {"LAB": tmp_path_factory.mktemp("slurm"), "NODES": 2, "CPUS": 8, "MEMORY": 16000, "GPUS": 2}
-        for name, value in settings.items():
-            environment.setenv(name, str(value))
-        try:
-            call_lab("start")
-            name, _, path = shlex.split(call_lab("env"))[1].partition("=")
-            environment.setenv(name, path)
-            yield
-        finally:
-            call_lab("stop")
-
-
-@pytest.fixture(autouse=True)
-def empty_queue(lab: None) -> Iterator[None]:
-    """Empty the queue after each test."""
-    yield
-    subprocess.run(["scancel", "--me"], check=True)
-    local.wait_until(are_idle, 60)
-
-
-def call_lab(*arguments: str) -> str:
-    call = subprocess.run([LAB / "lab.sh", *arguments], capture_output=True, text=True)
-    assert call.returncode == 0, call.stderr
-    return call.stdout
-
-
 def run(
     folder: Path,
     shards: list[list[Row]] = SHARDS,
@@ -128,21 +91,6 @@ def run(
         cluster,
         on_progress,
     )
-
-
-def queued(*options: str) -> list[str]:
-    return subprocess.run(
-        ["squeue", "--noheader", "--array", "--me", *options], capture_output=True, text=True, check=True
-    ).stdout.split()
-
-
-def are_idle() -> bool:
-    command = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"]
-    states = dict(line.split() for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines())
-    for node in states:
-        if states[node] == "drained":
-            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
-    return states == {"node1": "idle", "node2": "idle"}
 
 
 def once(condition: Callable[[], bool], action: Callable[[], object]) -> Callable[[Progress], None]:
@@ -179,12 +127,6 @@ def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> P
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
     failures.write_text("\n" * times)
     return failures
-
-
-def preempt() -> None:
-    """Submit a job for both nodes to the partition of higher priority."""
-    command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def test_slurm_results_equal_local_results(folder: Path) -> None:
@@ -915,9 +857,3 @@ def doctor(folder: Path, cluster: dict[str, object], *options: str) -> tuple[int
         check=False,
     )
     return outcome.returncode, outcome.stdout + outcome.stderr
-
-
-def put_command(path: Path, line: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{line}\n")
-    path.chmod(0o755)

@@ -1,0 +1,179 @@
+"""Backend that runs jobs as srun steps of the Slurm allocation around the driver (salloc, sbatch), without queueing again.
+
+A job is an srun process of the driver's host, as a local job is a process. It survives the driver, not the allocation.
+"""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+from cluster.backends.base import Task, split_evenly
+from cluster.backends.command import run_command
+from cluster.backends.local import LocalBackend, find_processes, process_of
+from cluster.backends.sbatch import environment_outside_job
+from cluster.backends.slurm import gpus_option, python_command
+from cluster.import_path import check_import_path
+from cluster.processes import start_time
+from cluster.step import run_step
+from cluster.supervisor import kill_tree
+from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_STEP_END_TIMEOUT = 40.0  # seconds; longer than Slurm's usual KillWait
+_PORTIONS = 2
+"""A job takes at most this fraction of an even share of the missing shards, so that GPUs become free at similar times."""
+
+
+class AllocationBackend(LocalBackend):
+    """Jobs as steps of an allocation. A job id has the id and start time of the srun process."""
+
+    def __init__(self, cluster: Cluster, resources: Resources, python: str | None) -> None:
+        check_import_path(cluster.slurm.setup)
+        self._slurm, self._resources = cluster.slurm, resources
+        self._python_command, self._container_options = python_command(cluster.slurm, python)
+        self._allocation = os.environ.get("SLURM_JOB_ID")
+        self._job_ids = set()
+        self._fit: int | None = None
+        self._messages: dict[str, Path] = {}
+
+    def check(self) -> None:
+        """Check that a job fits into the allocation.
+
+        Raises:
+            UserError: there is no allocation around this process, or it is too small.
+        """
+        if self._allocation is None:
+            raise UserError(
+                "cluster.profile is allocation, but SLURM_JOB_ID is not set: this is not inside an allocation; start inside "
+                "salloc or sbatch, or set profile: slurm, which submits jobs of its own"
+            )
+        self._fit = self._jobs_that_fit()
+        if self._fit == 0:
+            needed = self._resources
+            raise UserError(
+                f"a job needs {needed.nodes} node(s) with {needed.gpus_per_node} GPUs and "
+                f"{needed.processes_per_node * needed.cpus_per_process} cores each, but the allocation (Slurm job "
+                f"{self._allocation}) has less; lower cluster.resources, or ask for a larger allocation"
+            )
+
+    def prepare(self) -> None:
+        pass  # jobs import on their nodes
+
+    def group(self, shards: Sequence[int], free: int) -> list[Task]:
+        """Cut shards into a job for each place that is free; the other shards wait, for the places that become free."""
+        places = self._resources.parallel_jobs
+        if self._fit is not None:
+            free, places = free - max(0, places - self._fit), min(places, self._fit)
+        if free <= 0:
+            return []
+        share = -(-len(shards) // (_PORTIONS * places))
+        return split_evenly(shards[: free * min(share, self._resources.shards_per_job)], free)
+
+    def submit(
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
+    ) -> list[str]:
+        # Nodes to avoid are ignored: an allocation has few.
+        folder.mkdir(exist_ok=True)
+        return [self._start(name, folder, task, stage_folder) for task in tasks]
+
+    def _start(self, name: str, folder: Path, task: Task, stage_folder: Path) -> str:
+        resources = self._resources
+        options = [
+            f"--jobid={self._allocation}",
+            f"--job-name={name}",
+            f"--nodes={resources.nodes}",
+            f"--ntasks={resources.nodes * resources.processes_per_node}",
+            f"--ntasks-per-node={resources.processes_per_node}",
+            f"--cpus-per-task={resources.cpus_per_process}",
+            f"--gpus-per-node={gpus_option(resources)}" if resources.gpus_per_node else "--gres=none",
+            f"--mem={resources.memory_gb}GB" if resources.memory_gb else "--mem=0",  # 0: shared by the steps
+            f"--time={resources.time_limit_minutes}",
+            *("--exact", "--kill-on-bad-exit=1", "--mpi=none", "--input=none", "--quiet"),
+            *self._container_options,
+            *self._slurm.srun,
+        ]
+        step = f"{self._python_command} -P -u -m cluster.step {shlex.quote(str(folder))} {60 * resources.time_limit_minutes}"
+        # The shell's process id becomes srun's, which is the job's id.
+        job = f'{shlex.quote(str(folder))}/"$$"'
+        logs = f"--output={job}_%t_log.out --error={job}_%t_log.err"
+        srun = f'exec srun {shlex.join(options)} {logs} {step} "$$" 2>{job}_srun.err'
+        script = "\n".join([*self._slurm.setup, srun])
+        process = subprocess.Popen(
+            ["bash", "-c", script],
+            env=environment_outside_job(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        job_id = f"{process.pid}:{start_time(process.pid)}"
+        submission = DelayedSubmission(run_step, str(stage_folder), task, resources.cpus_per_process)
+        submission.set_timeout(resources.time_limit_minutes, 0)
+        submission.dump(JobPaths(folder, str(process.pid)).submitted_pickle)
+        self._job_ids.add(job_id)
+        self._messages[job_id] = folder / f"{process.pid}_srun.err"
+        return job_id
+
+    def find(self, name: str, folder: Path) -> list[str]:
+        return find_processes({"cluster.step"}, folder)
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        # srun ends its step after SIGTERM; a step whose srun is killed continues.
+        processes = [process for job_id in ids if (process := process_of(job_id)) is not None]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(processes, _STEP_END_TIMEOUT)
+        for process in alive:
+            log.warning("srun process %d does not end; killing it", process.pid)
+            kill_tree(process)
+
+    def reason(self, job_id: str) -> str:
+        message = self._messages.get(job_id)
+        lines = message.read_text(errors="replace").strip().splitlines() if message and message.exists() else []
+        return lines[-1] if lines else super().reason(job_id)
+
+    def _jobs_that_fit(self) -> int | None:
+        """Return how many jobs fit into the allocation by its cores and GPUs; None if its size is unknown."""
+        answer = run_command("scontrol", "--oneliner", "show", "job", self._allocation or "") or ""
+        sizes = {name: int(count) for name, count in re.findall(r"\b(Num(?:Nodes|CPUs|Tasks))=(\d+)", answer)}
+        if not {"NumNodes", "NumCPUs"} <= sizes.keys():
+            return None
+        needed, nodes = self._resources, sizes["NumNodes"]
+        fit = _places(sizes["NumCPUs"], nodes, needed.nodes, needed.processes_per_node * needed.cpus_per_process)
+        if needed.gpus_per_node:
+            fit = min(fit, _places(_gpus(answer, sizes), nodes, needed.nodes, needed.gpus_per_node))
+        return fit
+
+
+def _places(total: int, nodes: int, nodes_per_job: int, per_node: int) -> int:
+    """Return how many jobs that need `per_node` on each of their nodes share `total` cores or GPUs of an allocation."""
+    if nodes < nodes_per_job or -(-total // nodes) < per_node:
+        return 0
+    return total // (nodes_per_job * per_node)
+
+
+def _gpus(answer: str, sizes: Mapping[str, int]) -> int:
+    """Return the number of GPUs of an allocation.
+
+    Args:
+        answer: of scontrol show job. TRES has GPUs only if accounting counts them.
+        sizes: number of nodes and tasks.
+    """
+    copies = {"Job": 1, "Node": sizes["NumNodes"], "Task": sizes.get("NumTasks", 1)}
+    for per, number in copies.items():
+        if match := re.search(rf"\bTresPer{per}=\S*gpu(?::[A-Za-z]\w*)?[:=](\d+)", answer):
+            return number * int(match[1])
+    match = re.search(r"\bTRES=\S*gres/gpu=(\d+)", answer)
+    return int(match[1]) if match else 0

@@ -1,0 +1,41 @@
+"""The Slurm cluster of the tests: `docker/slurm/lab.sh` runs two nodes on this machine."""
+
+import subprocess
+from pathlib import Path
+
+from support import ROOT
+
+LAB = ROOT / "docker" / "slurm"
+
+
+def call_lab(*arguments: str) -> str:
+    call = subprocess.run([LAB / "lab.sh", *arguments], capture_output=True, text=True)
+    assert call.returncode == 0, call.stderr
+    return call.stdout
+
+
+def queued(*options: str) -> list[str]:
+    return subprocess.run(
+        ["squeue", "--noheader", "--array", "--me", *options], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def are_idle() -> bool:
+    command = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"]
+    states = dict(line.split() for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines())
+    for node in states:
+        if states[node] == "drained":
+            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+    return states == {"node1": "idle", "node2": "idle"}
+
+
+def preempt() -> None:
+    """Submit a job for both nodes to the partition of higher priority."""
+    command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def put_command(path: Path, line: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)

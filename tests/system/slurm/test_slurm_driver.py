@@ -1,0 +1,234 @@
+"""The driver as a Slurm job: it is killed, requeued, stopped at its time limit, and its node crashes.
+
+Most tests drive a stage of squares; the last one a whole run, by the command line.
+"""
+
+import logging
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.driver_job import log_of_driver, stopped_with_its_job
+from cluster.fanout import fan_out
+from cluster.ledger import Ledger
+from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driver
+from montessori_core.config import Cluster, DriverJob, Resources, Slurm
+from montessori_core.errors import UserError
+from montessori_core.files import read_json
+from support import ROOT
+from support import runs as whole
+from support import squares as local
+from support.row_programs import as_shards
+from support.slurm_lab import call_lab, queued
+
+ROWS = [row["n"] for shard in local.SHARDS for row in shard]
+ENTRY = """
+import sys
+from pathlib import Path
+import test_slurm_driver
+
+def main():
+    test_slurm_driver.drive(Path(sys.argv[1]))
+"""
+
+JOB = DriverJob(cpus=1, memory_gb=1, time_limit_minutes=10)
+
+folder = local.folder
+
+
+@pytest.fixture
+def driven(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the program of squares; a driver's job there runs `drive` instead of a command."""
+    (folder / "montessori_entry.py").write_text(ENTRY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests", Path(__file__).parent))))
+    return folder
+
+
+def drive(folder: Path) -> None:
+    """Compute the stage of squares as its only driver, in two jobs."""
+    logging.basicConfig(level=logging.INFO)
+    resources = Resources(parallel_jobs=2, cpus_per_process=1)
+    cluster = Cluster(profile="slurm", poll_seconds=0.5)
+    with stopped_with_its_job(), only_driver(folder):
+        fan_out(local.stage(folder, 2.0), as_shards(*local.SHARDS), resources, cluster)
+
+
+def submit(folder: Path, job: DriverJob = JOB) -> Driver:
+    return submit_driver(folder, [str(folder)], {}, Slurm(driver=job))
+
+
+def submissions(folder: Path) -> list[str]:
+    return [submission.name for submission in Ledger(folder / "stage" / "jobs").submissions]
+
+
+def wait_for_work(folder: Path) -> None:
+    """Wait until jobs compute rows and the driver has recorded them."""
+    local.wait_until(lambda: len(local.computed(folder)) >= 2 and bool(submissions(folder)), 120)
+
+
+def wait_for_results(folder: Path) -> list[int]:
+    """Wait until the driver has ended; return what the stage computed."""
+    local.wait_until(lambda: driver_of(folder) is None, 400)
+    stage = local.stage(folder, 2.0)
+    parts = [stage.part(index) for index in range(len(local.SHARDS))]
+    assert all(map(Path.exists, parts)), log_of_driver(folder).read_text()
+    return local.results(parts)
+
+
+@pytest.mark.guarantee("driver's job requeued")
+def test_requeued_driver_job_awaits_running_jobs(driven: Path) -> None:
+    driver = submit(driven)
+    wait_for_work(driven)
+    holder = driver_of(driven)
+    assert holder is not None
+    assert (holder.job, holder.host is not None) == (driver.job, True)
+    for second in (lambda: submit(driven), lambda: drive(driven)):
+        with pytest.raises(UserError, match=f"already has a driver .Slurm job {driver.job}, process"):
+            second()
+    subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
+    assert wait_for_results(driven) == local.EXPECTED
+    assert sorted(local.computed(driven)) == ROWS
+    assert len(submissions(driven)) == 1
+    assert "waiting for jobs that an earlier driver started" in log_of_driver(driven).read_text()
+
+
+@pytest.mark.guarantee("driver's job killed")
+@pytest.mark.slow
+def test_next_driver_job_awaits_jobs_of_killed_one(driven: Path) -> None:
+    driver = submit(driven)
+    wait_for_work(driven)
+    subprocess.run(["scancel", "--signal=KILL", str(driver.job)], check=True)
+    local.wait_until(lambda: driver_of(driven) is None)
+    assert queued("--states=RUNNING")
+    assert submit(driven).job != driver.job
+    assert wait_for_results(driven) == local.EXPECTED
+    assert sorted(local.computed(driven)) == ROWS
+    assert len(submissions(driven)) == 1
+
+
+@pytest.mark.guarantee("node of the driver's job crashes")
+@pytest.mark.slow
+def test_driver_job_of_crashed_node_runs_elsewhere(driven: Path) -> None:
+    driver = submit(driven)
+    wait_for_work(driven)
+    [node] = queued(f"--jobs={driver.job}", "--format=%N")
+    number = node.removeprefix("node")
+    call_lab("kill-node", number)
+    try:
+        assert wait_for_results(driven) == local.EXPECTED
+    finally:
+        call_lab("start-node", number)
+    assert len(submissions(driven)) == 1  # Slurm requeued the jobs of that node, too
+
+
+@pytest.mark.guarantee("driver's job reaches its time limit")
+@pytest.mark.slow
+def test_driver_job_requeues_itself_at_time_limit(driven: Path) -> None:
+    program = local.PROGRAM.replace('time.sleep(settings["seconds"])', "time.sleep(20)")
+    (driven / "squares_program.py").write_text(program)
+    driver = submit(driven, JOB.model_copy(update={"time_limit_minutes": 1}))
+    assert wait_for_results(driven) == local.EXPECTED
+    assert sorted(local.computed(driven)) == ROWS
+    assert len(submissions(driven)) == 1
+    assert f"time limit or preemption: Slurm job {driver.job} is requeued" in log_of_driver(driven).read_text()
+
+
+@pytest.mark.slow
+def test_cancelled_driver_job_cancels_its_jobs(driven: Path) -> None:
+    submit(driven)
+    wait_for_work(driven)
+    assert end_driver(driven)
+    assert queued() == []
+    assert all(submission.closed for submission in Ledger(driven / "stage" / "jobs").submissions)
+    assert not end_driver(driven)
+
+
+def configuration(folder: Path, model: Path, **driver: object) -> Path:
+    """Write the configuration of a tiny run on Slurm."""
+    content = yaml.safe_load(whole.configuration(folder, model).read_text())
+    content["cluster"] = {"profile": "slurm", "poll_seconds": 0.5, "slurm": {"driver": {"memory_gb": 2, **driver}}}
+    path = folder / "slurm.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.guarantee("driver's job submitted twice")
+def test_two_submissions_at_once_make_one_driver(driven: Path) -> None:
+    waiting = JOB.model_copy(update={"extra": {"begin": "now+1hour"}})
+
+    with ThreadPoolExecutor(4) as pool:
+        attempts = [pool.submit(submit, driven, waiting) for _ in range(4)]
+    errors = [error for attempt in attempts if (error := attempt.exception()) is not None]
+    assert ["already has a driver" in str(error) for error in errors] == [True] * 3
+    [driver] = [attempt.result() for attempt in attempts if attempt.exception() is None]
+    assert queued("--format=%i") == [driver.job]
+    assert end_driver(driven)
+    assert queued() == []
+
+
+@pytest.mark.guarantee("driver's job submitted twice")
+def test_commands_find_queued_driver_job(tiny_llama: Path, tmp_path: Path) -> None:
+    config, run = configuration(tmp_path, tiny_llama, extra={"begin": "now+1hour"}), "runs/tiny"
+
+    def call(*arguments: str) -> tuple[int, str]:
+        code, output = whole.invoke(*arguments, cwd=tmp_path)
+        return code, " ".join(output.split())
+
+    code, output = call("run", str(config), "--submit-driver")
+    assert code == 0, output
+    [job] = queued("--format=%i")
+    assert f"the driver is Slurm job {job}" in output
+    for command in (["run", str(config), "--submit-driver"], ["run", str(config)], ["resume", run]):
+        code, output = call(*command)
+        assert (code, f"already has a driver (Slurm job {job}, PENDING (BeginTime))" in output) == (1, True), output
+    assert queued("--format=%i") == [job]
+    assert f"driver: Slurm job {job}, PENDING (BeginTime)" in call("status", run)[1]
+    assert "driver.log: missing" in call("logs", run, "--driver")[1]
+    assert "cancelled" in call("cancel", run)[1]
+    assert queued() == []
+    assert "nothing of this run is running" in call("cancel", run)[1]
+
+
+def test_refused_driver_job_leaves_no_driver(tiny_llama: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path, tiny_llama, partition="nowhere")
+    code, output = whole.invoke("run", str(config), "--submit-driver", cwd=tmp_path)
+    assert code == 1
+    assert "sbatch rejected the driver's job: " in output
+    assert "cluster.slurm.driver" in output
+    assert driver_of(tmp_path / "runs" / "tiny") is None
+
+
+@pytest.mark.guarantee("driver's job of a whole run requeued and killed")
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_path: Path) -> None:
+    code, output = whole.call(
+        "run", str(whole.configuration(tmp_path, talking_llama)), "--run-root", "quiet", cwd=tmp_path
+    )
+    assert code == 0, output
+    config, run = configuration(tmp_path, talking_llama), tmp_path / "runs" / "tiny"
+
+    code, output = whole.call("run", str(config), "--submit-driver", cwd=tmp_path)
+    assert code == 0, output
+    driver = driver_of(run)
+    assert driver is not None
+    ledgers = [run / "iteration-1" / stage / "jobs" / "ledger.json" for stage in ("warmup", "influence")]
+    local.wait_until(ledgers[0].exists, 1200)
+    subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
+    local.wait_until(ledgers[1].exists, 1200)
+    subprocess.run(["scancel", "--signal=KILL", str(driver.job)], check=True)
+    local.wait_until(lambda: driver_of(run) is None)
+    code, output = whole.call("status", str(run), cwd=tmp_path)
+    assert f"montessori resume {run} --submit-driver" in output
+
+    code, output = whole.call("resume", str(run), "--submit-driver", cwd=tmp_path)
+    assert code == 0, output
+    local.wait_until(lambda: driver_of(run) is None, 1800)
+    assert (run / "report.html").exists(), log_of_driver(run).read_text()
+    assert whole.digests(run) == whole.digests(tmp_path / "quiet" / "tiny")
+    assert {len(read_json(ledger)) for ledger in run.rglob("ledger.json")} == {1}
+    assert queued() == []

@@ -1,0 +1,51 @@
+"""The profile `allocation` outside of an allocation, and how it cuts shards into jobs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.backends import open_backend
+from cluster.backends.allocation import AllocationBackend
+from cluster.step import environment_of
+from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
+from support import runs as whole
+
+ALLOCATION = Cluster(profile="allocation")
+
+
+@pytest.fixture(autouse=True)
+def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+def test_profile_allocation_needs_an_allocation() -> None:
+    with pytest.raises(UserError, match=r"profile is allocation, but SLURM_JOB_ID is not set.* salloc or sbatch"):
+        open_backend(ALLOCATION, Resources(), None)
+
+
+def test_run_outside_an_allocation_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(whole.configuration(tmp_path, tiny_llama).read_text()) | {
+        "cluster": {"profile": "allocation"}
+    }
+    (tmp_path / "allocation.yaml").write_text(yaml.safe_dump(content))
+    code, output = whole.invoke("run", str(tmp_path / "allocation.yaml"), cwd=tmp_path)
+    assert code == 1
+    assert "start inside salloc or sbatch, or set profile: slurm" in output
+    assert not (tmp_path / "runs" / "tiny" / "iteration-1").exists()
+
+
+def test_jobs_take_shrinking_portions_of_shards() -> None:
+    backend = AllocationBackend(ALLOCATION, Resources(parallel_jobs=4, shards_per_job=16), None)
+    assert [len(task) for task in backend.group(list(range(64)), 4)] == [8] * 4
+    assert [len(task) for task in backend.group(list(range(32)), 1)] == [4]
+    assert [len(task) for task in backend.group(list(range(3)), 4)] == [1] * 3
+    assert backend.group(list(range(3)), 0) == []
+
+
+def test_step_is_a_local_job_of_submitit() -> None:
+    step = {"STEP_NUM_TASKS": "8", "STEP_NUM_NODES": "2", "NODEID": "1", "PROCID": "5", "LOCALID": "1"}
+    environment = environment_of("77", {f"SLURM_{name}": value for name, value in step.items()})
+    assert environment["SUBMITIT_LOCAL_GLOBALID"] == "5"
+    assert environment["SUBMITIT_LOCAL_JOB_ID"] == "77"

@@ -1,0 +1,118 @@
+"""The batch script of a driver's job, and what is refused before it is submitted."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
+from cluster.driver_job import script_of
+from cluster.lock import Driver, driver_of, only_driver
+from montessori_core.config import Cluster, DriverJob, Slurm, parse
+from montessori_core.errors import ConfigError, UserError
+from montessori_core.files import read_json, write_json
+from support import runs as whole
+from support.slurm_lab import put_command
+
+SLURM = Slurm(
+    partition="gpu", account="project", qos="normal", driver=DriverJob(partition="cpu", setup=("module load x",))
+)
+
+
+def options_of(script: str) -> list[str]:
+    """Return the options of sbatch in a script."""
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return [word for line in lines for word in shlex.split(line)]
+
+
+def test_driver_script_has_settings() -> None:
+    folder = Path("/runs of mine/50%/tiny")
+    script = script_of(folder, "montessori-driver-1", ["resume", str(folder)], {"SET": "a b"}, SLURM)
+    options = options_of(script)
+    for option in (
+        "partition=cpu",
+        "account=project",
+        "qos=normal",
+        "mem=8GB",
+        "time=1440",
+        "signal=B:USR1@90",
+        "requeue",
+    ):
+        assert f"--{option}" in options
+    assert "--output=/runs of mine/50%%/tiny/driver.log" in options
+    lines = script.splitlines()
+    assert lines.index("module load x") < lines.index("export SET='a b'")
+    assert f"export {DRIVER_JOB}=montessori-driver-1" in lines
+    assert shlex.split(lines[-1])[-2:] == ["resume", str(folder)]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_driver_options_follow_settings() -> None:
+    driver = DriverJob(
+        memory_gb=None, time_limit_minutes=2, extra={"reservation": "a b", "exclusive": True, "hold": False}
+    )
+    options = options_of(script_of(Path("/run"), "name", [], {}, Slurm(driver=driver)))
+    assert "--reservation=a b" in options
+    assert "--exclusive" in options
+    assert "--signal=B:USR1@30" in options
+    assert not {word.partition("=")[0] for word in options} & {"--mem", "--hold", "--partition", "--account", "--qos"}
+
+
+def test_driver_in_a_job_passes_no_variable_of_it(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text("#!/bin/sh\n#SBATCH --ntasks=1\n")
+    names = ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT", DRIVER_JOB)
+    of_job = dict.fromkeys(names, "1")
+    command = sbatch_command(tmp_path / "job.sh", of_job | {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine"})
+    assert [f"--unset={name}" for name in sorted(of_job)] == command[1:-3]
+    assert command[-3:] == ["sbatch", "--ntasks=1", str(tmp_path / "job.sh")]
+
+
+@pytest.mark.parametrize("option", ["time", "--mem", "cpus_per_task", "signal", "requeue", "partition", "output"])
+def test_driver_option_of_a_setting_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"slurm\.driver: extra: {option}: sbatch would get this option twice"):
+        parse(Cluster, {"slurm": {"driver": {"extra": {option: "1"}}}}, "test")
+
+
+def test_driver_job_needs_slurm_profile(tiny_llama: Path, tmp_path: Path) -> None:
+    config = whole.configuration(tmp_path, tiny_llama)
+    code, output = whole.invoke("run", str(config), "--submit-driver", cwd=tmp_path)
+    assert code == 1
+    assert "cluster.profile is local" in output
+    assert "profile: slurm" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_driver_job_needs_reachable_prefect_server(tiny_llama: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(whole.configuration(tmp_path, tiny_llama).read_text()) | {"cluster": {"profile": "slurm"}}
+    (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(content))
+    command = ["run", str(tmp_path / "slurm.yaml"), "--submit-driver"]
+    code, output = whole.call(*command, cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:4200/api")
+    assert code == 1
+    assert "PREFECT_API_URL is http://127.0.0.1:4200/api, which the nodes of the cluster cannot reach" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_driver_that_fails_leaves_no_record(tmp_path: Path) -> None:
+    def drive() -> None:
+        with only_driver(tmp_path):
+            assert read_json(tmp_path / "driver.lock")["process"] == os.getpid()
+            raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        drive()
+    assert (tmp_path / "driver.lock").read_text() == ""
+    assert driver_of(tmp_path) is None
+
+
+def test_unknown_state_of_driver_job_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job may still be in the queue, so that a second driver is refused."""
+    put_command(tmp_path / "bin" / "squeue", "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    write_json(Driver(job="17", job_name="montessori-driver-1").model_dump(), tmp_path / "driver.lock")
+    with pytest.raises(UserError, match=r"Slurm job 17: squeue does not answer.* remove .*driver\.lock"):
+        driver_of(tmp_path)
+    with pytest.raises(UserError, match="Slurm job 17: squeue does not answer"), only_driver(tmp_path):
+        pass
