@@ -15,7 +15,8 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
 }
 _KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
-_CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Columns with a list of turns, in the order in which they are looked for."""
 _DEFAULT_FIELDS = ("instruction", "input", "output")
 
 
@@ -85,7 +86,7 @@ def turns_of(
     field = _conversation_field(row, source)
     if field is None:
         raise _missing(
-            row, source.conversation_field or _CONVERSATIONS[format == "sharegpt"], where, "conversation_field"
+            row, source.conversation_field or CONVERSATIONS[format == "sharegpt"], where, "conversation_field"
         )
     turns = _turn_list(_look_up(row, field), field, format, where)
     given = any(turn.role == "system" for turn in turns)
@@ -192,7 +193,7 @@ def _joined_parts(content: Any, field: str, where: str) -> Any:
 
 def _conversation_field(row: Mapping[str, Any], source: DataSource) -> str | None:
     """Return the column that holds the turns; None if the row has none."""
-    names = _CONVERSATIONS if source.conversation_field is None else (source.conversation_field,)
+    names = CONVERSATIONS if source.conversation_field is None else (source.conversation_field,)
     return next((name for name in names if _look_up(row, name) is not _ABSENT), None)
 
 

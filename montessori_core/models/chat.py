@@ -345,6 +345,8 @@ def encode_example(
     labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
     for answer in _earlier_answers(tokenizer, text, turns, before):
         places = tokens_of(answer, ids, offsets, end_of_turn(tokenizer))
+        if places.start >= max_length:
+            break  # it is cut, with those after it
         labels[places] = ids[places]
     written, length = _response_end(tokenizer, text, border, ids, offsets)
     if length > len(ids):

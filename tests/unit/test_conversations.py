@@ -1,9 +1,11 @@
 """Conversations: which tokens carry loss, in the chat templates of real models."""
 
+import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -11,15 +13,21 @@ from hypothesis import strategies as st
 
 from cluster.shards import Shards
 from cluster.stage import Stage
-from montessori_core.data.rows import EarlierTurn, ExampleRow, Rows, TaskRow, TrainingRow
-from montessori_core.data.sources import Task, load_tasks, write_tasks
+from montessori_core.config import DataSource
+from montessori_core.data.rows import EarlierTurn, ExampleRow, Rows, TaskRow, TrainingRow, optional_fields, schema_of
+from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tasks
+from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
 from montessori_core.errors import UserError
+from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.files import hash_path
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet
 from montessori_core.models.chat import IGNORED, Encoded, encode_example, takes_system_turn
 from montessori_core.models.examples import encode_row, encode_task
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.selection.choose import Choice, choose
+from montessori_core.selection.pools import open_pool
+from montessori_core.selection.write import write_chosen
 from support.templates import TEMPLATES, real_template
 
 TALK = ("Name a colour.", "Red.", " Another? ", "Blue or\ngreen.", "One more?", "Black.")
@@ -299,3 +307,59 @@ def test_demonstration_follows_the_system_turn(tokenizer: Any) -> None:
     assert [text.index(part) for part in ("Be short.", "Count.", "One.", TALK[0], "[[Black.")] == sorted(
         text.index(part) for part in ("Be short.", "Count.", "One.", TALK[0], "[[Black.")
     )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", CONVERSATION_FORMATS)
+def test_selected_conversations_keep_tokens_and_masks(tiny_llama: Path, tmp_path: Path, form: str, suffix: str) -> None:
+    mixed = (
+        turn("user", "Name a colour."),
+        turn("assistant", "Red.", 0),
+        turn("user", "No."),
+        turn("assistant", "Blue.", 1),
+    )
+    texts = tuple(text.strip() for text in TALK)  # as they are read
+    befores = [earlier(*texts, system="Be short."), earlier(*texts[2:], weight=0), (), mixed]
+    tasks = [Task(f"c{number}", f"And then {number}?", " Grey.\n", before) for number, before in enumerate(befores)]
+    rows = [
+        {
+            "id": task.example_id,
+            "messages": CONVERSATION_FORMATS["messages"].turns(task.before, task.instruction, task.response),
+        }
+        for task in tasks
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_table(
+        table_from_rows([measured(task.example_id) for task in tasks], INFLUENCE), tmp_path / "i.parquet", INFLUENCE
+    )
+    pool = open_pool(tmp_path / "i.parquet", DataSource(path=str(tmp_path / "data.jsonl")), form=form)
+    chosen = choose(pool, Choice("influence", rows=4, max_rouge_l=0.99))
+    write_chosen(pool, chosen, tmp_path / f"best.{suffix}")
+    selected = read_tasks(DataSource(path=str(tmp_path / f"best.{suffix}")), "data", with_response=True)
+    assert selected == tasks
+    for name in (*TEMPLATES, "llama3", "gemma", "qwen3"):
+        tokenizer = load_tokenizer(str(tiny_llama))
+        give_template(tokenizer, name)
+        assert [encode_task(tokenizer, task, 300) for task in selected] == [
+            encode_task(tokenizer, task, 300) for task in tasks
+        ]
+
+
+def measured(name: str) -> dict[str, object]:
+    """Return a row of an influence table."""
+    row: dict[str, object] = {field.name: None if field.nullable else 0 for field in INFLUENCE}
+    row |= {"example_id": name, "prompt_id": name, "status": "ok", "truncated": False, "audited": False}
+    return row | {"estimator": "exact", "influence_student": 1.0, "response_tokens": 1}
+
+
+def test_streamed_single_turns_have_no_column_of_turns(tmp_path: Path) -> None:
+    schema = schema_of(ExampleRow, optional_fields(ExampleRow))
+    for tasks, has_turns in ((SINGLE, False), ([*SINGLE, Task("c", "a", "b", earlier(*TALK))], True)):
+        table = pa.Table.from_pylist(
+            [row | {"before": row["before"] or None} for row in rows_of(tasks, ExampleRow)], schema
+        )
+        write_table(table, tmp_path / "rows.parquet", schema)
+        rows = Rows.of_file(tmp_path / "rows.parquet", schema, ExampleRow)
+        assert ("before" in rows.schema.names) == has_turns
+        stage = Stage("p", 1, "m:f", {"rate": 1.0}, {}, {}, tmp_path)
+        assert (stage.key(next(rows.tables())) == KEYS[ExampleRow]) == (not has_turns)
