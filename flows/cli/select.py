@@ -64,9 +64,8 @@ def select(
     if control not in (None, *controls):
         raise UserError(f"--control {control}: no such control; give one of {', '.join(controls)}")
     check_output(output)
-    if to is not None and (to not in CONVERSATION_FORMATS or examples is None):
-        problem = "it needs --examples" if examples is None else f"give one of {', '.join(CONVERSATION_FORMATS)}"
-        raise UserError(f"--to {to}: {problem}")
+    if to not in (None, *CONVERSATION_FORMATS):
+        raise UserError(f"--to {to}: no such format; give one of {', '.join(CONVERSATION_FORMATS)}")
     pool = open_pool(scored, data_source(examples, "--examples") if examples else None, form=to)
     available = count_scored(pool, by)
     if not available:

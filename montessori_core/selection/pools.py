@@ -166,9 +166,16 @@ def open_pool(
         form: how the texts of `examples` are written, a name of CONVERSATION_FORMATS; None: see `InfluencePool`.
 
     Raises:
-        DataError: it is none of these, or an influence table without its examples.
+        DataError: it is none of these, an influence table without its examples, or has no texts in another format.
     """
     path = Path(os.path.expanduser(path))
+    pool = _open_pool(path, examples, iteration, form)
+    if form is not None and not isinstance(pool, InfluencePool):
+        raise DataError(f"{path}: only the texts of an influence table can be written as {form}; leave out --to")
+    return pool
+
+
+def _open_pool(path: Path, examples: DataSource | None, iteration: int | None, form: str | None) -> Pool:
     if (path / layout.CONFIG).is_file():
         return RunPool(open_set(path.resolve(), "scored", iteration))
     path = data_file(path)

@@ -28,6 +28,7 @@ from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.selection.choose import Choice, choose
 from montessori_core.selection.pools import open_pool
 from montessori_core.selection.write import write_chosen
+from support.runs import invoke
 from support.templates import TEMPLATES, real_template
 
 TALK = ("Name a colour.", "Red.", " Another? ", "Blue or\ngreen.", "One more?", "Black.")
@@ -343,6 +344,17 @@ def test_selected_conversations_keep_tokens_and_masks(tiny_llama: Path, tmp_path
         assert [encode_task(tokenizer, task, 300) for task in selected] == [
             encode_task(tokenizer, task, 300) for task in tasks
         ]
+
+
+def test_format_of_other_pools_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text('{"instruction": "Hi", "output": "Ho", "influence": 1.0}\n')
+    refused = "only the texts of an influence table can be written as messages"
+    for form, message in (("messages", refused), ("xml", "no such format; give one of messages, sharegpt")):
+        options = [str(tmp_path / "pool.jsonl"), "--k", "1", "--output", str(tmp_path / "best.jsonl"), "--to", form]
+        code, output = invoke("select", *options, cwd=tmp_path)
+        assert code == 1
+        assert message in " ".join(output.split())
+    assert not (tmp_path / "best.jsonl").exists()
 
 
 def measured(name: str) -> dict[str, object]:
