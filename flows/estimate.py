@@ -139,7 +139,7 @@ class Sizes:
         response = min(_RESPONSE_SHARE * synthesis.response.max_tokens, _LONGEST_RESPONSE)
 
         def tokens(tasks: Sequence[Task]) -> float:
-            characters = (len(task.instruction) + len(task.response) for task in tasks)
+            characters = (len(task.request) + len(task.response) for task in tasks)
             return sum(min(longest, _TAGS + count / _CHARACTERS_PER_TOKEN) for count in characters)
 
         return Sizes(

@@ -15,7 +15,7 @@ from cluster.shards import Shards, cut_for_jobs
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
-from montessori_core.data.rows import ExampleRow, Positions, Rows, schema_of
+from montessori_core.data.rows import ExampleRow, Positions, Rows, optional_fields, schema_of
 from montessori_core.data.sources import Task, TaskReader, read_tasks, write_tasks
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, write_table
 from montessori_core.errors import ConfigError, DataError
@@ -116,7 +116,7 @@ def open_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRo
     write_bad_rows(left_out, folder)
     file = folder / "reference.jsonl"
     write_tasks(reference, file)
-    rows = Rows.of_file(folder / _EXAMPLES, schema_of(ExampleRow), ExampleRow)
+    rows = Rows.of_file(folder / _EXAMPLES, schema_of(ExampleRow, optional_fields(ExampleRow)), ExampleRow)
     for name, tasks in (("examples", _tasks_of(rows)), ("reference", reference)):
         for warning in thinking_warning(name, tasks):
             log.warning(warning)
@@ -127,7 +127,7 @@ def _tasks_of(rows: Rows) -> Iterator[Task]:
     """Yield the rows as tasks, with a few of them in memory."""
     for table in rows.tables():
         for row in table.to_pylist():
-            yield Task(row["example_id"], row["instruction"], row["response"])
+            yield Task.of(row)
 
 
 def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> None:
@@ -139,9 +139,10 @@ def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> N
         while chunk := list(islice(tasks, ROW_GROUP)):
             rows = [vars(task) | {"prompt_id": task.example_id, "response_finished": True} for task in chunk]
             for table in Rows.of(rows, ExampleRow).tables():
-                yield from table.to_batches()
+                # A chunk without conversations lacks their column.
+                yield from pa.concat_tables([schema.empty_table(), table], promote_options="default").to_batches()
 
-    schema = schema_of(ExampleRow)
+    schema = schema_of(ExampleRow, optional_fields(ExampleRow))
     write_table(pa.RecordBatchReader.from_batches(schema, batches()), path, schema)
     reader.report(bad_rows)
 

@@ -111,6 +111,7 @@ def read_training_rows(source: DataSource) -> Rows:
                 instruction=task.instruction,
                 response=task.response,
                 response_finished=task.example_id not in unfinished,
+                before=list(task.before),
             )
             for task in tasks
         ],

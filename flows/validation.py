@@ -164,7 +164,13 @@ def _warm_up(validation: Validation, warmup: list[Task], inputs: Inputs, folder:
         save_moments=True,
     )
     rows: list[TrainingRow] = [
-        {"instruction": task.instruction, "response": task.response, "response_finished": True} for task in warmup
+        {
+            "instruction": task.instruction,
+            "response": task.response,
+            "response_finished": True,
+            "before": list(task.before),
+        }
+        for task in warmup
     ]
     training_rows, student = Rows.of(rows, TrainingRow), replace(inputs, files={})
     (part,) = compute_parts(folder, programs.SFT, settings, training_rows, student, validation.measurement.cluster)
@@ -202,9 +208,7 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
     cluster = validation.measurement.cluster
     parts = compute_parts(out / "cosine", programs.GRADIENT_COSINE, cosine, inputs.rows, inputs, cluster, 2 * _SHARD)
     values["gradient cosine"] = _column(read_table(parts, UTILITY), "utility")
-    documents, queries = (
-        [f"{t.instruction} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference)
-    )
+    documents, queries = ([f"{t.request} {t.response}" for t in tasks] for tasks in (inputs.examples, inputs.reference))
     values["BM25"] = bm25(documents, queries)
     return values
 

@@ -61,7 +61,7 @@ def overlap_warnings(reference: list[Task], texts: Mapping[str, list[str]], word
     """
     warnings = []
     for setting, questions in texts.items() if words else ():
-        overlaps = overlapping([task.instruction for task in reference], questions, words)
+        overlaps = overlapping([task.request for task in reference], questions, words)
         if any(overlaps):
             warnings.append(
                 f"{sum(overlaps)} of {len(reference)} reference examples are also in benchmarks.{setting}, e.g. "

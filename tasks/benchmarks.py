@@ -204,7 +204,7 @@ def _task_folder(run: Run) -> dict[str, Path]:
 def _texts(run: Run) -> dict[str, list[str]]:
     """Return the texts of the evaluation set and of each benchmark, by name."""
     benchmarks = run.experiment.benchmarks
-    texts = {"held-out": [f"{task.instruction}\n{task.response}" for task in run.sources().evaluation]}
+    texts = {"held-out": [f"{task.request}\n{task.response}" for task in run.sources().evaluation]}
     if benchmarks.tasks:
         for row in read_table(_items(run), ITEMS).to_pylist():
             texts.setdefault(row["benchmark"], []).append(row["text"])

@@ -1,6 +1,7 @@
 """What a data source holds: rows, bad rows, lengths, duplicates, scripts, and the first rows as the student sees them."""
 
 import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Task, TaskReader
-from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.models.chat import IGNORED, Encoded, takes_system_turn
+from montessori_core.models.examples import encode_task
 from montessori_core.synthesis.filters.script import script_of
 
 SAMPLE = 5_000
@@ -37,13 +39,17 @@ class DataCheck:
         tasks: number of rows that can be used, up to the source's limit.
         bad_rows: rows that cannot.
         refusal: whether a run refuses the source for its bad rows.
-        duplicates: number of rows with instruction and response of an earlier one.
+        duplicates: number of rows with the same turns as an earlier one.
+        rounds: number of rows by their rounds, each a turn of the user and an answer.
+        system_turns: number of rows with a system turn.
+        moves_system_turn: whether the student's chat template takes none, so that its text is put before the first user turn.
         sampled: number of rows on which the rest is based.
         unit: of lengths, 'tokens' or 'characters'.
         lengths: minimum, median, 90 %, 99 % and maximum of each length, by name.
         truncated: rows longer than the student's maximum, whose end is cut; None without a model.
         without_response: rows whose response lies beyond it; None without a model.
-        near_duplicates: instructions that are nearly those of another row, and such a pair of instructions.
+        near_duplicates: instructions that are nearly those of another row, and such a pair of instructions; of a
+            conversation, all turns before its last answer count.
         scripts: number of rows by the script of most of their letters.
         first: the first rows, in parts.
     """
@@ -53,6 +59,9 @@ class DataCheck:
     bad_rows: list[BadRow]
     refusal: bool
     duplicates: int
+    rounds: Counter[int]
+    system_turns: int
+    moves_system_turn: bool
     sampled: int
     unit: str
     lengths: dict[str, list[int]]
@@ -79,14 +88,18 @@ def check_data(
         DataError: a file cannot be read, or no row can be used.
     """
     reader = TaskReader(source.model_copy(update={"drop_bad_rows": True, "max_bad_rows": 1.0}), field, with_response)
-    sample, first, duplicates = _read(reader)
-    encoded = [encode_example(tokenizer, task.instruction, task.response, max_length) for task in sample if tokenizer]
+    read = _read(reader)
+    sample = read.sample
+    encoded = [encode_task(tokenizer, task, max_length) for task in sample if tokenizer]
     return DataCheck(
         format=str(reader.format),
         tasks=reader.tasks,
         bad_rows=reader.bad_rows,
         refusal=source.refuses(len(reader.bad_rows), reader.rows),
-        duplicates=duplicates,
+        duplicates=read.duplicates,
+        rounds=read.rounds,
+        system_turns=read.system_turns,
+        moves_system_turn=bool(tokenizer and read.system_turns and not takes_system_turn(tokenizer)),
         sampled=len(sample),
         unit="tokens" if tokenizer else "characters",
         lengths=_lengths(sample, encoded, with_response),
@@ -94,27 +107,42 @@ def check_data(
         without_response=sum(not example.response_tokens for example in encoded)
         if tokenizer and with_response
         else None,
-        near_duplicates=_near_duplicates([task.instruction for task in sample]),
-        scripts=Counter(_script(f"{task.instruction} {task.response}") for task in sample),
-        first=[_parts(task, tokenizer, max_length, with_response) for task in first],
+        near_duplicates=_near_duplicates([task.request for task in sample]),
+        scripts=Counter(_script(f"{task.request} {task.response}") for task in sample),
+        first=[_parts(task, tokenizer, max_length, with_response) for task in read.first],
     )
 
 
-def _read(reader: TaskReader) -> tuple[list[Task], list[Task], int]:
-    """Read all rows; return a random sample in their order, the first rows, and the number of duplicates."""
+@dataclass(frozen=True)
+class _Read:
+    """A random sample of the rows in their order, the first rows, and counts of all rows; see `DataCheck`."""
+
+    sample: list[Task]
+    first: list[Task]
+    duplicates: int
+    rounds: Counter[int]
+    system_turns: int
+
+
+def _read(reader: TaskReader) -> _Read:
+    """Read all rows."""
     sample: list[tuple[int, Task]] = []
     first: list[Task] = []
     seen: set[bytes] = set()
-    draw, count = random.Random(0), 0
+    rounds: Counter[int] = Counter()
+    draw, count, systems = random.Random(0), 0, 0
     for count, task in enumerate(reader, 1):  # algorithm R
         place = len(sample) if len(sample) < SAMPLE else draw.randrange(count)
         if place < SAMPLE:
             sample[place : place + 1] = [(count, task)]
         if len(first) < _SHOWN:
             first.append(task)
-        text = f"{len(task.instruction)} {task.instruction}{task.response}".encode(errors="replace")
-        seen.add(hashlib.blake2b(text, digest_size=8).digest())
-    return [task for _, task in sorted(sample, key=lambda entry: entry[0])], first, count - len(seen)
+        rounds[1 + sum(turn["role"] == "user" for turn in task.before)] += 1
+        systems += any(turn["role"] == "system" for turn in task.before)
+        text = json.dumps([[turn["role"], turn["content"]] for turn in task.before] + [task.instruction, task.response])
+        seen.add(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    ordered = [task for _, task in sorted(sample, key=lambda entry: entry[0])]
+    return _Read(ordered, first, count - len(seen), rounds, systems)
 
 
 def _lengths(sample: Sequence[Task], encoded: Sequence[Encoded], with_response: bool) -> dict[str, list[int]]:
@@ -123,7 +151,7 @@ def _lengths(sample: Sequence[Task], encoded: Sequence[Encoded], with_response: 
         if with_response:
             values["response"] = [example.response_tokens for example in encoded]
     else:
-        values = {"instruction": [len(task.instruction) for task in sample]}
+        values = {"instruction": [len(task.request) for task in sample]}
         if with_response:
             values["response"] = [len(task.response) for task in sample]
     return {
@@ -154,8 +182,11 @@ def _script(text: str) -> str:
 def _parts(task: Task, tokenizer: Any, max_length: int, with_response: bool) -> list[Part]:
     """Return what the student sees of a task; without a tokenizer, its texts."""
     if not tokenizer:
-        return [(task.instruction + "\n", False), (task.response, True)][: 1 + with_response]
-    encoded = encode_example(tokenizer, task.instruction, task.response, max_length)
+        named = f"user: {task.instruction}" if task.before else task.instruction
+        earlier = [(f"{turn['role']}: {turn['content']}\n", bool(turn["weight"])) for turn in task.before]
+        answer = [(f"assistant: {task.response}" if task.before else task.response, True)]
+        return [*earlier, (f"{named}\n", False), *answer[:with_response]]
+    encoded = encode_task(tokenizer, task, max_length)
     parts: list[Part] = []
     before = ""
     places = groupby(range(len(encoded.input_ids)), lambda place: encoded.labels[place] != IGNORED)

@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from montessori_core import layout, programs
 from montessori_core.config import Optimization, RougeFilter
 from montessori_core.data.rows import GenerationRow, Rows, TaskRow, TrainingRow
+from montessori_core.data.sources import check_single_turns
 from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
 from montessori_core.program import Row
@@ -32,9 +33,10 @@ def check_steps(run: Run) -> None:
     """Check that the teacher, and a student with a recipe of its own, would take enough training steps.
 
     Raises:
-        UserError: a set has too few batches.
+        UserError: a set has too few batches, or conversations of several rounds.
     """
     nomad = run.experiment.nomad
+    check_single_turns(run.sources().reference, "nomad", "reference")
     recipes: dict[str, tuple[Optimization, int, str]] = {
         "nomad": (nomad, min(len(run.sources().reference), nomad.teacher_examples), "a larger reference set")
     }

@@ -14,13 +14,14 @@ from tasks.data_check import NEAR, DataCheck, Part, check_data
 Set = Literal["seed_pool", "reference", "evaluation", "examples"]
 _LONGEST = 2_000  # characters of a part that are shown
 _MOST_REASONS = 10
+_MOST_ROUNDS = 8
 
 Source = Annotated[
     str,
     typer.Argument(
         help="A file (.jsonl, .ndjson, .json, .csv, .parquet, .arrow, each also .gz, .zst or .xz), a folder or glob of them, "
         "a folder of save_to_disk, a Hugging Face data set id, an fsspec URL, or 'builtin'. Or a mapping as in a "
-        "configuration, e.g. '{path: rows.json, format: sharegpt, turns: last}'."
+        "configuration, e.g. '{path: rows.json, format: sharegpt, train_on: last}'."
     ),
 ]
 Model = Annotated[
@@ -45,9 +46,9 @@ def check(
       [b]messages[/b]            messages: a list of role and content
       [b]sharegpt[/b]            conversations: a list of from and value
       [b]prompt_completion[/b]   prompt and completion, texts or lists of messages (TRL)
-    Other names of columns, and what becomes of several turns, are fields of a mapping:
+    Conversations are read whole, with loss on every answer. Other names of columns and other rules are fields of a mapping:
       montessori data check '{path: rows.parquet, instruction_field: task.question, output_field: answer}'
-      montessori data check '{path: chats.jsonl, turns: first, system_turn: drop, drop_bad_rows: true}'
+      montessori data check '{path: chats.jsonl, train_on: last, system_turn: drop, drop_bad_rows: true}'
 
     [b]bad rows[/b] are counted by reason, each with its first row. A run refuses them, unless drop_bad_rows is set.
     [b]near duplicates[/b] are instructions with a ROUGE-L above 0.9.
@@ -78,6 +79,7 @@ def print_check(result: DataCheck, max_length: int) -> None:
     console.print(f"{result.tasks:,} rows, format: {result.format}")
     _print_bad_rows(result.bad_rows, result.refusal)
     console.print(f"exact duplicates: {result.duplicates:,}")
+    _print_turns(result)
     of_all = result.sampled == result.tasks
     console.print("" if of_all else f"\nof a random sample of {result.sampled:,} rows:")
     table = Table(f"length in {result.unit}", "shortest", "median", "90 %", "99 %", "longest")
@@ -97,6 +99,19 @@ def print_check(result: DataCheck, max_length: int) -> None:
     for number, parts in enumerate(result.first, 1):
         console.print(f"\nrow {number}", style="bold")
         console.print(_colored(parts), soft_wrap=True)
+
+
+def _print_turns(result: DataCheck) -> None:
+    """Print how many rounds conversations have; nothing for single turns."""
+    if set(result.rounds) - {1}:
+        counts = (f"{rounds} in {count:,} rows" for rounds, count in sorted(result.rounds.items())[:_MOST_ROUNDS])
+        longest = f"; at most {max(result.rounds)}" if len(result.rounds) > _MOST_ROUNDS else ""
+        console.print(f"rounds of user and assistant: {', '.join(counts)}{longest}", soft_wrap=True)
+    if result.system_turns:
+        moved = "; the chat template takes none: its text is put before the first user turn"
+        console.print(
+            f"system turns: {result.system_turns:,}{moved if result.moves_system_turn else ''}", soft_wrap=True
+        )
 
 
 def _print_bad_rows(rows: list[BadRow], refused: bool) -> None:

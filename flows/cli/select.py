@@ -41,12 +41,19 @@ def select(
     examples: Annotated[
         str | None, typer.Option(help="Texts of an influence table: the --examples of montessori influence.")
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the texts of --examples as messages or sharegpt. Conversations are messages by default."
+        ),
+    ] = None,
 ) -> None:
     """Choose the best rows of a scored pool, or a control of the same size.
 
     Of equal scores the earlier row is chosen; rows without a score never are. The file has all columns of the pool and
     `rank`; montessori train reads it.
     """
+    from montessori_core.export.formats import CONVERSATION_FORMATS
     from montessori_core.selection.choose import Choice, Control, choose, count_scored
     from montessori_core.selection.pools import open_pool
     from montessori_core.selection.write import check_output, write_chosen
@@ -57,7 +64,9 @@ def select(
     if control not in (None, *controls):
         raise UserError(f"--control {control}: no such control; give one of {', '.join(controls)}")
     check_output(output)
-    pool = open_pool(scored, data_source(examples, "--examples") if examples else None)
+    if to not in (None, *CONVERSATION_FORMATS):
+        raise UserError(f"--to {to}: no such format; give one of {', '.join(CONVERSATION_FORMATS)}")
+    pool = open_pool(scored, data_source(examples, "--examples") if examples else None, form=to)
     available = count_scored(pool, by)
     if not available:
         raise UserError(f"{pool.name}: no row has a score in {by!r}")

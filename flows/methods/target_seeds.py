@@ -2,6 +2,7 @@
 
 from flows.methods.method import Method, Proposal, Round
 from flows.methods.tailoring import write_training_set
+from montessori_core.data.sources import check_single_turns
 from tasks.run import Run
 from tasks.synthesis import check_demonstrations
 
@@ -13,11 +14,12 @@ def _propose(now: Round) -> Proposal:
 
 
 def _check(run: Run) -> None:
-    """Check that the reference set has enough demonstrations for a prompt.
+    """Check that the reference set has enough demonstrations for a prompt, all of them single instructions.
 
     Raises:
         UserError: it has not.
     """
+    check_single_turns(run.sources().reference, "target_seeds", "reference")
     check_demonstrations("target_seeds: reference", run.sources().reference, run.experiment.synthesis)
 
 

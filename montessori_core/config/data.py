@@ -53,15 +53,23 @@ class DataSource(Section):
         description="Column, or dotted path, that holds the list of turns in the formats messages and sharegpt. If not "
         "set, messages or conversations.",
     )
-    turns: Literal["refuse", "first", "last"] = Field(
-        "refuse",
-        description="What becomes of a conversation with several user turns. refuse: an error. first: its first user turn "
-        "and the answer. last: its last user turn and the answer, without the turns before.",
+    turns: Literal["all", "first", "last", "refuse"] = Field(
+        "all",
+        description="What is read of a conversation with several user turns. all: the whole conversation; a seed pool, whose "
+        "tasks are single instructions, refuses it. first: its first user turn and the answer. last: its last user turn and "
+        "the answer, without the turns before. refuse: an error.",
     )
-    system_turn: Literal["refuse", "prepend", "drop"] = Field(
-        "refuse",
-        description="What becomes of a system turn. refuse: an error. prepend: its text comes before the instruction, with "
-        "a blank line between. drop: it is left out.",
+    system_turn: Literal["keep", "prepend", "drop", "refuse"] = Field(
+        "keep",
+        description="What becomes of a system turn. keep: it stays a turn; where a chat template takes none, its text comes "
+        "before the first user turn, with a blank line between; a seed pool refuses it. prepend: its text always comes "
+        "before the first user turn that is read. drop: it is left out. refuse: an error.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="The answers of a conversation that carry loss, in a reference set, an evaluation, a measurement of "
+        "influence and a training alike. all: every answer of the assistant, except those with weight 0 and those in the "
+        "column prompt of prompt_completion. last: the last answer alone.",
     )
     drop_bad_rows: bool = Field(
         False,

@@ -1,7 +1,7 @@
 """Rows of the field's formats as turns of a conversation: Alpaca, messages, ShareGPT, TRL's prompt and completion."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from montessori_core.config import DataFormat, DataSource
@@ -15,17 +15,26 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
 }
 _KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
-_CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Columns with a list of turns, in the order in which they are looked for."""
 _DEFAULT_FIELDS = ("instruction", "input", "output")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn of a conversation, with the field that holds its text, for errors."""
+    """A turn of a conversation.
+
+    Attributes:
+        role: who speaks.
+        text: what is said.
+        field: the field that holds the text, for errors.
+        trained: whether an assistant's turn may carry loss.
+    """
 
     role: Role
     text: str
     field: str
+    trained: bool = True
 
 
 def recognise(row: Mapping[str, Any], source: DataSource) -> DataFormat:
@@ -71,12 +80,13 @@ def turns_of(
         return _alpaca_turns(row, source, where, with_response)
     before = _optional_turn(row, "system", where)
     if format == "prompt_completion":
-        turns = _text_or_turns(row, "prompt", "user", where)
+        # As in TRL, only the completion carries loss.
+        turns = [replace(turn, trained=False) for turn in _text_or_turns(row, "prompt", "user", where)]
         return before + turns + (_text_or_turns(row, "completion", "assistant", where) if with_response else [])
     field = _conversation_field(row, source)
     if field is None:
         raise _missing(
-            row, source.conversation_field or _CONVERSATIONS[format == "sharegpt"], where, "conversation_field"
+            row, source.conversation_field or CONVERSATIONS[format == "sharegpt"], where, "conversation_field"
         )
     turns = _turn_list(_look_up(row, field), field, format, where)
     given = any(turn.role == "system" for turn in turns)
@@ -100,8 +110,11 @@ def _alpaca_turns(row: Mapping[str, Any], source: DataSource, where: str, with_r
 def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
     """Return the earlier turns that LLaMA-Factory's Alpaca format has, a list of pairs."""
     history = row.get("history")
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        return []
+    if not isinstance(history, list):
+        return []  # a column with another meaning
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        problem = "field 'history' has entries that are no pairs of an instruction and a response; correct or remove it"
+        raise RowError(where, problem, "a history that has no pairs")
     names = [(role, f"history.{number}.{place}") for number in range(len(history)) for place, role in _PAIR]
     texts = [text for pair in history for text in pair]
     return [Turn(role, _text(text, name, where), name) for (role, name), text in zip(names, texts, strict=True)]
@@ -157,7 +170,16 @@ def _turn(turn: Any, field: str, format: DataFormat, where: str) -> Turn:
             "a turn of another role",
         )
     name = f"{field}.{text_key}"
-    return Turn(role, _text(_joined_parts(turn[text_key], name, where), name, where), name)
+    text = _text(_joined_parts(turn[text_key], name, where), name, where)
+    return Turn(role, text, name, role != "assistant" or _carries_loss(turn.get("weight"), f"{field}.weight", where))
+
+
+def _carries_loss(weight: Any, field: str, where: str) -> bool:
+    """Return whether an answer carries loss, by its weight in OpenAI's format; without a weight it does."""
+    if weight not in (None, 0, 1):
+        problem = f"field {field!r} is {weight!r}, expected 0 (no loss) or 1; correct or remove it"
+        raise RowError(where, problem, "a weight other than 0 and 1")
+    return bool(weight != 0)
 
 
 def _joined_parts(content: Any, field: str, where: str) -> Any:
@@ -171,7 +193,7 @@ def _joined_parts(content: Any, field: str, where: str) -> Any:
 
 def _conversation_field(row: Mapping[str, Any], source: DataSource) -> str | None:
     """Return the column that holds the turns; None if the row has none."""
-    names = _CONVERSATIONS if source.conversation_field is None else (source.conversation_field,)
+    names = CONVERSATIONS if source.conversation_field is None else (source.conversation_field,)
     return next((name for name in names if _look_up(row, name) is not _ABSENT), None)
 
 

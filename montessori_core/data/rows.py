@@ -1,14 +1,15 @@
 """The input rows of programs: their types, and tables of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from montessori_core.data.tables import ROW_GROUP, check, open_parquet, regroup, take_rows
 from montessori_core.errors import DataError
@@ -17,20 +18,33 @@ Positions = npt.NDArray[np.int64]
 """Of rows in a table, from 0, ascending."""
 
 
+class EarlierTurn(TypedDict):
+    """A turn of a conversation before its last instruction, as a message of OpenAI's format.
+
+    `weight` is 1 if the turn carries loss: only answers of the assistant do. A system turn comes first.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    weight: int
+
+
 class TaskRow(TypedDict):
-    """An instruction and its response."""
+    """An instruction and its response, and the turns before them; sets of single turns do not have this column."""
 
     example_id: str
     instruction: str
     response: str
+    before: NotRequired[list[EarlierTurn] | None]
 
 
 class TrainingRow(TypedDict):
-    """A training example; `response_finished` is false if the response was cut at the token limit."""
+    """A training example; `response_finished` is false if the response was cut at the token limit, `before` as in a task."""
 
     instruction: str
     response: str
     response_finished: bool
+    before: NotRequired[list[EarlierTurn] | None]
 
 
 class ExampleRow(TrainingRow):
@@ -112,10 +126,14 @@ class ItemRow(TypedDict):
 _TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.uint64()}
 
 
-def schema_of(kind: type) -> pa.Schema:
-    """Return the schema of a table of rows of a TypedDict."""
+def schema_of(kind: type, optional: Collection[str] = ()) -> pa.Schema:
+    """Return the schema of a table of rows of a TypedDict: its required fields, and some `optional` ones."""
 
     def arrow(hint: Any) -> pa.DataType:
+        if is_typeddict(hint):
+            return pa.struct([field(name, part) for name, part in get_type_hints(hint).items()])
+        if get_origin(hint) is Literal:
+            return _TYPES[type(get_args(hint)[0])]
         return pa.list_(arrow(get_args(hint)[0])) if get_origin(hint) is list else _TYPES[hint]
 
     def field(name: str, hint: Any) -> pa.Field:
@@ -123,7 +141,13 @@ def schema_of(kind: type) -> pa.Schema:
         [hint] = [option for option in get_args(hint) if option is not NoneType] if nullable else [hint]
         return pa.field(name, arrow(hint), nullable)
 
-    return pa.schema([field(name, hint) for name, hint in get_type_hints(kind).items()])
+    absent = optional_fields(kind) - set(optional)
+    return pa.schema([field(name, hint) for name, hint in get_type_hints(kind).items() if name not in absent])
+
+
+def optional_fields(kind: type) -> frozenset[str]:
+    """Return the fields that rows of a TypedDict may lack; a table has their columns only if a row has a value."""
+    return frozenset(getattr(kind, "__optional_keys__", ()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +175,14 @@ class Rows:
         Raises:
             DataError: a row has other fields, or a value that a table cannot hold.
         """
-        schema = schema_of(kind) if kind else None
-        names = set(schema.names) if schema else set(rows[0]) if rows else set()
+        optional = optional_fields(kind) if kind else frozenset()
+        schema = schema_of(kind, [name for name in optional if any(row.get(name) for row in rows)]) if kind else None
+        names = set(schema.names) - optional if schema else set(rows[0]) if rows else set()
         for row in rows:
-            if row.keys() != names:
+            if row.keys() - optional != names:
                 raise DataError(f"a row has the fields {sorted(row)}, expected {sorted(names)}")
+        if optional:
+            rows = [{**row, **{name: row.get(name) or None for name in optional}} for row in rows]
         try:
             return Rows.of_table(pa.Table.from_pylist(rows, schema), kind)
         except UnicodeEncodeError as error:
@@ -169,7 +196,7 @@ class Rows:
     @staticmethod
     def of_table(table: pa.Table, kind: type | None = None) -> "Rows":
         """Return the rows of a table in memory with the columns of a TypedDict; without one, with all columns."""
-        schema = schema_of(kind) if kind else table.schema
+        schema = schema_of(kind, table.column_names) if kind else table.schema
         cast = check(table.select(schema.names).cast(schema), schema, "rows")
         return Rows(cast, schema, np.arange(table.num_rows))
 
@@ -188,8 +215,9 @@ class Rows:
         Raises:
             DataError: the file is missing, damaged, or another table.
         """
-        schema = schema_of(kind) if kind else table
         with open_parquet(path, "; delete it and resume the run") as file:
+            used = [name for name in optional_fields(kind) if _has_values(file, name)] if kind else []
+            schema = schema_of(kind, used) if kind else table
             check(file.schema_arrow.empty_table(), table, str(path), schema.names)
             return Rows(path, schema, np.arange(file.metadata.num_rows)[first:last])
 
@@ -221,3 +249,14 @@ class Rows:
         else:
             for start in range(0, len(self), ROW_GROUP):
                 yield self.source.select(names).take(self.positions[start : start + ROW_GROUP])
+
+
+def _has_values(file: pq.ParquetFile, name: str) -> bool:
+    """Return whether a column of a Parquet file exists and has a value other than null."""
+    metadata = file.metadata
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    columns = (group.column(place) for group in groups for place in range(metadata.num_columns))
+    return any(
+        column.path_in_schema.partition(".")[0] == name and column.statistics.null_count < column.num_values
+        for column in columns
+    )

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file
 from pathlib import Path
@@ -18,8 +18,9 @@ from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.readers import shard_rows
 from montessori_core.data.rouge import RougeIndex
+from montessori_core.data.rows import EarlierTurn
 from montessori_core.data.shards import expected, find_local, find_remote, is_url
-from montessori_core.data.turns import instruction_and_response
+from montessori_core.data.turns import read_turns
 from montessori_core.errors import DataError
 from montessori_core.files import commit
 
@@ -30,11 +31,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """A human-written task; `response` is empty in a seed pool."""
+    """A human-written task; `response` is empty in a seed pool. A conversation has turns `before` its last instruction."""
 
     example_id: str
     instruction: str
     response: str = ""
+    before: tuple[EarlierTurn, ...] = ()
+
+    @staticmethod
+    def of(row: Mapping[str, Any]) -> "Task":
+        """Return the task of a row of a program or a file; other fields are ignored."""
+        return Task(row["example_id"], row["instruction"], row["response"], tuple(row.get("before") or ()))
+
+    @property
+    def request(self) -> str:
+        """All texts before the response: the instruction; of a conversation, all turns up to it."""
+        return "\n\n".join([*(turn["content"] for turn in self.before), self.instruction])
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,7 @@ class TaskReader(Iterable[Task]):
         format: of the rows, None before the first.
         rows: number of rows read.
         tasks: number of them that can be used.
+        conversations: number of these that have earlier turns.
         bad_rows: rows left out; see `DataSource.drop_bad_rows`.
     """
 
@@ -135,7 +148,7 @@ class TaskReader(Iterable[Task]):
         """See `read_tasks`."""
         self._source, self._field, self._with_response = source, field, with_response
         self.format: DataFormat | None = None
-        self.rows = self.tasks = 0
+        self.rows = self.tasks = self.conversations = 0
         self.bad_rows: list[BadRow] = []
         self._ids: set[str] = set()
 
@@ -157,6 +170,7 @@ class TaskReader(Iterable[Task]):
                 self.bad_rows.append(BadRow(field, error.place, error.reason, error.problem))
                 continue
             self.tasks += 1
+            self.conversations += bool(task.before)
             yield task
             if self.tasks == source.limit:
                 break
@@ -177,8 +191,10 @@ class TaskReader(Iterable[Task]):
 
     def summary(self) -> str:
         """Return a line on what was read: 'reference: 1,319 rows, format: messages'."""
+        loss = {"all": "every answer", "last": "the last answer"}[self._source.train_on]
+        turns = f"; {self.conversations:,} with earlier turns, loss on {loss}" if self.conversations else ""
         bad = f"; {len(self.bad_rows):,} more left out ({count_reasons(self.bad_rows)})" if self.bad_rows else ""
-        return f"{self._field}: {self.tasks:,} rows, format: {self.format}{bad}"
+        return f"{self._field}: {self.tasks:,} rows, format: {self.format}{turns}{bad}"
 
     def _task(self, where: str, row: Any) -> Task:
         if isinstance(row, RowError):
@@ -189,7 +205,7 @@ class TaskReader(Iterable[Task]):
         if self.format is None:
             self.format = recognise(row, self._source)
         turns = turns_of(row, self._source, self.format, where, self._with_response)
-        texts = instruction_and_response(turns, self._source, where, self._with_response, self._field)
+        texts = read_turns(turns, self._source, where, self._with_response, self._field)
         id = row.get("id")
         task_id = f"{self._field}-{self.tasks + 1:05d}" if id is None else str(id)
         if task_id in self._ids:
@@ -198,16 +214,32 @@ class TaskReader(Iterable[Task]):
         return Task(task_id, *texts)
 
 
+def check_single_turns(tasks: Iterable[Task], use: str, field: str) -> None:
+    """Check that no task is a conversation, for a `use` of single instructions; `field` names the set.
+
+    Raises:
+        DataError: a task has earlier turns.
+    """
+    conversation = next((task for task in tasks if task.before), None)
+    if conversation is not None:
+        raise DataError(
+            f"{field}: {use} takes single instructions, but example {conversation.example_id} is a conversation with "
+            f"{len(conversation.before)} earlier turns; set {field}.turns to first or last, and {field}.system_turn to "
+            "prepend or drop"
+        )
+
+
 def write_tasks(tasks: list[Task], path: Path) -> None:
     """Write a set as JSONL; workers read it with `load_tasks`."""
-    lines = [json.dumps(vars(task), ensure_ascii=False) for task in tasks]
+    rows = ({name: value for name, value in vars(task).items() if name != "before" or value} for task in tasks)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     with commit(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def load_tasks(path: Path) -> list[Task]:
     """Read a set that `write_tasks` wrote."""
-    return [Task(**row) for _, row in jsonl_rows(path)]
+    return [Task.of(row) for _, row in jsonl_rows(path)]
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
@@ -230,6 +262,6 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
 
 def _overlaps(first: list[Task], second: list[Task]) -> list[tuple[str, str]]:
     """Return pairs of ids, one for each task of `second` whose ROUGE-L F with a task of `first` is above 0.9."""
-    index = RougeIndex([task.instruction for task in first], max_rouge_l=0.9)
-    matches = ((task, index.nearest(task.instruction)) for task in second)
+    index = RougeIndex([task.request for task in first], max_rouge_l=0.9)
+    matches = ((task, index.nearest(task.request)) for task in second)
     return [(first[nearest].example_id, task.example_id) for task, nearest in matches if nearest is not None]

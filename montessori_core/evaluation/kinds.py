@@ -141,7 +141,7 @@ def read_classifier(run: Path) -> KindClassifier | None:
     paths = [run / layout.SOURCES / f"{name}.jsonl" for name in ("reference", "seed_pool")]
     if not all(path.exists() for path in paths):
         return None
-    return choose_classifier(*([task.instruction for task in load_tasks(path)] for path in paths))
+    return choose_classifier(*([task.request for task in load_tasks(path)] for path in paths))
 
 
 def choose_classifier(reference: Sequence[str], seeds: Sequence[str]) -> KindClassifier:

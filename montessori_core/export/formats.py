@@ -1,11 +1,12 @@
 """The formats that other trainers read: how each writes an example, and its columns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from montessori_core.data.rows import EarlierTurn
 from montessori_core.export.sets import INSTRUCTION, OUTPUT, SetName
 
 Row = dict[str, Any]
@@ -56,6 +57,47 @@ def _message(role: str, content: str) -> Row:
 
 
 _MESSAGES = _turns("role", "content")
+
+
+@dataclass(frozen=True)
+class ConversationFormat:
+    """A format of whole conversations.
+
+    Attributes:
+        field: the column of turns.
+        names: keys of role and text in a turn.
+        roles: name of each role.
+    """
+
+    field: pa.Field
+    names: tuple[str, str]
+    roles: Mapping[str, str]
+
+    def turns(self, before: Sequence[EarlierTurn], instruction: str, output: str) -> list[Row]:
+        """Return the turns of an example; the weight of each says whether it carries loss, as in OpenAI's format."""
+        last = (
+            EarlierTurn(role="user", content=instruction, weight=0),
+            EarlierTurn(role="assistant", content=output, weight=1),
+        )
+        role, text = self.names
+        return [
+            {role: self.roles.get(turn["role"], turn["role"]), text: turn["content"], "weight": turn["weight"]}
+            for turn in (*before, *last)
+        ]
+
+
+def _conversation_format(column: str, names: tuple[str, str], roles: Mapping[str, str]) -> ConversationFormat:
+    kind = pa.list_(pa.struct([*((name, pa.string()) for name in names), ("weight", pa.int64())]))
+    description = "the turns; an answer of weight 0 carries no loss, as in OpenAI's format"
+    return ConversationFormat(pa.field(column, kind, metadata={"description": description}), names, roles)
+
+
+CONVERSATION_FORMATS = {
+    "messages": _conversation_format("messages", ("role", "content"), {}),
+    "sharegpt": _conversation_format("conversations", ("from", "value"), {"user": "human", "assistant": "gpt"}),
+}
+"""The formats of examples with earlier turns, by name."""
+
 _FORMATS = (
     Format(
         "messages",

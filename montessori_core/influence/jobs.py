@@ -19,8 +19,9 @@ from montessori_core.influence.reference import ReferenceSet
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
 from montessori_core.influence.table import schema_with_metadata
-from montessori_core.models.chat import Encoded, encode_example, encode_tasks
+from montessori_core.models.chat import Encoded
 from montessori_core.models.device import compute_device
+from montessori_core.models.examples import encode_row, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.shape import GB, Shape
 from montessori_core.program import Recorder, RowProgram
@@ -54,12 +55,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(0)
-        examples = [
-            encode_example(
-                tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
-            )
-            for row in rows
-        ]
+        examples = [encode_row(tokenizer, row, settings.max_length) for row in rows]
         for positions in _batches(examples, settings):
             batch = [examples[position] for position in positions]
             for position, measurement in zip(positions, measure(batch, positions[0], recorder), strict=True):
@@ -159,7 +155,7 @@ def open_reference_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path]
     losses = TokenLosses(model.to(device).eval())
 
     def compute(rows: list[TaskRow], recorder: Recorder) -> None:
-        tasks = [Task(**row) for row in rows]
+        tasks = [Task.of(row) for row in rows]
         encoded = encode_tasks(tokenizer, tasks, settings.max_length, "evaluation")
         examples = ReferenceSet(encoded, settings.batch_tokens, device)
         recorder.progress(done := 0)

@@ -20,8 +20,9 @@ from montessori_core.data.tables import RETRAINING
 from montessori_core.errors import DataError
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet
-from montessori_core.models.chat import Encoded, encode_example, encode_tasks
+from montessori_core.models.chat import Encoded
 from montessori_core.models.device import compute_device
+from montessori_core.models.examples import encode_task, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.program import Recorder, Report, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
@@ -47,7 +48,7 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
 
     @cache
     def encode(position: int) -> Encoded:
-        return encode_example(tokenizer, tasks[position].instruction, tasks[position].response, settings.max_length)
+        return encode_task(tokenizer, tasks[position], settings.max_length)
 
     def compute(rows: list[SubsetRow], recorder: Recorder) -> None:
         recorder.progress(0)

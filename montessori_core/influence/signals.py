@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from montessori_core import programs
-from montessori_core.data.rows import ExampleRow
+from montessori_core.data.rows import EarlierTurn, ExampleRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import UTILITY
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.reference import ReferenceSet, influence_of
-from montessori_core.models.chat import IGNORED, Encoded, encode_example, encode_tasks
+from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.device import compute_device
+from montessori_core.models.examples import encode_row, encode_task, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.positions import positions_of
 from montessori_core.program import Recorder, RowProgram
@@ -31,9 +32,7 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
     losses, device = TokenLosses(model), compute_device()
 
     def loss_of(row: ExampleRow) -> float | None:
-        example = encode_example(
-            tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
-        )
+        example = encode_row(tokenizer, row, settings.max_length)
         if not example.response_tokens:
             return None
         return ReferenceSet([example], settings.batch_tokens, device).evaluate(losses).reduce("example")
@@ -57,9 +56,12 @@ def open_in_context(settings: programs.ReferenceSignal, inputs: Mapping[str, Pat
 
     def in_context_gain(row: ExampleRow) -> float | None:
         one_shot = []
-        demonstration = row["instruction"], row["response"]
+        demonstration: list[EarlierTurn] = [
+            {"role": "user", "content": row["instruction"], "weight": 0},
+            {"role": "assistant", "content": row["response"], "weight": 0},
+        ]
         for task, plain in zip(tasks, zero_shot, strict=True):
-            example = encode_example(tokenizer, task.instruction, task.response, longest, demonstration=demonstration)
+            example = encode_task(tokenizer, task, longest, demonstration)
             one_shot.append(first_labels(example, plain.response_tokens))
             if one_shot[-1].response_tokens < plain.response_tokens:
                 return None
@@ -97,9 +99,7 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
     direction = _take_gradients(parameters)
 
     def cosine(row: ExampleRow) -> float | None:
-        example = encode_example(
-            tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"]
-        )
+        example = encode_row(tokenizer, row, settings.max_length)
         if not example.response_tokens:
             return None
         example_loss(losses, make_batch([(0, example)], device)).backward()

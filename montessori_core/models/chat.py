@@ -1,12 +1,13 @@
-"""Tokenize an instruction and a response, with the loss on the response only (Appendix A).
+"""Tokenize an instruction and a response, with the loss on the response only (Appendix A), or a conversation.
 
 The loss mask comes from character offsets in the rendered chat template. Searching the response in the text would fail,
 since templates trim and repeat their inputs. Only the template can write control tokens: the text `<|im_end|>` in an
 instruction does not end a turn.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from montessori_core.data.sources import Task
-from montessori_core.errors import DataError, UserError
+from montessori_core.data.rows import EarlierTurn
+from montessori_core.errors import UserError
 from montessori_core.files import hash_json
+from montessori_core.models.earlier_answers import Answer, find_answer, tokens_of
 from montessori_core.models.thinking import NAMES, OPENINGS, split_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+log = logging.getLogger(__name__)
 
 _MARK = "\u2060"
 # Templates with today's date (Llama 3.2, SmolLM3) get this one: a run that lasts over midnight must not mix two prompts.
@@ -192,11 +196,15 @@ class _Form:
 
     Attributes:
         parts: whether it takes the content of a turn as a list of parts, as templates of multimodal models do.
-        ending: text after an assistant's turn.
+        ending: text after an assistant's last turn.
+        between: text between an assistant's turn and the user's next; None if it takes no further turn.
+        system: whether it takes a system turn.
     """
 
     parts: bool
     ending: str
+    between: str | None
+    system: bool
 
 
 def _form(tokenizer: "PreTrainedTokenizerBase") -> _Form:
@@ -219,11 +227,32 @@ def _probe_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> _For
             failure = str(error)
             continue
         if request in text and response in text:
-            return _Form(parts, text.rpartition(response)[2])
+            ending = text.rpartition(response)[2]
+            return _Form(parts, ending, *_probe_conversation(tokenizer, _turns(request, response), parts))
     raise UserError(
         f"the chat template of {tokenizer.name_or_path} cannot render a user's and an assistant's turn: {failure}; use "
         "another chat_template.jinja"
     )
+
+
+def _probe_conversation(
+    tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], parts: bool
+) -> tuple[str | None, bool]:
+    """Return the text that a template writes between `turns` and a further user turn, and whether it takes a system turn."""
+    further, system = {"role": "user", "content": "What follows?"}, {"role": "system", "content": "What holds."}
+    written: list[str] = []
+    for conversation in ([*turns, further], [system, *turns]):
+        try:
+            written.append(_apply(tokenizer, conversation, parts, add_generation_prompt=False))
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
+            written.append("")
+    between, follows, _ = written[0].partition(turns[-1]["content"])[2].partition(further["content"])
+    return between if follows else None, system["content"] in written[1]
+
+
+def takes_system_turn(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether the chat template takes a system turn; else its text is put before the first user turn."""
+    return _form(tokenizer).system
 
 
 def turn_content(tokenizer: "PreTrainedTokenizerBase", content: str) -> Any:
@@ -277,7 +306,7 @@ def encode_example(
     response: str,
     max_length: int,
     finished: bool = True,
-    demonstration: tuple[str, str] | None = None,
+    before: Sequence[EarlierTurn] = (),
 ) -> Encoded:
     """Tokenize an example for training or evaluation.
 
@@ -288,13 +317,15 @@ def encode_example(
         max_length: tokens kept; the end is cut.
         finished: whether the response is complete, so that the end of its turn is trained too; a response that was cut at a
             token limit must not teach the student to stop there.
-        demonstration: an instruction and a response that precede, as part of the prompt.
+        before: earlier turns of a conversation. Answers of weight 1 carry loss, with the end of their turn, except those
+            whose thinking the chat template leaves out: the student would not see what it is to write. A system turn that
+            the template does not take is put before the first user turn.
 
     Raises:
-        UserError: the chat template does not keep the prompt as a prefix of the conversation.
+        UserError: the chat template does not keep the prompt of an answer as a prefix of the conversation.
     """
-    before = _turns(*demonstration) if demonstration else []
-    turns = [*before, *_turns(instruction, response)]
+    earlier = [{"role": turn["role"], "content": turn["content"]} for turn in before]
+    turns = _without_system(tokenizer, [*earlier, *_turns(instruction, response)])
     prompt = _render(tokenizer, turns[:-1], add_generation_prompt=True)
     text = _render(tokenizer, turns, add_generation_prompt=False)
     if not text.startswith(prompt):
@@ -312,49 +343,65 @@ def encode_example(
     # A token across the border, such as a blank of the prompt joined to the first word, belongs to the response.
     border = len(unmark(prompt))
     labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
-    ending = _form(tokenizer).ending
-    response_end = len(unmark(text.removesuffix(ending))) if text.endswith(ending) else border
-    written = sum(end <= response_end for _, end in offsets)  # tokens of prompt and response
-    ends = _end_tokens(tokenizer)
-    end = next((place for place in range(written, len(ids)) if ids[place] in ends), None)
-    if end is None:
+    for answer in _earlier_answers(tokenizer, text, turns, before):
+        places = tokens_of(answer, ids, offsets, end_of_turn(tokenizer))
+        if places.start >= max_length:
+            break  # it is cut, with those after it
+        labels[places] = ids[places]
+    written, length = _response_end(tokenizer, text, border, ids, offsets)
+    if length > len(ids):
         ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-    else:  # without the template's text after the end of the turn
-        ids, labels = ids[: end + 1], labels[: end + 1]
+    ids, labels = ids[:length], labels[:length]
     if not finished:
         labels[written:] = [IGNORED] * (len(labels) - written)
     return Encoded(ids[:max_length], labels[:max_length], truncated=len(ids) > max_length)
 
 
+def _response_end(
+    tokenizer: "PreTrainedTokenizerBase", text: str, border: int, ids: list[int], offsets: list[tuple[int, int]]
+) -> tuple[int, int]:
+    """Return the number of tokens of prompt and response, and that with the end of the turn, without the text after it.
+
+    If no token ends the turn, one is to be added.
+    """
+    unmark, ending, ends = _patterns(tokenizer).unmark, _form(tokenizer).ending, _end_tokens(tokenizer)
+    response_end = len(unmark(text.removesuffix(ending))) if text.endswith(ending) else border
+    written = sum(end <= response_end for _, end in offsets)
+    return written, next((place for place in range(written, len(ids)) if ids[place] in ends), len(ids)) + 1
+
+
+def _without_system(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return turns with the text of a system turn before that of the first user turn, if the chat template takes none."""
+    if turns[0]["role"] != "system" or takes_system_turn(tokenizer):
+        return turns
+    _report_system_turn(tokenizer.name_or_path)
+    system, first, *others = turns
+    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *others]
+
+
+@lru_cache(maxsize=8)
+def _report_system_turn(name: str) -> None:
+    """Say once that a chat template takes no system turn."""
+    log.warning("the chat template of %s takes no system turn: its text is put before the first user turn", name)
+
+
+def _earlier_answers(
+    tokenizer: "PreTrainedTokenizerBase", text: str, turns: list[dict[str, str]], before: Sequence[EarlierTurn]
+) -> Iterator[Answer]:
+    """Yield the earlier answers with loss, in characters of the rendered text without marks."""
+    unmark, between = _patterns(tokenizer).unmark, _form(tokenizer).between
+
+    def render(messages: Sequence[dict[str, str]], prompt: bool) -> str:
+        return _render(tokenizer, messages, add_generation_prompt=prompt)
+
+    moved = len(before) + 2 - len(turns)  # the system turn
+    for position, turn in enumerate(before):
+        if turn["weight"]:
+            answer = find_answer(text, turns, position - moved, between, render)
+            written = unmark(text[answer.begin : answer.end])
+            if (split_thinking(turn["content"])[0] or "") in written:
+                yield Answer(*(len(unmark(text[:place])) for place in (answer.begin, answer.end, answer.limit)))
+
+
 def _turns(instruction: str, response: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
-
-
-LLAMA3_STYLE_TEMPLATE = (
-    # Paper, Figure 7: for models without a chat template.
-    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}{% else %}{% set offset = 0 %}{% endif %}"
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == offset) %}"
-    "{{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}"
-    "{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-
-def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
-    """Tokenize human-written tasks for the student; `field` names the set in errors.
-
-    Raises:
-        DataError: a task has no response token within `max_length`.
-    """
-    encoded = [encode_example(tokenizer, task.instruction, task.response, max_length) for task in tasks]
-    empty = [task.example_id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
-    if empty:
-        raise DataError(
-            f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "
-            f"{empty[0]}; raise max_length or shorten them"
-        )
-    return encoded

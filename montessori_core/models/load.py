@@ -7,9 +7,9 @@ from montessori_core.config import Lora
 from montessori_core.errors import UserError
 from montessori_core.models import flops
 from montessori_core.models.adapters import adapted_model, is_adapter
-from montessori_core.models.chat import LLAMA3_STYLE_TEMPLATE
 from montessori_core.models.fetch import fetch_model
 from montessori_core.models.fingerprints import weight_shapes, without_environment
+from montessori_core.models.templates import LLAMA3_STYLE_TEMPLATE
 from montessori_core.models.weight_names import check_loaded
 
 if TYPE_CHECKING:

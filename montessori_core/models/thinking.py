@@ -61,10 +61,16 @@ def is_cut_thinking(row: Mapping[str, Any]) -> bool:
 
 def thinking_warning(field: str, tasks: Iterable[Task]) -> list[str]:
     """Return a warning if responses of a human-written set begin with thinking; `field` names the set."""
-    thinking = [task.example_id for task in tasks if split_thinking(task.response)[0] is not None]
+    thinking = [
+        task.example_id for task in tasks if any(split_thinking(text)[0] is not None for text in _answers(task))
+    ]
     if not thinking:
         return []
     return [
         f"{field}: {len(thinking)} responses begin with thinking, e.g. that of {thinking[0]}. It counts as part of the "
         "response, while generated responses have none; remove it, unless the student is to write such thinking"
     ]
+
+
+def _answers(task: Task) -> list[str]:
+    return [task.response, *(turn["content"] for turn in task.before if turn["weight"])]

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from montessori_core.data.formats import CONVERSATIONS
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.errors import DataError
 from montessori_core.selection.lengths import match_lengths
@@ -37,7 +38,7 @@ class Choice:
         per: column whose values take turns; None: no turns.
         max_rouge_l: limit of ROUGE-L F between the texts of chosen rows; None: any.
         token_column: tokens of a row, for a budget and for equal lengths.
-        text_column: text that is compared.
+        text_column: text that is compared. Of rows without it, the turns before the last answer are, if they have any.
     """
 
     by: str
@@ -157,9 +158,24 @@ def _accept(pool: Pool, choice: Choice, ranked: list[list[Scored]]) -> Callable[
     if choice.max_rouge_l is None:
         return lambda row: True
     candidates = {row.position for rows in ranked for row in rows}
-    texts = {position: str(row[choice.text_column]) for position, row in pool.take(candidates, [choice.text_column])}
+    column = _text_column(pool, choice)
+    texts = {position: _text(row[column]) for position, row in pool.take(candidates, [column])}
     index = RougeIndex([], max_rouge_l=choice.max_rouge_l)
     return lambda row: index.add_all([texts[row.position]])[0]
+
+
+def _text_column(pool: Pool, choice: Choice) -> str:
+    """Return the column of a choice's text; if the pool does not have it, that of conversations."""
+    names = pool.schema.names if pool.schema is not None else next(pool.rows(), {})
+    return next((name for name in (choice.text_column, *CONVERSATIONS) if name in names), choice.text_column)
+
+
+def _text(value: object) -> str:
+    """Return a text, or the texts of a conversation before its last answer."""
+    if not isinstance(value, list):
+        return str(value)
+    texts = [turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in value]
+    return "\n\n".join(map(str, texts[: max(1, len(texts) - 1)]))
 
 
 def _scored(pool: Pool, choice: Choice, sized: bool = False) -> Iterator[Scored]:

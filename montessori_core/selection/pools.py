@@ -17,7 +17,8 @@ from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
-from montessori_core.export.sets import RunSet, open_set, schema_of_set
+from montessori_core.export.formats import CONVERSATION_FORMATS
+from montessori_core.export.sets import INSTRUCTION, OUTPUT, RunSet, open_set, schema_of_set
 
 Row = dict[str, Any]
 _DATA_FILES = ("data/train.parquet", "data/train.jsonl")  # of an exported folder
@@ -109,14 +110,22 @@ class RunPool(Pool):
 
 
 class InfluencePool(Pool):
-    """The table of `montessori influence`, with the texts of the examples that were measured."""
+    """The table of `montessori influence`, with the texts of the examples that were measured.
 
-    def __init__(self, path: Path, examples: DataSource) -> None:
+    With a format of conversations, a column of turns is in place of instruction and output; it is the format `messages` if
+    one of the examples has earlier turns.
+    """
+
+    def __init__(self, path: Path, examples: DataSource, form: str | None = None) -> None:
         self.name = str(path)
         self._path = path
         self._tasks = {task.example_id: task for task in read_tasks(examples, "examples", with_response=True)}
-        origin = ("source", "teacher", "iteration")
-        self.schema = pa.schema([field for field in schema_of_set("scored") if field.name not in origin])
+        if form is None and any(task.before for task in self._tasks.values()):
+            form = "messages"
+        self._form = CONVERSATION_FORMATS[form] if form else None
+        left_out = {"source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
+        fields = [field for field in schema_of_set("scored") if field.name not in left_out]
+        self.schema = pa.schema([*fields[:1], self._form.field, *fields[1:]] if self._form else fields)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
@@ -134,22 +143,39 @@ class InfluencePool(Pool):
             raise DataError(
                 f"{self.name}: example {measured['example_id']!r} is not in --examples; give the data that was measured"
             )
-        texts = {"id": task.example_id, "instruction": task.instruction, "output": task.response}
-        return measured | texts | {"response_finished": True, "influence": measured["influence_student"]}
+        texts: Row = {INSTRUCTION: task.instruction, OUTPUT: task.response}
+        if self._form:
+            texts = {self._form.field.name: self._form.turns(task.before, task.instruction, task.response)}
+        return (
+            measured
+            | {"id": task.example_id}
+            | texts
+            | {"response_finished": True, "influence": measured["influence_student"]}
+        )
 
 
-def open_pool(path: Path, examples: DataSource | None = None, iteration: int | None = None) -> Pool:
+def open_pool(
+    path: Path, examples: DataSource | None = None, iteration: int | None = None, form: str | None = None
+) -> Pool:
     """Open a pool.
 
     Args:
         path: a .parquet or .jsonl file, an exported folder, or the folder of a run.
         examples: texts of an influence table's examples.
         iteration: of a run; None: the last that has scored examples.
+        form: how the texts of `examples` are written, a name of CONVERSATION_FORMATS; None: see `InfluencePool`.
 
     Raises:
-        DataError: it is none of these, or an influence table without its examples.
+        DataError: it is none of these, an influence table without its examples, or has no texts in another format.
     """
     path = Path(os.path.expanduser(path))
+    pool = _open_pool(path, examples, iteration, form)
+    if form is not None and not isinstance(pool, InfluencePool):
+        raise DataError(f"{path}: only the texts of an influence table can be written as {form}; leave out --to")
+    return pool
+
+
+def _open_pool(path: Path, examples: DataSource | None, iteration: int | None, form: str | None) -> Pool:
     if (path / layout.CONFIG).is_file():
         return RunPool(open_set(path.resolve(), "scored", iteration))
     path = data_file(path)
@@ -162,7 +188,7 @@ def open_pool(path: Path, examples: DataSource | None = None, iteration: int | N
         return pool
     if examples is None:
         raise DataError(f"{path}: an influence table has no texts; give the data that was measured with --examples")
-    return InfluencePool(path, examples)
+    return InfluencePool(path, examples, form)
 
 
 def data_file(path: Path) -> Path:

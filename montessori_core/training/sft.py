@@ -1,14 +1,14 @@
 """Supervised fine-tuning of the student: warm-up and training (Section 4, Appendix A)."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from montessori_core import programs
 from montessori_core.data.rows import TrainingRow
 from montessori_core.errors import DataError
-from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.models.chat import IGNORED, Encoded
+from montessori_core.models.examples import encode_row
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer, with_lora
 from montessori_core.models.positions import check_positions
 from montessori_core.program import Compute, Report
@@ -88,13 +88,15 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
 
 def _encode(tokenizer: Any, rows: list[TrainingRow], settings: programs.Sft) -> list[Encoded]:
     """Tokenize the rows that have a response within the student's `max_length`."""
-    encode = encode_example
-    if settings.conversations:
-        encode = partial(encode_conversation, mask_prompt=settings.mask_prompts)
-    encoded = [
-        encode(tokenizer, row["instruction"], row["response"], settings.max_length, row["response_finished"])
-        for row in rows
-    ]
+
+    def encode(row: TrainingRow) -> Encoded:
+        if not settings.conversations:
+            return encode_row(tokenizer, row, settings.max_length)
+        texts = row["instruction"], row["response"]
+        finished, masked = row["response_finished"], settings.mask_prompts
+        return encode_conversation(tokenizer, *texts, settings.max_length, finished, masked)
+
+    encoded = [encode(row) for row in rows]
     usable = [example for example in encoded if example.response_tokens]
     if not usable:
         raise DataError("no training example has a response within student.max_length tokens; raise max_length")

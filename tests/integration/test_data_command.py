@@ -65,3 +65,35 @@ def test_large_source_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = check_data(DataSource(path=path), "reference", True)
     assert (result.tasks, result.sampled, len(result.first)) == (200, 20, 3)
     assert result.lengths["instruction"][-1] == len("Name river number 199.")
+
+
+def test_check_shows_conversations(tiny_llama: Path, tmp_path: Path) -> None:
+    spoken = ["Name a river.", "Rhine.", "Another?", "Elbe."]
+    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(spoken)]
+    system = {"role": "system", "content": "Be short."}
+    rows = [
+        {"messages": [system, *messages]},
+        {"messages": messages},
+        {"messages": messages[:2]},
+        {"messages": messages},
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = DataSource(path=str(tmp_path / "chats.jsonl"))
+    tokenizer: Any = load_tokenizer(str(tiny_llama))
+    result = check_data(source, "reference", True, tokenizer)
+    assert (result.rounds, result.system_turns, result.duplicates) == ({1: 1, 2: 3}, 1, 1)
+    assert [text for text, trained in result.first[0] if trained] == ["Rhine.<|im_end|>", "Elbe.<|im_end|>"]
+    last = check_data(source.model_copy(update={"train_on": "last"}), "reference", True, tokenizer)
+    assert [text for text, trained in last.first[0] if trained] == ["Elbe.<|im_end|>"]
+    outcome = CliRunner().invoke(app, ["data", "check", str(tmp_path / "chats.jsonl")])
+    for line in ("rounds of user and assistant: 1 in 1 rows, 2 in 3 rows", "system turns: 1\n", "assistant: Rhine.\n"):
+        assert line in outcome.output
+    tokenizer.chat_template = GEMMA
+    assert check_data(source, "reference", True, tokenizer).moves_system_turn
+
+
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)

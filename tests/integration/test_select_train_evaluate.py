@@ -1,14 +1,20 @@
 """`montessori influence`, `select`, `train` and `evaluate` in sequence, on the tiny Llama."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from montessori_core.config import DataSource
+from montessori_core.data.sources import read_tasks
+from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.files import read_json
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
-from montessori_core.models.load import load_model
+from montessori_core.models.examples import encode_task
+from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.selection.pools import JsonlPool
 from support import ROOT
 from support.runs import call, invoke
@@ -107,3 +113,67 @@ def test_bad_options_are_refused(tiny_llama: Path, tmp_path: Path, options: list
     code, output = train(tiny_llama, tmp_path / "data.jsonl", tmp_path / "out")
     assert code == 1
     assert "nothing is overwritten" in output
+
+
+CHATS: list[dict[str, Any]] = [
+    {
+        "id": f"c{i}",
+        "messages": [
+            *([{"role": "system", "content": "Be short."}] if i % 2 else []),
+            {"role": "user", "content": f"Describe object {i}."},
+            {"role": "assistant", "content": f"Object {i} is round.", "weight": i % 3 and 1},
+            {"role": "user", "content": f"Describe object {i + 50}, too."},
+            {"role": "assistant", "content": f"Object {i + 50} is " + "flat " * (1 + i % 4)},
+        ],
+    }
+    for i in range(12)
+]
+
+
+def test_conversations_are_scored_selected_trained_and_evaluated(tiny_llama: Path, tmp_path: Path) -> None:
+    data, table, best, student = (
+        tmp_path / name for name in ("chats.jsonl", "scored.parquet", "best.jsonl", "student")
+    )
+    data.write_text("\n".join(map(json.dumps, [*CHATS, {"messages": CHATS[0]["messages"][:2]}])))
+    files = ["--examples", str(data), "--reference", str(data), "--out", str(table), "--estimator", "first_order"]
+    code, output = invoke("influence", "--student", str(tiny_llama), *files, cwd=ROOT)
+    assert code == 1
+    assert "chats.jsonl, line 13: field 'messages.1.content': the last answer has weight 0" in " ".join(output.split())
+    data.write_text("\n".join(map(json.dumps, CHATS)))
+    code, output = invoke("influence", "--student", str(tiny_llama), *files, cwd=ROOT)
+    assert code == 0, output
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tasks = {task.example_id: task for task in read_tasks(DataSource(path=str(data)), "examples", with_response=True)}
+    encoded = {name: encode_task(tokenizer, task, 1024) for name, task in tasks.items()}
+    measured = read_table(table, INFLUENCE).to_pylist()
+    assert {row["example_id"]: row["response_tokens"] for row in measured} == {
+        name: example.response_tokens for name, example in encoded.items()
+    }
+
+    choice = ["--share", "0.5", "--max-rouge-l", "0.999", "--output", str(best)]
+    code, output = invoke("select", str(table), "--examples", str(data), *choice, cwd=ROOT)
+    assert code == 0, output
+    chosen = read_tasks(DataSource(path=str(best)), "data", with_response=True)
+    assert len(chosen) == 6
+    assert {task.example_id: encode_task(tokenizer, task, 1024) for task in chosen}.items() <= encoded.items()
+
+    code, output = train(tiny_llama, best, student)
+    assert code == 0, output
+    assert read_json(student / COUNTS_FILE) == {"examples": 6, "truncated": 0, "left_out": 0}
+    losses = {}
+    for loss in ("all", "last"):
+        evaluation = f"evaluation={{path: {data}, train_on: {loss}}}"
+        settings = [
+            evaluation,
+            f"name={loss}",
+            "benchmarks.tasks=[]",
+            "student.max_length=192",
+            "cluster.poll_seconds=0.1",
+        ]
+        options = [part for setting in settings for part in ("--set", setting)]
+        code, output = call("evaluate", str(student), *options, cwd=tmp_path)
+        assert code == 0, output
+        (result,) = (tmp_path / "runs").glob("*/evaluation.json")
+        losses[loss] = read_json(result)["held_out_loss"]["mean"]
+        shutil.rmtree(tmp_path / "runs")
+    assert losses["all"] != losses["last"]

@@ -1,6 +1,10 @@
-"""Chat templates of six kinds, for SmolLM2's tokenizer."""
+"""Chat templates of six kinds, for SmolLM2's tokenizer, and those of real models."""
 
-from montessori_core.models.chat import LLAMA3_STYLE_TEMPLATE
+import re
+from pathlib import Path
+from typing import Any
+
+from montessori_core.models.templates import LLAMA3_STYLE_TEMPLATE
 
 TRIMMING = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}"
@@ -27,3 +31,14 @@ TEMPLATES = {
     "paper": LLAMA3_STYLE_TEMPLATE,
 }
 """By name; None is the tokenizer's own."""
+
+
+def real_template(tokenizer: Any, name: str) -> Any:
+    """Give a tokenizer the chat template of a model, as TRL ships it, and the control tokens that the template names."""
+    import trl
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    names = set(re.findall(r"<[|｜][^<>\s'\"]+?[|｜]>|<[a-z]+_of_[a-z]+>", template))
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": sorted(names)})
+    tokenizer.chat_template = template
+    return tokenizer

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from montessori_core.errors import UserError
 from montessori_core.models.chat import (
     IGNORED,
-    LLAMA3_STYLE_TEMPLATE,
     Encoded,
     encode_example,
     encode_plain,
@@ -27,6 +26,7 @@ from montessori_core.models.chat import (
     render_prompt,
 )
 from montessori_core.models.load import load_tokenizer
+from montessori_core.models.templates import LLAMA3_STYLE_TEMPLATE
 from montessori_core.synthesis.jobs import render_row
 from montessori_core.training.dpo import encode_pair
 from support.templates import EMPTY_SYSTEM, NO_END, OTHER_END, TRIMMING

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import BAD_ROWS, BadRow, count_reasons, write_bad_rows
-from montessori_core.data.sources import Task, TaskReader, read_tasks
+from montessori_core.data.rows import EarlierTurn
+from montessori_core.data.sources import Task, TaskReader, check_single_turns, read_tasks
 from montessori_core.errors import DataError
 
 PAIRS = [("Name a colour.", "Red."), ("Add: 1 and 2", " 3\n")]
@@ -109,13 +112,107 @@ def test_turns_follow_the_stated_rule(
 ) -> None:
     source = DataSource(path=write(tmp_path / "rows.jsonl", [row]), **fields)
     [task] = read_tasks(source, "reference", with_response=True)
-    assert (task.instruction, task.response) == expected
+    assert task == Task("reference-00001", *expected)
+
+
+def earlier(*turns: tuple[str, str, int]) -> tuple[EarlierTurn, ...]:
+    return tuple({"role": role, "content": content, "weight": weight} for role, content, weight in turns)  # type: ignore[typeddict-item]
+
+
+BOTH = earlier(("user", "Name a colour.", 0), ("assistant", "Red.", 1))
+UNTRAINED = earlier(("user", "Name a colour.", 0), ("assistant", "Red.", 0))
+SHORT = earlier(("system", "Be short.", 0))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "before"),
+    [
+        ({"messages": TALK}, {}, BOTH),
+        ({"messages": TALK}, {"train_on": "last"}, UNTRAINED),
+        ({"messages": [SYSTEM, *TALK]}, {}, SHORT + BOTH),
+        ({"messages": [SYSTEM, *TALK]}, {"turns": "last"}, SHORT),
+        ({"messages": [SYSTEM, *TALK]}, {"system_turn": "drop"}, BOTH),
+        ({"messages": [TALK[0], TALK[1] | {"weight": 0}, *TALK[2:]]}, {}, UNTRAINED),
+        ({"messages": [TALK[0], TALK[1] | {"weight": 1}, *TALK[2:]]}, {}, BOTH),
+        ({"messages": [TALK[0] | {"weight": None}, *TALK[1:]]}, {}, BOTH),
+        ({"conversations": [*turns(PAIRS[0], "from", "value"), *turns(PAIRS[1], "from", "value")]}, {}, BOTH),
+        ({"prompt": TALK[:3], "completion": TALK[3:]}, {}, UNTRAINED),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, {}, BOTH),
+        ({"prompt": TALK[:3], "completion": " 3\n"}, {}, UNTRAINED),
+        ({"instruction": "Add: 1 and 2", "output": " 3\n", "history": [["Name a colour.", "Red."]]}, {}, BOTH),
+        (
+            {
+                "instruction": "Add:",
+                "input": "1 and 2",
+                "output": " 3\n",
+                "system": "Be short.",
+                "history": [list(PAIRS[0])],
+            },
+            {"train_on": "last"},
+            SHORT + UNTRAINED,
+        ),
+    ],
+)
+def test_conversations_are_read_whole(
+    row: dict[str, Any], fields: dict[str, Any], before: tuple[EarlierTurn, ...], tmp_path: Path
+) -> None:
+    source = DataSource(path=write(tmp_path / "rows.jsonl", [row]), **fields)
+    reader = TaskReader(source, "reference", with_response=True)
+    assert list(reader) == [Task("reference-00001", *PAIRS[1], before)]
+    loss = "the last answer" if source.train_on == "last" else "every answer"
+    assert f"1 rows, format: {reader.format}; 1 with earlier turns, loss on {loss}" in reader.summary()
+
+
+def test_prepended_system_text_is_in_the_first_turn(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": [TALK[0], TALK[1], SYSTEM, *TALK[2:]]}])
+    [task] = read_tasks(DataSource(path=path, system_turn="prepend"), "reference", with_response=True)
+    first = earlier(("user", "Be short.\n\nName a colour.", 0))
+    assert task == Task("reference-00001", *PAIRS[1], first + BOTH[1:])
+    assert task.request == "Be short.\n\nName a colour.\n\nRed.\n\nAdd: 1 and 2"
+
+
+def test_seed_pool_takes_single_instructions(tmp_path: Path) -> None:
+    for row, message in (
+        ({"messages": TALK}, "2 user turns, where one is read; set seed_pool.turns to first or last"),
+        ({"messages": [SYSTEM, *TALK[:2]]}, "a system turn; set seed_pool.system_turn to prepend"),
+    ):
+        path = write(tmp_path / "rows.jsonl", [row])
+        with pytest.raises(DataError, match=message):
+            read_tasks(DataSource(path=path), "seed_pool", with_response=False)
+    with pytest.raises(
+        DataError, match=r"reference: nomad takes single instructions, but example c1 is a conversation"
+    ):
+        check_single_turns([Task("s", "Hi"), Task("c1", *PAIRS[1], BOTH)], "nomad", "reference")
 
 
 GOOD = {"messages": turns(PAIRS[0])}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"messages": TALK}, "2 user turns, where one is read; set reference.turns to first or last", "several user turns"),
-    ({"messages": [SYSTEM, *TALK[:2]]}, "a system turn; set reference.system_turn to prepend", "a system turn"),
+    (
+        {"messages": [*TALK[:2], SYSTEM, *TALK[2:]]},
+        "field 'messages.2.content': a system turn after the first turn; set reference.system_turn to prepend",
+        "a system turn after the first turn",
+    ),
+    (
+        {"messages": [SYSTEM, SYSTEM, *TALK]},
+        "field 'messages.1.content': a system turn after the first turn",
+        "a system turn after the first turn",
+    ),
+    (
+        {"messages": [*TALK[:2], TALK[1], *TALK[2:]]},
+        "field 'messages.2.content': a turn of the assistant, where turns of user and assistant must alternate",
+        "turns do not alternate",
+    ),
+    ({"messages": TALK[:3]}, "no answer of the assistant after the user's turn", "no answer of the assistant"),
+    (
+        {"messages": [*TALK[:3], TALK[3] | {"weight": 0}]},
+        "field 'messages.3.content': the last answer has weight 0",
+        "an untrained last answer",
+    ),
+    (
+        {"messages": [TALK[0], TALK[1] | {"weight": 0.5}, *TALK[2:]]},
+        "field 'messages.1.weight' is 0.5, expected 0 (no loss) or 1",
+        "a weight other than 0 and 1",
+    ),
     ({"messages": None}, "field 'messages' is null; fill it or remove the row", "field 'messages' is null"),
     ({"messages": []}, "field 'messages' is an empty list", "field 'messages' is empty"),
     ({"messages": "Hi"}, "field 'messages' is str, expected a list of turns", "no list of turns"),
@@ -142,13 +239,66 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"messages": TALK[:1]}, "no answer of the assistant after the user's turn", "no answer of the assistant"),
     ({"messages": TALK[1:]}, "field 'messages.0.content': a turn of the assistant", "turns do not alternate"),
-    ({"messages": [SYSTEM]}, "a system turn", "a system turn"),
+    ({"messages": [SYSTEM]}, "no user turn", "no user turn"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
         "field 'messages.0.content' has parts that are no text",
         "parts that are no text",
     ),
 ]
+
+
+STRICT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"messages": TALK}, {"turns": "refuse"}, "2 user turns, where one is read; set reference.turns to first or last"),
+    (
+        {"messages": [SYSTEM, *TALK[:2]]},
+        {"system_turn": "refuse"},
+        "a system turn; set reference.system_turn to prepend",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "fields", "message"), STRICT)
+def test_conversations_can_be_refused(
+    row: dict[str, Any], fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"line 1: {message}"):
+        read_tasks(DataSource(path=write(tmp_path / "rows.jsonl", [row]), **fields), "reference", with_response=True)
+
+
+ROLE = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "", None, 3])
+CONTENT = st.sampled_from(["Hi", " ", "", None, 7, [{"type": "text", "text": "Hi"}], [{"type": "image"}], {"a": 1}])
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": ROLE, "content": CONTENT}, optional={"weight": st.sampled_from([0, 1, None, "x"])})
+    | st.none()
+    | st.just("Hi"),
+    max_size=5,
+) | st.sampled_from([None, "Hi", {}])
+
+
+@given(
+    TURNS,
+    st.sampled_from(["all", "first", "last", "refuse"]),
+    st.sampled_from(["keep", "prepend", "drop", "refuse"]),
+    st.booleans(),
+)
+def test_any_conversation_is_read_or_refused_by_field(
+    tmp_path_factory: pytest.TempPathFactory, talk: Any, rule: Any, system_turn: Any, with_response: bool
+) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "any.jsonl", [{"messages": talk}])
+    source = DataSource(path=path, turns=rule, system_turn=system_turn)
+    try:
+        [task] = read_tasks(source, "reference", with_response)
+    except DataError as error:
+        refusal = str(error)
+        assert refusal.startswith(f"{path}, line 1: ")
+        assert any(word in refusal for word in ("field", "turn", "answer"))
+        return
+    roles = [turn["role"] for turn in task.before]
+    assert roles[roles[:1] == ["system"] :] == ["user", "assistant"] * (len(roles) // 2)
+    assert task.instruction.strip()
+    assert bool(task.response.strip()) == with_response
+    assert rule == "all" or set(roles) <= {"system"}
 
 
 @pytest.mark.guarantee("broken rows or wrong fields")

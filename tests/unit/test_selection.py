@@ -82,7 +82,7 @@ def test_near_duplicates_are_skipped(per: str | None) -> None:
     assert chosen[0] == 0
     assert len(chosen) == 4
     assert set(chosen[1:]) <= set(range(60, 66))
-    assert pool.passes > 1
+    assert pool.passes > 2
     greedy = RougeIndex([], max_rouge_l=0.6)
     everything = choose(pool, Choice("s", rows=50, max_rouge_l=0.6))
     assert everything == [i for i, row in enumerate(pool.rows()) if greedy.add_all([row["instruction"]])[0]]

@@ -1,0 +1,38 @@
+"""Tokenize rows of programs and human-written tasks for the student."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from montessori_core.data.rows import EarlierTurn, TrainingRow
+from montessori_core.data.sources import Task
+from montessori_core.errors import DataError
+from montessori_core.models.chat import Encoded, encode_example
+
+
+def encode_row(tokenizer: Any, row: TrainingRow, max_length: int) -> Encoded:
+    """Tokenize a row of a program; see `encode_example`."""
+    before = row.get("before") or ()
+    return encode_example(tokenizer, row["instruction"], row["response"], max_length, row["response_finished"], before)
+
+
+def encode_task(tokenizer: Any, task: Task, max_length: int, demonstration: Sequence[EarlierTurn] = ()) -> Encoded:
+    """Tokenize a human-written task after a `demonstration`, if any; see `encode_example`."""
+    systems = sum(turn["role"] == "system" for turn in task.before)
+    before = [*task.before[:systems], *demonstration, *task.before[systems:]]
+    return encode_example(tokenizer, task.instruction, task.response, max_length, before=before)
+
+
+def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:
+    """Tokenize human-written tasks for the student; `field` names the set in errors.
+
+    Raises:
+        DataError: a task has no response token within `max_length`.
+    """
+    encoded = [encode_task(tokenizer, task, max_length) for task in tasks]
+    empty = [task.example_id for task, example in zip(tasks, encoded, strict=True) if not example.response_tokens]
+    if empty:
+        raise DataError(
+            f"{field}: {len(empty)} examples have no response within student.max_length={max_length} tokens, e.g. "
+            f"{empty[0]}; raise max_length or shorten them"
+        )
+    return encoded
