@@ -4,6 +4,7 @@ A pool is read in order, as often as needed; its rows are never all in memory.
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import pyarrow as pa
 from montessori_core import layout
 from montessori_core.config import DataSource
 from montessori_core.data.jsonl import jsonl_rows
-from montessori_core.data.sources import read_tasks
+from montessori_core.data.sources import TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
 from montessori_core.export.sets import RunSet, open_set, schema_of_set
@@ -109,33 +110,65 @@ class RunPool(Pool):
 
 
 class InfluencePool(Pool):
-    """The table of `montessori influence`, with the texts of the examples that were measured."""
+    """The table of `montessori influence`, with the texts of the examples that were measured.
+
+    Passes over its numbers read the table alone. Texts are read from the examples, and not held: those of examples in the
+    order of the table are passed on at once.
+    """
 
     def __init__(self, path: Path, examples: DataSource) -> None:
         self.name = str(path)
-        self._path = path
-        self._tasks = {task.example_id: task for task in read_tasks(examples, "examples", with_response=True)}
+        self._path, self._examples = path, examples
         origin = ("source", "teacher", "iteration")
         self.schema = pa.schema([field for field in schema_of_set("scored") if field.name not in origin])
+        with open_parquet(path) as file:
+            check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
         _check_columns(self.name, names, self.schema.names)
+        if set(names) & _TEXTS:
+            with open_parquet(self._path) as file:
+                everything = range(file.metadata.num_rows)
+            yield from (row for _, row in self.take(set(everything), names))
+            return
+        stored = [_STORED.get(name, name) for name in names if name != _FINISHED]
         with open_parquet(self._path) as file:
-            check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
-            for batch in file.iter_batches(ROW_GROUP):
+            for batch in file.iter_batches(ROW_GROUP, columns=list(dict.fromkeys(stored))):
                 for measured in batch.to_pylist():
-                    row = self._named(measured)
-                    yield {name: row[name] for name in names}
+                    yield {name: True if name == _FINISHED else measured[_STORED.get(name, name)] for name in names}
 
-    def _named(self, measured: Row) -> Row:
-        task = self._tasks.get(measured["example_id"])
-        if task is None:
+    def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+        names = list(columns or self.schema.names)
+        _check_columns(self.name, names, self.schema.names)
+        if not set(names) & _TEXTS:
+            yield from super().take(positions, names)
+            return
+        numbers = [name for name in self.schema.names if name not in _TEXTS]
+        # Ids and numbers of the rows that are not yielded yet, in their order.
+        wanted = {row["id"]: (position, row) for position, row in super().take(positions, numbers)}
+        order = deque(sorted(positions))
+        waiting: dict[int, Row] = {}
+        for task in TaskReader(self._examples, "examples", with_response=True):
+            if task.example_id not in wanted:
+                continue
+            position, row = wanted.pop(task.example_id)
+            waiting[position] = row | {"instruction": task.instruction, "output": task.response}
+            while order and order[0] in waiting:
+                complete = waiting.pop(order[0])
+                yield order.popleft(), {name: complete[name] for name in names}
+            if not wanted:
+                return
+        if wanted:
             raise DataError(
-                f"{self.name}: example {measured['example_id']!r} is not in --examples; give the data that was measured"
+                f"{self.name}: example {next(iter(wanted))!r} is not in --examples; give the data that was measured"
             )
-        texts = {"id": task.example_id, "instruction": task.instruction, "output": task.response}
-        return measured | texts | {"response_finished": True, "influence": measured["influence_student"]}
+
+
+_TEXTS = {"instruction", "output"}
+_FINISHED = "response_finished"
+_STORED = {"id": "example_id", "influence": "influence_student"}
+"""Columns of an influence table that have another name in a pool."""
 
 
 def open_pool(path: Path, examples: DataSource | None = None, iteration: int | None = None) -> Pool:
