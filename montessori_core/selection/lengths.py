@@ -38,7 +38,9 @@ class _Lengths:
         by_length = rows[np.argsort(tokens[rows], kind="stable")]
         lengths, starts = np.unique(tokens[by_length], return_index=True)
         self._lengths: list[int] = lengths.tolist()
-        self._rows = [deque(part.tolist()) for part in np.split(by_length, starts[1:])] if len(rows) else []
+        self._rows: list[deque[int]] = (
+            [deque(part.tolist()) for part in np.split(by_length, starts[1:])] if len(rows) else []
+        )
 
     def __bool__(self) -> bool:
         return bool(self._lengths)
