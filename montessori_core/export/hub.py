@@ -66,6 +66,8 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
     try:
         created = hub.create_repo(target.name, repo_type="dataset", private=target.private or None, exist_ok=True)
         info = hub.dataset_info(created.repo_id, files_metadata=True)
+        if target.private and not info.private:
+            raise UserError(f"{created}: is public, and --private does not change that; give another --repo")
         present = {file.rfilename: file for file in info.siblings or [] if file.rfilename != _KEPT}
         local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         other = sorted(

@@ -74,7 +74,7 @@ class _Answer(BaseHTTPRequestHandler):
             if name in hub.files:
                 return self._send({"error": "exists", "url": f"{hub.address}/datasets/{name}"}, 409)
             hub.files[name] = {".gitattributes": b"*.parquet filter=lfs\n"}
-            hub.private |= {name} if asked.get("private") else set()
+            hub.private |= {name} if asked.get("visibility") == "private" else set()
             return self._send({"url": f"{hub.address}/datasets/{name}", "name": name, "id": name})
         if self.path == "/api/validate-yaml":
             return self._send({"errors": [], "warnings": []})
@@ -173,6 +173,10 @@ def test_other_contents_are_replaced_only_if_told(hub: DataHub, tmp_path: Path) 
     assert code == 1
     assert "has other contents (README.md, data/train.jsonl, data/train.parquet); nothing was pushed" in output
     assert hub.files["me/set"] == before
+    assert hub.commits == 1
+    code, output = export(run, "--to", "hub", "--repo", "me/set", "--replace", "--private")
+    assert code == 1
+    assert "is public, and --private does not change that" in output
     assert hub.commits == 1
     code, output = export(run, "--to", "hub", "--repo", "me/set", "--replace")
     assert code == 0, output

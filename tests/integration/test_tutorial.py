@@ -15,7 +15,8 @@ PAGE = (ROOT / "docs" / "tutorial-data.md").read_text(encoding="utf-8").partitio
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
 
 
 def commands() -> list[list[str]]:
