@@ -20,6 +20,7 @@ from montessori_core.files import read_json, write_json
 from tasks.benchmarks import list_items
 from tasks.report import write_report
 from tasks.run import Run, open_run, reopen_run
+from tasks.tracking import start_tracking, track_iteration
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
 """Environment variable: folder of runs started from Prefect; by default `runs` in the worker's folder."""
@@ -76,10 +77,12 @@ def experiment(run: Run) -> None:
 def _iterate(run: Run, approve: bool, scheduled: bool = False) -> None:
     with only_driver(run.folder):
         list_items(run)
+        start_tracking(run.folder, run.experiment)
         previous: Iteration | None = None
         for number in range(1, run.experiment.iterations + 1):
             continued = scheduled or number < run.experiment.iterations  # a schedule's next flow run adds one
             previous = iteration(run, number, previous, approve, continued)
+            track_iteration(run.folder, run.experiment, number)
             write_report(run)
 
 

@@ -31,6 +31,7 @@ from tasks.run import Model, Run, open_run
 from tasks.stage import Step
 from tasks.students import train_student
 from tasks.studies import PAGE, RESULT, STUDY
+from tasks.tracking import start_tracking, track_method
 
 
 def find_method(name: str) -> Method:
@@ -168,10 +169,13 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
         )
         for seed in seeded:
             with only_driver(seed.run.folder):
+                start_tracking(seed.run.folder, seed.run.experiment)
                 for method in methods:
                     method_run = replace(seed.run, stages=[])
                     last = run_method(method_run, method)
-                    results[0][method.name].append((last.evaluated, Cost.of(method_run)))
+                    cost = Cost.of(method_run)
+                    results[0][method.name].append((last.evaluated, cost))
+                    track_method(seed.run.folder, seed.run.experiment, method.name, _numbers(last.evaluated, cost))
                     proposed[method.name].append(last.proposal.examples)
                     for number, other in enumerate([] if method.trains_student else seed.others, 1):
                         transfer_run = replace(other, stages=[])
@@ -179,6 +183,13 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                         results[number][method.name].append((evaluated, Cost.of(method_run, transfer_run)))
                 _compare_with_baseline(study, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
         write_comparison(study, folder, untrained.losses, results, proposed)
+
+
+def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
+    """Return the numbers of a method's student for trackers."""
+    scores = {f"{row['benchmark']}/{row['metric']}": row["mean"] for row in evaluated.benchmarks.scores}
+    known = {name: mean for name, mean in scores.items() if mean is not None}
+    return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **known}
 
 
 def _compare_with_baseline(study: Study, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:

@@ -25,6 +25,7 @@ from montessori_core.selection.pools import unfinished_ids
 from tasks.progress import ProgressBar
 from tasks.run import check_environment, stage_of
 from tasks.students import open_student, sft_settings
+from tasks.tracking import show_problems, start_tracking, tracking_input
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class StudentTraining:
     """A training of a student.
 
     Attributes:
-        experiment: its student, and the sections `training`, `zero`, `seed` and `cluster`. All rows of the data are used,
-            whatever `training.examples` is.
+        experiment: its student, and the sections `training`, `zero`, `seed`, `tracking` and `cluster`. All rows of the data
+            are used, whatever `training.examples` is.
         data: the examples.
         save_moments: save AdamW's moments with the weights, so that influence can be measured on a warm student.
     """
@@ -75,12 +76,15 @@ def train_on_data(training: StudentTraining, output: Path) -> Trained:
     settings = sft_settings(experiment, recipe, training.save_moments)
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
-        stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {})
+        start_tracking(folder, experiment)
+        trackers = tracking_input(folder, experiment)
+        stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
         shards = Shards(rows, len(rows))
         _check_output(output, stage, shards)
         cluster = experiment.cluster
         with ProgressBar(f"training of {experiment.student.model}") as bar:
             (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)
+        show_problems(folder, experiment)
         counts, log = (read_json(trained / name) for name in (COUNTS_FILE, LOG_FILE))
         if not output.exists():
             card = student_card(experiment, training.data, settings, counts, log)

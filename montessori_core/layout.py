@@ -11,6 +11,7 @@
       sources/                 copies of the human-written sets, the benchmark files and configured chat templates;
                                bad_rows.jsonl lists rows that were left out of the sets
       exports/                 data for other trainers, written by montessori export
+      tracking/                ids and event files of experiment trackers
       models/                  teacher and student with configured chat templates: links to their files
       untrained/               held-out loss of the untrained student
       unmodified/              the unmodified teacher: training/, student/, training-influence.parquet
@@ -40,6 +41,7 @@ REPORT = "report.html"
 SOURCES = "sources"
 MODELS = "models"
 EXPORTS = "exports"
+TRACKING = "tracking"
 UNTRAINED = "untrained"
 UNMODIFIED = "unmodified"
 

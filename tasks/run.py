@@ -24,6 +24,7 @@ from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.filtering import check_filters
 from montessori_core.synthesis.prompts import check_decoding
+from montessori_core.tracking.trackers import check_trackers
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
 from tasks.changed_settings import changed_settings, first_stage
@@ -212,6 +213,7 @@ def check_environment(experiment: Experiment) -> None:
     Raises:
         UserError: jobs cannot be started, or a package is missing or has an unsupported version.
     """
+    check_trackers(experiment.tracking)
     if experiment.cluster.profile != "local":
         check_versions()  # montessori doctor checks the worker environment on the nodes
     else:

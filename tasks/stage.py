@@ -19,6 +19,7 @@ from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
 from tasks.run import Model, Run, stage_of
 from tasks.stage_progress import StageTaskRuns
+from tasks.tracking import show_problems, tracking_input
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,11 @@ class Step:
         upstream: Sequence[object] = (),
     ) -> Model:
         """Train a model in one job; see `execute`."""
+        trackers = tracking_input(self.run.folder, self.experiment)
         trained: list[Model] = self._compute(
-            program, settings, _one_shard(program, rows), models, {}, {}, upstream, read=Model.of
+            program, settings, _one_shard(program, rows), models, {}, trackers, upstream, read=Model.of
         )
+        show_problems(self.run.folder, self.experiment)
         counts = read_json(Path(trained[0].path) / COUNTS_FILE) or {}
         for name, meaning in (("left_out", "left out: they are too long"), ("truncated", "cut at max_length")):
             if counts.get(name):

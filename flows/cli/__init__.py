@@ -84,7 +84,7 @@ app = typer.Typer(
       montessori train DIR_OR_ID FILE.jsonl --output DIR
 
     [b]Data for your trainer[/b]
-      montessori export RUN_DIR --to messages  also sharegpt, alpaca, trl, parquet
+      montessori export RUN_DIR --to messages  also sharegpt, alpaca, trl, parquet, hub
 
     [b]How long will it take?[/b]
       montessori forecast CONFIG --pilot RUN_DIR

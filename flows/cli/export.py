@@ -1,7 +1,8 @@
-"""The command export: write data of a run for other trainers."""
+"""The command export: write data of a run for other trainers, to a folder or to a hub."""
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,10 +11,17 @@ from flows.cli.options import RunFolder, warn
 from montessori_core import layout
 from montessori_core.errors import UserError
 
+if TYPE_CHECKING:
+    from montessori_core.export.hub import HubSet
+    from montessori_core.export.sets import RunSet
+    from montessori_core.export.write import Exported
+
+_HUB = "hub"
+
 
 def export(
     run_dir: RunFolder,
-    to: Annotated[str, typer.Option(help="Format: messages, sharegpt, alpaca, trl or parquet.")],
+    to: Annotated[str, typer.Option(help="Format: messages, sharegpt, alpaca, trl or parquet; or hub, with --repo.")],
     what: Annotated[
         str,
         typer.Option(help="training (set of the student), preferences (pairs of the teacher) or scored (influence)."),
@@ -27,20 +35,39 @@ def export(
     finished_only: Annotated[
         bool, typer.Option("--finished-only", help="Leave out responses that were cut at the token limit.")
     ] = False,
+    repo: Annotated[str | None, typer.Option(help="With --to hub: id of the data set, OWNER/NAME.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="With --to hub: format of the rows; by default messages, trl for preferences.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --to hub: create it as a private data set.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="With --to hub: replace other contents of the data set.")
+    ] = False,
 ) -> None:
     """Export data of a run in the format of other trainers, with a data card.
 
-    The folder has a README.md with the header of the Hugging Face hub; datasets.load_dataset reads it.
+    The folder has a README.md with the header of the Hugging Face hub; datasets.load_dataset reads it. With --to hub it is
+    pushed there; the token is HF_TOKEN, or that of hf auth login.
     """
+    from montessori_core.export.hub import HubSet
     from montessori_core.export.sets import SETS, open_set
-    from montessori_core.export.write import format_named, write_export
 
     if what not in SETS:
         raise UserError(f"--what {what}: no such set; give one of {', '.join(SETS)}")
+    if (to == _HUB) != (repo is not None) or (to != _HUB and (format or private or replace)):
+        raise UserError("--to hub needs --repo OWNER/NAME; --repo, --format, --private and --replace need --to hub")
     data = open_set(run_dir.resolve(), what, iteration)
-    form = format_named(to, data)
-    folder = output or run_dir / layout.EXPORTS / f"{what}-{to}"
-    exported = write_export(data, form, folder, finished_only)
+    if repo is not None:
+        form = format or ("trl" if what == "preferences" else "messages")
+        _push(data, form, output, finished_only, HubSet(repo, private, replace))
+    else:
+        _write(data, to, output or run_dir / layout.EXPORTS / f"{what}-{to}", finished_only)
+
+
+def _write(data: "RunSet", form: str, folder: Path, finished_only: bool) -> "Exported":
+    from montessori_core.export.write import format_named, write_export
+
+    exported = write_export(data, format_named(form, data), folder, finished_only)
     if exported.unfinished:
         warn(
             [
@@ -52,3 +79,15 @@ def export(
     console.print(
         f"{data.title} of iteration {data.iteration}, {exported.rows:,} rows{left_out}: {folder}", soft_wrap=True
     )
+    return exported
+
+
+def _push(data: "RunSet", form: str, output: Path | None, finished_only: bool, target: "HubSet") -> None:
+    from montessori_core.export.hub import check_hub, push
+
+    check_hub(target)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = output or Path(temporary) / f"{data.name}-{form}"
+        exported = _write(data, form, folder, finished_only)
+        address, pushed = push(folder, target, f"{data.title} of iteration {data.iteration}, {exported.rows:,} rows")
+    console.print(f"{'pushed to' if pushed else 'already there, nothing pushed:'} {address}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from montessori_core.config.synthesis import Synthesis
 from montessori_core.config.training import Nomad, Optimization, TeacherUpdate, Training, Warmup, Zero
 from montessori_core.config.yaml import apply_overrides, read_yaml
 from montessori_core.presets import find_configuration
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class Experiment(Section):
@@ -50,6 +52,11 @@ class Experiment(Section):
     )
     benchmarks: Benchmarks = Field(Benchmarks(), description="Benchmarks of the students.")
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
+    tracking: tuple[Tracker, ...] = Field(
+        (),
+        description="Experiment trackers that get the log of trainings and the numbers of iterations. Servers and keys come "
+        "from the environment.",
+    )
     cluster: Cluster = Field(Cluster(), description="Where jobs run and which resources they get.")
 
     @model_validator(mode="after")
@@ -111,9 +118,9 @@ class Experiment(Section):
     def method(self) -> dict[str, Any]:
         """Return the settings that determine an iteration's data and models, as plain data.
 
-        The name, the cluster, the number of iterations and the benchmarks do not.
+        The name, the cluster, the number of iterations, the benchmarks and the trackers do not.
         """
-        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks"})
+        content = self.model_dump(mode="json", exclude={"cluster", "name", "iterations", "benchmarks", "tracking"})
         for name in ("judge", "strong_teacher", "answerer"):
             endpoint: Endpoint | None = getattr(self, name)
             content[name] = endpoint.identity() if endpoint else None

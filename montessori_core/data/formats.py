@@ -1,11 +1,13 @@
 """Rows of the field's formats as turns of a conversation: Alpaca, messages, ShareGPT, TRL's prompt and completion."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from montessori_core.config import DataFormat, DataSource
 from montessori_core.data.bad_rows import RowError
+from montessori_core.data.jsonl import parse_json
 
 Role = Literal["system", "user", "assistant"]
 _ABSENT = object()
@@ -51,7 +53,7 @@ def recognise(row: Mapping[str, Any], source: DataSource) -> DataFormat:
             return "alpaca"
     name = _conversation_field(row, source)
     if name is not None:
-        turns = _look_up(row, name)
+        turns = _decoded(_look_up(row, name))
         first = turns[0] if isinstance(turns, list) and turns else None
         if isinstance(first, dict) and ("from" in first or "role" in first):
             return "sharegpt" if "from" in first else "messages"
@@ -88,7 +90,7 @@ def turns_of(
         raise _missing(
             row, source.conversation_field or CONVERSATIONS[format == "sharegpt"], where, "conversation_field"
         )
-    turns = _turn_list(_look_up(row, field), field, format, where)
+    turns = _turn_list(_decoded(_look_up(row, field)), field, format, where)
     given = any(turn.role == "system" for turn in turns)
     return turns if given else before + turns
 
@@ -130,7 +132,7 @@ def _optional_turn(row: Mapping[str, Any], role: Role, where: str) -> list[Turn]
 
 
 def _text_or_turns(row: Mapping[str, Any], name: str, role: Role, where: str) -> list[Turn]:
-    value = _field(row, name, where, "format or option (instruction_field, output_field)")
+    value = _decoded(_field(row, name, where, "format or option (instruction_field, output_field)"))
     return (
         _turn_list(value, name, "messages", where)
         if isinstance(value, list)
@@ -142,8 +144,9 @@ def _turn_list(value: Any, field: str, format: DataFormat, where: str) -> list[T
     if value is None:
         raise _null(field, where)
     if not isinstance(value, list):
+        as_json = "; write it as JSON, with role and content of each turn" if isinstance(value, str) else ""
         raise RowError(
-            where, f"field {field!r} is {type(value).__name__}, expected a list of turns", "no list of turns"
+            where, f"field {field!r} is {type(value).__name__}, expected a list of turns{as_json}", "no list of turns"
         )
     if not value:
         raise RowError(
@@ -180,6 +183,21 @@ def _carries_loss(weight: Any, field: str, where: str) -> bool:
         problem = f"field {field!r} is {weight!r}, expected 0 (no loss) or 1; correct or remove it"
         raise RowError(where, problem, "a weight other than 0 and 1")
     return bool(weight != 0)
+
+
+def _decoded(value: Any) -> Any:
+    """Return the list of turns that a text holds as JSON, as a cell of a CSV file does; any other value unchanged."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        turns = parse_json(value, "")
+    except (json.JSONDecodeError, RowError):
+        return value
+    if turns and all(
+        isinstance(turn, dict) and any(turn.keys() >= set(keys) for keys in _KEYS.values()) for turn in turns
+    ):
+        return turns
+    return value
 
 
 def _joined_parts(content: Any, field: str, where: str) -> Any:

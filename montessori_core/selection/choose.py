@@ -24,6 +24,7 @@ from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import Pool, Row
 
 Control = Literal["random", "length_matched"]
+_SIZED = np.dtype([("position", np.int64), ("size", np.int64)])
 _SLACK = 4  # candidates for each row that is asked for, where near-duplicates are skipped
 
 
@@ -95,10 +96,9 @@ def choose(pool: Pool, choice: Choice, control: Control | None = None, seed: int
     chosen = _best(pool, choice, lambda: _scored(pool, choice))
     if control is None:
         return chosen
-    lengths = {row.position: row.size for row in _scored(pool, choice, sized=True)}
-    positions = np.fromiter(lengths, np.int64)
-    matched = match_lengths(np.fromiter(lengths.values(), np.int64), np.isin(positions, chosen), seed)
-    return [int(positions[index]) for index in matched]
+    rows = np.fromiter(((row.position, row.size) for row in _scored(pool, choice, sized=True)), _SIZED)
+    matched = match_lengths(rows["size"], np.isin(rows["position"], chosen), seed)
+    return [int(position) for position in rows["position"][matched]]
 
 
 def _best(pool: Pool, choice: Choice, read: Callable[[], Iterator[Scored]]) -> list[int]:

@@ -4,6 +4,7 @@ A pool is read in order, as often as needed; its rows are never all in memory.
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import pyarrow as pa
 from montessori_core import layout
 from montessori_core.config import DataSource
 from montessori_core.data.jsonl import jsonl_rows
-from montessori_core.data.sources import read_tasks
+from montessori_core.data.sources import Task, TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
@@ -114,44 +115,76 @@ class InfluencePool(Pool):
 
     With a format of conversations, a column of turns is in place of instruction and output; it is the format `messages` if
     one of the examples has earlier turns.
+
+    Passes over its numbers read the table alone. Texts are read from the examples, and not held: those of examples in the
+    order of the table are passed on at once.
     """
 
     def __init__(self, path: Path, examples: DataSource, form: str | None = None) -> None:
         self.name = str(path)
-        self._path = path
-        self._tasks = {task.example_id: task for task in read_tasks(examples, "examples", with_response=True)}
-        if form is None and any(task.before for task in self._tasks.values()):
+        self._path, self._examples = path, examples
+        if form is None and any(task.before for task in self._tasks()):
             form = "messages"
         self._form = CONVERSATION_FORMATS[form] if form else None
+        self._texts = {self._form.field.name} if self._form else {INSTRUCTION, OUTPUT}
         left_out = {"source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
         fields = [field for field in schema_of_set("scored") if field.name not in left_out]
         self.schema = pa.schema([*fields[:1], self._form.field, *fields[1:]] if self._form else fields)
+        with open_parquet(path) as file:
+            check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         names = list(columns or self.schema.names)
         _check_columns(self.name, names, self.schema.names)
+        if self._texts & set(names):
+            with open_parquet(self._path) as file:
+                everything = range(file.metadata.num_rows)
+            yield from (row for _, row in self.take(set(everything), names))
+            return
+        stored = [_STORED.get(name, name) for name in names if name != _FINISHED]
         with open_parquet(self._path) as file:
-            check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
-            for batch in file.iter_batches(ROW_GROUP):
+            for batch in file.iter_batches(ROW_GROUP, columns=list(dict.fromkeys(stored))):
                 for measured in batch.to_pylist():
-                    row = self._named(measured)
-                    yield {name: row[name] for name in names}
+                    yield {name: True if name == _FINISHED else measured[_STORED.get(name, name)] for name in names}
 
-    def _named(self, measured: Row) -> Row:
-        task = self._tasks.get(measured["example_id"])
-        if task is None:
+    def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+        names = list(columns or self.schema.names)
+        _check_columns(self.name, names, self.schema.names)
+        if not self._texts & set(names):
+            yield from super().take(positions, names)
+            return
+        numbers = [name for name in self.schema.names if name not in self._texts]
+        # Ids and numbers of the rows that are not yielded yet, in their order.
+        wanted = {row["id"]: (position, row) for position, row in super().take(positions, numbers)}
+        order = deque(sorted(positions))
+        waiting: dict[int, Row] = {}
+        for task in self._tasks():
+            if task.example_id not in wanted:
+                continue
+            position, row = wanted.pop(task.example_id)
+            waiting[position] = row | self._texts_of(task)
+            while order and order[0] in waiting:
+                complete = waiting.pop(order[0])
+                yield order.popleft(), {name: complete[name] for name in names}
+            if not wanted:
+                return
+        if wanted:
             raise DataError(
-                f"{self.name}: example {measured['example_id']!r} is not in --examples; give the data that was measured"
+                f"{self.name}: example {next(iter(wanted))!r} is not in --examples; give the data that was measured"
             )
-        texts: Row = {INSTRUCTION: task.instruction, OUTPUT: task.response}
+
+    def _tasks(self) -> Iterator[Task]:
+        yield from TaskReader(self._examples, "examples", with_response=True)
+
+    def _texts_of(self, task: Task) -> Row:
         if self._form:
-            texts = {self._form.field.name: self._form.turns(task.before, task.instruction, task.response)}
-        return (
-            measured
-            | {"id": task.example_id}
-            | texts
-            | {"response_finished": True, "influence": measured["influence_student"]}
-        )
+            return {self._form.field.name: self._form.turns(task.before, task.instruction, task.response)}
+        return {INSTRUCTION: task.instruction, OUTPUT: task.response}
+
+
+_FINISHED = "response_finished"
+_STORED = {"id": "example_id", "influence": "influence_student"}
+"""Columns of an influence table that have another name in a pool."""
 
 
 def open_pool(

@@ -26,6 +26,7 @@ from montessori_core.training.engine import (
 )
 from montessori_core.training.padding import EvenPairs, padding_rows
 from montessori_core.training.scoring import speed_up_scoring
+from montessori_core.training.tracking import tracking_callbacks
 
 
 def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[PairRow]:
@@ -81,7 +82,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
                 args=arguments,
                 train_dataset=data,
                 processing_class=tokenizer,
-                callbacks=[progress, CheckpointCallback()],
+                callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
                 peft_config=adapter,
             )
             if not recipe.precomputes_reference:

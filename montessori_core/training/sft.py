@@ -25,6 +25,7 @@ from montessori_core.training.engine import (
 from montessori_core.training.moments import gather_moments, save_moments
 from montessori_core.training.padding import EvenSteps, padding_rows
 from montessori_core.training.scoring import speed_up_scoring
+from montessori_core.training.tracking import tracking_callbacks
 
 
 def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[TrainingRow]:
@@ -66,7 +67,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
             args=arguments,
             train_dataset=data,
             processing_class=tokenizer,
-            callbacks=[progress, CheckpointCallback()],
+            callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
         )
         speed_up_scoring(trainer.model)
         train(trainer, Path(model_path), checkpoints)

@@ -4,14 +4,12 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +32,7 @@ from montessori_core.training.engine import FiniteCallback, ProgressCallback
 from montessori_core.training.moments import Moments, load_moments, weights_checksums
 from montessori_core.training.schedule import rate_factor
 from support import ROOT
+from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
 from support.row_programs import as_shards
 from tasks.run import Model
@@ -350,25 +349,6 @@ def test_bf16_training_starts_from_unrounded_weights(
     moved = max(float((trained[name] - weight).abs().max()) for name, weight in start.items())
     rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
     assert 0 < moved <= 3.2 * 5e-6 * 2 < rounded / 2
-
-
-def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
-    """In the background, kill -9 the jobs of a stage once a checkpoint after step `beyond` is complete."""
-
-    def watch() -> None:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            whole = [path.parent.name for path in stage.glob("checkpoints/*/checkpoint-*/whole")]
-            if any(int(name.split("-")[1]) > beyond for name in whole):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "cluster.supervisor" in (line := " ".join(process.info["cmdline"] or [])) and str(stage) in line:
-                        process.kill()
-                return
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
 
 
 @pytest.mark.guarantee("training job killed between two steps")

@@ -1,7 +1,9 @@
 """Rows of the field's formats, and rules for several turns and system turns."""
 
+import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,15 @@ FORMATS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "sharegpt": ("sharegpt", [{"conversations": turns(pair, "from", "value")} for pair in PAIRS]),
     "conversations of roles": ("messages", [{"conversations": turns(pair)} for pair in PAIRS]),
+    "messages as JSON in a cell": ("messages", [{"messages": json.dumps(turns(pair))} for pair in PAIRS]),
+    "sharegpt as JSON in a cell": (
+        "sharegpt",
+        [{"conversations": json.dumps(turns(pair, "from", "value"))} for pair in PAIRS],
+    ),
+    "prompt and completion as JSON in cells": (
+        "prompt_completion",
+        [{"prompt": json.dumps(turns(p)[:1]), "completion": json.dumps(turns(p)[1:])} for p in PAIRS],
+    ),
     "prompt and completion": ("prompt_completion", [{"prompt": a, "completion": b} for a, b in PAIRS]),
     "prompt and completion, lists": (
         "prompt_completion",
@@ -345,3 +356,38 @@ def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path) -> None:
         DataError, match=r"4 of 100 rows cannot be used .*, more than reference.max_bad_rows \(0.039\); "
     ):
         read_tasks(strict, "reference", with_response=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "JSON" in name])
+def test_csv_cell_may_hold_a_conversation(name: str, tmp_path: Path) -> None:
+    format, rows = FORMATS[name]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    reader = TaskReader(DataSource(path=str(path)), "reference", with_response=True)
+    assert [(task.instruction, task.response) for task in reader] == PAIRS
+    assert reader.format == format
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "[{'role': 'user', 'content': 'x'}]"}, "is str, expected a list of turns; write it as JSON"),
+        ({"messages": '[{"role": "user"}]'}, "is str, expected a list of turns; write it as JSON"),
+        ({"messages": '[{"role": "user", "content": 1}]'}, "field 'messages.0.content' is int, expected text"),
+        ({"messages": "[" * 100_000}, "is str, expected a list of turns"),
+        ({"prompt": '[{"role": "robot", "content": "x"}]', "completion": "y"}, "prompt.0.role is 'robot'"),
+    ],
+)
+def test_bad_conversation_in_a_cell_is_refused(row: dict[str, str], message: str, tmp_path: Path) -> None:
+    source = DataSource(path=write(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_tasks(source, "reference", with_response=True)
+
+
+def test_text_that_begins_like_a_list_stays_text(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "completion": "[1, 2]"} for text in ("[1] and [2]", '["a"]', "[]")]
+    tasks = read_tasks(DataSource(path=write(tmp_path / "rows.jsonl", rows)), "reference", with_response=True)
+    assert [(task.instruction, task.response) for task in tasks] == [(row["prompt"], "[1, 2]") for row in rows]

@@ -6,16 +6,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from montessori_core.config import DataSource
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import DataError
 from montessori_core.selection.choose import Choice, choose, count_scored
+from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool, unfinished_ids
 from support.reports import write_run
 from support.runs import invoke
@@ -181,3 +184,35 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     code, output = invoke("select", "pool.jsonl", *by, "--k", "99", "--output", "all.jsonl", cwd=tmp_path)
     assert code == 0
     assert "10 rows instead of 99" in output
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=30), st.integers(0, 3))
+def test_matched_lengths_are_the_nearest(rows: list[tuple[int, bool]], seed: int) -> None:
+    lengths, selected = np.array([length for length, _ in rows]), np.array([chosen for _, chosen in rows])
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    free, expected = [place for place in order if not selected[place]], []
+    for length in sorted(lengths[selected].tolist(), reverse=True):
+        free = free or [place for place in order if selected[place]]
+        nearest = min(free, key=lambda place: abs(lengths[place] - length))
+        free.remove(nearest)
+        expected.append(nearest)
+    assert match_lengths(lengths, selected, seed) == expected
+
+
+def test_texts_of_an_influence_table_are_read_in_its_order(tmp_path: Path) -> None:
+    """Whatever the order of the examples is; numbers alone do not read them."""
+    table = write_run(tmp_path / "run") / "iteration-1" / "influence.parquet"
+    ids = read_table(table, INFLUENCE)["example_id"].to_pylist()
+    examples = [{"id": id, "instruction": f"Do {id}.", "output": f"Done {id}."} for id in [*ids[::-1], "another"]]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    pool = open_pool(table, DataSource(path=str(tmp_path / "data.jsonl")))
+    rows = list(pool.rows(["id", "instruction", "influence", "response_finished"]))
+    assert [(row["id"], row["instruction"]) for row in rows] == [(id, f"Do {id}.") for id in ids]
+    taken = dict(pool.take({5, 2, 7}))
+    assert list(taken) == [2, 5, 7]
+    assert {position: row["output"] for position, row in taken.items()} == {n: f"Done {ids[n]}." for n in (2, 5, 7)}
+    assert [row["influence"] for row in taken.values()] == [rows[n]["influence"] for n in (2, 5, 7)]
+    (tmp_path / "data.jsonl").unlink()
+    assert count_scored(pool, "influence") > 0
+    assert [row for _, row in pool.take({5}, ["influence"])] == [{"influence": rows[5]["influence"]}]

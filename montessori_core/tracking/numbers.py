@@ -1,0 +1,71 @@
+"""Log the numbers of iterations to the trackers, each once."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from montessori_core.program import Row
+from montessori_core.tracking.runs import ITERATIONS, TrackedRun, record_problem
+from montessori_core.tracking.trackers import open_tracker
+
+
+def log_numbers(file: Path, numbers: Mapping[str, float], step: int) -> None:
+    """Log numbers to all trackers of a run. A number that is logged already is not logged again.
+
+    A tracker that fails is recorded as a problem; its numbers are logged the next time.
+
+    Args:
+        file: the run's `tracking.json`.
+        numbers: by name.
+        step: the iteration.
+    """
+    run = TrackedRun.of(file, ITERATIONS)
+    for tracker in run.trackers:
+        logged = run.read_state(tracker).get("logged", {})
+        new = {name: value for name, value in numbers.items() if logged.get(f"{name}@{step}") != value}
+        if not new:
+            continue
+        try:
+            opened = open_tracker(tracker, run)
+            # Before they are sent: after a kill in between, nothing is there twice.
+            run.update_state(tracker, logged=logged | {f"{name}@{step}": value for name, value in new.items()})
+            try:
+                opened.log(new, step)
+            except Exception:
+                run.update_state(tracker, logged=logged)
+                raise
+            opened.close()
+        except Exception as error:  # of any kind: a tracker never ends a run
+            record_problem(file, tracker, error)
+
+
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of an iteration's `metrics.json` for trackers, by name; those that are not finite are left out."""
+    return {name: float(value) for name, value in _numbers(metrics) if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    own = f"iteration-{metrics['iteration']}/"
+    for stage in metrics.get("stages", []):  # older versions have fewer sections
+        # Stages of the whole run are among those of each iteration.
+        if stage["stage"].startswith(own) or metrics["iteration"] == 1:
+            yield f"seconds/{stage['stage'].removeprefix(own)}", stage["seconds"]
+    for section in ("synthesis", "influence"):
+        for name, values in metrics.get(section, {}).items():
+            yield from ((f"{section}/{name}/{key}", value) for key, value in values.items())
+    yield from ((f"preferences/{name}", value) for name, value in metrics.get("preferences", {}).items())
+    for section in ("held_out_loss", "held_out_gain"):
+        yield from ((f"{section}/{name}", summary["mean"]) for name, summary in metrics.get(section, {}).items())
+    yield from _scores(metrics.get("scores", []))
+    for row in metrics.get("contamination", []):
+        yield f"contamination/{row['benchmark']}/{row['n']}_words", row["overlapping"]
+
+
+def _scores(scores: Sequence[Row]) -> Iterator[tuple[str, Any]]:
+    for score in scores:
+        yield f"scores/{score['model']}/{score['benchmark']}/{score['metric']}", score["mean"]
