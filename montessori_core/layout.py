@@ -7,7 +7,8 @@
       driver.lock              the driver's process
       report.html
       sources/                 copies of the human-written sets, the benchmark files and configured chat templates;
-                               bad_rows.jsonl lists rows that were left out of the sets
+                               bad_rows.jsonl lists rows that were left out of the sets; passages.jsonl has the
+                               passages of documents
       exports/                 data for other trainers, written by montessori export
       models/                  teacher and student with configured chat templates: links to their files
       untrained/               held-out loss of the untrained student

@@ -9,9 +9,9 @@ from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
-from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
+from montessori_core.config import Experiment, SemanticFilter, Student, Teacher, read_experiment, write_yaml
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
-from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
@@ -24,9 +24,12 @@ from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.filtering import check_filters
 from montessori_core.synthesis.prompts import check_decoding
+from montessori_core.synthesis.strategies.opened import check_strategy, read_documents
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
 from tasks.changed_settings import changed_settings, first_stage
+
+_PASSAGES = "passages"
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,15 @@ class Run:
         """Return the path of a data set's copy in the run folder."""
         return self.folder / layout.SOURCES / f"{name}.jsonl"
 
+    def passages(self) -> list[Task]:
+        """Return the passages of the strategy's documents as they were when the run started; none if it has none."""
+        path = self.source_file(_PASSAGES)
+        return load_tasks(path) if path.exists() else []
+
+    def filter_model(self, entry: SemanticFilter) -> Model:
+        """Return the model of a filter."""
+        return self._configured(entry)
+
     def benchmark_file(self, setting: str) -> Path:
         """Return the path of the copy of a file or folder of the section `benchmarks`."""
         return benchmark_copy(self.experiment.benchmarks, setting, self.folder / layout.SOURCES)
@@ -124,13 +136,13 @@ class Run:
         """Return the configured student."""
         return self._configured(self.experiment.student)
 
-    def _configured(self, section: Teacher | Student) -> Model:
+    def _configured(self, section: Teacher | Student | SemanticFilter) -> Model:
         # A branch on the hub may move during a run; the run keeps the commit it started with.
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
         folder = fetch_model(section.model, commits.get(_name_of(section), section.revision))
         role = _role(section)
         template = _template_copy(self.folder, role)
-        if template.exists():
+        if not isinstance(section, SemanticFilter) and template.exists():
             folder = with_template(folder, template.read_text(encoding="utf-8"), self.folder / layout.MODELS / role)
         return Model.of(folder)
 
@@ -157,6 +169,9 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     for name in ("reference", "evaluation"):
         warnings += thinking_warning(f"{name}.path", getattr(sources, name))
     warnings += check_filters(experiment.synthesis, sources.seed_pool)
+    documents = run.source_file(_PASSAGES)
+    passages = run.passages() if documents.exists() else read_documents(experiment.synthesis)
+    check_strategy(experiment.synthesis, experiment.teacher.prompt_style, sources.seed_pool, passages)
     if changed:
         warnings.append(
             f"changed settings: the {first_stage(changed, experiment)} and later stages are computed again, earlier stages "
@@ -175,6 +190,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             for name in Sources.__annotations__:
                 write_tasks(getattr(sources, name), run.source_file(name))
             write_bad_rows(bad_rows, folder / layout.SOURCES)
+        if passages and not documents.exists():
+            write_tasks(passages, documents)
         copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
         for role, template in templates.items():
             if not _template_copy(folder, role).exists():
@@ -241,6 +258,10 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
     check_positions(teacher, experiment.teacher_update.max_length, "teacher_update.max_length")
     check_positions(student, experiment.student.max_length, "student.max_length")
     fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
+    for entry in experiment.synthesis.filters:
+        if isinstance(entry, SemanticFilter):
+            name = _name_of(entry)
+            fetched[name] = commit_of(fetch_model(entry.model, commits.get(name, entry.revision)))
     templates = {}
     for section, model in ((experiment.teacher, teacher), (experiment.student, student)):
         if (template := configured_template(model, section, _role(section))) is not None:
@@ -248,7 +269,7 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
     return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
 
 
-def _role(section: Teacher | Student) -> str:
+def _role(section: Teacher | Student | SemanticFilter) -> str:
     return "teacher" if isinstance(section, Teacher) else "student"
 
 
@@ -257,5 +278,5 @@ def _template_copy(folder: Path, role: str) -> Path:
     return folder / layout.SOURCES / f"{role}-{TEMPLATE}"
 
 
-def _name_of(section: Teacher | Student) -> str:
+def _name_of(section: Teacher | Student | SemanticFilter) -> str:
     return f"{section.model}@{section.revision or 'main'}"

@@ -19,7 +19,8 @@ from montessori_core.config import DataSource, Synthesis
 from montessori_core.data.sources import read_tasks
 from montessori_core.files import cache_root, commit
 from montessori_core.models.embedded import fetch_embedded
-from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt, build_prompts
+from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
+from montessori_core.synthesis.strategies.opened import build_prompts
 
 if TYPE_CHECKING:
     from montessori_core.models.chat import Encoded
