@@ -9,7 +9,15 @@ from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
-from montessori_core.config import Experiment, SemanticFilter, Student, Teacher, read_experiment, write_yaml
+from montessori_core.config import (
+    CodeRunsFilter,
+    Experiment,
+    SemanticFilter,
+    Student,
+    Teacher,
+    read_experiment,
+    write_yaml,
+)
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
@@ -24,6 +32,7 @@ from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.filtering import check_filters
 from montessori_core.synthesis.prompts import check_decoding
+from montessori_core.synthesis.sandbox import check_isolation
 from montessori_core.synthesis.strategies.opened import check_strategy, read_documents
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
@@ -113,7 +122,8 @@ class Run:
 
     def filter_model(self, entry: SemanticFilter) -> Model:
         """Return the model of a filter."""
-        return self._configured(entry)
+        commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
+        return Model.of(fetch_model(entry.model, commits.get(_name_of(entry), entry.revision)))
 
     def benchmark_file(self, setting: str) -> Path:
         """Return the path of the copy of a file or folder of the section `benchmarks`."""
@@ -136,13 +146,13 @@ class Run:
         """Return the configured student."""
         return self._configured(self.experiment.student)
 
-    def _configured(self, section: Teacher | Student | SemanticFilter) -> Model:
+    def _configured(self, section: Teacher | Student) -> Model:
         # A branch on the hub may move during a run; the run keeps the commit it started with.
         commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
         folder = fetch_model(section.model, commits.get(_name_of(section), section.revision))
         role = _role(section)
         template = _template_copy(self.folder, role)
-        if not isinstance(section, SemanticFilter) and template.exists():
+        if template.exists():
             folder = with_template(folder, template.read_text(encoding="utf-8"), self.folder / layout.MODELS / role)
         return Model.of(folder)
 
@@ -233,6 +243,8 @@ def check_environment(experiment: Experiment) -> None:
         check_versions()  # montessori doctor checks the worker environment on the nodes
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
+        if any(isinstance(entry, CodeRunsFilter) and entry.need_isolation for entry in experiment.synthesis.filters):
+            check_isolation()
     for _, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None)
 
@@ -269,7 +281,7 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
     return commits | {name: commit for name, commit in fetched.items() if commit is not None}, templates
 
 
-def _role(section: Teacher | Student | SemanticFilter) -> str:
+def _role(section: Teacher | Student) -> str:
     return "teacher" if isinstance(section, Teacher) else "student"
 
 

@@ -184,10 +184,6 @@ class Synthesis(Section):
             )
         return self
 
-    def names(self, placeholder: str) -> bool:
-        """Return whether the text of a prompt names a placeholder."""
-        return any(f"{{{placeholder}}}" in text for text in (self.request, self.completion_prompt))
-
     @property
     def seeds_needed(self) -> int:
         """Number of seeds that a prompt of the first iteration needs."""

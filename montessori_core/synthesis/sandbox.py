@@ -70,12 +70,9 @@ def run_code(code: str, settings: programs.CodeRuns) -> str:
     Raises:
         UserError: the system has no namespaces, and `need_isolation` is set.
     """
+    if settings.need_isolation:
+        check_isolation()
     isolated = has_namespaces()
-    if settings.need_isolation and not isolated:
-        raise UserError(
-            "synthesis.filters: code_runs: this node cannot take network and files away from the code (unshare does not work "
-            "here); run it elsewhere, or accept that and set need_isolation: false"
-        )
     with tempfile.TemporaryDirectory(prefix="montessori-code-") as folder:
         # -I: neither environment variables nor the current folder change what is imported.
         program = ["-I", "-X", "utf8", "-c", code]
@@ -114,6 +111,19 @@ def run_code(code: str, settings: programs.CodeRuns) -> str:
     # By a signal, or unshare's report of one: 128 + its number.
     killed = {signal.SIGKILL, signal.SIGXCPU, signal.SIGXFSZ}
     return RUNS if status == 0 else LIMITS if -status in killed or status - 128 in killed else FAILS
+
+
+def check_isolation() -> None:
+    """Check that this system has the namespaces of the sandbox.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not has_namespaces():
+        raise UserError(
+            "synthesis.filters: code_runs: this node cannot take network and files away from the code (unshare does not work "
+            "here); run it elsewhere, or accept that and set need_isolation: false"
+        )
 
 
 def _limiter(settings: programs.CodeRuns) -> Callable[[], None]:

@@ -44,13 +44,12 @@ def changed(path: Path, **sections: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("strategy", ["evolve", pytest.param("grounded", marks=pytest.mark.slow), "magpie"])
 def test_run_with_strategy_updates_its_teacher(
-    strategy: str, explaining_llama: Path, tmp_path: Path, shared_server: dict[str, str]
+    strategy: str, talking_llama: Path, asking_llama: Path, tmp_path: Path, shared_server: dict[str, str]
 ) -> None:
     (tmp_path / "guide.md").write_text(GUIDE)
     config = changed(
-        configuration(tmp_path, explaining_llama),
-        teacher={"prompt_style": "chat"},
-        synthesis={"strategy": ENTRIES[strategy], "filters": [], "instruction": {"max_tokens": 60}},
+        configuration(tmp_path, asking_llama if strategy == "magpie" else talking_llama),
+        synthesis={"strategy": ENTRIES[strategy], "filters": [], "max_rounds": 6},
         influence={"probing_examples": 12},
         comparison={"influence_examples": 0, "unmodified_teacher": False},
     )
@@ -74,7 +73,7 @@ def test_run_with_strategy_updates_its_teacher(
         assert all("The pump starts" in turn and "without mentioning it" in turn for (turn,) in asked)
     else:
         assert all(len(ids) == 1 for ids in shown)
-        assert all("a new task that is harder." in prompt for prompt in prompts)
+        assert all("a task that is harder." in prompt for prompt in prompts)
     code, output = call("run", str(config), cwd=tmp_path, **shared_server)
     assert code == 0, output
     assert "is finished" in output

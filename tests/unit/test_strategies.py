@@ -13,6 +13,7 @@ from montessori_core.data.rows import Rows
 from montessori_core.data.sources import Seed, Task, load_tasks, read_tasks, write_tasks
 from montessori_core.data.tables import GENERATION, read_table
 from montessori_core.errors import ConfigError, DataError, UserError
+from montessori_core.export.card import _settings
 from montessori_core.models.chat import end_of_turn, render_user_beginning
 from montessori_core.models.load import load_tokenizer
 from montessori_core.program import load
@@ -24,7 +25,7 @@ from montessori_core.training.dpo import encode_pair
 from support import ROOT
 from support.row_programs import as_compute
 from tasks.candidates import question_of
-from tasks.run import Model, stage_of
+from tasks.run import Model, check_environment, stage_of
 
 SEEDS = [Seed("a", "Count rivers.", topic="water"), Seed("b", "Name a {task}.", persona="a nurse"), Task("c", "Sing.")]
 PASSAGES = [Task("guide.md#1", "Hold the green button for five seconds. The lamp blinks {open} twice.")]
@@ -81,6 +82,8 @@ def test_missing_topics_are_named() -> None:
     synthesis = Synthesis(request="About {topic}: {demonstrations}", seed_demonstrations=1, synthetic_demonstrations=0)
     with pytest.raises(UserError, match=r"names \{topic\}, but no seed of seed_pool.path has a column topic; add it"):
         check_strategy(synthesis, "chat", [Task("a", "Sing.")], ())
+    check_strategy(synthesis, "completion", [Task("a", "Sing.")], ())
+    check_strategy(synthesis, "chat", [Seed("a", "Sing.", topic="music")], ())
 
 
 def test_topic_and_persona_are_columns_of_seeds(tmp_path: Path) -> None:
@@ -274,6 +277,35 @@ def test_documents_are_read_once_by_grounded_alone(tmp_path: Path) -> None:
     (passage,) = read_documents(Synthesis.model_validate({"strategy": entry}))
     assert passage.example_id == "a.md#1"
     assert read_documents(Synthesis()) == []
+
+
+def test_published_settings_keep_the_strategy_name() -> None:
+    """The configuration in a data card can be read again."""
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"strategy": STRATEGIES[2][1]}}
+    experiment = parse_experiment(content, "test")
+    assert parse_experiment(_settings(experiment), "card") == experiment
+
+
+def test_code_runs_needs_namespaces_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("montessori_core.synthesis.sandbox.has_namespaces", lambda: False)
+    for isolated in (True, False):
+        entry = {"name": "code_runs", "run_untrusted_code": True, "need_isolation": isolated}
+        content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": [entry]}}
+        experiment = parse_experiment(content, "test")
+        if isolated:
+            with pytest.raises(UserError, match="code_runs: this node cannot take network and files away"):
+                check_environment(experiment)
+        else:
+            check_environment(experiment)
+
+
+def test_code_runs_is_asked_for_twice() -> None:
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": ["code_runs"]}}
+    with pytest.raises(ConfigError, match="code_runs runs code that a model wrote, .* set run_untrusted_code: true"):
+        parse_experiment(content, "test")
+    content["synthesis"] = {"filters": ["judge"]}
+    with pytest.raises(ConfigError, match="synthesis.filters: judge needs a model that scores: set judge.model"):
+        parse_experiment(content, "test")
 
 
 def test_fill_leaves_other_braces() -> None:

@@ -48,11 +48,12 @@ class OpenStrategy:
             ) from error
         self.form: Form = self.strategy.form(material.style)
         self._material = material
-        named = [name for name in ("topic", "persona") if material.settings.names(name)]
         seeds = material.seeds if about is None else about
-        self._about = {name: [text for seed in seeds if (text := getattr(seed, name, ""))] for name in named}
-        for name, values in self._about.items():
-            if not values:
+        self._about: dict[str, list[str]] = {}
+        for name in ("topic", "persona"):
+            if values := [text for seed in seeds if (text := getattr(seed, name, ""))]:
+                self._about[name] = values
+            elif f"{{{name}}}" in material.template("", ""):
                 raise UserError(
                     f"synthesis: the text of the prompt names {{{name}}}, but no seed of seed_pool.path has a column {name}; "
                     "add it to the seeds, or remove it from the text"

@@ -57,7 +57,7 @@ class Draw:
 
     Attributes:
         generator: the prompt's own random numbers.
-        topic, persona: of a random seed that has one; empty if no text names them.
+        topic, persona: of a random seed that has one; empty if none has.
     """
 
     generator: random.Random
