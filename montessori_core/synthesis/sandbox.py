@@ -1,7 +1,8 @@
 """Run the Python code of a model's response: in namespaces of its own where the system has them, and with limits.
 
-The code runs as the user's account. In namespaces it has no network, sees all files as read-only, writes to an empty folder
-in memory, has no capabilities, and all its processes end with it. Without them only the limits hold, see docs/security.md.
+The code runs as the user's account. In namespaces it has no network, sees all files as read-only and an empty /run, writes
+to an empty folder in memory, has no capabilities, and all its processes end with it. Without them only the limits hold, see
+docs/security.md.
 """
 
 import os
@@ -47,6 +48,8 @@ def check(failed):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 # mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, MOUNT_ATTR_RDONLY): every file system, not only the root's.
 check(libc.syscall(442, -100, b"/", 0x8000, struct.pack("QQQQ", 1, 0, 0, 0), 32))
+if os.path.isdir("/run"):  # sockets of services, which a read-only file system does not close
+    check(libc.mount(b"tmpfs", b"/run", b"tmpfs", 7, b"size=4k"))
 check(libc.mount(b"tmpfs", sys.argv[1].encode(), b"tmpfs", 6, b"size=64m"))
 os.chdir(sys.argv[1])
 for capability in range(64):

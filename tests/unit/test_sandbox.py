@@ -72,6 +72,7 @@ def test_isolated_code_has_neither_network_nor_files(tmp_path: Path) -> None:
     ):
         assert run_code(attempt, SETTINGS) == FAILS, attempt
     assert victim.read_text() == "kept"
+    assert run_code("import os\nassert os.listdir('/run') == []  # sockets of services", SETTINGS) == RUNS
 
 
 @ISOLATED
