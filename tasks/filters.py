@@ -24,11 +24,11 @@ def embed_instructions(step: Step, filters: OpenFilters, instructions: Sequence[
         instructions: of candidates.
         upstream: results that the instructions come from.
     """
-    for number, one in enumerate(filters.of_instructions):
-        if not isinstance(one.entry, SemanticFilter):
+    for number, opened in enumerate(filters.of_instructions):
+        if not isinstance(opened.entry, SemanticFilter):
             continue
         texts = dict.fromkeys([*filters.seeds, *filters.accepted, *instructions])
-        missing = [text for text in texts if (text, "") not in one.measured]
+        missing = [text for text in texts if (text, "") not in opened.measured]
         rows: list[TaskRow] = [
             {"example_id": f"t{place:06d}", "instruction": text, "response": ""} for place, text in enumerate(missing)
         ]
@@ -36,14 +36,14 @@ def embed_instructions(step: Step, filters: OpenFilters, instructions: Sequence[
             continue
         parts = step.beside(f"embeddings-{number}", ": embeddings").execute(
             programs.EMBEDDING,
-            programs.Embedding(max_length=one.entry.max_length),
+            programs.Embedding(max_length=opened.entry.max_length),
             rows,
             step.experiment.synthesis.instructions_per_shard,
-            models={"model": step.run.filter_model(one.entry)},
+            models={"model": step.run.filter_model(opened.entry)},
             upstream=upstream,
         )
         vectors = read_table(parts, EMBEDDINGS)["vector"].to_pylist()
-        one.measured.update(
+        opened.measured.update(
             ((text, ""), np.asarray(vector, np.float32)) for text, vector in zip(missing, vectors, strict=True)
         )
 
@@ -60,20 +60,20 @@ def filter_examples(
         upstream: results that the examples come from.
     """
     rejections: list[str | None] = [None] * len(examples)
-    for number, one in enumerate(filters.of_examples):
+    for number, opened in enumerate(filters.of_examples):
         places = [place for place, rejection in enumerate(rejections) if rejection is None]
         left = [examples[place] for place in places]
         if not left:
             break
-        _measure(step.beside(f"{one.filter.name}-{number}", f": {one.filter.name}"), one, left, upstream)
+        _measure(step.beside(f"{opened.filter.name}-{number}", f": {opened.filter.name}"), opened, left, upstream)
         for place, row in zip(places, left, strict=True):
-            rejections[place] = one.judge(Candidate(row["instruction"], response=row["response"]))
+            rejections[place] = opened.judge(Candidate(row["instruction"], response=row["response"]))
     return rejections
 
 
-def _measure(step: Step, one: OpenFilter, examples: Sequence[Row], upstream: list[Path]) -> None:
+def _measure(step: Step, opened: OpenFilter, examples: Sequence[Row], upstream: list[Path]) -> None:
     """Run the jobs of a filter of examples, if it has any."""
-    entry = one.entry
+    entry = opened.entry
     if isinstance(entry, JudgeFilter):
         judged: list[ExampleRow] = [
             {
@@ -101,4 +101,4 @@ def _measure(step: Step, one: OpenFilter, examples: Sequence[Row], upstream: lis
     else:
         return
     keys = [(row["instruction"], row["response"]) for row in examples]
-    one.measured.update(zip(keys, results, strict=True))
+    opened.measured.update(zip(keys, results, strict=True))

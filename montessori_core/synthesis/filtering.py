@@ -83,16 +83,16 @@ class OpenFilters:
             ConfigError: a filter of the user's cannot be imported or opened, or its settings are not valid.
         """
         self.accepted, self.seeds = list(accepted), seeds
-        opened = [_open(entry, Context(settings.in_english, self.accepted, seeds)) for entry in settings.filters]
+        filters = [_open(entry, Context(settings.in_english, self.accepted, seeds)) for entry in settings.filters]
         labels: dict[str, str] = {}
-        for one in opened:
-            if labels.setdefault(one.filter.name, one.label) != one.label:
+        for opened in filters:
+            name = opened.filter.name
+            if labels.setdefault(name, opened.label) != opened.label:
                 raise ConfigError(
-                    f"synthesis.filters: {one.label} and {labels[one.filter.name]} have the same name {one.filter.name!r}; "
-                    "rename one"
+                    f"synthesis.filters: {opened.label} and {labels[name]} have the same name {name!r}; rename one"
                 )
-        self.of_instructions = [one for one in opened if one.filter.reads == "instructions"]
-        self.of_examples = [one for one in opened if one.filter.reads == "examples"]
+        self.of_instructions = [opened for opened in filters if opened.filter.reads == "instructions"]
+        self.of_examples = [opened for opened in filters if opened.filter.reads == "examples"]
 
     def judge(self, candidate: Candidate) -> str | None:
         """Return why an instruction is rejected, as `filter: reason`; None, and remember it, if it passes.
@@ -100,8 +100,8 @@ class OpenFilters:
         Raises:
             UserError: a filter of the user's failed.
         """
-        for one in self.of_instructions:
-            if (rejection := one.judge(candidate)) is not None:
+        for opened in self.of_instructions:
+            if (rejection := opened.judge(candidate)) is not None:
                 return rejection
         self.accepted.append(candidate.instruction)
         return None
@@ -181,7 +181,7 @@ def check_filters(settings: Synthesis, seed_pool: Sequence[Task]) -> list[str]:
         UserError: a filter cannot be opened, or fails on a seed.
     """
     filters = OpenFilters(settings)
-    filters.of_instructions = [one for one in filters.of_instructions if not one.filter.has_jobs]
+    filters.of_instructions = [opened for opened in filters.of_instructions if not opened.filter.has_jobs]
     rejections = Counter(filters.judge(Candidate(task.instruction)) for task in seed_pool[:_TRIED])
     passed = rejections.pop(None, 0)
     if rejections.total() <= passed:
