@@ -8,15 +8,18 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Synthesis, parse_experiment
-from montessori_core.data.sources import Task
+from montessori_core.data.sources import Sources, Task
 from montessori_core.data.tables import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
+from montessori_core.errors import UserError
 from montessori_core.influence.preferences import write_preferences
 from montessori_core.synthesis.filtering import SURPLUS, OpenFilters
+from montessori_core.synthesis.filters.filter import Candidate
 from montessori_core.synthesis.strategies.opened import OpenStrategy, build_prompts
 from montessori_core.synthesis.strategies.strategy import Material
 from tasks import candidates as candidates_module
 from tasks import synthesis
 from tasks.candidates import Authors, write_instructions, write_responses
+from tasks.filters import filter_examples
 from tasks.run import ApiModel, Model, Run
 from tasks.stage import Step
 
@@ -98,6 +101,34 @@ def test_answerer_follows_configuration(
     assert synthesis.choose_answerer(step, initial) == of_initial
     assert synthesis.choose_answerer(step, Model("updated", "0")) == of_updated
     assert synthesis.choose_answerer(step, strong) == strong
+
+
+def test_magpie_refuses_a_chat_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "sources", lambda _: Sources([], [], []))
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"strategy": "magpie"}}
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "training set")
+    with pytest.raises(UserError, match="training set: .* magpie needs a teacher that jobs load; .* Choose another"):
+        synthesis.open_authors(step, ApiModel("strong_teacher"), None, [], [], [], "draw")
+
+
+OWN_FILTER = """
+from montessori_core.synthesis.filters.filter import Filter
+def reject(candidate):
+    return "no number in the response" if not any(map(str.isdigit, candidate.response)) else None
+NUMBER = Filter("number", "Responses with a number.", lambda settings, context: reject, reads="examples")
+"""
+
+
+def test_own_filter_reads_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"reads_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN_FILTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": [f"{name}:NUMBER"]}}
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
+    filters = OpenFilters(step.experiment.synthesis)
+    assert filters.judge(Candidate("Count.")) is None  # not before there are responses
+    rows = [{"example_id": text, "instruction": "Count.", "response": text} for text in ("1, 2, 3.", "No.")]
+    assert filter_examples(step, filters, rows, []) == [None, "number: no number in the response"]
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.3, 0.05])
