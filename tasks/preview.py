@@ -2,7 +2,7 @@
 
 It computes in a folder of its own, which is removed afterwards: a run cuts its rounds by the number of examples it needs, so
 that it could not reuse the preview's stages, and a folder left behind could be taken for a run. Prompts and random numbers
-are those with which the run will start, so a preview shows the first examples of its probing set.
+are those with which the run's probing set begins, so a preview shows its first examples, up to the last bits of arithmetic.
 """
 
 import math
