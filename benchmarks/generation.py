@@ -21,7 +21,8 @@ from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Request, continuations
-from montessori_core.synthesis.prompts import CLOSE, build_prompts
+from montessori_core.synthesis.prompts import CLOSE
+from montessori_core.synthesis.strategies.opened import build_prompts
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
 SAMPLES, ROWS = 4, 32

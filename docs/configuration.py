@@ -94,7 +94,7 @@ def _rows(section: dict[str, Any], known: dict[str, Any], prefix: str, given: di
             label = entry["properties"]["name"].get("default", "module:NAME")
             yield Row(f"{path}[{label}]", "section", "", entry["description"], entry["description"])
             yield from _rows(entry, known, f"{path}[{label}].", {})
-        if inner is not None and inner["title"] != Experiment.__name__:
+        if inner is not None and not entries and inner["title"] != Experiment.__name__:
             yield from _rows(inner, known, f"{path}[]." if many else f"{path}.", own)
 
 
@@ -111,12 +111,15 @@ def _section_in(field: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str,
 
 
 def _named_entries(field: dict[str, Any], known: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sections among which the name of a list's entry chooses."""
-    options = field.get("items", {}).get("anyOf", [])
-    return [known[option["$ref"].rpartition("/")[2]] for option in options if "$ref" in option]
+    """The sections among which a name chooses, that of a field or of a list's entry."""
+    options = [option for option in field.get("items", field).get("anyOf", []) if "$ref" in option]
+    # Of a single one, the other option is null: a section that may be absent.
+    return [known[option["$ref"].rpartition("/")[2]] for option in options] if len(options) > 1 else []
 
 
 def _kind(field: dict[str, Any]) -> str:
+    if len([option for option in field.get("anyOf", []) if "$ref" in option]) > 1:
+        return "name, or section with a name"
     if "anyOf" in field:
         return " or ".join(_kind(option) for option in field["anyOf"])
     if "$ref" in field:

@@ -3,7 +3,7 @@
 A stage takes _JOB_SECONDS per job and, for each kind of work, FLOPs / (GFLOP/s of a matrix product on this machine x the
 share that the kind reaches). FLOPs are two per weight and token forward, six forward and backward (`flops`). Numbers of
 tokens are typical values, from the texts of the sets and the limits of the configuration. Not included: further rounds of
-synthesis, which depend on the filters, benchmarks, and the time of answers behind an API.
+synthesis, which depend on the filters, jobs of filters, benchmarks, and the time of answers behind an API.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from montessori_core.config import Experiment, Influence, Lora, Training, Warmup
+from montessori_core.config import Experiment, GroundedStrategy, Influence, Lora, Synthesis, Training, Warmup
 from montessori_core.data.sources import Sources, Task
 from montessori_core.models.flops import BACKWARD, FORWARD, FROZEN_BACKWARD, weights_of
 from montessori_core.provenance import record_speed
@@ -25,6 +25,7 @@ _EFFICIENCY = {"prompt": 0.8, "write": 0.45, "read": 0.7, "learn": 0.55}
 """Share of the GFLOP/s of an fp32 matrix product: the teacher reads prompts and writes token by token, the student reads
 and learns. Measured on the stages of a quickstart on one core, all in fp32 (docs/benchmarks.md)."""
 _CHARACTERS_PER_TOKEN = 4.0
+_TOKENS_PER_WORD = 1.4
 _FRAME = {"chat": 220, "completion": 60}  # tokens of a prompt without its demonstrations
 _TAGS = 10  # tokens around a demonstration, or around a turn of a chat
 _RESPONSE_SHARE = 0.8  # mean length of responses, as a share of the token limit
@@ -133,7 +134,6 @@ class Sizes:
     def of(experiment: Experiment, sources: Sources, teacher: int, student: int) -> "Sizes":
         """Compute the means from the sets, within the limits of the configuration."""
         synthesis, longest = experiment.synthesis, experiment.student.max_length
-        shown = synthesis.seed_demonstrations + synthesis.synthetic_demonstrations
         task = statistics.mean(len(seed.instruction) for seed in sources.seed_pool) / _CHARACTERS_PER_TOKEN
         instruction = min(synthesis.instruction.max_tokens, task + _TAGS)
         response = min(_RESPONSE_SHARE * synthesis.response.max_tokens, _LONGEST_RESPONSE)
@@ -145,7 +145,7 @@ class Sizes:
         return Sizes(
             teacher=teacher,
             student=student,
-            prompt=_FRAME[experiment.teacher.prompt_style] + shown * (task + _TAGS),
+            prompt=_FRAME[experiment.teacher.prompt_style] + _shown_tokens(synthesis, task),
             instruction=instruction,
             response=response,
             example=min(longest, _TAGS + instruction + response),
@@ -154,6 +154,13 @@ class Sizes:
             reference_tokens=tokens(sources.reference),
             evaluation_tokens=tokens(sources.evaluation),
         )
+
+
+def _shown_tokens(synthesis: Synthesis, task: float) -> float:
+    """Return the tokens of what a prompt shows, given those of a seed."""
+    if isinstance(synthesis.strategy, GroundedStrategy):
+        return _TOKENS_PER_WORD * synthesis.strategy.passage_words
+    return synthesis.seeds_needed * (task + _TAGS)
 
 
 def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStage]:

@@ -9,7 +9,8 @@
                                the database of their temporary Prefect servers
       report.html
       sources/                 copies of the human-written sets, the benchmark files and configured chat templates;
-                               bad_rows.jsonl lists rows that were left out of the sets
+                               bad_rows.jsonl lists rows that were left out of the sets; passages.jsonl has the
+                               passages of documents
       exports/                 data for other trainers, written by montessori export
       tracking/                ids and event files of experiment trackers
       models/                  teacher and student with configured chat templates: links to their files

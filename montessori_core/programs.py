@@ -22,9 +22,10 @@ from montessori_core.config import (
 from montessori_core.data import rows
 from montessori_core.program import Program
 
-Form = Literal["tagged", "whole", "request", "reply"]
-"""How a teacher gets its text. A tagged or whole text is continued after the beginning-of-text token, a tagged one up to the
-closing tag. The chat template renders a request; for a reply, it renders a request, its answer and a second request."""
+Form = Literal["tagged", "whole", "user_line", "request", "reply", "user_turn"]
+"""How a teacher gets its text. A tagged or whole text, or a user's line, is continued after the beginning-of-text token: a
+tagged one up to the closing tag, a user's line up to the assistant's. The chat template renders a request; for a reply, it
+renders a request, its answer and a second request; of a user's turn it renders the beginning, which the teacher continues."""
 
 
 class NoSettings(Section):
@@ -174,6 +175,20 @@ class Similarity(Section):
     max_length: int
 
 
+class Embedding(Section):
+    """How instructions are embedded."""
+
+    max_length: int = Field(description="Tokens of a text.")
+
+
+class CodeRuns(Section):
+    """Limits of the code of a response."""
+
+    seconds: int
+    memory_mb: int
+    need_isolation: bool = Field(description="Fail where the system has no namespaces.")
+
+
 class Harness(Section):
     """How a model is evaluated on items."""
 
@@ -214,6 +229,10 @@ RETRAINING = Program(
     "retraining", 1, f"{_CORE}.influence.retraining:open_retraining", Retraining, rows.SubsetRow, "influence"
 )
 NORM_SIM = Program("norm-sim", 1, f"{_CORE}.synthesis.nomad:open_norm_sim", Similarity, rows.TaskRow, "influence")
+EMBEDDING = Program(
+    "embedding", 1, f"{_CORE}.synthesis.embedding:open_embedding", Embedding, rows.TaskRow, "evaluation"
+)
+CODE_RUNS = Program("code-runs", 1, f"{_CORE}.synthesis.sandbox:open_code_runs", CodeRuns, rows.TaskRow, "evaluation")
 JUDGE = Program("judge", 2, f"{_CORE}.judging.points:open_judge", Judging, rows.ExampleRow, "judging")
 PAIRWISE_JUDGE = Program(
     "pairwise-judge",

@@ -22,9 +22,9 @@ from montessori_core.models.thinking import is_cut_thinking
 from montessori_core.program import Program, Row
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
+from tasks.generation import generate
 from tasks.run import Model, Run
 from tasks.stage import Step, warn
-from tasks.synthesis import generate
 
 
 @dataclass(frozen=True)

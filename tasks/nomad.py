@@ -21,9 +21,10 @@ from montessori_core.seeding import seed_of
 from montessori_core.synthesis.filtering import SURPLUS, OpenFilters
 from montessori_core.synthesis.filters.filter import Candidate
 from montessori_core.synthesis.nomad import USER, judge_conversation, read_conversation
+from tasks.generation import generate
 from tasks.run import Model, Run
 from tasks.stage import Step
-from tasks.synthesis import SynthesisResult, count_candidates, generate, join_synthesis
+from tasks.synthesis import SynthesisResult, count_candidates, join_synthesis
 
 _DRAW = "nomad"
 _FEWEST_STEPS = 10

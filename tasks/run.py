@@ -9,9 +9,17 @@ from cluster.backends import open_backend
 from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
-from montessori_core.config import Experiment, Student, Teacher, read_experiment, write_yaml
+from montessori_core.config import (
+    CodeRunsFilter,
+    Experiment,
+    SemanticFilter,
+    Student,
+    Teacher,
+    read_experiment,
+    write_yaml,
+)
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
-from montessori_core.data.sources import Sources, check_sources, load_tasks, read_sources, write_tasks
+from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
@@ -24,10 +32,14 @@ from montessori_core.program import Program, SettingsT
 from montessori_core.provenance import write_provenance
 from montessori_core.synthesis.filtering import check_filters
 from montessori_core.synthesis.prompts import check_decoding
+from montessori_core.synthesis.sandbox import check_isolation
+from montessori_core.synthesis.strategies.opened import check_strategy, read_documents
 from montessori_core.tracking.trackers import check_trackers
 from montessori_core.versions import check_versions
 from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
 from tasks.changed_settings import changed_settings, first_stage
+
+_PASSAGES = "passages"
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,16 @@ class Run:
         """Return the path of a data set's copy in the run folder."""
         return self.folder / layout.SOURCES / f"{name}.jsonl"
 
+    def passages(self) -> list[Task]:
+        """Return the passages of the strategy's documents as they were when the run started; none if it has none."""
+        path = self.source_file(_PASSAGES)
+        return load_tasks(path) if path.exists() else []
+
+    def filter_model(self, entry: SemanticFilter) -> Model:
+        """Return the model of a filter."""
+        commits = read_json(self.folder / layout.MODEL_COMMITS) or {}
+        return Model.of(fetch_model(entry.model, commits.get(_name_of(entry), entry.revision)))
+
     def benchmark_file(self, setting: str) -> Path:
         """Return the path of the copy of a file or folder of the section `benchmarks`."""
         return benchmark_copy(self.experiment.benchmarks, setting, self.folder / layout.SOURCES)
@@ -158,6 +180,9 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     for name in ("reference", "evaluation"):
         warnings += thinking_warning(f"{name}.path", getattr(sources, name))
     warnings += check_filters(experiment.synthesis, sources.seed_pool)
+    documents = run.source_file(_PASSAGES)
+    passages = run.passages() if documents.exists() else read_documents(experiment.synthesis)
+    check_strategy(experiment.synthesis, experiment.teacher.prompt_style, sources.seed_pool, passages)
     if changed:
         warnings.append(
             f"changed settings: the {first_stage(changed, experiment)} and later stages are computed again, earlier stages "
@@ -176,6 +201,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             for name in Sources.__annotations__:
                 write_tasks(getattr(sources, name), run.source_file(name))
             write_bad_rows(bad_rows, folder / layout.SOURCES)
+        if passages and not documents.exists():
+            write_tasks(passages, documents)
         copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
         for role, template in templates.items():
             if not _template_copy(folder, role).exists():
@@ -218,6 +245,8 @@ def check_environment(experiment: Experiment) -> None:
         check_versions()  # montessori doctor checks the worker environment on the nodes
     else:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
+        if any(isinstance(entry, CodeRunsFilter) and entry.need_isolation for entry in experiment.synthesis.filters):
+            check_isolation()
     for _, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None)
 
@@ -243,6 +272,10 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
     check_positions(teacher, experiment.teacher_update.max_length, "teacher_update.max_length")
     check_positions(student, experiment.student.max_length, "student.max_length")
     fetched = {_name_of(experiment.teacher): commit_of(teacher), _name_of(experiment.student): commit_of(student)}
+    for entry in experiment.synthesis.filters:
+        if isinstance(entry, SemanticFilter):
+            name = _name_of(entry)
+            fetched[name] = commit_of(fetch_model(entry.model, commits.get(name, entry.revision)))
     templates = {}
     for section, model in ((experiment.teacher, teacher), (experiment.student, student)):
         if (template := configured_template(model, section, _role(section))) is not None:
@@ -259,5 +292,5 @@ def _template_copy(folder: Path, role: str) -> Path:
     return folder / layout.SOURCES / f"{role}-{TEMPLATE}"
 
 
-def _name_of(section: Teacher | Student) -> str:
+def _name_of(section: Teacher | Student | SemanticFilter) -> str:
     return f"{section.model}@{section.revision or 'main'}"

@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import get_run_logger
+from prefect.exceptions import MissingContextError
 
 from cluster.fanout import Progress, fan_out
 from cluster.shards import Shards, cut_for_jobs
+from cluster.stage import Stage
 from montessori_core.config import Endpoint, Experiment, Resources
 from montessori_core.data.rows import Rows
 from montessori_core.files import read_json, write_json
@@ -25,8 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def warn(label: str, warning: str) -> None:
-    """Warn in Prefect's log of the run and on the terminal, which does not show that log."""
-    get_run_logger().warning("%s: %s", label, warning)
+    """Warn in Prefect's log of the run, if a flow runs, and on the terminal, which does not show that log."""
+    with suppress(MissingContextError):
+        get_run_logger().warning("%s: %s", label, warning)
     log.warning("%s: %s", label, warning)
 
 
@@ -56,16 +60,16 @@ class Step:
 
     def at(self, folder: str, label: str = "") -> "Step":
         """Return a part of the step, in a folder inside the step's."""
-        return Step(self.run, self.folder / folder, f"{self.label}: {label}" if label else self.label)
+        return replace(self, folder=self.folder / folder, label=f"{self.label}: {label}" if label else self.label)
 
     def renamed(self, label: str) -> "Step":
         """Return the same step with another label."""
-        return Step(self.run, self.folder, label)
+        return replace(self, label=label)
 
     def beside(self, suffix: str, label: str = "") -> "Step":
         """Return a part of the step, in a folder beside the step's whose name ends with `suffix`."""
         folder = self.folder.with_name(f"{self.folder.name}-{suffix}")
-        return Step(self.run, folder, f"{self.label}{label}")
+        return replace(self, folder=folder, label=f"{self.label}{label}")
 
     def execute(
         self,
@@ -171,13 +175,27 @@ class Step:
             unkeyed_files = {**unkeyed_files, "vllm": file}
         stage = stage_of(program, settings, self.folder, models, files, unkeyed_files)
         inputs = [*models.values(), *files.values(), *upstream]
-        with ProgressBar(self.label) as bar, StageTaskRuns(self.label, stage, len(shards), inputs, read) as view:
+        with ProgressBar(self.label) as bar:
+            return self._watch(stage, shards, self._resources(program), python, bar, inputs, read)
+
+    def _watch(
+        self,
+        stage: Stage,
+        shards: Shards,
+        resources: Resources,
+        python: str | None,
+        bar: ProgressBar,
+        inputs: Sequence[object],
+        read: Callable[[Path], Any],
+    ) -> list[Any]:
+        """Compute the shards, shown in a progress bar and as task runs of the flow; return what `read` makes of each part."""
+        with StageTaskRuns(self.label, stage, len(shards), inputs, read) as view:
 
             def show(progress: Progress) -> None:
                 bar.show(progress)
                 view.show(progress)
 
-            fan_out(stage, shards, self._resources(program), cluster, show, python)
+            fan_out(stage, shards, resources, self.experiment.cluster, show, python)
         return view.results()
 
 

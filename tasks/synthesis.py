@@ -11,39 +11,21 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from montessori_core import layout, programs
-from montessori_core.config import Sampling, Synthesis
+from montessori_core import layout
+from montessori_core.config import Synthesis
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task
-from montessori_core.data.tables import (
-    DRAWN_TOKENS,
-    EXAMPLES,
-    GENERATION,
-    INSTRUCTIONS,
-    read_table,
-    table_from_rows,
-    write_table,
-)
+from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
-from montessori_core.models.thinking import is_cut_thinking
 from montessori_core.program import Row
-from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
-from montessori_core.synthesis.extraction import close_output
-from montessori_core.synthesis.filtering import (
-    CUT_THINKING,
-    EMPTY_RESPONSE,
-    SURPLUS,
-    OpenFilters,
-    filter_candidates,
-    funnel,
-)
-from montessori_core.synthesis.prompts import Prompt, build_prompts
+from montessori_core.synthesis.filtering import CUT_THINKING, SURPLUS, OpenFilters, funnel
+from montessori_core.synthesis.strategies.opened import OpenStrategy
+from montessori_core.synthesis.strategies.strategy import Material
+from tasks.candidates import KEPT, Authors, respond, response_of, write_responses, write_round
 from tasks.run import ApiModel, Model
 from tasks.stage import Step, warn
 
-_KEPT = ("example_id", "prompt", "raw_output", *DRAWN_TOKENS)
-"""Columns of a generated row that its candidate or example keeps."""
 _LOW_ACCEPTANCE = 0.1  # share of accepted candidates below which a round is warned of
 _LATER_ROUNDS = 1.2  # factor on the candidates that the last round's acceptance requires
 
@@ -82,11 +64,9 @@ def synthesize(
         UserError: too few examples were accepted after `max_rounds` rounds.
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
-    answerer = answerer or choose_answerer(step, teacher)
-    style = "chat" if isinstance(teacher, ApiModel) else step.experiment.teacher.prompt_style
     seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
     known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
-    filters = OpenFilters(settings, known)
+    authors = open_authors(step, teacher, answerer, seeds, pool, known, draw)
     candidates: list[Row] = []
     examples: list[Row] = []
     prompts_used = 0
@@ -97,26 +77,54 @@ def synthesize(
         if missing == 0:
             break
         wanted = math.ceil(count_candidates(missing, rounds, settings.oversampling) / settings.samples_per_prompt)
-        prompts = build_prompts(wanted, style, settings, seeds, pool, seed_of(seed, draw), prompts_used)
+        prompts = authors.strategy.prompts(wanted, seed_of(seed, draw), prompts_used)
         prompts_used += wanted
         turn = step if number == 1 else step.renamed(f"{step.label}, round {number}")
         upstream = [*([synthetic_pool] if synthetic_pool else []), *parts[-1:]]
-        writing = turn.at(f"instructions-{number}", "instructions")
-        fresh, written = _write_instructions(writing, teacher, style, prompts, draw, filters, upstream)
-        kept = [row for row in fresh if row["rejection"] is None]
-        for row in kept[missing:]:
-            row["rejection"] = SURPLUS
-        answering = turn.at(f"responses-{number}", "responses")
-        answered, responses = _write_responses(answering, answerer, kept[:missing], draw, written)
-        examples += answered
-        candidates += fresh
-        parts += written + responses
-        rounds.append((len(fresh), len(answered)))
-        if warning := warn_of_low_acceptance(fresh):
+        written = write_round(turn, number, prompts, missing, authors, upstream)
+        examples += written.examples
+        candidates += written.candidates
+        parts += written.parts
+        rounds.append((len(written.candidates), len(written.examples)))
+        if warning := warn_of_low_acceptance(written.candidates):
             warn(turn.label, warning)
     # Tables, not lists of rows: Prefect inspects every element of a list.
     tables = table_from_rows(candidates, INSTRUCTIONS), table_from_rows(examples, EXAMPLES)
     return join_synthesis(step.label, step.folder, *tables, count, parts)
+
+
+def open_authors(
+    step: Step,
+    teacher: Model | ApiModel,
+    answerer: Model | ApiModel | None,
+    seeds: Sequence[Task],
+    synthetic: Sequence[Task],
+    known: Sequence[str],
+    draw: str,
+) -> Authors:
+    """Open the strategy and the filters of a set of examples.
+
+    Args:
+        step: of the set.
+        teacher, answerer, draw: see `synthesize`.
+        seeds: human-written demonstrations.
+        synthetic: tasks of the last iteration.
+        known: instructions that must not be repeated.
+
+    Raises:
+        UserError: the strategy cannot ask a teacher behind an API.
+    """
+    settings, run = step.experiment.synthesis, step.run
+    style = "chat" if isinstance(teacher, ApiModel) else step.experiment.teacher.prompt_style
+    pool = run.sources().seed_pool
+    strategy = OpenStrategy(Material(style, settings, seeds, synthetic, run.passages()), pool)
+    if isinstance(teacher, ApiModel) and not strategy.strategy.chat_api:
+        raise UserError(
+            f"{step.label}: synthesis.strategy: {strategy.strategy.name} needs a teacher that jobs load; a chat API cannot "
+            "begin a user's turn. Choose another strategy or another method"
+        )
+    filters = OpenFilters(settings, known, [task.instruction for task in pool])
+    return Authors(teacher, answerer or choose_answerer(step, teacher), strategy, filters, draw)
 
 
 def choose_answerer(step: Step, teacher: Model | ApiModel) -> Model | ApiModel:
@@ -140,7 +148,7 @@ def check_demonstrations(label: str, tasks: Sequence[Task], settings: Synthesis)
     Raises:
         UserError: a prompt needs more.
     """
-    if len(tasks) < settings.seed_demonstrations + settings.synthetic_demonstrations:
+    if len(tasks) < settings.seeds_needed:
         raise UserError(
             f"{label}: {len(tasks)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
             f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
@@ -205,77 +213,6 @@ def _pool(table: Path | None) -> list[Task]:
     return [Task(**row) for row in read_table(table, EXAMPLES, ["example_id", "instruction"]).to_pylist()]
 
 
-def _write_instructions(
-    step: Step,
-    teacher: Model | ApiModel,
-    style: str,
-    prompts: list[Prompt],
-    draw: str,
-    filters: OpenFilters,
-    upstream: list[Path],
-) -> tuple[list[Row], list[Path]]:
-    """Generate and filter instructions; return the candidates with their verdicts, and the generated parts."""
-    settings = step.experiment.synthesis
-    samples = range(settings.samples_per_prompt)
-    rows: list[GenerationRow] = [
-        {
-            "example_ids": [f"{draw}-{prompt.id}-s{sample}" for sample in samples],
-            "turns": [prompt.text],
-            "seeds": [seed_of(step.experiment.seed, draw, prompt.id, sample) for sample in samples],
-        }
-        for prompt in prompts
-    ]
-    form: Form = "tagged" if style == "completion" else "request"
-    size = settings.prompts_per_shard
-    generated, parts = generate(step, teacher, rows, size, settings.instruction, form, upstream)
-    owners = [prompt for prompt in prompts for _ in samples]
-    outputs = [
-        close_output(row["raw_output"], row["finish_reason"]) if style == "completion" else row["raw_output"]
-        for row in generated
-    ]
-    verdicts = filter_candidates(outputs, owners, style, settings.keep_newlines, filters)
-    candidates: list[Row] = [
-        {
-            **{name: row[name] for name in _KEPT},
-            "prompt_id": f"{draw}-{prompt.id}",
-            "demonstrations": [task.example_id for task in prompt.demonstrations],
-            "instruction": verdict.instruction,
-            "rejection": CUT_THINKING if is_cut_thinking(row) else verdict.rejection,
-        }
-        for row, prompt, verdict in zip(generated, owners, verdicts, strict=True)
-    ]
-    return candidates, parts
-
-
-def _write_responses(
-    step: Step, answerer: Model | ApiModel, candidates: list[Row], draw: str, upstream: list[Path]
-) -> tuple[list[Row], list[Path]]:
-    """Answer instructions; return the examples and the generated parts. A candidate with an empty response is rejected."""
-    if not candidates:
-        return [], []
-    rows: list[GenerationRow] = [
-        {
-            "example_ids": [candidate["example_id"]],
-            "turns": [candidate["instruction"]],
-            "seeds": [seed_of(step.experiment.seed, draw, candidate["example_id"], "response")],
-        }
-        for candidate in candidates
-    ]
-    generated, parts = _respond(step, answerer, rows, upstream)
-    examples = []
-    for candidate, row in zip(candidates, generated, strict=True):
-        if row["raw_output"].strip():
-            examples.append(candidate | _response_of(row))
-        else:
-            candidate["rejection"] = CUT_THINKING if is_cut_thinking(row) else EMPTY_RESPONSE
-    return examples, parts
-
-
-def _response_of(generated: Row) -> Row:
-    """Return the response columns of an example from a generated row."""
-    return {"response": generated["raw_output"].strip(), "response_finished": generated["finish_reason"] == "stop"}
-
-
 def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int, last: int, draw: str) -> Path:
     """Generate several responses to each instruction; return a table in which an instruction is the prompt of its responses.
 
@@ -296,12 +233,12 @@ def regenerate_responses(step: Step, teacher: Model, examples: Path, first: int,
         }
         for row in asked
     ]
-    generated, parts = _respond(step.at("responses"), teacher, rows, [examples])
+    generated, parts = respond(step.at("responses"), teacher, rows, [examples])
     owners = [row for row in asked for _ in samples]
     answered = [
-        {name: response[name] for name in _KEPT}
+        {name: response[name] for name in KEPT}
         | {"prompt_id": row["example_id"], "instruction": row["instruction"]}
-        | _response_of(response)
+        | response_of(response)
         for row, response in zip(owners, generated, strict=True)
         if response["raw_output"].strip()
     ]
@@ -315,7 +252,7 @@ def answer_seeds(step: Step) -> Path:
         vars(task) | {"prompt_id": task.example_id, "prompt": "", "raw_output": ""}
         for task in step.run.sources().seed_pool
     ]
-    answered, parts = _write_responses(step.at("responses", "responses"), answerer, candidates, "seeds", [])
+    answered, parts = write_responses(step.at("responses", "responses"), answerer, candidates, "seeds", [])
     return write_examples(step, table_from_rows(answered, EXAMPLES), parts)
 
 
@@ -331,54 +268,6 @@ def write_examples(step: Step, examples: pa.Table, parts: list[Path], what: str 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(examples, path, EXAMPLES)
     return path
-
-
-def _respond(
-    step: Step, answerer: Model | ApiModel, rows: list[GenerationRow], upstream: list[Path]
-) -> tuple[list[Row], list[Path]]:
-    """Generate responses; return the generated rows and their parts."""
-    settings = step.experiment.synthesis
-    return generate(step, answerer, rows, settings.instructions_per_shard, settings.response, "request", upstream)
-
-
-def generate(
-    step: Step,
-    teacher: Model | ApiModel,
-    rows: list[GenerationRow],
-    rows_per_shard: int,
-    sampling: Sampling,
-    form: Form,
-    upstream: list[Path],
-) -> tuple[list[Row], list[Path]]:
-    """Generate with a local or API teacher; return the generated rows and their parts."""
-    if isinstance(teacher, ApiModel):
-        parts = step.ask(teacher.section, programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
-    else:
-        synthesis = step.experiment.synthesis
-        settings = programs.Generation(
-            engine=synthesis.engine, engine_options=synthesis.engine_options, form=form, sampling=sampling
-        )
-        parts = step.execute(
-            programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
-        )
-    generated = read_table(parts, GENERATION).to_pylist()
-    return (_without_cut_thinking(generated) if isinstance(teacher, ApiModel) else generated), parts
-
-
-def _without_cut_thinking(generated: list[Row]) -> list[Row]:
-    """Return answers of an endpoint, whose truncated texts may be thinking that the template opened and nothing ended.
-
-    They are if all finished answers have thinking.
-    """
-    finished = [row for row in generated if row["finish_reason"] == "stop"]
-    if not finished or any(row["thinking"] is None for row in finished):
-        return generated
-    return [
-        row | {"thinking": row["raw_output"], "raw_output": ""}
-        if row["finish_reason"] == "length" and row["thinking"] is None
-        else row
-        for row in generated
-    ]
 
 
 def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:

@@ -15,9 +15,9 @@ from montessori_core.judging.points import points_for, question_about, read_scor
 from montessori_core.judging.responses import Answer
 from montessori_core.program import Row
 from montessori_core.seeding import seed_of
+from tasks.generation import generate
 from tasks.run import Model
 from tasks.stage import Step
-from tasks.synthesis import generate
 
 _JUDGEMENTS = 3
 _JUDGING = Sampling(temperature=0.7, top_p=0.9, presence_penalty=0.0, max_tokens=256)

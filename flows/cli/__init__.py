@@ -21,12 +21,14 @@ from flows.cli import (
     influence,
     logs,
     plan,
+    preview,
     prune,
     report,
     run,
     select,
     serve,
     status,
+    strategies,
     train,
     validate,
 )
@@ -54,6 +56,7 @@ app = typer.Typer(
 
     [b]First steps[/b]
       montessori model fetch smollm2-135m     an embedded model, once
+      montessori preview quickstart           ten examples and the filters' verdicts, in seconds
       montessori run quickstart               one iteration on this machine, in minutes
       montessori status runs/quickstart       progress, failures, time left
       montessori logs runs/quickstart --shard 3
@@ -95,7 +98,7 @@ app = typer.Typer(
         --set teacher.model=DIR_OR_ID --set student.model=DIR_OR_ID \\
         --set seed_pool.path=seeds.jsonl --set reference.path=reference.parquet
       montessori model prune DIR_OR_ID --layers 12-19 --out DIR    a student with much to learn
-      montessori filters                      list the filters of instructions
+      montessori strategies, filters          list the strategies of prompts, and the filters
     """,
 )
 model_app = typer.Typer(no_args_is_help=True, help="Fetch embedded models; remove layers; export a run's models.")
@@ -108,10 +111,12 @@ data_app.command()(data.check)
 app.add_typer(data_app, name="data")
 for _command in (
     run.run,
+    preview.preview,
     compare.compare,
     evaluate.evaluate,
     compare.methods,
     filters.filters,
+    strategies.strategies,
     run.resume,
     status.status,
     doctor.doctor,

@@ -17,10 +17,25 @@ from montessori_core.config.cluster import (
 from montessori_core.config.data import DataFormat, DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
 from montessori_core.config.experiment import Experiment, parse_experiment, read_experiment
-from montessori_core.config.filters import FilterSettings, OwnFilter, RougeFilter
+from montessori_core.config.filters import (
+    CodeRunsFilter,
+    FilterSettings,
+    JudgeFilter,
+    OwnFilter,
+    RougeFilter,
+    SemanticFilter,
+)
 from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
+from montessori_core.config.strategies import (
+    EvolveStrategy,
+    GroundedStrategy,
+    MagpieStrategy,
+    OwnStrategy,
+    SelfInstructStrategy,
+    StrategySettings,
+)
 from montessori_core.config.study import Study, read_study
 from montessori_core.config.synthesis import Sampling, Synthesis
 from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
@@ -31,6 +46,7 @@ __all__ = [
     "Baseline",
     "Benchmarks",
     "Cluster",
+    "CodeRunsFilter",
     "Comparison",
     "Container",
     "Count",
@@ -38,15 +54,20 @@ __all__ = [
     "DataSource",
     "DriverJob",
     "Endpoint",
+    "EvolveStrategy",
     "Experiment",
     "FilterSettings",
     "FolderName",
+    "GroundedStrategy",
     "HarnessTask",
     "Influence",
+    "JudgeFilter",
     "Lora",
+    "MagpieStrategy",
     "Nomad",
     "Optimization",
     "OwnFilter",
+    "OwnStrategy",
     "Preferences",
     "Probability",
     "Resources",
@@ -55,9 +76,12 @@ __all__ = [
     "Schedule",
     "Screening",
     "Section",
+    "SelfInstructStrategy",
+    "SemanticFilter",
     "Sequential",
     "Slurm",
     "StageResources",
+    "StrategySettings",
     "Student",
     "Study",
     "Synthesis",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from montessori_core.config.cluster import Cluster, Resources
 from montessori_core.config.data import DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison
+from montessori_core.config.filters import JudgeFilter
 from montessori_core.config.influence import Influence, Preferences
 from montessori_core.config.models import Endpoint, Student, Teacher
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, parse
@@ -97,6 +98,15 @@ class Experiment(Section):
             raise ValueError(
                 "benchmarks.alpaca_eval and benchmarks.mt_bench need a judge: set judge.model, and judge.base_url if it is "
                 "not OpenAI's"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _filters_have_a_judge(self) -> "Experiment":
+        if any(isinstance(entry, JudgeFilter) for entry in self.synthesis.filters) and self.judge is None:
+            raise ValueError(
+                "synthesis.filters: judge needs a model that scores: set judge.model, and judge.base_url if it is not "
+                "OpenAI's"
             )
         return self
 

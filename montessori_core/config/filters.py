@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
-from pydantic_core import CoreSchema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from montessori_core.config.named import NamesAlone, read_named, tag_of
 from montessori_core.config.section import Count, Probability, Section
 
 _NAME = "Name of the filter."
@@ -86,6 +86,58 @@ class RougeFilter(Section):
     maximum: Probability = Field(0.7, description="Maximum ROUGE-L F with any of them (Section 4).")
 
 
+class SemanticFilter(Section):
+    """Rejects instructions whose embedding (mean of a model's last hidden states) is near a seed's or an accepted one's."""
+
+    name: Literal["semantic"] = Field("semantic", description=_NAME)
+    model: str = Field(
+        description="Folder or Hugging Face id of the embedding model, loaded by transformers from safetensors, e.g. "
+        "sentence-transformers/all-MiniLM-L6-v2; or an embedded name."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face id. If not set, main.")
+    maximum: float = Field(0.9, ge=-1.0, le=1.0, description="Maximum cosine similarity with any of them.")
+    max_length: Count = Field(256, description="Tokens of an instruction that are read; longer ones are cut.")
+
+
+class JudgeFilter(Section):
+    """Rejects examples that the model of the section `judge` scores too low; it adds up six points (Figure 14)."""
+
+    name: Literal["judge"] = Field("judge", description=_NAME)
+    minimum: float = Field(4.0, ge=0.0, le=6.0, description="Lowest score that is kept, 0 to 6.")
+    keep_unscored: bool = Field(
+        False,
+        description="Keep examples without a score that can be read. By default they are rejected.",
+    )
+
+
+class CodeRunsFilter(Section):
+    """Rejects examples whose Python code blocks in the response do not run. The code is a model's: read security.md first."""
+
+    name: Literal["code_runs"] = Field("code_runs", description=_NAME)
+    run_untrusted_code: bool = Field(
+        False,
+        description="Must be set to true: jobs run code that a model wrote. It runs as your account, with limits of time, "
+        "memory and file size, an empty environment and a temporary folder, without network and with read-only files.",
+    )
+    seconds: Count = Field(5, description="Limit of a code block, seconds of CPU; of the clock, twice as many.")
+    memory_mb: int = Field(512, ge=64, description="Limit of the address space of a code block, MB.")
+    need_code: bool = Field(False, description="Reject responses without a Python code block, too.")
+    need_isolation: bool = Field(
+        True,
+        description="Fail where the system has no namespaces (unshare): without them the code has the network, and can "
+        "change your files. False runs it anyway.",
+    )
+
+    @model_validator(mode="after")
+    def _is_asked_for(self) -> "CodeRunsFilter":
+        if not self.run_untrusted_code:
+            raise ValueError(
+                "code_runs runs code that a model wrote, under your account; if you accept the risk (security.md), set "
+                "run_untrusted_code: true, else remove the filter"
+            )
+        return self
+
+
 class OwnFilter(Section):
     """A filter of your own, see synthesis.md."""
 
@@ -96,34 +148,18 @@ class OwnFilter(Section):
     settings: dict[str, Any] = Field({}, description="Its settings; the filter declares which.")
 
 
-_SHIPPED = (LengthFilter, TextOnlyFilter, WordsFilter, FirstCharacterFilter, ScriptFilter, RougeFilter)
+_SHIPPED = (
+    LengthFilter,
+    TextOnlyFilter,
+    WordsFilter,
+    FirstCharacterFilter,
+    ScriptFilter,
+    RougeFilter,
+    SemanticFilter,
+    JudgeFilter,
+    CodeRunsFilter,
+)
 _NAMES = tuple(kind.model_fields["name"].default for kind in _SHIPPED)
-
-
-def _name_of(filter: Any) -> str:
-    name = filter["name"] if isinstance(filter, dict) else filter.name
-    return str(name) if name in _NAMES else "module:NAME"
-
-
-def _check_name(value: Any) -> Any:
-    """Read a name as a filter with default settings; refuse an unknown name."""
-    if isinstance(value, str):
-        value = {"name": value}
-    if isinstance(value, dict):
-        name = value.get("name")
-        if name not in _NAMES and not (isinstance(name, str) and ":" in name):
-            available = f"available: {', '.join(_NAMES)}, or your own as module:NAME"
-            raise ValueError(f"no filter {name!r}; {available}" if "name" in value else f"name is missing; {available}")
-    elif not isinstance(value, Section):
-        raise ValueError("a filter is a name, or a mapping with a name and settings")
-    return value
-
-
-class _Named:
-    """Allow a name alone in the JSON schema, and write `anyOf`, which Prefect's form can show, in place of `oneOf`."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [*handler(schema)["oneOf"], {"type": "string", "title": "Name"}]}
 
 
 FilterSettings = Annotated[
@@ -133,9 +169,12 @@ FilterSettings = Annotated[
     | Annotated[FirstCharacterFilter, Tag("first_character")]
     | Annotated[ScriptFilter, Tag("script")]
     | Annotated[RougeFilter, Tag("rouge_l")]
+    | Annotated[SemanticFilter, Tag("semantic")]
+    | Annotated[JudgeFilter, Tag("judge")]
+    | Annotated[CodeRunsFilter, Tag("code_runs")]
     | Annotated[OwnFilter, Tag("module:NAME")],
-    Discriminator(_name_of),
-    _Named(),
-    BeforeValidator(_check_name),
+    Discriminator(tag_of(_NAMES)),
+    NamesAlone(),
+    BeforeValidator(read_named("filter", _NAMES)),
 ]
 """The settings of one filter, found by its name."""

@@ -1,9 +1,9 @@
 """How data is generated and filtered."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from montessori_core.config.filters import (
     FilterSettings,
@@ -13,28 +13,20 @@ from montessori_core.config.filters import (
     TextOnlyFilter,
 )
 from montessori_core.config.section import Count, Section, refuse_names
+from montessori_core.config.strategies import (
+    PLACEHOLDERS,
+    EvolveStrategy,
+    SelfInstructStrategy,
+    StrategySettings,
+)
 
 ENGLISH = "English"
-_PLACEHOLDERS = ("demonstrations", "language", "open", "close")
-_NAMED = ("own", "paper")
-
-
-def _check_template(text: str) -> str:
-    """Check the placeholders of a prompt's text, unless it is the name of a text."""
-    if text in _NAMED:
-        return text
-    unknown = [name for name in re.findall(r"\{([^\W\d]\w*)\}", text) if name not in _PLACEHOLDERS]
-    if unknown:
-        known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
-        raise ValueError(f"there is no placeholder {{{unknown[0]}}}; known: {known}")
-    if "{demonstrations}" not in text:
-        raise ValueError(
-            "give the name of a text ('own', 'paper'), or a text with {demonstrations} where the demonstrations belong"
-        )
-    return text
-
-
-Template = Annotated[str, AfterValidator(_check_template)]
+_COMMON = ("language", "open", "close", "topic", "persona")
+_MEANINGS = {
+    "demonstrations": "demonstrations belong",
+    "task": "task to rewrite belongs",
+    "passage": "passage belongs",
+}
 
 _SETTINGS_OF_OPTIONS = {
     "model": "set teacher.model",
@@ -88,16 +80,22 @@ class Synthesis(Section):
         description="Further options of vLLM's engine, by their names in Python, e.g. {kv_cache_dtype: fp8, max_num_seqs: "
         "64}. Options that another setting determines are refused.",
     )
-    request: Template = Field(
+    strategy: StrategySettings = Field(
+        SelfInstructStrategy(),
+        description="How the teacher's prompts are made: the name of a strategy (montessori strategies lists them) or "
+        "module:NAME of your own, alone or with settings: {name: grounded, documents: notes/}.",
+    )
+    request: str = Field(
         "own",
         description="Text of the prompt with prompt_style: chat. 'own' asks for a task of one to three sentences and "
         "nothing else. 'paper' is Figure 13: an explanation, then an instruction of any length with its input. Or a text of "
-        "yours with {demonstrations}, and optionally {language}, {open} and {close} (the tags of an instruction).",
+        "yours with {demonstrations} (strategy evolve: {task} and optionally {change}; grounded: {passage}), and optionally "
+        "{language}, {open} and {close} (the tags of an instruction), {topic} and {persona} (columns of the seed pool).",
     )
-    completion_prompt: Template = Field(
+    completion_prompt: str = Field(
         "own",
-        description="Text of the prompt with prompt_style: completion: 'own', or a text of yours with {demonstrations} and "
-        "optionally {language}. After it come the separator and an opening tag, which the teacher continues.",
+        description="Text of the prompt with prompt_style: completion: 'own', or a text of yours with the same placeholders. "
+        "After it come the separator and an opening tag, which the teacher continues.",
     )
     separator: str = Field(
         "\n",
@@ -144,6 +142,28 @@ class Synthesis(Section):
         512, description="Maximum number of instructions per shard of response generation."
     )
 
+    @field_validator("request", "completion_prompt")
+    @classmethod
+    def _template_fits_strategy(cls, text: str, info: ValidationInfo) -> str:
+        """Check the placeholders of a prompt's text, unless it is the name of a text."""
+        strategy = info.data["strategy"].name if "strategy" in info.data else "self_instruct"
+        if text == "own" or (text == "paper" and strategy == "self_instruct"):
+            return text
+        required = PLACEHOLDERS.get(strategy)
+        if required is None:
+            raise ValueError(f"the strategy {strategy} takes no text from here; set 'own'")
+        placeholders = (required, *(["change"] if strategy == "evolve" else []), *_COMMON)
+        unknown = [name for name in re.findall(r"\{([^\W\d]\w*)\}", text) if name not in placeholders]
+        if unknown:
+            known = ", ".join(f"{{{name}}}" for name in placeholders)
+            raise ValueError(f"there is no placeholder {{{unknown[0]}}}; known: {known}")
+        if f"{{{required}}}" not in text:
+            named = "'own', 'paper'" if strategy == "self_instruct" else "'own'"
+            raise ValueError(
+                f"give the name of a text ({named}), or a text with {{{required}}} where the {_MEANINGS[required]}"
+            )
+        return text
+
     @field_validator("filters", mode="before")
     @classmethod
     def _filters_are_listed(cls, value: Any) -> Any:
@@ -163,6 +183,13 @@ class Synthesis(Section):
                 "of yours with {demonstrations}"
             )
         return self
+
+    @property
+    def seeds_needed(self) -> int:
+        """Number of seeds that a prompt of the first iteration needs."""
+        if isinstance(self.strategy, SelfInstructStrategy):
+            return self.seed_demonstrations + self.synthetic_demonstrations
+        return 1 if isinstance(self.strategy, EvolveStrategy) else 0
 
     @property
     def in_english(self) -> bool:

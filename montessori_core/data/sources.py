@@ -50,6 +50,14 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Seed(Task):
+    """A seed with a topic or a persona, columns of the seed pool that the text of a prompt can name."""
+
+    topic: str = ""
+    persona: str = ""
+
+
+@dataclass(frozen=True)
 class Sources:
     """The three human-written sets of an experiment."""
 
@@ -94,7 +102,7 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
         DataError: the seed pool is too small for a prompt, or the reference set overlaps the evaluation set.
     """
     seeds, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
-    if len(sources.seed_pool) < seeds + synthetic:
+    if len(sources.seed_pool) < experiment.synthesis.seeds_needed:
         raise DataError(
             f"seed_pool.path: {experiment.seed_pool.path} has {len(sources.seed_pool)} tasks, but a prompt of the first "
             f"iteration takes {seeds + synthetic} demonstrations from it (synthesis.seed_demonstrations {seeds} + "
@@ -211,7 +219,8 @@ class TaskReader(Iterable[Task]):
         if task_id in self._ids:
             raise RowError(where, f"id {task_id!r} occurs twice; ids must differ", "an id that occurs twice")
         self._ids.add(task_id)
-        return Task(task_id, *texts)
+        about = [_text(row, name, where) for name in ("topic", "persona")] if self._field == "seed_pool" else []
+        return Seed(task_id, *texts, *about) if any(about) else Task(task_id, *texts)
 
 
 def check_single_turns(tasks: Iterable[Task], use: str, field: str) -> None:
@@ -237,9 +246,27 @@ def write_tasks(tasks: list[Task], path: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    """Return the text of an optional column of a row; empty if it is missing or null.
+
+    Raises:
+        RowError: it holds something else.
+    """
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
+    problem = f"field {name!r}: expected text, found {type(value).__name__}; correct or remove it"
+    raise RowError(where, problem, f"{name} is no text")
+
+
 def load_tasks(path: Path) -> list[Task]:
     """Read a set that `write_tasks` wrote."""
-    return [Task.of(row) for _, row in jsonl_rows(path)]
+    return [_load_task(row) for _, row in jsonl_rows(path)]
+
+
+def _load_task(row: dict[str, Any]) -> Task:
+    task = Task.of(row)
+    return Seed(**vars(task), topic=row["topic"], persona=row["persona"]) if "topic" in row else task
 
 
 def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:

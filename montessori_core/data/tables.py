@@ -186,6 +186,20 @@ SIMILARITY = _schema(
     _field("norm_sim", _REAL, "inner product with the nearest real example, of centred features of norm 1"),
 )
 
+EMBEDDINGS = _schema(
+    "embeddings",
+    1,
+    _field("example_id", _TEXT, "the instruction"),
+    _field("vector", pa.list_(pa.float32()), "its embedding, of norm 1"),
+)
+
+CODE_RUNS = _schema(
+    "code_runs",
+    1,
+    _field("example_id", _TEXT, "the example"),
+    _field("outcome", _TEXT, "of the Python code in its response: 'runs', 'fails', 'limits' or 'no code'"),
+)
+
 REFERENCE_LOSS = _schema(
     "reference_loss",
     1,

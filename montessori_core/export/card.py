@@ -147,7 +147,8 @@ def _synthesis(data: RunSet) -> str:
     names = [getattr(entry, "name", entry) for entry in experiment.synthesis.filters]
     lines = [
         table(("set", "source", "revision", "examples"), sets),
-        f"Random seed: {experiment.seed}. Filters, in order: {', '.join(map(escape, names)) or 'none'}. "
+        f"Random seed: {experiment.seed}. Strategy of prompts: {escape(experiment.synthesis.strategy.name)}.",
+        f"Filters, in order: {', '.join(map(escape, names)) or 'none'}. "
         f"`synthesis.answers`: {escape(experiment.synthesis.answers)}.\n",
     ]
     if data.name != "training":
@@ -216,8 +217,9 @@ def _repetition(data: RunSet, form: Format) -> str:
 def _settings(experiment: Experiment) -> dict[str, Any]:
     """Return the settings that differ from the defaults, without those that describe a site."""
     content = experiment.model_dump(mode="json", exclude_defaults=True)
-    if "filters" in content.get("synthesis", {}):  # the name of a filter is a default too
-        content["synthesis"]["filters"] = experiment.model_dump(mode="json")["synthesis"]["filters"]
+    for name in ("filters", "strategy"):  # the name of an entry is a default too
+        if name in content.get("synthesis", {}):
+            content["synthesis"][name] = experiment.model_dump(mode="json")["synthesis"][name]
     return dict(_published(content))
 
 

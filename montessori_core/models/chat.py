@@ -77,6 +77,24 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", request: str) -> str:
     return _render(tokenizer, [{"role": "user", "content": request}], add_generation_prompt=True)
 
 
+def render_user_beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Render the beginning of a conversation up to the text of the user's turn, which a model then writes.
+
+    Raises:
+        UserError: the template ends a user's turn with something else than a token that ends a generation.
+    """
+    request = "What is asked?"
+    beginning, _, ending = render_prompt(tokenizer, request).partition(request)
+    ids, _ = encode_rendered(tokenizer, ending)
+    end = next((token for token in ids if token in _end_tokens(tokenizer)), None)
+    if end not in end_tokens(tokenizer):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} ends a user's turn with {ending[:40]!r}, at which no generation "
+            "ends; for synthesis.strategy: magpie set teacher.prompt_style: completion, or another chat template"
+        )
+    return beginning
+
+
 def render_conversation(tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, follow_up: str) -> str:
     """Render the prompt for an answer to `follow_up`, after `instruction` and `response`."""
     turns = [*_turns(instruction, response), {"role": "user", "content": follow_up}]

@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -11,21 +12,21 @@ from montessori_core.config import FilterSettings, OwnFilter, Synthesis, parse
 from montessori_core.data.sources import Task
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.program import load
-from montessori_core.synthesis.extraction import extract_instruction
 from montessori_core.synthesis.filters import REGISTRY
 from montessori_core.synthesis.filters.filter import Candidate, Context, Filter, Reject
 from montessori_core.synthesis.prompts import Prompt
 
-# Reasons that are no filter's, before and after the filters.
+# Reasons that are no filter's.
 CUT_THINKING = "thinking was cut off"
 NO_TAGS = "no instruction tags"
 EMPTY = "empty instruction"
+UNFINISHED = "no complete turn"
 INCOMPLETE = "no complete conversation"
 REPETITION = "repeats itself"
 CODE = "about code"
 EMPTY_RESPONSE = "empty response"
 SURPLUS = "more than asked for"
-_BEFORE, _AFTER = (CUT_THINKING, NO_TAGS, EMPTY, INCOMPLETE, REPETITION, CODE), (EMPTY_RESPONSE, SURPLUS)
+_BEFORE = (CUT_THINKING, NO_TAGS, EMPTY, UNFINISHED, INCOMPLETE, REPETITION, CODE)
 _LONGEST_REASON = 80
 _TRIED = 500  # seeds on which the filters are tried
 
@@ -38,24 +39,60 @@ class Verdict:
     rejection: str | None
 
 
-class OpenFilters:
-    """The filters of a set of examples, in order, and the instructions that passed them."""
+@dataclass(frozen=True)
+class OpenFilter:
+    """A filter that is opened with its settings.
 
-    def __init__(self, settings: Synthesis, accepted: Iterable[str] = ()) -> None:
-        """Open the filters; `accepted` are instructions that must not be repeated.
+    Attributes:
+        label: how the configuration names it.
+        entry: its settings in the configuration.
+        filter: the filter.
+        reject: its function.
+        measured: results of its jobs by instruction and response; the caller adds to it before `judge`.
+    """
+
+    label: str
+    entry: FilterSettings
+    filter: Filter
+    reject: Reject
+    measured: dict[tuple[str, str], Any]
+
+    def judge(self, candidate: Candidate) -> str | None:
+        """Return why a candidate is rejected, as `filter: reason`; None if it passes.
+
+        Raises:
+            UserError: a filter of the user's failed.
+        """
+        reason = _reason(self.label, self.reject, candidate)
+        return None if reason is None else rejection_by(self.filter, reason)
+
+
+class OpenFilters:
+    """The filters of a set of examples, in order, and the instructions that passed them.
+
+    Attributes:
+        accepted: instructions that must not be repeated, then those that passed the filters of instructions.
+        seeds: instructions of the seed pool.
+        of_instructions, of_examples: the filters that read instructions alone, and those that read responses, too.
+    """
+
+    def __init__(self, settings: Synthesis, accepted: Iterable[str] = (), seeds: Sequence[str] = ()) -> None:
+        """Open the filters; `accepted` are instructions that must not be repeated, `seeds` the human-written ones.
 
         Raises:
             ConfigError: a filter of the user's cannot be imported or opened, or its settings are not valid.
         """
-        self._accepted = list(accepted)
-        context = Context(settings.in_english, self._accepted)
-        self._filters = [_open(entry, context) for entry in settings.filters]
+        self.accepted, self.seeds = list(accepted), seeds
+        filters = [_open(entry, Context(settings.in_english, self.accepted, seeds)) for entry in settings.filters]
         labels: dict[str, str] = {}
-        for label, filter, _ in self._filters:
-            if labels.setdefault(filter.name, label) != label:
+        for opened in filters:
+            name = opened.filter.name
+            if labels.setdefault(name, opened.label) != opened.label:
                 raise ConfigError(
-                    f"synthesis.filters: {label} and {labels[filter.name]} have the same name {filter.name!r}; rename one"
+                    f"synthesis.filters: {opened.label} and {labels[name]} have the same name {name!r}; rename one"
                 )
+        self.of_instructions = [opened for opened in filters if opened.filter.reads == "instructions"]
+        self.of_examples = [opened for opened in filters if opened.filter.reads == "examples"]
 
     def judge(self, candidate: Candidate) -> str | None:
         """Return why an instruction is rejected, as `filter: reason`; None, and remember it, if it passes.
@@ -63,11 +100,10 @@ class OpenFilters:
         Raises:
             UserError: a filter of the user's failed.
         """
-        for label, filter, reject in self._filters:
-            reason = _reason(label, reject, candidate)
-            if reason is not None:
-                return rejection_by(filter, reason)
-        self._accepted.append(candidate.instruction)
+        for opened in self.of_instructions:
+            if (rejection := opened.judge(candidate)) is not None:
+                return rejection
+        self.accepted.append(candidate.instruction)
         return None
 
 
@@ -100,14 +136,14 @@ def find_filter(name: str) -> Filter:
     return filter
 
 
-def _open(entry: FilterSettings, context: Context) -> tuple[str, Filter, Reject]:
-    """Return how the configuration names a filter, the filter, and its opened function."""
-    filter = find_filter(entry.name)
+def _open(entry: FilterSettings, context: Context) -> OpenFilter:
+    filter, measured = find_filter(entry.name), dict[tuple[str, str], Any]()
+    context = replace(context, measured=measured)
     if not isinstance(entry, OwnFilter):
-        return entry.name, filter, filter.open(entry, context)
+        return OpenFilter(entry.name, entry, filter, filter.open(entry, context), measured)
     try:
         settings = parse(filter.settings, entry.settings, f"synthesis.filters: {entry.name}: the mapping settings")
-        return entry.name, filter, filter.open(settings, context)
+        return OpenFilter(entry.name, entry, filter, filter.open(settings, context), measured)
     except ConfigError:
         raise
     except Exception as error:
@@ -145,6 +181,7 @@ def check_filters(settings: Synthesis, seed_pool: Sequence[Task]) -> list[str]:
         UserError: a filter cannot be opened, or fails on a seed.
     """
     filters = OpenFilters(settings)
+    filters.of_instructions = [opened for opened in filters.of_instructions if not opened.filter.has_jobs]
     rejections = Counter(filters.judge(Candidate(task.instruction)) for task in seed_pool[:_TRIED])
     passed = rejections.pop(None, 0)
     if rejections.total() <= passed:
@@ -157,22 +194,20 @@ def check_filters(settings: Synthesis, seed_pool: Sequence[Task]) -> list[str]:
 
 
 def filter_candidates(
-    raw_outputs: Sequence[str], prompts: Sequence[Prompt], style: str, keep_newlines: bool, filters: OpenFilters
+    instructions: Sequence[str | None], prompts: Sequence[Prompt], filters: OpenFilters, missing: str = NO_TAGS
 ) -> list[Verdict]:
-    """Extract the instructions of candidates and filter them in order.
+    """Filter the instructions of candidates in order.
 
     Args:
-        raw_outputs: [candidates] outputs of the teacher.
+        instructions: [candidates] extracted from the outputs of the teacher; None if an output has none.
         prompts: [candidates] their prompts.
-        style: the teacher's prompt style.
-        keep_newlines: see `config.Synthesis`.
         filters: the filters, which remember the instructions that passed.
+        missing: reason of a rejection without an instruction.
     """
     verdicts = []
-    for raw_output, prompt in zip(raw_outputs, prompts, strict=True):
-        instruction = extract_instruction(raw_output, style, keep_newlines)
+    for instruction, prompt in zip(instructions, prompts, strict=True):
         if not instruction:
-            verdicts.append(Verdict(instruction, NO_TAGS if instruction is None else EMPTY))
+            verdicts.append(Verdict(instruction, missing if instruction is None else EMPTY))
             continue
         demonstrations = tuple(task.instruction for task in prompt.demonstrations)
         verdicts.append(Verdict(instruction, filters.judge(Candidate(instruction, demonstrations))))
@@ -182,7 +217,8 @@ def filter_candidates(
 def funnel(instructions: pa.Table) -> dict[str, int]:
     """Count the candidates of an instruction table, those rejected for each reason, and those kept.
 
-    Reasons are in the order of extraction, the shipped filters, the user's filters, and responses.
+    Reasons are in the order of extraction, the shipped filters of instructions, the user's filters, empty responses, and the
+    shipped filters of examples.
     """
     reasons = Counter(reason for reason in instructions["rejection"].to_pylist() if reason is not None)
     rejected = {reason: reasons[reason] for reason in sorted(reasons, key=_place)}
@@ -191,6 +227,14 @@ def funnel(instructions: pa.Table) -> dict[str, int]:
 
 def _place(rejection: str) -> tuple[int, str]:
     """Return a sort key: the place in the funnel, then the text."""
-    order = [*_BEFORE, *REGISTRY, "", *_AFTER]
+    of_examples = [name for name, filter in REGISTRY.items() if filter.reads == "examples"]
+    order = [
+        *_BEFORE,
+        *(name for name in REGISTRY if name not in of_examples),
+        "",
+        EMPTY_RESPONSE,
+        *of_examples,
+        SURPLUS,
+    ]
     name = rejection.partition(":")[0]
     return order.index(name if name in order else ""), rejection

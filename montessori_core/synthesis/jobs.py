@@ -17,6 +17,7 @@ from montessori_core.models.chat import (
     mark_control_tokens,
     render_conversation,
     render_prompt,
+    render_user_beginning,
     split_generated,
     text_beginning,
 )
@@ -24,7 +25,11 @@ from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
 from montessori_core.synthesis.generation import Generated, Request, Step, open_engine
+from montessori_core.synthesis.nomad import ASSISTANT
 from montessori_core.synthesis.prompts import CLOSE
+
+_STOPS: dict[Form, str] = {"tagged": CLOSE, "user_line": ASSISTANT}
+"""The text that ends what a teacher writes, besides its end tokens."""
 
 
 def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -> RowProgram[GenerationRow]:
@@ -39,7 +44,7 @@ def open_generation(settings: programs.Generation, inputs: Mapping[str, Path]) -
     vocabulary = hash_vocabulary(tokenizer)
     gpus = Vllm.model_validate_json(inputs["vllm"].read_bytes()) if "vllm" in inputs else Vllm()
     engine = open_engine(settings.engine, model, tokenizer, gpus, settings.engine_options)
-    stop = CLOSE if form == "tagged" else None
+    stop = _STOPS.get(form)
 
     def compute(rows: list[GenerationRow], recorder: Recorder) -> None:
         prompts = [render_row(tokenizer, row, form) for row in rows]
@@ -118,10 +123,12 @@ def _records(
 
 
 def render_row(tokenizer: Any, row: GenerationRow, form: Form) -> str:
-    """Render the prompt of a row: a conversation, a request, or a text to continue after the model's beginning token."""
+    """Render the prompt of a row: of a chat, or a text to continue after the model's beginning token."""
     if form == "reply":
         return render_conversation(tokenizer, *row["turns"])
     [text] = row["turns"]
+    if form == "user_turn":
+        return render_user_beginning(tokenizer)
     if form == "request":
         return render_prompt(tokenizer, text)
     return text_beginning(tokenizer) + mark_control_tokens(tokenizer, text)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 USER = "User:"
 """The beginning of a conversation. No trailing blank: tokenizers merge it with the next word."""
-_ASSISTANT = "\nAssistant:"
-_NEXT = re.compile(r"\n(?:User|Assistant):")
+ASSISTANT = "\nAssistant:"
+NEXT_TURN = re.compile(r"\n(?:User|Assistant):")
 _REPEATED = re.compile(r"(?<!\w)(\w+(?:\W+\w+){0,4}?)(?:\W+\1){3}(?!\w)", re.IGNORECASE)
 _CODE = re.compile(
     r"```|#include\b|\bdef \w+\(|\bconsole\.log\b|\bpublic static\b|</\w+>|^\s*import \w+|\bselect\b.+\bfrom\b.+;|"
@@ -65,7 +65,7 @@ def encode_conversation(
     # Tokenized in parts, so that the beginning has the same tokens as in generation.
     beginning, _ = encode_rendered(tokenizer, f"{text_beginning(tokenizer)}{USER}")
     request, answer = (encode_plain(tokenizer, f" {text}") for text in (instruction, response))
-    prompt = [*beginning, *request, *encode_plain(tokenizer, _ASSISTANT)]
+    prompt = [*beginning, *request, *encode_plain(tokenizer, ASSISTANT)]
     labels = [*([IGNORED] * len(prompt) if mask_prompt else prompt), *answer]
     end = tokenizer.eos_token_id
     ids = [*prompt, *answer, end]
@@ -79,11 +79,11 @@ def read_conversation(text: str, finish_reason: str) -> Conversation | None:
     The first round is complete if a second one follows or the text ends with the end token. Thinking before the answer is
     no part of the response.
     """
-    instruction, separator, remainder = text.partition(_ASSISTANT)
-    next_turn = _NEXT.search(remainder)
+    instruction, separator, remainder = text.partition(ASSISTANT)
+    next_turn = NEXT_TURN.search(remainder)
     response = split_answer(remainder[: next_turn.start()] if next_turn else remainder)[1]
     complete = bool(separator) and (next_turn is not None or finish_reason == "stop")
-    if not complete or not instruction.strip() or not response.strip() or _NEXT.search(instruction):
+    if not complete or not instruction.strip() or not response.strip() or NEXT_TURN.search(instruction):
         return None
     return Conversation(instruction.strip(), response.strip())
 

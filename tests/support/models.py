@@ -19,7 +19,9 @@ from montessori_core.config import DataSource, Synthesis
 from montessori_core.data.sources import read_tasks
 from montessori_core.files import cache_root, commit
 from montessori_core.models.embedded import fetch_embedded
-from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt, build_prompts
+from montessori_core.synthesis.nomad import ASSISTANT, USER
+from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
+from montessori_core.synthesis.strategies.opened import build_prompts
 
 if TYPE_CHECKING:
     from montessori_core.models.chat import Encoded
@@ -123,6 +125,23 @@ def _explained_tasks(tokenizer: Any) -> "Iterator[list[Encoded]]":
         task = f"{draw.choice(_VERBS)} {draw.randint(2, 99)} {draw.choice(_THINGS)} and {draw.choice(_THINGS)}."
         asked = encode_example(tokenizer, prompt.text, f"1. It helps.\n2. No input.\n3. {OPEN}{task}{CLOSE}", 2048)
         yield [asked, encode_example(tokenizer, task, f"They are {draw.choice(_THINGS)}.", 2048)]
+
+
+@pytest.fixture(scope="session")
+def asking_llama(talking_llama: Path) -> Path:
+    """The talking Llama, trained briefly to write a user's turn after `User:`."""
+    return _built("asking-llama", lambda folder: _train(talking_llama, folder, _user_turns))
+
+
+def _user_turns(tokenizer: Any) -> "Iterator[list[Encoded]]":
+    from montessori_core.models.chat import IGNORED, Encoded
+
+    draw = random.Random(0)
+    start = tokenizer(USER)["input_ids"]
+    for _ in range(80):
+        task = f" {draw.choice(_VERBS)} {draw.randint(2, 99)} {draw.choice(_THINGS)} and {draw.choice(_THINGS)}.{ASSISTANT}"
+        end = tokenizer(task)["input_ids"]
+        yield [Encoded(start + end, [IGNORED] * len(start) + end, truncated=False)]
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ LIKE_ACCEPTED = "rouge_l: too similar to an accepted instruction"
 def judge(*outputs: str, style: str = "chat", **settings: Any) -> list[str | None]:
     """Return the rejections of raw outputs."""
     filters = OpenFilters(Synthesis.model_validate(settings))
-    verdicts = filter_candidates(outputs, [PROMPT] * len(outputs), style, keep_newlines=True, filters=filters)
+    instructions = [extract_instruction(output, style, keep_newlines=True) for output in outputs]
+    verdicts = filter_candidates(instructions, [PROMPT] * len(outputs), filters)
     return [verdict.rejection for verdict in verdicts]
 
 
@@ -174,12 +175,12 @@ PIECES = st.text(max_size=10) | st.sampled_from([OPEN, CLOSE, "Name three rivers
     st.lists(PIECES, max_size=12).map("".join),
     st.sampled_from(["chat", "completion"]),
     st.booleans(),
-    st.lists(st.sampled_from([*REGISTRY]), unique=True),
+    st.lists(st.sampled_from([name for name, filter in REGISTRY.items() if not filter.has_jobs]), unique=True),
     st.sampled_from(["English", "French"]),
 )
 def test_any_text_gets_a_verdict(text: str, style: str, keep_newlines: bool, names: list[str], language: str) -> None:
     filters = OpenFilters(Synthesis.model_validate({"filters": names, "language": language}))
-    (verdict,) = filter_candidates([text], [PROMPT], style, keep_newlines, filters)
+    (verdict,) = filter_candidates([extract_instruction(text, style, keep_newlines)], [PROMPT], filters)
     if verdict.instruction is not None:
         assert OPEN not in verdict.instruction
         assert CLOSE not in verdict.instruction
@@ -295,7 +296,8 @@ def test_invalid_filter_setting_is_named(synthesis: dict[str, Any], message: str
 
 
 def test_registry_and_settings_agree() -> None:
-    synthesis = Synthesis.model_validate({"filters": [*REGISTRY]})
+    required = {"semantic": {"model": "m"}, "code_runs": {"run_untrusted_code": True}}
+    synthesis = Synthesis.model_validate({"filters": [{"name": name, **required.get(name, {})} for name in REGISTRY]})
     assert [type(entry) for entry in synthesis.filters] == [filter.settings for filter in REGISTRY.values()]
     assert Synthesis.model_validate(synthesis.model_dump(mode="json")) == synthesis
 

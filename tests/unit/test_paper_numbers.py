@@ -16,6 +16,7 @@ METHOD = ("synthesis", "warmup", "influence", "preferences", "teacher_update", "
 OURS = (  # sharding and checks, which the paper does not have
     "synthesis.engine",
     "synthesis.engine_options",
+    "synthesis.strategy.name",  # self_instruct is the paper's
     "synthesis.completion_prompt",  # the paper has only chat
     "synthesis.filters[[]*].name",
     "synthesis.oversampling",

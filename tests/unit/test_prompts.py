@@ -8,9 +8,11 @@ import pytest
 from montessori_core.config import Sampling, Synthesis
 from montessori_core.data.sources import Task
 from montessori_core.models.load import load_tokenizer
+from montessori_core.synthesis.extraction import extract_instruction
 from montessori_core.synthesis.filtering import OpenFilters, filter_candidates
 from montessori_core.synthesis.generation import Engine, Request, continuations, open_engine
-from montessori_core.synthesis.prompts import CLOSE, build_prompts
+from montessori_core.synthesis.prompts import CLOSE
+from montessori_core.synthesis.strategies.opened import build_prompts
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]
 SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]
@@ -115,7 +117,8 @@ def test_instructions_pass_in_their_language(language: str, engine: Engine) -> N
 
     def reasons(language: str) -> list[str | None]:
         filters = OpenFilters(settings.model_copy(update={"language": language}))
-        return [verdict.rejection for verdict in filter_candidates(outputs, owners, "completion", True, filters)]
+        instructions = [extract_instruction(output, "completion", True) for output in outputs]
+        return [verdict.rejection for verdict in filter_candidates(instructions, owners, filters)]
 
     no_letter = "first_character: starts with neither letter nor digit"
     assert no_letter not in reasons(language)

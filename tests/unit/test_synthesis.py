@@ -8,12 +8,18 @@ import pyarrow as pa
 import pytest
 
 from montessori_core.config import Synthesis, parse_experiment
-from montessori_core.data.sources import Task
+from montessori_core.data.sources import Sources, Task
 from montessori_core.data.tables import EXAMPLES, UTILITY_PREFERENCES, read_table, table_from_rows, write_table
+from montessori_core.errors import UserError
 from montessori_core.influence.preferences import write_preferences
 from montessori_core.synthesis.filtering import SURPLUS, OpenFilters
-from montessori_core.synthesis.prompts import build_prompts
+from montessori_core.synthesis.filters.filter import Candidate
+from montessori_core.synthesis.strategies.opened import OpenStrategy, build_prompts
+from montessori_core.synthesis.strategies.strategy import Material
+from tasks import candidates as candidates_module
 from tasks import synthesis
+from tasks.candidates import Authors, write_instructions, write_responses
+from tasks.filters import filter_examples
 from tasks.run import ApiModel, Model, Run
 from tasks.stage import Step
 
@@ -31,22 +37,28 @@ def test_output_with_explanation_becomes_dpo_target(tmp_path: Path, monkeypatch:
         ids = [name for row in arguments[2] for name in row["example_ids"]]
         return [
             {"example_id": name, "prompt": "p", "raw_output": text, "finish_reason": "stop", "output_ids": [len(text)]}
-            | {"vocabulary": "v", "thinking": None}
+            | {"vocabulary": "v", "thinking": None, "tokens": 3}
             for name, text in zip(ids, next(written), strict=True)
         ], []
 
-    monkeypatch.setattr(synthesis, "generate", generate)
+    monkeypatch.setattr(candidates_module, "generate", generate)
     settings = {"request": "paper", "samples_per_prompt": 3, "filters": [{"name": "rouge_l", "maximum": 0.9}]}
     content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": settings}
     step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
     teacher = Model("t", "0")
     seeds = [Task(str(number), f"Task {number}") for number in range(8)]
     prompts = build_prompts(1, "chat", step.experiment.synthesis, seeds, [], seed=0)
-    filters = OpenFilters(step.experiment.synthesis)
-    candidates, _ = synthesis._write_instructions(step, teacher, "chat", prompts, "draw", filters, [])
+    authors = Authors(
+        teacher,
+        teacher,
+        OpenStrategy(Material("chat", step.experiment.synthesis, seeds)),
+        OpenFilters(step.experiment.synthesis),
+        "draw",
+    )
+    candidates, _ = write_instructions(step, prompts, authors, [])
     assert candidates[1]["instruction"] == "Why do many rivers differ in colour?"
     assert [candidate["rejection"] for candidate in candidates] == [None] * 3
-    examples, _ = synthesis._write_responses(step, teacher, candidates, "draw", [])
+    examples, _ = write_responses(step, teacher, candidates, "draw", [])
     write_table(table_from_rows(examples, EXAMPLES), tmp_path / "examples.parquet", EXAMPLES)
     names = [example["example_id"] for example in examples]
     pairs = pa.table(
@@ -89,6 +101,34 @@ def test_answerer_follows_configuration(
     assert synthesis.choose_answerer(step, initial) == of_initial
     assert synthesis.choose_answerer(step, Model("updated", "0")) == of_updated
     assert synthesis.choose_answerer(step, strong) == strong
+
+
+def test_magpie_refuses_a_chat_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "sources", lambda _: Sources([], [], []))
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"strategy": "magpie"}}
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "training set")
+    with pytest.raises(UserError, match="training set: .* magpie needs a teacher that jobs load; .* Choose another"):
+        synthesis.open_authors(step, ApiModel("strong_teacher"), None, [], [], [], "draw")
+
+
+OWN_FILTER = """
+from montessori_core.synthesis.filters.filter import Filter
+def reject(candidate):
+    return "no number in the response" if not any(map(str.isdigit, candidate.response)) else None
+NUMBER = Filter("number", "Responses with a number.", lambda settings, context: reject, reads="examples")
+"""
+
+
+def test_own_filter_reads_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"reads_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN_FILTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": [f"{name}:NUMBER"]}}
+    step = Step(Run(tmp_path, parse_experiment(content, "test")), tmp_path, "test")
+    filters = OpenFilters(step.experiment.synthesis)
+    assert filters.judge(Candidate("Count.")) is None  # not before there are responses
+    rows = [{"example_id": text, "instruction": "Count.", "response": text} for text in ("1, 2, 3.", "No.")]
+    assert filter_examples(step, filters, rows, []) == [None, "number: no number in the response"]
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.3, 0.05])

@@ -25,8 +25,8 @@ from montessori_core.synthesis.generation import Generated
 from montessori_core.synthesis.jobs import _records
 from montessori_core.synthesis.nomad import Conversation, read_conversation
 from support.judges import JudgeServer, completion, endpoint, send, served
+from tasks.generation import _without_cut_thinking
 from tasks.run import Run, open_run
-from tasks.synthesis import _without_cut_thinking
 
 QWEN = (  # as Qwen 3: thinks unless told otherwise
     "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' }}{%- if m['role'] == 'assistant' and loop.last %}"

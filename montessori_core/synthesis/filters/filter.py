@@ -17,22 +17,24 @@ Your own filter is a module with a `Filter`; name it in `synthesis.filters` as `
     POLITE = Filter("polite", "Instructions that say please.", open_polite, Settings)
 
 The driver applies filters to the output of a stage, so jobs do not import them. A resumed run applies them again: the same
-candidates must get the same reasons.
+candidates must get the same reasons. A filter that reads `examples` sees the response as well, and is applied after it is
+written.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from montessori_core.config import Section
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An instruction of a teacher, and the demonstrations of its prompt."""
+    """An instruction of a teacher, the demonstrations of its prompt, and its response once that is written."""
 
     instruction: str
     demonstrations: tuple[str, ...] = ()
+    response: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,16 @@ class Context:
 
     Attributes:
         english: whether the instructions are in English (`synthesis.language`).
-        accepted: instructions that all filters accepted, in order; it grows with each.
+        accepted: instructions that all filters of instructions accepted, in order; it grows with each.
+        seeds: the instructions of the seed pool.
+        measured: results of the filter's jobs by instruction and response (empty for a filter of instructions); it grows
+            with each round.
     """
 
     english: bool
     accepted: Sequence[str]
+    seeds: Sequence[str] = ()
+    measured: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
 
 Reject = Callable[[Candidate], str | None]
@@ -54,16 +61,20 @@ Reject = Callable[[Candidate], str | None]
 
 @dataclass(frozen=True)
 class Filter:
-    """A filter of instructions.
+    """A filter of instructions or examples.
 
     Attributes:
         name: name in the table of instructions and in the funnel.
         description: one line for the list of filters.
         open: returns the filter's function for its settings; called once per set of examples.
         settings: type that validates its settings; `Section` itself has none.
+        reads: 'instructions', before responses are written, or 'examples', afterwards.
+        has_jobs: whether jobs measure what it decides on, see `tasks.filters`; only shipped filters have jobs.
     """
 
     name: str
     description: str
     open: Callable[[Any, Context], Reject]
     settings: type[Section] = Section
+    reads: Literal["instructions", "examples"] = "instructions"
+    has_jobs: bool = False

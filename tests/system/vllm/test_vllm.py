@@ -23,7 +23,8 @@ from montessori_core.data.tables import GENERATION, MT_BENCH, read_table
 from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench_judge
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
-from montessori_core.synthesis.prompts import CLOSE, build_prompts
+from montessori_core.synthesis.prompts import CLOSE
+from montessori_core.synthesis.strategies.opened import build_prompts
 from support import ROOT
 from support.row_programs import as_compute, as_shards
 

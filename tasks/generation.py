@@ -1,0 +1,52 @@
+"""Generate texts: with a teacher that jobs load, or with one behind an API."""
+
+from pathlib import Path
+
+from montessori_core import programs
+from montessori_core.config import Sampling
+from montessori_core.data.rows import GenerationRow
+from montessori_core.data.tables import GENERATION, read_table
+from montessori_core.program import Row
+from montessori_core.programs import Form
+from tasks.run import ApiModel, Model
+from tasks.stage import Step
+
+
+def generate(
+    step: Step,
+    teacher: Model | ApiModel,
+    rows: list[GenerationRow],
+    rows_per_shard: int,
+    sampling: Sampling,
+    form: Form,
+    upstream: list[Path],
+) -> tuple[list[Row], list[Path]]:
+    """Generate with a local or API teacher; return the generated rows and their parts."""
+    if isinstance(teacher, ApiModel):
+        parts = step.ask(teacher.section, programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
+    else:
+        synthesis = step.experiment.synthesis
+        settings = programs.Generation(
+            engine=synthesis.engine, engine_options=synthesis.engine_options, form=form, sampling=sampling
+        )
+        parts = step.execute(
+            programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
+        )
+    generated = read_table(parts, GENERATION).to_pylist()
+    return (_without_cut_thinking(generated) if isinstance(teacher, ApiModel) else generated), parts
+
+
+def _without_cut_thinking(generated: list[Row]) -> list[Row]:
+    """Return answers of an endpoint, whose truncated texts may be thinking that the template opened and nothing ended.
+
+    They are if all finished answers have thinking.
+    """
+    finished = [row for row in generated if row["finish_reason"] == "stop"]
+    if not finished or any(row["thinking"] is None for row in finished):
+        return generated
+    return [
+        row | {"thinking": row["raw_output"], "raw_output": ""}
+        if row["finish_reason"] == "length" and row["thinking"] is None
+        else row
+        for row in generated
+    ]
