@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,9 @@ from montessori_core.config import read_experiment
 from montessori_core.formatting import duration
 from montessori_core.program import Row
 from montessori_core.synthesis.filtering import SURPLUS
-from tasks.preview import Preview, preview_run, write_preview
+
+if TYPE_CHECKING:
+    from tasks.preview import Preview
 
 _LONGEST = 1_000  # characters of a text that are shown without --full
 
@@ -31,6 +33,8 @@ def preview(
 
     They are the first of the run's probing set. Nothing is kept: the run is not started, and finds nothing of the preview.
     """
+    from tasks.preview import preview_run, write_preview
+
     experiment = on_cluster(read_experiment(config, tuple(set_ or [])), cluster, config)
     with preview_run(experiment, run_root) as (run, warnings):
         warn(warnings)
@@ -39,7 +43,7 @@ def preview(
     _print_summary(written)
 
 
-def _print_examples(written: Preview, full: bool) -> None:
+def _print_examples(written: "Preview", full: bool) -> None:
     """Print each prompt with its candidates, their verdicts and responses."""
     responses = {row["example_id"]: row for row in written.examples}
     for number, (prompt_id, prompt) in enumerate(written.prompts.items()):
@@ -73,7 +77,7 @@ def _print_text(name: str, text: str, full: bool) -> None:
         console.print(f"    | {line}", soft_wrap=True)
 
 
-def _print_summary(written: Preview) -> None:
+def _print_summary(written: "Preview") -> None:
     """Print the funnel, the tokens and the time per example."""
     reasons = Counter(row["rejection"] for row in written.candidates)
     kept = len(written.examples)
