@@ -32,8 +32,8 @@ def train(
     config: Annotated[
         Path,
         typer.Option(
-            help="Configuration (YAML) or preset; its sections student (not the model), training, zero, seed and cluster "
-            "are used."
+            help="Configuration (YAML) or preset; its sections student (not the model), training, zero, seed, tracking and "
+            "cluster are used."
         ),
     ] = Path("evaluation"),
     set_: Annotated[

@@ -58,9 +58,7 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
     Raises:
         UserError: the data set has other contents and is not to be replaced, or the hub refuses or cannot be reached.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     hub = HfApi()
     try:
@@ -88,7 +86,9 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
             parent_commit=info.sha,  # another commit in the meantime is an error
             delete_patterns="*",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds, also of its HTTP library
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"--repo {target.name}: the hub refused the data set or did not answer: {reason}. Check name, network, and that "

@@ -8,6 +8,7 @@ import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def prepare_tracking(folder: Path, name: str, trackers: Sequence[str]) -> Path:
 def record_problem(file: Path, tracker: str, error: Exception) -> None:
     """Record in `problems.json` that a tracker failed, unless a problem with it is known; `file` is `tracking.json`."""
     problems = read_json(_problems(file)) or {}
-    if tracker not in problems:
+    if tracker in problems:
+        return
+    with suppress(OSError):  # a full disk is the run's problem, not the tracker's
         write_json(problems | {tracker: {"problem": describe(error), "shown": False}}, _problems(file))
 
 

@@ -34,8 +34,13 @@ def tracking_callbacks(inputs: Mapping[str, Path], checkpoints: Path) -> list[Tr
     file = inputs.get("tracking")
     if file is None:
         return []
-    stage = checkpoints.parent.parent.resolve().relative_to(file.parent.parent.resolve())
-    return [TrackingCallback(file, TrackedRun.of(file, f"{stage.as_posix()}-{checkpoints.name[:8]}"))]
+    try:
+        stage = checkpoints.parent.parent.resolve().relative_to(file.parent.parent.resolve())
+        run = TrackedRun.of(file, f"{stage.as_posix()}-{checkpoints.name[:8]}")
+    except Exception as error:  # such as a file that was removed
+        log.warning("tracking: %s; the training continues without it", describe(error))
+        return []
+    return [TrackingCallback(file, run)]
 
 
 class TrackingCallback(TrainerCallback):
@@ -81,7 +86,9 @@ class TrackingCallback(TrainerCallback):
         for tracker, integration in list(self._integrations.items()):
             if place <= self._run.read_state(tracker).get("place", 0):
                 continue
-            self._run.update_state(tracker, place=place)
+            self._guarded(tracker, partial(self._run.update_state, tracker, place=place))
+            if tracker not in self._integrations:
+                continue
             named = _named(args, self._run)
             self._guarded(tracker, partial(integration.on_log, named, state, control, logs=dict(logs or {}), **kwargs))
 

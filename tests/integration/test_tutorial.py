@@ -2,13 +2,13 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 
 from montessori_core.files import read_json
 from support import ROOT
+from support.reports import write_run
 from support.runs import call
 
 PAGE = (ROOT / "docs" / "tutorial-data.md").read_text(encoding="utf-8").partition("## With GSM8K")[0]
@@ -31,23 +31,38 @@ def test_page_shows_the_whole_way() -> None:
 
 
 @pytest.mark.slow
-def test_tutorial_runs_as_shown(smollm2: Path, finished_run: Path, tmp_path: Path) -> None:
-    """The export is of another run than the page's: the quickstart takes minutes."""
-    (script, *_) = blocks("python")
-    code = compile(script, "make_data.py", "exec")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        exec(code, {"__name__": "__main__"})
-    shutil.copytree(finished_run / "runs" / "tiny", tmp_path / "runs" / "quickstart")
-    for words in commands():
-        status, output = call(*words, cwd=tmp_path, seconds=1800)
-        assert status == 0, f"montessori {shlex.join(words)}\n{output}"
-        if words[0] == "data":
-            (shown, *_) = blocks("text")
-            assert set(shown.split()) <= set(output.split())
+def test_tutorial_runs_as_shown(smollm2: Path, tmp_path: Path) -> None:
+    outputs = run_page(tmp_path, "smollm2-135m")
+    (shown, *_) = blocks("text")
+    assert set(shown.split()) <= set(outputs[0].split())
     losses = {
         name: read_json(tmp_path / "runs" / f"evaluation-{name}" / "evaluation.json")["held_out_loss"]["mean"]
         for name in ("smollm2-135m", "student", "control")
     }
     assert losses["student"] < losses["smollm2-135m"], losses
-    assert (tmp_path / "runs" / "quickstart" / "exports" / "training-messages" / "README.md").exists()
+
+
+def test_tutorial_runs_with_another_model(tiny_llama: Path, tmp_path: Path) -> None:
+    outputs = run_page(tmp_path, str(tiny_llama))
+    assert "24 rows, format: messages" in outputs[0]
+    assert "8 of 24 scored rows" in outputs[2]
+    assert (tmp_path / "runs" / "quickstart" / "exports" / "preferences-trl" / "README.md").exists()
+
+
+def run_page(folder: Path, model: str) -> list[str]:
+    """Run the page's script and commands with a model; return what the commands print.
+
+    The exported run is another one: a quickstart takes minutes.
+    """
+    (script,) = blocks("python")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(script, "make_data.py", "exec"), {"__name__": "__main__"})
+    write_run(folder / "runs" / "quickstart")
+    outputs = []
+    for words in commands():
+        words = [model if word == "smollm2-135m" else word for word in words]
+        status, output = call(*words, cwd=folder, seconds=1800)
+        assert status == 0, f"montessori {shlex.join(words)}\n{output}"
+        outputs.append(output)
+    return outputs

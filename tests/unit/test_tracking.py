@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from montessori_core.config import parse_experiment
+from montessori_core.config import parse_experiment, read_experiment
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.tracking.numbers import log_numbers, numbers_of
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, describe, new_problems, prepare_tracking
 from montessori_core.tracking.trackers import check_trackers
+from support.reports import write_run
 from support.tracked import INSTALLED, READABLE, offline, points, trackio_folder
+from tasks.tracking import start_tracking, track_iteration, tracking_input
 
 __all__ = ["offline", "trackio_folder"]
 MODELS = {"teacher": {"model": "t"}, "student": {"model": "s"}}
@@ -128,3 +130,17 @@ def test_unreachable_server_is_reported_once(offline: Path, monkeypatch: pytest.
     for step in (1, 2):
         log_numbers(file, {"loss": 1.0 / step}, step)
     assert points("mlflow", TrackedRun.of(file, ITERATIONS)) == {"loss": [(1, 1.0), (2, 0.5)]}
+
+
+@pytest.mark.skipif("tensorboard" not in INSTALLED, reason="tensorboard is not installed")
+def test_finished_iteration_is_tracked_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", tracking=["tensorboard"])
+    experiment = read_experiment(folder / "config.yaml")
+    start_tracking(folder, experiment)
+    for _ in range(2):
+        track_iteration(folder, experiment, 1)
+    (file,) = tracking_input(folder, experiment).values()
+    found = points("tensorboard", TrackedRun.of(file, ITERATIONS))
+    assert found["held_out_loss/student"][0][0] == 1
+    assert all(len(values) == 1 for values in found.values())
+    assert tracking_input(folder, experiment.model_copy(update={"tracking": ()})) == {}
