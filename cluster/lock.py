@@ -88,13 +88,7 @@ def submit_driver(folder: Path, command: Sequence[str], variables: Mapping[str, 
     name = f"montessori-driver-{uuid.uuid4().hex[:12]}"
     with _lock(folder) as lock:
         _write(lock, Driver(job_name=name))  # before sbatch: whoever comes later finds the job by its name
-        try:
-            driver = Driver(job=submit_job(folder, name, command, variables, slurm), job_name=name)
-        except SchedulerUnavailable:
-            raise
-        except Exception:
-            lock.truncate(0)
-            raise
+        driver = Driver(job=submit_job(folder, name, command, variables, slurm), job_name=name)
         _write(lock, driver)
         return driver
 

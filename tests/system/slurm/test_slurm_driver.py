@@ -227,7 +227,7 @@ def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_pat
 
     code, output = whole.call("resume", str(run), "--submit-driver", cwd=tmp_path)
     assert code == 0, output
-    local.wait_until(lambda: driver_of(run) is None, 1800)
+    local.wait_until(lambda: driver_of(run) is None, 2400)
     assert (run / "report.html").exists(), log_of_driver(run).read_text()
     assert whole.digests(run) == whole.digests(tmp_path / "quiet" / "tiny")
     assert {len(read_json(ledger)) for ledger in run.rglob("ledger.json")} == {1}
