@@ -479,7 +479,7 @@ def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPat
     found = psutil.Process(job.pid)
     job.kill()
     job.wait()
-    monkeypatch.setattr("cluster.backends.local._process", lambda job_id: found)
+    monkeypatch.setattr("cluster.backends.local.process_of", lambda job_id: found)
     LocalBackend(Resources(), None).cancel([f"{job.pid}:0"])
 
 
