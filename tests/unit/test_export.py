@@ -161,7 +161,7 @@ def test_card_describes_the_run(run: Path, tmp_path: Path) -> None:
         "| candidates | 46 |",
         "| kept | 40 |",
         "| mt\\_bench | 1 of 80 | 8 |",
-        "Random seed: 0. Filters, in order: ",
+        "Random seed: 0. Strategy of prompts: self\\_instruct.",
         "montessori export runs/trial --what training --to sharegpt --iteration 2",
         "baseline: median",
         "| student | 2.3000 | 0.0500 |",
