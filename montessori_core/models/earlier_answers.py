@@ -45,7 +45,7 @@ def find_answer(text: str, turns: Sequence[Message], position: int, between: str
         UserError: the template changes the prompt or the end of the answer when more turns follow.
     """
     prompt = render(turns[:position], True)
-    probe = next(probe for probe in _PROBES if not turns[position + 1]["content"].startswith(probe))
+    probe = next(probe for probe in _PROBES if not turns[position + 1]["content"].lstrip().startswith(probe))
     limit = _shared_prefix(text, render([*turns[: position + 1], {"role": "user", "content": probe}], False))
     end = limit - len(between or "")
     if between is None or not text.startswith(prompt) or not text.endswith(between, end, limit) or end < len(prompt):

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.shards import Shards
@@ -235,6 +235,7 @@ ROUNDS = st.lists(st.tuples(TEXT, TEXT, st.booleans()), min_size=1, max_size=4)
 ENDS = {"its own": "<|im_end|>", "qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 
 
+@example([("a", "a", True), (" \ue000", "a", True)], None, "gemma")  # a template that strips
 @given(ROUNDS, st.none() | TEXT, st.sampled_from(sorted(ENDS)))
 def test_trained_texts_are_the_answers(
     fixed: dict[str, Any], rounds: list[tuple[str, str, bool]], system: str | None, name: str

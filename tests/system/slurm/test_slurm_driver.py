@@ -202,6 +202,11 @@ def test_refused_driver_job_leaves_no_driver(tiny_llama: Path, tmp_path: Path) -
     assert driver_of(tmp_path / "runs" / "tiny") is None
 
 
+def is_submitted(ledger: Path) -> bool:
+    """Whether Slurm has answered; a driver killed before that submits the jobs again."""
+    return any(submission["ids"] for submission in read_json(ledger) or [])
+
+
 @pytest.mark.guarantee("driver's job of a whole run requeued and killed")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
@@ -217,9 +222,9 @@ def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_pat
     driver = driver_of(run)
     assert driver is not None
     ledgers = [run / "iteration-1" / stage / "jobs" / "ledger.json" for stage in ("warmup", "influence")]
-    local.wait_until(ledgers[0].exists, 1200)
+    local.wait_until(lambda: is_submitted(ledgers[0]), 1200)
     subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
-    local.wait_until(ledgers[1].exists, 1200)
+    local.wait_until(lambda: is_submitted(ledgers[1]), 1200)
     subprocess.run(["scancel", "--signal=KILL", str(driver.job)], check=True)
     local.wait_until(lambda: driver_of(run) is None)
     code, output = whole.call("status", str(run), cwd=tmp_path)
