@@ -19,9 +19,8 @@ import logging
 from typing import Any, Literal
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -35,6 +34,9 @@ Reading = Literal["in parts", "whole", "again"]
 """How a model reads a context: `in parts`; `whole`, because it forgets its state when several tokens follow; or without a
 cache, `again` for every token."""
 
+_EMPTY = getattr(
+    cache_utils, "DummyLayer", None
+)  # of a layer without a cache; older releases of transformers have none
 _STATES = ("conv_states", "recurrent_states")
 SLACK = 128  # free columns after a reallocation
 
@@ -201,8 +203,8 @@ class _HybridLayer(_StateLayer, _RowLayer):
 def _row_layer(layer: Any, slots: int) -> Any:
     """Return the layer with exchangeable rows that replaces a layer of a `DynamicCache`."""
     kind = type(layer)
-    if kind is DummyLayer:
-        return DummyLayer()
+    if kind is _EMPTY:
+        return kind()
     if kind in (DynamicLayer, DynamicSlidingWindowLayer):
         return _RowLayer(slots)
     if kind is LinearAttentionLayer:

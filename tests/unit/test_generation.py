@@ -138,7 +138,7 @@ def test_batched_rows_equal_single_rows(
     tokenizer = load_tokenizer(str(tiny_llama))
     _random_model(MODELS[name](), len(tokenizer)).save_pretrained(tmp_path)
     monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
-    monkeypatch.setattr(transformers_engine, "_MAX_ROWS", 5)
+    monkeypatch.setitem(transformers_engine._MAX_ROWS, "cpu", 5)
     monkeypatch.setattr(transformers_engine, "_READ_TOKENS", 16)
     monkeypatch.setattr(row_cache, "SLACK", 4)
     engine = TransformersEngine(str(tmp_path), tokenizer)

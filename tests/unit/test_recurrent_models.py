@@ -30,7 +30,7 @@ TEXTS = [START + end for end in ("", " in Asia", " or one in Europe", " and it" 
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows leave and join often, and prompts are read in parts."""
     monkeypatch.setattr(transformers_engine, "generation_dtype", lambda: "float32")
-    monkeypatch.setattr(transformers_engine, "_MAX_ROWS", 3)
+    monkeypatch.setitem(transformers_engine._MAX_ROWS, "cpu", 3)
     monkeypatch.setattr(transformers_engine, "_READ_TOKENS", 16)
     monkeypatch.setattr(row_cache, "SLACK", 4)
 
