@@ -1,11 +1,12 @@
 """Check influence and training on a GPU and measure their speed, on a machine with CUDA.
 
-    python benchmarks/gpu.py [--out docs/benchmarks.md] [--llama-8b]
+    python benchmarks/gpu.py [--out docs/benchmarks.md] [--shapes 135m 1b 8b]
 
 Checks on the embedded SmolLM2-135M: the student is bit-identical after any number of examples; influence is bit-identical in
-any order; the GPU agrees with the CPU; first order agrees with exact; training on two GPUs with ZeRO-3 agrees with one (if
-there are two). Then the program runs benchmarks/influence.py on the GPU. It prints a Markdown section with date, hardware and
-versions, and appends it to --out. The exit code is 1 if a check failed.
+any order; the GPU agrees with the CPU; first order agrees with exact, linear with first order; training on two GPUs with
+ZeRO-3 agrees with one (if there are two). Then the program runs benchmarks/influence.py and influence_shapes.py on the GPU.
+It prints a Markdown section with date, hardware and versions, and appends it to --out, each line as soon as it is known. The
+exit code is 1 if a check failed.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -30,7 +32,8 @@ from cluster.stage import Stage
 from montessori_core.config import Cluster, DataSource, Resources, Warmup, Zero
 from montessori_core.data.rows import Rows
 from montessori_core.data.sources import read_tasks
-from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence import AdamW, InfluenceMeter, Measurement, ReferenceSet, ResidentStudent
+from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.models.chat import Encoded, encode_example
 from montessori_core.models.embedded import fetch_embedded
@@ -38,12 +41,7 @@ from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import Moments
 
-RATE = 1e-5
-_SPEED: dict[str, list[str]] = {
-    "SmolLM2-135M, fp32": [],
-    "SmolLM2-135M, weights in fp32 and arithmetic in bf16": ["--dtype", "mixed", "--skip-naive"],
-}
-_SPEED_8B = {"Llama-3-8B's shape, bf16": ["--llama-8b", "--dtype", "bfloat16", "--skip-naive"]}
+RATE, LIGHT = 1e-5, 1 / 32
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,11 @@ class Check:
     name: str
     good: bool | None
     measured: str
+
+    def row(self) -> str:
+        """Return the row of the table."""
+        passed = {True: "yes", False: "**no**", None: "not checked"}[self.good]
+        return f"| {self.name} | {passed} | {self.measured} |"
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,53 @@ class WarmStudent:
     reference: list[Encoded]
     probing: list[Encoded]
 
-    def resident(self, device: torch.device) -> ResidentStudent:
-        """Return a copy of the student as a `ResidentStudent`."""
+    def model(self, device: torch.device) -> Any:
+        """Return the model on a device."""
         model = load_model(str(self.folder), torch.float32)
         model.load_state_dict(self.weights, strict=False)
+        return model.to(device)
+
+    def resident(self, model: Any, device: torch.device, weight: float = 1.0) -> ResidentStudent:
+        """Return the student, whose step gives an example this weight."""
         moments = Moments(dict(self.moments.first), dict(self.moments.second), self.moments.step)
-        adamw = AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1)
-        return ResidentStudent(model.to(device), moments, adamw, device)
+        return ResidentStudent(model, moments, AdamW(RATE, 0.9, 0.999, 1e-8, 0.0, moments.step + 1, weight), device)
 
     def measure(
         self,
-        student: ResidentStudent,
+        device: torch.device,
         examples: Sequence[Encoded],
         estimator: Literal["exact", "first_order"] = "exact",
+        weight: float = 1.0,
     ) -> list[float]:
-        """Return the influence of each example, nats."""
-        meter = InfluenceMeter(student, ReferenceSet(self.reference, 1024, student.device), estimator)
-        return [float(meter.measure(example).influence_student) for example in examples]  # type: ignore[arg-type]
+        """Return the influence of each example on a new copy of the student, nats."""
+        student = self.resident(self.model(device), device, weight)
+        return measure_all(InfluenceMeter(student, ReferenceSet(self.reference, 1024, device), estimator), examples)
+
+    def measure_together(self, device: torch.device, examples: Sequence[Encoded], weight: float) -> list[float]:
+        """Return the influence of each example with a linear step, all in one batch, nats."""
+        model, reference = self.model(device), ReferenceSet(self.reference, 1024, device)
+        meter = LinearMeter(model, lambda: self.resident(model, device, weight), reference, batch_tokens=1 << 14)
+        return list(map(influence_of, meter.measure_batch(examples)))
+
+
+def measure_all(meter: InfluenceMeter, examples: Sequence[Encoded]) -> list[float]:
+    """Return the influence of each example, nats."""
+    return [influence_of(meter.measure(example)) for example in examples]
+
+
+def influence_of(measurement: Measurement) -> float:
+    """Return the influence of a measured example, nats."""
+    assert measurement.influence_student is not None, measurement.status
+    return measurement.influence_student
 
 
 def main() -> None:
-    """Check, measure, and print or append the section."""
+    """Check, measure, and print and append the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file to append the section to")
-    parser.add_argument("--llama-8b", action="store_true", help="also measure a student of Llama-3-8B's shape (80 GB)")
+    parser.add_argument(
+        "--shapes", nargs="*", default=["135m", "1b"], help="students of influence_shapes.py; 8b needs 80 GB"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit(
@@ -96,19 +122,36 @@ def main() -> None:
             f"(this is {torch.__version__}). benchmarks/influence.py also runs on a CPU."
         )
     device = torch.device("cuda")
+    say = partial(append, arguments.out)
+    say(heading(hardware()))
     folder = fetch_embedded()
-    warm = warm_up(folder, device, steps=4, references=16, probing=12)
-    checks = list(check_influence(warm, device))
-    checks.append(check_sharded_training(folder, torch.cuda.device_count()))
-    speeds = {
-        name: measure_speed(options) for name, options in (_SPEED | (_SPEED_8B if arguments.llama_8b else {})).items()
-    }
-    section = render_section(hardware(), checks, speeds)
-    if arguments.out:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(f"\n{section}")
-    print(section)  # noqa: T201
+    checks = []
+    for check in run_checks(folder, device):
+        checks.append(check)
+        say(check.row())
+    say("\n### SmolLM2-135M, fp32, beside the published procedure\n")
+    for line in run_benchmark("influence.py", "--device", "cuda"):
+        say(line)
+    if arguments.shapes:
+        say("\n### Students with random weights\n")
+        for line in run_benchmark("influence_shapes.py", "--shapes", *arguments.shapes):
+            say(line)
     raise SystemExit(any(check.good is False for check in checks))
+
+
+def append(path: Path | None, text: str) -> None:
+    """Print a part of the section, and append it to a file."""
+    print(text, flush=True)  # noqa: T201
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+
+def run_checks(folder: Path, device: torch.device) -> Iterator[Check]:
+    """Run all checks."""
+    warm = warm_up(folder, device, steps=4, references=8, probing=12)
+    yield from check_influence(warm, device)
+    yield check_sharded_training(folder, torch.cuda.device_count())
 
 
 def warm_up(folder: Path, device: torch.device, steps: int, references: int, probing: int) -> WarmStudent:
@@ -135,16 +178,17 @@ def warm_up(folder: Path, device: torch.device, steps: int, references: int, pro
 
 def check_influence(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
     """Check that the student is restored, influence is repeatable and equals the CPU's, and first order is near exact."""
-    student = warm.resident(device)
-    influence = warm.measure(student, warm.probing)
-    reversed_order = warm.measure(student, warm.probing[::-1])[::-1]
+    student = warm.resident(warm.model(device), device)
+    meter = InfluenceMeter(student, ReferenceSet(warm.reference, 1024, device))
+    influence = measure_all(meter, warm.probing)
+    reversed_order = measure_all(meter, warm.probing[::-1])[::-1]
     changed = [name for name, p in student.parameters.items() if not torch.equal(p.detach().cpu(), warm.weights[name])]
     yield Check(
         "the student is bit-identical after all examples",
         not changed,
         f"{len(changed)} of {len(warm.weights)} tensors differ after {2 * len(warm.probing)} examples",
     )
-    fresh = warm.measure(warm.resident(device), warm.probing)
+    fresh = warm.measure(device, warm.probing)
     same = sum(a == b == c for a, b, c in zip(influence, reversed_order, fresh, strict=True))
     yield Check(
         "influence is the same to the last bit in another order and on another worker",
@@ -152,10 +196,13 @@ def check_influence(warm: WarmStudent, device: torch.device) -> Iterator[Check]:
         f"{same} of {len(influence)} examples",
     )
     spread = max(influence) - min(influence)
-    on_cpu = warm.measure(warm.resident(torch.device("cpu")), warm.probing)
-    yield agreement("the device agrees with the CPU, fp32", influence, on_cpu, spread, 0.01)
-    first_order = warm.measure(warm.resident(device), warm.probing, "first_order")
+    on_cpu = warm.measure(torch.device("cpu"), warm.probing[:4])
+    yield agreement("the device agrees with the CPU, fp32", influence[:4], on_cpu, spread, 0.01)
+    first_order = warm.measure(device, warm.probing, "first_order")
     yield agreement("first order agrees with exact", first_order, influence, spread, 0.25)
+    light = warm.measure(device, warm.probing, "first_order", LIGHT)
+    linear = warm.measure_together(device, warm.probing, LIGHT)
+    yield agreement("linear agrees with first order at weight 1/32", linear, light, max(light) - min(light), 0.25)
 
 
 def agreement(name: str, values: list[float], expected: list[float], spread: float, tolerance: float) -> Check:
@@ -196,13 +243,18 @@ def train(folder: Path, scratch: Path, processes: int) -> dict[str, torch.Tensor
     return weights
 
 
-def measure_speed(options: list[str]) -> str:
-    """Return the Markdown that benchmarks/influence.py prints on the GPU."""
-    command = [sys.executable, str(Path(__file__).with_name("influence.py")), "--device", "cuda", *options]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
-    if outcome.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{outcome.stderr[-4000:]}")
-    return outcome.stdout
+def run_benchmark(script: str, *options: str) -> Iterator[str]:
+    """Run a program beside this one; yield its lines as it prints them.
+
+    Raises:
+        SystemExit: it failed; what it wrote to stderr is above.
+    """
+    command = [sys.executable, str(Path(__file__).with_name(script)), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from (line.rstrip("\n") for line in process.stdout)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
 
 
 def hardware() -> str:
@@ -213,21 +265,10 @@ def hardware() -> str:
     return f"{gpu_text}, CUDA {torch.version.cuda}, Python {platform.python_version()}, {versions}"
 
 
-def render_section(machine: str, checks: Sequence[Check], speeds: dict[str, str]) -> str:
-    """Return the section as Markdown."""
-    outcomes = {True: "yes", False: "**no**", None: "not checked"}
-    lines = [
-        "## On a GPU",
-        "",
-        f"`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}: {machine}.",
-        "",
-        "| check | passed | measured |",
-        "|---|---|---|",
-        *(f"| {check.name} | {outcomes[check.good]} | {check.measured} |" for check in checks),
-    ]
-    for name, markdown in speeds.items():
-        lines += ["", f"### {name}", "", markdown.strip()]
-    return "\n".join(lines) + "\n"
+def heading(machine: str) -> str:
+    """Return the start of the section, up to the heading of the table of checks."""
+    command = f"`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}: {machine}."
+    return f"\n## On a GPU\n\n{command}\n\n| check | passed | measured |\n|---|---|---|"
 
 
 if __name__ == "__main__":

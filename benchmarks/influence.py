@@ -59,9 +59,6 @@ def main() -> None:
         help="share of examples that the screened estimator measures exactly",
     )
     parser.add_argument("--student", type=Path, help="model folder (default: the embedded model)")
-    parser.add_argument(
-        "--llama-8b", action="store_true", help="use a student of Llama-3-8B's shape, with random weights"
-    )
     parser.add_argument("--skip-naive", action="store_true", help="omit the naive procedure")
     parser.add_argument(
         "--dtype", choices=["float32", "mixed", "bfloat16"], default="float32", help="precision of ours"
@@ -88,7 +85,7 @@ def main() -> None:
         f"{device}; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = prepare(Path(scratch), arguments, student, device)
+        folder = prepare(Path(scratch), student)
         rows: list[tuple[str, float]] = []
         if not arguments.skip_naive:
             rows.append(("naive", measure_naive(folder, probing[0], references, arguments.naive_batch, device)))
@@ -131,25 +128,11 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def prepare(folder: Path, arguments: argparse.Namespace, student: Path, device: torch.device) -> Path:
+def prepare(folder: Path, student: Path) -> Path:
     """Save a warm student, weights and moments, to a folder."""
-    if arguments.llama_8b:
-        config = LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            tie_word_embeddings=False,
-        )
-        with torch.device(device):
-            model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
-    else:
-        model = load_model(str(student), torch.float32)
+    model = load_model(str(student), torch.float32)
     model.save_pretrained(folder)
-    if not arguments.llama_8b:
-        save_moments(random_moments(model), folder)
+    save_moments(random_moments(model), folder)
     return folder
 
 
@@ -215,7 +198,7 @@ def measure_ours(
     """Return the seconds per example, and the share of the peak FLOP/s that the reference pass reaches."""
     dtype = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
     model = load_model(str(folder), dtype)
-    moments = load_moments(folder) if (folder / "adamw.safetensors").exists() else random_moments(model)
+    moments = load_moments(folder)
     reference = ReferenceSet(references, arguments.batch_tokens, device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
     plan = plan_memory(Shape.of(model), estimator, arguments.dtype, PADDED, arguments.batch_tokens, memory)

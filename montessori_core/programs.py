@@ -104,7 +104,7 @@ class InfluenceMeasurement(Section):
     """How influence is measured."""
 
     max_length: int
-    estimator: Literal["exact", "first_order"]
+    estimator: Literal["exact", "first_order", "linear"]
     dtype: Literal["float32", "mixed", "bfloat16"]
     step: AdamWStep
     reference_reduction: Literal["example", "token"]
@@ -124,7 +124,7 @@ def measurement_settings(
         influence: its configuration.
         warmup: its AdamW takes the step, at its peak learning rate unless `influence` sets another.
         max_length: tokens of an example.
-        estimator: 'exact' or 'first_order'.
+        estimator: 'exact', 'first_order' or 'linear'.
         baseline: see `config.Preferences`; a sequential measurement tests signs against it.
     """
     sequential = influence.sequential if estimator == "exact" else None

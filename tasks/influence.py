@@ -105,7 +105,7 @@ def _join(
 
 
 def influence_settings(experiment: Experiment, estimator: str) -> programs.InfluenceMeasurement:
-    """Return the settings of a measurement by an estimator, 'exact' or 'first_order'."""
+    """Return the settings of a measurement by an estimator, 'exact', 'first_order' or 'linear'."""
     return programs.measurement_settings(
         experiment.influence,
         experiment.warmup,

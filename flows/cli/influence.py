@@ -35,7 +35,8 @@ EstimatorName = Annotated[
     str,
     typer.Option(
         help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
-        "gradient. screened: first order for all, exact for an audit and for uncertain signs."
+        "gradient. linear: the same for a step that is linear in the example's gradient, many examples at once. screened: "
+        "first order for all, exact for an audit and for uncertain signs."
     ),
 ]
 ExampleWeight = Annotated[float, typer.Option(help="Factor of the example's gradient in AdamW's step, e.g. 0.125.")]

@@ -22,7 +22,7 @@ def plan(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The same, to plan a teacher update instead.")] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
-    estimator: Annotated[str, typer.Option(help="exact, first_order or screened.")] = "screened",
+    estimator: Annotated[str, typer.Option(help="exact, first_order, linear or screened.")] = "screened",
     dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
     max_length: Annotated[int, typer.Option(min=32, help="Tokens of the longest example or pair.")] = 1024,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,

@@ -3,6 +3,7 @@
 Functions import slow libraries (scipy, plotly, simpy, torch) where they need them, so `montessori status` starts at once.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,10 +296,11 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats/token")
     lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats/token")
     lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats/token")
-    lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
-    lines.add_row(
-        "dominated by the example's gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
-    )
+    if math.isfinite(summary["median_gradient_norm"]):  # linear forms no gradient
+        lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
+        lines.add_row(
+            "dominated by the example's gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
+        )
     screening = screening_report(table)
     if screening is not None:
         lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")

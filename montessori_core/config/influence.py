@@ -39,6 +39,7 @@ class Sequential(Section):
 
 
 WeightPer = Literal["example", "token"]
+_LARGEST_LINEAR_WEIGHT = 1 / 8
 
 
 class Influence(Section):
@@ -46,11 +47,13 @@ class Influence(Section):
 
     probing_examples: Count = Field(10_000, description="Examples in the probing set of the first iteration.")
     later_probing_examples: Count = Field(2000, description="Examples in the probing set of later iterations.")
-    estimator: Literal["exact", "first_order", "screened"] = Field(
+    estimator: Literal["exact", "first_order", "linear", "screened"] = Field(
         "screened",
         description="'exact' takes the step and evaluates the reference set. 'first_order' projects the step on the "
-        "reference gradient at the null step; with many reference examples it is hundreds of times cheaper. 'screened' uses "
-        "first order for all examples, audits it, and confirms signs in doubt exactly.",
+        "reference gradient at the null step; with many reference examples it is hundreds of times cheaper. 'linear' also "
+        "takes the step as linear in the example's gradient, which it nearly is up to a weight of 1/8: one pass measures a "
+        "batch of examples, without moments and weight gradients. 'screened' uses first order for all examples, audits it, "
+        "and confirms signs in doubt exactly.",
     )
     dtype: Literal["float32", "mixed", "bfloat16"] = Field(
         "float32",
@@ -85,6 +88,16 @@ class Influence(Section):
         2048, description="Tokens per batch of reference examples, including padding."
     )
     examples_per_shard: Count = Field(64, description="Maximum number of probing examples per shard.")
+
+    @model_validator(mode="after")
+    def _linear_weight_is_small(self) -> "Influence":
+        if self.estimator == "linear" and self.example_weight > _LARGEST_LINEAR_WEIGHT:
+            raise ValueError(
+                f"estimator: linear with example_weight: {self.example_weight:g}; AdamW's step is nearly linear in the "
+                f"example's gradient up to about {_LARGEST_LINEAR_WEIGHT:g}; lower example_weight, or set estimator: "
+                "first_order"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sequential_is_exact(self) -> "Influence":

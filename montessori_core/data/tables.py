@@ -101,7 +101,7 @@ INFLUENCE = _schema(
         nullable=True,
     ),
     _field("reference_tokens", pa.int64(), "tokens of the reference set read for this row"),
-    _field("estimator", _TEXT, "how the row's influence was measured: 'exact' or 'first_order'"),
+    _field("estimator", _TEXT, "how the row's influence was measured: 'exact', 'first_order' or 'linear'"),
     _field("audited", _TRUTH, "the row is of the audit sample of estimator: screened"),
     _field(
         "first_order_null_step",

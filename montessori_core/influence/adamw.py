@@ -8,6 +8,7 @@ it bounds the copies from host memory. All operations are elementwise, so chunki
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +47,15 @@ class GradientTally:
     def dominated(self) -> int:
         """Number of coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v."""
         return int(sum(_values(self._dominated)))
+
+
+class ScaledMoments(NamedTuple):
+    """A step on a gradient g is -length (past + g) / (sqrt(past_square + g^2) + epsilon)."""
+
+    past: torch.Tensor
+    past_square: torch.Tensor
+    epsilon: float
+    length: float
 
 
 @dataclass(frozen=True)
@@ -105,21 +115,47 @@ class AdamW:
             [examples, directions + 2] in fp64: <direction, step> of each direction, the squared norm of the gradient, and the
             number of coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v.
         """
-        weight, remainder = self.example_weight, 1 - self.beta2**self.step
-        scale = weight * ((1 - self.beta2) / remainder) ** 0.5  # of the gradient in the denominator
-        past = first * (self.beta1 / ((1 - self.beta1) * weight))
-        past_square = second * (self.beta2 / ((1 - self.beta2) * weight**2))
+        past, past_square, epsilon, length = self.scaled(first, second)
         own_square = torch.empty_like(past_square)
         sums = []
         for gradient in gradients:
             torch.mul(gradient, gradient, out=own_square)
             norm, denominator = own_square.sum(), own_square + past_square
             dominated = torch.gt(own_square, past_square, out=own_square).sum()
-            step = (past + gradient).div_(denominator.sqrt_().add_(self.epsilon / scale))
+            step = (past + gradient).div_(denominator.sqrt_().add_(epsilon))
             sums.append(torch.cat([directions @ step, torch.stack([norm, dominated])]))
         total = torch.stack(sums).double()
-        total[:, :-2] *= -self._rate * (1 - self.beta1) * weight / scale
+        total[:, :-2] *= -length
         return total
+
+    def scaled(self, first: torch.Tensor, second: torch.Tensor) -> ScaledMoments:
+        """Return the parts of a step whose numerator and denominator are divided by the factors of the gradient."""
+        weight = self.example_weight
+        scale = weight * ((1 - self.beta2) / (1 - self.beta2**self.step)) ** 0.5  # of the gradient in the denominator
+        return ScaledMoments(
+            first * (self.beta1 / ((1 - self.beta1) * weight)),
+            second * (self.beta2 / ((1 - self.beta2) * weight**2)),
+            self.epsilon / scale,
+            self._rate * (1 - self.beta1) * weight / scale,
+        )
+
+    @property
+    def own_share(self) -> float:
+        """Factor of an example's squared gradient that, added to `second`, gives its denominator: (1 - beta2) w^2 / beta2."""
+        return (1 - self.beta2) * self.example_weight**2 / self.beta2
+
+    def linear_direction(self, gradient: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Return the direction u for which <u, g> is about <gradient, null step - step> for an example's gradient g.
+
+        The denominator is that of an example whose squared gradient is the mean of many. With that of the null step, the step
+        would have no bound where no training example had a gradient: in the embeddings of new tokens.
+
+        Args:
+            gradient: of the reference loss, [any shape].
+            second: exp_avg_sq, and `own_share` of the mean squared gradient of an example; like `gradient`.
+        """
+        denominator = (second * (self.beta2 / (1 - self.beta2**self.step))).sqrt_().add_(self.epsilon)
+        return gradient / denominator * (self._rate * (1 - self.beta1) * self.example_weight)
 
     @property
     def _rate(self) -> float:

@@ -12,6 +12,7 @@ from montessori_core.data.rows import ExampleRow, TaskRow
 from montessori_core.data.sources import Task, load_tasks
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
+from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.meter import InfluenceMeter, Measurement
@@ -25,7 +26,7 @@ from montessori_core.models.examples import encode_row, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.shape import GB, Shape
 from montessori_core.program import Recorder, RowProgram
-from montessori_core.training.moments import Moments, cold_moments, load_moments
+from montessori_core.training.moments import cold_moments, load_moments
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,12 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     device = compute_device()
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     tokenizer, model = load_with_tokenizer(str(inputs["student"]), dtype)
-    moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     reference = ReferenceSet(
         encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
         settings.reference_batch_tokens,
         device,
     )
-    meter = _open_meter(settings, model.to(device), moments, reference, device, inputs.get("shared"))
+    meter = _open_meter(settings, model.to(device), reference, device, inputs)
     measured = {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
@@ -54,18 +54,20 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     }
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
-        recorder.progress(0)
+        recorder.progress(done := 0)
         examples = [encode_row(tokenizer, row, settings.max_length) for row in rows]
-        for positions in _batches(examples, settings):
+        groups = meter.batches(examples) if isinstance(meter, LinearMeter) else _batches(examples, settings)
+        for positions in groups:
             batch = [examples[position] for position in positions]
-            for position, measurement in zip(positions, measure(batch, positions[0], recorder), strict=True):
+            for position, measurement in zip(positions, measure(batch, done, recorder), strict=True):
                 recorder.finish(position, [_record(rows[position], examples[position], settings, measurement)])
-            recorder.progress(positions[-1] + 1)
+            done += len(positions)
+            recorder.progress(done)
 
-    def measure(batch: list[Encoded], first: int, recorder: Recorder) -> list[Measurement]:
-        if settings.estimator == "first_order":
-            return meter.measure_batch(batch)
-        return [meter.measure(batch[0], lambda share: recorder.progress(first + share))]
+    def measure(batch: list[Encoded], done: int, recorder: Recorder) -> list[Measurement]:
+        if isinstance(meter, InfluenceMeter) and settings.estimator == "exact":
+            return [meter.measure(batch[0], lambda share: recorder.progress(done + share))]
+        return meter.measure_batch(batch)
 
     return RowProgram(schema_with_metadata(measured), compute)
 
@@ -107,25 +109,28 @@ def _record(
 def _open_meter(
     settings: programs.InfluenceMeasurement,
     model: Any,
-    moments: Moments,
     reference: ReferenceSet,
     device: torch.device,
-    shared: Path | None,
-) -> InfluenceMeter:
-    step, sequential = settings.step, settings.sequential
+    inputs: Mapping[str, Path],
+) -> InfluenceMeter | LinearMeter:
+    step, sequential, mixed = settings.step, settings.sequential, settings.dtype == "mixed"
+    typical_tokens = float(reference.tokens.mean()) if step.weight_per == "token" else None
+
+    def open_student() -> ResidentStudent:
+        moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
+        adamw = AdamW(step=moments.step + 1, **step.model_dump(exclude={"weight_per"}))
+        placement = _placement(model, settings, device)
+        return ResidentStudent(model, moments, adamw, device, mixed, placement, typical_tokens)
+
+    shared, reduction = inputs.get("shared"), settings.reference_reduction
+    if settings.estimator == "linear":
+        tokens = settings.reference_batch_tokens
+        return LinearMeter(model, open_student, reference, reduction, mixed, typical_tokens, tokens, shared)
     return InfluenceMeter(
-        ResidentStudent(
-            model,
-            moments,
-            AdamW(step=moments.step + 1, **step.model_dump(exclude={"weight_per"})),
-            device,
-            mixed=settings.dtype == "mixed",
-            placement=_placement(model, settings, device),
-            typical_tokens=float(reference.tokens.mean()) if step.weight_per == "token" else None,
-        ),
+        open_student(),
         reference,
         settings.estimator,
-        settings.reference_reduction,
+        reduction,
         SequentialReference(reference, sequential.block, sequential.error_rate) if sequential else None,
         settings.baseline or "student",
         shared,

@@ -4,7 +4,7 @@ Batches are padded on the right, so causal attention needs no mask: no response 
 Shapes: [batch, tokens]; [labelled] runs over the labelled positions of a batch, row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -79,27 +79,40 @@ class TokenLosses:
         )
         self._softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
         self._check_logits(model)
+        self.token_tables = [causal_lm.get_input_embeddings().weight, self._head.weight]
 
-    def __call__(self, batch: Batch, recompute: AbstractContextManager[Any] | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        batch: Batch,
+        recompute: AbstractContextManager[Any] | None = None,
+        projecting: Callable[[slice], AbstractContextManager[Any]] = lambda part: nullcontext(),
+    ) -> torch.Tensor:
         """Return [labelled] losses in fp32 (fp64 for an fp64 model), nats.
 
         Args:
             batch: the examples.
             recompute: context in which the backward pass recomputes logits.
+            projecting: returns a context in which some of the labelled positions are projected onto the vocabulary.
         """
         hidden = self._layers(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.positions]
         size = max(1, LOGITS_AT_A_TIME // self._head.weight.shape[0])
-        chunks = list(zip(hidden.split(size), batch.targets.split(size), strict=True))
+        parts = [slice(start, start + size) for start in range(0, max(1, len(hidden)), size)]
+
+        def cross_entropy(part: slice, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            with projecting(part):
+                return self._cross_entropy(hidden, targets)
+
+        chunks = [(part, hidden[part], batch.targets[part]) for part in parts]
         if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._cross_entropy(*chunk) for chunk in chunks])
+            return torch.cat([cross_entropy(*chunk) for chunk in chunks])
         # Only one chunk's logits are in memory: the backward pass recomputes them.
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return nullcontext(), recompute or nullcontext()
 
         return torch.cat(
-            [checkpoint(self._cross_entropy, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks]
+            [checkpoint(cross_entropy, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks]
         )
 
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ class MemoryPlan:
 
 def plan_memory(
     shape: Shape,
-    estimator: Literal["exact", "first_order"],
+    estimator: Literal["exact", "first_order", "linear"],
     dtype: Literal["float32", "mixed", "bfloat16"],
     max_length: int,
     reference_batch_tokens: int,
@@ -88,6 +88,8 @@ def plan_memory(
         factors_per_token = shape.layers * (8 * shape.hidden + 3 * shape.intermediate) + shape.vocabulary
         factors = max_length * factors_per_token * activation
         backward = max(backward + factors, reference_batch_tokens * kept_per_token * width)
+    if estimator == "linear":
+        backward = max(max_length, reference_batch_tokens) * kept_per_token * width
     forward = reference_batch_tokens * (4 * shape.hidden + 3 * shape.intermediate) * width
     needs = [
         Need("weights", shape.parameters * width, "device"),
@@ -95,9 +97,14 @@ def plan_memory(
         Need("activations", max(backward, forward), "device"),
         Need("logits", 3 * logits, "device"),
     ]
-    movable = {"moments": 2 * width, "snapshot": width}
+    if estimator == "linear":  # of embeddings and vocabulary projection: moments and gradients, see `TokenRows`
+        needs.append(Need("rows of tokens", 8 * shape.vocabulary * shape.hidden * width, "device"))
+    movable = {"first moment": width, "second moment": width}
     if estimator == "first_order":
-        movable = {"moments": 2 * width, "reference gradient": width, "half gradient": 2, "snapshot": width}
+        movable |= {"reference gradient": width, "half gradient": 2}
+    if estimator == "linear":  # the first worker alone, which measures the reference set, needs moments
+        movable = {"reference gradient": width, "half gradient": 2, "second moment": width, "first moment": width}
+    movable["snapshot"] = width
     for name, bytes_each in movable.items():
         size = bytes_each * shape.trained
         used = sum(need.size for need in needs if need.home == "device")

@@ -91,7 +91,7 @@ class InfluenceMeter:
         self._student, self._reference = student, reference
         self._reduction, self._sequential, self._baseline = reduction, sequential, baseline
         measure = partial(ReferenceState.measure, student, reference, estimator, reduction)
-        state = shared_state(shared, student, measure) if shared else measure()
+        state = shared_state(shared, student.place, measure) if shared else measure()
         self.student_loss, self.null_step_loss = state.student_loss, state.null_step_loss
         self.noise_floor, self.reference_gradient = state.noise_floor, state.gradient
         self.null_step_influence, _ = influence_of(self.student_loss, self.null_step_loss, reduction)

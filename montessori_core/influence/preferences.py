@@ -105,15 +105,15 @@ def pair_by_influence(influence: pa.Table, settings: Preferences) -> pa.Table:
 def standard_errors(measured: pa.Table) -> Floats:
     """Return [rows] standard errors of influence over the reference examples, nats; NaN where there is none.
 
-    The error of a first-order row has one degree of freedom, so all these rows get the root mean square of their errors.
+    The error of a first-order or linear row has one degree of freedom, so they all get the root mean square of their errors.
 
     Args:
         measured: rows of an influence table with status 'ok'.
     """
     errors: Floats = measured["standard_error"].to_numpy().astype(np.float64)
-    first_order = pc.equal(measured["estimator"], "first_order").to_numpy()
-    if first_order.any():
-        errors = np.where(first_order, np.sqrt(np.mean(errors[first_order] ** 2)), errors)
+    from_halves = pc.is_in(measured["estimator"], pa.array(["first_order", "linear"])).to_numpy()
+    if from_halves.any():
+        errors = np.where(from_halves, np.sqrt(np.mean(errors[from_halves] ** 2)), errors)
     return errors
 
 

@@ -1,7 +1,7 @@
 """Losses and gradients of a reference set, which do not depend on the examples: computed once, then read by all workers."""
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,28 @@ from montessori_core.errors import DataError
 from montessori_core.files import commit
 from montessori_core.influence.reference import Loss, ReferenceSet, rounding_noise
 from montessori_core.influence.student import Direction, ResidentStudent
+from montessori_core.influence.token_rows import TokenRows
 
+Estimator = Literal["exact", "first_order", "linear"]
+Place = Callable[[torch.Tensor, str], torch.Tensor]
 _FILE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
 class ReferenceGradient:
-    """The gradient of the reference loss at the null step.
+    """The gradient of the reference loss at the null step; for a linear step, `AdamW.linear_direction` of it.
 
     Attributes:
         full: of all reference examples, by parameter.
         half: the part of a random half of them, in bf16; for the standard error.
-        null_projections: <gradient, null step> of both.
+        null_projections: <gradient, null step> of both; zero for a linear step, which is relative to the null step.
+        rows: of tokens, by parameter; for a linear step.
     """
 
     full: Direction
     half: Direction
     null_projections: list[float]
+    rows: Mapping[str, TokenRows]
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class ReferenceState:
 
     @staticmethod
     def measure(
-        student: ResidentStudent, reference: ReferenceSet, estimator: Literal["exact", "first_order"], reduction: str
+        student: ResidentStudent, reference: ReferenceSet, estimator: Estimator, reduction: str
     ) -> "ReferenceState":
         """Evaluate the student, its perturbation and its null step; restore the student.
 
@@ -70,7 +75,7 @@ class ReferenceState:
         student.restore()
         student.take_null_step()
         null_step_loss = reference.evaluate(student.losses)
-        gradient = _measure_gradient(student, reference, reduction) if estimator == "first_order" else None
+        gradient = None if estimator == "exact" else _measure_gradient(student, reference, estimator, reduction)
         student.restore()
         return ReferenceState(student_loss, null_step_loss, noise_floor, gradient)
 
@@ -86,37 +91,48 @@ class ReferenceState:
             tensors["null_projections"] = torch.tensor(self.gradient.null_projections, dtype=torch.float64)
             for kind, gradient in (("full", self.gradient.full), ("half", self.gradient.half)):
                 tensors |= {f"{kind}.{name}": tensor for name, tensor in gradient.items()}
+            for name, rows in self.gradient.rows.items():
+                tensors |= {f"rows.{name}.{part}": tensor for part, tensor in vars(rows).items()}
         with commit(path) as temporary:
             save_file(tensors, temporary)
 
     @staticmethod
-    def read(path: Path, student: ResidentStudent) -> "ReferenceState":
-        """Read a state that `write` wrote for this student; gradients go to their homes."""
+    def read(path: Path, place: Place) -> "ReferenceState":
+        """Read a state that `write` wrote; `place` moves a gradient to the home of its kind."""
         tensors = load_file(path)
         gradient = None
         if "null_projections" in tensors:
             full, half = (
-                {name: student.place(tensors.pop(f"{kind}.{name}"), home) for name in student.parameters}
+                {
+                    name.removeprefix(f"{kind}."): place(tensors.pop(name), home)
+                    for name in list(tensors)
+                    if name.startswith(f"{kind}.")
+                }
                 for kind, home in (("full", "reference gradient"), ("half", "half gradient"))
             )
-            gradient = ReferenceGradient(full, half, tensors["null_projections"].tolist())
+            parts: dict[str, dict[str, torch.Tensor]] = {}
+            for key in [key for key in tensors if key.startswith("rows.")]:
+                name, _, part = key.removeprefix("rows.").rpartition(".")
+                parts.setdefault(name, {})[part] = tensors.pop(key)
+            rows = {name: TokenRows(**tensors_of_rows) for name, tensors_of_rows in parts.items()}
+            gradient = ReferenceGradient(full, half, tensors["null_projections"].tolist(), rows)
         student_loss, null_step_loss = (Loss(tensors[name], tensors["tokens"]) for name in ("student", "null_step"))
         return ReferenceState(student_loss, null_step_loss, float(tensors["noise_floor"]), gradient)
 
 
-def shared_state(folder: Path, student: ResidentStudent, measure: Callable[[], ReferenceState]) -> ReferenceState:
+def shared_state(folder: Path, place: Place, measure: Callable[[], ReferenceState]) -> ReferenceState:
     """Read the state from a folder; the first worker measures and writes it, while the others wait.
 
     Args:
         folder: shared by workers that have the same student, reference set and settings, and by no others.
-        student: the student.
+        place: see `ReferenceState.read`.
         measure: measures the state.
     """
     path = folder / _FILE
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
         if path.exists():
-            return ReferenceState.read(path, student)
+            return ReferenceState.read(path, place)
         state = measure()
         state.write(path)
         return state
@@ -131,10 +147,21 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _measure_gradient(student: ResidentStudent, reference: ReferenceSet, reduction: str) -> ReferenceGradient:
+def _measure_gradient(
+    student: ResidentStudent, reference: ReferenceSet, estimator: Estimator, reduction: str
+) -> ReferenceGradient:
     """Return the gradient of the reference loss at the student's weights, after the null step."""
     first, second = reference.halves()
-    full = student.gradient_of(lambda: reference.backward(student.losses, reduction, first))
+    # A pass adds one n-th of each of its examples' gradients, which are nearly orthogonal: n times the sum of the squares of
+    # all passes is about the mean square of an example.
+    square_weight = float(len(reference)) if estimator == "linear" else 0.0
+    full, moments = student.zeros(), student.moments_of_tokens()
+    student.add_gradients(lambda: reference.backward(student.losses, reduction, first), full, square_weight)
     half = student.copy_in_bf16(full)
-    student.gradient_of(lambda: reference.backward(student.losses, reduction, second), onto=full)
-    return ReferenceGradient(full, half, student.project_null_step([full, half]))
+    student.add_gradients(lambda: reference.backward(student.losses, reduction, second), full, square_weight)
+    if estimator == "linear":
+        rows = student.token_rows(moments, full, half)
+        student.linearise_(full)
+        student.linearise_(half)
+        return ReferenceGradient(full, half, [0.0, 0.0], rows)
+    return ReferenceGradient(full, half, student.project_null_step([full, half]), {})

@@ -17,15 +17,17 @@ from montessori_core.errors import DataError
 from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
 from montessori_core.influence.gradients import FactoredGradient, GradientCapture
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
+from montessori_core.influence.token_rows import TokenRows
 from montessori_core.training.moments import Moments, number_type, weights_checksums
 
 Home = Literal["device", "host"]
 Direction = Mapping[str, torch.Tensor]
 Placement = Mapping[str, Home]
-"""Home of 'moments', 'snapshot', 'reference gradient' and 'half gradient'."""
+"""Home of 'first moment', 'second moment', 'snapshot', 'reference gradient' and 'half gradient'."""
 
 ON_DEVICE: Placement = {
-    "moments": "device",
+    "first moment": "device",
+    "second moment": "device",
     "snapshot": "device",
     "reference gradient": "device",
     "half gradient": "device",
@@ -89,8 +91,8 @@ class ResidentStudent:
         }
         _check_moments(moments, self.parameters)
         self._first, self._second = (
-            {name: self.place(tensors[name].to(p.dtype), "moments") for name, p in self.parameters.items()}
-            for tensors in (moments.first, moments.second)
+            {name: self.place(tensors[name].to(p.dtype), kind) for name, p in self.parameters.items()}
+            for tensors, kind in ((moments.first, "first moment"), (moments.second, "second moment"))
         )
         self._snapshot = {name: self.place(p.detach().clone(), "snapshot") for name, p in self.parameters.items()}
         self._coordinates = sum(p.numel() for p in self.parameters.values())
@@ -114,7 +116,7 @@ class ResidentStudent:
                 del unreached[name]
                 self._step(name, parameter, gradient, tally)
 
-            with _pass_gradients_to(step, self.parameters):
+            with pass_gradients_to(step, self.parameters):
                 (loss * self._relative_weight(batch)).backward()
             with torch.no_grad():  # an expert that gets no token, see `_factored_backward`
                 for name, parameter in unreached.items():
@@ -149,7 +151,7 @@ class ResidentStudent:
         for batch, total in zip(batches, totals, strict=True):
 
             def project(name: str, gradient: torch.Tensor, total: torch.Tensor = total) -> None:
-                total += self._project(name, directions, [FactoredGradient(dense=[_as_matrix(gradient)])])[0]
+                total += self._project(name, directions, [FactoredGradient(dense=[as_matrix(gradient)])])[0]
 
             loss, gradients = self._factored_backward(batch, project)
             losses.append(loss)
@@ -174,25 +176,31 @@ class ResidentStudent:
         assert isinstance(total, torch.Tensor)
         return total.tolist()[:-2]
 
-    def gradient_of(
-        self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return the sum of the gradients of all backward passes that `accumulate` runs, by parameter name.
+    def zeros(self) -> dict[str, torch.Tensor]:
+        """Return zeros in the shape of the trained parameters, to add gradients to."""
+        return {name: self.place(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()}
+
+    def add_gradients(
+        self, accumulate: Callable[[], None], onto: dict[str, torch.Tensor], square_weight: float = 0.0
+    ) -> None:
+        """Add up the gradients of all backward passes that `accumulate` runs.
 
         Args:
             accumulate: runs the backward passes.
-            onto: gradients to add to, in place; None starts from zero.
+            onto: gradients to add to, by parameter name.
+            square_weight: factor of each pass's squared gradient, for `linearise_`.
         """
-        total = onto or {
-            name: self.place(torch.zeros_like(p), "reference gradient") for name, p in self.parameters.items()
-        }
 
         def add(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            total[name] += gradient.to(total[name].device)
+            onto[name] += gradient.to(onto[name].device)
+            if square_weight:
+                second = self._second[name]  # a new tensor: `moments_of_tokens` has this one, and perhaps the caller
+                gradient = gradient.to(second.device)
+                share = square_weight * self._adamw.own_share
+                self._second[name] = torch.addcmul(second, gradient, gradient, value=share)
 
-        with _pass_gradients_to(add, self.parameters):
+        with pass_gradients_to(add, self.parameters):
             accumulate()
-        return total
 
     @torch.no_grad()
     def copy_in_bf16(self, gradients: Direction) -> dict[str, torch.Tensor]:
@@ -202,13 +210,44 @@ class ResidentStudent:
             for name, gradient in gradients.items()
         }
 
+    def moments_of_tokens(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return both moments of the embeddings and of the vocabulary projection, if these are trained."""
+        tables = {id(table) for table in self.losses.token_tables}
+        return {name: (self._first[name], self._second[name]) for name, p in self.parameters.items() if id(p) in tables}
+
+    def token_rows(
+        self, moments: Mapping[str, tuple[torch.Tensor, torch.Tensor]], full: Direction, half: Direction
+    ) -> dict[str, TokenRows]:
+        """Return the step on rows of tokens.
+
+        Args:
+            moments: see `moments_of_tokens`.
+            full, half: gradients of the reference loss and of half of it, by parameter name.
+        """
+        return {
+            name: TokenRows.of(self._adamw, first, second, full[name], half[name])
+            for name, (first, second) in moments.items()
+        }
+
+    @torch.no_grad()
+    def linearise_(self, gradients: Direction) -> None:
+        """Replace reference gradients by their directions for a linear step, see `AdamW.linear_direction`.
+
+        Before, `add_gradients` has added the own part of a typical example to the second moment, its mean squared gradient;
+        the student can take no further step.
+        """
+        for name, gradient in gradients.items():
+            on_device = (tensor.to(self.device, torch.float32) for tensor in (gradient, self._second[name]))
+            gradient.copy_(self._adamw.linear_direction(*on_device))
+
     def place(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
         """Return the tensor in the home of its kind, see `Placement`."""
         tensor = tensor.contiguous()
         if self._placement[kind] == "device":
             return tensor.to(self.device)
-        on_host = tensor.cpu()
-        return on_host.pin_memory() if self.device.type == "cuda" else on_host
+        if self.device.type == "cpu":
+            return tensor.cpu()
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
     def drop_snapshot(self) -> None:
         """Free the snapshot. The student can take no further step."""
@@ -231,7 +270,7 @@ class ResidentStudent:
 
         def use(name: str, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             if name in capture.gradients or gradient.numel() <= BLOCK[self.device.type]:
-                capture.gradients.setdefault(name, FactoredGradient()).dense.append(_as_matrix(gradient))
+                capture.gradients.setdefault(name, FactoredGradient()).dense.append(as_matrix(gradient))
             else:
                 used.add(name)
                 project(name, gradient)
@@ -241,7 +280,7 @@ class ResidentStudent:
         value = float(loss.detach())
         if not math.isfinite(value):
             return value, {}
-        with _pass_gradients_to(use, self.parameters):
+        with pass_gradients_to(use, self.parameters):
             (loss * self._relative_weight(batch)).backward()
         return value, {n: capture.gradients.get(n, FactoredGradient()) for n in self.parameters if n not in used}
 
@@ -258,7 +297,7 @@ class ResidentStudent:
         self, name: str, directions: Sequence[Direction], gradients: Sequence[FactoredGradient]
     ) -> torch.Tensor:
         """Return [gradients, directions + 2], see `AdamW.project`, of one parameter."""
-        state = [_as_matrix(part[name]) for part in (self._first, self._second, *directions)]
+        state = [as_matrix(part[name]) for part in (self._first, self._second, *directions)]
         dtype = torch.promote_types(state[0].dtype, torch.float32)
         rows, columns = state[0].shape
         height = max(1, BLOCK[self.device.type] // columns)
@@ -274,7 +313,8 @@ class ResidentStudent:
         return total
 
 
-def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a parameter or its like as a matrix, see `FactoredGradient`."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
@@ -295,7 +335,7 @@ def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def _pass_gradients_to(
+def pass_gradients_to(
     use: Callable[[str, torch.nn.Parameter, torch.Tensor], None], parameters: Mapping[str, torch.nn.Parameter]
 ) -> Any:
     """Pass each gradient to `use` as soon as the backward pass has accumulated it, then free it."""

@@ -41,16 +41,27 @@ def test_agreement_compares_values_and_ranks(gpu: Any) -> None:
 
 
 @pytest.mark.slow
-def test_checks_pass_and_are_written(gpu: Any, tiny_llama: Path) -> None:
+def test_checks_pass_and_are_written(gpu: Any, tiny_llama: Path, tmp_path: Path) -> None:
     warm = gpu.warm_up(tiny_llama, CPU, steps=4, references=5, probing=16)
     checks = [*gpu.check_influence(warm, CPU), gpu.check_sharded_training(tiny_llama, gpus=1)]
-    assert [check.good for check in checks] == [True] * 4 + [None], checks
-    section = gpu.render_section(gpu.hardware(), checks, {"a student": "| a | b |"})
-    assert section.startswith("## On a GPU\n")
+    assert [check.good for check in checks] == [True] * 5 + [None], checks
+    gpu.append(tmp_path / "page.md", gpu.heading(gpu.hardware()))
+    for check in checks:
+        gpu.append(tmp_path / "page.md", check.row())
+    section = (tmp_path / "page.md").read_text()
+    assert section.startswith("\n## On a GPU\n")
     assert f"torch {version('torch')}" in section
-    assert section.count("| yes |") == 4
-    assert "| not checked | needs two GPUs, 1 here |" in section
-    assert section.endswith("### a student\n\n| a | b |\n")
+    assert section.count("| yes |") == 5
+    assert section.endswith("| not checked | needs two GPUs, 1 here |\n")
+
+
+def test_benchmark_yields_lines_as_they_are_printed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    options = ["--shapes", "tiny", "--estimators", "linear", "first_order", "--dtypes", "float32", "--references", "4"]
+    rows = [line for line in gpu.run_benchmark("influence_shapes.py", *options) if line.startswith("| tiny")]
+    assert len(rows) == 2
+    with pytest.raises(SystemExit, match="failed"):
+        list(gpu.run_benchmark("influence_shapes.py", "--shapes", "huge"))
 
 
 def test_unrestored_student_fails_checks(gpu: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

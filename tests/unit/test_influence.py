@@ -25,6 +25,7 @@ from montessori_core.influence import (
 )
 from montessori_core.influence import losses as losses_module
 from montessori_core.influence.gradients import GradientCapture
+from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.reference import error_by_halves
 from montessori_core.influence.sequential import is_decided
@@ -547,3 +548,93 @@ def test_moments_survive_round_trip_and_foreign_ones_fail(warm: Any, tiny_llama:
     untrained = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with pytest.raises(DataError, match="saved with other weights"):
         meter((untrained, load_moments(tmp_path), None), tiny_llama)
+
+
+def linear_meter(warm: Any, tiny_llama: Path, weight: float = 1 / 32, **options: Any) -> LinearMeter:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.load_state_dict(warm[0].state_dict())
+    opened = options.pop("opened", lambda: ResidentStudent(model, warm[1], replace(STEP, example_weight=weight), CPU))
+    return LinearMeter(model, opened, ReferenceSet(REFERENCE, 128, CPU), **options)
+
+
+def test_linear_agrees_with_exact_at_small_weights(warm: Any, tiny_llama: Path) -> None:
+    """The less an example weighs, the less its step's denominator depends on it."""
+    probing = examples(40, seed=5)
+    errors = {}
+    for weight in (1 / 8, 1 / 128):
+        exact = [
+            meter(warm, tiny_llama, weight=weight).measure(example).influence_null_step for example in probing[:16]
+        ]
+        found = linear_meter(warm, tiny_llama, weight).measure_batch(probing[:16])
+        oracle, estimate = torch.tensor(exact), torch.tensor([one.influence_null_step for one in found])
+        errors[weight] = float((oracle - estimate).abs().max() / (oracle.max() - oracle.min()))
+    assert errors[1 / 128] < 0.1
+    assert errors[1 / 128] < 0.5 * errors[1 / 8]
+
+
+def test_linear_influence_depends_on_batch_by_rounding_only(warm: Any, tiny_llama: Path) -> None:
+    one_by_one, together = linear_meter(warm, tiny_llama), linear_meter(warm, tiny_llama)
+    alone = [one_by_one.measure_batch([example])[0] for example in PROBING]
+    for batched, single in zip(together.measure_batch(PROBING), alone, strict=True):
+        assert batched.example_loss == pytest.approx(single.example_loss, rel=1e-5)
+        assert batched.influence_null_step == pytest.approx(single.influence_null_step, rel=1e-3, abs=1e-8)
+        assert batched.standard_error == pytest.approx(single.standard_error, rel=1e-2, abs=1e-7)
+
+
+def test_linear_batches_hold_examples_of_similar_length(warm: Any, tiny_llama: Path) -> None:
+    batches = linear_meter(warm, tiny_llama, batch_tokens=64).batches(PROBING)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(PROBING)))
+    assert max(len(batch) for batch in batches) > 1
+    for batch in batches:
+        lengths = [len(PROBING[index].input_ids) for index in batch]
+        assert max(lengths) * len(batch) <= 64
+
+
+def test_linear_leaves_student_and_moments_as_they_were(warm: Any, tiny_llama: Path) -> None:
+    kept = {name: moment.clone() for name, moment in warm[1].second.items()}
+    resident = linear_meter(warm, tiny_llama)
+    resident.measure_batch(PROBING)
+    assert all(torch.equal(parameter, warm[0].state_dict()[name]) for name, parameter in resident._parameters.items())
+    assert all(torch.equal(moment, kept[name]) for name, moment in warm[1].second.items())
+
+
+def test_linear_weight_per_token_is_that_of_first_order(warm: Any, tiny_llama: Path) -> None:
+    typical = min(example.response_tokens for example in PROBING) / 2
+    expected, found, plain = (
+        torch.tensor([one.influence_null_step for one in measured])
+        for measured in (
+            meter(warm, tiny_llama, estimator="first_order", weight=1 / 128, typical_tokens=typical).measure_batch(
+                PROBING
+            ),
+            linear_meter(warm, tiny_llama, 1 / 128, typical_tokens=typical).measure_batch(PROBING),
+            linear_meter(warm, tiny_llama, 1 / 128).measure_batch(PROBING),
+        )
+    )
+    error = float((found - expected).abs().max())
+    assert error < 0.1 * float(expected.max() - expected.min())
+    assert error < 0.1 * float((plain - expected).abs().max())
+
+
+def test_second_linear_worker_reads_no_moments(warm: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    def refuse() -> ResidentStudent:
+        raise AssertionError("moments were read again")
+
+    first = linear_meter(warm, tiny_llama, shared=tmp_path)
+    second = linear_meter(warm, tiny_llama, shared=tmp_path, opened=refuse)
+    assert second.measure_batch(PROBING) == first.measure_batch(PROBING)
+    assert second.null_step_influence == first.null_step_influence
+    assert second.noise_floor == first.noise_floor
+
+
+def test_unmeasurable_examples_of_linear_batch_do_not_change_others(warm: Any, tiny_llama: Path) -> None:
+    resident = linear_meter(warm, tiny_llama)
+    expected = resident.measure_batch(PROBING)
+    resident._losses._layers.embed_tokens.register_forward_hook(
+        lambda layer, arguments, output: output.masked_fill((arguments[0] == 1999)[..., None], torch.inf)
+    )
+    broken = Encoded([5, 1999, 7], [IGNORED, IGNORED, 7], False)
+    empty = Encoded([5, 6, 7], [IGNORED] * 3, True)
+    found = resident.measure_batch([broken, empty, *PROBING])
+    assert [one.status for one in found[:2]] == ["non_finite", "no_response_tokens"]
+    for one, other in zip(found[2:], expected, strict=True):
+        assert one.influence_null_step == pytest.approx(other.influence_null_step, rel=1e-3, abs=1e-8)
