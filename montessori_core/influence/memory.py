@@ -97,16 +97,20 @@ def plan_memory(
         Need("activations", max(backward, forward), "device"),
         Need("logits", 3 * logits, "device"),
     ]
-    if estimator == "linear":  # of embeddings and vocabulary projection: moments and gradients, see `TokenRows`
-        needs.append(Need("rows of tokens", 8 * shape.vocabulary * shape.hidden * width, "device"))
     movable = {"first moment": width, "second moment": width}
     if estimator == "first_order":
         movable |= {"reference gradient": width, "half gradient": 2}
     if estimator == "linear":  # the first worker alone, which measures the reference set, needs moments
         movable = {"reference gradient": width, "half gradient": 2, "second moment": width, "first moment": width}
     movable["snapshot"] = width
+    before = len(needs)
     for name, bytes_each in movable.items():
         size = bytes_each * shape.trained
         used = sum(need.size for need in needs if need.home == "device")
         needs.append(Need(name, size, "device" if used + size <= device_limit * USABLE else "host"))
+    if estimator == "linear":
+        # Two directions and the rows of tokens take the place of what measured the reference set.
+        kept = activation * (2 * shape.trained + 8 * shape.vocabulary * shape.hidden)
+        excess = kept - sum(need.size for need in needs[before:] if need.home == "device")
+        needs.append(Need("directions, beyond these", max(0, excess), "device"))
     return MemoryPlan(tuple(needs), device_limit)

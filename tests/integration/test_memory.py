@@ -32,6 +32,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
+from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.memory import plan_memory
 from montessori_core.models.shape import Shape
 from montessori_core.training.moments import Moments
@@ -51,7 +52,14 @@ def measure(model, length, batch):
     first, second = ({n: torch.full_like(p, 1e-6) for n, p in model.named_parameters()} for _ in range(2))
     student = ResidentStudent(model, Moments(first, second, 3), AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, 4), CPU, dtype == "mixed")
     del first, second
-    meter = InfluenceMeter(student, ReferenceSet([example(length // 4) for _ in range(8)], batch, CPU), estimator)
+    reference = ReferenceSet([example(length // 4) for _ in range(8)], batch, CPU)
+    if estimator == "linear":
+        open_student = [student].pop
+        del student
+        meter = LinearMeter(model, open_student, reference, batch_tokens=batch)
+        assert meter.measure_batch([example(length)] * (batch // length))[0].status == "ok"
+        return meter
+    meter = InfluenceMeter(student, reference, estimator)
     assert meter.measure(example(length)).status == "ok"
     return meter
 
@@ -71,7 +79,7 @@ print(json.dumps({"measured": status("VmHWM") - before, "planned": plan.device})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+@pytest.mark.parametrize("estimator", ["exact", "first_order", "linear"])
 @pytest.mark.parametrize("sizes", [(512, 1024, 8, 32000), (576, 1536, 16, 49152)], ids=["37M", "92M"])
 def test_plan_is_slightly_above_peak_memory(sizes: tuple[int, ...], estimator: str) -> None:
     command = [sys.executable, "-c", PROBE, *map(str, sizes), estimator, "float32", "512", "1024"]
@@ -90,6 +98,15 @@ def test_8b_student_fits_80_gb_gpu(estimator: str) -> None:
     larger = plan_memory(LLAMA_3_8B, estimator, "float32", 1024, 2048, int(192 * GB))
     assert larger.fits
     assert larger.host < plan.host
+
+
+def test_linear_plan_of_8b_student_has_directions_on_gpu() -> None:
+    """In bf16 with moments on the host; weights and directions in fp32 are 96 GB."""
+    plan = plan_memory(LLAMA_3_8B, "linear", "bfloat16", 1024, 2048, int(80 * GB))
+    assert plan.fits
+    assert plan.placement["reference gradient"] == "device"
+    assert plan.device >= 3 * 8.03 * 2 * GB
+    assert not plan_memory(LLAMA_3_8B, "linear", "float32", 1024, 2048, int(80 * GB)).fits
 
 
 def test_plan_reports_what_does_not_fit() -> None:

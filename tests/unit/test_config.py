@@ -111,7 +111,7 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
         (
             {"influence": {"estimator": "linear", "example_weight": 0.5}},
             "influence: estimator: linear with example_weight: 0.5; AdamW's step is nearly linear in the example's gradient "
-            "up to about 0.125; lower example_weight, or set estimator: first_order",
+            "up to about 0.03125; lower example_weight, or set estimator: first_order",
         ),
         ({"influence": {"example_weight": 0.0}}, "influence.example_weight: Input should be greater than 0"),
         (
