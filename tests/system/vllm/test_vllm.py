@@ -9,7 +9,7 @@ import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -46,8 +46,9 @@ def generate(
     sampling: Sampling,
     gpus: Vllm | None = None,
     options: dict[str, Any] | None = None,
+    engine: Literal["vllm", "transformers"] = "vllm",
 ) -> list[Row]:
-    settings = programs.Generation(engine="vllm", engine_options=options or {}, sampling=sampling, form="tagged")
+    settings = programs.Generation(engine=engine, engine_options=options or {}, sampling=sampling, form="tagged")
     inputs = {"teacher": model}
     if gpus is not None:
         inputs["vllm"] = folder.with_name("vllm.json")
@@ -78,6 +79,17 @@ def test_vllm_samples_depend_on_their_seeds(
     stopped = [row for row in found[:16] if row["finish_reason"] == "stop"]
     assert any(row["raw_output"].endswith(CLOSE) for row in stopped)
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
+
+
+def test_transformers_engine_runs_with_transformers_of_vllm(
+    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older release than the worker's: names that it lacks must not be imported."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    rows: list[Row] = [{"example_ids": ["0", "1"], "turns": ["The capital of France is"], "seeds": [1, 2]}]
+    sampling = Sampling(temperature=0.0, max_tokens=8, presence_penalty=0.0)
+    found = generate(tmp_path / "stage", smollm2, vllm_python, rows, sampling, engine="transformers")
+    assert all("Paris" in row["raw_output"] for row in found)
 
 
 def test_copies_of_a_model_answer_all_requests(
