@@ -94,7 +94,7 @@ class LinearMeter:
         """
         measured = [example for example in examples if example.response_tokens]
         results: list[Measurement] = []
-        if self._separable:
+        if self._separable and measured:
             try:
                 results = self._measure(measured)
             except InseparableError:

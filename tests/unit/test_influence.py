@@ -634,6 +634,7 @@ def test_unmeasurable_examples_of_linear_batch_do_not_change_others(warm: Any, t
     )
     broken = Encoded([5, 1999, 7], [IGNORED, IGNORED, 7], False)
     empty = Encoded([5, 6, 7], [IGNORED] * 3, True)
+    assert resident.measure_batch([empty, empty]) == [Measurement("no_response_tokens")] * 2
     found = resident.measure_batch([broken, empty, *PROBING])
     assert [one.status for one in found[:2]] == ["non_finite", "no_response_tokens"]
     for one, other in zip(found[2:], expected, strict=True):
