@@ -127,7 +127,9 @@ def parse_options(options: dict[str, Any]) -> Influence:
     except ValidationError as error:
         problem = error.errors()[0]
         place = [str(part) for part in problem["loc"]]
-        name = {"screening": place[-1:], "sequential": place[:1]}.get(place[0], place) if place else ["estimator"]
+        if not place:  # settings that exclude each other
+            raise ConfigError(problem["msg"].removeprefix("Value error, ")) from error
+        name = {"screening": place[-1:], "sequential": place[:1]}.get(place[0], place)
         raise ConfigError(f"--{name[0].replace('_', '-')}: {problem['msg']}") from error
 
 

@@ -186,6 +186,7 @@ def test_device_decides_gpus_of_jobs(device: str, visible: str, gpus: int, monke
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order', 'linear' or 'screened'"),
+        (["--estimator", "linear", "--example-weight", "0.5"], "error: estimator: linear with example_weight: 0.5; "),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step', 'median' or 'prompt'"),
         (["--baseline", "prompt"], "these examples have no prompts in common"),
