@@ -113,11 +113,12 @@ def influence_figure(
     """
     scaled, edges, outliers = _binned(sets, unit, threshold)
     lines = {name: unit.scale(nats) for name, nats in marks.items()}
+    both = len(scaled) > 1
     figure = histogram_figure(
-        "Influence before and after the teacher's update",
-        "Examples right of the solid line are helpful; if the update worked, blue is further right than orange. The labelled "
-        "lines are the baselines: the student as it is (0), the null step, the median. The grey band, if wide enough to be "
-        f"visible, is the noise floor.{outliers}",
+        "Influence before and after the teacher's update" if both else "Influence before the teacher's update",
+        f"Examples right of the solid line are helpful{'; if the update worked, blue is further right than orange' * both}. "
+        "The labelled lines are the baselines: the student as it is (0), the null step, the median. The grey band, if wide "
+        f"enough to be visible, is the noise floor.{outliers}",
         scaled,
         edges,
         f"influence against the student, {unit}",
