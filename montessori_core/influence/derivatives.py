@@ -100,6 +100,8 @@ class ExampleDerivatives(TorchFunctionMode):
         """
         if self._size > 1:
             raise InseparableError(name)
+        if name in self.rows:
+            self.rows[name][0] += gradient[self.tokens[0]].float()
         self._add_vectors(name, gradient.reshape(1, -1))
 
     def _layer(self, function: Any, inputs: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> Any:
