@@ -9,19 +9,17 @@ large copy, both measured in the same run. Each line is printed as soon as it is
 
 import argparse
 import gc
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from influence import matmul_peak, random_example, timed
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.memory import plan_memory
-from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.shape import Shape
 from montessori_core.training.moments import Moments
 
@@ -45,26 +43,9 @@ class Speed:
     @staticmethod
     def of(device: torch.device, dtype: torch.dtype) -> "Speed":
         """Measure both."""
-        size = 8192 if device.type == "cuda" else 1024
-        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds = min(timed(lambda: left @ right, device) for _ in range(10))
-        source = torch.empty(size * size * 4, device=device)
+        source = torch.empty(1 << (28 if device.type == "cuda" else 22), device=device)
         copy = min(timed(source.clone, device) for _ in range(5))
-        return Speed(2 * size**3 / seconds, 2 * 4 * source.numel() / copy)
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call."""
-    _synchronise(device)
-    started = time.perf_counter()
-    function()
-    _synchronise(device)
-    return time.perf_counter() - started
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        return Speed(matmul_peak(device, dtype), 2 * 4 * source.numel() / copy)
 
 
 def main() -> None:
@@ -109,8 +90,8 @@ def measure(
 ) -> list[str]:
     """Return seconds to open, seconds an example, the floor and the peak memory."""
     model = random_model(name, torch.bfloat16 if dtype == "bfloat16" else torch.float32, device)
-    shape, vocabulary = Shape.of(model), model.config.vocab_size
-    reference = ReferenceSet([example(135, vocabulary) for _ in range(arguments.references)], _BATCH_TOKENS, device)
+    shape = Shape.of(model)
+    reference = ReferenceSet([random_example(135) for _ in range(arguments.references)], _BATCH_TOKENS, device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 10**15
     plan = plan_memory(shape, estimator, dtype, arguments.tokens, _BATCH_TOKENS, memory)  # type: ignore[arg-type]
 
@@ -119,15 +100,17 @@ def measure(
         return ResidentStudent(model, random_moments(model), adamw, device, dtype == "mixed", plan.placement)
 
     meter: Any
-    started = time.perf_counter()
-    if estimator == "linear":
-        meter = LinearMeter(model, open_student, reference, mixed=dtype == "mixed", batch_tokens=_BATCH_TOKENS)
-        examples = [example(arguments.tokens, vocabulary) for _ in range(_BATCH_TOKENS // arguments.tokens)]
-    else:
-        meter = InfluenceMeter(open_student(), reference, estimator)
-        examples = [example(arguments.tokens, vocabulary) for _ in range(1 if estimator == "exact" else 4)]
-    _synchronise(device)
-    opening = time.perf_counter() - started
+
+    def open_meter() -> None:
+        nonlocal meter
+        if estimator == "linear":
+            meter = LinearMeter(model, open_student, reference, mixed=dtype == "mixed", batch_tokens=_BATCH_TOKENS)
+        else:
+            meter = InfluenceMeter(open_student(), reference, estimator)
+
+    opening = timed(open_meter, device)
+    count = {"linear": _BATCH_TOKENS // arguments.tokens, "exact": 1}.get(estimator, 4)
+    examples = [random_example(arguments.tokens) for _ in range(count)]
 
     def run() -> None:
         if estimator == "exact":
@@ -182,12 +165,6 @@ def random_moments(model: Any) -> Moments:
     """Return random moments of realistic size, in the dtype and on the device of the weights."""
     first = {name: torch.randn_like(p).mul_(1e-4) for name, p in model.named_parameters()}
     return Moments(first, {name: moment.square().add_(1e-12) for name, moment in first.items()}, 30)
-
-
-def example(length: int, vocabulary: int) -> Encoded:
-    """Return an example of random tokens; half of them are the response."""
-    ids = torch.randint(3, vocabulary, (length,)).tolist()
-    return Encoded(ids, [IGNORED] * (length // 2) + ids[length // 2 :], False)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import torch
 
 from montessori_core.influence.derivatives import ExampleDerivatives, InseparableError
 from montessori_core.influence.losses import TokenLosses, group_by_length, make_batch
-from montessori_core.influence.meter import Measurement
-from montessori_core.influence.reference import ReferenceSet, error_by_halves, influence_of
+from montessori_core.influence.meter import Measurement, measured_by_halves
+from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.influence.reference_state import ReferenceState, shared_state
 from montessori_core.influence.student import ResidentStudent, as_matrix, pass_gradients_to
 from montessori_core.influence.token_rows import TokenRows
@@ -136,11 +136,4 @@ class LinearMeter:
     def _result(self, loss: float, against_null_step: float, first_half: float) -> Measurement:
         if not math.isfinite(loss) or not math.isfinite(against_null_step):
             return Measurement("non_finite", loss if math.isfinite(loss) else None)
-        first, second = map(len, self._reference.halves())
-        return Measurement(
-            "ok",
-            loss,
-            self.null_step_influence + against_null_step,
-            against_null_step,
-            error_by_halves(first_half, against_null_step - first_half, (first, second)),
-        )
+        return measured_by_halves(loss, against_null_step, first_half, self.null_step_influence, len(self._reference))

@@ -11,7 +11,7 @@ An example's influence depends on student, moments and reference set alone: not 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,22 @@ class Measurement:
     reference_tokens: int = 0
     gradient_norm: float | None = None
     dominated_share: float | None = None
+
+
+def measured_by_halves(
+    loss: float, against_null_step: float, first_half: float, null_step_influence: float, references: int
+) -> Measurement:
+    """Return the measurement of an example whose influence is known on the reference set and on its first half.
+
+    Args:
+        loss: the student's mean loss on the response.
+        against_null_step, first_half: influence against the null step, and the contribution of the first half.
+        null_step_influence: influence of the null step.
+        references: number of reference examples.
+    """
+    sizes = references // 2, references - references // 2
+    error = error_by_halves(first_half, against_null_step - first_half, sizes)
+    return Measurement("ok", loss, null_step_influence + against_null_step, against_null_step, error)
 
 
 class InfluenceMeter:
@@ -135,16 +151,10 @@ class InfluenceMeter:
         against_null_step, first_half = (
             null - projection for null, projection in zip(null_projections, projections, strict=True)
         )
-        halves = self._reference.halves()
-        return Measurement(
-            "ok",
-            step.loss,
-            self.null_step_influence + against_null_step,
-            against_null_step,
-            error_by_halves(first_half, against_null_step - first_half, (len(halves[0]), len(halves[1]))),
-            gradient_norm=step.norm,
-            dominated_share=step.dominated_share,
+        measured = measured_by_halves(
+            step.loss, against_null_step, first_half, self.null_step_influence, len(self._reference)
         )
+        return replace(measured, gradient_norm=step.norm, dominated_share=step.dominated_share)
 
     def _measure_exactly(self, example: Encoded, report: Report) -> Measurement:
         step = self._student.take_step(make_batch([(0, example)], self._student.device))

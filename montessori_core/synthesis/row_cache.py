@@ -34,9 +34,8 @@ Reading = Literal["in parts", "whole", "again"]
 """How a model reads a context: `in parts`; `whole`, because it forgets its state when several tokens follow; or without a
 cache, `again` for every token."""
 
-_EMPTY = getattr(
-    cache_utils, "DummyLayer", None
-)  # of a layer without a cache; older releases of transformers have none
+_EMPTY = getattr(cache_utils, "DummyLayer", None)
+"""A layer without a cache; older releases of transformers have none."""
 _STATES = ("conv_states", "recurrent_states")
 SLACK = 128  # free columns after a reallocation
 

@@ -57,6 +57,7 @@ def test_checks_pass_and_are_written(gpu: Any, tiny_llama: Path, tmp_path: Path)
 
 def test_benchmark_yields_lines_as_they_are_printed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # set by commands that other tests call in this process
     options = ["--shapes", "tiny", "--estimators", "linear", "first_order", "--dtypes", "float32", "--references", "4"]
     rows = [line for line in gpu.run_benchmark("influence_shapes.py", *options) if line.startswith("| tiny")]
     assert len(rows) == 2

@@ -12,17 +12,10 @@ from montessori_core.influence.derivatives import ExampleDerivatives, Inseparabl
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
 from montessori_core.influence.student import as_matrix, pass_gradients_to
 from montessori_core.models.chat import IGNORED, Encoded
+from support.sizes import SMALL
 
 CPU = torch.device("cpu")
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+SIZES = SMALL | {"vocab_size": 300}
 SEPARABLE = {
     "Llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "Llama, tied weights": LlamaConfig(**SIZES, tie_word_embeddings=True),

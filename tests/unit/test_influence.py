@@ -32,6 +32,7 @@ from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums
+from support.sizes import SMALL
 
 CPU = torch.device("cpu")
 
@@ -159,7 +160,7 @@ def test_weight_per_token_is_that_of_a_training_batch(warm: Any, tiny_llama: Pat
         measured = exact.measure(example)
         expected = before - spelled_out(warm, tiny_llama, example, "example", share)
         assert measured.influence_student == pytest.approx(expected, abs=2e-6)
-        assert first_order.influence_student == pytest.approx(expected, abs=1e-4, rel=1e-3)
+        assert first_order.influence_student == pytest.approx(expected, abs=1e-4, rel=0.05)
         norm = plain.measure(example).gradient_norm
         assert measured.gradient_norm == pytest.approx(norm, rel=1e-5)
         assert first_order.gradient_norm == pytest.approx(norm, rel=1e-5)
@@ -641,15 +642,7 @@ def test_unmeasurable_examples_of_linear_batch_do_not_change_others(warm: Any, t
         assert one.influence_null_step == pytest.approx(other.influence_null_step, rel=1e-3, abs=1e-8)
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 500,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+SIZES = SMALL | {"vocab_size": 500}
 
 
 @pytest.mark.parametrize(
