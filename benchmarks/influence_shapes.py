@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an example")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speeds = {dtype: Speed.of(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    speeds = {dtype: Speed.of(device, dtype) for dtype in map(number, arguments.dtypes)}
     for dtype, speed in speeds.items():
         say(f"{dtype}: {speed.flops / 1e12:.2f} TFLOP/s, {speed.bytes / 1e9:.0f} GB/s")
     say(
@@ -68,9 +68,8 @@ def main() -> None:
     for name in arguments.shapes:
         for dtype in arguments.dtypes:
             for estimator in arguments.estimators:
-                number = torch.float32 if dtype == "float32" else torch.bfloat16
                 try:
-                    cells = measure(name, dtype, estimator, arguments, device, speeds[number])
+                    cells = measure(name, dtype, estimator, arguments, device, speeds[number(dtype)])
                 except torch.OutOfMemoryError:
                     cells = ["out of memory", "", "", ""]
                 say(f"| {name} | {dtype} | {estimator} | {' | '.join(cells)} |")
@@ -78,6 +77,11 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
+
+
+def number(dtype: str) -> torch.dtype:
+    """Return the type of the numbers that a setting `dtype` multiplies: of "mixed", bfloat16."""
+    return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
 def say(text: str) -> None:

@@ -25,31 +25,34 @@ PROGRAM = """
 import json, os, signal, time
 from pathlib import Path
 
+def taken(file):
+    try:
+        file.unlink()
+    except FileNotFoundError:  # no such file, or another job took it
+        return False
+    return True
+
 def open_squares(settings, inputs):
     folder = Path(settings["folder"])
     with (folder / "opened.txt").open("a") as log:
         log.write(f"{os.getpid()}\\n")
     if (folder / "does-not-open").exists():
         raise RuntimeError("the model does not load")
-    if (folder / "no-memory").exists():
-        (folder / "no-memory").unlink()
+    if taken(folder / "no-memory"):
         raise MemoryError("another process has it")
     def compute(rows, output, report):
         for number, row in enumerate(rows, 1):
             with (folder / "computed.txt").open("a") as log:
                 log.write(f"{row['n']}\\n")
-            if (folder / f"kill-{row['n']}").exists():
-                (folder / f"kill-{row['n']}").unlink()
+            if taken(folder / f"kill-{row['n']}"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if (folder / f"fail-{row['n']}").exists():
                 raise ValueError(f"row {row['n']} is bad")
-            if (folder / f"peer-{row['n']}").exists():
-                (folder / f"peer-{row['n']}").unlink()
+            if taken(folder / f"peer-{row['n']}"):
                 raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
             if (folder / f"full-{row['n']}").exists():
                 Path("/dev/full").write_text("x")  # no space left on device
-            if (folder / f"hang-{row['n']}").exists():
-                (folder / f"hang-{row['n']}").unlink()
+            if taken(folder / f"hang-{row['n']}"):
                 time.sleep(600)
             time.sleep(settings["seconds"])
             report(number)
