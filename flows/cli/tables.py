@@ -141,12 +141,16 @@ def _print_times(run: Run) -> None:
     uses = {folder: use_of(folder) for folder in costs}
     for folder, cost in costs.items():
         name, seconds = str(folder.relative_to(run.folder)), cost.ended - cost.begun
-        table.add_row(name, f"{cost.rows:,}", f"{seconds:,.0f}", f"{uses[folder].seconds:,.0f}")
+        table.add_row(name, f"{cost.rows:,}", _seconds(seconds), _seconds(uses[folder].seconds))
     table.add_section()
     seconds = max(cost.ended for cost in costs.values()) - min(cost.begun for cost in costs.values())
-    table.add_row("all stages", "", f"{seconds:,.0f}", f"{sum(use.seconds for use in uses.values()):,.0f}")
+    table.add_row("all stages", "", _seconds(seconds), _seconds(sum(use.seconds for use in uses.values())))
     console.print(table)
     console.print("seconds: wall time from a stage's first job to its last result, including pauses of the run")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def print_comparison(folder: Path) -> None:
