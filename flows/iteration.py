@@ -15,7 +15,7 @@ from tasks.influence import collect_influence
 from tasks.metrics import IterationBenchmarks, IterationFiles, write_metrics
 from tasks.run import Model, Run
 from tasks.stage import Step
-from tasks.students import train_student
+from tasks.students import train_on_set
 from tasks.synthesis import SynthesisResult
 
 
@@ -50,9 +50,9 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> Unmodified:
 
     Their influence is measured on the same warm student as that of the updated teacher's examples (Figure 3d).
     """
-    step, recipe = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher"), run.experiment.training
+    step = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher")
     training = write_training_set(step, run.initial_teacher())
-    student = train_student(step.at("student", "student training"), training.examples, recipe, recipe.examples)
+    student = train_on_set(step.at("student", "student training"), training.examples)
     _measure_training_influence(step, probed.student, training.examples)
     return Unmodified(training, evaluate(step.at("evaluation"), student))
 
@@ -87,9 +87,8 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         previous.training.examples if previous else None,
         approve,
     )
-    examples, recipe = tailored.training.examples, experiment.training
-    training = step.at("student", "student training")
-    trained = train_student(training, examples, recipe, recipe.examples, save_moments=continued)
+    examples = tailored.training.examples
+    trained = train_on_set(step.at("student", "student training"), examples, save_moments=continued)
     training_influence = _measure_training_influence(step, tailored.probed.student, examples)
     evaluated = {"student": evaluate(step.at("evaluation"), trained)}
     if previous is not None:

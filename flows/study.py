@@ -29,7 +29,7 @@ from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, per_token, summarize_loss
 from tasks.run import Model, Run, open_run
 from tasks.stage import Step
-from tasks.students import train_student
+from tasks.students import train_on_set
 from tasks.studies import PAGE, RESULT, STUDY
 from tasks.tracking import start_tracking, track_method
 
@@ -104,6 +104,11 @@ def _check_methods(study: Study) -> None:
         if method.trains_student and study.experiment.student.lora is not None:
             raise ConfigError(
                 f"methods: {name} trains all weights of the student; leave it out, or set student.lora: null"
+            )
+        if method.trains_student and study.experiment.training.response_tokens is not None:
+            raise ConfigError(
+                f"methods: {name} trains its student itself, on any number of response tokens; leave it out, or set "
+                "training.response_tokens: null"
             )
     if study.transfer and methods[study.baseline].trains_student:
         raise ConfigError(f"transfer: {study.baseline} proposes no data for other students; name another baseline")
@@ -214,8 +219,7 @@ def transfer(run: Run, method: Method, proposal: Proposal) -> StudentEvaluation:
 
 def _train(step: Step, proposal: Proposal, save_moments: bool = False) -> Model:
     """Train the run's student from its initial weights on the proposed examples, as many as in every method."""
-    recipe, training = step.experiment.training, step.at("student", "student training")
-    return train_student(training, proposal.examples, recipe, recipe.examples, save_moments)
+    return train_on_set(step.at("student", "student training"), proposal.examples, save_moments)
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)

@@ -9,7 +9,7 @@ from montessori_core.program import Row
 from tasks.evaluation import StudentEvaluation, evaluate, summarize_loss
 from tasks.run import Run
 from tasks.stage import Step
-from tasks.students import train_student
+from tasks.students import train_on_set
 from tasks.teachers import kept_teachers, reward_margins
 
 
@@ -30,13 +30,12 @@ def evaluate_checkpoints(
         synthetic_pool: training set of the last iteration.
     """
     margins = reward_margins(tailored.teacher)
-    recipe = run.experiment.training
     evaluations: dict[int, StudentEvaluation] = {}
     for update, teacher in kept_teachers(tailored.teacher).items():
         folder = run.iteration(number) / "checkpoints" / f"step-{update}"
         step = Step(run, folder, f"iteration {number}, step {update}")
         synthesized = write_training_set(step, teacher, number, synthetic_pool)
-        trained = train_student(step.at("student", "student training"), synthesized.examples, recipe, recipe.examples)
+        trained = train_on_set(step.at("student", "student training"), synthesized.examples)
         evaluations[update] = evaluate(step.at("evaluation"), trained)
     evaluations[max(margins)] = student
     return [

@@ -76,6 +76,7 @@ class Sft(Section):
     save_moments: bool = Field(description="Save AdamW's moments with the weights.")
     conversations: bool = Field(False, description="Rows are whole conversations, as NOMAD trains teachers.")
     mask_prompts: bool = Field(True, description="Train only the responses of conversations.")
+    response_tokens: int | None = Field(None, description="Most response tokens of the examples of an epoch.")
 
 
 class Dpo(Section):

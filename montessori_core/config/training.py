@@ -66,6 +66,20 @@ class Training(Optimization):
     """Training of the student, from its original weights, on the updated teacher's data."""
 
     examples: Count = Field(10_000, description="Examples in the training set.")
+    response_tokens: Count | None = Field(
+        None,
+        description="Train on the first examples that together have at most this many response tokens, as the student counts "
+        "them, so that students of all methods learn from equally much text. If not set, on all examples.",
+    )
+
+    @model_validator(mode="after")
+    def _budget_holds_a_batch(self) -> "Training":
+        if self.response_tokens is not None and self.response_tokens < self.batch_size:
+            raise ValueError(
+                f"response_tokens ({self.response_tokens}) must be at least batch_size ({self.batch_size}): an example has "
+                "one or more"
+            )
+        return self
 
 
 class TeacherUpdate(Optimization):

@@ -1,6 +1,8 @@
 """Supervised fine-tuning of the student: warm-up and training (Section 4, Appendix A)."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,8 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
         checkpoints = checkpoint_folder(output, settings.model_dump(mode="json"), model_path, rows)
         check_positions(Path(model_path), settings.max_length, "student.max_length")
         tokenizer = load_tokenizer(model_path)
-        examples = _encode(tokenizer, rows, settings)
+        usable = _encode(tokenizer, rows, settings)
+        examples = _within(settings.response_tokens, usable, recipe.batch_size)
         StudentTrainer.padding = padding_rows(len(examples), recipe)
         end = tokenizer.eos_token_id
         # TRL drops rows without a label. The label of a first token carries no loss: no position predicts it.
@@ -79,8 +82,10 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
             del moments  # twice the size of the weights, which are gathered next
         counts = {
             "examples": len(examples),
+            "response_tokens": sum(example.response_tokens for example in examples),
             "truncated": sum(example.truncated for example in examples),
-            "left_out": len(rows) - len(examples),
+            "left_out": len(rows) - len(usable),
+            "beyond_response_tokens": len(usable) - len(examples),
         }
         save_trained(trainer, tokenizer, counts, checkpoints, output)
 
@@ -102,6 +107,20 @@ def _encode(tokenizer: Any, rows: list[TrainingRow], settings: programs.Sft) -> 
     if not usable:
         raise DataError("no training example has a response within student.max_length tokens; raise max_length")
     return usable
+
+
+def _within(response_tokens: int | None, examples: list[Encoded], batch_size: int) -> list[Encoded]:
+    """Return the first examples within a number of response tokens; all if there is no limit."""
+    if response_tokens is None:
+        return examples
+    totals = list(accumulate(example.response_tokens for example in examples))
+    count = bisect_right(totals, response_tokens)
+    if count < min(batch_size, len(examples)):
+        raise DataError(
+            f"training.response_tokens is {response_tokens}, but the first batch of {batch_size} examples has "
+            f"{totals[batch_size - 1]} response tokens; raise it"
+        )
+    return examples[:count]
 
 
 def _load_student(model_path: str, tokenizer: Any, settings: programs.Sft) -> Any:

@@ -223,6 +223,8 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
     odd["cluster"]["resources"] = {"training": {"processes_per_node": 2}}
     for section in ("warmup", "teacher_update", "training"):
         odd[section] |= {"batch_size": 2, "micro_batch_size": 1}
+    short = yaml.safe_load(experiment.read_text())
+    short["training"]["response_tokens"] = 100
     for content, words in [
         ({"methods": ["montessori"]}, "baseline 'self_instruct' is not in methods; add it there"),
         ({"seeds": [1, 1]}, "seeds has a duplicate entry"),
@@ -233,6 +235,7 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
         ({"name": "a..b"}, "must not contain '..'"),
         ({"methods": ["self_instruct", "nomad"], "experiment": odd}, "nomad.batch_size (3) must be a multiple of"),
+        ({"methods": ["self_instruct", "self_reward"], "experiment": short}, "self_reward trains its student itself"),
         ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is taken"),
         ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
     ]:

@@ -20,9 +20,10 @@ from cluster.stage import RowClock, Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError, UserError
+from montessori_core.files import read_json
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
-from montessori_core.layout import LOG_FILE
+from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.chat import encode_example, hash_vocabulary
 from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
@@ -135,6 +136,32 @@ def sft(
     zero = Zero(stage=stage, offload=offload)
     settings = programs.Sft(max_length=128, lora=None, recipe=recipe.shared(), zero=zero, seed=0, save_moments=True)
     return execute(folder, program, settings, model, rows, processes)
+
+
+def test_training_stops_at_its_response_tokens(tmp_path: Path, tiny_llama: Path) -> None:
+    def trained(name: str, rows: list[Row], response_tokens: int | None) -> Path:
+        recipe = RECIPE.model_copy(update={"batch_size": 2}).shared()
+        settings = programs.Sft(
+            max_length=128,
+            lora=None,
+            recipe=recipe,
+            zero=Zero(stage=0),
+            seed=0,
+            save_moments=False,
+            response_tokens=response_tokens,
+        )
+        return execute(tmp_path / name, programs.SFT, settings, tiny_llama, rows, 1)
+
+    first = trained("first", ROWS[:3], None)
+    tokens = read_json(first / COUNTS_FILE)["response_tokens"]
+    within = trained("within", ROWS, tokens)
+    counts = read_json(within / COUNTS_FILE)
+    assert (counts["examples"], counts["response_tokens"], counts["left_out"]) == (3, tokens, 0)
+    assert counts["beyond_response_tokens"] == len(ROWS) - 3
+    assert (within / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert read_json(trained("below", ROWS, tokens - 1) / COUNTS_FILE)["examples"] == 2
+    with pytest.raises(ShardsFailed, match="training.response_tokens is 2, but the first batch of 2 examples has"):
+        trained("few", ROWS, 2)
 
 
 def dpo(recipe: TeacherUpdate, stage: int, **settings: int) -> programs.Dpo:
