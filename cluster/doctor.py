@@ -2,16 +2,19 @@
 
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.backends.command import run_command
-from cluster.backends.slurm import largest_array
+from cluster.backends.sbatch import SBATCH_PATIENCE, options_of, refusal_of
+from cluster.backends.slurm import SlurmBackend, largest_array
+from cluster.driver_job import script_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.shards import Shards
 from cluster.stage import Stage
@@ -24,6 +27,9 @@ from montessori_core.versions import declared
 _SLURM_TIMEOUT = 60.0  # seconds for a Slurm command
 _TRAINING_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "safetensors", "pyarrow", "scipy")
 _GENERATION_PACKAGES = ("vllm", "torch", "transformers", "pyarrow")
+_JUDGING_PACKAGES = ("openai", "pyarrow")
+# Of every script, whatever the configuration says.
+_SAME_IN_EACH_SCRIPT = ("--job-name", "--output", "--error", "--open-mode", "--signal", "--parsable")
 _JOB_REMEDY = (
     "is this folder on a shared file system, and does the Python that the configuration names exist on the nodes?"
 )
@@ -95,31 +101,11 @@ def _check_slurm(cluster: Cluster) -> Iterator[Finding]:
     seen = "available" if accounting else "none: optional, but failures give fewer details"
     yield Finding("accounting", None, seen)
 
-    name = cluster.slurm.partition
-    rows = [row for row in partitions if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
-    names = ", ".join(sorted({name.rstrip("*") for name, *_ in partitions}))
-    if not rows:
-        seen = f"no partition {name!r}" if name else "the cluster has no default partition"
-        yield Finding("partition", False, f"{seen}; available: {names}", "set cluster.slurm.partition to one of them")
-        return
-    yield Finding("partition", True, f"{rows[0][0].rstrip('*')}: {sum(int(row[2]) for row in rows)} nodes")
-    requested = max(resources.gpus_per_node for _, resources in cluster.resources)
-    if requested:
-        available = max(_gpus(row[1]) for row in rows)
-        yield Finding(
-            "GPUs",
-            available >= requested,
-            f"{available} per node, {requested} requested",
-            "lower cluster.resources.*.gpus_per_node, choose another partition, or have gres.conf corrected",
-        )
-    longest = max(resources.time_limit_minutes for _, resources in cluster.resources)
-    allowed = max(_minutes(row[3]) for row in rows)
-    yield Finding(
-        "time limits",
-        longest <= allowed,
-        f"{allowed:g} minutes in the partition, {longest} requested",
-        "lower cluster.resources.*.time_limit_minutes, or choose another partition",
-    )
+    stages = {stage: cluster.slurm.of_stage(stage).partition for stage, _ in cluster.resources}
+    for partition in dict.fromkeys(stages.values()):
+        jobs = [resources for stage, resources in cluster.resources if stages[stage] == partition]
+        yield from _check_partition(partition, partitions, jobs)
+    yield from _check_scripts(cluster)
     limit, configured = largest_array(), cluster.slurm.max_array_size
     if limit is not None and configured is not None:
         yield Finding(
@@ -130,16 +116,72 @@ def _check_slurm(cluster: Cluster) -> Iterator[Finding]:
         )
 
 
+def _check_partition(
+    name: str | None, partitions: Sequence[Sequence[str]], jobs: Sequence[Resources]
+) -> Iterator[Finding]:
+    """Check that a partition, or several separated by commas, can hold jobs; None is the cluster's default."""
+    wanted = name.split(",") if name else []
+    rows = [row for row in partitions if (row[0].rstrip("*") in wanted if wanted else row[0].endswith("*"))]
+    known = {row[0].rstrip("*") for row in partitions}
+    missing = sorted(set(wanted) - known)
+    if not rows or missing:
+        seen = f"no partition {', '.join(missing)}" if missing else "the cluster has no default partition"
+        remedy = "set cluster.slurm.partition, or that of the stage in cluster.slurm.stages, to one of them"
+        yield Finding("partition", False, f"{seen}; available: {', '.join(sorted(known))}", remedy)
+        return
+    title = name or rows[0][0].rstrip("*")
+    yield Finding("partition", True, f"{title}: {sum(int(row[2]) for row in rows)} nodes")
+    requested = max(resources.gpus_per_node for resources in jobs)
+    if requested:
+        available = max(_gpus(row[1]) for row in rows)
+        yield Finding(
+            f"GPUs of {title}",
+            available >= requested,
+            f"{available} per node, {requested} requested",
+            "lower cluster.resources.*.gpus_per_node, choose another partition, or have gres.conf corrected",
+        )
+    longest = max(resources.time_limit_minutes for resources in jobs)
+    allowed = max(_minutes(row[3]) for row in rows)
+    yield Finding(
+        f"time limits of {title}",
+        longest <= allowed,
+        f"{allowed:g} minutes in the partition, {longest} requested",
+        "lower cluster.resources.*.time_limit_minutes, or choose another partition",
+    )
+
+
+def _check_scripts(cluster: Cluster) -> Iterator[Finding]:
+    """Show the sbatch options of each stage's jobs and of the driver's, and have Slurm check them (`sbatch --test-only`)."""
+    name = "montessori-doctor"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, script = Path(scratch), Path(scratch) / "script.sh"
+        texts: dict[str, list[str]] = {}
+        for stage, resources in cluster.resources:
+            backend = SlurmBackend(cluster.slurm.of_stage(stage), resources, None)
+            texts.setdefault(backend.script(name, folder), []).append(stage)
+        texts.setdefault(script_of(folder, name, [], {}, cluster.slurm), []).append("driver")
+        for text, stages in texts.items():
+            script.write_text(text, encoding="utf-8")
+            options = [option for option in options_of(script) if not option.startswith(_SAME_IN_EACH_SCRIPT)]
+            try:
+                refusal = refusal_of(script)
+            except subprocess.TimeoutExpired:
+                refusal = f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s"
+            yield Finding(
+                f"sbatch options of {', '.join(stages)}",
+                refusal is None,
+                " ".join(options) + (f": {refusal}" if refusal else ""),
+                "change cluster.slurm.driver; it matters with --submit-driver only"
+                if stages == ["driver"]
+                else "change cluster.slurm (or its stages) and cluster.resources",
+            )
+
+
 def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[Finding]:
     token = scratch / "token"
     token.write_text(uuid.uuid4().hex)
-    kinds: dict[str, tuple[str, ...]] = {"influence": _TRAINING_PACKAGES, "training": _TRAINING_PACKAGES}
-    if cluster.resources.teacher_update != cluster.resources.training:
-        kinds["teacher_update"] = _TRAINING_PACKAGES
-    if cluster.generation_python is not None:
-        kinds["generation"] = _GENERATION_PACKAGES
     ranges = declared(["train"])
-    for kind, packages in kinds.items():
+    for kind, packages in _packages_by_stage(cluster).items():
         resources: Resources = getattr(cluster.resources, kind)
         python = cluster.generation_python if kind == "generation" else None
         stage = Stage(
@@ -151,6 +193,7 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
             input_hashes={},
             folder=scratch / kind,
             suffix=".json",
+            kind=kind,
         )
         single = resources.model_copy(update={"nodes": 1, "processes_per_node": 1, "infrastructure_retries": 0})
         report = _run_test_job(stage, single, cluster, patience, _JOB_REMEDY, python)
@@ -162,7 +205,9 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
     pair = cluster.resources.training.model_copy(
         update={"nodes": nodes, "processes_per_node": 2 // nodes, "infrastructure_retries": 0}
     )
-    stage = Stage("all-reduce", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, scratch / "together", ".json")
+    stage = Stage(
+        "all-reduce", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, scratch / "together", ".json", "training"
+    )
     report = _run_test_job(stage, pair, cluster, patience, _NETWORK_REMEDY)
     if isinstance(report, Finding):
         yield report
@@ -173,6 +218,18 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
         f"{report['processes']} processes, sum {report['sum']:g}",
         _NETWORK_REMEDY,
     )
+
+
+def _packages_by_stage(cluster: Cluster) -> dict[str, tuple[str, ...]]:
+    """Return the packages that the jobs of a stage need, for each stage whose jobs may differ from those of the others."""
+    generation = _TRAINING_PACKAGES if cluster.generation_python is None else _GENERATION_PACKAGES
+    needed = {"generation": generation, "judging": _JUDGING_PACKAGES}
+    differ = {"influence", "training", *cluster.slurm.stages}
+    if cluster.resources.teacher_update != cluster.resources.training:
+        differ.add("teacher_update")
+    if cluster.generation_python is not None:
+        differ.add("generation")
+    return {stage: needed.get(stage, _TRAINING_PACKAGES) for stage, _ in cluster.resources if stage in differ}
 
 
 def _check_report(kind: str, report: dict[str, Any], token: str, resources: Resources) -> Iterator[Finding]:

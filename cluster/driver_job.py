@@ -18,14 +18,13 @@ from pathlib import Path
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
+from cluster.backends.sbatch import DRIVER_JOB, SBATCH_PATIENCE, sbatch_command
 from montessori_core import layout
 from montessori_core.config import Slurm
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SBATCH_PATIENCE = 120.0  # seconds
 _WARNING_SECONDS = 90  # between Slurm's signal and the time limit; Slurm may send the signal up to a minute early
 _STOP = signal.SIGUSR2  # raises DriverStopped in the main thread
 # Signals are blocked before libraries start threads, which would otherwise receive them.
@@ -88,10 +87,10 @@ def submit_job(folder: Path, name: str, command: Sequence[str], variables: Mappi
     script.write_text(script_of(folder, name, command, variables, slurm), encoding="utf-8")
     try:
         outcome = subprocess.run(
-            sbatch_command(script, os.environ), capture_output=True, text=True, timeout=_SBATCH_PATIENCE, check=False
+            sbatch_command(script, os.environ), capture_output=True, text=True, timeout=SBATCH_PATIENCE, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise SchedulerUnavailable(f"sbatch did not answer within {_SBATCH_PATIENCE:.0f} s") from error
+        raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
     if outcome.returncode != 0:
         raise UserError(
             f"sbatch rejected the driver's job: {outcome.stderr.strip()}\nSee cluster.slurm.driver in the configuration."
@@ -117,7 +116,7 @@ def script_of(folder: Path, name: str, command: Sequence[str], variables: Mappin
         "account": job.account or slurm.account,
         "qos": job.qos or slurm.qos,
         "requeue": True,
-        **{key.strip().lstrip("-").replace("_", "-"): value for key, value in job.extra.items()},
+        **job.extra,
     }
     lines = ["#!/bin/bash"]
     for option, value in options.items():

@@ -126,7 +126,7 @@ class _Driver:
         self._work = hash_json(keys)
         self._done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
-        self._backend = open_backend(cluster, resources, python)
+        self._backend = open_backend(cluster, resources, python, stage.kind)
         self._host = None if cluster.profile == "slurm" else platform.node()
         self._failed: dict[int, ShardFailure] = {}
         self._losses: dict[tuple[int, str], int] = {}

@@ -247,8 +247,8 @@ def check_environment(experiment: Experiment) -> None:
         check_versions(["benchmarks" if experiment.benchmarks.tasks else "train"])
         if any(isinstance(entry, CodeRunsFilter) and entry.need_isolation for entry in experiment.synthesis.filters):
             check_isolation()
-    for _, resources in experiment.cluster.resources:
-        open_backend(experiment.cluster, resources, None)
+    for stage, resources in experiment.cluster.resources:
+        open_backend(experiment.cluster, resources, None, stage)
 
 
 def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -9,16 +9,23 @@ from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Cluster, Resources
 
 
-def open_backend(cluster: Cluster, resources: Resources, python: str | None) -> Backend:
+def open_backend(cluster: Cluster, resources: Resources, python: str | None, stage: str = "") -> Backend:
     """Open the backend of the configured profile.
+
+    Args:
+        cluster: configuration.
+        resources: of a job.
+        python: interpreter of jobs that need another environment than the worker's.
+        stage: name of the stage in `cluster.resources`, for its Slurm options; "": those of all stages.
 
     Raises:
         UserError: jobs cannot be started here.
     """
+    slurm = cluster.slurm.of_stage(stage)
     if cluster.profile == "slurm":
-        return SlurmBackend(cluster, resources, python or cluster.slurm.python)
+        return SlurmBackend(slurm, resources, python or slurm.python)
     if cluster.profile == "allocation":
-        backend = AllocationBackend(cluster, resources, python or cluster.slurm.python)
+        backend = AllocationBackend(slurm, resources, python or slurm.python)
         backend.check()
         return backend
     return LocalBackend(resources, python)
@@ -37,7 +44,7 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
     if host not in (None, platform.node()):
         return None
     if host is not None and cluster.profile == "allocation":
-        return AllocationBackend(cluster, Resources(), cluster.slurm.python)
+        return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)
     return open_backend(cluster.model_copy(update={"profile": "slurm"}), Resources(), None)

@@ -20,12 +20,12 @@ from cluster.backends.base import Task, split_evenly
 from cluster.backends.command import run_command
 from cluster.backends.local import LocalBackend, find_processes, process_of
 from cluster.backends.sbatch import environment_outside_job
-from cluster.backends.slurm import gpus_option, python_command
+from cluster.backends.slurm import gpu_options, python_command
 from cluster.import_path import check_import_path
 from cluster.processes import start_time
 from cluster.step import run_step
 from cluster.supervisor import kill_tree
-from montessori_core.config import Cluster, Resources
+from montessori_core.config import Resources, Slurm
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ _PORTIONS = 2
 class AllocationBackend(LocalBackend):
     """Jobs as steps of an allocation. A job id has the id and start time of the srun process."""
 
-    def __init__(self, cluster: Cluster, resources: Resources, python: str | None) -> None:
-        check_import_path(cluster.slurm.setup)
-        self._slurm, self._resources = cluster.slurm, resources
-        self._python_command, self._container_options = python_command(cluster.slurm, python)
+    def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
+        check_import_path(slurm.commands)
+        self._slurm, self._resources = slurm, resources
+        self._python_command, self._container_options = python_command(slurm, python)
         self._allocation = os.environ.get("SLURM_JOB_ID")
         self._job_ids = set()
         self._fit: int | None = None
@@ -96,7 +96,10 @@ class AllocationBackend(LocalBackend):
             f"--ntasks={resources.nodes * resources.processes_per_node}",
             f"--ntasks-per-node={resources.processes_per_node}",
             f"--cpus-per-task={resources.cpus_per_process}",
-            f"--gpus-per-node={gpus_option(resources)}" if resources.gpus_per_node else "--gres=none",
+            *[
+                f"--{option}={gpus}"
+                for option, gpus in gpu_options(self._slurm, resources).items() or [("gres", "none")]
+            ],
             f"--mem={resources.memory_gb}GB" if resources.memory_gb else "--mem=0",  # 0: shared by the steps
             f"--time={resources.time_limit_minutes}",
             *("--exact", "--kill-on-bad-exit=1", "--mpi=none", "--input=none", "--quiet"),
@@ -108,7 +111,7 @@ class AllocationBackend(LocalBackend):
         job = f'{shlex.quote(str(folder))}/"$$"'
         logs = f"--output={job}_%t_log.out --error={job}_%t_log.err"
         srun = f'exec srun {shlex.join(options)} {logs} {step} "$$" 2>{job}_srun.err'
-        script = "\n".join([*self._slurm.setup, srun])
+        script = "\n".join([*self._slurm.commands, srun])
         process = subprocess.Popen(
             ["bash", "-c", script],
             env=environment_outside_job(os.environ),

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import shlex
+import subprocess
 import uuid
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 DRIVER_JOB = "MONTESSORI_DRIVER_JOB"
 """Environment variable: in a driver's job, its unique name."""
 
+SBATCH_PATIENCE = 120.0
+"""Seconds that sbatch may take to answer."""
 _OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
 """Prefixes of variables that Slurm sets in a job; sbatch reads them as options, or passes them to the new job."""
 _OF_A_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
@@ -61,14 +64,32 @@ def sbatch_command(script: Path, environment: Mapping[str, str]) -> list[str]:
 
     Variables that a user sets outside of a job, such as SBATCH_ACCOUNT, remain the defaults of options that are not set.
     """
-    lines = script.read_text().splitlines()
-    prefix = "#SBATCH "
-    options = [word for line in lines if line.startswith(prefix) for word in shlex.split(line.removeprefix(prefix))]
+    options = [word for line in options_of(script) for word in shlex.split(line)]
     removed = _NEVER & environment.keys()
     if "SLURM_JOB_ID" in environment:
         _report_surrounding_job(environment["SLURM_JOB_ID"])
         removed |= _names_of_job(environment)
     return ["env", *(f"--unset={name}" for name in sorted(removed)), "sbatch", *options, str(script)]
+
+
+def options_of(script: Path) -> list[str]:
+    """Return the options of a batch script, as they are written: those that follow `#SBATCH`."""
+    prefix = "#SBATCH "
+    lines = script.read_text().splitlines()
+    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+
+
+def refusal_of(script: Path) -> str | None:
+    """Ask Slurm whether it would accept a script, without submitting it; return why not, None if it would.
+
+    Raises:
+        subprocess.TimeoutExpired: sbatch does not answer.
+    """
+    command = sbatch_command(script, os.environ)
+    command.insert(command.index("sbatch") + 1, "--test-only")
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_PATIENCE, check=False)
+    lines = answer.stderr.strip().splitlines() or [f"sbatch ended with {answer.returncode}"]
+    return None if answer.returncode == 0 else lines[-1]
 
 
 def environment_outside_job(environment: Mapping[str, str]) -> dict[str, str]:

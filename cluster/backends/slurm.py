@@ -19,11 +19,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from cluster.backends.base import SchedulerUnavailable, Task, split_for_array
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import SbatchExecutor
+from cluster.backends.sbatch import SBATCH_PATIENCE, SbatchExecutor
 from cluster.import_path import check_import_path
 from cluster.supervisor import kill_tree
 from cluster.worker import run_task
-from montessori_core.config import Cluster, Resources, Slurm
+from montessori_core.config import Resources, Slurm
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 _NEVER_LAUNCHED = ("launch failed requeued held", "launch_failed_requeued_held")
 _CONTROLLER_DOWN = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
-_SBATCH_PATIENCE = 120.0  # seconds
 _DEFAULT_ARRAY_LIMIT = 1001  # Slurm's default of MaxArraySize
 _CANCEL_TIMEOUT = 120.0  # seconds; Slurm's KillWait is 30 by default
 _CONTROLLER_TIMEOUT = 300.0  # seconds for a controller to come back
@@ -51,7 +50,7 @@ def _limit_sbatch(folder: Path) -> Iterator[None]:
                 if any(str(folder) in argument for argument in child.cmdline()):
                     kill_tree(child)
 
-    timer = threading.Timer(_SBATCH_PATIENCE, kill_sbatch)
+    timer = threading.Timer(SBATCH_PATIENCE, kill_sbatch)
     timer.start()
     try:
         yield
@@ -75,15 +74,15 @@ class SlurmBackend:
 
     polls_until_lost = 3
 
-    def __init__(self, cluster: Cluster, resources: Resources, python: str | None) -> None:
+    def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
         if shutil.which("sbatch") is None:
             raise UserError(
                 "cluster.profile is slurm, but there is no sbatch here; start on a login node, or set profile: local"
             )
-        check_import_path(cluster.slurm.setup)
-        self._slurm, self._resources = cluster.slurm, resources
-        self._python, self._container_options = python_command(cluster.slurm, python)
-        self._largest_array = cluster.slurm.max_array_size
+        check_import_path(slurm.commands)
+        self._slurm, self._resources = slurm, resources
+        self._python, self._container_options = python_command(slurm, python)
+        self._largest_array = slurm.max_array_size
         self._silent = False
 
     def prepare(self) -> None:
@@ -102,7 +101,37 @@ class SlurmBackend:
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
+        executor = self._executor(name, folder, at_once, avoid)
+        cpus = self._resources.cpus_per_process
+        arguments = [str(stage_folder)] * len(tasks), list(tasks), [cpus] * len(tasks)
+        try:
+            with _limit_sbatch(folder):
+                jobs = executor.map_array(_Restartable(), *arguments)
+        except (FailedJobError, FailedSubmissionError) as error:
+            if any(sign in str(error) for sign in _CONTROLLER_DOWN):
+                raise SchedulerUnavailable(str(error)) from error
+            if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
+                raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
+            if any(sign in str(error) for sign in _TOO_MANY_JOBS) and self._squeue("--me"):
+                # A limit on the user's jobs: sbatch accepts more when some have ended.
+                raise SchedulerUnavailable(str(error)) from error
+            if avoid:
+                log.warning("no node is left without %s; using them again", ", ".join(sorted(avoid)))
+                return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
+            raise UserError(
+                f"sbatch rejected the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on the jobs a "
+                "user may submit) and cluster.resources in the configuration."
+            ) from error
+        return [job.job_id for job in jobs]
+
+    def _executor(self, name: str, folder: Path, at_once: int, avoid: frozenset[str]) -> SbatchExecutor:
+        """Return the executor that submits jobs with the configured options."""
         resources, slurm = self._resources, self._slurm
+        gpus = gpu_options(slurm, resources)
+        if "gres" in gpus and "gres" in slurm.extra:
+            gpus["gres"] += f",{slurm.extra['gres']}"
+        # Some clusters do not requeue jobs of crashed nodes by default.
+        options = {"requeue": True, "exclusive": bool(slurm.exclusive), **slurm.extra, **gpus}
         parameters: dict[str, Any] = {
             "job_name": name,
             "time": resources.time_limit_minutes,
@@ -111,7 +140,6 @@ class SlurmBackend:
             "nodes": resources.nodes,
             "ntasks_per_node": resources.processes_per_node,
             "cpus_per_task": resources.cpus_per_process,
-            "gpus_per_node": gpus_option(resources),
             "mem": f"{resources.memory_gb}GB" if resources.memory_gb else None,
             "array_parallelism": at_once,
             "partition": slurm.partition,
@@ -119,11 +147,8 @@ class SlurmBackend:
             "qos": slurm.qos,
             "constraint": slurm.constraint,
             "exclude": ",".join([*([slurm.exclude] if slurm.exclude else []), *sorted(avoid)]) or None,
-            "setup": list(slurm.setup) or None,
-            # Some clusters do not requeue jobs of crashed nodes by default.
-            "additional_parameters": {
-                key: value for key, value in {"requeue": True, **slurm.extra}.items() if value is not False
-            },
+            "setup": slurm.commands or None,
+            "additional_parameters": {option: value for option, value in options.items() if value is not False},
             # Some releases of srun do not inherit sbatch's CPUs. Without --kill-on-bad-exit, the other processes wait
             # for a failed one until the time limit.
             "srun_args": [
@@ -138,26 +163,12 @@ class SlurmBackend:
         )
         # Without wckey=None, submitit sends a workload characterization key of its own.
         executor.update_parameters(wckey=None, **{key: value for key, value in parameters.items() if value is not None})
-        arguments = [str(stage_folder)] * len(tasks), list(tasks), [resources.cpus_per_process] * len(tasks)
-        try:
-            with _limit_sbatch(folder):
-                jobs = executor.map_array(_Restartable(), *arguments)
-        except (FailedJobError, FailedSubmissionError) as error:
-            if any(sign in str(error) for sign in _CONTROLLER_DOWN):
-                raise SchedulerUnavailable(str(error)) from error
-            if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
-                raise SchedulerUnavailable(f"sbatch did not answer within {_SBATCH_PATIENCE:.0f} s") from error
-            if any(sign in str(error) for sign in _TOO_MANY_JOBS) and self._squeue("--me"):
-                # A limit on the user's jobs: sbatch accepts more when some have ended.
-                raise SchedulerUnavailable(str(error)) from error
-            if avoid:
-                log.warning("no node is left without %s; using them again", ", ".join(sorted(avoid)))
-                return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
-            raise UserError(
-                f"sbatch rejected the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on the jobs a "
-                "user may submit) and cluster.resources in the configuration."
-            ) from error
-        return [job.job_id for job in jobs]
+        return executor
+
+    def script(self, name: str, folder: Path) -> str:
+        """Return the batch script of a job that computes nothing, with the options of all jobs of this stage."""
+        text: str = self._executor(name, folder, 1, frozenset())._make_submission_file_text("true", name)
+        return text
 
     def set_parallelism(self, ids: Sequence[str], at_once: int) -> None:
         for array in _arrays(ids):
@@ -227,10 +238,12 @@ class SlurmBackend:
         return None if answer is None else set(answer.splitlines())
 
 
-def gpus_option(resources: Resources) -> str | int | None:
-    """Return the value of sbatch's option for GPUs."""
-    count = resources.gpus_per_node
-    return f"{resources.gpu_type}:{count}" if count and resources.gpu_type else count or None
+def gpu_options(slurm: Slurm, resources: Resources) -> dict[str, str]:
+    """Return the option of sbatch and srun that asks for GPUs, and its value; empty for a job without GPUs."""
+    if not resources.gpus_per_node:
+        return {}
+    wanted = f"{resources.gpu_type}:{resources.gpus_per_node}" if resources.gpu_type else str(resources.gpus_per_node)
+    return {"gres": f"gpu:{wanted}"} if slurm.gpu_option == "gres" else {"gpus-per-node": wanted}
 
 
 def python_command(slurm: Slurm, python: str | None) -> tuple[str, list[str]]:

@@ -4,16 +4,7 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 (Montessori-Instruct, ICLR 2025, Section 4 and Appendix A) unless the description says otherwise.
 """
 
-from montessori_core.config.cluster import (
-    Cluster,
-    Container,
-    DriverJob,
-    Resources,
-    Slurm,
-    StageResources,
-    Vllm,
-    read_cluster,
-)
+from montessori_core.config.cluster import Cluster, Vllm, read_cluster
 from montessori_core.config.data import DataFormat, DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
 from montessori_core.config.experiment import Experiment, parse_experiment, read_experiment
@@ -27,7 +18,9 @@ from montessori_core.config.filters import (
 )
 from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
+from montessori_core.config.resources import Resources, StageResources
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
+from montessori_core.config.slurm import Container, DriverJob, JobOptions, Slurm
 from montessori_core.config.strategies import (
     EvolveStrategy,
     GroundedStrategy,
@@ -61,6 +54,7 @@ __all__ = [
     "GroundedStrategy",
     "HarnessTask",
     "Influence",
+    "JobOptions",
     "JudgeFilter",
     "Lora",
     "MagpieStrategy",

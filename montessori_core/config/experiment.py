@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from montessori_core.config.cluster import Cluster, Resources
+from montessori_core.config.cluster import Cluster
 from montessori_core.config.data import DataSource
 from montessori_core.config.evaluation import Benchmarks, Comparison
 from montessori_core.config.filters import JudgeFilter
 from montessori_core.config.influence import Influence, Preferences
 from montessori_core.config.models import Endpoint, Student, Teacher
+from montessori_core.config.resources import Resources
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, parse
 from montessori_core.config.synthesis import Synthesis
 from montessori_core.config.training import Nomad, Optimization, TeacherUpdate, Training, Warmup, Zero

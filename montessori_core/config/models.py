@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from montessori_core.config.section import Count, Section, refuse_names
+from montessori_core.config.section import Count, Section, VariableName, refuse_names
 
 Variables = dict[str, str | int | float | bool]
 _TEMPLATE: Any = Field(
@@ -86,9 +86,8 @@ class Endpoint(Section):
         pattern=r"^https?://",
         description="Address of the API, including /v1. For a local vLLM server: http://HOST:8000/v1.",
     )
-    key_variable: str = Field(
+    key_variable: VariableName = Field(
         "OPENAI_API_KEY",
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable that holds the key, where the jobs run. A server without keys needs none.",
     )
     concurrency: Count = Field(8, description="Maximum number of concurrent requests.")

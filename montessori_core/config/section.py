@@ -3,7 +3,7 @@
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,8 @@ def _read_time(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1)]
 Minutes = Annotated[int, Field(ge=1), BeforeValidator(_read_time)]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""Name of an environment variable."""
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 _shortener = reprlib.Repr()
 _shortener.maxlevel, _shortener.maxstring, _shortener.maxother = 2, 100, 100
@@ -100,6 +102,8 @@ def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
         if _is_section(model):
             field = model.model_fields.get(str(part))
             model = field.annotation if field else None
+        elif get_origin(model) is dict:
+            model = get_args(model)[1]
         elif isinstance(part, str):  # the name of an entry that chose the section among those of a list
             sections = [kind for kind in _sections_in(model) if kind.model_fields["name"].default == part]
             model = sections[0] if sections else None

@@ -2,11 +2,12 @@
 
 import math
 import re
+from typing import Any
 
 import pytest
 
-from cluster.backends.slurm import gpus_option
-from montessori_core.config import Cluster, Resources, parse, parse_yaml
+from cluster.backends.slurm import gpu_options
+from montessori_core.config import Cluster, JobOptions, Resources, Slurm, parse, parse_yaml
 from montessori_core.errors import ConfigError
 
 
@@ -86,7 +87,8 @@ def test_extra_option_of_a_setting_is_refused(
     extra: dict[str, object], resources: dict[str, object], setting: str
 ) -> None:
     with pytest.raises(
-        ConfigError, match=re.escape(f"slurm.extra: {next(iter(extra))}: sbatch would get") + ".*"
+        ConfigError,
+        match=re.escape(f"slurm.extra: {next(iter(extra)).lstrip('-').replace('_', '-')}: sbatch would get") + ".*",
     ) as refusal:
         parse(Cluster, {"slurm": {"extra": extra}, "resources": resources}, "test")
     assert f"set {setting}" in str(refusal.value)
@@ -104,8 +106,64 @@ def test_other_extra_options_are_accepted(extra: dict[str, object], resources: d
     assert parse(Cluster, {"slurm": {"extra": extra}, "resources": resources}, "test").slurm.extra == extra
 
 
-def test_gpu_type_is_part_of_sbatch_option() -> None:
-    options = [
-        gpus_option(Resources(gpus_per_node=n, gpu_type=kind)) for n, kind in ((4, "h100"), (4, None), (0, "h100"))
-    ]
-    assert options == ["h100:4", 4, None]
+@pytest.mark.parametrize(
+    ("option", "count", "kind", "expected"),
+    [
+        (None, 4, "h100", {"gpus-per-node": "h100:4"}),
+        ("gpus-per-node", 4, None, {"gpus-per-node": "4"}),
+        ("gres", 4, "h100", {"gres": "gpu:h100:4"}),
+        ("gres", 4, None, {"gres": "gpu:4"}),
+        ("gres", 0, "h100", {}),
+    ],
+)
+def test_gpus_have_a_type_and_one_of_two_options(
+    option: Any, count: int, kind: str | None, expected: dict[str, str]
+) -> None:
+    assert gpu_options(Slurm(gpu_option=option), Resources(gpus_per_node=count, gpu_type=kind)) == expected
+
+
+def test_options_of_a_stage_replace_those_of_all_stages() -> None:
+    slurm = Slurm(
+        partition="gpu",
+        account="project",
+        exclusive=True,
+        setup=("module load cuda",),
+        environment={"A": "1", "B": "1"},
+        extra={"reservation": "night", "nice": 5},
+        stages={
+            "judging": JobOptions(
+                partition="cpu",
+                exclusive=False,
+                environment={"B": "it's"},
+                extra={"reservation": False, "licenses": "api"},
+            )
+        },
+    )
+    assert slurm.of_stage("training") == slurm.of_stage("") == slurm
+    judging = slurm.of_stage("judging")
+    assert (judging.partition, judging.account, judging.exclusive) == ("cpu", "project", False)
+    assert judging.commands == ["export A=1", """export B='it'"'"'s'""", "module load cuda"]
+    assert judging.extra == {"reservation": False, "nice": 5, "licenses": "api"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"judge": {"partition": "cpu"}}, "slurm.stages.judge"),
+        (
+            {"judging": {"partitoin": "cpu"}},
+            "judging.partitoin: unknown key; remove it or correct its spelling (did you mean",
+        ),
+        ({"judging": {"environment": {"A B": "1"}}}, "slurm.stages.judging.environment.A B"),
+        ({"training": {"extra": {"gres": "gpu:1"}}}, "slurm.stages.training.extra: gres: sbatch would get"),
+        ({"judging": {"extra": {"exclusive": True}}}, "remove it, and set cluster.slurm.exclusive"),
+    ],
+)
+def test_bad_options_of_a_stage_are_refused(stages: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(Cluster, {"slurm": {"stages": stages}, "resources": GPUS}, "test")
+
+
+def test_generic_resources_of_a_stage_without_gpus_are_accepted() -> None:
+    content = {"slurm": {"stages": {"judging": {"extra": {"gres": "gpu:1"}}}}, "resources": GPUS}
+    assert parse(Cluster, content, "test").slurm.of_stage("judging").extra == {"gres": "gpu:1"}

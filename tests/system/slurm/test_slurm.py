@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from cluster.ledger import Ledger
 from cluster.stage import Stage
 from flows.methods import REGISTRY
 from montessori_core import programs
-from montessori_core.config import Cluster, Container, Resources, Slurm, TeacherUpdate, Zero
+from montessori_core.config import Cluster, Container, JobOptions, Resources, Slurm, TeacherUpdate, Zero
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.program import Row
@@ -68,7 +69,7 @@ if hours:
     os.replace = shifted_replace
 """
 
-ONE_A_NODE = Slurm(extra={"exclusive": True})
+ONE_A_NODE = Slurm(exclusive=True)
 
 folder = local.folder
 
@@ -189,7 +190,9 @@ def test_options_reach_slurm(folder: Path) -> None:
     slurm = Slurm(
         partition="main",
         setup=("export FROM_SETUP='a b'",),
-        extra={"comment": "a b", "exclusive": True, "requeue": False},
+        exclusive=True,
+        environment={"FROM_ENVIRONMENT": "$HOME 'c'"},
+        extra={"comment": "a b", "requeue": False},
         srun=("--export=ALL,FROM_SRUN=yes",),
     )
     run(folder, SHARDS[:1], slurm=slurm, stage=processes(folder), memory_gb=1, gpus_per_node=2, cpus_per_process=3)
@@ -198,7 +201,27 @@ def test_options_reach_slurm(folder: Path) -> None:
     assert environment["SLURM_MEM_PER_NODE"] == "1024"
     assert environment["SLURM_CPUS_PER_TASK"] == environment["OMP_NUM_THREADS"] == "3"
     assert environment["FROM_SETUP"] == "a b"
+    assert environment["FROM_ENVIRONMENT"] == "$HOME 'c'"
     assert environment["FROM_SRUN"] == "yes"
+
+
+def test_options_of_a_stage_reach_its_jobs(folder: Path) -> None:
+    (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
+    slurm = Slurm(
+        partition="main",
+        environment={"A": "all"},
+        stages={"judging": JobOptions(partition="urgent", gpu_option="gres", environment={"B": "judging"})},
+    )
+    seen = {}
+    for kind in ("judging", "influence"):
+        stage = replace(processes(folder), folder=folder / kind, kind=kind)
+        run(folder, SHARDS[:1], slurm=slurm, stage=stage, gpus_per_node=1)
+        seen[kind] = read_json(folder / "rank-0.json")
+    assert [seen[kind]["SLURM_JOB_PARTITION"] for kind in seen] == ["urgent", "main"]
+    assert [(seen[kind].get("A"), seen[kind].get("B")) for kind in seen] == [("all", "judging"), ("all", None)]
+    assert all(len(seen[kind]["CUDA_VISIBLE_DEVICES"]) == 1 for kind in seen)
+    [script] = (folder / "judging" / "jobs").glob("*/*_submission.sh")
+    assert "--gres=gpu:1" in script.read_text()
 
 
 @pytest.mark.slow
@@ -782,6 +805,9 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
         "scheduler: answers",
         "accounting: none",
         "partition: main: 2 nodes",
+        "sbatch options of generation, training, teacher_update, influence, evaluation: --cpus-per-task=2 --nodes=1",
+        "sbatch options of judging: --cpus-per-task=1 --nodes=1 --ntasks-per-node=1 --partition=main --requeue --time=240",
+        "sbatch options of driver: ",
         "see the same files",
         "training job: environment: Python 3",
         "all-reduce over 2 nodes: 2 processes, sum 2",
@@ -797,12 +823,27 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
     [
         (
             {"slurm": {"partition": "nowhere"}},
-            ["no partition 'nowhere'; available: brief, main, urgent", "set cluster.slurm.partition"],
+            ["no partition nowhere; available: brief, main, urgent", "set cluster.slurm.partition"],
         ),
-        ({"resources": {"influence": {"gpus_per_node": 8}}}, ["GPUs: 2 per node, 8 requested", "gpus_per_node"]),
+        (
+            {"resources": {"influence": {"gpus_per_node": 8}}},
+            ["GPUs of main: 2 per node, 8 requested", "gpus_per_node"],
+        ),
         (
             {"slurm": {"partition": "brief"}},
-            ["time limits: 2 minutes in the partition, 240 requested", "time_limit_minutes"],
+            ["time limits of brief: 2 minutes in the partition, 240 requested", "time_limit_minutes"],
+        ),
+        (
+            {"slurm": {"stages": {"judging": {"partition": "brief"}}}},
+            ["time limits of brief: 2 minutes in the partition, 240 requested", "partition: main: 2 nodes"],
+        ),
+        (
+            {"slurm": {"stages": {"judging": {"constraint": "nothing"}}}},
+            [
+                "sbatch options of judging: --constraint=nothing",
+                "Invalid feature specification",
+                "change cluster.slurm",
+            ],
         ),
         (
             {"generation_python": sys.executable},
@@ -811,9 +852,9 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
         ({"slurm": {"max_array_size": 100_000}}, ["MaxArraySize is", "or less"]),
         (
             {"slurm": {"python": "/nowhere/python"}},
-            ["influence job: lost", "does the Python that the configuration names"],
+            ["training job: lost", "does the Python that the configuration names"],
         ),
-        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch rejected the jobs", "see cluster.slurm"]),
+        ({"resources": {"influence": {"memory_gb": 9000}}}, ["sbatch options of influence: ", "--mem=9000GB"]),
     ],
 )
 def test_doctor_names_faults_and_remedies(tmp_path: Path, change: dict[str, object], messages: list[str]) -> None:

@@ -1,0 +1,70 @@
+"""Resources of jobs, by stage."""
+
+from pydantic import Field
+
+from montessori_core.config.section import Count, Minutes, Section
+
+
+class Resources(Section):
+    """Resources of one job of a stage. Not part of a shard's key: changing them recomputes nothing."""
+
+    nodes: Count = Field(1, description="Nodes per job (`--nodes`).")
+    processes_per_node: Count = Field(
+        1, description="Processes per node; for training, one per GPU (`--ntasks-per-node`)."
+    )
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node (`--gpus-per-node`, or as `slurm.gpu_option` says).")
+    gpu_type: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="Slurm: type of the GPUs, such as h100. If not set, any."
+    )
+    cpus_per_process: Count = Field(2, description="CPU cores and threads per process (`--cpus-per-task`).")
+    memory_gb: Count | None = Field(
+        None,
+        description="Memory per node, GB (`--mem`). If not set, the scheduler's default.",
+    )
+    time_limit_minutes: Minutes = Field(
+        240,
+        description="Wall-time limit of a job (`--time`): minutes, or a time as in sbatch, such as 12:00:00 or "
+        "1-12 (36 hours).",
+    )
+    parallel_jobs: Count = Field(
+        1,
+        description="Maximum number of the stage's jobs that run at the same time. A new stage is split into enough shards "
+        "to keep all of them busy.",
+    )
+    shards_per_job: Count = Field(
+        16, description="Slurm: maximum number of shards per array task. Shards are spread evenly over the jobs."
+    )
+    infrastructure_retries: int = Field(
+        3,
+        ge=0,
+        description="Retries of a shard after its job was lost or timed out: twice as many after a node failure, ten times "
+        "as many after preemption, at most one after the job ran out of memory.",
+    )
+    exclude_node_after: int = Field(
+        3,
+        ge=0,
+        description="Slurm: stop using a node after the jobs of this many different shards were lost on it; 0 is off.",
+    )
+    duplicate_stragglers_after: float | None = Field(
+        None,
+        gt=1.0,
+        description="Start a second copy of a shard, on another node, when it has run this many times as long as the median "
+        "shard, no job is waiting and one more may start. The first result counts. If not set, never.",
+    )
+
+
+class StageResources(Section):
+    """Resources by stage."""
+
+    generation: Resources = Field(Resources(), description="Instruction and response generation.")
+    training: Resources = Field(Resources(), description="Warm-up and student training.")
+    teacher_update: Resources = Field(
+        default_factory=lambda stages: stages["training"],
+        description="Teacher update. If not set, those of training. The paper's batch of 2 pairs keeps at most two processes "
+        "busy, fewer than a node has GPUs.",
+    )
+    influence: Resources = Field(Resources(), description="Local data influence.")
+    evaluation: Resources = Field(Resources(), description="Held-out loss and tasks of lm-evaluation-harness.")
+    judging: Resources = Field(
+        Resources(cpus_per_process=1), description="Requests to an API. These jobs need the network and no GPU."
+    )
