@@ -31,6 +31,7 @@ A command takes the path of a configuration or the name of a shipped preset; a f
 | `quickstart` | `montessori compare` | three methods and seeds, with the quickstart's experiment |
 | `laptop` | `montessori compare` | seven methods and controls, five seeds; hours on a laptop |
 | `slurm` | `--cluster` | a cluster file to start from |
+| `workstation` | `--cluster` | this machine, with a GPU for each job |
 
 To change more than a few fields, copy a preset from `montessori_core/presets/`. Where the package is installed, this prints
 the folder: `python -c "from montessori_core.presets import PRESETS; print(PRESETS)"`.

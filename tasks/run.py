@@ -1,15 +1,18 @@
 """A run: its folder, configuration and data sets; opening and checking it."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cluster.backends import open_backend
+from cluster.backends.local import gpus_of_this_machine
 from cluster.lock import refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import (
+    Cluster,
     CodeRunsFilter,
     Experiment,
     SemanticFilter,
@@ -193,6 +196,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
+    warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     try:
         (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
@@ -249,6 +253,19 @@ def check_environment(experiment: Experiment) -> None:
             check_isolation()
     for stage, resources in experiment.cluster.resources:
         open_backend(experiment.cluster, resources, None, stage)
+
+
+def idle_gpus(cluster: Cluster) -> list[str]:
+    """Return a warning if jobs run on a machine whose GPUs none of them uses."""
+    if cluster.profile != "local" or any(resources.gpus_per_node for _, resources in cluster.resources):
+        return []
+    with suppress(UserError):  # CUDA_VISIBLE_DEVICES names GPUs in a way that only jobs with GPUs must understand
+        if count := len(gpus_of_this_machine()):
+            return [
+                f"this machine has {count} GPU{'s'[: count > 1]}, but jobs use none; add --cluster workstation, which gives "
+                "each job one, or set gpus_per_node in cluster.resources"
+            ]
+    return []
 
 
 def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

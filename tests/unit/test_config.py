@@ -453,7 +453,7 @@ def test_file_takes_precedence_over_preset(tmp_path: Path, monkeypatch: pytest.M
     [
         (read_experiment, "evaluation, paper-1b, paper-8b, quickstart"),
         (read_study, "laptop, quickstart"),
-        (read_cluster, "slurm"),
+        (read_cluster, "slurm, workstation"),
     ],
 )
 def test_unknown_preset_lists_the_shipped_ones(read: Callable[[Path], object], presets: str) -> None:

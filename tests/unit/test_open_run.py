@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from montessori_core.config import parse_experiment, read_experiment
+from montessori_core.config import parse_experiment, read_cluster, read_experiment
 from support import CONFIGS
 from tasks.run import open_run
 
@@ -29,6 +29,29 @@ def test_open_run_warns_of_repetition_penalty(penalty: float, warned: bool, tiny
     instruction = {"repetition_penalty": penalty}
     warnings = warnings_of(tmp_path, tiny_llama, synthesis={"instruction": instruction})
     assert ["repetition_penalty is 1.5" in warning for warning in warnings] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("visible", "cluster", "warned"),
+    [
+        ("0,1", {}, ["this machine has 2 GPUs, but jobs use none; add --cluster workstation"]),
+        ("3", {}, ["this machine has 1 GPU, but"]),
+        ("3", read_cluster(Path("workstation")).model_dump(), []),
+        ("", {}, []),
+        ("GPU-5a3f", {}, []),
+    ],
+)
+def test_open_run_warns_of_gpus_that_no_job_uses(
+    visible: str,
+    cluster: dict[str, Any],
+    warned: list[str],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    warnings = warnings_of(tmp_path, tiny_llama, cluster=cluster)
+    assert [text in warning for text, warning in zip(warned, warnings, strict=True)] == [True] * len(warned)
 
 
 @pytest.mark.parametrize(("words", "warned"), [(8, True), (0, False)])
