@@ -10,7 +10,12 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
-FLOWS = {"montessori": "flows.experiment", "compare": "flows.study", "evaluate": "flows.evaluation"}
+FLOWS = {
+    "montessori": "flows.experiment",
+    "tailor": "flows.tailor",
+    "compare": "flows.study",
+    "evaluate": "flows.evaluation",
+}
 """The flows of deployments, and their modules."""
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flows.local_server import prefect_api, served_reports
 from flows.prefect_api import check_api, check_proxies
-from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, find_deployments, read_deployments
+from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 
@@ -139,8 +139,9 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     from flows.evaluation import evaluate
     from flows.experiment import montessori
     from flows.study import compare
+    from flows.tailor import tailor
 
-    flow: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate}[deployment["entrypoint"]]
+    flow: Any = {EXPERIMENT: montessori, STUDY: compare, EVALUATION: evaluate, TAILOR: tailor}[deployment["entrypoint"]]
     schedules = []
     for schedule in deployment.get("schedules") or []:
         options = {key: schedule[key] for key in ("timezone", "active") if key in schedule}

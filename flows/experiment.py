@@ -65,16 +65,23 @@ def montessori(experiment: Experiment, add_iterations: Annotated[int, Field(ge=0
     run, warnings = open_run(experiment, folder)
     for warning in warnings:
         get_run_logger().warning(warning)
-    _iterate(run, approve, scheduled=bool(add_iterations))
+    run_iterations(run, approve, scheduled=bool(add_iterations))
 
 
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)
 def experiment(run: Run) -> None:
     """Run or resume all iterations; finished work is not repeated."""
-    _iterate(run, approve=False)
+    run_iterations(run, approve=False)
 
 
-def _iterate(run: Run, approve: bool, scheduled: bool = False) -> None:
+def run_iterations(run: Run, approve: bool, scheduled: bool = False) -> None:
+    """Run or resume the iterations of a run, and write its report after each.
+
+    Args:
+        run: the run.
+        approve: whether to wait for approval before each teacher update.
+        scheduled: whether a later flow run adds iterations.
+    """
     with only_driver(run.folder):
         list_items(run)
         start_tracking(run.folder, run.experiment)

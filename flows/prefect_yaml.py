@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from montessori_core.config import Experiment, Section, Study, parse, parse_yaml, read_yaml
+from montessori_core.config import Experiment, Section, Study, Tailored, parse, parse_yaml, read_yaml
 from montessori_core.errors import ConfigError
 from montessori_core.presets import find_configuration
 
 EXPERIMENT = "flows/experiment.py:montessori"
 STUDY = "flows/study.py:compare"
 EVALUATION = "flows/evaluation.py:evaluate"
+TAILOR = "flows/tailor.py:tailor"
 _PARAMETERS: dict[str, tuple[str, type[Section]]] = {
     EXPERIMENT: ("experiment", Experiment),
     STUDY: ("study", Study),
     EVALUATION: ("experiment", Experiment),
+    TAILOR: ("tailored", Tailored),
 }
 _SHIPPED = Path(__file__).with_name("prefect.yaml")
 

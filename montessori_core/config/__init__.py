@@ -31,6 +31,7 @@ from montessori_core.config.strategies import (
 )
 from montessori_core.config.study import Study, read_study
 from montessori_core.config.synthesis import Sampling, Synthesis
+from montessori_core.config.tailor import Tailored
 from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
 from montessori_core.config.yaml import dump_yaml, parse_yaml, read_yaml, to_yaml, write_yaml
 
@@ -79,6 +80,7 @@ __all__ = [
     "Student",
     "Study",
     "Synthesis",
+    "Tailored",
     "Teacher",
     "TeacherUpdate",
     "Training",

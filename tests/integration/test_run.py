@@ -415,10 +415,12 @@ def test_run_pilot_warns_before_measuring_rest(
     assert warning < end
     assert "lower preferences.margin" in output[warning:end]
     measured = tmp_path / "runs" / "tiny" / "iteration-1"
-    pilot = pq.read_table(next((measured / "influence-pilot").glob("part-*.parquet")))
-    others = sum(pq.read_table(part).num_rows for part in (measured / "influence").glob("part-*.parquet"))
-    assert 64 <= pilot.num_rows < 72
-    assert pilot.num_rows + others == pq.read_table(measured / "influence.parquet").num_rows == 256
+    pilot, others = (
+        sum(pq.read_table(part).num_rows for part in (measured / stage).glob("part-*.parquet"))
+        for stage in ("influence-pilot", "influence")
+    )
+    assert 64 <= pilot < 72
+    assert pilot + others == pq.read_table(measured / "influence.parquet").num_rows == 256
 
 
 def test_second_iteration_starts_from_first(undisturbed: Path, shared_server: dict[str, str]) -> None:

@@ -19,7 +19,8 @@ def written(folder: Path, **deployment: Any) -> Path:
 
 
 def test_shipped_deployments_match_configurations() -> None:
-    *experiments, evaluation, study = read_deployments(ROOT / "flows" / "prefect.yaml")
+    short, *experiments, evaluation, study = read_deployments(ROOT / "flows" / "prefect.yaml")
+    assert short["parameters"] == {"tailored": {"name": "tailored"}}
     for deployment in (*experiments, evaluation):
         config = CONFIGS / f"{'evaluation' if deployment is evaluation else deployment['name']}.yaml"
         assert deployment["parameters"]["experiment"] == yaml.safe_load(config.read_text())

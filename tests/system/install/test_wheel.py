@@ -97,4 +97,4 @@ def test_wheel_has_deployments(installed: Path, tmp_path: Path) -> None:
     code = "import flows.prefect_yaml as p; print([d['name'] for d in p.read_deployments(p.find_deployments())])"
     command = [installed / "python", "-I", "-c", code]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert outcome.stdout.strip() == "['quickstart', 'paper-1b', 'paper-8b', 'evaluate', 'compare']"
+    assert outcome.stdout.strip() == "['tailor', 'quickstart', 'paper-1b', 'paper-8b', 'evaluate', 'compare']"

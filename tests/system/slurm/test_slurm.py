@@ -423,7 +423,7 @@ def test_temporary_sbatch_failure_is_retried(
     folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool, hangs: bool
 ) -> None:
     """A busy controller answers late or never; it may have accepted jobs without returning their ids."""
-    monkeypatch.setattr("cluster.backends.slurm._SBATCH_PATIENCE", 3)
+    monkeypatch.setattr("cluster.backends.slurm.SBATCH_PATIENCE", 3)
     failures, sbatch = folder / "failures", shutil.which("sbatch")
     first = f'{sbatch} "$@" >/dev/null; ' if taken else ""
     away = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'

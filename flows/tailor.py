@@ -1,0 +1,108 @@
+"""The flow behind the short form: people name models, data, a size and machines; a preset has the other settings."""
+
+import math
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from cluster.simulation import ClusterSpec, FailureModel
+from flows.estimate import estimate_run
+from flows.experiment import end_jobs_in, run_iterations, run_root
+from flows.forecast import forecast
+from montessori_core.config import Experiment, Tailored
+from montessori_core.formatting import duration
+from tasks.run import Run, open_run, reopen_run
+
+_SIMULATIONS = 50
+
+
+def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
+    """End the remaining jobs of a cancelled run (Prefect hook)."""
+    folder = run_root() / flow_run.parameters["tailored"]["name"]
+    end_jobs_in(folder, reopen_run(folder).experiment.cluster)
+
+
+@flow(name="tailor", flow_run_name="{tailored.name}", on_cancellation=[end_jobs])
+def tailor(tailored: Tailored, approve: bool = False) -> None:
+    """Tailor a teacher to your student and to the tasks of your reference set.
+
+    The first artifact says what will happen, where, and for how long. A run of the same name is resumed.
+
+    Args:
+        tailored: models, data, size and machines. The deployments of the presets have every setting.
+        approve: pause before every teacher update until a person approves the preference pairs.
+    """
+    experiment = tailored.experiment()
+    pilot = reopen_run(run_root() / tailored.pilot) if tailored.pilot else None
+    run, warnings = open_run(experiment, run_root() / tailored.name)
+    for warning in warnings:
+        get_run_logger().warning(warning)
+    create_markdown_artifact(describe_plan(run, tailored.preset, pilot), description=f"Plan of {tailored.name}")
+    run_iterations(run, approve)
+
+
+def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
+    """Return what a run will do, where and for how long, as Markdown.
+
+    Raises:
+        UserError: the pilot is not finished.
+    """
+    experiment, estimate = run.experiment, estimate_run(run)
+    gflops = estimate.gflops
+    lines = [
+        f"## {experiment.name}",
+        f"`{experiment.teacher.model}` learns to write what helps `{experiment.student.model}` with tasks like those of "
+        f"`{experiment.reference.path}`; the held-out loss is measured on `{experiment.evaluation.path}`.",
+        "",
+        f"| stage | work |{' about |' if gflops else ''}",
+        f"|---|---|{'---|' if gflops else ''}",
+    ]
+    for stage in estimate.stages:
+        lines.append(f"| {stage.name} | {stage.work} |" + (f" {duration(stage.seconds(gflops))} |" if gflops else ""))
+    if gflops:
+        total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
+        lines += ["", f"**About {total}** on this machine, by its speed ({gflops:.0f} GFLOP/s)."]
+    if pilot is not None:
+        lines += ["", _forecast_of(pilot, experiment)]
+    elif not gflops:
+        lines += ["", "The time is not known yet: run a pilot, and name it here as `pilot`."]
+    return "\n".join(
+        [
+            *lines,
+            *("", "### Where", ""),
+            *_describe_machines(experiment),
+            "",
+            f"Settings: `{run.folder / 'config.yaml'}`, the preset `{preset}` with your values. The "
+            "deployment of this name has the form with all of them.",
+        ]
+    )
+
+
+def _describe_machines(experiment: Experiment) -> list[str]:
+    """Return a table of the jobs of each stage."""
+    cluster = experiment.cluster
+    local = "this machine" if cluster.profile == "local" else "the allocation"
+    lines = ["| stage | jobs at a time | nodes | GPUs of each | where |", "|---|---|---|---|---|"]
+    for stage, needed in cluster.resources:
+        if stage == "judging" and experiment.judge is None and experiment.answerer is None:
+            continue
+        partition = cluster.slurm.of_stage(stage).partition or "the default partition"
+        place = f"Slurm, {partition}" if cluster.profile == "slurm" else local
+        lines.append(f"| {stage} | {needed.parallel_jobs} | {needed.nodes} | {needed.gpus_per_node} | {place} |")
+    return lines
+
+
+def _forecast_of(pilot: Run, experiment: Experiment) -> str:
+    """Forecast the time on nodes that hold all jobs of the largest stage at a time, without failures or queues."""
+    stages = [resources for _, resources in experiment.cluster.resources]
+    gpus = max(needed.gpus_per_node for needed in stages)
+    at_once = max(needed.parallel_jobs * needed.nodes * needed.gpus_per_node for needed in stages)
+    nodes = max(math.ceil(at_once / gpus) if gpus else 1, *(needed.nodes for needed in stages))
+    cores = max(needed.parallel_jobs * needed.processes_per_node * needed.cpus_per_process for needed in stages)
+    (times,) = forecast(pilot, experiment, [ClusterSpec(nodes, gpus, cores)], FailureModel(), _SIMULATIONS)
+    wall = [duration(3600 * times.hours("wall", share)) for share in (0.5, 0.1, 0.9)]
+    return (
+        f"**About {wall[0]}** ({wall[1]} to {wall[2]}) and {times.hours('gpu', 0.5):,.1f} GPU-hours on {nodes} node(s) with "
+        f"{gpus} GPUs, without waiting in queues and without failures; forecast from the pilot `{pilot.experiment.name}`."
+    )

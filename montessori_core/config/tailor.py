@@ -1,0 +1,95 @@
+"""What people bring to a run: models, data, a size and machines. A preset has everything else."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from montessori_core.config.cluster import read_cluster
+from montessori_core.config.experiment import Experiment, parse_experiment
+from montessori_core.config.section import RUN_NAME, FolderName, Section
+from montessori_core.config.yaml import read_yaml
+from montessori_core.presets import find_configuration
+
+_PILOT = {  # sizes from which the time of the whole can be forecast
+    "iterations": 1,
+    "warmup": {"examples": 32},
+    "influence": {"probing_examples": 256},
+    "training": {"examples": 256},
+}
+
+
+class Tailored(Section):
+    """A teacher to tailor to a student and to a kind of task; all other settings are a preset's."""
+
+    name: FolderName = Field("tailored", pattern=RUN_NAME, description="Name of the run and of its folder.")
+    size: Literal["quickstart", "pilot-1b", "pilot-8b", "paper-1b", "paper-8b"] = Field(
+        "quickstart",
+        description="'quickstart': one iteration in minutes on a laptop, with the first 24 reference and 32 evaluation "
+        "examples. 'paper-1b' and 'paper-8b': the paper's two iterations of 10,000 examples, for students of these sizes, "
+        "on a cluster. 'pilot-1b' and 'pilot-8b': one iteration of these with 256 examples, to see texts and times first.",
+    )
+    teacher: str | None = Field(
+        None,
+        description="Teacher: Hugging Face id or local folder. If not set, the preset's (SmolLM2-135M, or Llama-3-8B).",
+    )
+    student: str | None = Field(
+        None, description="Student: Hugging Face id or local folder, preferably a base model. If not set, the preset's."
+    )
+    seeds: str | None = Field(
+        None,
+        description="Seed tasks that show the teacher what an instruction looks like: a file, a folder, a Hugging Face id or "
+        "`builtin`. If not set, the preset's.",
+    )
+    reference: str | None = Field(
+        None,
+        description="Examples of what the student should get better at; influence is measured on them. If not set, the "
+        "preset's.",
+    )
+    evaluation: str | None = Field(
+        None, description="Other examples of the same kind, for the held-out loss; needed with `reference`."
+    )
+    cluster: str | None = Field(
+        None,
+        description="Where jobs run: the path of a cluster file, or the preset `workstation` (this machine and its GPUs). If "
+        "not set, the quickstart's jobs run on this machine's processor, those of other sizes on Slurm.",
+    )
+    pilot: str | None = Field(
+        None, pattern=RUN_NAME, description="Name of a finished pilot, to forecast the time. If not set, no forecast."
+    )
+
+    @model_validator(mode="after")
+    def _evaluation_is_like_reference(self) -> "Tailored":
+        if (self.reference is None) != (self.evaluation is None):
+            given, missing = ("reference", "evaluation") if self.evaluation is None else ("evaluation", "reference")
+            raise ValueError(f"{given} is set, but {missing} is not: the preset's is of another kind; set both")
+        return self
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset that has the other settings."""
+        return self.size.replace("pilot", "paper")
+
+    def experiment(self) -> Experiment:
+        """Return the configuration of the run.
+
+        Raises:
+            ConfigError: it is not valid, or the cluster file cannot be read.
+        """
+        content = read_yaml(find_configuration(Path(self.preset)))
+        if self.size.startswith("pilot"):
+            _merge(content, _PILOT)
+        _merge(content, {role: {"model": model} for role in ("teacher", "student") if (model := getattr(self, role))})
+        sources = {"seed_pool": self.seeds, "reference": self.reference, "evaluation": self.evaluation}
+        for name, path in sources.items():
+            if path is not None:
+                limit = content.get(name, {}).get("limit")
+                content[name] = {"path": path} | ({"limit": limit} if limit else {})
+        if self.cluster is not None:
+            content["cluster"] = read_cluster(Path(self.cluster)).model_dump(mode="json")
+        return parse_experiment(content | {"name": self.name}, f"the preset {self.preset} with these values")
+
+
+def _merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
