@@ -123,7 +123,7 @@ def test_deployed_flows_import_installed_packages(tmp_path: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
-    assert outcome.stdout == "['flows.experiment', 'flows.study', 'flows.evaluation']\n", outcome.stderr
+    assert outcome.stdout == "['flows.experiment', 'flows.tailor', 'flows.study', 'flows.evaluation']\n", outcome.stderr
 
 
 def test_deployments_name_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
