@@ -128,7 +128,7 @@ class SlurmBackend:
         """Return the executor that submits jobs with the configured options."""
         resources, slurm = self._resources, self._slurm
         gpus = gpu_options(slurm, resources)
-        if "gres" in gpus and "gres" in slurm.extra:
+        if "gres" in gpus and slurm.extra.get("gres"):
             gpus["gres"] += f",{slurm.extra['gres']}"
         # Some clusters do not requeue jobs of crashed nodes by default.
         options = {"requeue": True, "exclusive": bool(slurm.exclusive), **slurm.extra, **gpus}
