@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 import uuid
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import SBATCH_PATIENCE, options_of, refusal_of
+from cluster.backends.sbatch import options_of, refusal_of
 from cluster.backends.slurm import SlurmBackend, largest_array
 from cluster.driver_job import script_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
@@ -165,8 +165,8 @@ def _check_scripts(cluster: Cluster) -> Iterator[Finding]:
             options = [option for option in options_of(script) if not option.startswith(_SAME_IN_EACH_SCRIPT)]
             try:
                 refusal = refusal_of(script)
-            except subprocess.TimeoutExpired:
-                refusal = f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s"
+            except SchedulerUnavailable as error:
+                refusal = str(error)
             yield Finding(
                 f"sbatch options of {', '.join(stages)}",
                 refusal is None,

@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.backends.sbatch import DRIVER_JOB, SBATCH_PATIENCE, sbatch_command
+from cluster.backends.sbatch import DRIVER_JOB, call_sbatch
 from montessori_core import layout
 from montessori_core.config import Slurm
 from montessori_core.errors import UserError
@@ -85,12 +84,7 @@ def submit_job(folder: Path, name: str, command: Sequence[str], variables: Mappi
     """
     script = folder / layout.DRIVER_SCRIPT
     script.write_text(script_of(folder, name, command, variables, slurm), encoding="utf-8")
-    try:
-        outcome = subprocess.run(
-            sbatch_command(script, os.environ), capture_output=True, text=True, timeout=SBATCH_PATIENCE, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
+    outcome = call_sbatch(script)
     if outcome.returncode != 0:
         raise UserError(
             f"sbatch rejected the driver's job: {outcome.stderr.strip()}\nSee cluster.slurm.driver in the configuration."

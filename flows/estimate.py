@@ -74,6 +74,11 @@ class Estimate:
     dollars: float = 0.0
 
     @property
+    def seconds(self) -> float | None:
+        """Estimated seconds of the run; None if the speed is not known."""
+        return sum(stage.seconds(self.gflops) for stage in self.stages) if self.gflops else None
+
+    @property
     def answers(self) -> int:
         """Number of answers from an API."""
         return sum(stage.answers for stage in self.stages)

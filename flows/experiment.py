@@ -28,7 +28,12 @@ RUN_ROOT = "MONTESSORI_RUN_ROOT"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled run (Prefect hook)."""
-    folder = run_root() / flow_run.parameters["experiment"]["name"]
+    end_jobs_of(flow_run.parameters["experiment"]["name"])
+
+
+def end_jobs_of(name: str) -> None:
+    """End the jobs of a run without a driver."""
+    folder = run_root() / name
     end_jobs_in(folder, reopen_run(folder).experiment.cluster)
 
 
@@ -58,14 +63,18 @@ def montessori(experiment: Experiment, add_iterations: Annotated[int, Field(ge=0
             experiment.iterations is the total.
         approve: pause before every teacher update until a person approves the preference pairs.
     """
-    folder = run_root() / experiment.name
     if add_iterations:
-        iterations = _total_iterations(folder, add_iterations)
+        iterations = _total_iterations(run_root() / experiment.name, add_iterations)
         experiment = experiment.model_copy(update={"iterations": iterations})
-    run, warnings = open_run(experiment, folder)
+    run_iterations(start_run(experiment), approve, scheduled=bool(add_iterations))
+
+
+def start_run(experiment: Experiment) -> Run:
+    """Create or open the run of an experiment in the folder of runs, and log its warnings."""
+    run, warnings = open_run(experiment, run_root() / experiment.name)
     for warning in warnings:
         get_run_logger().warning(warning)
-    run_iterations(run, approve, scheduled=bool(add_iterations))
+    return run
 
 
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)

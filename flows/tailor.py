@@ -3,24 +3,23 @@
 import math
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from cluster.simulation import ClusterSpec, FailureModel
 from flows.estimate import estimate_run
-from flows.experiment import end_jobs_in, run_iterations, run_root
+from flows.experiment import end_jobs_of, run_iterations, run_root, start_run
 from flows.forecast import forecast
 from montessori_core.config import Experiment, Tailored
 from montessori_core.formatting import duration
-from tasks.run import Run, open_run, reopen_run
+from tasks.run import Run, reopen_run
 
 _SIMULATIONS = 50
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled run (Prefect hook)."""
-    folder = run_root() / flow_run.parameters["tailored"]["name"]
-    end_jobs_in(folder, reopen_run(folder).experiment.cluster)
+    end_jobs_of(flow_run.parameters["tailored"]["name"])
 
 
 @flow(name="tailor", flow_run_name="{tailored.name}", on_cancellation=[end_jobs])
@@ -35,9 +34,7 @@ def tailor(tailored: Tailored, approve: bool = False) -> None:
     """
     experiment = tailored.experiment()
     pilot = reopen_run(run_root() / tailored.pilot) if tailored.pilot else None
-    run, warnings = open_run(experiment, run_root() / tailored.name)
-    for warning in warnings:
-        get_run_logger().warning(warning)
+    run = start_run(experiment)
     create_markdown_artifact(describe_plan(run, tailored.preset, pilot), description=f"Plan of {tailored.name}")
     run_iterations(run, approve)
 
@@ -60,9 +57,8 @@ def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
     ]
     for stage in estimate.stages:
         lines.append(f"| {stage.name} | {stage.work} |" + (f" {duration(stage.seconds(gflops))} |" if gflops else ""))
-    if gflops:
-        total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
-        lines += ["", f"**About {total}** on this machine, by its speed ({gflops:.0f} GFLOP/s)."]
+    if estimate.seconds is not None:
+        lines += ["", f"**About {duration(estimate.seconds)}** on this machine, by its speed ({gflops:.0f} GFLOP/s)."]
     if pilot is not None:
         lines += ["", _forecast_of(pilot, experiment)]
     elif not gflops:

@@ -14,6 +14,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 
+from cluster.backends.base import SchedulerUnavailable
+
 log = logging.getLogger(__name__)
 
 DRIVER_JOB = "MONTESSORI_DRIVER_JOB"
@@ -79,15 +81,28 @@ def options_of(script: Path) -> list[str]:
     return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
 
 
+def call_sbatch(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Call sbatch for a script, with further options; return its answer.
+
+    Raises:
+        SchedulerUnavailable: sbatch does not answer; it may have accepted the job.
+    """
+    *command, file = sbatch_command(script, os.environ)
+    try:
+        return subprocess.run(
+            [*command, *options, file], capture_output=True, text=True, timeout=SBATCH_PATIENCE, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
+
+
 def refusal_of(script: Path) -> str | None:
     """Ask Slurm whether it would accept a script, without submitting it; return why not, None if it would.
 
     Raises:
-        subprocess.TimeoutExpired: sbatch does not answer.
+        SchedulerUnavailable: sbatch does not answer.
     """
-    command = sbatch_command(script, os.environ)
-    command.insert(command.index("sbatch") + 1, "--test-only")
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_PATIENCE, check=False)
+    answer = call_sbatch(script, "--test-only")
     lines = answer.stderr.strip().splitlines() or [f"sbatch ended with {answer.returncode}"]
     return None if answer.returncode == 0 else lines[-1]
 

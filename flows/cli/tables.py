@@ -54,10 +54,10 @@ def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
             f"the time of {estimate.answers:,} answers from {experiment.answerer.model} is not included{price}",
             soft_wrap=True,
         )
-    if gflops:
-        total = duration(sum(stage.seconds(gflops) for stage in estimate.stages))
+    if estimate.seconds is not None:
         console.print(
-            f"about {total} in total, at {gflops:.0f} GFLOP/s (fp32 matrix product, measured on this machine)"
+            f"about {duration(estimate.seconds)} in total, "
+            f"at {gflops:.0f} GFLOP/s (fp32 matrix product, measured on this machine)"
         )
     else:
         console.print(

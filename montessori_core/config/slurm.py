@@ -162,7 +162,7 @@ class Slurm(JobOptions):
 
     def of_stage(self, stage: str) -> "Slurm":
         """Return the settings of a stage's jobs: `stages` applied. A name that is not a stage gets those of all stages."""
-        options = {str(name): options for name, options in self.stages.items()}.get(stage, JobOptions())
+        options = next((options for name, options in self.stages.items() if name == stage), JobOptions())
         changes = {name: value for name, value in options if value not in (None, (), {})}
         added = {name: getattr(self, name) | getattr(options, name) for name in ("environment", "extra")}
         return self.model_copy(update={**changes, **added})
