@@ -23,6 +23,7 @@ from flows.cli import (
     plan,
     preview,
     prune,
+    push,
     report,
     run,
     select,
@@ -88,6 +89,7 @@ app = typer.Typer(
 
     [b]Data for your trainer[/b]
       montessori export RUN_DIR --to messages  also sharegpt, alpaca, trl, parquet, hub
+      montessori push RUN_DIR --to s3://BUCKET/FOLDER   tables, models, report, with a data card
 
     [b]How long will it take?[/b]
       montessori forecast CONFIG --pilot RUN_DIR
@@ -131,6 +133,7 @@ for _command in (
     serve.deploy,
     report.report,
     export.export,
+    push.push,
     select.select,
     train.train,
 ):

@@ -85,7 +85,7 @@ def _write(data: "RunSet", form: str, folder: Path, finished_only: bool) -> "Exp
 def _push(data: "RunSet", form: str, output: Path | None, finished_only: bool, target: "HubSet") -> None:
     from montessori_core.export.hub import check_hub, push
 
-    check_hub(target)
+    check_hub(target, "--repo")
     with tempfile.TemporaryDirectory() as temporary:
         folder = output or Path(temporary) / f"{data.name}-{form}"
         exported = _write(data, form, folder, finished_only)

@@ -4,7 +4,7 @@ Everything comes from the folder of the run. Names and texts are escaped, and pa
 last part: cards are published.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,93 @@ def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int)
         "How it was made": _synthesis(data),
         "Contamination": _contamination(data),
         "Held-out loss": _losses(data),
-        "Repeat it": _repetition(data, form),
+        "Repeat it": _repetition(
+            data,
+            f"montessori run config.yaml\nmontessori export runs/{data.experiment.name} --what {data.name} "
+            f"--to {form.name} --iteration {data.iteration}",
+        ),
     }
-    parts = [_header(data, form, file, rows), _summary(data, form, rows, unfinished)]
-    parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    return "\n".join(parts)
+    header = {
+        **_header(f"{data.experiment.name}: {data.title}", [_TAGS[data.name]], rows),
+        "configs": [_files("default", file)],
+        "dataset_info": _features(data, form),
+    }
+    return _card(header, _summary(data, form, rows, unfinished), sections)
 
 
-def _header(data: RunSet, form: Format, file: str, rows: int) -> str:
-    content = {
-        "pretty_name": f"{data.experiment.name}: {data.title}",
+def run_card(sets: Sequence[tuple[RunSet, int]], models: Mapping[str, int], form: Format) -> str:
+    """Return the card of a pushed run: of its sets, each in the files `set_file` names, and of its models.
+
+    Args:
+        sets: the sets with their numbers of rows, in the order of iterations; the last training set is described.
+        models: iteration of each model, by role.
+        form: format of the sets.
+    """
+    features = {data.name: _features(data, form) for data, _ in sets}
+    last, size = [(data, rows) for data, rows in sets if data.name == "training"][-1]
+    experiment = last.experiment
+    teacher, student = (escape(name_of(model.model)) for model in (experiment.teacher, experiment.student))
+    content = [(set_file(data), f"{data.title} of iteration {data.iteration}", f"{rows:,} rows") for data, rows in sets]
+    content += [(model_path(role), f"{role} of iteration {number}", "") for role, number in models.items()]
+    sections = {
+        "Content": table(("path", "content", ""), content),
+        "Read it": fenced(
+            "\n".join(
+                ["from datasets import load_dataset", ""]
+                + [f'{name} = load_dataset("FOLDER", "{name}", split="train")' for name in features]
+            ),
+            "python",
+        ),
+        "Models": _models(last),
+        "How it was made": _synthesis(last),
+        "Contamination": _contamination(last),
+        "Held-out loss": _losses(last),
+        "Repeat it": _repetition(last, "montessori run config.yaml"),
+    }
+    header = {
+        **_header(experiment.name, [_TAGS[name] for name in features], size),
+        "configs": [_files(name, f"data/{name}/*.parquet") for name in features],
+        "dataset_info": [{"config_name": name} | columns for name, columns in features.items()],
+    }
+    summary = (
+        f"# {escape(experiment.name)}\n\n"
+        f"Training data that {teacher} wrote for {student} in {last.iteration} of {experiment.iterations} iterations, what "
+        "was measured on it, and the trained models. Texts were written by models and were not checked by people; they may "
+        "be wrong or harmful.\n"
+    )
+    return _card(header, summary, sections)
+
+
+def set_file(data: RunSet) -> str:
+    """Return the file of a set in a pushed run, relative to its card."""
+    return f"data/{data.name}/{layout.iteration(data.iteration)}.parquet"
+
+
+def model_path(role: str) -> str:
+    """Return the folder of a model in a pushed run, relative to the run's card."""
+    return f"models/{role}"
+
+
+def _card(header: Mapping[str, Any], summary: str, sections: Mapping[str, str]) -> str:
+    parts = [f"---\n{dump_yaml(dict(header))}---\n", summary]
+    return "\n".join(parts + [f"## {title}\n\n{text}" for title, text in sections.items() if text])
+
+
+def _header(name: str, tags: Sequence[str], rows: int) -> dict[str, Any]:
+    return {
+        "pretty_name": name,
         "task_categories": ["text-generation"],
-        "tags": ["synthetic", "montessori", _TAGS[data.name]],
-        "size_categories": [next((name for limit, name in _SIZES.items() if rows < limit), "n>1T")],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": file}]}],
-        "dataset_info": {"features": [_feature(field) for field in form.schema(data.schema)]},
+        "tags": ["synthetic", "montessori", *tags],
+        "size_categories": [next((size for limit, size in _SIZES.items() if rows < limit), "n>1T")],
     }
-    return f"---\n{dump_yaml(content)}---\n"
+
+
+def _files(name: str, path: str) -> dict[str, Any]:
+    return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+
+
+def _features(data: RunSet, form: Format) -> dict[str, Any]:
+    return {"features": [_feature(field) for field in form.schema(data.schema)]}
 
 
 def _feature(field: pa.Field) -> dict[str, Any]:
@@ -195,15 +265,10 @@ def _losses(data: RunSet) -> str:
     return "Of students on the evaluation set, nats a token:\n\n" + table(("student", "mean", "standard error"), rows)
 
 
-def _repetition(data: RunSet, form: Format) -> str:
+def _repetition(data: RunSet, command: str) -> str:
     provenance = read_json(data.run / layout.PROVENANCE) or {}
     revision = provenance.get("git_revision") or "not known"
     versions = ", ".join(f"{name} {number}" for name, number in (provenance.get("versions") or {}).items())
-    name = data.experiment.name
-    command = (
-        "montessori run config.yaml\n"
-        f"montessori export runs/{name} --what {data.name} --to {form.name} --iteration {data.iteration}"
-    )
     return "\n".join(
         [
             fenced(command, "bash"),

@@ -9,6 +9,7 @@ from montessori_core.errors import UserError
 
 _KEPT = ".gitattributes"
 """The file that the hub itself puts into a data set."""
+_BLOCK = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class HubSet:
     replace: bool = False
 
 
-def check_hub(target: HubSet) -> None:
-    """Check name and token, before an export is written.
+def check_hub(target: HubSet, option: str) -> None:
+    """Check name and token, before an export is written; `option` is the one that gave the name, for errors.
 
     Raises:
         UserError: the name is not valid, or there is no token.
@@ -39,9 +40,9 @@ def check_hub(target: HubSet) -> None:
     try:
         validate_repo_id(target.name)
     except HFValidationError as error:
-        raise UserError(f"--repo {target.name}: {error}; write OWNER/NAME") from error
+        raise UserError(f"{option} {target.name}: {error}; write OWNER/NAME") from error
     if get_token() is None:
-        raise UserError("--to hub: no token; set HF_TOKEN to one that may write, or run hf auth login")
+        raise UserError(f"{option} {target.name}: no token; set HF_TOKEN to one that may write, or run hf auth login")
 
 
 def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
@@ -65,7 +66,7 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
         created = hub.create_repo(target.name, repo_type="dataset", private=target.private or None, exist_ok=True)
         info = hub.dataset_info(created.repo_id, files_metadata=True)
         if target.private and not info.private:
-            raise UserError(f"{created}: is public, and --private does not change that; give another --repo")
+            raise UserError(f"{created}: is public, and --private does not change that; give another name")
         present = {file.rfilename: file for file in info.siblings or [] if file.rfilename != _KEPT}
         local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         other = sorted(
@@ -76,7 +77,7 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
         if present and not target.replace:
             raise UserError(
                 f"{created}: has other contents ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}); nothing was "
-                "pushed: give another --repo, or replace them with --replace"
+                "pushed: give another name, or replace them with --replace"
             )
         hub.upload_folder(
             repo_id=created.repo_id,
@@ -91,7 +92,7 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
     except Exception as error:  # the library raises many kinds, also of its HTTP library
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"--repo {target.name}: the hub refused the data set or did not answer: {reason}. Check name, network, and that "
+            f"{target.name}: the hub refused the data set or did not answer: {reason}. Check name, network, and that "
             "the token may write; then repeat the command"
         ) from error
     return str(created), True
@@ -101,7 +102,13 @@ def _is_same(remote: Any, local: Path | None) -> bool:
     """Return whether a file on the hub has the content of a local one, by git's or LFS's hash."""
     if remote is None or local is None:
         return False
-    content = local.read_bytes()
     if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == hashlib.sha256(content).hexdigest())
-    return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+        return bool(remote.lfs.sha256 == _hash(local, hashlib.sha256()))
+    return bool(remote.blob_id == _hash(local, hashlib.sha1(b"blob %d\0" % local.stat().st_size)))
+
+
+def _hash(path: Path, digest: Any) -> str:
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return str(digest.hexdigest())

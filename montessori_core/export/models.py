@@ -17,7 +17,8 @@ from montessori_core.models.licences import CARD, licence_of
 
 Role = Literal["student", "teacher"]
 ROLES: tuple[Role, ...] = get_args(Role)
-_UNPUBLISHED = (layout.MOMENTS_FILE, layout.KEPT)
+UNPUBLISHED = (layout.MOMENTS_FILE, layout.KEPT)
+"""Names in the folder of a trained model that are not exported."""
 
 
 def model_folder(run: Path, role: Role, iteration: int | None = None) -> tuple[Path, int]:
@@ -64,7 +65,7 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
         if merge:
             _write_merged(folder, temporary)
         else:
-            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*_UNPUBLISHED))
+            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*UNPUBLISHED))
         (temporary / CARD).write_text(card, encoding="utf-8")
         refuse_existing(output, "folder")
     return folder

@@ -67,14 +67,19 @@ def write_export(data: RunSet, form: Format, output: Path, finished_only: bool =
     with commit(output) as folder:
         file = Path("data") / f"train{form.suffix}"
         (folder / "data").mkdir(parents=True)
-        tables = _Tables(data, finished_only)
-        write = _write_parquet if form.suffix == ".parquet" else _write_jsonl
-        write(tables, form, form.schema(data.schema), folder / file)
-        counts = Exported(tables.rows, tables.unfinished, tables.left_out)
+        counts = write_rows(data, form, folder / file, finished_only)
         card = data_card(data, form, file.as_posix(), counts.rows, counts.unfinished)
         (folder / CARD).write_text(card, encoding="utf-8")
         refuse_existing(output, "folder")
     return counts
+
+
+def write_rows(data: RunSet, form: Format, path: Path, finished_only: bool = False) -> Exported:
+    """Write the rows of a set to a file; see `write_export`."""
+    tables = _Tables(data, finished_only)
+    write = _write_parquet if form.suffix == ".parquet" else _write_jsonl
+    write(tables, form, form.schema(data.schema), path)
+    return Exported(tables.rows, tables.unfinished, tables.left_out)
 
 
 class _Tables:

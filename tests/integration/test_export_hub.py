@@ -1,10 +1,11 @@
-"""`montessori export --to hub`: the real client against a local server that implements the hub's protocol for data sets."""
+"""`montessori export --to hub` and `push --to hf://`: the real client, a local server with the hub's protocol."""
 
 import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -138,8 +139,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DataHub]:
 
 
 def export(run: Path, *options: str) -> tuple[int, str]:
-    """Run the command in a new process: the client reads its environment when it is imported."""
-    command = [sys.executable, "-m", "flows.cli", "export", str(run), *options]
+    return montessori("export", run, *options)
+
+
+def montessori(command_name: str, run: Path, *options: str) -> tuple[int, str]:
+    """Run a command in a new process: the client reads its environment when it is imported."""
+    command = [sys.executable, "-m", "flows.cli", command_name, str(run), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     outcome = subprocess.run(command, cwd=run.parent, env=environment, capture_output=True, text=True, check=False)
     return outcome.returncode, " ".join((outcome.stdout + outcome.stderr).split())
@@ -184,6 +189,22 @@ def test_other_contents_are_replaced_only_if_told(hub: DataHub, tmp_path: Path) 
     code, output = export(run, "--to", "hub", "--repo", "me/pairs", "--what", "preferences")
     assert code == 0, output
     assert "chosen" in json.loads(hub.files["me/pairs"]["data/train.jsonl"].splitlines()[0])
+
+
+def test_run_is_pushed_with_its_models(hub: DataHub, tiny_llama: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "trial")
+    shutil.copytree(tiny_llama, run / "iteration-1" / "student" / "part-00000")
+    to_hub = ["--to", "hf://datasets/me/run", "--private"]
+    code, output = montessori("push", run, *to_hub)
+    assert code == 0, output
+    assert f"pushed to {hub.address}/datasets/me/run" in output
+    pushed = hub.files["me/run"]
+    assert pushed["models/student/model.safetensors"] == (tiny_llama / "model.safetensors").read_bytes()
+    assert {f"data/{name}/iteration-1.parquet" for name in ("training", "preferences", "scored")} < pushed.keys()
+    assert (hub.private, hub.commits) == ({"me/run"}, 1)
+    code, output = montessori("push", run, *to_hub)
+    assert (code, hub.commits) == (0, 1), output
+    assert "already there, nothing pushed" in output
 
 
 def test_push_without_right_or_hub_is_refused(hub: DataHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,79 @@
+"""What is pushed of a finished run: its tables, its last models, its report, and a data card."""
+
+from pathlib import Path
+
+from montessori_core import layout
+from montessori_core.errors import DataError
+from montessori_core.export.card import model_path, run_card, set_file
+from montessori_core.export.formats import FORMATS
+from montessori_core.export.models import ROLES, UNPUBLISHED, model_card, model_folder
+from montessori_core.export.sets import SETS, RunSet, open_set
+from montessori_core.export.write import write_rows
+from montessori_core.models.adapters import is_adapter
+from montessori_core.models.licences import CARD
+
+
+def finished_sets(run: Path) -> list[RunSet]:
+    """Return the data sets of a run's finished iterations.
+
+    Raises:
+        DataError: the folder is no run, or no iteration is finished.
+    """
+    present = []
+    for number, folder in layout.iterations(run).items():
+        if not (folder / layout.METRICS).exists():
+            continue
+        for name in SETS:
+            try:
+                present.append(open_set(run, name, number))
+            except DataError:
+                if name == "training":
+                    raise
+    if not present:
+        raise DataError(f"{run}: no finished iteration; resume the run first")
+    return present
+
+
+def gather(run: Path, folder: Path, with_models: bool = True) -> None:
+    """Fill an empty folder with what is pushed of a run; the files of models are symbolic links.
+
+    Args:
+        run: folder of the run.
+        folder: the folder.
+        with_models: push the student and the teacher of the last finished iteration too.
+
+    Raises:
+        DataError: the folder is no run, no iteration is finished, or a table is damaged.
+    """
+    form = FORMATS["parquet"]
+    sets = []
+    for data in finished_sets(run):
+        path = folder / set_file(data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sets.append((data, write_rows(data, form, path).rows))
+    models: dict[str, int] = {}
+    for role in ROLES if with_models else ():
+        try:
+            trained, number = model_folder(run, role, sets[-1][0].iteration)
+        except DataError:  # not every method trains a teacher
+            continue
+        models[role] = number
+        target = folder / model_path(role)
+        _link(trained, target)
+        card = model_card(run, role, number, adapter=is_adapter(trained))
+        (target / CARD).unlink(missing_ok=True)
+        (target / CARD).write_text(card, encoding="utf-8")
+    if (run / layout.REPORT).exists():
+        (folder / layout.REPORT).symlink_to((run / layout.REPORT).resolve())
+    (folder / CARD).write_text(run_card(sets, models, form), encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a folder with links to the files of a trained model that are exported."""
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if not path.is_file() or any(part in UNPUBLISHED for part in name.parts):
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).symlink_to(path.resolve())
