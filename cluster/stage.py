@@ -117,12 +117,15 @@ class Stage:
         inputs: Mapping[str, Path],
         input_hashes: Mapping[str, str],
     ) -> "Stage":
-        """Return the stage of a declared program."""
+        """Return the stage of a declared program.
+
+        Options that are off (None) are left out of its settings, so that a new option changes no key of a finished stage.
+        """
         return Stage(
             program.name,
             program.version,
             program.entry,
-            settings.model_dump(mode="json"),
+            settings.model_dump(mode="json", exclude_none=True),
             inputs,
             input_hashes,
             folder,

@@ -69,7 +69,7 @@ class Sft(Section):
     """Supervised fine-tuning."""
 
     max_length: int = Field(description="Tokens of an example.")
-    lora: Lora | None = Field(description="Train this adapter; none trains all weights.")
+    lora: Lora | None = Field(default=None, description="Train this adapter; none trains all weights.")
     recipe: Optimization
     zero: Zero
     seed: int
@@ -110,9 +110,9 @@ class InfluenceMeasurement(Section):
     step: AdamWStep
     reference_reduction: Literal["example", "token"]
     reference_batch_tokens: int
-    sequential: Sequential | None
+    sequential: Sequential | None = None
     baseline: Literal["student", "null_step"] | None = Field(
-        description="Baseline whose sign a sequential measurement tests; none if it is not sequential."
+        default=None, description="Baseline whose sign a sequential measurement tests; none if it is not sequential."
     )
 
 

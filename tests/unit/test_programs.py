@@ -1,12 +1,15 @@
 """A raised version recomputes the stages of its program, and nothing else."""
 
+import inspect
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
+from pydantic import BaseModel
 
 from cluster.fanout import fan_out
 from cluster.stage import Stage
@@ -60,6 +63,40 @@ def test_key_has_name_and_version_but_no_module(program: Program[Any]) -> None:
     assert key_of(replace(program, entry="elsewhere:open")) == key_of(program)
     assert key_of(replace(program, version=program.version + 1)) != key_of(program)
     assert key_of(replace(program, name="another")) != key_of(program)
+
+
+def sections(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yield a settings type and those of its fields."""
+    if inspect.isclass(kind) and issubclass(kind, BaseModel):
+        yield kind
+        for field in kind.model_fields.values():
+            yield from sections(field.annotation)
+    for part in get_args(kind):
+        yield from sections(part)
+
+
+@pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
+def test_option_that_is_off_is_not_in_a_key(program: Program[Any]) -> None:
+    for section in sections(program.settings):
+        for name, field in section.model_fields.items():
+            if type(None) in get_args(field.annotation):
+                assert field.default is None, f"{section.__name__}.{name}: a node would not read None"
+
+
+def test_new_option_changes_the_key_once_it_is_on() -> None:
+    class Settings(BaseModel):
+        variables: dict[str, int | None] = {}
+
+    class WithOption(Settings):
+        option: int | None = None
+
+    def key(settings: Settings) -> str:
+        program = Program("test", 1, "", type(settings), dict, "training")
+        return Stage.of(program, settings, Path("stage"), {}, {}).key(pa.table({"n": [1]}))
+
+    assert key(WithOption()) == key(Settings())
+    assert key(WithOption(option=1)) != key(Settings())
+    assert key(Settings(variables={"one": None})) != key(Settings())
 
 
 def test_declared_programs_have_unique_names() -> None:
