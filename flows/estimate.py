@@ -14,6 +14,7 @@ from pathlib import Path
 
 from montessori_core.config import Experiment, GroundedStrategy, Influence, Lora, Synthesis, Training, Warmup
 from montessori_core.data.sources import Sources, Task
+from montessori_core.formatting import duration
 from montessori_core.models.flops import BACKWARD, FORWARD, FROZEN_BACKWARD, weights_of
 from montessori_core.provenance import record_speed
 from montessori_core.speed import measure_gflops
@@ -82,6 +83,26 @@ class Estimate:
     def answers(self) -> int:
         """Number of answers from an API."""
         return sum(stage.answers for stage in self.stages)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return a header, and a row for each stage: its name, its work and, if the speed is known, its time."""
+        gflops = self.gflops
+        if not gflops:
+            return [("stage", "work"), *((stage.name, stage.work) for stage in self.stages)]
+        times = [(stage.name, stage.work, duration(stage.seconds(gflops))) for stage in self.stages]
+        return [("stage", "work", "about"), *times]
+
+    def left_out(self, experiment: Experiment) -> list[str]:
+        """Return a sentence for each part of the run whose time is not estimated."""
+        sentences = []
+        if experiment.benchmarks.tasks or experiment.benchmarks.judged:
+            sentences.append("benchmarks of the students are not included")
+        if experiment.answerer is not None:
+            price = f", about {self.dollars:,.2f} dollars" if self.dollars else ""
+            sentences.append(
+                f"the time of {self.answers:,} answers from {experiment.answerer.model} is not included{price}"
+            )
+        return sentences
 
 
 def estimate_run(run: Run) -> Estimate:

@@ -11,6 +11,7 @@ from flows.estimate import estimate_run
 from flows.experiment import end_jobs_of, run_iterations, run_root, start_run
 from flows.forecast import forecast
 from montessori_core.config import Experiment, Tailored
+from montessori_core.export.markdown import table
 from montessori_core.formatting import duration
 from tasks.run import Run, reopen_run
 
@@ -46,28 +47,27 @@ def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
         UserError: the pilot is not finished.
     """
     experiment, estimate = run.experiment, estimate_run(run)
-    gflops = estimate.gflops
+    header, *rows = estimate.table()
     lines = [
         f"## {experiment.name}",
         f"`{experiment.teacher.model}` learns to write what helps `{experiment.student.model}` with tasks like those of "
         f"`{experiment.reference.path}`; the held-out loss is measured on `{experiment.evaluation.path}`.",
         "",
-        f"| stage | work |{' about |' if gflops else ''}",
-        f"|---|---|{'---|' if gflops else ''}",
+        table(header, rows),
+        *(f"* {sentence}" for sentence in estimate.left_out(experiment)),
     ]
-    for stage in estimate.stages:
-        lines.append(f"| {stage.name} | {stage.work} |" + (f" {duration(stage.seconds(gflops))} |" if gflops else ""))
     if estimate.seconds is not None:
-        lines += ["", f"**About {duration(estimate.seconds)}** on this machine, by its speed ({gflops:.0f} GFLOP/s)."]
+        total = duration(estimate.seconds)
+        lines += ["", f"**About {total}** on this machine, by its speed ({estimate.gflops:.0f} GFLOP/s)."]
     if pilot is not None:
         lines += ["", _forecast_of(pilot, experiment)]
-    elif not gflops:
+    elif estimate.seconds is None:
         lines += ["", "The time is not known yet: run a pilot, and name it here as `pilot`."]
     return "\n".join(
         [
             *lines,
             *("", "### Where", ""),
-            *_describe_machines(experiment),
+            _describe_machines(experiment),
             "",
             f"Settings: `{run.folder / 'config.yaml'}`, the preset `{preset}` with your values. The "
             "deployment of this name has the form with all of them.",
@@ -75,18 +75,18 @@ def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
     )
 
 
-def _describe_machines(experiment: Experiment) -> list[str]:
+def _describe_machines(experiment: Experiment) -> str:
     """Return a table of the jobs of each stage."""
     cluster = experiment.cluster
     local = "this machine" if cluster.profile == "local" else "the allocation"
-    lines = ["| stage | jobs at a time | nodes | GPUs of each | where |", "|---|---|---|---|---|"]
+    rows = []
     for stage, needed in cluster.resources:
         if stage == "judging" and experiment.judge is None and experiment.answerer is None:
             continue
         partition = cluster.slurm.of_stage(stage).partition or "the default partition"
         place = f"Slurm, {partition}" if cluster.profile == "slurm" else local
-        lines.append(f"| {stage} | {needed.parallel_jobs} | {needed.nodes} | {needed.gpus_per_node} | {place} |")
-    return lines
+        rows.append((stage, needed.parallel_jobs, needed.nodes, needed.gpus_per_node, place))
+    return table(("stage", "jobs at a time", "nodes", "GPUs of each", "where"), rows)
 
 
 def _forecast_of(pilot: Run, experiment: Experiment) -> str:

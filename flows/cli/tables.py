@@ -38,26 +38,20 @@ if TYPE_CHECKING:
 
 def print_estimate(experiment: Experiment, estimate: "Estimate") -> None:
     """Print the stages of a run with their sizes and, if the speed is known, their times."""
-    gflops = estimate.gflops
     title = f"{experiment.name}: teacher {experiment.teacher.model}, student {experiment.student.model}"
     table = Table(title=title, title_justify="left")
-    for column in ("stage", "work", *(["about"] if gflops else [])):
+    header, *rows = estimate.table()
+    for column in header:
         table.add_column(column, no_wrap=True)
-    for stage in estimate.stages:
-        table.add_row(stage.name, stage.work, *([duration(stage.seconds(gflops))] if gflops else []))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    if experiment.benchmarks.tasks or experiment.benchmarks.judged:
-        console.print("benchmarks of the students are not included")
-    if experiment.answerer is not None:
-        price = f", about {estimate.dollars:,.2f} dollars" if estimate.dollars else ""
-        console.print(
-            f"the time of {estimate.answers:,} answers from {experiment.answerer.model} is not included{price}",
-            soft_wrap=True,
-        )
+    for sentence in estimate.left_out(experiment):
+        console.print(sentence, soft_wrap=True)
     if estimate.seconds is not None:
         console.print(
             f"about {duration(estimate.seconds)} in total, "
-            f"at {gflops:.0f} GFLOP/s (fp32 matrix product, measured on this machine)"
+            f"at {estimate.gflops:.0f} GFLOP/s (fp32 matrix product, measured on this machine)"
         )
     else:
         console.print(
