@@ -70,8 +70,6 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)  # submitit keeps pickles here
         self._file = folder / "ledger.json"
         self.submissions = _read_submissions(self._file) if self._file.exists() else []
 

@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Slurm
 from montessori_core.errors import UserError
+from montessori_core.files import owner_of
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 _HANDOVER_TIMEOUT = 300.0  # seconds; a file server keeps the lock of a crashed node for a while
@@ -104,6 +106,7 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
     """Hold the lock of a run that has no other driver."""
     path = folder / layout.DRIVER_LOCK
     deadline = time.monotonic() + _HANDOVER_TIMEOUT
+    refuse_other_owner(folder)
     with path.open("a+") as lock:
         while True:
             try:
@@ -126,6 +129,25 @@ def refuse_second_driver(folder: Path) -> None:
     driver = driver_of(folder)
     if driver is not None and not driver.is_this_job:
         raise UserError(_refusal(folder, driver))
+
+
+def refuse_other_owner(folder: Path) -> None:
+    """Raise a UserError if another user made the run.
+
+    Jobs load pickles from its folder. In a folder that a group may write, a driver would run what another user wrote there.
+    """
+    config = folder / layout.CONFIG
+    try:
+        config.chmod(
+            stat.S_IMODE(config.stat().st_mode)
+        )  # only its owner may, whatever names a file server gives to users
+    except FileNotFoundError:
+        return
+    except PermissionError as error:
+        raise UserError(
+            f"{folder}: this run belongs to {owner_of(config)}, who alone may continue or cancel it. Copy the folder (cp -r) "
+            "and resume the copy, which keeps finished work; or choose another --name or --run-root"
+        ) from error
 
 
 def _refusal(folder: Path, driver: Driver) -> str:

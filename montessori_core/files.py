@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,23 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder_of_pickles(path: Path) -> None:
+    """Create a folder that its owner alone may write: opening a pickle runs code. Who may read the run may read it."""
+    path.mkdir(parents=True, exist_ok=True)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        path.chmod(mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+
+
+def owner_of(path: Path) -> str:
+    """Return the name of the user who owns a file or folder, or the nearest folder above it that exists."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    try:
+        return existing.owner()
+    except KeyError:  # a user that this machine does not know
+        return f"user {existing.stat().st_uid}"
 
 
 def cache_root() -> Path:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cluster.backends import open_backend
 from cluster.backends.local import gpus_of_this_machine
-from cluster.lock import refuse_second_driver
+from cluster.lock import refuse_other_owner, refuse_second_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import (
@@ -174,6 +174,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     changed: list[str] = []
     if config.exists():
         changed = changed_settings(experiment, config)
+        refuse_other_owner(folder)
         refuse_second_driver(folder)
     run = Run(folder, experiment)
     copied = all(run.source_file(name).exists() for name in Sources.__annotations__)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+from pathlib import Path
 
 import typer
 
@@ -37,6 +38,7 @@ from flows.cli.console import console
 from flows.cli.interrupt import STOPPED
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
+from montessori_core.files import owner_of
 
 set_process_defaults()
 # Commands import Prefect when they run. By default it logs nothing and sends no analytics.
@@ -154,6 +156,10 @@ def main() -> None:
         raise SystemExit(1) from None
     except UserError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
+        raise SystemExit(1) from error
+    except PermissionError as error:
+        owner = f" (owner: {owner_of(Path(error.filename))})" if isinstance(error.filename, str) else ""
+        console.print(f"error: {error}{owner}; ask for access, or choose another folder", style="red", soft_wrap=True)
         raise SystemExit(1) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

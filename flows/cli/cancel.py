@@ -1,6 +1,6 @@
 """The command cancel."""
 
-from cluster.lock import end_driver
+from cluster.lock import end_driver, refuse_other_owner
 from cluster.status import cancel_jobs, stages_of
 from flows.cli.console import console
 from flows.cli.options import RunFolder
@@ -11,6 +11,7 @@ from tasks.studies import in_study
 def cancel(run_dir: RunFolder) -> None:
     """Cancel a run: end its driver and all its jobs. Finished work is kept."""
     run = reopen_run(run_dir)
+    refuse_other_owner(run.folder)
     ended = end_driver(run.folder)
     jobs = sum(cancel_jobs(folder, run.experiment.cluster) for folder in stages_of(run.folder))
     if not ended and not jobs:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from montessori_core.files import hash_json
+from montessori_core.files import hash_json, make_folder_of_pickles
 from montessori_core.models.fetch import fingerprint
 from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
 
@@ -35,8 +35,7 @@ def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, row
     """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it."""
     inputs = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
     folder = output.parent / "checkpoints" / hash_json(inputs)[:16]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)  # checkpoints contain pickles
+    make_folder_of_pickles(folder)
     return folder
 
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from cluster.ledger import Ledger
 from flows.cli import app
 from flows.cli.console import console
 from flows.cli.tables import print_evaluation
 from flows.evaluation import RESULT
 from montessori_core.errors import UserError
+from montessori_core.files import make_folder_of_pickles
 from montessori_core.models.chat import IGNORED, encode_example
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.training.checkpoints import checkpoint_folder
@@ -53,17 +53,18 @@ def test_pickled_weights_are_refused(model_with_code: Path) -> None:
         load_model(str(model_with_code), torch.float32)
 
 
-@pytest.mark.guarantee("pickles read or planted by other accounts")
-def test_folders_with_pickles_are_private(
+@pytest.mark.guarantee("pickles planted by other accounts")
+def test_folders_with_pickles_are_written_by_their_owner_alone(
     model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    (tmp_path / "jobs").mkdir(mode=0o777)
-    folders = [
-        Ledger(tmp_path / "jobs").folder,
-        checkpoint_folder(tmp_path / "stage" / "part-00000", {}, str(model_with_code), []),
-    ]
-    assert [oct(stat.S_IMODE(folder.stat().st_mode)) for folder in folders] == ["0o700", "0o700"]
+    jobs, checkpoints = tmp_path / "jobs", tmp_path / "stage" / "checkpoints"
+    for folder in (jobs, checkpoints):
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    make_folder_of_pickles(jobs)
+    checkpoint = checkpoint_folder(tmp_path / "stage" / "part-00000", {}, str(model_with_code), [])
+    assert [oct(stat.S_IMODE(folder.stat().st_mode)) for folder in (jobs, checkpoint)] == ["0o755", "0o755"]
 
 
 @pytest.mark.guarantee("names that lead out of the run root")

@@ -441,7 +441,7 @@ def test_stale_compilation_lock_blocks_no_training(trained: Path, extensions: Pa
     assert [path for path in extensions.rglob("*") if path.is_file()] == [lock]  # nothing was compiled
 
 
-@pytest.mark.guarantee("pickles read or planted by other accounts")
+@pytest.mark.guarantee("pickles planted by other accounts")
 def test_result_of_training_has_no_pickle(trained: Path) -> None:
     assert {path.suffix for path in trained.iterdir()} <= {".json", ".safetensors", ".jinja"}
 

@@ -1,0 +1,125 @@
+"""Two users of one group whose runs lie in one folder: group-writable, with umask 002 and the setgid bit."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from montessori_core.files import hash_path
+from support import ROOT
+from support.runs import configuration
+
+ALICE, BOB, GROUP = 61001, 61002, 61000
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv, to act as two users"
+)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder of the group, outside of the tester's own folders; it has the subfolder `runs`."""
+    folder = Path(tempfile.mkdtemp(prefix="montessori-shared-", dir="/tmp"))
+    for path in (folder, folder / "runs"):
+        path.mkdir(exist_ok=True)
+        os.chown(path, 0, GROUP)
+        path.chmod(0o2775)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def start(user: int, folder: Path, *command: str) -> subprocess.Popen[str]:
+    """Start a command as a user whose home is a folder of its own.
+
+    The user may read every file, so that the tester's checkout can be anywhere, but write only what a user may.
+    """
+    home = folder / f"home-{user}"
+    home.mkdir(exist_ok=True)
+    os.chown(home, user, GROUP)
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HF_HOME", "MONTESSORI_"))
+    }
+    name = f"user-{user}"
+    variables = {"HOME": str(home), "USER": name, "LOGNAME": name, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    identity = ["setpriv", f"--reuid={user}", f"--regid={GROUP}", "--clear-groups"]
+    reading = [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
+    return subprocess.Popen(
+        [*identity, *reading, *command],
+        cwd=folder,
+        env=kept | variables,
+        umask=0o002,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, " ".join(output.split())
+
+
+def montessori(user: int, folder: Path, *arguments: str) -> tuple[int, str]:
+    return finish(start(user, folder, sys.executable, "-m", "flows.cli", *arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("several users on one run root")
+@pytest.mark.guarantee("run of another user")
+@pytest.mark.guarantee("run copied or moved to another path")
+def test_users_share_a_run_root(talking_llama: Path, shared: Path) -> None:
+    model = shutil.copytree(talking_llama, shared / "model")
+    config = str(configuration(shared, model))
+    drivers = {
+        name: start(user, shared, sys.executable, "-m", "flows.cli", "run", config, "--name", name)
+        for user, name in ((ALICE, "alices"), (BOB, "bobs"))
+    }
+    for driver in drivers.values():
+        code, output = finish(driver)
+        assert code == 0, output
+    run = shared / "runs" / "alices"
+    jobs = [path for path in run.rglob("jobs") if path.is_dir()]
+    pickles = [*jobs, *(path for path in run.rglob("checkpoints/*") if path.is_dir())]
+    assert jobs
+    assert not any(path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for path in pickles)
+    assert run.stat().st_mode & stat.S_IWGRP
+
+    before = hash_path(run)
+    code, output = montessori(BOB, shared, "status", "runs/alices")
+    assert code == 0, output
+    assert "iteration-1/influence" in output
+    code, output = montessori(BOB, shared, "logs", "runs/alices", "--stage", "iteration-1/influence", "--shard", "0")
+    assert code == 0, output
+    for command in (["resume", "runs/alices"], ["cancel", "runs/alices"], ["run", config, "--name", "alices"]):
+        code, output = montessori(BOB, shared, *command)
+        assert code == 1, output
+        assert f"alices: this run belongs to user {ALICE}, who alone may continue or cancel it" in output
+    assert hash_path(run) == before
+
+    assert finish(start(BOB, shared, "cp", "-r", "runs/alices", f"home-{BOB}/copy"))[0] == 0
+    copy = shared / f"home-{BOB}" / "copy"
+    shutil.rmtree(copy / "iteration-1" / "student")
+    (copy / "iteration-1" / "metrics.json").unlink()
+    code, output = montessori(BOB, shared, "resume", str(copy))
+    assert code == 0, output
+    trained = Path("iteration-1") / "student" / "part-00000" / "model.safetensors"
+    assert (copy / trained).read_bytes() == (run / trained).read_bytes()
+    for folder in jobs:
+        again = copy / folder.relative_to(run)
+        assert len(list(again.iterdir())) == len(list(folder.iterdir())), f"{again}: the stage ran again"
+
+
+@pytest.mark.guarantee("file of another user")
+def test_file_of_another_user_is_named_with_its_owner(shared: Path) -> None:
+    (shared / "runs").chmod(0o755)
+    code, output = montessori(BOB, shared, "up", "--run-root", "runs")
+    assert code == 1
+    assert "Permission denied: " in output
+    assert "(owner: root)" in output
