@@ -3,15 +3,42 @@
 from pathlib import Path
 from typing import Any
 
+from montessori_core.config import read_study
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
+from tasks.run import Run, reopen_run
 
 STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
 
 
-def in_study(folder: Path) -> bool:
-    """Return whether a run's folder belongs to a study, as a seed or as another student of a seed."""
-    return any((parent / STUDY).exists() for parent in folder.parents[:2])
+def study_of(folder: Path) -> Path | None:
+    """Return the folder of the study of a seed, of another student of a seed, or of the study itself; None for other runs."""
+    return next((place for place in (folder, *folder.parents[:2]) if (place / STUDY).exists()), None)
+
+
+def reopen(folder: Path) -> Run:
+    """Open the folder of a run, or of a study as a run with the study's name, to look at its stages and jobs.
+
+    Raises:
+        UserError: the folder is neither.
+    """
+    if not (folder / STUDY).exists():
+        return reopen_run(folder)
+    study = read_study(folder / STUDY)
+    return Run(folder.resolve(), study.experiment.model_copy(update={"name": study.name}))
+
+
+def resume_command(folder: Path, options: str = "") -> str:
+    """Return the command that resumes a run, or the study it belongs to."""
+    study = study_of(folder)
+    if study is None:
+        return f"montessori resume {folder}{options}"
+    return f"montessori compare {study / STUDY} --run-root {study.parent}{options}"
+
+
+def is_finished(run: Run) -> bool:
+    """Return whether a run, or a study that `reopen` opened, is finished."""
+    return (run.folder / RESULT).exists() if (run.folder / STUDY).exists() else run.finished
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """The commands of studies: compare, methods."""
 
-import shlex
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cluster.backends.sbatch import DRIVER_JOB
 from flows.cli.console import console
+from flows.cli.driver import SubmitDriver, check_driver_job, submit_command
 from flows.cli.interrupt import interruptible
-from flows.cli.options import warn
+from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
+from tasks.studies import STUDY, resume_command
 
 
 def compare(
@@ -19,18 +22,27 @@ def compare(
         typer.Option("--set", metavar="KEY=VALUE", help="Change one field, e.g. experiment.training.examples=100."),
     ] = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds runs and studies.")] = Path("runs"),
+    cluster: ClusterFile = None,
+    as_job: SubmitDriver = False,
 ) -> None:
     """Compare methods of making training data on equal terms. To resume after an interruption, run the same command again."""
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
 
     settings = read_study(study, tuple(set_ or []))
+    settings = settings.model_copy(update={"experiment": on_cluster(settings.experiment, cluster, study)})
+    if as_job:
+        check_driver_job(settings.experiment)
     folder = run_root / settings.name
     seeded, warnings = open_study(settings, folder)
     warn(warnings)
-    command = ["montessori", "compare", str(study), "--run-root", str(run_root)]
-    command += [part for override in set_ or [] for part in ("--set", override)]
-    interruptible(lambda: compare_opened(settings, folder, seeded), shlex.join(command))
+    if as_job:
+        folder = folder.resolve()
+        command = ["compare", str(folder / STUDY), "--run-root", str(folder.parent)]
+        submit_command(folder, command, settings.experiment.cluster.slurm)
+        return
+    option = " --submit-driver" if DRIVER_JOB in os.environ else ""
+    interruptible(lambda: compare_opened(settings, folder, seeded), resume_command(folder, option))
     print_comparison(folder)
 
 

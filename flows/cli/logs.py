@@ -9,7 +9,7 @@ from cluster.status import log_of
 from flows.cli.console import console
 from flows.cli.options import RunFolder, StageName, stage_folder
 from montessori_core.errors import UserError
-from tasks.run import reopen_run
+from tasks.studies import reopen
 
 
 def logs(
@@ -26,7 +26,7 @@ def logs(
     """Print the log of a shard's last job, or of the driver."""
     if driver == (shard is not None):
         raise UserError("name one log: --shard K, or --driver")
-    run = reopen_run(run_dir)
+    run = reopen(run_dir)
     path = log_of_driver(run.folder) if shard is None else log_of(stage_folder(run, stage), shard)
     if not path.exists():
         raise UserError(f"{path}: missing; the driver writes it if it runs as a Slurm job, once the job has started")

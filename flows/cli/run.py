@@ -8,23 +8,16 @@ from typing import Annotated
 import typer
 
 from cluster.backends.sbatch import DRIVER_JOB
-from cluster.driver_job import log_of_driver
-from cluster.lock import submit_driver
 from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
+from flows.cli.driver import SubmitDriver, check_driver_job, submit_command
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_cluster, stage_folder, warn
 from flows.cli.tables import print_estimate, print_summary
-from flows.prefect_api import own_database, refuse_local_api
-from montessori_core.config import Experiment, read_experiment
+from montessori_core.config import read_experiment
 from montessori_core.errors import UserError
 from tasks.run import Run, open_run, reopen_run
-from tasks.studies import in_study
-
-SubmitDriver = Annotated[
-    bool,
-    typer.Option("--submit-driver", help="Run the driver as a Slurm job (cluster.slurm.driver), not in this terminal."),
-]
+from tasks.studies import resume_command, study_of
 
 
 def run(
@@ -77,23 +70,6 @@ def retry(
     drive_run(opened)
 
 
-def check_driver_job(experiment: Experiment) -> None:
-    """Check that a driver can run as a Slurm job.
-
-    Raises:
-        UserError: the run's jobs are not Slurm jobs, or the driver could not reach its Prefect server.
-    """
-    from prefect.settings import PREFECT_API_URL
-
-    profile = experiment.cluster.profile
-    if profile != "slurm":
-        raise UserError(
-            f"--submit-driver: cluster.profile is {profile}, so that the jobs would run inside the driver's job; set "
-            "profile: slurm, or leave --submit-driver out"
-        )
-    refuse_local_api(PREFECT_API_URL.value())
-
-
 def drive_run(opened: Run, as_job: bool = False) -> None:
     """Run or resume an experiment, in this process or by a Slurm job; print its results, or how to find the job."""
     refuse_part_of_study(opened)
@@ -113,20 +89,10 @@ def _submit(opened: Run) -> None:
     if opened.finished:
         console.print(f"{opened.experiment.name} is finished; to check its results: montessori resume {opened.folder}")
         return
-    command = ["resume", str(opened.folder)]
-    driver = submit_driver(opened.folder, command, own_database(opened.folder), opened.experiment.cluster.slurm)
-    lines = (
-        f"the driver is Slurm job {driver.job}",
-        f"  log:    {log_of_driver(opened.folder)}",
-        f"  follow: montessori status {opened.folder}",
-        f"          montessori logs {opened.folder} --driver",
-        f"  end:    montessori cancel {opened.folder}",
-    )
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    submit_command(opened.folder, ["resume", str(opened.folder)], opened.experiment.cluster.slurm)
 
 
 def refuse_part_of_study(opened: Run) -> None:
     """Raise a UserError if the run belongs to a study."""
-    if in_study(opened.folder):
-        raise UserError(f"{opened.folder} belongs to a study; resume with montessori compare and the study's file")
+    if study_of(opened.folder) is not None:
+        raise UserError(f"{opened.folder} belongs to a study; resume with: {resume_command(opened.folder)}")

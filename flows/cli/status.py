@@ -9,13 +9,13 @@ from cluster.status import StageStatus, read_stage_status, stages_of
 from flows.cli.console import console
 from flows.cli.options import RunFolder
 from montessori_core.formatting import duration
-from tasks.run import Run, reopen_run
-from tasks.studies import in_study
+from tasks.run import Run
+from tasks.studies import is_finished, reopen, resume_command
 
 
 def status(run_dir: RunFolder) -> None:
-    """Show the stages of a run: shards done, running and failed; and its driver."""
-    run = reopen_run(run_dir)
+    """Show the stages of a run or a study: shards done, running and failed; and its driver."""
+    run = reopen(run_dir)
     stages = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     _print_stages(run, stages)
     _print_driver(run, bool(stages))
@@ -70,11 +70,9 @@ def _print_driver(run: Run, started: bool) -> None:
         return
     if driver is not None:
         console.print(f"driver: {driver}", soft_wrap=True)
-    elif in_study(run.folder):
-        console.print("No driver is running. Resume with: montessori compare, and the study's file", soft_wrap=True)
-    elif (started or log.exists()) and not run.finished:
+    elif (started or log.exists()) and not is_finished(run):
         option = " --submit-driver" if log.exists() else ""
-        console.print(f"No driver is running. Resume with: montessori resume {run.folder}{option}", soft_wrap=True)
+        console.print(f"No driver is running. Resume with: {resume_command(run.folder, option)}", soft_wrap=True)
     if log.exists():
         console.print(f"log of the driver: {log}", soft_wrap=True)
 

@@ -18,7 +18,7 @@ from cluster.ledger import Ledger
 from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driver
 from montessori_core.config import Cluster, DriverJob, Resources, Slurm
 from montessori_core.errors import UserError
-from montessori_core.files import read_json
+from montessori_core.files import hash_path, read_json
 from support import ROOT
 from support import runs as whole
 from support import squares as local
@@ -191,6 +191,70 @@ def test_commands_find_queued_driver_job(tiny_llama: Path, tmp_path: Path) -> No
     assert "cancelled" in call("cancel", run)[1]
     assert queued() == []
     assert "nothing of this run is running" in call("cancel", run)[1]
+
+
+def study(folder: Path, config: Path) -> Path:
+    """Write a study of two methods with the experiment of a configuration."""
+    content = {"name": "pair", "experiment": yaml.safe_load(config.read_text()), "seeds": [1]}
+    path = folder / "pair.yaml"
+    path.write_text(yaml.safe_dump(content | {"methods": ["self_instruct", "random"], "baseline": "self_instruct"}))
+    return path
+
+
+@pytest.mark.guarantee("driver's job submitted twice")
+def test_commands_find_queued_driver_job_of_study(tiny_llama: Path, tmp_path: Path) -> None:
+    path = study(tmp_path, configuration(tmp_path, tiny_llama, extra={"begin": "now+1hour"}))
+    folder = tmp_path / "runs" / "pair"
+
+    def call(*arguments: str) -> tuple[int, str]:
+        code, output = whole.invoke(*arguments, cwd=tmp_path)
+        return code, " ".join(output.split())
+
+    code, output = call("compare", str(path), "--submit-driver")
+    assert code == 0, output
+    [job] = queued("--format=%i")
+    assert f"the driver is Slurm job {job}" in output
+    for command in (["compare", str(path), "--submit-driver"], ["compare", f"{folder}/study.yaml"]):
+        code, output = call(*command)
+        assert (code, f"already has a driver (Slurm job {job}, PENDING (BeginTime))" in output) == (1, True), output
+    assert f"driver: Slurm job {job}, PENDING (BeginTime)" in call("status", str(folder))[1]
+    assert "driver.log: missing" in call("logs", str(folder), "--driver")[1]
+    output = call("cancel", str(folder))[1]
+    assert f"Resume with: montessori compare {folder}/study.yaml --run-root {tmp_path}/runs" in output
+    assert queued() == []
+
+
+@pytest.mark.guarantee("driver's job of a study requeued")
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_study_by_driver_job_has_tables_of_local_study(talking_llama: Path, tmp_path: Path) -> None:
+    code, output = whole.call(
+        "compare",
+        str(study(tmp_path, whole.configuration(tmp_path, talking_llama))),
+        "--run-root",
+        "quiet",
+        cwd=tmp_path,
+    )
+    assert code == 0, output
+    folder = tmp_path / "runs" / "pair"
+    code, output = whole.call(
+        "compare", str(study(tmp_path, configuration(tmp_path, talking_llama))), "--submit-driver", cwd=tmp_path
+    )
+    assert code == 0, output
+    driver = driver_of(folder)
+    assert driver is not None
+    local.wait_until(lambda: any(map(is_submitted, folder.rglob("ledger.json"))), 1200)
+    subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
+    local.wait_until(lambda: driver_of(folder) is None, 2400)
+    assert (folder / "comparison.html").exists(), log_of_driver(folder).read_text()
+    quiet = tmp_path / "quiet" / "pair"
+    results = [
+        path.relative_to(quiet) for name in ("examples.parquet", "model.safetensors") for path in quiet.rglob(name)
+    ]
+    assert len(results) == 4
+    assert [hash_path(folder / path) for path in results] == [hash_path(quiet / path) for path in results]
+    assert {len(read_json(ledger)) for ledger in folder.rglob("ledger.json")} == {1}
+    local.wait_until(lambda: queued() == [], 60)
 
 
 def test_refused_driver_job_leaves_no_driver(tiny_llama: Path, tmp_path: Path) -> None:
