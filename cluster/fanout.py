@@ -17,6 +17,7 @@ from pathlib import Path
 from cluster.backends import open_backend
 from cluster.backends.base import SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
+from cluster.file_systems import LateResults, Patience
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
@@ -103,9 +104,17 @@ def fan_out(
         ShardsFailed: some shards failed, after all others were done.
     """
     keys = [stage.key(rows) for rows in shards]
-    driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
-    driver.adopt()
-    stage.write(shards)
+    patience = Patience()
+    while True:
+        try:
+            driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
+            driver.adopt()
+            stage.write(shards)
+            break
+        except OSError as error:
+            if not patience.goes_on(error):
+                raise
+            time.sleep(cluster.poll_seconds)
     driver.run()
     return [stage.part(index) for index in range(len(shards))]
 
@@ -139,6 +148,8 @@ class _Driver:
         self._unanswered: list[Submission] = []
         self._refusals = 0
         self._stopwatch = Stopwatch()
+        self._late = LateResults(self._backend.reason)
+        self._patience = Patience()
         self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
@@ -159,13 +170,7 @@ class _Driver:
     def run(self) -> None:
         """Submit, watch and submit again until every shard is done or has failed."""
         try:
-            while True:
-                busy = self._update()
-                self._report()
-                if len(self._done) + len(self._failed) == len(self._shards):
-                    break
-                self._submit_missing(busy)
-                self._duplicate_stragglers(busy)
+            while not self._take_turn():
                 time.sleep(self._cluster.poll_seconds)
         except DriverStopped:
             raise  # its jobs continue; the next driver waits for them
@@ -177,6 +182,21 @@ class _Driver:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
         shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # left by killed jobs and duplicates
         shutil.rmtree(self._stage.shared_root, ignore_errors=True)
+
+    def _take_turn(self) -> bool:
+        """Look at all jobs, and submit what is missing; return whether every shard is done or has failed."""
+        try:
+            busy = self._update()
+            self._report()
+            if len(self._done) + len(self._failed) == len(self._shards):
+                return True
+            self._submit_missing(busy)
+            self._duplicate_stragglers(busy)
+            self._patience.end()
+        except OSError as error:
+            if not self._patience.goes_on(error):
+                raise
+        return False
 
     def _close_submissions(self) -> None:
         for submission in self._ledger.open_submissions():
@@ -213,12 +233,7 @@ class _Driver:
             left = 0
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 missed = submission.missed.get(job_id, 0)
-                if alive is None or job_id in alive:
-                    submission.missed[job_id] = missed if alive is None else 0
-                elif self._done.issuperset(task):
-                    submission.missed[job_id] = self._backend.polls_until_lost  # it ended: its shards are done
-                elif missed < self._backend.polls_until_lost:
-                    submission.missed[job_id] = missed + 1
+                submission.missed[job_id] = self._count_missed(job_id, task, alive, missed)
                 if submission.missed[job_id] < self._backend.polls_until_lost:
                     left += 1
                     busy.update(task)
@@ -241,6 +256,17 @@ class _Driver:
         if lost:
             self._ledger.save()
         return busy - self._done
+
+    def _count_missed(self, job_id: str, task: Task, alive: Set[str] | None, missed: int) -> int:
+        """Return for how many polls in a row a job has not been in the queue; at most `polls_until_lost`."""
+        limit = self._backend.polls_until_lost
+        if alive is None or job_id in alive:
+            return missed if alive is None else 0
+        if self._done.issuperset(task):
+            return limit  # it ended: its shards are done
+        if missed + 1 == limit and self._late.may_come(job_id, self._stage.folder):
+            return missed
+        return min(missed + 1, limit)
 
     def _submitted(self) -> list[tuple[Submission, list[str]]]:
         """Return open submissions with the ids of their jobs, without those whose ids the scheduler never returned."""
@@ -279,7 +305,7 @@ class _Driver:
             kind = classify_loss(reason)
         self._backend.forget(job_id)
         self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
-        if kind in ("lost", "node_failure"):
+        if kind in ("lost", "node_failure", "file_system"):
             self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"

@@ -2,6 +2,7 @@
 
 NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
 REMEDIES = {
+    "file_system": "; see the mounts of these nodes, and their file servers",
     "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
     "time_limit": "; raise time_limit_minutes of the stage in cluster.resources, or make its shards smaller",
 }

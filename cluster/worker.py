@@ -3,7 +3,6 @@
 It runs under submitit, as one process or as several that train together, and knows neither Prefect nor the driver.
 """
 
-import errno
 import logging
 import os
 import platform
@@ -15,6 +14,7 @@ from typing import Any
 
 import submitit
 
+from cluster.file_systems import is_full, may_pass
 from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.processes import seconds_since, start_time
 from cluster.records import Failure, read_record
@@ -27,7 +27,6 @@ from montessori_core.program import Compute, Row, RowProgram, open_program
 
 log = logging.getLogger(__name__)
 
-_DISK_FULL = (os.strerror(errno.ENOSPC), ". unexpected pos ")  # the latter: torch.save, when a write was cut short
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 
 
@@ -101,8 +100,10 @@ def classify_error(error: Exception) -> str:
     """Return the class of a failure that the job itself caught."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
-    if any(text in str(error) for text in _DISK_FULL):  # not only OSError: safetensors has errors of its own
+    if is_full(error):
         return "disk_full"
+    if may_pass(error):
+        return "file_system"
     if type(error).__name__ == "UncompletedJobError":
         return "time_limit"  # submitit raises it when a job was requeued too often
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from cluster.driver_job import DriverStopped, stopped_with_its_job
+from cluster.file_systems import may_pass
 from flows.cli import (
     cancel,
     compare,
@@ -162,7 +163,8 @@ def main() -> None:
         console.print(f"error: {error}{owner}; ask for access, or choose another folder", style="red", soft_wrap=True)
         raise SystemExit(1) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and not may_pass(error):
             raise
-        console.print(f"error: {error}; free space, then resume: finished work is kept", soft_wrap=True)
+        remedy = "see whether the file server answers" if may_pass(error) else "free space"
+        console.print(f"error: {error}; {remedy}, then resume: finished work is kept", soft_wrap=True)
         raise SystemExit(1) from error

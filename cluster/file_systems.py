@@ -1,0 +1,79 @@
+"""Shared file systems: errors that pass, and results of other hosts that are seen late."""
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_PASSING = (errno.ESTALE, errno.EIO, errno.EREMOTEIO)
+_PASSING_TEXTS = tuple(os.strerror(number) for number in _PASSING)
+_FULL_TEXTS = (
+    *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)),
+    ". unexpected pos ",  # torch.save, when a write was cut short
+)
+_LATEST_RESULT = 90.0  # seconds; NFS caches attributes of a folder for up to 60 by default (acdirmax)
+_PATIENCE = 600.0  # seconds
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether there was no space left, or no quota; libraries such as safetensors have errors of their own for it."""
+    return any(text in str(error) for text in _FULL_TEXTS)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether a file server or a mount failed, which another attempt or another node may not see."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _PASSING
+    return any(text in str(error) for text in _PASSING_TEXTS)
+
+
+def look_again(folder: Path) -> None:
+    """Make NFS look at a folder again: its client drops what it knows of a folder that it changes itself."""
+    probe = folder / f".look-{os.getpid()}"
+    with suppress(OSError):
+        probe.touch()
+        probe.unlink()
+
+
+class LateResults:
+    """Jobs that ended well, and whose results this host does not see yet."""
+
+    def __init__(self, reason: Callable[[str], str]) -> None:
+        """Take the function that asks the scheduler why a job ended."""
+        self._reason = reason
+        self._ended: dict[str, float] = {}
+
+    def may_come(self, job_id: str, folder: Path) -> bool:
+        """Return whether to wait for the results of a job that has left the queue; look at their folder again."""
+        if job_id not in self._ended:
+            if "COMPLETED" not in self._reason(job_id):
+                return False
+            self._ended[job_id] = time.monotonic()
+            log.info("job %s completed, but its results are not visible here yet", job_id)
+        look_again(folder)
+        return time.monotonic() - self._ended[job_id] < _LATEST_RESULT
+
+
+class Patience:
+    """Waits for a file system that fails, for ten minutes."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def end(self) -> None:
+        """Record that the file system works."""
+        self._since = None
+
+    def goes_on(self, error: OSError) -> bool:
+        """Return whether to try again after an error."""
+        if not may_pass(error):
+            return False
+        if self._since is None:
+            self._since = time.monotonic()
+            log.warning("%s; trying again for %.0f minutes", error, _PATIENCE / 60)
+        return time.monotonic() - self._since < _PATIENCE

@@ -1,0 +1,63 @@
+/* LD_PRELOAD: calls on files fail, each as often as there are tokens.
+ *
+ * FAULT_ROOT    folder of the files
+ * FAULT_NAME    part of their names
+ * FAULT_CALL    open (for reading) or write
+ * FAULT_ERROR   number of the error
+ * FAULT_TOKENS  folder of tokens: a fault removes a file token-1, token-2, ...
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int fails(const char *path, const char *call) {
+    const char *root = getenv("FAULT_ROOT"), *name = getenv("FAULT_NAME"), *tokens = getenv("FAULT_TOKENS");
+    if (!root || !name || !tokens || strcmp(getenv("FAULT_CALL"), call) != 0) return 0;
+    const char *last = path ? strrchr(path, '/') : NULL;
+    if (!last || strncmp(path, root, strlen(root)) != 0 || !strstr(last, name)) return 0;
+    for (int number = 1; number <= 64; number++) {
+        char token[PATH_MAX];
+        snprintf(token, sizeof token, "%s/token-%d", tokens, number);
+        if (unlink(token) == 0) {
+            errno = atoi(getenv("FAULT_ERROR"));
+            return 1;
+        }
+    }
+    return 0;
+}
+
+#define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
+
+#define OPEN(name, signature, arguments)                                                \
+    int name signature {                                                                \
+        REAL(name);                                                                     \
+        va_list rest;                                                                   \
+        va_start(rest, flags);                                                          \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;         \
+        va_end(rest);                                                                   \
+        if ((flags & O_ACCMODE) == O_RDONLY && access(path, F_OK) == 0 && fails(path, "open")) return -1; \
+        return real arguments;                                                          \
+    }
+OPEN(open, (const char *path, int flags, ...), (path, flags, mode))
+OPEN(open64, (const char *path, int flags, ...), (path, flags, mode))
+OPEN(openat, (int at, const char *path, int flags, ...), (at, path, flags, mode))
+OPEN(openat64, (int at, const char *path, int flags, ...), (at, path, flags, mode))
+
+ssize_t write(int file, const void *buffer, size_t count) {
+    REAL(write);
+    char link[64], path[PATH_MAX];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length > 0) {
+        path[length] = 0;
+        if (fails(path, "write")) return -1;
+    }
+    return real(file, buffer, count);
+}

@@ -1,0 +1,132 @@
+"""A shared file system that misbehaves, on a real Slurm: a library makes calls of the C library fail, or see changes late."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.fanout import ShardsFailed, fan_out
+from cluster.ledger import Ledger
+from montessori_core.config import Cluster, Resources
+from support import ROOT
+from support import squares as local
+from support.row_programs import as_shards
+
+SOURCES = ROOT / "tests" / "support" / "file_faults"
+ROWS = [row["n"] for shard in local.SHARDS for row in shard]
+DRIVER = """
+import logging, sys
+from pathlib import Path
+from support.squares import results
+from test_slurm_file_faults import run
+logging.basicConfig(level=logging.INFO)
+print(results(run(Path(sys.argv[1]))))
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+folder = local.folder
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the libraries."""
+    built = tmp_path_factory.mktemp("libraries")
+    for source in SOURCES.glob("*.c"):
+        library = built / f"{source.stem}.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True)
+    return built
+
+
+def run(folder: Path) -> list[Path]:
+    """Compute the stage of squares, six shards in as many jobs, two at a time."""
+    resources = Resources(parallel_jobs=2, shards_per_job=1, cpus_per_process=1)
+    return fan_out(local.stage(folder, 0.2), as_shards(*local.SHARDS), resources, Cluster(profile="slurm"))
+
+
+def drive(folder: Path, **variables: str) -> tuple[list[int], str]:
+    """Run a driver whose process has environment variables that its jobs have too; return the squares and its log."""
+    paths = [os.environ["PYTHONPATH"], str(Path(__file__).parent)]
+    driver = subprocess.run(
+        # The shell becomes the driver: `$$` is its process.
+        ["sh", "-c", 'LATE_PROCESS=$$ exec "$@"', "sh", sys.executable, "-c", DRIVER, str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert driver.returncode == 0, driver.stderr
+    return json.loads(driver.stdout), driver.stderr
+
+
+def submissions(folder: Path) -> int:
+    return len(Ledger(folder / "stage" / "jobs").submissions)
+
+
+@pytest.mark.guarantee("results seen late")
+@pytest.mark.parametrize(
+    ("seconds", "stubborn"), [("60", {}), pytest.param("15", {"LATE_STUBBORN": "1"}, marks=pytest.mark.slow)]
+)
+def test_late_results_are_awaited(folder: Path, libraries: Path, seconds: str, stubborn: dict[str, str]) -> None:
+    late = {"LATE_ROOT": str(folder), "LATE_SECONDS": seconds, **stubborn}
+    squares, log = drive(folder, LD_PRELOAD=str(libraries / "late_files.so"), **late)
+    assert squares == local.EXPECTED
+    assert "completed, but its results are not visible here yet" in log
+    assert submissions(folder) == 1
+    assert sorted(local.computed(folder)) == ROWS
+
+
+def faults(folder: Path, libraries: Path, call: str, name: str, error: int, count: int) -> dict[str, str]:
+    """Return the variables with which some calls on files of the stage fail."""
+    tokens = folder / "tokens"
+    tokens.mkdir()
+    for number in range(1, count + 1):
+        (tokens / f"token-{number}").touch()
+    names = {"ROOT": folder / "stage", "NAME": name, "CALL": call, "ERROR": error, "TOKENS": tokens}
+    return {"LD_PRELOAD": str(libraries / "failing_files.so")} | {
+        f"FAULT_{key}": str(value) for key, value in names.items()
+    }
+
+
+@pytest.mark.guarantee("stale file handles")
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["rows.parquet", "stage.json", "manifest.json", "ledger.json", "part-"])
+def test_files_that_cannot_be_read_for_a_while_change_nothing(
+    folder: Path, libraries: Path, name: str, error: int
+) -> None:
+    variables = faults(folder, libraries, "open", name, error, 3)
+    squares, _ = drive(folder, **variables)
+    assert squares == local.EXPECTED
+
+
+@pytest.mark.guarantee("stale file handles")
+def test_job_with_stale_handle_is_submitted_again(
+    folder: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in faults(folder, libraries, "open", "rows.parquet", errno.ESTALE, 2).items():
+        monkeypatch.setenv(variable, value)
+    assert local.results(run(folder)) == local.EXPECTED
+    lost = [kind for submission in Ledger(folder / "stage" / "jobs").submissions for kind in submission.lost.values()]
+    assert lost == ["file_system"] * 2
+
+
+@pytest.mark.guarantee("quota reached in the middle of a commit")
+@pytest.mark.parametrize("name", ["part-", pytest.param("manifest.json", marks=pytest.mark.slow)])
+def test_quota_reached_in_a_commit_keeps_finished_shards(
+    folder: Path, libraries: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with monkeypatch.context() as quota:
+        for variable, value in faults(folder, libraries, "write", name, errno.EDQUOT, 1).items():
+            quota.setenv(variable, value)
+        with pytest.raises(ShardsFailed, match=r"\(disk_full\): .*Disk quota exceeded") as failure:
+            run(folder)
+    assert len(failure.value.failures) == 1
+    assert local.results(run(folder)) == local.EXPECTED
+    assert len(local.computed(folder)) == len(ROWS) + len(local.SHARDS[0])
