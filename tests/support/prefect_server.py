@@ -184,6 +184,14 @@ class Server:
         found: list[dict[str, Any]] = self.ask("task_runs/filter", content)
         return found
 
+    def wait_for_tasks(self, run: str, names: set[str]) -> None:
+        """Wait until named tasks of a finished flow run are recorded as completed: Prefect does so a little later."""
+
+        def completed() -> set[str]:
+            return {str(task["name"]) for task in self.task_runs(run) if task["state_name"] == "Completed"}
+
+        wait_until(lambda: names <= completed(), 60, lambda: str(completed()))
+
     def artifacts(self, run: str) -> list[dict[str, Any]]:
         """Return the artifacts of a flow run and of its subflows."""
         ids = [run, *self.subflows(run)]

@@ -152,11 +152,7 @@ def test_form_refuses_invalid_values(server: Server) -> None:
 
 def test_run_shows_stages_artifacts_and_report(server: Server, finished: str, page: Page) -> None:
     expected = {"iteration 1: influence of the probing set, screen", "iteration 1: teacher update", "report"}
-
-    def completed() -> set[str]:  # Prefect records task runs a little later
-        return {task["name"] for task in server.task_runs(finished) if task["state_name"] == "Completed"}
-
-    wait_until(lambda: expected <= completed(), 30, lambda: str(completed()))
+    server.wait_for_tasks(finished, expected)
     [iteration, *_] = server.subflows(finished)
     nodes = {node["label"]: node for _, node in server.ask(f"flow_runs/{iteration}/graph-v2")["nodes"]}
     by_id = {node["id"]: label for label, node in nodes.items()}
@@ -398,7 +394,7 @@ def test_study_deployment_runs_transfer_students(server: Server) -> None:
     page = (server.runs / "study" / "comparison.html").read_text()
     assert "Transfer to " in page
     assert f"{result['untrained_loss']:.4f}" in page
-    assert "self_instruct: student training" in {task["name"] for task in server.task_runs(run)}
+    server.wait_for_tasks(run, {"self_instruct: student training"})
 
 
 @pytest.mark.slow
