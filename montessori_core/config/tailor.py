@@ -29,39 +29,42 @@ class Tailored(Section):
         "examples. 'paper-1b' and 'paper-8b': the paper's two iterations of 10,000 examples, for students of these sizes, "
         "on a cluster. 'pilot-1b' and 'pilot-8b': one iteration of these with 256 examples, to see texts and times first.",
     )
-    teacher: str | None = Field(
-        None,
-        description="Teacher: Hugging Face id or local folder. If not set, the preset's (SmolLM2-135M, or Llama-3-8B).",
+    # Not `str | None`: Prefect's form would have a switch between text and None at each of them.
+    teacher: str = Field(
+        "",
+        description="Teacher: Hugging Face id or local folder. If empty, the preset's (SmolLM2-135M, or Llama-3-8B).",
     )
-    student: str | None = Field(
-        None, description="Student: Hugging Face id or local folder, preferably a base model. If not set, the preset's."
+    student: str = Field(
+        "", description="Student: Hugging Face id or local folder, preferably a base model. If empty, the preset's."
     )
-    seeds: str | None = Field(
-        None,
+    seeds: str = Field(
+        "",
         description="Seed tasks that show the teacher what an instruction looks like: a file, a folder, a Hugging Face id or "
-        "`builtin`. If not set, the preset's.",
+        "`builtin`. If empty, the preset's.",
     )
-    reference: str | None = Field(
-        None,
-        description="Examples of what the student should get better at; influence is measured on them. If not set, the "
+    reference: str = Field(
+        "",
+        description="Examples of what the student should get better at; influence is measured on them. If empty, the "
         "preset's.",
     )
-    evaluation: str | None = Field(
-        None, description="Other examples of the same kind, for the held-out loss; needed with `reference`."
+    evaluation: str = Field(
+        "", description="Other examples of the same kind, for the held-out loss; needed with `reference`."
     )
-    cluster: str | None = Field(
-        None,
+    cluster: str = Field(
+        "",
         description="Where jobs run: the path of a cluster file, or the preset `workstation` (this machine and its GPUs). If "
-        "not set, the quickstart's jobs run on this machine's processor, those of other sizes on Slurm.",
+        "empty, the quickstart's jobs run on this machine's processor, those of other sizes on Slurm.",
     )
-    pilot: str | None = Field(
-        None, pattern=RUN_NAME, description="Name of a finished pilot, to forecast the time. If not set, no forecast."
+    pilot: str = Field(
+        "",
+        pattern=f"^$|{RUN_NAME}",
+        description="Name of a finished pilot, to forecast the time. If empty, there is no forecast.",
     )
 
     @model_validator(mode="after")
     def _evaluation_is_like_reference(self) -> "Tailored":
-        if (self.reference is None) != (self.evaluation is None):
-            given, missing = ("reference", "evaluation") if self.evaluation is None else ("evaluation", "reference")
+        if bool(self.reference) != bool(self.evaluation):
+            given, missing = ("reference", "evaluation") if self.reference else ("evaluation", "reference")
             raise ValueError(f"{given} is set, but {missing} is not: the preset's is of another kind; set both")
         return self
 
@@ -82,10 +85,10 @@ class Tailored(Section):
         _merge(content, {role: {"model": model} for role in ("teacher", "student") if (model := getattr(self, role))})
         sources = {"seed_pool": self.seeds, "reference": self.reference, "evaluation": self.evaluation}
         for name, path in sources.items():
-            if path is not None:
+            if path:
                 limit = content.get(name, {}).get("limit")
                 content[name] = {"path": path} | ({"limit": limit} if limit else {})
-        if self.cluster is not None:
+        if self.cluster:
             content["cluster"] = read_cluster(Path(self.cluster)).model_dump(mode="json")
         return parse_experiment(content | {"name": self.name}, f"the preset {self.preset} with these values")
 
