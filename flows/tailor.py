@@ -30,7 +30,7 @@ def tailor(tailored: Tailored, approve: bool = False) -> None:
     The first artifact says what will happen, where, and for how long. A run of the same name is resumed.
 
     Args:
-        tailored: models, data, size and machines. The deployments of the presets have every setting.
+        tailored: models, data, size and machines. The [deployments](/deployments) of the presets have every setting.
         approve: pause before every teacher update until a person approves the preference pairs.
     """
     experiment = tailored.experiment()
@@ -70,7 +70,7 @@ def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
             _describe_machines(experiment),
             "",
             f"Settings: `{run.folder / 'config.yaml'}`, the preset `{preset}` with your values. The "
-            "deployment of this name has the form with all of them.",
+            f"[deployment](/deployments) `{preset}` has the form with all of them.",
         ]
     )
 

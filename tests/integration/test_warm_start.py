@@ -59,6 +59,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "expressions_program.py").write_text(PROGRAM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+        patch.setenv("PYTHONSAFEPATH", "1")  # as the backend does, before it starts a warm process
         yield folder
 
 

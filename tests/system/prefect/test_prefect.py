@@ -47,6 +47,11 @@ def server(talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
             "schedules": [{"interval": 20, "active": False}],
         },
         {
+            "name": "short",
+            "entrypoint": "flows/tailor.py:tailor",
+            "parameters": {"tailored": {"teacher": str(talking_llama), "student": str(tiny_llama)}},
+        },
+        {
             "name": "study",
             "entrypoint": "flows/study.py:compare",
             "parameters": {
@@ -265,6 +270,32 @@ def test_run_is_started_and_retried_in_browser(server: Server, finished: str, in
     assert digests(folder) == digests(server.runs / "finished")
     wait_until(lambda: any("iteration is finished: clicked" in text for text in inbox.messages), 60)
     expect(open_report_in_browser(server, page, run, "clicked")).to_have_title(re.compile("clicked"))
+
+
+@pytest.mark.slow
+def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
+    page.goto(f"{server.url}/deployments/deployment/{server.deployment('short', 'tailor')['id']}")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    expect(page.locator("textarea")).to_have_count(8)
+    expect(page.get_by_role("button", name="None", exact=True)).to_have_count(0)  # no switches between text and None
+    photograph(page, "prefect-tailor")
+    page.locator("textarea").first.fill("short")
+    page.get_by_role("button", name="Submit").click()
+    wait_until(lambda: (server.runs / "short").exists())
+    leave(page)
+    [run] = [run["id"] for run in server.ask("flow_runs/filter", {}) if "tailored" in run["parameters"]]
+    wait_until(lambda: bool(server.artifacts(run)))
+    plan = min(server.artifacts(run), key=lambda artifact: str(artifact["created"]))
+    assert plan["description"] == "Plan of short"
+    page.goto(f"{server.url}/artifacts/artifact/{plan['id']}")
+    expect(page.get_by_role("cell", name="iteration 1: teacher update")).to_be_visible()
+    expect(page.get_by_text("on this machine, by its speed")).to_be_visible()
+    photograph(page, "prefect-plan")
+    leave(page)
+    server.set_state(run, "CANCELLING")
+    server.wait_for(run, "Cancelled", "Failed", seconds=90)  # failed: this model cannot write for the preset's sizes
+    wait_until(lambda: not server.jobs(), 60)
 
 
 @pytest.mark.slow
