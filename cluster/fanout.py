@@ -27,7 +27,7 @@ from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
-from montessori_core.files import hash_json, make_folder_of_pickles, write_json
+from montessori_core.files import hash_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,6 @@ class _Driver:
         on_progress: Callable[[Progress], None],
         python: str | None,
     ) -> None:
-        make_folder_of_pickles(stage.folder / "jobs")  # by submitit
         self._ledger = Ledger(stage.folder / "jobs")
         self._stage, self._shards, self._keys = stage, shards, keys
         self._work = hash_json(keys)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.backends import backend_at
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
-from montessori_core.files import read_json, write_json
+from montessori_core.files import make_folder_of_pickles, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class Ledger:
         self.submissions = _read_submissions(self._file) if self._file.exists() else []
 
     def save(self) -> None:
-        """Write the ledger."""
+        """Write the ledger, in a folder that only its owner may write: submitit keeps pickles there."""
+        make_folder_of_pickles(self.folder)
         write_json([vars(submission) for submission in self.submissions], self._file)
 
     def open_submissions(self) -> list[Submission]:
