@@ -251,7 +251,7 @@ def test_study_by_driver_job_has_tables_of_local_study(talking_llama: Path, tmp_
     results = [
         path.relative_to(quiet) for name in ("examples.parquet", "model.safetensors") for path in quiet.rglob(name)
     ]
-    assert len(results) == 4
+    assert len(results) == 5
     assert [hash_path(folder / path) for path in results] == [hash_path(quiet / path) for path in results]
     assert {len(read_json(ledger)) for ledger in folder.rglob("ledger.json")} == {1}
     local.wait_until(lambda: queued() == [], 60)
