@@ -8,7 +8,8 @@
 set -euo pipefail
 
 [ "$(id -u)" = 0 ] || { echo "clean_install.sh: needs root for chroot; give the command with sudo" >&2; exit 1; }
-command -v debootstrap >/dev/null || { echo "clean_install.sh: needs debootstrap: apt-get install debootstrap" >&2; exit 1; }
+command -v debootstrap >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends debootstrap; } >/dev/null ||
+  { echo "clean_install.sh: needs debootstrap: apt-get install debootstrap" >&2; exit 1; }
 # In namespaces of its own: whatever it mounts and starts is gone when it ends.
 [ -n "${INSIDE:-}" ] || exec env INSIDE=1 unshare --mount --pid --fork --kill-child "$0" "$@"
 
