@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster.backends import open_backend
 from cluster.backends.base import SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
-from cluster.file_systems import LateResults, Patience
+from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submission
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
@@ -104,18 +104,14 @@ def fan_out(
         ShardsFailed: some shards failed, after all others were done.
     """
     keys = [stage.key(rows) for rows in shards]
-    patience = Patience()
-    while True:
-        try:
-            driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
-            driver.adopt()
-            stage.write(shards)
-            break
-        except OSError as error:
-            if not patience.goes_on(error):
-                raise
-            time.sleep(cluster.poll_seconds)
-    driver.run()
+
+    def open_driver() -> _Driver:
+        driver = _Driver(stage, shards, keys, resources, cluster, on_progress, python)
+        driver.adopt()
+        stage.write(shards)
+        return driver
+
+    patiently(open_driver, cluster.poll_seconds).run()
     return [stage.part(index) for index in range(len(shards))]
 
 
@@ -148,7 +144,6 @@ class _Driver:
         self._refusals = 0
         self._stopwatch = Stopwatch()
         self._late = LateResults(self._backend.reason)
-        self._patience = Patience()
         self._duplicated: set[int] = set()
 
     def adopt(self) -> None:
@@ -169,7 +164,7 @@ class _Driver:
     def run(self) -> None:
         """Submit, watch and submit again until every shard is done or has failed."""
         try:
-            while not self._take_turn():
+            while not patiently(self._take_turn, self._cluster.poll_seconds):
                 time.sleep(self._cluster.poll_seconds)
         except DriverStopped:
             raise  # its jobs continue; the next driver waits for them
@@ -184,17 +179,12 @@ class _Driver:
 
     def _take_turn(self) -> bool:
         """Look at all jobs, and submit what is missing; return whether every shard is done or has failed."""
-        try:
-            busy = self._update()
-            self._report()
-            if len(self._done) + len(self._failed) == len(self._shards):
-                return True
-            self._submit_missing(busy)
-            self._duplicate_stragglers(busy)
-            self._patience.end()
-        except OSError as error:
-            if not self._patience.goes_on(error):
-                raise
+        busy = self._update()
+        self._report()
+        if len(self._done) + len(self._failed) == len(self._shards):
+            return True
+        self._submit_missing(busy)
+        self._duplicate_stragglers(busy)
         return False
 
     def _close_submissions(self) -> None:

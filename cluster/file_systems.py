@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ _FULL_TEXTS = (
 )
 _LATEST_RESULT = 90.0  # seconds; NFS caches attributes of a folder for up to 60 by default (acdirmax)
 _PATIENCE = 600.0  # seconds
+
+T = TypeVar("T")
 
 
 def is_full(error: BaseException) -> bool:
@@ -32,7 +35,7 @@ def may_pass(error: BaseException) -> bool:
     return any(text in str(error) for text in _PASSING_TEXTS)
 
 
-def look_again(folder: Path) -> None:
+def _look_again(folder: Path) -> None:
     """Make NFS look at a folder again: its client drops what it knows of a folder that it changes itself."""
     probe = folder / f".look-{os.getpid()}"
     with suppress(OSError):
@@ -55,25 +58,25 @@ class LateResults:
                 return False
             self._ended[job_id] = time.monotonic()
             log.info("job %s completed, but its results are not visible here yet", job_id)
-        look_again(folder)
+        _look_again(folder)
         return time.monotonic() - self._ended[job_id] < _LATEST_RESULT
 
 
-class Patience:
-    """Waits for a file system that fails, for ten minutes."""
+def patiently(action: Callable[[], T], pause: float) -> T:
+    """Return the result of an action; while a file server or mount fails, repeat it for up to ten minutes.
 
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def end(self) -> None:
-        """Record that the file system works."""
-        self._since = None
-
-    def goes_on(self, error: OSError) -> bool:
-        """Return whether to try again after an error."""
-        if not may_pass(error):
-            return False
-        if self._since is None:
-            self._since = time.monotonic()
-            log.warning("%s; trying again for %.0f minutes", error, _PATIENCE / 60)
-        return time.monotonic() - self._since < _PATIENCE
+    Args:
+        action: it may be repeated after any of its steps.
+        pause: time between two attempts, seconds.
+    """
+    deadline: float | None = None
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if not may_pass(error) or (deadline is not None and time.monotonic() >= deadline):
+                raise
+            if deadline is None:
+                deadline = time.monotonic() + _PATIENCE
+                log.warning("%s; trying again for %.0f minutes", error, _PATIENCE / 60)
+        time.sleep(pause)

@@ -138,9 +138,8 @@ def refuse_other_owner(folder: Path) -> None:
     """
     config = folder / layout.CONFIG
     try:
-        config.chmod(
-            stat.S_IMODE(config.stat().st_mode)
-        )  # only its owner may, whatever names a file server gives to users
+        # Only its owner may, whatever names a file server gives to users.
+        config.chmod(stat.S_IMODE(config.stat().st_mode))
     except FileNotFoundError:
         return
     except PermissionError as error:

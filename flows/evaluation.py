@@ -7,13 +7,13 @@ from prefect import flow
 from pydantic import Field
 
 from cluster.lock import only_driver
-from flows.experiment import end_jobs_in, run_root
+from flows.experiment import end_jobs_of, run_root
 from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
 from montessori_core.files import write_json
 from tasks.benchmarks import list_items
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
-from tasks.run import Run, open_run, reopen_run
+from tasks.run import Run, open_run
 from tasks.stage import Step
 
 RESULT = "evaluation.json"
@@ -21,8 +21,7 @@ RESULT = "evaluation.json"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled evaluation (Prefect hook)."""
-    folder = run_root() / flow_run.parameters["name"]
-    end_jobs_in(folder, reopen_run(folder).experiment.cluster)
+    end_jobs_of(flow_run.parameters["name"])
 
 
 @flow(name="evaluate", flow_run_name="{name}", on_cancellation=[end_jobs])

@@ -1,7 +1,7 @@
-"""Format numbers for people: short, with a true minus sign, and a dash for an unknown value."""
+"""Format numbers for people: short, with a true minus sign, and a dash for an unknown value; and lists of names."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -33,6 +33,11 @@ class Unit:
     def size(self, nats: float | None, digits: int = 2) -> str:
         """Write a noise floor, standard error or distance in this unit."""
         return significant(self.scale(nats), digits) if is_finite(nats) else UNKNOWN
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three of some names, and whether there are more."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def unit_of(nats: Iterable[float]) -> Unit:

@@ -163,8 +163,11 @@ def main() -> None:
         console.print(f"error: {error}{owner}; ask for access, or choose another folder", style="red", soft_wrap=True)
         raise SystemExit(1) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and not may_pass(error):
+        if may_pass(error):
+            remedy = "see whether the file server answers"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            remedy = "free space"
+        else:
             raise
-        remedy = "see whether the file server answers" if may_pass(error) else "free space"
         console.print(f"error: {error}; {remedy}, then resume: finished work is kept", soft_wrap=True)
         raise SystemExit(1) from error

@@ -1,18 +1,16 @@
 """The commands of studies: compare, methods."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.backends.sbatch import DRIVER_JOB
 from flows.cli.console import console
-from flows.cli.driver import SubmitDriver, check_driver_job, submit_command
+from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
-from tasks.studies import STUDY, resume_command
+from tasks.studies import STUDY
 
 
 def compare(
@@ -41,8 +39,7 @@ def compare(
         command = ["compare", str(folder / STUDY), "--run-root", str(folder.parent)]
         submit_command(folder, command, settings.experiment.cluster.slurm)
         return
-    option = " --submit-driver" if DRIVER_JOB in os.environ else ""
-    interruptible(lambda: compare_opened(settings, folder, seeded), resume_command(folder, option))
+    interruptible(lambda: compare_opened(settings, folder, seeded), command_to_resume(folder))
     print_comparison(folder)
 
 

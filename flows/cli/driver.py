@@ -1,17 +1,20 @@
 """The driver of a run or a study as a Slurm job: the option --submit-driver of several commands."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cluster.backends.sbatch import DRIVER_JOB
 from cluster.driver_job import log_of_driver
 from cluster.lock import submit_driver
 from flows.cli.console import console
 from flows.prefect_api import own_database, refuse_local_api
 from montessori_core.config import Experiment, Slurm
 from montessori_core.errors import UserError
+from tasks.studies import resume_command
 
 SubmitDriver = Annotated[
     bool,
@@ -34,6 +37,11 @@ def check_driver_job(experiment: Experiment) -> None:
             "profile: slurm, or leave --submit-driver out"
         )
     refuse_local_api(PREFECT_API_URL.value())
+
+
+def command_to_resume(folder: Path) -> str:
+    """Return the command that resumes a run or a study as it runs now: in a Slurm job or in a terminal."""
+    return resume_command(folder, " --submit-driver" if DRIVER_JOB in os.environ else "")
 
 
 def submit_command(folder: Path, command: Sequence[str], slurm: Slurm) -> None:

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
@@ -11,6 +11,9 @@ from flows.cli.console import console
 from flows.cli.options import RunFolder
 from montessori_core import layout
 from montessori_core.errors import UserError
+
+if TYPE_CHECKING:
+    from montessori_core.export.hub import HubSet
 
 _HUB = "hf://"
 
@@ -39,31 +42,35 @@ def push(
 
     if private and not to.startswith(_HUB):
         raise UserError("--private needs --to hf://datasets/OWNER/NAME")
-    finished_sets(run_dir)
     if "://" not in to:
         raise UserError(f"--to {to}: write a URL such as s3://BUCKET/FOLDER, or file://{Path(to).absolute()}")
+    target = _hub_set(to, private, replace) if to.startswith(_HUB) else None
+    sets = finished_sets(run_dir)
     exports = run_dir / layout.EXPORTS
     exports.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="push-", dir=exports) as temporary:
-        folder = Path(temporary)
-        if to.startswith(_HUB):
-            _push_to_hub(run_dir, folder, models, to, private, replace)
+        gather(sets, Path(temporary), models)
+        if target is None:
+            _copy(Path(temporary), to, replace)
         else:
-            gather(run_dir, folder, models)
-            _copy(folder, to, replace)
+            _push_to_hub(Path(temporary), target, f"run {run_dir.resolve().name}")
 
 
-def _push_to_hub(run: Path, folder: Path, models: bool, to: str, private: bool, replace: bool) -> None:
-    from montessori_core.export import hub
-    from montessori_core.export.run_folder import gather
+def _hub_set(to: str, private: bool, replace: bool) -> "HubSet":
+    from montessori_core.export.hub import HubSet, check_hub
 
     kind, _, name = to.removeprefix(_HUB).partition("/")
     if kind != "datasets":
         raise UserError(f"--to {to}: write hf://datasets/OWNER/NAME")
-    target = hub.HubSet(name, private, replace)
-    hub.check_hub(target, "--to hf://datasets/")
-    gather(run, folder, models)
-    address, pushed = hub.push(folder, target, f"run {run.resolve().name}")
+    target = HubSet(name, private, replace)
+    check_hub(target, "--to hf://datasets/")
+    return target
+
+
+def _push_to_hub(folder: Path, target: "HubSet", message: str) -> None:
+    from montessori_core.export import hub
+
+    address, pushed = hub.push(folder, target, message)
     console.print(f"{'pushed to' if pushed else 'already there, nothing pushed:'} {address}", soft_wrap=True)
 
 

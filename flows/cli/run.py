@@ -1,16 +1,14 @@
 """The commands that run a driver: run, resume, retry."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.backends.sbatch import DRIVER_JOB
 from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
-from flows.cli.driver import SubmitDriver, check_driver_job, submit_command
+from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_cluster, stage_folder, warn
 from flows.cli.tables import print_estimate, print_summary
@@ -80,8 +78,7 @@ def drive_run(opened: Run, as_job: bool = False) -> None:
 
     if opened.finished:
         console.print(f"{opened.experiment.name} is finished; checking its results.")
-    option = " --submit-driver" if DRIVER_JOB in os.environ else ""
-    interruptible(lambda: experiment(opened), f"montessori resume {opened.folder}{option}")
+    interruptible(lambda: experiment(opened), command_to_resume(opened.folder))
     print_summary(opened)
 
 

@@ -1,22 +1,19 @@
 """What people bring to a run: models, data, a size and machines. A preset has everything else."""
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from montessori_core.config.cluster import read_cluster
 from montessori_core.config.experiment import Experiment, parse_experiment
 from montessori_core.config.section import RUN_NAME, FolderName, Section
-from montessori_core.config.yaml import read_yaml
+from montessori_core.config.yaml import apply_overrides, read_yaml
 from montessori_core.presets import find_configuration
 
-_PILOT = {  # sizes from which the time of the whole can be forecast
-    "iterations": 1,
-    "warmup": {"examples": 32},
-    "influence": {"probing_examples": 256},
-    "training": {"examples": 256},
-}
+_PILOT = ("iterations=1", "warmup.examples=32", "influence.probing_examples=256", "training.examples=256")
+"""Sizes from which the time of the whole can be forecast."""
 
 
 class Tailored(Section):
@@ -81,8 +78,9 @@ class Tailored(Section):
         """
         content = read_yaml(find_configuration(Path(self.preset)))
         if self.size.startswith("pilot"):
-            _merge(content, _PILOT)
-        _merge(content, {role: {"model": model} for role in ("teacher", "student") if (model := getattr(self, role))})
+            apply_overrides(content, _PILOT)
+        models = {"teacher": self.teacher, "student": self.student}
+        apply_overrides(content, tuple(f"{role}.model={json.dumps(model)}" for role, model in models.items() if model))
         sources = {"seed_pool": self.seeds, "reference": self.reference, "evaluation": self.evaluation}
         for name, path in sources.items():
             if path:
@@ -91,8 +89,3 @@ class Tailored(Section):
         if self.cluster:
             content["cluster"] = read_cluster(Path(self.cluster)).model_dump(mode="json")
         return parse_experiment(content | {"name": self.name}, f"the preset {self.preset} with these values")
-
-
-def _merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
-    for name, value in changes.items():
-        content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value

@@ -53,10 +53,7 @@ def data_card(data: RunSet, form: Format, file: str, rows: int, unfinished: int)
     sections = {
         "Columns": table(("column", "content"), [(f.name, _description(f)) for f in form.schema(data.schema)]),
         "Read it": _loading(form, file),
-        "Models": _models(data),
-        "How it was made": _synthesis(data),
-        "Contamination": _contamination(data),
-        "Held-out loss": _losses(data),
+        **_origin(data),
         "Repeat it": _repetition(
             data,
             f"montessori run config.yaml\nmontessori export runs/{data.experiment.name} --what {data.name} "
@@ -94,10 +91,7 @@ def run_card(sets: Sequence[tuple[RunSet, int]], models: Mapping[str, int], form
             ),
             "python",
         ),
-        "Models": _models(last),
-        "How it was made": _synthesis(last),
-        "Contamination": _contamination(last),
-        "Held-out loss": _losses(last),
+        **_origin(last),
         "Repeat it": _repetition(last, "montessori run config.yaml"),
     }
     header = {
@@ -122,6 +116,16 @@ def set_file(data: RunSet) -> str:
 def model_path(role: str) -> str:
     """Return the folder of a model in a pushed run, relative to the run's card."""
     return f"models/{role}"
+
+
+def _origin(data: RunSet) -> dict[str, str]:
+    """Return the sections on where a set comes from, by their titles."""
+    return {
+        "Models": _models(data),
+        "How it was made": _synthesis(data),
+        "Contamination": _contamination(data),
+        "Held-out loss": _losses(data),
+    }
 
 
 def _card(header: Mapping[str, Any], summary: str, sections: Mapping[str, str]) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from montessori_core.errors import UserError
+from montessori_core.files import hash_path
+from montessori_core.formatting import first_names
 
 _KEPT = ".gitattributes"
 """The file that the hub itself puts into a data set."""
-_BLOCK = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def push(folder: Path, target: HubSet, message: str) -> tuple[str, bool]:
             return str(created), False
         if present and not target.replace:
             raise UserError(
-                f"{created}: has other contents ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}); nothing was "
+                f"{created}: has other contents ({first_names(other)}); nothing was "
                 "pushed: give another name, or replace them with --replace"
             )
         hub.upload_folder(
@@ -103,12 +104,7 @@ def _is_same(remote: Any, local: Path | None) -> bool:
     if remote is None or local is None:
         return False
     if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == _hash(local, hashlib.sha256()))
-    return bool(remote.blob_id == _hash(local, hashlib.sha1(b"blob %d\0" % local.stat().st_size)))
-
-
-def _hash(path: Path, digest: Any) -> str:
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return str(digest.hexdigest())
+        return bool(remote.lfs.sha256 == hash_path(local))
+    header = b"blob %d\0" % local.stat().st_size
+    with local.open("rb") as stream:
+        return bool(remote.blob_id == hashlib.file_digest(stream, lambda: hashlib.sha1(header)).hexdigest())

@@ -17,8 +17,8 @@ from montessori_core.models.licences import CARD, licence_of
 
 Role = Literal["student", "teacher"]
 ROLES: tuple[Role, ...] = get_args(Role)
-UNPUBLISHED = (layout.MOMENTS_FILE, layout.KEPT)
-"""Names in the folder of a trained model that are not exported."""
+UNPUBLISHED = shutil.ignore_patterns(layout.MOMENTS_FILE, layout.KEPT)
+"""What is not exported of the folder of a trained model, for `shutil.copytree`."""
 
 
 def model_folder(run: Path, role: Role, iteration: int | None = None) -> tuple[Path, int]:
@@ -65,7 +65,7 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
         if merge:
             _write_merged(folder, temporary)
         else:
-            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(*UNPUBLISHED))
+            shutil.copytree(folder, temporary, ignore=UNPUBLISHED)
         (temporary / CARD).write_text(card, encoding="utf-8")
         refuse_existing(output, "folder")
     return folder

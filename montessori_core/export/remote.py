@@ -1,12 +1,13 @@
 """Copy a folder to an fsspec path, such as s3://bucket/folder; an interrupted copy continues."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from montessori_core.errors import UserError
+from montessori_core.files import hash_path
+from montessori_core.formatting import first_names
 
 FILES = "files.json"
 """The list of files beside them: size and SHA-256 of each, and whether all of them are there."""
@@ -51,12 +52,13 @@ def _copy(folder: Path, remote: "_RemoteFolder", replace: bool, progress: Callab
     sizes, (listed, complete) = remote.sizes(), remote.read_list()
     if foreign := sorted(sizes.keys() - listed.keys()):
         raise UserError(
-            f"--to {remote.url}: has files that were not pushed ({_some(foreign)}); nothing was copied: give another URL"
+            f"--to {remote.url}: has files that were not pushed ({first_names(foreign)}); nothing was copied: give another "
+            "URL"
         )
     same = {name for name, entry in files.items() if listed.get(name) == entry}
     if (other := sorted(listed.keys() - same)) and not replace:
         raise UserError(
-            f"--to {remote.url}: has other contents ({_some(other)}); nothing was copied: give another URL, or replace "
+            f"--to {remote.url}: has other contents ({first_names(other)}); nothing was copied: give another URL, or replace "
             "them with --replace"
         )
     present = {name for name in same if sizes.get(name) == files[name]["bytes"]}
@@ -77,18 +79,12 @@ def _copy(folder: Path, remote: "_RemoteFolder", replace: bool, progress: Callab
     return len(names)
 
 
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-
-
 def _list_files(folder: Path) -> Files:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    return files
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_path(path)}
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 class _RemoteFolder:

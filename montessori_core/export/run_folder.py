@@ -1,5 +1,8 @@
 """What is pushed of a finished run: its tables, its last models, its report, and a data card."""
 
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from montessori_core import layout
@@ -34,46 +37,36 @@ def finished_sets(run: Path) -> list[RunSet]:
     return present
 
 
-def gather(run: Path, folder: Path, with_models: bool = True) -> None:
+def gather(sets: Sequence[RunSet], folder: Path, with_models: bool = True) -> None:
     """Fill an empty folder with what is pushed of a run; the files of models are symbolic links.
 
     Args:
-        run: folder of the run.
+        sets: see `finished_sets`.
         folder: the folder.
         with_models: push the student and the teacher of the last finished iteration too.
 
     Raises:
-        DataError: the folder is no run, no iteration is finished, or a table is damaged.
+        DataError: a table is damaged.
     """
-    form = FORMATS["parquet"]
-    sets = []
-    for data in finished_sets(run):
+    form, last = FORMATS["parquet"], sets[-1]
+    run = last.run.resolve()
+    written = []
+    for data in sets:
         path = folder / set_file(data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        sets.append((data, write_rows(data, form, path).rows))
+        written.append((data, write_rows(data, form, path).rows))
     models: dict[str, int] = {}
     for role in ROLES if with_models else ():
         try:
-            trained, number = model_folder(run, role, sets[-1][0].iteration)
+            trained, number = model_folder(run, role, last.iteration)
         except DataError:  # not every method trains a teacher
             continue
         models[role] = number
         target = folder / model_path(role)
-        _link(trained, target)
+        shutil.copytree(trained, target, ignore=UNPUBLISHED, copy_function=os.symlink)
         card = model_card(run, role, number, adapter=is_adapter(trained))
         (target / CARD).unlink(missing_ok=True)
         (target / CARD).write_text(card, encoding="utf-8")
     if (run / layout.REPORT).exists():
-        (folder / layout.REPORT).symlink_to((run / layout.REPORT).resolve())
-    (folder / CARD).write_text(run_card(sets, models, form), encoding="utf-8")
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make a folder with links to the files of a trained model that are exported."""
-    target.mkdir(parents=True)
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        if not path.is_file() or any(part in UNPUBLISHED for part in name.parts):
-            continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).symlink_to(path.resolve())
+        (folder / layout.REPORT).symlink_to(run / layout.REPORT)
+    (folder / CARD).write_text(run_card(written, models, form), encoding="utf-8")

@@ -91,34 +91,24 @@ static int late(const char *path) {
     return !seen;
 }
 
-#define REAL(name) __typeof__(&name) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
-#define REFUSE_LATE(path, failure) \
-    if (late(path)) {              \
-        errno = ENOENT;            \
-        return failure;            \
-    }
+static int refuses(const char *path) {
+    if (!late(path)) return 0;
+    errno = ENOENT;
+    return 1;
+}
 
-#define OPEN(name, signature, arguments)                                  \
-    int name signature {                                                  \
-        REAL(name);                                                       \
-        va_list rest;                                                     \
-        va_start(rest, flags);                                            \
-        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0; \
-        va_end(rest);                                                     \
-        if (!(flags & O_CREAT)) REFUSE_LATE(path, -1)                     \
-        int opened = real arguments;                                      \
-        if (opened >= 0 && flags & O_CREAT) record(path);                 \
-        return opened;                                                    \
-    }
-OPEN(open, (const char *path, int flags, ...), (path, flags, mode))
-OPEN(open64, (const char *path, int flags, ...), (path, flags, mode))
-OPEN(openat, (int at, const char *path, int flags, ...), (at, path, flags, mode))
-OPEN(openat64, (int at, const char *path, int flags, ...), (at, path, flags, mode))
+static int refuses_open(const char *path, int flags) { return !(flags & O_CREAT) && refuses(path); }
+
+static void after_open(const char *path, int flags) {
+    if (flags & O_CREAT) record(path);
+}
+
+#include "calls.h"
 
 #define STAT(name, signature, arguments) \
     int name signature {                 \
         REAL(name);                      \
-        REFUSE_LATE(path, -1)            \
+        if (refuses(path)) return -1;    \
         return real arguments;           \
     }
 STAT(stat, (const char *path, struct stat *buffer), (path, buffer))

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,13 +171,15 @@ def test_two_submissions_at_once_make_one_driver(driven: Path) -> None:
     assert queued() == []
 
 
+def invoke(folder: Path, *arguments: str) -> tuple[int, str]:
+    code, output = whole.invoke(*arguments, cwd=folder)
+    return code, " ".join(output.split())
+
+
 @pytest.mark.guarantee("driver's job submitted twice")
 def test_commands_find_queued_driver_job(tiny_llama: Path, tmp_path: Path) -> None:
     config, run = configuration(tmp_path, tiny_llama, extra={"begin": "now+1hour"}), "runs/tiny"
-
-    def call(*arguments: str) -> tuple[int, str]:
-        code, output = whole.invoke(*arguments, cwd=tmp_path)
-        return code, " ".join(output.split())
+    call = partial(invoke, tmp_path)
 
     code, output = call("run", str(config), "--submit-driver")
     assert code == 0, output
@@ -205,10 +208,7 @@ def study(folder: Path, config: Path) -> Path:
 def test_commands_find_queued_driver_job_of_study(tiny_llama: Path, tmp_path: Path) -> None:
     path = study(tmp_path, configuration(tmp_path, tiny_llama, extra={"begin": "now+1hour"}))
     folder = tmp_path / "runs" / "pair"
-
-    def call(*arguments: str) -> tuple[int, str]:
-        code, output = whole.invoke(*arguments, cwd=tmp_path)
-        return code, " ".join(output.split())
+    call = partial(invoke, tmp_path)
 
     code, output = call("compare", str(path), "--submit-driver")
     assert code == 0, output
