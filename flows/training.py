@@ -34,7 +34,7 @@ class StudentTraining:
 
     Attributes:
         experiment: its student, and the sections `training`, `zero`, `seed`, `tracking` and `cluster`. All rows of the data
-            are used, whatever `training.examples` is.
+            within `training.response_tokens` are used, whatever `training.examples` is.
         data: the examples.
         save_moments: save AdamW's moments with the weights, so that influence can be measured on a warm student.
     """

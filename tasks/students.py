@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from montessori_core import programs
-from montessori_core.config import Experiment, Optimization, Student
+from montessori_core.config import Experiment, Optimization, Student, Training
 from montessori_core.data.rows import Rows, TrainingRow
 from montessori_core.data.tables import EXAMPLES
 from montessori_core.layout import MOMENTS_FILE
@@ -21,22 +21,14 @@ log = logging.getLogger(__name__)
 def train_on_set(step: Step, examples: Path, save_moments: bool = False) -> Model:
     """Train the experiment's student on a training set, by the recipe `training` and within its sizes."""
     recipe = step.experiment.training
-    return train_student(step, examples, recipe, recipe.examples, save_moments, recipe.response_tokens)
+    return train_student(step, examples, recipe, recipe.examples, save_moments)
 
 
-def train_student(
-    step: Step,
-    examples: Path,
-    recipe: Optimization,
-    count: int,
-    save_moments: bool = False,
-    response_tokens: int | None = None,
-) -> Model:
+def train_student(step: Step, examples: Path, recipe: Optimization, count: int, save_moments: bool = False) -> Model:
     """Train a student from its initial weights on the first `count` rows of an example table.
 
     AdamW's moments are twice as large as the weights. They are saved only with `save_moments`, for an iteration that
-    continues from this student; if they are needed later, the training is repeated. `response_tokens`: most tokens of
-    their responses together; rows after that are not used.
+    continues from this student; if they are needed later, the training is repeated.
     """
     result = step.folder / "part-00000"
     if (result / MOMENTS_FILE).exists():
@@ -45,16 +37,17 @@ def train_student(
         log.warning(
             "%s: training again, since a later iteration needs the AdamW moments that were not kept", step.label
         )
-    settings = sft_settings(step.experiment, recipe, save_moments, response_tokens)
+    settings = sft_settings(step.experiment, recipe, save_moments)
     models = {"student": step.run.initial_student()}
     rows = Rows.of_file(examples, EXAMPLES, TrainingRow, last=count)
     return step.train(programs.SFT, settings, rows, models, upstream=[examples])
 
 
-def sft_settings(
-    experiment: Experiment, recipe: Optimization, save_moments: bool, response_tokens: int | None = None
-) -> programs.Sft:
-    """Return the settings of a training of an experiment's student."""
+def sft_settings(experiment: Experiment, recipe: Optimization, save_moments: bool) -> programs.Sft:
+    """Return the settings of a training of an experiment's student.
+
+    A recipe of the section `training` limits the response tokens; rows after the limit are not used.
+    """
     return programs.Sft(
         max_length=experiment.student.max_length,
         lora=experiment.student.lora,
@@ -62,7 +55,7 @@ def sft_settings(
         zero=experiment.zero,
         seed=experiment.seed,
         save_moments=save_moments,
-        response_tokens=response_tokens,
+        response_tokens=recipe.response_tokens if isinstance(recipe, Training) else None,
     )
 
 

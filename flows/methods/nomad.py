@@ -16,6 +16,7 @@ def _propose(now: Round) -> Proposal:
     mixed = mix_with_real(step, written.examples, real)
     recipe, student = run.experiment.nomad.training, None
     if recipe is not None:
+        recipe = run.experiment.training.model_copy(update=dict(recipe))
         student = train_student(step.at("student", "student training"), mixed, recipe, count)
     return Proposal(mixed, teacher, student)
 

@@ -66,6 +66,13 @@ def test_commands_run_in_sequence(tiny_llama: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "has a student of another training; nothing is overwritten" in output
 
+    limit = counts["response_tokens"] - 1
+    code, output = train(tiny_llama, best, tmp_path / "shorter", "--set", f"training.response_tokens={limit}")
+    assert code == 0, output
+    shorter = read_json(tmp_path / "shorter" / COUNTS_FILE)
+    assert (shorter["examples"], shorter["beyond_response_tokens"]) == (5, 1)
+    assert shorter["response_tokens"] <= limit
+
     evaluation = [
         "evaluation={path: builtin, limit: 4}",
         "benchmarks.tasks=[]",

@@ -12,7 +12,7 @@ from flows.methods import nomad as nomad_method
 from flows.methods.method import Feedback, Proposal, Round
 from flows.methods.tailoring import ProbingSet
 from flows.study import open_study
-from montessori_core.config import Optimization, Sampling, Study, parse_experiment
+from montessori_core.config import Sampling, Study, Training, parse_experiment
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import EXAMPLES, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
@@ -108,7 +108,7 @@ def test_nomad_uses_its_sampling_and_recipe(
         "teacher": {"model": "t"},
         "student": {"model": "s"},
         "synthesis": {"instruction": {"presence_penalty": 2.0, "repetition_penalty": 1.5}},
-        "training": {"examples": 4},
+        "training": {"examples": 4, "response_tokens": 200},
         "nomad": {"training": recipe, "real_share": share},
     }
     run = Run(tmp_path, parse_experiment(content, "test"))
@@ -139,7 +139,7 @@ def test_nomad_uses_its_sampling_and_recipe(
     assert set(decoded) == {Sampling(temperature=1.0, top_p=0.9, presence_penalty=0.0, max_tokens=2048)}
     assert proposal.student == model
     ((_, examples, used, count),) = trained
-    assert used == Optimization.model_validate(recipe)
+    assert used == Training.model_validate({**recipe, "examples": 4, "response_tokens": 200})
     assert count == read_table(examples, EXAMPLES).num_rows == 4
     assert read_table(examples, EXAMPLES)["prompt_id"].to_pylist().count("real") == real
 
