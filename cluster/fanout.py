@@ -6,7 +6,6 @@ reads both, waits for running jobs, and submits only the missing shards.
 
 import logging
 import os
-import platform
 import shutil
 import time
 import uuid
@@ -19,6 +18,7 @@ from cluster.backends.base import SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
 from cluster.ledger import Ledger, Submission, close_submission
+from cluster.lock import driven_folder
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
 from cluster.retry import NOT_RETRIED, REMEDIES, allowed_retries, classify_loss
@@ -131,8 +131,7 @@ class _Driver:
         self._work = hash_json(keys)
         self._done = {index for index, key in enumerate(keys) if stage.is_done(index, key, thorough=True)}
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
-        self._backend = open_backend(cluster, resources, python, stage.kind)
-        self._host = None if cluster.profile == "slurm" else platform.node()
+        self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
         self._losses: dict[tuple[int, str], int] = {}
         self._lost_on: dict[str, set[int]] = {}
@@ -149,7 +148,7 @@ class _Driver:
     def adopt(self) -> None:
         """Take over from an earlier driver: keep jobs that compute these shards, end all others."""
         for submission in self._ledger.open_submissions():
-            if submission.ids is None or submission.work != self._work or submission.host != self._host:
+            if submission.ids is None or submission.work != self._work or submission.host != self._backend.host:
                 # Ids never recorded (the driver died while submitting), other shards, or another host.
                 close_submission(submission, self._cluster, self._ledger)
             else:
@@ -343,7 +342,7 @@ class _Driver:
         name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
         at_once = self._resources.parallel_jobs - self._running
         gpus = self._resources.nodes * self._resources.gpus_per_node
-        submission = Submission(name, self._work, tasks, self._host, at_once, gpus)
+        submission = Submission(name, self._work, tasks, self._backend.host, at_once, gpus)
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / name

@@ -6,6 +6,7 @@ its submission to its end; while it waits in the queue, no process holds the loc
 
 import fcntl
 import os
+import platform
 import signal
 import socket
 import stat
@@ -18,8 +19,9 @@ from typing import IO
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
+from cluster.backends.held import end_held_jobs
 from cluster.backends.sbatch import DRIVER_JOB
-from cluster.driver_job import queued_job, submit_job
+from cluster.driver_job import DriverStopped, queued_job, submit_job
 from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Slurm
@@ -28,6 +30,7 @@ from montessori_core.files import owner_of
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 _HANDOVER_TIMEOUT = 300.0  # seconds; a file server keeps the lock of a crashed node for a while
+_driven: list[Path] = []  # folders whose lock this process holds, the outermost first
 
 
 class Driver(Record):
@@ -69,11 +72,34 @@ def only_driver(folder: Path) -> Iterator[None]:
         job = os.environ.get("SLURM_JOB_ID") if name is not None else None
         _write(lock, Driver(process=os.getpid(), host=socket.gethostname(), job=job, job_name=name))
         try:
-            yield
+            with _driving(folder):
+                yield
         except Exception:
             lock.truncate(0)
             raise
         lock.truncate(0)  # but not when the driver is stopped: its job may start again
+
+
+@contextmanager
+def _driving(folder: Path) -> Iterator[None]:
+    """End held jobs of drivers on other hosts, then those of this driver when it ends; not when it is stopped."""
+    end_held_jobs(folder, platform.node())
+    _driven.append(folder)
+    stopped = False
+    try:
+        yield
+    except DriverStopped:
+        stopped = True
+        raise
+    finally:
+        _driven.remove(folder)
+        if not stopped:
+            end_held_jobs(folder)
+
+
+def driven_folder() -> Path | None:
+    """Return the folder that this process drives: of a study, not of one of its runs; None if it holds no lock."""
+    return _driven[0] if _driven else None
 
 
 def submit_driver(folder: Path, command: Sequence[str], variables: Mapping[str, str], slurm: Slurm) -> Driver:

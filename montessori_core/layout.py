@@ -7,6 +7,7 @@
       driver.lock              who drives the run: a process, or a Slurm job
       driver.sh, driver.log    script and log of drivers that run as Slurm jobs; prefect.db is
                                the database of their temporary Prefect servers
+      held/                    scripts and logs of the Slurm jobs that the driver holds (cluster.slurm.hold)
       report.html
       sources/                 copies of the human-written sets, the benchmark files and configured chat templates;
                                bad_rows.jsonl lists rows that were left out of the sets; passages.jsonl has the
@@ -38,6 +39,7 @@ MODEL_COMMITS = "models.json"
 DRIVER_LOCK = "driver.lock"
 DRIVER_SCRIPT = "driver.sh"
 DRIVER_LOG = "driver.log"
+HELD = "held"
 REPORT = "report.html"
 SOURCES = "sources"
 MODELS = "models"

@@ -1,15 +1,19 @@
-"""Backends that run jobs through submitit: local processes, Slurm, and steps of an allocation."""
+"""Backends that run jobs through submitit: local processes, Slurm, and steps of an allocation or of held jobs."""
 
 import platform
+from pathlib import Path
 
 from cluster.backends.allocation import AllocationBackend
 from cluster.backends.base import Backend
+from cluster.backends.held import HeldBackend
 from cluster.backends.local import LocalBackend
 from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Cluster, Resources
 
 
-def open_backend(cluster: Cluster, resources: Resources, python: str | None, stage: str = "") -> Backend:
+def open_backend(
+    cluster: Cluster, resources: Resources, python: str | None, stage: str = "", driven: Path | None = None
+) -> Backend:
     """Open the backend of the configured profile.
 
     Args:
@@ -17,11 +21,14 @@ def open_backend(cluster: Cluster, resources: Resources, python: str | None, sta
         resources: of a job.
         python: interpreter of jobs that need another environment than the worker's.
         stage: name of the stage in `cluster.resources`, for its Slurm options; "": those of all stages.
+        driven: folder of the driver, which may hold jobs between stages; None: no jobs are held.
 
     Raises:
         UserError: jobs cannot be started here.
     """
     slurm = cluster.slurm.of_stage(stage)
+    if cluster.profile == "slurm" and slurm.hold is not None and driven is not None:
+        return HeldBackend(slurm, slurm.hold, resources, python or slurm.python, driven)
     if cluster.profile == "slurm":
         return SlurmBackend(slurm, resources, python or slurm.python)
     if cluster.profile == "allocation":
@@ -43,7 +50,7 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
     """
     if host not in (None, platform.node()):
         return None
-    if host is not None and cluster.profile == "allocation":
+    if host is not None and (cluster.profile == "allocation" or cluster.slurm.hold is not None):
         return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)

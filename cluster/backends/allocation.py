@@ -31,7 +31,7 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _STEP_END_TIMEOUT = 40.0  # seconds; longer than Slurm's usual KillWait
-_PORTIONS = 2
+PORTIONS = 2
 """A job takes at most this fraction of an even share of the missing shards, so that GPUs become free at similar times."""
 
 
@@ -77,7 +77,7 @@ class AllocationBackend(LocalBackend):
             free, places = free - max(0, places - self._fit), min(places, self._fit)
         if free <= 0:
             return []
-        share = -(-len(shards) // (_PORTIONS * places))
+        share = -(-len(shards) // (PORTIONS * places))
         return split_evenly(shards[: free * min(share, self._resources.shards_per_job)], free)
 
     def submit(
@@ -85,12 +85,13 @@ class AllocationBackend(LocalBackend):
     ) -> list[str]:
         # Nodes to avoid are ignored: an allocation has few.
         folder.mkdir(exist_ok=True)
-        return [self._start(name, folder, task, stage_folder) for task in tasks]
+        return [self.start_step(self._allocation or "", name, folder, task, stage_folder) for task in tasks]
 
-    def _start(self, name: str, folder: Path, task: Task, stage_folder: Path) -> str:
+    def start_step(self, allocation: str, name: str, folder: Path, task: Task, stage_folder: Path) -> str:
+        """Start a job as a step of a Slurm job that is running; return the job's id."""
         resources = self._resources
         options = [
-            f"--jobid={self._allocation}",
+            f"--jobid={allocation}",
             f"--job-name={name}",
             f"--nodes={resources.nodes}",
             f"--ntasks={resources.nodes * resources.processes_per_node}",

@@ -20,6 +20,9 @@ class Backend(Protocol):
     polls_until_lost: int
     """Consecutive polls that must not find a job before it counts as lost."""
 
+    host: str | None
+    """Host that a job belongs to, with the driver; None if any driver can find it."""
+
     def prepare(self) -> None:
         """Start slow preparations for the first job, without waiting for them."""
         ...

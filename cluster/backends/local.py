@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import platform
 import shlex
 import sys
 import time
@@ -37,6 +38,7 @@ class LocalBackend:
     """
 
     polls_until_lost = 1
+    host: str | None = platform.node()
 
     def __init__(self, resources: Resources, python: str | None) -> None:
         check_import_path()

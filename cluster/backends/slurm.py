@@ -73,6 +73,7 @@ class SlurmBackend:
     """Jobs as Slurm arrays, submitted through submitit. squeue reports their states; accounting is not required."""
 
     polls_until_lost = 3
+    host: str | None = None
 
     def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
         if shutil.which("sbatch") is None:

@@ -1,5 +1,6 @@
 """The command cancel."""
 
+from cluster.backends.held import end_held_jobs
 from cluster.lock import end_driver, refuse_other_owner
 from cluster.status import cancel_jobs, stages_of
 from flows.cli.console import console
@@ -13,7 +14,8 @@ def cancel(run_dir: RunFolder) -> None:
     refuse_other_owner(run.folder)
     ended = end_driver(run.folder)
     jobs = sum(cancel_jobs(folder, run.experiment.cluster) for folder in stages_of(run.folder))
-    if not ended and not jobs:
+    held = end_held_jobs(run.folder)
+    if not ended and not jobs and not held:
         console.print("nothing of this run is running")
         return
     console.print(f"cancelled; finished work is kept. Resume with: {resume_command(run.folder)}", soft_wrap=True)

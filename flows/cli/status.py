@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from cluster.backends.base import SchedulerUnavailable
+from cluster.backends.held import states_of_held_jobs
 from cluster.driver_job import log_of_driver
 from cluster.lock import driver_of
 from cluster.status import StageStatus, read_stage_status, stages_of
@@ -75,6 +76,8 @@ def _print_driver(run: Run, started: bool) -> None:
         console.print(f"No driver is running. Resume with: {resume_command(run.folder, option)}", soft_wrap=True)
     if log.exists():
         console.print(f"log of the driver: {log}", soft_wrap=True)
+    if held := states_of_held_jobs(run.folder):
+        console.print(f"held jobs: {', '.join(f'{count} {state.lower()}' for state, count in held.items())}")
 
 
 def _time_left(stage: StageStatus) -> str:

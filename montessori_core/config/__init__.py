@@ -20,7 +20,7 @@ from montessori_core.config.influence import Baseline, Influence, Preferences, S
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.resources import Resources, StageResources
 from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
-from montessori_core.config.slurm import Container, DriverJob, JobOptions, Slurm
+from montessori_core.config.slurm import Container, DriverJob, HeldJobs, JobOptions, Slurm
 from montessori_core.config.strategies import (
     EvolveStrategy,
     GroundedStrategy,
@@ -54,6 +54,7 @@ __all__ = [
     "FolderName",
     "GroundedStrategy",
     "HarnessTask",
+    "HeldJobs",
     "Influence",
     "JobOptions",
     "JudgeFilter",

@@ -105,6 +105,19 @@ class DriverJob(Section):
         return self
 
 
+class HeldJobs(Section):
+    """Slurm jobs that the driver holds from one stage to the next. A job starts in one that is free, without queueing."""
+
+    minutes: Count = Field(
+        240,
+        description="For so long a held job accepts work. Its wall-time limit is longer by the time limit of the stage that "
+        "asked for it, and a stage uses it only while its own limit fits.",
+    )
+    idle_minutes: float = Field(
+        10.0, gt=0.0, description="A held job without work ends after this time; all of them end with the run."
+    )
+
+
 class JobOptions(Section):
     """Options of jobs. Those of a stage replace those of all stages, except where they are null or empty."""
 
@@ -159,6 +172,11 @@ class Slurm(JobOptions):
         "the options above; `environment` and `extra` are added to them.",
     )
     driver: DriverJob = Field(DriverJob(), description="Job of the driver, with `--submit-driver`.")
+    hold: HeldJobs | None = Field(
+        None,
+        description="Hold jobs between stages: they are queued once, and serve every stage of the run that asks sbatch for "
+        "the same. If not set, each stage submits its own.",
+    )
 
     def of_stage(self, stage: str) -> "Slurm":
         """Return the settings of a stage's jobs: `stages` applied. A name that is not a stage gets those of all stages."""

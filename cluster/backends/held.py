@@ -1,0 +1,207 @@
+"""Backend that holds Slurm jobs from one stage of a run to the next, and runs jobs as their srun steps.
+
+A held job is queued once. It computes nothing itself: it waits on its node, and serves all stages of the run that ask sbatch
+for the same, one srun step at a time. It ends with the run, or when it has had no step for a while.
+"""
+
+import logging
+import platform
+import re
+import shlex
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.backends.allocation import PORTIONS, AllocationBackend
+from cluster.backends.base import SchedulerUnavailable, Task, split_evenly
+from cluster.backends.command import run_command
+from cluster.backends.sbatch import call_sbatch
+from cluster.backends.slurm import SlurmBackend
+from montessori_core import layout
+from montessori_core.config import HeldJobs, Resources, Slurm
+from montessori_core.errors import UserError
+from montessori_core.files import hash_json
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "montessori-held"
+_LOOKS = 5  # at the queue, in the time after which an idle job ends
+_PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch refused some
+_REQUEST = {"partition", "account", "qos", "constraint", "exclude", "exclusive", "gpu_option", "extra"}
+_SIZE = {"nodes", "processes_per_node", "cpus_per_process", "gpus_per_node", "gpu_type", "memory_gb"}
+_WAIT = """\
+idle=0
+while [ $idle -lt {limit} ]; do
+  sleep {pause}
+  if steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i) &&
+    ! grep --quiet --invert-match --extended-regexp '[.](batch|extern)$' <<<"${{steps:-.batch}}"; then
+    idle=$((idle + {pause}))
+  else
+    idle=0 # a step runs, or the queue is unknown
+  fi
+done
+"""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A held job in the queue: its id, whether it runs, and the seconds until its time limit."""
+
+    id: str
+    runs: bool
+    seconds_left: float
+
+
+class HeldBackend(AllocationBackend):
+    """Jobs as steps of held jobs. A job id has the id and start time of the srun process, as in an allocation."""
+
+    def __init__(self, slurm: Slurm, hold: HeldJobs, resources: Resources, python: str | None, folder: Path) -> None:
+        """Hold jobs for the driver of `folder`."""
+        super().__init__(slurm, resources, python)
+        self._hold, self._folder = hold, folder / layout.HELD
+        self._sbatch = SlurmBackend(slurm, resources, python)
+        request = [slurm.model_dump(mode="json", include=_REQUEST), resources.model_dump(mode="json", include=_SIZE)]
+        self._name = f"{_names_of(folder, platform.node())}{hash_json(request)[:8]}"
+        self._ready: list[str] = []
+        self._held_of: dict[str, str] = {}
+        self._avoid: frozenset[str] = frozenset()
+        self._refused_until = 0.0
+
+    def group(self, shards: Sequence[int], free: int) -> list[Task]:
+        """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing."""
+        held = self._queue()
+        if held is None or free <= 0:
+            return []
+        busy = _jobs_with_steps()
+        free_jobs = [job for job in held if job.id not in busy]
+        missing = min(free, len(shards)) - len(free_jobs)
+        if missing > 0 and time.monotonic() >= self._refused_until:
+            self._submit_held(missing)
+        self._ready = [job.id for job in free_jobs if job.runs][:free]
+        share = -(-len(shards) // (PORTIONS * self._resources.parallel_jobs))
+        at_once = len(self._ready) * min(share, self._resources.shards_per_job)
+        return split_evenly(shards[:at_once], len(self._ready)) if self._ready else []
+
+    def submit(
+        self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
+    ) -> list[str]:
+        self._avoid = avoid
+        if len(tasks) > len(self._ready):  # a copy of a slow shard
+            raise SchedulerUnavailable("no held job is free")
+        folder.mkdir(exist_ok=True)
+        ids = []
+        for task in tasks:
+            held = self._ready.pop()
+            job_id = self.start_step(held, name, folder, task, stage_folder)
+            self._held_of[job_id] = held
+            ids.append(job_id)
+        return ids
+
+    def forget(self, job_id: str) -> None:
+        """Give back the held job of a lost step: its node may be the cause."""
+        if (held := self._held_of.pop(job_id, None)) is not None:
+            run_command("scancel", "--quiet", held)
+
+    def _queue(self) -> list[_Held] | None:
+        """Return the held jobs with time for a job of this stage, those that run first; None if squeue does not answer."""
+        answer = run_command("squeue", "--noheader", "--array", "--me", f"--name={self._name}", "--format=%A|%T|%L")
+        if answer is None:
+            return None
+        needed = 60 * self._resources.time_limit_minutes
+        rows = [line.split("|") for line in answer.splitlines()]
+        held = [_Held(job, state == "RUNNING", _seconds(left)) for job, state, left in rows if state in _USABLE]
+        return sorted((job for job in held if not job.runs or job.seconds_left >= needed), key=lambda job: not job.runs)
+
+    def _submit_held(self, count: int) -> None:
+        """Submit held jobs, excluding the nodes that lost shards.
+
+        Raises:
+            UserError: sbatch refuses them.
+        """
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"{self._name}.sh"
+        header = [
+            line
+            for line in self._sbatch.script(self._name, self._folder).splitlines()
+            if re.match(r"#SBATCH --(?!error|open-mode|output|requeue|signal|time)", line)
+        ]
+        idle = round(60 * self._hold.idle_minutes)
+        wait = _WAIT.format(limit=idle, pause=max(1, idle // _LOOKS))
+        path.write_text("\n".join(["#!/bin/bash", *header, wait]), encoding="utf-8")
+        options = [
+            f"--array=0-{count - 1}",
+            f"--time={self._hold.minutes + self._resources.time_limit_minutes}",
+            f"--output={self._folder}/%A_%a.log",
+            "--no-requeue",
+        ]
+        if self._avoid:
+            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *self._avoid})))}")
+        answer = call_sbatch(path, *options)
+        if answer.returncode == 0:
+            log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
+            return
+        if self._queue():  # fewer than wanted: there is a limit on jobs
+            self._refused_until = time.monotonic() + _PAUSE
+            return
+        raise UserError(
+            f"sbatch rejected the jobs to hold: {answer.stderr.strip()}\nSee cluster.slurm and cluster.resources in the "
+            "configuration."
+        )
+
+
+_USABLE = ("PENDING", "CONFIGURING", "RUNNING")
+
+
+def end_held_jobs(folder: Path, host: str | None = None) -> int:
+    """End the jobs that drivers of `folder` hold, except drivers on `host`; return their number.
+
+    Steps are processes of their driver's host: a driver on another host can neither find nor await them.
+    """
+    kept = () if host is None else (_names_of(folder, host),)
+    jobs = [job_id for job_id, name, _ in _held_jobs(folder) if not name.startswith(kept)]
+    if jobs:
+        run_command("scancel", "--quiet", *sorted(set(jobs)))
+    return len(jobs)
+
+
+def states_of_held_jobs(folder: Path) -> Counter[str]:
+    """Count the jobs that drivers of `folder` hold by their state in the queue, such as 'RUNNING'."""
+    return Counter(state for _, _, state in _held_jobs(folder))
+
+
+def _held_jobs(folder: Path) -> list[tuple[str, str, str]]:
+    """Return id, name and state of each job that drivers of `folder` hold; an array's jobs share the id."""
+    if not (folder / layout.HELD).exists():
+        return []
+    answer = run_command("squeue", "--noheader", "--array", "--me", "--format=%F|%T|%j") or ""
+    jobs = [line.split("|", 2) for line in answer.splitlines()]
+    return [(job_id, name, state) for job_id, state, name in jobs if name.startswith(_names_of(folder))]
+
+
+def _names_of(folder: Path, host: str = "") -> str:
+    """Return how the names of the jobs start that drivers of `folder` hold: all of them, or those on a host."""
+    names = f"{_PREFIX}-{hash_json(str(folder.resolve()))[:12]}-"
+    return f"{names}{hash_json(host)[:6]}-" if host else names
+
+
+def _jobs_with_steps() -> set[str]:
+    """Return the Slurm jobs that an srun process of this host runs a step in."""
+    jobs: set[str] = set()
+    for process in psutil.process_iter(["cmdline"]):
+        jobs.update(re.findall(r"--jobid=(\d+)", shlex.join(process.info["cmdline"] or [])))
+    return jobs
+
+
+def _seconds(time_left: str) -> float:
+    """Return the seconds of a duration of Slurm: [days-][hours:]minutes:seconds; infinite if it has no limit."""
+    days, _, clock = time_left.rpartition("-")
+    if not re.fullmatch(r"\d+(:\d+){1,2}", clock):
+        return float("inf")
+    seconds = 0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + int(part)
+    return 86400 * int(days or 0) + seconds

@@ -1,0 +1,120 @@
+"""Held jobs on a real Slurm: jobs of several stages start in jobs that were queued once."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.fanout import fan_out
+from cluster.lock import only_driver
+from cluster.stage import Stage
+from montessori_core import layout
+from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
+from support import ROOT
+from support import squares as local
+from support.row_programs import as_shards
+from support.slurm_lab import queued
+
+ROWS = [row["n"] for shard in local.SHARDS for row in shard]
+PLACES_PROGRAM = local.PROGRAM.replace(
+    "    def compute(rows, output, report):\n",
+    """    def compute(rows, output, report):
+        with (folder / "places.txt").open("a") as log:
+            print(os.environ["SLURM_JOB_ID"], os.environ["CUDA_VISIBLE_DEVICES"], file=log)
+""",
+)
+
+folder = local.folder
+
+
+def stages(folder: Path, seconds: float) -> list[Stage]:
+    """Return two stages with equal rows."""
+    settings = {"folder": str(folder), "seconds": seconds}
+    entry = "support.squares_program:open_squares"
+    return [Stage(name, 1, entry, settings, {}, {}, folder / name, ".json") for name in ("first", "second")]
+
+
+def drive(folder: Path, seconds: float, idle_minutes: float = 10) -> None:
+    """Compute two stages in held jobs, with two jobs at a time."""
+    cluster = Cluster(profile="slurm", poll_seconds=0.3, slurm=Slurm(hold=HeldJobs(idle_minutes=idle_minutes)))
+    resources = Resources(parallel_jobs=2, cpus_per_process=2, gpus_per_node=1, time_limit_minutes=30)
+    with only_driver(folder):
+        for stage in stages(folder, seconds):
+            fan_out(stage, as_shards(*local.SHARDS), resources, cluster)
+
+
+def start(folder: Path, seconds: float, idle_minutes: float = 10) -> subprocess.Popen[bytes]:
+    """Start a driver."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
+        "from pathlib import Path; import test_slurm_held\n"
+        f"test_slurm_held.drive(Path({str(folder)!r}), {seconds!r}, {idle_minutes!r})"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+
+def results(folder: Path) -> list[list[int]]:
+    return [local.results([stage.part(index) for index in range(len(local.SHARDS))]) for stage in stages(folder, 0)]
+
+
+def test_held_jobs_serve_all_stages(folder: Path) -> None:
+    (folder / "squares_program.py").write_text(PLACES_PROGRAM)
+    drive(folder, 0.1)
+    assert results(folder) == [local.EXPECTED] * 2
+    assert sorted(local.computed(folder)) == sorted(ROWS * 2)
+    places = [line.split() for line in (folder / "places.txt").read_text().splitlines()]
+    assert len({job for job, _ in places}) == 2  # of 12 shards in two stages
+    assert all(gpu.isdecimal() for _, gpu in places)
+    local.wait_until(lambda: queued() == [], 60)  # the driver ends them
+
+
+@pytest.mark.guarantee("held job lost")
+def test_lost_held_job_is_replaced(folder: Path) -> None:
+    driver = start(folder, 0.7)
+    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    running = queued("--states=RUNNING", "--format=%A")
+    assert len(running) == 2
+    subprocess.run(["scancel", running[0]], check=True)
+    assert driver.wait(300) == 0
+    assert results(folder) == [local.EXPECTED] * 2
+    local.wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.guarantee("driver that holds jobs killed")
+@pytest.mark.slow
+def test_next_driver_uses_held_jobs(folder: Path) -> None:
+    driver = start(folder, 0.7)
+    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    logs = {path.name for path in (folder / layout.HELD).glob("*.log")}
+    driver.kill()
+    driver.wait()
+    drive(folder, 0.7)
+    assert results(folder) == [local.EXPECTED] * 2
+    assert sorted(local.computed(folder)) == sorted(ROWS * 2)  # steps of the first driver were awaited
+    assert {path.name for path in (folder / layout.HELD).glob("*.log")} == logs  # no other was submitted
+
+
+@pytest.mark.guarantee("driver that holds jobs interrupted")
+@pytest.mark.slow
+def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
+    driver = start(folder, 2.0)
+    local.wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    os.killpg(driver.pid, signal.SIGINT)
+    driver.wait(120)
+    local.wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.guarantee("driver that holds jobs killed")
+@pytest.mark.slow
+def test_idle_held_jobs_end(folder: Path) -> None:
+    """Jobs that a killed driver held end by themselves, but not while a step runs."""
+    driver = start(folder, 4.0, idle_minutes=0.1)
+    local.wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    driver.kill()
+    driver.wait()
+    stage = stages(folder, 0)[0]
+    local.wait_until(lambda: stage.is_done(0) and stage.is_done(1), 120)  # longer than a job may be idle
+    local.wait_until(lambda: queued() == [], 180)
