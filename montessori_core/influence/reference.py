@@ -137,14 +137,21 @@ class ReferenceSet:
         middle = len(order) // 2
         return order[:middle], order[middle:]
 
-    def backward(self, losses: TokenLosses, reduction: str, indices: Sequence[int]) -> None:
-        """Run a backward pass per batch; the gradients add up to these examples' part of the reference loss gradient."""
+    def backward(self, losses: TokenLosses, reduction: str, indices: Sequence[int]) -> torch.Tensor:
+        """Run a backward pass per batch; the gradients add up to these examples' part of the reference loss gradient.
+
+        Returns:
+            [examples] summed losses in fp64; zero for examples outside `indices`.
+        """
+        summed = torch.zeros(len(self), dtype=torch.float64)
         total = float(self.tokens.sum())
         for batch in self.batched(indices, self.batch_tokens):
             tokens = self.tokens[batch.indices].to(self._device)
             share = 1 / (tokens * len(self)) if reduction == "example" else torch.full_like(tokens, 1 / total)
             values = losses(batch)
             (values * share.to(values.dtype)[batch.rows]).sum().backward()
+            summed[batch.indices] = _sum_by_row(values.detach(), batch).cpu()
+        return summed
 
 
 def _sum_by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:

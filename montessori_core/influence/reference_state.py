@@ -74,8 +74,10 @@ class ReferenceState:
         noise_floor = rounding_noise(student_loss, reference.evaluate(student.losses), reduction)
         student.restore()
         student.take_null_step()
-        null_step_loss = reference.evaluate(student.losses)
-        gradient = None if estimator == "exact" else _measure_gradient(student, reference, estimator, reduction)
+        if estimator == "exact":
+            null_step_loss, gradient = reference.evaluate(student.losses), None
+        else:
+            null_step_loss, gradient = _measure_gradient(student, reference, estimator, reduction)
         student.restore()
         return ReferenceState(student_loss, null_step_loss, noise_floor, gradient)
 
@@ -149,19 +151,25 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _measure_gradient(
     student: ResidentStudent, reference: ReferenceSet, estimator: Estimator, reduction: str
-) -> ReferenceGradient:
-    """Return the gradient of the reference loss at the student's weights, after the null step."""
+) -> tuple[Loss, ReferenceGradient]:
+    """Return the reference loss at the student's weights, after the null step, and its gradient."""
+    summed = torch.zeros(len(reference), dtype=torch.float64)
+
+    def add_losses(half: list[int]) -> None:
+        summed.add_(reference.backward(student.losses, reduction, half))
+
     first, second = reference.halves()
     # A pass adds one n-th of each of its examples' gradients, which are nearly orthogonal: n times the sum of the squares of
     # all passes is about the mean square of an example.
     square_weight = float(len(reference)) if estimator == "linear" else 0.0
     full, moments = student.zeros(), student.moments_of_tokens()
-    student.add_gradients(lambda: reference.backward(student.losses, reduction, first), full, square_weight)
+    student.add_gradients(lambda: add_losses(first), full, square_weight)
     half = student.copy_in_bf16(full)
-    student.add_gradients(lambda: reference.backward(student.losses, reduction, second), full, square_weight)
+    student.add_gradients(lambda: add_losses(second), full, square_weight)
+    loss = Loss(summed, reference.tokens)
     if estimator == "linear":
         rows = student.token_rows(moments, full, half)
         student.linearise_(full)
         student.linearise_(half)
-        return ReferenceGradient(full, half, [0.0, 0.0], rows)
-    return ReferenceGradient(full, half, student.project_null_step([full, half]), {})
+        return loss, ReferenceGradient(full, half, [0.0, 0.0], rows)
+    return loss, ReferenceGradient(full, half, student.project_null_step([full, half]), {})
