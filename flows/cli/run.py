@@ -15,7 +15,7 @@ from flows.cli.tables import print_estimate, print_summary
 from montessori_core.config import read_experiment
 from montessori_core.errors import UserError
 from tasks.run import Run, open_run, reopen_run
-from tasks.studies import resume_command, study_of
+from tasks.studies import STUDY, resume_command, study_of
 
 
 def run(
@@ -43,6 +43,7 @@ def run(
 
 def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
     """Resume a run after an interruption, a crash or a fixed error."""
+    refuse_part_of_study(run_dir)
     experiment = reopen_run(run_dir).experiment
     if as_job:
         check_driver_job(experiment)
@@ -61,8 +62,8 @@ def retry(
     """Submit shards again, either one or all that are failed or missing, then resume the run."""
     if failed and shard is not None:
         raise UserError("--failed and --shard exclude each other: name one shard, or retry all that are missing")
+    refuse_part_of_study(run_dir)
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
-    refuse_part_of_study(opened)
     if shard is not None:
         invalidate_shard(stage_folder(opened, stage), shard)
     drive_run(opened)
@@ -70,7 +71,7 @@ def retry(
 
 def drive_run(opened: Run, as_job: bool = False) -> None:
     """Run or resume an experiment, in this process or by a Slurm job; print its results, or how to find the job."""
-    refuse_part_of_study(opened)
+    refuse_part_of_study(opened.folder)
     if as_job:
         _submit(opened)
         return
@@ -89,7 +90,8 @@ def _submit(opened: Run) -> None:
     submit_command(opened.folder, ["resume", str(opened.folder)], opened.experiment.cluster.slurm)
 
 
-def refuse_part_of_study(opened: Run) -> None:
-    """Raise a UserError if the run belongs to a study."""
-    if study_of(opened.folder) is not None:
-        raise UserError(f"{opened.folder} belongs to a study; resume with: {resume_command(opened.folder)}")
+def refuse_part_of_study(folder: Path) -> None:
+    """Raise a UserError if a folder is a study, or a run of one."""
+    if study_of(folder) is not None:
+        role = "is" if (folder / STUDY).exists() else "belongs to"
+        raise UserError(f"{folder} {role} a study; resume with: {resume_command(folder)}")

@@ -200,6 +200,16 @@ def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
     assert (code, "--pilot" in output) == (2, True)
 
 
+@pytest.mark.parametrize("part", ["", "seed-3"])
+def test_study_is_resumed_as_a_whole(tmp_path: Path, part: str) -> None:
+    (tmp_path / "seed-3").mkdir()
+    (tmp_path / "study.yaml").touch()
+    for command in ("resume", "retry"):
+        code, output = invoke(command, str(tmp_path / part), cwd=tmp_path)
+        assert code == 1
+        assert f"study; resume with: montessori compare {tmp_path / 'study.yaml'}" in " ".join(output.split())
+
+
 @pytest.mark.slow
 def test_added_benchmarks_compute_nothing_else(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
