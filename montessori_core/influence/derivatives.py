@@ -18,6 +18,9 @@ from montessori_core.influence.losses import Batch
 _BLOCK = 1 << 17
 """Elements of a block of a weight gradient on a CPU, where it stays in the cache."""
 _PRODUCTS = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+_SUMS = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+_NORMS = {functional.layer_norm: ("weight", "bias", "eps"), functional.rms_norm: ("weight", "eps")}
+"""Norms and the names of their arguments after input and shape."""
 
 Directions = Mapping[str, Sequence[torch.Tensor]]
 """By parameter name: tensors [rows, columns]. Parameters are seen as matrices; columns is the last dimension."""
@@ -30,8 +33,9 @@ class InseparableError(Exception):
 class ExampleDerivatives(TorchFunctionMode):
     """Derivatives of each example's loss along directions, while the mode is active and in the backward pass after it.
 
-    Linear layers, embedding layers and products with a vector, which norms compute, get detached parameters; a hook on their
-    output adds the examples' derivatives. Autograd computes the gradients of all other uses, see `add_gradient`.
+    Linear layers, embedding layers, norms, and products with a vector or with a number more than it, get detached
+    parameters; a hook on their output adds the examples' derivatives. Autograd computes the gradients of all other uses, see
+    `add_gradient`.
 
     Attributes:
         totals: [batch, directions] in fp64.
@@ -63,6 +67,9 @@ class ExampleDerivatives(TorchFunctionMode):
             for name in tables
         }
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._shifted: list[
+            torch.Tensor
+        ] = []  # vectors plus a number; referenced, so that no other tensor gets their id
         self._directions, self._batch = along, batch
         self._size, self._width = batch.input_ids.shape
         self._projected: torch.Tensor | None = None  # [labelled] examples of the positions that are now projected
@@ -72,11 +79,15 @@ class ExampleDerivatives(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
-        if not torch.is_grad_enabled() or len(args) < 2:
+        if not torch.is_grad_enabled():
             return function(*args, **options)
         if function in (functional.linear, functional.embedding) and id(args[1]) in self._names:
             return self._layer(function, *args, **options)
-        if function in _PRODUCTS:
+        if function in _NORMS:
+            return self._norm(function, *args, **options)
+        if function in _SUMS or function is torch.Tensor.float:
+            return self._shift(function(*args, **options), args)
+        if function in _PRODUCTS and len(args) == 2:
             for place in (0, 1):
                 name = self._names.get(id(args[place]))
                 if name is not None and args[place].dim() == 1:
@@ -115,6 +126,30 @@ class ExampleDerivatives(TorchFunctionMode):
             rows = self._rows(name, inputs[..., 0].numel())
             use = partial(self._add_linear, name, self._names.get(id(bias)), rows, kept)
         return _with_hook(output, use)
+
+    def _norm(self, function: Any, inputs: torch.Tensor, shape: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        settings = dict(zip(_NORMS[function], rest, strict=False)) | options
+        vectors = {kind: vector for kind, vector in settings.items() if id(vector) in self._names}
+        if not vectors:
+            return function(inputs, shape, **settings)  # type: ignore[no-any-return]
+        kept, plain = inputs.detach(), settings | dict.fromkeys(_NORMS[function][:-1])
+
+        def use(gradient: torch.Tensor) -> None:
+            for kind, vector in vectors.items():
+                values = torch.ones_like(kept) if kind == "bias" else function(kept, shape, **plain)
+                self._add_product(self._names[id(vector)], values, gradient)
+
+        detached = {kind: vector.detach() for kind, vector in vectors.items()}
+        return _with_hook(function(inputs, shape, **settings | detached), use)
+
+    def _shift(self, result: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
+        """Note that a vector plus a number, or in another dtype, has the gradient of the vector."""
+        vectors = [one for one in args if isinstance(one, torch.Tensor)]
+        name = self._names.get(id(vectors[0])) if len(vectors) == 1 and vectors[0].dim() == 1 else None
+        if name is not None and id(result) not in self._names:
+            self._names[id(result)] = name
+            self._shifted.append(result)
+        return result
 
     def _product(self, name: str, values: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         return _with_hook(values * vector.detach(), partial(self._add_product, name, values.detach()))

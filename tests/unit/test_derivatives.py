@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from montessori_core.influence.derivatives import ExampleDerivatives, InseparableError
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
@@ -22,10 +30,11 @@ SEPARABLE = {
     "Llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "Qwen 2, biases of queries": Qwen2Config(**SIZES),
     "Qwen 3, norms of heads": Qwen3Config(**SIZES),
+    "Gemma 3, norms of 1 + weight": Gemma3TextConfig(**SIZES),
+    "GPT-NeoX, layer norms": GPTNeoXConfig(**{**SIZES, "hidden_size": 32}),
 }
 INSEPARABLE = {
     "GPT-2, its own layers": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "Gemma 3, norms of 1 + weight": Gemma3TextConfig(**SIZES),
 }
 
 

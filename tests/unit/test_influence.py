@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from montessori_core.errors import DataError
 from montessori_core.influence import (
@@ -647,8 +647,12 @@ SIZES = SMALL | {"vocab_size": 500}
 
 @pytest.mark.parametrize(
     ("config", "separable"),
-    [(LlamaConfig(**SIZES, tie_word_embeddings=False), True), (Gemma3TextConfig(**SIZES), False)],
-    ids=["Llama", "Gemma, whose norms sum over examples"],
+    [
+        (LlamaConfig(**SIZES, tie_word_embeddings=False), True),
+        (Gemma3TextConfig(**SIZES), True),
+        (GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=4, n_positions=128), False),
+    ],
+    ids=["Llama", "Gemma", "GPT-2, whose positions sum over examples"],
 )
 def test_linear_equals_first_order_where_moments_outweigh_the_example(config: Any, separable: bool) -> None:
     torch.manual_seed(0)
