@@ -6,7 +6,6 @@ its submission to its end; while it waits in the queue, no process holds the loc
 
 import fcntl
 import os
-import platform
 import signal
 import socket
 import stat
@@ -19,7 +18,7 @@ from typing import IO
 
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
-from cluster.backends.held import end_held_jobs
+from cluster.backends.held import end_held_jobs, end_orphaned_steps
 from cluster.backends.sbatch import DRIVER_JOB
 from cluster.driver_job import DriverStopped, queued_job, submit_job
 from cluster.records import Record, read_record
@@ -82,8 +81,8 @@ def only_driver(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _driving(folder: Path) -> Iterator[None]:
-    """End held jobs of drivers on other hosts, then those of this driver when it ends; not when it is stopped."""
-    end_held_jobs(folder, platform.node())
+    """End steps that an earlier driver left in held jobs, and held jobs when this driver ends; not when it is stopped."""
+    end_orphaned_steps(folder)
     _driven.append(folder)
     stopped = False
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import submitit
 
 from cluster.file_systems import is_full, may_pass
+from cluster.memory import keep_freed_memory
 from cluster.partial_commits import compute_rows, remove_partial_files
 from cluster.processes import seconds_since, start_time
 from cluster.records import Failure, read_record
@@ -39,6 +40,8 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     # Before torch is imported, so that its thread pools get the same size.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     set_library_defaults()
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):  # a job on GPUs returns memory: others on its node may need it
+        keep_freed_memory()
     stage = Stage.read(Path(folder))
     environment = submitit.JobEnvironment()
     stage.record_start(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))

@@ -5,7 +5,6 @@ for the same, one srun step at a time. It ends with the run, or when it has had 
 """
 
 import logging
-import platform
 import re
 import shlex
 import time
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 _PREFIX = "montessori-held"
 _LOOKS = 5  # at the queue, in the time after which an idle job ends
 _PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch refused some
+_WAITING = ("PENDING", "CONFIGURING")
 _REQUEST = {"partition", "account", "qos", "constraint", "exclude", "exclusive", "gpu_option", "extra"}
 _SIZE = {"nodes", "processes_per_node", "cpus_per_process", "gpus_per_node", "gpu_type", "memory_gb"}
 _WAIT = """\
@@ -49,10 +49,14 @@ done
 
 @dataclass(frozen=True)
 class _Held:
-    """A held job in the queue: its id, whether it runs, and the seconds until its time limit."""
+    """A held job in the queue: its id, name and state, and the seconds until its time limit.
+
+    The ids of an array's jobs differ once they run.
+    """
 
     id: str
-    runs: bool
+    name: str
+    state: str
     seconds_left: float
 
 
@@ -65,7 +69,7 @@ class HeldBackend(AllocationBackend):
         self._hold, self._folder = hold, folder / layout.HELD
         self._sbatch = SlurmBackend(slurm, resources, python)
         request = [slurm.model_dump(mode="json", include=_REQUEST), resources.model_dump(mode="json", include=_SIZE)]
-        self._name = f"{_names_of(folder, platform.node())}{hash_json(request)[:8]}"
+        self._name = f"{_names_of(folder)}{hash_json(request)[:8]}"
         self._ready: list[str] = []
         self._held_of: dict[str, str] = {}
         self._avoid: frozenset[str] = frozenset()
@@ -81,7 +85,7 @@ class HeldBackend(AllocationBackend):
         missing = min(free, len(shards)) - len(free_jobs)
         if missing > 0 and time.monotonic() >= self._refused_until:
             self._submit_held(missing)
-        self._ready = [job.id for job in free_jobs if job.runs][:free]
+        self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]
         share = -(-len(shards) // (PORTIONS * self._resources.parallel_jobs))
         at_once = len(self._ready) * min(share, self._resources.shards_per_job)
         return split_evenly(shards[:at_once], len(self._ready)) if self._ready else []
@@ -108,20 +112,22 @@ class HeldBackend(AllocationBackend):
 
     def _queue(self) -> list[_Held] | None:
         """Return the held jobs with time for a job of this stage, those that run first; None if squeue does not answer."""
-        answer = run_command("squeue", "--noheader", "--array", "--me", f"--name={self._name}", "--format=%A|%T|%L")
-        if answer is None:
+        held = _queued("--me", f"--name={self._name}")
+        if held is None:
             return None
         needed = 60 * self._resources.time_limit_minutes
-        rows = [line.split("|") for line in answer.splitlines()]
-        held = [_Held(job, state == "RUNNING", _seconds(left)) for job, state, left in rows if state in _USABLE]
-        return sorted((job for job in held if not job.runs or job.seconds_left >= needed), key=lambda job: not job.runs)
+        running = [job for job in held if job.state == "RUNNING" and job.seconds_left >= needed]
+        return running + [job for job in held if job.state in _WAITING]
 
     def _submit_held(self, count: int) -> None:
         """Submit held jobs, excluding the nodes that lost shards.
 
+        If Slurm does not answer or accepts no more of this user's jobs, it is asked again later.
+
         Raises:
             UserError: sbatch refuses them.
         """
+        count = min(count, self._sbatch.array_limit())
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{self._name}.sh"
         header = [
@@ -140,52 +146,69 @@ class HeldBackend(AllocationBackend):
         ]
         if self._avoid:
             options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *self._avoid})))}")
-        answer = call_sbatch(path, *options)
-        if answer.returncode == 0:
+        try:
+            answer = call_sbatch(path, *options)
+            refusal = answer.stderr.strip() if answer.returncode else None
+        except SchedulerUnavailable as error:
+            answer, refusal = None, str(error)
+        if answer is not None and refusal is None:
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
-        if self._queue():  # fewer than wanted: there is a limit on jobs
-            self._refused_until = time.monotonic() + _PAUSE
-            return
-        raise UserError(
-            f"sbatch rejected the jobs to hold: {answer.stderr.strip()}\nSee cluster.slurm and cluster.resources in the "
-            "configuration."
-        )
+        self._refused_until = time.monotonic() + _PAUSE
+        if self._avoid:
+            log.warning("using nodes again that lost shards: %s", refusal)
+            self._avoid = frozenset()
+        elif answer is None or self._queue() != []:  # no answer, or some are held already: there is a limit on jobs
+            log.warning("no more jobs are held for %.0f s: %s", _PAUSE, refusal)
+        else:
+            raise UserError(
+                f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
+            )
 
 
-_USABLE = ("PENDING", "CONFIGURING", "RUNNING")
+def end_held_jobs(folder: Path) -> int:
+    """End the jobs that drivers of `folder` hold; return their number."""
+    held = _held_jobs(folder)
+    if held:
+        run_command("scancel", "--quiet", *sorted({job.id for job in held}))
+    return len(held)
 
 
-def end_held_jobs(folder: Path, host: str | None = None) -> int:
-    """End the jobs that drivers of `folder` hold, except drivers on `host`; return their number.
-
-    Steps are processes of their driver's host: a driver on another host can neither find nor await them.
-    """
-    kept = () if host is None else (_names_of(folder, host),)
-    jobs = [job_id for job_id, name, _ in _held_jobs(folder) if not name.startswith(kept)]
-    if jobs:
-        run_command("scancel", "--quiet", *sorted(set(jobs)))
-    return len(jobs)
+def end_orphaned_steps(folder: Path) -> None:
+    """End the steps in held jobs of `folder` that no srun process of this host waits for: their driver's host is another one,
+    or has crashed."""
+    orphaned = [job.id for job in _held_jobs(folder) if job.state == "RUNNING" and job.id not in _jobs_with_steps()]
+    if not orphaned:
+        return
+    answer = run_command("squeue", "--noheader", "--steps", f"--jobs={','.join(orphaned)}", "--format=%i") or ""
+    steps = [step for step in answer.split() if not step.endswith((".batch", ".extern"))]
+    if steps:
+        run_command("scancel", "--quiet", *steps)
 
 
 def states_of_held_jobs(folder: Path) -> Counter[str]:
     """Count the jobs that drivers of `folder` hold by their state in the queue, such as 'RUNNING'."""
-    return Counter(state for _, _, state in _held_jobs(folder))
+    return Counter(job.state for job in _held_jobs(folder))
 
 
-def _held_jobs(folder: Path) -> list[tuple[str, str, str]]:
-    """Return id, name and state of each job that drivers of `folder` hold; an array's jobs share the id."""
+def _held_jobs(folder: Path) -> list[_Held]:
+    """Return the jobs that drivers of `folder` hold."""
     if not (folder / layout.HELD).exists():
         return []
-    answer = run_command("squeue", "--noheader", "--array", "--me", "--format=%F|%T|%j") or ""
-    jobs = [line.split("|", 2) for line in answer.splitlines()]
-    return [(job_id, name, state) for job_id, state, name in jobs if name.startswith(_names_of(folder))]
+    return [job for job in _queued("--me") or [] if job.name.startswith(_names_of(folder))]
 
 
-def _names_of(folder: Path, host: str = "") -> str:
-    """Return how the names of the jobs start that drivers of `folder` hold: all of them, or those on a host."""
-    names = f"{_PREFIX}-{hash_json(str(folder.resolve()))[:12]}-"
-    return f"{names}{hash_json(host)[:6]}-" if host else names
+def _queued(*options: str) -> list[_Held] | None:
+    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%T|%L|%j")
+    if answer is None:
+        return None
+    lines = [line.split("|", 3) for line in answer.splitlines()]
+    return [_Held(job_id, name, state, _seconds(left)) for job_id, state, left, name in lines]
+
+
+def _names_of(folder: Path) -> str:
+    """Return how the names of the jobs start that drivers of `folder` hold."""
+    return f"{_PREFIX}-{hash_json(str(folder.resolve()))[:12]}-"
 
 
 def _jobs_with_steps() -> set[str]:

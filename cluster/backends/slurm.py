@@ -94,10 +94,13 @@ class SlurmBackend:
         # Submit nothing while the controller is down (restart, failover): sbatch would fail, and end the run.
         if free <= 0 or self._squeue("--me") is None:
             return []
-        tasks = split_for_array(shards, free, self._resources.shards_per_job)
+        return split_for_array(shards, free, self._resources.shards_per_job)[: self.array_limit()]
+
+    def array_limit(self) -> int:
+        """Return how many tasks a job array may have."""
         if self._largest_array is None:
             self._largest_array = (largest_array() or _DEFAULT_ARRAY_LIMIT) - 1
-        return tasks[: self._largest_array]
+        return self._largest_array
 
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]

@@ -171,6 +171,21 @@ class ProgressCallback(TrainerCallback):
         self._report(self._read_before * self._read_share + trained * (1 - self._read_share))
 
 
+class SingleProcessCallback(TrainerCallback):
+    """Leave out DeepSpeed's reduction of gradients over processes where there is one: it would only copy them twice."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the engine, which the trainer has just made."""
+        engine = self._trainer.model_wrapped
+        if args.world_size == 1 and engine.zero_optimization_stage() == 0:
+            engine.enable_backward_allreduce = False
+
+
 class FiniteCallback(TrainerCallback):
     """End a training whose loss or gradient is not finite: its weights are lost, and a model of NaN would be saved."""
 
@@ -221,6 +236,7 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
         checkpoints: checkpoint folder of this training.
     """
     trainer.add_callback(FiniteCallback())
+    trainer.add_callback(SingleProcessCallback(trainer))
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint is None:
         trainer.add_callback(MastersCallback(trainer, model))

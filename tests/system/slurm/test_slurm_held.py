@@ -97,6 +97,21 @@ def test_next_driver_uses_held_jobs(folder: Path) -> None:
     assert {path.name for path in (folder / layout.HELD).glob("*.log")} == logs  # no other was submitted
 
 
+@pytest.mark.guarantee("host of a driver that holds jobs crashes")
+@pytest.mark.slow
+def test_driver_on_another_host_ends_steps_and_uses_held_jobs(folder: Path) -> None:
+    (folder / "hang-0").touch()  # its step would run for ten minutes
+    driver = start(folder, 0.7)
+    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    logs = {path.name for path in (folder / layout.HELD).glob("*.log")}
+    driver.kill()
+    driver.wait()
+    subprocess.run(["pkill", "--signal", "KILL", "--exact", "srun"], check=True)  # the crash leaves steps without srun
+    drive(folder, 0.7)
+    assert results(folder) == [local.EXPECTED] * 2
+    assert {path.name for path in (folder / layout.HELD).glob("*.log")} == logs
+
+
 @pytest.mark.guarantee("driver that holds jobs interrupted")
 @pytest.mark.slow
 def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
