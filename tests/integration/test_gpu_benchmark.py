@@ -55,6 +55,7 @@ def test_checks_pass_and_are_written(gpu: Any, tiny_llama: Path, tmp_path: Path)
     assert section.endswith("| not checked | needs two GPUs, 1 here |\n")
 
 
+@pytest.mark.slow
 def test_benchmark_yields_lines_as_they_are_printed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # set by commands that other tests call in this process
