@@ -148,22 +148,25 @@ class HeldBackend(AllocationBackend):
             options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *self._avoid})))}")
         try:
             answer = call_sbatch(path, *options)
-            refusal = answer.stderr.strip() if answer.returncode else None
         except SchedulerUnavailable as error:
-            answer, refusal = None, str(error)
-        if answer is not None and refusal is None:
+            self._pause(str(error))
+            return
+        if answer.returncode == 0:
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
-        self._refused_until = time.monotonic() + _PAUSE
-        if self._avoid:
-            log.warning("using nodes again that lost shards: %s", refusal)
-            self._avoid = frozenset()
-        elif answer is None or self._queue() != []:  # no answer, or some are held already: there is a limit on jobs
-            log.warning("no more jobs are held for %.0f s: %s", _PAUSE, refusal)
-        else:
+        refusal = answer.stderr.strip()
+        if not self._avoid and self._queue() == []:
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
             )
+        # Too few nodes are left, or others are held already and there is a limit on jobs, or the controller is down.
+        self._avoid = frozenset()
+        self._pause(refusal)
+
+    def _pause(self, reason: str) -> None:
+        """Submit no held jobs for a while."""
+        log.warning("no more jobs are held for %.0f s: %s", _PAUSE, reason)
+        self._refused_until = time.monotonic() + _PAUSE
 
 
 def end_held_jobs(folder: Path) -> int:
@@ -175,9 +178,13 @@ def end_held_jobs(folder: Path) -> int:
 
 
 def end_orphaned_steps(folder: Path) -> None:
-    """End the steps in held jobs of `folder` that no srun process of this host waits for: their driver's host is another one,
-    or has crashed."""
-    orphaned = [job.id for job in _held_jobs(folder) if job.state == "RUNNING" and job.id not in _jobs_with_steps()]
+    """End the steps in held jobs of `folder` that no srun process of this host waits for.
+
+    Their driver ran on another host, or this host crashed.
+    """
+    running = [job.id for job in _held_jobs(folder) if job.state == "RUNNING"]
+    awaited = _jobs_with_steps() if running else set()
+    orphaned = [job_id for job_id in running if job_id not in awaited]
     if not orphaned:
         return
     answer = run_command("squeue", "--noheader", "--steps", f"--jobs={','.join(orphaned)}", "--format=%i") or ""

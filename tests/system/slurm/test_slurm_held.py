@@ -13,6 +13,7 @@ from cluster.lock import only_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
+from montessori_core.errors import UserError
 from support import ROOT
 from support import squares as local
 from support.row_programs import as_shards
@@ -37,9 +38,10 @@ def stages(folder: Path, seconds: float) -> list[Stage]:
     return [Stage(name, 1, entry, settings, {}, {}, folder / name, ".json") for name in ("first", "second")]
 
 
-def drive(folder: Path, seconds: float, idle_minutes: float = 10) -> None:
+def drive(folder: Path, seconds: float, idle_minutes: float = 10, **slurm: str) -> None:
     """Compute two stages in held jobs, with two jobs at a time."""
-    cluster = Cluster(profile="slurm", poll_seconds=0.3, slurm=Slurm(hold=HeldJobs(idle_minutes=idle_minutes)))
+    slurm_settings = Slurm(hold=HeldJobs(idle_minutes=idle_minutes), **slurm)
+    cluster = Cluster(profile="slurm", poll_seconds=0.3, slurm=slurm_settings)
     resources = Resources(parallel_jobs=2, cpus_per_process=2, gpus_per_node=1, time_limit_minutes=30)
     with only_driver(folder):
         for stage in stages(folder, seconds):
@@ -69,6 +71,11 @@ def test_held_jobs_serve_all_stages(folder: Path) -> None:
     assert len({job for job, _ in places}) == 2  # of 12 shards in two stages
     assert all(gpu.isdecimal() for _, gpu in places)
     local.wait_until(lambda: queued() == [], 60)  # the driver ends them
+
+
+def test_refused_held_jobs_are_an_error(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"sbatch rejected the jobs to hold: .*partition"):
+        drive(folder, 0.0, partition="absent")
 
 
 @pytest.mark.guarantee("held job lost")
