@@ -138,6 +138,7 @@ CHATS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_conversations_are_scored_selected_trained_and_evaluated(tiny_llama: Path, tmp_path: Path) -> None:
     data, table, best, student = (
         tmp_path / name for name in ("chats.jsonl", "scored.parquet", "best.jsonl", "student")
