@@ -67,9 +67,8 @@ class ExampleDerivatives(TorchFunctionMode):
             for name in tables
         }
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._shifted: list[
-            torch.Tensor
-        ] = []  # vectors plus a number; referenced, so that no other tensor gets their id
+        # Vectors plus a number: kept, so that no other tensor gets the id of one.
+        self._shifted: list[torch.Tensor] = []
         self._directions, self._batch = along, batch
         self._size, self._width = batch.input_ids.shape
         self._projected: torch.Tensor | None = None  # [labelled] examples of the positions that are now projected
@@ -81,13 +80,15 @@ class ExampleDerivatives(TorchFunctionMode):
         options = kwargs or {}
         if not torch.is_grad_enabled():
             return function(*args, **options)
-        if function in (functional.linear, functional.embedding) and id(args[1]) in self._names:
-            return self._layer(function, *args, **options)
         if function in _NORMS:
             return self._norm(function, *args, **options)
         if function in _SUMS or function is torch.Tensor.float:
             return self._shift(function(*args, **options), args)
-        if function in _PRODUCTS and len(args) == 2:
+        if len(args) < 2:
+            return function(*args, **options)
+        if function in (functional.linear, functional.embedding) and id(args[1]) in self._names:
+            return self._layer(function, *args, **options)
+        if function in _PRODUCTS:
             for place in (0, 1):
                 name = self._names.get(id(args[place]))
                 if name is not None and args[place].dim() == 1:

@@ -107,6 +107,14 @@ def test_derivatives_of_one_example_equal_autograd_for_other_layers(config: Any)
         derivatives_of(*opened_model, encoded([20, 11]))
 
 
+def test_weights_given_by_name_are_left_to_autograd() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    batch = make_batch([(0, encoded([5])[0])], CPU)
+    with ExampleDerivatives({"w": weight}, {"w": [torch.ones(2, 3)]}, batch, 1):
+        torch.nn.functional.linear(torch.ones(1, 3), weight=weight).sum().backward()
+    assert weight.grad is not None
+
+
 @pytest.mark.parametrize("lengths", [[30], [30, 12, 21]], ids=["one example", "three"])
 def test_logits_in_pieces_change_no_derivative(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
     opened_model = opened(SEPARABLE["Llama, tied weights"])
