@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=12, help="number of stages, one after another")
     parser.add_argument("--shards", type=int, default=4, help="shards and parallel jobs of a stage")
     parser.add_argument("--wait", type=int, default=60, help="seconds that a job waits in the queue at least")
-    parser.add_argument("--cluster", type=Path, help="cluster file; if not set, Slurm's defaults and one core a job")
+    parser.add_argument(
+        "--cluster", type=Path, help="cluster file; if not set, the defaults of `cluster`, which ask for GPUs"
+    )
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="folder that nodes see")
     arguments = parser.parse_args()
     given = Cluster() if arguments.cluster is None else read_cluster(arguments.cluster)

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
 from cluster.backends.sbatch import options_of, refusal_of
-from cluster.backends.slurm import SlurmBackend, largest_array
+from cluster.backends.slurm import SlurmBackend, largest_array, seconds_of
 from cluster.driver_job import script_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.shards import Shards
@@ -141,7 +141,7 @@ def _check_partition(
             "lower cluster.resources.*.gpus_per_node, choose another partition, or have gres.conf corrected",
         )
     longest = max(resources.time_limit_minutes for resources in jobs)
-    allowed = max(_minutes(row[3]) for row in rows)
+    allowed = max(seconds_of(row[3]) / 60 for row in rows)
     yield Finding(
         f"time limits of {title}",
         longest <= allowed,
@@ -287,15 +287,6 @@ def _run_test_job(
         return Finding(name, False, str(error), "see cluster.slurm and cluster.resources")
     report: dict[str, Any] = read_json(part)
     return report
-
-
-def _minutes(limit: str) -> float:
-    """Convert a time limit of sinfo, `infinite` or `[days-][hours:]minutes:seconds`, to minutes."""
-    if limit in ("infinite", "n/a"):
-        return float("inf")
-    days, _, clock = limit.rpartition("-")
-    hours, minutes, seconds = ["0", "0", *clock.split(":")][-3:]
-    return 1440 * int(days or 0) + 60 * int(hours) + int(minutes) + int(seconds) / 60
 
 
 def _gpus(gres: str) -> int:

@@ -50,7 +50,8 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
     """
     if host not in (None, platform.node()):
         return None
-    if host is not None and (cluster.profile == "allocation" or cluster.slurm.hold is not None):
+    steps = cluster.profile == "allocation" or (cluster.profile == "slurm" and cluster.slurm.hold is not None)
+    if host is not None and steps:
         return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)

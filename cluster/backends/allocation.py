@@ -31,7 +31,7 @@ from montessori_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _STEP_END_TIMEOUT = 40.0  # seconds; longer than Slurm's usual KillWait
-PORTIONS = 2
+_PORTIONS = 2
 """A job takes at most this fraction of an even share of the missing shards, so that GPUs become free at similar times."""
 
 
@@ -75,9 +75,13 @@ class AllocationBackend(LocalBackend):
         places = self._resources.parallel_jobs
         if self._fit is not None:
             free, places = free - max(0, places - self._fit), min(places, self._fit)
+        return self.hand_out(shards, free, places)
+
+    def hand_out(self, shards: Sequence[int], free: int, places: int) -> list[Task]:
+        """Cut shards into at most `free` tasks, of `places` for jobs in all; the other shards wait."""
         if free <= 0:
             return []
-        share = -(-len(shards) // (PORTIONS * places))
+        share = -(-len(shards) // (_PORTIONS * places))
         return split_evenly(shards[: free * min(share, self._resources.shards_per_job)], free)
 
     def submit(

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import psutil
 
-from cluster.backends.allocation import PORTIONS, AllocationBackend
-from cluster.backends.base import SchedulerUnavailable, Task, split_evenly
+from cluster.backends.allocation import AllocationBackend
+from cluster.backends.base import SchedulerUnavailable, Task
 from cluster.backends.command import run_command
 from cluster.backends.sbatch import call_sbatch
-from cluster.backends.slurm import SlurmBackend
+from cluster.backends.slurm import SlurmBackend, seconds_of
 from montessori_core import layout
 from montessori_core.config import HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 _PREFIX = "montessori-held"
 _LOOKS = 5  # at the queue, in the time after which an idle job ends
 _PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch refused some
+_OWN_OPTIONS = "error|job-name|open-mode|output|requeue|signal|time"
 _WAITING = ("PENDING", "CONFIGURING")
-_REQUEST = {"partition", "account", "qos", "constraint", "exclude", "exclusive", "gpu_option", "extra"}
-_SIZE = {"nodes", "processes_per_node", "cpus_per_process", "gpus_per_node", "gpu_type", "memory_gb"}
 _WAIT = """\
 idle=0
 while [ $idle -lt {limit} ]; do
@@ -68,8 +67,10 @@ class HeldBackend(AllocationBackend):
         super().__init__(slurm, resources, python)
         self._hold, self._folder = hold, folder / layout.HELD
         self._sbatch = SlurmBackend(slurm, resources, python)
-        request = [slurm.model_dump(mode="json", include=_REQUEST), resources.model_dump(mode="json", include=_SIZE)]
-        self._name = f"{_names_of(folder)}{hash_json(request)[:8]}"
+        lines = self._sbatch.script("held", self._folder).splitlines()
+        # What sbatch is asked for. The other options are of each job, or belong to a job that computes.
+        self._request = [line for line in lines if re.match(rf"#SBATCH --(?!{_OWN_OPTIONS})", line)]
+        self._name = f"{_names_of(folder)}{hash_json(self._request)[:8]}"
         self._ready: list[str] = []
         self._held_of: dict[str, str] = {}
         self._avoid: frozenset[str] = frozenset()
@@ -86,9 +87,7 @@ class HeldBackend(AllocationBackend):
         if missing > 0 and time.monotonic() >= self._refused_until:
             self._submit_held(missing)
         self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]
-        share = -(-len(shards) // (PORTIONS * self._resources.parallel_jobs))
-        at_once = len(self._ready) * min(share, self._resources.shards_per_job)
-        return split_evenly(shards[:at_once], len(self._ready)) if self._ready else []
+        return self.hand_out(shards, len(self._ready), self._resources.parallel_jobs)
 
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
@@ -130,15 +129,11 @@ class HeldBackend(AllocationBackend):
         count = min(count, self._sbatch.array_limit())
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{self._name}.sh"
-        header = [
-            line
-            for line in self._sbatch.script(self._name, self._folder).splitlines()
-            if re.match(r"#SBATCH --(?!error|open-mode|output|requeue|signal|time)", line)
-        ]
         idle = round(60 * self._hold.idle_minutes)
         wait = _WAIT.format(limit=idle, pause=max(1, idle // _LOOKS))
-        path.write_text("\n".join(["#!/bin/bash", *header, wait]), encoding="utf-8")
+        path.write_text("\n".join(["#!/bin/bash", *self._request, wait]), encoding="utf-8")
         options = [
+            f"--job-name={self._name}",
             f"--array=0-{count - 1}",
             f"--time={self._hold.minutes + self._resources.time_limit_minutes}",
             f"--output={self._folder}/%A_%a.log",
@@ -210,7 +205,7 @@ def _queued(*options: str) -> list[_Held] | None:
     if answer is None:
         return None
     lines = [line.split("|", 3) for line in answer.splitlines()]
-    return [_Held(job_id, name, state, _seconds(left)) for job_id, state, left, name in lines]
+    return [_Held(job_id, name, state, seconds_of(left)) for job_id, state, left, name in lines]
 
 
 def _names_of(folder: Path) -> str:
@@ -224,14 +219,3 @@ def _jobs_with_steps() -> set[str]:
     for process in psutil.process_iter(["cmdline"]):
         jobs.update(re.findall(r"--jobid=(\d+)", shlex.join(process.info["cmdline"] or [])))
     return jobs
-
-
-def _seconds(time_left: str) -> float:
-    """Return the seconds of a duration of Slurm: [days-][hours:]minutes:seconds; infinite if it has no limit."""
-    days, _, clock = time_left.rpartition("-")
-    if not re.fullmatch(r"\d+(:\d+){1,2}", clock):
-        return float("inf")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = 60 * seconds + int(part)
-    return 86400 * int(days or 0) + seconds

@@ -270,6 +270,17 @@ def largest_array() -> int | None:
     return int(match[1]) if match else None
 
 
+def seconds_of(duration: str) -> float:
+    """Return the seconds of a duration in Slurm's output, `[days-][hours:]minutes:seconds`; infinite if it is a word."""
+    days, _, clock = duration.rpartition("-")
+    if not re.fullmatch(r"\d+(:\d+){0,2}", clock):
+        return float("inf")  # infinite, UNLIMITED, n/a
+    seconds = 0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + int(part)
+    return 86400 * int(days or 0) + seconds
+
+
 def _arrays(ids: Iterable[str]) -> set[str]:
     """Return the ids of the arrays of jobs; submitit makes an array of one task a plain job."""
     return {job_id.split("_")[0] for job_id in ids}

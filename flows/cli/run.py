@@ -33,6 +33,7 @@ def run(
     if as_job:
         check_driver_job(experiment)
     opened, warnings = open_run(experiment, run_root / experiment.name)
+    refuse_part_of_study(opened.folder)
     warn(warnings)
     if not stages_of(opened.folder):
         from flows.estimate import estimate_run
@@ -71,7 +72,6 @@ def retry(
 
 def drive_run(opened: Run, as_job: bool = False) -> None:
     """Run or resume an experiment, in this process or by a Slurm job; print its results, or how to find the job."""
-    refuse_part_of_study(opened.folder)
     if as_job:
         _submit(opened)
         return

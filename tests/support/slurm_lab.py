@@ -1,6 +1,7 @@
 """The Slurm cluster of the tests: `docker/slurm/lab.sh` runs two nodes on this machine."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 from support import ROOT
@@ -12,6 +13,13 @@ def call_lab(*arguments: str) -> str:
     call = subprocess.run([LAB / "lab.sh", *arguments], capture_output=True, text=True)
     assert call.returncode == 0, call.stderr
     return call.stdout
+
+
+def command_of(module: str, call: str) -> list[str]:
+    """Return the command of a new Python process that evaluates a call in a module of Slurm's tests, named `t`."""
+    folders = [str(ROOT / "tests"), str(ROOT / "tests" / "system" / "slurm")]
+    code = f"import sys; sys.path[:0] = {folders!r}\nfrom pathlib import Path; import {module} as t\n{call}"
+    return [sys.executable, "-c", code]
 
 
 def queued(*options: str) -> list[str]:

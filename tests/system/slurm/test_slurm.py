@@ -27,14 +27,14 @@ from montessori_core.config import Cluster, Container, JobOptions, Resources, Sl
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.program import Row
-from support import ROOT, studies
 from support import prefect_server as ui
 from support import runs as whole
 from support import squares as local
+from support import studies
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
 from support.row_programs import as_shards
-from support.slurm_lab import LAB, call_lab, preempt, put_command, queued
+from support.slurm_lab import LAB, call_lab, command_of, preempt, put_command, queued
 
 pytestmark = pytest.mark.guarantee("no sacct")
 
@@ -108,12 +108,8 @@ def once(condition: Callable[[], bool], action: Callable[[], object]) -> Callabl
 
 
 def start_driver(folder: Path, **options: object) -> subprocess.Popen[str]:
-    code = (
-        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        "from pathlib import Path; import test_slurm\n"
-        f"test_slurm.run(Path({str(folder)!r}), **{options!r})"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    command = command_of("test_slurm", f"t.run(Path({str(folder)!r}), **{options!r})")
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def submissions(folder: Path, stage: str = "stage") -> list[str]:
@@ -228,13 +224,9 @@ def test_options_of_a_stage_reach_its_jobs(folder: Path) -> None:
 def test_driver_inside_a_job_submits_as_outside(folder: Path) -> None:
     """The surrounding job has memory by CPU, this one by node, which exclude each other."""
     (folder / "processes_program.py").write_text(PROCESSES_PROGRAM)
-    driver = (
-        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        f"from pathlib import Path; import test_slurm as t; folder = Path({str(folder)!r})\n"
-        "t.run(folder, t.SHARDS[:1], stage=t.processes(folder), memory_gb=1)"
-    )
+    call = f"folder = Path({str(folder)!r}); t.run(folder, t.SHARDS[:1], stage=t.processes(folder), memory_gb=1)"
     job = ["salloc", "--mem-per-cpu=100", "--cpus-per-task=2", "--job-name=outer", "--distribution=cyclic"]
-    subprocess.run([*job, sys.executable, "-c", driver], check=True)
+    subprocess.run([*job, *command_of("test_slurm", call)], check=True)
     environment = read_json(folder / "rank-0.json")
     assert environment["SLURM_MEM_PER_NODE"] == "1024"
     assert environment["SLURM_CPUS_PER_TASK"] == "1"

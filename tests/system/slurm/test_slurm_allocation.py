@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ from cluster.fanout import fan_out
 from cluster.ledger import Ledger
 from montessori_core.config import Cluster, Resources
 from montessori_core.files import read_json
-from support import ROOT
 from support import squares as local
 from support.row_programs import as_shards
-from support.slurm_lab import queued
+from support.slurm_lab import command_of, queued
 
 ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 GPUS_PROGRAM = local.PROGRAM.replace(
@@ -39,15 +37,9 @@ def drive(folder: Path, seconds: float, **resources: float) -> None:
 
 def start(folder: Path, seconds: float, *options: str, **resources: float) -> subprocess.Popen[str]:
     """Start a driver in an allocation of two nodes with two GPUs each."""
-    code = (
-        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        "from pathlib import Path; import test_slurm_allocation\n"
-        f"test_slurm_allocation.drive(Path({str(folder)!r}), {seconds!r}, **{resources!r})"
-    )
+    command = command_of("test_slurm_allocation", f"t.drive(Path({str(folder)!r}), {seconds!r}, **{resources!r})")
     nodes = ["salloc", "--quiet", "--nodes=2", "--cpus-per-task=4", "--gpus-per-node=2", "--mem=2000", *options]
-    return subprocess.Popen(
-        [*nodes, sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen([*nodes, *command], stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def results(folder: Path) -> list[int]:
@@ -104,11 +96,8 @@ def test_next_driver_in_allocation_awaits_steps(folder: Path) -> None:
     )
     assert job.returncode == 0, job.stderr
     [job_id] = queued("--format=%i")
-    code = (
-        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        f"from pathlib import Path; import test_slurm_allocation; test_slurm_allocation.drive(Path({str(folder)!r}), 2.0)"
-    )
-    command, environment = [sys.executable, "-c", code], os.environ | {"SLURM_JOB_ID": job_id}
+    command = command_of("test_slurm_allocation", f"t.drive(Path({str(folder)!r}), 2.0)")
+    environment = os.environ | {"SLURM_JOB_ID": job_id}
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
     local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
     driver.kill()

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
-from support import ROOT
 from support import squares as local
 from support.row_programs import as_shards
-from support.slurm_lab import queued
+from support.slurm_lab import command_of, queued
 
 ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 PLACES_PROGRAM = local.PROGRAM.replace(
@@ -50,12 +48,8 @@ def drive(folder: Path, seconds: float, idle_minutes: float = 10, **slurm: str) 
 
 def start(folder: Path, seconds: float, idle_minutes: float = 10) -> subprocess.Popen[bytes]:
     """Start a driver."""
-    code = (
-        f"import sys; sys.path[:0] = {[str(ROOT / 'tests'), str(Path(__file__).parent)]!r}\n"
-        "from pathlib import Path; import test_slurm_held\n"
-        f"test_slurm_held.drive(Path({str(folder)!r}), {seconds!r}, {idle_minutes!r})"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    command = command_of("test_slurm_held", f"t.drive(Path({str(folder)!r}), {seconds!r}, {idle_minutes!r})")
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def results(folder: Path) -> list[list[int]]:
