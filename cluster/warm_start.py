@@ -39,8 +39,8 @@ _PRELOADED = (
     "montessori_core.influence.jobs",
     "montessori_core.models.load",
     "montessori_core.synthesis.transformers_engine",
-    "montessori_core.training.checkpoints",
-    "montessori_core.training.moments",
+    "montessori_core.training.dpo",
+    "montessori_core.training.sft",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
@@ -165,6 +165,12 @@ def main() -> None:
     for name in _PRELOADED:
         with suppress(Exception):  # a job that needs it reports the error
             importlib.import_module(name)
+    with suppress(Exception):
+        # The first model that a process loads compiles patterns of weight names of every architecture.
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    with suppress(Exception):
+        if importlib.import_module("torch").version.cuda is None:  # with CUDA, DeepSpeed's import might initialise it
+            importlib.import_module("montessori_core.training.engine").import_deepspeed()
     _refuse_cuda()
     gc.collect()
     gc.freeze()  # garbage collection in jobs would copy shared memory pages

@@ -22,14 +22,14 @@ from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.kinds import KindShare, read_classifier, read_instructions
 from montessori_core.evaluation.scores import judged_benchmark, mean_over_seeds, win_rate_scores
 from montessori_core.evaluation.statistics import Outcome, compare_outcomes
-from montessori_core.files import write_json
+from montessori_core.files import read_json, write_json
 from montessori_core.program import load
 from montessori_report.study_page import study_page
 from tasks.benchmarks import compare_answers, list_items
-from tasks.evaluation import StudentEvaluation, evaluate, per_token, summarize_loss
+from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, per_token, summarize_loss
 from tasks.run import Model, Run, open_run
 from tasks.stage import Step
-from tasks.students import train_on_set
+from tasks.students import train_on_set, train_student
 from tasks.studies import PAGE, RESULT, STUDY
 from tasks.tracking import start_tracking, track_method
 
@@ -112,6 +112,11 @@ def _check_methods(study: Study) -> None:
             )
     if study.transfer and methods[study.baseline].trains_student:
         raise ConfigError(f"transfer: {study.baseline} proposes no data for other students; name another baseline")
+    if study.equal_response_tokens and methods[study.baseline].trains_student:
+        raise ConfigError(
+            f"equal_response_tokens: {study.baseline} trains its student itself, on any number of response tokens; name "
+            "another baseline"
+        )
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -158,12 +163,29 @@ class Cost:
 MethodResults = dict[str, list[tuple[StudentEvaluation, Cost]]]
 """For each method, by seed: the evaluation of its student, and the cost."""
 
+MethodLosses = dict[str, list[tuple[Path, Cost]]]
+"""For each method, by seed: the table of its student's held-out losses, and the cost."""
+
+
+@dataclass
+class EqualTokens:
+    """Results at equal response tokens.
+
+    Attributes:
+        limits: response tokens, by seed.
+        results: results of the methods whose students are trained on examples.
+    """
+
+    limits: list[int]
+    results: MethodLosses
+
 
 def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     methods = [find_method(name) for name in study.methods]
     # Results of the study's student, then of each transfer student.
     results: list[MethodResults] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
     proposed: dict[str, list[Path]] = {method.name: [] for method in methods}
+    equal = EqualTokens([], {method.name: [] for method in methods if not method.trains_student})
     with only_driver(folder):
         first = seeded[0].run
         for seed in seeded:
@@ -175,9 +197,10 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
         for seed in seeded:
             with only_driver(seed.run.folder):
                 start_tracking(seed.run.folder, seed.run.experiment)
+                ended: dict[str, Feedback] = {}
                 for method in methods:
                     method_run = replace(seed.run, stages=[])
-                    last = run_method(method_run, method)
+                    last = ended[method.name] = run_method(method_run, method)
                     cost = Cost.of(method_run)
                     results[0][method.name].append((last.evaluated, cost))
                     track_method(seed.run.folder, seed.run.experiment, method.name, _numbers(last.evaluated, cost))
@@ -187,7 +210,12 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                         evaluated = transfer(transfer_run, method, last.proposal)
                         results[number][method.name].append((evaluated, Cost.of(method_run, transfer_run)))
                 _compare_with_baseline(study, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
-        write_comparison(study, folder, untrained.losses, results, proposed)
+                if study.equal_response_tokens:
+                    limit, losses = train_on_equal_tokens(seed.run, {name: ended[name] for name in equal.results})
+                    equal.limits.append(limit)
+                    for name, table in losses.items():
+                        equal.results[name].append((table, results[0][name][-1][1]))
+        write_comparison(study, folder, untrained.losses, results, proposed, equal)
 
 
 def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
@@ -222,6 +250,34 @@ def _train(step: Step, proposal: Proposal, save_moments: bool = False) -> Model:
     return train_on_set(step.at("student", "student training"), proposal.examples, save_moments)
 
 
+def train_on_equal_tokens(run: Run, ended: dict[str, Feedback]) -> tuple[int, dict[str, Path]]:
+    """Train the student on the first examples of each method within the response tokens of the method that has the fewest.
+
+    Args:
+        run: the run of a seed.
+        ended: the last round of each method.
+
+    Returns:
+        The number of response tokens, and the table of held-out losses of each method's student.
+    """
+    recipe = run.experiment.training
+    tokens = {
+        name: read_json(Path(feedback.student.path) / layout.COUNTS_FILE)["response_tokens"]
+        for name, feedback in ended.items()
+    }
+    limit: int = min(tokens.values())
+    within = recipe.model_copy(update={"response_tokens": limit})
+    losses = {}
+    for name, feedback in ended.items():
+        if tokens[name] == limit:
+            losses[name] = feedback.evaluated.losses
+            continue
+        step = Step(run, run.folder / "methods" / name / "equal-tokens", f"{name}, {limit:,} response tokens")
+        student = train_student(step.at("student"), feedback.proposal.examples, within, recipe.examples)
+        losses[name] = measure_loss(step.at("evaluation"), student)
+    return limit, losses
+
+
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
 def run_method(run: Run, method: Method) -> Feedback:
     """Run all rounds of a method: it proposes data, the student is trained from its initial weights and evaluated.
@@ -248,7 +304,12 @@ def run_method(run: Run, method: Method) -> Feedback:
 
 @task(task_run_name="comparison", cache_policy=NO_CACHE, persist_result=False)
 def write_comparison(
-    study: Study, folder: Path, untrained: Path, results: list[MethodResults], proposed: dict[str, list[Path]]
+    study: Study,
+    folder: Path,
+    untrained: Path,
+    results: list[MethodResults],
+    proposed: dict[str, list[Path]],
+    equal: EqualTokens,
 ) -> None:
     """Write `comparison.json` and `comparison.html` of a study.
 
@@ -258,9 +319,10 @@ def write_comparison(
         untrained: loss table of the untrained student.
         results: results of the study's student, then of each transfer student.
         proposed: example tables of each method, by seed.
+        equal: results at equal response tokens, empty if the study does not ask for them.
     """
     baseline = find_method(study.baseline).name
-    rows, *transfer_rows = (compare_outcomes(_to_outcomes(of_student), baseline) for of_student in results)
+    rows, *transfer_rows = (compare_outcomes(_to_outcomes(_losses(of_student)), baseline) for of_student in results)
     for row in rows:
         row["scores"] = mean_over_seeds([evaluation.benchmarks.scores for evaluation, _ in results[0][row["method"]]])
     kind = _add_kind_shares(rows, study, folder, proposed)
@@ -270,6 +332,10 @@ def write_comparison(
         "kind_classifier": kind,
         "untrained_loss": summarize_loss(untrained)["mean"],
         "methods": rows,
+        "equal_response_tokens": {
+            "limits": equal.limits,
+            "methods": compare_outcomes(_to_outcomes(equal.results), baseline) if equal.limits else [],
+        },
         "transfer": [
             {"student": student.model, "methods": methods}
             for student, methods in zip(study.transfer, transfer_rows, strict=True)
@@ -303,12 +369,16 @@ def _add_kind_shares(
     }
 
 
-def _to_outcomes(results: MethodResults) -> list[Outcome]:
+def _losses(results: MethodResults) -> MethodLosses:
+    return {method: [(evaluated.losses, cost) for evaluated, cost in seeds] for method, seeds in results.items()}
+
+
+def _to_outcomes(results: MethodLosses) -> list[Outcome]:
     outcomes = []
     for method, seeds in results.items():
         if not seeds:
             continue
-        tables = [read_table(evaluated.losses, REFERENCE_LOSS) for evaluated, _ in seeds]
+        tables = [read_table(path, REFERENCE_LOSS) for path, _ in seeds]
         if any(table["example_id"] != tables[0]["example_id"] for table in tables):
             raise UserError(
                 "the seeds of this study were evaluated on different examples: the evaluation set has changed; "

@@ -53,7 +53,11 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         Section(
             "gain",
             "Gain over the baseline",
-            [Block([_gain_figure(study, finite_rows)], [_table("Methods, means over the seeds", rows)])],
+            [
+                Block(
+                    [_gain_figure("Gain of each method", study, rows)], [_table("Methods, means over the seeds", rows)]
+                )
+            ],
             introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
             f"{len(study.seeds)} seed(s). Gain is the held-out loss of {study.baseline} minus that of the method; higher is "
             "better. The interval resamples the evaluation examples; the spread is the standard deviation over seeds. A gain "
@@ -79,6 +83,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         sections.append(_wanted_kind(rows, kind))
     if benchmarks := _benchmarks(rows):
         sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
+    if (equal := result.get("equal_response_tokens")) and equal["methods"]:
+        sections.append(_equal_tokens(study, equal))
     if result["transfer"]:
         sections.append(_transfer(study, result))
     if paper := paper_section(rows, study.experiment.training.examples):
@@ -129,11 +135,11 @@ def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
     return Dot(label, row["gain"], row["gain_low"], row["gain_high"], colour)
 
 
-def _gain_figure(study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
+def _gain_figure(title: str, study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
     return dot_figure(
-        "Gain of each method",
+        title,
         f"Right of 0, the student is better than with {study.baseline}. An interval that crosses 0 shows no difference.",
-        [_gain_dot(row["method"], row, colour_of(number)) for number, row in enumerate(rows)],
+        [_gain_dot(row["method"], row, colour_of(number)) for number, row in enumerate(_finite(rows))],
         f"gain over {study.baseline}, nats per token",
         formatting.signed,
         zero=True,
@@ -208,6 +214,25 @@ def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> 
         if dots
         else "",
         absent=not_shown(classifier["objection"]),
+    )
+
+
+def _equal_tokens(study: Study, equal: dict[str, Any]) -> Section:
+    """Return the gain of each method at equal response tokens: longer responses teach more, whatever they say."""
+    rows = equal["methods"]
+    limits = ", ".join(f"{limit:,}" for limit in equal["limits"])
+    return Section(
+        "equal-tokens",
+        "Gain at equal response tokens",
+        [
+            Block(
+                [_gain_figure("Gain at equal response tokens", study, rows)],
+                [_table("At equal response tokens, means over the seeds", rows)],
+            )
+        ],
+        introduction="Longer responses teach a student more, whatever they say. Here each student learns from the first "
+        f"examples of its method within equally many response tokens, by seed: {limits}. Time and operations are those of "
+        "the whole set.",
     )
 
 

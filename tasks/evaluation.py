@@ -30,10 +30,10 @@ class StudentEvaluation:
 
 def evaluate(step: Step, model: Model) -> StudentEvaluation:
     """Evaluate a model. Call `tasks.benchmarks.list_items` first."""
-    return StudentEvaluation(_measure_loss(step, model), measure_benchmarks(step.beside("benchmarks"), model))
+    return StudentEvaluation(measure_loss(step, model), measure_benchmarks(step.beside("benchmarks"), model))
 
 
-def _measure_loss(step: Step, model: Model) -> Path:
+def measure_loss(step: Step, model: Model) -> Path:
     """Measure a model's loss on each held-out example; return the table."""
     experiment = step.experiment
     settings = programs.ModelLoss(

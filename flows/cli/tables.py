@@ -151,6 +151,8 @@ def print_comparison(folder: Path) -> None:
     """Print the result of a study."""
     result = read_comparison(folder)
     tables = {f"{result['study']}: seeds {', '.join(map(str, result['seeds']))}": result["methods"]}
+    if (equal := result.get("equal_response_tokens")) and equal["methods"]:
+        tables[f"at equal response tokens: {', '.join(f'{limit:,}' for limit in equal['limits'])}"] = equal["methods"]
     tables |= {f"transfer to {other['student']}": other["methods"] for other in result["transfer"]}
     for title, rows in tables.items():
         lines = [

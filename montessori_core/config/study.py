@@ -31,6 +31,11 @@ class Study(Section):
     transfer: tuple[Student, ...] = Field(
         (), description="Additional students to train on the same data, which was not made for them (Section 5.4)."
     )
+    equal_response_tokens: bool = Field(
+        False,
+        description="Also compare the methods at equal response tokens: train each student on the first examples of its "
+        "method within as many response tokens as the method with the fewest has in its `training.examples`.",
+    )
     seeds: tuple[Seed, ...] = Field(
         (0, 1, 2), min_length=1, description="Random seeds; each runs the whole comparison."
     )

@@ -26,11 +26,17 @@ from montessori_core.training.schedule import rate_factor
 log = logging.getLogger(__name__)
 
 
-def start_processes() -> None:
-    """Initialise the process group, before any model is created: ZeRO-3 partitions weights while loading them."""
+def import_deepspeed() -> Any:
+    """Import DeepSpeed for this machine's accelerator; return the module."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
+    return deepspeed
+
+
+def start_processes() -> None:
+    """Initialise the process group, before any model is created: ZeRO-3 partitions weights while loading them."""
+    deepspeed = import_deepspeed()
     # On CPUs DeepSpeed compiles a kernel here under a lock file. If the process is killed, the file stays and blocks every
     # later training on the machine. Gloo does not need the kernel.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -168,6 +168,7 @@ def test_export_is_pushed_with_its_card(hub: DataHub, tmp_path: Path) -> None:
     assert "already there, nothing pushed" in output
 
 
+@pytest.mark.slow
 def test_other_contents_are_replaced_only_if_told(hub: DataHub, tmp_path: Path) -> None:
     run = write_run(tmp_path / "trial")
     code, output = export(run, "--to", "hub", "--repo", "set", "--format", "parquet", "--what", "scored")
@@ -207,6 +208,7 @@ def test_run_is_pushed_with_its_models(hub: DataHub, tiny_llama: Path, tmp_path:
     assert "already there, nothing pushed" in output
 
 
+@pytest.mark.slow
 def test_push_without_right_or_hub_is_refused(hub: DataHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "trial")
     to_hub = ["--to", "hub", "--repo"]

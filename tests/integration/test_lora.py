@@ -28,7 +28,9 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[(0, 1), (3, 2)], ids=["plain", "zero-3"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((0, 1), id="plain"), pytest.param((3, 2), id="zero-3", marks=pytest.mark.slow)]
+)
 def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A student after a LoRA warm-up."""
     stage, processes = request.param

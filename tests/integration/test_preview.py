@@ -18,6 +18,7 @@ def hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "runs").iterdir()) if (folder / "runs").exists() else []
 
 
+@pytest.mark.slow
 def test_preview_writes_the_first_examples_of_a_run(finished_run: Path, tmp_path: Path) -> None:
     experiment = read_experiment(finished_run / "tiny.yaml")
     with preview_run(experiment, tmp_path / "runs") as (run, warnings):
@@ -61,7 +62,7 @@ def test_preview_refuses_what_a_run_refuses(talking_llama: Path, tmp_path: Path)
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_preview_is_cleaned_up(how: signal.Signals, talking_llama: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
     content = yaml.safe_load(config.read_text())

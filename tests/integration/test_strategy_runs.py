@@ -42,9 +42,8 @@ def changed(path: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "strategy", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("evolve", "grounded")), "magpie"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["evolve", "grounded", "magpie"])
 def test_run_with_strategy_updates_its_teacher(
     strategy: str, talking_llama: Path, asking_llama: Path, tmp_path: Path, shared_server: dict[str, str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Methods: selection of pairs and examples, and a study of a tiny model through the command line."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -236,6 +237,10 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
         ({"name": "a..b"}, "must not contain '..'"),
         ({"methods": ["self_instruct", "nomad"], "experiment": odd}, "nomad.batch_size (3) must be a multiple of"),
         ({"methods": ["self_instruct", "self_reward"], "experiment": short}, "self_reward trains its student itself"),
+        (
+            {"methods": ["self_reward"], "baseline": "self_reward", "equal_response_tokens": True},
+            "equal_response_tokens: self_reward trains its student itself",
+        ),
         ({"methods": ["self_instruct", "own:MINE"]}, "its name 'self_instruct' is taken"),
         ({"methods": ["self_instruct", "llm_judge"]}, "llm_judge needs experiment.judge; set its model"),
     ]:
@@ -468,6 +473,41 @@ def test_finished_study_runs_nothing_again(compared: Path) -> None:
     code, output = call("compare", "study.yaml", "--set", "experiment.warmup.examples=5", cwd=compared, **environment)
     assert code == 1
     assert "this run was started with another configuration" in output
+
+
+@pytest.mark.slow
+def test_finished_study_is_compared_at_equal_response_tokens(compared: Path, methods: Path) -> None:
+    command = ["compare", "study.yaml", "--set", "equal_response_tokens=true"]
+    code, output = call(*command, cwd=compared, seconds=800, **environment_of(compared))
+    assert code == 0, output
+    proposing = [name for name in [*REGISTRY, "mine"] if name != "self_reward"]  # it trains its student itself
+    last = {name: sorted((methods / name).glob("round-*"))[-1] / "student" for name in proposing}
+    within = {name: methods / name / "equal-tokens" / "student" for name in proposing}
+    counts = {
+        name: [
+            read_json(folder[name] / "part-00000" / "training_counts.json") or {"response_tokens": math.inf}
+            for folder in (last, within)
+        ]
+        for name in proposing
+    }
+    whole = {name: both[0]["response_tokens"] for name, both in counts.items()}
+    limit = min(whole.values())
+    assert limit < max(whole.values())
+    for name, (all_rows, rows) in counts.items():
+        if whole[name] == limit:
+            assert not within[name].exists()  # the same student
+        else:
+            assert rows["response_tokens"] <= limit < whole[name]
+            assert rows["examples"] + rows["beyond_response_tokens"] == all_rows["examples"]
+    result = read_json(compared / "runs" / "tiny-study" / "comparison.json")
+    equal = result["equal_response_tokens"]
+    assert equal["limits"] == [limit]
+    assert [row["method"] for row in equal["methods"]] == proposing
+    losses = {row["method"]: row["held_out_loss"] for row in equal["methods"]}
+    for row in result["methods"]:
+        if row["method"] in proposing:
+            assert (losses[row["method"]] == row["held_out_loss"]) == (whole[row["method"]] == limit)
+    assert f"at equal response tokens: {limit}" in output
 
 
 @pytest.mark.slow

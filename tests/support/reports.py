@@ -311,6 +311,7 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         },
         "methods": methods,
         "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
+        "equal_response_tokens": {"limits": [1234, 987], "methods": compared(0.005)},
     }
     folder.mkdir(parents=True)
     write_yaml(study, folder / "study.yaml")

@@ -66,6 +66,11 @@ def test_study_page_shows_gains_costs_transfer(tmp_path: Path) -> None:
     assert (
         float(transferred[3]["gain over self_instruct, nats per token"]) == result["transfer"][0]["methods"][0]["gain"]
     )
+    equal = rows_of(rendered, "equal-tokens-gain-at-equal-response-tokens")
+    assert [float(row["gain over self_instruct, nats per token"]) for row in equal] == [
+        row["gain"] for row in result["equal_response_tokens"]["methods"]
+    ]
+    assert "by seed: 1,234, 987" in Page(rendered.html).text
     shares = rows_of(rendered, "wanted-kind-training-examples-of-the-wanted-kind")
     assert [float(row["share of the instructions of the wanted kind"]) for row in shares] == [0.125, 0.375, 0.625]
     assert "38% (28% to 48%)" in Page(rendered.html).text

@@ -328,6 +328,7 @@ def test_lost_shard_fails_with_slurm_reason(folder: Path) -> None:
         run(folder, SHARDS[:1], infrastructure_retries=0)
 
 
+@pytest.mark.slow
 def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.3, parallel_jobs=2)
     local.wait_until(lambda: len(local.computed(folder)) >= 2)
@@ -790,6 +791,7 @@ def test_failing_process_ends_its_job(folder: Path) -> None:
         run(folder, SHARDS[:1], stage=processes(folder, failing_rank="1"), nodes=2)
 
 
+@pytest.mark.slow
 def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
     code, output = doctor(tmp_path, {"slurm": {"partition": "main"}})
     assert code == 0, output

@@ -205,6 +205,7 @@ def study(folder: Path, config: Path) -> Path:
 
 
 @pytest.mark.guarantee("driver's job submitted twice")
+@pytest.mark.slow
 def test_commands_find_queued_driver_job_of_study(tiny_llama: Path, tmp_path: Path) -> None:
     path = study(tmp_path, configuration(tmp_path, tiny_llama, extra={"begin": "now+1hour"}))
     folder = tmp_path / "runs" / "pair"

@@ -56,6 +56,7 @@ def results(folder: Path) -> list[list[int]]:
     return [local.results([stage.part(index) for index in range(len(local.SHARDS))]) for stage in stages(folder, 0)]
 
 
+@pytest.mark.slow
 def test_held_jobs_serve_all_stages(folder: Path) -> None:
     (folder / "squares_program.py").write_text(PLACES_PROGRAM)
     drive(folder, 0.1)
