@@ -1,6 +1,7 @@
 """The API of Prefect's server: is it there, and where is its address set."""
 
 import os
+import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -41,8 +42,14 @@ def answers(api: str) -> bool:
 def problem_of(api: str) -> str | None:
     """Say why an address cannot be used as Prefect's API; None if it can."""
     try:
-        answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # ImportError: a SOCKS proxy without socksio
+        answer = httpx.get(f"{api}/health", timeout=_TIMEOUT, follow_redirects=True, verify=_certificates(api))
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError) as error:
+        # ImportError: a SOCKS proxy without socksio; OSError: PREFECT_API_SSL_CERT_FILE cannot be read
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return (
+                f"the certificate of that server is not trusted ({error}); if it is your site's own, set "
+                "PREFECT_API_SSL_CERT_FILE to the file of the authority that signed it"
+            )
         return f"no Prefect server answers there ({str(error).strip() or type(error).__name__})"
     if answer.status_code in (401, 403):
         return None  # it asks for a login
@@ -51,6 +58,20 @@ def problem_of(api: str) -> str | None:
     if answer.status_code != 200 or "json" not in answer.headers.get("content-type", ""):
         return "what answers there is not Prefect's API: its address ends in /api"
     return None
+
+
+def _certificates(api: str) -> ssl.SSLContext:
+    """Return which certificates are trusted, by Prefect's settings for its client."""
+    context = ssl.create_default_context()
+    if not api.startswith("https:"):
+        return context
+    from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_TLS_INSECURE_SKIP_VERIFY
+
+    if PREFECT_API_TLS_INSECURE_SKIP_VERIFY.value():
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif file := PREFECT_API_SSL_CERT_FILE.value():
+        context.load_verify_locations(file)
+    return context
 
 
 def check_api(api: str) -> None:

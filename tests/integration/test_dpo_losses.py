@@ -85,8 +85,8 @@ def with_likelihood(policy: Scores, reference: Scores) -> torch.Tensor:
     [
         ({}, sigmoid),
         ({"loss": "sigmoid_norm", "lora": Lora(rank=4, alpha=8)}, sigmoid_norm),
-        ({"loss": "ipo"}, ipo),
-        ({"loss": "robust", "label_smoothing": SMOOTHING}, robust),
+        pytest.param({"loss": "ipo"}, ipo, marks=pytest.mark.slow),
+        pytest.param({"loss": "robust", "label_smoothing": SMOOTHING}, robust, marks=pytest.mark.slow),
         ({"sft_weight": SFT, "lora": Lora(rank=4, alpha=8)}, with_likelihood),
     ],
     ids=["sigmoid", "sigmoid_norm", "ipo", "robust", "sigmoid and sft"],

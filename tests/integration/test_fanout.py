@@ -82,6 +82,7 @@ def test_stage_usage_is_sum_of_jobs(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (7, 19, 3, 1, 2, 0)
 
 
+@pytest.mark.slow
 def test_stage_cost_is_read_from_manifests(folder: Path) -> None:
     kind = replace(stage(folder, seconds=0.2), kind="influence")
     fan_out(kind, as_shards(*SHARDS), Resources(cpus_per_process=1), CLUSTER, python=sys.executable)
@@ -95,6 +96,7 @@ def test_stage_cost_is_read_from_manifests(folder: Path) -> None:
     assert cost_of(kind.folder) is None
 
 
+@pytest.mark.slow
 def test_single_shard_stage_reports_time_left(folder: Path) -> None:
     rows: list[Row] = [{"n": n} for n in range(12)]
     left: list[float] = []

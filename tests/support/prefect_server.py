@@ -34,19 +34,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def prefect_server(home: Path) -> Iterator[dict[str, str]]:
-    """Start a Prefect server with its database in `home`; yield the environment variables for drivers."""
-    port = free_port()
+def prefect_server(home: Path, port: int = 0, **settings: str) -> Iterator[dict[str, str]]:
+    """Start a Prefect server with its database in `home`; yield the environment variables for drivers.
+
+    When the block ends, the server is killed if its port was given, or else asked to end.
+    """
+    kept, port = port != 0, port or free_port()
     api = f"http://127.0.0.1:{port}/api"
     environment = server_environment(port) | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    with (home / "server.log").open("a") as log:
+        server = subprocess.Popen(command, env=environment | settings, stdout=log, stderr=log, start_new_session=True)
     try:
         wait_for_server(server, api)
         yield {"PREFECT_API_URL": api}
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGKILL if kept else signal.SIGTERM)
         server.wait(60)
 
 

@@ -89,7 +89,7 @@ def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str
             row |= dict.fromkeys(("held_out_loss", "gain", "gain_low", "gain_high", "spread_over_seeds"), math.nan)
     rendered = study_page(study, result, tmp_path / "study")
     page = Page(rendered.html)
-    assert len(page.plots) == 7
+    assert len(page.plots) == 8
     assert "nan" not in page.text
     assert [row[""] for row in rows_of(rendered, "gain-of-each-method")] == [m for m in METHODS if m not in diverged]
 

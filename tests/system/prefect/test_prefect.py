@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -472,18 +473,60 @@ def test_work_pool_deployments_run_on_a_worker(server: Server, finished: str) ->
     assert sorted(one["schedule"]["interval"] for one in again["schedules"]) == [3600.0, 86400.0]
     assert not any(one["active"] for one in again["schedules"])
     assert {one["id"] for one in server.ask("automations/filter", {})} == automations
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cluster"]
-    with (server.folder / "worker.log").open("w") as log:
-        worker = subprocess.Popen(
-            command, cwd=elsewhere, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
+    with workers(server, "cluster", environment, elsewhere):
         run = server.start("pooled", "pooled")
         server.wait_for(run, "Completed")
-    finally:
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
     assert server.counts(run)["iteration-1/warmup"] == (1, 0, 0)  # so it had the run root from the Secret block
+
+
+@contextmanager
+def workers(
+    server: Server, pool: str, environment: dict[str, str], *folders: Path
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Start a worker of a work pool in each folder; kill them and their flow runs when the block ends."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool]
+    with (server.folder / "worker.log").open("a") as log:
+        started = [
+            subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+            for folder in folders
+        ]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+
+
+@pytest.mark.guarantee("worker on a login node dies")
+@pytest.mark.slow
+def test_other_worker_continues_run_of_killed_one(server: Server, finished: str, tmp_path: Path) -> None:
+    folder = server.copy_of(finished, "moved", "warmup")
+    [tiny, *_] = yaml.safe_load((server.folder / "prefect.yaml").read_text())["deployments"]
+    root = {"MONTESSORI_RUN_ROOT": str(server.runs)}
+    pooled = tiny | {"name": "on-logins", "job_variables": {"env": root}}
+    (server.folder / "logins.yaml").write_text(yaml.safe_dump({"deployments": [pooled]}))
+    server.ask("work_pools/", {"name": "logins", "type": "process"})
+    environment = server.environment | {"PREFECT_API_URL": f"{server.url}/api"}
+    deploy = [sys.executable, "-m", "flows.cli", "deploy", "--pool", "logins", "--file", "logins.yaml"]
+    subprocess.run(deploy, cwd=server.folder, env=environment, capture_output=True, check=True)
+    logins = [tmp_path / "one", tmp_path / "two"]
+    for login in logins:
+        login.mkdir()
+    ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
+    with workers(server, "logins", environment, *logins) as started:
+        run = server.start("on-logins", "moved")
+        wait_until(lambda: ledger.exists() and "null" not in ledger.read_text())
+        driver = server.driver(run)
+        [busy] = [worker for worker in started if driver in psutil.Process(worker.pid).children(recursive=True)]
+        driver.kill()
+        busy.kill()
+        server.wait_for(run, "Crashed", seconds=120)
+        server.set_state(run, "SCHEDULED")
+        server.wait_for(run, "Completed")
+    assert len(json.loads(ledger.read_text())) == 1  # the running training was awaited, not started again
+    assert digests(folder) == digests(server.runs / "finished")
 
 
 @pytest.mark.guarantee("API keys in logs, tables or databases")

@@ -1,0 +1,60 @@
+"""Prefect as a site runs it: behind TLS and a login, restarted in the middle of a stage."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.ledger import Ledger, Submission
+from support.prefect_server import free_port, prefect_server
+from support.runs import call, configuration, digests, left_over, montessori
+from support.tls import TlsProxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+LOGIN = "group:a-login-for-tests"
+
+
+def submissions(stage: Path) -> list[Submission]:
+    return Ledger(stage / "jobs").submissions if (stage / "jobs" / "ledger.json").exists() else []
+
+
+def await_job(driver: "subprocess.Popen[str]", stage: Path) -> None:
+    """Wait until a stage has a job."""
+    deadline = time.monotonic() + 300
+    while not any(submission.ids for submission in submissions(stage)):
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.guarantee("Prefect server killed in the middle of a stage")
+def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llama: Path, tmp_path: Path) -> None:
+    """Its certificate is the site's own. The server is killed and started again while a job runs."""
+    home = tmp_path / "server"
+    home.mkdir()
+    config = configuration(tmp_path, talking_llama)
+    port = free_port()
+    proxy = TlsProxy(tmp_path, port)
+    client = {"PREFECT_API_URL": f"https://localhost:{proxy.port}/api"}
+    trusted = {"PREFECT_API_SSL_CERT_FILE": str(proxy.certificate)}
+    login = {"PREFECT_API_AUTH_STRING": LOGIN}
+    run = tmp_path / "runs" / "tiny"
+    warmup = run / "iteration-1" / "warmup"
+    with prefect_server(home, port, PREFECT_SERVER_API_AUTH_STRING=LOGIN):
+        for settings, words in (
+            (client | login, "set PREFECT_API_SSL_CERT_FILE to the file of the authority that signed it"),
+            (client | trusted, "set PREFECT_API_AUTH_STRING=user:password"),
+        ):
+            code, output = call("run", str(config), cwd=tmp_path, **settings)
+            assert (code, words in output, "Traceback" in output) == (1, True, False), output
+        driver = montessori("run", str(config), cwd=tmp_path, **client, **trusted, **login)
+        await_job(driver, warmup)
+    time.sleep(5)
+    with prefect_server(home, port, PREFECT_SERVER_API_AUTH_STRING=LOGIN):
+        output, _ = driver.communicate(timeout=600)
+    proxy.close()
+    assert driver.returncode == 0, output
+    assert len(submissions(warmup)) == 1
+    assert digests(run) == digests(finished_run / "runs" / "tiny")
+    assert not left_over(tmp_path)
