@@ -83,7 +83,8 @@ class HeldBackend(AllocationBackend):
             return []
         busy = _jobs_with_steps()
         free_jobs = [job for job in held if job.id not in busy]
-        missing = min(free, len(shards)) - len(free_jobs)
+        # A job whose step is ending counts as held: it is free in a moment.
+        missing = min(min(free, len(shards)) - len(free_jobs), self._resources.parallel_jobs - len(held))
         if missing > 0 and time.monotonic() >= self._refused_until:
             self._submit_held(missing)
         self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]

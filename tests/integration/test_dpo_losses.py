@@ -165,7 +165,7 @@ def update_by_trl(recipe: TeacherUpdate, start: Path, folder: Path) -> list[floa
     ("loss", "adapted"),
     [
         ("sigmoid", False),
-        ("ipo", True),
+        pytest.param("ipo", True, marks=pytest.mark.slow),
         pytest.param("robust", False, marks=pytest.mark.slow),
         pytest.param("sigmoid_norm", True, marks=pytest.mark.slow),
     ],

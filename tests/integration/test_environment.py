@@ -65,7 +65,7 @@ def script(folder: Path, *arguments: str, cwd: Path, **environment: str) -> tupl
 
 
 @pytest.mark.parametrize("python", [None, sys.executable], ids=["forked jobs", "new interpreters"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_jobs_import_installed_packages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, python: str | None, processes: int
 ) -> None:
@@ -101,7 +101,7 @@ def test_driver_ignores_working_directory(tmp_path: Path) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize("hidden", ["flows", "montessori_report"])
+@pytest.mark.parametrize("hidden", ["flows", pytest.param("montessori_report", marks=pytest.mark.slow)])
 def test_driver_imports_installed_packages(tmp_path: Path, hidden: str) -> None:
     own = _only(fill(tmp_path / "own"), hidden)
     code, output = script(tmp_path, "methods", cwd=tmp_path, PYTHONPATH=f"{own}{os.pathsep}{ROOT}")
@@ -310,7 +310,8 @@ def test_place_of_prefect_address_is_named(tmp_path: Path, source: str) -> None:
     assert place in message
 
 
-@pytest.mark.parametrize("command", ["run", *(pytest.param(name, marks=pytest.mark.slow) for name in ("up", "deploy"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "up", "deploy"])
 def test_missing_prefect_server_is_one_sentence(talking_llama: Path, tmp_path: Path, command: str) -> None:
     api = f"http://127.0.0.1:{free_port()}/api"
     environment, place = set_api("environment", api, tmp_path)

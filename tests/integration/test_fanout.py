@@ -64,7 +64,13 @@ def test_finished_shards_are_not_recomputed(folder: Path) -> None:
 
 
 @pytest.mark.guarantee("job killed in the middle of a shard")
-@pytest.mark.parametrize("python", [None, sys.executable], ids=["forked jobs", "new interpreters"])
+@pytest.mark.parametrize(
+    "python",
+    [
+        pytest.param(None, id="forked jobs"),
+        pytest.param(sys.executable, id="new interpreters", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_worker_costs_only_its_shard(folder: Path, python: str | None) -> None:
     (folder / "kill-31").touch()
     assert results(run(folder, python=python)) == EXPECTED
@@ -341,6 +347,7 @@ def test_driver_killed_at_any_point_loses_nothing(folder: Path) -> None:
     assert output.strip() == str(EXPECTED), errors
 
 
+@pytest.mark.slow
 def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     (folder / "hang-21").touch()  # of two jobs, the first has shards 0, 2 and 4
     assert results(run(folder, seconds=0.1, duplicate_stragglers_after=5)) == EXPECTED
@@ -349,6 +356,7 @@ def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     assert jobs_alive(folder / "stage") == 0
 
 
+@pytest.mark.slow
 def test_local_jobs_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a replacement job; only visible GPUs are used. The test needs no GPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

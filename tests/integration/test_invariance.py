@@ -57,7 +57,7 @@ def joined(
     return (folder / "influence.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("estimator", ["exact", "first_order"])
+@pytest.mark.parametrize("estimator", [pytest.param("exact", marks=pytest.mark.slow), "first_order"])
 def test_influence_does_not_depend_on_shards(tiny_llama: Path, tmp_path: Path, estimator: str) -> None:
     expected = joined(tmp_path / "one-shard", tiny_llama, estimator, ROWS, 20, 1)
     shuffled = random.Random(1).sample(ROWS, len(ROWS))

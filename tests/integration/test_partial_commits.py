@@ -116,6 +116,7 @@ def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
     assert pq.read_schema(parts[0]).metadata == {b"note": b"kept"}
 
 
+@pytest.mark.slow
 def test_pace_ignores_resumed_rows(folder: Path) -> None:
     """A row takes 0.2 s; resumed rows would lower the mean."""
     slow = replace(stage(folder), settings={"folder": str(folder), "seconds": 0.2})

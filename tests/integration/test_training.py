@@ -86,6 +86,7 @@ def test_diverged_training_ends(logs: dict[str, float], tmp_path: Path) -> None:
         FiniteCallback().on_log(arguments, state, TrainerControl(), logs)
 
 
+@pytest.mark.slow
 def test_training_of_damaged_model_fails(tiny_llama: Path, tmp_path: Path) -> None:
     """transformers would log the mean of earlier losses in place of NaN, and save a model of NaN."""
     damaged = Path(shutil.copytree(tiny_llama, tmp_path / "damaged"))
@@ -301,6 +302,7 @@ def test_bf16_training_accumulates_gradients_in_fp32(tiny_llama: Path, tmp_path:
     assert (gradient(512) - one).norm() <= 0.01 * one.norm()
 
 
+@pytest.mark.slow
 def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: Path) -> None:
     """It accepts the fp32 masters and their bf16 copies, but not fp32 weights rounded to bf16."""
     recipe = RECIPE.model_copy(update={"learning_rate": 5e-6})
@@ -313,6 +315,7 @@ def test_influence_accepts_moments_of_bf16_training(tiny_llama: Path, tmp_path: 
         ResidentStudent(rounded, load_moments(part), adamw, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_bf16_dpo_updates_fp32_weights(tiny_llama: Path, tmp_path: Path) -> None:
     """Each changes by at most 3.2 learning rates per step (AdamW's bound), much less than by rounding to bf16."""
     settings = dpo(TeacherUpdate(batch_size=2, micro_batch_size=1), stage=2)

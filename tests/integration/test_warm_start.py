@@ -181,7 +181,10 @@ def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytes
 
 @pytest.mark.guarantee("local job crashes")
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("crash", "number"), [("os.abort()", signal.SIGABRT), ("ctypes.string_at(0)", signal.SIGSEGV)])
+@pytest.mark.parametrize(
+    ("crash", "number"),
+    [("os.abort()", signal.SIGABRT), pytest.param("ctypes.string_at(0)", signal.SIGSEGV, marks=pytest.mark.slow)],
+)
 def test_crashing_job_affects_no_other(stage: Stage, crash: str, number: signal.Signals) -> None:
     pid = warm_process().pid
     assert run(stage, f"first_time('crash') and {crash}", "time.sleep(2) or 7") == [False, 7]
@@ -224,6 +227,7 @@ def warm_processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_jobs_outlive_killed_driver(stage: Stage) -> None:
     values = ["time.sleep(2.5) or 5", "time.sleep(2.5) or 6"]
     driver = start_driver(stage, *values)
@@ -386,7 +390,7 @@ def test_gpus_of_forked_jobs_are_reserved(stage: Stage, monkeypatch: pytest.Monk
     ("library", "forked"),
     [
         ("raise ImportError('broken')", True),
-        ("import os; os._exit(3)", False),
+        pytest.param("import os; os._exit(3)", False, marks=pytest.mark.slow),
         (
             "import mmap; file = open(__file__.replace('datasets.py', 'libcuda.so.1'))\n"
             "opened = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)",

@@ -82,6 +82,7 @@ def test_plan_says_what_where_and_how_long(tiny_llama: Path, tmp_path: Path) -> 
     assert str(run.folder / "config.yaml") in plan
 
 
+@pytest.mark.slow
 def test_plan_forecasts_from_a_pilot(finished_run: Path, tiny_llama: Path, tmp_path: Path) -> None:
     pilot = reopen_run(finished_run / "runs" / "tiny")
     run, _ = plan_of(tmp_path, tiny_llama)

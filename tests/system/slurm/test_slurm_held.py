@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,26 @@ def test_held_jobs_serve_all_stages(folder: Path) -> None:
     assert len({job for job, _ in places}) == 2  # of 12 shards in two stages
     assert all(gpu.isdecimal() for _, gpu in places)
     local.wait_until(lambda: queued() == [], 60)  # the driver ends them
+
+
+@pytest.mark.slow
+def test_ending_steps_hold_no_other_jobs(folder: Path) -> None:
+    """A process of srun may outlive its step for a while."""
+    driver = start(folder, 0.7)
+    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    outliving = [
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", f"--jobid={job}"])
+        for job in queued("--states=RUNNING", "--format=%A")
+    ]
+    assert len(outliving) == 2
+    time.sleep(5)
+    held = queued("--format=%A")
+    for process in outliving:
+        process.kill()
+        process.wait()
+    assert len(held) == 2
+    assert driver.wait(300) == 0
+    assert results(folder) == [local.EXPECTED] * 2
 
 
 def test_refused_held_jobs_are_an_error(folder: Path) -> None:
