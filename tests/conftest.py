@@ -3,6 +3,7 @@
 `make test` runs tests without the `slow` mark; `--all` runs all tests. A test given by its id always runs.
 """
 
+import gc
 import os
 import signal
 
@@ -15,6 +16,7 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # other tests run on the other cores; jobs have threads of their own
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would slow down other tests
 
 # Hypothesis draws the same examples each time; MONTESSORI_TEST_SEED draws others.
@@ -42,6 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow") and not _is_named(item, named)]
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the imported libraries, millions of objects, out of garbage collection."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 def _is_named(item: pytest.Item, named: list[str]) -> bool:
