@@ -51,6 +51,12 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
                 f"the run lost its Prefect server: PREFECT_API_URL is {api}, but {problem}; finished work is kept. "
                 f"Resume with:\n  {command}"
             ) from error
+        if (refusal := _cause(error, "Abort", "PrefectHTTPStatusError")) is not None:
+            reason = str(refusal).partition("\n")[0]
+            raise UserError(
+                f"Prefect's server could not record the run ({reason}); see whether the disk with its database is full. "
+                f"Finished work is kept. Resume with:\n  {command}"
+            ) from error
         raise
 
 
@@ -90,10 +96,13 @@ def _exit() -> None:
     os._exit(130)  # skip the long error reports of Prefect's threads about the missing server
 
 
-def _has_cause(error: BaseException | None, *names: str) -> bool:
+def _has_cause(error: BaseException, *names: str) -> bool:
     """Whether an exception of one of these types is an error or in its chain of causes."""
-    while error is not None:
-        if type(error).__name__ in names:
-            return True
+    return _cause(error, *names) is not None
+
+
+def _cause(error: BaseException | None, *names: str) -> BaseException | None:
+    """Return the first exception of one of these types in an error's chain of causes, the error included."""
+    while error is not None and type(error).__name__ not in names:
         error = error.__cause__ or error.__context__
-    return False
+    return error

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -393,3 +394,35 @@ def test_run_that_loses_its_server_says_so(talking_llama: Path, tmp_path: Path) 
     assert code == 1, output
     assert f"error: the run lost its Prefect server: PREFECT_API_URL is {api}, but no Prefect server" in output
     assert "montessori resume" in output
+
+
+@pytest.mark.slow
+@pytest.mark.guarantee("disk full")
+def test_run_whose_database_is_full_says_so(talking_llama: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(home)], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+
+    def fill() -> None:
+        while not list((tmp_path / "runs").rglob("ledger.json")):
+            time.sleep(0.1)
+        with suppress(OSError), (home / "filling").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    try:
+        threading.Thread(target=fill, daemon=True).start()
+        config = str(configuration(tmp_path, talking_llama))
+        code, output = call("run", config, cwd=tmp_path, PREFECT_HOME=str(home))
+        assert code == 1, output
+        last = output[output.rindex("error: ") :]
+        assert "Prefect's server could not record the run" in last
+        assert "see whether the disk with its database is full" in last
+        assert "montessori resume" in last
+        assert "Traceback" not in last
+        (home / "filling").unlink()
+        code, output = call("run", config, cwd=tmp_path, PREFECT_HOME=str(home))
+        assert code == 0, output
+    finally:
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
