@@ -71,11 +71,13 @@ def test_single_step_training_reports_pace(tmp_path: Path) -> None:
     """Otherwise its forecast would count loading and saving as work on rows."""
     clock = RowClock(tmp_path / "progress.json")
     progress, arguments, state = ProgressCallback(clock, RECIPE), TrainingArguments(str(tmp_path)), TrainerState()
+    began = time.monotonic()
     progress.on_train_begin(arguments, state, TrainerControl())
     time.sleep(0.1)
     state.global_step = 1
     progress.on_step_end(arguments, state, TrainerControl())
-    assert clock.row_seconds == pytest.approx(0.1 / RECIPE.batch_size, rel=0.5)
+    assert clock.row_seconds is not None
+    assert 0.099 <= clock.row_seconds * RECIPE.batch_size <= time.monotonic() - began
 
 
 @pytest.mark.parametrize("logs", [{"loss": math.nan}, {"loss": 1.0, "grad_norm": math.inf}])

@@ -63,7 +63,7 @@ def test_shards_use_all_gpus_of_allocation(folder: Path) -> None:
     ids = [job_id for entry in Ledger(stage.folder / "jobs").submissions for job_id in entry.ids or []]
     assert len(ids) > 4  # shards were handed out when GPUs became free
     assert {stage.node_of(job_id.split(":")[0]) for job_id in ids} == {"node1", "node2"}
-    assert queued() == []
+    local.wait_until(lambda: queued() == [], 60)
 
 
 @pytest.mark.guarantee("allocation ends")
