@@ -281,6 +281,6 @@ def _too_few(kept: int, count: int, instructions: pa.Table, label: str) -> str:
     return (
         f"{label}: only {kept} of {count} examples were kept:\n"
         + "\n".join(lines)
-        + "\nFor a small or base teacher set teacher.prompt_style=completion; otherwise raise synthesis.max_rounds, widen "
-        "the seed pool or relax synthesis.filters"
+        + "\nFor a small or base teacher set teacher.prompt_style=completion; otherwise raise synthesis.max_rounds, add "
+        "seeds to the seed pool or relax synthesis.filters"
     )
