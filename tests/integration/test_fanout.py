@@ -31,7 +31,7 @@ from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.program import Row
-from support import squares
+from support import squares, wait_until
 from support.row_programs import as_shards
 from support.squares import (
     CLUSTER,
@@ -45,7 +45,6 @@ from support.squares import (
     run,
     stage,
     start_driver,
-    wait_until,
 )
 
 folder = squares.forking_folder

@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.ledger import Ledger
 from cluster.supervisor import kill_tree
 from cluster.usage import use_of
-from support import ROOT
+from support import ROOT, wait_until
 from support.runs import (
     DIES_WHILE_JOINING,
+    await_job,
     call,
     configuration,
     digests,
@@ -66,17 +66,10 @@ def test_run_killed_in_every_stage_has_same_tables(
 
 def kill_a_job(stage: Path, driver: subprocess.Popen[str], after: float) -> None:
     """Wait for a job of a stage, then kill it with its processes `after` seconds later, unless it has ended."""
-    deadline = time.monotonic() + 300
-    while True:
-        assert time.monotonic() < deadline
-        assert driver.poll() is None, driver.communicate()[0]
-        ledger = stage / "jobs" / "ledger.json"
-        if ledger.exists() and (ids := Ledger(ledger.parent).submissions[-1].ids):
-            break
-        time.sleep(0.02)
+    job = await_job(driver, stage)
     time.sleep(after)
     with suppress(psutil.NoSuchProcess):
-        kill_tree(psutil.Process(int(ids[0].split(":")[0])))
+        kill_tree(psutil.Process(int(job.split(":")[0])))
 
 
 @pytest.mark.guarantee("driver killed at any moment")
@@ -99,10 +92,7 @@ def test_run_interrupted_in_every_stage_has_same_tables(
     for number, name in enumerate(stages):
         driver = montessori("run", str(config), cwd=tmp_path, **(shared_server if number > 1 else {}))
         begun = run / "iteration-1" / name / "jobs" / "ledger.json"
-        deadline = time.monotonic() + 300
-        while not begun.exists() and driver.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(begun.exists, 300, process=driver)
         time.sleep(draw.uniform(0.0, 6.0))
         assert driver.poll() is None, driver.communicate()[0]
         kill_everything(driver, signal.SIGKILL if number % 2 else signal.SIGINT)
@@ -115,15 +105,9 @@ def test_run_interrupted_in_every_stage_has_same_tables(
 @pytest.mark.slow
 def test_temporary_server_ends_with_killed_driver(talking_llama: Path, tmp_path: Path) -> None:
     driver = montessori("run", str(configuration(tmp_path, talking_llama)), cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not any("flows.temporary_server" in command for command in left_over(tmp_path)):
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: any("flows.temporary_server" in command for command in left_over(tmp_path)), process=driver)
     kill_everything(driver, signal.SIGKILL)
-    while left_over(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not left_over(tmp_path), 120)
 
 
 @pytest.mark.slow
@@ -162,10 +146,7 @@ def test_ctrl_c_prints_how_to_resume(talking_llama: Path, tmp_path: Path) -> Non
 def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: dict[str, str], tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
     first = montessori("run", str(config), cwd=tmp_path, **shared_server)
-    ledger = tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1" / "jobs" / "ledger.json"
-    while not ledger.exists():
-        assert first.poll() is None
-        time.sleep(0.05)
+    await_job(first, tmp_path / "runs" / "tiny" / "iteration-1" / "instructions-1")
     code, output = invoke("run", str(config), cwd=tmp_path)
     assert code == 1
     assert "this run already has a driver" in output

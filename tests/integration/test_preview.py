@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import yaml
 
 from montessori_core.config import read_experiment
 from montessori_core.data.tables import INSTRUCTIONS, read_table
+from support import wait_until
 from support.runs import call, configuration, left_over, montessori
 from tasks.preview import preview_run, write_preview
 
@@ -69,11 +69,7 @@ def test_interrupted_preview_is_cleaned_up(how: signal.Signals, talking_llama: P
     content["synthesis"]["instruction"]["max_tokens"] = 1500  # no time to finish
     config.write_text(yaml.safe_dump(content))
     process = montessori("preview", str(config), "--examples", "400", cwd=tmp_path)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "runs").glob(".preview-*/run/preview/*/jobs/*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.2)
+    wait_until(lambda: list((tmp_path / "runs").glob(".preview-*/run/preview/*/jobs/*")), 300, process=process)
     process.send_signal(how)
     process.wait(120)
     if how is signal.SIGINT:

@@ -3,14 +3,13 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from flows.validation import PAGE, PREDICTED, RESULT, TRAININGS
 from montessori_core.data.tables import PREDICTIONS, RETRAINING, read_table
-from support import ROOT
+from support import ROOT, wait_until
 from support.runs import invoke, kill_everything, left_over, montessori
 
 EXAMPLES = [
@@ -46,15 +45,9 @@ def test_killed_validation_resumes_to_same_numbers(tiny_llama: Path, folder: Pat
     command = arguments(folder, tiny_llama, "--warmup", str(folder / "warmup.jsonl"), *OPTIONS)
     driver = montessori(*command, cwd=folder)
     committed = folder / "validation" / "retraining" / "part-00000.manifest.json"
-    deadline = time.monotonic() + 500
-    while not committed.exists() and driver.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert driver.poll() is None, driver.communicate()[0]
+    wait_until(committed.exists, 500, process=driver)
     kill_everything(driver, signal.SIGKILL)
-    while left_over(folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not left_over(folder))
     assert not (folder / "validation" / RESULT).exists()
     before = committed.stat().st_mtime_ns
     code, output = invoke(*command, cwd=ROOT)

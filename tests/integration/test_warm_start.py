@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.warm_start import Job, warm_process
 from montessori_core.config import Cluster, Resources
-from support import NO_LIBRARIES, ROOT
+from support import NO_LIBRARIES, ROOT, wait_until
 from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
@@ -98,13 +98,6 @@ def job_of(stage: Stage, *values: str, seconds: float = 600.0) -> Job:
     folder = stage.folder / "jobs" / "by-hand"
     folder.mkdir(parents=True)
     return Job(str(folder), str(stage.folder), list(range(len(shards))), 1, 1, seconds, dict(os.environ))
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def lives(pid: int) -> bool:

@@ -1,10 +1,22 @@
-"""Kill jobs in the middle of a training."""
+"""Find local jobs, and kill them in the middle of a training."""
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+
+def jobs_of(folder: Path) -> list[psutil.Process]:
+    """Return the local jobs of stages in a folder that are alive."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = " ".join(process.info["cmdline"] or [])
+        lives = process.info["status"] != psutil.STATUS_ZOMBIE
+        if lives and "cluster.supervisor" in command and str(folder) in command:
+            found.append(process)
+    return found
 
 
 def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
@@ -15,9 +27,9 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
         while time.monotonic() < deadline:
             whole = [path.parent.name for path in stage.glob("checkpoints/*/checkpoint-*/whole")]
             if any(int(name.split("-")[1]) > beyond for name in whole):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "cluster.supervisor" in (line := " ".join(process.info["cmdline"] or [])) and str(stage) in line:
-                        process.kill()
+                for job in jobs_of(stage):
+                    with suppress(psutil.NoSuchProcess):  # its supervisor was killed before it
+                        job.kill()
                 return
             time.sleep(0.01)
 

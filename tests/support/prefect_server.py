@@ -11,8 +11,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ import psutil
 import yaml
 
 from flows.local_server import server_environment, wait_for_server
-from support import ROOT
+from support import ROOT, wait_until
+from support.killed_jobs import jobs_of
 
 CANARY = "hf_canary-that-nobody-should-write-down"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+
+wait_until = partial(wait_until, pause=0.3)  # conditions ask the server
 
 
 def free_port() -> int:
@@ -34,12 +38,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def prefect_server(home: Path, port: int = 0, **settings: str) -> Iterator[dict[str, str]]:
+def prefect_server(
+    home: Path, port: int | None = None, kill: bool = False, **settings: str
+) -> Iterator[dict[str, str]]:
     """Start a Prefect server with its database in `home`; yield the environment variables for drivers.
 
-    When the block ends, the server is killed if its port was given, or else asked to end.
+    When the block ends, the server is asked to end, or killed.
     """
-    kept, port = port != 0, port or free_port()
+    port = port or free_port()
     api = f"http://127.0.0.1:{port}/api"
     environment = server_environment(port) | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
@@ -49,7 +55,7 @@ def prefect_server(home: Path, port: int = 0, **settings: str) -> Iterator[dict[
         wait_for_server(server, api)
         yield {"PREFECT_API_URL": api}
     finally:
-        os.killpg(server.pid, signal.SIGKILL if kept else signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGKILL if kill else signal.SIGTERM)
         server.wait(60)
 
 
@@ -229,13 +235,7 @@ class Server:
 
     def jobs(self) -> list[psutil.Process]:
         """Return the jobs of this server's runs that are alive."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            command = " ".join(process.info["cmdline"] or [])
-            lives = process.info["status"] != psutil.STATUS_ZOMBIE
-            if lives and "cluster.supervisor" in command and str(self.runs) in command:
-                found.append(process)
-        return found
+        return jobs_of(self.runs)
 
     def hold_job(self, seconds: float = 120.0) -> None:
         """Wait for a job and suspend it, so that it is still there when the test needs it."""
@@ -252,16 +252,3 @@ class Server:
         """Return the process of a flow run."""
         name = self.ask(f"flow_runs/{run}")["parameters"]["experiment"]["name"]
         return psutil.Process(json.loads((self.runs / name / "driver.lock").read_text())["process"])
-
-
-def wait_until(
-    condition: Callable[[], bool],
-    seconds: float = 180.0,
-    explain: Callable[[], str] = lambda: "",
-    process: "subprocess.Popen[str] | None" = None,
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        assert process is None or process.poll() is None
-        time.sleep(0.3)

@@ -16,7 +16,8 @@ import yaml
 
 from flows import cli
 from flows.cli.console import console, open_console
-from support import ROOT
+from montessori_core.files import read_json
+from support import ROOT, wait_until
 
 TABLES = ["instructions", "examples", "influence", "preferences", "training/instructions", "training/examples"]
 
@@ -126,6 +127,18 @@ def invoke(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
         finally:
             logging.getLogger("cluster").setLevel(level)
     return 0, output.getvalue()
+
+
+def job_ids(stage: Path) -> list[str]:
+    """Return the ids of the jobs that drivers have recorded for a stage."""
+    entries = read_json(stage / "jobs" / "ledger.json") or []
+    return [job for entry in entries for job in entry["ids"] or []]
+
+
+def await_job(driver: subprocess.Popen[str], stage: Path) -> str:
+    """Wait until a driver has recorded a job of a stage; return its id."""
+    wait_until(lambda: job_ids(stage), 300, process=driver)
+    return job_ids(stage)[-1]
 
 
 def digests(run: Path) -> dict[str, str]:

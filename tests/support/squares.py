@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
@@ -124,13 +123,6 @@ DRIVER = """
 def start_driver(folder: Path) -> subprocess.Popen[str]:
     code = textwrap.dedent(DRIVER.format(tests=str(ROOT / "tests"), folder=str(folder)))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(condition: object, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def jobs_alive(folder: Path) -> int:

@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Page, expect
 from flows.local_server import server_environment, wait_for_server
 from support import ROOT
 from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, wait_until
-from support.runs import configuration, digests
+from support.runs import configuration, digests, job_ids
 
 expect.set_options(timeout=30_000)
 SCREENSHOTS = os.environ.get("MONTESSORI_SCREENSHOTS")
@@ -152,7 +152,7 @@ def test_form_explains_every_field(server: Server, flow: str, deployment: str) -
 def test_form_refuses_invalid_values(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.start("tiny", "bad", experiment={"iterations": 0})
-    assert refusal.value.code == 409 or refusal.value.code == 422
+    assert refusal.value.code in (409, 422)
     assert not (server.runs / "bad").exists()
 
 
@@ -330,7 +330,7 @@ def test_killed_run_is_crashed_and_retry_finds_jobs(server: Server, finished: st
     folder = server.copy_of(finished, "crashed", "warmup")
     run = server.start("tiny", "crashed")
     ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
-    wait_until(lambda: ledger.exists() and "null" not in ledger.read_text())
+    wait_until(lambda: job_ids(ledger.parent.parent))
     server.driver(run).kill()
     server.wait_for(run, "Crashed", seconds=120)
     server.set_state(run, "SCHEDULED")
@@ -525,7 +525,7 @@ def test_other_worker_continues_run_of_killed_one(server: Server, finished: str,
     ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
     with workers(server, "logins", environment, *logins) as started:
         run = server.start("on-logins", "moved")
-        wait_until(lambda: ledger.exists() and "null" not in ledger.read_text())
+        wait_until(lambda: job_ids(ledger.parent.parent))
         driver = server.driver(run)
         [busy] = [worker for worker in started if driver in psutil.Process(worker.pid).children(recursive=True)]
         driver.kill()

@@ -1,31 +1,17 @@
 """Prefect as a site runs it: behind TLS and a login, restarted in the middle of a stage."""
 
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from cluster.ledger import Ledger, Submission
+from cluster.ledger import Ledger
 from support.prefect_server import free_port, prefect_server
-from support.runs import call, configuration, digests, left_over, montessori
+from support.runs import await_job, call, configuration, digests, left_over, montessori
 from support.tls import TlsProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LOGIN = "group:a-login-for-tests"
-
-
-def submissions(stage: Path) -> list[Submission]:
-    return Ledger(stage / "jobs").submissions if (stage / "jobs" / "ledger.json").exists() else []
-
-
-def await_job(driver: "subprocess.Popen[str]", stage: Path) -> None:
-    """Wait until a stage has a job."""
-    deadline = time.monotonic() + 300
-    while not any(submission.ids for submission in submissions(stage)):
-        assert time.monotonic() < deadline
-        assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.05)
 
 
 @pytest.mark.guarantee("Prefect server killed in the middle of a stage")
@@ -41,7 +27,7 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
     login = {"PREFECT_API_AUTH_STRING": LOGIN}
     run = tmp_path / "runs" / "tiny"
     warmup = run / "iteration-1" / "warmup"
-    with prefect_server(home, port, PREFECT_SERVER_API_AUTH_STRING=LOGIN):
+    with prefect_server(home, port, kill=True, PREFECT_SERVER_API_AUTH_STRING=LOGIN):
         for settings, words in (
             (client | login, "set PREFECT_API_SSL_CERT_FILE to the file of the authority that signed it"),
             (client | trusted, "set PREFECT_API_AUTH_STRING=user:password"),
@@ -55,6 +41,6 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
         output, _ = driver.communicate(timeout=600)
     proxy.close()
     assert driver.returncode == 0, output
-    assert len(submissions(warmup)) == 1
+    assert len(Ledger(warmup / "jobs").submissions) == 1
     assert digests(run) == digests(finished_run / "runs" / "tiny")
     assert not left_over(tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support import squares as local
+from support import wait_until
 from support.slurm_lab import LAB, are_idle, call_lab
 
 
@@ -38,4 +38,4 @@ def empty_queue(lab: None) -> Iterator[None]:
     """Empty the queue after each test."""
     yield
     subprocess.run(["scancel", "--me"], check=True)
-    local.wait_until(are_idle, 60)
+    wait_until(are_idle, 60)

@@ -30,7 +30,7 @@ from montessori_core.program import Row
 from support import prefect_server as ui
 from support import runs as whole
 from support import squares as local
-from support import studies
+from support import studies, wait_until
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
 from support.row_programs import as_shards
@@ -331,7 +331,7 @@ def test_lost_shard_fails_with_slurm_reason(folder: Path) -> None:
 @pytest.mark.slow
 def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.3, parallel_jobs=2)
-    local.wait_until(lambda: len(local.computed(folder)) >= 2)
+    wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.kill()
     driver.wait()
     assert queued("--states=RUNNING")
@@ -359,7 +359,7 @@ def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_driver_cancels_slurm_jobs(folder: Path) -> None:
     driver = start_driver(folder, seconds=0.6, parallel_jobs=2)
-    local.wait_until(lambda: len(local.computed(folder)) >= 2)
+    wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.send_signal(signal.SIGINT)
     driver.wait(30)
     assert queued() == []
@@ -475,7 +475,7 @@ def test_interrupted_slurm_run_has_tables_of_local_run(talking_llama: Path, tmp_
     ledger = run / "iteration-1" / "influence" / "jobs" / "ledger.json"
 
     driver = whole.montessori("run", str(config), cwd=tmp_path)
-    local.wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
+    wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
     code, output = whole.call("run", str(config), cwd=tmp_path)
     assert (code, "this run already has a driver" in output) == (1, True)
     driver.kill()
@@ -504,14 +504,14 @@ def test_prefect_run_is_cancelled_and_resumed_on_slurm(talking_llama: Path, tmp_
     server = ui.Server(tmp_path, [{"name": "tiny", "parameters": {"experiment": content}}])
     try:
         cancelled = server.start("tiny", "cancelled")
-        local.wait_until(lambda: bool(queued("--states=RUNNING")), 300)
+        wait_until(lambda: bool(queued("--states=RUNNING")), 300)
         server.set_state(cancelled, "CANCELLING")
-        local.wait_until(lambda: not queued(), 60)
+        wait_until(lambda: not queued(), 60)
         server.wait_for(cancelled, "Cancelled")
 
         lost = server.start("tiny", "lost")
         ledger = server.runs / "lost" / "iteration-1" / "warmup" / "jobs" / "ledger.json"
-        ui.wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
+        wait_until(lambda: ledger.exists() and bool(queued("--states=RUNNING")), 600)
         driver = server.driver(lost)
         server.process.kill()
         driver.kill()
@@ -659,7 +659,7 @@ def test_damaged_truncated_and_stale_results_are_recomputed(folder: Path) -> Non
 @pytest.mark.parametrize("first", ["slurm", "local"])
 def test_jobs_of_previous_profile_are_cancelled(folder: Path, first: str) -> None:
     driver = start_driver(folder, seconds=0.6) if first == "slurm" else local.start_driver(folder)
-    local.wait_until(lambda: len(local.computed(folder)) >= 2)
+    wait_until(lambda: len(local.computed(folder)) >= 2)
     driver.kill()
     driver.wait()
     assert queued() if first == "slurm" else local.jobs_alive(folder / "stage")

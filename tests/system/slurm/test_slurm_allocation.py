@@ -12,6 +12,7 @@ from cluster.ledger import Ledger
 from montessori_core.config import Cluster, Resources
 from montessori_core.files import read_json
 from support import squares as local
+from support import wait_until
 from support.row_programs import as_shards
 from support.slurm_lab import command_of, queued
 
@@ -63,7 +64,7 @@ def test_shards_use_all_gpus_of_allocation(folder: Path) -> None:
     ids = [job_id for entry in Ledger(stage.folder / "jobs").submissions for job_id in entry.ids or []]
     assert len(ids) > 4  # shards were handed out when GPUs became free
     assert {stage.node_of(job_id.split(":")[0]) for job_id in ids} == {"node1", "node2"}
-    local.wait_until(lambda: queued() == [], 60)
+    wait_until(lambda: queued() == [], 60)
 
 
 @pytest.mark.guarantee("allocation ends")
@@ -71,10 +72,10 @@ def test_shards_use_all_gpus_of_allocation(folder: Path) -> None:
 def test_next_allocation_continues_after_the_end_of_one(folder: Path) -> None:
     driver = start(folder, 2.0, shards_per_job=1)
     stage = local.stage(folder)
-    local.wait_until(lambda: any(stage.is_done(index) for index in range(len(local.SHARDS))), 300)
+    wait_until(lambda: any(stage.is_done(index) for index in range(len(local.SHARDS))), 300)
     subprocess.run(["scancel", "--me"], check=True)
     driver.wait(120)
-    local.wait_until(lambda: not queued(), 120)
+    wait_until(lambda: not queued(), 120)
     kept = {index for index in range(len(local.SHARDS)) if stage.is_done(index)}
     assert 0 < len(kept) < len(local.SHARDS)
     driver = start(folder, 2.0)
@@ -99,7 +100,7 @@ def test_next_driver_in_allocation_awaits_steps(folder: Path) -> None:
     command = command_of("test_slurm_allocation", f"t.drive(Path({str(folder)!r}), 2.0)")
     environment = os.environ | {"SLURM_JOB_ID": job_id}
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
-    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
     driver.kill()
     driver.wait()
     submitted = read_json(folder / "stage" / "jobs" / "ledger.json")
@@ -114,7 +115,7 @@ def test_next_driver_in_allocation_awaits_steps(folder: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_driver_ends_steps(folder: Path) -> None:
     driver = start(folder, 2.0)
-    local.wait_until(lambda: len(local.computed(folder)) >= 4, 300)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 300)
     os.killpg(driver.pid, signal.SIGINT)
     driver.wait(120)
     rows = len(local.computed(folder))

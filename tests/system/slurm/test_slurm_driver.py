@@ -20,7 +20,7 @@ from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driv
 from montessori_core.config import Cluster, DriverJob, Resources, Slurm
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json
-from support import ROOT
+from support import ROOT, wait_until
 from support import runs as whole
 from support import squares as local
 from support.row_programs import as_shards
@@ -68,12 +68,12 @@ def submissions(folder: Path) -> list[str]:
 
 def wait_for_work(folder: Path) -> None:
     """Wait until jobs compute rows and the driver has recorded them."""
-    local.wait_until(lambda: len(local.computed(folder)) >= 2 and bool(submissions(folder)), 120)
+    wait_until(lambda: len(local.computed(folder)) >= 2 and bool(submissions(folder)), 120)
 
 
 def wait_for_results(folder: Path) -> list[int]:
     """Wait until the driver has ended; return what the stage computed."""
-    local.wait_until(lambda: driver_of(folder) is None, 400)
+    wait_until(lambda: driver_of(folder) is None, 400)
     stage = local.stage(folder, 2.0)
     parts = [stage.part(index) for index in range(len(local.SHARDS))]
     assert all(map(Path.exists, parts)), log_of_driver(folder).read_text()
@@ -103,7 +103,7 @@ def test_next_driver_job_awaits_jobs_of_killed_one(driven: Path) -> None:
     driver = submit(driven)
     wait_for_work(driven)
     subprocess.run(["scancel", "--signal=KILL", str(driver.job)], check=True)
-    local.wait_until(lambda: driver_of(driven) is None)
+    wait_until(lambda: driver_of(driven) is None)
     assert queued("--states=RUNNING")
     assert submit(driven).job != driver.job
     assert wait_for_results(driven) == local.EXPECTED
@@ -244,9 +244,9 @@ def test_study_by_driver_job_has_tables_of_local_study(talking_llama: Path, tmp_
     assert code == 0, output
     driver = driver_of(folder)
     assert driver is not None
-    local.wait_until(lambda: any(map(is_submitted, folder.rglob("ledger.json"))), 1200)
+    wait_until(lambda: any(map(is_submitted, folder.rglob("ledger.json"))), 1200)
     subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
-    local.wait_until(lambda: driver_of(folder) is None, 2400)
+    wait_until(lambda: driver_of(folder) is None, 2400)
     assert (folder / "comparison.html").exists(), log_of_driver(folder).read_text()
     quiet = tmp_path / "quiet" / "pair"
     results = [
@@ -255,7 +255,7 @@ def test_study_by_driver_job_has_tables_of_local_study(talking_llama: Path, tmp_
     assert len(results) == 5
     assert [hash_path(folder / path) for path in results] == [hash_path(quiet / path) for path in results]
     assert {len(read_json(ledger)) for ledger in folder.rglob("ledger.json")} == {1}
-    local.wait_until(lambda: queued() == [], 60)
+    wait_until(lambda: queued() == [], 60)
 
 
 def test_refused_driver_job_leaves_no_driver(tiny_llama: Path, tmp_path: Path) -> None:
@@ -287,18 +287,18 @@ def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_pat
     driver = driver_of(run)
     assert driver is not None
     ledgers = [run / "iteration-1" / stage / "jobs" / "ledger.json" for stage in ("warmup", "influence")]
-    local.wait_until(lambda: is_submitted(ledgers[0]), 1200)
+    wait_until(lambda: is_submitted(ledgers[0]), 1200)
     subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
-    local.wait_until(lambda: is_submitted(ledgers[1]), 1200)
+    wait_until(lambda: is_submitted(ledgers[1]), 1200)
     subprocess.run(["scancel", "--signal=KILL", str(driver.job)], check=True)
-    local.wait_until(lambda: driver_of(run) is None)
+    wait_until(lambda: driver_of(run) is None)
     code, output = whole.call("status", str(run), cwd=tmp_path)
     assert f"montessori resume {run} --submit-driver" in output
 
     code, output = whole.call("resume", str(run), "--submit-driver", cwd=tmp_path)
     assert code == 0, output
-    local.wait_until(lambda: driver_of(run) is None, 2400)
+    wait_until(lambda: driver_of(run) is None, 2400)
     assert (run / "report.html").exists(), log_of_driver(run).read_text()
     assert whole.digests(run) == whole.digests(tmp_path / "quiet" / "tiny")
     assert {len(read_json(ledger)) for ledger in run.rglob("ledger.json")} == {1}
-    local.wait_until(lambda: queued() == [], 60)  # the driver's job ends after its process
+    wait_until(lambda: queued() == [], 60)  # the driver's job ends after its process

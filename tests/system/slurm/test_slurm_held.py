@@ -16,6 +16,7 @@ from montessori_core import layout
 from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
 from montessori_core.errors import UserError
 from support import squares as local
+from support import wait_until
 from support.row_programs import as_shards
 from support.slurm_lab import command_of, queued
 
@@ -67,14 +68,14 @@ def test_held_jobs_serve_all_stages(folder: Path) -> None:
     places = [line.split() for line in (folder / "places.txt").read_text().splitlines()]
     assert len({job for job, _ in places}) == 2  # of 12 shards in two stages
     assert all(gpu.isdecimal() for _, gpu in places)
-    local.wait_until(lambda: queued() == [], 60)  # the driver ends them
+    wait_until(lambda: queued() == [], 60)  # the driver ends them
 
 
 @pytest.mark.slow
 def test_ending_steps_hold_no_other_jobs(folder: Path) -> None:
     """A process of srun may outlive its step for a while."""
     driver = start(folder, 0.7)
-    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
     outliving = [
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", f"--jobid={job}"])
         for job in queued("--states=RUNNING", "--format=%A")
@@ -98,20 +99,20 @@ def test_refused_held_jobs_are_an_error(folder: Path) -> None:
 @pytest.mark.guarantee("held job lost")
 def test_lost_held_job_is_replaced(folder: Path) -> None:
     driver = start(folder, 0.7)
-    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
     running = queued("--states=RUNNING", "--format=%A")
     assert len(running) == 2
     subprocess.run(["scancel", running[0]], check=True)
     assert driver.wait(300) == 0
     assert results(folder) == [local.EXPECTED] * 2
-    local.wait_until(lambda: queued() == [], 60)
+    wait_until(lambda: queued() == [], 60)
 
 
 @pytest.mark.guarantee("driver that holds jobs killed")
 @pytest.mark.slow
 def test_next_driver_uses_held_jobs(folder: Path) -> None:
     driver = start(folder, 0.7)
-    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
     logs = {path.name for path in (folder / layout.HELD).glob("*.log")}
     driver.kill()
     driver.wait()
@@ -126,7 +127,7 @@ def test_next_driver_uses_held_jobs(folder: Path) -> None:
 def test_driver_on_another_host_ends_steps_and_uses_held_jobs(folder: Path) -> None:
     (folder / "hang-0").touch()  # its step would run for ten minutes
     driver = start(folder, 0.7)
-    local.wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
     logs = {path.name for path in (folder / layout.HELD).glob("*.log")}
     driver.kill()
     driver.wait()
@@ -140,10 +141,10 @@ def test_driver_on_another_host_ends_steps_and_uses_held_jobs(folder: Path) -> N
 @pytest.mark.slow
 def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
     driver = start(folder, 2.0)
-    local.wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     os.killpg(driver.pid, signal.SIGINT)
     driver.wait(120)
-    local.wait_until(lambda: queued() == [], 60)
+    wait_until(lambda: queued() == [], 60)
 
 
 @pytest.mark.guarantee("driver that holds jobs killed")
@@ -151,9 +152,9 @@ def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
 def test_idle_held_jobs_end(folder: Path) -> None:
     """Jobs that a killed driver held end by themselves, but not while a step runs."""
     driver = start(folder, 4.0, idle_minutes=0.1)
-    local.wait_until(lambda: len(local.computed(folder)) >= 2, 120)
+    wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     driver.kill()
     driver.wait()
     stage = stages(folder, 0)[0]
-    local.wait_until(lambda: stage.is_done(0) and stage.is_done(1), 120)  # longer than a job may be idle
-    local.wait_until(lambda: queued() == [], 180)
+    wait_until(lambda: stage.is_done(0) and stage.is_done(1), 120)  # longer than a job may be idle
+    wait_until(lambda: queued() == [], 180)
