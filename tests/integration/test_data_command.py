@@ -41,7 +41,7 @@ def test_check_shows_rows_as_the_student_sees_them(tiny_llama: Path, tmp_path: P
         assert "".join(text for text, trained in parts if trained).strip() == f"{response}<|im_end|>"
 
 
-def test_check_command_prints_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_command_prints_and_refuses(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", TEXTS * 3)
     outcome = CliRunner().invoke(app, ["data", "check", path])
     assert outcome.exit_code == 0, outcome.output

@@ -2,30 +2,31 @@
 
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pytest
 
 from cluster.fanout import fan_out
 from cluster.import_path import check_import_path
+from cluster.stage import Stage
 from flows import deployments
-from flows.local_server import wait_for_server
 from flows.prefect_api import problem_of
 from flows.prefect_yaml import read_deployments
 from montessori_core.config import Resources
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 from montessori_entry import FLOWS
-from support import NO_LIBRARIES, ROOT
-from support.prefect_server import free_port
+from support import NO_LIBRARIES, ROOT, wait_until
+from support.prefect_server import free_port, prefect_server
 from support.row_programs import as_shards
 from support.runs import call, configuration
 from support.squares import CLUSTER, EXPECTED, SHARDS, folder, results, stage
@@ -90,8 +91,7 @@ def test_children_of_jobs_ignore_working_directory(folder: Path, monkeypatch: py
     )
     monkeypatch.chdir(fill(folder / "own"))
     monkeypatch.setenv("PYTHONPATH", f"{NO_LIBRARIES}{os.pathsep}{os.environ['PYTHONPATH']}")
-    parent = stage(folder)
-    parent = type(parent)("parent", 1, "parent_program:open_parent", {}, {}, {}, folder / "stage", ".json")
+    parent = Stage("parent", 1, "parent_program:open_parent", {}, {}, {}, folder / "stage", ".json")
     [part] = fan_out(parent, as_shards(SHARDS[0]), Resources(infrastructure_retries=0), CLUSTER)
     assert str(ROOT / "cluster") in part.read_text()
     assert "own" not in part.read_text()
@@ -111,10 +111,7 @@ def test_driver_imports_installed_packages(tmp_path: Path, hidden: str) -> None:
 
 def test_deployed_flows_import_installed_packages(tmp_path: Path) -> None:
     """A worker or `montessori up` loads a flow by its entrypoint, wherever PYTHONPATH leads."""
-    own = fill(tmp_path / "own")
-    for path in own.glob("*.py"):
-        if path.stem not in OURS:
-            path.unlink()
+    own = _only(fill(tmp_path / "own"), *OURS)
     code = (
         "import sys\nfrom prefect.flows import load_flow_from_entrypoint as load\n"
         "from montessori_entry import FLOWS\n"
@@ -134,9 +131,9 @@ def test_deployments_name_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert entrypoints == {f"montessori_entry.{name}" for name in FLOWS}
 
 
-def _only(folder: Path, name: str) -> Path:
+def _only(folder: Path, *names: str) -> Path:
     for path in folder.glob("*.py"):
-        if path.stem != name:
+        if path.stem not in names:
             path.unlink()
     return folder
 
@@ -188,12 +185,18 @@ def test_own_method_is_found_on_pythonpath(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_proxy() -> Iterator[None]:
+    """An environment without proxies; what a test sets there is removed."""
+    with patch.dict(os.environ):
+        for name in (*PROXIES, "no_proxy", "NO_PROXY"):
+            os.environ.pop(name, None)
+        yield
+
+
+@pytest.fixture
+def proxy(no_proxy: None) -> None:
     """An environment with a proxy that refuses connections, as login nodes set one."""
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name in PROXIES:
-        monkeypatch.setenv(name, PROXY)
+    os.environ.update(dict.fromkeys(PROXIES, PROXY))
 
 
 @pytest.fixture(scope="module", params=["127.0.0.1", "::1"])
@@ -201,7 +204,7 @@ def loopback(request: pytest.FixtureRequest) -> Iterator[str]:
     """Address of a server on this machine."""
 
     class Server(http.server.ThreadingHTTPServer):
-        address_family = 10 if request.param == "::1" else 2  # AF_INET6, AF_INET
+        address_family = socket.AF_INET6 if request.param == "::1" else socket.AF_INET
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -213,7 +216,10 @@ def loopback(request: pytest.FixtureRequest) -> Iterator[str]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    server = Server((request.param, 0), Answer)
+    try:
+        server = Server((request.param, 0), Answer)
+    except OSError:
+        pytest.skip(f"this machine has no address {request.param}")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{request.param}]" if request.param == "::1" else request.param
     yield f"http://{host}:{server.server_port}"
@@ -242,10 +248,9 @@ def test_loopback_uses_no_proxy(loopback: str, monkeypatch: pytest.MonkeyPatch, 
     assert os.environ["no_proxy"].count("::1") == 1
 
 
-def test_environment_without_proxy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_proxy")
+def test_environment_without_proxy_stays() -> None:
     """Alone, no_proxy would hide the proxies of macOS's settings."""
-    for name in (*PROXIES, "no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
     set_process_defaults()
     assert "no_proxy" not in os.environ
 
@@ -364,33 +369,16 @@ def test_run_that_loses_its_server_says_so(talking_llama: Path, tmp_path: Path) 
     port = free_port()
     api = f"http://127.0.0.1:{port}/api"
     environment = {"PREFECT_API_URL": api, "PREFECT_HOME": str(tmp_path / "home"), "PREFECT_CLIENT_MAX_RETRIES": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, cwd=tmp_path)
-    try:
-        wait_for_server(server, api)
+    (tmp_path / "home").mkdir()
+    with ExitStack() as server:
+        server.enter_context(prefect_server(tmp_path / "home", port, kill=True))
 
         def end_server() -> None:
-            while not list((tmp_path / "runs").rglob("ledger.json")):
-                time.sleep(0.2)
-            server.kill()
+            wait_until(lambda: list((tmp_path / "runs").rglob("ledger.json")), 600)
+            server.close()
 
         threading.Thread(target=end_server, daemon=True).start()
         code, output = call("run", str(configuration(tmp_path, talking_llama)), cwd=tmp_path, **environment)
-    finally:
-        server.kill()
-        server.wait()
     assert code == 1, output
     assert f"error: the run lost its Prefect server: PREFECT_API_URL is {api}, but no Prefect server" in output
     assert "montessori resume" in output
@@ -405,8 +393,7 @@ def test_run_whose_database_is_full_says_so(talking_llama: Path, tmp_path: Path)
         pytest.skip("this machine lets nobody mount a small file system")
 
     def fill() -> None:
-        while not list((tmp_path / "runs").rglob("ledger.json")):
-            time.sleep(0.1)
+        wait_until(lambda: list((tmp_path / "runs").rglob("ledger.json")), 600)
         with suppress(OSError), (home / "filling").open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))

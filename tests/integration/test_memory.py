@@ -109,7 +109,7 @@ def test_linear_plan_of_8b_student_has_directions_on_gpu() -> None:
     assert not plan_memory(LLAMA_3_8B, "linear", "float32", 1024, 2048, int(80 * GB)).fits
 
 
-def test_plan_reports_what_does_not_fit() -> None:
+def test_8b_student_exceeds_40_gb_gpu() -> None:
     assert not plan_memory(LLAMA_3_8B, "exact", "float32", 1024, 2048, int(40 * GB)).fits
 
 

@@ -160,7 +160,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_copy_in_memory_equals_the_folder(tmp_path: Path) -> None:
+def test_copy_in_memory_equals_folder(tmp_path: Path) -> None:
     """A file system without folders, as object stores are."""
     import fsspec
 

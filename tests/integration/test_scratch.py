@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import tempdirs as scratch
+from cluster import tempdirs
 from cluster.tempdirs import private_folders
 from support import ROOT
 
@@ -23,7 +23,7 @@ with private_folders("1-0") as folder:
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for variable in scratch._CACHES:
+    for variable in tempdirs._CACHES:
         monkeypatch.setenv(variable, "shared")
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
@@ -33,7 +33,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.guarantee("temporary files and compile caches")
 def test_process_has_private_temporary_folders(disk: Path) -> None:
     with private_folders("7-0") as first:
-        caches = {variable: Path(os.environ[variable]) for variable in scratch._CACHES}
+        caches = {variable: Path(os.environ[variable]) for variable in tempdirs._CACHES}
         assert all(folder.is_dir() and folder.is_relative_to(first) for folder in caches.values())
         assert Path(tempfile.gettempdir()) == caches["TMPDIR"]
         with private_folders("7-1") as second:
@@ -43,9 +43,8 @@ def test_process_has_private_temporary_folders(disk: Path) -> None:
 
 
 def test_only_folders_of_dead_processes_are_removed(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "_JUST_MADE", 0.0)
-    root = ROOT
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=root, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(tempdirs, "_JUST_MADE", 0.0)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     held = Path(holder.stdout.readline().strip())
     with private_folders("2-0"):
