@@ -45,12 +45,13 @@ from support.squares import (
     run,
     stage,
     start_driver,
+    submissions,
 )
 
 folder = squares.forking_folder
 
 
-def test_parts_are_in_shard_order_for_any_parallelism(folder: Path) -> None:
+def test_one_job_computes_all_shards_in_order(folder: Path) -> None:
     assert results(run(folder, jobs=1)) == EXPECTED
     assert len((folder / "opened.txt").read_text().split()) == 1  # one resident worker computed all shards
 
@@ -315,7 +316,7 @@ def test_interrupted_driver_cancels_its_jobs(folder: Path) -> None:
     driver.send_signal(signal.SIGINT)
     driver.wait(30)
     wait_until(lambda: jobs_alive(folder / "stage") == 0, 10)
-    assert all(submission.closed for submission in Ledger(folder / "stage" / "jobs").submissions)
+    assert all(submission.closed for submission in submissions(folder))
     assert results(run(folder)) == EXPECTED
 
 
@@ -351,7 +352,7 @@ def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     (folder / "hang-21").touch()  # of two jobs, the first has shards 0, 2 and 4
     assert results(run(folder, seconds=0.1, duplicate_stragglers_after=5)) == EXPECTED
     assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [20, 21])
-    assert len(Ledger(folder / "stage" / "jobs").submissions) == 2
+    assert len(submissions(folder)) == 2
     assert jobs_alive(folder / "stage") == 0
 
 

@@ -29,6 +29,7 @@ def queued(*options: str) -> list[str]:
 
 
 def are_idle() -> bool:
+    """Whether both nodes are idle; drained ones are resumed first."""
     command = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"]
     states = dict(line.split() for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines())
     for node in states:

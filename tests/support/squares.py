@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.fanout import fan_out
+from cluster.ledger import Ledger, Submission
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources
 from montessori_core.program import Row
@@ -97,6 +98,10 @@ def run(
 
 def key_of(made: Stage, rows: list[Row]) -> str:
     return made.key(pa.Table.from_pylist(rows))
+
+
+def submissions(folder: Path, name: str = "stage") -> list[Submission]:
+    return Ledger(folder / name / "jobs").submissions
 
 
 def results(parts: list[Path]) -> list[int]:

@@ -21,9 +21,8 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect
 
-from flows.local_server import server_environment, wait_for_server
 from support import ROOT
-from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, wait_until
+from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, prefect_server, wait_until
 from support.runs import configuration, digests, job_ids
 
 expect.set_options(timeout=30_000)
@@ -566,30 +565,17 @@ def test_server_with_login_requires_it(tmp_path: Path, page: Page) -> None:
         for name, service in yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"].items()
         if name == "server"
     ]
-    login = f"group:{CANARY}"
-    port = free_port()
     shipped = {name: value for name, value in service["environment"].items() if "DATABASE" not in name}
-    environment = (
-        server_environment(port)
-        | shipped
-        | {
-            "PREFECT_SERVER_API_AUTH_STRING": login,
-            "PREFECT_HOME": str(tmp_path / "server"),
-            "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(tmp_path / "ui"),
-        }
-    )
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        api = f"http://127.0.0.1:{port}/api"
-        wait_for_server(server, api)
+    login, home, port = f"group:{CANARY}", tmp_path / "server", free_port()
+    settings = shipped | {
+        "PREFECT_SERVER_API_AUTH_STRING": login,
+        "PREFECT_SERVER_UI_ENABLED": "true",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(tmp_path / "ui"),
+    }
+    home.mkdir()
+    with prefect_server(home, port, **settings) as address:
         (tmp_path / "prefect.yaml").write_text((ROOT / "flows" / "prefect.yaml").read_text())
-        client = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "PREFECT_HOME": str(tmp_path / "client"),
-            "PREFECT_API_URL": api,
-        }
+        client = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "client")} | address
 
         def deploy(**more: str) -> subprocess.CompletedProcess[str]:
             arguments = [sys.executable, "-m", "flows.cli", "deploy", "--pool", "cluster"]
@@ -608,8 +594,5 @@ def test_server_with_login_requires_it(tmp_path: Path, page: Page) -> None:
         page.locator("input[type=password]").fill(login)
         page.keyboard.press("Enter")
         expect(page.get_by_text("quickstart").first).to_be_visible()
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []

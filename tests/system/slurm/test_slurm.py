@@ -19,7 +19,6 @@ import yaml
 
 from cluster.backends.slurm import largest_array
 from cluster.fanout import Progress, ShardsFailed, fan_out
-from cluster.ledger import Ledger
 from cluster.stage import Stage
 from flows.methods import REGISTRY
 from montessori_core import programs
@@ -35,6 +34,7 @@ from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
 from support.row_programs import as_shards
 from support.slurm_lab import LAB, call_lab, command_of, preempt, put_command, queued
+from support.squares import submissions
 
 pytestmark = pytest.mark.guarantee("no sacct")
 
@@ -112,10 +112,6 @@ def start_driver(folder: Path, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def submissions(folder: Path, stage: str = "stage") -> list[str]:
-    return [submission.name for submission in Ledger(folder / stage / "jobs").submissions]
-
-
 def break_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> Path:
     """Make squeue fail `times` times; return a file with a line for each remaining failure."""
     failures = folder / "failures"
@@ -139,7 +135,7 @@ def test_stage_is_split_into_allowed_arrays(folder: Path) -> None:
     # Three shards, two tasks per array: the last array has one task, which submitit submits without an array.
     parts = run(folder, SHARDS[:3], slurm=Slurm(max_array_size=2))
     assert local.results(parts) == EXPECTED[:9]
-    first, second = Ledger(folder / "stage" / "jobs").submissions
+    first, second = submissions(folder)
     assert [len(first.tasks), len(second.tasks)] == [2, 1]
     assert sorted(local.computed(folder)) == ROWS[:9]
 
@@ -157,7 +153,7 @@ def test_next_array_uses_freed_parallelism(folder: Path) -> None:
     # The first shard, in the first array, ends only after a shard of the second array has begun.
     parts = run(folder, slurm=Slurm(max_array_size=3), seconds=0.2, parallel_jobs=2, on_progress=look)
     assert local.results(parts) == EXPECTED
-    first, second = Ledger(folder / "stage" / "jobs").submissions
+    first, second = submissions(folder)
     assert max(running) == 2
     assert (first.at_once, second.at_once) == (2, 2)  # after the first, the second had both places
     throttle = subprocess.run(["scontrol", "show", "job", (second.ids or [""])[0]], capture_output=True, text=True)
@@ -350,8 +346,7 @@ def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
     )
     parts = run(folder, parallel_jobs=2, exclude_node_after=2, infrastructure_retries=10)
     assert local.results(parts) == EXPECTED
-    ledger = Ledger(folder / "stage" / "jobs")
-    places = [{local.stage(folder).node_of(job_id) for job_id in s.ids or []} for s in ledger.submissions]
+    places = [{local.stage(folder).node_of(job_id) for job_id in s.ids or []} for s in submissions(folder)]
     assert any("node1" in nodes for nodes in places)
     assert places[-1] == {"node2"}
 
@@ -363,7 +358,7 @@ def test_interrupted_driver_cancels_slurm_jobs(folder: Path) -> None:
     driver.send_signal(signal.SIGINT)
     driver.wait(30)
     assert queued() == []
-    assert all(submission.closed for submission in Ledger(folder / "stage" / "jobs").submissions)
+    assert all(submission.closed for submission in submissions(folder))
     assert local.results(run(folder)) == EXPECTED
 
 
@@ -376,7 +371,7 @@ def test_jobs_with_unrecorded_ids_are_cancelled(folder: Path, monkeypatch: pytes
         environment.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
         driver = start_driver(folder)
         assert driver.wait(30) == -signal.SIGKILL
-    [orphan] = Ledger(folder / "stage" / "jobs").submissions
+    [orphan] = submissions(folder)
     assert orphan.ids is None
     assert queued(f"--name={orphan.name}")
     sbatch.unlink()
@@ -694,10 +689,7 @@ def test_hanging_node_does_not_delay_stage(folder: Path) -> None:
     )
     parts = run(folder, SHARDS[:3], seconds=0.2, slurm=ONE_A_NODE, duplicate_stragglers_after=4)
     assert local.results(parts) == EXPECTED[:9]
-    places = [
-        {local.stage(folder).node_of(job_id) for job_id in s.ids or []}
-        for s in Ledger(folder / "stage" / "jobs").submissions
-    ]
+    places = [{local.stage(folder).node_of(job_id) for job_id in s.ids or []} for s in submissions(folder)]
     assert "node1" in places[0]
     assert set.union(*places[1:]) == {"node2"}
     assert queued() == []
@@ -732,7 +724,7 @@ def test_array_limit_is_read_from_slurm() -> None:
 @pytest.mark.guarantee("node crashes during a teacher update over two nodes")
 @pytest.mark.guarantee("teacher update over two nodes preempted")
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [pytest.param("crash", marks=pytest.mark.slow), "preemption"])
+@pytest.mark.parametrize("fault", ["crash", "preemption"])
 def test_two_node_teacher_update_resumes_after_fault(folder: Path, tiny_llama: Path, fault: str) -> None:
     """With ZeRO-2, the weights equal those of an uninterrupted training."""
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=1)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import fan_out
-from cluster.ledger import Ledger
 from montessori_core.config import Cluster, Resources
 from montessori_core.files import read_json
 from support import squares as local
 from support import wait_until
 from support.row_programs import as_shards
 from support.slurm_lab import command_of, queued
+from support.squares import submissions
 
 ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 GPUS_PROGRAM = local.PROGRAM.replace(
@@ -61,7 +61,7 @@ def test_shards_use_all_gpus_of_allocation(folder: Path) -> None:
     assert len({job for _, _, job, _ in places}) == 1  # nothing was queued
     assert {threads for *_, threads in places} == {"2"}
     stage = local.stage(folder)
-    ids = [job_id for entry in Ledger(stage.folder / "jobs").submissions for job_id in entry.ids or []]
+    ids = [job_id for entry in submissions(folder) for job_id in entry.ids or []]
     assert len(ids) > 4  # shards were handed out when GPUs became free
     assert {stage.node_of(job_id.split(":")[0]) for job_id in ids} == {"node1", "node2"}
     wait_until(lambda: queued() == [], 60)
@@ -121,7 +121,7 @@ def test_interrupted_driver_ends_steps(folder: Path) -> None:
     rows = len(local.computed(folder))
     assert local.jobs_alive(folder / "stage") == 0
     assert rows < len(ROWS)
-    assert all(entry.closed for entry in Ledger(folder / "stage" / "jobs").submissions)
+    assert all(entry.closed for entry in submissions(folder))
 
 
 def test_job_larger_than_allocation_is_refused(folder: Path) -> None:

@@ -15,7 +15,6 @@ import yaml
 
 from cluster.driver_job import log_of_driver, stopped_with_its_job
 from cluster.fanout import fan_out
-from cluster.ledger import Ledger
 from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driver
 from montessori_core.config import Cluster, DriverJob, Resources, Slurm
 from montessori_core.errors import UserError
@@ -25,6 +24,7 @@ from support import runs as whole
 from support import squares as local
 from support.row_programs import as_shards
 from support.slurm_lab import call_lab, queued
+from support.squares import submissions
 
 ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 ENTRY = """
@@ -60,10 +60,6 @@ def drive(folder: Path) -> None:
 
 def submit(folder: Path, job: DriverJob = JOB) -> Driver:
     return submit_driver(folder, [str(folder)], {}, Slurm(driver=job))
-
-
-def submissions(folder: Path) -> list[str]:
-    return [submission.name for submission in Ledger(folder / "stage" / "jobs").submissions]
 
 
 def wait_for_work(folder: Path) -> None:
@@ -144,7 +140,7 @@ def test_cancelled_driver_job_cancels_its_jobs(driven: Path) -> None:
     wait_for_work(driven)
     assert end_driver(driven)
     assert queued() == []
-    assert all(submission.closed for submission in Ledger(driven / "stage" / "jobs").submissions)
+    assert all(submission.closed for submission in submissions(driven))
     assert not end_driver(driven)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import ShardsFailed, fan_out
-from cluster.ledger import Ledger
 from montessori_core.config import Cluster, Resources
 from support import ROOT
 from support import squares as local
 from support.row_programs import as_shards
+from support.squares import submissions
 
 SOURCES = ROOT / "tests" / "support" / "file_faults"
 ROWS = [row["n"] for shard in local.SHARDS for row in shard]
@@ -65,10 +65,6 @@ def drive(folder: Path, **variables: str) -> tuple[list[int], str]:
     return json.loads(driver.stdout), driver.stderr
 
 
-def submissions(folder: Path) -> int:
-    return len(Ledger(folder / "stage" / "jobs").submissions)
-
-
 @pytest.mark.guarantee("results seen late")
 @pytest.mark.parametrize(
     ("seconds", "stubborn"), [("60", {}), pytest.param("15", {"LATE_STUBBORN": "1"}, marks=pytest.mark.slow)]
@@ -78,7 +74,7 @@ def test_late_results_are_awaited(folder: Path, libraries: Path, seconds: str, s
     squares, log = drive(folder, LD_PRELOAD=str(libraries / "late_files.so"), **late)
     assert squares == local.EXPECTED
     assert "completed, but its results are not visible here yet" in log
-    assert submissions(folder) == 1
+    assert len(submissions(folder)) == 1
     assert sorted(local.computed(folder)) == ROWS
 
 
@@ -113,7 +109,7 @@ def test_job_with_stale_handle_is_submitted_again(
     for variable, value in faults(folder, libraries, "open", "rows.parquet", errno.ESTALE, 2).items():
         monkeypatch.setenv(variable, value)
     assert local.results(run(folder)) == local.EXPECTED
-    lost = [kind for submission in Ledger(folder / "stage" / "jobs").submissions for kind in submission.lost.values()]
+    lost = [kind for submission in submissions(folder) for kind in submission.lost.values()]
     assert lost == ["file_system"] * 2
 
 
