@@ -43,7 +43,6 @@ import pyarrow as pa, pyarrow.parquet as pq
 
 def open_sleep(settings, inputs):
     def compute(rows, output, report):
-        started = time.time()
         time.sleep(settings["seconds"])
         report(len(rows))
         pq.write_table(pa.table({"row": [row["n"] for row in rows]}), output)

@@ -69,12 +69,12 @@ def measure(name: str, texts: Sequence[str]) -> str:
     indexed = time.process_time() - started
     memory = (process.memory_info().rss - before) / 2**20
 
-    # Without an index, each candidate is pair_seconds with all candidates accepted before it.
+    # Without an index, each candidate is compared with all candidates accepted before it.
     pairs = int(np.cumsum(verdicts).sum()) - sum(verdicts)
     draw = random.Random(0)
     blocks = range(0, len(texts), BLOCK)
     step = max(1, len(blocks) // SAMPLED_BLOCKS)
-    sampled = blocks[step // 2 :: step]  # evenly spaced: later blocks are pair_seconds with more texts
+    sampled = blocks[step // 2 :: step]  # evenly spaced: later blocks are compared with more texts
     pair_seconds = _compare(texts, verdicts, sampled) * len(blocks) / len(sampled)
     scorer = RougeScorer(["rougeL"])
     started = time.process_time()

@@ -131,7 +131,9 @@ def make_tables(folder: Path, rows: int) -> None:
 
 
 def make_examples(folder: Path, rows: int) -> np.random.Generator:
-    """An example table; return the generator that drew it."""
+    """Write an example table; return the generator that drew it."""
+    from selection import words  # imports more than the measured processes need
+
     draw = np.random.default_rng(0)
     text = words(draw, 30_000_000)
 
@@ -156,12 +158,6 @@ def make_examples(folder: Path, rows: int) -> np.random.Generator:
 
     write_table(pa.RecordBatchReader.from_batches(EXAMPLES, examples()), folder / "examples.parquet", EXAMPLES)
     return draw
-
-
-def words(draw: np.random.Generator, size: int) -> str:
-    """Return random text that compresses about as well as natural text."""
-    vocabulary = ["".join(map(chr, draw.integers(97, 123, draw.integers(2, 10)))) for _ in range(5000)]
-    return " ".join(vocabulary[word] for word in draw.integers(0, len(vocabulary), size // 7))[:size]
 
 
 def name_of(number: int) -> str:

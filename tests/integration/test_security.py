@@ -88,13 +88,18 @@ def test_run_name_is_taken_literally(tmp_path: Path) -> None:
     assert "absent.jsonl: cannot be read" in str(outcome.exception)
 
 
+def write_score(folder: Path, benchmark: str, metric: str) -> None:
+    """Write the result of an evaluation with one score."""
+    score = {"benchmark": benchmark, "metric": metric, "mean": 0.5, "standard_error": 0.1, "examples": 4, "unparsed": 0}
+    loss = {"mean": 1.0, "standard_error": 0.1}
+    (folder / RESULT).write_text(json.dumps({"held_out_loss": loss, "scores": [score]}))
+
+
 @pytest.mark.guarantee("terminal markup and control sequences")
 def test_names_and_ids_are_printed_literally(tmp_path: Path) -> None:
     """Rich markup could hide text; an unmatched closing tag would be an error."""
     odd = "[/red] [b]gsm8k[/b] :warning:"
-    score = {"benchmark": odd, "metric": "accuracy", "mean": 0.5, "standard_error": 0.1, "examples": 4, "unparsed": 0}
-    loss = {"mean": 1.0, "standard_error": 0.1}
-    (tmp_path / RESULT).write_text(json.dumps({"held_out_loss": loss, "scores": [score]}))
+    write_score(tmp_path, odd, "accuracy")
     with console.capture() as said:
         print_evaluation(tmp_path / RESULT)
     assert odd in said.get()
@@ -103,16 +108,7 @@ def test_names_and_ids_are_printed_literally(tmp_path: Path) -> None:
 @pytest.mark.guarantee("terminal markup and control sequences")
 def test_control_sequences_are_escaped(tmp_path: Path) -> None:
     """They could overwrite earlier output, such as the error about them."""
-    score = {
-        "benchmark": "\x1b[2J\x9b1m",
-        "metric": "\ra",
-        "mean": 0.5,
-        "standard_error": 0.1,
-        "examples": 4,
-        "unparsed": 0,
-    }
-    loss = {"mean": 1.0, "standard_error": 0.1}
-    (tmp_path / RESULT).write_text(json.dumps({"held_out_loss": loss, "scores": [score]}))
+    write_score(tmp_path, "\x1b[2J\x9b1m", "\ra")
     with console.capture() as said:
         print_evaluation(tmp_path / RESULT)
         console.print("error: no \x1b]0;example\x07", style="red", soft_wrap=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the browser that tests/test_prefect.py clicks with, from the distribution's packages, unless there is one.
+# Install the browser of the tests from the distribution's packages, unless there is one.
 set -euo pipefail
 if command -v chromium >/dev/null; then
   exit 0

@@ -121,6 +121,7 @@ DRIVER = """
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     from support.squares import run, results
+    print("begun", flush=True)
     print(results(run(Path({folder!r}), jobs=2, seconds=0.15)))
 """
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs Montessori in a clean Debian, made for the purpose and taken away again: what the images and `make test` install
-# leans on nothing that happens to be on this machine. part of `make test-all`; needs root, debootstrap and the package indexes.
+# Install Montessori in a new Debian in a temporary folder: what the images and `make test` install needs nothing else of this
+# machine. Part of `make test-all`; needs root, debootstrap and the package indexes.
 #
 #   clean_install.sh [TARGET...]     targets of the Makefile, by default the driver as locked, and what the tests need
 #

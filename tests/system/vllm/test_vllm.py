@@ -3,11 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import time
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +22,8 @@ from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.synthesis.prompts import CLOSE
 from montessori_core.synthesis.strategies.opened import build_prompts
-from support import ROOT
+from support import ROOT, wait_until
+from support.prefect_server import free_port
 from support.row_programs import as_compute, as_shards
 
 pytestmark = pytest.mark.slow  # vLLM has a separate environment
@@ -34,8 +32,14 @@ pytestmark = pytest.mark.slow  # vLLM has a separate environment
 @pytest.fixture(scope="module")
 def vllm_python() -> str:
     python = Path(os.environ.get("MONTESSORI_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-    assert python.exists(), f"{python} is missing: make test creates this environment"
+    assert python.exists(), f"{python} is missing: make test-all creates this environment"
     return str(python)
+
+
+@pytest.fixture(autouse=True)
+def jobs_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of jobs: Montessori is not installed in vLLM's environment."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def generate(
@@ -59,10 +63,7 @@ def generate(
     return found
 
 
-def test_vllm_samples_depend_on_their_seeds(
-    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_vllm_samples_depend_on_their_seeds(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
     seeds = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
     prompts = build_prompts(4, "completion", Synthesis(), seeds, [], seed=0)
     rows: list[Row] = [
@@ -81,22 +82,16 @@ def test_vllm_samples_depend_on_their_seeds(
     assert json.loads((tmp_path / "stage" / "stage.json").read_text())["settings"]["engine"] == "vllm"
 
 
-def test_transformers_engine_runs_with_transformers_of_vllm(
-    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_engine_runs_with_transformers_of_vllm(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
     """An older release than the worker's: names that it lacks must not be imported."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     rows: list[Row] = [{"example_ids": ["0", "1"], "turns": ["The capital of France is"], "seeds": [1, 2]}]
     sampling = Sampling(temperature=0.0, max_tokens=8, presence_penalty=0.0)
     found = generate(tmp_path / "stage", smollm2, vllm_python, rows, sampling, engine="transformers")
     assert all("Paris" in row["raw_output"] for row in found)
 
 
-def test_copies_of_a_model_answer_all_requests(
-    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_of_a_model_answer_all_requests(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
     """Two copies, with an option of the engine: the lengths are those of the run, not the model's 8192 positions."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     texts = ["The capital of France is", "One, two, three, four,"]
     rows: list[Row] = [
         {"example_ids": [f"{i}-0", f"{i}-1"], "turns": [t], "seeds": [1, 2]} for i, t in enumerate(texts)
@@ -115,11 +110,8 @@ def test_copies_of_a_model_answer_all_requests(
         generate(tmp_path / "wrong", smollm2, vllm_python, rows, sampling, gpus, {"max_num_seq": 4})
 
 
-def test_vllm_applies_an_adapter(
-    smollm2: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_applies_an_adapter(smollm2: Path, vllm_python: str, tmp_path: Path) -> None:
     """The adapter has learnt one sentence by heart."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     start, end = "The capital of France is", " a yellow elephant with nine umbrellas."
     adapter, tokenizer = tmp_path / "adapter", load_tokenizer(str(smollm2))
     model = with_lora(load_model(str(smollm2), torch.float32), Lora())
@@ -137,10 +129,16 @@ def test_vllm_applies_an_adapter(
     assert found["raw_output"].startswith(end)
 
 
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = f"--host 127.0.0.1 --port {port} --served-model-name judge --max-model-len 2048 --enforce-eager".split()
     server = subprocess.Popen(
         [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2), *options],
@@ -148,12 +146,7 @@ def test_local_vllm_server_judges(vllm_python: str, smollm2: Path, tmp_path: Pat
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and server.poll() is None:
-            with suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-                break
-            time.sleep(1)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/v1/models"), 300, process=server, pause=1)
         endpoint = Endpoint(model="judge", base_url=f"http://127.0.0.1:{port}/v1", max_tokens=48)
         dialogue = Dialogue("1", "writing", ("Write a line about rain.", "And one about snow."), ())
         rows = judgements([dialogue], {"1": ("It rains.", "It snows.")})
