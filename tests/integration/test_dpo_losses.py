@@ -12,10 +12,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
-from cluster.fanout import fan_out
-from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Zero
+from montessori_core.config import Lora, Schedule, TeacherUpdate, Zero
 from montessori_core.layout import KEPT, LOG_FILE
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
@@ -23,7 +21,7 @@ from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.padding import PaddedSampler
 from support.preference_pairs import PAIRS as MORE_PAIRS
-from support.row_programs import as_shards
+from support.row_programs import run_in_job
 
 PAIRS: list[Row] = [
     {"prompt": "Tasks: ", "chosen": "Name three rivers and a lake.", "rejected": "Stop."},
@@ -104,8 +102,7 @@ def test_loss_equals_formula_on_two_pairs(
         **settings,
     )
     dpo = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=0), seed=0, keep=1)
-    stage = Stage.of(programs.DPO, dpo, tmp_path, {"teacher": tiny_llama}, {})
-    (part,) = fan_out(stage, as_shards(PAIRS), Resources(cpus_per_process=1), Cluster())
+    part = run_in_job(tmp_path, programs.DPO, dpo, {"teacher": tiny_llama}, PAIRS)
     tokenizer = load_tokenizer(str(tiny_llama))
     pairs = [encode_pair(tokenizer, row, "completion") for row in PAIRS]
     teachers = [tiny_llama, part / KEPT / "step-0000001"]
@@ -195,8 +192,7 @@ def test_update_equals_plain_trl(tiny_llama: Path, tmp_path: Path, loss: str, ad
     )
     assert recipe.precomputes_reference != adapted
     dpo = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=0), seed=0)
-    stage = Stage.of(programs.DPO, dpo, tmp_path / "ours", {"teacher": start}, {})
-    (part,) = fan_out(stage, as_shards(MORE_PAIRS), Resources(cpus_per_process=1), Cluster())
+    part = run_in_job(tmp_path / "ours", programs.DPO, dpo, {"teacher": start}, MORE_PAIRS)
     expected = update_by_trl(recipe, start, tmp_path / "theirs")
     logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
     assert len(logged) == 2

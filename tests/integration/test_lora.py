@@ -8,9 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.fanout import fan_out
-from cluster.stage import Stage
-from montessori_core.config import Cluster, Lora, Resources, Warmup, Zero
+from montessori_core.config import Lora, Warmup, Zero
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import make_batch
@@ -19,7 +17,7 @@ from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
-from support.row_programs import as_shards
+from support.row_programs import run_in_job
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -43,10 +41,7 @@ def warm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, request: py
         seed=0,
         save_moments=True,
     )
-    training = Stage.of(SFT, settings, folder, {"student": tiny_llama}, {})
-    resources = Resources(processes_per_node=processes, cpus_per_process=1)
-    (part,) = fan_out(training, as_shards(ROWS), resources, Cluster())
-    return part
+    return run_in_job(folder, SFT, settings, {"student": tiny_llama}, ROWS, processes)
 
 
 def test_lora_trains_and_saves_only_the_adapter(warm: Path, tiny_llama: Path) -> None:

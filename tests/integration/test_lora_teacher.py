@@ -8,17 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.fanout import fan_out
-from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Cluster, Lora, Resources, Sampling, Schedule, TeacherUpdate, Zero
+from montessori_core.config import Lora, Sampling, Schedule, TeacherUpdate, Zero
 from montessori_core.layout import LOG_FILE
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.load import load_tokenizer
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from support.preference_pairs import PAIRS
-from support.row_programs import as_shards
+from support.row_programs import run_in_job
 
 CONSTANT = Schedule(warmup=0.0, stable=1.0, decay=0.0)
 RECIPE = TeacherUpdate(
@@ -29,10 +27,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def update(folder: Path, teacher: Path, stage: int = 0, processes: int = 1, recipe: TeacherUpdate = RECIPE) -> Path:
     settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=stage), seed=0)
-    training = Stage.of(programs.DPO, settings, folder, {"teacher": teacher}, {})
-    resources = Resources(processes_per_node=processes, cpus_per_process=1)
-    (part,) = fan_out(training, as_shards(PAIRS), resources, Cluster())
-    return part
+    return run_in_job(folder, programs.DPO, settings, {"teacher": teacher}, PAIRS, processes)
 
 
 def logged(part: Path, name: str) -> list[float]:

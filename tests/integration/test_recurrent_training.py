@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from cluster.fanout import fan_out
-from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Warmup, Zero
+from montessori_core.config import Lora, Schedule, TeacherUpdate, Warmup, Zero
 from montessori_core.layout import KEPT, LOG_FILE
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import load_model, load_tokenizer
-from montessori_core.program import Program, Row, SettingsT
+from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from support.preference_pairs import PAIRS
 from support.recurrent import recurrent_model
-from support.row_programs import as_shards
+from support.row_programs import run_in_job
 
 ROWS: list[Row] = [
     {"instruction": f"Describe {number}.", "response": "It is round. " * (number + 1), "response_finished": True}
@@ -34,12 +32,6 @@ def model(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> P
     recurrent_model(request.param, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def execute(folder: Path, program: Program[SettingsT], settings: SettingsT, model: Path, rows: list[Row]) -> Path:
-    stage = Stage.of(program, settings, folder, {"student": model, "teacher": model}, {})
-    (part,) = fan_out(stage, as_shards(rows), Resources(cpus_per_process=1), Cluster())
-    return part
 
 
 @torch.no_grad()
@@ -66,7 +58,7 @@ def test_sft_loss_equals_unpadded_loss(model: Path, lora: Lora | None, tmp_path:
     settings = programs.Sft(
         max_length=128, lora=lora, recipe=recipe.shared(), zero=Zero(stage=0), seed=0, save_moments=False
     )
-    part = execute(tmp_path / "stage", programs.SFT, settings, model, ROWS)
+    part = run_in_job(tmp_path / "stage", programs.SFT, settings, {"student": model}, ROWS)
     tokenizer = load_tokenizer(str(model))
     examples = [encode_example(tokenizer, row["instruction"], row["response"], 128) for row in ROWS]
     logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
@@ -79,7 +71,7 @@ def test_dpo_loss_equals_unpadded_loss(model: Path, tmp_path: Path) -> None:
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=2, micro_batch_size=2, epochs=2, beta=0.5, max_grad_norm=0.0)
     recipe = recipe.model_copy(update={"schedule": CONSTANT})
     settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=0), seed=0, keep=1)
-    part = execute(tmp_path / "stage", programs.DPO, settings, model, PAIRS[:2])
+    part = run_in_job(tmp_path / "stage", programs.DPO, settings, {"teacher": model}, PAIRS[:2])
     tokenizer = load_tokenizer(str(model))
     pairs = [encode_pair(tokenizer, row, "completion") for row in PAIRS[:2]]
     (updated,) = [part / KEPT / "step-0000001"]

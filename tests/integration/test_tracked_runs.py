@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.fanout import fan_out
-from cluster.stage import Stage
 from montessori_core import programs
-from montessori_core.config import Cluster, Resources, TeacherUpdate, Warmup, Zero
+from montessori_core.config import TeacherUpdate, Warmup, Zero
 from montessori_core.layout import LOG_FILE
 from montessori_core.program import Program, SettingsT
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, new_problems, prepare_tracking
 from support import ROOT
 from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
-from support.row_programs import as_shards
+from support.row_programs import run_in_job
 from support.runs import call, configuration
 from support.tracked import INSTALLED, READABLE, offline, points, trackio_folder, values_of
 
@@ -41,9 +39,7 @@ def train(
     *file: Path,
 ) -> Path:
     trackers = dict(zip(["tracking"], file, strict=False))
-    stage = Stage.of(program, settings, folder, {"student": model, "teacher": model, **trackers}, {})
-    (part,) = fan_out(stage, as_shards(rows), Resources(processes_per_node=1, cpus_per_process=1), Cluster())
-    return part
+    return run_in_job(folder, program, settings, {"student": model, "teacher": model, **trackers}, rows)
 
 
 def tracked(file: Path) -> TrackedRun:

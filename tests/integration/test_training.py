@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, TrainerControl, TrainerState, TrainingArguments
 
-from cluster.fanout import ShardsFailed, fan_out
-from cluster.stage import RowClock, Stage
+from cluster.fanout import ShardsFailed
+from cluster.stage import RowClock
 from montessori_core import programs
-from montessori_core.config import Cluster, Lora, Resources, Schedule, TeacherUpdate, Warmup, Zero
+from montessori_core.config import Lora, Schedule, TeacherUpdate, Warmup, Zero
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import read_json
 from montessori_core.influence.adamw import AdamW
@@ -35,7 +35,7 @@ from montessori_core.training.schedule import rate_factor
 from support import ROOT
 from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
-from support.row_programs import as_shards
+from support.row_programs import run_in_job
 from tasks.run import Model
 from tasks.teachers import kept_teachers
 
@@ -120,10 +120,8 @@ def test_progress_counts_pass_before_training(tmp_path: Path) -> None:
 def execute(
     folder: Path, program: Program[SettingsT], settings: SettingsT, model: Path, rows: list[Row], processes: int
 ) -> Path:
-    stage = Stage.of(program, settings, folder, {"student": model, "teacher": model}, {})
-    resources = Resources(processes_per_node=processes, cpus_per_process=max(1, 2 // processes))
-    (part,) = fan_out(stage, as_shards(rows), resources, Cluster())
-    return part
+    inputs = {"student": model, "teacher": model}
+    return run_in_job(folder, program, settings, inputs, rows, processes, cpus=max(1, 2 // processes))
 
 
 def sft(
