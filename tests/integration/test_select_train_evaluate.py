@@ -114,6 +114,10 @@ def test_bad_options_are_refused(tiny_llama: Path, tmp_path: Path, options: list
     assert code == 1
     assert message in output
     assert not (tmp_path / "out").exists()
+
+
+def test_absent_data_and_present_output_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
     code, output = train(tiny_llama, tmp_path / "absent.jsonl", tmp_path / "out")
     assert code == 1
     assert "absent.jsonl: cannot be read" in output

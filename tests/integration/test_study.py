@@ -48,8 +48,6 @@ from montessori_core.influence.preferences import (
     write_preferences,
 )
 from montessori_core.influence.signals import open_in_context, open_training_loss
-from montessori_core.models.load import load_tokenizer
-from montessori_core.training.dpo import encode_pair
 from support import CONFIGS, ROOT
 from support.judges import JudgeServer
 from support.row_programs import as_compute
@@ -173,14 +171,6 @@ def test_training_loss_encodes_like_training(smollm2: Path, tmp_path: Path) -> N
     whole, cut, long = read_table(tmp_path / "part.parquet", UTILITY)["utility"].to_pylist()
     assert long is None
     assert cut < whole  # an end token in the middle of the sentence would have the highest loss
-
-
-def test_truncated_output_has_no_end_token(smollm2: Path) -> None:
-    tokenizer = load_tokenizer(str(smollm2))
-    row = {"prompt": "p", "chosen": "whole", "rejected": "cu", "chosen_finished": True, "rejected_finished": False}
-    pair = encode_pair(tokenizer, row, "chat")
-    assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
-    assert pair["rejected_ids"][-1] != tokenizer.eos_token_id
 
 
 def test_comparison_is_paired_over_examples_and_seeds() -> None:
