@@ -299,7 +299,7 @@ def test_progress_is_monotonic_and_complete(folder: Path) -> None:
     assert any(0 < rows < 6 for rows in done)
 
 
-def kill_driver_at_work(folder: Path) -> None:
+def kill_driver_with_jobs(folder: Path) -> None:
     """Start a driver, and kill it once its jobs have begun two rows."""
     driver = start_driver(folder)
     wait_until(lambda: len(computed(folder)) >= 2)
@@ -308,7 +308,7 @@ def kill_driver_at_work(folder: Path) -> None:
 
 
 def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
-    kill_driver_at_work(folder)
+    kill_driver_with_jobs(folder)
     assert jobs_alive(folder / "stage") > 0
     assert results(run(folder, seconds=0.15)) == EXPECTED
     assert len(computed(folder)) == len(set(computed(folder)))  # nothing was computed twice
@@ -327,7 +327,7 @@ def test_interrupted_driver_cancels_its_jobs(folder: Path) -> None:
 
 @pytest.mark.guarantee("driver killed before it records a job id")
 def test_jobs_with_unrecorded_ids_are_cancelled(folder: Path) -> None:
-    kill_driver_at_work(folder)
+    kill_driver_with_jobs(folder)
     ledger = folder / "stage" / "jobs" / "ledger.json"
     entries = read_json(ledger)
     for entry in entries:
@@ -542,7 +542,7 @@ def test_commit_is_atomic(tmp_path: Path) -> None:
 
 
 def test_jobs_with_other_settings_are_cancelled(folder: Path) -> None:
-    kill_driver_at_work(folder)
+    kill_driver_with_jobs(folder)
     assert jobs_alive(folder / "stage") > 0
     changed = [[{"n": row["n"] + 1000} for row in shard] for shard in SHARDS]
     assert results(run(folder, changed)) == [row["n"] ** 2 for shard in changed for row in shard]

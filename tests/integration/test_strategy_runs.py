@@ -81,7 +81,7 @@ def test_run_with_strategy_updates_its_teacher(
 
 
 class CodeServer(JudgeServer):
-    """Answers each third question with code that runs, that fails, and without code; scores each other response low."""
+    """Answers with code that runs, with code that fails, or without code; gives a low score where the code fails."""
 
     def answer(self, handler: BaseHTTPRequestHandler, question: str) -> None:
         if question.startswith("You grade"):

@@ -163,7 +163,7 @@ class Server:
 
         wait_until(reached, seconds, lambda: f"{self.state(run)}: {self.logs(run)[-3000:]}")
 
-    def at_work(self, deployment: str) -> list[str]:
+    def unfinished_runs(self, deployment: str) -> list[str]:
         """Return the unfinished runs of a deployment."""
         content = {"deployments": {"id": {"any_": [deployment]}}}
         found = self.ask("flow_runs/filter", content)

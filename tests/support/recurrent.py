@@ -1,8 +1,8 @@
 """Tiny random models with recurrent layers, one for each kind of state that transformers has.
 
 Jamba has Mamba layers of the first version, Granite 4 of the second; Qwen 3.5 has gated delta rules, LFM2 short convolutions,
-and Falcon-H1 attention and recurrence in one layer. The last four keep their states outside the cache of transformers, or in
-a cache of their own.
+and Falcon-H1 attention and recurrence in one layer. Those of `UNCACHED` keep their states outside the cache of transformers,
+or in a cache of their own.
 """
 
 from collections.abc import Callable

@@ -153,9 +153,7 @@ def left_over(folder: Path) -> list[str]:
             continue
         try:
             command = " ".join(process.info["cmdline"] or [])
-            if command and (
-                str(folder) in process.cwd() or str(folder) in command
-            ):  # a process without a command is ending
+            if command and str(folder) in f"{process.cwd()} {command}":  # a process without a command is ending
                 found.append(command)
         except psutil.Error:
             continue

@@ -1,6 +1,6 @@
 /* Calls of the C library that a library in front of it replaces.
  *
- * Include it after two functions of one's own:
+ * Define two functions before you include it:
  *   int refuses_open(const char *path, int flags)    whether open fails; sets errno
  *   void after_open(const char *path, int flags)     called after open has succeeded
  */

@@ -395,7 +395,7 @@ def test_schedule_starts_runs(server: Server, finished: str) -> None:
         wait_until(lambda: completed() > 0, 300)
     finally:
         server.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", {"active": False}, "PATCH")
-    wait_until(lambda: not server.at_work(nightly["id"]))
+    wait_until(lambda: not server.unfinished_runs(nightly["id"]))
     assert digests(server.runs / "nightly") == digests(server.runs / "finished")
 
 
