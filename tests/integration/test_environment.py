@@ -94,7 +94,7 @@ def test_children_of_jobs_ignore_working_directory(folder: Path, monkeypatch: py
     parent = Stage("parent", 1, "parent_program:open_parent", {}, {}, {}, folder / "stage", ".json")
     [part] = fan_out(parent, as_shards(SHARDS[0]), Resources(infrastructure_retries=0), CLUSTER)
     assert str(ROOT / "cluster") in part.read_text()
-    assert "own" not in part.read_text()
+    assert str(folder / "own") not in part.read_text()
 
 
 def test_driver_ignores_working_directory(tmp_path: Path) -> None:
