@@ -169,15 +169,14 @@ def test_jsonl_parquet_and_data_set_agree(tmp_path: Path) -> None:
     content = [{"q": "Name a colour.", "extra": "", "a": "Red."}, {"q": "Add:", "extra": "1 and 2", "a": "3"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, content)))
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "d.parquet")
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, content)))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join(map(json.dumps, content)))
     fields = {"instruction_field": "q", "input_field": "extra", "output_field": "a"}
     tasks = [
         read_tasks(DataSource(path=str(tmp_path / name), **fields), "reference", with_response=True)
-        for name in ("d.jsonl", "d.parquet")
+        for name in ("d.jsonl", "d.parquet", "hub")
     ]
-    assert tasks[0] == tasks[1]
+    assert tasks[0] == tasks[1] == tasks[2]
     assert [(task.instruction, task.response) for task in tasks[0]] == [
         ("Name a colour.", "Red."),
         ("Add: 1 and 2", "3"),

@@ -35,12 +35,16 @@ def test_documents_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
         max_size=60,
     )
 )
-def test_passages_keep_their_limit_and_all_words(parts: list[str]) -> None:
+def test_passages_keep_limit_and_order_of_words(parts: list[str]) -> None:
+    """At most a short passage is left out before each passage, and at the end."""
     text = "".join(parts)
     passages = split_passages(text, 20)
     assert all(8 <= len(words(passage)) <= 20 for passage in passages)
     kept = [word for passage in passages for word in words(passage)]
-    assert set(kept) <= set(words(text.replace("\x00", ""))) | {"x" * length for length in range(3000)}
+    given = words(text.replace("\x00", ""))
+    assert len(given) - len(kept) <= 7 * (len(passages) + 1)
+    rest = iter(given)
+    assert all(word in rest for word in kept)
 
 
 def test_pdf_is_read(tmp_path: Path) -> None:

@@ -261,9 +261,8 @@ def test_other_trainers_get_their_documented_fields(run: Path, tmp_path: Path) -
         assert tags["content_tag"] in turn
 
 
-def test_scored_export_streams(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "trial", examples=120)
-    data = open_set(run, "scored")
-    tables = list(data.tables())
-    assert sum(one.num_rows for one in tables) == 120
+def test_scored_export_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("montessori_core.export.sets.ROW_GROUP", 50)
+    tables = list(open_set(write_run(tmp_path / "trial", examples=120), "scored").tables())
+    assert [table.num_rows for table in tables] == [50, 50, 20]
     assert pa.concat_tables(tables)["id"].to_pylist() == [f"i1-probing-{i}" for i in range(120)]
