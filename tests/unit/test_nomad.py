@@ -112,7 +112,7 @@ def test_filters_drop_repetition_and_code(response: str, rejection: str | None) 
 
 
 def test_filters_resist_regex_backtracking() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for text in (
         "a " * 20_000 + "b",
         "ab" * 20_000,
@@ -121,7 +121,7 @@ def test_filters_resist_regex_backtracking() -> None:
         " ".join(map(str, range(20_000))),
     ):
         judge_conversation(Conversation("Tell me.", text))
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_norm_sim_uses_nearest_real_example() -> None:

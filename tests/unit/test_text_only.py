@@ -83,7 +83,7 @@ def test_text_only_keeps_human_instructions() -> None:
 
 
 def test_text_only_resists_regex_backtracking() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for text in (
         "and ",
         "make a ",
@@ -97,4 +97,4 @@ def test_text_only_resists_regex_backtracking() -> None:
         "- ",
     ):
         need_beyond_text(text * 2000)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
