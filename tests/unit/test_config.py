@@ -175,20 +175,17 @@ def test_invalid_value_is_refused_with_its_path(change: dict[str, object], messa
     assert "mine.yaml" in str(refusal.value)
 
 
-def test_cluster_file_mistakes_are_named(tmp_path: Path) -> None:
-    assert read_cluster(CONFIGS / "clusters" / "slurm.yaml").profile == "slurm"
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("profile: slurm\nslurm: {partiton: gpu}", "slurm.partiton: unknown key"),
+        ("polls_seconds: 3\n", "polls_seconds: unknown key.*did you mean 'poll_seconds'"),
+    ],
+)
+def test_cluster_file_mistakes_are_named(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
-    path.write_text("profile: slurm\nslurm: {partiton: gpu}")
-    with pytest.raises(
-        ConfigError, match=r"cluster.yaml: the cluster file is not valid:\s+slurm.partiton: unknown key"
-    ):
-        read_cluster(path)
-
-
-def test_misspelled_cluster_key_lists_valid_keys(tmp_path: Path) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text("polls_seconds: 3\n")
-    with pytest.raises(ConfigError, match="polls_seconds: unknown key.*did you mean 'poll_seconds'"):
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"cluster.yaml: the cluster file is not valid:\s+{message}"):
         read_cluster(path)
 
 
@@ -436,6 +433,7 @@ def test_preset_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_experiment(Path("quickstart")) == read_experiment(CONFIGS / "quickstart.yaml")
     assert read_study(Path("quickstart")) == read_study(CONFIGS / "studies" / "quickstart.yaml")
     assert read_cluster(Path("slurm")) == read_cluster(CONFIGS / "clusters" / "slurm.yaml")
+    assert read_cluster(Path("slurm")).profile == "slurm"
 
 
 def test_file_takes_precedence_over_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,23 +165,12 @@ def test_continuations_end_at_last_position(tiny_llama: Path, tmp_path: Path) ->
         next(engine.generate([Request("one two " * 32, 0)], sampling, None))
 
 
-def test_end_token_of_tokenizer_ends_continuations(tiny_llama: Path, tmp_path: Path) -> None:
-    """The model names another end token, as base models with chat tokenizers do."""
+@pytest.mark.parametrize("named", ["<|im_end|>", "<|endoftext|>"], ids=["tokenizer", "template"])
+def test_end_of_turn_ends_continuations(named: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Base models with chat tokenizers name another end token; ChatML over <|endoftext|> has tokenizers that do so, too."""
     tokenizer = load_tokenizer(str(tiny_llama))
-    model = _random_model(PhiConfig(**_SMALL | {"eos_token_id": 5}), len(tokenizer))
-    model.lm_head.bias.data[tokenizer.eos_token_id] = 1e4
-    model.save_pretrained(tmp_path)
-    engine = TransformersEngine(str(tmp_path), tokenizer)
-    assert continuations(engine.generate([Request("one", 0)], Sampling(max_tokens=4), None)) == [
-        Generated("", 0, "stop", [tokenizer.eos_token_id])
-    ]
-
-
-def test_end_of_turn_of_template_ends_continuations(tiny_llama: Path, tmp_path: Path) -> None:
-    """ChatML over <|endoftext|>: neither tokenizer nor model name the token that ends a turn."""
-    tokenizer = load_tokenizer(str(tiny_llama))
-    end = tokenizer.eos_token_id
-    tokenizer.eos_token = "<|endoftext|>"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = named
     model = _random_model(PhiConfig(**_SMALL | {"eos_token_id": 5}), len(tokenizer))
     model.lm_head.bias.data[end] = 1e4
     model.save_pretrained(tmp_path)

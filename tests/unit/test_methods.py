@@ -173,16 +173,20 @@ def test_later_settings_do_not_retrain_nomad_teacher(tmp_path: Path, monkeypatch
 def test_nomad_refuses_sets_of_few_batches(
     changes: dict[str, Any], refusal: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    model = {"model": str(tiny_llama)}
-    experiment = {"teacher": model, "student": model, "nomad": changes}
-    study = {"experiment": experiment, "methods": ["nomad"], "baseline": "nomad", "seeds": [0]}
     with pytest.raises(UserError, match=refusal):
-        open_study(Study.model_validate(study), tmp_path / "refused")
-    experiment["nomad"] = {"training": {"batch_size": 2}}
-    experiment["cluster"] = {"resources": {"training": {"processes_per_node": 2}}}
-    experiment["teacher_update"] = {"batch_size": 4}
+        open_study(study_of_nomad(tiny_llama, nomad=changes), tmp_path / "refused")
+
+
+def study_of_nomad(model: Path, **sections: Any) -> Study:
+    experiment = {"teacher": {"model": str(model)}, "student": {"model": str(model)}, **sections}
+    return Study.model_validate({"experiment": experiment, "methods": ["nomad"], "baseline": "nomad", "seeds": [0]})
+
+
+def test_nomad_needs_full_batches(tiny_llama: Path, tmp_path: Path) -> None:
+    cluster = {"resources": {"training": {"processes_per_node": 2}}}
     with pytest.raises(ValidationError, match=r"nomad.training.batch_size \(2\) must be a multiple"):
-        Study.model_validate(study)
+        study_of_nomad(
+            tiny_llama, nomad={"training": {"batch_size": 2}}, cluster=cluster, teacher_update={"batch_size": 4}
+        )
     fitting = {"batch_size": 8, "teacher_examples": 60, "training": {"batch_size": 128}}
-    experiment |= {"nomad": fitting, "cluster": {}}
-    open_study(Study.model_validate(study), tmp_path / "fits")
+    open_study(study_of_nomad(tiny_llama, nomad=fitting), tmp_path / "fits")

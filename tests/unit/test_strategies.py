@@ -271,7 +271,7 @@ def test_registry_and_settings_agree() -> None:
     assert [*REGISTRY] == [name for name, _ in STRATEGIES]
 
 
-def test_documents_are_read_once_by_grounded_alone(tmp_path: Path) -> None:
+def test_only_grounded_reads_documents(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("The pump starts when the green button is held for five seconds.")
     entry = {"name": "grounded", "documents": str(tmp_path)}
     (passage,) = read_documents(Synthesis.model_validate({"strategy": entry}))
@@ -299,12 +299,16 @@ def test_code_runs_needs_namespaces_before_a_run(monkeypatch: pytest.MonkeyPatch
             check_environment(experiment)
 
 
-def test_code_runs_is_asked_for_twice() -> None:
-    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": ["code_runs"]}}
-    with pytest.raises(ConfigError, match="code_runs runs code that a model wrote, .* set run_untrusted_code: true"):
-        parse_experiment(content, "test")
-    content["synthesis"] = {"filters": ["judge"]}
-    with pytest.raises(ConfigError, match="synthesis.filters: judge needs a model that scores: set judge.model"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("code_runs", "code_runs runs code that a model wrote, .* set run_untrusted_code: true"),
+        ("judge", "synthesis.filters: judge needs a model that scores: set judge.model"),
+    ],
+)
+def test_filter_names_the_setting_it_needs(name: str, message: str) -> None:
+    content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": [name]}}
+    with pytest.raises(ConfigError, match=message):
         parse_experiment(content, "test")
 
 
