@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
+from montessori_core.config import DataSource
+from montessori_core.data.sources import read_tasks
 from montessori_core.errors import DataError
 from montessori_core.influence import (
     AdamW,
@@ -30,7 +32,8 @@ from montessori_core.influence.losses import TokenLosses, example_loss, make_bat
 from montessori_core.influence.reference import error_by_halves
 from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
-from montessori_core.models.chat import IGNORED, Encoded
+from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.models.load import load_tokenizer
 from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums
 from support.sizes import SMALL
 
@@ -96,14 +99,20 @@ def warm(tiny_llama: Path) -> tuple[Any, Moments, torch.optim.Optimizer]:
     return model.eval(), Moments(first, second, 6), optimizer
 
 
+def copy_of(warm: Any, tiny_llama: Path) -> Any:
+    """Return another model with the weights of the warm student."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.load_state_dict(warm[0].state_dict())
+    return model
+
+
 REFERENCE = examples(9, seed=2)
 PROBING = examples(8, seed=3)
 STEP = AdamW(1e-3, 0.9, 0.999, 1e-8, 0.0, 7)
 
 
 def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    model.load_state_dict(warm[0].state_dict())
+    model = copy_of(warm, tiny_llama)
     reference = ReferenceSet(REFERENCE, options.pop("batch_tokens", 128), CPU)
     placement = options.pop("placement", ON_DEVICE)
     step = replace(STEP, example_weight=options.pop("weight", 1.0))
@@ -115,8 +124,7 @@ def meter(warm: Any, tiny_llama: Path, **options: Any) -> InfluenceMeter:
 
 def spelled_out(warm: Any, tiny_llama: Path, example: Encoded | None, reduction: str, weight: float = 1.0) -> float:
     """Return the loss after one step as in the paper: a fresh copy, torch's optimizer, full logits, one example at a time."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-    model.load_state_dict(warm[0].state_dict())
+    model = copy_of(warm, tiny_llama)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
     optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))  # a step changes the tensors
     if example is not None:
@@ -189,11 +197,6 @@ def test_influence_does_not_depend_on_earlier_examples(warm: Any, tiny_llama: Pa
 @pytest.mark.slow
 def test_first_order_agrees_with_exact_for_small_steps(smollm2: Path) -> None:
     """With SmolLM2, real reference examples and the paper's learning rate for small models."""
-    from montessori_core.config import DataSource
-    from montessori_core.data.sources import read_tasks
-    from montessori_core.models.chat import encode_example
-    from montessori_core.models.load import load_tokenizer
-
     tokenizer = load_tokenizer(str(smollm2))
     tasks = read_tasks(DataSource(path="builtin", limit=14), "reference", with_response=True)
     encoded = [encode_example(tokenizer, task.instruction, task.response, 96) for task in tasks]
@@ -239,8 +242,7 @@ def test_gradient_norm_and_dominated_share_equal_torch(
     """The norm is that of the unweighted gradient, the share that of the weighted one."""
     resident = meter(warm, tiny_llama, estimator=estimator, weight=weight)
     for example in PROBING[:3]:
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-        model.load_state_dict(warm[0].state_dict())
+        model = copy_of(warm, tiny_llama)
         example_loss(TokenLosses(model), make_batch([(0, example)], CPU)).backward()
         gradients = {name: p.grad.double() for name, p in model.named_parameters()}
         dominated = sum(
@@ -312,8 +314,7 @@ def test_factored_gradients_equal_autograd(
 ) -> None:
     """The embedding is tied: the gradients of both of its uses are added, without that of the padding token."""
     monkeypatch.setattr(losses_module, "LOGITS_AT_A_TIME", limit)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    model.load_state_dict(warm[0].state_dict())
+    model = copy_of(warm, tiny_llama)
     model.get_input_embeddings().padding_idx = PROBING[0].input_ids[5]
     parameters, losses = dict(model.named_parameters()), TokenLosses(model)
     batch = make_batch([(0, PROBING[0])], CPU)
@@ -331,8 +332,7 @@ def test_factored_gradients_equal_autograd(
 @pytest.mark.parametrize("mixed", [False, True])
 def test_measurement_does_not_depend_on_batch(warm: Any, tiny_llama: Path, mixed: bool) -> None:
     """Not in the last bit; an example without a finite loss, or without a response, changes no other."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    model.load_state_dict(warm[0].state_dict())
+    model = copy_of(warm, tiny_llama)
     reference = ReferenceSet(REFERENCE, 128, CPU)
     resident = InfluenceMeter(ResidentStudent(model, warm[1], STEP, CPU, mixed), reference, "first_order")
     model.get_input_embeddings().register_forward_hook(
@@ -394,8 +394,7 @@ def test_noise_floor_matches_rounding(warm: Any, tiny_llama: Path) -> None:
     found = [single.measure(example).influence_student for example in PROBING]
 
     def resident(dtype: torch.dtype) -> InfluenceMeter:
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-        model.load_state_dict(warm[0].state_dict())
+        model = copy_of(warm, tiny_llama)
         return InfluenceMeter(ResidentStudent(model.to(dtype), warm[1], STEP, CPU), ReferenceSet(REFERENCE, 128, CPU))
 
     double = resident(torch.float64)
@@ -409,8 +408,7 @@ def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None
     reference = ReferenceSet(examples(64, seed=4), 512, CPU)
 
     def measured(error_rate: float | None, baseline: str = "student") -> list[Measurement]:
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-        model.load_state_dict(warm[0].state_dict())
+        model = copy_of(warm, tiny_llama)
         rule = None if error_rate is None else SequentialReference(reference, 8, error_rate)
         resident = InfluenceMeter(
             ResidentStudent(model, warm[1], STEP, CPU), reference, "exact", "example", rule, baseline
@@ -473,8 +471,7 @@ def reference_losses(model: Any) -> torch.Tensor:
 
 def stepped(warm: Any, tiny_llama: Path, example: Encoded | None) -> Any:
     """Return a fresh student after torch's step on an example (None: with a zero gradient)."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-    model.load_state_dict(warm[0].state_dict())
+    model = copy_of(warm, tiny_llama)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
     optimizer.load_state_dict(copy.deepcopy(warm[2].state_dict()))
     for parameter in model.parameters():
@@ -552,8 +549,7 @@ def test_moments_survive_round_trip_and_foreign_ones_fail(warm: Any, tiny_llama:
 
 
 def linear_meter(warm: Any, tiny_llama: Path, weight: float = 1 / 32, **options: Any) -> LinearMeter:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    model.load_state_dict(warm[0].state_dict())
+    model = copy_of(warm, tiny_llama)
     opened = options.pop("opened", lambda: ResidentStudent(model, warm[1], replace(STEP, example_weight=weight), CPU))
     return LinearMeter(model, opened, ReferenceSet(REFERENCE, 128, CPU), **options)
 

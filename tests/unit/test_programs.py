@@ -1,7 +1,6 @@
 """A raised version recomputes the stages of its program, and nothing else."""
 
 import inspect
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +16,18 @@ from montessori_core import programs
 from montessori_core.config import Resources
 from montessori_core.files import hash_path
 from montessori_core.program import Program, load
-from support import NO_LIBRARIES, ROOT
+from support import squares
 from support.logged_programs import ADDING, DOUBLING, LogSettings
 from support.row_programs import as_shards
 from support.squares import CLUSTER
 
+folder = squares.forking_folder
 DECLARED: list[Program[Any]] = [value for value in vars(programs).values() if isinstance(value, Program)]
 
 
 def key_of(program: Program[Any]) -> str:
     stage = Stage.of(program, program.settings.model_construct(), Path("stage"), {}, {})
     return stage.key(pa.table({"n": [1]}))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (NO_LIBRARIES, ROOT, ROOT / "tests"))))
-    return tmp_path
 
 
 def compute(folder: Path, doubling: Program[LogSettings], adding: Program[LogSettings]) -> list[str]:
@@ -76,7 +70,7 @@ def sections(kind: Any) -> Iterator[type[BaseModel]]:
 
 
 @pytest.mark.parametrize("program", DECLARED, ids=lambda program: program.name)
-def test_option_that_is_off_is_not_in_a_key(program: Program[Any]) -> None:
+def test_optional_settings_are_off_by_default(program: Program[Any]) -> None:
     for section in sections(program.settings):
         for name, field in section.model_fields.items():
             if type(None) in get_args(field.annotation):
