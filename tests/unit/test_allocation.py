@@ -10,7 +10,7 @@ from cluster.backends.allocation import AllocationBackend
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
-from support import runs as whole
+from support.runs import configuration, invoke
 
 ALLOCATION = Cluster(profile="allocation")
 
@@ -26,11 +26,9 @@ def test_profile_allocation_needs_an_allocation() -> None:
 
 
 def test_run_outside_an_allocation_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(whole.configuration(tmp_path, tiny_llama).read_text()) | {
-        "cluster": {"profile": "allocation"}
-    }
+    content = yaml.safe_load(configuration(tmp_path, tiny_llama).read_text()) | {"cluster": {"profile": "allocation"}}
     (tmp_path / "allocation.yaml").write_text(yaml.safe_dump(content))
-    code, output = whole.invoke("run", str(tmp_path / "allocation.yaml"), cwd=tmp_path)
+    code, output = invoke("run", str(tmp_path / "allocation.yaml"), cwd=tmp_path)
     assert code == 1
     assert "start inside salloc or sbatch, or set profile: slurm" in output
     assert not (tmp_path / "runs" / "tiny" / "iteration-1").exists()

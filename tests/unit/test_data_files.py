@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -41,9 +42,7 @@ def encoded(rows: list[Any], kind: str) -> bytes:
     if kind == ".json":
         return json.dumps(rows, indent=1).encode()
     if kind == ".csv":
-        from io import StringIO
-
-        text = StringIO(newline="")
+        text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -116,9 +116,9 @@ def test_weights_given_by_name_are_left_to_autograd() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[30], [30, 12, 21]], ids=["one example", "three"])
-def test_logits_in_pieces_change_no_derivative(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+def test_chunked_logits_change_no_derivative(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
     opened_model = opened(SEPARABLE["Llama, tied weights"])
     whole = derivatives_of(*opened_model, encoded(lengths))
     monkeypatch.setattr("montessori_core.influence.losses.LOGITS_AT_A_TIME", 300 * 4)
-    for in_pieces, expected in zip(derivatives_of(*opened_model, encoded(lengths)), whole, strict=True):
-        assert in_pieces == pytest.approx(expected, rel=1e-4)
+    for chunked, expected in zip(derivatives_of(*opened_model, encoded(lengths)), whole, strict=True):
+        assert chunked == pytest.approx(expected, rel=1e-4)

@@ -14,7 +14,7 @@ from cluster.lock import Driver, driver_of, only_driver
 from montessori_core.config import Cluster, DriverJob, Slurm, parse
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
-from support import runs as whole
+from support.runs import call, configuration, invoke
 from support.slurm_lab import put_command
 
 SLURM = Slurm(
@@ -77,8 +77,8 @@ def test_driver_option_of_a_setting_is_refused(option: str) -> None:
 
 
 def test_driver_job_needs_slurm_profile(tiny_llama: Path, tmp_path: Path) -> None:
-    config = whole.configuration(tmp_path, tiny_llama)
-    code, output = whole.invoke("run", str(config), "--submit-driver", cwd=tmp_path)
+    config = configuration(tmp_path, tiny_llama)
+    code, output = invoke("run", str(config), "--submit-driver", cwd=tmp_path)
     assert code == 1
     assert "cluster.profile is local" in output
     assert "profile: slurm" in output
@@ -86,10 +86,10 @@ def test_driver_job_needs_slurm_profile(tiny_llama: Path, tmp_path: Path) -> Non
 
 
 def test_driver_job_needs_reachable_prefect_server(tiny_llama: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(whole.configuration(tmp_path, tiny_llama).read_text()) | {"cluster": {"profile": "slurm"}}
+    content = yaml.safe_load(configuration(tmp_path, tiny_llama).read_text()) | {"cluster": {"profile": "slurm"}}
     (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(content))
     command = ["run", str(tmp_path / "slurm.yaml"), "--submit-driver"]
-    code, output = whole.call(*command, cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:4200/api")
+    code, output = call(*command, cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:4200/api")
     assert code == 1
     assert "PREFECT_API_URL is http://127.0.0.1:4200/api, which the nodes of the cluster cannot reach" in output
     assert not (tmp_path / "runs").exists()

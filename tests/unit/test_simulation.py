@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.simulation import ClusterSpec, FailureModel, StageTiming, Work, capacity, simulate
+from cluster.simulation import ClusterSpec, FailureModel, Work, capacity, simulate
 from montessori_core.errors import UserError
 
 ONE = Work(
@@ -138,4 +138,4 @@ def test_impossible_simulation_is_refused_with_remedy() -> None:
             simulate([work], machines, CALM, seed=0)
     with pytest.raises(UserError, match="hardly ever progress"):
         simulate([ONE], machines, FailureModel(preemption_hours=10 / 3600), seed=0)
-    assert isinstance(simulate([replace(ONE, limit=121.0)], machines, CALM, seed=0)[0], StageTiming)
+    simulate([replace(ONE, limit=121.0)], machines, CALM, seed=0)  # is possible

@@ -16,7 +16,10 @@ from tasks.stage import Step
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
-        ({"examples": 7, "truncated": 2, "left_out": 3}, ["3 of 10 rows were left out", "2 of 10 rows were cut"]),
+        (
+            {"examples": 7, "truncated": 2, "left_out": 3},
+            ["3 of 10 rows were left out", "2 of 10 rows were cut at max_length"],
+        ),
         ({"pairs": 7, "left_out": 3}, ["3 of 10 rows were left out"]),
         ({"examples": 7, "truncated": 0, "left_out": 0}, []),
     ],
@@ -34,6 +37,4 @@ def test_rows_left_out_are_reported(
     )
     rows = [{"instruction": "Add.", "response": "4", "response_finished": True}]
     Step(Run(tmp_path, experiment), tmp_path, "warm-up").train(programs.SFT, settings, rows, {})
-    assert [warning.partition(";")[0].partition(":")[0] for warning in said] == [
-        text if "left" in text else f"{text} at max_length" for text in expected
-    ]
+    assert [warning.partition(";")[0].partition(":")[0] for warning in said] == expected
