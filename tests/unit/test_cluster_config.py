@@ -116,13 +116,11 @@ def test_other_extra_options_are_accepted(extra: dict[str, object], resources: d
         ("gres", 0, "h100", {}),
     ],
 )
-def test_gpus_have_a_type_and_one_of_two_options(
-    option: Any, count: int, kind: str | None, expected: dict[str, str]
-) -> None:
+def test_gpu_options_name_type_and_count(option: Any, count: int, kind: str | None, expected: dict[str, str]) -> None:
     assert gpu_options(Slurm(gpu_option=option), Resources(gpus_per_node=count, gpu_type=kind)) == expected
 
 
-def test_options_of_a_stage_replace_those_of_all_stages() -> None:
+def test_stage_options_replace_common_ones() -> None:
     slurm = Slurm(
         partition="gpu",
         account="project",
@@ -164,6 +162,6 @@ def test_bad_options_of_a_stage_are_refused(stages: dict[str, object], message: 
         parse(Cluster, {"slurm": {"stages": stages}, "resources": GPUS}, "test")
 
 
-def test_generic_resources_of_a_stage_without_gpus_are_accepted() -> None:
+def test_stage_without_gpus_may_set_gres() -> None:
     content = {"slurm": {"stages": {"judging": {"extra": {"gres": "gpu:1"}}}}, "resources": GPUS}
     assert parse(Cluster, content, "test").slurm.of_stage("judging").extra == {"gres": "gpu:1"}

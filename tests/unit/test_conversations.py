@@ -198,7 +198,7 @@ MISTRAL = (  # as Mistral 7B v0.3: the system text is part of the last user turn
 )
 
 
-def test_template_that_rewrites_earlier_turns_trains_the_last_alone(tokenizer: Any) -> None:
+def test_rewriting_template_trains_last_turn_alone(tokenizer: Any) -> None:
     tokenizer.chat_template = MISTRAL
     assert shown(tokenizer, encode(tokenizer, TALK)).count("[[") == 3
     with pytest.raises(UserError, match=r"writes an earlier turn differently .*; set train_on: last"):

@@ -87,7 +87,7 @@ def test_other_layouts_of_the_same_rows_are_read(tmp_path: Path) -> None:
         assert read(tmp_path / name) == TASKS, name
 
 
-def test_shards_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_shards_are_read_in_name_order(tmp_path: Path) -> None:
     for place, name in enumerate(("c", "a", "b")):
         (tmp_path / f"part-{name}.jsonl.gz").write_bytes(gzip.compress(encoded(ROWS[place : place + 1], ".jsonl")))
     (tmp_path / "notes.txt").write_text("no data")

@@ -97,7 +97,7 @@ def test_derivatives_of_batch_equal_autograd_one_by_one(config: Any, lora: bool)
 
 
 @pytest.mark.parametrize("config", INSEPARABLE.values(), ids=INSEPARABLE.keys())
-def test_derivatives_of_one_example_equal_autograd_for_other_layers(config: Any) -> None:
+def test_inseparable_layers_take_one_example(config: Any) -> None:
     opened_model = opened(config)
     (example,) = encoded([20])
     assert derivatives_of(*opened_model, [example])[0] == pytest.approx(

@@ -61,7 +61,7 @@ def test_driver_options_follow_settings() -> None:
     assert not {word.partition("=")[0] for word in options} & {"--mem", "--hold", "--partition", "--account", "--qos"}
 
 
-def test_driver_in_a_job_passes_no_variable_of_it(tmp_path: Path) -> None:
+def test_driver_in_job_drops_its_variables(tmp_path: Path) -> None:
     (tmp_path / "job.sh").write_text("#!/bin/sh\n#SBATCH --ntasks=1\n")
     names = ("SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT", DRIVER_JOB)
     of_job = dict.fromkeys(names, "1")

@@ -1,4 +1,4 @@
-"""Generation: the paper's decoding from seeds, and prompts from random demonstrations."""
+"""Generation: the paper's decoding from seeds, ends of continuations, and jobs that resume from drafts."""
 
 import itertools
 import json

@@ -595,7 +595,7 @@ def test_linear_leaves_student_and_moments_as_they_were(warm: Any, tiny_llama: P
     assert all(torch.equal(moment, kept[name]) for name, moment in warm[1].second.items())
 
 
-def test_linear_weight_per_token_is_that_of_first_order(warm: Any, tiny_llama: Path) -> None:
+def test_linear_token_weight_equals_first_order(warm: Any, tiny_llama: Path) -> None:
     typical = min(example.response_tokens for example in PROBING) / 2
     expected, found, plain = (
         torch.tensor([one.influence_null_step for one in measured])
@@ -623,7 +623,7 @@ def test_second_linear_worker_reads_no_moments(warm: Any, tiny_llama: Path, tmp_
     assert second.noise_floor == first.noise_floor
 
 
-def test_unmeasurable_examples_of_linear_batch_do_not_change_others(warm: Any, tiny_llama: Path) -> None:
+def test_linear_ignores_unmeasurable_examples(warm: Any, tiny_llama: Path) -> None:
     resident = linear_meter(warm, tiny_llama)
     expected = resident.measure_batch(PROBING)
     resident._losses._layers.embed_tokens.register_forward_hook(
@@ -650,7 +650,7 @@ SIZES = SMALL | {"vocab_size": 500}
     ],
     ids=["Llama", "Gemma", "GPT-2, whose positions sum over examples"],
 )
-def test_linear_equals_first_order_where_moments_outweigh_the_example(config: Any, separable: bool) -> None:
+def test_linear_equals_first_order_under_large_moments(config: Any, separable: bool) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     moments = Moments(

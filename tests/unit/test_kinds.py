@@ -80,7 +80,7 @@ def test_reference_of_seed_kinds_gives_no_share(limit: int | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coding", "maths"])
-def test_seed_pool_with_half_of_the_kind_is_replaced(kind: str) -> None:
+def test_half_wanted_seed_pool_is_replaced(kind: str) -> None:
     """The quickstart's sets: half of the seeds are of the reference set's kind."""
     reference = instructions_of(f"builtin/{kind}", "reference", 24)
     seeds = instructions_of(f"builtin/half-{kind}", "seed_pool")

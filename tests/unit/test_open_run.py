@@ -41,7 +41,7 @@ def test_open_run_warns_of_repetition_penalty(penalty: float, warned: bool, tiny
         ("GPU-5a3f", {}, []),
     ],
 )
-def test_open_run_warns_of_gpus_that_no_job_uses(
+def test_open_run_warns_of_unused_gpus(
     visible: str,
     cluster: dict[str, Any],
     warned: list[str],

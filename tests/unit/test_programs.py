@@ -77,7 +77,7 @@ def test_optional_settings_are_off_by_default(program: Program[Any]) -> None:
                 assert field.default is None, f"{section.__name__}.{name}: a node would not read None"
 
 
-def test_new_option_changes_the_key_once_it_is_on() -> None:
+def test_new_option_changes_key_if_on() -> None:
     class Settings(BaseModel):
         variables: dict[str, int | None] = {}
 

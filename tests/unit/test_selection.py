@@ -52,7 +52,7 @@ def test_best_rows_are_those_of_a_stable_sort(scores: list[float | None], count:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=25), st.integers(1, 40))
-def test_token_budget_ends_at_first_row_that_exceeds_it(rows: list[tuple[int, int]], budget: int) -> None:
+def test_token_budget_ends_at_first_exceeding_row(rows: list[tuple[int, int]], budget: int) -> None:
     pool = ListPool([{"s": score, "response_tokens": tokens} for score, tokens in rows])
     expected, used = [], 0
     for i in sorted(range(len(rows)), key=lambda i: -rows[i][0]):
@@ -200,7 +200,7 @@ def test_matched_lengths_are_the_nearest(rows: list[tuple[int, bool]], seed: int
     assert match_lengths(lengths, selected, seed) == expected
 
 
-def test_texts_of_an_influence_table_are_read_in_its_order(tmp_path: Path) -> None:
+def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     """Whatever the order of the examples is; numbers alone do not read them."""
     table = write_run(tmp_path / "run") / "iteration-1" / "influence.parquet"
     ids = read_table(table, INFLUENCE)["example_id"].to_pylist()

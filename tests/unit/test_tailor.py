@@ -33,7 +33,7 @@ def test_pilot_differs_from_its_preset_in_sizes(size: str) -> None:
     assert pilot.warmup.learning_rate == whole.warmup.learning_rate
 
 
-def test_values_of_the_form_replace_those_of_the_preset() -> None:
+def test_form_values_replace_those_of_preset() -> None:
     tailored = Tailored(
         teacher="t", student="s", seeds="seeds.jsonl", reference="r.jsonl", evaluation="e.jsonl", cluster="workstation"
     )

@@ -1,4 +1,4 @@
-"""What a training does not use is said."""
+"""Rows that a training does not use are reported."""
 
 import json
 from pathlib import Path
