@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 
 from cluster.fanout import fan_out
+from cluster.lock import only_driver
 from cluster.shards import Shards, cut_for_jobs
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
@@ -86,7 +87,7 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
     Finished shards are kept in a folder next to `out`, so that the measurement can be resumed.
 
     Raises:
-        UserError: an option, a file or the model is invalid; the message names it.
+        UserError: an option, a file or the model is invalid; the message names it. Or another process measures to `out`.
     """
     if measurement.settings.sequential is not None and measurement.baseline == "median":
         raise ConfigError(
@@ -94,7 +95,8 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
         )
     folder = out.with_name(out.name + ".parts").resolve()
     stages = MeasurementStages(folder, measurement, open_inputs(measurement, folder))
-    write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
+    with only_driver(folder):
+        write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
 
 
 def open_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRow] = ()) -> Inputs:

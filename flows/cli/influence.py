@@ -154,7 +154,7 @@ def local_cluster(device: str) -> Cluster:
         UserError: no such device.
     """
     kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
+    if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
         raise ConfigError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N")
     if kind == "cuda":
         import torch
@@ -163,7 +163,10 @@ def local_cluster(device: str) -> Cluster:
             raise UserError(
                 f"--device {device}: PyTorch sees no such GPU; use --device cpu, or install PyTorch's CUDA build"
             )
-    if kind == "cpu" or number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif number:  # as in PyTorch, an index of the GPUs that this process may use
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus_of_this_machine()[int(number)]) if visible else number
     jobs = Resources(gpus_per_node=1 if gpus_of_this_machine() else 0)
     return Cluster(resources=StageResources(influence=jobs, training=jobs))

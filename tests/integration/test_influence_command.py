@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
+from cluster.lock import only_driver
 from flows.cli.influence import local_cluster
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.models.load import load_model
@@ -183,6 +184,15 @@ def test_device_decides_gpus_of_jobs(device: str, visible: str, gpus: int, monke
     assert resources.influence.gpus_per_node == resources.training.gpus_per_node == gpus
 
 
+def test_second_measurement_of_a_table_is_refused(tiny_llama: Path, folder: Path) -> None:
+    parts = folder / "influence.parquet.parts"
+    parts.mkdir()
+    with only_driver(parts):
+        code, output = influence(folder, tiny_llama)
+    assert (code, "already has a driver" in output) == (1, True), output
+    assert not (folder / "influence.parquet").exists()
+
+
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order', 'linear' or 'screened'"),
@@ -191,6 +201,7 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step', 'median' or 'prompt'"),
         (["--baseline", "prompt"], "these examples have no prompts in common"),
         (["--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda, cuda:N"),
+        (["--device", "cuda:x"], "--device: 'cuda:x' is not one of auto, cpu, cuda, cuda:N"),
         (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),
         (["--audit-examples", "3"], "--audit-examples: Input should be greater than or equal to 40"),
