@@ -42,8 +42,10 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"already running: {(read_json(state / 'up.json') or {}).get('url')}", soft_wrap=True)
+            url = (read_json(state / "up.json") or {}).get("url", "its server is starting")
+            console.print(f"already running: {url}", soft_wrap=True)
             return
+        _write_state(lock, {})  # an `up` that was killed has left its address
         with (
             prefect_api(port, state / "server.log", console) as api,
             served_reports(root.resolve(), port + 1) as reports,

@@ -7,7 +7,7 @@ from prefect import flow
 from pydantic import Field
 
 from cluster.lock import only_driver
-from flows.experiment import end_jobs_of, run_root
+from flows.experiment import end_jobs_of, log_warnings, run_root
 from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
 from montessori_core.files import write_json
 from tasks.benchmarks import list_items
@@ -17,17 +17,16 @@ from tasks.run import Run, open_run
 from tasks.stage import Step
 
 RESULT = "evaluation.json"
+_NAME = "evaluation"
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled evaluation (Prefect hook)."""
-    end_jobs_of(flow_run.parameters["name"])
+    end_jobs_of(flow_run.parameters.get("name", _NAME))
 
 
 @flow(name="evaluate", flow_run_name="{name}", on_cancellation=[end_jobs])
-def evaluate(
-    experiment: Experiment, model: str, name: Annotated[FolderName, Field(pattern=RUN_NAME)] = "evaluation"
-) -> None:
+def evaluate(experiment: Experiment, model: str, name: Annotated[FolderName, Field(pattern=RUN_NAME)] = _NAME) -> None:
     """Evaluate a model: held-out loss, and the benchmarks of the configuration. The same name again resumes an evaluation.
 
     Args:
@@ -35,7 +34,8 @@ def evaluate(
         model: folder or Hugging Face id of the model.
         name: name of the evaluation and of its folder.
     """
-    run, _ = open_evaluation(experiment, model, run_root() / name)
+    run, warnings = open_evaluation(experiment, model, run_root() / name)
+    log_warnings(warnings)
     _evaluate(run)
 
 

@@ -28,7 +28,7 @@ RUN_ROOT = "MONTESSORI_RUN_ROOT"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled run (Prefect hook)."""
-    end_jobs_of(flow_run.parameters["experiment"]["name"])
+    end_jobs_of(Experiment.model_validate(flow_run.parameters["experiment"]).name)
 
 
 def end_jobs_of(name: str) -> None:
@@ -72,9 +72,14 @@ def montessori(experiment: Experiment, add_iterations: Annotated[int, Field(ge=0
 def start_run(experiment: Experiment) -> Run:
     """Create or open the run of an experiment in the folder of runs, and log its warnings."""
     run, warnings = open_run(experiment, run_root() / experiment.name)
+    log_warnings(warnings)
+    return run
+
+
+def log_warnings(warnings: list[str]) -> None:
+    """Log the warnings of an opened run to the flow run."""
     for warning in warnings:
         get_run_logger().warning(warning)
-    return run
 
 
 @flow(flow_run_name="{run.experiment.name}", validate_parameters=False)

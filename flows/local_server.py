@@ -139,5 +139,7 @@ def served_reports(root: Path, port: int) -> Iterator[str]:
         server = ThreadingHTTPServer((_LOOPBACK, 0), Report)
     with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://{_LOOPBACK}:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"http://{_LOOPBACK}:{server.server_port}"
+        finally:
+            server.shutdown()

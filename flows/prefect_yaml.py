@@ -47,6 +47,11 @@ def read_deployments(path: Path) -> list[dict[str, Any]]:
 
 def _complete_parameters(deployment: dict[str, Any], path: Path) -> None:
     source = f"{path}, deployment {deployment.get('name')!r}"
+    if not isinstance(deployment.get("name"), str):
+        raise ConfigError(f"{source}: name must be a text; set it")
+    for schedule in deployment.get("schedules") or []:
+        if not isinstance(schedule, dict) or len(schedule.keys() & {"cron", "interval"}) != 1:
+            raise ConfigError(f"{source}: schedules: {schedule}: set either cron, or interval (seconds)")
     entrypoint = deployment.setdefault("entrypoint", EXPERIMENT)
     if not isinstance(entrypoint, str) or entrypoint not in _PARAMETERS:
         raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; available: {', '.join(_PARAMETERS)}")

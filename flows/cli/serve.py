@@ -40,6 +40,5 @@ def deploy(
 
 
 def _enable_prefect_logs() -> None:
-    for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL"):
-        os.environ.pop(name)
+    del os.environ["PREFECT_INTERNAL_LOGGING_LEVEL"]
     os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"

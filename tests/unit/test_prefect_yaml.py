@@ -1,14 +1,21 @@
-"""Deployments in `prefect.yaml`, and their configurations."""
+"""Prefect without its server: deployments in `prefect.yaml` and their configurations, cancellation, served reports."""
 
+import threading
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun
 
+from flows import evaluation, experiment, tailor
+from flows.local_server import served_reports
 from flows.prefect_yaml import find_deployments, read_deployments
 from montessori_core.config import Study, read_study
-from montessori_core.errors import ConfigError
+from montessori_core.errors import ConfigError, UserError
 from support import CONFIGS, ROOT
 
 
@@ -61,11 +68,43 @@ def test_config_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         ({"config": "paper-8b", "entrypoint": "flows/study.py:compare"}, "config: .*no preset .*: laptop, quickstart"),
         ({"config": ["quickstart"]}, "config: .*no such file, and no preset"),
         ({"config": "quickstart", "entrypoint": "flows/x.py:y"}, "no entrypoint 'flows/x.py:y'"),
+        ({"config": "quickstart", "schedules": [{"rrule": "FREQ=DAILY"}]}, "schedules: .*set either cron, or interval"),
     ],
 )
 def test_bad_deployment_is_refused(deployment: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"prefect.yaml, deployment 'mine': {message}"):
         read_deployments(written(tmp_path, **deployment))
+
+
+def test_deployment_without_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prefect.yaml, deployment None: name must be a text"):
+        read_deployments(written(tmp_path, name=None, config="quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("module", "parameters", "name"),
+    [
+        (experiment, {"experiment": {"teacher": {"model": "t"}, "student": {"model": "s"}}}, "experiment"),
+        (tailor, {"tailored": {}}, "tailored"),
+        (evaluation, {"model": "m"}, "evaluation"),
+    ],
+)
+def test_cancelled_flow_run_may_lack_a_name(
+    module: ModuleType, parameters: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect gives a hook the parameters of the flow run without their defaults."""
+    monkeypatch.setenv(experiment.RUN_ROOT, str(tmp_path))
+    with pytest.raises(UserError, match=rf"{tmp_path / name}: not a run"):
+        module.end_jobs(None, FlowRun(flow_id=uuid4(), parameters=parameters), None)
+
+
+def test_server_of_reports_ends_after_an_error(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with suppress(UserError), served_reports(tmp_path, 0):
+        (thread,) = set(threading.enumerate()) - before
+        raise UserError("the Prefect server did not start")
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_shipped_file_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
