@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from cluster.lock import only_driver
 from cluster.usage import use_of
-from flows.experiment import end_jobs_in, run_root
+from flows.experiment import end_jobs_in, log_warnings, run_root
 from flows.methods import REGISTRY
 from flows.methods.method import Feedback, Method, Proposal, Round
 from montessori_core import layout
@@ -46,7 +46,7 @@ def find_method(name: str) -> Method:
         raise ConfigError(f"methods: no method {name!r}; available: {', '.join(REGISTRY)}, or your own as module:NAME")
     try:
         method = load(name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no module, or a relative one
         raise ConfigError(f"methods: {name}: {error}; the module must be importable where the driver runs") from error
     if not isinstance(method, Method):
         raise ConfigError(f"methods: {name} is not a flows.methods.method.Method")
@@ -135,7 +135,8 @@ def compare(study: Study) -> None:
         study: methods, seeds, and the experiment that they share.
     """
     folder = run_root() / study.name
-    seeded, _ = open_study(study, folder)
+    seeded, warnings = open_study(study, folder)
+    log_warnings(warnings)
     _compare(study, folder, seeded)
 
 

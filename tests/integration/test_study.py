@@ -239,8 +239,9 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
         assert code == 1, output
         assert words in output
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(ConfigError):
-        find_method("flows.cli:app")
+    for name in ("flows.cli:app", ":MINE", ".own:MINE"):
+        with pytest.raises(ConfigError, match=f"methods: {name}"):
+            find_method(name)
 
 
 def test_shipped_study_is_valid() -> None:
