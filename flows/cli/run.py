@@ -32,8 +32,9 @@ def run(
     experiment = on_cluster(read_experiment(config, tuple(overrides)), cluster, config)
     if as_job:
         check_driver_job(experiment)
-    opened, warnings = open_run(experiment, run_root / experiment.name)
-    refuse_part_of_study(opened.folder)
+    folder = run_root / experiment.name
+    refuse_part_of_study(folder.resolve())
+    opened, warnings = open_run(experiment, folder)
     warn(warnings)
     if not stages_of(opened.folder):
         from flows.estimate import estimate_run

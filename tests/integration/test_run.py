@@ -204,9 +204,12 @@ def test_forecast_simulates_experiment_from_pilot(undisturbed: Path) -> None:
 def test_study_is_resumed_as_a_whole(tmp_path: Path, part: str) -> None:
     (tmp_path / "seed-3").mkdir()
     (tmp_path / "study.yaml").touch()
-    for command in ("resume", "retry"):
-        code, output = invoke(command, str(tmp_path / part), cwd=tmp_path)
+    folder = tmp_path / part
+    run = ["run", "quickstart", "--run-root", str(folder.parent), "--name", folder.name]
+    for command in (["resume", str(folder)], ["retry", str(folder)], run):
+        code, output = invoke(*command, cwd=tmp_path)
         assert code == 1
+        assert not (folder / "config.yaml").exists()
         assert f"study; resume with: montessori compare {tmp_path / 'study.yaml'}" in " ".join(output.split())
 
 
