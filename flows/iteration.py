@@ -36,17 +36,9 @@ class Iteration:
     evaluated: dict[str, StudentEvaluation]
 
 
-@dataclass(frozen=True)
-class Unmodified:
-    """The unmodified teacher's training set, and the evaluation of a student trained on it."""
-
-    training: SynthesisResult
-    evaluated: StudentEvaluation
-
-
 @flow(flow_run_name="{run.experiment.name}: unmodified teacher", validate_parameters=False)
-def unmodified_teacher(run: Run, probed: ProbingSet) -> Unmodified:
-    """Train a student on as many examples of the unmodified teacher, from the prompts of iteration 1.
+def unmodified_teacher(run: Run, probed: ProbingSet) -> StudentEvaluation:
+    """Train a student on as many examples of the unmodified teacher, from the prompts of iteration 1, and evaluate it.
 
     Their influence is measured on the same warm student as that of the updated teacher's examples (Figure 3d).
     """
@@ -54,7 +46,7 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> Unmodified:
     training = write_training_set(step, run.initial_teacher())
     student = train_on_set(step.at("student", "student training"), training.examples)
     _measure_training_influence(step, probed.student, training.examples)
-    return Unmodified(training, evaluate(step.at("evaluation"), student))
+    return evaluate(step.at("evaluation"), student)
 
 
 def _measure_training_influence(step: Step, student: Model, examples: Path) -> Path | None:
@@ -79,12 +71,13 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         continued: whether a later iteration starts from the student.
     """
     experiment, step = run.experiment, Step.iteration(run, number)
+    pool = previous.training.examples if previous else None
     tailored = tailor(
         step,
         number,
         previous.teacher if previous else run.initial_teacher(),
         previous.student if previous else None,
-        previous.training.examples if previous else None,
+        pool,
         approve,
     )
     examples = tailored.training.examples
@@ -100,10 +93,9 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         untrained = Step(run, run.folder / layout.UNTRAINED, "untrained student")
         evaluated["untrained"] = evaluate(untrained, run.initial_student())
         if experiment.comparison.unmodified_teacher:
-            evaluated["unmodified"] = unmodified_teacher(run, tailored.probed).evaluated
+            evaluated["unmodified"] = unmodified_teacher(run, tailored.probed)
     trajectory = []
     if experiment.comparison.teacher_checkpoints:
-        pool = previous.training.examples if previous else None
         trajectory = evaluate_checkpoints(run, number, tailored, evaluated["student"], pool)
     write_metrics(
         run,

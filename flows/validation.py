@@ -124,10 +124,11 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
             "examples_left_out": len(inputs.rows) - len(usable),
         }
         write_table(pa.concat_tables(trainings.tables), out / TRAININGS, RETRAINING)
+        ids = [task.example_id for task in inputs.examples]
         records: list[dict[str, object]] = [
-            {"example_id": task.example_id, "predictor": name, "value": value if math.isfinite(value) else None}
+            {"example_id": example_id, "predictor": name, "value": value if math.isfinite(value) else None}
             for name, column in values.items()
-            for task, value in zip(inputs.examples, column.tolist(), strict=True)
+            for example_id, value in zip(ids, column.tolist(), strict=True)
         ]
         write_table(table_from_rows(records, PREDICTIONS), out / PREDICTED, PREDICTIONS)
         write_json(result, out / RESULT)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import console
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
+from flows.cli.filters import print_descriptions
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
@@ -47,7 +47,4 @@ def methods() -> None:
     """List the methods that a study can compare."""
     from flows.methods import REGISTRY
 
-    width = max(map(len, REGISTRY))
-    for method in REGISTRY.values():
-        console.print(f"{method.name:<{width}}", style="bold", end=" ")
-        console.print(method.description)
+    print_descriptions({name: method.description for name, method in REGISTRY.items()})

@@ -41,10 +41,10 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
     try:
         run_flow()
     except BaseException as error:
-        if _has_cause(error, "DriverStopped"):
+        if _cause(error, "DriverStopped"):
             console.print(f"\n{STOPPED}:\n  {command}", soft_wrap=True)
             _exit()
-        if _has_cause(error, "KeyboardInterrupt", "TerminationSignal"):
+        if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
             stop("the jobs were cancelled")
         if api is not None and (problem := problem_of(api)) is not None:
             raise UserError(
@@ -94,11 +94,6 @@ def _exit() -> None:
         with suppress(psutil.NoSuchProcess):
             child.kill()  # Prefect's server for this run, and remaining local jobs
     os._exit(130)  # skip the long error reports of Prefect's threads about the missing server
-
-
-def _has_cause(error: BaseException, *names: str) -> bool:
-    """Whether an exception of one of these types is an error or in its chain of causes."""
-    return _cause(error, *names) is not None
 
 
 def _cause(error: BaseException | None, *names: str) -> BaseException | None:

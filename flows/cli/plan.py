@@ -97,17 +97,17 @@ def _print_generation(size: ModelSize, teacher: str, memory: int) -> None:
         console.print(f"cache of a token in all layers: {size.token / 1e6:.3f} MB, shared by tensor_parallel GPUs")
 
 
-def _load_without_weights(student: str, lora: Lora | None) -> Any:
-    """Load the model on the meta device, which has shapes but no weights."""
+def _load_without_weights(name: str, lora: Lora | None) -> Any:
+    """Load a model on the meta device, which has shapes but no weights."""
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise UserError(f"planning needs the worker's libraries ({error}); pip install 'montessori[train]'") from error
     try:
-        config = AutoConfig.from_pretrained(local_path(student), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_path(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"the configuration of {student!r} cannot be loaded: {describe_load_error(error)}") from error
+        raise UserError(f"the configuration of {name!r} cannot be loaded: {describe_load_error(error)}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         return with_lora(model, lora) if lora else model
