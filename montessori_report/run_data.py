@@ -85,7 +85,7 @@ class IterationData:
 
     @property
     def held_out_loss(self) -> dict[str, dict[str, float]]:
-        """Mean and standard error by model: student, untrained, unmodified."""
+        """Mean and standard error by model: student, untrained, unmodified, previous."""
         return dict((self.metrics or {}).get("held_out_loss", {}))
 
     @property

@@ -165,8 +165,10 @@ def main() -> None:
     except OSError as error:
         if may_pass(error):
             remedy = "see whether the file server answers"
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free space"
+        elif error.errno == errno.EROFS:
+            remedy = "mount the file system for writing"
         else:
             raise
         console.print(f"error: {error}; {remedy}, then resume: finished work is kept", soft_wrap=True)

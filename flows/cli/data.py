@@ -52,7 +52,7 @@ def check(
 
     [b]bad rows[/b] are counted by reason, each with its first row. A run refuses them, unless drop_bad_rows is set.
     [b]near duplicates[/b] are instructions with a ROUGE-L above 0.9.
-    [b]scripts[/b] are what synthesis.filters, script, goes by: of most letters of a row.
+    [b]scripts[/b] are the writing systems of most letters of a row, which the filter script checks.
     With --model, the first rows are shown as the student reads them; the tokens with loss are green.
 
     The exit status is 1 if a run would refuse the data.

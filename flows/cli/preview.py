@@ -1,4 +1,4 @@
-"""The command preview: the first examples of a run, before a night is spent."""
+"""The command preview: the first examples of a run, before it is started."""
 
 from collections import Counter
 from pathlib import Path
