@@ -306,6 +306,7 @@ class Stage:
             if self.is_done(index, key):
                 raise _Overtaken
             self.manifest(index).unlink(missing_ok=True)
+        operations = flops.read_and_reset() * processes  # of a dropped result too: the next shard must not count them
         if self.is_done(index, key):
             return
         manifest = {
@@ -317,6 +318,6 @@ class Stage:
             "opening": round(opening, 3),
             "seconds": round(time.monotonic() - started, 3),
             "row_seconds": clock.row_seconds if clock else None,
-            "flops": flops.read_and_reset() * processes,
+            "flops": operations,
         }
         write_json(manifest, self.manifest(index))
