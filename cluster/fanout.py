@@ -195,16 +195,16 @@ class _Driver:
         rows = len(shards.rows)
         done: float = sum(map(shards.rows_of, self._done))
         begun = {int(name.split(".")[0]) for name in os.listdir(stage.folder / "progress") if name[0] != "."}
-        notes = {
+        records = {
             index: read_record(stage.progress_file(index), ShardProgress)
             for index in begun & set(range(len(shards))) - self._done
         }
-        done += sum(min(shards.rows_of(index), note.done) for index, note in notes.items() if note)
+        done += sum(min(shards.rows_of(index), record.done) for index, record in records.items() if record)
         # A job computes its shards in order; a job that has begun none is waiting or loading its program.
         undone = [[index for index in task if index not in self._done] for task in self._alive if begun & set(task)]
-        at_work = {indices[0] for indices in undone if indices}
+        computing = {indices[0] for indices in undone if indices}
         earlier = stage.manifests(sorted(self._done)[-_PACED:])
-        pace = rows_per_second([notes.get(index) for index in sorted(at_work)], earlier)
+        pace = rows_per_second([records.get(index) for index in sorted(computing)], earlier)
         left = (rows - done) / pace if pace else None
         self._on_progress(Progress(done, rows, left, len(shards), begun, self._done, self._failed))
 
@@ -348,6 +348,7 @@ class _Driver:
         folder = self._ledger.folder / name
         try:
             submission.ids = self._backend.submit(name, folder, tasks, self._stage.folder, at_once, avoid)
+            self._running += len(tasks)
             self._refusals = 0
         except SchedulerUnavailable as error:
             pause = self._pause(self._refusals)
@@ -361,21 +362,23 @@ class _Driver:
         factor = self._resources.duplicate_stragglers_after
         if factor is None:
             return
-        at_work: dict[int, tuple[str, Task]] = {}
+        running: dict[int, tuple[str, Task]] = {}
         waiting = False
         for submission, ids in self._submitted():
             started = self._backend.running(submission.name, ids)
             for job_id, task in zip(ids, submission.tasks, strict=True):
                 left = [index for index in task if index in busy]
                 if left and job_id in started:
-                    at_work[left[0]] = job_id, left
+                    running[left[0]] = job_id, left
                 waiting |= bool(left) and job_id not in started
         now = time.monotonic()
-        self._stopwatch.look(set(at_work), self._done, now)
-        if waiting or self._running >= self._resources.parallel_jobs:
+        self._stopwatch.look(set(running), self._done, now)
+        if waiting:
             return  # a copy would take the slot of a shard that waits
-        for index in sorted(self._stopwatch.slower_than(factor, now) & set(at_work) - self._duplicated):
-            job_id, left = at_work[index]
+        for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):
+            job_id, left = running[index]
+            if not self._backend.group(left, self._resources.parallel_jobs - self._running):
+                return  # no slot, GPU or held job is free
             node = self._stage.node_of(job_id.split(":")[0])
             log.warning("%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node)
             self._duplicated.update(left)

@@ -94,8 +94,6 @@ class HeldBackend(AllocationBackend):
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
         self._avoid = avoid
-        if len(tasks) > len(self._ready):  # a copy of a slow shard
-            raise SchedulerUnavailable("no held job is free")
         folder.mkdir(exist_ok=True)
         ids = []
         for task in tasks:
@@ -151,7 +149,7 @@ class HeldBackend(AllocationBackend):
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        if not self._avoid and self._queue() == []:
+        if not self._avoid and _queued("--me", f"--name={self._name}") == []:
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
             )
