@@ -1,6 +1,7 @@
 """Backends that run jobs through submitit: local processes, Slurm, and steps of an allocation or of held jobs."""
 
 import platform
+import shutil
 from pathlib import Path
 
 from cluster.backends.allocation import AllocationBackend
@@ -9,6 +10,7 @@ from cluster.backends.held import HeldBackend
 from cluster.backends.local import LocalBackend
 from cluster.backends.slurm import SlurmBackend
 from montessori_core.config import Cluster, Resources
+from montessori_core.errors import UserError
 
 
 def open_backend(
@@ -47,6 +49,9 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
 
     Returns:
         None if the jobs are processes of another host.
+
+    Raises:
+        UserError: they are Slurm jobs, and there is no Slurm here.
     """
     if host not in (None, platform.node()):
         return None
@@ -55,4 +60,9 @@ def backend_at(host: str | None, cluster: Cluster) -> Backend | None:
         return AllocationBackend(cluster.slurm, Resources(), cluster.slurm.python)
     if host is not None:
         return LocalBackend(Resources(), None)
-    return open_backend(cluster.model_copy(update={"profile": "slurm"}), Resources(), None)
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "Slurm jobs of an earlier driver may be running, but there is no sbatch here; start on a login node of their "
+            "cluster. If they have ended, remove jobs/ledger.json in the folders of the run's stages; results are kept"
+        )
+    return SlurmBackend(cluster.slurm, Resources(), None)

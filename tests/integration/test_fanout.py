@@ -30,6 +30,7 @@ from cluster.worker import _compute_shards, classify_error
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
 from montessori_core.files import commit, hash_path, read_json, write_json
+from montessori_core.models import flops
 from montessori_core.program import Row
 from support import squares, wait_until
 from support.row_programs import as_shards
@@ -380,6 +381,16 @@ def test_local_jobs_never_share_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPa
         run(folder, gpus_per_node=3)
 
 
+@pytest.mark.slow
+def test_copy_of_slow_shard_waits_for_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs may run, but there is one GPU: a copy would compute without it. The test needs no GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (folder / "squares_program.py").write_text(PROGRAM.replace("time.sleep(600)", "time.sleep(3)"))
+    (folder / "hang-51").touch()
+    assert results(run(folder, seconds=0.05, gpus_per_node=1, duplicate_stragglers_after=3)) == EXPECTED
+    assert computed(folder) == [row["n"] for shard in SHARDS for row in shard]
+
+
 def test_file_replaced_during_nfs_read_is_reread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json({"state": "new"}, tmp_path / "file.json")
     read, failures = Path.read_text, [errno.ESTALE, errno.ESTALE]
@@ -404,11 +415,13 @@ def test_first_result_of_a_shard_is_kept(folder: Path) -> None:
     with shards.commit_part(0, key, 3, "slow") as slow:
         with shards.commit_part(0, key, 3, "fast") as fast:
             fast.write_text("fast")
+        flops.record_operations(3, 5)
         slow.write_text("slow")
     assert shards.part(0).read_text() == "fast"
     assert read_json(shards.manifest(0))["job_id"] == "fast"
     assert shards.is_done(0, key, thorough=True)
     assert not list(shards.folder.glob(".*.tmp"))
+    assert flops.read_and_reset() == 0  # the job's next shard does not count them
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +500,16 @@ def test_nothing_starts_if_running_jobs_are_unknown(folder: Path) -> None:
     assert computed(folder) == []
     ledger.unlink()
     assert results(run(folder)) == EXPECTED
+
+
+def test_slurm_jobs_of_copied_run_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(folder / "stage" / "jobs")
+    ledger.submissions = [Submission("montessori-squares", "w", [[0]], None, 1, ids=["17"])]
+    ledger.save()
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(UserError, match=r"Slurm jobs .* no sbatch here.* login node.* remove jobs/ledger\.json"):
+        run(folder)
+    assert computed(folder) == []
 
 
 def test_cancelling_finished_local_job_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
