@@ -12,7 +12,7 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -239,7 +239,8 @@ def _interrupt(driver: Driver) -> bool:
     """Cancel a driver's job that waits; interrupt a driver that runs, and return whether this was possible."""
     if driver.job_name is None:
         if driver.process is not None:
-            os.kill(driver.process, signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(driver.process, signal.SIGINT)
         return True
     job = queued_job(driver.job_name)
     if job is not None and job.state == "PENDING":

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 
 from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
 from cluster.driver_job import script_of
-from cluster.lock import Driver, driver_of, only_driver
+from cluster.lock import Driver, _interrupt, driver_of, only_driver
 from montessori_core.config import Cluster, DriverJob, Slurm, parse
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
@@ -105,6 +106,12 @@ def test_driver_that_fails_leaves_no_record(tmp_path: Path) -> None:
         drive()
     assert (tmp_path / "driver.lock").read_text() == ""
     assert driver_of(tmp_path) is None
+
+
+def test_interrupting_an_ended_driver_is_no_error() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert _interrupt(Driver(process=ended.pid, host=socket.gethostname()))
 
 
 def test_unknown_state_of_driver_job_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
