@@ -268,7 +268,7 @@ def _run_test_job(
         if time.monotonic() > deadline:
             raise _TestJobTimeout
 
-    name = stage.name.removeprefix("doctor-") + " job"
+    name = f"{stage.name} job"
     try:
         (part,) = fan_out(stage, Shards(Rows.of([{"probe": 1}]), 1), resources, cluster, check_time, python)
     except _TestJobTimeout:

@@ -57,10 +57,8 @@ def queued_job(name: str) -> QueuedJob | None:
     answer = run_command("squeue", "--noheader", f"--name={name}", "--format=%i|%T|%R")
     if answer is None:
         raise SchedulerUnavailable("squeue does not answer here, so that it is unknown whether the job has ended")
-    for line in answer.splitlines():
-        job_id, state, where = line.split("|", 2)
-        return QueuedJob(job_id, state, where)
-    return None
+    lines = answer.splitlines()
+    return QueuedJob(*lines[0].split("|", 2)) if lines else None
 
 
 def log_of_driver(folder: Path) -> Path:

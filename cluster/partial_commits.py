@@ -95,8 +95,8 @@ class ShardRecorder:
         self._pending: dict[int, list[Row]] = {}
         self.unfinished = [position for position in range(rows) if position not in self._tables]
         self.finished_before = rows - len(self.unfinished)
-        note = read_record(self._draft_file, DraftRows)
-        kept = json.loads(note.drafts) if note and note.sha256 == hash_json(note.drafts) else {}
+        record = read_record(self._draft_file, DraftRows)
+        kept = json.loads(record.drafts) if record and record.sha256 == hash_json(record.drafts) else {}
         self._drafts = {position: kept[str(position)] for position in self.unfinished if str(position) in kept}
         self.drafts: Mapping[int, Any] = {
             number: self._drafts[position]

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _STEP_END_TIMEOUT = 40.0  # seconds; longer than Slurm's usual KillWait
 _PORTIONS = 2
-"""A job takes at most this fraction of an even share of the missing shards, so that GPUs become free at similar times."""
+"""A job takes at most one of this many portions of an even share of the missing shards: GPUs become free at similar times."""
 
 
 class AllocationBackend(LocalBackend):
@@ -78,7 +78,7 @@ class AllocationBackend(LocalBackend):
         return self.hand_out(shards, free, places)
 
     def hand_out(self, shards: Sequence[int], free: int, places: int) -> list[Task]:
-        """Cut shards into at most `free` tasks, of `places` for jobs in all; the other shards wait."""
+        """Cut shards into at most `free` tasks, when `places` jobs may run in all; the other shards wait."""
         if free <= 0:
             return []
         share = -(-len(shards) // (_PORTIONS * places))
