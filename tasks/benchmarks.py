@@ -206,7 +206,7 @@ def _texts(run: Run) -> dict[str, list[str]]:
     benchmarks = run.experiment.benchmarks
     texts = {"held-out": [f"{task.request}\n{task.response}" for task in run.sources().evaluation]}
     if benchmarks.tasks:
-        for row in read_table(_items(run), ITEMS).to_pylist():
+        for row in read_table(_items(run), ITEMS, ["benchmark", "text"]).to_pylist():
             texts.setdefault(row["benchmark"], []).append(row["text"])
     if benchmarks.alpaca_eval is not None:
         outputs = alpaca_eval.read_outputs(run.benchmark_file("alpaca_eval"))
@@ -219,7 +219,7 @@ def _texts(run: Run) -> dict[str, list[str]]:
 @task(task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
 def _find_copies(run: Run, label: str, path: Path, examples: Path) -> list[Row]:
     words = run.experiment.benchmarks.contamination_words
-    rows = read_table(examples, EXAMPLES).select(["instruction", "response"]).to_pylist()
+    rows = read_table(examples, EXAMPLES, ["instruction", "response"]).to_pylist()
     data = [f"{row['instruction']}\n{row['response']}" for row in rows]
     counts: list[Row] = [
         {

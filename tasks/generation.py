@@ -1,4 +1,4 @@
-"""Generate texts: with a teacher that jobs load, or with one behind an API."""
+"""Generate texts: with a model that jobs load, or with one behind an API."""
 
 from pathlib import Path
 
@@ -14,26 +14,26 @@ from tasks.stage import Step
 
 def generate(
     step: Step,
-    teacher: Model | ApiModel,
+    model: Model | ApiModel,
     rows: list[GenerationRow],
     rows_per_shard: int,
     sampling: Sampling,
     form: Form,
     upstream: list[Path],
 ) -> tuple[list[Row], list[Path]]:
-    """Generate with a local or API teacher; return the generated rows and their parts."""
-    if isinstance(teacher, ApiModel):
-        parts = step.ask(teacher.section, programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
+    """Generate with a teacher, or with a student that answers; return the generated rows and their parts."""
+    if isinstance(model, ApiModel):
+        parts = step.ask(model.section, programs.API_GENERATION, {"sampling": sampling}, rows, upstream)
     else:
         synthesis = step.experiment.synthesis
         settings = programs.Generation(
             engine=synthesis.engine, engine_options=synthesis.engine_options, form=form, sampling=sampling
         )
         parts = step.execute(
-            programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": teacher}, upstream=upstream
+            programs.GENERATION, settings, rows, rows_per_shard, models={"teacher": model}, upstream=upstream
         )
     generated = read_table(parts, GENERATION).to_pylist()
-    return (_without_cut_thinking(generated) if isinstance(teacher, ApiModel) else generated), parts
+    return (_without_cut_thinking(generated) if isinstance(model, ApiModel) else generated), parts
 
 
 def _without_cut_thinking(generated: list[Row]) -> list[Row]:

@@ -65,7 +65,7 @@ def synthesize(
     """
     settings, seed = step.experiment.synthesis, step.experiment.seed
     seeds, pool = _seeds(step, seed_pool), _pool(synthetic_pool)
-    known = [text for table in earlier for text in read_table(table, EXAMPLES)["instruction"].to_pylist()]
+    known = read_table(earlier, EXAMPLES, ["instruction"])["instruction"].to_pylist() if earlier else []
     authors = open_authors(step, teacher, answerer, seeds, pool, known, draw)
     candidates: list[Row] = []
     examples: list[Row] = []

@@ -24,7 +24,7 @@ _JUDGING = Sampling(temperature=0.7, top_p=0.9, presence_penalty=0.0, max_tokens
 
 
 def measure_training_loss(step: Step, student: Model, examples: Path, first: int, last: int) -> Path:
-    """The student's mean loss on the responses of rows `first` to `last` of an example table, nats per token.
+    """Measure the student's mean loss on the responses of rows `first` to `last` of an example table, nats per token.
 
     Returns:
         A table of schema `UTILITY`, `utility.parquet` in the step's folder. Higher is better: the student can learn from what
