@@ -102,6 +102,7 @@ def fan_out(
 
     Raises:
         ShardsFailed: some shards failed, after all others were done.
+        UserError: jobs cannot be started or ended here, or the ledger is corrupt.
     """
     keys = [stage.key(rows) for rows in shards]
 
@@ -372,7 +373,7 @@ class _Driver:
                     running[left[0]] = job_id, left
                 waiting |= bool(left) and job_id not in started
         now = time.monotonic()
-        self._stopwatch.look(set(running), self._done, now)
+        self._stopwatch.update(set(running), self._done, now)
         if waiting:
             return  # a copy would take the slot of a shard that waits
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):

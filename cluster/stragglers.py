@@ -10,7 +10,7 @@ class Stopwatch:
         self._started: dict[int, float] = {}
         self._took: dict[int, float] = {}
 
-    def look(self, running: set[int], done: set[int], now: float) -> None:
+    def update(self, running: set[int], done: set[int], now: float) -> None:
         """Record which shards are running and which are done."""
         for index in running:
             self._started.setdefault(index, now)

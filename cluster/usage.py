@@ -86,7 +86,11 @@ class StageCost:
 
 
 def cost_of(folder: Path) -> StageCost | None:
-    """Read the cost of the stage in a folder; None if it is unfinished or an older version recorded too little."""
+    """Read the cost of the stage in a folder; None if it is unfinished or an older version recorded too little.
+
+    Raises:
+        UserError: the stage's description is corrupt.
+    """
     description = describe(folder)
     stage, shards = Stage.described(description, folder), description.shards
     manifests = stage.manifests(range(shards))
