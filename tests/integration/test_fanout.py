@@ -502,7 +502,7 @@ def test_nothing_starts_if_running_jobs_are_unknown(folder: Path) -> None:
     assert results(run(folder)) == EXPECTED
 
 
-def test_slurm_jobs_of_copied_run_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_jobs_without_slurm_are_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(folder / "stage" / "jobs")
     ledger.submissions = [Submission("montessori-squares", "w", [[0]], None, 1, ids=["17"])]
     ledger.save()
