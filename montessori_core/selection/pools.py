@@ -92,6 +92,7 @@ class ParquetPool(Pool):
                 yield from batch.to_pylist()
 
     def take(self, positions: Set[int], columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
+        _check_columns(self.name, columns or (), self.schema.names if self.schema else ())
         ordered = np.array(sorted(positions), np.int64)
         with open_parquet(self._path) as file:
             rows = (row for table in take_rows(file, columns, ordered) for row in table.to_pylist())
@@ -138,8 +139,8 @@ class InfluencePool(Pool):
         _check_columns(self.name, names, self.schema.names)
         if self._texts & set(names):
             with open_parquet(self._path) as file:
-                everything = range(file.metadata.num_rows)
-            yield from (row for _, row in self.take(set(everything), names))
+                everything = set(range(file.metadata.num_rows))
+            yield from (row for _, row in self.take(everything, names))
             return
         stored = [_STORED.get(name, name) for name in names if name != _FINISHED]
         with open_parquet(self._path) as file:

@@ -161,6 +161,7 @@ def test_influence_table_needs_its_examples(tmp_path: Path) -> None:
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "pool.parquet")
     (tmp_path / "bad.jsonl").write_text('{"score": "high"}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     by = ["--by", "score"]
@@ -171,6 +172,8 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         ("pool.jsonl", ["--by", "n", "--k", "1"], "no row has a score in 'n'"),
         ("pool.jsonl", [*by, "--k", "1", "--control", "best"], "give one of random, length_matched"),
         ("pool.jsonl", [*by, "--tokens", "9"], "no column 'response_tokens'"),
+        ("pool.jsonl", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
+        ("pool.parquet", [*by, "--k", "1", "--max-rouge-l", "0.5"], "no column 'instruction'"),
         ("pool.jsonl", [*by, "--tokens", "9", "--token-column", "source"], "is no number of tokens"),
         ("bad.jsonl", [*by, "--k", "1"], "row 1: 'score' is str; a score is a number"),
         ("list.jsonl", [*by, "--k", "1"], "expected an object with named fields"),
