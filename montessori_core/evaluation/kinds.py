@@ -26,9 +26,8 @@ from montessori_core.evaluation.statistics import share_interval
 
 LEAST_ACCURACY = 0.75
 """Balanced accuracy below which no share is shown."""
-_MOST_WANTED_SEEDS = (
-    0.75  # above it, a classifier against the built-in seed pool knows only the seeds' language or subject
-)
+_MOST_WANTED_SEEDS = 0.75
+"""Share above which a classifier against the built-in seed pool knows only the seeds' language or subject."""
 _LEAST_LOG_ODDS = math.log(9)  # a probability of 0.9: noise has little evidence either way, and is not wanted
 _SMOOTHING = 0.3  # added to each count
 _FOLDS = 8

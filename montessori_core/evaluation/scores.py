@@ -82,6 +82,8 @@ def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
 def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
     """Average the scores of runs that differ only in their seed; errors combine as if the items were independent.
 
+    Unparsed judgements are counted over all seeds.
+
     Args:
         seeds: [seeds][scores], each in the same order.
     """
@@ -90,7 +92,8 @@ def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
         means, errors = ([row[name] for row in scores] for name in ("mean", "standard_error"))
         mean = None if None in means else sum(means) / len(means)
         error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
-        averages.append(scores[0] | {"mean": mean, "standard_error": error})
+        unparsed = sum(row["unparsed"] for row in scores)
+        averages.append(scores[0] | {"mean": mean, "standard_error": error, "unparsed": unparsed})
     return averages
 
 

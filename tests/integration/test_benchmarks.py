@@ -254,10 +254,11 @@ def test_group_score_is_mean_over_all_items() -> None:
 
 def test_seed_scores_are_averaged_in_order() -> None:
     seeds = [
-        [score("a", "acc", mean, error, 9), score("b", "acc", None, None, 0)] for mean, error in ((0.25, 3), (0.35, 4))
+        [score("a", "acc", mean, error, 9, unparsed=unparsed), score("b", "acc", None, None, 0)]
+        for mean, error, unparsed in ((0.25, 3, 0), (0.35, 4, 2))
     ]
     first, second = mean_over_seeds(seeds)
-    assert first == score("a", "acc", 0.3, 2.5, 9)
+    assert first == score("a", "acc", 0.3, 2.5, 9, unparsed=2)
     assert second["mean"] is None
 
 
