@@ -14,7 +14,7 @@ class Prompt:
     """A prompt before the chat template.
 
     Attributes:
-        id: its number.
+        id: 'p' and its number.
         demonstrations: tasks or passages in its text.
         text: what the teacher reads.
         passage: what the one who answers sees before the instruction; empty if that is the instruction alone.
@@ -29,9 +29,9 @@ class Prompt:
 def check_decoding(settings: Synthesis) -> list[str]:
     """Return a warning if the repetition penalty suppresses the tag that an instruction must end with."""
     penalty = settings.instruction.repetition_penalty
-    if penalty <= _MAX_REPETITION_PENALTY:
+    if penalty <= _MAX_REPETITION_PENALTY or settings.strategy.name == "magpie":  # whose instructions have no tags
         return []
     return [
-        f"synthesis.instruction.repetition_penalty is {penalty:g}: it also counts the prompt, which has {CLOSE} after every "
-        f"demonstration; few outputs will have one and be accepted. Set it to {_MAX_REPETITION_PENALTY:g} or less"
+        f"synthesis.instruction.repetition_penalty is {penalty:g}: it also counts the prompt, which has {CLOSE}; few outputs "
+        f"will end with it and be accepted. Set it to {_MAX_REPETITION_PENALTY:g} or less"
     ]

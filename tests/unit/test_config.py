@@ -76,6 +76,13 @@ def test_shipped_configuration_leaves_closing_tags_likely(path: Path) -> None:
     assert check_decoding(synthesis) == []
 
 
+def test_repetition_penalty_matters_only_where_instructions_have_tags() -> None:
+    decoding = {"instruction": {"repetition_penalty": 1.5}}
+    (warning,) = check_decoding(Synthesis.model_validate(decoding))
+    assert "which has </instruction>" in warning
+    assert check_decoding(Synthesis.model_validate(decoding | {"strategy": "magpie"})) == []
+
+
 @pytest.mark.guarantee("names that lead out of the run root")
 @pytest.mark.parametrize(
     ("change", "message"),
