@@ -140,12 +140,18 @@ def check_isolation() -> None:
 
 
 def _limiter(settings: programs.CodeRuns) -> Callable[[], None]:
-    limits = {
+    """Return the function that sets the limits in a child, or the node's own hard limits where they are lower."""
+    wanted = {
         resource.RLIMIT_CPU: settings.seconds,
         resource.RLIMIT_AS: settings.memory_mb * 2**20,
         resource.RLIMIT_FSIZE: _FILE_BYTES,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
+    }
+    hard = {name: resource.getrlimit(name)[1] for name in wanted}
+    limits = {
+        name: value if hard[name] == resource.RLIM_INFINITY else min(value, hard[name])
+        for name, value in wanted.items()
     }
 
     def limit() -> None:

@@ -1,6 +1,8 @@
 """The sandbox of the filter code_runs: what the code of a response can and cannot do."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,6 +13,7 @@ from montessori_core.data.tables import CODE_RUNS, read_table
 from montessori_core.errors import UserError
 from montessori_core.synthesis import sandbox
 from montessori_core.synthesis.sandbox import FAILS, LIMITS, NO_CODE, RUNS, has_namespaces, python_code, run_code
+from support import ROOT
 from support.row_programs import as_compute
 
 SETTINGS = programs.CodeRuns(seconds=2, memory_mb=512, need_isolation=False)
@@ -83,6 +86,17 @@ def test_child_processes_end_with_the_code() -> None:
     )
     assert run_code(code, SETTINGS) == RUNS
     assert [process for process in psutil.process_iter(["cmdline"]) if marker in (process.info["cmdline"] or [])] == []
+
+
+def test_lower_hard_limits_of_the_node_hold() -> None:
+    code = (
+        "import resource\nfrom montessori_core import programs\nfrom montessori_core.synthesis.sandbox import run_code\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
+        "settings = programs.CodeRuns(seconds=2, memory_mb=512, need_isolation=False)\n"
+        "print(run_code('import resource; assert resource.getrlimit(resource.RLIMIT_NOFILE) == (60, 60)', settings))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout.strip() == RUNS, ended.stderr
 
 
 def test_system_without_namespaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
