@@ -18,7 +18,8 @@ _UNUSED = ("pooler.", "position_ids")  # weights that the mean does not need, wh
 def open_embedding(settings: programs.Embedding, inputs: Mapping[str, Path]) -> RowProgram[TaskRow]:
     """Load the embedding model. Inputs: `model`. The result is a table of schema `EMBEDDINGS`.
 
-    The mean over the tokens of a text, padding excluded, is that of sentence-transformers' mean pooling.
+    The mean over the tokens of a text, padding excluded, is that of sentence-transformers' mean pooling. A text is cut at
+    `max_length` tokens, or at the tokenizer's limit if that is lower.
 
     Raises:
         UserError: the model cannot be loaded, or lacks weights.
@@ -46,14 +47,12 @@ def open_embedding(settings: programs.Embedding, inputs: Mapping[str, Path]) -> 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
-    model = model.to(device).eval()
+    model, max_length = model.to(device).eval(), min(settings.max_length, tokenizer.model_max_length)
 
     @torch.inference_mode()
     def embed(texts: list[str]) -> np.ndarray:
         """Return the [texts, features] embeddings."""
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=settings.max_length, return_tensors="pt").to(
-            device
-        )
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt").to(device)
         states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
         means = (states * mask).sum(1) / mask.sum(1).clamp(min=1.0)

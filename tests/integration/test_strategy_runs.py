@@ -1,5 +1,7 @@
 """Whole runs with each strategy, and filters with jobs: embeddings, a judge, code that runs."""
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -144,3 +146,18 @@ def test_embedding_is_the_mean_of_the_last_states(tiny_llama: Path, tmp_path: Pa
     with torch.inference_mode():
         states = model(input_ids=ids).last_hidden_state[0].mean(0)
     assert np.allclose(vectors[0], (states / states.norm()).numpy(), atol=1e-5)  # padding does not count
+
+
+def test_embedding_stops_at_limit_of_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4}))
+    rows = [{"example_id": "0", "instruction": "Name three rivers and two lakes.", "response": ""}]
+    vectors = []
+    for model, max_length in ((folder, 64), (tiny_llama, 4), (tiny_llama, 64)):
+        out = tmp_path / f"{len(vectors)}.parquet"
+        as_compute(open_embedding(programs.Embedding(max_length=max_length), {"model": model}))(
+            rows, out, lambda done: None
+        )
+        vectors.append(read_table(out, EMBEDDINGS)["vector"].to_pylist())
+    assert vectors[0] == vectors[1] != vectors[2]
