@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,14 @@ def log_numbers(file: Path, numbers: Mapping[str, float], step: int) -> None:
         if not new:
             continue
         try:
-            opened = open_tracker(tracker, run)
-            # Before they are sent: after a kill in between, nothing is there twice.
-            run.update_state(tracker, logged=logged | {f"{name}@{step}": value for name, value in new.items()})
-            try:
-                opened.log(new, step)
-            except Exception:
-                run.update_state(tracker, logged=logged)
-                raise
-            opened.close()
+            with closing(open_tracker(tracker, run)) as opened:
+                # Before they are sent: after a kill in between, nothing is there twice.
+                run.update_state(tracker, logged=logged | {f"{name}@{step}": value for name, value in new.items()})
+                try:
+                    opened.log(new, step)
+                except Exception:
+                    run.update_state(tracker, logged=logged)
+                    raise
         except Exception as error:  # of any kind: a tracker never ends a run
             record_problem(file, tracker, error)
 
