@@ -31,6 +31,12 @@ log = logging.getLogger(__name__)
 _MILLION = 1e6
 _OPTIONAL = ("response_format", "presence_penalty", "top_p", "temperature", "top_logprobs", "logprobs")
 """Parameters that a request can do without, the least important first."""
+_REMEDIES = {
+    **dict.fromkeys((400, 422), "; set a parameter that it refuses to null in the section's parameters"),
+    404: "; set model and base_url to what the server has",
+    429: "; set requests_per_minute or lower concurrency, and resume: answers are kept",
+}
+"""By status of a response."""
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 _FEW = 5  # unanswered questions that are always allowed, unless they are all
 
@@ -185,8 +191,7 @@ class CachedClient:
                     if not reserved:
                         raise UserError(
                             f"{self._endpoint.model}: {len(pending)} questions are pending, and the next could exceed "
-                            f"spending_cap_dollars={cap:g} ({spent:.4f} spent); raise it and "
-                            "resume: answers are kept"
+                            f"spending_cap_dollars={cap:g} ({spent:.4f} spent); raise it and resume: answers are kept"
                         )
                     done, _ = wait(reserved, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -308,11 +313,7 @@ class CachedClient:
                 f"{self._endpoint.base_url}: {error.status_code}: the environment variable {self._endpoint.key_variable} "
                 f"{problem} where the job runs"
             )
-        remedy = (
-            "; set a parameter that it refuses to null in the section's parameters"
-            if error.status_code in (400, 422)
-            else ""
-        )
+        remedy = _REMEDIES.get(error.status_code, "")
         return f"{self._endpoint.base_url}: {error.status_code} for model {self._endpoint.model!r}: {error.message}{remedy}"
 
     def _wait_for_turn(self) -> None:

@@ -222,7 +222,7 @@ def read_rating(answer: Answer) -> float | None:
 def open_mt_bench_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram[DialogueRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`.  The result is a table of schema `MT_BENCH`.
+    Inputs: see `open_client`. The result is a table of schema `MT_BENCH`.
     """
     api, published = open_client(settings, inputs), settings.prompts == "published"
 

@@ -100,8 +100,7 @@ def outcome_of(first: Preference | None, second: Preference | None) -> Outcome:
 def open_pairwise_judge(settings: programs.BenchmarkJudging, inputs: Mapping[str, Path]) -> RowProgram[ComparisonRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. The result is a table of schema `PAIRWISE`:
-    the outcome of `answer` against `other`.
+    Inputs: see `open_client`. The result is a table of schema `PAIRWISE`: the outcome of `answer` against `other`.
     """
     api, published = open_client(settings, inputs), settings.prompts == "published"
 

@@ -79,8 +79,7 @@ def read_score(answer: Answer, highest: int = 6, lowest: int = 0) -> float | Non
 def open_judge(settings: programs.Judging, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
     """Open the judge's endpoint.
 
-    Inputs: see `open_client`. The result is a table of schema
-    `UTILITY`: the score, or null.
+    Inputs: see `open_client`. The result is a table of schema `UTILITY`: the score, or null.
     """
     api, response_only = open_client(settings, inputs), settings.response_only
     highest = len(points_for(response_only))

@@ -41,7 +41,6 @@ _UNKNOWN = re.compile(
     r"|extra_forbidden|max_completion_tokens",
     re.IGNORECASE,
 )
-
 _NAMES = {"response_format": r"(?i)\bresponse_format\b|json_schema|structured[ _]outputs?"}
 """Words for parameters that servers call by other names."""
 

@@ -100,8 +100,11 @@ def test_refused_key_and_unknown_model_have_remedy(
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         api(server, tmp_path).ask(questions(1))
     server.faults = [refuse(404)]
-    with pytest.raises(UserError, match="404 for model 'judge'"):
+    with pytest.raises(UserError, match="404 for model 'judge': .*; set model and base_url"):
         api(server, tmp_path).ask(questions(1))
+    server.faults = [refuse(429)]
+    with pytest.raises(UserError, match="429 for model 'judge': .*; set requests_per_minute or lower concurrency"):
+        api(server, tmp_path, retries=0).ask(questions(1))
     server.close()
     with pytest.raises(UserError, match="does not answer"):
         api(server, tmp_path, retries=0).ask(questions(1))
