@@ -148,5 +148,5 @@ _FORMATS = (
         ("training", "scored", "preferences"),
     ),
 )
-FORMATS = {one.name: one for one in _FORMATS}
+FORMATS = {form.name: form for form in _FORMATS}
 """The formats, by name."""

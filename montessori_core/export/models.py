@@ -111,14 +111,15 @@ def model_card(run: Path, role: Role, iteration: int, adapter: bool) -> str:
 def _origin(experiment: Experiment, role: Role, iteration: int) -> str:
     """Return what the model was trained from, and on what."""
     student, teacher = (escape(name_of(section.model)) for section in (experiment.student, experiment.teacher))
+    plural = "s" * (iteration > 1)
     if role == "student":
         return (
             f"{student} after supervised fine-tuning on the synthetic training set that {teacher} wrote after "
-            f"{iteration} teacher updates by Montessori."
+            f"{iteration} teacher update{plural} by Montessori."
         )
     return (
-        f"{teacher} after {iteration} updates by DPO with Montessori, to write instructions that help {student} on the "
-        f"reference set {escape(name_of(experiment.reference.path))}."
+        f"{teacher} after {iteration} update{plural} by DPO with Montessori, to write instructions that help {student} on "
+        f"the reference set {escape(name_of(experiment.reference.path))}."
     )
 
 

@@ -122,7 +122,7 @@ class RunSet:
         """The teacher that wrote the instructions: a training set is the updated teacher's."""
         updates = self.iteration if self.name == "training" else self.iteration - 1
         model = name_of(self.experiment.teacher.model)
-        return f"{model}, updated {updates} {'time' if updates == 1 else 'times'}" if updates else model
+        return f"{model}, updated {updates} time{'s' * (updates > 1)}" if updates else model
 
     @property
     def source(self) -> str:
