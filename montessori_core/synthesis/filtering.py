@@ -16,7 +16,7 @@ from montessori_core.synthesis.filters import REGISTRY
 from montessori_core.synthesis.filters.filter import Candidate, Context, Filter, Reject
 from montessori_core.synthesis.prompts import Prompt
 
-# Reasons that are no filter's.
+# Rejections that no filter gives.
 CUT_THINKING = "thinking was cut off"
 NO_TAGS = "no instruction tags"
 EMPTY = "empty instruction"
@@ -124,7 +124,7 @@ def find_filter(name: str) -> Filter:
         filter = load(name)
     except Exception as error:
         raise ConfigError(
-            f"synthesis.filters: {name}: {_short(error)}; the module must be importable where the driver runs: put its "
+            f"synthesis.filters: {name}: {short_error(error)}; the module must be importable where the driver runs: put its "
             "folder on PYTHONPATH"
         ) from error
     if not isinstance(filter, Filter):
@@ -148,7 +148,7 @@ def _open(entry: FilterSettings, context: Context) -> OpenFilter:
         raise
     except Exception as error:
         raise ConfigError(
-            f"synthesis.filters: {entry.name} cannot be opened: {_short(error)}; correct its settings or its module"
+            f"synthesis.filters: {entry.name} cannot be opened: {short_error(error)}; correct its settings or its module"
         ) from error
 
 
@@ -157,8 +157,8 @@ def _reason(label: str, reject: Reject, candidate: Candidate) -> str | None:
         reason = reject(candidate)
     except Exception as error:
         raise UserError(
-            f"synthesis.filters: {label} failed with {_short(error)} on the instruction {candidate.instruction[:200]!r}; "
-            "correct its module, or remove the filter"
+            f"synthesis.filters: {label} failed with {short_error(error)} on the instruction {candidate.instruction[:200]!r}"
+            "; correct its module, or remove the filter"
         ) from error
     if reason is None:
         return None
@@ -170,7 +170,8 @@ def _reason(label: str, reject: Reject, candidate: Candidate) -> str | None:
     return reason
 
 
-def _short(error: Exception) -> str:
+def short_error(error: Exception) -> str:
+    """Return type and message of an error in the user's code, at most 300 characters."""
     return f"{type(error).__name__}: {error}"[:300]
 
 

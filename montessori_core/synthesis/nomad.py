@@ -23,7 +23,6 @@ from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 USER = "User:"
 """The beginning of a conversation. No trailing blank: tokenizers merge it with the next word."""
 ASSISTANT = "\nAssistant:"
@@ -123,8 +122,7 @@ def norm_sim(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
 def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram[TaskRow]:
     """Load the student and the real examples; the features of a text are the student's mean last hidden state.
 
-    Inputs: `student`; `real` (tasks). The result is a table of schema
-    `SIMILARITY`.
+    Inputs: `student`; `real` (tasks). The result is a table of schema `SIMILARITY`.
     """
     import torch
 

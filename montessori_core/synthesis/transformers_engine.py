@@ -258,7 +258,7 @@ class _Batch:
 
 
 class _SingleRow:
-    """The same for a model whose cache does not fit `RowCache`: one row at a time, read again for every token.
+    """A batch of one row, read again for every token: for a model whose cache does not fit `RowCache`.
 
     Attributes:
         rows: the row that is decoded, if any.

@@ -10,14 +10,14 @@ LIKE_ACCEPTED = "means nearly the same as an accepted instruction"
 
 
 def _open(settings: SemanticFilter, context: Context) -> Reject:
-    vectors, count = np.zeros((0, 0), np.float32), 0  # [room, features]: seeds, then accepted instructions
+    vectors, count = np.zeros((0, 0), np.float32), 0  # [capacity, features]: seeds, then accepted instructions
 
     def add(vector: np.ndarray) -> None:
         nonlocal vectors, count
         if count == len(vectors):
-            room = np.zeros((max(64, 2 * count), len(vector)), np.float32)
-            room[:count] = vectors[:count] if count else 0.0
-            vectors = room
+            grown = np.zeros((max(64, 2 * count), len(vector)), np.float32)
+            grown[:count] = vectors if count else 0.0
+            vectors = grown
         vectors[count] = vector
         count += 1
 

@@ -10,6 +10,7 @@ from montessori_core.errors import ConfigError, UserError
 from montessori_core.program import load
 from montessori_core.programs import Form
 from montessori_core.seeding import seed_of
+from montessori_core.synthesis.filtering import short_error
 from montessori_core.synthesis.prompts import Prompt
 from montessori_core.synthesis.strategies import REGISTRY
 from montessori_core.synthesis.strategies.strategy import Draft, Draw, Material, Strategy
@@ -44,7 +45,8 @@ class OpenStrategy:
             raise
         except Exception as error:
             raise ConfigError(
-                f"synthesis.strategy: {self._label} cannot be opened: {_short(error)}; correct its settings or its module"
+                f"synthesis.strategy: {self._label} cannot be opened: {short_error(error)}; correct its settings or its "
+                "module"
             ) from error
         self.form: Form = self.strategy.form(material.style)
         self._material = material
@@ -80,7 +82,7 @@ class OpenStrategy:
             if self._label in REGISTRY:
                 raise
             raise UserError(
-                f"synthesis.strategy: {self._label} failed with {_short(error)} on prompt {number}; correct its module"
+                f"synthesis.strategy: {self._label} failed with {short_error(error)} on prompt {number}; correct its module"
             ) from error
         if not isinstance(draft, Draft) or not isinstance(draft.text, str):
             raise UserError(
@@ -124,8 +126,8 @@ def find_strategy(settings: Synthesis) -> tuple[Strategy, Section]:
         strategy: Any = load(entry.name)
     except Exception as error:
         raise ConfigError(
-            f"synthesis.strategy: {entry.name}: {_short(error)}; the module must be importable where the driver runs: put "
-            "its folder on PYTHONPATH"
+            f"synthesis.strategy: {entry.name}: {short_error(error)}; the module must be importable where the driver runs: "
+            "put its folder on PYTHONPATH"
         ) from error
     if not isinstance(strategy, Strategy):
         raise ConfigError(
@@ -151,7 +153,3 @@ def check_strategy(settings: Synthesis, style: str, seeds: Sequence[Task], passa
         UserError: the strategy cannot be opened, or fails.
     """
     OpenStrategy(Material(style, settings, seeds, (), passages)).prompts(_TRIED, seed=0)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
