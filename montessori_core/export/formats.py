@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
 from montessori_core.data.rows import EarlierTurn
 from montessori_core.export.sets import INSTRUCTION, OUTPUT, SetName
-
-Row = dict[str, Any]
+from montessori_core.program import Row
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import numpy as np
 from montessori_core.data.formats import CONVERSATIONS
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.errors import DataError
+from montessori_core.program import Row
 from montessori_core.selection.lengths import match_lengths
-from montessori_core.selection.pools import Pool, Row
+from montessori_core.selection.pools import Pool
 
 Control = Literal["random", "length_matched"]
 _SIZED = np.dtype([("position", np.int64), ("size", np.int64)])

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,8 @@ from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_tab
 from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.export.sets import INSTRUCTION, OUTPUT, RunSet, open_set, schema_of_set
+from montessori_core.program import Row
 
-Row = dict[str, Any]
 _DATA_FILES = ("data/train.parquet", "data/train.jsonl")  # of an exported folder
 
 

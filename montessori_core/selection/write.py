@@ -12,7 +12,8 @@ from montessori_core.data.tables import ROW_GROUP
 from montessori_core.errors import DataError, UserError
 from montessori_core.export.jsonl import json_line
 from montessori_core.files import commit, refuse_existing
-from montessori_core.selection.pools import Pool, Row
+from montessori_core.program import Row
+from montessori_core.selection.pools import Pool
 
 RANK = "rank"
 """The column that is added: 1 for the best row."""

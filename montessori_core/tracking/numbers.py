@@ -1,11 +1,11 @@
 """Log the numbers of iterations to the trackers, each once."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from montessori_core.formatting import is_finite
 from montessori_core.program import Row
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, record_problem
 from montessori_core.tracking.trackers import open_tracker
@@ -42,11 +42,7 @@ def log_numbers(file: Path, numbers: Mapping[str, float], step: int) -> None:
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of an iteration's `metrics.json` for trackers, by name; those that are not finite are left out."""
-    return {name: float(value) for name, value in _numbers(metrics) if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return {name: float(value) for name, value in _numbers(metrics) if is_finite(value)}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
