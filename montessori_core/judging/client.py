@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -177,7 +177,7 @@ class CachedClient:
         """
         spent, cap = self._cache.spent(self._account), self._endpoint.spending_cap_dollars or math.inf
         reserved: dict[Future[Answer], tuple[str, float]] = {}
-        pending = list(questions.items())
+        pending = deque(questions.items())
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             try:
                 while pending or reserved:
@@ -186,7 +186,7 @@ class CachedClient:
                         price = self._max_price(question)
                         if spent + sum(cost for _, cost in reserved.values()) + price > cap:
                             break
-                        pending.pop(0)
+                        pending.popleft()
                         reserved[pool.submit(self._fetch, question)] = key, price
                     if not reserved:
                         raise UserError(
