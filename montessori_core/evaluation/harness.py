@@ -98,12 +98,7 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
     check_tokenizer(tokenizer, model)
     model.generation_config.eos_token_id = sorted(end_tokens(tokenizer, model.generation_config))
     tokenizer.chat_template = dated_template(tokenizer)
-    harness_model = ChatModel(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=settings.batch_size,
-        device=str(device),
-    )
+    harness_model = ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
     loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
 
     def compute(rows: list[ItemRow], recorder: Recorder) -> None:

@@ -1,4 +1,4 @@
-"""What is pushed of a finished run: its tables, its last models, its report, and a data card."""
+"""Gather the content of a pushed run: its tables, its last models, its report, and a data card."""
 
 import os
 import shutil

@@ -19,7 +19,7 @@ from montessori_core.models.licences import CARD
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The counts of a written export.
 
     Attributes:
         rows: number of rows.

@@ -31,7 +31,7 @@ _SLACK = 4  # candidates for each row that is asked for, where near-duplicates a
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen.
+    """The rules of a choice.
 
     Attributes:
         by: column of the score.
@@ -40,7 +40,7 @@ class Choice:
         per: column whose values take turns; None: no turns.
         max_rouge_l: limit of ROUGE-L F between the texts of chosen rows; None: any.
         token_column: tokens of a row, for a budget and for equal lengths.
-        text_column: text that is compared. Of rows without it, the turns before the last answer are, if they have any.
+        text_column: text that is compared; of a conversation, the turns before its last answer are.
     """
 
     by: str
@@ -84,7 +84,7 @@ def choose(pool: Pool, choice: Choice, control: Control | None = None, seed: int
 
     Args:
         pool: the rows.
-        choice: what is chosen.
+        choice: the rules.
         control: 'random' chooses by a random score instead, with all other rules. 'length_matched' returns as many other
             rows, with tokens as near as possible to those of the chosen ones.
         seed: of a control.

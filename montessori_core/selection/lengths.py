@@ -32,7 +32,7 @@ def match_lengths(lengths: npt.NDArray[np.int64], selected: npt.NDArray[np.bool_
 
 
 class _Lengths:
-    """Rows by their length, so that the nearest is found without a look at all rows."""
+    """Rows by their length, so that the nearest is found without a scan of all rows."""
 
     def __init__(self, tokens: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> None:
         by_length = rows[np.argsort(tokens[rows], kind="stable")]

@@ -17,7 +17,7 @@ class Prompt:
         id: 'p' and its number.
         demonstrations: tasks or passages in its text.
         text: what the teacher reads.
-        passage: what the one who answers sees before the instruction; empty if that is the instruction alone.
+        passage: what the answerer sees before the instruction; empty if it sees the instruction alone.
     """
 
     id: str

@@ -24,7 +24,7 @@ from montessori_core.errors import UserError
 from montessori_core.program import Recorder, RowProgram
 
 RUNS, FAILS, LIMITS, NO_CODE = "runs", "fails", "limits", "no code"
-"""What became of a response's code."""
+"""Outcomes of a response's code."""
 _BLOCK = re.compile(
     r"^[ \t]*(```+|~~~+)[ \t]*(?:python|python3|py)[ \t]*\r?\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE | re.I
 )

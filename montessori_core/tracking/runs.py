@@ -30,7 +30,7 @@ class TrackedRun:
         folder: folder `tracking` of the run.
         trackers: their names.
         group: name of all tracked runs of the run: its own name and a part of its id.
-        id: of this one; the same after a restart, and used by no other.
+        id: of this tracked run; the same after a restart, and used by no other.
         part: `ITERATIONS`, or a training's stage and a hash of what decides its result.
     """
 

@@ -1,6 +1,6 @@
 """The strategy `grounded`: tasks about passages of the user's documents.
 
-Who answers a task sees its passage, so that the response is right; the student sees the task alone, and learns what the
+The answerer sees a task's passage, so that the response is right; the student sees the task alone, and learns what the
 documents say.
 """
 

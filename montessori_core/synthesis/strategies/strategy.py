@@ -43,7 +43,7 @@ class Draft:
     Attributes:
         text: what the teacher reads.
         demonstrations: tasks or passages in the text; an instruction must not repeat them.
-        passage: a text that the one who answers sees before the instruction; the student never sees it.
+        passage: a text that the answerer sees before the instruction; the student never sees it.
     """
 
     text: str
