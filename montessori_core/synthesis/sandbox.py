@@ -5,6 +5,7 @@ to an empty folder in memory, has no capabilities, and all its processes end wit
 docs/security.md.
 """
 
+import errno
 import os
 import re
 import resource
@@ -103,7 +104,11 @@ def run_code(code: str, settings: programs.CodeRuns) -> str:
                 start_new_session=True,
                 preexec_fn=_limiter(settings),
             )
-        except (OSError, ValueError):  # too long for a command line, or with a NUL byte
+        except ValueError:  # a NUL byte
+            return FAILS
+        except OSError as error:
+            if error.errno != errno.E2BIG:  # the node's fault, such as no memory to fork
+                raise
             return FAILS
         try:
             status = process.wait(2 * settings.seconds + 1)

@@ -60,6 +60,10 @@ def test_outcome_of_code(code: str, outcome: str) -> None:
     assert run_code(code, SETTINGS) == outcome
 
 
+def test_code_too_long_for_a_command_line_fails() -> None:
+    assert run_code("a = 1\n" * 50_000, SETTINGS) == FAILS
+
+
 @ISOLATED
 @pytest.mark.guarantee("code in a response that the filter code_runs runs")
 def test_isolated_code_has_neither_network_nor_files(tmp_path: Path) -> None:
