@@ -1,6 +1,7 @@
 """Images and compose files: a login, no open ports, no root, no secrets."""
 
 import re
+import subprocess
 
 import pytest
 import yaml
@@ -41,6 +42,12 @@ def test_slurm_containers_match_their_configuration() -> None:
     assert {service["hostname"] for service in services.values()} == {"controller", "node1", "node2"} == set(services)
     assert not any("ports" in service for service in services.values())
     assert read_cluster(DOCKER / "slurm" / "cluster.yaml").slurm.partition == "main"
+
+
+def test_slurm_image_makes_a_target_of_the_makefile() -> None:
+    (command,) = re.findall(r"^RUN (make .+)$", (DOCKER / "slurm" / "Dockerfile").read_text(), re.MULTILINE)
+    planned = subprocess.run(["sh", "-c", f"TORCH=cpu; {command} --dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
 
 
 @pytest.mark.parametrize("name", ["driver", "worker"])
