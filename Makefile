@@ -52,12 +52,12 @@ test-latest: $(VENV)-latest/.latest
 	$(VENV)-latest/bin/python -m pytest --numprocesses 2 tests/unit --deselect tests/unit/test_versions.py
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check montessori_entry.py montessori_core montessori_report cluster tasks flows tests benchmarks
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 check: $(VENV)/.dev
-	$(BIN)/ruff format montessori_entry.py montessori_core montessori_report cluster tasks flows tests benchmarks
+	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy
 
