@@ -67,13 +67,13 @@ class Row:
 
 
 def rows_of(kind: type[Section]) -> list[Row]:
-    """Every field of a configuration, those of its sections included, in the order in which they are declared."""
+    """Return every field of a configuration, those of its sections included, in the order in which they are declared."""
     schema = kind.model_json_schema()
     return list(_rows(schema, schema["$defs"], "", {}))
 
 
 def _rows(section: dict[str, Any], known: dict[str, Any], prefix: str, given: dict[str, Any]) -> Iterator[Row]:
-    """Fields of a section; `given` are values that the section's own default gives them."""
+    """Yield the fields of a section; `given` are values that the section's own default gives them."""
     for name, field in section["properties"].items():
         if "const" in field:
             continue  # the name by which an entry of a list is chosen
@@ -100,7 +100,7 @@ def _rows(section: dict[str, Any], known: dict[str, Any], prefix: str, given: di
 
 
 def _section_in(field: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
-    """The section that a field holds, if it does, and whether it holds a list of them."""
+    """Return the section that a field holds, None if it holds none, and whether it holds a list of them."""
     if "$ref" in field:
         return known[field["$ref"].rpartition("/")[2]], False
     for option in field.get("anyOf", []):
@@ -112,7 +112,7 @@ def _section_in(field: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str,
 
 
 def _named_entries(field: dict[str, Any], known: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sections among which a name chooses, that of a field or of a list's entry."""
+    """Return the sections among which a name chooses, that of a field or of a list's entry."""
     options = [option for option in field.get("items", field).get("anyOf", []) if "$ref" in option]
     # Of a single one, the other option is null: a section that may be absent.
     return [known[option["$ref"].rpartition("/")[2]] for option in options] if len(options) > 1 else []
@@ -146,7 +146,7 @@ def _yaml(value: Any) -> str:
 
 
 def page() -> str:
-    """The page's text."""
+    """Return the page's text."""
     rows = _without_repeats(rows_of(Experiment))
     plain = [row for row in rows if "." not in row.path and row.section is None]
     parts = [_HEAD, "## Experiment", _table(plain)]
@@ -167,7 +167,7 @@ def page() -> str:
 
 
 def _without_repeats(rows: list[Row]) -> list[Row]:
-    """Rows without the fields of a section that an earlier one has alike; the section's own row says which."""
+    """Return the rows without fields of a section that equals an earlier one; the section's own row names that."""
     kept: list[Row] = []
     seen: dict[tuple[Row, ...], str] = {}
     repeated = ""
