@@ -3,7 +3,7 @@
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -76,43 +76,6 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [f"{path}: {before!r} -> {after!r}"]
 
 
-def _field_path(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "(whole configuration)"
-
-
-def _describe(problem: Any, root: type[Section]) -> str:
-    kind = problem["type"]
-    message: str = problem["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return f"unknown key; remove it or correct its spelling{_suggest_key(problem['loc'], root)}"
-    if kind == "missing":
-        return "missing; this field has no default"
-    if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"] == RUN_NAME:
-        message = "a name has letters, digits, '.', '_' and '-', at most 80, and begins with a letter or digit"
-    if isinstance(problem["input"], dict | BaseModel):
-        return message
-    return f"{message}; got {_shortener.repr(problem['input'])}"
-
-
-def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
-    import difflib
-
-    model: Any = root
-    for part in location[:-1]:
-        if _is_section(model):
-            field = model.model_fields.get(str(part))
-            model = field.annotation if field else None
-        elif get_origin(model) is dict:
-            model = get_args(model)[1]
-        elif isinstance(part, str):  # the name of an entry that chose the section among those of a list
-            sections = [kind for kind in _sections_in(model) if kind.model_fields["name"].default == part]
-            model = sections[0] if sections else None
-    if not _is_section(model):
-        return ""
-    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(model.model_fields)})"
-
-
 def refuse_names(given: Mapping[str, Any], remedies: Mapping[str, str], field: str) -> None:
     """Refuse names in a mapping of the user's that the program or another field sets.
 
@@ -129,12 +92,42 @@ def refuse_names(given: Mapping[str, Any], remedies: Mapping[str, str], field: s
             raise ValueError(f"{field}.{name}: {remedy}")
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _field_path(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "(whole configuration)"
+
+
+def _describe(problem: Any, root: type[Section]) -> str:
+    kind = problem["type"]
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"unknown key; remove it or correct its spelling{_suggest_key(problem['loc'], root)}"
+    if kind == "missing":
+        return "missing; this field has no default"
+    if kind == "string_pattern_mismatch" and problem["ctx"]["pattern"].endswith(RUN_NAME):
+        message = "a name has letters, digits, '.', '_' and '-', at most 80, and begins with a letter or digit"
+    if isinstance(problem["input"], dict | BaseModel):
+        return message
+    return f"{message}; got {_shortener.repr(problem['input'])}"
+
+
+def _suggest_key(location: tuple[int | str, ...], root: type[Section]) -> str:
+    import difflib
+
+    sections = [root]
+    for part in location[:-1]:
+        if len(sections) > 1:  # in a list of sections that are chosen by name: a position, then a name
+            sections = [kind for kind in sections if kind.model_fields["name"].default == part] or sections
+        elif sections and (field := sections[0].model_fields.get(str(part))):  # else a position or a mapping's key
+            sections = _sections_in(field.annotation)
+    if len(sections) != 1:
+        return ""
+    known = sections[0].model_fields
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
-    """Return the sections that have a name among the types of an annotation, such as those of a list's entries."""
-    if _is_section(annotation):
-        return [annotation] if "name" in annotation.model_fields else []
+    """Return the sections among the types of an annotation, such as those of a list's entries."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
     return [kind for part in get_args(annotation) for kind in _sections_in(part)]

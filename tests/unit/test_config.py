@@ -93,6 +93,14 @@ def test_repetition_penalty_matters_only_where_instructions_have_tags() -> None:
             "synthesis.langauge: unknown key; remove it or correct its spelling (did you",
         ),
         (
+            {"judge": {"modle": "m"}},
+            "judge.modle: unknown key; remove it or correct its spelling (did you mean 'model'?)",
+        ),
+        (
+            {"benchmarks": {"tasks": [{"name": "arc_easy", "shot": 2}]}},
+            "benchmarks.tasks.0.shot: unknown key; remove it or correct its spelling (did you mean 'shots'?)",
+        ),
+        (
             {"synthesis": {"request": "papper"}},
             "synthesis.request: give the name of a text ('own', 'paper'), or a text with",
         ),

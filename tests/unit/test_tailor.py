@@ -54,6 +54,7 @@ def test_form_values_replace_those_of_preset() -> None:
         ({"size": "paper"}, "size: Input should be 'quickstart', 'pilot-1b'"),
         ({"techer": "t"}, "did you mean 'teacher'"),
         ({"name": "../up"}, "name: a name has letters"),
+        ({"pilot": "../up"}, "pilot: a name has letters"),
     ],
 )
 def test_bad_values_are_refused(content: dict[str, Any], message: str) -> None:
