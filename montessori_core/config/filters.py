@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from montessori_core.config.named import NamesAlone, read_named, tag_of
+from montessori_core.config.named import OWN, NamesAlone, read_named, tag_of
 from montessori_core.config.section import Count, Probability, Section
 
 _NAME = "Name of the filter."
@@ -27,6 +27,14 @@ class LengthFilter(Section):
         "character. If null, any.",
     )
     max_words: Count | None = Field(None, description="Maximum length, words. If null, any.")
+
+    @model_validator(mode="after")
+    def _some_length(self) -> "LengthFilter":
+        for unit in ("characters", "words"):
+            shortest, longest = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if shortest is not None and longest is not None and shortest > longest:
+                raise ValueError(f"min_{unit} ({shortest}) is above max_{unit} ({longest}): no instruction would pass")
+        return self
 
 
 class TextOnlyFilter(Section):
@@ -172,7 +180,7 @@ FilterSettings = Annotated[
     | Annotated[SemanticFilter, Tag("semantic")]
     | Annotated[JudgeFilter, Tag("judge")]
     | Annotated[CodeRunsFilter, Tag("code_runs")]
-    | Annotated[OwnFilter, Tag("module:NAME")],
+    | Annotated[OwnFilter, Tag(OWN)],
     Discriminator(tag_of(_NAMES)),
     NamesAlone(),
     BeforeValidator(read_named("filter", _NAMES)),

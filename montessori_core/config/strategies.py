@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from montessori_core.config.named import NamesAlone, read_named, tag_of
+from montessori_core.config.named import OWN, NamesAlone, read_named, tag_of
 from montessori_core.config.section import Section
 
 _NAME = "Name of the strategy."
@@ -77,7 +77,7 @@ StrategySettings = Annotated[
     | Annotated[EvolveStrategy, Tag("evolve")]
     | Annotated[GroundedStrategy, Tag("grounded")]
     | Annotated[MagpieStrategy, Tag("magpie")]
-    | Annotated[OwnStrategy, Tag("module:NAME")],
+    | Annotated[OwnStrategy, Tag(OWN)],
     Discriminator(tag_of(_NAMES)),
     NamesAlone(),
     BeforeValidator(read_named("strategy", _NAMES)),

@@ -283,6 +283,8 @@ def test_filters_that_reject_seeds_are_warned_of() -> None:
         ({"filters": {"max_rouge_l": 0.5}}, r"filters: filters is a list, such as \[length"),
         ({"filters": [{"name": "rouge_l", "maximum": 2}]}, "filters.0.rouge_l.maximum: .* less than or equal to 1; got 2"),
         ({"filters": ["length", {"name": "length", "max_character": 2}]}, "1.length.max_character: .*'max_characters'"),
+        ({"filters": [{"name": "length", "min_characters": 401}]}, r"min_characters \(401\) is above max_characters"),
+        ({"filters": [{"name": "length", "min_words": 3, "max_words": 2}]}, r"min_words \(3\) is above max_words \(2\)"),
         ({"filters": ["a b:C"]}, "filters.0.module:NAME.name: String should match"),
         ({"filters": [{"name": "words", "words": ["--"]}]}, "filters.0.words: words: '--' has neither letters"),
         ({"filters": [{"name": "script", "scripts": []}]}, "filters.0.script: scripts is empty"),
