@@ -63,8 +63,9 @@ class Study(Section):
 
         `comparison` is off: a study makes those comparisons itself.
         """
+        ending = f"-{seed}"
         changes: dict[str, Any] = {
-            "name": f"{self.name}-{seed}"[:80],
+            "name": f"{self.name[: 80 - len(ending)]}{ending}",
             "seed": seed,
             "comparison": {"unmodified_teacher": False, "influence_examples": 0},
         }

@@ -248,6 +248,8 @@ def test_shipped_study_is_valid() -> None:
     study = read_study(CONFIGS / "studies" / "quickstart.yaml", ("experiment.training.examples=7",))
     assert study.experiment.training.examples == 7
     assert study.seeded(2).seed == 2
+    long = study.model_copy(update={"name": "x" * 80})
+    assert [len({long.seeded(seed).name for seed in (1, 2)}), len(long.seeded(1).name)] == [2, 80]
 
 
 @pytest.fixture(scope="module")
