@@ -184,18 +184,6 @@ class Synthesis(Section):
             )
         return self
 
-    @property
-    def seeds_needed(self) -> int:
-        """Number of seeds that a prompt of the first iteration needs."""
-        if isinstance(self.strategy, SelfInstructStrategy):
-            return self.seed_demonstrations + self.synthetic_demonstrations
-        return 1 if isinstance(self.strategy, EvolveStrategy) else 0
-
-    @property
-    def in_english(self) -> bool:
-        """Whether the instructions are in English."""
-        return self.language.casefold() == ENGLISH.casefold()
-
     @model_validator(mode="after")
     def _options_do_not_replace_settings(self) -> "Synthesis":
         refuse_names(self.engine_options, _SETTINGS_OF_OPTIONS, "engine_options")
@@ -210,3 +198,15 @@ class Synthesis(Section):
                 "seed_demonstrations and synthetic_demonstrations are both 0: a prompt needs at least one demonstration"
             )
         return self
+
+    @property
+    def seeds_needed(self) -> int:
+        """Number of seeds that a prompt of the first iteration needs."""
+        if isinstance(self.strategy, SelfInstructStrategy):
+            return self.seed_demonstrations + self.synthetic_demonstrations
+        return 1 if isinstance(self.strategy, EvolveStrategy) else 0
+
+    @property
+    def in_english(self) -> bool:
+        """Whether the instructions are in English."""
+        return self.language.casefold() == ENGLISH.casefold()
