@@ -51,12 +51,12 @@ def _find(path: str) -> dict[str, Path]:
     given = Path(path).expanduser()
     if given.is_dir():
         found = {file.relative_to(given).as_posix(): file for file in given.rglob("*")}
+        found = {name: file for name, file in found.items() if "/." not in f"/{name}"}  # without hidden ones
     elif given.exists() or not glob.has_magic(path):
         found = {given.name: given}
     else:
         found = {name: Path(name) for name in glob.glob(str(given), recursive=True)}
-    files = {name: file for name, file in found.items() if file.suffix.lower() in KINDS and not name.startswith(".")}
-    files = {name: file for name, file in sorted(files.items()) if file.is_file()}
+    files = {name: file for name, file in sorted(found.items()) if file.suffix.lower() in KINDS and file.is_file()}
     if not files:
         raise DataError(
             f"synthesis.strategy.documents: {path}: no document there; give a file, folder or glob of {', '.join(KINDS)}"
@@ -100,8 +100,8 @@ def split_passages(text: str, most_words: int) -> list[str]:
     passages: list[str] = []
     current: list[str] = []
     length = 0
-    # NUL bytes and lone surrogates cannot be stored.
-    for part in _parts(text.replace("\x00", ""), most_words):
+    # NUL bytes and lone surrogates, which PDFs can have, cannot be stored.
+    for part in _parts(text.replace("\x00", "").encode(errors="ignore").decode(), most_words):
         count = len(words(part))
         if current and length + count > most_words:
             passages.append("\n\n".join(current))
@@ -125,8 +125,7 @@ def _parts(text: str, most_words: int) -> Iterator[str]:
             if part and len(words(joined)) > most_words:
                 yield part
                 joined = sentence
-            while len(words(joined)) > most_words:
-                end = _end_of_words(joined, most_words)
+            while (end := _end_of_words(joined, most_words)) < len(joined):
                 yield joined[:end].strip()
                 joined = joined[end:].strip()
             part = joined
@@ -135,8 +134,11 @@ def _parts(text: str, most_words: int) -> Iterator[str]:
 
 
 def _end_of_words(text: str, count: int) -> int:
-    """Return a position before which a text has at most `count` words, at a blank if there is one."""
-    low, high = 1, len(text)
+    """Return a position before which a text has at most `count` words, at a blank if there is one; else its end."""
+    low = high = 1
+    while high < len(text) and len(words(text[:high])) <= count:  # not from the end, which may be megabytes away
+        low, high = high, 2 * high
+    high = min(high, len(text))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(words(text[:middle])) <= count else (low, middle - 1)

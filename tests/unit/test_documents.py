@@ -15,18 +15,21 @@ from montessori_core.errors import DataError, UserError
 SENTENCE = "The lamp of the pump blinks twice when the water is warm enough. "
 
 
-def test_documents_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
+def test_documents_of_a_folder_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub" / ".trash").mkdir(parents=True)
     (tmp_path / "b.txt").write_text("\ufeff" + SENTENCE, encoding="utf-8")
     (tmp_path / "sub" / "a.md").write_text(f"# Pump\n\n{SENTENCE}\n\n{SENTENCE * 3}")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    (tmp_path / ".hidden.md").write_text(SENTENCE)
+    for hidden in (".hidden.md", "sub/.hidden.md", "sub/.trash/b.md"):
+        (tmp_path / hidden).write_text(SENTENCE)
     passages = read_passages(str(tmp_path), 40)
     assert [passage.example_id for passage in passages] == ["b.txt#1", "sub/a.md#1", "sub/a.md#2"]
     assert passages[0].instruction == SENTENCE.strip()
     assert passages[1].instruction == f"# Pump\n\n{SENTENCE.strip()}"
     assert [task.instruction for task in read_passages(str(tmp_path / "*.txt"), 40)] == [SENTENCE.strip()]
     assert [task.example_id for task in read_passages(str(tmp_path / "b.txt"), 40)] == ["b.txt#1"]
+    monkeypatch.chdir(tmp_path / "sub")
+    assert [task.example_id for task in read_passages("../*.txt", 40)] == ["../b.txt#1"]
 
 
 @given(
@@ -45,6 +48,18 @@ def test_passages_keep_limit_and_order_of_words(parts: list[str]) -> None:
     assert len(given) - len(kept) <= 7 * (len(passages) + 1)
     rest = iter(given)
     assert all(word in rest for word in kept)
+
+
+def test_long_text_without_sentences_is_read_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(documents, "words", lambda text: lengths.append(len(text)) or words(text))
+    text = "word " * 20_000
+    assert split_passages(text, 20) == [" ".join(["word"] * 20)] * 1000
+    assert sum(lengths) < 30 * len(text)
+
+
+def test_lone_surrogates_are_left_out() -> None:
+    assert split_passages(f"{SENTENCE}\ud800", 40) == [SENTENCE.strip()]
 
 
 def test_pdf_is_read(tmp_path: Path) -> None:
