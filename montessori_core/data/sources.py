@@ -114,12 +114,12 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
             f"reference.path: {len(leaks)} of {len(sources.reference)} examples are also in the evaluation set, e.g. "
             f"{leaks[0][0]} and {leaks[0][1]}: the held-out loss would not be held out. Remove them from either set"
         )
-    shared = _overlaps(sources.seed_pool, sources.reference)
-    if not shared:
-        return []
+    measured = {"reference": "influence", "evaluation": "the held-out loss"}
     return [
-        f"{len(shared)} of {len(sources.reference)} reference examples are also in the seed pool, e.g. "
-        f"{shared[0][0]} and {shared[0][1]}: prompts show the teacher examples on which influence is measured"
+        f"{len(shared)} of {len(getattr(sources, name))} {name} examples are also in the seed pool, e.g. "
+        f"{shared[0][0]} and {shared[0][1]}: prompts show the teacher examples on which {result} is measured"
+        for name, result in measured.items()
+        if (shared := _overlaps(sources.seed_pool, getattr(sources, name)))
     ]
 
 
@@ -246,6 +246,11 @@ def write_tasks(tasks: list[Task], path: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def load_tasks(path: Path) -> list[Task]:
+    """Read a set that `write_tasks` wrote."""
+    return [_load_task(row) for _, row in jsonl_rows(path)]
+
+
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     """Return the text of an optional column of a row; empty if it is missing or null.
 
@@ -257,11 +262,6 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
         return (value or "").strip()
     problem = f"field {name!r}: expected text, found {type(value).__name__}; correct or remove it"
     raise RowError(where, problem, f"{name} is no text")
-
-
-def load_tasks(path: Path) -> list[Task]:
-    """Read a set that `write_tasks` wrote."""
-    return [_load_task(row) for _, row in jsonl_rows(path)]
 
 
 def _load_task(row: dict[str, Any]) -> Task:

@@ -262,6 +262,9 @@ def test_overlapping_sets_are_refused_or_warned_about() -> None:
     warnings = check_sources(Sources([*seeds, Task("s9", copy.instruction)], [shared], [other]), EXPERIMENT)
     assert len(warnings) == 1
     assert "s9 and r1" in warnings[0]
+    warnings = check_sources(Sources([*seeds, Task("s9", other.instruction)], [shared], [other]), EXPERIMENT)
+    assert len(warnings) == 1
+    assert "1 of 1 evaluation examples are also in the seed pool, e.g. s9 and e1" in warnings[0]
     with pytest.raises(
         DataError, match=r"has 7 tasks, but .* takes 8 .*seed_demonstrations 6 \+ .*_demonstrations 2\)"
     ):
