@@ -1,6 +1,7 @@
 """Rows of the field's formats as turns of a conversation: Alpaca, messages, ShareGPT, TRL's prompt and completion."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -117,12 +118,10 @@ def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         problem = "field 'history' has entries that are no pairs of an instruction and a response; correct or remove it"
         raise RowError(where, problem, "a history that has no pairs")
-    names = [(role, f"history.{number}.{place}") for number in range(len(history)) for place, role in _PAIR]
+    roles: tuple[Role, Role] = ("user", "assistant")
+    names = [(role, f"history.{number}.{place}") for number in range(len(history)) for place, role in enumerate(roles)]
     texts = [text for pair in history for text in pair]
     return [Turn(role, _text(text, name, where), name) for (role, name), text in zip(names, texts, strict=True)]
-
-
-_PAIR: tuple[tuple[int, Role], ...] = ((0, "user"), (1, "assistant"))
 
 
 def _optional_turn(row: Mapping[str, Any], role: Role, where: str) -> list[Turn]:
@@ -223,17 +222,17 @@ def _look_up(row: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         if isinstance(value, dict) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(value):
+        elif isinstance(value, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(value):
             value = value[int(part)]
         else:
             return _ABSENT
     return value
 
 
-def _field(row: Mapping[str, Any], name: str, where: str, remedy: str) -> Any:
+def _field(row: Mapping[str, Any], name: str, where: str, option: str) -> Any:
     value = _look_up(row, name)
     if value is _ABSENT:
-        raise _missing(row, name, where, remedy)
+        raise _missing(row, name, where, option)
     return value
 
 

@@ -91,10 +91,10 @@ class _Buffer:
                 break
         if end - start > LONGEST_ROW:
             raise self.error(f"longer than {LONGEST_ROW >> 20} MiB")
-        self._position = self._position + end - start
+        self._position = end
         try:
             with named_errors(where):
-                check_characters(content, self._text[self._position - end + start : self._position])
+                check_characters(content, self._text[start:end])
         except RowError as error:
             return error
         return content
