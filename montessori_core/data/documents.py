@@ -134,13 +134,17 @@ def _parts(text: str, most_words: int) -> Iterator[str]:
 
 
 def _end_of_words(text: str, count: int) -> int:
-    """Return a position before which a text has at most `count` words, at a blank if there is one; else its end."""
-    low = high = 1
-    while high < len(text) and len(words(text[:high])) <= count:  # not from the end, which may be megabytes away
+    """Return a position before which a text has at most `count` words, at a blank if there is one; else its end.
+
+    The search begins with the first characters, as many as words: a text may have megabytes.
+    """
+    low, high = 0, count
+    while len(words(text[:high])) <= count:
+        if high >= len(text):
+            return len(text)
         low, high = high, 2 * high
-    high = min(high, len(text))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(words(text[:middle])) <= count else (low, middle - 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(words(text[:middle])) <= count else (low, middle)
     blank = text.rfind(" ", 0, low)
-    return blank if blank > 0 and low < len(text) else low
+    return blank if blank > 0 else low
