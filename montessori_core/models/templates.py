@@ -130,10 +130,10 @@ def with_template(folder: Path, template: str, target: Path) -> Path:
     Args:
         folder: the model.
         template: its chat template.
-        target: the folder to write; one that has the same model and template is kept.
+        target: the folder to write; one that has the same model and template, and no broken link, is kept.
     """
     recorded = {"sha256": hash_json([fingerprint(folder), template])}
-    if read_json(target / FINGERPRINT) == recorded:
+    if read_json(target / FINGERPRINT) == recorded and all(file.exists() for file in target.iterdir()):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with commit(target, durable=False) as temporary:

@@ -15,7 +15,7 @@ from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_example
 from montessori_core.models.load import load_tokenizer
 from montessori_core.models.positions import check_positions, positions_of
-from montessori_core.models.templates import check_template
+from montessori_core.models.templates import check_template, with_template
 from support.runs import invoke
 from tasks.run import open_run
 
@@ -155,6 +155,14 @@ def test_evaluated_model_gets_configured_template(tiny_llama: Path, tmp_path: Pa
     run, _ = open_evaluation(experiment(tiny_llama, tiny_llama, **settings), str(broken), tmp_path / "evaluation")
     template = Path(run.initial_student().path) / "chat_template.jinja"
     assert template.read_text() == '{% set mood = "calm" %}' + mine.read_text()
+
+
+def test_links_to_moved_model_are_renewed(tiny_llama: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    linked = with_template(model, "{{ messages }}", tmp_path / "linked")
+    moved = model.rename(tmp_path / "moved")
+    assert with_template(moved, "{{ messages }}", linked) == linked
+    assert (linked / "config.json").read_bytes() == (moved / "config.json").read_bytes()
 
 
 def test_named_template_has_no_system_turn(tiny_llama: Path, tmp_path: Path) -> None:
