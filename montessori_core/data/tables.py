@@ -273,8 +273,8 @@ def check(table: pa.Table, schema: pa.Schema, source: str, columns: Sequence[str
         DataError: the name, version, columns, types or null values do not match.
     """
     name, version, *found = (
-        (one.metadata or {}).get(key, b"?").decode(errors="replace")
-        for one in (schema, table.schema)
+        (metadata or {}).get(key, b"?").decode(errors="replace")
+        for metadata in (schema.metadata, table.schema.metadata)
         for key in (b"montessori.table", b"montessori.version")
     )
     if found != [name, version]:

@@ -48,5 +48,5 @@ def check_adapter(folder: Path, lora: Lora | None, setting: str) -> None:
 def _settings(folder: Path) -> dict[str, Any]:
     content = read_json(folder / ADAPTER)
     if not isinstance(content, dict) or not {"base_model_name_or_path", "r", "lora_alpha"} <= content.keys():
-        raise UserError(f"{folder / ADAPTER}: not the settings of a LoRA adapter, or damaged")
+        raise UserError(f"{folder / ADAPTER}: not the settings of a LoRA adapter, or damaged; copy the adapter again")
     return content

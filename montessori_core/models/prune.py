@@ -92,7 +92,7 @@ def _kept_layers(total: int, layers: Collection[int]) -> list[int]:
         raise UserError(f"no layers to remove; name them, for example 12-19 ({numbered})")
     if out_of_range := sorted(layer for layer in layers if not 0 <= layer < total):
         raise UserError(f"there is no layer {out_of_range[0]}: {numbered}")
-    if len(kept := [layer for layer in range(total) if layer not in layers]) == 0:
+    if not (kept := [layer for layer in range(total) if layer not in layers]):
         raise UserError(f"all layers would be removed; keep at least one ({numbered})")
     return kept
 
