@@ -182,11 +182,12 @@ class TaskReader(Iterable[Task]):
             yield task
             if self.tasks == source.limit:
                 break
-        if source.refuses(len(self.bad_rows), self.rows):
+        refused = source.refuses(len(self.bad_rows), self.rows)
+        if refused or (self.bad_rows and not self.tasks):
+            limit = f", more than {field}.max_bad_rows ({source.max_bad_rows:g})" if refused else ""
             raise DataError(
                 f"{field}.path: {source.path}: {len(self.bad_rows):,} of {self.rows:,} rows cannot be used "
-                f"({count_reasons(self.bad_rows)}), more than {field}.max_bad_rows ({source.max_bad_rows:g}); the first: "
-                f"{self.bad_rows[0].place}: {self.bad_rows[0].problem}"
+                f"({count_reasons(self.bad_rows)}){limit}; the first: {self.bad_rows[0].place}: {self.bad_rows[0].problem}"
             )
         if not self.tasks:
             raise DataError(f"{field}.path: {source.path} has no examples; give a set with at least one")

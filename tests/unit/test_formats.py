@@ -358,6 +358,14 @@ def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path) -> None:
         read_tasks(strict, "reference", with_response=True)
 
 
+def test_set_of_bad_rows_says_why(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"question": "a", "output": "b"}] * 2)
+    source = DataSource(path=path, drop_bad_rows=True, max_bad_rows=1.0)
+    reason = r"2 of 2 rows cannot be used \(2 field 'instruction' is missing\); the first: .*rows.jsonl, line 1: field"
+    with pytest.raises(DataError, match=reason):
+        read_tasks(source, "reference", with_response=True)
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if "JSON" in name])
 def test_csv_cell_may_hold_a_conversation(name: str, tmp_path: Path) -> None:
     format, rows = FORMATS[name]
