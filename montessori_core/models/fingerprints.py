@@ -35,6 +35,8 @@ _TRACES = ENVIRONMENT_FIELDS | {
     *("output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate"),
 }
 _RENAMED = {"torch_dtype": "dtype"}
+_OBJECTS = {"config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS_INDEX, ADAPTER}
+"""JSON files that are read as objects; others, such as modules.json of sentence-transformers, may be lists."""
 _NO_SETTINGS = {FINGERPRINT, WEIGHTS_INDEX, LOG_FILE, COUNTS_FILE, "trainer_state.json"}
 _TOKENIZER_FILES = ("*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _BUFFER = 1 << 20
@@ -125,7 +127,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise DataError(f"{index}: not an index of weights; download or write it again") from error
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> Any:
     """Return the content of a JSON file, normalized so that it is equal for equal models."""
     content = _read_json(file)
     if file.name == "tokenizer.json":
@@ -135,8 +137,7 @@ def _settings(file: Path) -> dict[str, Any]:
     elif file.name == ADAPTER:
         # Sets, such as the adapted layers, are written in any order.
         content = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in content.items()}
-    settings: dict[str, Any] = _without_traces(content) if file.name.endswith("config.json") else content
-    return settings
+    return _without_traces(content) if file.name.endswith("config.json") else content
 
 
 def _without_traces(content: Any) -> Any:
@@ -148,10 +149,10 @@ def _without_traces(content: Any) -> Any:
     return {_RENAMED.get(name, name): _without_traces(value) for name, value in kept.items()}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
+        if file.name in _OBJECTS and not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} where an object belongs")
     except ValueError as error:
         raise DataError(f"{file}: not a model's JSON file, or damaged ({error}); download or write it again") from error

@@ -108,8 +108,9 @@ def _reshape_weight(model: Path) -> None:
         lambda model: edit(model / "config.json", lambda content: content.update(rms_norm_eps=1e-3)),
         lambda model: edit(model / "tokenizer_config.json", lambda content: content.update(eos_token="<|im_start|>")),
         lambda model: (model / "tokenizer_config.json").unlink(),
+        lambda model: (model / "modules.json").write_text('[{"idx": 0, "path": ""}]'),  # of sentence-transformers
     ],
-    ids=["weight", "shape", "merge", "template", "eos id", "epsilon", "eos token", "missing file"],
+    ids=["weight", "shape", "merge", "template", "eos id", "epsilon", "eos token", "missing file", "list"],
 )
 def test_fingerprint_depends_on_weights_and_tokenizer(model: Path, change: Callable[[Path], object]) -> None:
     before = hash_model(model)
