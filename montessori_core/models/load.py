@@ -28,9 +28,10 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    folder = fetch_model(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(fetch_model(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a damaged file, and of a package that is not installed
         raise UserError(f"the tokenizer of {model!r} cannot be loaded: {describe_load_error(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA3_STYLE_TEMPLATE

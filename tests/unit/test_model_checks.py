@@ -126,6 +126,13 @@ def test_configured_template_replaces_broken_one(tiny_llama: Path, tmp_path: Pat
     open_run(experiment(tiny_llama, broken, chat_template=mine), tmp_path / "run")
 
 
+def test_damaged_tokenizer_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    (broken / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(UserError, match=r"the tokenizer of .*broken' cannot be loaded: "):
+        load_tokenizer(str(broken))
+
+
 def test_tags_of_transformers_are_known(tiny_llama: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
