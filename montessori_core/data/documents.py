@@ -22,7 +22,7 @@ def read_passages(path: str, most_words: int) -> list[Task]:
 
     Args:
         path: a document, a folder (with its subfolders), or a glob.
-        most_words: of a passage.
+        most_words: maximum number of words in a passage.
 
     Raises:
         DataError: a document cannot be read, or there is none with text.
@@ -43,7 +43,7 @@ def read_passages(path: str, most_words: int) -> list[Task]:
 
 
 def _find(path: str) -> dict[str, Path]:
-    """Return documents by their names, in the order of these.
+    """Return documents by name, sorted.
 
     Raises:
         DataError: there are none.

@@ -19,7 +19,7 @@ def rows_of_list(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
     A row whose values cannot be written again is a RowError.
 
     Raises:
-        DataError: it is not a list, or cannot be read on; the message names the entry and the line.
+        DataError: it is not a list, or its rest cannot be read; the message names the entry and the line.
     """
     buffer = _Buffer(stream, name)
     buffer.expect("[")

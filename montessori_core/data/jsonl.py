@@ -126,7 +126,7 @@ def rows_of_lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
         name: of the file, for errors.
 
     Raises:
-        DataError: the file cannot be read on.
+        DataError: the rest of the file cannot be read.
     """
     for number, line in read_lines(stream, name):
         where = f"{name}, line {number}"

@@ -24,7 +24,7 @@ from montessori_core.data.turns import read_turns
 from montessori_core.errors import DataError
 from montessori_core.files import commit
 
-_FEWEST_REFERENCES = 8  # influence is a mean over them: of fewer, one odd example decides the sign
+_FEWEST_REFERENCES = 8  # influence is a mean over them: with fewer, one odd example decides the sign
 
 _log = logging.getLogger(__name__)
 
