@@ -6,7 +6,7 @@ The descriptions, with units, become docs/configuration.md and the form in Prefe
 
 from montessori_core.config.cluster import Cluster, Vllm, read_cluster
 from montessori_core.config.data import DataFormat, DataSource
-from montessori_core.config.evaluation import Benchmarks, Comparison, HarnessTask
+from montessori_core.config.evaluation import Benchmarks, Comparison
 from montessori_core.config.experiment import Experiment, parse_experiment, read_experiment
 from montessori_core.config.filters import (
     CodeRunsFilter,
@@ -19,7 +19,7 @@ from montessori_core.config.filters import (
 from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.resources import Resources, StageResources
-from montessori_core.config.section import RUN_NAME, Count, FolderName, Probability, Section, differences, parse
+from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, differences, parse
 from montessori_core.config.slurm import Container, DriverJob, HeldJobs, JobOptions, Slurm
 from montessori_core.config.strategies import (
     EvolveStrategy,
@@ -27,12 +27,11 @@ from montessori_core.config.strategies import (
     MagpieStrategy,
     OwnStrategy,
     SelfInstructStrategy,
-    StrategySettings,
 )
 from montessori_core.config.study import Study, read_study
 from montessori_core.config.synthesis import Sampling, Synthesis
 from montessori_core.config.tailor import Tailored
-from montessori_core.config.training import Nomad, Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
+from montessori_core.config.training import Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
 from montessori_core.config.yaml import dump_yaml, parse_yaml, read_yaml, to_yaml, write_yaml
 
 __all__ = [
@@ -53,19 +52,16 @@ __all__ = [
     "FilterSettings",
     "FolderName",
     "GroundedStrategy",
-    "HarnessTask",
     "HeldJobs",
     "Influence",
     "JobOptions",
     "JudgeFilter",
     "Lora",
     "MagpieStrategy",
-    "Nomad",
     "Optimization",
     "OwnFilter",
     "OwnStrategy",
     "Preferences",
-    "Probability",
     "Resources",
     "RougeFilter",
     "Sampling",
@@ -77,7 +73,6 @@ __all__ = [
     "Sequential",
     "Slurm",
     "StageResources",
-    "StrategySettings",
     "Student",
     "Study",
     "Synthesis",
