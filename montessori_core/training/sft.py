@@ -114,11 +114,11 @@ def _within(response_tokens: int | None, examples: list[Encoded], batch_size: in
     if response_tokens is None:
         return examples
     totals = list(accumulate(example.response_tokens for example in examples))
-    count = bisect_right(totals, response_tokens)
-    if count < min(batch_size, len(examples)):
+    count, first_batch = bisect_right(totals, response_tokens), min(batch_size, len(examples))
+    if count < first_batch:
         raise DataError(
-            f"training.response_tokens is {response_tokens}, but the first batch of {batch_size} examples has "
-            f"{totals[batch_size - 1]} response tokens; raise it"
+            f"training.response_tokens is {response_tokens}, but the first batch of {first_batch} examples has "
+            f"{totals[first_batch - 1]} response tokens; raise it"
         )
     return examples[:count]
 
