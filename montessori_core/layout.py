@@ -56,6 +56,8 @@ PREFERENCES = "preferences.parquet"
 UTILITY = "utility.parquet"
 METRICS = "metrics.json"
 
+CHECKPOINT_FOLDER = "checkpoints"  # in the folder of a training that is not finished
+
 # In the folder of a trained model.
 LOG_FILE = "training_log.json"  # one entry per optimizer step
 COUNTS_FILE = "training_counts.json"  # numbers of usable examples

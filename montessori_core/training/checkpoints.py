@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.files import hash_json, make_folder_of_pickles
+from montessori_core.layout import CHECKPOINT_FOLDER
 from montessori_core.models.fetch import fingerprint
 from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
 
@@ -32,9 +33,12 @@ _COMPLETE = "whole"
 
 
 def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: Sequence[object]) -> Path:
-    """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it."""
+    """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it.
+
+    The job removes it once the result is committed: until then, a killed job resumes from its last checkpoint.
+    """
     inputs = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
-    folder = output.parent / "checkpoints" / hash_json(inputs)[:16]
+    folder = output.parent / CHECKPOINT_FOLDER / hash_json(inputs)[:16]
     make_folder_of_pickles(folder)
     return folder
 

@@ -254,7 +254,7 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
 def save_trained(
     trainer: Any, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int], checkpoints: Path, folder: Path
 ) -> None:
-    """Write fp32 masters, tokenizer, log and counts; remove the checkpoints. All processes must call it; rank 0 writes."""
+    """Write fp32 masters, tokenizer, log, counts and intermediate models. All processes must call it; rank 0 writes."""
     _save_model(trainer, tokenizer, folder)
     if not trainer.is_world_process_zero():
         return
@@ -262,7 +262,6 @@ def save_trained(
     (folder / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
     if (checkpoints / KEPT).exists():
         shutil.copytree(checkpoints / KEPT, folder / KEPT)
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _save_model(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -57,6 +57,9 @@ def number_type(dtype: torch.dtype) -> str:
 def gather_moments(engine: Any, step: int) -> Moments | None:
     """Gather the moments in rank 0's host memory; other ranks return None. All processes must call it."""
     first, second = {}, {}
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed (0.19) links the moments after a step; a training that resumes from its last step takes none.
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def masters() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in trained_parameters(engine):

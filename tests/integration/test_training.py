@@ -412,7 +412,20 @@ def kill_and_compare(
     told, expected = (json.loads((folder / LOG_FILE).read_text()) for folder in (part, undisturbed))
     assert [(entry["step"], entry["loss"]) for entry in told] == [(entry["step"], entry["loss"]) for entry in expected]
     assert len(told) == 40
-    assert not list((tmp_path / "killed" / "checkpoints").iterdir())
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+def test_training_killed_before_commit_repeats_no_step(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(10) for row in ROWS]
+    undisturbed = sft(tmp_path / "undisturbed", tiny_llama, 2, 1, rows)
+    program = replace(programs.SFT, entry="support.killed_jobs:open_sft")
+    part = sft(tmp_path / "killed", tiny_llama, 2, 1, rows, program=program)
+    logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
+    assert "resuming from checkpoint-20" in logs
+    for name in ("model.safetensors", "adamw.safetensors"):
+        assert (part / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert [entry["step"] for entry in read_json(part / LOG_FILE)] == list(range(1, 21))
+    assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
 @pytest.fixture(scope="module")

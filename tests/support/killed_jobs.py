@@ -1,11 +1,18 @@
-"""Find local jobs, and kill them in the middle of a training."""
+"""Find local jobs; kill them in the middle of a training, or before its result is committed."""
 
+import os
+import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from montessori_core import programs
+from montessori_core.program import Compute, Report
 
 
 def jobs_of(folder: Path) -> list[psutil.Process]:
@@ -36,3 +43,19 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
+
+
+def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
+    """Train a student, see `montessori_core.training.sft`; the first job dies when its result is written."""
+    from montessori_core.training import sft
+
+    train = sft.open_sft(settings, inputs)
+
+    def compute(rows: list[Any], output: Path, report: Report) -> None:
+        train(rows, output, report)
+        died = output.parent / "died"
+        if not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return compute
