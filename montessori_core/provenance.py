@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -40,14 +41,11 @@ def _provenance(models: dict[str, str], gflops: float | None) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "opened": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
         "python": platform.python_version(),
-        "git_revision": revision.stdout.strip() or None,
+        "git_revision": _git_revision(),
         "driver": {
             "system": platform.platform(),
             "processor": processor_name(),
@@ -57,3 +55,12 @@ def _provenance(models: dict[str, str], gflops: float | None) -> dict[str, Any]:
         },
         **{f"{role}_sha256": sha256 for role, sha256 in models.items()},
     }
+
+
+def _git_revision() -> str | None:
+    """Return the commit of the checkout of this package; None if it is an installed copy, or git is missing."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

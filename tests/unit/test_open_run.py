@@ -102,3 +102,9 @@ def test_open_run_lists_rows_that_are_left_out(tiny_llama: Path, tmp_path: Path)
     sources = tmp_path / "other" / "run" / "sources"
     assert (sources / "reference.jsonl").read_bytes() == copied
     assert not (sources / "bad_rows.jsonl").exists()
+
+
+def test_open_run_needs_no_git(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    warnings_of(tmp_path, tiny_llama)
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["git_revision"] is None
