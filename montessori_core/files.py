@@ -29,9 +29,9 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
-            if durable and file.is_file():
-                _flush(file)
+        for created in [temporary, *temporary.rglob("*")] if durable else []:
+            if created.is_file() or created.is_dir():
+                _flush(created)
         if temporary.is_dir() and path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -115,9 +115,9 @@ def owner_of(path: Path) -> str:
 
 def cache_root() -> Path:
     """Return the folder of converted models and API answers: $MONTESSORI_CACHE, else the user's cache folder."""
-    if "MONTESSORI_CACHE" in os.environ:
-        return Path(os.environ["MONTESSORI_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "montessori"
+    if folder := os.environ.get("MONTESSORI_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "montessori"
 
 
 def refuse_existing(output: Path, kind: str) -> None:

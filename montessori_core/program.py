@@ -27,7 +27,7 @@ Compute = Callable[[list[RowT], Path, Report], None]
 
 
 class Recorder(Protocol):
-    """Records the results of a shard's rows, in any order; a lost job loses at most a minute of them.
+    """Records the results of a shard's rows, in any order; they are committed every 30 seconds.
 
     Only `progress` and `keep` commit: rows that are finished between two such calls, as those of a batch, are committed
     together or not at all.

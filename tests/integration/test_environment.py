@@ -24,6 +24,7 @@ from flows.prefect_yaml import read_deployments
 from montessori_core.config import Resources
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
+from montessori_core.files import cache_root
 from montessori_entry import FLOWS
 from support import NO_LIBRARIES, ROOT, wait_until
 from support.prefect_server import free_port, prefect_server
@@ -253,6 +254,12 @@ def test_environment_without_proxy_stays() -> None:
     """Alone, no_proxy would hide the proxies of macOS's settings."""
     set_process_defaults()
     assert "no_proxy" not in os.environ
+
+
+def test_empty_cache_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MONTESSORI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert cache_root() == Path.home() / ".cache" / "montessori"
 
 
 @pytest.mark.slow
