@@ -24,9 +24,9 @@ def measure_after_pilot(
     """Measure the pilot, warn if it predicts few pairs, then measure the other rows; no row is measured twice.
 
     Args:
-        rows: rows examples.
+        rows: examples of the probing set.
         measure: measures rows, given whether they are the pilot, and returns the parts of their influence table.
-        settings: baseline and margin of the pairs.
+        settings: kind of pairs, baseline and margin.
         warn: called with a warning, before the other rows are measured.
 
     Returns:
@@ -69,12 +69,14 @@ def predict_pair_count(pilot: pa.Table, settings: Preferences, examples: int) ->
     if pairs >= enough:
         return None
     best = max(counts, key=lambda baseline: counts[baseline])
+    remedies = ["lower preferences.margin"] * bool(settings.margin) + ["raise synthesis.samples_per_prompt"] * (
+        not across
+    )
     remedy = (
         f"With preferences.baseline={best} they make {counts[best]}; you can change it at any time, and measured "
         "influence stays valid"
         if counts[best] >= enough
-        else "No baseline makes enough: lower preferences.margin"
-        + ("" if across else ", or raise synthesis.samples_per_prompt")
+        else f"No baseline makes enough: {', or '.join(remedies) or 'most influence is below the noise floor'}"
     )
     return (
         f"the first {pilot.num_rows} examples make {pairs} preference pairs (preferences.baseline={settings.baseline}); all "

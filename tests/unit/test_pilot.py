@@ -3,6 +3,7 @@
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -94,13 +95,19 @@ def test_predicted_remedy_makes_pairs() -> None:
     assert int(remedy[2]) > 40
 
 
-def test_prediction_names_margin_if_no_baseline_helps() -> None:
-    """The examples do not differ significantly."""
-    warning = predict_pair_count(
-        influence(rows(64), 0.0, scale=0.1), Preferences(baseline="prompt", margin=3.0), 10_000
-    )
+@pytest.mark.parametrize(
+    ("settings", "scale", "remedy"),
+    [
+        ({"margin": 3.0}, 0.1, "lower preferences.margin, or raise synthesis.samples_per_prompt"),
+        ({}, 1e-5, "raise synthesis.samples_per_prompt"),
+        ({"pairs": "across_prompts", "baseline": "median"}, 1e-5, "most influence is below the noise floor"),
+    ],
+)
+def test_prediction_names_remedy_if_no_baseline_helps(settings: dict[str, Any], scale: float, remedy: str) -> None:
+    """The examples differ by less than the margin, or than the noise floor."""
+    warning = predict_pair_count(influence(rows(64), 0.0, scale), Preferences(**settings), 10_000)
     assert warning is not None
-    assert "lower preferences.margin" in warning
+    assert warning.endswith(f"No baseline makes enough: {remedy}")
 
 
 def test_remedy_across_prompts_is_a_common_threshold() -> None:
