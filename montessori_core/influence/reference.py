@@ -47,10 +47,13 @@ def influence_by_example(before: Loss, after: Loss, reduction: str) -> torch.Ten
 
 
 def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, float]:
-    """Return the influence of a step, from the losses before and after it, and its standard error over the examples."""
+    """Return the influence of a step, from the losses before and after it, and its standard error over the examples.
+
+    The error of a single example is NaN.
+    """
     differences = influence_by_example(before, after, reduction)
     count = len(differences)
-    error = float(differences.std(unbiased=True)) / count**0.5 if count > 1 else float("nan")
+    error = float(differences.std(unbiased=True)) / count**0.5 if count > 1 else math.nan
     return float(differences.mean()), error
 
 
@@ -96,8 +99,8 @@ class ReferenceSet:
 
     def __init__(self, examples: Sequence[Encoded], batch_tokens: int, device: torch.device) -> None:
         """`batch_tokens` limits a batch, padding included; a longer example is alone in its batch."""
-        self._examples, self._device, self.batch_tokens = examples, device, batch_tokens
-        self.batches = self.batched(range(len(examples)), batch_tokens)
+        self._examples, self._device, self._batch_tokens = examples, device, batch_tokens
+        self.batches = self.batched(range(len(examples)))
         self.tokens = torch.tensor([example.response_tokens for example in examples], dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -108,10 +111,10 @@ class ReferenceSet:
         """Number of tokens of one evaluation, without padding."""
         return sum(batch.tokens for batch in self.batches)
 
-    def batched(self, indices: Sequence[int], batch_tokens: int) -> list[Batch]:
+    def batched(self, indices: Sequence[int]) -> list[Batch]:
         """Return batches of the examples at `indices`."""
         lengths = [len(example.input_ids) for example in self._examples]
-        groups = group_by_length(lengths, indices, batch_tokens)
+        groups = group_by_length(lengths, indices, self._batch_tokens)
         return [make_batch([(i, self._examples[i]) for i in group], self._device) for group in groups]
 
     def evaluate(self, losses: TokenLosses, report: Report = lambda done: None) -> Loss:
@@ -145,7 +148,7 @@ class ReferenceSet:
         """
         summed = torch.zeros(len(self), dtype=torch.float64)
         total = float(self.tokens.sum())
-        for batch in self.batched(indices, self.batch_tokens):
+        for batch in self.batched(indices):
             tokens = self.tokens[batch.indices].to(self._device)
             share = 1 / (tokens * len(self)) if reduction == "example" else torch.full_like(tokens, 1 / total)
             values = losses(batch)

@@ -38,7 +38,7 @@ class SequentialReference:
         starts = [0, *ends[:-1]]
         self._reference, self._count = reference, len(order)
         self.looks = [
-            Look(reference.batched(order[start:end], reference.batch_tokens), sorted(order[:end]))
+            Look(reference.batched(order[start:end]), sorted(order[:end]))
             for start, end in zip(starts, ends, strict=True)
         ]
         self.look_error_rate = error_rate / max(1, len(self.looks) - 1)

@@ -97,6 +97,7 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
     )
     reference.backward(losses, settings.reference_reduction, range(len(reference)))
     direction = _take_gradients(parameters)
+    square = _inner_product(direction, direction)
 
     def cosine(row: ExampleRow) -> float | None:
         example = encode_row(tokenizer, row, settings.max_length)
@@ -105,7 +106,7 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
         example_loss(losses, make_batch([(0, example)], device)).backward()
         gradient = _take_gradients(parameters)
         product = _inner_product(gradient, direction)
-        norms = math.sqrt(_inner_product(gradient, gradient) * _inner_product(direction, direction))
+        norms = math.sqrt(_inner_product(gradient, gradient) * square)
         return product / norms if 0 < norms < math.inf else None
 
     return _utility_of_rows(cosine)
