@@ -69,9 +69,8 @@ def predict_pair_count(pilot: pa.Table, settings: Preferences, examples: int) ->
     if pairs >= enough:
         return None
     best = max(counts, key=lambda baseline: counts[baseline])
-    remedies = ["lower preferences.margin"] * bool(settings.margin) + ["raise synthesis.samples_per_prompt"] * (
-        not across
-    )
+    remedies = ["lower preferences.margin"] if settings.margin else []
+    remedies += [] if across else ["raise synthesis.samples_per_prompt"]
     remedy = (
         f"With preferences.baseline={best} they make {counts[best]}; you can change it at any time, and measured "
         "influence stays valid"
