@@ -145,7 +145,7 @@ class ExampleDerivatives(TorchFunctionMode):
 
     def _shift(self, result: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
         """Note that a vector plus a number, or in another dtype, has the gradient of the vector."""
-        vectors = [one for one in args if isinstance(one, torch.Tensor)]
+        vectors = [value for value in args if isinstance(value, torch.Tensor)]
         name = self._names.get(id(vectors[0])) if len(vectors) == 1 and vectors[0].dim() == 1 else None
         if name is not None and id(result) not in self._names:
             self._names[id(result)] = name

@@ -72,7 +72,7 @@ def plan_memory(
     Args:
         shape: shape of the student.
         estimator: 'exact' needs the snapshot; 'first_order' needs the reference gradient, the gradient of half the
-            reference set in bf16, and the snapshot until it has both.
+            reference set in bf16, and the snapshot until it has both; 'linear' needs both gradients and the rows of tokens.
         dtype: see `config.Influence`.
         max_length: tokens of the longest example.
         reference_batch_tokens: tokens of a batch of reference examples.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -177,6 +177,6 @@ class InfluenceMeter:
             "ok", step.loss, against_student, against_null_step, error, tokens, step.norm, step.dominated_share
         )
 
-    def _differences(self, stepped: Loss, seen: Any) -> torch.Tensor:
+    def _differences(self, stepped: Loss, seen: Sequence[int]) -> torch.Tensor:
         before = self.student_loss if self._baseline == "student" else self.null_step_loss
         return influence_by_example(before.of(seen), stepped, self._reduction)

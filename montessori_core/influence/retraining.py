@@ -59,7 +59,7 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
             student.restore()
             if not math.isfinite(loss):
                 raise DataError(
-                    f"training {row['training_id']}: the reference loss is not finite after it; lower the learning rate"
+                    f"training {row['training_id']}: the reference loss is not finite after it; lower its learning_rate"
                 )
             record = {
                 "training_id": row["training_id"],

@@ -4,9 +4,9 @@
 2. One half of the audit calibrates. The *offset* is the median error of first order: it omits the second order of the step,
    which is similar for all examples. The *width* bounds the remaining error for all but a configured share of examples
    (split conformal prediction, which assumes only that audit and other examples are exchangeable).
-3. First order is corrected by the offset. Examples within the width of the threshold are measured exactly.
-4. The other half validates: it measures how often the resulting signs agree with exact ones. If too few agree, every
-   example is measured exactly.
+3. First order is corrected by the offset. Examples within the width of the threshold are measured exactly. If too few
+   corrected signs of the audit agree with exact ones, every example is.
+4. The other half validates: it measures how often the resulting signs agree with exact ones.
 
 If the threshold is the mean of the prompt, a row is in doubt if it may lie on the other side of the estimated mean. That
 decides the order of each pair: both rows are exact, or one is farther from the mean than the uncertainty of first order.
@@ -75,9 +75,10 @@ class ScreeningReport:
         offset: correction added to first order, nats.
         width: an example is in doubt if it is at most this far from its threshold, nats.
         spearman: rank correlation of first order and exact over the audit.
-        first_order: agreement of the signs of first order with exact ones, over the audit.
+        first_order: agreement of the signs of first order with exact ones, over the audit; corrected if the threshold is
+            computed from first order itself.
         screened: agreement after correction and confirmation, over the half of the audit that validates.
-        fell_back: whether too few signs agreed, so that every example was measured exactly.
+        fell_back: whether too few corrected signs of the audit agreed, so that every example was measured exactly.
     """
 
     audited: int

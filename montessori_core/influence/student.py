@@ -6,7 +6,7 @@ chunk by chunk (`montessori plan` shows which).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -337,7 +337,7 @@ def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
 @contextmanager
 def pass_gradients_to(
     use: Callable[[str, torch.nn.Parameter, torch.Tensor], None], parameters: Mapping[str, torch.nn.Parameter]
-) -> Any:
+) -> Iterator[None]:
     """Pass each gradient to `use` as soon as the backward pass has accumulated it, then free it."""
 
     def hook_of(name: str) -> Callable[[torch.Tensor], None]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from montessori_core.data.tables import INFLUENCE, read_table
 
 NOTES = ("noise_floor", "null_step_influence", "student_loss", "reference_tokens")
+"""Numbers of the student that are recorded with a table: nats, and tokens of the reference set."""
 SUMMARIZED = (
     "status",
     "influence_student",
@@ -26,23 +27,23 @@ _DOMINATED = 0.5
 
 
 def write_influence_metadata(table: pa.Table, notes: dict[str, float]) -> pa.Table:
-    """Record numbers of the student with a table: all of NOTES, nats."""
+    """Return the table with numbers of the student: all of NOTES."""
     return table.replace_schema_metadata(schema_with_metadata(notes).metadata)
 
 
 def schema_with_metadata(notes: dict[str, float]) -> pa.Schema:
-    """The schema of a table with which numbers of the student are recorded: all of NOTES, nats."""
+    """Return the schema of a table with numbers of the student: all of NOTES."""
     written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}
     return INFLUENCE.with_metadata({**INFLUENCE.metadata, **written})
 
 
 def read_influence_metadata(table: pa.Table, name: str) -> float:
-    """A number recorded with an influence table, see NOTES."""
+    """Return a number recorded with an influence table, see NOTES."""
     return float(table.schema.metadata[f"montessori.{name}".encode()])
 
 
 def read_influence_metadata_of(table: pa.Table) -> dict[str, float]:
-    """All numbers recorded with an influence table."""
+    """Return all numbers recorded with an influence table."""
     return {name: read_influence_metadata(table, name) for name in NOTES}
 
 

@@ -1,7 +1,7 @@
 """fp32 masters: the weights that AdamW updates, while a GPU computes with their bf16 copies.
 
 DeepSpeed initialises the masters from the bf16 copies and saves the copies. At the paper's learning rates each of the two
-loses most of the update. All functions process one parameter at a time, so no process holds a second full model.
+loses most of the update. Parameters are processed one at a time, so that no GPU holds a second full model.
 """
 
 import logging
