@@ -5,6 +5,7 @@ Ten checkpoints are spread evenly over a training. More are saved as time passes
 
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,13 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     """Return the checkpoint to resume from."""
     complete = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_incomplete_checkpoints(checkpoints: Path) -> None:
+    """Remove what a killed job left: the trainer would keep it, and remove the last complete checkpoint instead."""
+    for path in checkpoints.glob("checkpoint-*"):
+        if not (path / _COMPLETE).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointCallback(TrainerCallback):

@@ -19,7 +19,11 @@ from montessori_core.models.chat import end_tokens
 from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
-from montessori_core.training.checkpoints import checkpoint_arguments, last_complete_checkpoint
+from montessori_core.training.checkpoints import (
+    checkpoint_arguments,
+    last_complete_checkpoint,
+    remove_incomplete_checkpoints,
+)
 from montessori_core.training.masters import MastersCallback, gather_masters
 from montessori_core.training.schedule import rate_factor
 
@@ -243,6 +247,8 @@ def train(trainer: Any, model: Path, checkpoints: Path) -> None:
     """
     trainer.add_callback(FiniteCallback())
     trainer.add_callback(SingleProcessCallback(trainer))
+    if trainer.is_world_process_zero():
+        remove_incomplete_checkpoints(checkpoints)
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint is None:
         trainer.add_callback(MastersCallback(trainer, model))

@@ -10,7 +10,11 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from montessori_core.training import checkpoints
-from montessori_core.training.checkpoints import CheckpointCallback, last_complete_checkpoint
+from montessori_core.training.checkpoints import (
+    CheckpointCallback,
+    last_complete_checkpoint,
+    remove_incomplete_checkpoints,
+)
 
 
 class Training:
@@ -53,6 +57,8 @@ def test_checkpoint_is_saved_after_interval(training: Training, monkeypatch: pyt
     assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
     (training.folder / "checkpoint-3").mkdir()  # incomplete
     assert last_complete_checkpoint(training.folder) == training.folder / "checkpoint-2"
+    remove_incomplete_checkpoints(training.folder)
+    assert [path.name for path in training.folder.iterdir()] == ["checkpoint-2"]
     training.callback._longest_save = 600.0  # a large model; saving may take a twentieth of the time
     assert not training.step()
 
