@@ -21,7 +21,7 @@ from cluster.ledger import Ledger, Submission, close_submission
 from cluster.lock import driven_folder
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
-from cluster.retry import NOT_RETRIED, REMEDIES, allowed_retries, classify_loss
+from cluster.retry import NOT_RETRIED, REMEDIES, Losses, allowed_retries, classify_loss
 from cluster.shards import Shards
 from cluster.stage import Stage
 from cluster.stragglers import Stopwatch
@@ -134,7 +134,7 @@ class _Driver:
         self._resources, self._cluster, self._on_progress = resources, cluster, on_progress
         self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
-        self._losses: dict[tuple[int, str], int] = {}
+        self._losses = Losses()
         self._lost_on: dict[str, set[int]] = {}
         self._avoid: frozenset[str] = frozenset()
         self._next_submission = 0.0
@@ -293,7 +293,8 @@ class _Driver:
             reason = self._backend.reason(job_id)
             kind = classify_loss(reason)
         self._backend.forget(job_id)
-        self._losses[first, kind] = losses = self._losses.get((first, kind), 0) + 1
+        progress = read_record(self._stage.progress_file(first), ShardProgress)
+        losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         if kind in ("lost", "node_failure", "file_system"):
             self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):

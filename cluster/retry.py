@@ -1,5 +1,6 @@
 """Which losses and failures are retried, and how often."""
 
+_NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that say nothing about a shard that advances
 NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
 REMEDIES = {
     "file_system": "; see the mounts of these nodes, and their file servers",
@@ -20,6 +21,27 @@ def classify_loss(reason: str) -> str:
         "DEADLINE": "time_limit",
     }
     return next((kind for word, kind in classes.items() if word in reason), "lost")
+
+
+class Losses:
+    """Counts how often shards were lost to the same cause.
+
+    A shard that got further than at its last such loss is counted from one again, if the cause lies outside it: a training
+    may need any number of time limits.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, str], int] = {}
+        self._reached: dict[tuple[int, str], float] = {}
+
+    def count(self, shard: int, kind: str, rows_done: float) -> int:
+        """Count a loss of class `kind`, after which `rows_done` rows of the shard are done; return how many there were."""
+        loss = shard, kind
+        if kind in _NOT_AT_FAULT and rows_done > self._reached.get(loss, rows_done):
+            self._counts[loss] = 0
+        self._reached[loss] = max(rows_done, self._reached.get(loss, 0.0))
+        self._counts[loss] = self._counts.get(loss, 0) + 1
+        return self._counts[loss]
 
 
 def allowed_retries(kind: str, infrastructure_retries: int) -> int:

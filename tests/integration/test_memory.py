@@ -127,7 +127,7 @@ def test_plan_command_prints_placement_and_remedy(smollm2: Path) -> None:
 
 
 def test_8b_teacher_needs_an_adapter_on_80_gb() -> None:
-    """All weights need 16 bytes each, over two GPUs 10; with an adapter one GPU is enough."""
+    """All weights need 20 bytes each, over two GPUs 10; with an adapter one GPU is enough."""
     adapter = replace(LLAMA_3_8B, trained=42_000_000)
     assert plan_update(LLAMA_3_8B, 3, 2, 4096).total > 80 * GB > 1.5 * plan_update(adapter, 2, 1, 4096).total
 

@@ -116,6 +116,23 @@ def test_failed_job_keeps_its_finished_rows(folder: Path) -> None:
     assert pq.read_schema(parts[0]).metadata == {b"note": b"kept"}
 
 
+@pytest.mark.parametrize("advances", [True, False])
+def test_time_limits_of_a_shard_are_counted_until_it_advances(folder: Path, advances: bool) -> None:
+    """Each job reaches its limit after one more row, or before it; two limits without progress are too many."""
+    limited = stage(folder)
+    line = "recorder.progress(number)" if advances else 'time.sleep(settings["seconds"])'
+    program = PROGRAM.replace(line, f"{line}\n            raise UncompletedJobError('requeued too often')")
+    (folder / "squares_program.py").write_text("from submitit.core.utils import UncompletedJobError\n" + program)
+    rows: list[Row] = [{"n": n} for n in range(4)]
+    resources = Resources(cpus_per_process=1, infrastructure_retries=1)
+    if advances:
+        assert squares(fan_out(limited, as_shards(rows), resources, local.CLUSTER)) == [0, 1, 4, 9]
+        assert local.computed(folder) == [0, 1, 2, 3]
+    else:
+        with pytest.raises(ShardsFailed, match=r"requeued too often; 2 times; raise time_limit_minutes"):
+            fan_out(limited, as_shards(rows), resources, local.CLUSTER)
+
+
 @pytest.mark.slow
 def test_pace_ignores_resumed_rows(folder: Path) -> None:
     """A row takes 0.2 s; resumed rows would lower the mean."""
