@@ -261,6 +261,11 @@ def _run_rank(job: Job, rank: int) -> None:
         torch.default_generator.seed()
         torch.set_num_threads(job.threads)
     process_job(job.folder)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    # The interpreter's own end would free the libraries object by object, after copying the pages that it shares.
+    os._exit(0)
 
 
 if __name__ == "__main__":
