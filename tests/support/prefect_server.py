@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,9 +33,12 @@ wait_until = partial(wait_until, pause=0.3)  # conditions ask the server
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a free port below those that the system gives to clients' connections: none takes it before its server."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
@@ -112,7 +116,7 @@ class Server:
             start_new_session=True,
         )
         wait_until(lambda: b"press Run" in (self.folder / "up.log").read_bytes()[begun:], process=process)
-        wait_until(lambda: len(self.ask("deployments/filter", {})) >= self.deployments)
+        wait_until(lambda: len(self.ask("deployments/filter", {})) >= self.deployments, process=process)
         return process
 
     def ask(self, path: str, content: dict[str, Any] | list[Any] | None = None, method: str | None = None) -> Any:
