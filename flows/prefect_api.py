@@ -1,6 +1,7 @@
 """The API of Prefect's server: is it there, and where is its address set."""
 
 import os
+import re
 import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,9 @@ def check_proxies() -> None:
     for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
         proxy = os.environ.get(name.lower()) or os.environ.get(name, "")
         if proxy.startswith("socks") and find_spec("socksio") is None:
+            shown = re.sub("//.*@", "//", proxy)  # without its password
             raise UserError(
-                f"{name} is {proxy}, a SOCKS proxy, which needs a package: pip install socksio. Or unset {name} and "
+                f"{name} is {shown}, a SOCKS proxy, which needs a package: pip install socksio. Or unset {name} and "
                 f"{name.lower()}: Prefect is reached without a proxy on this machine"
             )
 

@@ -46,10 +46,9 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
             _exit()
         if _cause(error, "KeyboardInterrupt", "TerminationSignal"):
             stop("the jobs were cancelled")
-        if api is not None and (problem := problem_of(api)) is not None:
+        if (problem := problem_of(api)) is not None:
             raise UserError(
-                f"the run lost its Prefect server: PREFECT_API_URL is {api}, but {problem}; finished work is kept. "
-                f"Resume with:\n  {command}"
+                f"the run lost its Prefect server at {api}: {problem}; finished work is kept. Resume with:\n  {command}"
             ) from error
         if (refusal := _cause(error, "Abort", "PrefectHTTPStatusError")) is not None:
             reason = str(refusal).partition("\n")[0]
@@ -60,8 +59,8 @@ def interruptible(run_flow: Callable[[], object], command: str) -> None:
         raise
 
 
-def _open_api() -> str | None:
-    """Check the server of Prefect's settings and return its address; without a setting, start a server for this run.
+def _open_api() -> str:
+    """Check the server of Prefect's settings, or start one for this run if they name none; return its address.
 
     It starts with SIGINT blocked, which child processes inherit: the server must outlive Ctrl-C, because Prefect waits for
     it to record how the run ended.
@@ -82,10 +81,11 @@ def _open_api() -> str | None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        TemporaryServer().start(_SERVER_TIMEOUT)
+        server = TemporaryServer()
+        server.start(_SERVER_TIMEOUT)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    return None
+    return server.api_url
 
 
 def _exit() -> None:
