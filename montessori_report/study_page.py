@@ -1,6 +1,6 @@
 """The page of a study: comparison of methods, gain against cost (Figure 15), transfer (Figure 5), and the paper's numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         DataError: a table cannot be read.
     """
     rows = result["methods"]
+    colours = {row["method"]: colour_of(number) for number, row in enumerate(rows)}
     finite_rows = _finite(rows)
     sections = [
         Section(
@@ -55,7 +56,8 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             "Gain over the baseline",
             [
                 Block(
-                    [_gain_figure("Gain of each method", study, rows)], [_table("Methods, means over the seeds", rows)]
+                    [_gain_figure("Gain of each method", study, rows, colours)],
+                    [_table("Methods, means over the seeds", rows)],
                 )
             ],
             introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
@@ -70,8 +72,10 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
             [
                 Block(
                     [
-                        _gain_cost_figure(study, finite_rows, "flops", "floating-point operations of one seed"),
-                        _gain_cost_figure(study, finite_rows, "job_seconds", "job seconds of one seed"),
+                        _gain_cost_figure(
+                            study, finite_rows, colours, "flops", "floating-point operations of one seed"
+                        ),
+                        _gain_cost_figure(study, finite_rows, colours, "job_seconds", "job seconds of one seed"),
                         _operations_figure(rows),
                     ]
                 )
@@ -80,13 +84,13 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         ),
     ]
     if kind := result.get("kind_classifier"):
-        sections.append(_wanted_kind(rows, kind))
+        sections.append(_wanted_kind(rows, colours, kind))
     if benchmarks := _benchmarks(rows):
         sections.append(Section("benchmarks", "Benchmarks", [Block([], [benchmarks])]))
     if (equal := result.get("equal_response_tokens")) and equal["methods"]:
-        sections.append(_equal_tokens(study, equal))
+        sections.append(_equal_tokens(study, equal, colours))
     if result["transfer"]:
-        sections.append(_transfer(study, result))
+        sections.append(_transfer(study, result, colours))
     if paper := paper_section(rows, study.experiment.training.examples):
         sections.append(paper)
     if similarity := _similarity(folder):
@@ -135,18 +139,20 @@ def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:
     return Dot(label, row["gain"], row["gain_low"], row["gain_high"], colour)
 
 
-def _gain_figure(title: str, study: Study, rows: Sequence[dict[str, Any]]) -> Figure:
+def _gain_figure(title: str, study: Study, rows: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> Figure:
     return dot_figure(
         title,
         f"Right of 0, the student is better than with {study.baseline}. An interval that crosses 0 shows no difference.",
-        [_gain_dot(row["method"], row, colour_of(number)) for number, row in enumerate(_finite(rows))],
+        [_gain_dot(row["method"], row, colours[row["method"]]) for row in _finite(rows)],
         f"gain over {study.baseline}, nats per token",
         formatting.signed,
         zero=True,
     )
 
 
-def _gain_cost_figure(study: Study, rows: Sequence[dict[str, Any]], cost: str, axis: str) -> Figure:
+def _gain_cost_figure(
+    study: Study, rows: Sequence[dict[str, Any]], colours: Mapping[str, str], cost: str, axis: str
+) -> Figure:
     """Draw the gain of each method against its cost."""
     gain = f"gain over {study.baseline}, nats per token"
     highest = max((row[cost] for row in rows), default=0.0)
@@ -159,8 +165,8 @@ def _gain_cost_figure(study: Study, rows: Sequence[dict[str, Any]], cost: str, a
             text=[f" {escape_markup(row['method'])} "],
             textposition="middle left" if row[cost] > 0.5 * highest else "middle right",
             cliponaxis=False,
-            error_y=error_bars([_gain_dot(row["method"], row, colour_of(number))]),
-            marker={"color": colour_of(number), "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
+            error_y=error_bars([_gain_dot(row["method"], row, colours[row["method"]])]),
+            marker={"color": colours[row["method"]], "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 11},
             hovertemplate="%{text}: gain %{y:.4f} for %{x:.3g}<extra></extra>",
         )
         for number, row in enumerate(rows)
@@ -190,11 +196,11 @@ def _operations_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     )
 
 
-def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> Section:
+def _wanted_kind(rows: Sequence[dict[str, Any]], colours: Mapping[str, str], classifier: dict[str, Any]) -> Section:
     """Return the share of each method's examples that are of the kind of the reference set's tasks."""
     dots = [
-        Dot(row["method"], row["wanted_kind"], row["wanted_kind_low"], row["wanted_kind_high"], colour_of(number))
-        for number, row in enumerate(rows)
+        Dot(row["method"], row["wanted_kind"], row["wanted_kind_low"], row["wanted_kind_high"], colours[row["method"]])
+        for row in rows
         if row.get("wanted_kind") is not None
     ]
     figure = share_figure(
@@ -217,7 +223,7 @@ def _wanted_kind(rows: Sequence[dict[str, Any]], classifier: dict[str, Any]) -> 
     )
 
 
-def _equal_tokens(study: Study, equal: dict[str, Any]) -> Section:
+def _equal_tokens(study: Study, equal: dict[str, Any], colours: Mapping[str, str]) -> Section:
     """Return the gain of each method at equal response tokens: longer responses teach more, whatever they say."""
     rows = equal["methods"]
     limits = ", ".join(f"{limit:,}" for limit in equal["limits"])
@@ -226,7 +232,7 @@ def _equal_tokens(study: Study, equal: dict[str, Any]) -> Section:
         "Gain at equal response tokens",
         [
             Block(
-                [_gain_figure("Gain at equal response tokens", study, rows)],
+                [_gain_figure("Gain at equal response tokens", study, rows, colours)],
                 [_table("At equal response tokens, means over the seeds", rows)],
             )
         ],
@@ -236,10 +242,8 @@ def _equal_tokens(study: Study, equal: dict[str, Any]) -> Section:
     )
 
 
-def _transfer(study: Study, result: dict[str, Any]) -> Section:
+def _transfer(study: Study, result: dict[str, Any], colours: Mapping[str, str]) -> Section:
     """Return Figure 5: other students trained on the same data."""
-    methods = [row["method"] for row in result["methods"]]
-    colours = {method: colour_of(number) for number, method in enumerate(methods)}
     students = [(study.experiment.student.model, result["methods"])]
     students += [(other["student"], other["methods"]) for other in result["transfer"]]
     figure = grouped_dot_figure(

@@ -128,7 +128,8 @@ def _open_manager(folder: Path | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            f"benchmarks.tasks needs lm-evaluation-harness where the jobs run ({error}); pip install 'montessori[benchmarks]'"
+            f"benchmarks.tasks needs lm-evaluation-harness where the jobs run ({error}); pip install "
+            "'montessori[benchmarks]', or set benchmarks.tasks to [] for the held-out loss alone"
         ) from error
     return TaskManager(include_path=str(folder) if folder else None)
 

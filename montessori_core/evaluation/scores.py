@@ -82,13 +82,17 @@ def mt_bench_scores(benchmark: str, summary: Summary) -> list[Row]:
 def mean_over_seeds(seeds: list[list[Row]]) -> list[Row]:
     """Average the scores of runs that differ only in their seed; errors combine as if the items were independent.
 
-    Unparsed judgements are counted over all seeds.
+    Unparsed judgements are counted over all seeds. A score that a seed lacks, because it was not finite, is left out.
 
     Args:
-        seeds: [seeds][scores], each in the same order.
+        seeds: [seeds][scores], in the order of the first.
     """
     averages = []
-    for scores in zip(*seeds, strict=True):
+    named = [{(row["benchmark"], row["metric"]): row for row in scores} for scores in seeds]
+    for name in named[0]:
+        if not all(name in scores for scores in named):
+            continue
+        scores = [scores[name] for scores in named]
         means, errors = ([row[name] for row in scores] for name in ("mean", "standard_error"))
         mean = None if None in means else sum(means) / len(means)
         error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)

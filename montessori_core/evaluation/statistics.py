@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 _RESAMPLES = 9999
+_CHUNK = 2**24  # resamples times examples at a time: 256 MB
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ def bootstrap_gain(gains: np.ndarray) -> tuple[float, float]:
     generator = np.random.default_rng(0)
     seeds, examples = gains.shape
     seed_counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES)  # [resamples, seeds]
-    example_counts = generator.multinomial(examples, np.full(examples, 1 / examples), size=_RESAMPLES)
-    means = np.einsum("rs,se,re->r", seed_counts, gains, example_counts, optimize=True) / gains.size
-    low, high = np.quantile(means, [0.025, 0.975])
+    totals = []
+    for counts in np.array_split(seed_counts, -(-_RESAMPLES * examples // _CHUNK)):
+        example_counts = generator.multinomial(examples, np.full(examples, 1 / examples), size=len(counts))
+        totals.append(np.einsum("rs,se,re->r", counts, gains, example_counts, optimize=True))
+    low, high = np.quantile(np.concatenate(totals) / gains.size, [0.025, 0.975])
     return float(low), float(high)
 
 

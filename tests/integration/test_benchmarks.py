@@ -257,6 +257,7 @@ def test_seed_scores_are_averaged_in_order() -> None:
         [score("a", "acc", mean, error, 9, unparsed=unparsed), score("b", "acc", None, None, 0)]
         for mean, error, unparsed in ((0.25, 3, 0), (0.35, 4, 2))
     ]
+    seeds[0].append(score("c", "acc", 0.5, 1.0, 9))  # that of the other seed was not finite
     first, second = mean_over_seeds(seeds)
     assert first == score("a", "acc", 0.3, 2.5, 9, unparsed=2)
     assert second["mean"] is None

@@ -92,6 +92,12 @@ def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str
     assert len(page.plots) == 8
     assert "nan" not in page.text
     assert [row[""] for row in rows_of(rendered, "gain-of-each-method")] == [m for m in METHODS if m not in diverged]
+    colours = [
+        {trace["name"]: trace["marker"]["color"] for trace in plot["data"] if "markers" in trace.get("mode", "")}
+        for plot in page.plots
+    ]
+    for method in METHODS:  # one colour in all figures
+        assert len({found[method] for found in colours if method in found}) == 1
 
 
 def test_norm_sim_curve_is_cumulative_share(study: pages.Page) -> None:
