@@ -16,7 +16,7 @@ from montessori_core.config import DataSource, Experiment
 from montessori_core.data.rows import Rows, TrainingRow
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
-from montessori_core.errors import UserError
+from montessori_core.errors import DataError, UserError
 from montessori_core.export.model_card import student_card
 from montessori_core.files import commit, read_json, refuse_existing
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
@@ -71,6 +71,8 @@ def train_on_data(training: StudentTraining, output: Path) -> Trained:
     if not folder.exists():
         refuse_existing(output, "folder")
     rows = read_training_rows(training.data)
+    if not len(rows):
+        raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
     check_environment(experiment)
     student = open_student(experiment.student, folder, "student.max_length")
     settings = sft_settings(experiment, recipe, training.save_moments)

@@ -17,7 +17,10 @@ from montessori_core.errors import ConfigError, UserError
 
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
 DATA_HELP = "A file (.jsonl, .json, .csv, .parquet, .arrow), folder, glob, URL or Hugging Face data set id."
-_DATA_SET = "Or a mapping as in a configuration, e.g. '{path: openai/gsm8k, subset: main, output_field: answer}'."
+_DATA_SET = (
+    "Or a mapping as in a configuration, e.g. '{path: openai/gsm8k, subset: main, instruction_field: question, "
+    "output_field: answer}'."
+)
 Examples = Annotated[str, typer.Option(help=f"Examples to measure: {DATA_HELP} {_DATA_SET}")]
 TableFile = Annotated[
     Path, typer.Option(help="Influence table to write, .parquet; FILE.parts next to it makes it resumable.")

@@ -41,4 +41,5 @@ def deploy(
 
 def _enable_prefect_logs() -> None:
     del os.environ["PREFECT_INTERNAL_LOGGING_LEVEL"]
-    os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"
+    if os.environ["PREFECT_LOGGING_LEVEL"] == "CRITICAL":  # the default of other commands
+        os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"

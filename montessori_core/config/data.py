@@ -82,4 +82,4 @@ class DataSource(Section):
 
     def refuses(self, bad_rows: int, rows: int) -> bool:
         """Return whether `bad_rows` of `rows` rows are too many to leave out."""
-        return bad_rows > (self.max_bad_rows * rows if self.drop_bad_rows else 0)
+        return bad_rows > (round(self.max_bad_rows * rows, 6) if self.drop_bad_rows else 0)

@@ -193,7 +193,7 @@ class Synthesis(Section):
 
     @model_validator(mode="after")
     def _some_demonstrations(self) -> "Synthesis":
-        if self.seed_demonstrations + self.synthetic_demonstrations == 0:
+        if isinstance(self.strategy, SelfInstructStrategy) and self.seeds_needed == 0:
             raise ValueError(
                 "seed_demonstrations and synthetic_demonstrations are both 0: a prompt needs at least one demonstration"
             )

@@ -101,12 +101,12 @@ def check_sources(sources: Sources, experiment: Experiment) -> list[str]:
     Raises:
         DataError: the seed pool is too small for a prompt, or the reference set overlaps the evaluation set.
     """
-    seeds, synthetic = experiment.synthesis.seed_demonstrations, experiment.synthesis.synthetic_demonstrations
-    if len(sources.seed_pool) < experiment.synthesis.seeds_needed:
+    needed = experiment.synthesis.seeds_needed
+    if len(sources.seed_pool) < needed:
         raise DataError(
             f"seed_pool.path: {experiment.seed_pool.path} has {len(sources.seed_pool)} tasks, but a prompt of the first "
-            f"iteration takes {seeds + synthetic} demonstrations from it (synthesis.seed_demonstrations {seeds} + "
-            f"synthesis.synthetic_demonstrations {synthetic}); add tasks or lower one of them"
+            f"iteration takes {needed} of them; add tasks"
+            + (", or lower synthesis.seed_demonstrations or synthetic_demonstrations" if needed > 1 else "")
         )
     leaks = _overlaps(sources.evaluation, sources.reference)
     if leaks:

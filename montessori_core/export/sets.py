@@ -178,7 +178,7 @@ def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
 
 def name_of(model: str) -> str:
     """Return a model's name for publication: of a local path only the last part."""
-    return Path(model).name if model.startswith(("/", "~", ".")) else model
+    return Path(model).name if model.startswith(("/", "~", ".")) or model.count("/") > 1 else model
 
 
 def _training(folder: Path) -> Iterator[pa.Table]:

@@ -7,11 +7,15 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from montessori_core.errors import UserError
 from montessori_core.judging.responses import Answer
 
 
 class AnswerCache:
-    """Answers and spending, in one SQLite file that several processes may use."""
+    """Answers and spending, in one SQLite file that several processes may use.
+
+    All methods raise a UserError if the file cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,5 +44,11 @@ class AnswerCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._path, timeout=60.0)) as connection, connection:
-            yield connection
+        try:
+            with closing(sqlite3.connect(self._path, timeout=60.0)) as connection, connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self._path}: the cache of answers cannot be used ({error}); see whether its disk is full or read-only, "
+                "and remove the file if it is damaged"
+            ) from error

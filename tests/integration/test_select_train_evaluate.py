@@ -10,7 +10,8 @@ import torch
 
 from montessori_core.config import DataSource
 from montessori_core.data.sources import read_tasks
-from montessori_core.data.tables import INFLUENCE, read_table
+from montessori_core.data.tables import EXAMPLES as EXAMPLE_TABLE
+from montessori_core.data.tables import INFLUENCE, read_table, write_table
 from montessori_core.files import read_json
 from montessori_core.layout import COUNTS_FILE, LOG_FILE, MOMENTS_FILE
 from montessori_core.models.examples import encode_task
@@ -121,6 +122,10 @@ def test_absent_data_and_present_output_are_refused(tiny_llama: Path, tmp_path: 
     code, output = train(tiny_llama, tmp_path / "absent.jsonl", tmp_path / "out")
     assert code == 1
     assert "absent.jsonl: cannot be read" in output
+    write_table(EXAMPLE_TABLE.empty_table(), tmp_path / "empty.parquet", EXAMPLE_TABLE)
+    code, output = train(tiny_llama, tmp_path / "empty.parquet", tmp_path / "out")
+    assert code == 1
+    assert "empty.parquet has no rows; give examples to train on" in output
     (tmp_path / "out").mkdir()
     code, output = train(tiny_llama, tmp_path / "data.jsonl", tmp_path / "out")
     assert code == 1

@@ -269,6 +269,12 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
+def test_damaged_cache_of_answers_is_named(server: StrictServer, tmp_path: Path) -> None:
+    (tmp_path / "answers.sqlite").write_text("not a database" * 99)
+    with pytest.raises(UserError, match=r"answers.sqlite: the cache of answers cannot be used .*remove the file"):
+        client(server, tmp_path, [])
+
+
 def test_answer_without_usage_is_estimated(server: StrictServer, tmp_path: Path) -> None:
     usages = [None, {}, {"prompt_tokens": 100}]
     for usage in usages:

@@ -351,6 +351,7 @@ def test_bad_rows_are_counted_listed_and_limited(tmp_path: Path) -> None:
     assert count_reasons(reader.bad_rows).count("1 ") == 4
     write_bad_rows([], tmp_path)
     assert not (tmp_path / BAD_ROWS).exists()
+    assert not source.model_copy(update={"max_bad_rows": 0.29}).refuses(29, 100)
     strict = source.model_copy(update={"max_bad_rows": 0.039})
     with pytest.raises(
         DataError, match=r"4 of 100 rows cannot be used .*, more than reference.max_bad_rows \(0.039\); "

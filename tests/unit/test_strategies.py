@@ -38,7 +38,8 @@ def opened(style: str = "chat", **settings: Any) -> OpenStrategy:
 
 @pytest.mark.parametrize("style", ["chat", "completion"])
 def test_evolve_shows_one_seed_and_a_change(style: str) -> None:
-    prompts = opened(style, strategy={"name": "evolve", "changes": ["is harder", "is rarer"]}).prompts(20, seed=0)
+    strategy = {"name": "evolve", "changes": ["is harder", "is rarer"]}
+    prompts = opened(style, strategy=strategy, seed_demonstrations=0).prompts(20, seed=0)
     assert {prompt.demonstrations[0].example_id for prompt in prompts} == {"a", "b", "c"}
     for prompt in prompts:
         (seed,) = prompt.demonstrations
