@@ -159,16 +159,18 @@ class AllocationBackend(LocalBackend):
         if not {"NumNodes", "NumCPUs"} <= sizes.keys():
             return None
         needed, nodes = self._resources, sizes["NumNodes"]
-        fit = _places(sizes["NumCPUs"], nodes, needed.nodes, needed.processes_per_node * needed.cpus_per_process)
+        fit = places_in(sizes["NumCPUs"], nodes, needed.nodes, needed.processes_per_node * needed.cpus_per_process)
         if needed.gpus_per_node:
-            fit = min(fit, _places(_gpus(answer, sizes), nodes, needed.nodes, needed.gpus_per_node))
+            fit = min(fit, places_in(_gpus(answer, sizes), nodes, needed.nodes, needed.gpus_per_node))
         return fit
 
 
-def _places(total: int, nodes: int, nodes_per_job: int, per_node: int) -> int:
+def places_in(total: int, nodes: int, nodes_per_job: int, per_node: int) -> int:
     """Return how many jobs that need `per_node` on each of their nodes share `total` cores or GPUs of an allocation."""
     if nodes < nodes_per_job or -(-total // nodes) < per_node:
         return 0
+    if total % nodes == 0:  # the nodes are alike, and a job on one cannot use what others have left
+        total = nodes * per_node * (total // nodes // per_node)
     return total // (nodes_per_job * per_node)
 
 

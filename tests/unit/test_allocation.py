@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cluster.backends import open_backend
-from cluster.backends.allocation import AllocationBackend
+from cluster.backends.allocation import AllocationBackend, places_in
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
@@ -40,6 +40,24 @@ def test_jobs_take_shrinking_portions_of_shards() -> None:
     assert [len(task) for task in backend.group(list(range(32)), 1)] == [4]
     assert [len(task) for task in backend.group(list(range(3)), 4)] == [1] * 3
     assert backend.group(list(range(3)), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("total", "nodes", "nodes_per_job", "per_node", "places"),
+    [
+        (8, 2, 1, 2, 4),
+        (6, 2, 1, 2, 2),
+        (6, 2, 2, 2, 1),
+        (12, 3, 2, 2, 3),
+        (4, 1, 2, 1, 0),
+        (7, 2, 1, 4, 1),
+        (6, 2, 1, 4, 0),
+    ],
+)
+def test_places_of_jobs_are_counted_by_node(
+    total: int, nodes: int, nodes_per_job: int, per_node: int, places: int
+) -> None:
+    assert places_in(total, nodes, nodes_per_job, per_node) == places
 
 
 def test_step_is_a_local_job_of_submitit() -> None:
