@@ -20,7 +20,7 @@ from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, read_tasks, write_tasks
-from montessori_core.data.tables import GENERATION, read_table, table_from_rows, write_table
+from montessori_core.data.tables import GENERATION, open_parquet, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
 from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outputs
 from montessori_core.judging.mt_bench import read_dialogues
@@ -163,6 +163,13 @@ def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
     broken.write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read_tasks(DataSource(path=str(broken)), "reference", with_response=True)
+
+
+def test_full_disk_is_not_taken_for_a_damaged_table(tmp_path: Path) -> None:
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"a": [1]}), table)
+    with pytest.raises(OSError, match="No space left on device"), open_parquet(table):
+        Path("/dev/full").write_text("x")
 
 
 def test_jsonl_parquet_and_data_set_agree(tmp_path: Path) -> None:
