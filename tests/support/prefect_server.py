@@ -43,16 +43,16 @@ def free_port() -> int:
 
 @contextmanager
 def prefect_server(
-    home: Path, port: int | None = None, kill: bool = False, **settings: str
+    home: Path, port: int | None = None, kill: bool = False, python: str = sys.executable, **settings: str
 ) -> Iterator[dict[str, str]]:
     """Start a Prefect server with its database in `home`; yield the environment variables for drivers.
 
-    When the block ends, the server is asked to end, or killed.
+    When the block ends, the server is asked to end, or killed. `python` may be that of another version of Prefect.
     """
     port = port or free_port()
     api = f"http://127.0.0.1:{port}/api"
     environment = server_environment(port) | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "server.log").open("a") as log:
         server = subprocess.Popen(command, env=environment | settings, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -1,5 +1,8 @@
-"""Prefect as a site runs it: behind TLS and a login, restarted in the middle of a stage."""
+"""Prefect as a site runs it: behind TLS and a login, restarted in the middle of a stage, upgraded."""
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -7,11 +10,13 @@ import pytest
 
 from cluster.ledger import Ledger
 from support.prefect_server import free_port, prefect_server
-from support.runs import await_job, call, configuration, digests, left_over, montessori
+from support.runs import await_job, call, configuration, digests, kill_everything, left_over, montessori
 from support.tls import TlsProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LOGIN = "group:a-login-for-tests"
+OLDEST = "3.8.0"
+"""The oldest version of Prefect that pyproject.toml allows."""
 
 
 @pytest.mark.guarantee("Prefect server killed in the middle of a stage")
@@ -43,4 +48,36 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
     assert driver.returncode == 0, output
     assert len(Ledger(warmup / "jobs").submissions) == 1
     assert digests(run) == digests(finished_run / "runs" / "tiny")
+    assert not left_over(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def older_prefect(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment with the oldest version of Prefect, from the package index."""
+    folder = tmp_path_factory.mktemp("older-prefect")
+    python = str(folder / "bin" / "python")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"prefect=={OLDEST}"], check=True)
+    return python
+
+
+@pytest.mark.guarantee("Prefect server upgraded between start and resume")
+def test_run_resumes_on_an_upgraded_server(
+    finished_run: Path, talking_llama: Path, older_prefect: str, tmp_path: Path
+) -> None:
+    """The newer server takes over the older one's database; drivers have the newer version from the start."""
+    home = tmp_path / "server"
+    home.mkdir()
+    config = configuration(tmp_path, talking_llama)
+    run = tmp_path / "runs" / "tiny"
+    with prefect_server(home, python=older_prefect) as client:
+        driver = montessori("run", str(config), cwd=tmp_path, **client)
+        await_job(driver, run / "iteration-1" / "influence")
+        kill_everything(driver, signal.SIGKILL)
+    finished = (run / "iteration-1" / "warmup" / "jobs" / "ledger.json").read_bytes()
+    with prefect_server(home) as client:
+        code, output = call("resume", str(run), cwd=tmp_path, **client)
+    assert code == 0, output
+    assert digests(run) == digests(finished_run / "runs" / "tiny")
+    assert (run / "iteration-1" / "warmup" / "jobs" / "ledger.json").read_bytes() == finished
     assert not left_over(tmp_path)
