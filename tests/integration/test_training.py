@@ -139,6 +139,7 @@ def sft(
     return execute(folder, program, settings, model, rows, processes)
 
 
+@pytest.mark.slow
 def test_training_stops_at_its_response_tokens(tmp_path: Path, tiny_llama: Path) -> None:
     def trained(name: str, rows: list[Row], response_tokens: int | None) -> Path:
         recipe = RECIPE.model_copy(update={"batch_size": 2}).shared()
