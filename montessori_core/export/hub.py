@@ -105,6 +105,6 @@ def _is_same(remote: Any, local: Path | None) -> bool:
         return False
     if remote.lfs is not None:
         return bool(remote.lfs.sha256 == hash_path(local))
-    header = b"blob %d\0" % local.stat().st_size
+    blob = hashlib.sha1(b"blob %d\0" % local.stat().st_size, usedforsecurity=False)  # git's name of the content
     with local.open("rb") as stream:
-        return bool(remote.blob_id == hashlib.file_digest(stream, lambda: hashlib.sha1(header)).hexdigest())
+        return bool(remote.blob_id == hashlib.file_digest(stream, lambda: blob).hexdigest())
