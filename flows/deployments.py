@@ -115,11 +115,13 @@ def _serve(deployments: list[dict[str, Any]]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    with suppress(KeyboardInterrupt):
-        serving.result()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # ignore further signals
-    _end_flow_runs()
+    try:
+        with suppress(KeyboardInterrupt):
+            serving.result()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # ignore further signals
+        _end_flow_runs()
 
 
 def _end_flow_runs() -> None:
