@@ -161,6 +161,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the driver ends jobs
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended jobs leave no zombies
+    gc.disable()  # what is imported stays; looking for garbage among it takes a quarter of the time
     importlib.import_module("cluster.worker").set_library_defaults()
     for name in _PRELOADED:
         with suppress(Exception):  # a job that needs it reports the error
@@ -174,6 +175,7 @@ def main() -> None:
     _refuse_cuda()
     gc.collect()
     gc.freeze()  # garbage collection in jobs would copy shared memory pages
+    gc.enable()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
