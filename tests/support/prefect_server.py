@@ -59,7 +59,8 @@ def prefect_server(
         wait_for_server(server, api)
         yield {"PREFECT_API_URL": api}
     finally:
-        os.killpg(server.pid, signal.SIGKILL if kill else signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it did not start
+            os.killpg(server.pid, signal.SIGKILL if kill else signal.SIGTERM)
         server.wait(60)
 
 

@@ -15,8 +15,8 @@ from support.tls import TlsProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LOGIN = "group:a-login-for-tests"
-OLDEST = "3.8.0"
-"""The oldest version of Prefect that pyproject.toml allows."""
+OLDER = ("prefect==3.8.8", "fastapi<0.150")
+"""A version of Prefect with another schema of its database, and of a package whose newest version it cannot use."""
 
 
 @pytest.mark.guarantee("Prefect server killed in the middle of a stage")
@@ -53,11 +53,11 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
 
 @pytest.fixture(scope="module")
 def older_prefect(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of an environment with the oldest version of Prefect, from the package index."""
+    """The interpreter of an environment with an older version of Prefect, from the package index."""
     folder = tmp_path_factory.mktemp("older-prefect")
     python = str(folder / "bin" / "python")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"prefect=={OLDEST}"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *OLDER], check=True)
     return python
 
 
