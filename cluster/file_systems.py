@@ -9,12 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from montessori_core.files import OUT_OF_SPACE
+
 log = logging.getLogger(__name__)
 
 _PASSING = (errno.ESTALE, errno.EIO, errno.EREMOTEIO)
 _PASSING_TEXTS = tuple(os.strerror(number) for number in _PASSING)
 _FULL_TEXTS = (
-    *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)),
+    *(os.strerror(number) for number in OUT_OF_SPACE),
     ". unexpected pos ",  # torch.save, when a write was cut short
 )
 _LATEST_RESULT = 90.0  # seconds; NFS caches attributes of a folder for up to 60 by default (acdirmax)

@@ -15,6 +15,8 @@ from typing import Any
 
 from montessori_core.errors import UserError
 
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a full disk and of a used up quota."""
 _STALE_READS = 5
 """Over NFS, reading a file while another host replaces it fails with ESTALE; a retry reads the new file."""
 

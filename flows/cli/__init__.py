@@ -40,7 +40,7 @@ from flows.cli.console import console
 from flows.cli.interrupt import STOPPED
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
-from montessori_core.files import owner_of
+from montessori_core.files import OUT_OF_SPACE, owner_of
 
 set_process_defaults()
 # Commands import Prefect when they run. By default it logs nothing and sends no analytics.
@@ -167,7 +167,7 @@ def main() -> None:
     except OSError as error:
         if may_pass(error):
             remedy = "see whether the file server answers"
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif error.errno in OUT_OF_SPACE:
             remedy = "free space"
         elif error.errno == errno.EROFS:
             remedy = "mount the file system for writing"

@@ -4,7 +4,6 @@ Tables have results only, never times or host names, so that their bytes do not 
 or repetitions. Text columns may have text that a model wrote, which is untrusted.
 """
 
-import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from montessori_core.errors import DataError
-from montessori_core.files import commit
+from montessori_core.files import OUT_OF_SPACE, commit
 
 ROW_GROUP = 8192
 """Rows that are written, and can be read, at a time: about 30 MB of the longest texts."""
@@ -380,6 +379,6 @@ def open_parquet(path: Path, remedy: str = "") -> Iterator[pq.ParquetFile]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: cannot be read (no such file); check the path") from error
     except (pa.ArrowException, OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # of a file that the caller writes
+        if getattr(error, "errno", None) in OUT_OF_SPACE:  # of a file that the caller writes
             raise
         raise DataError(f"{path}: not a readable Parquet file ({error}){remedy}") from error

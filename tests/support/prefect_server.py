@@ -22,14 +22,15 @@ from typing import Any
 import psutil
 import yaml
 
+import support
 from flows.local_server import server_environment, wait_for_server
-from support import ROOT, wait_until
+from support import ROOT
 from support.killed_jobs import jobs_of
 
 CANARY = "hf_canary-that-nobody-should-write-down"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
-wait_until = partial(wait_until, pause=0.3)  # conditions ask the server
+wait_until = partial(support.wait_until, pause=0.3)  # conditions ask the server
 
 
 def free_port() -> int:

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect
 
+from cluster.ledger import Ledger
 from support import ROOT
 from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, prefect_server, wait_until
 from support.runs import configuration, digests, job_ids
@@ -328,13 +329,13 @@ def test_cancelled_run_stops_jobs_and_resumes(server: Server, finished: str, pag
 def test_killed_run_is_crashed_and_retry_finds_jobs(server: Server, finished: str) -> None:
     folder = server.copy_of(finished, "crashed", "warmup")
     run = server.start("tiny", "crashed")
-    ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
-    wait_until(lambda: job_ids(ledger.parent.parent))
+    warmup = folder / "iteration-1" / "warmup"
+    wait_until(lambda: job_ids(warmup))
     server.driver(run).kill()
     server.wait_for(run, "Crashed", seconds=120)
     server.set_state(run, "SCHEDULED")
     server.wait_for(run, "Completed")
-    assert len(json.loads(ledger.read_text())) == 1  # the running training was awaited, not started again
+    assert len(Ledger(warmup / "jobs").submissions) == 1  # the running training was awaited, not started again
     assert digests(folder) == digests(server.runs / "finished")
 
 
@@ -521,10 +522,10 @@ def test_other_worker_continues_run_of_killed_one(server: Server, finished: str,
     logins = [tmp_path / "one", tmp_path / "two"]
     for login in logins:
         login.mkdir()
-    ledger = folder / "iteration-1" / "warmup" / "jobs" / "ledger.json"
+    warmup = folder / "iteration-1" / "warmup"
     with workers(server, "logins", environment, *logins) as started:
         run = server.start("on-logins", "moved")
-        wait_until(lambda: job_ids(ledger.parent.parent))
+        wait_until(lambda: job_ids(warmup))
         driver = server.driver(run)
         [busy] = [worker for worker in started if driver in psutil.Process(worker.pid).children(recursive=True)]
         driver.kill()
@@ -532,7 +533,7 @@ def test_other_worker_continues_run_of_killed_one(server: Server, finished: str,
         server.wait_for(run, "Crashed", seconds=120)
         server.set_state(run, "SCHEDULED")
         server.wait_for(run, "Completed")
-    assert len(json.loads(ledger.read_text())) == 1  # the running training was awaited, not started again
+    assert len(Ledger(warmup / "jobs").submissions) == 1  # the running training was awaited, not started again
     assert digests(folder) == digests(server.runs / "finished")
 
 
