@@ -11,6 +11,8 @@ from montessori_core.data.jsonl import LONGEST_ROW, check_characters, named_erro
 from montessori_core.errors import DataError
 
 _NO_BLANK = re.compile(r"[^ \t\r\n]")
+_ANY_OBJECT = json.JSONDecoder(parse_int=str)
+"""Accepts fields that occur twice and numbers of any length: to find where a value ends."""
 
 
 def rows_of_list(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
@@ -80,8 +82,7 @@ class _Buffer:
         while True:
             start = self._position
             try:
-                with named_errors(where):
-                    content, end = self._decoder.raw_decode(self._text, start)
+                content, end = self._decode(where, start)
             except json.JSONDecodeError as error:
                 if self._read():
                     continue
@@ -92,12 +93,25 @@ class _Buffer:
         if end - start > LONGEST_ROW:
             raise self.error(f"longer than {LONGEST_ROW >> 20} MiB")
         self._position = end
+        if isinstance(content, RowError):
+            return content
         try:
             with named_errors(where):
                 check_characters(content, self._text[start:end])
         except RowError as error:
             return error
         return content
+
+    def _decode(self, where: str, start: int) -> tuple[Any, int]:
+        """Return the value at a position, or a RowError in its place, and where it ends."""
+        try:
+            with named_errors(where):
+                return self._decoder.raw_decode(self._text, start)
+        except RowError as error:
+            try:
+                return error, _ANY_OBJECT.raw_decode(self._text, start)[1]
+            except RecursionError:
+                raise error from None  # where it ends is unknown
 
     def _read(self) -> bool:
         """Read more text, as much again as is waiting; return whether there is more."""

@@ -326,6 +326,29 @@ def test_bad_row_is_refused_or_counted(row: dict[str, Any], message: str, reason
     assert [(row.place, row.reason) for row in bad] == [(f"{path}, line 2", reason)]
 
 
+@pytest.mark.guarantee("broken rows or wrong fields")
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ('{"instruction": "a", "output": "b", "output": "c"}', "a field occurs twice"),
+        ('{"instruction": "a", "output": "b", "n": ' + 5000 * "9" + "}", "a number has too many digits"),
+        ('{"instruction": "a", "output": "b", "n": "' + 70_000 * "x" + '", "n": 1}', "a field occurs twice"),
+        ('{"instruction": "a", "output": "\\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_bad_entry_of_a_list_is_left_out(entry: str, reason: str, tmp_path: Path) -> None:
+    """The entries after it are read; one entry is longer than what is read at once."""
+    good = '{"instruction": "Name a river.", "output": "Rhine."}'
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{good},\n{entry},\n{good}]")
+    with pytest.raises(DataError, match="rows.json, entry 2: .*; or set reference.drop_bad_rows: true"):
+        read_tasks(DataSource(path=str(path)), "reference", with_response=True)
+    bad: list[BadRow] = []
+    source = DataSource(path=str(path), drop_bad_rows=True, max_bad_rows=0.5)
+    assert len(read_tasks(source, "reference", with_response=True, bad_rows=bad)) == 2
+    assert [(row.place, row.reason) for row in bad] == [(f"{path}, entry 2", reason)]
+
+
 def test_missing_conversation_field_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"messages": TALK[:2], "instruction": "x"}])
     with pytest.raises(
