@@ -149,11 +149,12 @@ class HeldBackend(AllocationBackend):
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        if not self._avoid and _queued("--me", f"--name={self._name}") == []:
+        others_are_held = _queued("--me", f"--name={self._name}") != []
+        if not (self._avoid or others_are_held or self._sbatch.accepts_later(refusal)):
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
             )
-        # Too few nodes are left, or others are held already and there is a limit on jobs, or the controller is down.
+        # Too few nodes are left, there is a limit on jobs (other stages and runs hold some), or the controller is down.
         self._avoid = frozenset()
         self._pause(refusal)
 

@@ -112,13 +112,10 @@ class SlurmBackend:
             with _limit_sbatch(folder):
                 jobs = executor.map_array(_Restartable(), *arguments)
         except (FailedJobError, FailedSubmissionError) as error:
-            if any(sign in str(error) for sign in _CONTROLLER_DOWN):
+            if self.accepts_later(str(error)):
                 raise SchedulerUnavailable(str(error)) from error
             if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
                 raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
-            if any(sign in str(error) for sign in _TOO_MANY_JOBS) and self._squeue("--me"):
-                # A limit on the user's jobs: sbatch accepts more when some have ended.
-                raise SchedulerUnavailable(str(error)) from error
             if avoid:
                 log.warning("no node is left without %s; using them again", ", ".join(sorted(avoid)))
                 return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
@@ -127,6 +124,12 @@ class SlurmBackend:
                 "user may submit) and cluster.resources in the configuration."
             ) from error
         return [job.job_id for job in jobs]
+
+    def accepts_later(self, refusal: str) -> bool:
+        """Whether sbatch would accept jobs later: the controller is down, or this user has too many jobs at the moment."""
+        if any(sign in refusal for sign in _CONTROLLER_DOWN):
+            return True
+        return any(sign in refusal for sign in _TOO_MANY_JOBS) and bool(self._squeue("--me"))
 
     def _executor(self, name: str, folder: Path, at_once: int, avoid: frozenset[str]) -> SbatchExecutor:
         """Return the executor that submits jobs with the configured options."""

@@ -1,6 +1,7 @@
 """Held jobs on a real Slurm: jobs of several stages start in jobs that were queued once."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from montessori_core.errors import UserError
 from support import squares as local
 from support import wait_until
 from support.row_programs import as_shards
-from support.slurm_lab import command_of, queued
+from support.slurm_lab import command_of, put_command, queued
 
 ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 PLACES_PROGRAM = local.PROGRAM.replace(
@@ -96,6 +97,22 @@ def test_ending_steps_hold_no_other_jobs(folder: Path) -> None:
 def test_refused_held_jobs_are_an_error(folder: Path) -> None:
     with pytest.raises(UserError, match=r"sbatch rejected the jobs to hold: .*partition"):
         drive(folder, 0.0, partition="absent")
+
+
+@pytest.mark.slow
+def test_stage_waits_while_other_jobs_use_up_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch refuses the first jobs to hold, as a site does whose users may submit only so many jobs."""
+    real, refused = shutil.which("sbatch"), folder / "refused"
+    refusal = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit)"
+    line = f'[ -e {refused} ] && exec {real} "$@"; touch {refused}; echo "sbatch: error: {refusal}" >&2; exit 1'
+    put_command(folder / "bin" / "sbatch", line)
+    other = ["sbatch", "--ntasks=1", "--mem=100", "--output=/dev/null", "--wrap=sleep 600"]
+    subprocess.run(other, check=True, capture_output=True)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("cluster.backends.held._PAUSE", 1.0)
+    drive(folder, 0.0)
+    assert refused.exists()
+    assert results(folder) == [local.EXPECTED] * 2
 
 
 @pytest.mark.guarantee("held job lost")
