@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
@@ -28,16 +29,21 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
     """Pause the flow run until these pairs are approved; return at once if they already are.
 
     Raises:
-        UserError: the update was not approved.
+        UserError: the update was not approved, or nobody answered.
     """
     record, pairs = run.iteration(number) / "approved.json", hash_path(preferences)
     if (read_json(record) or {}).get("preferences") == pairs:
         return
-    answer: Any = pause_flow_run(
-        wait_for_input=Approval.with_initial_data(description=_summary(run, number, influence, preferences)),
-        timeout=_WEEK,
-        key=layout.iteration(number),
-    )
+    summary = _summary(run, number, influence, preferences)
+    try:
+        answer: Any = pause_flow_run(
+            wait_for_input=Approval.with_initial_data(description=summary), timeout=_WEEK, key=layout.iteration(number)
+        )
+    except FlowPauseTimeout as error:
+        raise UserError(
+            f"iteration {number}: nobody has approved or refused the teacher update within a week. Retry this run to be "
+            "asked again"
+        ) from error
     if not answer.update_the_teacher:
         raise UserError(
             f"iteration {number}: the teacher update was not approved. Start this run again to be asked again, "

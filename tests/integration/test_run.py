@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from prefect.exceptions import FlowPauseTimeout
 
 from cluster.shards import Shards
 from cluster.simulation import ClusterSpec, FailureModel
@@ -34,6 +35,7 @@ from support.judges import QUESTIONS, Judge, judged
 from support.reports import Page
 from support.runs import call, configuration, digests, finish_lean, invoke
 from support.squares import key_of
+from tasks.approval import approve_update
 from tasks.run import Run, reopen_run
 
 
@@ -330,6 +332,18 @@ def test_compared_teachers_get_same_prompts(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
+def test_unanswered_approval_says_what_to_do(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(**options: object) -> None:
+        raise FlowPauseTimeout("Flow run was paused and never resumed")
+
+    monkeypatch.setattr("tasks.approval.pause_flow_run", time_out)
+    run = reopen_run(undisturbed / "runs" / "tiny")
+    folder = run.iteration(1)
+    with pytest.raises(UserError, match="iteration 1: nobody has approved .* Retry this run to be asked again"):
+        approve_update(run, 1, folder / "influence.parquet", folder / "preferences.parquet")
+    assert not (folder / "approved.json").exists()
+
+
 def test_finished_run_says_so_and_computes_nothing(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
