@@ -82,6 +82,7 @@ def test_reference_loss_does_not_depend_on_interruptions(tiny_llama: Path, tmp_p
     assert (tmp_path / "stormy.parquet").read_bytes() == (tmp_path / "calm.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_forked_job_measures_same_influence(tiny_llama: Path, tmp_path: Path) -> None:
     forked = joined(tmp_path / "forked", tiny_llama, "first_order", ROWS, 20, 1, threads=2)
     assert forked == joined(tmp_path / "new", tiny_llama, "first_order", ROWS, 20, 1, threads=2, python=sys.executable)

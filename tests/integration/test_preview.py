@@ -62,7 +62,8 @@ def test_preview_refuses_what_a_run_refuses(talking_llama: Path, tmp_path: Path)
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_preview_is_cleaned_up(how: signal.Signals, talking_llama: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
     content = yaml.safe_load(config.read_text())

@@ -100,6 +100,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CodeServ
     yield from served(CodeServer(), monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_namespaces(), reason="the system has no namespaces")
 def test_filters_with_jobs_are_counted(talking_llama: Path, server: CodeServer, tmp_path: Path) -> None:
     endpoint = {"model": "judge", "base_url": server.url, "retries": 1}

@@ -354,13 +354,14 @@ def _write_adapter(folder: Path, tiny_llama: Path) -> Path:
     return folder / "adapter_model.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "stage", "processes"),
     [
         (_write_renamed, 0, 1),
-        pytest.param(_write_float16, 0, 1, marks=pytest.mark.slow),
-        pytest.param(_write_adapter, 0, 1, marks=pytest.mark.slow),
-        pytest.param(_write_renamed, 3, 2, marks=pytest.mark.slow),
+        (_write_float16, 0, 1),
+        (_write_adapter, 0, 1),
+        (_write_renamed, 3, 2),
     ],
 )
 def test_bf16_training_starts_from_unrounded_weights(
@@ -416,6 +417,7 @@ def kill_and_compare(
     assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_training_killed_before_commit_repeats_no_step(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(10) for row in ROWS]
     undisturbed = sft(tmp_path / "undisturbed", tiny_llama, 2, 1, rows)
@@ -529,12 +531,13 @@ def _write_full(folder: Path, tiny_llama: Path) -> Path:
 
 
 @pytest.mark.guarantee("training job killed between two steps")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "lora"),
     [
         (_write_full, None),
-        pytest.param(_write_full, Lora(rank=4, alpha=8), marks=pytest.mark.slow),
-        pytest.param(_write_adapter, Lora(rank=4, alpha=8), marks=pytest.mark.slow),
+        (_write_full, Lora(rank=4, alpha=8)),
+        (_write_adapter, Lora(rank=4, alpha=8)),
     ],
     ids=["all weights", "new adapter", "last teacher's adapter"],
 )
