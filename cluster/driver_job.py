@@ -19,7 +19,7 @@ from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
 from cluster.backends.sbatch import DRIVER_JOB, call_sbatch
 from montessori_core import layout
-from montessori_core.config import Slurm
+from montessori_core.config import Cluster, Slurm
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,19 @@ def queued_job(name: str) -> QueuedJob | None:
         raise SchedulerUnavailable("squeue does not answer here, so that it is unknown whether the job has ended")
     lines = answer.splitlines()
     return QueuedJob(*lines[0].split("|", 2)) if lines else None
+
+
+def check_profile(cluster: Cluster, switch: str) -> None:
+    """Check that the jobs of a run whose driver is to be a Slurm job are Slurm jobs, too.
+
+    Raises:
+        UserError: they are not; names the `switch` that asks for the driver's job.
+    """
+    if cluster.profile != "slurm":
+        raise UserError(
+            f"{switch}: cluster.profile is {cluster.profile}, so that the jobs would run inside the driver's job; set "
+            f"profile: slurm, or leave {switch} out"
+        )
 
 
 def log_of_driver(folder: Path) -> Path:

@@ -5,6 +5,8 @@ command line, for an opened run.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from pydantic import Field
 
 from cluster.lock import driver_of, only_driver
 from cluster.status import cancel_jobs, stages_of
+from flows.driver_job import check_driver_job, drive_by_job, end_driver_job
 from flows.iteration import Iteration, iteration
 from montessori_core import layout
 from montessori_core.config import Cluster, Experiment
@@ -32,13 +35,14 @@ def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def end_jobs_of(name: str) -> None:
-    """End the jobs of a run without a driver."""
+    """End the jobs of a run whose flow run is cancelled."""
     folder = run_root() / name
     end_jobs_in(folder, reopen_run(folder).experiment.cluster)
 
 
 def end_jobs_in(folder: Path, cluster: Cluster) -> None:
-    """End the jobs of the stages in a folder without a driver."""
+    """End the jobs of the stages in a folder, and its driver if that is a Slurm job."""
+    end_driver_job(folder)
     if driver_of(folder) is not None:
         return  # another process is the driver: this flow run never took the lock
     for stage in stages_of(folder):
@@ -51,7 +55,12 @@ def run_root() -> Path:
 
 
 @flow(name="montessori", flow_run_name="{experiment.name}", on_cancellation=[end_jobs])
-def montessori(experiment: Experiment, add_iterations: Annotated[int, Field(ge=0)] = 0, approve: bool = False) -> None:
+def montessori(
+    experiment: Experiment,
+    add_iterations: Annotated[int, Field(ge=0)] = 0,
+    approve: bool = False,
+    submit_driver: bool = False,
+) -> None:
     """Tailor a teacher to a student in iterations of synthesis, influence, preference pairs, DPO and training.
 
     A run of the same name is resumed: finished work is read from its folder, not repeated. So after a failure, a crash or a
@@ -62,11 +71,12 @@ def montessori(experiment: Experiment, add_iterations: Annotated[int, Field(ge=0
         add_iterations: for schedules: iterations to add to the finished ones, regardless of experiment.iterations; with 0,
             experiment.iterations is the total.
         approve: pause before every teacher update until a person approves the preference pairs.
+        submit_driver: run the driver as a Slurm job (experiment.cluster.slurm.driver) that this flow run waits for.
     """
     if add_iterations:
         iterations = _total_iterations(run_root() / experiment.name, add_iterations)
         experiment = experiment.model_copy(update={"iterations": iterations})
-    run_iterations(start_run(experiment), approve, scheduled=bool(add_iterations))
+    drive_run(experiment, partial(start_run, experiment), approve, submit_driver)
 
 
 def start_run(experiment: Experiment) -> Run:
@@ -74,6 +84,16 @@ def start_run(experiment: Experiment) -> Run:
     run, warnings = open_run(experiment, run_root() / experiment.name)
     log_warnings(warnings)
     return run
+
+
+def drive_run(experiment: Experiment, start: Callable[[], Run], approve: bool, submit_driver: bool) -> None:
+    """Run or resume the iterations of an experiment, in this flow run or in a Slurm job; `start` creates or opens its run."""
+    if submit_driver:
+        check_driver_job(experiment.cluster, approve)
+        folder = (run_root() / experiment.name).resolve()
+        drive_by_job(folder, start, ["resume", str(folder)], experiment.cluster.slurm)
+    else:
+        run_iterations(start(), approve)
 
 
 def log_warnings(warnings: list[str]) -> None:
@@ -88,14 +108,14 @@ def experiment(run: Run) -> None:
     run_iterations(run, approve=False)
 
 
-def run_iterations(run: Run, approve: bool, scheduled: bool = False) -> None:
+def run_iterations(run: Run, approve: bool) -> None:
     """Run or resume the iterations of a run, and write its report after each.
 
     Args:
         run: the run.
         approve: whether to wait for approval before each teacher update.
-        scheduled: whether a later flow run adds iterations.
     """
+    scheduled = (run.folder / layout.SCHEDULE).exists()
     with only_driver(run.folder):
         list_items(run)
         start_tracking(run.folder, run.experiment)
@@ -109,10 +129,10 @@ def run_iterations(run: Run, approve: bool, scheduled: bool = False) -> None:
 
 def _total_iterations(folder: Path, added: int) -> int:
     """Return the number of iterations after this flow run; recorded, so that a retry has the same."""
-    totals = read_json(folder / "schedule.json") or {}
+    totals = read_json(folder / layout.SCHEDULE) or {}
     if runtime.flow_run.id not in totals:
         finished = sum((path / layout.METRICS).exists() for path in layout.iterations(folder).values())
         folder.mkdir(parents=True, exist_ok=True)
-        write_json({**totals, runtime.flow_run.id: finished + added}, folder / "schedule.json")
+        write_json({**totals, runtime.flow_run.id: finished + added}, folder / layout.SCHEDULE)
         return finished + added
     return int(totals[runtime.flow_run.id])

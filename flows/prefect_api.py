@@ -92,13 +92,18 @@ def check_api(api: str) -> None:
     check_login(api)
 
 
+def is_local(api: str | None) -> bool:
+    """Whether an address is this machine's own, which other machines cannot reach."""
+    return api is not None and urlsplit(api).hostname in LOOPBACK
+
+
 def refuse_local_api(api: str | None) -> None:
     """Check that a process of another machine can reach the server of Prefect's settings, if they name one.
 
     Raises:
         UserError: the address is this machine's own; names where it is set.
     """
-    if api is not None and urlsplit(api).hostname in LOOPBACK:
+    if is_local(api):
         place, remedy = _setting()
         raise UserError(
             f"{_VARIABLE} is {api}, which the nodes of the cluster cannot reach; it is set in {place}. Name an address that "

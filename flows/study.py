@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from cluster.lock import only_driver
 from cluster.usage import use_of
+from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import end_jobs_in, log_warnings, run_root
 from flows.methods import REGISTRY
 from flows.methods.method import Feedback, Method, Proposal, Round
@@ -30,7 +31,7 @@ from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, per_toke
 from tasks.run import Model, Run, open_run
 from tasks.stage import Step
 from tasks.students import train_on_set, train_student
-from tasks.studies import PAGE, RESULT, STUDY
+from tasks.studies import PAGE, RESULT, STUDY, command_to_compare
 from tasks.tracking import start_tracking, track_method
 
 
@@ -126,18 +127,27 @@ def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 @flow(name="compare", flow_run_name="{study.name}", on_cancellation=[end_jobs])
-def compare(study: Study) -> None:
+def compare(study: Study, submit_driver: bool = False) -> None:
     """Compare methods of making training data with the same models, sets, sizes, recipe and seeds.
 
     A study of the same name is resumed: finished work is read from its folder, not repeated.
 
     Args:
         study: methods, seeds, and the experiment that they share.
+        submit_driver: run the driver as a Slurm job (study.experiment.cluster.slurm.driver) that this flow run waits for.
     """
-    folder = run_root() / study.name
-    seeded, warnings = open_study(study, folder)
-    log_warnings(warnings)
-    _compare(study, folder, seeded)
+    folder = (run_root() / study.name).resolve()
+
+    def start() -> list[SeedRuns]:
+        seeded, warnings = open_study(study, folder)
+        log_warnings(warnings)
+        return seeded
+
+    if submit_driver:
+        check_driver_job(study.experiment.cluster)
+        drive_by_job(folder, start, command_to_compare(folder), study.experiment.cluster.slurm)
+    else:
+        _compare(study, folder, start())
 
 
 @flow(flow_run_name="{study.name}", validate_parameters=False)

@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from cluster.simulation import ClusterSpec, FailureModel
 from flows.estimate import estimate_run
-from flows.experiment import end_jobs_of, run_iterations, run_root, start_run
+from flows.experiment import drive_run, end_jobs_of, run_root, start_run
 from flows.forecast import forecast
 from montessori_core.config import Experiment, Tailored
 from montessori_core.export.markdown import table
@@ -24,7 +24,7 @@ def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 @flow(name="tailor", flow_run_name="{tailored.name}", on_cancellation=[end_jobs])
-def tailor(tailored: Tailored, approve: bool = False) -> None:
+def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = False) -> None:
     """Tailor a teacher to your student and to the tasks of your reference set.
 
     The first artifact says what will happen, where, and for how long. A run of the same name is resumed.
@@ -32,12 +32,17 @@ def tailor(tailored: Tailored, approve: bool = False) -> None:
     Args:
         tailored: models, data, size and machines. The [deployments](/deployments) of the presets have every setting.
         approve: pause before every teacher update until a person approves the preference pairs.
+        submit_driver: run the driver as a Slurm job (slurm.driver in the file of the cluster) that this flow run waits for.
     """
     experiment = tailored.experiment()
     pilot = reopen_run(run_root() / tailored.pilot) if tailored.pilot else None
-    run = start_run(experiment)
-    create_markdown_artifact(describe_plan(run, tailored.preset, pilot), description=f"Plan of {tailored.name}")
-    run_iterations(run, approve)
+
+    def start() -> Run:
+        run = start_run(experiment)
+        create_markdown_artifact(describe_plan(run, tailored.preset, pilot), description=f"Plan of {tailored.name}")
+        return run
+
+    drive_run(experiment, start, approve, submit_driver)
 
 
 def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:

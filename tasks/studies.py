@@ -28,12 +28,17 @@ def reopen(folder: Path) -> Run:
     return Run(folder.resolve(), study.experiment.model_copy(update={"name": study.name}))
 
 
+def command_to_compare(study: Path) -> list[str]:
+    """Return the words after `montessori` of the command that resumes a study in a folder."""
+    return ["compare", str(study / STUDY), "--run-root", str(study.parent)]
+
+
 def resume_command(folder: Path, options: str = "") -> str:
     """Return the command that resumes a run, or the study it belongs to."""
     study = study_of(folder)
     if study is None:
         return f"montessori resume {folder}{options}"
-    return f"montessori compare {study / STUDY} --run-root {study.parent}{options}"
+    return f"montessori {' '.join(command_to_compare(study))}{options}"
 
 
 def is_finished(run: Run) -> bool:

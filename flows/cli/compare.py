@@ -10,7 +10,7 @@ from flows.cli.filters import print_descriptions
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
-from tasks.studies import STUDY
+from tasks.studies import command_to_compare
 
 
 def compare(
@@ -36,8 +36,7 @@ def compare(
     warn(warnings)
     if as_job:
         folder = folder.resolve()
-        command = ["compare", str(folder / STUDY), "--run-root", str(folder.parent)]
-        submit_command(folder, command, settings.experiment.cluster.slurm)
+        submit_command(folder, command_to_compare(folder), settings.experiment.cluster.slurm)
         return
     interruptible(lambda: compare_opened(settings, folder, seeded), command_to_resume(folder))
     print_comparison(folder)

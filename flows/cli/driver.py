@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from cluster.backends.sbatch import DRIVER_JOB
-from cluster.driver_job import log_of_driver
+from cluster.driver_job import check_profile, log_of_driver
 from cluster.lock import submit_driver
 from flows.cli.console import console
 from flows.prefect_api import own_database, refuse_local_api
 from montessori_core.config import Experiment, Slurm
-from montessori_core.errors import UserError
 from tasks.studies import resume_command
 
 SubmitDriver = Annotated[
@@ -30,12 +29,7 @@ def check_driver_job(experiment: Experiment) -> None:
     """
     from prefect.settings import PREFECT_API_URL
 
-    profile = experiment.cluster.profile
-    if profile != "slurm":
-        raise UserError(
-            f"--submit-driver: cluster.profile is {profile}, so that the jobs would run inside the driver's job; set "
-            "profile: slurm, or leave --submit-driver out"
-        )
+    check_profile(experiment.cluster, "--submit-driver")
     refuse_local_api(PREFECT_API_URL.value())
 
 

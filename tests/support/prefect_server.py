@@ -44,16 +44,21 @@ def free_port() -> int:
 
 @contextmanager
 def prefect_server(
-    home: Path, port: int | None = None, kill: bool = False, python: str = sys.executable, **settings: str
+    home: Path,
+    port: int | None = None,
+    kill: bool = False,
+    python: str = sys.executable,
+    host: str = "127.0.0.1",
+    **settings: str,
 ) -> Iterator[dict[str, str]]:
     """Start a Prefect server with its database in `home`; yield the environment variables for drivers.
 
     When the block ends, the server is asked to end, or killed. `python` may be that of another version of Prefect.
     """
     port = port or free_port()
-    api = f"http://127.0.0.1:{port}/api"
+    api = f"http://{host}:{port}/api"
     environment = server_environment(port) | {"PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}
-    command = [python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [python, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
     with (home / "server.log").open("a") as log:
         server = subprocess.Popen(command, env=environment | settings, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -88,19 +93,20 @@ class Inbox:
 
 
 class Server:
-    """`montessori up` in a folder, and a client of Prefect's API."""
+    """`montessori up` in a folder, and a client of Prefect's API: of its own server, or of one at an address."""
 
-    def __init__(self, folder: Path, deployments: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, deployments: list[dict[str, Any]], api: str | None = None) -> None:
         self.folder, self.runs = folder, folder / "runs"
         (folder / "prefect.yaml").write_text(yaml.safe_dump({"name": "test", "deployments": deployments}))
         self.deployments = len(deployments)
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}" if api is None else api.removesuffix("/api")
         self.environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "PREFECT_HOME": str(folder / "prefect"),
             "HF_TOKEN": CANARY,
             "COLUMNS": "200",
+            **({} if api is None else {"PREFECT_API_URL": api}),
         }
         self.process = self.up()
 

@@ -1,6 +1,7 @@
 """The batch script of a driver's job, and what is refused before it is submitted."""
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
 from cluster.driver_job import script_of
 from cluster.lock import Driver, _interrupt, driver_of, only_driver
+from flows.driver_job import check_driver_job
 from montessori_core.config import Cluster, DriverJob, Slurm, parse
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
@@ -94,6 +97,22 @@ def test_driver_job_needs_reachable_prefect_server(tiny_llama: Path, tmp_path: P
     assert code == 1
     assert "PREFECT_API_URL is http://127.0.0.1:4200/api, which the nodes of the cluster cannot reach" in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "approve", "reason"),
+    [
+        ("local", False, "submit_driver: cluster.profile is local"),
+        ("slurm", True, "a driver's job cannot wait for approval"),
+        ("slurm", False, "the nodes of the cluster cannot reach this Prefect server, http://127.0.0.1:4200/api"),
+    ],
+)
+def test_driver_job_of_flow_run_is_refused(profile: str, approve: bool, reason: str) -> None:
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}),
+        pytest.raises(UserError, match=re.escape(reason)),
+    ):
+        check_driver_job(Cluster(profile=profile), approve)
 
 
 def test_driver_that_fails_leaves_no_record(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """The driver as a Slurm job: it is killed, requeued, stopped at its time limit, and its node crashes.
 
-Most tests drive a stage of squares; the last one a whole run, by the command line.
+Most tests drive a stage of squares; the last ones a whole run, by the command line and by a flow run of Prefect.
 """
 
 import logging
 import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -22,6 +25,7 @@ from montessori_core.files import hash_path, read_json
 from support import ROOT, wait_until
 from support import runs as whole
 from support import squares as local
+from support.prefect_server import Server, prefect_server
 from support.row_programs import as_shards
 from support.slurm_lab import call_lab, queued
 from support.squares import submissions
@@ -298,3 +302,70 @@ def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_pat
     assert whole.digests(run) == whole.digests(tmp_path / "quiet" / "tiny")
     assert {len(read_json(ledger)) for ledger in run.rglob("ledger.json")} == {1}
     wait_until(lambda: queued() == [], 60)  # the driver's job ends after its process
+
+
+@pytest.fixture
+def server(talking_llama: Path, tmp_path: Path) -> Iterator[Server]:
+    """`montessori up` beside a Prefect server with an address that is not the loopback's name, as nodes need it."""
+    content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
+    home = tmp_path / "server"
+    home.mkdir()
+    with prefect_server(home, host="127.0.0.2") as client:
+        running = Server(tmp_path, [{"name": "tiny", "parameters": {"experiment": content}}], client["PREFECT_API_URL"])
+        yield running
+        running.process.send_signal(signal.SIGINT)
+        running.process.wait(120)
+
+
+def kill_flow_run(server: Server) -> None:
+    """Kill the one process that executes a flow run, as sites kill long processes on login nodes."""
+    [process] = [
+        child for child in psutil.Process(server.process.pid).children() if "engine" in " ".join(child.cmdline())
+    ]
+    process.kill()
+
+
+@pytest.mark.guarantee("flow run killed whose driver is a job")
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_retried_flow_run_awaits_its_driver_job(server: Server, finished_run: Path) -> None:
+    """Its process is killed, then the driver's job is requeued; the retry waits for the same job."""
+    run = server.runs / "tiny"
+    flow_run = server.start("tiny", "tiny", submit_driver=True)
+    wait_until(lambda: is_submitted(run / "iteration-1" / "warmup" / "jobs" / "ledger.json"), 1200)
+    driver = driver_of(run)
+    assert driver is not None
+    kill_flow_run(server)
+    server.wait_for(flow_run, "Crashed")
+    subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
+    server.set_state(flow_run, "SCHEDULED")
+    server.wait_for(flow_run, "Completed", seconds=2400)
+    logs = server.logs(flow_run)
+    assert f"an earlier flow run or command has submitted the driver: Slurm job {driver.job}" in logs
+    assert "iteration-1/influence has begun" in logs
+    assert whole.digests(run) == whole.digests(finished_run / "runs" / "tiny")
+    assert {len(read_json(ledger)) for ledger in run.rglob("ledger.json")} == {1}
+    wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.guarantee("flow run cancelled whose driver is a job")
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_cancelled_flow_run_ends_its_driver_job(server: Server) -> None:
+    """Before, the driver's job is killed: the flow run fails, and its retry submits another one."""
+    run = server.runs / "tiny"
+    flow_run = server.start("tiny", "tiny", submit_driver=True)
+    wait_until(lambda: is_submitted(run / "iteration-1" / "warmup" / "jobs" / "ledger.json"), 1200)
+    driver = driver_of(run)
+    assert driver is not None
+    subprocess.run(["scancel", "--signal=KILL", str(driver.job)], check=True)
+    server.wait_for(flow_run, "Failed")
+    assert f"the driver's job has ended before tiny was finished; the reason is at the end of {run}" in server.logs(
+        flow_run
+    )
+    server.set_state(flow_run, "SCHEDULED")
+    wait_until(lambda: (second := driver_of(run)) is not None and second.job not in (None, driver.job), 120)
+    server.set_state(flow_run, "CANCELLING")
+    server.wait_for(flow_run, "Cancelled")
+    wait_until(lambda: queued() == [], 60)
+    assert driver_of(run) is None
