@@ -173,6 +173,7 @@ def test_own_package_of_setup_commands_is_refused(
         check_import_path([command.format(own=own)])
 
 
+@pytest.mark.slow
 def test_own_method_is_found_on_pythonpath(tmp_path: Path) -> None:
     """As docs/comparing.md says; and PYTHONSAFEPATH does not hide it."""
     (tmp_path / "mine.py").write_text(

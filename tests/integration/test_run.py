@@ -347,7 +347,8 @@ def test_unanswered_approval_says_what_to_do(undisturbed: Path, monkeypatch: pyt
 def test_finished_run_says_so_and_computes_nothing(undisturbed: Path) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
-    code, output = call("run", str(undisturbed / "tiny.yaml"), cwd=undisturbed)
+    home = str(undisturbed / "prefect")
+    code, output = call("run", str(undisturbed / "tiny.yaml"), cwd=undisturbed, PREFECT_HOME=home)
     assert code == 0, output
     assert "tiny is finished" in output
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")} == before

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,10 +257,11 @@ def test_shipped_study_is_valid() -> None:
 
 
 @pytest.fixture(scope="module")
-def compared(talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def compared(finished_run: Path, talking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A finished study of all methods and one of a user's."""
     judge = JudgeServer(lambda response: str(len(response) % 6))
     folder = tmp_path_factory.mktemp("study")
+    shutil.copytree(finished_run / "prefect", folder / "prefect")  # a database takes seconds to make
     write_study(folder, talking_llama, judge)
     environment = environment_of(folder)
     (folder / "output.txt").write_text(finish_lean("compare", "study.yaml", cwd=folder, seconds=1600, **environment))

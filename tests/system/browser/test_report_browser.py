@@ -78,6 +78,7 @@ def test_page_has_no_errors_and_is_accessible(
         assert visit.troubles == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_page_fits_a_phone(browser: Browser, written: dict[str, Path], name: str) -> None:
     with Visit(browser, written[name], viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True) as visit:
@@ -90,6 +91,7 @@ def test_page_fits_a_phone(browser: Browser, written: dict[str, Path], name: str
         assert visit.troubles == []
 
 
+@pytest.mark.slow
 def test_examples_can_be_searched_sorted_paged(browser: Browser, written: dict[str, Path]) -> None:
     with Visit(browser, written["report"]) as visit:
         page, rows = visit.page, visit.page.locator(".listing tbody tr")
@@ -141,6 +143,7 @@ def test_hostile_text_stays_text(browser: Browser, written: dict[str, Path]) -> 
         assert visit.troubles == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_figure_data_downloads_from_page(
     browser: Browser, written: dict[str, Path], reports: dict[str, Report], name: str

@@ -36,6 +36,7 @@ def server(
     finished_run: Path, talking_llama: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("prefect").resolve()
+    shutil.copytree(finished_run / "prefect", folder / "prefect")  # a database takes seconds to make
     content = yaml.safe_load(configuration(folder, talking_llama).read_text())
     whole = yaml.safe_load((finished_run / "tiny.yaml").read_text())
     content["comparison"] = {"unmodified_teacher": False, "influence_examples": 0}  # halves the time
