@@ -22,7 +22,7 @@ _NAME = "evaluation"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled evaluation (Prefect hook)."""
-    end_jobs_of(flow_run.parameters.get("name", _NAME))
+    end_jobs_of(flow_run.parameters.get("name", _NAME), flow_run)
 
 
 @flow(name="evaluate", flow_run_name="{name}", on_cancellation=[end_jobs])

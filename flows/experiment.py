@@ -31,18 +31,19 @@ RUN_ROOT = "MONTESSORI_RUN_ROOT"
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled run (Prefect hook)."""
-    end_jobs_of(Experiment.model_validate(flow_run.parameters["experiment"]).name)
+    end_jobs_of(Experiment.model_validate(flow_run.parameters["experiment"]).name, flow_run)
 
 
-def end_jobs_of(name: str) -> None:
+def end_jobs_of(name: str, flow_run: Any) -> None:
     """End the jobs of a run whose flow run is cancelled."""
     folder = run_root() / name
-    end_jobs_in(folder, reopen_run(folder).experiment.cluster)
+    end_jobs_in(folder, reopen_run(folder).experiment.cluster, flow_run)
 
 
-def end_jobs_in(folder: Path, cluster: Cluster) -> None:
-    """End the jobs of the stages in a folder, and its driver if that is a Slurm job."""
-    end_driver_job(folder)
+def end_jobs_in(folder: Path, cluster: Cluster, flow_run: Any) -> None:
+    """End the jobs of the stages in a folder, and its driver if the cancelled flow run waits for a Slurm job."""
+    if flow_run.parameters.get("submit_driver"):
+        end_driver_job(folder)
     if driver_of(folder) is not None:
         return  # another process is the driver: this flow run never took the lock
     for stage in stages_of(folder):

@@ -123,7 +123,7 @@ def _check_methods(study: Study) -> None:
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled study (Prefect hook)."""
     study = Study.model_validate(flow_run.parameters["study"])
-    end_jobs_in(run_root() / study.name, study.experiment.cluster)
+    end_jobs_in(run_root() / study.name, study.experiment.cluster, flow_run)
 
 
 @flow(name="compare", flow_run_name="{study.name}", on_cancellation=[end_jobs])

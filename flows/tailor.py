@@ -20,7 +20,7 @@ _SIMULATIONS = 50
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
     """End the remaining jobs of a cancelled run (Prefect hook)."""
-    end_jobs_of(Tailored.model_validate(flow_run.parameters["tailored"]).name)
+    end_jobs_of(Tailored.model_validate(flow_run.parameters["tailored"]).name, flow_run)
 
 
 @flow(name="tailor", flow_run_name="{tailored.name}", on_cancellation=[end_jobs])

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 import yaml
+from prefect.client.schemas.objects import FlowRun
 
 from cluster.driver_job import log_of_driver, stopped_with_its_job
 from cluster.fanout import fan_out
 from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driver
+from flows.experiment import RUN_ROOT, end_jobs
 from montessori_core.config import Cluster, DriverJob, Resources, Slurm
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json
@@ -351,8 +354,8 @@ def test_retried_flow_run_awaits_its_driver_job(server: Server, finished_run: Pa
 @pytest.mark.guarantee("flow run cancelled whose driver is a job")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_cancelled_flow_run_ends_its_driver_job(server: Server) -> None:
-    """Before, the driver's job is killed: the flow run fails, and its retry submits another one."""
+def test_cancelled_flow_run_ends_its_driver_job(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the driver's job is killed: the flow run fails, and its retry submits one that no other flow run ends."""
     run = server.runs / "tiny"
     flow_run = server.start("tiny", "tiny", submit_driver=True)
     wait_until(lambda: is_submitted(run / "iteration-1" / "warmup" / "jobs" / "ledger.json"), 1200)
@@ -365,6 +368,10 @@ def test_cancelled_flow_run_ends_its_driver_job(server: Server) -> None:
     )
     server.set_state(flow_run, "SCHEDULED")
     wait_until(lambda: (second := driver_of(run)) is not None and second.job not in (None, driver.job), 120)
+    parameters = {"experiment": server.deployment("tiny")["parameters"]["experiment"]}
+    monkeypatch.setenv(RUN_ROOT, str(server.runs))
+    end_jobs(None, FlowRun(flow_id=uuid4(), parameters=parameters), None)
+    assert driver_of(run) is not None
     server.set_state(flow_run, "CANCELLING")
     server.wait_for(flow_run, "Cancelled")
     wait_until(lambda: queued() == [], 60)
