@@ -17,6 +17,7 @@ from cluster.lock import only_driver
 from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, open_inputs
 from montessori_core import programs
 from montessori_core.config import DataSource, Influence, Optimization, Warmup, Zero
+from montessori_core.config.influence import LARGEST_LINEAR_WEIGHT
 from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.bm25 import bm25
 from montessori_core.data.rows import Positions, Rows, SubsetRow, TrainingRow
@@ -197,6 +198,8 @@ def _measure_predictors(validation: Validation, inputs: Inputs, out: Path) -> di
                 ).read_all()
                 values[f"screened{at_weight}"] = _column(table, "influence_null_step")
         values[f"first order{at_weight}"] = _column(first_order, "influence_null_step")
+        if settings.example_weight <= LARGEST_LINEAR_WEIGHT:
+            values[f"linear{at_weight}"] = _column(stages.measure_all("linear").read_all(), "influence_null_step")
     values["loss"] = _column(first_order, "example_loss")
     values["response tokens"] = _column(first_order, "response_tokens")
     values["gradient norm"] = _column(first_order, "gradient_norm")

@@ -14,7 +14,7 @@ class InfluenceStages(Protocol):
     """Stages that measure a set of examples."""
 
     def measure_all(self, estimator: str) -> pa.RecordBatchReader:
-        """Measure every example, 'exact' or by 'first_order'; return their influence table, in their order."""
+        """Measure every example by an estimator; return their influence table, in their order."""
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
         """Measure the examples at some positions exactly, in a stage of that name."""
@@ -34,13 +34,13 @@ def estimate_influence(stages: InfluenceStages, settings: Influence, baseline: s
     def exactly(name: str, positions: Positions) -> pa.Table:
         return stages.measure_exactly(name, positions).read_all() if len(positions) else INFLUENCE.empty_table()
 
-    # 1. First order for every example.
-    first_order = stages.measure_all("first_order").read_all()
-    # 2. Exact for a random audit, which says how far first order is off.
-    audit = draw_audit(first_order, settings.screening.audit_examples)
+    # 1. First order, or linear, for every example.
+    estimates = stages.measure_all(settings.screening.estimator).read_all()
+    # 2. Exact for a random audit, which says how far the estimates are off.
+    audit = draw_audit(estimates, settings.screening.audit_examples)
     audited = exactly("audit", audit)
-    report = calibrate(first_order, audit, audited, settings.screening, baseline)
+    report = calibrate(estimates, audit, audited, settings.screening, baseline)
     # 3. Exact wherever the sign is in doubt.
-    in_doubt = doubtful(first_order, audit, report, baseline)
+    in_doubt = doubtful(estimates, audit, report, baseline)
     confirmed = exactly("confirm", in_doubt)
-    return combine(first_order, audit, audited, in_doubt, confirmed, report).to_reader()
+    return combine(estimates, audit, audited, in_doubt, confirmed, report).to_reader()

@@ -39,9 +39,10 @@ EstimatorName = Annotated[
     typer.Option(
         help="exact: take the step, evaluate the reference set. first_order: project the step on the reference "
         "gradient. linear: the same for a step that is linear in the example's gradient, many examples at once. screened: "
-        "first order for all, exact for an audit and for uncertain signs."
+        "first order (or linear: --screen) for all, exact for an audit and for uncertain signs."
     ),
 ]
+ScreenName = Annotated[str, typer.Option(help="What screened uses for all examples: first_order or linear.")]
 ExampleWeight = Annotated[float, typer.Option(help="Factor of the example's gradient in AdamW's step, e.g. 0.125.")]
 BaselineName = Annotated[
     str, typer.Option(help="Baseline of influence: student, null_step (momentum alone) or median.")
@@ -70,12 +71,13 @@ def influence(
     reference: Reference = "builtin",
     warm_state: WarmState = None,
     estimator: EstimatorName = "screened",
+    screen: ScreenName = "first_order",
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the AdamW step.")] = 5e-6,
     example_weight: ExampleWeight = 1 / 32,
     weight_per: Annotated[str, typer.Option(help="example (Eq. 1) or token, as in a training batch.")] = "example",
     baseline: BaselineName = "student",
     reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
-    audit_examples: Annotated[int, typer.Option(help="Examples that screened measures with both estimators.")] = 100,
+    audit_examples: Annotated[int, typer.Option(help="Examples that screened also measures exactly.")] = 100,
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -102,7 +104,7 @@ def influence(
         "weight_per": weight_per,
         "reference_reduction": reference_reduction,
         "dtype": dtype,
-        "screening": {"audit_examples": audit_examples},
+        "screening": {"audit_examples": audit_examples, "estimator": screen},
         "sequential": None if sequential is None else {"error_rate": sequential},
     }
     measurement = Measurement(
@@ -129,11 +131,15 @@ def parse_options(options: dict[str, Any]) -> Influence:
         return Influence.model_validate(options)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = [str(part) for part in problem["loc"]]
+        place = tuple(str(part) for part in problem["loc"])
         if not place:  # settings that exclude each other
             raise ConfigError(problem["msg"].removeprefix("Value error, ")) from error
-        name = {"screening": place[-1:], "sequential": place[:1]}.get(place[0], place)
-        raise ConfigError(f"--{name[0].replace('_', '-')}: {problem['msg']}") from error
+        names: dict[tuple[str, ...], str] = {
+            ("screening", "estimator"): "screen",
+            ("screening", "audit_examples"): "audit_examples",
+        }
+        name = names.get(place, place[0])
+        raise ConfigError(f"--{name.replace('_', '-')}: {problem['msg']}") from error
 
 
 def check_baseline(baseline: str) -> str:

@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.console import console
-from flows.cli.influence import parse_options
+from flows.cli.influence import ScreenName, parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
 from montessori_core.config import Lora, Vllm
 from montessori_core.errors import UserError
@@ -23,6 +23,7 @@ def plan(
     teacher: Annotated[str | None, typer.Option(help="The same, to plan a teacher update instead.")] = None,
     gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
     estimator: Annotated[str, typer.Option(help="exact, first_order, linear or screened.")] = "screened",
+    screen: ScreenName = "first_order",
     dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
     max_length: Annotated[int, typer.Option(min=32, help="Tokens of the longest example or pair.")] = 1024,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
@@ -43,13 +44,13 @@ def plan(
         return
     assert student is not None
     options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
-    influence = parse_options(options)
+    influence = parse_options({**options, "screening": {"estimator": screen}})
     from montessori_core.influence.memory import plan_memory
 
     shape = Shape.of(_load_without_weights(student, lora))
     memory = int(gpu_memory * GB)
     fits = True
-    for name in ("first_order", "exact") if estimator == "screened" else (influence.estimator,):
+    for name in (influence.screening.estimator, "exact") if estimator == "screened" else (influence.estimator,):
         memory_plan = plan_memory(shape, name, influence.dtype, max_length, reference_batch_tokens, memory)
         print_memory_plan(memory_plan, f"{student}: {name}, {dtype}, one worker", gpu_memory)
         fits &= memory_plan.fits

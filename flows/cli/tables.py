@@ -304,11 +304,13 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     screening = screening_report(table)
     if screening is not None:
         lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
-        lines.add_row("first order against exact", f"{screening.first_order}, Spearman {screening.spearman:.3f}")
+        lines.add_row(
+            f"{screening.estimator_name} against exact", f"{screening.first_order}, Spearman {screening.spearman:.3f}"
+        )
         lines.add_row("common error, corrected", f"{screening.offset:.3g} nats/token")
         lines.add_row("after correction and confirmation", str(screening.screened))
         if screening.fell_back:
-            lines.add_row("", "first order failed the audit: every example was measured exactly")
+            lines.add_row("", f"{screening.estimator_name} failed the audit: every example was measured exactly")
     read = pc.sum(table["reference_tokens"]).as_py()
     total = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
     if 0 < read < total:

@@ -6,22 +6,29 @@ from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Probability, Section
 
+LARGEST_LINEAR_WEIGHT = 1 / 32
+"""Example weight up to which AdamW's step is nearly linear; at 1/8, Spearman with exact is 0.90 (docs/numerics.md)."""
+
 
 class Screening(Section):
     """Audit of the screened estimator, which is first order for all examples and exact where a sign is in doubt."""
 
+    estimator: Literal["first_order", "linear"] = Field(
+        "first_order",
+        description="What measures all examples before the audit: 'first_order', or 'linear', which takes a fraction of the "
+        "time, but leaves more signs in doubt: for pools so large that a pass over each example costs more than these.",
+    )
     audit_examples: int = Field(
         100,
         ge=40,
-        description="Examples, drawn at random, that are measured with both estimators: one half calibrates the error of "
-        "first order, the other half measures how often the signs agree after correction.",
+        description="Examples, drawn at random, that are also measured exactly: one half calibrates the error of the "
+        "estimator, the other half measures how often the signs agree after correction.",
     )
     error_rate: float = Field(
         0.05,
         gt=0.0,
         lt=0.5,
-        description="Share of examples whose first-order error may exceed the width of the band in which signs are confirmed "
-        "exactly.",
+        description="Share of examples whose error may exceed the width of the band in which signs are confirmed exactly.",
     )
     minimum_agreement: Probability = Field(
         0.9,
@@ -39,7 +46,6 @@ class Sequential(Section):
 
 
 WeightPer = Literal["example", "token"]
-_LARGEST_LINEAR_WEIGHT = 1 / 32  # at 1/8, ranks differ (Spearman 0.90 with exact, docs/numerics.md)
 
 
 class Influence(Section):
@@ -52,8 +58,8 @@ class Influence(Section):
         description="'exact' takes the step and evaluates the reference set. 'first_order' projects the step on the "
         "reference gradient at the null step; with many reference examples it is hundreds of times cheaper. 'linear' also "
         "takes the step as linear in the example's gradient, which it nearly is up to a weight of 1/32: one pass measures a "
-        "batch of examples, without moments and weight gradients. 'screened' uses first order for all examples, audits it, "
-        "and confirms signs in doubt exactly.",
+        "batch of examples, without moments and weight gradients. 'screened' uses first order (or linear, see screening) for "
+        "all examples, audits it, and confirms signs in doubt exactly.",
     )
     dtype: Literal["float32", "mixed", "bfloat16"] = Field(
         "float32",
@@ -91,11 +97,13 @@ class Influence(Section):
 
     @model_validator(mode="after")
     def _linear_weight_is_small(self) -> "Influence":
-        if self.estimator == "linear" and self.example_weight > _LARGEST_LINEAR_WEIGHT:
+        screened = self.estimator == "screened"
+        estimator = self.screening.estimator if screened else self.estimator
+        if estimator == "linear" and self.example_weight > LARGEST_LINEAR_WEIGHT:
+            name = "screening.estimator" if screened else "estimator"
             raise ValueError(
-                f"estimator: linear with example_weight: {self.example_weight:g}; AdamW's step is nearly linear in the "
-                f"example's gradient up to about {_LARGEST_LINEAR_WEIGHT:g}; lower example_weight, or set estimator: "
-                "first_order"
+                f"{name}: linear with example_weight: {self.example_weight:g}; AdamW's step is nearly linear in the "
+                f"example's gradient up to about {LARGEST_LINEAR_WEIGHT:g}; lower example_weight, or set {name}: first_order"
             )
         return self
 

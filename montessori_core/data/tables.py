@@ -106,7 +106,8 @@ INFLUENCE = _schema(
     _field(
         "first_order_null_step",
         _REAL,
-        "first-order estimate of influence_null_step, nats, before an exact one replaced or the audit corrected it",
+        "estimate of influence_null_step, nats, by first order (or linear, if influence.screening.estimator is), before an "
+        "exact one replaced or the audit corrected it",
         nullable=True,
     ),
     _field("gradient_norm", _REAL, "norm of the example's gradient, before influence.example_weight", nullable=True),

@@ -1,15 +1,15 @@
-"""The screened estimator: first order for every example, exact for a random audit and wherever the sign is in doubt.
+"""The screened estimator: first order or linear for every example, exact for an audit and wherever the sign is in doubt.
 
 1. The audit measures a random sample with both estimators. The ids alone decide which examples are audited.
-2. One half of the audit calibrates. The *offset* is the median error of first order: it omits the second order of the step,
-   which is similar for all examples. The *width* bounds the remaining error for all but a configured share of examples
+2. One half of the audit calibrates. The *offset* is the median error of the estimates: they omit the second order of the
+   step, which is similar for all examples. The *width* bounds the remaining error for all but a configured share of examples
    (split conformal prediction, which assumes only that audit and other examples are exchangeable).
-3. First order is corrected by the offset. Examples within the width of the threshold are measured exactly. If too few
+3. The estimates are corrected by the offset. Examples within the width of the threshold are measured exactly. If too few
    corrected signs of the audit agree with exact ones, every example is.
 4. The other half validates: it measures how often the resulting signs agree with exact ones.
 
 If the threshold is the mean of the prompt, a row is in doubt if it may lie on the other side of the estimated mean. That
-decides the order of each pair: both rows are exact, or one is farther from the mean than the uncertainty of first order.
+decides the order of each pair: both rows are exact, or one is farther from the mean than the uncertainty of the estimates.
 """
 
 import hashlib
@@ -72,13 +72,14 @@ class ScreeningReport:
     Attributes:
         audited: number of audited examples.
         confirmed: number of other examples in doubt, measured exactly.
-        offset: correction added to first order, nats.
+        offset: correction added to the estimates, nats.
         width: an example is in doubt if it is at most this far from its threshold, nats.
-        spearman: rank correlation of first order and exact over the audit.
-        first_order: agreement of the signs of first order with exact ones, over the audit; corrected if the threshold is
-            computed from first order itself.
+        spearman: rank correlation of estimates and exact influence over the audit.
+        first_order: agreement of the signs of the estimates with exact ones, over the audit; corrected if the threshold is
+            computed from the estimates themselves.
         screened: agreement after correction and confirmation, over the half of the audit that validates.
         fell_back: whether too few corrected signs of the audit agreed, so that every example was measured exactly.
+        estimator: of the estimates, 'first_order' or 'linear'.
     """
 
     audited: int
@@ -89,23 +90,29 @@ class ScreeningReport:
     first_order: Agreement
     screened: Agreement
     fell_back: bool
+    estimator: str = "first_order"  # of tables that were written before there was a choice
+
+    @property
+    def estimator_name(self) -> str:
+        """The estimator in words."""
+        return self.estimator.replace("_", " ")
 
 
-def draw_audit(first_order: pa.Table, count: int) -> Positions:
+def draw_audit(estimates: pa.Table, count: int) -> Positions:
     """Return the positions of the examples to audit, in the order in which `draw_ids` draws them."""
-    ids = first_order["example_id"]
-    audit_ids = draw_ids(ids.filter(pc.equal(first_order["status"], "ok")).to_pylist(), count)
+    ids = estimates["example_id"]
+    audit_ids = draw_ids(ids.filter(pc.equal(estimates["status"], "ok")).to_pylist(), count)
     positions: Positions = pc.index_in(pa.array(audit_ids, pa.string()), ids).to_numpy()
     return positions
 
 
 def calibrate(
-    first_order: pa.Table, audit: Positions, audited: pa.Table, settings: Screening, baseline: str
+    estimates: pa.Table, audit: Positions, audited: pa.Table, settings: Screening, baseline: str
 ) -> ScreeningReport:
-    """Compare first order with exact measurements of the audit.
+    """Compare estimates with exact measurements of the audit.
 
     Args:
-        first_order: first-order influence table of all examples.
+        estimates: influence table of all examples, by first order or linear.
         audit: positions of the audited examples.
         audited: exact influence table of the audited examples, in that order.
         settings: settings of the audit.
@@ -114,12 +121,12 @@ def calibrate(
     Returns:
         The report; no example is confirmed yet.
     """
-    estimated, exact = first_order["influence_student"].to_numpy()[audit], audited["influence_student"].to_numpy()
+    estimated, exact = estimates["influence_student"].to_numpy()[audit], audited["influence_student"].to_numpy()
     finite = np.isfinite(exact)
     calibrating = np.arange(len(audit)) % 2 == 0
     offset = float(np.median((exact - estimated)[calibrating & finite])) if (calibrating & finite).any() else 0.0
-    corrected, threshold = estimated + offset, _thresholds(first_order, baseline, offset)[audit]
-    floor = read_influence_metadata(first_order, "noise_floor")
+    corrected, threshold = estimated + offset, _thresholds(estimates, baseline, offset)[audit]
+    floor = read_influence_metadata(estimates, "noise_floor")
     above_noise = finite & (np.abs(exact - threshold) > floor)
     agreement = Agreement.of(_agree(corrected, exact, threshold)[above_noise])
     fell_back = agreement.signs > 0 and agreement.share < settings.minimum_agreement
@@ -138,21 +145,22 @@ def calibrate(
         ),
         screened=Agreement.of(correct[~calibrating & above_noise]),
         fell_back=fell_back,
+        estimator=settings.estimator,
     )
 
 
-def doubtful(first_order: pa.Table, audit: Positions, report: ScreeningReport, baseline: str) -> Positions:
+def doubtful(estimates: pa.Table, audit: Positions, report: ScreeningReport, baseline: str) -> Positions:
     """Return the positions of the examples outside the audit whose sign is in doubt: all if the screening fell back."""
-    thresholds = _thresholds(first_order, baseline, report.offset)
-    distances = np.abs(first_order["influence_student"].to_numpy() + report.offset - thresholds)
-    usable = pc.equal(first_order["status"], "ok").to_numpy()
+    thresholds = _thresholds(estimates, baseline, report.offset)
+    distances = np.abs(estimates["influence_student"].to_numpy() + report.offset - thresholds)
+    usable = pc.equal(estimates["status"], "ok").to_numpy()
     in_doubt = usable & (report.fell_back | (distances <= report.width))
     in_doubt[audit] = False
     return np.flatnonzero(in_doubt)
 
 
 def combine(
-    first_order: pa.Table,
+    estimates: pa.Table,
     audit: Positions,
     audited: pa.Table,
     in_doubt: Positions,
@@ -162,19 +170,19 @@ def combine(
     """Return the screened influence table, with the report, in the order of the examples.
 
     Args:
-        first_order: first-order influence table of all examples.
+        estimates: influence table of all examples, by first order or linear.
         audit, audited: positions of the audited examples, and their exact influence table.
         in_doubt, confirmed: positions of the examples in doubt, and their exact influence table.
         report: the report of `calibrate`.
     """
-    table = first_order
+    table = estimates
     for column in ("influence_student", "influence_null_step"):
         table = _replace(table, column, pc.add(table[column], report.offset))
     measured = pa.concat_tables([table, _replace(audited, "audited", pa.repeat(True, len(audit))), confirmed])
     order = np.arange(table.num_rows)
     order[audit] = table.num_rows + np.arange(len(audit))
     order[in_doubt] = table.num_rows + len(audit) + np.arange(len(in_doubt))
-    joined = _replace(measured.take(order), "first_order_null_step", first_order["influence_null_step"])
+    joined = _replace(measured.take(order), "first_order_null_step", estimates["influence_null_step"])
     metadata = {_METADATA: json.dumps(asdict(replace(report, confirmed=len(in_doubt)))).encode()}
     return check(joined.replace_schema_metadata({**table.schema.metadata, **metadata}), INFLUENCE, "screened influence")
 
@@ -200,9 +208,9 @@ def conformal_width(errors: Floats, error_rate: float) -> float:
     return float(np.sort(errors)[rank - 1]) if 0 < rank <= len(errors) else math.inf
 
 
-def _thresholds(first_order: pa.Table, baseline: str, offset: float) -> Floats:
+def _thresholds(estimates: pa.Table, baseline: str, offset: float) -> Floats:
     """Return [rows] thresholds; a threshold computed from the estimates is corrected by their offset."""
-    return thresholds_of(first_order, baseline) + (offset if baseline in _FROM_ESTIMATES else 0.0)
+    return thresholds_of(estimates, baseline) + (offset if baseline in _FROM_ESTIMATES else 0.0)
 
 
 def _agree(estimated: Floats, exact: Floats, threshold: Floats) -> npt.NDArray[np.bool_]:

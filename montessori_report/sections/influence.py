@@ -206,7 +206,7 @@ def positive_shares(part: InfluenceData, size: int) -> dict[int, float]:
 
 
 def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
-    """Draw first-order against exact influence of the audited examples."""
+    """Draw estimated against exact influence of the audited examples."""
     table = part.table
     both = pc.and_(pc.is_valid(table["first_order_null_step"]), pc.equal(table["status"], "ok"))
     audited = table.filter(pc.and_(table["audited"], both))
@@ -215,6 +215,7 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     estimated, exact = (
         unit.scale(1.0) * audited[name].to_numpy() for name in ("first_order_null_step", "influence_null_step")
     )
+    estimator = part.screening.estimator_name if part.screening else "first order"
     floor = unit.scale(part.summary["noise_floor"])
     ends = [float(min(estimated.min(), exact.min())), float(max(estimated.max(), exact.max()))]
     points = go.Scatter(
@@ -223,7 +224,7 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
         x=estimated.tolist(),
         y=exact.tolist(),
         marker={"color": AFTER, "size": 7, "opacity": 0.7},
-        hovertemplate="first order %{x:.4g}, exact %{y:.4g}<extra></extra>",
+        hovertemplate=f"{estimator} %{{x:.4g}}, exact %{{y:.4g}}<extra></extra>",
     )
     sides = [("equal", 0.0, "solid"), ("noise floor", floor, "dot"), ("", -floor, "dot")]
     lines = [
@@ -242,9 +243,9 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     rank = (
         f" Rank correlation {screening.spearman:.3f}." if screening and formatting.is_finite(screening.spearman) else ""
     )
-    axes = [f"{name}, against the null step, {unit}" for name in ("first order", "exact")]
+    axes = [f"{name}, against the null step, {unit}" for name in (estimator, "exact")]
     return Figure(
-        "First-order estimate against exact influence",
+        f"{estimator.replace(' ', '-').capitalize()} estimate against exact influence",
         "Each dot is an audited example, measured with both estimators; the closer to the line, the better they agree. "
         "Distances within the dotted lines are noise. An offset common to all dots is corrected in the table."
         f"{rank}",
@@ -291,7 +292,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
     if any(part.screening for part in sets):
         rows += [
             row("measured exactly", _measured_exactly),
-            row("signs of first order that agree with exact ones", lambda part: _agreement(part, "first_order")),
+            row("signs of the estimates that agree with exact ones", lambda part: _agreement(part, "first_order")),
             row("signs that agree after correction and confirmation", lambda part: _agreement(part, "screened")),
         ]
     return Table(
@@ -305,7 +306,7 @@ def _measured_exactly(part: InfluenceData) -> str:
     if part.screening is None:
         return UNKNOWN
     if part.screening.fell_back:
-        return "all: first order was inaccurate"
+        return f"all: {part.screening.estimator_name} was inaccurate"
     return f"{count(part.screening.audited)} to audit, {count(part.screening.confirmed)} in doubt"
 
 

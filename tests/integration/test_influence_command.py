@@ -97,21 +97,33 @@ def test_options_have_the_words_of_a_configuration(tiny_llama: Path, folder: Pat
     assert tables[0] == tables[1] != tables[2]
 
 
-def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None:
-    """There are more examples than the audit, so some rows stay first order; exact rows equal those of an exact run."""
+@pytest.mark.parametrize("screen", ["first_order", pytest.param("linear", marks=pytest.mark.slow)])
+def test_screened_table_names_exact_rows(screen: str, tiny_llama: Path, folder: Path) -> None:
+    """Exact rows equal those of an exact run. First order passes the audit, so that some rows stay estimates; a linear step
+    of a student without moments does not."""
     many = [
         {"instruction": f"Name {i} things.", "output": "thing " * (1 + i % 7) + str(i), "id": f"x{i}"}
         for i in range(60)
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, many)))
     options = ["--learning-rate", "1e-4", "--audit-examples", "40", "--baseline", "median"]
-    code, output = influence(folder, tiny_llama, *options)
+    code, output = influence(folder, tiny_llama, *options, "--screen", screen)
     assert code == 0, output
-    for text in ("40 to audit", "Spearman", "95 % interval", "baseline: median", "distribution"):
+    for text in (
+        f"{screen.replace('_', ' ')} against exact",
+        "40 to audit",
+        "Spearman",
+        "95 % interval",
+        "baseline: median",
+        "distribution",
+    ):
         assert text in output
     rows = read_table(folder / "influence.parquet", INFLUENCE).to_pylist()
     exact = [row for row in rows if row["estimator"] == "exact"]
-    assert 40 <= len(exact) < 60
+    failed = "linear failed the audit: every example was measured exactly" in output
+    assert failed == (screen == "linear")
+    assert len(exact) == 60 if failed else 40 <= len(exact) < 60
+    assert {row["estimator"] for row in rows} <= {"exact", screen}
     assert sum(row["audited"] for row in rows) == 40
     code, output = influence(
         folder, tiny_llama, *options, "--estimator", "exact", "--out", str(folder / "exact.parquet")
@@ -121,8 +133,8 @@ def test_screened_table_names_exact_rows(tiny_llama: Path, folder: Path) -> None
     for row in exact:
         assert row["influence_student"] == oracle[row["example_id"]]["influence_student"]
     both = [(row["first_order_null_step"], row["influence_null_step"]) for row in exact]
-    assert spearmanr(both).statistic > 0.9
-    assert all(row["reference_tokens"] == 0 for row in rows if row["estimator"] == "first_order")
+    assert spearmanr(both).statistic > (0.7 if failed else 0.9)
+    assert all(row["reference_tokens"] == 0 for row in rows if row["estimator"] == screen)
 
 
 @pytest.mark.slow
@@ -197,6 +209,11 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
     for options, message in (
         (["--estimator", "magic"], "--estimator: Input should be 'exact', 'first_order', 'linear' or 'screened'"),
         (["--estimator", "linear", "--example-weight", "0.5"], "error: estimator: linear with example_weight: 0.5; "),
+        (
+            ["--screen", "linear", "--example-weight", "0.5"],
+            "error: screening.estimator: linear with example_weight: 0.5; ",
+        ),
+        (["--screen", "exact"], "--screen: Input should be 'first_order' or 'linear'"),
         (["--warm-state", str(tiny_llama)], "no adamw.safetensors there"),
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step', 'median' or 'prompt'"),
         (["--baseline", "prompt"], "these examples have no prompts in common"),

@@ -66,7 +66,7 @@ def test_killed_validation_resumes_to_same_numbers(tiny_llama: Path, folder: Pat
 
 
 def check_results(out: Path, output: str) -> None:
-    names = ["exact", "first order", "loss", "response tokens", "gradient norm", "gradient cosine", "BM25"]
+    names = ["exact", "first order", "linear", "loss", "response tokens", "gradient norm", "gradient cosine", "BM25"]
     for text in (
         "22 examples (1 left out), 8 reference",
         "8 random subsets of 5",
@@ -89,7 +89,7 @@ def check_results(out: Path, output: str) -> None:
     predictions = read_table(out / PREDICTED, PREDICTIONS).to_pylist()
     assert len(predictions) == 23 * len(names)
     unmeasured = {row["predictor"] for row in predictions if row["example_id"] == "long" and row["value"] is None}
-    assert unmeasured == {"exact", "first order", "loss", "gradient norm", "gradient cosine"}
+    assert unmeasured == {"exact", "first order", "linear", "loss", "gradient norm", "gradient cosine"}
     members = trainings["random-00003"]["example_ids"]
     summed = sum(row["value"] for row in predictions if row["predictor"] == "exact" and row["example_id"] in members)
     assert result["random_subsets"]["predicted"]["exact"][3] == pytest.approx(summed)

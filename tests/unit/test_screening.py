@@ -89,6 +89,16 @@ def test_screened_signs_in_doubt_are_exact() -> None:
     assert not report.fell_back
 
 
+def test_linear_estimates_are_audited_as_first_order_is() -> None:
+    settings = SETTINGS.model_copy(update={"estimator": "linear"})
+    linear, first_order = (screen(Bench(400, error=0.05), chosen, "student") for chosen in (settings, SETTINGS))
+    assert set(linear["estimator"].to_pylist()) == {"linear", "exact"}
+    assert linear["influence_student"].equals(first_order["influence_student"])
+    report = screening_report(linear)
+    assert report is not None
+    assert report.estimator_name == "linear"
+
+
 def test_screened_from_both_tables_equals_measured() -> None:
     bench = Bench(400, error=0.05)
     both = MeasuredStages(*(bench.measure_all(estimator).read_all() for estimator in ("first_order", "exact")))
