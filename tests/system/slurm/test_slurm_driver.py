@@ -16,12 +16,10 @@ from uuid import uuid4
 import psutil
 import pytest
 import yaml
-from prefect.client.schemas.objects import FlowRun
 
 from cluster.driver_job import log_of_driver, stopped_with_its_job
 from cluster.fanout import fan_out
 from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driver
-from flows.experiment import RUN_ROOT, end_jobs
 from montessori_core.config import Cluster, DriverJob, Resources, Slurm
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json
@@ -356,6 +354,11 @@ def test_retried_flow_run_awaits_its_driver_job(server: Server, finished_run: Pa
 @pytest.mark.timeout(1800)
 def test_cancelled_flow_run_ends_its_driver_job(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the driver's job is killed: the flow run fails, and its retry submits one that no other flow run ends."""
+    # Not above: drivers' jobs import this module, and Prefect would take over their logs.
+    from prefect.client.schemas.objects import FlowRun
+
+    from flows.experiment import RUN_ROOT, end_jobs
+
     run = server.runs / "tiny"
     flow_run = server.start("tiny", "tiny", submit_driver=True)
     wait_until(lambda: is_submitted(run / "iteration-1" / "warmup" / "jobs" / "ledger.json"), 1200)
