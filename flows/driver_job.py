@@ -21,6 +21,7 @@ from montessori_core.errors import UserError
 from tasks.studies import is_finished, reopen
 
 _POLL_SECONDS = 5.0
+_LOOK_SECONDS = 60.0  # between two looks for new stages: a large run has tens of thousands of files
 
 
 def check_driver_job(cluster: Cluster, approve: bool = False) -> None:
@@ -80,6 +81,7 @@ def _await_end(folder: Path) -> None:
     """Wait until the driver has ended; log what becomes of its job, and each stage that begins."""
     log = get_run_logger()
     state, seen, running = "", len(stages_of(folder)), True
+    next_look = time.monotonic() + _LOOK_SECONDS
     while running:
         try:
             driver = driver_of(folder)
@@ -90,10 +92,11 @@ def _await_end(folder: Path) -> None:
         if current != state:
             log.info(current)
             state = current
-        begun = stages_of(folder)
-        for stage in begun[seen:]:
-            log.info("%s has begun", stage.relative_to(folder))
-        seen = len(begun)
+        if not running or time.monotonic() >= next_look:
+            begun = stages_of(folder)
+            for stage in begun[seen:]:
+                log.info("%s has begun", stage.relative_to(folder))
+            seen, next_look = len(begun), time.monotonic() + _LOOK_SECONDS
         if running:
             time.sleep(_POLL_SECONDS)
 

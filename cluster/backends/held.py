@@ -149,8 +149,8 @@ class HeldBackend(AllocationBackend):
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        others_are_held = _queued("--me", f"--name={self._name}") != []
-        if not (self._avoid or others_are_held or self._sbatch.accepts_later(refusal)):
+        passing = self._avoid or self._sbatch.accepts_later(refusal)
+        if not passing and _queued("--me", f"--name={self._name}") == []:
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
             )
