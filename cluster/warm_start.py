@@ -38,6 +38,7 @@ _PRELOADED = (
     "pyarrow.parquet",
     "montessori_core.influence.jobs",
     "montessori_core.models.load",
+    "montessori_core.synthesis.jobs",
     "montessori_core.synthesis.transformers_engine",
     "montessori_core.training.dpo",
     "montessori_core.training.sft",
@@ -169,6 +170,9 @@ def main() -> None:
     with suppress(Exception):
         # The first model that a process loads compiles patterns of weight names of every architecture.
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    with suppress(Exception):
+        # Each job asks for the plugins of submitit, which reads the metadata of all installed packages.
+        importlib.import_module("submitit.core.plugins").get_job_environments()
     with suppress(Exception):
         if importlib.import_module("torch").version.cuda is None:  # with CUDA, DeepSpeed's import might initialise it
             importlib.import_module("montessori_core.training.engine").import_deepspeed()

@@ -42,8 +42,9 @@ def start_processes() -> None:
     """Initialise the process group, before any model is created: ZeRO-3 partitions weights while loading them."""
     deepspeed = import_deepspeed()
     # On CPUs DeepSpeed compiles a kernel here under a lock file. If the process is killed, the file stays and blocks every
-    # later training on the machine. Gloo does not need the kernel.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # later training on the machine. Gloo does not need the kernel. DeepSpeed reads this table nowhere else, and makes it with
+    # the compiler, if it is not set.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 

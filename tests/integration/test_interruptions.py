@@ -152,7 +152,7 @@ def test_second_driver_on_a_run_is_refused(talking_llama: Path, shared_server: d
     assert "this run already has a driver" in output
     code, output = invoke("status", "runs/tiny", cwd=tmp_path)
     assert f"driver: process {first.pid}" in output
-    code, output = call("cancel", "runs/tiny", cwd=tmp_path)
+    code, output = invoke("cancel", "runs/tiny", cwd=tmp_path)
     assert code == 0, output
     assert "cancelled; finished work is kept" in output
     said, _ = first.communicate(timeout=90)

@@ -33,9 +33,11 @@ def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object
     lines = [json.dumps({"instruction": task.instruction, "output": task.response}) for task in conversations(12)]
     (folder / "reference.jsonl").write_text("\n".join(lines))
     experiment["reference"] = {"path": str(folder / "reference.jsonl")}
+    experiment["seed_pool"] = {"path": "builtin", "limit": 40}  # LLM2LLM measures all of them, twice
     experiment["synthesis"]["instruction"]["max_tokens"] = 20
     experiment["synthesis"]["response"]["max_tokens"] = 12
-    experiment["nomad"] = {"learning_rate": 3e-3, "batch_size": 4, "epochs": 60, "teacher_examples": 10}
+    experiment["nomad"] = {"learning_rate": 6e-3, "epochs": 40, "teacher_examples": 10}
+    experiment["nomad"] |= {"batch_size": 4, "micro_batch_size": 4}
     experiment["nomad"]["sampling"] = {"top_p": 1.0, "presence_penalty": 0.0, "max_tokens": 32}
     content = {
         "name": "tiny-study",
