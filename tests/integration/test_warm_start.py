@@ -134,6 +134,14 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_job_ends_with_its_own_exit_functions(stage: Stage) -> None:
+    """Not with those of the libraries that the warm process has imported."""
+    inherited = "sum(f.atexit for f in __import__('weakref').finalize._registry)"
+    own = "bool(__import__('weakref').finalize(first_time, (folder / 'ended').touch))"
+    assert run(stage, inherited, own) == [0, True]
+    assert (stage.folder.parent / "ended").exists()
+
+
 def test_job_starts_like_new_interpreter(stage: Stage) -> None:
     state = (
         "[os.getcwd(), sys.stdin.read(), str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGCHLD)), "
