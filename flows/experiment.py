@@ -74,6 +74,8 @@ def montessori(
         approve: pause before every teacher update until a person approves the preference pairs.
         submit_driver: run the driver as a Slurm job (experiment.cluster.slurm.driver) that this flow run waits for.
     """
+    if submit_driver:
+        check_driver_job(experiment.cluster, approve)  # before a folder is made
     if add_iterations:
         iterations = _total_iterations(run_root() / experiment.name, add_iterations)
         experiment = experiment.model_copy(update={"iterations": iterations})
@@ -90,7 +92,6 @@ def start_run(experiment: Experiment) -> Run:
 def drive_run(experiment: Experiment, start: Callable[[], Run], approve: bool, submit_driver: bool) -> None:
     """Run or resume the iterations of an experiment, in this flow run or in a Slurm job; `start` creates or opens its run."""
     if submit_driver:
-        check_driver_job(experiment.cluster, approve)
         folder = (run_root() / experiment.name).resolve()
         drive_by_job(folder, start, ["resume", str(folder)], experiment.cluster.slurm)
     else:

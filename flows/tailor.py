@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from cluster.simulation import ClusterSpec, FailureModel
+from flows.driver_job import check_driver_job
 from flows.estimate import estimate_run
 from flows.experiment import drive_run, end_jobs_of, run_root, start_run
 from flows.forecast import forecast
@@ -35,6 +36,8 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
         submit_driver: run the driver as a Slurm job (slurm.driver in the file of the cluster) that this flow run waits for.
     """
     experiment = tailored.experiment()
+    if submit_driver:
+        check_driver_job(experiment.cluster, approve)
     pilot = reopen_run(run_root() / tailored.pilot) if tailored.pilot else None
 
     def start() -> Run:

@@ -15,7 +15,8 @@ from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
 from cluster.driver_job import script_of
 from cluster.lock import Driver, _interrupt, driver_of, only_driver
 from flows.driver_job import check_driver_job
-from montessori_core.config import Cluster, DriverJob, Slurm, parse
+from flows.experiment import montessori
+from montessori_core.config import Cluster, DriverJob, Slurm, parse, read_experiment
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
 from support.runs import call, configuration, invoke
@@ -113,6 +114,16 @@ def test_driver_job_of_flow_run_is_refused(profile: str, approve: bool, reason: 
         pytest.raises(UserError, match=re.escape(reason)),
     ):
         check_driver_job(Cluster(profile=profile), approve)
+
+
+def test_scheduled_flow_run_without_driver_job_makes_no_folder(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = read_experiment(configuration(tmp_path, tiny_llama))
+    with pytest.raises(UserError, match="cluster.profile is local"):
+        montessori.fn(experiment, add_iterations=1, submit_driver=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_driver_that_fails_leaves_no_record(tmp_path: Path) -> None:
