@@ -131,13 +131,12 @@ def _serve(connection: Connection, devices: str, arguments: dict[str, Any], adap
     os.environ["CUDA_VISIBLE_DEVICES"] = devices
     try:
         copy = ModelCopy(arguments, adapter)
-        while True:
-            for finished in copy.generate(connection.recv()):
-                if finished:
-                    connection.send(finished)
-            connection.send(None)
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has closed
-        return
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has closed
+            while True:
+                for finished in copy.generate(connection.recv()):
+                    if finished:
+                        connection.send(finished)
+                connection.send(None)
     except UserError as error:
         connection.send(error)
     except Exception as error:
