@@ -13,7 +13,7 @@ from montessori_core.influence.memory import plan_memory
 from montessori_core.models.shape import GB, Shape
 from montessori_core.training.memory import plan_update
 from support import ROOT
-from support.runs import call, invoke
+from support.runs import invoke
 
 LLAMA_3_8B = Shape(
     parameters=8_030_261_248,
@@ -115,7 +115,7 @@ def test_8b_student_exceeds_40_gb_gpu() -> None:
 
 def test_plan_command_prints_placement_and_remedy(smollm2: Path) -> None:
     command = ("plan", "--student", str(smollm2))
-    code, output = call(*command, "--gpu-memory", "24", cwd=ROOT)
+    code, output = invoke(*command, "--gpu-memory", "24", cwd=ROOT)
     assert code == 0, output
     assert "snapshot" in output
     assert "host, pinned" not in output

@@ -25,7 +25,7 @@ ROWS: list[Row] = [
 CONSTANT = Schedule(warmup=0.0, stable=1.0, decay=0.0)
 
 
-@pytest.fixture(params=["mamba", pytest.param("qwen3.5", marks=pytest.mark.slow)])
+@pytest.fixture(params=["qwen3.5", pytest.param("mamba", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     tokenizer = load_tokenizer(str(tiny_llama))

@@ -344,18 +344,17 @@ def test_unanswered_approval_says_what_to_do(undisturbed: Path, monkeypatch: pyt
     assert not (folder / "approved.json").exists()
 
 
-def test_finished_run_says_so_and_computes_nothing(undisturbed: Path) -> None:
+def test_finished_run_says_so_and_computes_nothing(undisturbed: Path, shared_server: dict[str, str]) -> None:
     run = undisturbed / "runs" / "tiny"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
-    home = str(undisturbed / "prefect")
-    code, output = call("run", str(undisturbed / "tiny.yaml"), cwd=undisturbed, PREFECT_HOME=home)
+    code, output = call("run", str(undisturbed / "tiny.yaml"), cwd=undisturbed, **shared_server)
     assert code == 0, output
     assert "tiny is finished" in output
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")} == before
 
 
 def test_status_lists_every_stage_as_done(undisturbed: Path) -> None:
-    code, output = call("status", "runs/tiny", cwd=undisturbed)
+    code, output = invoke("status", "runs/tiny", cwd=undisturbed)
     assert code == 0
     assert "iteration-1/influence" in output
     assert "4/4" in output

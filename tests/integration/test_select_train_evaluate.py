@@ -33,7 +33,7 @@ def train(student: Path, data: Path, output: Path, *options: str) -> tuple[int, 
     return code, " ".join(text.split())
 
 
-def test_commands_run_in_sequence(tiny_llama: Path, tmp_path: Path) -> None:
+def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path: Path) -> None:
     data, table, best, student = (tmp_path / name for name in ("data.jsonl", "scored.parquet", "best.jsonl", "student"))
     data.write_text("\n".join(map(json.dumps, EXAMPLES)))
     files = ["--examples", str(data), "--reference", str(data), "--out", str(table), "--estimator", "first_order"]
@@ -81,7 +81,8 @@ def test_commands_run_in_sequence(tiny_llama: Path, tmp_path: Path) -> None:
         "cluster.poll_seconds=0.1",
     ]
     options = [part for setting in evaluation for part in ("--set", setting)]
-    code, output = call("evaluate", str(student), *options, cwd=tmp_path)
+    home = shutil.copytree(finished_run / "prefect", tmp_path / "prefect")  # a database takes seconds to make
+    code, output = call("evaluate", str(student), *options, cwd=tmp_path, PREFECT_HOME=str(home))
     assert code == 0, output
     result = read_json(tmp_path / "runs" / "evaluation-student" / "evaluation.json")
     assert result["held_out_loss"]["mean"] > 0

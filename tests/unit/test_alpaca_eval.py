@@ -88,7 +88,7 @@ def test_equal_lengths_give_plain_win_rate(difference: int) -> None:
 
 def test_standard_error_is_spread_over_resamples() -> None:
     draw, found = np.random.default_rng(0), []
-    for seed in range(60):
+    for seed in range(30):
         probabilities, *known = preferences_for(seed, 250, theta=-0.8, phi=1.5, psi=1.0)
         wins = (draw.random(250) < probabilities).astype(float)
         found.append(length_controlled_win_rate(wins, *known))
