@@ -317,6 +317,24 @@ def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
 
 
 @pytest.mark.slow
+def test_short_form_starts_a_run_in_new_interface(server: Server, page: Page) -> None:
+    """In the interface that Prefect is moving to, under /v2."""
+    deployment = server.deployment("short", "tailor")
+    page.goto(f"{server.url}/v2/deployments/deployment/{deployment['id']}/run")
+    fields = deployment["parameter_openapi_schema"]["definitions"]["Tailored"]["properties"]
+    for field in fields.values():
+        expect(page.get_by_text(field["description"], exact=True)).to_be_visible()
+    page.get_by_role("textbox", name="Name (Optional)").fill("new")
+    page.get_by_role("button", name="Submit", exact=True).click()
+    wait_until(lambda: (server.runs / "new").exists())
+    leave(page)
+    [run] = [run["id"] for run in server.ask("flow_runs/filter", {}) if run["name"] == "new"]
+    server.set_state(run, "CANCELLING")
+    server.wait_for(run, "Cancelled", "Failed", seconds=90)  # failed: this model cannot write for the preset's sizes
+    wait_until(lambda: not server.jobs(), 60)
+
+
+@pytest.mark.slow
 def test_cancelled_run_stops_jobs_and_resumes(server: Server, finished: str, page: Page) -> None:
     folder = server.copy_of(finished, "cancelled", "evaluation")
     run = server.start("tiny", "cancelled")
