@@ -133,7 +133,6 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_job_ends_with_its_own_exit_functions(stage: Stage) -> None:
     """Not with those of the libraries that the warm process has imported."""
     inherited = "sum(f.atexit for f in __import__('weakref').finalize._registry)"
@@ -142,6 +141,7 @@ def test_job_ends_with_its_own_exit_functions(stage: Stage) -> None:
     assert (stage.folder.parent / "ended").exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_job_starts_like_new_interpreter(stage: Stage) -> None:
     state = (
         "[os.getcwd(), sys.stdin.read(), str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGCHLD)), "
