@@ -290,6 +290,12 @@ def test_run_is_started_and_retried_in_browser(server: Server, finished_run: Pat
     check_api_key_is_nowhere(server)
 
 
+def cancel_short_run(server: Server, run: str) -> None:
+    server.set_state(run, "CANCELLING")
+    server.wait_for(run, "Cancelled", "Failed", seconds=90)  # failed: this model cannot write for the preset's sizes
+    wait_until(lambda: not server.jobs(), 60)
+
+
 @pytest.mark.slow
 def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
     page.goto(f"{server.url}/deployments/deployment/{server.deployment('short', 'tailor')['id']}")
@@ -311,9 +317,7 @@ def test_short_form_shows_its_plan_first(server: Server, page: Page) -> None:
     expect(page.get_by_text("on this machine, by its speed")).to_be_visible()
     photograph(page, "prefect-plan")
     leave(page)
-    server.set_state(run, "CANCELLING")
-    server.wait_for(run, "Cancelled", "Failed", seconds=90)  # failed: this model cannot write for the preset's sizes
-    wait_until(lambda: not server.jobs(), 60)
+    cancel_short_run(server, run)
 
 
 @pytest.mark.slow
@@ -329,9 +333,7 @@ def test_short_form_starts_a_run_in_new_interface(server: Server, page: Page) ->
     wait_until(lambda: (server.runs / "new").exists())
     leave(page)
     [run] = [run["id"] for run in server.ask("flow_runs/filter", {}) if run["name"] == "new"]
-    server.set_state(run, "CANCELLING")
-    server.wait_for(run, "Cancelled", "Failed", seconds=90)  # failed: this model cannot write for the preset's sizes
-    wait_until(lambda: not server.jobs(), 60)
+    cancel_short_run(server, run)
 
 
 @pytest.mark.slow
