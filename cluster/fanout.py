@@ -6,7 +6,6 @@ reads both, waits for running jobs, and submits only the missing shards.
 
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Set
@@ -174,8 +173,7 @@ class _Driver:
         self._close_submissions()
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
-        shutil.rmtree(self._stage.partial_folder, ignore_errors=True)  # left by killed jobs and duplicates
-        shutil.rmtree(self._stage.shared_root, ignore_errors=True)
+        self._stage.remove_intermediate_files()
 
     def _take_turn(self) -> bool:
         """Look at all jobs, and submit what is missing; return whether every shard is done or has failed."""

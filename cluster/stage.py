@@ -9,9 +9,11 @@ and has that key; a file that exists proves nothing. The folder of a stage:
     part-00003.manifest.json          key, rows, bytes and hash of the result; written last
     partial/                          finished rows of unfinished shards
     shared/                           results of opening the program; removed when all shards are done
+    checkpoints/                      of a training; removed when it is done
     progress/ failures/ jobs/         rows done so far, tracebacks, submissions and logs
 """
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +30,7 @@ from montessori_core.data.rows import Rows
 from montessori_core.data.tables import open_parquet, take_rows, write_table
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import commit, hash_json, hash_path, read_json, write_json
+from montessori_core.layout import CHECKPOINT_FOLDER
 from montessori_core.models import flops
 from montessori_core.program import Program, SettingsT
 
@@ -173,6 +176,18 @@ class Stage:
     def shared_folder(self) -> Path:
         """Folder in which a job keeps for others what depends on settings and inputs, but not on rows."""
         return self.shared_root / hash_json([self.program, self.version, self.settings, self.input_hashes])[:16]
+
+    def remove_intermediate_files(self) -> None:
+        """Remove what a finished stage no longer needs, and what killed jobs and duplicates left.
+
+        This is not left to jobs: the driver ends them as soon as they have committed.
+        """
+        unfinished = self.folder.glob(".*.tmp")
+        for path in (self.partial_folder, self.shared_root, self.folder / CHECKPOINT_FOLDER, *unfinished):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def progress_file(self, index: int) -> Path:
         """Path of the progress of shard `index`."""

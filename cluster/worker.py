@@ -24,7 +24,6 @@ from cluster.stage import RowClock, Stage
 from cluster.tempdirs import private_folders
 from montessori_core.environment import set_process_defaults
 from montessori_core.files import write_json
-from montessori_core.layout import CHECKPOINT_FOLDER
 from montessori_core.program import Compute, Row, RowProgram, open_program
 
 log = logging.getLogger(__name__)
@@ -135,7 +134,6 @@ def _compute_shard(
     elif first:
         with stage.commit_part(index, key, len(rows), job, clock, processes, opening) as temporary:
             opened(rows, temporary, clock)
-        shutil.rmtree(stage.folder / CHECKPOINT_FOLDER, ignore_errors=True)
     else:
         scratch = stage.folder / f".rank-{environment.global_rank}-of-{index:05d}.tmp"
         try:

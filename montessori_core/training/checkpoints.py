@@ -36,7 +36,7 @@ _COMPLETE = "whole"
 def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, rows: Sequence[object]) -> Path:
     """Create the checkpoint folder of a training, next to its result; its name is a hash of everything that decides it.
 
-    The job removes it once the result is committed: until then, a killed job resumes from its last checkpoint.
+    The driver removes it once the stage is done: until then, a killed job resumes from its last checkpoint.
     """
     inputs = [dict(settings), fingerprint(Path(model)), rows, os.environ["WORLD_SIZE"]]
     folder = output.parent / CHECKPOINT_FOLDER / hash_json(inputs)[:16]

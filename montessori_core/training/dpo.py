@@ -120,7 +120,7 @@ def shared_dataset(pairs: list[dict[str, list[int]]], folder: Path) -> Iterator[
     # A unique name: a job that was reported as lost may still be running.
     name = [uuid.uuid4().hex]
     torch.distributed.broadcast_object_list(name)
-    path = folder / f".pairs-{name[0]}"
+    path = folder / f".pairs-{name[0]}.tmp"
     is_first = torch.distributed.get_rank() == 0
     if is_first:
         Dataset.from_list(pairs).save_to_disk(path)

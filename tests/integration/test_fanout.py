@@ -274,6 +274,24 @@ def test_damaged_result_is_recomputed(folder: Path, damage: str) -> None:
     assert computed(folder).count(30) == 1
 
 
+def test_intermediate_files_are_kept_until_stage_is_done(folder: Path) -> None:
+    made = stage(folder)
+    checkpoint = made.folder / "checkpoints" / "0123456789abcdef" / "checkpoint-18" / "model.safetensors"
+    result_of_killed_job = made.folder / ".part-00003.node-1.4711.0123abcd.tmp"
+    model_of_killed_job = made.folder / ".part-00004.node-1.4711.0123abcd.tmp" / "model.safetensors"
+    for path in (checkpoint, result_of_killed_job, model_of_killed_job):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"weights")
+    (folder / "fail-32").touch()
+    with pytest.raises(ShardsFailed):
+        run(folder)
+    assert checkpoint.exists()
+    (folder / "fail-32").unlink()
+    run(folder)
+    assert not checkpoint.parent.parent.parent.exists()
+    assert not list(made.folder.glob(".*"))
+
+
 @pytest.mark.guarantee("result of another configuration")
 def test_result_with_another_key_is_not_used(folder: Path) -> None:
     run(folder)
