@@ -51,21 +51,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     colours = {row["method"]: colour_of(number) for number, row in enumerate(rows)}
     finite_rows = _finite(rows)
     sections = [
-        Section(
-            "gain",
-            "Gain over the baseline",
-            [
-                Block(
-                    [_gain_figure("Gain of each method", study, rows, colours)],
-                    [_table("Methods, means over the seeds", rows)],
-                )
-            ],
-            introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
-            f"{len(study.seeds)} seed(s). Gain is the held-out loss of {study.baseline} minus that of the method; higher is "
-            "better. The interval resamples the evaluation examples; the spread is the standard deviation over seeds. A gain "
-            "counts only if it is well beyond both. Before any training, the loss is "
-            f"{formatting.loss(result['untrained_loss'])}.",
-        ),
+        _gain(study, rows, colours, result["untrained_loss"]),
         Section(
             "cost",
             "Gain against cost",
@@ -133,6 +119,25 @@ def _score_text(score: dict[str, Any] | None) -> str:
 def _finite(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with a finite gain; a diverged student has none."""
     return [row for row in rows if all(formatting.is_finite(row[key]) for key in ("gain", "gain_low", "gain_high"))]
+
+
+def _gain(study: Study, rows: Sequence[dict[str, Any]], colours: Mapping[str, str], untrained_loss: float) -> Section:
+    """Return the gain of each method at equal numbers of examples."""
+    return Section(
+        "gain",
+        "Gain over the baseline",
+        [
+            Block(
+                [_gain_figure("Gain of each method", study, rows, colours)],
+                [_table("Methods, means over the seeds", rows)],
+            )
+        ],
+        introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
+        f"{len(study.seeds)} seed(s). Gain is the held-out loss of {study.baseline} minus that of the method; higher is "
+        "better. The interval resamples the evaluation examples; the spread is the standard deviation over seeds. A gain "
+        "counts only if it is well beyond both. Before any training, the loss is "
+        f"{formatting.loss(untrained_loss)}.",
+    )
 
 
 def _gain_dot(label: str, row: dict[str, Any], colour: str) -> Dot:

@@ -188,11 +188,9 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     passages = run.passages() if documents.exists() else read_documents(experiment.synthesis)
     check_strategy(experiment.synthesis, experiment.teacher.prompt_style, sources.seed_pool, passages)
     if changed:
-        warnings.append(
-            f"changed settings: the {first_stage(changed, experiment)} and later stages are computed again, earlier stages "
-            + "are kept:\n  "
-            + "\n  ".join(changed)
-        )
+        first = first_stage(changed, experiment)
+        kept = f"the {first} and later stages are computed again, earlier stages are kept"
+        warnings.append("\n  ".join([f"changed settings: {kept}:", *changed]))
     benchmarks = experiment.benchmarks
     questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
@@ -209,13 +207,10 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         if passages and not documents.exists():
             write_tasks(passages, documents)
         copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
-        for role, template in templates.items():
-            if not _template_copy(folder, role).exists():
-                _template_copy(folder, role).write_text(template, encoding="utf-8")
+        _copy_templates(templates, folder)
         write_json(commits, folder / layout.MODEL_COMMITS)
         if changed:
-            for path in layout.iterations(folder).values():
-                (path / layout.METRICS).unlink(missing_ok=True)  # the run is no longer finished
+            _mark_unfinished(folder)
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:
@@ -303,6 +298,17 @@ def _fetch_models(experiment: Experiment, commits: dict[str, str]) -> tuple[dict
 
 def _role(section: Teacher | Student) -> str:
     return "teacher" if isinstance(section, Teacher) else "student"
+
+
+def _mark_unfinished(folder: Path) -> None:
+    for path in layout.iterations(folder).values():
+        (path / layout.METRICS).unlink(missing_ok=True)
+
+
+def _copy_templates(templates: Mapping[str, str], folder: Path) -> None:
+    for role, template in templates.items():
+        if not _template_copy(folder, role).exists():
+            _template_copy(folder, role).write_text(template, encoding="utf-8")
 
 
 def _template_copy(folder: Path, role: str) -> Path:

@@ -13,40 +13,42 @@ if TYPE_CHECKING:
     from montessori_core.selection.pools import Pool
 
 
+Scored = Annotated[
+    Path, typer.Argument(help="Scored rows: .parquet, .jsonl, an exported folder, or the folder of a run.")
+]
+Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]
+TurnColumn = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column of sources or clusters that take turns.")
+]
+MaxRougeL = Annotated[
+    float | None,
+    typer.Option("--max-rouge-l", min=0, max=1, help="Skip instructions more similar to a chosen one."),
+]
+ControlName = Annotated[
+    str | None, typer.Option(help="Instead: random rows, or length_matched (others of the same lengths).")
+]
+TokenColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Tokens of a row, for --tokens and length_matched.")]
+Texts = Annotated[str | None, typer.Option(help="Texts of an influence table: the --examples of montessori influence.")]
+TextFormat = Annotated[
+    str | None,
+    typer.Option(help="Write the texts of --examples as messages or sharegpt. Conversations are messages by default."),
+]
+
+
 def select(
-    scored: Annotated[
-        Path, typer.Argument(help="Scored rows: .parquet, .jsonl, an exported folder, or the folder of a run.")
-    ],
+    scored: Scored,
     output: Annotated[Path, typer.Option(help="New file, .jsonl or .parquet. Nothing is overwritten.")],
     k: Annotated[int | None, typer.Option("--k", min=1, help="Number of rows.")] = None,
-    share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")
-    ] = None,
+    share: Share = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Token budget, of --token-column.")] = None,
     by: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the score; higher is better.")] = "influence",
-    per: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of sources or clusters that take turns.")
-    ] = None,
-    max_rouge_l: Annotated[
-        float | None,
-        typer.Option("--max-rouge-l", min=0, max=1, help="Skip instructions more similar to a chosen one."),
-    ] = None,
-    control: Annotated[
-        str | None, typer.Option(help="Instead: random rows, or length_matched (others of the same lengths).")
-    ] = None,
+    per: TurnColumn = None,
+    max_rouge_l: MaxRougeL = None,
+    control: ControlName = None,
     seed: Annotated[int, typer.Option(help="Random seed of a control.")] = 0,
-    token_column: Annotated[
-        str, typer.Option(metavar="COLUMN", help="Tokens of a row, for --tokens and length_matched.")
-    ] = "response_tokens",
-    examples: Annotated[
-        str | None, typer.Option(help="Texts of an influence table: the --examples of montessori influence.")
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            help="Write the texts of --examples as messages or sharegpt. Conversations are messages by default."
-        ),
-    ] = None,
+    token_column: TokenColumn = "response_tokens",
+    examples: Texts = None,
+    to: TextFormat = None,
 ) -> None:
     """Choose the best rows of a scored pool, or a control of the same size.
 

@@ -109,11 +109,7 @@ def validate(
     from flows.validation import PAGE, Validation, validate_influence
 
     options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
-    weights = product(example_weight or [Influence().example_weight], weight_per or [Influence().weight_per])
-    settings = [
-        parse_options({"estimator": "first_order", "example_weight": weight, "weight_per": per, **options})
-        for weight, per in weights
-    ]
+    settings = _steps(example_weight, weight_per, options)
     measurement = Measurement(
         student=student_with_template(student, max_length, chat_template, chat_template_kwargs),
         warm_state=warm_state,
@@ -123,8 +119,9 @@ def validate(
         baseline="student",
         cluster=_cluster(cluster, device),
     )
-    trained_by = measurement.cluster.resources.training if warmup else Resources()
-    recipe = _recipe(learning_rate, batch_size, epochs, trained_by.nodes * trained_by.processes_per_node)
+    recipe = _recipe(
+        learning_rate, batch_size, epochs, measurement.cluster.resources.training if warmup else Resources()
+    )
     source = data_source(warmup, "--warmup") if warmup else None
     validation = Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed)
     print_validation(validate_influence(validation, out))
@@ -152,16 +149,25 @@ def _cluster(file: Path | None, device: str) -> Cluster:
     return read_cluster(file)
 
 
-def _recipe(learning_rate: float, batch_size: int, epochs: int, processes: int) -> Optimization:
+def _steps(weights: list[float] | None, weights_per: list[str] | None, options: dict[str, Any]) -> list[Influence]:
+    """Return the influence steps to compare: each weight with each unit that it is given per."""
+    return [
+        parse_options({"estimator": "first_order", "example_weight": weight, "weight_per": per, **options})
+        for weight, per in product(weights or [Influence().example_weight], weights_per or [Influence().weight_per])
+    ]
+
+
+def _recipe(learning_rate: float, batch_size: int, epochs: int, warmed_by: Resources) -> Optimization:
     """Return the recipe of trainings that continue at the warm-up's peak rate.
 
     Args:
         learning_rate, batch_size, epochs: see `config.Optimization`.
-        processes: processes that share a batch of the warm-up.
+        warmed_by: resources of the warm-up, whose processes share a batch.
 
     Raises:
         ConfigError: the batch cannot be divided among the processes.
     """
+    processes = warmed_by.nodes * warmed_by.processes_per_node
     if batch_size % processes:
         raise ConfigError(
             f"--batch-size {batch_size}: must be a multiple of the {processes} processes of the warm-up "

@@ -63,16 +63,40 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
     Raises:
         UserError: the harness is not installed.
     """
+    manager = _open_manager(inputs.get("tasks"))
+    model = _open_chat_model(str(inputs["model"]), settings)
+    loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
+
+    def compute(rows: list[ItemRow], recorder: Recorder) -> None:
+        recorder.progress(done := 0)
+        for positions in _batches(rows, settings.batch_size):
+            benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
+            tasks = loaded.setdefault((benchmark, shots), {})
+            if not tasks:
+                tasks |= _load(manager, benchmark, inputs.get("tasks"))
+                for task in tasks.values():
+                    _set_shots(task, shots)
+                    _draw_by_item(task)
+            items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
+            records: dict[int, list[Row]] = {position: [] for position in positions}
+            for record in _score(model, tasks, sorted(items), benchmark, settings.chat_template):
+                records[items[record["task"], record["item"]]].append(record)
+            for position in positions:
+                recorder.finish(position, records[position])
+            done += len(positions)
+            recorder.progress(done)
+
+    return RowProgram(ITEM_SCORES, compute)
+
+
+def _open_chat_model(path: str, settings: programs.Harness) -> Any:
+    """Return the harness's view of a model, whose prompts are rendered as those of our other programs."""
     import torch
+    from lm_eval.models.huggingface import HFLM
 
     from montessori_core.models.device import compute_device
 
-    manager = _open_manager(inputs.get("tasks"))
-    from lm_eval.models.huggingface import HFLM
-
     class ChatModel(HFLM):  # type: ignore[misc]
-        """A model whose prompts are rendered as those of our other programs."""
-
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             turns = [turn | {"content": turn_content(tokenizer, turn["content"])} for turn in chat_history]
             return str(super().apply_chat_template(turns, add_generation_prompt))
@@ -92,35 +116,13 @@ def open_harness(settings: programs.Harness, inputs: Mapping[str, Path]) -> RowP
                 row[start:] = torch.tensor(kept + [self.eot_token_id] * (len(drawn) - len(kept)))
             return written
 
-    path, device = str(inputs["model"]), compute_device()
+    device = compute_device()
     tokenizer = load_tokenizer(path)
     model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device).eval()
     check_tokenizer(tokenizer, model)
     model.generation_config.eos_token_id = sorted(end_tokens(tokenizer, model.generation_config))
     tokenizer.chat_template = dated_template(tokenizer)
-    harness_model = ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
-    loaded: dict[tuple[str, int | None], dict[str, Any]] = {}
-
-    def compute(rows: list[ItemRow], recorder: Recorder) -> None:
-        recorder.progress(done := 0)
-        for positions in _batches(rows, settings.batch_size):
-            benchmark, shots = rows[positions[0]]["benchmark"], rows[positions[0]]["shots"]
-            tasks = loaded.setdefault((benchmark, shots), {})
-            if not tasks:
-                tasks |= _load(manager, benchmark, inputs.get("tasks"))
-                for task in tasks.values():
-                    _set_shots(task, shots)
-                    _draw_by_item(task)
-            items = {(rows[position]["task"], rows[position]["item"]): position for position in positions}
-            records: dict[int, list[Row]] = {position: [] for position in positions}
-            for record in _score(harness_model, tasks, sorted(items), benchmark, settings.chat_template):
-                records[items[record["task"], record["item"]]].append(record)
-            for position in positions:
-                recorder.finish(position, records[position])
-            done += len(positions)
-            recorder.progress(done)
-
-    return RowProgram(ITEM_SCORES, compute)
+    return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(device))
 
 
 def _open_manager(folder: Path | None) -> Any:

@@ -41,7 +41,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
     def compute(rows: list[PairRow], output: Path, report: Report) -> None:
         start_processes()
         import torch
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOTrainer
 
         class TeacherTrainer(PlainAdamW, EvenPairs, DPOTrainer):  # type: ignore[misc]
             def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,23 +63,17 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         pairs = _encode(tokenizer, rows, settings)
         TeacherTrainer.padding = padding_rows(len(pairs), recipe)
         end = tokenizer.eos_token_id
-        padding = [{"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}] * TeacherTrainer.padding
-        arguments = DPOConfig(
-            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(pairs)),
-            beta=recipe.beta,
-            label_smoothing=recipe.label_smoothing,
-            max_length=recipe.max_length,
-            precompute_ref_log_probs=recipe.precomputes_reference,  # no second teacher in memory
+        pairs_and_padding = (
+            pairs + [{"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}] * TeacherTrainer.padding
         )
-        read_before = len(pairs) + len(padding) if recipe.precomputes_reference else 0
-        progress = ProgressCallback(report, recipe, read_before)
+        progress = ProgressCallback(report, recipe, len(pairs_and_padding) if recipe.precomputes_reference else 0)
         teacher, adapter = load_model(model_path, torch.float32), None
         if recipe.lora is not None and not is_adapter(Path(model_path)):
             adapter = lora_config(teacher, recipe.lora, "teacher_update.lora")
-        with shared_dataset([*pairs, *padding], output.parent) as data:
+        with shared_dataset(pairs_and_padding, output.parent) as data:
             trainer = TeacherTrainer(
                 model=teacher,
-                args=arguments,
+                args=_arguments(settings, checkpoints, len(pairs)),
                 train_dataset=data,
                 processing_class=tokenizer,
                 callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
@@ -89,10 +83,23 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
                 speed_up_scoring(trainer.model, pairs=True)
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))
             train(trainer, Path(model_path), checkpoints)
-        counts = {"pairs": len(pairs), "left_out": len(rows) - len(pairs)}
-        save_trained(trainer, tokenizer, counts, checkpoints, output)
+        save_trained(trainer, tokenizer, {"pairs": len(pairs), "left_out": len(rows) - len(pairs)}, checkpoints, output)
 
     return compute
+
+
+def _arguments(settings: programs.Dpo, checkpoints: Path, pairs: int) -> Any:
+    """Return TRL's arguments of an update on so many pairs."""
+    from trl import DPOConfig
+
+    recipe = settings.recipe
+    return DPOConfig(
+        **training_arguments(recipe, settings.zero, settings.seed, checkpoints, pairs),
+        beta=recipe.beta,
+        label_smoothing=recipe.label_smoothing,
+        max_length=recipe.max_length,
+        precompute_ref_log_probs=recipe.precomputes_reference,  # no second teacher in memory
+    )
 
 
 def _encode(tokenizer: Any, rows: list[PairRow], settings: programs.Dpo) -> list[dict[str, list[int]]]:
