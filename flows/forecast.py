@@ -25,7 +25,7 @@ from montessori_core import layout
 from montessori_core.config import Experiment, Resources, StageResources, differences
 from montessori_core.errors import UserError
 from montessori_core.influence.pilot import PILOT
-from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
+from montessori_core.training.schedule import CHECKPOINT_SECONDS
 from tasks.run import Run
 
 _SIZES = {
@@ -213,7 +213,7 @@ def _work(stage: PurePath, rows: int, cost: StageCost, experiment: Experiment, a
         size = shard_size(rows, at_once, size)
     shards = [min(size, rows - start) * cost.seconds_per_row for start in range(0, rows, size)]
     if cost.kind in ("training", "teacher_update"):
-        saved_every = min(CHECKPOINT_SECONDS, sum(shards) / CHECKPOINTS)
+        saved_every = CHECKPOINT_SECONDS
     else:
         saved_every = max(COMMIT_SECONDS, cost.seconds_per_row)
     local = experiment.cluster.profile == "local"

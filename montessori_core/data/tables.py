@@ -143,7 +143,10 @@ UTILITY = _schema(
     _field("example_id", _TEXT, "the example"),
     _field("prompt_id", _TEXT, "its prompt"),
     _field(
-        "utility", _REAL, "what stands in for influence, higher is better; null if it could not be computed", nullable=True
+        "utility",
+        _REAL,
+        "what stands in for influence, higher is better; null if it could not be computed",
+        nullable=True,
     ),
 )
 

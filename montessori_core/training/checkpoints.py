@@ -1,6 +1,6 @@
 """Checkpoints of a training: when they are saved, and which are complete.
 
-Ten checkpoints are spread evenly over a training. More are saved as time passes, and one before the scheduler ends the job.
+Checkpoints are saved by the clock, the more rarely the longer saving takes, and before the scheduler ends the job.
 """
 
 import logging
@@ -19,14 +19,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from montessori_core.files import hash_json, make_folder_of_pickles
 from montessori_core.layout import CHECKPOINT_FOLDER
 from montessori_core.models.fetch import fingerprint
-from montessori_core.training.schedule import CHECKPOINT_SECONDS, CHECKPOINTS
+from montessori_core.training.schedule import CHECKPOINT_SECONDS
 
 log = logging.getLogger(__name__)
 
-_MIN_STEPS = 20
-"""Steps of the shortest training with evenly spread checkpoints."""
 _TIME_SHARE = 0.05
-"""Share of the training time that timed checkpoints may take."""
+"""Share of the training time that saving may take."""
 _GRACE = 60.0
 """Seconds that a job has after the scheduler's signal at least; submitit asks Slurm for 90."""
 _COMPLETE = "whole"
@@ -42,15 +40,6 @@ def checkpoint_folder(output: Path, settings: Mapping[str, Any], model: str, row
     folder = output.parent / CHECKPOINT_FOLDER / hash_json(inputs)[:16]
     make_folder_of_pickles(folder)
     return folder
-
-
-def checkpoint_arguments(steps: int) -> dict[str, Any]:
-    """Return the trainer's arguments for the evenly spread checkpoints; a short training has none."""
-    return {
-        "save_strategy": "steps" if steps >= _MIN_STEPS else "no",
-        "save_steps": 1 / CHECKPOINTS,
-        "save_total_limit": 2,  # the last may be incomplete if the job is killed
-    }
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:

@@ -89,7 +89,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
 
 
 def _arguments(settings: programs.Dpo, checkpoints: Path, pairs: int) -> Any:
-    """Return TRL's arguments of an update on so many pairs."""
+    """Return TRL's arguments of an update on this number of pairs."""
     from trl import DPOConfig
 
     recipe = settings.recipe

@@ -20,7 +20,6 @@ from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import (
-    checkpoint_arguments,
     last_complete_checkpoint,
     remove_incomplete_checkpoints,
 )
@@ -83,7 +82,6 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
 def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints: Path, examples: int) -> dict[str, Any]:
     """Return the common arguments of SFTConfig and DPOConfig."""
     processes = int(os.environ["WORLD_SIZE"])
-    steps = recipe.epochs * -(-examples // recipe.batch_size)
     return {
         "output_dir": str(checkpoints),
         "deepspeed": deepspeed_config(zero),
@@ -98,7 +96,8 @@ def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints:
         "dataloader_drop_last": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would show the mean of earlier losses in place of NaN
-        **checkpoint_arguments(steps),
+        "save_strategy": "no",  # `CheckpointCallback` asks for checkpoints
+        "save_total_limit": 2,  # the last may be incomplete if the job is killed
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,

@@ -19,5 +19,4 @@ def rate_factor(step: int, steps: int, schedule: Schedule) -> float:
     return schedule.final + (1.0 - schedule.final) * (remaining - 1) / decay
 
 
-CHECKPOINTS = 10  # number of evenly spread checkpoints
-CHECKPOINT_SECONDS = 60.0  # between timed checkpoints; more if saving takes long
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints; more if saving takes long

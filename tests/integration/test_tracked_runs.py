@@ -11,7 +11,7 @@ from montessori_core.config import TeacherUpdate, Warmup, Zero
 from montessori_core.layout import LOG_FILE
 from montessori_core.program import Program, SettingsT
 from montessori_core.tracking.runs import ITERATIONS, TrackedRun, new_problems, prepare_tracking
-from support import ROOT
+from support import ROOT, killed_jobs
 from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
 from support.row_programs import run_in_job
@@ -63,7 +63,7 @@ def test_killed_training_logs_each_step_once(tiny_llama: Path, offline: Path) ->
     run, stage = offline / "run", offline / "run" / "iteration-1" / "student"
     file = prepare_tracking(run, "mine", INSTALLED)
     watcher = kill_jobs_once(stage, beyond=10)
-    part = train(stage, programs.SFT, settings, tiny_llama, rows, file)
+    part = train(stage, killed_jobs.SFT, settings, tiny_llama, rows, file)
     watcher.join()
     logs = "".join(path.read_text() for path in (stage / "jobs").rglob("*_log.err"))
     assert "resuming from checkpoint-" in logs

@@ -32,7 +32,7 @@ from montessori_core.training.dpo import encode_pair
 from montessori_core.training.engine import FiniteCallback, ProgressCallback
 from montessori_core.training.moments import Moments, load_moments, weights_checksums
 from montessori_core.training.schedule import rate_factor
-from support import ROOT
+from support import ROOT, killed_jobs
 from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
 from support.row_programs import run_in_job
@@ -387,7 +387,7 @@ def test_bf16_training_starts_from_unrounded_weights(
 @pytest.mark.guarantee("training job killed between two steps")
 @pytest.mark.parametrize(("stage", "processes"), [(0, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_killed_training_resumes_to_same_weights(tiny_llama: Path, tmp_path: Path, stage: int, processes: int) -> None:
-    kill_and_compare(tmp_path, tiny_llama, stage, processes, programs.SFT)
+    kill_and_compare(tmp_path, tiny_llama, stage, processes, killed_jobs.SFT, programs.SFT)
 
 
 @pytest.mark.slow
@@ -395,15 +395,20 @@ def test_killed_training_resumes_to_same_weights(tiny_llama: Path, tmp_path: Pat
 def test_killed_bf16_training_resumes_from_masters(
     tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
-    kill_and_compare(tmp_path, tiny_llama, stage, processes, BF16_SFT)
+    kill_and_compare(tmp_path, tiny_llama, stage, processes, killed_jobs.BF16_SFT, BF16_SFT)
 
 
 def kill_and_compare(
-    tmp_path: Path, tiny_llama: Path, stage: int, processes: int, program: Program[programs.Sft]
+    tmp_path: Path,
+    tiny_llama: Path,
+    stage: int,
+    processes: int,
+    program: Program[programs.Sft],
+    undisturbed_program: Program[programs.Sft],
 ) -> None:
     """Train with and without a kill -9 after ten steps; compare weights, moments and log."""
     rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(20) for row in ROWS]
-    undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows, program=program)
+    undisturbed = sft(tmp_path / "undisturbed", tiny_llama, stage, processes, rows, program=undisturbed_program)
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
     part = sft(tmp_path / "killed", tiny_llama, stage, processes, rows, program=program)
     watcher.join()
@@ -418,13 +423,12 @@ def kill_and_compare(
 
 
 @pytest.mark.slow
-def test_training_killed_before_commit_repeats_no_step(tiny_llama: Path, tmp_path: Path) -> None:
+def test_training_killed_before_commit_repeats_last_step(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [row | {"instruction": f"{row['instruction']} ({n})"} for n in range(10) for row in ROWS]
     undisturbed = sft(tmp_path / "undisturbed", tiny_llama, 2, 1, rows)
-    program = replace(programs.SFT, entry="support.killed_jobs:open_sft")
-    part = sft(tmp_path / "killed", tiny_llama, 2, 1, rows, program=program)
+    part = sft(tmp_path / "killed", tiny_llama, 2, 1, rows, program=killed_jobs.DYING_SFT)
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
-    assert "resuming from checkpoint-20" in logs
+    assert "resuming from checkpoint-19" in logs
     for name in ("model.safetensors", "adamw.safetensors"):
         assert (part / name).read_bytes() == (undisturbed / name).read_bytes()
     assert [entry["step"] for entry in read_json(part / LOG_FILE)] == list(range(1, 21))
@@ -550,12 +554,12 @@ def test_killed_teacher_update_resumes_to_same_weights(
     recipe = TeacherUpdate(learning_rate=1e-3, batch_size=1, micro_batch_size=1, lora=lora)
     pairs = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(5) for pair in PAIRS]
 
-    def update(folder: Path, **keep: int) -> Path:
-        return execute(folder, programs.DPO, dpo(recipe, 2, **keep), start, pairs, 1)
+    def update(folder: Path, program: Program[programs.Dpo], **keep: int) -> Path:
+        return execute(folder, program, dpo(recipe, 2, **keep), start, pairs, 1)
 
-    undisturbed = update(tmp_path / "undisturbed")
+    undisturbed = update(tmp_path / "undisturbed", programs.DPO)
     watcher = kill_jobs_once(tmp_path / "killed", beyond=10)
-    part = update(tmp_path / "killed", keep=3)
+    part = update(tmp_path / "killed", killed_jobs.DPO, keep=3)
     watcher.join()
     logs = "".join(path.read_text() for path in (tmp_path / "killed" / "jobs").rglob("*_log.err"))
     assert "resuming from checkpoint-" in logs

@@ -1,11 +1,16 @@
-"""Find local jobs; kill them in the middle of a training, or before its result is committed."""
+"""Find local jobs; kill them in the middle of a training, or before its result is committed.
 
+The trainings save a checkpoint after each step: those of tests end before the first is due.
+"""
+
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,11 @@ import psutil
 
 from montessori_core import programs
 from montessori_core.program import Compute, Report
+
+SFT = replace(programs.SFT, entry="support.killed_jobs:open_sft")
+BF16_SFT = replace(programs.SFT, entry="support.killed_jobs:open_bf16_sft")
+DYING_SFT = replace(programs.SFT, entry="support.killed_jobs:open_dying_sft")
+DPO = replace(programs.DPO, entry="support.killed_jobs:open_dpo")
 
 
 def jobs_of(folder: Path) -> list[psutil.Process]:
@@ -45,11 +55,41 @@ def kill_jobs_once(stage: Path, beyond: int) -> threading.Thread:
     return thread
 
 
+def save_after_each_step() -> None:
+    """Let trainings of this process save a checkpoint after each step."""
+    from montessori_core.training import checkpoints
+
+    checkpoints.CHECKPOINT_SECONDS = 0.0
+    checkpoints._TIME_SHARE = math.inf
+
+
 def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
-    """Train a student, see `montessori_core.training.sft`; the first job dies when its result is written."""
+    """Train a student, see `montessori_core.training.sft`."""
     from montessori_core.training import sft
 
-    train = sft.open_sft(settings, inputs)
+    save_after_each_step()
+    return sft.open_sft(settings, inputs)
+
+
+def open_bf16_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
+    """Train a student with bf16 copies of its weights."""
+    from support import bf16
+
+    save_after_each_step()
+    return bf16.open_sft(settings, inputs)
+
+
+def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute:
+    """Update a teacher, see `montessori_core.training.dpo`."""
+    from montessori_core.training import dpo
+
+    save_after_each_step()
+    return dpo.open_dpo(settings, inputs)
+
+
+def open_dying_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute:
+    """Train a student; the first job dies when its result is written."""
+    train = open_sft(settings, inputs)
 
     def compute(rows: list[Any], output: Path, report: Report) -> None:
         train(rows, output, report)

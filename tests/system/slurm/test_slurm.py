@@ -26,10 +26,10 @@ from montessori_core.config import Cluster, Container, JobOptions, Resources, Sl
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.program import Row
+from support import killed_jobs, studies, wait_until
 from support import prefect_server as ui
 from support import runs as whole
 from support import squares as local
-from support import studies, wait_until
 from support.judges import JudgeServer
 from support.preference_pairs import PAIRS
 from support.row_programs import as_shards
@@ -732,7 +732,7 @@ def test_two_node_teacher_update_resumes_after_fault(folder: Path, tiny_llama: P
     rows = [pair | {"chosen": f"{n} {pair['chosen']}"} for n in range(8) for pair in PAIRS]
 
     def update(name: str, on_progress: Callable[[Progress], None] = lambda progress: None) -> Path:
-        stage = Stage.of(programs.DPO, settings, folder / name, {"teacher": tiny_llama}, {})
+        stage = Stage.of(killed_jobs.DPO, settings, folder / name, {"teacher": tiny_llama}, {})
         [part] = run(folder, [rows], stage=stage, nodes=2, on_progress=on_progress)
         return part
 
