@@ -100,7 +100,7 @@ def fan_out(
         python: interpreter of these jobs, if they need another environment.
 
     Raises:
-        ShardsFailed: some shards failed, after all others were done.
+        ShardsFailed: some shards failed, after all others were done; or the program does not open.
         UserError: jobs cannot be started or ended here, or the ledger is corrupt.
     """
     keys = [stage.key(rows) for rows in shards]
@@ -134,12 +134,11 @@ class _Driver:
         self._backend = open_backend(cluster, resources, python, stage.kind, driven_folder())
         self._failed: dict[int, ShardFailure] = {}
         self._losses = Losses()
-        self._lost_on: dict[str, set[int]] = {}
+        self._lost_on: dict[str, set[int | str]] = {}
         self._avoid: frozenset[str] = frozenset()
         self._next_submission = 0.0
         self._running = 0
         self._alive: list[Task] = []
-        self._unanswered: list[Submission] = []
         self._refusals = 0
         self._stopwatch = Stopwatch()
         self._late = LateResults(self._backend.reason)
@@ -282,9 +281,9 @@ class _Driver:
             if failure is None or failure.job_id != job_id.split(":")[0]:
                 continue
             first, kind, reason, opening = index, failure.kind, failure.error, failure.opening
-        # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.
-        hit = set(range(len(self._shards))) - self._done if opening else {first}
         if kind in NOT_RETRIED:
+            # A program that does not open fails every shard. Otherwise the task ended at this shard and did not try the rest.
+            hit = set(range(len(self._shards))) - self._done if opening else {first}
             self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
             return
         if not kind:
@@ -294,10 +293,10 @@ class _Driver:
         progress = read_record(self._stage.progress_file(first), ShardProgress)
         losses = self._losses.count(first, kind, progress.done if progress else 0.0)
         if kind in ("lost", "node_failure", "file_system"):
-            self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), first)
+            self._count_loss_on_node(self._stage.node_of(job_id.split(":")[0]), job_id if opening else first)
         if losses > allowed_retries(kind, self._resources.infrastructure_retries):
             reason = f"{reason}; {losses} times{REMEDIES.get(kind, '')}"
-            self._failed.update({shard: ShardFailure(shard, kind, reason, log_path) for shard in hit})
+            self._failed[first] = ShardFailure(first, kind, reason, log_path)
             noted = {"job_id": job_id.split(":")[0], "attempt": "", "class": kind, "opening": opening, "traceback": ""}
             write_json(noted | {"error": reason}, self._stage.failure_file(first))
             return
@@ -313,15 +312,17 @@ class _Driver:
         self._next_submission = time.monotonic() + seconds
         return seconds
 
-    def _count_loss_on_node(self, node: str | None, shard: int) -> None:
-        """Exclude a node that lost several shards; one lost shard may itself be the cause."""
+    def _count_loss_on_node(self, node: str | None, lost_work: int | str) -> None:
+        """Exclude a node that lost several shards, or jobs at opening; one lost shard may itself be the cause."""
         limit = self._resources.exclude_node_after
         if node is None or not limit:
             return
         lost = self._lost_on.setdefault(node, set())
-        lost.add(shard)
+        lost.add(lost_work)
         if len(lost) == limit and self._cluster.profile == "slurm":
-            log.warning("%s: node %s lost %d shards; it gets no more of this stage", self._stage.name, node, limit)
+            log.warning(
+                "%s: node %s lost %d shards or jobs; it gets no more of this stage", self._stage.name, node, limit
+            )
             self._avoid |= {node}
 
     def _submit_missing(self, busy: set[int]) -> None:
@@ -333,9 +334,9 @@ class _Driver:
         tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running)
         if not tasks:
             return
-        while self._unanswered:  # the scheduler may have accepted the jobs without answering
-            close_submission(self._unanswered[-1], self._cluster, self._ledger)
-            self._unanswered.pop()
+        for submission in self._ledger.open_submissions():
+            if submission.ids is None:  # the scheduler may have accepted the jobs without our learning of it
+                close_submission(submission, self._cluster, self._ledger)
         self._submit(tasks, self._avoid)
 
     def _submit(self, tasks: list[Task], avoid: frozenset[str]) -> None:
@@ -354,7 +355,6 @@ class _Driver:
             pause = self._pause(self._refusals)
             self._refusals += 1
             log.warning("%s: %s; trying again in %.0f s", self._stage.name, str(error).splitlines()[-1], pause)
-            self._unanswered.append(submission)
         self._ledger.save()
 
     def _duplicate_stragglers(self, busy: set[int]) -> None:
@@ -370,7 +370,8 @@ class _Driver:
                 left = [index for index in task if index in busy]
                 if left and job_id in started:
                     running[left[0]] = job_id, left
-                waiting |= bool(left) and job_id not in started
+                elif left and submission.missed.get(job_id, 0) < self._backend.polls_until_lost:
+                    waiting = True
         now = time.monotonic()
         self._stopwatch.update(set(running), self._done, now)
         if waiting:

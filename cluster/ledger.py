@@ -59,7 +59,8 @@ def _read_submissions(file: Path) -> list[Submission]:
         # Treating it as empty would start running jobs a second time.
         raise UserError(
             f"{file} is corrupt: cannot tell which jobs are still running. End them (Slurm: squeue --me, names that "
-            "begin with montessori-; local: processes of cluster.supervisor or submitit), then remove the file and "
+            f"begin with montessori-{file.parent.parent.name}-; local: processes of cluster.supervisor, cluster.step or "
+            f"submitit whose command has {file.parent}), then remove the file and "
             "resume the run; finished shards are kept"
         )
     return submissions
@@ -87,7 +88,7 @@ def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -
     """End the jobs of a submission, even if their ids were never recorded."""
     backend = backend_at(submission.host, cluster)
     if backend is None:
-        # They do no harm: commits are atomic, and the first result of a shard counts.
+        # They do no harm: commits are atomic, the first result of a shard counts, and one with another key is dropped.
         log.warning("jobs named %s may still run on host %s", submission.name, submission.host)
     elif submission.ids is None:
         backend.cancel(backend.find(submission.name, ledger.folder / submission.name))

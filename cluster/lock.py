@@ -73,10 +73,12 @@ def only_driver(folder: Path) -> Iterator[None]:
         try:
             with _driving(folder):
                 yield
-        except Exception:
+        except DriverStopped:
+            raise  # its job may start again
+        except BaseException:
             lock.truncate(0)
             raise
-        lock.truncate(0)  # but not when the driver is stopped: its job may start again
+        lock.truncate(0)
 
 
 @contextmanager

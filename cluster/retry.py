@@ -4,8 +4,8 @@ _NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that say 
 NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
 REMEDIES = {
     "file_system": "; see the mounts of these nodes, and their file servers",
-    "out_of_memory": "; raise memory_gb of the stage in cluster.resources, or make its batches smaller",
-    "time_limit": "; raise time_limit_minutes of the stage in cluster.resources, or make its shards smaller",
+    "out_of_memory": "; raise memory_gb of the stage in cluster.resources (smaller batches need a run of another name)",
+    "time_limit": "; raise time_limit_minutes of the stage in cluster.resources (smaller shards need a run of another name)",
 }
 
 

@@ -83,7 +83,7 @@ def _size(part: Path) -> int:
 
 
 class _Overtaken(Exception):
-    """Another job committed the shard first."""
+    """Another job committed the shard first, or the stage has other settings or rows now."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,13 @@ class Stage:
         inputs = {name: Path(path) for name, path in content.pop("inputs").items()}
         return Stage(**content, inputs=inputs, folder=folder)
 
+    def _now_computes_other(self, index: int, key: str) -> bool:
+        """Return whether the stage's folder has been given other settings or rows, so that the shard has another key."""
+        with suppress(UserError):  # no description, as before the first `write`
+            rows = self.read_rows(index)
+            return Stage.read(self.folder).key(rows) != key
+        return False
+
     def manifests(self, shards: Iterable[int]) -> list[Manifest]:
         """Return the manifests of `shards`, in order, without those that are missing or damaged."""
         manifests = (read_record(self.manifest(index), Manifest) for index in shards)
@@ -303,7 +310,8 @@ class Stage:
     ) -> Iterator[Path]:
         """Yield a temporary path for a result; on success move it into place and write its manifest last.
 
-        If another job committed the shard first, its result stays and this one is dropped.
+        If another job committed the shard first, its result stays and this one is dropped. So is a result that the stage
+        no longer asks for: a job of an earlier driver may end after the settings were changed.
 
         Args:
             index: of the shard.
@@ -316,13 +324,15 @@ class Stage:
         """
         started = time.monotonic()
         part = self.part(index)
+        part_is_new = False
         with suppress(_Overtaken), commit(part) as temporary:
             yield temporary
-            if self.is_done(index, key):
+            if self.is_done(index, key) or self._now_computes_other(index, key):
                 raise _Overtaken
             self.manifest(index).unlink(missing_ok=True)
+            part_is_new = True
         operations = flops.read_and_reset() * processes  # of a dropped result too: the next shard must not count them
-        if self.is_done(index, key):
+        if not part_is_new or self.is_done(index, key):
             return
         manifest = {
             "key": key,

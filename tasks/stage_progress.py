@@ -190,9 +190,13 @@ class _LogTail:
         self._offsets: dict[Path, int] = {}
 
     def new_lines(self) -> list[str]:
-        """Return the lines added since the last call."""
+        """Return the lines added since the last call; none while the folder cannot be read: logs are only shown."""
         lines = []
-        for path, shards in logs_of(self._folder, self._shards).items():
+        try:
+            logs = logs_of(self._folder, self._shards)
+        except (OSError, UserError):
+            return []
+        for path, shards in logs.items():
             if path not in self._offsets:
                 self._offsets[path] = 0
                 lines.append(f"log of {_describe_shards(shards)}: {path}")

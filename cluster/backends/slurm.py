@@ -1,6 +1,7 @@
 """Backend that runs jobs as Slurm job arrays."""
 
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -129,7 +130,10 @@ class SlurmBackend:
         """Whether sbatch would accept jobs later: the controller is down, or this user has too many jobs at the moment."""
         if any(sign in refusal for sign in _CONTROLLER_DOWN):
             return True
-        return any(sign in refusal for sign in _TOO_MANY_JOBS) and bool(self._squeue("--me"))
+        if not any(sign in refusal for sign in _TOO_MANY_JOBS):
+            return False
+        queued = self._squeue("--me", "--format=%A") or set()
+        return bool(queued - {os.environ.get("SLURM_JOB_ID")})  # the driver itself may be a job
 
     def _executor(self, name: str, folder: Path, at_once: int, avoid: frozenset[str]) -> SbatchExecutor:
         """Return the executor that submits jobs with the configured options."""

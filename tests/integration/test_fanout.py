@@ -442,6 +442,19 @@ def test_first_result_of_a_shard_is_kept(folder: Path) -> None:
     assert flops.read_and_reset() == 0  # the job's next shard does not count them
 
 
+def test_result_of_earlier_settings_is_dropped(folder: Path) -> None:
+    shards = as_shards(SHARDS[0])
+    earlier, now = stage(folder), stage(folder, seconds=0.5)
+    earlier.write(shards)
+    with earlier.commit_part(0, key_of(earlier, SHARDS[0]), 3, "of another host") as late:
+        now.write(shards)
+        with now.commit_part(0, key_of(now, SHARDS[0]), 3, "of this host") as part:
+            part.write_text("now")
+        late.write_text("earlier")
+    assert now.part(0).read_text() == "now"
+    assert now.is_done(0, key_of(now, SHARDS[0]), thorough=True)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A stage with records of every kind; all shards are done except the last, which failed."""
@@ -556,11 +569,16 @@ def test_local_job_survives_clock_change(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backend.running("", [job_id]) == set()
 
 
-def test_local_job_killed_at_its_limit_is_time_limit() -> None:
+def test_local_job_killed_at_its_limit_is_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = LocalBackend(Resources(time_limit_minutes=1), None)
     now = seconds_since(0.0)
-    assert classify_loss(backend.reason(f"1:{now - 61}")) == "time_limit"
-    assert classify_loss(backend.reason(f"1:{now - 50}")) == "lost"
+    limited, killed, of_earlier_driver = f"1:{now - 61}", f"1:{now - 50}", f"2:{now - 90}"
+    monkeypatch.setattr(backend, "running", lambda name, ids: set(ids))
+    backend.alive("", [limited, killed])
+    assert classify_loss(backend.reason(limited)) == "time_limit"
+    assert classify_loss(backend.reason(killed)) == "lost"
+    assert "no driver was running" in backend.reason(of_earlier_driver)
+    assert classify_loss(backend.reason(of_earlier_driver)) == "lost"
 
 
 def test_commit_is_atomic(tmp_path: Path) -> None:
