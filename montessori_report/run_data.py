@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from montessori_core import layout
-from montessori_core.config import parse_yaml
+from montessori_core.config import Comparison, Preferences, parse_yaml
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table
 from montessori_core.errors import ConfigError
 from montessori_core.evaluation.kinds import KindClassifier, KindShare, read_classifier
@@ -23,6 +23,7 @@ from montessori_core.synthesis.filtering import funnel
 
 Log = list[dict[str, Any]]
 _TRAININGS = ("warmup", "teacher", "student")
+_BASELINE = Preferences().baseline  # of a run whose configuration cannot be read
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class RunData:
     @property
     def baseline(self) -> str:
         """The baseline of preference pairs, see `config.Preferences`."""
-        return str(self.setting("preferences", "baseline", "student"))
+        return str(self.setting("preferences", "baseline", _BASELINE))
 
     @property
     def planned(self) -> int:
@@ -196,7 +197,7 @@ def read_run_data(folder: Path) -> RunData:
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else None
     settings = _settings(text)
     unmodified = folder / layout.UNMODIFIED
-    baseline = _setting(settings, "preferences", "baseline", "student")
+    baseline = _setting(settings, "preferences", "baseline", _BASELINE)
     iterations = [
         _read_iteration(path, unmodified, number, baseline) for number, path in layout.iterations(folder).items()
     ]
@@ -237,7 +238,7 @@ def missing_parts(run: RunData) -> list[str]:
 
 
 def _missing_of(iteration: IterationData, run: RunData) -> list[str]:
-    measures_training = bool(run.setting("comparison", "influence_examples", 256))
+    measures_training = bool(run.setting("comparison", "influence_examples", Comparison().influence_examples))
     parts = {
         "the synthesis of the probing set": iteration.probing.examples,
         "the influence of the probing set": iteration.influence,

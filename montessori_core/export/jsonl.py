@@ -7,8 +7,15 @@ from typing import Any
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """Return a row as one line; what JSON does not have becomes null (NaN) or text (dates)."""
-    values = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-    return json.dumps(values, ensure_ascii=False, default=str) + "\n"
+    """Return a row as one line; what JSON does not have becomes null (NaN, infinity) or text (dates)."""
+    return json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return value

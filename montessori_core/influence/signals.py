@@ -105,9 +105,8 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
             return None
         example_loss(losses, make_batch([(0, example)], device)).backward()
         gradient = _take_gradients(parameters)
-        product = _inner_product(gradient, direction)
         norms = math.sqrt(_inner_product(gradient, gradient) * square)
-        return product / norms if 0 < norms < math.inf else None
+        return _inner_product(gradient, direction) / norms if 0 < norms < math.inf else None
 
     return _utility_of_rows(cosine)
 

@@ -50,6 +50,7 @@ def write_chosen(pool: Pool, positions: Sequence[int], output: Path) -> None:
                 stream.writelines(map(json_line, rows))
         else:
             _write_parquet(rows, pool, temporary)
+        refuse_existing(output, "file")  # another command may have written it meanwhile
 
 
 def _write_parquet(rows: Iterator[Row], pool: Pool, path: Path) -> None:

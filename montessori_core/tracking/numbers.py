@@ -28,14 +28,14 @@ def log_numbers(file: Path, numbers: Mapping[str, float], step: int) -> None:
         if not new:
             continue
         try:
-            with closing(open_tracker(tracker, run)) as opened:
-                # Before they are sent: after a kill in between, nothing is there twice.
-                run.update_state(tracker, logged=logged | {f"{name}@{step}": value for name, value in new.items()})
-                try:
+            try:
+                with closing(open_tracker(tracker, run)) as opened:
+                    # Before they are sent: after a kill in between, nothing is there twice.
+                    run.update_state(tracker, logged=logged | {f"{name}@{step}": value for name, value in new.items()})
                     opened.log(new, step)
-                except Exception:
-                    run.update_state(tracker, logged=logged)
-                    raise
+            except Exception:  # also of closing, when some trackers send
+                run.update_state(tracker, logged=logged)
+                raise
         except Exception as error:  # of any kind: a tracker never ends a run
             record_problem(file, tracker, error)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from montessori_core.errors import DataError
 from montessori_core.files import hash_json, read_json, write_json
 from montessori_core.layout import TRACKING
 
@@ -44,6 +45,8 @@ class TrackedRun:
     def of(file: Path, part: str) -> "TrackedRun":
         """Return a part of the run whose `tracking.json` is `file`."""
         content = read_json(file)
+        if content is None:
+            raise DataError(f"{file}: missing or damaged; resume the run, which writes it again")
         return TrackedRun(
             file.parent, tuple(content["trackers"]), content["group"], hash_json([content["id"], part])[:16], part
         )

@@ -73,7 +73,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
         with shared_dataset(pairs_and_padding, output.parent) as data:
             trainer = TeacherTrainer(
                 model=teacher,
-                args=_arguments(settings, checkpoints, len(pairs)),
+                args=_arguments(settings, checkpoints),
                 train_dataset=data,
                 processing_class=tokenizer,
                 callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
@@ -88,13 +88,13 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
     return compute
 
 
-def _arguments(settings: programs.Dpo, checkpoints: Path, pairs: int) -> Any:
-    """Return TRL's arguments of an update on this number of pairs."""
+def _arguments(settings: programs.Dpo, checkpoints: Path) -> Any:
+    """Return TRL's arguments of an update."""
     from trl import DPOConfig
 
     recipe = settings.recipe
     return DPOConfig(
-        **training_arguments(recipe, settings.zero, settings.seed, checkpoints, pairs),
+        **training_arguments(recipe, settings.zero, settings.seed, checkpoints),
         beta=recipe.beta,
         label_smoothing=recipe.label_smoothing,
         max_length=recipe.max_length,

@@ -79,7 +79,7 @@ def deepspeed_config(zero: Zero) -> dict[str, Any]:
     }
 
 
-def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints: Path, examples: int) -> dict[str, Any]:
+def training_arguments(recipe: Optimization, zero: Zero, seed: int, checkpoints: Path) -> dict[str, Any]:
     """Return the common arguments of SFTConfig and DPOConfig."""
     processes = int(os.environ["WORLD_SIZE"])
     return {

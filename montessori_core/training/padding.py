@@ -73,8 +73,9 @@ class EvenPairs(EvenSteps):
         rows -= (steps - 1) * batch_size  # of the last step
         pairs = rows - self.padding
         metrics = self._metrics["train"]  # type: ignore[attr-defined]
-        for name in ("rewards/margins", "rewards/accuracies"):
-            metrics[name][-1] *= rows / pairs
+        for name in metrics:
+            if name.startswith(("rewards/", "logps/")):
+                metrics[name][-1] *= rows / pairs
         recipe = self.recipe
         without_margin = (2 * recipe.beta) ** -2 if recipe.loss == "ipo" else math.log(2)
         return (loss * rows - without_margin * self.padding) / pairs

@@ -60,7 +60,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
             {"input_ids": [example.input_ids for example in padded], "labels": [example.labels for example in padded]}
         )
         arguments = SFTConfig(
-            **training_arguments(recipe, settings.zero, settings.seed, checkpoints, len(examples)),
+            **training_arguments(recipe, settings.zero, settings.seed, checkpoints),
             max_length=settings.max_length,
             packing=False,
         )

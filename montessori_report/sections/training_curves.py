@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from montessori_core import formatting
+from montessori_core.config import TeacherUpdate
 from montessori_report.figures import (
     AFTER,
     BEFORE,
@@ -60,7 +61,7 @@ def _learning(iteration: IterationData, run: RunData) -> Block | None:
             )
         )
     if teacher:
-        figures += _teacher_figures(logs["teacher"], teacher)
+        figures += _teacher_figures(run, logs["teacher"], teacher)
     figures.append(
         _curve_figure("Learning rate", "The scheduled learning rate of each optimizer step.", rates, "learning rate")
     )
@@ -85,21 +86,14 @@ def _curve_figure(
     return figure
 
 
-def _teacher_figures(log: Log, loss: Sequence[Line]) -> list[Figure]:
+def _teacher_figures(run: RunData, log: Log, loss: Sequence[Line]) -> list[Figure]:
     rewards = [
         Line.of_log("margin (chosen − rejected)", log, "rewards/margins", TEACHER),
         Line.of_log("chosen", log, "rewards/chosen", CHOSEN, "dash"),
         Line.of_log("rejected", log, "rewards/rejected", REJECTED, "dot"),
     ]
     return [
-        _curve_figure(
-            "DPO loss of the teacher",
-            "The dotted line is ln 2, the loss without any preference; below it, the teacher prefers the chosen "
-            "instructions.",
-            loss,
-            "DPO loss",
-            level=math.log(2),
-        ),
+        _teacher_loss_figure(run, loss),
         _curve_figure(
             "Rewards of the teacher",
             "The margin should rise above 0. If both rewards fall, the teacher only learns to avoid both texts.",
@@ -116,6 +110,23 @@ def _teacher_figures(log: Log, loss: Sequence[Line]) -> list[Figure]:
             limits=(-0.02, 1.02),
         ),
     ]
+
+
+def _teacher_loss_figure(run: RunData, loss: Sequence[Line]) -> Figure:
+    """Draw the loss of an update, and what it is without any preference, if that is one number."""
+    default = TeacherUpdate()
+    title, axis = "DPO loss of the teacher", "DPO loss"
+    if run.setting("teacher_update", "sft_weight", default.sft_weight):
+        reading = "The loss of the preferences, and the weighted negative log-likelihood of the chosen instructions."
+        return _curve_figure(title, reading, loss, axis)
+    level, name = math.log(2), "ln 2"
+    if run.setting("teacher_update", "loss", default.loss) == "ipo":
+        level, name = (2 * run.setting("teacher_update", "beta", default.beta)) ** -2, "1/(2β)²"
+    reading = (
+        f"The dotted line is {name}, the loss without any preference; below it, the teacher prefers the chosen "
+        "instructions."
+    )
+    return _curve_figure(title, reading, loss, axis, level=level)
 
 
 def _is_complete(entry: dict[str, Any]) -> bool:

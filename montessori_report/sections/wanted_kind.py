@@ -70,20 +70,19 @@ def _figure_of_teachers(run: RunData) -> Figure | None:
             dots.append(Dot(label, share.value, low, high, colour_of(number)))
     if not dots:
         return None
-    figure = share_figure(
+    return share_figure(
         "Instructions of the wanted kind",
         "Further to the right, more of the teacher's instructions are of the wanted kind. Intervals (Wilson, 95 %) that "
         "do not overlap show that the update moved the teacher.",
         dots,
     )
-    figure.plot.update_xaxes(range=[0, min(1.02, 1.15 * max(dot.high for dot in dots))])
-    return figure
 
 
 def share_figure(title: str, reading: str, dots: Sequence[Dot]) -> Figure:
     """Draw shares of instructions of the wanted kind."""
     figure = dot_figure(title, reading, dots, "share of the instructions of the wanted kind", formatting.share)
-    figure.plot.update_xaxes(tickformat=".0%")
+    longest = max((dot.high for dot in dots), default=1.0)
+    figure.plot.update_xaxes(tickformat=".0%", range=[0, min(1.02, 1.15 * longest)])
     return figure
 
 

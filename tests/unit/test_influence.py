@@ -408,13 +408,16 @@ def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None
     reference = ReferenceSet(examples(64, seed=4), 512, CPU)
 
     def measured(error_rate: float | None, baseline: str = "student") -> list[Measurement]:
+        nonlocal null_step_influence
         model = copy_of(warm, tiny_llama)
         rule = None if error_rate is None else SequentialReference(reference, 8, error_rate)
         resident = InfluenceMeter(
             ResidentStudent(model, warm[1], STEP, CPU), reference, "exact", "example", rule, baseline
         )
+        null_step_influence = resident.null_step_influence
         return [resident.measure(example) for example in PROBING]
 
+    null_step_influence = 0.0
     exact = measured(None)
     for found, whole in zip(measured(1e-300), exact, strict=True):  # no error allowed: every look is inconclusive
         assert found.reference_tokens == whole.reference_tokens == reference.input_tokens
@@ -427,6 +430,9 @@ def test_sequential_is_exact_after_full_set(warm: Any, tiny_llama: Path) -> None
             for one, other in zip(early, exact, strict=True)
         ]
         assert sum(signs) >= len(signs) - 1
+        # As everywhere else, so that a pair's sign is the one that was tested, whichever threshold is applied.
+        for one in early:
+            assert one.influence_student - one.influence_null_step == pytest.approx(null_step_influence, abs=1e-6)
 
 
 def test_sequential_sign_errors_stay_within_rate() -> None:
