@@ -135,15 +135,15 @@ class Endpoint(Section):
     spending_cap_dollars: float | None = Field(
         None,
         gt=0.0,
-        description="Spending limit of a run: it stops before the first request that could exceed it, and keeps the answers.",
+        description="Spending limit of this section in a run (one seed of a study): it stops before the first request that "
+        "could exceed it, and keeps the answers.",
     )
 
     @model_validator(mode="after")
     def _cap_needs_prices(self) -> "Endpoint":
-        if self.spending_cap_dollars is not None and not (
-            self.dollars_per_million_input_tokens or self.dollars_per_million_output_tokens
-        ):
-            raise ValueError("spending_cap_dollars needs dollars_per_million_input_tokens and ..._output_tokens")
+        prices = {"dollars_per_million_input_tokens", "dollars_per_million_output_tokens"}
+        if self.spending_cap_dollars is not None and not prices <= self.model_fields_set:
+            raise ValueError(f"spending_cap_dollars needs {' and '.join(sorted(prices))}; set both (0 if free)")
         if self.spending_cap_dollars is not None and self.token_limit == "none":
             raise ValueError("spending_cap_dollars needs a limit of tokens; set token_limit to the parameter's name")
         return self

@@ -62,7 +62,11 @@ def parse(kind: type[Configuration], content: dict[str, Any], source: str) -> Co
         return kind.model_validate(content)
     except ValidationError as error:
         lines = [f"{source} is not valid:"]
-        lines += [f"  {_field_path(problem['loc'])}: {_describe(problem, kind)}" for problem in error.errors()]
+        lines += [
+            f"  {_field_path(problem['loc'])}: {_describe(problem, kind)}"
+            for problem in error.errors()
+            if problem["type"] != "default_factory_not_called"  # of a field that depends on an invalid one
+        ]
         raise ConfigError("\n".join(lines)) from error
 
 

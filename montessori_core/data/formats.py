@@ -97,7 +97,7 @@ def turns_of(
 
 
 def _alpaca_turns(row: Mapping[str, Any], source: DataSource, where: str, with_response: bool) -> list[Turn]:
-    options = "option (instruction_field, input_field, output_field)"
+    options = "instruction_field, input_field or output_field"
     names = (source.instruction_field, source.input_field, source.output_field)
     instruction = _text(_field(row, names[0], where, options), names[0], where)
     found = _look_up(row, names[1])
@@ -131,7 +131,7 @@ def _optional_turn(row: Mapping[str, Any], role: Role, where: str) -> list[Turn]
 
 
 def _text_or_turns(row: Mapping[str, Any], name: str, role: Role, where: str) -> list[Turn]:
-    value = _decoded(_field(row, name, where, "format or option (instruction_field, output_field)"))
+    value = _decoded(_field(row, name, where, "instruction_field or output_field, or set format"))
     return (
         _turn_list(value, name, "messages", where)
         if isinstance(value, list)
@@ -238,7 +238,7 @@ def _field(row: Mapping[str, Any], name: str, where: str, option: str) -> Any:
 
 def _missing(row: Mapping[str, Any], name: str, where: str, option: str) -> RowError:
     found = ", ".join(map(str, row))
-    problem = f"field {name!r} is missing (found: {found}); set the field's {option} to its name"
+    problem = f"field {name!r} is missing (found: {found}); name the column that holds it with {option}"
     return RowError(where, problem, f"field {name!r} is missing")
 
 

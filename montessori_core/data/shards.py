@@ -75,6 +75,8 @@ def find_local(path: Path, split: str, field: str) -> list[DataFile] | None:
         return _of_one_kind([DataFile(name, name) for name in glob.glob(text, recursive=True)], text)
     if kind_of(text):
         return [DataFile(text, text)]
+    if not exists and text.startswith(("/", "..")):
+        raise DataError(f"{field}.path: {text}: no such file or folder; correct the path")
     if exists or path.suffix[1:].isalpha() or text.startswith(("/", "..")):
         raise DataError(f"{field}.path: {text}: expected {expected()}")
     return None

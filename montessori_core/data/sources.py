@@ -219,8 +219,8 @@ class TaskReader(Iterable[Task]):
         task_id = f"{self._field}-{self.tasks + 1:05d}" if id is None else str(id)
         if task_id in self._ids:
             raise RowError(where, f"id {task_id!r} occurs twice; ids must differ", "an id that occurs twice")
-        self._ids.add(task_id)
         about = [_text(row, name, where) for name in ("topic", "persona")] if self._field == "seed_pool" else []
+        self._ids.add(task_id)  # a bad row takes no id
         return Seed(task_id, *texts, *about) if any(about) else Task(task_id, *texts)
 
 
@@ -282,6 +282,8 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
             yield from jsonl_rows(builtin)
     elif (found := find_local(path, source.split, field)) is not None:
         yield from shard_rows(found)
+    elif source.path.startswith((".", "~")) and not path.exists():
+        raise DataError(f"{field}.path: {source.path}: no such file or folder; correct the path")
     elif source.path.startswith((".", "~")) and not path.is_dir():
         raise DataError(f"{field}.path: {source.path}: expected {expected()}")
     else:

@@ -39,7 +39,11 @@ def read_turns(
         problem = "no answer of the assistant after the user's turn; add it or remove the row"
         raise RowError(where, problem, "no answer of the assistant")
     if with_response and not spoken[start + 1].trained:
-        problem = f"field {spoken[start + 1].field!r}: the last answer has weight 0, so that it carries no loss"
+        answer = f"field {spoken[start + 1].field!r}"
+        if source.turns == "first":
+            problem = f"{answer}: the first answer carries no loss (weight 0, or in the column prompt)"
+            raise RowError(where, f"{problem}; set {field}.turns to all or last", "an untrained first answer")
+        problem = f"{answer}: the last answer has weight 0, so that it carries no loss"
         raise RowError(where, f"{problem}; remove the turns after the last trained answer", "an untrained last answer")
     read = spoken[0 if source.turns == "all" else start : start + 1 + with_response]
     texts = [turn.text if turn.role == "assistant" else turn.text.strip() for turn in read]

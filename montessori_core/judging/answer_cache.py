@@ -18,7 +18,13 @@ class AnswerCache:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: the cache of answers cannot be created ({error.strerror}); set MONTESSORI_CACHE to a folder "
+                "that you may write to"
+            ) from error
         self._path = path
         with self._open() as connection:
             connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT)")

@@ -160,9 +160,11 @@ class CachedClient:
     def _check_unanswered(self, refused: Sequence[Answer], total: int) -> None:
         share = self._endpoint.unanswered_limit
         if len(refused) > max(share * total, min(_FEW, total - 1)):
+            filtered = all(answer.finish_reason == "content_filter" for answer in refused)
+            remedy = "a model that answers them" if filtered else "a model with a longer context, lower max_tokens"
             raise UserError(
                 f"{self._endpoint.base_url}: {_describe_unanswered(refused, total)}, more than unanswered_limit={share:g}; "
-                "use a model with a longer context, lower max_tokens or raise the limit, and resume: answers are kept"
+                f"use {remedy} or raise the limit, and resume: answers are kept"
             )
 
     def _fetch_all(
@@ -237,6 +239,11 @@ class CachedClient:
                 if reason := refusal_of(error):
                     return Answer("", reason, 0, 0)
                 raise UserError(self._describe_status(error)) from error
+            except openai.APITimeoutError as error:  # after the client's own retries
+                raise UserError(
+                    f"{self._endpoint.base_url}: no answer within timeout_seconds={self._endpoint.timeout_seconds:g}, after "
+                    f"{self._endpoint.retries} retries; raise timeout_seconds, or lower max_tokens or concurrency"
+                ) from error
             except openai.APIConnectionError as error:  # after the client's own retries
                 raise UserError(
                     f"{self._endpoint.base_url} does not answer ({error}); check base_url and the network of the node"
@@ -246,6 +253,7 @@ class CachedClient:
                 if attempt == self._endpoint.retries:
                     raise UserError(
                         f"{self._endpoint.base_url}: {attempt + 1} responses did not follow the OpenAI API (last: {error!r})"
+                        "; check that base_url names an API, not a web page (it often ends in /v1)"
                     ) from error
                 time.sleep(min(8.0, _FIRST_PAUSE * 2.0**attempt))
         raise AssertionError

@@ -152,7 +152,7 @@ def open_api_generation(settings: programs.ApiGeneration, inputs: Mapping[str, P
         answered = api.ask(
             questions,
             lambda done: recorder.progress(done * len(rows) / len(questions)),
-            answered_before=recorder.finished_before,
+            answered_before=recorder.finished_before * len(questions) // len(rows),
         )
         answers = iter(answered)
         for position, row in enumerate(rows):

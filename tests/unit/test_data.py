@@ -117,7 +117,10 @@ def test_builtin_sets_raise_no_warning() -> None:
     [
         ('{"instruction": "a"}\n{"instruction": \n', "line 2, column 17: not valid JSON"),
         ('{"instruction": "a"}\n["b"]\n', "line 2: expected an object with named fields, found list"),
-        ('{"task": "a"}\n', "line 1: field 'instruction' is missing (found: task); set the field's option"),
+        (
+            '{"task": "a"}\n',
+            "line 1: field 'instruction' is missing (found: task); name the column that holds it with instruction_field",
+        ),
         ('{"instruction": 7}\n', "line 1: field 'instruction' is int, expected text"),
         ('{"instruction": "  "}\n', "line 1: field 'instruction' is empty"),
         ("\n\n", "has no examples"),
@@ -152,9 +155,11 @@ def test_invalid_utf8_is_refused_with_line(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_odd_formats_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
     for name, message in (
         ("no.jsonl", "cannot be read"),
         ("no.parquet", "cannot be read"),
+        ("no.txt", "no.txt: no such file or folder; correct the path"),
         ("a.txt", "expected a file \\(.jsonl, .ndjson, .json, "),
     ):
         with pytest.raises(DataError, match=message):

@@ -21,6 +21,7 @@ from montessori_core.programs import API_GENERATION, JUDGE, MT_BENCH_JUDGE, PAIR
 from support.judges import Judge, JudgeServer, completion, endpoint, open_with, send, served
 
 Problem = Callable[[dict[str, Any]], tuple[int, Any] | None]
+PRICES = {"dollars_per_million_input_tokens": 1.0, "dollars_per_million_output_tokens": 0.0}
 
 
 class StrictServer(Judge):
@@ -143,9 +144,10 @@ def test_parameters_are_set_and_omitted(server: StrictServer, tmp_path: Path) ->
     [
         ({"parameters": {"max_tokens": 5}}, "parameters.max_tokens: set max_tokens and token_limit"),
         ({"parameters": {"stream": True}}, "parameters.stream"),
+        ({"token_limit": "none", "spending_cap_dollars": 1.0, **PRICES}, "needs a limit of tokens"),
         (
-            {"token_limit": "none", "spending_cap_dollars": 1.0, "dollars_per_million_input_tokens": 1.0},
-            "needs a limit of tokens",
+            {"spending_cap_dollars": 1.0, "dollars_per_million_input_tokens": 1.0},
+            "needs dollars_per_million_input_tokens and dollars_per_million_output_tokens",
         ),
     ],
 )

@@ -326,6 +326,15 @@ def test_bad_row_is_refused_or_counted(row: dict[str, Any], message: str, reason
     assert [(row.place, row.reason) for row in bad] == [(f"{path}, line 2", reason)]
 
 
+def test_bad_seed_takes_no_id(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Name object {n}.", "topic": ["maths"] if n == 1 else "maths"} for n in range(6)]
+    path = write(tmp_path / "seeds.jsonl", rows)
+    bad: list[BadRow] = []
+    source = DataSource(path=path, drop_bad_rows=True, max_bad_rows=0.5)
+    assert len(read_tasks(source, "seed_pool", with_response=False, bad_rows=bad)) == 5
+    assert [row.place for row in bad] == [f"{path}, line 2"]
+
+
 @pytest.mark.guarantee("broken rows or wrong fields")
 @pytest.mark.parametrize(
     ("entry", "reason"),
@@ -352,7 +361,8 @@ def test_bad_entry_of_a_list_is_left_out(entry: str, reason: str, tmp_path: Path
 def test_missing_conversation_field_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"messages": TALK[:2], "instruction": "x"}])
     with pytest.raises(
-        DataError, match=r"field 'chat.turns' is missing \(found: messages, instruction\); set the field's conv"
+        DataError,
+        match=r"field 'chat.turns' is missing \(found: messages, instruction\); name the column that holds it with conv",
     ):
         read_tasks(DataSource(path=path, conversation_field="chat.turns"), "reference", with_response=True)
 
