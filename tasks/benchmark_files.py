@@ -18,8 +18,23 @@ def benchmark_copy(benchmarks: Benchmarks, setting: str, copies: Path) -> Path:
     return copies / f"{setting}{Path(getattr(benchmarks, setting)).suffix}"
 
 
-def check_benchmarks(benchmarks: Benchmarks, copies: Path) -> dict[str, list[str]]:
-    """Check the files of the section `benchmarks`; a run's copies are checked instead of their originals.
+def current_copies(benchmarks: Benchmarks, before: Benchmarks, copies: Path) -> dict[str, Path]:
+    """Return a run's copies that are still those of the configured files, by setting.
+
+    Args:
+        benchmarks: the configuration now.
+        before: the one that the run was last opened with.
+        copies: the folder of copies.
+    """
+    settings = [
+        name for name, path in _benchmark_paths(benchmarks).items() if _benchmark_paths(before).get(name) == path
+    ]
+    paths = {setting: benchmark_copy(benchmarks, setting, copies) for setting in settings}
+    return {setting: path for setting, path in paths.items() if path.exists()}
+
+
+def check_benchmarks(benchmarks: Benchmarks, copied: Mapping[str, Path]) -> dict[str, list[str]]:
+    """Check the files of the section `benchmarks`; those of `copied` are checked instead of their originals.
 
     Returns:
         The questions whose answers are judged, by setting.
@@ -29,9 +44,7 @@ def check_benchmarks(benchmarks: Benchmarks, copies: Path) -> dict[str, list[str
     """
     from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outputs
 
-    paths = _benchmark_paths(benchmarks)
-    copied = {setting: benchmark_copy(benchmarks, setting, copies) for setting in paths}
-    paths |= {setting: path for setting, path in copied.items() if path.exists()}
+    paths = {**_benchmark_paths(benchmarks), **copied}
     for setting, path in paths.items():
         if not os.path.exists(path):
             raise UserError(f"benchmarks.{setting}: {path}: not found; correct the path")
@@ -78,10 +91,9 @@ def _benchmark_paths(benchmarks: Benchmarks) -> dict[str, Path]:
     return {setting: Path(os.path.expanduser(path)) for setting, path in paths.items() if path is not None}
 
 
-def copy_benchmarks(benchmarks: Benchmarks, copies: Path) -> None:
-    """Copy the files of the section `benchmarks`, except those already copied."""
+def copy_benchmarks(benchmarks: Benchmarks, copies: Path, copied: Mapping[str, Path]) -> None:
+    """Copy the files of the section `benchmarks` to a folder, except those of `copied`."""
     for setting, path in _benchmark_paths(benchmarks).items():
-        copy = benchmark_copy(benchmarks, setting, copies)
-        if not copy.exists():
-            with commit(copy) as temporary:
+        if setting not in copied:
+            with commit(benchmark_copy(benchmarks, setting, copies)) as temporary:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary)

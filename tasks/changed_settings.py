@@ -30,7 +30,8 @@ def changed_settings(experiment: Experiment, config: Path) -> list[str]:
         raise UserError(
             f"{config.parent}: this run was started with another configuration:\n  "
             + "\n  ".join(fixed)
-            + "\nOnly preferences, teacher_update and training may change. Use another --name for the new configuration, or "
+            + "\nOf the method's settings, only preferences, teacher_update and training may change. "
+            + "Use another --name for the new configuration, or "
             + f"resume the run unchanged: montessori resume {config.parent}"
         )
     return changed

@@ -24,7 +24,7 @@ from montessori_core.config import (
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.sources import Sources, Task, check_sources, load_tasks, read_sources, write_tasks
 from montessori_core.errors import UserError
-from montessori_core.files import hash_path, read_json, write_json
+from montessori_core.files import commit, hash_path, read_json, write_json
 from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import commit_of, fetch_model, fingerprint
 from montessori_core.models.positions import check_positions
@@ -39,7 +39,7 @@ from montessori_core.synthesis.sandbox import check_isolation
 from montessori_core.synthesis.strategies.opened import check_strategy, read_documents
 from montessori_core.tracking.trackers import check_trackers
 from montessori_core.versions import check_versions
-from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, overlap_warnings
+from tasks.benchmark_files import benchmark_copy, check_benchmarks, copy_benchmarks, current_copies, overlap_warnings
 from tasks.changed_settings import changed_settings, first_stage
 
 _PASSAGES = "passages"
@@ -170,44 +170,44 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     Raises:
         UserError: a check failed; the message names the problem and a remedy.
     """
-    config = folder / layout.CONFIG
+    config, copies = folder / layout.CONFIG, folder / layout.SOURCES
+    opened_before = config.exists()  # written last: without it, the copies may be of another, unfinished opening
     changed: list[str] = []
-    if config.exists():
+    benchmarks, benchmarks_copied = experiment.benchmarks, dict[str, Path]()
+    if opened_before:
         changed = changed_settings(experiment, config)
         refuse_other_owner(folder)
         refuse_second_driver(folder)
+        benchmarks_copied = current_copies(benchmarks, read_experiment(config).benchmarks, copies)
     run = Run(folder, experiment)
-    copied = all(run.source_file(name).exists() for name in Sources.__annotations__)
+    copied = opened_before and all(run.source_file(name).exists() for name in Sources.__annotations__)
     bad_rows: list[BadRow] = []
     sources = run.sources() if copied else read_sources(experiment, bad_rows)
-    warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
-    for name in ("reference", "evaluation"):
-        warnings += thinking_warning(f"{name}.path", getattr(sources, name))
-    warnings += check_filters(experiment.synthesis, sources.seed_pool)
+    warnings = _check_data(sources, experiment)
     documents = run.source_file(_PASSAGES)
-    passages = run.passages() if documents.exists() else read_documents(experiment.synthesis)
+    passages_copied = opened_before and documents.exists()
+    passages = run.passages() if passages_copied else read_documents(experiment.synthesis)
     check_strategy(experiment.synthesis, experiment.teacher.prompt_style, sources.seed_pool, passages)
     if changed:
         first = first_stage(changed, experiment)
         kept = f"the {first} and later stages are computed again, earlier stages are kept"
         warnings.append("\n  ".join([f"changed settings: {kept}:", *changed]))
-    benchmarks = experiment.benchmarks
-    questions = check_benchmarks(benchmarks, folder / layout.SOURCES)
+    questions = check_benchmarks(benchmarks, benchmarks_copied)
     warnings += overlap_warnings(sources.reference, questions, benchmarks.contamination_words)
     check_environment(experiment)
     warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     try:
-        (folder / layout.SOURCES).mkdir(parents=True, exist_ok=True)
+        copies.mkdir(parents=True, exist_ok=True)
         run = Run(folder.resolve(), experiment)
         if not copied:
             for name in Sources.__annotations__:
                 write_tasks(getattr(sources, name), run.source_file(name))
-            write_bad_rows(bad_rows, folder / layout.SOURCES)
-        if passages and not documents.exists():
+            write_bad_rows(bad_rows, copies)
+        if passages and not passages_copied:
             write_tasks(passages, documents)
-        copy_benchmarks(benchmarks, run.folder / layout.SOURCES)
-        _copy_templates(templates, folder)
+        copy_benchmarks(benchmarks, copies, benchmarks_copied)
+        _copy_templates(templates, folder, opened_before)
         write_json(commits, folder / layout.MODEL_COMMITS)
         if changed:
             _mark_unfinished(folder)
@@ -215,7 +215,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:
         raise UserError(
-            f"{folder}: the run folder cannot be written ({error.strerror}); free space or choose another --run-root"
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space or choose another "
+            "--run-root"
         ) from error
     if not run.finished:
         open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
@@ -300,15 +301,24 @@ def _role(section: Teacher | Student) -> str:
     return "teacher" if isinstance(section, Teacher) else "student"
 
 
+def _check_data(sources: Sources, experiment: Experiment) -> list[str]:
+    """Check the data sets, and the settings that depend on them; return warnings."""
+    warnings = check_sources(sources, experiment) + check_decoding(experiment.synthesis)
+    for name in ("reference", "evaluation"):
+        warnings += thinking_warning(f"{name}.path", getattr(sources, name))
+    return warnings + check_filters(experiment.synthesis, sources.seed_pool)
+
+
 def _mark_unfinished(folder: Path) -> None:
     for path in layout.iterations(folder).values():
         (path / layout.METRICS).unlink(missing_ok=True)
 
 
-def _copy_templates(templates: Mapping[str, str], folder: Path) -> None:
+def _copy_templates(templates: Mapping[str, str], folder: Path, opened_before: bool) -> None:
     for role, template in templates.items():
-        if not _template_copy(folder, role).exists():
-            _template_copy(folder, role).write_text(template, encoding="utf-8")
+        if not (opened_before and _template_copy(folder, role).exists()):
+            with commit(_template_copy(folder, role)) as temporary:
+                temporary.write_text(template, encoding="utf-8")
 
 
 def _template_copy(folder: Path, role: str) -> Path:

@@ -150,8 +150,8 @@ def check_demonstrations(label: str, tasks: Sequence[Task], settings: Synthesis)
     """
     if len(tasks) < settings.seeds_needed:
         raise UserError(
-            f"{label}: {len(tasks)} tasks to show, but a prompt takes {settings.seed_demonstrations} of them and "
-            f"{settings.synthetic_demonstrations} synthetic ones; lower synthesis.seed_demonstrations or give more data"
+            f"{label}: {len(tasks)} tasks to show, but a prompt of the first iteration takes {settings.seeds_needed}; give "
+            "more, or lower synthesis.seed_demonstrations or synthesis.synthetic_demonstrations"
         )
 
 

@@ -71,8 +71,8 @@ def collect_utility_preferences(step: Step, examples: Path, utility: Path, extre
     pairs = pair_extremes(table) if extremes else pair_by_utility(table, step.experiment.preferences)
     if pairs.num_rows == 0:
         raise UserError(
-            f"{step.label}: no preference pairs: no prompt has both a better and a worse example "
-            f"({table.num_rows} examples, {table['utility'].null_count} without a score). Raise the number of examples or "
+            f"{step.label}: no preference pairs: there is no better and worse example to compare ({table.num_rows} examples, "
+            f"{table['utility'].null_count} without a score). Raise influence.probing_examples or "
             "synthesis.samples_per_prompt"
         )
     path = step.folder / layout.PREFERENCES

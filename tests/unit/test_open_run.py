@@ -108,3 +108,27 @@ def test_open_run_needs_no_git(tiny_llama: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", str(tmp_path))
     warnings_of(tmp_path, tiny_llama)
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["git_revision"] is None
+
+
+def test_corrected_reference_replaces_that_of_unfinished_opening(tiny_llama: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "wrong.jsonl", [OTHER | {"output": f"{n}."} for n in range(8)])
+    write_jsonl(tmp_path / "right.jsonl", [OTHER | {"output": f"{n}0."} for n in range(8)])
+    warnings_of(tmp_path, tiny_llama, reference={"path": str(tmp_path / "wrong.jsonl")})
+    (tmp_path / "run" / "config.yaml").unlink()  # as if the driver had been killed before it wrote this last file
+    warnings_of(tmp_path, tiny_llama, reference={"path": str(tmp_path / "right.jsonl")})
+    copy = (tmp_path / "run" / "sources" / "reference.jsonl").read_text()
+    assert '"20."' in copy
+    assert '"2."' not in copy
+
+
+def test_changed_benchmark_file_replaces_the_copy(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        row = {"question_id": 1, "category": "writing", "turns": [f"{name}: write a poem.", "Shorter."]}
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+        benchmarks = {"mt_bench": str(tmp_path / f"{name}.jsonl")}
+        warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, judge={"model": "judge"})
+    copy = tmp_path / "run" / "sources" / "mt_bench.jsonl"
+    assert "second: write a poem." in copy.read_text()
+    (tmp_path / "second.jsonl").unlink()  # a run needs the original no more
+    warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, judge={"model": "judge"})
+    assert "second: write a poem." in copy.read_text()

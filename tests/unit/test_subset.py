@@ -121,7 +121,9 @@ def test_choice_from_few_examples_is_refused(method: str, tiny_llama: Path, tmp_
 
 def test_target_without_enough_demonstrations_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     few: dict[str, Any] = {"reference": {"path": "builtin", "limit": 7}}
-    with pytest.raises(UserError, match="target_seeds: reference: 7 tasks to show, but a prompt takes 6 of them and 2"):
+    with pytest.raises(
+        UserError, match="target_seeds: reference: 7 tasks to show, but a prompt of the first iteration takes 8"
+    ):
         open_study(study(tiny_llama, "target_seeds", **few), tmp_path / "refused")
     open_study(study(tiny_llama, "target_seeds", **few, synthesis={"seed_demonstrations": 5}), tmp_path / "fits")
 
