@@ -111,7 +111,16 @@ def fan_out(
         stage.write(shards)
         return driver
 
-    patiently(open_driver, cluster.poll_seconds).run()
+    try:
+        driver = patiently(open_driver, cluster.poll_seconds)
+    except (DriverStopped, Exception):
+        raise
+    except BaseException:  # an interruption, which ends the stage's jobs at any time
+        ledger = Ledger(stage.folder / "jobs")
+        for submission in ledger.open_submissions():
+            close_submission(submission, cluster, ledger)
+        raise
+    driver.run()
     return [stage.part(index) for index in range(len(shards))]
 
 

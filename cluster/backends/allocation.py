@@ -43,7 +43,7 @@ class AllocationBackend(LocalBackend):
         self._slurm, self._resources = slurm, resources
         self._python_command, self._container_options = python_command(slurm, python)
         self._allocation = os.environ.get("SLURM_JOB_ID")
-        self._job_ids = set()
+        self._job_ids, self._seen_running = set(), set()
         self._fit: int | None = None
         self._messages: dict[str, Path] = {}
 
@@ -130,6 +130,7 @@ class AllocationBackend(LocalBackend):
         submission.set_timeout(resources.time_limit_minutes, 0)
         submission.dump(JobPaths(folder, str(process.pid)).submitted_pickle)
         self._job_ids.add(job_id)
+        self._seen_running.add(job_id)
         self._messages[job_id] = folder / f"{process.pid}_srun.err"
         return job_id
 
@@ -183,7 +184,7 @@ def _gpus(answer: str, sizes: Mapping[str, int]) -> int:
     """
     copies = {"Job": 1, "Node": sizes["NumNodes"], "Task": sizes.get("NumTasks", 1)}
     for per, number in copies.items():
-        if match := re.search(rf"\bTresPer{per}=\S*gpu(?::[A-Za-z]\w*)?[:=](\d+)", answer):
+        if match := re.search(rf"\bTresPer{per}=\S*?gpu(?::[^:=,\s]+)?[:=](\d+)(?![\w.:-])", answer):
             return number * int(match[1])
-    match = re.search(r"\bTRES=\S*gres/gpu=(\d+)", answer)
+    match = re.search(r"\b(?:Alloc|Req)?TRES=\S*?gres/gpu=(\d+)", answer)
     return int(match[1]) if match else 0

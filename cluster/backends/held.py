@@ -28,15 +28,15 @@ from montessori_core.files import hash_json
 log = logging.getLogger(__name__)
 
 _PREFIX = "montessori-held"
-_LOOKS = 5  # at the queue, in the time after which an idle job ends
-_PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch refused some
+_IDLE_POLLS = 5  # at the queue, in the time after which an idle job ends
+_REFUSAL_PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch refused some
 _OWN_OPTIONS = "error|job-name|open-mode|output|requeue|signal|time"
-_WAITING = ("PENDING", "CONFIGURING")
-_WAIT = """\
+_PENDING_STATES = ("PENDING", "CONFIGURING")
+_IDLE_SCRIPT = """\
 idle=0
 while [ $idle -lt {limit} ]; do
   sleep {pause}
-  if steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i) &&
+  if steps=$(squeue --noheader --steps --jobs="${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" --format=%i) &&
     ! grep --quiet --invert-match --extended-regexp '[.](batch|extern)$' <<<"${{steps:-.batch}}"; then
     idle=$((idle + {pause}))
   else
@@ -50,10 +50,12 @@ done
 class _Held:
     """A held job in the queue: its id, name and state, and the seconds until its time limit.
 
-    The ids of an array's jobs differ once they run.
+    The id of one job of an array is that of the array, by which scancel and squeue mean all of its jobs; `element`, such as
+    17_3, means one.
     """
 
     id: str
+    element: str
     name: str
     state: str
     seconds_left: float
@@ -72,6 +74,7 @@ class HeldBackend(AllocationBackend):
         self._request = [line for line in lines if re.match(rf"#SBATCH --(?!{_OWN_OPTIONS})", line)]
         self._name = f"{_names_of(folder)}{hash_json(self._request)[:8]}"
         self._ready: list[str] = []
+        self._elements: dict[str, str] = {}
         self._held_of: dict[str, str] = {}
         self._avoid: frozenset[str] = frozenset()
         self._refused_until = 0.0
@@ -88,6 +91,7 @@ class HeldBackend(AllocationBackend):
         if missing > 0 and time.monotonic() >= self._refused_until:
             self._submit_held(missing)
         self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]
+        self._elements |= {job.id: job.element for job in held}
         return self.hand_out(shards, len(self._ready), self._resources.parallel_jobs)
 
     def submit(
@@ -106,16 +110,16 @@ class HeldBackend(AllocationBackend):
     def forget(self, job_id: str) -> None:
         """Give back the held job of a lost step: its node may be the cause."""
         if (held := self._held_of.pop(job_id, None)) is not None:
-            run_command("scancel", "--quiet", held)
+            run_command("scancel", "--quiet", self._elements[held])
 
     def _queue(self) -> list[_Held] | None:
-        """Return the held jobs with time for a job of this stage, those that run first; None if squeue does not answer."""
+        """Return the held jobs with time for a job of this stage, running ones first; None if squeue does not answer."""
         held = _queued("--me", f"--name={self._name}")
         if held is None:
             return None
         needed = 60 * self._resources.time_limit_minutes
         running = [job for job in held if job.state == "RUNNING" and job.seconds_left >= needed]
-        return running + [job for job in held if job.state in _WAITING]
+        return running + [job for job in held if job.state in _PENDING_STATES]
 
     def _submit_held(self, count: int) -> None:
         """Submit held jobs, excluding the nodes that lost shards.
@@ -129,7 +133,7 @@ class HeldBackend(AllocationBackend):
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{self._name}.sh"
         idle = round(60 * self._hold.idle_minutes)
-        wait = _WAIT.format(limit=idle, pause=max(1, idle // _LOOKS))
+        wait = _IDLE_SCRIPT.format(limit=idle, pause=max(1, idle // _IDLE_POLLS))
         path.write_text("\n".join(["#!/bin/bash", *self._request, wait]), encoding="utf-8")
         options = [
             f"--job-name={self._name}",
@@ -160,8 +164,8 @@ class HeldBackend(AllocationBackend):
 
     def _pause(self, reason: str) -> None:
         """Submit no held jobs for a while."""
-        log.warning("no more jobs are held for %.0f s: %s", _PAUSE, reason)
-        self._refused_until = time.monotonic() + _PAUSE
+        log.warning("no more jobs are held for %.0f s: %s", _REFUSAL_PAUSE, reason)
+        self._refused_until = time.monotonic() + _REFUSAL_PAUSE
 
 
 def end_held_jobs(folder: Path) -> int:
@@ -177,9 +181,9 @@ def end_orphaned_steps(folder: Path) -> None:
 
     Their driver ran on another host, or this host crashed.
     """
-    running = [job.id for job in _held_jobs(folder) if job.state == "RUNNING"]
+    running = [job for job in _held_jobs(folder) if job.state == "RUNNING"]
     awaited = _jobs_with_steps() if running else set()
-    orphaned = [job_id for job_id in running if job_id not in awaited]
+    orphaned = [job.element for job in running if job.id not in awaited]
     if not orphaned:
         return
     answer = run_command("squeue", "--noheader", "--steps", f"--jobs={','.join(orphaned)}", "--format=%i") or ""
@@ -201,11 +205,11 @@ def _held_jobs(folder: Path) -> list[_Held]:
 
 
 def _queued(*options: str) -> list[_Held] | None:
-    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%T|%L|%j")
+    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%L|%j")
     if answer is None:
         return None
-    lines = [line.split("|", 3) for line in answer.splitlines()]
-    return [_Held(job_id, name, state, seconds_of(left)) for job_id, state, left, name in lines]
+    lines = [line.split("|", 4) for line in answer.splitlines()]
+    return [_Held(job_id, element, name, state, seconds_of(left)) for job_id, element, state, left, name in lines]
 
 
 def _names_of(folder: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cluster.backends import open_backend
-from cluster.backends.allocation import AllocationBackend, places_in
+from cluster.backends.allocation import AllocationBackend, _gpus, places_in
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
@@ -65,3 +65,20 @@ def test_step_is_a_local_job_of_submitit() -> None:
     environment = environment_of("77", {f"SLURM_{name}": value for name, value in step.items()})
     assert environment["SUBMITIT_LOCAL_GLOBALID"] == "5"
     assert environment["SUBMITIT_LOCAL_JOB_ID"] == "77"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gpus"),
+    [
+        ("TresPerNode=gres/gpu:8 NumTasks=1", 16),
+        ("TresPerNode=gres/gpu:h100:8", 16),
+        ("TresPerNode=gres/gpu:3090:4", 8),
+        ("TresPerNode=gres/gpu:a100-sxm4:8", 16),
+        ("TresPerJob=gres/gpu=3", 3),
+        ("ReqTRES=cpu=4,gres/gpu=6 AllocTRES=cpu=4,gres/gpu=6", 6),
+        ("TRES=cpu=4,gres/gpu=5", 5),
+        ("TRES=cpu=4", 0),
+    ],
+)
+def test_gpus_of_an_allocation_are_counted(answer: str, gpus: int) -> None:
+    assert _gpus(answer, {"NumNodes": 2, "NumTasks": 1}) == gpus

@@ -109,7 +109,7 @@ def test_stage_waits_while_other_jobs_use_up_a_limit(folder: Path, monkeypatch: 
     other = ["sbatch", "--ntasks=1", "--mem=100", "--output=/dev/null", "--wrap=sleep 600"]
     subprocess.run(other, check=True, capture_output=True)
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
-    monkeypatch.setattr("cluster.backends.held._PAUSE", 1.0)
+    monkeypatch.setattr("cluster.backends.held._REFUSAL_PAUSE", 1.0)
     drive(folder, 0.0)
     assert refused.exists()
     assert results(folder) == [local.EXPECTED] * 2
@@ -125,6 +125,24 @@ def test_lost_held_job_is_replaced(folder: Path) -> None:
     assert driver.wait(300) == 0
     assert results(folder) == [local.EXPECTED] * 2
     wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.slow
+def test_lost_step_costs_only_its_held_job(folder: Path) -> None:
+    """To Slurm, the id of one job of an array is that of the array."""
+    driver = start(folder, 0.7)
+    wait_until(lambda: len(local.computed(folder)) >= 4, 120)
+    ids = [line.split() for line in queued("--states=RUNNING", "--format=%A %F")]
+    [hit] = [job for job, array in ids if job == array]
+    [sibling] = [job for job, array in ids if job != array]
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if Path(command[0]).name == "srun" and f"--jobid={hit}" in command:
+            process.kill()
+    wait_until(lambda: hit not in queued("--format=%A"), 60)
+    assert sibling in queued("--states=RUNNING", "--format=%A")
+    assert driver.wait(300) == 0
+    assert results(folder) == [local.EXPECTED] * 2
 
 
 @pytest.mark.guarantee("driver that holds jobs killed")
