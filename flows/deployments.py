@@ -94,7 +94,11 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
         _to_deployment(deployment, pool).apply()
         console.print(f"registered {deployment['name']} for work pool {pool}", soft_wrap=True)
     _register_crash_detection()
-    console.print(f"start a worker on a host that can submit jobs: prefect worker start --pool {pool}", soft_wrap=True)
+    console.print(
+        "start a worker on a host that can submit jobs, with the folder of runs: "
+        f"MONTESSORI_RUN_ROOT=/shared/runs prefect worker start --pool {pool}",
+        soft_wrap=True,
+    )
 
 
 def _serve(deployments: list[dict[str, Any]]) -> None:
@@ -157,7 +161,7 @@ def _to_deployment(deployment: dict[str, Any], pool: str | None) -> Any:
     variables = dict(deployment.get("job_variables") or {})
     # The worker starts a flow run by python -m, which would import from its working directory first.
     defaults = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT), "PYTHONSAFEPATH": "1"}
-    variables["env"] = {**defaults, **variables.get("env", {})}
+    variables["env"] = {**defaults, **(variables.get("env") or {})}
     runner_deployment = flow.to_deployment(
         deployment["name"],
         parameters=deployment["parameters"],

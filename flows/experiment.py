@@ -19,6 +19,7 @@ from flows.driver_job import check_driver_job, drive_by_job, end_driver_job
 from flows.iteration import Iteration, iteration
 from montessori_core import layout
 from montessori_core.config import Cluster, Experiment
+from montessori_core.errors import UserError
 from montessori_core.files import read_json, write_json
 from tasks.benchmarks import list_items
 from tasks.report import write_report
@@ -26,7 +27,7 @@ from tasks.run import Run, open_run, reopen_run
 from tasks.tracking import start_tracking, track_iteration
 
 RUN_ROOT = "MONTESSORI_RUN_ROOT"
-"""Environment variable: folder of runs started from Prefect; by default `runs` in the worker's folder."""
+"""Environment variable: folder of runs started from Prefect. `montessori up` sets it; a worker needs it."""
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -51,8 +52,15 @@ def end_jobs_in(folder: Path, cluster: Cluster, flow_run: Any) -> None:
 
 
 def run_root() -> Path:
-    """Return the folder of runs started from Prefect."""
-    return Path(os.environ.get(RUN_ROOT, "runs"))
+    """Return the folder of runs started from Prefect.
+
+    Raises:
+        UserError: a worker does not name it; its flow runs have a temporary working directory, which is removed.
+    """
+    root = Path(os.environ.get(RUN_ROOT, "runs"))
+    if "PREFECT__FLOW_RUN_ID" in os.environ and not root.is_absolute():
+        raise UserError(f"set {RUN_ROOT} to an absolute folder, where the worker starts: runs are written there")
+    return root
 
 
 @flow(name="montessori", flow_run_name="{experiment.name}", on_cancellation=[end_jobs])

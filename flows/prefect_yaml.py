@@ -56,7 +56,7 @@ def _complete_parameters(deployment: dict[str, Any], path: Path) -> None:
     if not isinstance(entrypoint, str) or entrypoint not in _PARAMETERS:
         raise ConfigError(f"{source}: no entrypoint {entrypoint!r}; available: {', '.join(_PARAMETERS)}")
     parameter, kind = _PARAMETERS[entrypoint]
-    parameters = deployment.setdefault("parameters", {})
+    parameters = deployment["parameters"] = deployment.get("parameters") or {}
     config = deployment.pop("config", None)
     if not isinstance(parameters, dict) or (config is None) == (parameter not in parameters):
         raise ConfigError(

@@ -105,7 +105,7 @@ def read_training_rows(source: DataSource) -> Rows:
         DataError: the data cannot be read, or has no rows.
     """
     path = Path(os.path.expanduser(source.path))
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet" and path.is_file():
         with open_parquet(path) as file:
             if name_of_table(file.schema_arrow) == name_of_table(EXAMPLES):
                 return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)

@@ -1,5 +1,6 @@
 """Files of a study, for commands that only read them."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
 
 def study_of(folder: Path) -> Path | None:
     """Return the folder of the study of a seed, of another student of a seed, or of the study itself; None for other runs."""
+    folder = folder.resolve()
     return next((place for place in (folder, *folder.parents[:2]) if (place / STUDY).exists()), None)
 
 
@@ -37,8 +39,8 @@ def resume_command(folder: Path, options: str = "") -> str:
     """Return the command that resumes a run, or the study it belongs to."""
     study = study_of(folder)
     if study is None:
-        return f"montessori resume {folder}{options}"
-    return f"montessori {' '.join(command_to_compare(study))}{options}"
+        return f"{shlex.join(['montessori', 'resume', str(folder)])}{options}"
+    return f"{shlex.join(['montessori', *command_to_compare(study)])}{options}"
 
 
 def is_finished(run: Run) -> bool:

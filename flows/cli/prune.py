@@ -49,6 +49,6 @@ def parse_layers(ranges: str) -> set[int]:
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise UserError(f"--layers: {part.strip()!r} is no number and no range; write 12-19, or 3,7,12-19")
+            raise UserError(f"--layers: {part.strip()!r} is neither a number nor a range; write 12-19, or 3,7,12-19")
         layers |= set(range(first, last + 1))
     return layers

@@ -14,6 +14,7 @@ from flows.cli.options import (
     data_source,
     on_cluster,
     template_settings,
+    warn,
 )
 from montessori_core.config import read_experiment
 
@@ -52,11 +53,13 @@ def train(
     To resume after an interruption, run the same command again; a finished training is not repeated.
     """
     from flows.training import StudentTraining, train_on_data
+    from tasks.run import idle_gpus
 
     source = data_source(data, "DATA")
     settings = {"model": student, "revision": None, **template_settings(chat_template, chat_template_kwargs)}
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
     experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config)
+    warn(idle_gpus(experiment.cluster))
     trained = train_on_data(StudentTraining(experiment, source, save_moments), output)
     counts = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in trained.counts.items())
     console.print(f"{counts}; loss {trained.log[0]['loss']:.4f}, at the end {trained.log[-1]['loss']:.4f}")

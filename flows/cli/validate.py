@@ -109,11 +109,12 @@ def validate(
     from flows.validation import PAGE, Validation, validate_influence
 
     options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
+    fields = {"instruction_field": instruction_field, "output_field": response_field}
     settings = _steps(example_weight, weight_per, options)
     measurement = Measurement(
         student=student_with_template(student, max_length, chat_template, chat_template_kwargs),
         warm_state=warm_state,
-        examples=data_source(examples, "--examples", instruction_field=instruction_field, output_field=response_field),
+        examples=data_source(examples, "--examples", **fields),
         reference=data_source(reference, "--reference"),
         settings=settings[0],
         baseline="student",
@@ -122,7 +123,7 @@ def validate(
     recipe = _recipe(
         learning_rate, batch_size, epochs, measurement.cluster.resources.training if warmup else Resources()
     )
-    source = data_source(warmup, "--warmup") if warmup else None
+    source = data_source(warmup, "--warmup", **fields) if warmup else None
     validation = Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed)
     print_validation(validate_influence(validation, out))
     console.print(f"result: {out / PAGE}", soft_wrap=True)

@@ -134,8 +134,8 @@ def test_prune_command_keeps_the_tokenizer(tiny_llama: Path, tmp_path: Path) -> 
         ([], "no layers to remove; name them, for example 12-19 (the model has 2 layers, 0 to 1)"),
         (["--layers", "1-2"], "there is no layer 2: the model has 2 layers, 0 to 1"),
         (["--layers", "0-1"], "all layers would be removed; keep at least one"),
-        (["--layers", "1-x"], "--layers: '1-x' is no number and no range"),
-        (["--layers", "1-0"], "--layers: '1-0' is no number and no range"),
+        (["--layers", "1-x"], "--layers: '1-x' is neither a number nor a range"),
+        (["--layers", "1-0"], "--layers: '1-0' is neither a number nor a range"),
     ],
 )
 def test_prune_command_refuses_layers(layers: list[str], message: str, tiny_llama: Path, tmp_path: Path) -> None:

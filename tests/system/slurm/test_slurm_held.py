@@ -132,7 +132,7 @@ def test_lost_step_costs_only_its_held_job(folder: Path) -> None:
     """To Slurm, the id of one job of an array is that of the array."""
     driver = start(folder, 0.7)
     wait_until(lambda: len(local.computed(folder)) >= 4, 120)
-    ids = [line.split() for line in queued("--states=RUNNING", "--format=%A %F")]
+    ids = [line.split("|") for line in queued("--states=RUNNING", "--format=%A|%F")]
     [hit] = [job for job, array in ids if job == array]
     [sibling] = [job for job, array in ids if job != array]
     for process in psutil.process_iter(["cmdline"]):
