@@ -1,7 +1,8 @@
 # make quickstart   one iteration on this machine, with a real model
 # make test         the tests of every change
 # make test-all     all tests, including slow ones and clean installations (as root)
-# make check        formatting, lint and types
+# make check        format and fix files, then check types
+# make lint         the same checks, changing nothing
 # make docs         the documentation as a site, in site/
 #
 # make install-driver | install-worker | install-generation   a locked environment in VENV, as in the images

@@ -198,7 +198,7 @@ def _register_crash_detection() -> None:
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    name = "montessori: mark runs as crashed that give no sign of life"
+    name = "montessori: montessori: mark flow runs without heartbeats as crashed"
     ends = [
         f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
     ]

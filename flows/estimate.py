@@ -247,7 +247,7 @@ def planned_stages(experiment: Experiment, sizes: Sizes) -> Iterator[PlannedStag
             if comparison.unmodified_teacher:
                 yield from training_and_evaluation("unmodified teacher")
         for kept in range(1, comparison.teacher_checkpoints + 1):
-            yield from training_and_evaluation(f"{name}, teacher {kept} on the way", measured=False)
+            yield from training_and_evaluation(f"{name}, teacher checkpoint {kept}", measured=False)
 
 
 def _synthesis(experiment: Experiment, sizes: Sizes, label: str, count: int) -> PlannedStage:

@@ -13,7 +13,7 @@ from tasks.students import train_on_set
 from tasks.teachers import kept_teachers, reward_margins
 
 
-@flow(flow_run_name="{run.experiment.name}: teachers on the way, iteration {number}", validate_parameters=False)
+@flow(flow_run_name="{run.experiment.name}: teacher checkpoints, iteration {number}", validate_parameters=False)
 def evaluate_checkpoints(
     run: Run, number: int, tailored: TailoringResult, student: StudentEvaluation, synthetic_pool: Path | None
 ) -> list[Row]:
