@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flows.prefect_api import answers, check_api, check_login, check_proxies
+from flows.prefect_server import starting_server
 from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
@@ -48,27 +49,43 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
             "PREFECT_SERVER_API_AUTH_STRING and PREFECT_API_AUTH_STRING to the same user:password (docs/security.md)",
             soft_wrap=True,
         )
-    start = ["server", "start", "--host", _LOOPBACK, "--port", str(port)]
+    server: subprocess.Popen[bytes] | None = None
+    try:
+        with console.status("starting a Prefect server"), starting_server():
+            server = _start_server(port, log)
+            try:
+                wait_for_server(server, api)
+            except UserError as error:
+                raise UserError(f"{error}; try another --port, and see {log}") from error
+        check_login(api)
+        yield api
+    finally:
+        if server:
+            _end(server)
+
+
+def _start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
     with log.open("w") as output:
         # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
-        server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flows.prefect_server", *start],
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "flows.prefect_server",
+                "server",
+                "start",
+                "--host",
+                _LOOPBACK,
+                "--port",
+                str(port),
+            ],
             env=server_environment(port),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-    try:
-        try:
-            with console.status("starting a Prefect server"):
-                wait_for_server(server, api)
-        except UserError as error:
-            raise UserError(f"{error}; try another --port, and see {log}") from error
-        check_login(api)
-        yield api
-    finally:
-        _end(server)
 
 
 def server_environment(port: int) -> dict[str, str]:

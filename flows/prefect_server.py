@@ -5,14 +5,29 @@ connection, whose thread may wait up to a minute for a write lock. If the event 
 the lock waits for the event loop, the server hangs until SQLite times out.
 """
 
+import fcntl
 import gc
 import itertools
+import os
 import runpy
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _FULL_COLLECTION = 60
 """Every 60th collection includes all generations."""
+
+
+@contextmanager
+def starting_server() -> Iterator[None]:
+    """Hold a lock while a server starts: two servers that create or migrate one SQLite database at once fail."""
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "montessori-server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def collect_in_thread(pause: float = 1.0) -> None:

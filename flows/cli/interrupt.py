@@ -77,12 +77,14 @@ def _open_api() -> str:
             "PREFECT_API_URL is not set, and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE forbids a server for this run; set "
             "the first or unset the second"
         )
+    from flows.prefect_server import starting_server
     from flows.temporary_server import TemporaryServer
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         server = TemporaryServer()
-        server.start(_SERVER_TIMEOUT)
+        with starting_server():
+            server.start(_SERVER_TIMEOUT)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return server.api_url

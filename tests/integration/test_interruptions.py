@@ -17,6 +17,7 @@ import yaml
 
 from cluster.supervisor import kill_tree
 from cluster.usage import use_of
+from flows.prefect_server import starting_server
 from support import ROOT, wait_until
 from support.runs import (
     DIES_WHILE_JOINING,
@@ -105,6 +106,28 @@ def test_run_interrupted_in_every_stage_has_same_tables(
     assert code == 0, output
     assert not left_over(tmp_path)
     assert digests(run) == digests(finished_run / "runs" / "tiny")
+
+
+@pytest.mark.slow
+def test_temporary_server_waits_for_server_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite refuses the second of two migrations of a new database."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with starting_server():
+        driver = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from flows.cli.interrupt import interruptible; interruptible(lambda: print('ready'), '')",
+            ],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        lock = str(tmp_path / "montessori-server.lock")
+        wait_until(lambda: lock in [file.path for file in psutil.Process(driver.pid).open_files()], process=driver)
+        assert not psutil.Process(driver.pid).children()
+    assert driver.communicate(timeout=300)[0] == "ready\n"
 
 
 @pytest.mark.slow
