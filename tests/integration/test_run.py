@@ -243,7 +243,7 @@ def test_added_benchmarks_compute_nothing_else(undisturbed: Path, tmp_path: Path
 def test_prefect_has_artifact_of_every_stage(undisturbed: Path) -> None:
     database = sqlite3.connect(undisturbed / "prefect" / "prefect.db")
     flows = {name for (name,) in database.execute("select name from flow_run")}
-    parts = ("iteration 1", "unmodified teacher", "teachers on the way, iteration 1")
+    parts = ("iteration 1", "unmodified teacher", "teacher checkpoints, iteration 1")
     assert flows == {"tiny", *(f"tiny: {part}" for part in parts)}
     described = {text for (text,) in database.execute("select description from artifact")}
     for stage in (

@@ -51,6 +51,7 @@ def test_code_blocks_are_found(response: str, code: str | None) -> None:
         ("input()", FAILS),
         ("a = '\x00'", FAILS),
         ("while True: pass", LIMITS),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGXCPU)", LIMITS),
         ("import time; time.sleep(60)", LIMITS),
         ("a = bytearray(2**31)", FAILS),
         ("import os\nassert not [name for name in os.environ if name != 'LC_CTYPE'], dict(os.environ)", RUNS),
