@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 USER = "User:"
-"""The beginning of a conversation. No trailing blank: tokenizers merge it with the next word."""
+"""The beginning of a conversation. No trailing space: tokenizers merge it with the next word."""
 ASSISTANT = "\nAssistant:"
 NEXT_TURN = re.compile(r"\n(?:User|Assistant):")
 _REPEATED = re.compile(r"(?<!\w)(\w+(?:\W+\w+){0,4}?)(?:\W+\1){3}(?!\w)", re.IGNORECASE)
@@ -97,26 +97,35 @@ def judge_conversation(conversation: Conversation | None) -> str | None:
     return CODE if any(_CODE.search(text) for text in texts) else None
 
 
-def norm_sim(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Return the similarity of each synthetic example to its nearest real one (Section 4.3).
+class RealExamples:
+    """Features of real examples, normalized once; their number and that of the synthetic ones multiply otherwise."""
 
-    Near 1 an example repeats a real one, near 0 it is unrelated to all; the paper wants most of a set in between.
+    def __init__(self, features: np.ndarray) -> None:
+        """Centre and normalize the features.
 
-    Args:
-        synthetic: [examples, features].
-        real: [real examples, features]. Their mean is subtracted from all features first: hidden states of language
-            models have similar directions for all texts.
+        Args:
+            features: [real examples, features]. Their mean is subtracted from all features: hidden states of language
+                models have similar directions for all texts.
+        """
+        self._mean = features.mean(axis=0) if len(features) > 1 else 0.0
+        self._normalized = self._normalize(features)
 
-    Returns:
-        [examples] largest inner products of features of norm 1.
-    """
-    mean = real.mean(axis=0) if len(real) > 1 else 0.0
+    def norm_sim(self, synthetic: np.ndarray) -> np.ndarray:
+        """Return the similarity of each synthetic example to its nearest real one (Section 4.3).
 
-    def normalize(features: np.ndarray) -> np.ndarray:
-        centred = features - mean
+        Near 1 an example repeats a real one, near 0 it is unrelated to all; the paper wants most of a set in between.
+
+        Args:
+            synthetic: [examples, features].
+
+        Returns:
+            [examples] largest inner products of features of norm 1.
+        """
+        return np.asarray((self._normalize(synthetic) @ self._normalized.T).max(axis=1))
+
+    def _normalize(self, features: np.ndarray) -> np.ndarray:
+        centred = features - self._mean
         return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12))
-
-    return np.asarray((normalize(synthetic) @ normalize(real).T).max(axis=1))
 
 
 def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> RowProgram[TaskRow]:
@@ -140,13 +149,15 @@ def open_norm_sim(settings: programs.Similarity, inputs: Mapping[str, Path]) -> 
         states = model(input_ids=torch.tensor([ids], device=device), output_hidden_states=True).hidden_states[-1]
         return np.asarray(states[0].mean(dim=0).cpu().numpy())
 
-    real = np.stack([features(f"{task.instruction}\n{task.response}") for task in load_tasks(inputs["real"])])
+    real = RealExamples(
+        np.stack([features(f"{task.instruction}\n{task.response}") for task in load_tasks(inputs["real"])])
+    )
 
     def compute(rows: list[TaskRow], recorder: Recorder) -> None:
         recorder.progress(0)
         for position, row in enumerate(rows):
             example = features(f"{row['instruction']}\n{row['response']}")
-            [similarity] = norm_sim(example[None], real)
+            [similarity] = real.norm_sim(example[None])
             recorder.finish(position, [{"example_id": row["example_id"], "norm_sim": float(similarity)}])
             recorder.progress(position + 1)
 

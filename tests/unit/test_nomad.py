@@ -19,9 +19,9 @@ from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION
 from montessori_core.synthesis.nomad import (
     USER,
     Conversation,
+    RealExamples,
     encode_conversation,
     judge_conversation,
-    norm_sim,
     open_norm_sim,
     read_conversation,
 )
@@ -128,8 +128,8 @@ def test_norm_sim_uses_nearest_real_example() -> None:
     common = np.array([7.0, 7.0, 7.0])  # without information
     real = common + np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, -2.0, 0.0]])
     synthetic = common + np.array([[3.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
-    assert norm_sim(synthetic, real) == pytest.approx([1.0, 0.8, 0.0])
-    assert norm_sim(real[:1], real[:1]) == pytest.approx([1.0])
+    assert RealExamples(real).norm_sim(synthetic) == pytest.approx([1.0, 0.8, 0.0])
+    assert RealExamples(real[:1]).norm_sim(real[:1]) == pytest.approx([1.0])
 
 
 def record_inputs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
