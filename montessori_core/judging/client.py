@@ -96,7 +96,8 @@ class CachedClient:
             max_retries=endpoint.retries,
         )
         self._turn, self._next_turn = threading.Lock(), 0.0
-        self._warn, self._warned, self._adapting = warn, set[str](), threading.Lock()
+        self._warn, self._warned, self._warning = warn, set[str](), threading.Lock()
+        self._adapting = threading.Lock()
         self._omitted, self._limit = set[str](), endpoint.token_limit
 
     def ask(
@@ -310,9 +311,10 @@ class CachedClient:
         return False
 
     def _warn_once(self, warning: str) -> None:
-        if warning not in self._warned:
-            self._warned.add(warning)
-            self._warn(f"{self._endpoint.model}: {warning}")
+        with self._warning:  # requests run in threads, and `warn` may rewrite a file
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._warn(f"{self._endpoint.model}: {warning}")
 
     def _describe_status(self, error: Any) -> str:
         if error.status_code in (401, 403):

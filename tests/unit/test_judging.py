@@ -1,8 +1,10 @@
 """Requests to a model behind an API, with a local server."""
 
 import re
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -58,6 +60,24 @@ def test_answers_are_ordered_and_paid_once(server: JudgeServer, tmp_path: Path) 
     assert len(server.asked) == 20  # a rerun costs nothing
     assert server.keys == {f"Bearer {KEY}"}
     assert KEY.encode() not in (tmp_path / "answers.sqlite").read_bytes()
+
+
+def test_warnings_do_not_overlap(server: JudgeServer, tmp_path: Path) -> None:
+    """`open_client` keeps warnings in a file, which two threads must not change at the same time."""
+    together = threading.Barrier(2)
+    met: list[bool] = []
+
+    def warn(warning: str) -> None:
+        try:
+            together.wait(timeout=0.5)
+            met.append(True)
+        except threading.BrokenBarrierError:
+            met.append(False)
+
+    client = CachedClient(endpoint(server), "test", AnswerCache(tmp_path / "answers.sqlite"), warn)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(client._warn_once, ["one", "two"]))
+    assert met == [False, False]
 
 
 def test_each_draw_is_a_new_request(server: JudgeServer, tmp_path: Path) -> None:
