@@ -35,6 +35,7 @@ def open_items(settings: programs.NoSettings, inputs: Mapping[str, Path]) -> Row
     manager = _open_manager(inputs.get("tasks"))
 
     def compute(rows: list[BenchmarkRow], recorder: Recorder) -> None:
+        recorder.progress(0)
         for position, row in enumerate(rows):
             records: list[Row] = []
             for task in _load(manager, row["benchmark"], inputs.get("tasks")).values():

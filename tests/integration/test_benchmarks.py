@@ -86,9 +86,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items_of(tasks: Path, folder: Path, *names: str) -> list[Row]:
+    done: list[float] = []
     as_compute(open_items(NoSettings(), {"tasks": tasks}))(
-        [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", print
+        [{"benchmark": name, "limit": None} for name in names], folder / "items.parquet", done.append
     )
+    assert done == list(range(len(names) + 1))
     return read_table(folder / "items.parquet", ITEMS).to_pylist()
 
 
