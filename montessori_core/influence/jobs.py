@@ -22,7 +22,7 @@ from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStud
 from montessori_core.influence.table import schema_with_metadata
 from montessori_core.models.chat import Encoded
 from montessori_core.models.device import compute_device
-from montessori_core.models.examples import encode_row, encode_tasks
+from montessori_core.models.examples import encode_measured, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.shape import GB, Shape
 from montessori_core.program import Recorder, RowProgram
@@ -55,7 +55,7 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
-        examples = [encode_row(tokenizer, row, settings.max_length) for row in rows]
+        examples = [encode_measured(tokenizer, row, settings.max_length) for row in rows]
         groups = meter.batches(examples) if isinstance(meter, LinearMeter) else _batches(examples, settings)
         for positions in groups:
             batch = [examples[position] for position in positions]

@@ -16,7 +16,7 @@ from montessori_core.influence.losses import TokenLosses, example_loss, make_bat
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.device import compute_device
-from montessori_core.models.examples import encode_row, encode_task, encode_tasks
+from montessori_core.models.examples import encode_measured, encode_task, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.positions import positions_of
 from montessori_core.program import Recorder, RowProgram
@@ -32,7 +32,7 @@ def open_training_loss(settings: programs.ModelLoss, inputs: Mapping[str, Path])
     losses, device = TokenLosses(model), compute_device()
 
     def loss_of(row: ExampleRow) -> float | None:
-        example = encode_row(tokenizer, row, settings.max_length)
+        example = encode_measured(tokenizer, row, settings.max_length)
         if not example.response_tokens:
             return None
         return ReferenceSet([example], settings.batch_tokens, device).evaluate(losses).reduce("example")
@@ -100,7 +100,7 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
     square = _inner_product(direction, direction)
 
     def cosine(row: ExampleRow) -> float | None:
-        example = encode_row(tokenizer, row, settings.max_length)
+        example = encode_measured(tokenizer, row, settings.max_length)
         if not example.response_tokens:
             return None
         example_loss(losses, make_batch([(0, example)], device)).backward()

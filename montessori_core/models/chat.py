@@ -325,6 +325,7 @@ def encode_example(
     max_length: int,
     finished: bool = True,
     before: Sequence[EarlierTurn] = (),
+    name: str = "an example",
 ) -> Encoded:
     """Tokenize an example for training or evaluation.
 
@@ -338,30 +339,33 @@ def encode_example(
         before: earlier turns of a conversation. Answers of weight 1 carry loss, with the end of their turn, except those
             whose thinking the chat template leaves out: the student would not see what it is to write. A system turn that
             the template does not take is put before the first user turn.
+        name: what errors call the example.
 
     Raises:
-        UserError: the chat template does not keep the prompt of an answer as a prefix of the conversation.
+        UserError: the chat template does not keep the prompt of an answer as a prefix of the conversation, or leaves out the
+            thinking of the response.
     """
     earlier = [{"role": turn["role"], "content": turn["content"]} for turn in before]
     turns = _without_system(tokenizer, [*earlier, *_turns(instruction, response)])
     prompt = _render(tokenizer, turns[:-1], add_generation_prompt=True)
     text = _render(tokenizer, turns, add_generation_prompt=False)
+    template = f"{name}: the chat template of {tokenizer.name_or_path}"
     if not text.startswith(prompt):
         raise UserError(
-            "the chat template changes the prompt when the answer is added, so that the response cannot be separated from "
-            "it; use a template whose generation prompt is a prefix of the conversation"
+            f"{template} changes the prompt when the answer is added, so that the response cannot be separated from it; use "
+            "a template whose generation prompt is a prefix of the conversation"
         )
     unmark = _patterns(tokenizer).unmark
     if (thinking := split_thinking(response)[0]) and thinking not in unmark(text):
         raise UserError(
-            f"the chat template leaves out the thinking of a response ({thinking[:80]!r}); remove it from the set, or set a "
-            "chat template that keeps it"
+            f"{template} leaves out the thinking of the response ({thinking[:80]!r}); remove it from the set, or set a chat "
+            "template that keeps it"
         )
     ids, offsets = encode_rendered(tokenizer, text)
-    # A token across the border, such as a blank of the prompt joined to the first word, belongs to the response.
+    # A token across the border, such as a space of the prompt joined to the first word, belongs to the response.
     border = len(unmark(prompt))
     labels = [token if end > border else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
-    for answer in _earlier_answers(tokenizer, text, turns, before):
+    for answer in _earlier_answers(tokenizer, text, turns, before, template):
         places = tokens_of(answer, ids, offsets, end_of_turn(tokenizer))
         if places.start >= max_length:
             break  # it is cut, with those after it
@@ -404,9 +408,17 @@ def _report_system_turn(name: str) -> None:
 
 
 def _earlier_answers(
-    tokenizer: "PreTrainedTokenizerBase", text: str, turns: list[dict[str, str]], before: Sequence[EarlierTurn]
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    turns: list[dict[str, str]],
+    before: Sequence[EarlierTurn],
+    template: str,
 ) -> Iterator[Answer]:
-    """Yield the earlier answers with loss, in characters of the rendered text without marks."""
+    """Yield the earlier answers with loss, in characters of the rendered text without marks.
+
+    Raises:
+        UserError: the template, as an error names it, writes one differently when more turns follow.
+    """
     unmark, between = _patterns(tokenizer).unmark, _form(tokenizer).between
 
     def render(messages: Sequence[dict[str, str]], prompt: bool) -> str:
@@ -416,6 +428,11 @@ def _earlier_answers(
     for position, turn in enumerate(before):
         if turn["weight"]:
             answer = find_answer(text, turns, position - moved, between, render)
+            if answer is None:
+                raise UserError(
+                    f"{template} writes an earlier turn differently when more turns follow, so that its answer cannot be "
+                    "trained as it would be written; set train_on: last for this data, or another chat template"
+                )
             written = unmark(text[answer.begin : answer.end])
             if (split_thinking(turn["content"])[0] or "") in written:
                 yield Answer(*(len(unmark(text[:place])) for place in (answer.begin, answer.end, answer.limit)))

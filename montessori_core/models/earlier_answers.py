@@ -8,8 +8,6 @@ searched for.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from montessori_core.errors import UserError
-
 Message = dict[str, str]
 Render = Callable[[Sequence[Message], bool], str]
 """Renders turns, with or without the beginning of an answer."""
@@ -31,8 +29,12 @@ class Answer:
     limit: int
 
 
-def find_answer(text: str, turns: Sequence[Message], position: int, between: str | None, render: Render) -> Answer:
+def find_answer(
+    text: str, turns: Sequence[Message], position: int, between: str | None, render: Render
+) -> Answer | None:
     """Return the place of an answer that a user's turn follows.
+
+    None if the template changes the prompt or the end of the answer when more turns follow.
 
     Args:
         text: the rendered conversation.
@@ -40,19 +42,13 @@ def find_answer(text: str, turns: Sequence[Message], position: int, between: str
         position: of the answer among them.
         between: what the template writes between an answer and the user's next text; None if it takes no further turn.
         render: renders turns.
-
-    Raises:
-        UserError: the template changes the prompt or the end of the answer when more turns follow.
     """
     prompt = render(turns[:position], True)
     probe = next(probe for probe in _PROBES if not turns[position + 1]["content"].lstrip().startswith(probe))
     limit = _shared_prefix(text, render([*turns[: position + 1], {"role": "user", "content": probe}], False))
     end = limit - len(between or "")
     if between is None or not text.startswith(prompt) or not text.endswith(between, end, limit) or end < len(prompt):
-        raise UserError(
-            "the chat template writes an earlier turn differently when more turns follow, so that its answer cannot be "
-            "trained as it would be written; set train_on: last for this data, or another chat template"
-        )
+        return None
     return Answer(len(prompt), end, limit)
 
 

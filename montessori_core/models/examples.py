@@ -3,23 +3,30 @@
 from collections.abc import Sequence
 from typing import Any
 
-from montessori_core.data.rows import EarlierTurn, TrainingRow
+from montessori_core.data.rows import EarlierTurn, ExampleRow, TrainingRow
 from montessori_core.data.sources import Task
 from montessori_core.errors import DataError
 from montessori_core.models.chat import Encoded, encode_example
 
 
-def encode_row(tokenizer: Any, row: TrainingRow, max_length: int) -> Encoded:
+def encode_row(tokenizer: Any, row: TrainingRow, max_length: int, name: str) -> Encoded:
     """Tokenize a row of a program; see `encode_example`."""
-    before = row.get("before") or ()
-    return encode_example(tokenizer, row["instruction"], row["response"], max_length, row["response_finished"], before)
+    before, finished = row.get("before") or (), row["response_finished"]
+    return encode_example(tokenizer, row["instruction"], row["response"], max_length, finished, before, name)
+
+
+def encode_measured(tokenizer: Any, row: ExampleRow, max_length: int) -> Encoded:
+    """Tokenize an example that is measured; see `encode_example`."""
+    return encode_row(tokenizer, row, max_length, f"example {row['example_id']}")
 
 
 def encode_task(tokenizer: Any, task: Task, max_length: int, demonstration: Sequence[EarlierTurn] = ()) -> Encoded:
     """Tokenize a human-written task after a `demonstration`, if any; see `encode_example`."""
     systems = sum(turn["role"] == "system" for turn in task.before)
     before = [*task.before[:systems], *demonstration, *task.before[systems:]]
-    return encode_example(tokenizer, task.instruction, task.response, max_length, before=before)
+    return encode_example(
+        tokenizer, task.instruction, task.response, max_length, before=before, name=f"example {task.example_id}"
+    )
 
 
 def encode_tasks(tokenizer: Any, tasks: list[Task], max_length: int, field: str) -> list[Encoded]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from montessori_core.config import Sampling
-from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_rendered, end_tokens
 from montessori_core.models.load import load_merged
+from montessori_core.models.positions import long_prompt_error
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, Reading, RowCache, cache_parameter, find_reading
@@ -56,10 +56,8 @@ class TransformersEngine:
         prompts = {text: encode_rendered(self._tokenizer, text)[0] for text in texts}
         longest = max(map(len, prompts.values()))
         if self._positions is not None and longest >= self._positions:
-            raise UserError(
-                f"a prompt has {longest} tokens, and the model has {self._positions} positions for prompt and output; use "
-                "fewer demonstrations (synthesis.seed_demonstrations) or a model with more positions"
-            )
+            limit = f"the model has {self._positions} positions"
+            raise long_prompt_error(longest, limit, "a model with more positions")
         rows = [
             _Row(index, request.seed, prompts[request.prompt], list(request.drawn))
             for index, request in enumerate(requests)

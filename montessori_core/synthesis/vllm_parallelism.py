@@ -14,6 +14,7 @@ from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.models.fetch import full_model
 from montessori_core.models.fingerprints import weight_shapes
+from montessori_core.models.positions import long_prompt_error
 
 DEFAULT_SHARE = 0.9  # of a GPU's memory; vLLM's default is 0.9 or a little more
 _WEIGHTS_SHARE = 0.7  # of vLLM's memory; the rest is for activations and the cache
@@ -112,9 +113,7 @@ def choose_length(longest: int, written: int, positions: int | None, setting: in
     length = setting or max(_SHORTEST, 1 << (longest + written - 1).bit_length())
     length = length if positions is None else min(length, positions)
     if longest >= length:
-        limit = f"cluster.vllm.max_model_len={setting}" if length == setting else f"the model has {positions} positions"
-        raise UserError(
-            f"a prompt has {longest} tokens, and {limit} for prompt and output; use fewer demonstrations "
-            "(synthesis.seed_demonstrations) or a model with more positions"
-        )
+        if length == setting:
+            raise long_prompt_error(longest, f"cluster.vllm.max_model_len allows {setting}", "raise it")
+        raise long_prompt_error(longest, f"the model has {positions} positions", "a model with more positions")
     return length

@@ -95,14 +95,14 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
 def _encode(tokenizer: Any, rows: list[TrainingRow], settings: programs.Sft) -> list[Encoded]:
     """Tokenize the rows that have a response within the student's `max_length`."""
 
-    def encode(row: TrainingRow) -> Encoded:
+    def encode(number: int, row: TrainingRow) -> Encoded:
         if not settings.conversations:
-            return encode_row(tokenizer, row, settings.max_length)
+            return encode_row(tokenizer, row, settings.max_length, f"training example {number}")
         texts = row["instruction"], row["response"]
         finished, masked = row["response_finished"], settings.mask_prompts
         return encode_conversation(tokenizer, *texts, settings.max_length, finished, masked)
 
-    encoded = [encode(row) for row in rows]
+    encoded = [encode(number, row) for number, row in enumerate(rows, 1)]
     usable = [example for example in encoded if example.response_tokens]
     if not usable:
         raise DataError("no training example has a response within student.max_length tokens; raise max_length")

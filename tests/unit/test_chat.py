@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from montessori_core.data.sources import Task
 from montessori_core.errors import UserError
 from montessori_core.models.chat import (
     IGNORED,
@@ -25,6 +26,7 @@ from montessori_core.models.chat import (
     render_conversation,
     render_prompt,
 )
+from montessori_core.models.examples import encode_task
 from montessori_core.models.load import load_tokenizer
 from montessori_core.models.templates import LLAMA3_STYLE_TEMPLATE
 from montessori_core.synthesis.jobs import render_row
@@ -346,8 +348,9 @@ def test_tokenizer_without_template_gets_paper_template(tokenizer: Any, tmp_path
 
 def test_template_that_changes_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="changes the prompt when the answer is added"):
-        encode_example(tokenizer, "Hi", "there", 64)
+    name = re.escape(tokenizer.name_or_path)
+    with pytest.raises(UserError, match=f"example t-7: the chat template of {name} changes the prompt when the answer"):
+        encode_task(tokenizer, Task("t-7", "Hi", "there"), 64)
 
 
 def test_decoding_keeps_blanks_of_code(tiny_llama: Path, tmp_path: Path) -> None:

@@ -201,7 +201,10 @@ MISTRAL = (  # as Mistral 7B v0.3: the system text is part of the last user turn
 def test_rewriting_template_trains_last_turn_alone(tokenizer: Any) -> None:
     tokenizer.chat_template = MISTRAL
     assert shown(tokenizer, encode(tokenizer, TALK)).count("[[") == 3
-    with pytest.raises(UserError, match=r"writes an earlier turn differently .*; set train_on: last"):
+    with pytest.raises(
+        UserError,
+        match=r"chat template of \S+ writes an earlier turn differently .*; set train_on: last",
+    ):
         encode(tokenizer, TALK, "Be short.")
     assert shown(tokenizer, encode(tokenizer, TALK, "Be short.", weight=0)).count("[[") == 1
     real_template(tokenizer, "qwen3_5_nothink")  # whose prompt has an empty block of thinking, unlike its earlier turns
@@ -298,7 +301,9 @@ def test_conversations_reach_jobs_unchanged(tmp_path: Path, tokenizer: Any, kind
     if kind is TaskRow:
         assert [Task.of(row) for row in received] == tasks
     else:
-        assert [encode_row(tokenizer, row, 200) for row in received] == [encode_task(tokenizer, t, 200) for t in tasks]
+        assert [encode_row(tokenizer, row, 200, "row") for row in received] == [
+            encode_task(tokenizer, t, 200) for t in tasks
+        ]
     changed = [SINGLE[0], Task("c1", TALK[-2], TALK[-1], earlier(*TALK, system="Be short.", weight=0)), SINGLE[1]]
     assert stage.key(next(Rows.of(rows_of(changed, kind), kind).tables(2))) != keys[0]
 

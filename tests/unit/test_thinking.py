@@ -275,7 +275,7 @@ def test_template_keeps_thinking_or_refuses(thinker: Path) -> None:
     answer = "Write </think> after <think>."  # text about thinking is no thinking
     tokenizer.chat_template = QWEN.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
     assert learned(answer).endswith(f"{answer}<|im_end|>")
-    with pytest.raises(UserError, match="leaves out the thinking of a response \\('Hm.'\\)"):
+    with pytest.raises(UserError, match=r"template of \S+ leaves out the thinking of the response \('Hm.'\)"):
         learned("<think>Hm.</think>Ho")
     tokenizer.chat_template = QWEN.replace("'<think>\\n\\n</think>\\n\\n'", "''")
     assert learned("<think>Hm.</think>Ho").startswith("<think>Hm.</think>Ho")
