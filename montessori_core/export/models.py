@@ -35,9 +35,9 @@ def model_folder(run: Path, role: Role, iteration: int | None = None) -> tuple[P
     folders = {number: folder / role / "part-00000" for number, folder in layout.iterations(run).items()}
     present = [number for number, folder in folders.items() if folder.is_dir()]
     if not present or iteration not in (None, *present):
-        raise DataError(
-            f"{run}: no trained {role}{f' of iteration {iteration}' if present else ''}; resume the run first"
-        )
+        which = f" of iteration {iteration}" if present else ""
+        other = f"give --iteration {' or '.join(map(str, present))}, or " if present else ""
+        raise DataError(f"{run}: no trained {role}{which}; {other}resume the run first")
     number = iteration or present[-1]
     return folders[number], number
 
@@ -53,12 +53,12 @@ def export_model(run: Path, role: Role, output: Path, iteration: int | None = No
         merge: merge an adapter into its base model, in float32.
 
     Raises:
-        UserError: the folder exists, the run does not have the model, or there is no adapter to merge.
+        UserError: the new folder exists, the run does not have the model, or there is no adapter to merge.
     """
     refuse_existing(output, "folder")
     folder, number = model_folder(run, role, iteration)
     if merge and not is_adapter(folder):
-        raise UserError(f"{folder} has all weights; leave out --merge")
+        raise UserError(f"{folder} has all weights, and no adapter to merge; leave out --merge")
     card = model_card(run, role, number, adapter=is_adapter(folder) and not merge)
     output.parent.mkdir(parents=True, exist_ok=True)
     with commit(output) as temporary:

@@ -68,7 +68,8 @@ class ReferenceState:
             non_finite = (~student_loss.summed.isfinite()).nonzero()[:, 0].tolist()
             raise DataError(
                 f"the student's loss is not finite on {len(non_finite)} of {len(reference)} reference examples (the first is "
-                f"number {non_finite[0] + 1}); the student probably diverged: lower the warm-up's learning rate"
+                f"number {non_finite[0] + 1}); the student probably diverged: lower warmup.learning_rate, or give another "
+                "student"
             )
         student.perturb()
         noise_floor = rounding_noise(student_loss, reference.evaluate(student.losses), reduction)

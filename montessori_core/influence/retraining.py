@@ -59,7 +59,8 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
             student.restore()
             if not math.isfinite(loss):
                 raise DataError(
-                    f"training {row['training_id']}: the reference loss is not finite after it; lower its learning_rate"
+                    f"{inputs['student']}: the training {row['training_id']} on a subset of the examples diverged (the "
+                    "reference loss is not finite after it); lower --learning-rate"
                 )
             record = {
                 "training_id": row["training_id"],

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from montessori_core.errors import DataError
+from montessori_core.formatting import first_names
 from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
 from montessori_core.influence.gradients import FactoredGradient, GradientCapture
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
@@ -358,18 +359,22 @@ def pass_gradients_to(
 
 
 def _check_moments(moments: Moments, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Check that the moments are those of a student with these parameters.
+
+    Raises:
+        DataError: they are not.
+    """
+    source = f"{moments.path}: the AdamW moments" if moments.path else "the AdamW moments"
+    remedy = "give the folder of moments that were saved with this student"
     unmatched = sorted(set(parameters) ^ set(moments.first))
     reshaped = [n for n, p in parameters.items() if n in moments.first and moments.first[n].shape != p.shape]
     if unmatched or reshaped:
         raise DataError(
-            f"the AdamW moments belong to another model: {len(unmatched)} parameters do not match (e.g. {unmatched[:2]}), "
-            f"{len(reshaped)} differ in shape; use the moments that were saved with this student"
+            f"{source} belong to another model: {len(unmatched)} parameters are in one of the two only, {len(reshaped)} "
+            f"differ in shape ({first_names([*unmatched, *reshaped])}); {remedy}"
         )
     if moments.weights is None:
         return
     dtype = number_type(next(iter(parameters.values())).dtype)
     if moments.weights[dtype] != weights_checksums(parameters.items())[dtype]:
-        raise DataError(
-            "the AdamW moments fit this architecture but were saved with other weights; use the moments that were saved "
-            "with this student"
-        )
+        raise DataError(f"{source} fit this architecture but were saved with other weights; {remedy}")

@@ -26,12 +26,14 @@ class Moments:
         first, second: moments of the trained parameters, by name.
         step: number of steps taken.
         weights: checksums of the weights after these steps, see `weights_checksums`; None if there are none.
+        path: the file that they were read from, for errors; None if they were not read from a file.
     """
 
     first: Mapping[str, torch.Tensor]
     second: Mapping[str, torch.Tensor]
     step: int
     weights: Mapping[str, str] | None = None
+    path: Path | None = None
 
 
 def weights_checksums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
@@ -100,7 +102,8 @@ def load_moments(folder: Path) -> Moments:
     path = folder / MOMENTS_FILE
     if not path.exists():
         raise DataError(
-            f"{path}: not found; the folder is not a warmed-up student (it has weights but no AdamW moments)"
+            f"{path}: not found, so that the folder is not a warmed-up student; give the folder of a student that a run "
+            "trained with its AdamW moments, such as iteration-1/warmup/part-00000"
         )
     first: dict[str, torch.Tensor] = {}
     second: dict[str, torch.Tensor] = {}
@@ -109,4 +112,4 @@ def load_moments(folder: Path) -> Moments:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             name, _, moment = key.rpartition(".")
             (first if moment == "first" else second)[name] = file.get_tensor(key)
-    return Moments(first, second, state["step"], state["weights"])
+    return Moments(first, second, state["step"], state["weights"], path)

@@ -41,8 +41,11 @@ def test_student_is_copied_with_its_card(tiny_llama: Path, tmp_path: Path) -> No
     for arguments, message in (
         (["student", "--output", "out"], "nothing is overwritten"),
         (["judge", "--output", "new"], "give one of student, teacher"),
-        (["student", "--output", "new", "--iteration", "2"], "no trained student of iteration 2"),
-        (["student", "--output", "new", "--merge"], "has all weights; leave out --merge"),
+        (
+            ["student", "--output", "new", "--iteration", "2"],
+            "of iteration 2; give --iteration 1, or resume the run first",
+        ),
+        (["student", "--output", "new", "--merge"], "has all weights, and no adapter to merge; leave out --merge"),
     ):
         code, output = export(tmp_path, *arguments)
         assert code == 1

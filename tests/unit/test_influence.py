@@ -544,13 +544,15 @@ def test_moments_survive_round_trip_and_foreign_ones_fail(warm: Any, tiny_llama:
     with pytest.raises(DataError, match="not a warmed-up student"):
         load_moments(tiny_llama)
     foreign = Moments({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1)
-    with pytest.raises(DataError, match="moments belong to another model"):
+    with pytest.raises(DataError, match=r"AdamW moments belong to another model: \d+ parameters .* \(model\.\S+, "):
         meter((warm[0], foreign, None), tiny_llama)
     marked = Moments(warm[1].first, warm[1].second, 6, weights_checksums(warm[0].named_parameters()))
     save_moments(marked, tmp_path)
     meter((warm[0], load_moments(tmp_path), None), tiny_llama)
     untrained = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    with pytest.raises(DataError, match="saved with other weights"):
+    with pytest.raises(
+        DataError, match=f"{tmp_path}/.*: the AdamW moments fit .* saved with other weights; give the folder"
+    ):
         meter((untrained, load_moments(tmp_path), None), tiny_llama)
 
 
