@@ -33,7 +33,7 @@ from montessori_core.config import Cluster, Preferences, Resources
 from montessori_core.data.rows import ExampleRow, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, ROW_GROUP, read_table, write_table
 from montessori_core.influence.preferences import PAIRED, pair_by_influence, write_preferences
-from montessori_core.influence.table import NOTES, join_influence, write_influence_metadata
+from montessori_core.influence.table import NOTES, join_influence, schema_with_metadata
 
 SHARD = 100  # rows
 PROMPT, INSTRUCTION, RESPONSE = 2500, 200, 500  # bytes
@@ -126,7 +126,7 @@ def make_tables(folder: Path, rows: int) -> None:
             "gradient_norm": draw.random(len(numbers)),
             "dominated_share": draw.random(len(numbers)),
         }
-        table = write_influence_metadata(pa.Table.from_pydict(columns, schema=INFLUENCE), dict.fromkeys(NOTES, 0.0))
+        table = pa.Table.from_pydict(columns, schema=schema_with_metadata(dict.fromkeys(NOTES, 0.0)))
         pq.write_table(table, folder / f"part-{number:05d}.parquet", compression="zstd")  # not flushed one by one
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, write_table
 from montessori_core.export.sets import schema_of_set
-from montessori_core.influence.table import NOTES, write_influence_metadata
+from montessori_core.influence.table import NOTES, schema_with_metadata
 
 INSTRUCTION, RESPONSE = 200, 500  # bytes
 SOURCES = 8
@@ -82,7 +82,7 @@ def write_pools(folder: Path, rows: int) -> None:
     """Write `exported.parquet`, `influence.parquet` and `examples.jsonl`."""
     draw = np.random.default_rng(0)
     text = words(draw, 30_000_000)
-    schema = write_influence_metadata(INFLUENCE.empty_table(), dict.fromkeys(NOTES, 0.0)).schema
+    schema = schema_with_metadata(dict.fromkeys(NOTES, 0.0))
 
     with (
         (folder / "examples.jsonl").open("w") as examples,

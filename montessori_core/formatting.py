@@ -1,7 +1,7 @@
 """Format numbers for people: short, with a true minus sign, and a dash for an unknown value; and lists of names."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -35,9 +35,9 @@ class Unit:
         return significant(self.scale(nats), digits) if is_finite(nats) else UNKNOWN
 
 
-def first_names(names: Sequence[str]) -> str:
-    """Return the first three of some names, and whether there are more."""
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+def first_names(names: Collection[str]) -> str:
+    """Return the first three of some names, in order, and whether there are more."""
+    return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def unit_of(nats: Iterable[float]) -> Unit:

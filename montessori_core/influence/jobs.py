@@ -9,14 +9,14 @@ import torch
 
 from montessori_core import programs
 from montessori_core.data.rows import ExampleRow, TaskRow
-from montessori_core.data.sources import Task, load_tasks
+from montessori_core.data.sources import Task
 from montessori_core.data.tables import REFERENCE_LOSS
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.meter import InfluenceMeter, Measurement
-from montessori_core.influence.reference import ReferenceSet
+from montessori_core.influence.reference import ReferenceSet, open_reference
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
 from montessori_core.influence.table import schema_with_metadata
@@ -40,10 +40,8 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     device = compute_device()
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     tokenizer, model = load_with_tokenizer(str(inputs["student"]), dtype)
-    reference = ReferenceSet(
-        encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
-        settings.reference_batch_tokens,
-        device,
+    reference = open_reference(
+        tokenizer, inputs["reference"], settings.max_length, settings.reference_batch_tokens, device
     )
     meter = _open_meter(settings, model.to(device), reference, device, inputs)
     measured = {

@@ -81,7 +81,7 @@ def plan_memory(
     width = 2 if dtype == "bfloat16" else 4
     activation = 2 if dtype in ("bfloat16", "mixed") else 4
     logits = min(max(max_length, reference_batch_tokens) * shape.vocabulary, LOGITS_AT_A_TIME) * 4
-    kept_per_token = shape.layers * (8 * shape.hidden + 4 * shape.intermediate)
+    kept_per_token = shape.layers * shape.kept_per_layer
     backward = max_length * kept_per_token * activation
     if estimator == "first_order":
         # Inputs and output gradients of the linear layers, for as many tokens as the longest example has.

@@ -7,11 +7,15 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from montessori_core.data.sources import load_tasks
 from montessori_core.influence.losses import Batch, TokenLosses, group_by_length, make_batch
 from montessori_core.models.chat import Encoded
+from montessori_core.models.examples import encode_tasks
 from montessori_core.program import Report
 
 _ORDER_SEED = 20250211  # arbitrary, but equal for all workers
@@ -155,6 +159,18 @@ class ReferenceSet:
             (values * share.to(values.dtype)[batch.rows]).sum().backward()
             summed[batch.indices] = _sum_by_row(values.detach(), batch).cpu()
         return summed
+
+
+def open_reference(
+    tokenizer: Any, file: Path, max_length: int, batch_tokens: int, device: torch.device
+) -> ReferenceSet:
+    """Read the tasks of a reference set and tokenize them; see `ReferenceSet`.
+
+    Raises:
+        DataError: a task has no response token within `max_length`.
+    """
+    encoded = encode_tasks(tokenizer, load_tasks(file), max_length, "reference")
+    return ReferenceSet(encoded, batch_tokens, device)
 
 
 def _sum_by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:

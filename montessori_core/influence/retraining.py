@@ -19,10 +19,10 @@ from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import RETRAINING
 from montessori_core.errors import DataError
 from montessori_core.influence.losses import TokenLosses
-from montessori_core.influence.reference import ReferenceSet
+from montessori_core.influence.reference import ReferenceSet, open_reference
 from montessori_core.models.chat import Encoded
 from montessori_core.models.device import compute_device
-from montessori_core.models.examples import encode_task, encode_tasks
+from montessori_core.models.examples import encode_task
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.program import Recorder, Report, RowProgram
 from montessori_core.training.moments import Moments, cold_moments, load_moments
@@ -40,11 +40,7 @@ def open_retraining(settings: programs.Retraining, inputs: Mapping[str, Path]) -
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     student = WarmStudent(model.to(device), moments, settings.recipe, settings.mixed, settings.batch_tokens)
     tasks = load_tasks(inputs["examples"])
-    reference = ReferenceSet(
-        encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
-        settings.batch_tokens,
-        device,
-    )
+    reference = open_reference(tokenizer, inputs["reference"], settings.max_length, settings.batch_tokens, device)
 
     @cache
     def encode(position: int) -> Encoded:

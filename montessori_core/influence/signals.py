@@ -13,7 +13,7 @@ from montessori_core.data.rows import EarlierTurn, ExampleRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import UTILITY
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.influence.reference import ReferenceSet, influence_of
+from montessori_core.influence.reference import ReferenceSet, influence_of, open_reference
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.device import compute_device
 from montessori_core.models.examples import encode_measured, encode_task, encode_tasks
@@ -90,11 +90,7 @@ def open_gradient_cosine(settings: programs.ReferenceSignal, inputs: Mapping[str
     tokenizer, model = _open_student(inputs)
     losses, device = TokenLosses(model), compute_device()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    reference = ReferenceSet(
-        encode_tasks(tokenizer, load_tasks(inputs["reference"]), settings.max_length, "reference"),
-        settings.batch_tokens,
-        device,
-    )
+    reference = open_reference(tokenizer, inputs["reference"], settings.max_length, settings.batch_tokens, device)
     reference.backward(losses, settings.reference_reduction, range(len(reference)))
     direction = _take_gradients(parameters)
     square = _inner_product(direction, direction)

@@ -26,11 +26,6 @@ _DOMINATED = 0.5
 """Median `dominated_share` above which a table has a warning."""
 
 
-def write_influence_metadata(table: pa.Table, notes: dict[str, float]) -> pa.Table:
-    """Return the table with numbers of the student: all of NOTES."""
-    return table.replace_schema_metadata(schema_with_metadata(notes).metadata)
-
-
 def schema_with_metadata(notes: dict[str, float]) -> pa.Schema:
     """Return the schema of a table with numbers of the student: all of NOTES."""
     written = {f"montessori.{name}".encode(): repr(notes[name]).encode() for name in NOTES}

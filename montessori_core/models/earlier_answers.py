@@ -8,6 +8,8 @@ searched for.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from montessori_core.models.prefix import common_prefix
+
 Message = dict[str, str]
 Render = Callable[[Sequence[Message], bool], str]
 """Renders turns, with or without the beginning of an answer."""
@@ -45,17 +47,11 @@ def find_answer(
     """
     prompt = render(turns[:position], True)
     probe = next(probe for probe in _PROBES if not turns[position + 1]["content"].lstrip().startswith(probe))
-    limit = _shared_prefix(text, render([*turns[: position + 1], {"role": "user", "content": probe}], False))
+    limit = common_prefix(text, render([*turns[: position + 1], {"role": "user", "content": probe}], False))
     end = limit - len(between or "")
     if between is None or not text.startswith(prompt) or not text.endswith(between, end, limit) or end < len(prompt):
         return None
     return Answer(len(prompt), end, limit)
-
-
-def _shared_prefix(first: str, second: str) -> int:
-    """Return the number of characters with which both texts begin."""
-    different = (place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
-    return next(different, min(len(first), len(second)))
 
 
 def tokens_of(answer: Answer, ids: Sequence[int], offsets: Sequence[tuple[int, int]], end_of_turn: int) -> slice:

@@ -25,6 +25,11 @@ class Shape:
     intermediate: int
     vocabulary: int
 
+    @property
+    def kept_per_layer(self) -> int:
+        """Numbers that a layer keeps of a token in the forward pass, for the backward pass."""
+        return 8 * self.hidden + 4 * self.intermediate
+
     @staticmethod
     def of(model: Any) -> "Shape":
         """Return the shape of a model, which may be on the meta device."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
+from montessori_core.formatting import first_names
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.fingerprints import WEIGHTS, WEIGHTS_INDEX, weight_files, weight_shapes
 
@@ -34,20 +35,22 @@ def check_weight_files(folder: Path) -> None:
     if is_adapter(folder):
         return
     if absent := [file.name for file in weight_files(folder) if not file.exists()]:
-        raise UserError(f"{folder}: {_some(absent)} of {WEIGHTS_INDEX} are missing; download or copy the model again")
+        raise UserError(
+            f"{folder}: {first_names(absent)} of {WEIGHTS_INDEX} are missing; download or copy the model again"
+        )
     names = weight_shapes(folder).keys()
     if not (folder / WEIGHTS).exists():
         listed = (read_json(folder / WEIGHTS_INDEX) or {})["weight_map"].keys()
         if different := listed ^ names:
             raise UserError(
                 f"{folder}: {len(different)} weights are in {WEIGHTS_INDEX} or in the files it lists, but not in both: "
-                f"{_some(different)}; download or copy the model again"
+                f"{first_names(different)}; download or copy the model again"
             )
     for pattern, wrapper in _WRAPPERS.items():
         if renamed := [name for name in names if re.search(pattern, name)]:
             raise UserError(
                 f"{folder}: {len(renamed)} of {len(names)} weights have names that {wrapper} gives them: "
-                f"{_some(renamed)}; they would be replaced by random weights. Save the model without the wrapper"
+                f"{first_names(renamed)}; they would be replaced by random weights. Save the model without the wrapper"
             )
     _check_layers(folder, names)
 
@@ -66,7 +69,7 @@ def _check_layers(folder: Path, names: Collection[str]) -> None:
     if missing := sorted(set(range(count)) - found):
         raise UserError(
             f"{folder}: config.json has {count} layers, and {len(missing)} of them have no weights: "
-            f"{_some([f'{stack}.{number}' for number in missing])}; they would be random. Copy the model again"
+            f"{first_names([f'{stack}.{number}' for number in missing])}; they would be random. Copy the model again"
         )
 
 
@@ -85,9 +88,9 @@ def check_loaded(model: str, total: int, info: Mapping[str, Any]) -> None:
     """
     problems = []
     if missing := info["missing_keys"]:
-        problems.append(f"{len(missing)} of {total} weights are not in its files: {_some(missing)}")
+        problems.append(f"{len(missing)} of {total} weights are not in its files: {first_names(missing)}")
     if unused := info["unexpected_keys"]:
-        problems.append(f"{len(unused)} weights in its files are not in the model: {_some(unused)}")
+        problems.append(f"{len(unused)} weights in its files are not in the model: {first_names(unused)}")
     if mismatched := info["mismatched_keys"]:
         name, stored, expected = sorted(mismatched)[0]
         problems.append(
@@ -100,9 +103,3 @@ def check_loaded(model: str, total: int, info: Mapping[str, Any]) -> None:
             f"model {model!r} cannot be loaded: {'; '.join(problems)}. Weights would be random or lost; save the model with "
             "save_pretrained, from the class that config.json names"
         )
-
-
-def _some(names: Collection[str]) -> str:
-    """Return the first names, in order."""
-    first = sorted(names)[:3]
-    return ", ".join(first) + (", ..." if len(names) > len(first) else "")

@@ -18,6 +18,7 @@ from montessori_core.config import Sampling
 from montessori_core.models.chat import encode_rendered, end_tokens
 from montessori_core.models.load import load_merged
 from montessori_core.models.positions import long_prompt_error
+from montessori_core.models.prefix import common_prefix
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, Reading, RowCache, cache_parameter, find_reading
@@ -143,7 +144,7 @@ class _Batch:
         in_parts = reading == "in parts"
         self._cache_name, self._read_tokens = cache_parameter(model), _READ_TOKENS if in_parts else None
         contexts = [row.context for row in rows]
-        shared = _common_length(min(contexts), max(contexts)) if in_parts else 0  # the common prefix of all contexts
+        shared = common_prefix(min(contexts), max(contexts)) if in_parts else 0  # of all contexts
         self._shared = self._width = 0  # length of the prefix; columns in use
         self._prefix = self._run([contexts[0][:shared] or [_PADDING]])
         self._shared = shared
@@ -294,9 +295,3 @@ class _SingleRow:
 def _vocabulary(model: Any) -> int:
     """Return the number of a model's logits."""
     return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the length of the common prefix of two sequences."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

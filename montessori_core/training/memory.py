@@ -35,12 +35,11 @@ def plan_update(shape: Shape, stage: int, processes: int, pair_tokens: int) -> U
         processes: number of processes, each with a GPU.
         pair_tokens: tokens of a micro-batch of pairs; a prompt counts once.
     """
-    kept_per_layer = 8 * shape.hidden + 4 * shape.intermediate  # of a token; read again in the backward pass
     inputs_of_layers = shape.layers * shape.hidden
     logits = 4 * min(pair_tokens, _SCORED) * min(shape.vocabulary, _VOCABULARY)
     return UpdateMemory(
         weights=2 * shape.parameters // (processes if stage == 3 else 1),
         gradients=2 * shape.trained // (processes if stage >= 2 else 1) + 4 * shape.trained // processes,
         optimizer=12 * shape.trained // processes,
-        activations=2 * pair_tokens * (inputs_of_layers + 2 * kept_per_layer) + 2 * logits,
+        activations=2 * pair_tokens * (inputs_of_layers + 2 * shape.kept_per_layer) + 2 * logits,
     )

@@ -27,7 +27,7 @@ from montessori_core.evaluation.scores import score as benchmark_score
 from montessori_core.evaluation.statistics import Outcome, compare_outcomes
 from montessori_core.files import write_json
 from montessori_core.influence.preferences import pair_by_influence, write_preferences
-from montessori_core.influence.table import write_influence_metadata
+from montessori_core.influence.table import schema_with_metadata
 from montessori_core.synthesis.filtering import NO_TAGS, rejection_by
 from montessori_core.synthesis.filters.rouge_l import LIKE_ACCEPTED, ROUGE_L
 from montessori_report.run_page import render_report
@@ -198,7 +198,7 @@ def write_influence(path: Path, draw: str, examples: int, shift: float) -> None:
             }
         )
     notes = {"noise_floor": 2e-5, "null_step_influence": -5e-4, "student_loss": 2.5, "reference_tokens": 900.0}
-    write_table(write_influence_metadata(table_from_rows(rows, INFLUENCE), notes), path, INFLUENCE)
+    write_table(table_from_rows(rows, schema_with_metadata(notes)), path, INFLUENCE)
 
 
 def metrics(number: int, gain: float = 0.02, error: float = 0.004) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from montessori_core.config import Preferences
 from montessori_core.data.rows import Rows
 from montessori_core.data.tables import INFLUENCE, table_from_rows, write_table
 from montessori_core.influence.pilot import measure_after_pilot, pilot_size, predict_pair_count
-from montessori_core.influence.table import join_influence, write_influence_metadata
+from montessori_core.influence.table import join_influence, schema_with_metadata
 from montessori_core.program import Row
 
 
@@ -39,7 +39,7 @@ def influence(some: list[Row], common: float, scale: float = 1.0) -> pa.Table:
         for row in some
     ]
     notes = {"noise_floor": 1e-3, "null_step_influence": common, "student_loss": 2.0, "reference_tokens": 9.0}
-    return write_influence_metadata(table_from_rows(records, INFLUENCE), notes)
+    return table_from_rows(records, schema_with_metadata(notes))
 
 
 @pytest.mark.parametrize(

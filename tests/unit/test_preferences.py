@@ -38,8 +38,8 @@ from montessori_core.influence.table import (
     domination_warning,
     join_influence,
     read_influence_metadata,
+    schema_with_metadata,
     summarize_influence,
-    write_influence_metadata,
 )
 
 
@@ -91,7 +91,7 @@ def influence(
         for name, value in values.items()
     ]
     notes = {"noise_floor": noise, "null_step_influence": null_step, "student_loss": 2.0, "reference_tokens": 900.0}
-    return write_influence_metadata(table_from_rows(rows, INFLUENCE), notes)
+    return table_from_rows(rows, schema_with_metadata(notes))
 
 
 VALUES = {

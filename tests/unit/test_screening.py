@@ -9,10 +9,10 @@ import pytest
 from flows.validation import MeasuredStages
 from montessori_core.config import Influence, Preferences, Screening
 from montessori_core.data.rows import Positions
-from montessori_core.data.tables import INFLUENCE, table_from_rows
+from montessori_core.data.tables import table_from_rows
 from montessori_core.influence.preferences import pair_by_influence
 from montessori_core.influence.screening import Agreement, conformal_width, draw_ids, screening_report
-from montessori_core.influence.table import write_influence_metadata
+from montessori_core.influence.table import schema_with_metadata
 from montessori_core.program import Row
 from tasks.screening import InfluenceStages, estimate_influence
 
@@ -59,7 +59,7 @@ class Bench:
             for row in rows
         ]
         notes = {"noise_floor": 1e-9, "null_step_influence": 0.0, "student_loss": 2.0, "reference_tokens": 100.0}
-        return write_influence_metadata(table_from_rows(records, INFLUENCE), notes).to_reader()
+        return table_from_rows(records, schema_with_metadata(notes)).to_reader()
 
 
 def screen(stages: InfluenceStages, settings: Screening, baseline: str) -> pa.Table:
