@@ -92,7 +92,7 @@ def say(text: str) -> None:
 def measure(
     name: str, dtype: str, estimator: Any, arguments: argparse.Namespace, device: torch.device, speed: Speed
 ) -> list[str]:
-    """Return seconds to open, seconds an example, the floor and the peak memory."""
+    """Return seconds to open, seconds per example, the floor and the peak memory."""
     model = random_model(name, torch.bfloat16 if dtype == "bfloat16" else torch.float32, device)
     shape = Shape.of(model)
     reference = ReferenceSet([random_example(135) for _ in range(arguments.references)], _BATCH_TOKENS, device)

@@ -52,7 +52,7 @@ class Manifest(Record):
 
 
 class ShardProgress(Record):
-    """Progress of a running shard: rows done, in fractions, and seconds a row."""
+    """Progress of a running shard: rows done, in fractions, and seconds per row."""
 
     done: _Number
     row_seconds: _Number | None = None

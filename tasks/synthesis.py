@@ -164,7 +164,7 @@ def count_candidates(missing: int, rounds: Sequence[tuple[int, int]], oversampli
     Args:
         missing: examples still missing.
         rounds: candidates and accepted examples of each round so far.
-        oversampling: candidates an example while none was accepted.
+        oversampling: candidates per example while none was accepted.
     """
     candidates = kept = 0
     for written, accepted in reversed(rounds):

@@ -266,7 +266,7 @@ def _losses(data: RunSet) -> str:
     rows = [(name, f"{loss['mean']:.4f}", f"{loss['standard_error']:.4f}") for name, loss in losses.items()]
     if not rows:
         return ""
-    return "Of students on the evaluation set, nats a token:\n\n" + table(("student", "mean", "standard error"), rows)
+    return "Of students on the evaluation set, nats per token:\n\n" + table(("student", "mean", "standard error"), rows)
 
 
 def _repetition(data: RunSet, command: str) -> str:

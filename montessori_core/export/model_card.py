@@ -51,8 +51,8 @@ def student_card(
     student = experiment.student
     name = escape(name_of(student.model))
     rows = [(key.replace("_", " "), value) for key, value in counts.items()]
-    rows += [("loss of the first step, nats a token", log[0]["loss"])] if log else []
-    rows += [("loss of the last step, nats a token", log[-1]["loss"])] if log else []
+    rows += [("loss of the first step, nats per token", log[0]["loss"])] if log else []
+    rows += [("loss of the last step, nats per token", log[-1]["loss"])] if log else []
     parts = [
         model_header(student.model, ["sft"], adapter=settings.lora is not None),
         f"# {name}, trained on {escape(name_of(data.path))}\n",

@@ -127,7 +127,7 @@ def _scores(metrics: dict[str, Any], role: Role) -> str:
     """Return held-out losses and benchmark scores: of a teacher, those of the student trained on its data."""
     losses = metrics.get("held_out_loss") or {}
     rows = [
-        (f"held-out loss, nats a token: {name}", f"{loss['mean']:.4f}", f"{loss['standard_error']:.4f}")
+        (f"held-out loss, nats per token: {name}", f"{loss['mean']:.4f}", f"{loss['standard_error']:.4f}")
         for name, loss in losses.items()
     ]
     for score in metrics.get("scores") or []:

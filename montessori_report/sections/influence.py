@@ -283,7 +283,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
             f"standard error over the reference examples ({unit}, root mean square)",
             lambda part: unit.size(part.summary["standard_error"]),
         ),
-        row("reference loss of the student (nats)", lambda part: formatting.loss(part.summary["student_loss"])),
+        row("reference loss of the student (nats per token)", lambda part: formatting.loss(part.summary["student_loss"])),
         row(
             "coordinates that the example's gradient dominates (median share)",
             lambda part: formatting.share(part.summary["median_dominated_share"]),

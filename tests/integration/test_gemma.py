@@ -41,7 +41,7 @@ def gemma() -> Path:
 
 
 def test_gemma_predicts_english(gemma: Path) -> None:
-    """2.6 nats a token; 17 if the norms' weights were stored with the one that the GGUF adds to them."""
+    """2.6 nats per token; 17 if the norms' weights were stored with the one that the GGUF adds to them."""
     tokenizer, model = load_tokenizer("gemma3-270m"), load_model("gemma3-270m", torch.float32)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert [n for n, kind in enumerate(model.config.layer_types) if kind == "full_attention"] == [5, 11, 17]
