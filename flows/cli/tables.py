@@ -91,12 +91,12 @@ def print_summary(run: Run) -> None:
         for name, title in titles.items():
             if name in metrics["held_out_loss"]:
                 loss = metrics["held_out_loss"][name]
-                table.add_row(title, f"{loss['mean']:.4f} nats/token (standard error {loss['standard_error']:.4f})")
+                table.add_row(title, f"{loss['mean']:.4f} nats per token (standard error {loss['standard_error']:.4f})")
         if "student_over_unmodified" in metrics["held_out_gain"]:
             gain = metrics["held_out_gain"]["student_over_unmodified"]
             table.add_row(
                 "gain of the updated over the unmodified teacher's data",
-                f"{gain['mean']:+.4f} nats/token (standard error {gain['standard_error']:.4f}, paired)",
+                f"{gain['mean']:+.4f} nats per token (standard error {gain['standard_error']:.4f}, paired)",
             )
         scores: dict[str, list[str]] = {}
         for score in metrics.get("scores", []):
@@ -287,15 +287,15 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     truncated = pc.sum(table["truncated"]).as_py()
     if truncated:
         lines.add_row("truncated at --max-length", str(truncated))
-    lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats/token")
+    lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats per token")
     if len(values):
         low, median, high = np.percentile(values, [5, 50, 95])
-        lines.add_row("influence, 5 % - median - 95 %", f"{low:.3g}  {median:.3g}  {high:.3g} nats/token")
+        lines.add_row("influence, 5 % - median - 95 %", f"{low:.3g}  {median:.3g}  {high:.3g} nats per token")
         lines.add_row("distribution", _sparkline(values))
         lines.add_row(f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}")
-    lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats/token")
-    lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats/token")
-    lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats/token")
+    lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats per token")
+    lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats per token")
+    lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats per token")
     if math.isfinite(summary["median_gradient_norm"]):  # linear forms no gradient
         lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
         lines.add_row(
@@ -305,9 +305,9 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     if screening is not None:
         lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
         lines.add_row(
-            f"{screening.estimator_name} against exact", f"{screening.first_order}, Spearman {screening.spearman:.3f}"
+            f"{screening.estimator_name} against exact", f"{screening.estimated}, Spearman {screening.spearman:.3f}"
         )
-        lines.add_row("common error, corrected", f"{screening.offset:.3g} nats/token")
+        lines.add_row("common error, corrected", f"{screening.offset:.3g} nats per token")
         lines.add_row("after correction and confirmation", str(screening.screened))
         if screening.fell_back:
             lines.add_row("", f"{screening.estimator_name} failed the audit: every example was measured exactly")

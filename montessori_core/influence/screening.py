@@ -75,7 +75,7 @@ class ScreeningReport:
         offset: correction added to the estimates, nats.
         width: an example is in doubt if it is at most this far from its threshold, nats.
         spearman: rank correlation of estimates and exact influence over the audit.
-        first_order: agreement of the signs of the estimates with exact ones, over the audit; corrected if the threshold is
+        estimated: agreement of the signs of the estimates with exact ones, over the audit; corrected if the threshold is
             computed from the estimates themselves.
         screened: agreement after correction and confirmation, over the half of the audit that validates.
         fell_back: whether too few corrected signs of the audit agreed, so that every example was measured exactly.
@@ -87,7 +87,7 @@ class ScreeningReport:
     offset: float
     width: float
     spearman: float
-    first_order: Agreement
+    estimated: Agreement
     screened: Agreement
     fell_back: bool
     estimator: str = "first_order"  # of tables that were written before there was a choice
@@ -140,7 +140,7 @@ def calibrate(
         offset=offset,
         width=width,
         spearman=float(spearmanr(estimated[finite], exact[finite]).statistic) if finite.sum() > 2 else math.nan,
-        first_order=(
+        estimated=(
             agreement if baseline in _FROM_ESTIMATES else Agreement.of(_agree(estimated, exact, threshold)[above_noise])
         ),
         screened=Agreement.of(correct[~calibrating & above_noise]),
@@ -193,8 +193,10 @@ def screening_report(table: pa.Table) -> ScreeningReport | None:
     if metadata is None:
         return None
     content = json.loads(metadata)
-    first_order, screened = (Agreement(**content.pop(name)) for name in ("first_order", "screened"))
-    return ScreeningReport(first_order=first_order, screened=screened, **content)
+    if "first_order" in content:  # its name in tables of earlier versions
+        content["estimated"] = content.pop("first_order")
+    estimated, screened = (Agreement(**content.pop(name)) for name in ("estimated", "screened"))
+    return ScreeningReport(estimated=estimated, screened=screened, **content)
 
 
 def draw_ids(ids: Sequence[str], count: int) -> list[str]:

@@ -283,7 +283,9 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
             f"standard error over the reference examples ({unit}, root mean square)",
             lambda part: unit.size(part.summary["standard_error"]),
         ),
-        row("reference loss of the student (nats per token)", lambda part: formatting.loss(part.summary["student_loss"])),
+        row(
+            "reference loss of the student (nats per token)", lambda part: formatting.loss(part.summary["student_loss"])
+        ),
         row(
             "coordinates that the example's gradient dominates (median share)",
             lambda part: formatting.share(part.summary["median_dominated_share"]),
@@ -292,7 +294,7 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
     if any(part.screening for part in sets):
         rows += [
             row("measured exactly", _measured_exactly),
-            row("signs of the estimates that agree with exact ones", lambda part: _agreement(part, "first_order")),
+            row("signs of the estimates that agree with exact ones", lambda part: _agreement(part, "estimated")),
             row("signs that agree after correction and confirmation", lambda part: _agreement(part, "screened")),
         ]
     return Table(

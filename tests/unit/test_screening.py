@@ -99,6 +99,15 @@ def test_linear_estimates_are_audited_as_first_order_is() -> None:
     assert report.estimator_name == "linear"
 
 
+def test_report_of_earlier_version_is_read() -> None:
+    table = screen(Bench(400, error=0.05), SETTINGS, "student")
+    earlier = {
+        key: value.replace(b'"estimated"', b'"first_order"') for key, value in (table.schema.metadata or {}).items()
+    }
+    assert earlier != table.schema.metadata
+    assert screening_report(table.replace_schema_metadata(earlier)) == screening_report(table)
+
+
 def test_screened_from_both_tables_equals_measured() -> None:
     bench = Bench(400, error=0.05)
     both = MeasuredStages(*(bench.measure_all(estimator).read_all() for estimator in ("first_order", "exact")))
@@ -113,7 +122,7 @@ def test_common_error_is_corrected_by_offset() -> None:
     table = screen(shifted, SETTINGS, "student")
     report = screening_report(table)
     assert report is not None
-    assert report.first_order.high < 0.9  # a quarter of the signs are wrong before the correction
+    assert report.estimated.high < 0.9  # a quarter of the signs are wrong before the correction
     assert report.screened.share > 0.95
     assert not report.fell_back
     assert report.offset == pytest.approx(-0.8, abs=0.05)
@@ -138,7 +147,7 @@ def test_prompt_baseline_decides_order_within_prompts() -> None:
     report = screening_report(table)
     assert report is not None
     assert not report.fell_back
-    assert report.first_order.share > 0.9
+    assert report.estimated.share > 0.9
     assert 0 < report.confirmed < 400
     alone = wrong_pairs(bench.measure_all("first_order").read_all())
     assert wrong_pairs(table) < alone / 3
@@ -152,7 +161,7 @@ def test_agreement_interval_has_nominal_coverage() -> None:
         report = screening_report(screen(bench, Screening(minimum_agreement=0.0), "student"))
         assert report is not None
         true = np.mean([(bench.estimate[n] > 0) == (v > 0) for n, v in bench.exact.items()])
-        covered += report.first_order.low <= true <= report.first_order.high
+        covered += report.estimated.low <= true <= report.estimated.high
         errors = [abs(bench.estimate[name] + report.offset - value) for name, value in bench.exact.items()]
         exceeding += np.mean(np.array(errors) > report.width)
     assert covered >= 0.95 * 120 - 6
@@ -165,7 +174,7 @@ def test_unfit_screening_falls_back_to_exact() -> None:
     report = screening_report(table)
     assert report is not None
     assert report.fell_back
-    assert report.first_order.share < 0.9
+    assert report.estimated.share < 0.9
     assert table["influence_student"].to_pylist() == list(bench.exact.values())
     assert set(table["estimator"].to_pylist()) == {"exact"}
 
