@@ -11,6 +11,7 @@ from montessori_core.formatting import first_names
 
 FILES = "files.json"
 """The list of files beside them: size and SHA-256 of each, and whether all of them are there."""
+_UNFINISHED = f"{FILES}.unfinished"
 _BLOCK = 2**24  # bytes
 
 Files = dict[str, dict[str, Any]]
@@ -98,14 +99,14 @@ class _RemoteFolder:
         self._path = path.rstrip("/")
 
     def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of each file that is there, the list excepted."""
+        """Return the size in bytes of each file that is there, the lists excepted."""
         self._system.invalidate_cache()
         try:
             found = self._system.find(self._path, detail=True)
         except FileNotFoundError:
             return {}
         sizes = {name.removeprefix(self._path).lstrip("/"): entry["size"] for name, entry in found.items()}
-        return {name: size for name, size in sizes.items() if name != FILES}
+        return {name: size for name, size in sizes.items() if name not in (FILES, _UNFINISHED)}
 
     def read_list(self) -> tuple[Files, bool]:
         """Return the list of files, empty if there is none, and whether all of them were sent."""
@@ -118,9 +119,18 @@ class _RemoteFolder:
         return content["files"], content.get("complete") is True
 
     def write_list(self, files: Files, complete: bool) -> None:
-        content = json.dumps({"complete": complete, "files": files}, indent=2, sort_keys=True)
-        self._make_parent(f"{self._path}/{FILES}")
-        self._system.pipe_file(f"{self._path}/{FILES}", content.encode())
+        """Write the list. An interrupted write keeps the earlier one, without which no file would count as pushed."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        content = json.dumps({"complete": complete, "files": files}, indent=2, sort_keys=True).encode()
+        target = f"{self._path}/{FILES}"
+        self._make_parent(target)
+        if isinstance(self._system, LocalFileSystem):
+            unfinished = Path(self._path, _UNFINISHED)
+            unfinished.write_bytes(content)
+            unfinished.replace(target)
+        else:
+            self._system.pipe_file(target, content)  # an object store shows an object when all of it is there
 
     def send(self, source: Path, name: str) -> Iterator[int]:
         """Send a file; yield the number of bytes after each block."""

@@ -36,9 +36,10 @@ def open_embedding(settings: programs.Embedding, inputs: Mapping[str, Path]) -> 
         model, info = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, and of a package that is not installed
         raise UserError(
-            f"synthesis.filters: semantic: {folder} cannot be loaded: {describe_load_error(error)}"
+            f"synthesis.filters: semantic: {folder} cannot be loaded ({describe_load_error(error)}); download the model "
+            "again, or set another one"
         ) from error
     if missing := sorted(name for name in info["missing_keys"] if not any(part in name for part in _UNUSED)):
         raise UserError(

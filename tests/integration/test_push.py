@@ -97,25 +97,43 @@ def test_killed_copy_continues_where_it_was(tmp_path: Path) -> None:
     assert json.loads((out / "files.json").read_text())["complete"] is True
 
 
+def copy_with_limit(folder: Path, out: Path, size: int) -> str:
+    """Copy a folder with a largest size of a file, which ends a write in its middle as a quota does; return stderr."""
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from montessori_core.export import remote\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        "remote.copy_folder(Path(sys.argv[1]), sys.argv[2], True, lambda done, total: None)\n"
+    )
+    command = [sys.executable, "-c", program, str(folder), f"file://{out}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+
+
 def test_refused_file_is_reported_and_sent_later(tmp_path: Path) -> None:
     folder, out = tmp_path / "folder", tmp_path / "out"
     folder.mkdir()
     (folder / "a").write_bytes(b"small")
     (folder / "b").write_bytes(os.urandom(100_000))
-    program = (
-        "import resource, sys\n"
-        "from pathlib import Path\n"
-        "from montessori_core.export import remote\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"  # as a quota does, in the middle of a file
-        "remote.copy_folder(Path(sys.argv[1]), sys.argv[2], False, lambda done, total: None)\n"
-    )
-    command = [sys.executable, "-c", program, str(folder), f"file://{out}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "File too large" in refused.stderr
-    assert "repeat the command: it sends what is missing" in refused.stderr
+    refused = copy_with_limit(folder, out, 50_000)
+    assert "File too large" in refused
+    assert "repeat the command: it sends what is missing" in refused
     assert remote.copy_folder(folder, f"file://{out}", False, lambda done, total: None) == 1
     assert (out / "b").read_bytes() == (folder / "b").read_bytes()
+
+
+def test_interrupted_list_keeps_the_earlier_one(tmp_path: Path) -> None:
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    for number in range(100):
+        (folder / str(number)).write_bytes(b"small")
+    assert remote.copy_folder(folder, f"file://{out}", False, lambda done, total: None) == 100
+    (folder / "new").write_bytes(b"small")
+    refused = copy_with_limit(folder, out, 5_000)  # in the middle of the list
+    assert "File too large" in refused
+    assert remote.copy_folder(folder, f"file://{out}", True, lambda done, total: None) == 1
+    assert content(out).keys() == {*content(folder), "files.json"}
 
 
 def test_other_files_are_never_touched(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import yaml
 from montessori_core import programs
 from montessori_core.config import read_experiment
 from montessori_core.data.tables import EMBEDDINGS, INSTRUCTIONS, PREFERENCES, read_table
+from montessori_core.errors import UserError
 from montessori_core.models.load import load_tokenizer
 from montessori_core.synthesis.embedding import open_embedding
 from montessori_core.synthesis.sandbox import has_namespaces
@@ -147,6 +148,13 @@ def test_embedding_is_the_mean_of_the_last_states(tiny_llama: Path, tmp_path: Pa
     with torch.inference_mode():
         states = model(input_ids=ids).last_hidden_state[0].mean(0)
     assert np.allclose(vectors[0], (states / states.norm()).numpy(), atol=1e-5)  # padding does not count
+
+
+def test_damaged_embedding_model_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"semantic: {folder} cannot be loaded .*; download the model again"):
+        open_embedding(programs.Embedding(max_length=64), {"model": folder})
 
 
 def test_embedding_stops_at_limit_of_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
