@@ -153,7 +153,7 @@ def page() -> str:
     for top in rows:
         if "." in top.path or top.section is None:
             continue
-        absent = " Absent unless given." if top.default == "`null`" else ""
+        absent = " Not set by default." if top.default == "`null`" else ""
         parts.append(f"### `{top.path}`")
         if top.same_as:
             parts.append(f"{top.description}{absent} The same fields as `{top.same_as}`.")

@@ -20,8 +20,8 @@ class Vllm(Section):
     )
     max_model_len: Count | None = Field(
         None,
-        description="Longest prompt with its continuation, tokens; vLLM needs a cache for one of them. If not set, the next "
-        "power of two above the job's prompts and max_tokens, at most the model's positions.",
+        description="Longest prompt with its continuation, tokens; vLLM's cache must hold at least one of that length. If "
+        "not set, the next power of two above the job's prompts and max_tokens, at most the model's positions.",
     )
     tensor_parallel: Count | None = Field(
         None,

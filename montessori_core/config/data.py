@@ -40,18 +40,18 @@ class DataSource(Section):
     )
     limit: Count | None = Field(None, description="Use only the first rows, at most this many. If not set, all rows.")
     instruction_field: str = Field(
-        "instruction", description="Column that holds the instruction. A dotted path for a nested one: task.question."
+        "instruction", description="Column that holds the instruction, or a dotted path to it (task.question)."
     )
     input_field: str = Field("input", description="Column that holds the input; optional in the data.")
     output_field: str = Field(
         "output",
-        description="Column that holds the response, or a dotted path (answers.0.text); not used for a seed pool.",
+        description="Column that holds the response, or a dotted path to it (answers.0.text); not used for a seed pool.",
     )
     conversation_field: str | None = Field(
         None,
         min_length=1,
-        description="Column, or dotted path, that holds the list of turns in the formats messages and sharegpt. If not "
-        "set, messages or conversations.",
+        description="Column that holds the list of turns in the formats messages and sharegpt, or a dotted path to it. If "
+        "not set, the column messages or conversations.",
     )
     turns: Literal["all", "first", "last", "refuse"] = Field(
         "all",
@@ -61,23 +61,23 @@ class DataSource(Section):
     )
     system_turn: Literal["keep", "prepend", "drop", "refuse"] = Field(
         "keep",
-        description="What becomes of a system turn. keep: it stays a turn; where a chat template takes none, its text comes "
-        "before the first user turn, with a blank line between; a seed pool refuses it. prepend: its text always comes "
+        description="What happens to a system turn. keep: it stays a turn; where a chat template takes none, its text comes "
+        "before the first user turn, followed by a blank line; a seed pool refuses it. prepend: its text always comes "
         "before the first user turn that is read. drop: it is left out. refuse: an error.",
     )
     train_on: Literal["all", "last"] = Field(
         "all",
-        description="The answers of a conversation that carry loss, in a reference set, an evaluation, a measurement of "
-        "influence and a training alike. all: every answer of the assistant, except those with weight 0 and those in the "
+        description="Which answers of a conversation carry loss, wherever the data is used: as reference or evaluation set, "
+        "to measure influence, or to train. all: every answer of the assistant, except those with weight 0 and those in the "
         "column prompt of prompt_completion. last: the last answer alone.",
     )
     drop_bad_rows: bool = Field(
         False,
-        description="Leave out rows that cannot be used, count them by reason and list them in bad_rows.jsonl. By default "
-        "the first one is an error.",
+        description="Leave out rows that cannot be used, count them by reason and list them in bad_rows.jsonl. If false, "
+        "the first such row is an error.",
     )
     max_bad_rows: Probability = Field(
-        0.01, description="Largest share of the rows that drop_bad_rows leaves out; more are an error."
+        0.01, description="Largest share of the rows that drop_bad_rows may leave out; more are an error."
     )
 
     def refuses(self, bad_rows: int, rows: int) -> bool:

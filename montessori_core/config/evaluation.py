@@ -17,8 +17,8 @@ class Comparison(Section):
     influence_examples: int = Field(
         256,
         ge=0,
-        description="Number of training examples, from the updated and from the unmodified teacher each, whose influence is "
-        "measured (Figure 3d); 0 is off.",
+        description="Number of training examples of each teacher, updated and unmodified, whose influence is measured "
+        "(Figure 3d); 0 is off.",
     )
     teacher_checkpoints: int = Field(
         0,
@@ -74,11 +74,12 @@ class Benchmarks(Section):
     judge_prompts: Literal["own", "published"] = Field(
         "own",
         description="Prompts for the judge. 'own': those of this project, whose verdict is the last line of the answer. "
-        "'published': AlpacaEval's (the probability of one token) and FastChat's ([[rating]]). Names of scores say which.",
+        "'published': AlpacaEval's (the probability of one token) and FastChat's ([[rating]]). The names of the scores say "
+        "which.",
     )
     answers: Sampling = Field(
         Sampling(temperature=0.7, top_p=1.0, presence_penalty=0.0),
-        description="Decoding of the students' answers to judge. For MT-Bench, see mt_bench_temperature.",
+        description="Decoding of the students' answers that are judged. For MT-Bench, see mt_bench_temperature.",
     )
     contamination_words: int = Field(
         8,

@@ -30,10 +30,16 @@ class Experiment(Section):
     iterations: Count = Field(1, description="Number of teacher updates, one after the other.")
     teacher: Teacher = Field(description="The model that writes instructions and their responses.")
     student: Student = Field(description="The model that is trained on the synthetic data.")
-    seed_pool: DataSource = Field(DataSource(path="builtin"), description="Human-written tasks for demonstrations.")
-    reference: DataSource = Field(DataSource(path="builtin"), description="Examples on which influence is measured.")
+    seed_pool: DataSource = Field(
+        DataSource(path="builtin"), description="Human-written tasks from which prompts for the teacher are made."
+    )
+    reference: DataSource = Field(
+        DataSource(path="builtin"),
+        description="Examples of what the student should get better at; influence is the change of its loss on them.",
+    )
     evaluation: DataSource = Field(
-        DataSource(path="builtin"), description="Held-out examples; must not overlap the reference set."
+        DataSource(path="builtin"),
+        description="Held-out examples, on which students are compared; must not overlap the reference set.",
     )
     synthesis: Synthesis = Field(Synthesis(), description="How the teacher is prompted and how its output is filtered.")
     warmup: Warmup = Field(Warmup(), description="Warm-up of the student.")
@@ -56,8 +62,8 @@ class Experiment(Section):
     zero: Zero = Field(Zero(), description="DeepSpeed ZeRO.")
     tracking: tuple[Tracker, ...] = Field(
         (),
-        description="Experiment trackers that get the log of trainings and the numbers of iterations. Servers and keys come "
-        "from the environment.",
+        description="Experiment trackers that get the logs of trainings and the numbers of iterations. Their servers and "
+        "keys come from the environment.",
     )
     cluster: Cluster = Field(Cluster(), description="Where jobs run and which resources they get.")
 

@@ -20,13 +20,13 @@ class LengthFilter(Section):
 
     name: Literal["length"] = Field("length", description=_NAME)
     min_characters: Count = Field(6, description="Minimum length, characters.")
-    max_characters: Count | None = Field(400, description="Maximum length, characters. If null, any.")
+    max_characters: Count | None = Field(400, description="Maximum length, characters. If null, no limit.")
     min_words: Count | None = Field(
         None,
         description="Minimum length, words; in Chinese, Japanese, Thai and other scripts without spaces a word is a "
-        "character. If null, any.",
+        "character. If null, no limit.",
     )
-    max_words: Count | None = Field(None, description="Maximum length, words. If null, any.")
+    max_words: Count | None = Field(None, description="Maximum length, words. If null, no limit.")
 
     @model_validator(mode="after")
     def _some_length(self) -> "LengthFilter":
@@ -72,11 +72,13 @@ class FirstCharacterFilter(Section):
 
 
 class ScriptFilter(Section):
-    """Rejects instructions in another script than those of the list."""
+    """Rejects instructions that are not written in the scripts of a list."""
 
     name: Literal["script"] = Field("script", description=_NAME)
     scripts: tuple[Script, ...] = Field(("latin",), description="Scripts, such as han and kana for Japanese.")
-    min_share: Probability = Field(0.7, description="Minimum share of the letters that are of these scripts.")
+    min_share: Probability = Field(
+        0.7, description="Minimum share of an instruction's letters that are of these scripts."
+    )
 
     @model_validator(mode="after")
     def _some_script(self) -> "ScriptFilter":
@@ -114,7 +116,7 @@ class JudgeFilter(Section):
     minimum: float = Field(4.0, ge=0.0, le=6.0, description="Lowest score that is kept, 0 to 6.")
     keep_unscored: bool = Field(
         False,
-        description="Keep examples without a score that can be read. By default they are rejected.",
+        description="Keep examples for which the judge gives no score that can be read. If false, they are rejected.",
     )
 
 
@@ -127,9 +129,9 @@ class CodeRunsFilter(Section):
         description="Must be set to true: jobs run code that a model wrote. It runs as your account, with limits of time, "
         "memory and file size, an empty environment and a temporary folder, without network and with read-only files.",
     )
-    seconds: Count = Field(5, description="Limit of a code block, seconds of CPU; of the clock, twice as many.")
-    memory_mb: int = Field(512, ge=64, description="Limit of the address space of a code block, MB.")
-    need_code: bool = Field(False, description="Reject responses without a Python code block, too.")
+    seconds: Count = Field(5, description="Time limit of a code block: seconds of CPU time, and twice as many in all.")
+    memory_mb: int = Field(512, ge=64, description="Memory limit of a code block (address space), MB.")
+    need_code: bool = Field(False, description="Also reject responses without a Python code block.")
     need_isolation: bool = Field(
         True,
         description="Fail where the system has no namespaces (unshare): without them the code has the network, and can "

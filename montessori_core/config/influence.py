@@ -11,12 +11,12 @@ LARGEST_LINEAR_WEIGHT = 1 / 32
 
 
 class Screening(Section):
-    """Audit of the screened estimator, which is first order for all examples and exact where a sign is in doubt."""
+    """Audit of the screened estimator: estimates for all examples, exact values where a sign is in doubt."""
 
     estimator: Literal["first_order", "linear"] = Field(
         "first_order",
         description="What measures all examples before the audit: 'first_order', or 'linear', which takes a fraction of the "
-        "time, but leaves more signs in doubt: for pools so large that a pass over each example costs more than these.",
+        "time but leaves more signs in doubt, each of which is measured exactly. It pays for large sets.",
     )
     audit_examples: int = Field(
         100,
@@ -40,9 +40,12 @@ class Sequential(Section):
     """Sequential test: read the reference set only until the sign of an influence is decided."""
 
     error_rate: float = Field(
-        0.05, gt=0.0, lt=0.5, description="Share of examples whose sign may differ from that over the whole set."
+        0.05,
+        gt=0.0,
+        lt=0.5,
+        description="Share of examples whose sign may differ from that over the whole reference set.",
     )
-    block: int = Field(32, ge=8, description="Reference examples read between two decisions.")
+    block: int = Field(32, ge=8, description="Reference examples that are read before each look at the sign.")
 
 
 WeightPer = Literal["example", "token"]
@@ -57,7 +60,7 @@ class Influence(Section):
         "screened",
         description="'exact' takes the step and evaluates the reference set. 'first_order' projects the step on the "
         "reference gradient at the null step; with many reference examples it is hundreds of times cheaper. 'linear' also "
-        "takes the step as linear in the example's gradient, which it nearly is up to a weight of 1/32: one pass measures a "
+        "treats the step as linear in the example's gradient, which it nearly is up to a weight of 1/32: one pass measures a "
         "batch of examples, without moments and weight gradients. 'screened' uses first order (or linear, see screening) for "
         "all examples, audits it, and confirms signs in doubt exactly.",
     )
@@ -66,9 +69,11 @@ class Influence(Section):
         description="Precision of a step: 'float32'; 'mixed' (bf16 activations for the example's gradient, fp32 for the "
         "rest); 'bfloat16' (everything, as in the authors' code: less memory, but mostly rounding error for small students).",
     )
-    screening: Screening = Field(Screening(), description="Audit of estimator: screened.")
+    screening: Screening = Field(Screening(), description="How estimator: screened audits its estimates.")
     sequential: Sequential | None = Field(
-        None, description="Sequential test for exact measurements. If not set, they read the whole reference set."
+        None,
+        description="For estimator: exact, stop reading the reference set once the sign of the influence is clear (a "
+        "sequential test). If not set, read all of it.",
     )
     reference_reduction: Literal["example", "token"] = Field(
         "example", description="Reference loss: mean over examples (Eq. 2) or over all response tokens."
@@ -86,9 +91,9 @@ class Influence(Section):
     )
     weight_per: WeightPer = Field(
         "example",
-        description="What has this weight: 'example', the mean loss of every example (Eq. 1); 'token', that of an example "
-        "with as many response tokens as a reference example has on average. Examples with more tokens then weigh more, as "
-        "in a training batch, whose loss is the mean over the tokens of all its examples.",
+        description="What has the weight example_weight: 'example', the mean loss of every example (Eq. 1); 'token', that "
+        "of an example with as many response tokens as a reference example has on average. Examples with more tokens then "
+        "weigh more, as in a training batch, whose loss is the mean over the tokens of all its examples.",
     )
     reference_batch_tokens: Count = Field(
         2048, description="Tokens per batch of reference examples, including padding."
@@ -144,8 +149,8 @@ class Preferences(Section):
     )
     max_uses: Count = Field(
         1,
-        description="Maximum number of pairs of an example, for pairs: across_prompts. With max_pairs, a larger number "
-        "trains on fewer and more helpful examples, each under several prompts.",
+        description="Maximum number of pairs that an example may be in, for pairs: across_prompts. With max_pairs, a larger "
+        "number trains on fewer and more helpful examples, each under several prompts.",
     )
     max_pairs: Count | None = Field(
         None,

@@ -13,7 +13,7 @@ _TEMPLATE: Any = Field(
     "template may add one to every example). If not set, the model's own, or the paper's if it has none.",
 )
 _VARIABLES: Any = Field(
-    {}, description="Variables of the chat template, e.g. {enable_thinking: false}. Thinking uses up max_tokens."
+    {}, description="Variables of the chat template, e.g. {enable_thinking: false}. Thinking counts towards max_tokens."
 )
 
 
@@ -70,7 +70,8 @@ class Student(Section):
     max_length: int = Field(
         1024,
         ge=32,
-        description="Maximum length of an example (prompt and response), tokens; longer ones are truncated and recorded.",
+        description="Maximum length of an example (prompt and response), tokens; the end of longer ones is cut, and they "
+        "are counted.",
     )
     lora: Lora | None = Field(None, description="Train LoRA matrices. If not set, train all weights.")
     chat_template: str | None = _TEMPLATE
@@ -95,7 +96,7 @@ class Endpoint(Section):
         None, description="Maximum number of requests per minute, not counting retries. If not set, no limit."
     )
     timeout_seconds: float = Field(
-        120.0, gt=0.0, description="Timeout of a request, after which it is retried, seconds."
+        120.0, gt=0.0, description="Seconds after which a request without a response is retried."
     )
     retries: int = Field(
         6,
@@ -128,15 +129,19 @@ class Endpoint(Section):
         ge=0.0,
         le=1.0,
         description="Largest share of questions that the server may refuse, as too long or by moderation; they are counted "
-        "as unanswered. Beyond it, and beyond five questions, the stage fails.",
+        "as unanswered. If more than this share, and more than five questions, are refused, the stage fails.",
     )
-    dollars_per_million_input_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
-    dollars_per_million_output_tokens: float = Field(0.0, ge=0.0, description="Price, to compute spending.")
+    dollars_per_million_input_tokens: float = Field(
+        0.0, ge=0.0, description="Price of a million tokens of the requests, to compute what is spent."
+    )
+    dollars_per_million_output_tokens: float = Field(
+        0.0, ge=0.0, description="Price of a million tokens of the answers, to compute what is spent."
+    )
     spending_cap_dollars: float | None = Field(
         None,
         gt=0.0,
-        description="Spending limit of this section in a run (one seed of a study): it stops before the first request that "
-        "could exceed it, and keeps the answers.",
+        description="Most that this section may spend in a run (one seed of a study). The stage fails before the first "
+        "request that could exceed it; answers are kept. If not set, no limit.",
     )
 
     @model_validator(mode="after")

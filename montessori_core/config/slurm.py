@@ -110,11 +110,11 @@ class HeldJobs(Section):
 
     minutes: Count = Field(
         240,
-        description="For so long a held job accepts work. Its wall-time limit is longer by the time limit of the stage that "
-        "asked for it, and a stage uses it only while its own limit fits.",
+        description="Minutes during which a held job accepts work. Its wall-time limit is longer by the time limit of the "
+        "stage that asked for it, and a stage uses it only while its own limit fits.",
     )
     idle_minutes: float = Field(
-        10.0, gt=0.0, description="A held job without work ends after this time; all of them end with the run."
+        10.0, gt=0.0, description="Minutes without work after which a held job ends; all of them end with the run."
     )
 
 
@@ -127,12 +127,12 @@ class JobOptions(Section):
     constraint: str | None = Field(None, description="Required node features (`--constraint`).")
     exclude: str | None = Field(None, description="Nodes to exclude, in Slurm's node-list syntax (`--exclude`).")
     exclusive: bool | None = Field(
-        None, description="Whether a job gets nodes of its own (`--exclusive`). If not set, it shares them."
+        None, description="Whether a job gets nodes of its own (`--exclusive`). If not set, it may share them."
     )
     gpu_option: Literal["gpus-per-node", "gres"] | None = Field(
         None,
-        description="Option that asks for GPUs: `--gpus-per-node=h100:8`, or `--gres=gpu:h100:8`, for older releases. If not "
-        "set, gpus-per-node.",
+        description="Option that asks for GPUs: `--gpus-per-node=h100:8`, or `--gres=gpu:h100:8` for older releases of "
+        "Slurm. If not set, gpus-per-node.",
     )
     container: Container | None = Field(
         None, description="Image to run jobs in. If not set, jobs run on the node itself."
@@ -140,7 +140,8 @@ class JobOptions(Section):
     setup: tuple[str, ...] = Field((), description="Shell commands to run before Python starts, e.g. module load.")
     environment: dict[VariableName, str] = Field(
         {},
-        description="Environment variables (`export` before `setup`), e.g. {NCCL_SOCKET_IFNAME: ib0}. Taken literally.",
+        description="Environment variables (`export` before `setup`), e.g. {NCCL_SOCKET_IFNAME: ib0}. The shell does not "
+        "expand their values.",
     )
     extra: SbatchOptions = Field(
         {},

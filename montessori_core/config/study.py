@@ -34,7 +34,7 @@ class Study(Section):
     equal_response_tokens: bool = Field(
         False,
         description="Also compare the methods at equal response tokens: train each student on the first examples of its "
-        "method within as many response tokens as the method with the fewest has in its `training.examples`.",
+        "method, up to the number of response tokens of the method whose `training.examples` have the fewest.",
     )
     seeds: tuple[Seed, ...] = Field(
         (0, 1, 2), min_length=1, description="Random seeds; each runs the whole comparison."

@@ -52,13 +52,16 @@ class Sampling(Section):
 
     temperature: float = Field(1.0, ge=0.0, description="Softmax temperature; 0 always takes the most probable token.")
     top_p: float = Field(
-        0.9, gt=0.0, le=1.0, description="Nucleus sampling: the smallest set of tokens with this total probability."
+        0.9,
+        gt=0.0,
+        le=1.0,
+        description="Nucleus sampling: draw from the fewest tokens with this total probability; 1 is off.",
     )
     presence_penalty: float = Field(
-        1.0, ge=-2.0, le=2.0, description="Subtracted from the logits of tokens generated before."
+        1.0, ge=-2.0, le=2.0, description="Subtracted from the logits of tokens that were generated before; 0 is off."
     )
     repetition_penalty: float = Field(
-        1.0, gt=0.0, description="Divides the logits of tokens in the prompt or generated before; 1 is off."
+        1.0, gt=0.0, description="Factor that lowers the logits of tokens in the prompt or generated before; 1 is off."
     )
     max_tokens: Count = Field(1024, description="Maximum number of generated tokens.")
 
@@ -99,8 +102,8 @@ class Synthesis(Section):
     )
     separator: str = Field(
         "\n",
-        description="Between two demonstrations, and with prompt_style: completion between the prompt's text and the new "
-        "instruction.",
+        description="Text between two demonstrations and, with prompt_style: completion, between the prompt's text and the "
+        "new instruction.",
     )
     keep_newlines: bool = Field(
         True,
@@ -110,7 +113,9 @@ class Synthesis(Section):
     samples_per_prompt: Count = Field(4, description="Instructions generated per prompt.")
     seed_demonstrations: int = Field(6, ge=0, description="Demonstrations per prompt from the seed pool.")
     synthetic_demonstrations: int = Field(
-        2, ge=0, description="Demonstrations per prompt from the last iteration; in the first, from the seed pool."
+        2,
+        ge=0,
+        description="Demonstrations per prompt from the last iteration's training set; in the first, from the seeds.",
     )
     instruction: Sampling = Field(
         Sampling(temperature=1.0),
@@ -133,8 +138,8 @@ class Synthesis(Section):
     oversampling: float = Field(
         1.3,
         ge=1.0,
-        description="Candidates per wanted example in the first round. Later rounds replace rejected candidates according to "
-        "the last round's acceptance, plus a fifth: acceptance falls as the accepted set grows.",
+        description="Candidates per wanted example in the first round. Later rounds generate as many as the acceptance rate "
+        "of the last round requires, and a fifth more, since the rate falls as the accepted set grows.",
     )
     max_rounds: Count = Field(6, description="Maximum number of rounds; if examples are still missing, the run fails.")
     prompts_per_shard: Count = Field(256, description="Maximum number of prompts per shard of instruction generation.")

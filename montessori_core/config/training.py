@@ -29,8 +29,8 @@ class Optimization(Section):
     """Settings that all training recipes share."""
 
     learning_rate: float = Field(5e-6, gt=0.0, description="Peak learning rate of AdamW.")
-    batch_size: Count = Field(32, description="Examples (or pairs) per optimizer step, over all processes.")
-    micro_batch_size: Count = Field(2, description="Examples (or pairs) per process and forward pass.")
+    batch_size: Count = Field(32, description="Examples per optimizer step, over all processes.")
+    micro_batch_size: Count = Field(2, description="Examples per process and forward pass; more need more memory.")
     epochs: Count = Field(1, description="Passes over the data.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW: decay of the first moment.")
@@ -87,7 +87,9 @@ class TeacherUpdate(Optimization):
 
     learning_rate: float = Field(1e-6, gt=0.0, description="Peak learning rate of AdamW.")
     batch_size: Count = Field(2, description="Preference pairs per optimizer step, over all processes.")
-    micro_batch_size: Count = Field(2, description="Preference pairs per process and forward pass.")
+    micro_batch_size: Count = Field(
+        2, description="Preference pairs per process and forward pass; more need more memory."
+    )
     beta: float = Field(0.1, gt=0.0, description="DPO: strength of the pull towards the teacher before the update.")
     loss: Literal["sigmoid", "ipo", "robust", "sigmoid_norm"] = Field(
         "sigmoid",
@@ -100,13 +102,13 @@ class TeacherUpdate(Optimization):
         0.0,
         ge=0.0,
         lt=0.5,
-        description="Share of reversed pairs that loss: robust expects; the other losses have none.",
+        description="Share of the pairs that loss: robust expects to be reversed; 0 for the other losses.",
     )
     sft_weight: float = Field(
         0.0,
         ge=0.0,
         description="Weight of TRL's loss 'sft', which is added: the negative log-likelihood of chosen outputs, a mean over "
-        "the tokens of a micro-batch. It keeps their likelihood from falling.",
+        "the tokens of a micro-batch. It keeps their likelihood from falling; 0 is off.",
     )
     max_length: int = Field(
         2048,
@@ -142,8 +144,8 @@ class Nomad(Optimization):
     epochs: Count = Field(2, description="Passes over the data.")
     teacher_examples: Count = Field(
         15_000,
-        description="Maximum number of reference examples to train the teacher on, drawn at random. A small part often "
-        "gives data that adds more to the real examples.",
+        description="Maximum number of reference examples to train the teacher on, drawn at random. A teacher that saw a "
+        "small part of them often writes data that add more to the real examples.",
     )
     mask_prompts: bool = Field(
         False, description="Train the teacher on responses only, as is usual; the paper finds this worse."
@@ -152,7 +154,7 @@ class Nomad(Optimization):
         0.5,
         ge=0.0,
         lt=1.0,
-        description="Share of reference examples in the student's training set, as far as there are enough.",
+        description="Share of reference examples in the student's training set, or less if there are not enough.",
     )
     sampling: Sampling = Field(
         Sampling(temperature=1.0, presence_penalty=0.0, max_tokens=2048), description="Decoding of conversations."
