@@ -115,7 +115,7 @@ class Step:
         )
         show_problems(self.run.folder, self.experiment)
         counts = read_json(Path(trained[0].path) / COUNTS_FILE) or {}
-        for name, meaning in (("left_out", "left out: they are too long"), ("truncated", "cut at max_length")):
+        for name, meaning in (("left_out", "left out because they are too long"), ("truncated", "cut at max_length")):
             if counts.get(name):
                 total = counts["left_out"] + counts.get("examples", counts.get("pairs", 0))
                 warn(self.label, f"{counts[name]} of {total} rows were {meaning}; see {COUNTS_FILE} and max_length")

@@ -16,7 +16,7 @@ class Screening(Section):
     estimator: Literal["first_order", "linear"] = Field(
         "first_order",
         description="What measures all examples before the audit: 'first_order', or 'linear', which takes a fraction of the "
-        "time but leaves more signs in doubt, each of which is measured exactly. It pays for large sets.",
+        "time but leaves more signs in doubt, which are then measured exactly. It pays for large sets.",
     )
     audit_examples: int = Field(
         100,

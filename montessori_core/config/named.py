@@ -9,7 +9,7 @@ from pydantic_core import CoreSchema
 from montessori_core.config.section import Section
 
 OWN = "module:NAME"
-"""Tag of an entry of the user's, which is named by its module."""
+"""Tag of a custom entry, which is named by its module."""
 
 
 def tag_of(names: tuple[str, ...]) -> Callable[[Any], str]:

@@ -81,7 +81,7 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
 
 
 def refuse_names(given: Mapping[str, Any], remedies: Mapping[str, str], field: str) -> None:
-    """Refuse names in a mapping of the user's that the program or another field sets.
+    """Refuse names in a user's mapping that the program or another field sets.
 
     Args:
         given: the mapping.

@@ -9,7 +9,7 @@ from montessori_core.data.words import words
 def overlapping(items: Sequence[str], data: Iterable[str], n: int) -> list[bool]:
     """Find the items that share n consecutive words with a text of the data.
 
-    Words are those of `data.words`: characters, in scripts without blanks. An item of fewer than n words overlaps if a text
+    Words are those of `data.words`: characters, in scripts without spaces. An item of fewer than n words overlaps if a text
     has all of them in a row; an item without words never does. Memory holds the 64-bit hashes of the items' n-grams, not
     the data.
 

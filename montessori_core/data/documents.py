@@ -134,7 +134,7 @@ def _parts(text: str, most_words: int) -> Iterator[str]:
 
 
 def _end_of_words(text: str, count: int) -> int:
-    """Return a position before which a text has at most `count` words, at a blank if there is one; else its end.
+    """Return a position before which a text has at most `count` words, at a space if there is one; else its end.
 
     The search begins with the first characters, as many as words: a text may have megabytes.
     """
@@ -146,5 +146,5 @@ def _end_of_words(text: str, count: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if len(words(text[:middle])) <= count else (low, middle)
-    blank = text.rfind(" ", 0, low)
-    return blank if blank > 0 else low
+    space = text.rfind(" ", 0, low)
+    return space if space > 0 else low

@@ -51,11 +51,11 @@ class _Buffer:
         line = self._lines + self._text.count("\n", 0, self._position)
         return DataError(
             f"{self._name}, line {line}: not valid JSON at {self.place} ({problem}); a .json file must be one list of "
-            "objects, or have one object a line"
+            "objects, or have one object per line"
         )
 
     def peek(self) -> str:
-        """Return the next character that is not a blank; '' at the end."""
+        """Return the next character that is not white space; '' at the end."""
         while True:
             match = _NO_BLANK.search(self._text, self._position)
             if match or not self._read():

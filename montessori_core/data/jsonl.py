@@ -109,7 +109,8 @@ def read_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
         if len(chunk) > LONGEST_ROW:
             raise DataError(
-                f"{name}, line {number + 1}: longer than {LONGEST_ROW >> 20} MiB; is it a file with one row a line? Split it"
+                f"{name}, line {number + 1}: longer than {LONGEST_ROW >> 20} MiB; is it a file with one row per line? Split "
+                "it"
             )
         for line in chunk.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
             number += 1

@@ -37,7 +37,7 @@ def _line_rows(file: DataFile) -> Rows:
 
 
 def _json_rows(file: DataFile) -> Rows:
-    """Read a list, or one object a line: which of them, the first character says."""
+    """Read a list, or one object per line; the first character tells which."""
     with file.open() as stream:
         start = b" "
         while start and start in b" \t\r\n\xef\xbb\xbf":

@@ -266,7 +266,7 @@ ITEM_SCORES = _schema(
 
 
 def table_from_rows(rows: list[dict[str, object]], schema: pa.Schema) -> pa.Table:
-    """Build a table of `schema` from a mapping a row."""
+    """Build a table of `schema` from a mapping per row."""
     return check(pa.Table.from_pylist(rows, schema=schema), schema, "rows")
 
 

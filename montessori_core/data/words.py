@@ -1,7 +1,7 @@
 """Words of a text in any script, for similarity and overlap.
 
 For ASCII text they are those of `rouge_score.tokenize`: lower case, runs of letters and digits. In other scripts letters
-keep their marks (accents, vowel signs); scripts without blanks between words (Chinese, Japanese, Thai, ...) give a word a
+keep their marks (accents, vowel signs); scripts without spaces between words (Chinese, Japanese, Thai, ...) give a word a
 character.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 from itertools import chain
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
-_UNSPACED = (  # Unicode blocks; Korean has blanks
+_UNSPACED = (  # Unicode blocks; Korean has spaces
     *(range(0x0E00, 0x0F00), range(0x1000, 0x10A0), range(0x1780, 0x1800), range(0x19E0, 0x1A00)),  # Thai to Khmer
     *(range(0x2E80, 0x2FE0), range(0x3005, 0x3008), range(0x3021, 0x302A)),  # radicals, iteration marks
     *(range(0x3040, 0x3130), range(0x31A0, 0x3200), range(0x3400, 0x4DC0), range(0x4E00, 0xA4D0)),  # kana, Han, Yi

@@ -252,7 +252,7 @@ def _contamination(data: RunSet) -> str:
     counts = (read_json(data.folder / layout.METRICS) or {}).get("contamination") or []
     rows = [(c["benchmark"], f"{c['overlapping']} of {c['items']}", c["n"]) for c in counts]
     if not rows:
-        return "Not checked: the run has no numbers of it (`benchmarks.contamination_words`, or an unfinished iteration).\n"
+        return "Not checked: the run has no numbers for it (`benchmarks.contamination_words`, or an unfinished iteration).\n"
     note = "" if data.name == "training" else "\nThe check was of the iteration's training set, not of these rows.\n"
     return (
         "Items of evaluation sets that share n consecutive words with the training set:\n\n"

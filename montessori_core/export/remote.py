@@ -43,8 +43,8 @@ def copy_folder(folder: Path, url: str, replace: bool, progress: Callable[[int, 
     except Exception as error:  # file systems raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--to {url}: {reason}. Check the URL, the login and the space there, then repeat the command: it sends what is "
-            "missing"
+            f"--to {url}: {reason}. Check the URL, the login and the free space there, then repeat the command: it sends "
+            "what is missing"
         ) from error
 
 

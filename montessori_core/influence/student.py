@@ -234,8 +234,8 @@ class ResidentStudent:
     def linearise_(self, gradients: Direction) -> None:
         """Replace reference gradients by their directions for a linear step, see `AdamW.linear_direction`.
 
-        Before, `add_gradients` has added the own part of a typical example to the second moment, its mean squared gradient;
-        the student can take no further step.
+        Call `add_gradients` before: it adds a typical example's part, its mean squared gradient, to the second moment, so
+        that the student can take no further step.
         """
         for name, gradient in gradients.items():
             on_device = (tensor.to(self.device, torch.float32) for tensor in (gradient, self._second[name]))
@@ -315,7 +315,7 @@ class ResidentStudent:
 
 
 def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter or its like as a matrix, see `FactoredGradient`."""
+    """Return a parameter, or a tensor of its shape, as a matrix, see `FactoredGradient`."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 

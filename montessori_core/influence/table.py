@@ -1,4 +1,4 @@
-"""The influence table: one row an example, and numbers of the student as metadata."""
+"""The influence table: one row per example, and numbers of the student as metadata."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -55,6 +55,6 @@ class AnswerCache:
                 yield connection
         except sqlite3.Error as error:
             raise UserError(
-                f"{self._path}: the cache of answers cannot be used ({error}); see whether its disk is full or read-only, "
+                f"{self._path}: the cache of answers cannot be used ({error}); check whether its disk is full or read-only, "
                 "and remove the file if it is damaged"
             ) from error

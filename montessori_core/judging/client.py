@@ -32,7 +32,7 @@ _MILLION = 1e6
 _OPTIONAL = ("response_format", "presence_penalty", "top_p", "temperature", "top_logprobs", "logprobs")
 """Parameters that a request can do without, the least important first."""
 _REMEDIES = {
-    **dict.fromkeys((400, 422), "; set a parameter that it refuses to null in the section's parameters"),
+    **dict.fromkeys((400, 422), "; if it refuses a parameter, set that one to null in the section's parameters"),
     404: "; set model and base_url to what the server has",
     429: "; set requests_per_minute or lower concurrency, and resume: answers are kept",
 }

@@ -81,7 +81,7 @@ def render_user_beginning(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Render the beginning of a conversation up to the text of the user's turn, which a model then writes.
 
     Raises:
-        UserError: the template ends a user's turn with something else than a token that ends a generation.
+        UserError: the template ends a user's turn with something other than a token that ends a generation.
     """
     request = "What is asked?"
     beginning, _, ending = render_prompt(tokenizer, request).partition(request)
@@ -129,7 +129,7 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     start = 0
-    # Split the text only at marks: some tokenizers add a blank at the beginning of each text they tokenize.
+    # Split the text only at marks: some tokenizers add a space at the beginning of each text they tokenize.
     for marked, parts in groupby(patterns.named.split(text), lambda part: bool(patterns.marked.search(part))):
         plain = patterns.unmark("".join(parts))
         batch = tokenizer(plain, add_special_tokens=False, split_special_tokens=marked, return_offsets_mapping=True)

@@ -41,7 +41,7 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Of tokenizers that set it, such as Llama 3's, it removes blanks before punctuation, also in code: "a != b".
+    # Of tokenizers that set it, such as Llama 3's, it removes spaces before punctuation, also in code: "a != b".
     tokenizer.clean_up_tokenization_spaces = False
     return without_environment(tokenizer)
 

@@ -98,7 +98,7 @@ def _kept_layers(total: int, layers: Collection[int]) -> list[int]:
 
 
 def _prune_config(config: "PretrainedConfig", kept: Sequence[int]) -> "PretrainedConfig":
-    """Return the configuration of the kept layers: lists with an entry a layer keep theirs, e.g. `layer_types`."""
+    """Return the configuration of the kept layers: lists with an entry per layer keep theirs, e.g. `layer_types`."""
     total = config.num_hidden_layers
     values: dict[str, Any] = {
         name: [value[layer] for layer in kept]

@@ -61,7 +61,7 @@ class OpenFilter:
         """Return why a candidate is rejected, as `filter: reason`; None if it passes.
 
         Raises:
-            UserError: a filter of the user's failed.
+            UserError: a custom filter failed.
         """
         reason = _reason(self.label, self.reject, candidate)
         return None if reason is None else rejection_by(self.filter, reason)
@@ -80,7 +80,7 @@ class OpenFilters:
         """Open the filters; `accepted` are instructions that must not be repeated, `seeds` the human-written ones.
 
         Raises:
-            ConfigError: a filter of the user's cannot be imported or opened, or its settings are not valid.
+            ConfigError: a custom filter cannot be imported or opened, or its settings are not valid.
         """
         self.accepted, self.seeds = list(accepted), seeds
         filters = [_open(entry, Context(settings.in_english, self.accepted, seeds)) for entry in settings.filters]
@@ -98,7 +98,7 @@ class OpenFilters:
         """Return why an instruction is rejected, as `filter: reason`; None, and remember it, if it passes.
 
         Raises:
-            UserError: a filter of the user's failed.
+            UserError: a custom filter failed.
         """
         for opened in self.of_instructions:
             if (rejection := opened.judge(candidate)) is not None:
@@ -113,7 +113,7 @@ def rejection_by(filter: Filter, reason: str) -> str:
 
 
 def find_filter(name: str) -> Filter:
-    """Return a filter of the registry by its name, or a user's filter by `module:NAME`.
+    """Return a filter of the registry by its name, or a custom one by `module:NAME`.
 
     Raises:
         ConfigError: no such filter.
@@ -218,7 +218,7 @@ def filter_candidates(
 def funnel(instructions: pa.Table) -> dict[str, int]:
     """Count the candidates of an instruction table, those rejected for each reason, and those kept.
 
-    Reasons are in the order of extraction, the shipped filters of instructions, the user's filters, empty responses, and the
+    Reasons are in the order of extraction, the shipped filters of instructions, custom filters, empty responses, and the
     shipped filters of examples.
     """
     reasons = Counter(reason for reason in instructions["rejection"].to_pylist() if reason is not None)

@@ -98,7 +98,7 @@ def judge_conversation(conversation: Conversation | None) -> str | None:
 
 
 class RealExamples:
-    """Features of real examples, normalized once; their number and that of the synthetic ones multiply otherwise."""
+    """Features of real examples, normalized once for all synthetic examples."""
 
     def __init__(self, features: np.ndarray) -> None:
         """Centre and normalize the features.

@@ -134,8 +134,8 @@ def check_isolation() -> None:
     """
     if not has_namespaces():
         raise UserError(
-            "synthesis.filters: code_runs: this node cannot take network and files away from the code (unshare does not work "
-            "here); run it elsewhere, or accept that and set need_isolation: false"
+            "synthesis.filters: code_runs: this node cannot keep the code from the network and your files (unshare does not "
+            "work here); run it elsewhere, or accept that and set need_isolation: false"
         )
 
 

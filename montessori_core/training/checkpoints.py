@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _TIME_SHARE = 0.05
 """Share of the training time that saving may take."""
 _GRACE = 60.0
-"""Seconds that a job has after the scheduler's signal at least; submitit asks Slurm for 90."""
+"""Seconds that a job has at least between the scheduler's signal and its end; submitit asks Slurm for 90."""
 _COMPLETE = "whole"
 """File that marks a complete checkpoint."""
 

@@ -43,7 +43,7 @@ def paper_section(rows: Sequence[dict[str, Any]], training_examples: int) -> Sec
         ]
         for row in known
     ]
-    columns = ["Method", "Gain here", *_SCORES, "Job time an example, here", "in the paper"]
+    columns = ["Method", "Gain here", *_SCORES, "Job time per example, here", "in the paper"]
     return Section(
         "paper",
         "Beside the paper",

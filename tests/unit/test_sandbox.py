@@ -107,7 +107,7 @@ def test_lower_hard_limits_of_the_node_hold() -> None:
 def test_system_without_namespaces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "has_namespaces", lambda: False)
     assert run_code("1", SETTINGS) == RUNS
-    with pytest.raises(UserError, match="this node cannot take network and files away .* need_isolation: false"):
+    with pytest.raises(UserError, match="this node cannot keep the code from the network .* need_isolation: false"):
         run_code("1", SETTINGS.model_copy(update={"need_isolation": True}))
 
 

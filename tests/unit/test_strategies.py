@@ -294,7 +294,7 @@ def test_code_runs_needs_namespaces_before_a_run(monkeypatch: pytest.MonkeyPatch
         content = {"teacher": {"model": "t"}, "student": {"model": "s"}, "synthesis": {"filters": [entry]}}
         experiment = parse_experiment(content, "test")
         if isolated:
-            with pytest.raises(UserError, match="code_runs: this node cannot take network and files away"):
+            with pytest.raises(UserError, match="code_runs: this node cannot keep the code from the network"):
                 check_environment(experiment)
         else:
             check_environment(experiment)

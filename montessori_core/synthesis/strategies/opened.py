@@ -34,7 +34,7 @@ class OpenStrategy:
             about: seeds whose topics and personas prompts name; by default those of the material.
 
         Raises:
-            ConfigError: a strategy of the user's cannot be imported or opened, or its settings are not valid.
+            ConfigError: a custom strategy cannot be imported or opened, or its settings are not valid.
             UserError: a prompt names a topic or persona, and no seed has one.
         """
         self._label = material.settings.strategy.name
@@ -67,7 +67,7 @@ class OpenStrategy:
         A prompt depends only on its number, so a longer list starts with the shorter one.
 
         Raises:
-            UserError: a strategy of the user's failed.
+            UserError: a custom strategy failed.
         """
         return [self._prompt(number, seed) for number in range(first, first + count)]
 
