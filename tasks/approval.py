@@ -1,8 +1,10 @@
 """Pause a run before the teacher update until a person approves the preference pairs."""
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import pyarrow as pa
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
@@ -11,12 +13,15 @@ from pydantic import Field
 from montessori_core import layout
 from montessori_core.data.tables import INFLUENCE, PREFERENCES, read_table
 from montessori_core.errors import UserError
+from montessori_core.export.markdown import escape
 from montessori_core.files import hash_path, read_json, write_json
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.influence.table import summarize_influence
+from montessori_core.influence.table import describe_influence, domination_warning, summarize_influence
 from tasks.run import Run
 
 _WEEK = 7 * 24 * 3600  # seconds
+_PAIRS_SHOWN = 8
+_WIDTH = 200  # characters of an instruction shown
 
 
 class Approval(RunInput):
@@ -54,18 +59,24 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
 
 def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
     baseline = run.experiment.preferences.baseline
-    table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES, ["prompt_id"])
-    values = {
-        "preference pairs": pairs.num_rows,
-        "prompts they come from": len(set(pairs["prompt_id"].to_pylist())),
-        **{
-            name.replace("_", " "): value
-            for name, value in summarize_influence(table, threshold_of(table, baseline)).items()
-        },
-    }
-    texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values.items()}
-    rows = "\n".join(f"| {name} | {text} |" for name, text in texts.items())
-    return (
-        f"**{run.experiment.name}, iteration {number}**: update the teacher on these pairs? (baseline: {baseline})\n\n"
-        f"| | |\n|---|---|\n{rows}\n\nTables: `{preferences}`, `{influence}`"
-    )
+    table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES)
+    summary = summarize_influence(table, threshold_of(table, baseline))
+    warning = domination_warning(summary)
+    shown = range(0, pairs.num_rows, max(1, -(-pairs.num_rows // _PAIRS_SHOWN)))
+    lines = [  # not tables, which do not wrap in this dialogue
+        f"**{escape(run.experiment.name)}, iteration {number}**: update the teacher on these pairs?\n",
+        f"{len(shown)} of the {pairs.num_rows} pairs, as the teacher wrote them:\n",
+        *(
+            f"* **chosen**: {_text(pairs['chosen'][row])}  \n  **rejected**: {_text(pairs['rejected'][row])}"
+            for row in shown
+        ),
+        "\nInfluence:\n",
+        *(f"* {name}: {value}" for name, value in describe_influence(summary, baseline)),
+        f"\n**Warning**: {escape(warning)}" if warning else "",
+        f"\nAll pairs and their influence: {escape(preferences)}, {escape(influence)}",
+    ]
+    return "\n".join(lines)
+
+
+def _text(output: pa.StringScalar) -> str:
+    return escape(shorten(output.as_py(), _WIDTH, placeholder=" [...]"))

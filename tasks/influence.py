@@ -11,10 +11,18 @@ from montessori_core import programs
 from montessori_core.config import Experiment
 from montessori_core.data.rows import ExampleRow, Positions, Rows
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, read_table, write_table
+from montessori_core.export.markdown import escape
+from montessori_core.export.markdown import table as markdown_table
 from montessori_core.influence.pilot import measure_after_pilot
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.influence.screening import ScreeningReport, screening_report
-from montessori_core.influence.table import SUMMARIZED, domination_warning, join_influence, summarize_influence
+from montessori_core.influence.screening import screening_report
+from montessori_core.influence.table import (
+    SUMMARIZED,
+    describe_influence,
+    domination_warning,
+    join_influence,
+    summarize_influence,
+)
 from montessori_core.models.fingerprints import moments_fingerprint
 from tasks.plots import histogram
 from tasks.run import Model
@@ -96,7 +104,9 @@ def _join(
     warning = domination_warning(summary)
     if warning:
         warn(label, warning)
-    _publish(label, summary, screening_report(written), [*warnings, *([warning] if warning else [])])
+    screening = screening_report(written)
+    lines = [*describe_influence(summary, baseline), *(screening.describe() if screening else ())]
+    _publish(label, lines, [*warnings, *([warning] if warning else [])])
     values = written["influence_student"].drop_null().to_numpy()
     if len(values):
         title = f"Influence of {len(values)} examples; right of the line they help"
@@ -115,10 +125,6 @@ def influence_settings(experiment: Experiment, estimator: str) -> programs.Influ
     )
 
 
-def _publish(
-    label: str, summary: dict[str, float | int], screening: ScreeningReport | None, warnings: list[str]
-) -> None:
-    values = {**summary, **(vars(screening) if screening else {})}
-    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in values.items()]
-    notes = [line for warning in warnings for line in ("", f"**Warning**: {warning}")]
-    create_markdown_artifact("\n".join([f"### {label}", "", "| | |", "|---|---|", *lines, *notes]), description=label)
+def _publish(label: str, lines: list[tuple[str, str]], warnings: list[str]) -> None:
+    notes = "".join(f"\n**Warning**: {escape(warning)}\n" for warning in warnings)
+    create_markdown_artifact(f"### {label}\n\n{markdown_table(('', ''), lines)}{notes}", description=label)

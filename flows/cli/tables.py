@@ -3,7 +3,6 @@
 Functions import slow libraries (scipy, plotly, simpy, torch) where they need them, so `montessori status` starts at once.
 """
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from montessori_core.config import Experiment
 from montessori_core.files import read_json
 from montessori_core.formatting import duration, gain_text, interval_text, kind_text, share, spread_text
 from montessori_core.influence.preferences import threshold_of
-from montessori_core.influence.table import domination_warning, summarize_influence
+from montessori_core.influence.table import describe_influence, domination_warning, summarize_influence
 from montessori_core.models.shape import GB
 from tasks.run import Run
 from tasks.studies import PAGE, read_comparison
@@ -278,7 +277,8 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     summary = summarize_influence(table, threshold_of(table, baseline))
     values = table["influence_student"].drop_null().to_numpy()
     lines = Table(show_header=False)
-    lines.add_row("examples measured", f"{summary['measured']} of {summary['examples']}")
+    for name, text in describe_influence(summary, baseline):
+        lines.add_row(name, text)
     for status in ("no_response_tokens", "non_finite"):
         ids = table["example_id"].filter(pc.equal(table["status"], status)).to_pylist()
         if ids:
@@ -287,30 +287,13 @@ def print_influence(table: pa.Table, baseline: str) -> None:
     truncated = pc.sum(table["truncated"]).as_py()
     if truncated:
         lines.add_row("truncated at --max-length", str(truncated))
-    lines.add_row("student's reference loss", f"{summary['student_loss']:.4f} nats per token")
     if len(values):
         low, median, high = np.percentile(values, [5, 50, 95])
         lines.add_row("influence, 5 % - median - 95 %", f"{low:.3g}  {median:.3g}  {high:.3g} nats per token")
         lines.add_row("distribution", _sparkline(values))
-        lines.add_row(f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}")
-    lines.add_row("influence of momentum alone", f"{summary['null_step_influence']:.3g} nats per token")
-    lines.add_row("noise floor", f"{summary['noise_floor']:.3g} nats per token")
-    lines.add_row("standard error over the reference examples", f"{summary['standard_error']:.3g} nats per token")
-    if math.isfinite(summary["median_gradient_norm"]):  # linear forms no gradient
-        lines.add_row("gradient norm, median", f"{summary['median_gradient_norm']:.3g}")
-        lines.add_row(
-            "dominated by the example's gradient, median", f"{summary['median_dominated_share']:.0%} of the coordinates"
-        )
     screening = screening_report(table)
-    if screening is not None:
-        lines.add_row("measured exactly", f"{screening.audited} to audit, {screening.confirmed} in doubt")
-        lines.add_row(
-            f"{screening.estimator_name} against exact", f"{screening.estimated}, Spearman {screening.spearman:.3f}"
-        )
-        lines.add_row("common error, corrected", f"{screening.offset:.3g} nats per token")
-        lines.add_row("after correction and confirmation", str(screening.screened))
-        if screening.fell_back:
-            lines.add_row("", f"{screening.estimator_name} failed the audit: every example was measured exactly")
+    for name, text in screening.describe() if screening else ():
+        lines.add_row(name, text)
     read = pc.sum(table["reference_tokens"]).as_py()
     total = summary["reference_tokens"] * pc.sum(pc.equal(table["estimator"], "exact")).as_py()
     if 0 < read < total:

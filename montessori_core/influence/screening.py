@@ -97,6 +97,19 @@ class ScreeningReport:
         """The estimator in words."""
         return self.estimator.replace("_", " ")
 
+    def describe(self) -> list[tuple[str, str]]:
+        """Return the report in words: names and values."""
+        agreement = f"{self.estimated}, Spearman {self.spearman:.3f}"
+        lines = [
+            ("measured exactly", f"{self.audited} to audit, {self.confirmed} in doubt"),
+            (f"{self.estimator_name} against exact", agreement),
+            ("common error, corrected", f"{self.offset:.3g} nats per token"),
+            ("after correction and confirmation", str(self.screened)),
+        ]
+        if self.fell_back:
+            lines.append(("fell back", f"{self.estimator_name} failed the audit: every example was measured exactly"))
+        return lines
+
 
 def draw_audit(estimates: pa.Table, count: int) -> Positions:
     """Return the positions of the examples to audit, in the order in which `draw_ids` draws them."""

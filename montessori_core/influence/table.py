@@ -95,6 +95,36 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
     }
 
 
+def describe_influence(summary: Mapping[str, float | int], baseline: str) -> list[tuple[str, str]]:
+    """Return a summary in words: names and values.
+
+    Args:
+        summary: see `summarize_influence`.
+        baseline: `preferences.baseline`, which decides the threshold.
+    """
+    lines = [
+        ("examples measured", f"{summary['measured']} of {summary['examples']}"),
+        ("student's reference loss", f"{summary['student_loss']:.4f} nats per token"),
+    ]
+    if summary["measured"]:
+        lines += [
+            (f"share that helps (baseline: {baseline})", f"{summary['share_positive']:.0%}"),
+            ("mean influence", f"{summary['mean_influence_student']:.3g} nats per token"),
+        ]
+    lines += [
+        ("influence of momentum alone (the null step)", f"{summary['null_step_influence']:.3g} nats per token"),
+        ("noise floor", f"{summary['noise_floor']:.3g} nats per token"),
+        ("standard error over the reference examples", f"{summary['standard_error']:.3g} nats per token"),
+    ]
+    if math.isfinite(summary["median_gradient_norm"]):  # linear forms no gradient
+        dominated = f"{summary['median_dominated_share']:.0%} of the coordinates"
+        lines += [
+            ("gradient norm, median", f"{summary['median_gradient_norm']:.3g}"),
+            ("dominated by the example's gradient, median", dominated),
+        ]
+    return lines
+
+
 def domination_warning(summary: Mapping[str, float | int]) -> str | None:
     """Return a warning if the examples' own gradients decide most of AdamW's denominator.
 

@@ -387,7 +387,9 @@ def test_run_waits_for_approval_once(server: Server, finished: str, page: Page) 
     wait_until(lambda: any(server.state(flow) == "Paused" for flow in server.subflows(run)))
     [paused] = [flow for flow in server.subflows(run) if server.state(flow) == "Paused"]
     schema_key = server.ask(f"flow_runs/{paused}")["state"]["state_details"]["run_input_keyset"]["description"]
-    assert "preference pairs" in str(server.ask(f"flow_runs/{paused}/input/{schema_key}"))
+    question = str(server.ask(f"flow_runs/{paused}/input/{schema_key}"))
+    assert "update the teacher on these pairs?" in question
+    assert "**rejected**" in question
     page.goto(f"{server.url}/runs/flow-run/{paused}")
     page.get_by_role("button", name="Resume", exact=True).click()
     expect(page.get_by_text("update the teacher on these pairs?").first).to_be_visible()
