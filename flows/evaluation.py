@@ -1,23 +1,72 @@
 """Evaluate any model without a run: `montessori evaluate` and the flow `evaluate`."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
 from pydantic import Field
 
+from cluster.backends import open_backend
 from cluster.lock import only_driver
 from flows.experiment import end_jobs_of, log_warnings, run_root
-from montessori_core.config import RUN_NAME, Experiment, FolderName, Teacher
-from montessori_core.files import write_json
+from montessori_core import layout
+from montessori_core.config import (
+    RUN_NAME,
+    Experiment,
+    FolderName,
+    Influence,
+    StageResources,
+    Student,
+    Synthesis,
+    parse_experiment,
+    read_experiment,
+    write_yaml,
+)
+from montessori_core.data.bad_rows import BadRow, write_bad_rows
+from montessori_core.data.sources import Task, load_tasks, read_tasks, write_tasks
+from montessori_core.errors import UserError
+from montessori_core.files import read_json, write_json
+from montessori_core.models.fetch import commit_of
+from montessori_core.models.thinking import thinking_warning
+from montessori_core.provenance import write_provenance
+from tasks.benchmark_files import check_benchmarks, copy_benchmarks
 from tasks.benchmarks import list_items
+from tasks.changed_settings import differences_of_method
 from tasks.evaluation import evaluate as evaluate_student
 from tasks.evaluation import summarize_loss
-from tasks.run import Run, open_run
+from tasks.resume import STUDY, command_of, command_to_evaluate, record_command, refusal_of_changes
+from tasks.run import Model, Run, check_environment, idle_gpus
 from tasks.stage import Step
+from tasks.students import check_student, open_student
 
 RESULT = "evaluation.json"
 _NAME = "evaluation"
+_USED: Mapping[str, tuple[type, tuple[str, ...]]] = {
+    "": (
+        Experiment,
+        ("name", "seed", "student", "evaluation", "synthesis", "influence", "judge", "benchmarks", "cluster"),
+    ),
+    "student": (Student, ("model", "max_length", "chat_template", "chat_template_kwargs")),
+    "synthesis": (Synthesis, ("engine", "engine_options", "instructions_per_shard")),
+    "influence": (Influence, ("reference_batch_tokens",)),
+    "cluster.resources": (StageResources, ("generation", "evaluation", "judging")),
+}
+"""The fields of a configuration that an evaluation uses, by the path of their section; all fields of other sections."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An opened evaluation.
+
+    Attributes:
+        run: its folder and its configuration, whose student is the model.
+        model: the model.
+    """
+
+    run: Run
+    model: Model
 
 
 def end_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -34,35 +83,119 @@ def evaluate(experiment: Experiment, model: str, name: Annotated[FolderName, Fie
         model: folder or Hugging Face id of the model.
         name: name of the evaluation and of its folder.
     """
-    run, warnings = open_evaluation(experiment, model, run_root() / name)
+    used = evaluated_experiment(experiment.model_dump(mode="json"), model, name, "experiment")
+    evaluation, warnings = open_evaluation(used, run_root() / name)
     log_warnings(warnings)
-    _evaluate(run)
+    _evaluate(evaluation)
 
 
-@flow(flow_run_name="{run.experiment.name}", validate_parameters=False)
-def evaluate_opened(run: Run) -> None:
+@flow(flow_run_name="{evaluation.run.experiment.name}", validate_parameters=False)
+def evaluate_opened(evaluation: Evaluation) -> None:
     """Run an opened evaluation."""
-    _evaluate(run)
+    _evaluate(evaluation)
 
 
-def open_evaluation(experiment: Experiment, model: str, folder: Path) -> tuple[Run, list[str]]:
+def evaluated_experiment(content: Mapping[str, Any], model: str, name: str, source: str) -> Experiment:
+    """Return the configuration of a model's evaluation; only settings that it uses are checked.
+
+    Args:
+        content: a configuration as plain data.
+        model: folder or Hugging Face id of the model.
+        name: name of the evaluation.
+        source: names the configuration in errors.
+
+    Raises:
+        ConfigError: a setting that is used is not valid, or there is no such setting.
+    """
+    used = _without_unused(content)
+    student = used.get("student", {})
+    if isinstance(student, dict):
+        student = {**student, "model": model}
+    return parse_experiment({**used, "name": name, "teacher": {"model": model}, "student": student}, source)
+
+
+def _without_unused(content: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Return a section of a configuration without the fields that an evaluation does not use; unknown fields are kept."""
+    kept: dict[str, Any] = {}
+    kind, used = _USED.get(section, (None, ()))
+    for name, value in content.items():
+        if kind is None or name in used or name not in kind.model_fields:
+            path = f"{section}.{name}".removeprefix(".")
+            kept[name] = _without_unused(value, path) if isinstance(value, dict) else value
+    return kept
+
+
+def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, list[str]]:
     """Create the folder of an evaluation, or open it if model and settings are the same; also return warnings.
+
+    Files are read again: if their content has changed, what depends on it is computed again.
+
+    Args:
+        experiment: see `evaluated_experiment`.
+        folder: of the evaluation.
 
     Raises:
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
-    student = experiment.student.model_copy(update={"model": model, "revision": None})
-    teacher = Teacher(
-        model=model, chat_template=student.chat_template, chat_template_kwargs=student.chat_template_kwargs
-    )
-    sections = {"name": folder.name, "teacher": teacher, "student": student}
-    return open_run(experiment.model_copy(update=sections), folder)
+    commits = _check_folder(experiment, folder)
+    run, bad_rows = Run(folder.resolve(), experiment), list[BadRow]()
+    examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows)
+    check_benchmarks(experiment.benchmarks, {})
+    check_environment(experiment)
+    pinned = experiment.student.model_copy(update={"revision": commits.get(experiment.student.model)})
+    commit = commit_of(check_student(pinned, "student.max_length"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_driver(folder):
+        model = open_student(pinned, run.folder, "student.max_length")
+        warnings = [*thinking_warning("evaluation.path", examples), *idle_gpus(experiment.cluster)]
+        warnings += _copy_examples(examples, bad_rows, run)
+        copy_benchmarks(experiment.benchmarks, run.folder / layout.SOURCES, {})
+        write_json({} if commit is None else {experiment.student.model: commit}, folder / layout.MODEL_COMMITS)
+        write_provenance(folder, {"student": model.sha256})
+        name, cluster = experiment.student.model, experiment.cluster
+        record_command(folder, command_to_evaluate(name, folder), name, folder / RESULT, cluster)
+        write_yaml(experiment, folder / layout.CONFIG)
+    open_backend(experiment.cluster, experiment.cluster.resources.evaluation, None).prepare()
+    return Evaluation(run, model), warnings
 
 
-def _evaluate(run: Run) -> None:
+def _check_folder(experiment: Experiment, folder: Path) -> dict[str, str]:
+    """Check that a folder is new or of this evaluation; return the commit of its model, if that is on a hub.
+
+    Raises:
+        UserError: it is of something else, or of an evaluation with other settings.
+    """
+    config, command = folder / layout.CONFIG, command_of(folder)
+    if command is None and (config.exists() or (folder / STUDY).exists()):
+        raise UserError(f"{folder} holds a run or a study; give the evaluation another --name")
+    if command is None or not config.exists():
+        return {}
+    if changed := differences_of_method(read_experiment(config), experiment):
+        raise refusal_of_changes(folder, changed)
+    return read_json(folder / layout.MODEL_COMMITS) or {}
+
+
+def _copy_examples(examples: list[Task], bad_rows: list[BadRow], run: Run) -> list[str]:
+    """Copy the evaluation set to the folder of an evaluation; return a warning if another one was there."""
+    copy = run.source_file("evaluation")
+    changed = copy.exists() and load_tasks(copy) != examples
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_tasks(examples, copy)
+    write_bad_rows(bad_rows, copy.parent)
+    if not changed:
+        return []
+    return [
+        f"evaluation.path: {run.experiment.evaluation.path} has changed since the last evaluation named "
+        f"{run.experiment.name}; the held-out loss is computed again. To keep both results, use another --name"
+    ]
+
+
+def _evaluate(evaluation: Evaluation) -> None:
+    run = evaluation.run
     with only_driver(run.folder):
+        (run.folder / RESULT).unlink(missing_ok=True)  # until the end it may be of other files
         list_items(run)
-        evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), run.initial_student())
+        evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), evaluation.model)
         loss = summarize_loss(evaluated.losses)
         result = {"model": run.experiment.student.model, "held_out_loss": loss, "scores": evaluated.benchmarks.scores}
         write_json(result, run.folder / RESULT)

@@ -23,6 +23,7 @@ from montessori_core.errors import UserError
 from montessori_core.files import read_json, write_json
 from tasks.benchmarks import list_items
 from tasks.report import write_report
+from tasks.resume import refuse_command_folder
 from tasks.run import Run, open_run, reopen_run
 from tasks.tracking import start_tracking, track_iteration
 
@@ -92,7 +93,9 @@ def montessori(
 
 def start_run(experiment: Experiment) -> Run:
     """Create or open the run of an experiment in the folder of runs, and log its warnings."""
-    run, warnings = open_run(experiment, run_root() / experiment.name)
+    folder = run_root() / experiment.name
+    refuse_command_folder(folder)
+    run, warnings = open_run(experiment, folder)
     log_warnings(warnings)
     return run
 

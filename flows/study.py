@@ -28,10 +28,11 @@ from montessori_core.program import load
 from montessori_report.study_page import study_page
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, per_token, summarize_loss
+from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Model, Run, open_run
 from tasks.stage import Step
 from tasks.students import train_on_set, train_student
-from tasks.studies import PAGE, RESULT, STUDY, command_to_compare
+from tasks.studies import PAGE, RESULT
 from tasks.tracking import start_tracking, track_method
 
 
@@ -69,6 +70,7 @@ def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
         UserError: methods, configuration, data, models or folder are invalid; nothing has been computed yet.
     """
     _check_methods(study)
+    refuse_command_folder(folder)
     seeded: list[SeedRuns] = []
     warnings: set[str] = set()
     for seed in study.seeds:

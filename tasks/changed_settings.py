@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from montessori_core.config import Experiment, differences, read_experiment
-from montessori_core.errors import UserError
+from tasks.resume import refusal_of_changes
 
 _FIRST_STAGES = {
     "preferences.": "preference pairs",
@@ -20,21 +20,20 @@ def changed_settings(experiment: Experiment, config: Path) -> list[str]:
     Raises:
         UserError: a stage before the preference pairs depends on a changed setting.
     """
-    before = read_experiment(config)
+    changed = differences_of_method(read_experiment(config), experiment)
+    fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
+    if fixed:
+        may_change = "Of the method's settings, only preferences, teacher_update and training may change."
+        raise refusal_of_changes(config.parent, fixed, may_change)
+    return changed
+
+
+def differences_of_method(before: Experiment, experiment: Experiment) -> list[str]:
+    """Return the settings of the method that differ, as `path: before -> after` lines."""
     then, now = before.method(), experiment.method()
     if before.judge is None:
         then["judge"] = now["judge"]  # the judge may be added: nothing has been judged yet
-    changed = differences(then, now)
-    fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
-    if fixed:
-        raise UserError(
-            f"{config.parent}: this run was started with another configuration:\n  "
-            + "\n  ".join(fixed)
-            + "\nOf the method's settings, only preferences, teacher_update and training may change. "
-            + "Use another --name for the new configuration, or "
-            + f"resume the run unchanged: montessori resume {config.parent}"
-        )
-    return changed
+    return differences(then, now)
 
 
 def first_stage(changed: list[str], experiment: Experiment) -> str:

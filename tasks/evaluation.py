@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from montessori_core import programs
+from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import REFERENCE_LOSS, read_table
 from montessori_core.evaluation.statistics import mean_and_error
 from tasks.benchmarks import BenchmarkResult, measure_benchmarks
@@ -40,7 +41,7 @@ def measure_loss(step: Step, model: Model) -> Path:
         max_length=experiment.student.max_length, batch_tokens=experiment.influence.reference_batch_tokens
     )
     measuring = step.renamed(f"{step.label}: held-out loss")
-    rows = [vars(task) for task in step.run.sources().evaluation]
+    rows = [vars(task) for task in load_tasks(step.run.source_file("evaluation"))]
     (table,) = measuring.execute(programs.REFERENCE_LOSS, settings, rows, models={"model": model})
     return table
 

@@ -12,6 +12,7 @@ from montessori_core.models.adapters import check_adapter
 from montessori_core.models.fetch import fetch_model
 from montessori_core.models.positions import check_positions
 from montessori_core.models.templates import configured_template, with_template
+from montessori_core.models.weight_names import check_weight_files
 from tasks.run import Model
 from tasks.stage import Step
 
@@ -59,20 +60,35 @@ def sft_settings(experiment: Experiment, recipe: Optimization, save_moments: boo
     )
 
 
-def open_student(student: Student, folder: Path, setting: str) -> Model:
-    """Find and check a student that belongs to no run.
+def check_student(student: Student, setting: str) -> Path:
+    """Find and check a student that belongs to no run, and write nothing; return its folder.
 
     Args:
         student: the student.
-        folder: gets its links if a chat template is configured.
         setting: name of its maximum length, for errors.
 
     Raises:
         UserError: it cannot be used; the message names the setting.
     """
-    model = fetch_model(student.model, student.revision)
-    check_adapter(model, student.lora, "student.lora")
-    check_positions(model, student.max_length, setting)
+    folder = fetch_model(student.model, student.revision)
+    check_weight_files(folder)
+    check_adapter(folder, student.lora, "student.lora")
+    check_positions(folder, student.max_length, setting)
+    configured_template(folder, student, "student")
+    return folder
+
+
+def open_student(student: Student, folder: Path, setting: str) -> Model:
+    """Find and check a student that belongs to no run.
+
+    Args:
+        student, setting: see `check_student`.
+        folder: gets its links if a chat template is configured.
+
+    Raises:
+        UserError: it cannot be used; the message names the setting.
+    """
+    model = check_student(student, setting)
     if (template := configured_template(model, student, "student")) is not None:
         model = with_template(model, template, folder / "student")
     return Model.of(model)

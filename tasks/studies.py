@@ -1,50 +1,40 @@
-"""Files of a study, for commands that only read them."""
+"""Folders of runs, of studies and of other commands, for commands that only read them."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
-from montessori_core.config import read_study
+from montessori_core.config import Cluster, Experiment, Student, Teacher, read_study
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
+from tasks.resume import STUDY, command_of
 from tasks.run import Run, reopen_run
 
-STUDY, RESULT, PAGE = "study.yaml", "comparison.json", "comparison.html"
-
-
-def study_of(folder: Path) -> Path | None:
-    """Return the folder of the study of a seed, of another student of a seed, or of the study itself; None for other runs."""
-    folder = folder.resolve()
-    return next((place for place in (folder, *folder.parents[:2]) if (place / STUDY).exists()), None)
+RESULT, PAGE = "comparison.json", "comparison.html"
 
 
 def reopen(folder: Path) -> Run:
-    """Open the folder of a run, or of a study as a run with the study's name, to look at its stages and jobs.
+    """Open the folder of a run, of a study or of another command, to look at its stages and jobs.
+
+    A study is opened as a run with the study's name, other work as a run with the folder's name.
 
     Raises:
-        UserError: the folder is neither.
+        UserError: the folder is none of these.
     """
+    if (command := command_of(folder)) is not None:
+        cluster = Cluster.model_validate(command.cluster)
+        teacher, student = Teacher(model=command.model), Student(model=command.model)
+        experiment = Experiment(teacher=teacher, student=student)  # a folder's name need not be valid for a run
+        return Run(folder.resolve(), experiment.model_copy(update={"name": folder.resolve().name, "cluster": cluster}))
     if not (folder / STUDY).exists():
         return reopen_run(folder)
     study = read_study(folder / STUDY)
     return Run(folder.resolve(), study.experiment.model_copy(update={"name": study.name}))
 
 
-def command_to_compare(study: Path) -> list[str]:
-    """Return the words after `montessori` of the command that resumes a study in a folder."""
-    return ["compare", str(study / STUDY), "--run-root", str(study.parent)]
-
-
-def resume_command(folder: Path, options: str = "") -> str:
-    """Return the command that resumes a run, or the study it belongs to."""
-    study = study_of(folder)
-    if study is None:
-        return f"{shlex.join(['montessori', 'resume', str(folder)])}{options}"
-    return f"{shlex.join(['montessori', *command_to_compare(study)])}{options}"
-
-
 def is_finished(run: Run) -> bool:
-    """Return whether a run, or a study that `reopen` opened, is finished."""
+    """Return whether what `reopen` opened is finished."""
+    if (command := command_of(run.folder)) is not None:
+        return Path(command.result).exists()
     return (run.folder / RESULT).exists() if (run.folder / STUDY).exists() else run.finished
 
 

@@ -5,7 +5,8 @@ from cluster.lock import end_driver, refuse_other_owner
 from cluster.status import cancel_jobs, stages_of
 from flows.cli.console import console
 from flows.cli.options import RunFolder
-from tasks.studies import reopen, resume_command
+from tasks.resume import resume_command
+from tasks.studies import reopen
 
 
 def cancel(run_dir: RunFolder) -> None:

@@ -10,7 +10,7 @@ from flows.cli.filters import print_descriptions
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
-from tasks.studies import command_to_compare
+from tasks.resume import command_to_compare
 
 
 def compare(

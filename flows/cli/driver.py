@@ -13,7 +13,7 @@ from cluster.lock import submit_driver
 from flows.cli.console import console
 from flows.prefect_api import own_database, refuse_local_api
 from montessori_core.config import Experiment, Slurm
-from tasks.studies import resume_command
+from tasks.resume import resume_command
 
 SubmitDriver = Annotated[
     bool,

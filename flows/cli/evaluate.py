@@ -2,16 +2,18 @@
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.interrupt import interruptible
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, on_cluster, template_settings, warn
+from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, template_settings, warn
 from flows.cli.tables import print_evaluation
-from montessori_core.config import read_experiment
+from montessori_core.config import read_cluster, read_yaml
+from montessori_core.config.yaml import apply_overrides
+from montessori_core.presets import find_configuration
+from tasks.resume import resume_command
 
 
 def evaluate(
@@ -36,18 +38,19 @@ def evaluate(
 
     To resume after an interruption, run the same command again; finished work is not repeated.
     """
-    from flows.evaluation import RESULT, evaluate_opened, open_evaluation
+    from flows.evaluation import RESULT, evaluate_opened, evaluated_experiment, open_evaluation
 
     run_name = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
     settings = template_settings(chat_template, chat_template_kwargs)
     overrides = [*(set_ or []), *(f"student.{name}={json.dumps(value)}" for name, value in settings.items())]
-    experiment = on_cluster(read_experiment(config, (*overrides, f"name={json.dumps(run_name)}")), cluster, config)
+    content = read_yaml(find_configuration(config))
+    apply_overrides(content, tuple(overrides))
+    source = str(config)
+    if cluster is not None:
+        content["cluster"], source = read_cluster(cluster).model_dump(mode="json"), f"{config} with {cluster}"
+    experiment = evaluated_experiment(content, model, run_name, source)
     folder = run_root / experiment.name
-    opened, warnings = open_evaluation(experiment, model, folder)
+    evaluation, warnings = open_evaluation(experiment, folder)
     warn(warnings)
-    command = ["montessori", "evaluate", model, "--config", str(config), "--run-root", str(run_root)]
-    command += [part for override in overrides for part in ("--set", override)]
-    command += ["--name", name] if name else []
-    command += ["--cluster", str(cluster)] if cluster else []
-    interruptible(lambda: evaluate_opened(opened), shlex.join(command))
+    interruptible(lambda: evaluate_opened(evaluation), resume_command(folder))
     print_evaluation(folder / RESULT)

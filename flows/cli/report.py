@@ -8,8 +8,9 @@ import typer
 from flows.cli.console import console
 from montessori_core import layout
 from montessori_core.errors import UserError
+from tasks.resume import STUDY
 from tasks.run import reopen_run
-from tasks.studies import PAGE, STUDY, read_comparison
+from tasks.studies import PAGE, read_comparison
 
 
 def report(

@@ -14,8 +14,8 @@ from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_c
 from flows.cli.tables import print_estimate, print_summary
 from montessori_core.config import read_experiment
 from montessori_core.errors import UserError
+from tasks.resume import STUDY, refuse_command_folder, resume_command, study_of
 from tasks.run import Run, open_run, reopen_run
-from tasks.studies import STUDY, resume_command, study_of
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     if as_job:
         check_driver_job(experiment)
     folder = run_root / experiment.name
-    refuse_part_of_study(folder.resolve())
+    refuse_other_work(folder.resolve())
     opened, warnings = open_run(experiment, folder)
     warn(warnings)
     if not stages_of(opened.folder):
@@ -45,7 +45,7 @@ def run(
 
 def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
     """Resume a run after an interruption, a crash or a fixed error."""
-    refuse_part_of_study(run_dir)
+    refuse_other_work(run_dir)
     experiment = reopen_run(run_dir).experiment
     if as_job:
         check_driver_job(experiment)
@@ -64,7 +64,7 @@ def retry(
     """Submit shards again, either one or all that are failed or missing, then resume the run."""
     if failed and shard is not None:
         raise UserError("--failed and --shard exclude each other: name one shard, or retry all that are missing")
-    refuse_part_of_study(run_dir)
+    refuse_other_work(run_dir)
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     if shard is not None:
         invalidate_shard(stage_folder(opened, stage), shard)
@@ -91,8 +91,9 @@ def _submit(opened: Run) -> None:
     submit_command(opened.folder, ["resume", str(opened.folder)], opened.experiment.cluster.slurm)
 
 
-def refuse_part_of_study(folder: Path) -> None:
-    """Raise a UserError if a folder is a study, or a run of one."""
+def refuse_other_work(folder: Path) -> None:
+    """Raise a UserError if a folder is a study, a run of one, or holds another command's work."""
+    refuse_command_folder(folder)
     if study_of(folder) is not None:
         role = "is" if (folder / STUDY).exists() else "belongs to"
         raise UserError(f"{folder} {role} a study; resume with: {resume_command(folder)}")

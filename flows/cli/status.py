@@ -10,12 +10,16 @@ from cluster.status import StageStatus, read_stage_status, stages_of
 from flows.cli.console import console
 from flows.cli.options import RunFolder
 from montessori_core.formatting import duration
+from tasks.resume import command_of, resume_command
 from tasks.run import Run
-from tasks.studies import is_finished, reopen, resume_command
+from tasks.studies import is_finished, reopen
 
 
 def status(run_dir: RunFolder) -> None:
-    """Show the stages of a run or a study: shards done, running and failed; and its driver."""
+    """Show the stages of a run or a study: shards done, running and failed; and its driver.
+
+    Also of an evaluation, of a validation, and of the folder .parts of a training or a measurement of influence.
+    """
     run = reopen(run_dir)
     stages = [read_stage_status(folder, run.experiment.cluster) for folder in stages_of(run.folder)]
     _print_stages(run, stages)

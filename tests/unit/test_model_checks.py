@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, LlamaConfig, MambaConfig, OPTConfig
 
-from flows.evaluation import open_evaluation
+from flows.evaluation import evaluated_experiment, open_evaluation
 from flows.influence import Measurement, open_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
@@ -159,8 +159,10 @@ def test_evaluated_model_gets_configured_template(tiny_llama: Path, tmp_path: Pa
     mine = tmp_path / "mine.jinja"
     mine.write_text("{{ mood }}" + (tiny_llama / "chat_template.jinja").read_text())
     settings = {"chat_template": str(mine), "chat_template_kwargs": {"mood": "calm"}}
-    run, _ = open_evaluation(experiment(tiny_llama, tiny_llama, **settings), str(broken), tmp_path / "evaluation")
-    template = Path(run.initial_student().path) / "chat_template.jinja"
+    content = experiment(tiny_llama, tiny_llama, **settings).model_dump(mode="json")
+    used = evaluated_experiment(content, str(broken), "evaluation", "test")
+    evaluation, _ = open_evaluation(used, tmp_path / "evaluation")
+    template = Path(evaluation.model.path) / "chat_template.jinja"
     assert template.read_text() == '{% set mood = "calm" %}' + mine.read_text()
 
 
@@ -173,11 +175,11 @@ def test_links_to_moved_model_are_renewed(tiny_llama: Path, tmp_path: Path) -> N
 
 
 def test_named_template_has_no_system_turn(tiny_llama: Path, tmp_path: Path) -> None:
-    run, _ = open_evaluation(experiment(tiny_llama, tiny_llama), str(tiny_llama), tmp_path / "evaluation")
-    named, _ = open_evaluation(
-        experiment(tiny_llama, tiny_llama, chat_template="chatml"), str(tiny_llama), tmp_path / "named"
+    evaluations = (
+        open_evaluation(experiment(tiny_llama, tiny_llama, **settings), tmp_path / name)[0]
+        for name, settings in (("evaluation", {}), ("named", {"chat_template": "chatml"}))
     )
-    own, chatml = (load_tokenizer(str(opened.initial_student().path)) for opened in (run, named))
+    own, chatml = (load_tokenizer(str(opened.model.path)) for opened in evaluations)
     example = encode_example(chatml, "Say hello.", "Hello.", 64)
     assert chatml.decode(example.input_ids) == (
         "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>"

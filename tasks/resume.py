@@ -1,0 +1,131 @@
+"""How to resume what a folder holds: a run, a study, or another command's work.
+
+The commands evaluate, train, influence and validate record themselves in their folder.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.records import Record, read_record
+from montessori_core import layout
+from montessori_core.config import Cluster
+from montessori_core.errors import UserError
+from montessori_core.files import write_json
+
+STUDY = "study.yaml"
+_COMMAND = "command.json"
+_KINDS = {
+    "evaluate": "an evaluation",
+    "train": "a training",
+    "influence": "a measurement of influence",
+    "validate": "a validation of influence",
+}
+
+
+class Command(Record):
+    """The command whose work a folder holds.
+
+    Attributes:
+        words: after `montessori`, the name of the command first.
+        directory: working directory, from which paths in `words` are read.
+        model: the model that is evaluated, trained or measured.
+        result: absolute path that exists when the command has finished.
+        cluster: the section of a configuration.
+    """
+
+    words: list[str]
+    directory: str
+    model: str
+    result: str
+    cluster: dict[str, object]
+
+    @property
+    def kind(self) -> str:
+        """What the folder holds, such as 'an evaluation'."""
+        return _KINDS[self.words[0]]
+
+    def __str__(self) -> str:
+        """Return the line that resumes the command in a shell here."""
+        line = shlex.join(["montessori", *self.words])
+        return line if self.directory == os.getcwd() else f"cd {shlex.quote(self.directory)} && {line}"
+
+
+def record_command(folder: Path, words: Sequence[str], model: str, result: Path, cluster: Cluster) -> None:
+    """Record in a folder the command whose work it holds; see `Command`."""
+    command = Command(
+        words=list(words),
+        directory=os.getcwd(),
+        model=model,
+        result=str(result.absolute()),
+        cluster=cluster.model_dump(mode="json"),
+    )
+    write_json(command.model_dump(mode="json"), folder / _COMMAND)
+
+
+def command_of(folder: Path) -> Command | None:
+    """Return the command whose work a folder holds; None for runs, studies and other folders."""
+    return read_record(folder / _COMMAND, Command)
+
+
+def refuse_command_folder(folder: Path) -> None:
+    """Raise a UserError if a folder is neither a run nor a study, but holds another command's work."""
+    command = command_of(folder)
+    if command is not None:
+        raise UserError(f"{folder} holds {command.kind}, not a run; resume it with: {command}")
+
+
+def study_of(folder: Path) -> Path | None:
+    """Return the folder of the study of a seed, of another student of a seed, or of the study itself; None for other runs."""
+    folder = folder.resolve()
+    return next((place for place in (folder, *folder.parents[:2]) if (place / STUDY).exists()), None)
+
+
+def command_to_compare(study: Path) -> list[str]:
+    """Return the words after `montessori` of the command that resumes a study in a folder."""
+    return ["compare", str(study / STUDY), "--run-root", str(study.parent)]
+
+
+def command_to_evaluate(model: str, folder: Path) -> list[str]:
+    """Return the words after `montessori` of the command that resumes the evaluation of a model in a folder."""
+    config = ["--config", str(folder / layout.CONFIG)]
+    return ["evaluate", model, *config, "--run-root", str(folder.parent), "--name", folder.name]
+
+
+def resume_command(folder: Path, options: str = "") -> str:
+    """Return the command that resumes a run, the study it belongs to, or the work of another command."""
+    command = command_of(folder)
+    if command is not None:
+        return str(command)
+    study = study_of(folder)
+    words = ["resume", str(folder)] if study is None else command_to_compare(study)
+    return f"{shlex.join(['montessori', *words])}{options}"
+
+
+def refusal_of_changes(folder: Path, changed: Sequence[str], may_change: str = "") -> UserError:
+    """Return the error for a run, study or evaluation whose name is used again with other settings.
+
+    Args:
+        folder: of the run or the evaluation.
+        changed: the settings that differ, one a line.
+        may_change: a sentence on the settings that may change.
+    """
+    command, study = command_of(folder), study_of(folder)
+    if command is not None:
+        what, name = command.kind.removeprefix("an "), "--name"
+    elif study is not None:
+        what, name = "study", "name (in its file, or with --set name=NAME)"
+    else:
+        what, name = "run", "--name"
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        remedy = (
+            f"Set another name among the parameters of the flow run for the new configuration, or resume the {what} "
+            "unchanged: retry its first flow run, or start one with the same parameters"
+        )
+    else:
+        resume = resume_command(folder)
+        remedy = f"Use another {name} for the new configuration, or resume the {what} unchanged: {resume}"
+    lines = "\n  ".join(changed)
+    sentences = " ".join(filter(None, (may_change, remedy)))
+    return UserError(f"{folder}: this {what} was started with another configuration:\n  {lines}\n{sentences}")

@@ -1,0 +1,99 @@
+"""An evaluation of any model: what it checks, and what the same name again does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.evaluation import Evaluation, evaluated_experiment, open_evaluation
+from montessori_core.data.sources import load_tasks
+from montessori_core.errors import ConfigError, UserError
+from support.reports import write_run, write_study
+from support.runs import invoke
+
+
+def write_set(path: Path, topics: list[str]) -> None:
+    """Write an example for each topic."""
+    path.write_text(
+        "".join(json.dumps({"instruction": f"Describe {topic}.", "output": topic}) + "\n" for topic in topics)
+    )
+
+
+def opened(folder: Path, model: Path, **sections: Any) -> tuple[Evaluation, list[str]]:
+    """Open the evaluation `mine` in a folder; return it and its warnings."""
+    content = {"student": {"max_length": 128}, "evaluation": {"path": str(folder / "set.jsonl")}} | sections
+    return open_evaluation(evaluated_experiment(content, str(model), "mine", "test"), folder / "mine")
+
+
+def test_changed_evaluation_set_replaces_the_copy(tiny_llama: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "set.jsonl", ["rivers", "stones"])
+    evaluation, warnings = opened(tmp_path, tiny_llama)
+    assert warnings == opened(tmp_path, tiny_llama)[1] == []
+    write_set(tmp_path / "set.jsonl", ["birds"])
+    _, warnings = opened(tmp_path, tiny_llama)
+    (warning,) = warnings
+    assert "set.jsonl has changed since the last evaluation named mine; the held-out loss is computed again" in warning
+    (example,) = load_tasks(evaluation.run.source_file("evaluation"))
+    assert example.instruction == "Describe birds."
+
+
+def test_changed_settings_of_an_evaluation_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    write_set(tmp_path / "other.jsonl", ["birds"])
+    opened(tmp_path, tiny_llama)
+    with pytest.raises(UserError) as refusal:
+        opened(tmp_path, tiny_llama, evaluation={"path": str(tmp_path / "other.jsonl")})
+    message = str(refusal.value)
+    assert "mine: this evaluation was started with another configuration:\n  evaluation.path: " in message
+    assert (
+        f"Use another --name for the new configuration, or resume the evaluation unchanged: montessori evaluate {tiny_llama}"
+        in message
+    )
+    assert f"--config {tmp_path}/mine/config.yaml --run-root {tmp_path} --name mine" in message
+
+
+def test_evaluation_checks_what_it_uses_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    """The teacher, the seeds, the reference set, filters and recipes are of no use to an evaluation."""
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    unused = {
+        "teacher": {"model": "absent/teacher"},
+        "seed_pool": {"path": str(tmp_path / "absent.jsonl")},
+        "reference": {"path": str(tmp_path / "set.jsonl")},
+        "synthesis": {"filters": [{"filter": "judge"}], "engine": "transformers"},
+        "teacher_update": {"max_length": 10**6},
+        "training": {"batch_size": 3},
+        "influence": {"sequential": {"error_rate": 0.1}, "estimator": "exact"},
+        "tracking": ["wandb"],
+        "cluster": {"resources": {"training": {"processes_per_node": 7}}},
+    }
+    evaluation, _ = opened(tmp_path, tiny_llama, **unused)
+    assert evaluation.run.experiment.synthesis.engine == "transformers"
+    for section, content in (("synthesis", {"enginee": "vllm"}), ("trainings", {}), ("influence", "exact")):
+        with pytest.raises(ConfigError, match=section):
+            opened(tmp_path, tiny_llama, **{section: content})
+
+
+def test_folders_of_evaluations_and_runs_are_not_mixed_up(tiny_llama: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "trial")
+    write_study(tmp_path / "runs" / "study")
+    for name in ("trial", "study"):
+        code, output = invoke("evaluate", str(tiny_llama), "--name", name, cwd=tmp_path)
+        assert (code, "holds a run or a study; give the evaluation another --name" in " ".join(output.split())) == (
+            1,
+            True,
+        )
+    write_set(tmp_path / "set.jsonl", ["rivers"])
+    opened(tmp_path, tiny_llama)
+    resume = f"montessori evaluate {tiny_llama} --config {tmp_path}/mine/config.yaml"
+    commands = (["resume", "mine"], ["retry", "mine"], ["run", "quickstart", "--run-root", ".", "--name", "mine"])
+    for words in (*commands, ["compare", "quickstart", "--run-root", ".", "--set", "name=mine"]):
+        code, output = invoke(*words, cwd=tmp_path)
+        assert code == 1
+        assert f"mine holds an evaluation, not a run; resume it with: cd " in output
+        assert resume in output
+    stage = tmp_path / "mine" / "evaluation"
+    stage.mkdir()
+    code, output = invoke("status", "mine", cwd=tmp_path)
+    assert code == 0, output
+    assert "no stage has started" in output
