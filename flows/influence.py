@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,14 +27,16 @@ from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.thinking import thinking_warning
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
+from tasks.resume import record_command
 from tasks.run import Model, stage_of
 from tasks.screening import estimate_influence
-from tasks.students import open_student
+from tasks.students import check_student, open_student
 
 log = logging.getLogger(__name__)
 
 _SHARD = 16  # examples
-_EXAMPLES = "examples.parquet"
+_EXAMPLES, _REFERENCE = "examples.parquet", "reference.jsonl"
+_MAX_LENGTH = "max_length"  # the setting's name in errors
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,15 @@ class Inputs:
         return list(_tasks_of(self.rows))
 
 
-def measure_influence(measurement: Measurement, out: Path) -> None:
+def measure_influence(measurement: Measurement, out: Path, command: Sequence[str]) -> None:
     """Measure every example and write the table to `out`.
 
     Finished shards are kept in a folder next to `out`, so that the measurement can be resumed.
+
+    Args:
+        measurement: what is measured.
+        out: the table.
+        command: words after `montessori` of the command that resumes it.
 
     Raises:
         UserError: an option, a file or the model is invalid; the message names it. Or another process measures to `out`.
@@ -94,35 +102,38 @@ def measure_influence(measurement: Measurement, out: Path) -> None:
             "--sequential decides signs one by one, but --baseline median has no threshold until all are measured"
         )
     folder = out.with_name(out.name + ".parts").resolve()
-    stages = MeasurementStages(folder, measurement, open_inputs(measurement, folder))
-    with only_driver(folder):
+    with opened_inputs(measurement, folder) as inputs:
+        record_command(folder, command, measurement.student.model, out, measurement.cluster)
+        stages = MeasurementStages(folder, measurement, inputs)
         write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
 
 
-def open_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRow] = ()) -> Inputs:
-    """Read the files and find the models of a measurement; create its folder.
+@contextmanager
+def opened_inputs(measurement: Measurement, folder: Path, bad_rows: Sequence[BadRow] = ()) -> Iterator[Inputs]:
+    """Read the files and find the models of a measurement; create its folder, and hold the folder's lock.
 
     Rows that are left out are listed in the folder, after `bad_rows`, those of a set that was read before.
 
     Raises:
-        UserError: a file or the model is invalid; the message names it.
+        UserError: a file or the model is invalid; the message names it. Or another process measures in the folder.
     """
     left_out = list(bad_rows)
     with TemporaryDirectory() as scratch:  # the folder is created when all inputs are valid
         examples = Path(scratch) / _EXAMPLES
         _write_examples(measurement.examples, examples, left_out)
-        models, reference = _other_inputs(measurement, folder, left_out)
+        reference = _check_other_inputs(measurement, left_out)
         folder.mkdir(parents=True, exist_ok=True)
-        with commit(folder / _EXAMPLES) as copy:
-            shutil.copyfile(examples, copy)
-    write_bad_rows(left_out, folder)
-    file = folder / "reference.jsonl"
-    write_tasks(reference, file)
-    rows = Rows.of_file(folder / _EXAMPLES, schema_of(ExampleRow, optional_fields(ExampleRow)), ExampleRow)
-    for name, tasks in (("examples", _tasks_of(rows)), ("reference", reference)):
-        for warning in thinking_warning(name, tasks):
-            log.warning(warning)
-    return Inputs(rows, reference, models, {"reference": file})
+        with only_driver(folder):  # before the copies are written: jobs of another process may be reading them
+            with commit(folder / _EXAMPLES) as copy:
+                shutil.copyfile(examples, copy)
+            examples.unlink()
+            write_bad_rows(left_out, folder)
+            write_tasks(reference, folder / _REFERENCE)
+            rows = Rows.of_file(folder / _EXAMPLES, schema_of(ExampleRow, optional_fields(ExampleRow)), ExampleRow)
+            for name, tasks in (("examples", _tasks_of(rows)), ("reference", reference)):
+                for warning in thinking_warning(name, tasks):
+                    log.warning(warning)
+            yield Inputs(rows, reference, _open_models(measurement, folder), {"reference": folder / _REFERENCE})
 
 
 def _tasks_of(rows: Rows) -> Iterator[Task]:
@@ -149,17 +160,22 @@ def _write_examples(source: DataSource, path: Path, bad_rows: list[BadRow]) -> N
     reader.report(bad_rows)
 
 
-def _other_inputs(
-    measurement: Measurement, folder: Path, bad_rows: list[BadRow]
-) -> tuple[dict[str, Model], list[Task]]:
-    """Find the models of a measurement and read its reference set; `bad_rows` takes the rows that are left out."""
+def _check_other_inputs(measurement: Measurement, bad_rows: list[BadRow]) -> list[Task]:
+    """Check the models of a measurement and read its reference set; `bad_rows` takes the rows that are left out."""
     warm_state = measurement.warm_state
     if warm_state is not None and not (warm_state / MOMENTS_FILE).exists():
         raise DataError(f"--warm-state {warm_state}: no {MOMENTS_FILE} there; name the folder of a warm student")
-    models = {"student": open_student(measurement.student, folder, "max_length")}
-    if warm_state is not None:
-        models["moments"] = Model(str(warm_state.resolve()), hash_path(warm_state / MOMENTS_FILE))
-    return models, read_tasks(measurement.reference, "reference", True, bad_rows)
+    check_student(measurement.student, _MAX_LENGTH)
+    return read_tasks(measurement.reference, "reference", True, bad_rows)
+
+
+def _open_models(measurement: Measurement, folder: Path) -> dict[str, Model]:
+    """Return the models of a measurement; links to a student with a configured chat template are in its folder."""
+    models = {"student": open_student(measurement.student, folder, _MAX_LENGTH)}
+    if measurement.warm_state is not None:
+        warm_state = measurement.warm_state.resolve()
+        models["moments"] = Model(str(warm_state), hash_path(warm_state / MOMENTS_FILE))
+    return models
 
 
 class MeasurementStages:

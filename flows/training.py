@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from montessori_core.layout import COUNTS_FILE, LOG_FILE
 from montessori_core.models.licences import CARD
 from montessori_core.selection.pools import unfinished_ids
 from tasks.progress import ProgressBar
+from tasks.resume import record_command
 from tasks.run import check_environment, stage_of
-from tasks.students import open_student, sft_settings
+from tasks.students import check_student, open_student, sft_settings
 from tasks.tracking import show_problems, start_tracking, tracking_input
 
 
@@ -57,11 +58,16 @@ class Trained:
     log: list[dict[str, Any]]
 
 
-def train_on_data(training: StudentTraining, output: Path) -> Trained:
+def train_on_data(training: StudentTraining, output: Path, command: Sequence[str]) -> Trained:
     """Train a student and write it to the folder `output`, with a model card.
 
     Finished work is kept in a folder next to `output`, so that an interrupted training resumes from its last checkpoint, and
     a finished one is not repeated.
+
+    Args:
+        training: what is trained, on what.
+        output: the new folder.
+        command: words after `montessori` of the command that resumes it.
 
     Raises:
         UserError: an option, the data or the model is invalid, or `output` exists and has another model.
@@ -74,15 +80,17 @@ def train_on_data(training: StudentTraining, output: Path) -> Trained:
     if not len(rows):
         raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
     check_environment(experiment)
-    student = open_student(experiment.student, folder, "student.max_length")
+    check_student(experiment.student, "student.max_length")
     settings = sft_settings(experiment, recipe, training.save_moments)
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
+        student = open_student(experiment.student, folder, "student.max_length")
         start_tracking(folder, experiment)
         trackers = tracking_input(folder, experiment)
         stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
         shards = Shards(rows, len(rows))
         _check_output(output, stage, shards)
+        record_command(folder, command, experiment.student.model, output, experiment.cluster)
         cluster = experiment.cluster
         with ProgressBar(f"training of {experiment.student.model}") as bar:
             (trained,) = fan_out(stage, shards, cluster.resources.training, cluster, bar.show)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.lock import only_driver
-from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, open_inputs
+from flows.influence import Inputs, Measurement, MeasurementStages, compute_parts, opened_inputs
 from montessori_core import programs
 from montessori_core.config import DataSource, Influence, Optimization, Warmup, Zero
 from montessori_core.config.influence import LARGEST_LINEAR_WEIGHT
@@ -37,6 +36,7 @@ from montessori_core.influence.validation import (
 )
 from montessori_core.models.fingerprints import moments_fingerprint
 from montessori_report.validation_page import validation_page
+from tasks.resume import record_command
 from tasks.run import Model
 from tasks.screening import estimate_influence
 
@@ -94,10 +94,15 @@ class Validation:
         }
 
 
-def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
+def validate_influence(validation: Validation, out: Path, command: Sequence[str]) -> dict[str, Any]:
     """Measure, train and compare; write the result and its tables to the folder `out`, and return the result.
 
     Every stage keeps its finished work in `out`, so that the validation can be resumed.
+
+    Args:
+        validation: what is validated.
+        out: the folder.
+        command: words after `montessori` of the command that resumes it.
 
     Raises:
         UserError: an option, a file or the model is invalid; the message names it.
@@ -108,10 +113,10 @@ def validate_influence(validation: Validation, out: Path) -> dict[str, Any]:
     bad_rows: list[BadRow] = []
     warmup = read_tasks(validation.warmup, "warmup", True, bad_rows) if validation.warmup else []
     out = out.resolve()
-    inputs = open_inputs(measurement, out, bad_rows)
-    check_reference_size(inputs.reference, measurement.reference)
-    _check_sizes(validation, len(inputs.rows), "examples")
-    with only_driver(out):
+    with opened_inputs(measurement, out, bad_rows) as inputs:
+        record_command(out, command, measurement.student.model, out / RESULT, measurement.cluster)
+        check_reference_size(inputs.reference, measurement.reference)
+        _check_sizes(validation, len(inputs.rows), "examples")
         if warmup:
             inputs = replace(inputs, models=_warm_up(validation, warmup, inputs, out / "warmup"))
         values = _measure_predictors(validation, inputs, out)

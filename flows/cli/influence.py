@@ -1,6 +1,7 @@
 """The command influence: measure the influence of any data, without a run."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +117,7 @@ def influence(
         baseline=check_baseline(baseline),
         cluster=local_cluster(device),
     )
-    measure_influence(measurement, out)
+    measure_influence(measurement, out, sys.argv[1:])
     print_influence(read_table(out, INFLUENCE), baseline)
     console.print(f"table: {out}", soft_wrap=True)
 

@@ -10,7 +10,7 @@ from cluster.status import StageStatus, read_stage_status, stages_of
 from flows.cli.console import console
 from flows.cli.options import RunFolder
 from montessori_core.formatting import duration
-from tasks.resume import command_of, resume_command
+from tasks.resume import resume_command
 from tasks.run import Run
 from tasks.studies import is_finished, reopen
 

@@ -1,6 +1,7 @@
 """The command train: train a student on any data."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +61,7 @@ def train(
     overrides = [f"student.{name}={json.dumps(value)}" for name, value in settings.items()]
     experiment = on_cluster(read_experiment(config, (*(set_ or []), *overrides)), cluster, config)
     warn(idle_gpus(experiment.cluster))
-    trained = train_on_data(StudentTraining(experiment, source, save_moments), output)
+    trained = train_on_data(StudentTraining(experiment, source, save_moments), output, sys.argv[1:])
     counts = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in trained.counts.items())
     console.print(f"{counts}; loss {trained.log[0]['loss']:.4f}, at the end {trained.log[-1]['loss']:.4f}")
     console.print(f"student: {output}", soft_wrap=True)

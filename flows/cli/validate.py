@@ -1,9 +1,10 @@
 """The command validate: does influence predict what training does?"""
 
 import math
+import sys
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,6 +26,9 @@ from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, 
 from montessori_core.config import Cluster, Influence, Optimization, Resources, Schedule, read_cluster
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.formatting import UNKNOWN
+
+if TYPE_CHECKING:
+    from flows.validation import Validation
 
 OutFolder = Annotated[Path, typer.Option(help="Folder of the result; its finished work makes the command resumable.")]
 WarmupFile = Annotated[
@@ -106,26 +110,25 @@ def validate(
     """
     _check_options(out, leave_out)
     from flows.influence import Measurement
-    from flows.validation import PAGE, Validation, validate_influence
+    from flows.validation import Validation
 
     options = {"learning_rate": learning_rate, "reference_reduction": reference_reduction, "dtype": dtype}
     fields = {"instruction_field": instruction_field, "output_field": response_field}
     settings = _steps(example_weight, weight_per, options)
-    measurement = Measurement(
-        student=student_with_template(student, max_length, chat_template, chat_template_kwargs),
-        warm_state=warm_state,
-        examples=data_source(examples, "--examples", **fields),
-        reference=data_source(reference, "--reference"),
-        settings=settings[0],
-        baseline="student",
-        cluster=_cluster(cluster, device),
-    )
-    recipe = _recipe(
-        learning_rate, batch_size, epochs, measurement.cluster.resources.training if warmup else Resources()
-    )
+    model = student_with_template(student, max_length, chat_template, chat_template_kwargs)
+    data, good = data_source(examples, "--examples", **fields), data_source(reference, "--reference")
+    jobs = _cluster(cluster, device)
+    measurement = Measurement(model, warm_state, data, good, settings[0], "student", jobs)
+    recipe = _recipe(learning_rate, batch_size, epochs, jobs.resources.training if warmup else Resources())
     source = data_source(warmup, "--warmup", **fields) if warmup else None
-    validation = Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed)
-    print_validation(validate_influence(validation, out))
+    _validate(Validation(measurement, source, settings, exact, recipe, subsets, subset_size, leave_out, seed), out)
+
+
+def _validate(validation: "Validation", out: Path) -> None:
+    """Run or resume a validation and print its scores."""
+    from flows.validation import PAGE, validate_influence
+
+    print_validation(validate_influence(validation, out, sys.argv[1:]))
     console.print(f"result: {out / PAGE}", soft_wrap=True)
 
 

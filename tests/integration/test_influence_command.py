@@ -56,6 +56,17 @@ def test_any_data_is_measured_once(tiny_llama: Path, folder: Path) -> None:
     assert code == 0, output
     assert {path: path.stat().st_mtime_ns for path in (folder / "influence.parquet.parts").glob("part-*")} == before
     assert (folder / "influence.parquet").read_bytes() == content
+    code, output = invoke("status", "influence.parquet.parts", cwd=folder)
+    assert (code, "screen" in output, "done" in output, "Resume" in output) == (0, True, True, False), output
+    (folder / "influence.parquet").unlink()
+    expected = f"cd {ROOT} && montessori influence --student {tiny_llama} --examples {folder}/data.jsonl"
+    for command, text in (
+        ("status", "Resume with: "),
+        ("resume", "holds a measurement of influence, not a run; resume"),
+    ):
+        _, output = invoke(command, "influence.parquet.parts", cwd=folder)
+        assert text in output
+        assert expected in output
 
 
 def test_example_weight_enters_the_step_and_its_key(tiny_llama: Path, folder: Path) -> None:
@@ -197,12 +208,16 @@ def test_device_decides_gpus_of_jobs(device: str, visible: str, gpus: int, monke
 
 
 def test_second_measurement_of_a_table_is_refused(tiny_llama: Path, folder: Path) -> None:
+    """It leaves the inputs of the first, which jobs read."""
     parts = folder / "influence.parquet.parts"
     parts.mkdir()
+    (parts / "reference.jsonl").write_text("of the first")
     with only_driver(parts):
         code, output = influence(folder, tiny_llama)
     assert (code, "already has a driver" in output) == (1, True), output
     assert not (folder / "influence.parquet").exists()
+    assert (parts / "reference.jsonl").read_text() == "of the first"
+    assert [path.name for path in parts.iterdir() if path.name != "driver.lock"] == ["reference.jsonl"]
 
 
 def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path) -> None:

@@ -66,6 +66,10 @@ def test_commands_run_in_sequence(tiny_llama: Path, finished_run: Path, tmp_path
     code, output = train(tiny_llama, data, student, "--save-moments")
     assert code == 1
     assert "has a student of another training; nothing is overwritten" in output
+    code, output = invoke("resume", "student.parts", cwd=tmp_path)
+    assert code == 1
+    assert "student.parts holds a training, not a run; resume it with: " in output
+    assert f"montessori train {tiny_llama} {best} --output {student}" in output
 
     limit = counts["response_tokens"] - 1
     code, output = train(tiny_llama, best, tmp_path / "shorter", "--set", f"training.response_tokens={limit}")

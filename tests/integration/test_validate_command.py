@@ -38,6 +38,9 @@ def test_validation_reports_every_predictor(tiny_llama: Path, folder: Path) -> N
     code, output = invoke(*arguments(folder, tiny_llama, "--warmup", str(folder / "warmup.jsonl"), *OPTIONS), cwd=ROOT)
     assert code == 0, output
     check_results(folder / "validation", output)
+    code, output = invoke("resume", "validation", cwd=folder)
+    assert code == 1
+    assert "validation holds a validation of influence, not a run" in output
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_folders_of_evaluations_and_runs_are_not_mixed_up(tiny_llama: Path, tmp_
     for words in (*commands, ["compare", "quickstart", "--run-root", ".", "--set", "name=mine"]):
         code, output = invoke(*words, cwd=tmp_path)
         assert code == 1
-        assert f"mine holds an evaluation, not a run; resume it with: cd " in output
+        assert "mine holds an evaluation, not a run; resume it with: cd " in output
         assert resume in output
     stage = tmp_path / "mine" / "evaluation"
     stage.mkdir()

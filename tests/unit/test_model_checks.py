@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, LlamaConfig, MambaConfig, OPTConfig
 
 from flows.evaluation import evaluated_experiment, open_evaluation
-from flows.influence import Measurement, open_inputs
+from flows.influence import Measurement, opened_inputs
 from montessori_core.config import Cluster, DataSource, Experiment, Influence, Student, parse_experiment
 from montessori_core.errors import UserError
 from montessori_core.models.chat import encode_example
@@ -148,8 +148,9 @@ def test_measured_student_is_checked(tiny_llama: Path, small_tokenizer: Path, tm
     (broken / "chat_template.jinja").write_text("{% for")
     for model, message in ((short, "max_length=1024, but max_position_embeddings=32"), (broken, "syntax error")):
         measurement = Measurement(Student(model=str(model)), None, source, source, Influence(), "student", Cluster())
-        with pytest.raises(UserError, match=message):
-            open_inputs(measurement, tmp_path / "measured")
+        with pytest.raises(UserError, match=message), opened_inputs(measurement, tmp_path / "measured"):
+            pass
+        assert not (tmp_path / "measured").exists()
 
 
 def test_evaluated_model_gets_configured_template(tiny_llama: Path, tmp_path: Path) -> None:
