@@ -13,6 +13,7 @@ from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import DataSource, Experiment
+from montessori_core.data.bad_rows import BadRow, write_bad_rows
 from montessori_core.data.rows import Rows, TrainingRow
 from montessori_core.data.sources import read_tasks
 from montessori_core.data.tables import EXAMPLES, name_of_table, open_parquet
@@ -76,7 +77,8 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
     folder = output.with_name(f"{output.name}.parts").absolute()
     if not folder.exists():
         refuse_existing(output, "folder")
-    rows = read_training_rows(training.data)
+    bad_rows: list[BadRow] = []
+    rows = read_training_rows(training.data, bad_rows)
     if not len(rows):
         raise DataError(f"data: {training.data.path} has no rows; give examples to train on")
     check_environment(experiment)
@@ -85,6 +87,7 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
     folder.mkdir(parents=True, exist_ok=True)
     with only_driver(folder):
         student = open_student(experiment.student, folder, "student.max_length")
+        write_bad_rows(bad_rows, folder)
         start_tracking(folder, experiment)
         trackers = tracking_input(folder, experiment)
         stage = stage_of(programs.SFT, settings, folder / "training", {"student": student}, {}, trackers)
@@ -104,10 +107,11 @@ def train_on_data(training: StudentTraining, output: Path, command: Sequence[str
     return Trained(counts, log)
 
 
-def read_training_rows(source: DataSource) -> Rows:
+def read_training_rows(source: DataSource, bad_rows: list[BadRow]) -> Rows:
     """Read training examples: an example table of a run, or any data with an instruction and a response.
 
-    A response whose row says `response_finished: false` is trained without the end of its turn.
+    A response whose row says `response_finished: false` is trained without the end of its turn. `bad_rows` takes the rows
+    that are left out.
 
     Raises:
         DataError: the data cannot be read, or has no rows.
@@ -118,7 +122,7 @@ def read_training_rows(source: DataSource) -> Rows:
             if name_of_table(file.schema_arrow) == name_of_table(EXAMPLES):
                 return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
     unfinished = unfinished_ids(path)
-    tasks = read_tasks(source, "data", with_response=True)
+    tasks = read_tasks(source, "data", True, bad_rows)
     return Rows.of(
         [
             TrainingRow(

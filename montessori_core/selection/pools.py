@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from montessori_core import layout
 from montessori_core.config import DataSource
-from montessori_core.data.jsonl import jsonl_rows
+from montessori_core.data.jsonl import jsonl_rows, jsonl_rows_and_errors
 from montessori_core.data.sources import Task, TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
@@ -233,12 +233,13 @@ def data_file(path: Path) -> Path:
 def unfinished_ids(path: Path) -> set[str]:
     """Return the ids of the rows of a file or exported folder whose `response_finished` is false.
 
-    Files without the columns `id` and `response_finished` have none.
+    Files without the columns `id` and `response_finished` have none. Lines that are no objects are skipped: `TaskReader`
+    refuses or counts them.
     """
     path = data_file(path)
     columns = ("id", "response_finished")
     if path.suffix == ".jsonl" and path.is_file():
-        rows: Iterator[Row] = JsonlPool(path).rows()
+        rows: Iterator[Row] = (row for _, row in jsonl_rows_and_errors(path) if isinstance(row, dict))
     elif path.suffix == ".parquet" and path.is_file():
         pool = ParquetPool(path)
         if pool.schema is None or not set(columns) <= set(pool.schema.names):

@@ -105,6 +105,22 @@ def test_unfinished_responses_do_not_teach_the_end(tiny_llama: Path, tmp_path: P
     assert not torch.equal(weights["all"], weights["some"])
 
 
+def test_training_leaves_out_bad_lines(tiny_llama: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "student"
+    lines = [json.dumps(row | {"response_finished": True}) for row in EXAMPLES]
+    data.write_text("\n".join([*lines[:2], "{not JSON", *lines[2:], "7"]))
+    source = f"{{path: {data}, drop_bad_rows: true, max_bad_rows: 0.1}}"
+    code, text = invoke("train", str(tiny_llama), source, "--output", str(output), *SETTINGS, cwd=ROOT)
+    assert code == 0, text
+    assert read_json(output / COUNTS_FILE)["examples"] == 20
+    listed = map(json.loads, (tmp_path / "student.parts" / "bad_rows.jsonl").read_text().splitlines())
+    assert [row["reason"] for row in listed] == ["not valid JSON", "no object with named fields"]
+    code, text = train(tiny_llama, data, tmp_path / "other")
+    assert code == 1
+    assert "line 3, column 2: not valid JSON" in text
+    assert "or set data.drop_bad_rows: true to leave such rows out" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
