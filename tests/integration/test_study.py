@@ -476,7 +476,7 @@ def test_finished_study_runs_nothing_again(compared: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     code, output = call("compare", "study.yaml", "--set", "experiment.warmup.examples=5", cwd=compared, **environment)
     assert code == 1
-    assert "this run was started with another configuration" in output
+    assert "this study was started with another configuration" in output
 
 
 @pytest.mark.slow

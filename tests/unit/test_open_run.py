@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from montessori_core.config import parse_experiment, read_cluster, read_experiment
+from montessori_core.config import parse_experiment, read_cluster, read_experiment, write_yaml
+from montessori_core.errors import UserError
 from support import CONFIGS
 from tasks.run import open_run
 
@@ -132,3 +133,51 @@ def test_changed_benchmark_file_replaces_the_copy(tiny_llama: Path, tmp_path: Pa
     (tmp_path / "second.jsonl").unlink()  # a run needs the original no more
     warnings_of(tmp_path, tiny_llama, benchmarks=benchmarks, judge={"model": "judge"})
     assert "second: write a poem." in copy.read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "variables", "remedy"),
+    [
+        ("run", {}, "this run was .* Use another --name for the new configuration, or resume the run unchanged: "),
+        ("run", {}, r"montessori resume \S+/run$"),
+        (
+            "study/seed-1",
+            {},
+            r"this study was .* Use another name \(in its file, or with --set name=NAME\) for the new",
+        ),
+        ("study/seed-1", {}, r"montessori compare \S+/study/study.yaml --run-root \S+$"),
+        (
+            "run",
+            {"PREFECT__FLOW_RUN_ID": "1"},
+            "Set another name among the parameters of the flow run .* retry its first flow run",
+        ),
+    ],
+)
+def test_refusal_of_changed_settings_names_the_remedy(
+    place: str,
+    variables: dict[str, str],
+    remedy: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.yaml").touch()
+    before, after = (
+        parse_experiment(
+            {
+                "teacher": {"model": str(tiny_llama)},
+                "student": {"model": str(tiny_llama)},
+                "warmup": {"examples": n},
+            },
+            "test",
+        )
+        for n in (64, 65)
+    )
+    (tmp_path / place).mkdir(exist_ok=True)
+    write_yaml(before, tmp_path / place / "config.yaml")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"(?s){remedy}") as refusal:
+        open_run(after, tmp_path / place)
+    assert "warmup.examples: 64 -> 65\nOf the method's settings, only preferences" in str(refusal.value)
