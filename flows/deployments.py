@@ -36,6 +36,7 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     """
     file = file or find_deployments()
     deployments = read_deployments(file)
+    warn_of_job_variables(deployments, console)
     state = root.resolve() / ".montessori"
     state.mkdir(parents=True, exist_ok=True)
     with (state / "up.json").open("a+") as lock:
@@ -99,6 +100,17 @@ def deploy(file: Path | None, pool: str, console: Console) -> None:
         f"MONTESSORI_RUN_ROOT=/shared/runs prefect worker start --pool {pool}",
         soft_wrap=True,
     )
+
+
+def warn_of_job_variables(deployments: list[dict[str, Any]], console: Console) -> None:
+    """Warn if deployments set what only the workers of a work pool read."""
+    names = ", ".join(deployment["name"] for deployment in deployments if deployment.get("job_variables"))
+    if names:
+        console.print(
+            f"warning: montessori up ignores job_variables (of {names}), which are for workers: set environment variables "
+            "before it starts, or use montessori deploy",
+            soft_wrap=True,
+        )
 
 
 def _serve(deployments: list[dict[str, Any]]) -> None:

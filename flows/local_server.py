@@ -19,6 +19,7 @@ from flows.prefect_server import starting_server
 from montessori_core import layout
 from montessori_core.config import RUN_NAME
 from montessori_core.errors import UserError
+from tasks.studies import PAGE as COMPARISON
 
 _LOOPBACK = "127.0.0.1"
 _SERVER_TIMEOUT = 180.0  # seconds; a first start migrates a database
@@ -131,13 +132,14 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def served_reports(root: Path, port: int) -> Iterator[str]:
-    """Serve the reports of runs, and nothing else, to this machine; on another port if `port` is taken."""
+    """Serve the reports of runs and studies, and nothing else, to this machine; on another port if `port` is taken."""
 
     class Report(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             run, _, name = self.path.strip("/").partition("/")
-            path = root / run / layout.REPORT
-            if not re.fullmatch(RUN_NAME, run) or ".." in run or name != layout.REPORT or not path.is_file():
+            path = root / run / name
+            served = name in (layout.REPORT, COMPARISON) and re.fullmatch(RUN_NAME, run) and ".." not in run
+            if not served or not path.is_file():
                 self.send_error(404, "no such report")
                 return
             content = path.read_bytes()

@@ -28,6 +28,7 @@ from montessori_core.program import load
 from montessori_report.study_page import study_page
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, per_token, summarize_loss
+from tasks.report import link_page
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Model, Run, open_run
 from tasks.stage import Step
@@ -358,6 +359,7 @@ def write_comparison(
     study_page(study, result, folder).write(folder / PAGE)
     table = [{key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores")} for row in rows]
     create_table_artifact(table, description=f"Comparison of methods: {study.name}")
+    link_page(folder / PAGE, f"Comparison of methods: {study.name}")
 
 
 def _add_kind_shares(

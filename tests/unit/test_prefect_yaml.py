@@ -2,6 +2,8 @@
 
 import threading
 from contextlib import suppress
+from http.client import HTTPConnection
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,8 +12,10 @@ from uuid import uuid4
 import pytest
 import yaml
 from prefect.client.schemas.objects import FlowRun
+from rich.console import Console
 
 from flows import evaluation, experiment, tailor
+from flows.deployments import warn_of_job_variables
 from flows.local_server import served_reports
 from flows.prefect_yaml import find_deployments, read_deployments
 from montessori_core.config import Study, read_study
@@ -105,6 +109,33 @@ def test_server_of_reports_ends_after_an_error(tmp_path: Path) -> None:
         raise UserError("the Prefect server did not start")
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_pages_of_runs_and_studies_are_served_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("report.html", "comparison.html", "config.yaml"):
+        (tmp_path / "mine" / name).write_text(name)
+    (tmp_path / "report.html").write_text("outside")
+    served = {}
+    with served_reports(tmp_path, 0) as url:
+        for path in ("mine/report.html", "mine/comparison.html", "mine/config.yaml", "../report.html", "mine/", "mine"):
+            connection = HTTPConnection(url.removeprefix("http://"), timeout=10)
+            connection.request("GET", f"/{path}")
+            answer = connection.getresponse()
+            served[path] = answer.read().decode() if answer.status == 200 else answer.status
+            connection.close()
+    pages = {f"mine/{name}": name for name in ("report.html", "comparison.html")}
+    assert served == pages | dict.fromkeys(("mine/config.yaml", "../report.html", "mine/", "mine"), 404)
+
+
+def test_up_warns_of_job_variables(tmp_path: Path) -> None:
+    shown = StringIO()
+    console = Console(file=shown, width=500)
+    warn_of_job_variables(read_deployments(written(tmp_path, config="quickstart")), console)
+    assert shown.getvalue() == ""
+    path = written(tmp_path, config="quickstart", job_variables={"env": {"A": "b"}})
+    warn_of_job_variables(read_deployments(path), console)
+    assert "montessori up ignores job_variables (of mine), which are for workers" in shown.getvalue()
 
 
 def test_shipped_file_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

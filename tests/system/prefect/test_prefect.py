@@ -468,6 +468,7 @@ def test_study_deployment_runs_transfer_students(server: Server) -> None:
     [table] = [a for a in server.artifacts(run) if a["description"] == "Comparison of methods: study"]
     [row] = json.loads(table["data"])
     assert (row["method"], row["gain"]) == ("self_instruct", 0.0)
+    assert any("/study/comparison.html" in str(a["data"]) for a in server.artifacts(run))
     result = json.loads((server.runs / "study" / "comparison.json").read_text())
     [transferred] = result["transfer"]
     # A student with random weights guesses among 4096 tokens; the study's student can only write tasks. The difference
