@@ -98,6 +98,15 @@ def test_readme_is_short_and_shows_the_tree() -> None:
     assert sorted(modules - set(shown)) == []
 
 
+def test_environment_page_names_every_variable() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(MONTESSORI_[A-Z_]+)` \|", page, re.MULTILINE)
+    folders = (*PACKAGES, "montessori_report", "docker")
+    files = [ROOT / "montessori_entry.py", *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    assert sorted(shown) == sorted({name for text in texts for name in re.findall(r"\bMONTESSORI_[A-Z_]+", text)})
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Yield every documented command line, in blocks and in sentences, as the words after `montessori`."""
     for page in PAGES:
