@@ -17,6 +17,7 @@ from montessori_core.config import (
     Experiment,
     FolderName,
     Influence,
+    Section,
     StageResources,
     Student,
     Synthesis,
@@ -43,7 +44,7 @@ from tasks.students import check_student, open_student
 
 RESULT = "evaluation.json"
 _NAME = "evaluation"
-_USED: Mapping[str, tuple[type, tuple[str, ...]]] = {
+_USED: Mapping[str, tuple[type[Section], tuple[str, ...]]] = {
     "": (
         Experiment,
         ("name", "seed", "student", "evaluation", "synthesis", "influence", "judge", "benchmarks", "cluster"),
@@ -137,7 +138,7 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     Raises:
         UserError: an input is invalid; the message names it and the remedy. Nothing has been computed yet.
     """
-    commits = _check_folder(experiment, folder)
+    commits, config = _check_folder(experiment, folder), folder / layout.CONFIG
     run, bad_rows = Run(folder.resolve(), experiment), list[BadRow]()
     examples = read_tasks(experiment.evaluation, "evaluation", True, bad_rows)
     check_benchmarks(experiment.benchmarks, {})
@@ -148,13 +149,16 @@ def open_evaluation(experiment: Experiment, folder: Path) -> tuple[Evaluation, l
     with only_driver(folder):
         model = open_student(pinned, run.folder, "student.max_length")
         warnings = [*thinking_warning("evaluation.path", examples), *idle_gpus(experiment.cluster)]
-        warnings += _copy_examples(examples, bad_rows, run)
+        changed = _copy_examples(examples, bad_rows, run)
+        if changed or (config.exists() and read_experiment(config).benchmarks != experiment.benchmarks):
+            (folder / RESULT).unlink(missing_ok=True)
+        warnings += changed
         copy_benchmarks(experiment.benchmarks, run.folder / layout.SOURCES, {})
         write_json({} if commit is None else {experiment.student.model: commit}, folder / layout.MODEL_COMMITS)
         write_provenance(folder, {"student": model.sha256})
         name, cluster = experiment.student.model, experiment.cluster
         record_command(folder, command_to_evaluate(name, folder), name, folder / RESULT, cluster)
-        write_yaml(experiment, folder / layout.CONFIG)
+        write_yaml(experiment, config)
     open_backend(experiment.cluster, experiment.cluster.resources.evaluation, None).prepare()
     return Evaluation(run, model), warnings
 
@@ -193,7 +197,6 @@ def _copy_examples(examples: list[Task], bad_rows: list[BadRow], run: Run) -> li
 def _evaluate(evaluation: Evaluation) -> None:
     run = evaluation.run
     with only_driver(run.folder):
-        (run.folder / RESULT).unlink(missing_ok=True)  # until the end it may be of other files
         list_items(run)
         evaluated = evaluate_student(Step(run, run.folder / "evaluation", run.experiment.name), evaluation.model)
         loss = summarize_loss(evaluated.losses)

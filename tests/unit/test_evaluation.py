@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows.evaluation import Evaluation, evaluated_experiment, open_evaluation
+from flows.evaluation import RESULT, Evaluation, evaluated_experiment, open_evaluation
 from montessori_core.data.sources import load_tasks
 from montessori_core.errors import ConfigError, UserError
 from support.reports import write_run, write_study
@@ -29,9 +29,13 @@ def opened(folder: Path, model: Path, **sections: Any) -> tuple[Evaluation, list
 def test_changed_evaluation_set_replaces_the_copy(tiny_llama: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "set.jsonl", ["rivers", "stones"])
     evaluation, warnings = opened(tmp_path, tiny_llama)
+    result = evaluation.run.folder / RESULT
+    result.touch()
     assert warnings == opened(tmp_path, tiny_llama)[1] == []
+    assert result.exists()
     write_set(tmp_path / "set.jsonl", ["birds"])
     _, warnings = opened(tmp_path, tiny_llama)
+    assert not result.exists()
     (warning,) = warnings
     assert "set.jsonl has changed since the last evaluation named mine; the held-out loss is computed again" in warning
     (example,) = load_tasks(evaluation.run.source_file("evaluation"))
