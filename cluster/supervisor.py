@@ -1,4 +1,6 @@
-"""Supervisor process of a forked local job: it enforces the time limit and survives the driver and the warm process.
+"""Supervisor process of a forked local job: it enforces the time limit, and ends all ranks when one fails.
+
+It survives the driver and the warm process.
 
 `cluster.warm_start` forks the ranks of a job and then executes this module in their parent. So the command line contains the
 submission's folder, the environment contains the GPUs, and the supervisor holds no copy of the ranks' imports.
@@ -19,6 +21,11 @@ from cluster.processes import start_time
 _PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 _WARNING_SECONDS = 30.0  # between SIGUSR2 and the time limit, as in submitit
 _GRACE_SECONDS = 1.0  # between SIGINT and SIGKILL, as in submitit
+_FAILURE_GRACE_SECONDS = 5.0  # for ranks whose peer has failed, to end by themselves
+
+
+class _RankFailed(Exception):
+    """A rank was killed, or exited with an error."""
 
 
 def main(folder: Path, gate: int, seconds: float, pids: Sequence[int]) -> None:
@@ -71,18 +78,35 @@ def kill_tree(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _wait(ranks: list[psutil.Process], seconds: float) -> None:
+    """Wait until all ranks have ended or the time limit is over; a few seconds more once one has failed."""
+
+    def check_end(rank: psutil.Process) -> None:
+        if rank.returncode:  # type: ignore[attr-defined]  # set by wait_procs
+            _log_failure(rank, ranks.index(rank))
+            raise _RankFailed
+
     warning = min(_WARNING_SECONDS, seconds / 2)
-    _, alive = psutil.wait_procs(ranks, seconds - warning, _log_signal)
-    _forward(alive, signal.SIGUSR2)
-    _, alive = psutil.wait_procs(alive, warning, _log_signal)
+    try:
+        _, alive = psutil.wait_procs(ranks, seconds - warning, check_end)
+        _forward(alive, signal.SIGUSR2)
+        _, alive = psutil.wait_procs(alive, warning, check_end)
+    except _RankFailed:
+        # The others may wait for it in a collective operation. srun --kill-on-bad-exit ends the ranks of Slurm jobs likewise.
+        psutil.wait_procs(ranks, _FAILURE_GRACE_SECONDS)
+        return
     if alive:
         sys.stderr.write(f"the time limit of {seconds / 60:g} minutes is over\n")
 
 
-def _log_signal(rank: psutil.Process) -> None:
-    code = rank.returncode  # type: ignore[attr-defined]  # set by wait_procs
-    if code is not None and code < 0:
-        sys.stderr.write(f"process {rank.pid} was killed by signal {-code} ({signal.strsignal(-code)})\n")
+def _log_failure(rank: psutil.Process, number: int) -> None:
+    """Write to the log of rank 0, which the driver reports, how a rank failed."""
+    code: int = rank.returncode  # type: ignore[attr-defined]  # set by wait_procs
+    if code < 0:
+        sys.stderr.write(
+            f"rank {number} (process {rank.pid}) was killed by signal {-code} ({signal.strsignal(-code)})\n"
+        )
+    elif number:
+        sys.stderr.write(f"rank {number} exited with code {code}; see {os.getpid()}_{number}_log.err\n")
 
 
 def _forward(ranks: list[psutil.Process], number: int) -> None:

@@ -166,6 +166,19 @@ def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
     assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
 
 
+@pytest.mark.guarantee("one process of a local job fails")
+def test_failed_rank_ends_the_others(stage: Stage) -> None:
+    """A rank that waits for the failed one, as in a collective operation, would hang until the job's time limit."""
+    rank_1_fails = "os.environ['RANK'] == '1' and 1 / 0 or time.sleep(600)"
+    with pytest.raises(Exception, match="code_error.*ZeroDivisionError") as failure:
+        run(stage, rank_1_fails, processes_per_node=2)
+    [failed] = failure.value.failures  # type: ignore[attr-defined]
+    log = Path(failed.log)
+    other = log.with_name(log.name.replace("_0_", "_1_"))
+    assert f"rank 1 exited with code 1; see {other.name}" in log.read_text()
+    assert "ZeroDivisionError" in other.read_text()
+
+
 @pytest.mark.usefixtures("quick")
 def test_job_sees_environment_of_its_submission(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONTESSORI_KEPT", "before")
