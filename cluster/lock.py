@@ -67,9 +67,7 @@ def only_driver(folder: Path) -> Iterator[None]:
         UserError: another driver holds it.
     """
     with _lock(folder) as lock:
-        name = os.environ.get(DRIVER_JOB)
-        job = os.environ.get("SLURM_JOB_ID") if name is not None else None
-        _write(lock, Driver(process=os.getpid(), host=socket.gethostname(), job=job, job_name=name))
+        _write(lock, _this_process())
         try:
             with _driving(folder):
                 yield
@@ -79,6 +77,25 @@ def only_driver(folder: Path) -> Iterator[None]:
             lock.truncate(0)
             raise
         lock.truncate(0)
+
+
+@contextmanager
+def no_driver(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run that has no driver while a command changes its files.
+
+    Raises:
+        UserError: a driver or another command holds it.
+    """
+    with _lock(folder) as lock:
+        lock.seek(0)
+        before = lock.read()  # in a driver's job, that the job drives the run
+        _write(lock, _this_process())
+        try:
+            yield
+        finally:
+            lock.truncate(0)
+            lock.write(before)
+            lock.flush()
 
 
 @contextmanager
@@ -122,6 +139,12 @@ def submit_driver(folder: Path, command: Sequence[str], variables: Mapping[str, 
         return driver
 
 
+def _this_process() -> Driver:
+    name = os.environ.get(DRIVER_JOB)
+    job = os.environ.get("SLURM_JOB_ID") if name is not None else None
+    return Driver(process=os.getpid(), host=socket.gethostname(), job=job, job_name=name)
+
+
 def _write(lock: IO[str], driver: Driver) -> None:
     lock.truncate(0)
     lock.write(driver.model_dump_json(exclude_none=True))
@@ -140,7 +163,7 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                refuse_second_driver(folder)
+                _refuse_second_driver(folder)
             # A command reads the lock, this job is still being submitted, or an earlier start of it ran on a crashed node.
             if time.monotonic() > deadline:
                 raise UserError(f"{folder}: another process holds {path.name}; resume the run when it has ended")
@@ -151,7 +174,7 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def refuse_second_driver(folder: Path) -> None:
+def _refuse_second_driver(folder: Path) -> None:
     """Raise a UserError if the run has a driver; the Slurm job of this process is not a second one."""
     driver = driver_of(folder)
     if driver is not None and not driver.is_this_job:

@@ -1,14 +1,14 @@
 """A run: its folder, configuration and data sets; opening and checking it."""
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cluster.backends import open_backend
 from cluster.backends.local import gpus_of_this_machine
-from cluster.lock import refuse_other_owner, refuse_second_driver
+from cluster.lock import no_driver
 from cluster.stage import Stage
 from montessori_core import layout
 from montessori_core.config import (
@@ -170,14 +170,27 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     Raises:
         UserError: a check failed; the message names the problem and a remedy.
     """
+    opened_before = (
+        folder / layout.CONFIG
+    ).exists()  # written last: without it, copies may be of an unfinished opening
+    with ExitStack() as lock:
+        if opened_before:
+            _take_lock(folder, lock)
+        run, warnings = _check_and_write(experiment, folder, opened_before, lock)
+    if not run.finished:
+        open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
+    return run, warnings
+
+
+def _check_and_write(
+    experiment: Experiment, folder: Path, opened_before: bool, lock: ExitStack
+) -> tuple[Run, list[str]]:
+    """Check a run, then write its folder; a new run is locked in between, so that a failed check leaves no folder."""
     config, copies = folder / layout.CONFIG, folder / layout.SOURCES
-    opened_before = config.exists()  # written last: without it, the copies may be of another, unfinished opening
     changed: list[str] = []
     benchmarks, benchmarks_copied = experiment.benchmarks, dict[str, Path]()
     if opened_before:
         changed = changed_settings(experiment, config)
-        refuse_other_owner(folder)
-        refuse_second_driver(folder)
         benchmarks_copied = current_copies(benchmarks, read_experiment(config).benchmarks, copies)
     run = Run(folder, experiment)
     copied = opened_before and all(run.source_file(name).exists() for name in Sources.__annotations__)
@@ -197,8 +210,12 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     check_environment(experiment)
     warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
+    if not opened_before:
+        _take_lock(folder, lock)
+        if config.exists():
+            raise UserError(f"{folder}: another command has just created this run; run this command again")
     try:
-        copies.mkdir(parents=True, exist_ok=True)
+        copies.mkdir(exist_ok=True)
         run = Run(folder.resolve(), experiment)
         if not copied:
             for name in Sources.__annotations__:
@@ -214,13 +231,23 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space or choose another "
-            "--run-root"
-        ) from error
-    if not run.finished:
-        open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
+        raise _unwritable(folder, error) from error
     return run, warnings
+
+
+def _take_lock(folder: Path, lock: ExitStack) -> None:
+    """Take the lock of a run: a driver must not find other files than those that it was started with."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(no_driver(folder))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space or choose another --run-root"
+    )
 
 
 def reopen_run(folder: Path) -> Run:

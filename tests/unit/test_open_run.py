@@ -1,11 +1,13 @@
 """Warnings of a run before its first job."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.lock import only_driver
 from montessori_core.config import parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
 from support import CONFIGS
@@ -181,3 +183,58 @@ def test_refusal_of_changed_settings_names_the_remedy(
     with pytest.raises(UserError, match=rf"(?s){remedy}") as refusal:
         open_run(after, tmp_path / place)
     assert "warmup.examples: 64 -> 65\nOf the method's settings, only preferences" in str(refusal.value)
+
+
+@pytest.mark.parametrize("preferences", [{}, {"max_pairs": 3}])
+def test_open_run_changes_no_file_of_a_driven_run(
+    preferences: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings_of(tmp_path, tiny_llama)
+    run = tmp_path / "run"
+    (run / "iteration-1").mkdir()
+    (run / "iteration-1" / "metrics.json").write_text("{}")  # removed when settings change
+    with only_driver(run):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="already has a driver"):
+            warnings_of(tmp_path, tiny_llama, preferences=preferences)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    def start_driver(experiment: object) -> None:
+        with only_driver(run):
+            pytest.fail("a driver started while another command was changing the files of the run")
+
+    monkeypatch.setattr("tasks.run.check_environment", start_driver)
+    with pytest.raises(UserError, match="already has a driver"):
+        warnings_of(tmp_path, tiny_llama, preferences=preferences)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_open_run_leaves_run_that_another_command_creates(
+    finished: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with ExitStack() as other:
+
+        def create_run(experiment: object) -> None:
+            run.mkdir()
+            if finished:
+                (run / "config.yaml").write_text("name: other")
+            else:
+                other.enter_context(only_driver(run))
+
+        monkeypatch.setattr("tasks.run.check_environment", create_run)
+        with pytest.raises(UserError, match="just created this run" if finished else "already has a driver"):
+            warnings_of(tmp_path, tiny_llama)
+        files = {path.name for path in run.rglob("*")}
+        assert files == {"driver.lock", "config.yaml"} if finished else {"driver.lock"}
+
+
+def test_opening_in_driver_job_keeps_the_job_as_driver(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings_of(tmp_path, tiny_llama)
+    record = '{"job":"17","job_name":"montessori-driver-1"}'
+    (tmp_path / "run" / "driver.lock").write_text(record)
+    monkeypatch.setenv("MONTESSORI_DRIVER_JOB", "montessori-driver-1")
+    warnings_of(tmp_path, tiny_llama)
+    assert (tmp_path / "run" / "driver.lock").read_text() == record
