@@ -352,7 +352,7 @@ class _Driver:
         name = f"montessori-{self._stage.name}-{uuid.uuid4().hex[:12]}"
         at_once = self._resources.parallel_jobs - self._running
         gpus = self._resources.nodes * self._resources.gpus_per_node
-        submission = Submission(name, self._work, tasks, self._backend.host, at_once, gpus)
+        submission = Submission(name, self._work, tasks, self._backend.host, at_once, gpus, self._backend.steps)
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / name

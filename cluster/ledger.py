@@ -31,6 +31,7 @@ class Submission:
         host: host of local jobs and of the steps of an allocation; None for Slurm jobs.
         at_once: how many of the jobs the scheduler may run at a time.
         gpus: GPUs of each job.
+        steps: whether the jobs are steps of a Slurm job, each started by an srun process of `host`.
         ids: ids of the jobs; None until the scheduler has answered.
         missed: consecutive polls that did not find a job, by job id.
         lost: class of the loss, by id, of each lost job whose shards were submitted again.
@@ -43,6 +44,7 @@ class Submission:
     host: str | None
     at_once: int
     gpus: int = 0
+    steps: bool = False
     ids: list[_JobId] | None = None
     missed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class Ledger:
 
 def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
     """End the jobs of a submission, even if their ids were never recorded."""
-    backend = backend_at(submission.host, cluster)
+    backend = backend_at(submission.host, submission.steps, cluster)
     if backend is None:
         # They do no harm: commits are atomic, the first result of a shard counts, and one with another key is dropped.
         log.warning("jobs named %s may still run on host %s", submission.name, submission.host)

@@ -166,7 +166,7 @@ def _find_assigned(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[s
     running: set[int] = set()
     queued: set[int] = set()
     for submission in Ledger(folder / "jobs").open_submissions():
-        backend, ids = backend_at(submission.host, cluster), submission.ids
+        backend, ids = backend_at(submission.host, submission.steps, cluster), submission.ids
         if backend is None:
             continue
         if ids is None:  # sbatch has not answered

@@ -38,6 +38,8 @@ _PORTIONS = 2
 class AllocationBackend(LocalBackend):
     """Jobs as steps of an allocation. A job id has the id and start time of the srun process."""
 
+    steps = True
+
     def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
         check_import_path(slurm.commands)
         self._slurm, self._resources = slurm, resources

@@ -23,6 +23,9 @@ class Backend(Protocol):
     host: str | None
     """Host that a job belongs to, with the driver; None if any driver can find it."""
 
+    steps: bool
+    """Whether jobs are steps of a Slurm job."""
+
     def prepare(self) -> None:
         """Start slow preparations for the first job, without waiting for them."""
         ...

@@ -39,6 +39,7 @@ class LocalBackend:
 
     polls_until_lost = 1
     host: str | None = platform.node()
+    steps = False
 
     def __init__(self, resources: Resources, python: str | None) -> None:
         check_import_path()

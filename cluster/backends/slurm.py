@@ -75,6 +75,7 @@ class SlurmBackend:
 
     polls_until_lost = 3
     host: str | None = None
+    steps = False
 
     def __init__(self, slurm: Slurm, resources: Resources, python: str | None) -> None:
         if shutil.which("sbatch") is None:

@@ -1,18 +1,26 @@
 """The profile `allocation` outside of an allocation, and how it cuts shards into jobs."""
 
+import os
+import platform
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.backends import open_backend
+from cluster.backends import backend_at, open_backend
 from cluster.backends.allocation import AllocationBackend, _gpus, places_in
+from cluster.driver_job import DriverStopped
+from cluster.fanout import Progress, fan_out
+from cluster.stage import Stage
+from cluster.status import cancel_jobs
 from cluster.step import environment_of
 from montessori_core.config import Cluster, Resources
 from montessori_core.errors import UserError
+from support.row_programs import as_shards
 from support.runs import configuration, invoke
+from support.slurm_lab import put_command
 
-ALLOCATION = Cluster(profile="allocation")
+ALLOCATION = Cluster(profile="allocation", poll_seconds=0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +90,26 @@ def test_step_is_a_local_job_of_submitit() -> None:
 )
 def test_gpus_of_an_allocation_are_counted(answer: str, gpus: int) -> None:
     assert _gpus(answer, {"NumNodes": 2, "NumTasks": 1}) == gpus
+
+
+def test_steps_are_ended_as_steps_after_profile_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGTERM to srun, which then ends its step: a step whose srun is killed continues."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    put_command(tmp_path / "bin" / "srun", f"trap 'kill $!; touch {ended}; exit' TERM; touch {started}; sleep 600 & wait")
+    put_command(tmp_path / "bin" / "scontrol", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stage = Stage("squares", 1, "support.squares_program:open_squares", {}, {}, {}, tmp_path / "stage", ".json")
+
+    def stop_driver(progress: Progress) -> None:
+        if started.exists():
+            raise DriverStopped
+
+    with pytest.raises(DriverStopped):
+        fan_out(stage, as_shards([{"n": 0}]), Resources(parallel_jobs=1), ALLOCATION, stop_driver)
+    assert cancel_jobs(stage.folder, Cluster(profile="local")) == 1
+    assert ended.exists()
+
+
+def test_local_jobs_are_ended_as_processes_after_profile_changed() -> None:
+    assert not isinstance(backend_at(platform.node(), False, ALLOCATION), AllocationBackend)
