@@ -5,7 +5,6 @@ The store listens before its port is published: another job on the node could ta
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import submitit
@@ -16,7 +15,7 @@ _TIMEOUT = 300.0  # seconds; the node of rank 0 may start last
 _open_stores: list[Any] = []  # for as long as the process lives
 
 
-def join_processes(environment: submitit.JobEnvironment, folder: Path) -> None:
+def join_processes(environment: submitit.JobEnvironment) -> None:
     """Set the environment variables that torch.distributed reads; a job of one process has world size 1.
 
     Raises:
@@ -26,7 +25,8 @@ def join_processes(environment: submitit.JobEnvironment, folder: Path) -> None:
         _export("127.0.0.1", 0, environment)  # port 0: torch takes a free one
         return
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    announcement = folder / f"rendezvous-{environment.job_id}-{attempt}.json"
+    # In the folder of the submission: ids of local jobs are process ids, so an earlier submission may have had the same.
+    announcement = environment.paths.folder / f"rendezvous-{environment.job_id}-{attempt}.json"
     if environment.global_rank == 0:
         host = environment.hostname if environment.num_nodes > 1 else "127.0.0.1"
         write_json({"host": host, "port": _open_store(host)}, announcement)

@@ -46,7 +46,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     environment = submitit.JobEnvironment()
     stage.record_start(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
     with private_folders(f"{environment.job_id}-{environment.global_rank}"):
-        join_processes(environment, stage.folder / "jobs")
+        join_processes(environment)
         _compute_shards(stage, indices, environment)
 
 

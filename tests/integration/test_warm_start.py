@@ -164,6 +164,8 @@ def test_two_ranks_train_together(programs: Path, tmp_path: Path) -> None:
     [part] = fan_out(together, as_shards([{"n": 0}]), Resources(processes_per_node=2, cpus_per_process=1), CLUSTER)
     assert json.loads(part.read_text()) == {"processes": 2, "sum": 2.0}
     assert len(list((together.folder / "jobs").rglob("*_1_log.err"))) == 1
+    [rendezvous] = (together.folder / "jobs").rglob("rendezvous-*.json")
+    assert rendezvous.parent.name.startswith("montessori-stage-")  # not where a job with the same process id looks
 
 
 @pytest.mark.guarantee("one process of a local job fails")

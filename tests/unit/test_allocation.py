@@ -95,7 +95,9 @@ def test_gpus_of_an_allocation_are_counted(answer: str, gpus: int) -> None:
 def test_steps_are_ended_as_steps_after_profile_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SIGTERM to srun, which then ends its step: a step whose srun is killed continues."""
     started, ended = tmp_path / "started", tmp_path / "ended"
-    put_command(tmp_path / "bin" / "srun", f"trap 'kill $!; touch {ended}; exit' TERM; touch {started}; sleep 600 & wait")
+    put_command(
+        tmp_path / "bin" / "srun", f"trap 'kill $!; touch {ended}; exit' TERM; touch {started}; sleep 600 & wait"
+    )
     put_command(tmp_path / "bin" / "scontrol", "exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
