@@ -1,5 +1,6 @@
 """Check a cluster before a run depends on it. A finding states the observation and, for a problem, the remedy."""
 
+import math
 import re
 import shutil
 import tempfile
@@ -62,6 +63,8 @@ class _TestJobTimeout(Exception):
 
 def check_cluster(cluster: Cluster, folder: Path, patience: float) -> Iterator[Finding]:
     """Check a cluster; submit test jobs only if the scheduler passes its checks.
+
+    Test jobs have short time limits: if the caller is killed, nobody cancels them.
 
     Args:
         cluster: configuration to check.
@@ -195,16 +198,14 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
             suffix=".json",
             kind=kind,
         )
-        single = resources.model_copy(update={"nodes": 1, "processes_per_node": 1, "infrastructure_retries": 0})
+        single = _of_test_job(resources, patience, nodes=1, processes=1)
         report = _run_test_job(stage, single, cluster, patience, _JOB_REMEDY, python)
         if isinstance(report, Finding):
             yield report
             return
         yield from _check_report(kind, report, token.read_text(), resources)
     nodes = 2 if cluster.profile == "slurm" else 1
-    pair = cluster.resources.training.model_copy(
-        update={"nodes": nodes, "processes_per_node": 2 // nodes, "infrastructure_retries": 0}
-    )
+    pair = _of_test_job(cluster.resources.training, patience, nodes=nodes, processes=2 // nodes)
     stage = Stage(
         "all-reduce", 1, "cluster.doctor_jobs:open_all_reduce", {}, {}, {}, scratch / "together", ".json", "training"
     )
@@ -217,6 +218,19 @@ def _check_nodes(cluster: Cluster, scratch: Path, patience: float) -> Iterator[F
         report["sum"] == 2.0,
         f"{report['processes']} processes, sum {report['sum']:g}",
         _NETWORK_REMEDY,
+    )
+
+
+def _of_test_job(resources: Resources, patience: float, nodes: int, processes: int) -> Resources:
+    """Return the resources of a test job: those of a stage's jobs, but for its size, its time limit and retries."""
+    minutes = math.ceil(patience / 60) + 2  # Slurm's signal, up to 90 s before the limit, must not come earlier
+    return resources.model_copy(
+        update={
+            "nodes": nodes,
+            "processes_per_node": processes,
+            "infrastructure_retries": 0,
+            "time_limit_minutes": min(resources.time_limit_minutes, minutes),
+        }
     )
 
 

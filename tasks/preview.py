@@ -5,6 +5,7 @@ that it could not reuse the preview's stages, and a folder left behind could be 
 are those with which the run's probing set begins, so a preview shows its first examples, up to the last bits of arithmetic.
 """
 
+import logging
 import math
 import shutil
 import tempfile
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.fanout import ShardsFailed, fan_out
-from cluster.lock import driver_of, only_driver
+from cluster.lock import driver_of, only_driver, refuse_other_owner
 from cluster.shards import Shards
 from cluster.stage import Stage
-from cluster.status import stages_of
+from cluster.status import cancel_jobs, stages_of
 from cluster.usage import StageCost, cost_of
-from montessori_core.config import Experiment, Resources
+from montessori_core.config import Cluster, Experiment, Resources
 from montessori_core.errors import UserError
 from montessori_core.program import Row
 from montessori_core.seeding import seed_of
@@ -32,8 +33,11 @@ from tasks.run import Run, open_run
 from tasks.stage import Step
 from tasks.synthesis import open_authors
 
+log = logging.getLogger(__name__)
+
 _DRAW = "i1-probing"  # of the first iteration's probing set, see flows.methods.tailoring
 _PREFIX = ".preview-"
+_RUN = "run"  # in the preview's folder
 _ABANDONED = 3600.0  # seconds after which a folder without a process is removed
 
 
@@ -85,20 +89,20 @@ def preview_run(experiment: Experiment, root: Path) -> Iterator[tuple[Run, list[
     """Open a run in a temporary folder of `root`, which nodes of a cluster see, with all checks of a run.
 
     Yields the run and its warnings. The folder is removed at the end, unless a job failed, whose log it has. The next preview
-    removes folders that are older than an hour and have no process.
+    ends the jobs of previews that were killed, and removes folders that are older than an hour and have no process.
 
     Raises:
         UserError: a check failed, or the folder cannot be written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root)
+        _end_abandoned(root, experiment.cluster)
         folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{experiment.name}-", dir=root))
     except OSError as error:
         raise UserError(f"{root}: cannot be written ({error.strerror}); choose another --run-root") from error
     try:
         with only_driver(folder):
-            yield open_run(experiment, folder / "run")
+            yield open_run(experiment, folder / _RUN)
     except ShardsFailed:
         raise  # its message names a log in the folder, which a later preview removes
     except BaseException:
@@ -107,10 +111,19 @@ def preview_run(experiment: Experiment, root: Path) -> Iterator[tuple[Run, list[
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned(root: Path) -> None:
+def _end_abandoned(root: Path, cluster: Cluster) -> None:
+    """End the jobs of killed previews; remove the folders of previews that ended long ago."""
     for folder in root.glob(f"{_PREFIX}*"):
-        old = folder.is_dir() and not folder.is_symlink() and time.time() - folder.stat().st_mtime > _ABANDONED
-        if old and driver_of(folder) is None:
+        if not folder.is_dir() or folder.is_symlink() or driver_of(folder) is not None:
+            continue
+        try:
+            refuse_other_owner(folder / _RUN)
+            for stage in stages_of(folder):
+                cancel_jobs(stage, cluster)
+        except (UserError, FileNotFoundError) as error:  # the latter: another preview removes it
+            log.warning("%s is left: %s", folder, error)
+            continue
+        if time.time() - folder.stat().st_mtime > _ABANDONED:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import console
+from flows.cli.interrupt import cancelled_by_signals
 from montessori_core.config import read_cluster
 
 
@@ -21,12 +22,13 @@ def doctor(
     from cluster.doctor import check_cluster
 
     passed = True
-    for finding in check_cluster(read_cluster(cluster), run_root, patience):
-        mark, colour = {True: ("ok", "green"), False: ("BAD", "red"), None: ("note", "yellow")}[finding.good]
-        console.print(f"{mark:>4}", style=colour, end="  ")
-        console.print(f"{finding.check}: {finding.seen}", soft_wrap=True)
-        if finding.good is False:
-            passed = False
-            console.print(f"      remedy: {finding.remedy}", soft_wrap=True)
+    with cancelled_by_signals():
+        for finding in check_cluster(read_cluster(cluster), run_root, patience):
+            mark, colour = {True: ("ok", "green"), False: ("BAD", "red"), None: ("note", "yellow")}[finding.good]
+            console.print(f"{mark:>4}", style=colour, end="  ")
+            console.print(f"{finding.check}: {finding.seen}", soft_wrap=True)
+            if finding.good is False:
+                passed = False
+                console.print(f"      remedy: {finding.remedy}", soft_wrap=True)
     if not passed:
         raise typer.Exit(1)

@@ -1,11 +1,11 @@
-"""Run a flow so that Ctrl-C cancels its jobs and prints the command that resumes it."""
+"""Commands that are interrupted: Ctrl-C cancels the jobs of a flow and prints the command that resumes it."""
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -18,6 +18,28 @@ STOPPED = (
     "Slurm ends the driver's job; the jobs of this run continue. If Slurm does not start the driver again, resume with"
 )
 _SERVER_TIMEOUT = 600  # seconds; a first start migrates a database, slowly on a busy machine
+
+
+@contextmanager
+def cancelled_by_signals() -> Iterator[None]:
+    """Have SIGHUP, when the terminal closes, and SIGTERM end the block with SystemExit, so that it cancels its jobs.
+
+    For a command that cannot be resumed: nobody would need the results of its jobs.
+    """
+    numbers = [number for number in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> None:
+        for again in numbers:
+            signal.signal(again, signal.SIG_IGN)  # a shell sends SIGHUP, too, and scancel must not receive it
+        raise SystemExit(128 + number)
+
+    for number in numbers:  # not SIGHUP under nohup, which ignores it
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def interruptible(run_flow: Callable[[], object], command: str) -> None:

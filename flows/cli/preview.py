@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import console
+from flows.cli.interrupt import cancelled_by_signals
 from flows.cli.options import ClusterFile, Overrides, on_cluster, warn
 from montessori_core.config import read_experiment
 from montessori_core.formatting import duration
@@ -36,7 +37,7 @@ def preview(
     from tasks.preview import preview_run, write_preview
 
     experiment = on_cluster(read_experiment(config, tuple(set_ or [])), cluster, config)
-    with preview_run(experiment, run_root) as (run, warnings):
+    with cancelled_by_signals(), preview_run(experiment, run_root) as (run, warnings):
         warn(warnings)
         written = write_preview(run, examples)
     _print_examples(written, full)

@@ -9,6 +9,7 @@ import yaml
 
 from montessori_core.config import read_experiment
 from montessori_core.data.tables import INSTRUCTIONS, read_table
+from montessori_core.errors import UserError
 from support import wait_until
 from support.runs import call, configuration, left_over, montessori
 from tasks.preview import preview_run, write_preview
@@ -63,21 +64,26 @@ def test_preview_refuses_what_a_run_refuses(talking_llama: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_interrupted_preview_is_cleaned_up(how: signal.Signals, talking_llama: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, talking_llama)
     content = yaml.safe_load(config.read_text())
     content["synthesis"]["instruction"]["max_tokens"] = 1500  # no time to finish
     config.write_text(yaml.safe_dump(content))
     process = montessori("preview", str(config), "--examples", "400", cwd=tmp_path)
-    wait_until(lambda: list((tmp_path / "runs").glob(".preview-*/run/preview/*/jobs/*")), 300, process=process)
+    wait_until(lambda: list((tmp_path / "runs").glob(".preview-*/run/preview/*/jobs/node-of-*")), 300, process=process)
     process.send_signal(how)
     process.wait(120)
-    if how is signal.SIGINT:
+    if how is not signal.SIGKILL:
         assert hidden(tmp_path) == []
+        wait_until(lambda: not left_over(tmp_path), 60)
         return
     (folder,) = (tmp_path / "runs").iterdir()
-    os.utime(folder, (1, 1))
-    code, output = call("preview", str(config), "--set", "seed_pool.path=no.jsonl", cwd=tmp_path)
-    assert code == 1, output
-    assert hidden(tmp_path) == []
+    other = read_experiment(config, ("seed_pool.path=no.jsonl",))
+    for left in ([folder.name], []):  # the next preview ends its jobs; one after an hour removes its folder
+        with pytest.raises(UserError, match=r"no\.jsonl"), preview_run(other, tmp_path / "runs"):
+            pass
+        assert not [command for command in left_over(tmp_path) if "cluster.supervisor" in command]
+        assert hidden(tmp_path) == left
+        if left:
+            os.utime(folder, (1, 1))

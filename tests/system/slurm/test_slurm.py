@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -871,16 +872,26 @@ def test_doctor_gives_up_on_jobs_that_wait_too_long(tmp_path: Path) -> None:
     assert queued() == []
 
 
+@pytest.mark.slow
+def test_doctor_cancels_its_jobs_at_hangup(tmp_path: Path) -> None:
+    command, options = doctor_call(tmp_path, {"slurm": {"extra": {"begin": "now+1hour"}}}, "--patience", "150")
+    process = subprocess.Popen(command, **options)
+    wait_until(lambda: queued("--format=%l") == ["5:00"], 60)  # ends by itself if the doctor is killed
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert queued() == []
+
+
 def doctor(folder: Path, cluster: dict[str, object], *options: str) -> tuple[int, str]:
+    command, keywords = doctor_call(folder, cluster, *options)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, **keywords)
+    return outcome.returncode, outcome.stdout + outcome.stderr
+
+
+def doctor_call(folder: Path, cluster: dict[str, object], *options: str) -> tuple[list[str], dict[str, Any]]:
+    """Write a cluster file; return the command that checks it, and keywords of subprocess."""
     folder.mkdir(exist_ok=True)
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump({"profile": "slurm", "poll_seconds": 0.5} | cluster))
-    outcome = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "doctor", "--cluster", str(path), *options],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(LAB.parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return outcome.returncode, outcome.stdout + outcome.stderr
+    command = [sys.executable, "-m", "flows.cli", "doctor", "--cluster", str(path), *options]
+    return command, {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(LAB.parent.parent)}}
