@@ -170,9 +170,8 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     Raises:
         UserError: a check failed; the message names the problem and a remedy.
     """
-    opened_before = (
-        folder / layout.CONFIG
-    ).exists()  # written last: without it, copies may be of an unfinished opening
+    # The configuration is written last: without it, copies may be of an unfinished opening.
+    opened_before = (folder / layout.CONFIG).exists()
     with ExitStack() as lock:
         if opened_before:
             _take_lock(folder, lock)
