@@ -4,13 +4,13 @@ from cluster.backends.held import end_held_jobs
 from cluster.lock import end_driver, refuse_other_owner
 from cluster.status import cancel_jobs, stages_of
 from flows.cli.console import console
-from flows.cli.options import RunFolder
+from flows.cli.options import DrivenFolder
 from tasks.resume import resume_command
 from tasks.studies import reopen
 
 
-def cancel(run_dir: RunFolder) -> None:
-    """Cancel a run or a study: end its driver and all its jobs. Finished work is kept."""
+def cancel(run_dir: DrivenFolder) -> None:
+    """Cancel a run, a study or an evaluation: end its driver and all its jobs. Finished work is kept."""
     run = reopen(run_dir)
     refuse_other_owner(run.folder)
     ended = end_driver(run.folder)

@@ -9,6 +9,7 @@ from rich.text import Text
 from flows.cli.console import console
 from flows.cli.options import ChatTemplate, ChatTemplateVariables, data_source, student_with_template
 from montessori_core.data.bad_rows import BadRow
+from montessori_core.data.files import COMPRESSIONS, KINDS
 from tasks.data_check import NEAR, DataCheck, Part, check_data
 
 Set = Literal["seed_pool", "reference", "evaluation", "examples"]
@@ -19,7 +20,7 @@ _MOST_ROUNDS = 8
 Source = Annotated[
     str,
     typer.Argument(
-        help="A file (.jsonl, .ndjson, .json, .csv, .parquet, .arrow, each also .gz, .zst or .xz), a folder or glob of them, "
+        help=f"A file ({', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}), a folder or glob of them, "
         "a folder of save_to_disk, a Hugging Face data set id, an fsspec URL, or 'builtin'. Or a mapping as in a "
         "configuration, e.g. '{path: rows.json, format: sharegpt, train_on: last}'."
     ),
@@ -35,7 +36,9 @@ def check(
     source: Source,
     model: Model = None,
     as_: Role = "reference",
-    max_length: Annotated[int, typer.Option(min=32, help="Tokens of an example; longer ones are cut.")] = 1024,
+    max_length: Annotated[
+        int, typer.Option(min=32, help="Maximum tokens of an example; the end of longer ones is cut.")
+    ] = 1024,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateVariables = None,
 ) -> None:

@@ -20,7 +20,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face id of the model.")],
     config: Annotated[
         Path,
-        typer.Option(help="Configuration (YAML); its evaluation, benchmarks, judge and cluster sections are used."),
+        typer.Option(
+            help="Configuration (YAML) or preset; its sections evaluation, benchmarks, judge, student (not the model), seed "
+            "and cluster are used."
+        ),
     ] = Path("evaluation"),
     set_: Annotated[
         list[str] | None,

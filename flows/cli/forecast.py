@@ -30,7 +30,9 @@ def forecast(
     node_failure_hours: Annotated[
         float | None, typer.Option(min=0.01, help="Mean hours between failures of a node; by default never.")
     ] = None,
-    notice_seconds: Annotated[float, typer.Option(min=0, help="Seconds until Slurm notices (SlurmdTimeout).")] = 300.0,
+    notice_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds until Slurm notices that a node has failed (SlurmdTimeout).")
+    ] = 300.0,
     repair_minutes: Annotated[float, typer.Option(min=0, help="Minutes until a failed node is up again.")] = 60.0,
     preemption_hours: Annotated[
         float | None, typer.Option(min=0.01, help="Mean hours until a running job is preempted; by default never.")
@@ -38,7 +40,9 @@ def forecast(
     requeue_seconds: Annotated[
         float, typer.Option(min=0, help="Seconds until a requeued job may start again (cred_expire).")
     ] = 120.0,
-    queue_minutes: Annotated[float, typer.Option(min=0, help="Mean minutes of a submission in the queue.")] = 0.0,
+    queue_minutes: Annotated[
+        float, typer.Option(min=0, help="Mean minutes that a submission waits in the queue.")
+    ] = 0.0,
     simulations: Annotated[int, typer.Option(min=1, help="Number of simulations.")] = 100,
 ) -> None:
     """Predict how long an experiment takes on a cluster: wall time and GPU-hours.

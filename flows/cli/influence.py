@@ -10,14 +10,18 @@ from pydantic import ValidationError
 
 from cluster.backends.local import gpus_of_this_machine
 from flows.cli.console import console
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, data_source, student_with_template
+from flows.cli.options import ChatTemplate, ChatTemplateVariables, Device, data_source, student_with_template
 from flows.cli.tables import print_influence
 from montessori_core.config import Cluster, Influence, Preferences, Resources, StageResources
+from montessori_core.data.files import COMPRESSIONS, KINDS
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import ConfigError, UserError
 
 StudentOption = Annotated[str, typer.Option(help="Folder or Hugging Face id of the student.")]
-DATA_HELP = "A file (.jsonl, .json, .csv, .parquet, .arrow), folder, glob, URL or Hugging Face data set id."
+DATA_HELP = (
+    f"a file ({', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}), a folder or glob of them, an fsspec URL, or a "
+    "Hugging Face data set id."
+)
 _DATA_SET = (
     "Or a mapping as in a configuration, e.g. '{path: openai/gsm8k, subset: main, instruction_field: question, "
     "output_field: answer}'."
@@ -29,11 +33,21 @@ TableFile = Annotated[
 Reference = Annotated[
     str,
     typer.Option(
-        help=f"Examples that measure the student: {DATA_HELP} Or 'builtin', or e.g. 'builtin/maths'. {_DATA_SET}"
+        help=f"Reference set, examples of what the student should get better at: {DATA_HELP} Or 'builtin', or e.g. "
+        f"'builtin/maths'. {_DATA_SET}"
     ),
 ]
+WEIGHT_PER = (
+    "What has the weight --example-weight: example, the mean loss of every example (Eq. 1); or token: examples with more "
+    "response tokens weigh more, as in a training batch."
+)
+REDUCTION = "Reference loss: the mean over examples (example, Eq. 2) or over all response tokens (token)."
 WarmState = Annotated[
-    Path | None, typer.Option(help="Folder with AdamW's moments of this student; by default the step is AdamW's first.")
+    Path | None,
+    typer.Option(
+        help="Folder with AdamW's moments of this student, such as that of a warm student. If not given, the step is "
+        "AdamW's first."
+    ),
 ]
 EstimatorName = Annotated[
     str,
@@ -46,7 +60,11 @@ EstimatorName = Annotated[
 ScreenName = Annotated[str, typer.Option(help="What screened uses for all examples: first_order or linear.")]
 ExampleWeight = Annotated[float, typer.Option(help="Factor of the example's gradient in AdamW's step, e.g. 0.125.")]
 BaselineName = Annotated[
-    str, typer.Option(help="Baseline of influence: student, null_step (momentum alone) or median.")
+    str,
+    typer.Option(
+        help="What an example must beat to help: student (no step), null_step (a step of momentum alone) or median (the "
+        "median example)."
+    ),
 ]
 ErrorRate = Annotated[
     float | None,
@@ -56,10 +74,15 @@ ErrorRate = Annotated[
     ),
 ]
 NumberType = Annotated[
-    str, typer.Option(help="float32, mixed (bf16 activations in the example's gradient) or bfloat16 (see the docs).")
+    str,
+    typer.Option(
+        help="Precision: float32; mixed (bf16 activations in the example's gradient); bfloat16 (everything: less "
+        "memory, but mostly rounding error for small students)."
+    ),
 ]
 MaxLength = Annotated[
-    int, typer.Option(min=32, help="Tokens of an example; longer examples are truncated, which the table records.")
+    int,
+    typer.Option(min=32, help="Maximum tokens of an example; the end of longer ones is cut, and the table says so."),
 ]
 InstructionField = Annotated[str, typer.Option(help="Field of --examples that holds the instruction.")]
 ResponseField = Annotated[str, typer.Option(help="Field of --examples that holds the response.")]
@@ -75,13 +98,13 @@ def influence(
     screen: ScreenName = "first_order",
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the AdamW step.")] = 5e-6,
     example_weight: ExampleWeight = 1 / 32,
-    weight_per: Annotated[str, typer.Option(help="example (Eq. 1) or token, as in a training batch.")] = "example",
+    weight_per: Annotated[str, typer.Option(help=WEIGHT_PER)] = "example",
     baseline: BaselineName = "student",
-    reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
+    reference_reduction: Annotated[str, typer.Option(help=REDUCTION)] = "example",
     audit_examples: Annotated[int, typer.Option(help="Examples that screened also measures exactly.")] = 100,
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     max_length: MaxLength = 1024,
     instruction_field: InstructionField = "instruction",
     response_field: ResponseField = "output",

@@ -7,13 +7,13 @@ import typer
 from cluster.driver_job import log_of_driver
 from cluster.status import log_of
 from flows.cli.console import console
-from flows.cli.options import RunFolder, StageName, stage_folder
+from flows.cli.options import DrivenFolder, StageName, stage_folder
 from montessori_core.errors import UserError
 from tasks.studies import reopen
 
 
 def logs(
-    run_dir: RunFolder,
+    run_dir: DrivenFolder,
     shard: Annotated[int | None, typer.Option(help="The shard, counted from 0.")] = None,
     stage: StageName = None,
     driver: Annotated[

@@ -12,6 +12,15 @@ from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.", metavar="RUN_DIR")]
+DrivenFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of the run, study or evaluation, or of other work, such as FILE.parts.", metavar="RUN_DIR"
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:N, or auto: a GPU if this machine has one, else the CPU.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one field; may be repeated.")
 ]

@@ -21,13 +21,20 @@ def plan(
         str | None, typer.Option(help="Folder or Hugging Face id; only its configuration is read.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The same, to plan a teacher update instead.")] = None,
-    gpu_memory: Annotated[float, typer.Option(help="Memory of the device, GB.")] = 80.0,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of a GPU, GB.")] = 80.0,
     estimator: Annotated[str, typer.Option(help="exact, first_order, linear or screened.")] = "screened",
     screen: ScreenName = "first_order",
-    dtype: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "float32",
-    max_length: Annotated[int, typer.Option(min=32, help="Tokens of the longest example or pair.")] = 1024,
+    dtype: Annotated[
+        str, typer.Option(help="Precision: float32, mixed or bfloat16; see montessori influence --help.")
+    ] = "float32",
+    max_length: Annotated[
+        int, typer.Option(min=32, help="Tokens of the longest example, or of the longest pair for a teacher.")
+    ] = 1024,
     reference_batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch of reference examples.")] = 2048,
-    lora_rank: Annotated[int | None, typer.Option(min=1, help="Plan for an adapter of this rank.")] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Plan for a LoRA adapter of this rank; by default all weights are trained."),
+    ] = None,
 ) -> None:
     """Check whether measuring influence on a student fits a GPU, or the update of a teacher.
 

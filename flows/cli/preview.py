@@ -23,7 +23,7 @@ _LONGEST = 1_000  # characters of a text that are shown without --full
 def preview(
     config: Annotated[Path, typer.Argument(help="Configuration: a YAML file or a preset, e.g. quickstart.")],
     set_: Overrides = None,
-    examples: Annotated[int, typer.Option(min=1, max=1000, help="Examples to write, about.")] = 10,
+    examples: Annotated[int, typer.Option(min=1, max=1000, help="About how many examples to write.")] = 10,
     full: Annotated[bool, typer.Option("--full", help="Show every prompt, and texts of any length.")] = False,
     run_root: Annotated[
         Path, typer.Option(help="Folder for the preview's files while it runs; the nodes of a cluster must see it.")

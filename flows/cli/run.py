@@ -44,7 +44,10 @@ def run(
 
 
 def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
-    """Resume a run after an interruption, a crash or a fixed error."""
+    """Resume a run after an interruption, a crash or a fixed error.
+
+    Work of other commands is resumed by the command that started it; resume names it.
+    """
     refuse_other_work(run_dir)
     experiment = reopen_run(run_dir).experiment
     if as_job:
@@ -56,9 +59,11 @@ def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
 def retry(
     run_dir: RunFolder,
     failed: Annotated[
-        bool, typer.Option("--failed", help="Submit the failed and missing shards again (default).")
+        bool, typer.Option("--failed", help="Submit all failed and missing shards again; the default.")
     ] = False,
-    shard: Annotated[int | None, typer.Option(help="Compute this shard again, even if it is done.")] = None,
+    shard: Annotated[
+        int | None, typer.Option(help="Compute this shard of --stage again, even if it is done; counted from 0.")
+    ] = None,
     stage: StageName = None,
 ) -> None:
     """Submit shards again, either one or all that are failed or missing, then resume the run."""

@@ -18,16 +18,30 @@ Scored = Annotated[
 ]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the rows that have a score, e.g. 0.1.")]
 TurnColumn = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="Column of sources or clusters that take turns.")
+    str | None,
+    typer.Option(
+        metavar="COLUMN", help="Column of groups, such as sources or clusters; rows are chosen from each group in turn."
+    ),
 ]
 MaxRougeL = Annotated[
     float | None,
-    typer.Option("--max-rouge-l", min=0, max=1, help="Skip instructions more similar to a chosen one."),
+    typer.Option(
+        "--max-rouge-l",
+        min=0,
+        max=1,
+        help="Skip a row whose instruction has a higher ROUGE-L than this with that of a chosen row, e.g. 0.7.",
+    ),
 ]
 ControlName = Annotated[
-    str | None, typer.Option(help="Instead: random rows, or length_matched (others of the same lengths).")
+    str | None,
+    typer.Option(
+        help="Choose a control of the same size instead: random (any rows), or length_matched (other rows of the same "
+        "lengths)."
+    ),
 ]
-TokenColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Tokens of a row, for --tokens and length_matched.")]
+TokenColumn = Annotated[
+    str, typer.Option(metavar="COLUMN", help="Column with the tokens of a row, for --tokens and length_matched.")
+]
 Texts = Annotated[str | None, typer.Option(help="Texts of an influence table: the --examples of montessori influence.")]
 TextFormat = Annotated[
     str | None,
@@ -38,9 +52,13 @@ TextFormat = Annotated[
 def select(
     scored: Scored,
     output: Annotated[Path, typer.Option(help="New file, .jsonl or .parquet. Nothing is overwritten.")],
-    k: Annotated[int | None, typer.Option("--k", min=1, help="Number of rows.")] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Number of rows. Give one of --k, --share and --tokens.")
+    ] = None,
     share: Share = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Token budget, of --token-column.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum sum of --token-column over the chosen rows.")
+    ] = None,
     by: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the score; higher is better.")] = "influence",
     per: TurnColumn = None,
     max_rouge_l: MaxRougeL = None,

@@ -16,7 +16,9 @@ DeploymentsFile = Annotated[
 def up(
     file: DeploymentsFile = None,
     run_root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="Port of the Prefect server, if the command starts one.")] = 4200,
+    port: Annotated[
+        int, typer.Option(help="Port of the Prefect server, if the command starts one; reports are served on the next.")
+    ] = 4200,
 ) -> None:
     """Serve runs in Prefect's UI until Ctrl-C: start, schedule, watch, retry and cancel them in the browser.
 
@@ -32,7 +34,7 @@ def up(
 def deploy(
     pool: Annotated[str, typer.Option(help="Work pool whose workers run the drivers.")], file: DeploymentsFile = None
 ) -> None:
-    """Register the same deployments on an existing Prefect server, for the workers of a work pool."""
+    """Register the deployments of montessori up on a running Prefect server, for the workers of a work pool."""
     _enable_prefect_logs()
     from flows.deployments import deploy as register_deployments
 

@@ -8,14 +8,14 @@ from cluster.driver_job import log_of_driver
 from cluster.lock import driver_of
 from cluster.status import StageStatus, read_stage_status, stages_of
 from flows.cli.console import console
-from flows.cli.options import RunFolder
+from flows.cli.options import DrivenFolder
 from montessori_core.formatting import duration
 from tasks.resume import resume_command
 from tasks.run import Run
 from tasks.studies import is_finished, reopen
 
 
-def status(run_dir: RunFolder) -> None:
+def status(run_dir: DrivenFolder) -> None:
     """Show the stages of a run or a study: shards done, running and failed; and its driver.
 
     Also of an evaluation, of a validation, and of the folder .parts of a training or a measurement of influence.

@@ -25,7 +25,8 @@ def train(
     data: Annotated[
         str,
         typer.Argument(
-            help="Examples: a file of montessori select, an example table of a run, or any data as in a configuration."
+            help="Examples: a file of montessori select, an example table of a run, or any data as in a configuration, also "
+            "as a mapping, e.g. '{path: rows.jsonl, drop_bad_rows: true}'."
         ),
     ],
     output: Annotated[
@@ -49,7 +50,7 @@ def train(
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateVariables = None,
 ) -> None:
-    """Train a student on any data by the recipe of a run, on all of its rows.
+    """Train a student on all rows of any data, by the recipe of a configuration.
 
     To resume after an interruption, run the same command again; a finished training is not repeated.
     """

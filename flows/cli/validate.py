@@ -11,6 +11,8 @@ from rich.table import Table
 
 from flows.cli.console import console
 from flows.cli.influence import (
+    REDUCTION,
+    WEIGHT_PER,
     Examples,
     InstructionField,
     MaxLength,
@@ -22,7 +24,7 @@ from flows.cli.influence import (
     local_cluster,
     parse_options,
 )
-from flows.cli.options import ChatTemplate, ChatTemplateVariables, ClusterFile, data_source, student_with_template
+from flows.cli.options import ChatTemplate, ChatTemplateVariables, Device, data_source, student_with_template
 from montessori_core.config import Cluster, Influence, Optimization, Resources, Schedule, read_cluster
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.formatting import UNKNOWN
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 
 OutFolder = Annotated[Path, typer.Option(help="Folder of the result; its finished work makes the command resumable.")]
 WarmupFile = Annotated[
-    str | None, typer.Option(help="Examples that first warm the student up, given as --examples. Or give --warm-state.")
+    str | None,
+    typer.Option(
+        help="Examples for a warm-up of the student, in the form of --examples. Give either this or --warm-state."
+    ),
 ]
 ExampleWeights = Annotated[
     list[float] | None,
@@ -46,19 +51,20 @@ WeightsPer = Annotated[
     list[str] | None,
     typer.Option(
         "--weight-per",
-        help="example (Eq. 1) or token, as in a training batch; repeat it to compare both.",
+        help=f"{WEIGHT_PER} Repeat it to compare both.",
         show_default="example",
     ),
 ]
 Rate = Annotated[float, typer.Option(help="Peak rate of warm-up and trainings, and rate of the influence step.")]
-Subsets = Annotated[int, typer.Option(min=8, help="Random subsets to train on, one training each.")]
+Subsets = Annotated[int, typer.Option(min=8, help="Number of random subsets, each with a training.")]
 SubsetSize = Annotated[
     int | None, typer.Option(min=2, help="Examples of a random subset.", show_default="a quarter of the examples")
 ]
 Groups = Annotated[
     int,
     typer.Option(
-        help="Groups of examples that are left out in turn, at least 8; 0: none. As many as examples: one by one."
+        help="Number of groups of examples that are left out in turn: at least 8, or 0 for none. With as many groups as "
+        "examples, these are left out one by one."
     ),
 ]
 
@@ -76,14 +82,16 @@ def validate(
     example_weight: ExampleWeights = None,
     weight_per: WeightsPer = None,
     exact: Annotated[bool, typer.Option(help="Measure exact (and screened) influence, too; the slowest part.")] = True,
-    reference_reduction: Annotated[str, typer.Option(help="example (Eq. 2) or token.")] = "example",
+    reference_reduction: Annotated[str, typer.Option(help=REDUCTION)] = "example",
     subsets: Subsets = 32,
     subset_size: SubsetSize = None,
     leave_out: Groups = 16,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of subsets and groups.")] = 0,
     dtype: NumberType = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    cluster: ClusterFile = None,
+    device: Device = "auto",
+    cluster: Annotated[
+        Path | None, typer.Option(help="Cluster file (YAML): where jobs run, in place of --device.")
+    ] = None,
     max_length: MaxLength = 1024,
     instruction_field: InstructionField = "instruction",
     response_field: ResponseField = "output",
@@ -96,7 +104,7 @@ def validate(
     Then the student is trained on random subsets, on all examples but a few,
     and on the tenths of the highest, middle and lowest influence.
 
-    The score (linear datamodeling score) is the rank correlation of the summed
+    The score (linear datamodeling score) is the rank correlation between the summed
     influence of a subset and the fall of the reference loss: 1 is perfect, 0 chance.
     Cheap rivals are scored beside it: the example's loss, its response tokens,
     its gradient's norm and cosine with the reference gradient, BM25.
