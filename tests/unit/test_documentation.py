@@ -9,14 +9,15 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 import yaml
 
 from flows.cli import app
-from montessori_core.config import DataSource, Experiment, Study
+from montessori_core.config import DataFormat, DataSource, Experiment, Study
+from montessori_core.data.files import COMPRESSIONS, KINDS
 from montessori_core.data.sources import read_tasks
 from montessori_core.errors import DataError
 from support import ROOT
@@ -149,6 +150,16 @@ def test_documented_settings_exist() -> None:
 DATA_PAGE = (ROOT / "docs" / "data-and-models.md").read_text()
 GOOD_DATA, *_ = re.findall(r"```jsonl\n([^`]*)```", DATA_PAGE)
 BAD_DATA = re.findall(r"```jsonl\n([^`]*)```\n\n```text\n([^`]*)\n```", DATA_PAGE)
+
+
+def test_kinds_and_formats_of_data_are_documented() -> None:
+    [row] = re.findall(r"^\| `rows\.jsonl`.*$", DATA_PAGE, re.MULTILINE)
+    suffixes = re.findall(r"`(?:rows)?(\.\w+)`", row.partition("a file.")[0])
+    assert suffixes == [*KINDS, *COMPRESSIONS]
+    formats = re.findall(r"^`(\w+)`[:,]", DATA_PAGE.partition("### Formats")[2].partition("\n### ")[0], re.MULTILINE)
+    assert formats == list(get_args(DataFormat))
+    field = DataSource.model_fields["path"].description or ""
+    assert re.findall(r"(?<=[ (])\.\w+", field.partition("; a glob")[0]) == [*KINDS, *COMPRESSIONS]
 
 
 def test_good_data_is_read_as_documented(tmp_path: Path) -> None:
