@@ -101,7 +101,7 @@ def _check_slurm(cluster: Cluster) -> Iterator[Finding]:
     partitions = [line.split("|") for line in answer.splitlines() if line]
     yield Finding("scheduler", True, f"answers, {len({name for name, *_ in partitions})} partitions")
     accounting = run_command("sacct", "--noheader", "--allocations", "--jobs=1", timeout=_SLURM_TIMEOUT) is not None
-    seen = "available" if accounting else "none: optional, but failures give fewer details"
+    seen = "available" if accounting else "none: optional, but reports of failures have fewer details"
     yield Finding("accounting", None, seen)
 
     stages = {stage: cluster.slurm.of_stage(stage).partition for stage, _ in cluster.resources}
@@ -174,7 +174,7 @@ def _check_scripts(cluster: Cluster) -> Iterator[Finding]:
                 f"sbatch options of {', '.join(stages)}",
                 refusal is None,
                 " ".join(options) + (f": {refusal}" if refusal else ""),
-                "change cluster.slurm.driver; it matters with --submit-driver only"
+                "change cluster.slurm.driver; it matters only with --submit-driver"
                 if stages == ["driver"]
                 else "change cluster.slurm (or its stages) and cluster.resources",
             )

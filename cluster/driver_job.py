@@ -56,7 +56,7 @@ def queued_job(name: str) -> QueuedJob | None:
     """
     answer = run_command("squeue", "--noheader", f"--name={name}", "--format=%i|%T|%R")
     if answer is None:
-        raise SchedulerUnavailable("squeue does not answer here, so that it is unknown whether the job has ended")
+        raise SchedulerUnavailable("squeue does not answer here: cannot tell whether the job has ended")
     lines = answer.splitlines()
     return QueuedJob(*lines[0].split("|", 2)) if lines else None
 
@@ -69,7 +69,7 @@ def check_profile(cluster: Cluster, switch: str) -> None:
     """
     if cluster.profile != "slurm":
         raise UserError(
-            f"{switch}: cluster.profile is {cluster.profile}, so that the jobs would run inside the driver's job; set "
+            f"{switch}: cluster.profile is {cluster.profile}, so the jobs would run inside the driver's job; set "
             f"profile: slurm, or leave {switch} out"
         )
 

@@ -31,7 +31,7 @@ from montessori_core.files import hash_json, write_json
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 60.0  # seconds
-_PACED = 20  # finished shards whose pace is taken for those that have none yet
+_PACED = 20  # finished shards whose pace stands in for shards that have none yet
 
 
 @dataclass(frozen=True)
@@ -390,6 +390,8 @@ class _Driver:
             if not self._backend.group(left, self._resources.parallel_jobs - self._running):
                 return  # no slot, GPU or held job is free
             node = self._stage.node_of(job_id.split(":")[0])
-            log.warning("%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node)
+            log.warning(
+                "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"
+            )
             self._duplicated.update(left)
             self._submit([left], self._avoid | ({node} if node else set()))

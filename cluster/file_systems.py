@@ -1,4 +1,4 @@
-"""Shared file systems: errors that pass, and results of other hosts that are seen late."""
+"""Shared file systems: transient errors, and results of other hosts that become visible late."""
 
 import errno
 import logging
@@ -26,19 +26,19 @@ T = TypeVar("T")
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether there was no space left, or no quota; libraries such as safetensors have errors of their own for it."""
+    """Return whether there was no space or quota left; libraries such as safetensors raise errors of their own."""
     return any(text in str(error) for text in _FULL_TEXTS)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return whether a file server or a mount failed, which another attempt or another node may not see."""
+    """Return whether a file server or a mount failed: another attempt, or another node, may succeed."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _PASSING
     return any(text in str(error) for text in _PASSING_TEXTS)
 
 
 def _look_again(folder: Path) -> None:
-    """Make NFS look at a folder again: its client drops what it knows of a folder that it changes itself."""
+    """Make NFS look at a folder again: its client drops cached attributes of a folder when it changes the folder itself."""
     probe = folder / f".look-{os.getpid()}"
     with suppress(OSError):
         probe.touch()
@@ -68,7 +68,7 @@ def patiently(action: Callable[[], T], pause: float) -> T:
     """Return the result of an action; while a file server or mount fails, repeat it for up to ten minutes.
 
     Args:
-        action: it may be repeated after any of its steps.
+        action: must be safe to repeat after a failure at any of its steps.
         pause: time between two attempts, seconds.
     """
     deadline: float | None = None

@@ -35,6 +35,6 @@ def check_import_path(setup: Sequence[str] = ()) -> None:
         if origin is not None and origin != root / package / "__init__.py":
             raise UserError(
                 f"jobs would import {origin} in place of Montessori's package {package}, because its folder is on "
-                "PYTHONPATH (an empty entry is the working directory) or has packages of the user; rename it, or remove the "
-                "folder from PYTHONPATH"
+                "PYTHONPATH (an empty entry is the working directory) or is the folder of user packages (pip --user); "
+                "rename it, or remove the folder from PYTHONPATH"
             )

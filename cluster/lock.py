@@ -188,7 +188,7 @@ def refuse_other_owner(folder: Path) -> None:
     """
     config = folder / layout.CONFIG
     try:
-        # Only its owner may, whatever names a file server gives to users.
+        # Only the owner may change the mode, however a file server maps user names.
         config.chmod(stat.S_IMODE(config.stat().st_mode))
     except FileNotFoundError:
         return

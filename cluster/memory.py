@@ -1,4 +1,4 @@
-"""Host memory of a job on CPUs: memory that was freed is used again."""
+"""Host memory of a job on CPUs: keep freed memory for reuse."""
 
 import ctypes
 from contextlib import suppress

@@ -1,9 +1,9 @@
 """Which losses and failures are retried, and how often."""
 
-_NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that say nothing about a shard that advances
+_NOT_AT_FAULT = ("preempted", "time_limit", "node_failure")  # classes that do not count against a shard that advances
 NOT_RETRIED = ("code_error", "disk_full")  # classes that a job reports; a retry would fail again
 REMEDIES = {
-    "file_system": "; see the mounts of these nodes, and their file servers",
+    "file_system": "; check the mounts of these nodes and their file servers",
     "out_of_memory": "; raise memory_gb of the stage in cluster.resources (smaller batches need a run of another name)",
     "time_limit": "; raise time_limit_minutes of the stage in cluster.resources (smaller shards need a run of another name)",
 }

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _STEP_END_TIMEOUT = 40.0  # seconds; longer than Slurm's usual KillWait
 _PORTIONS = 2
-"""A job takes at most one of this many portions of an even share of the missing shards: GPUs become free at similar times."""
+"""A job takes at most one of this many portions of its even share of the shards: GPUs finish at about the same time."""
 
 
 class AllocationBackend(LocalBackend):

@@ -70,7 +70,7 @@ class HeldBackend(AllocationBackend):
         self._hold, self._folder = hold, folder / layout.HELD
         self._sbatch = SlurmBackend(slurm, resources, python)
         lines = self._sbatch.script("held", self._folder).splitlines()
-        # What sbatch is asked for. The other options are of each job, or belong to a job that computes.
+        # The resources to ask for. Other options differ from job to job, or are for jobs that compute.
         self._request = [line for line in lines if re.match(rf"#SBATCH --(?!{_OWN_OPTIONS})", line)]
         self._name = f"{_names_of(folder)}{hash_json(self._request)[:8]}"
         self._ready: list[str] = []

@@ -26,7 +26,7 @@ from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
-_KILL_TIMEOUT = 10.0  # seconds; a process that waits for a disk takes some to end
+_KILL_TIMEOUT = 10.0  # seconds; a process that waits for a disk ends late
 
 
 class LocalBackend:

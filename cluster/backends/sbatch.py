@@ -36,7 +36,7 @@ _NEVER = {
 
 class SbatchExecutor(submitit.SlurmExecutor):
     """submitit's executor, but options are on sbatch's command line, where no variable such as SBATCH_PARTITION overrides
-    them, and a driver inside a job passes nothing of that job on."""
+    them, and a driver inside a job passes on nothing of that job."""
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         return sbatch_command(submission_file_path, os.environ)
@@ -103,7 +103,7 @@ def refusal_of(script: Path) -> str | None:
         SchedulerUnavailable: sbatch does not answer.
     """
     answer = call_sbatch(script, "--test-only")
-    lines = answer.stderr.strip().splitlines() or [f"sbatch ended with {answer.returncode}"]
+    lines = answer.stderr.strip().splitlines() or [f"sbatch exited with code {answer.returncode}"]
     return None if answer.returncode == 0 else lines[-1]
 
 

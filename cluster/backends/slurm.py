@@ -119,7 +119,7 @@ class SlurmBackend:
             if getattr(error.__cause__, "returncode", None) == -signal.SIGKILL:
                 raise SchedulerUnavailable(f"sbatch did not answer within {SBATCH_PATIENCE:.0f} s") from error
             if avoid:
-                log.warning("no node is left without %s; using them again", ", ".join(sorted(avoid)))
+                log.warning("no node is left when %s are excluded; using them again", ", ".join(sorted(avoid)))
                 return self.submit(name, folder, tasks, stage_folder, at_once, frozenset())
             raise UserError(
                 f"sbatch rejected the jobs: {error}\nSee cluster.slurm (max_array_size if there is a limit on the jobs a "
