@@ -137,7 +137,7 @@ def run(
         cost = cost_of(stage.folder)
         assert cost is not None
         clock.ended = cost.ended
-        clock.restarts = use_of(stage.folder).preemptions
+        clock.restarts = use_of(stage.folder).interruptions
     return cost, clock
 
 

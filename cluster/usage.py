@@ -21,7 +21,7 @@ class StageUse:
         flops: floating-point operations of finished shards, see `montessori_core.models.flops`.
         jobs: submitted jobs; each array task counts as one.
         retries: lost jobs whose shards were submitted again.
-        preemptions: retries after a preemption, plus requeues by Slurm (of preempted jobs, after node failures and at the
+        interruptions: retries after a preemption, plus requeues by Slurm (of preempted jobs, after node failures and at the
             time limit), which keep the job id.
         gpus: GPUs of one job.
     """
@@ -32,7 +32,7 @@ class StageUse:
     flops: int
     jobs: int
     retries: int
-    preemptions: int
+    interruptions: int
     gpus: int
 
 
@@ -55,7 +55,7 @@ def use_of(folder: Path) -> StageUse:
         flops=sum(manifest.flops for manifest in manifests),
         jobs=len({job for submission in submissions for job in submission.ids or []}),
         retries=len(losses),
-        preemptions=losses.count("preempted") + sum(start.restarts for start in starts if start),
+        interruptions=losses.count("preempted") + sum(start.restarts for start in starts if start),
         gpus=max((submission.gpus for submission in submissions), default=0),
     )
 

@@ -198,13 +198,16 @@ def _cost(runs: Sequence[RunData]) -> Section:
     rows = [
         [
             run.name,
-            *(formatting.count(sum(stage[key] for stage in run.stages)) for key in ("jobs", "retries", "preemptions")),
+            *(
+                formatting.count(sum(stage[key] for stage in run.stages))
+                for key in ("jobs", "retries", "interruptions")
+            ),
             *(formatting.significant(sum(map(hours, run.stages))) for hours in (job_hours, gpu_hours)),
         ]
         for run in runs
         if run.stages
     ]
-    columns = ["Run", "Jobs", "Retries", "Preemptions", "Job-hours", "GPU-hours"]
+    columns = ["Run", "Jobs", "Retries", "Interruptions", "Job-hours", "GPU-hours"]
     tables = [Table("Cluster usage", columns, rows)] if rows else []
     return Section(
         "cost",

@@ -167,7 +167,8 @@ class RunData:
     def stages(self) -> list[dict[str, Any]]:
         """Resource usage of each stage (see `cluster.usage`), in the order of folder names."""
         by_name = {stage["stage"]: stage for iteration in self.iterations for stage in iteration.records("stages")}
-        return [by_name[name] for name in sorted(by_name)]
+        # Earlier versions wrote interruptions as preemptions.
+        return [{"interruptions": by_name[name].get("preemptions", 0), **by_name[name]} for name in sorted(by_name)]
 
     def heading(self, iteration: IterationData) -> str | None:
         """Return the heading of an iteration; None if the run has only one."""

@@ -16,7 +16,7 @@ TABLE_7 = (
     "Table 7 reports 13.4 s (8B) and 3.5 s (1.1B) for the influence of an example: wall time on 8 H100s, that is 107 and 28 "
     "GPU-seconds."
 )
-_COUNTS = ("shards", "rows", "jobs", "retries", "preemptions")
+_COUNTS = ("shards", "rows", "jobs", "retries", "interruptions")
 
 
 def cost_section(run: RunData) -> Section:

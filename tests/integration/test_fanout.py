@@ -82,11 +82,11 @@ def test_stage_usage_is_sum_of_jobs(folder: Path, monkeypatch: pytest.MonkeyPatc
     (folder / "kill-31").touch()
     run(folder, jobs=1)
     use = use_of(folder / "stage")
-    assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (6, 18, 2, 1, 0, 0)
+    assert (use.shards, use.rows, use.jobs, use.retries, use.interruptions, use.gpus) == (6, 18, 2, 1, 0, 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # Slurm sets it for a requeued job
     run(folder, [*SHARDS, [{"n": 60}]], jobs=1)
     use = use_of(folder / "stage")
-    assert (use.shards, use.rows, use.jobs, use.retries, use.preemptions, use.gpus) == (7, 19, 3, 1, 2, 0)
+    assert (use.shards, use.rows, use.jobs, use.retries, use.interruptions, use.gpus) == (7, 19, 3, 1, 2, 0)
 
 
 @pytest.mark.slow

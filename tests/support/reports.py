@@ -221,7 +221,7 @@ def metrics(number: int, gain: float = 0.02, error: float = 0.004) -> dict[str, 
         "job_seconds": {f"iteration-{number}/student": 75.5, f"iteration-{number}/influence": 7200.0},
         "stages": [
             stage_use(f"iteration-{number}/student", rows=400, seconds=75.5),
-            stage_use(f"iteration-{number}/influence", rows=1000, seconds=7200.0, jobs=8, retries=2, preemptions=1),
+            stage_use(f"iteration-{number}/influence", rows=1000, seconds=7200.0, jobs=8, retries=2, interruptions=1),
         ],
         "scores": [
             score(model, benchmark, metric, mean + 0.01 * number)
@@ -258,7 +258,7 @@ def metrics(number: int, gain: float = 0.02, error: float = 0.004) -> dict[str, 
 
 
 def stage_use(stage: str, rows: int, seconds: float, **counts: int) -> dict[str, Any]:
-    use = {"shards": 4, "jobs": 1, "retries": 0, "preemptions": 0, "gpus": 4, "flops": 10**15} | counts
+    use = {"shards": 4, "jobs": 1, "retries": 0, "interruptions": 0, "gpus": 4, "flops": 10**15} | counts
     return {"stage": stage, "rows": rows, "seconds": seconds} | use
 
 

@@ -135,6 +135,18 @@ def test_metric_names_are_escaped(run: Path, tmp_path: Path) -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in report.data)
 
 
+def test_interruptions_of_earlier_versions_are_shown(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = metrics(1)
+    stage = stage_use("influence", rows=3, seconds=2.0)
+    del stage["interruptions"]
+    content["stages"] = [stage | {"preemptions": 41}]
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    text = page_of(folder).text
+    assert "Interruptions" in text
+    assert "41" in text
+
+
 def test_costs_explain_paper_numbers(run: Path, tmp_path: Path) -> None:
     report, study = page_of(run), Page(study_page(*write_study(tmp_path / "study"), tmp_path / "study").html)
     for page in (report, study):
