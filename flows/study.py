@@ -1,6 +1,7 @@
 """A study: compare methods that propose data to the same student, over several seeds."""
 
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, per_token, summarize_loss
 from tasks.report import link_page
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
-from tasks.run import Model, Run, open_run
+from tasks.run import Model, Run, open_run, take_lock
 from tasks.stage import Step
 from tasks.students import train_on_set, train_student
 from tasks.studies import PAGE, RESULT
@@ -72,6 +73,18 @@ def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
     """
     _check_methods(study)
     refuse_command_folder(folder)
+    with ExitStack() as lock:
+        if (folder / STUDY).exists():
+            take_lock(
+                folder, lock
+            )  # its driver holds the lock of one run at a time, so that each may seem to have none
+        seeded, warnings = _open_seeds(study, folder)
+        write_yaml(study, folder / STUDY)
+    return seeded, sorted(warnings)
+
+
+def _open_seeds(study: Study, folder: Path) -> tuple[list[SeedRuns], set[str]]:
+    """Open the runs of each seed, and check them; also return warnings."""
     seeded: list[SeedRuns] = []
     warnings: set[str] = set()
     for seed in study.seeds:
@@ -88,8 +101,7 @@ def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
     for method in map(find_method, study.methods):
         if method.check is not None:
             method.check(seeded[0].run)
-    write_yaml(study, folder / STUDY)
-    return seeded, sorted(warnings)
+    return seeded, warnings
 
 
 def _check_methods(study: Study) -> None:

@@ -174,7 +174,7 @@ def open_run(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     opened_before = (folder / layout.CONFIG).exists()
     with ExitStack() as lock:
         if opened_before:
-            _take_lock(folder, lock)
+            take_lock(folder, lock)
         run, warnings = _check_and_write(experiment, folder, opened_before, lock)
     if not run.finished:
         open_backend(experiment.cluster, experiment.cluster.resources.generation, None).prepare()
@@ -210,7 +210,7 @@ def _check_and_write(
     warnings += idle_gpus(experiment.cluster)
     commits, templates = _fetch_models(experiment, read_json(folder / layout.MODEL_COMMITS) or {})
     if not opened_before:
-        _take_lock(folder, lock)
+        take_lock(folder, lock)
         if config.exists():
             raise UserError(f"{folder}: another command has just created this run; run this command again")
     try:
@@ -234,8 +234,12 @@ def _check_and_write(
     return run, warnings
 
 
-def _take_lock(folder: Path, lock: ExitStack) -> None:
-    """Take the lock of a run: a driver must not find other files than those that it was started with."""
+def take_lock(folder: Path, lock: ExitStack) -> None:
+    """Take the lock of a run or a study: a driver must not find other files than those that it was started with.
+
+    Raises:
+        UserError: a driver or another command holds it, or the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.enter_context(no_driver(folder))

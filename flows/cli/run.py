@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.lock import no_driver
 from cluster.status import invalidate_shard, stages_of
 from flows.cli.console import console
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
@@ -72,7 +73,8 @@ def retry(
     refuse_other_work(run_dir)
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     if shard is not None:
-        invalidate_shard(stage_folder(opened, stage), shard)
+        with no_driver(opened.folder):
+            invalidate_shard(stage_folder(opened, stage), shard)
     drive_run(opened)
 
 

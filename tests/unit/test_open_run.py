@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cluster.lock import only_driver
-from montessori_core.config import parse_experiment, read_cluster, read_experiment, write_yaml
+from flows.study import open_study
+from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
 from support import CONFIGS
 from tasks.run import open_run
@@ -206,6 +207,23 @@ def test_open_run_changes_no_file_of_a_driven_run(
     monkeypatch.setattr("tasks.run.check_environment", start_driver)
     with pytest.raises(UserError, match="already has a driver"):
         warnings_of(tmp_path, tiny_llama, preferences=preferences)
+
+
+def test_open_study_changes_no_file_of_a_driven_study(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its driver is at another seed: it holds the lock of the study, not that of this seed's run."""
+
+    def open_with(**sections: Any) -> None:
+        experiment = {"teacher": {"model": str(tiny_llama)}, "student": {"model": str(tiny_llama)}} | sections
+        methods = {"methods": ["self_instruct"], "baseline": "self_instruct", "seeds": [0]}
+        open_study(Study.model_validate({"experiment": experiment} | methods), tmp_path / "study")
+
+    open_with()
+    with only_driver(tmp_path / "study"):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="already has a driver"):
+            open_with(preferences={"max_pairs": 7})
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    open_with(preferences={"max_pairs": 7})
 
 
 @pytest.mark.parametrize("finished", [False, True])
