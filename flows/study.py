@@ -75,9 +75,8 @@ def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
     refuse_command_folder(folder)
     with ExitStack() as lock:
         if (folder / STUDY).exists():
-            take_lock(
-                folder, lock
-            )  # its driver holds the lock of one run at a time, so that each may seem to have none
+            # Its driver holds the lock of one run at a time, so that a run may seem to have no driver.
+            take_lock(folder, lock)
         seeded, warnings = _open_seeds(study, folder)
         write_yaml(study, folder / STUDY)
     return seeded, sorted(warnings)
