@@ -18,9 +18,9 @@ from tasks.stage import Step
     [
         (
             {"examples": 7, "truncated": 2, "left_out": 3},
-            ["3 of 10 rows were left out", "2 of 10 rows were cut at max_length"],
+            ["3 of 10 rows were left out because they are too long", "2 of 10 rows were cut at max_length"],
         ),
-        ({"pairs": 7, "left_out": 3}, ["3 of 10 rows were left out"]),
+        ({"pairs": 7, "left_out": 3}, ["3 of 10 rows were left out because they are too long"]),
         ({"examples": 7, "truncated": 0, "left_out": 0}, []),
     ],
 )
