@@ -35,6 +35,13 @@ from montessori_report.sections.wanted_kind import accuracy_text, not_shown, sha
 
 _CURVE_POINTS = 200
 
+_INTERVAL = (
+    "There is one seed: its interval is over the evaluation examples only, and another seed may give another sign.",
+    "The 95 % interval is over seeds and evaluation examples; with few seeds it is too narrow. The spread is the standard "
+    "deviation of the gain over seeds.",
+)
+"""What an interval is: of one seed, and of several."""
+
 
 def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     """Return the page of a study.
@@ -132,11 +139,9 @@ def _gain(study: Study, rows: Sequence[dict[str, Any]], colours: Mapping[str, st
                 [_table("Methods, means over the seeds", rows)],
             )
         ],
-        introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples; "
-        f"{len(study.seeds)} seed(s). Gain is the held-out loss of {study.baseline} minus that of the method; higher is "
-        "better. The interval resamples the evaluation examples; the spread is the standard deviation over seeds. A gain "
-        "counts only if it is well beyond both. Before any training, the loss is "
-        f"{formatting.loss(untrained_loss)}.",
+        introduction=f"Each method trains the same student on {study.experiment.training.examples:,} examples. Gain is the "
+        f"held-out loss of {study.baseline} minus that of the method; higher is better. {_INTERVAL[len(study.seeds) > 1]} "
+        f"Before any training, the loss is {formatting.loss(untrained_loss)}.",
     )
 
 
