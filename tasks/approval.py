@@ -59,7 +59,7 @@ def approve_update(run: Run, number: int, influence: Path, preferences: Path) ->
 
 def _summary(run: Run, number: int, influence: Path, preferences: Path) -> str:
     baseline = run.experiment.preferences.baseline
-    table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES)
+    table, pairs = read_table(influence, INFLUENCE), read_table(preferences, PREFERENCES, ["chosen", "rejected"])
     summary = summarize_influence(table, threshold_of(table, baseline))
     warning = domination_warning(summary)
     shown = range(0, pairs.num_rows, max(1, -(-pairs.num_rows // _PAIRS_SHOWN)))
