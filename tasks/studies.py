@@ -6,7 +6,7 @@ from typing import Any
 from montessori_core.config import Cluster, Experiment, Student, Teacher, read_study
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
-from tasks.resume import STUDY, command_of
+from tasks.resume import STUDY, command_of, study_of
 from tasks.run import Run, reopen_run
 
 RESULT, PAGE = "comparison.json", "comparison.html"
@@ -32,10 +32,11 @@ def reopen(folder: Path) -> Run:
 
 
 def is_finished(run: Run) -> bool:
-    """Return whether what `reopen` opened is finished."""
+    """Return whether what `reopen` opened is finished; a seed of a study finishes with the study."""
     if (command := command_of(run.folder)) is not None:
         return Path(command.result).exists()
-    return (run.folder / RESULT).exists() if (run.folder / STUDY).exists() else run.finished
+    study = study_of(run.folder)
+    return run.finished if study is None else (study / RESULT).exists()
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

@@ -293,8 +293,24 @@ def _apply(
     )
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
-    return _apply(tokenizer, turns, _form(tokenizer).parts, add_generation_prompt)
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: Sequence[dict[str, str]],
+    add_generation_prompt: bool,
+    name: str = "a conversation",
+) -> str:
+    """Render turns; errors call them by `name`.
+
+    Raises:
+        UserError: the chat template refuses them.
+    """
+    try:
+        return _apply(tokenizer, turns, _form(tokenizer).parts, add_generation_prompt)
+    except TemplateError as error:
+        raise UserError(
+            f"{name}: the chat template of {tokenizer.name_or_path} refuses its turns "
+            f"({', '.join(turn['role'] for turn in turns)}): {error}; correct or remove it, or set another chat template"
+        ) from error
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -342,13 +358,13 @@ def encode_example(
         name: what errors call the example.
 
     Raises:
-        UserError: the chat template does not keep the prompt of an answer as a prefix of the conversation, or leaves out the
-            thinking of the response.
+        UserError: the chat template refuses the turns, does not keep the prompt of an answer as a prefix of the
+            conversation, or leaves out the thinking of the response.
     """
     earlier = [{"role": turn["role"], "content": turn["content"]} for turn in before]
     turns = _without_system(tokenizer, [*earlier, *_turns(instruction, response)])
-    prompt = _render(tokenizer, turns[:-1], add_generation_prompt=True)
-    text = _render(tokenizer, turns, add_generation_prompt=False)
+    prompt = _render(tokenizer, turns[:-1], add_generation_prompt=True, name=name)
+    text = _render(tokenizer, turns, add_generation_prompt=False, name=name)
     template = f"{name}: the chat template of {tokenizer.name_or_path}"
     if not text.startswith(prompt):
         raise UserError(

@@ -52,7 +52,7 @@ from montessori_core.influence.signals import open_in_context, open_training_los
 from support import CONFIGS, ROOT
 from support.judges import JudgeServer
 from support.row_programs import as_compute
-from support.runs import call, configuration, finish_lean
+from support.runs import call, configuration, finish_lean, invoke
 from support.studies import conversations, environment_of, write_study
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, on a machine that may be busy
@@ -296,6 +296,13 @@ def test_methods_train_on_equal_numbers_of_examples(compared: Path) -> None:
     assert "floating-point operations of one seed" in page
     assert "own:MINE" not in (compared / "output.txt").read_text()
     assert all(method in (compared / "output.txt").read_text() for method in rows)
+
+
+def test_seed_of_finished_study_needs_no_driver(compared: Path) -> None:
+    code, output = invoke("status", "runs/tiny-study/seed-3", cwd=compared)
+    assert code == 0, output
+    assert "methods/montessori/round-1/student" in output
+    assert "Resume with" not in output
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,16 @@ def test_rewriting_template_trains_last_turn_alone(tokenizer: Any) -> None:
     assert shown(tokenizer, encode(tokenizer, TALK, weight=0)).endswith("[[Black.<|im_end|>]]")
 
 
+def test_conversation_that_the_template_refuses_is_named(tokenizer: Any) -> None:
+    template = "{% if messages | length > 2 %}{{ raise_exception('one turn at a time') }}{% endif %}"
+    tokenizer.chat_template = template + tokenizer.chat_template
+    task = Task("t7", *TALK[-2:], before=earlier(*TALK))
+    with pytest.raises(
+        UserError, match=r"^example t7: the chat template of \S+ refuses .*user, assistant.*: one turn at a"
+    ):
+        encode_task(tokenizer, task, 2000)
+
+
 def test_refused_system_turn_is_reported_once(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     real_template(tokenizer, "gemma").name_or_path = "a Gemma"
     assert not takes_system_turn(tokenizer)
