@@ -1,17 +1,15 @@
 """One iteration of Montessori-Instruct, in the order of the paper's Figure 2."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from prefect import flow
 
-from flows.methods.tailoring import ProbingSet, tailor, write_training_set
+from flows.methods.tailoring import ProbingSet, measure_training_set, tailor, write_training_set
 from flows.teacher_checkpoints import evaluate_checkpoints
 from montessori_core import layout
 from montessori_core.program import Row
 from tasks.benchmarks import check_contamination, compare_answers
 from tasks.evaluation import StudentEvaluation, evaluate
-from tasks.influence import collect_influence
 from tasks.metrics import IterationBenchmarks, IterationFiles, write_metrics
 from tasks.run import Model, Run
 from tasks.stage import Step
@@ -45,18 +43,8 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> StudentEvaluation:
     step = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher")
     training = write_training_set(step, run.initial_teacher())
     student = train_on_set(step.at("student", "student training"), training.examples)
-    _measure_training_influence(step, probed.student, training.examples)
+    measure_training_set(step, probed.student, training.examples)
     return evaluate(step.at("evaluation"), student)
-
-
-def _measure_training_influence(step: Step, student: Model, examples: Path) -> Path | None:
-    """Measure the influence of the first examples of a training set, if configured."""
-    count = step.experiment.comparison.influence_examples
-    if not count:
-        return None
-    return collect_influence(
-        step.at("training-influence", "influence of the training set"), student, examples, 0, count
-    )
 
 
 @flow(flow_run_name="{run.experiment.name}: iteration {number}", validate_parameters=False)
@@ -82,7 +70,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
     )
     examples = tailored.training.examples
     trained = train_on_set(step.at("student", "student training"), examples, save_moments=continued)
-    training_influence = _measure_training_influence(step, tailored.probed.student, examples)
+    training_influence = measure_training_set(step, tailored.probed.student, examples)
     evaluated = {"student": evaluate(step.at("evaluation"), trained)}
     if previous is not None:
         evaluated |= {
@@ -96,7 +84,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
             evaluated["unmodified"] = unmodified_teacher(run, tailored.probed)
     trajectory = []
     if experiment.comparison.teacher_checkpoints:
-        trajectory = evaluate_checkpoints(run, number, tailored, evaluated["student"], pool)
+        trajectory = evaluate_checkpoints(run, number, tailored.teacher, evaluated["student"], pool)
     write_metrics(
         run,
         number,

@@ -6,35 +6,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from prefect import flow, task
-from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 
 from cluster.lock import only_driver
-from cluster.usage import use_of
 from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import end_jobs_in, log_warnings, run_root
+from flows.learning import follow_teacher
 from flows.methods import REGISTRY
 from flows.methods.method import Feedback, Method, Proposal, Round
+from flows.methods.montessori import MONTESSORI
+from flows.study_result import Cost, EqualTokens, MethodResults, StudyOutcome, write_comparison
 from montessori_core import layout
 from montessori_core.config import RUN_NAME, Study, write_yaml
-from montessori_core.data.tables import EXAMPLES, REFERENCE_LOSS, read_table
+from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import ConfigError, UserError
-from montessori_core.evaluation.kinds import KindShare, read_classifier, read_instructions
-from montessori_core.evaluation.scores import judged_benchmark, mean_over_seeds, win_rate_scores
-from montessori_core.evaluation.statistics import Outcome, compare_outcomes
-from montessori_core.files import read_json, write_json
-from montessori_core.program import load
-from montessori_report.study_page import study_page
+from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
+from montessori_core.files import read_json
+from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
-from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, per_token, summarize_loss
-from tasks.report import link_page
+from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Model, Run, open_run, take_lock
 from tasks.stage import Step
 from tasks.students import train_on_set, train_student
-from tasks.studies import PAGE, RESULT
 from tasks.tracking import start_tracking, track_method
 
 
@@ -170,47 +164,13 @@ def compare_opened(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
     _compare(study, folder, seeded)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Job seconds and floating-point operations."""
-
-    seconds: float
-    flops: int
-
-    @staticmethod
-    def of(*runs: Run) -> "Cost":
-        """Sum the cost of the stages that runs have executed."""
-        stages = [stage for run in runs for stage in dict.fromkeys(run.stages)]
-        uses = list(map(use_of, stages))
-        return Cost(sum(use.seconds for use in uses), sum(use.flops for use in uses))
-
-
-MethodResults = dict[str, list[tuple[StudentEvaluation, Cost]]]
-"""For each method, by seed: the evaluation of its student, and the cost."""
-
-MethodLosses = dict[str, list[tuple[Path, Cost]]]
-"""For each method, by seed: the table of its student's held-out losses, and the cost."""
-
-
-@dataclass
-class EqualTokens:
-    """Results at equal response tokens.
-
-    Attributes:
-        limits: response tokens, by seed.
-        results: results of the methods whose students are trained on examples.
-    """
-
-    limits: list[int]
-    results: MethodLosses
-
-
 def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
-    methods = [find_method(name) for name in study.methods]
+    methods, baseline = [find_method(name) for name in study.methods], find_method(study.baseline).name
     # Results of the study's student, then of each transfer student.
     results: list[MethodResults] = [{method.name: [] for method in methods} for _ in range(1 + len(study.transfer))]
     proposed: dict[str, list[Path]] = {method.name: [] for method in methods}
     equal = EqualTokens([], {method.name: [] for method in methods if not method.trains_student})
+    learned: list[Row] = []
     with only_driver(folder):
         first = seeded[0].run
         for seed in seeded:
@@ -235,12 +195,16 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                         evaluated = transfer(transfer_run, method, last.proposal)
                         results[number][method.name].append((evaluated, Cost.of(method_run, transfer_run)))
                 _compare_with_baseline(study, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
+                if MONTESSORI.name in ended:
+                    two = {name: ended[name] for name in (MONTESSORI.name, baseline)}
+                    learned.append(follow_teacher(seed.run, two, baseline))
                 if study.equal_response_tokens:
                     limit, losses = train_on_equal_tokens(seed.run, {name: ended[name] for name in equal.results})
                     equal.limits.append(limit)
                     for name, table in losses.items():
                         equal.results[name].append((table, results[0][name][-1][1]))
-        write_comparison(study, folder, untrained.losses, results, proposed, equal)
+        outcome = StudyOutcome(untrained.losses, results, proposed, equal, learned)
+        write_comparison(study, folder, baseline, outcome)
 
 
 def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
@@ -322,97 +286,6 @@ def run_method(run: Run, method: Method) -> Feedback:
         if last and not method.trains_student and proposed < required:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {required}")
         student = proposal.student or _train(step, proposal, save_moments=not last)
-        feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student))
+        feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student), feedback)
     assert feedback is not None
     return feedback
-
-
-@task(task_run_name="comparison", cache_policy=NO_CACHE, persist_result=False)
-def write_comparison(
-    study: Study,
-    folder: Path,
-    untrained: Path,
-    results: list[MethodResults],
-    proposed: dict[str, list[Path]],
-    equal: EqualTokens,
-) -> None:
-    """Write `comparison.json` and `comparison.html` of a study.
-
-    Args:
-        study: the study.
-        folder: its folder.
-        untrained: loss table of the untrained student.
-        results: results of the study's student, then of each transfer student.
-        proposed: example tables of each method, by seed.
-        equal: results at equal response tokens, empty if the study does not ask for them.
-    """
-    baseline = find_method(study.baseline).name
-    rows, *transfer_rows = (compare_outcomes(_to_outcomes(_losses(of_student)), baseline) for of_student in results)
-    for row in rows:
-        row["scores"] = mean_over_seeds([evaluation.benchmarks.scores for evaluation, _ in results[0][row["method"]]])
-    kind = _add_kind_shares(rows, study, folder, proposed)
-    result = {
-        "study": study.name,
-        "seeds": study.seeds,
-        "kind_classifier": kind,
-        "untrained_loss": summarize_loss(untrained)["mean"],
-        "methods": rows,
-        "equal_response_tokens": {
-            "limits": equal.limits,
-            "methods": compare_outcomes(_to_outcomes(equal.results), baseline) if equal.limits else [],
-        },
-        "transfer": [
-            {"student": student.model, "methods": methods}
-            for student, methods in zip(study.transfer, transfer_rows, strict=True)
-        ],
-    }
-    write_json(result, folder / RESULT)
-    study_page(study, result, folder).write(folder / PAGE)
-    table = [{key: value for key, value in row.items() if key not in ("gain_of_seeds", "scores")} for row in rows]
-    create_table_artifact(table, description=f"Comparison of methods: {study.name}")
-    link_page(folder / PAGE, f"Comparison of methods: {study.name}")
-
-
-def _add_kind_shares(
-    rows: list[dict[str, Any]], study: Study, folder: Path, proposed: dict[str, list[Path]]
-) -> dict[str, Any]:
-    """Add the share of each method's training examples that are of the wanted kind; return the classifier's accuracy."""
-    classifier = read_classifier(folder / f"seed-{study.seeds[0]}")  # all seeds have the same sets
-    assert classifier is not None
-    trained = study.experiment.training.examples
-    for row in rows:
-        shares = [classifier.share(read_instructions(path)[:trained]) for path in proposed[row["method"]]]
-        share = KindShare(sum(part.wanted for part in shares), sum(part.total for part in shares))
-        low, high = share.interval
-        values = (share.value, low, high) if classifier.usable else (None, None, None)
-        row |= dict(zip(("wanted_kind", "wanted_kind_low", "wanted_kind_high"), values, strict=True))
-    return {
-        "balanced_accuracy": classifier.balanced_accuracy,
-        "recall": classifier.recall,
-        "false_positives": classifier.false_positives,
-        "others": classifier.others,
-        "objection": None if classifier.usable else classifier.objection,
-    }
-
-
-def _losses(results: MethodResults) -> MethodLosses:
-    return {method: [(evaluated.losses, cost) for evaluated, cost in seeds] for method, seeds in results.items()}
-
-
-def _to_outcomes(results: MethodLosses) -> list[Outcome]:
-    outcomes = []
-    for method, seeds in results.items():
-        if not seeds:
-            continue
-        tables = [read_table(path, REFERENCE_LOSS) for path, _ in seeds]
-        if any(table["example_id"] != tables[0]["example_id"] for table in tables):
-            raise UserError(
-                "the seeds of this study were evaluated on different examples: the evaluation set has changed; "
-                "give the study another name"
-            )
-        losses = np.stack([per_token(table) for table in tables])
-        costs = [cost for _, cost in seeds]
-        seconds = np.array([cost.seconds for cost in costs])
-        flops = np.array([float(cost.flops) for cost in costs])
-        outcomes.append(Outcome(method, losses, seconds, flops))
-    return outcomes

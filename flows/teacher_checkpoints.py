@@ -4,10 +4,10 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.methods.tailoring import TailoringResult, write_training_set
+from flows.methods.tailoring import write_training_set
 from montessori_core.program import Row
 from tasks.evaluation import StudentEvaluation, evaluate, summarize_loss
-from tasks.run import Run
+from tasks.run import Model, Run
 from tasks.stage import Step
 from tasks.students import train_on_set
 from tasks.teachers import kept_teachers, reward_margins
@@ -15,7 +15,7 @@ from tasks.teachers import kept_teachers, reward_margins
 
 @flow(flow_run_name="{run.experiment.name}: teacher checkpoints, iteration {number}", validate_parameters=False)
 def evaluate_checkpoints(
-    run: Run, number: int, tailored: TailoringResult, student: StudentEvaluation, synthetic_pool: Path | None
+    run: Run, number: int, updated: Model, student: StudentEvaluation, synthetic_pool: Path | None
 ) -> list[Row]:
     """Return the reward margin and the student's losses and scores of each kept teacher, the updated teacher last.
 
@@ -25,13 +25,13 @@ def evaluate_checkpoints(
     Args:
         run: the run.
         number: index of the iteration.
-        tailored: result of the teacher update.
-        student: evaluation of the updated teacher's student.
+        updated: the updated teacher.
+        student: evaluation of its student.
         synthetic_pool: training set of the last iteration.
     """
-    margins = reward_margins(tailored.teacher)
+    margins = reward_margins(updated)
     evaluations: dict[int, StudentEvaluation] = {}
-    for update, teacher in kept_teachers(tailored.teacher).items():
+    for update, teacher in kept_teachers(updated).items():
         folder = run.iteration(number) / "checkpoints" / f"step-{update}"
         step = Step(run, folder, f"iteration {number}, step {update}")
         synthesized = write_training_set(step, teacher, number, synthetic_pool)

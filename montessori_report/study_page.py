@@ -30,6 +30,7 @@ from montessori_report.figures import (
 from montessori_report.html import Block, Page, Section, Table, build_page
 from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.cost import OPERATIONS
+from montessori_report.sections.learning import learning_section
 from montessori_report.sections.paper import paper_section
 from montessori_report.sections.wanted_kind import accuracy_text, not_shown, share_figure
 
@@ -49,7 +50,7 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
     Args:
         study: configuration of the study.
         result: content of its `comparison.json`.
-        folder: folder of the study; its NormSim tables are shown if it ran method nomad.
+        folder: folder of the study, for its influence tables, and the NormSim tables of method nomad.
 
     Raises:
         DataError: a table cannot be read.
@@ -84,7 +85,11 @@ def study_page(study: Study, result: dict[str, Any], folder: Path) -> Page:
         sections.append(_equal_tokens(study, equal, colours))
     if result["transfer"]:
         sections.append(_transfer(study, result, colours))
-    if paper := paper_section(rows, study.experiment.training.examples):
+    teachers = result.get("teachers", [])
+    batch_size = study.experiment.training.batch_size
+    if learning := learning_section(teachers, folder, batch_size, study.baseline, colours):
+        sections.append(learning)
+    if paper := paper_section(rows, study.experiment.training.examples, [seed["seconds"] for seed in teachers]):
         sections.append(paper)
     if similarity := _similarity(folder):
         sections.append(Section("norm-sim", "Similarity to real examples", [Block([similarity])]))

@@ -44,11 +44,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Feedback:
-    """A proposal, the student trained on it, and the student's evaluation."""
+    """A proposal, the student trained on it, the student's evaluation, and the feedback of the round before."""
 
     proposal: Proposal
     student: Model
     evaluated: StudentEvaluation
+    previous: "Feedback | None" = None
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,16 @@ def measure(step: Step, probed: ProbingSet) -> Path:
     return collect_influence(measuring, probed.student, examples, probed.first, probed.last, paired=True)
 
 
+def measure_training_set(step: Step, student: Model, examples: Path) -> Path | None:
+    """Measure the influence of the first `comparison.influence_examples` of a training set; None if that is 0."""
+    count = step.experiment.comparison.influence_examples
+    if not count:
+        return None
+    return collect_influence(
+        step.at("training-influence", "influence of the training set"), student, examples, 0, count
+    )
+
+
 def write_training_set(
     step: Step,
     teacher: Model | ApiModel,

@@ -17,8 +17,8 @@ class Comparison(Section):
     influence_examples: int = Field(
         256,
         ge=0,
-        description="Number of training examples of each teacher, updated and unmodified, whose influence is measured "
-        "(Figure 3d); 0 is off.",
+        description="Number of training examples of each teacher, updated and unmodified (in a study: of montessori and the "
+        "baseline), whose influence is measured (Figures 3c and 3d); 0 is off.",
     )
     teacher_checkpoints: int = Field(
         0,

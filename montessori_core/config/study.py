@@ -61,13 +61,13 @@ class Study(Section):
     def seeded(self, seed: int, student: Student | None = None) -> Experiment:
         """Return the experiment with `seed`, and with `student` if given.
 
-        `comparison` is off: a study makes those comparisons itself.
+        The unmodified teacher is a method of a study, `self_instruct`, and not part of `montessori`.
         """
         ending = f"-{seed}"
         changes: dict[str, Any] = {
             "name": f"{self.name[: 80 - len(ending)]}{ending}",
             "seed": seed,
-            "comparison": {"unmodified_teacher": False, "influence_examples": 0},
+            "comparison": {**self.experiment.comparison.model_dump(), "unmodified_teacher": False},
         }
         if student is not None:
             changes["student"] = student.model_dump(mode="json")

@@ -1,6 +1,6 @@
 """The paper's results of the methods of a study (Montessori-Instruct, Tables 1, 2 and 7), beside those of the study."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from montessori_core.formatting import UNKNOWN, is_finite, signed, signed_interval, significant
@@ -21,14 +21,23 @@ _PAPER: dict[str, tuple[float, ...]] = {
     "response": (51.59, 54.22, 6.556, 62.43, 27.45, 60.42, 56.38, 81.04),
 }
 _SECONDS = {"self_instruct": 0.486, "montessori": 5.842}  # per training example, on eight H100s: Table 7
+_PARTS = {  # what a study calls it: what Table 7 calls it, its seconds for an 8B and a 1.1B student
+    "instructions": ("instructions, per example", "0.37", "0.37"),
+    "responses": ("responses, per example", "0.03", "0.03"),
+    "influence": ("influence, per example", "13.403", "3.533"),
+    "teacher": ("update of the teacher, per pair", "0.36", "0.36"),
+}
 
 
-def paper_section(rows: Sequence[dict[str, Any]], training_examples: int) -> Section | None:
+def paper_section(
+    rows: Sequence[dict[str, Any]], training_examples: int, seconds: Sequence[Mapping[str, float]] = ()
+) -> Section | None:
     """Return the section that puts the paper's numbers beside a study's; None if the paper has none of its methods.
 
     Args:
         rows: the methods of the study's result.
         training_examples: examples that each method's student is trained on.
+        seconds: job seconds of the parts of an iteration of montessori, for each seed.
     """
     known = [row for row in rows if row["method"] in _PAPER]
     if not known:
@@ -44,10 +53,18 @@ def paper_section(rows: Sequence[dict[str, Any]], training_examples: int) -> Sec
         for row in known
     ]
     columns = ["Method", "Gain here", *_SCORES, "Job time per example, here", "in the paper"]
+    tables = [Table("This study and Tables 1, 2 and 7 of the paper", columns, lines)]
+    if seconds:
+        parts = [
+            [name, f"{significant(sum(seed[part] for seed in seconds) / len(seconds))} s", f"{of_8b} s", f"{of_1b} s"]
+            for part, (name, of_8b, of_1b) in _PARTS.items()
+        ]
+        columns = ["Part of an iteration", "Job time here", "in the paper, 8B", "1.1B"]
+        tables.append(Table("Time by part of an iteration of montessori (Table 7)", columns, parts))
     return Section(
         "paper",
         "Beside the paper",
-        [Block([], [Table("This study and Tables 1, 2 and 7 of the paper", columns, lines)])],
+        [Block([], tables)],
         introduction="Gain is of this study, in nats per token. The scores are the paper's, of a Llama3-8B student after one "
         "iteration: compare the order of the methods, not the numbers. Win rates are against self_instruct. The paper's "
         "times are wall time on eight H100s, spread over all examples.",

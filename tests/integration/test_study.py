@@ -45,6 +45,7 @@ from montessori_core.influence.preferences import (
     best_of_each_prompt,
     pair_by_utility,
     pair_extremes,
+    threshold_of,
     upper_half,
     write_preferences,
 )
@@ -303,6 +304,25 @@ def test_seed_of_finished_study_needs_no_driver(compared: Path) -> None:
     assert code == 0, output
     assert "methods/montessori/round-1/student" in output
     assert "Resume with" not in output
+
+
+def test_study_shows_what_the_teacher_learned(compared: Path) -> None:
+    study = compared / "runs" / "tiny-study"
+    result = json.loads((study / "comparison.json").read_text())
+    (teacher,) = result["teachers"]
+    rows = {row["method"]: row for row in teacher["influence"]}
+    assert list(rows) == ["montessori", "self_instruct"]
+    influence = [read_table(study / row["table"], INFLUENCE)["influence_student"].to_pylist() for row in rows.values()]
+    assert list(map(len, influence)) == [4, 4]
+    assert influence[0] != influence[1]
+    probing = read_table(study / "seed-3" / "iteration-1" / "influence.parquet", INFLUENCE)
+    assert rows["montessori"]["threshold"] == threshold_of(probing, "median")
+    kept, last = teacher["checkpoints"]
+    assert kept["step"] < last["step"]
+    losses = {row["method"]: row["held_out_loss"] for row in result["methods"]}
+    assert last["held_out_loss"] == pytest.approx(losses["montessori"])
+    assert last["gain"] == pytest.approx(losses["self_instruct"] - losses["montessori"])
+    assert all(seconds > 0 for seconds in teacher["seconds"].values())
 
 
 @pytest.fixture(scope="module")

@@ -298,6 +298,20 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         benchmark_score("arc_challenge", "acc_norm", 0.314, 0.01, 1172),
         benchmark_score("mt_bench", "score", None, None, 0),
     ]
+    teachers = []
+    for seed in (0, 1):
+        influence = []
+        for number, method in enumerate(METHODS[:2]):
+            table = Path(f"seed-{seed}", "methods", method, "training-influence.parquet")
+            (folder / table).parent.mkdir(parents=True)
+            write_influence(folder / table, f"{method}-{seed}", 40, -2e-4 * number)
+            influence.append({"method": method, "table": str(table), "threshold": 0.0})
+        checkpoints = [
+            {"step": 8 * n, "margin": 0.3 * n, "held_out_loss": 2.6 - 0.1 * n, "standard_error": 0.02, "gain": 0.1 * n}
+            for n in (1, 2)
+        ]
+        seconds = {"instructions": 1.0 + seed, "responses": 0.25, "influence": 0.5, "teacher": 3.0}
+        teachers.append({"seed": seed, "influence": influence, "checkpoints": checkpoints, "seconds": seconds})
     result = {
         "study": "trial",
         "seeds": [0, 1],
@@ -311,9 +325,9 @@ def write_study(folder: Path) -> tuple[Study, dict[str, Any]]:
         },
         "methods": methods,
         "transfer": [{"student": HOSTILE[0], "methods": compared(-0.02)}],
+        "teachers": teachers,
         "equal_response_tokens": {"limits": [1234, 987], "methods": compared(0.005)},
     }
-    folder.mkdir(parents=True)
     write_yaml(study, folder / "study.yaml")
     write_json(result, folder / "comparison.json")
     for seed in (0, 1):

@@ -27,6 +27,7 @@ def write_study(folder: Path, model: Path, judge: JudgeServer, **cluster: object
     (folder / "own.py").write_text(code.replace('draw="mine"', 'draw="i1-training"'))  # equal to self_instruct
     experiment = yaml.safe_load(configuration(folder, model).read_text())
     experiment["cluster"] |= cluster
+    experiment["comparison"] = {"influence_examples": 4, "teacher_checkpoints": 1}
     experiment["judge"] = experiment["strong_teacher"] = {"model": "judge", "base_url": judge.url}
     experiment["synthesis"]["oversampling"] = 3.0  # one round does
     # So few conversations that a model of this size memorises and varies them.

@@ -12,6 +12,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from montessori_core import formatting
+from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.formatting import significant
 from montessori_report import html as pages
 from montessori_report.compare_page import render_runs
@@ -81,6 +83,38 @@ def test_study_page_shows_gains_costs_transfer(tmp_path: Path) -> None:
     assert f"54.9258.596.90362.9329.9162.9758.7681.22{seconds} s5.842 s" in Page(rendered.html).text
 
 
+def test_study_page_shows_what_the_teacher_learned(tmp_path: Path) -> None:
+    study, result = write_study(tmp_path / "study")
+    folder = tmp_path / "study"
+    rendered = study_page(study, result, folder)
+    tables = {
+        method: [
+            read_table(folder / row["table"], INFLUENCE)["influence_student"].drop_null().to_numpy()
+            for seed in result["teachers"]
+            for row in seed["influence"]
+            if row["method"] == method
+        ]
+        for method in METHODS[:2]
+    }
+    drawn = rows_of(rendered, "learning-influence-of-what-each-method-trains-on-figure-3c")
+    for method, values in tables.items():
+        assert sum(int(row["examples"]) for row in drawn if row["set"] == method) == sum(map(len, values)) == 78
+    shares = rows_of(rendered, "learning-share-of-helpful-examples-per-training-batch-figure-3d")
+    first = [row for row in shares if row["batch"] == "1"]
+    for row in first:
+        expected = np.mean([(values[:32] > 0).mean() for values in tables[row["line"]]])
+        assert float(row["share that helps"]) == pytest.approx(expected)
+    (name,) = (name for name in rendered.data if "checkpoints" in name)
+    dots = [(row["line"], row["DPO reward margin"]) for row in rows_of(rendered, name)]
+    assert dots == [("seed 0", "0.3"), ("seed 0", "0.6"), ("seed 1", "0.3"), ("seed 1", "0.6")]
+    text = Page(rendered.html).text
+    helpful = sum(int((values > 0).sum()) for values in tables["montessori"])
+    assert f"montessori78{formatting.share(helpful / 78)}" in text
+    assert "instructions, per example1.50 s0.37 s0.37 s" in text  # of Table 7, mean of two seeds
+    result["teachers"] = [seed | {"influence": [], "checkpoints": []} for seed in result["teachers"]]
+    assert not [name for name in study_page(study, result, folder).data if name.startswith("learning")]
+
+
 @pytest.mark.parametrize("diverged", [METHODS[:1], METHODS], ids=["one method", "all methods"])
 def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str, ...]) -> None:
     study, result = write_study(tmp_path / "study")
@@ -89,11 +123,11 @@ def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str
             row |= dict.fromkeys(("held_out_loss", "gain", "gain_low", "gain_high", "spread_over_seeds"), math.nan)
     rendered = study_page(study, result, tmp_path / "study")
     page = Page(rendered.html)
-    assert len(page.plots) == 8
+    assert len(page.plots) == 11
     assert "nan" not in page.text
     assert [row[""] for row in rows_of(rendered, "gain-of-each-method")] == [m for m in METHODS if m not in diverged]
     colours = [
-        {trace["name"]: trace["marker"]["color"] for trace in plot["data"] if "markers" in trace.get("mode", "")}
+        {trace["name"]: trace["marker"]["color"] for trace in plot["data"] if trace.get("mode") == "markers+text"}
         for plot in page.plots
     ]
     for method in METHODS:  # one colour in all figures
