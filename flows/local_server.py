@@ -53,11 +53,12 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
     server: subprocess.Popen[bytes] | None = None
     try:
         with console.status("starting a Prefect server"), starting_server():
-            server = _start_server(port, log)
-            try:
-                wait_for_server(server, api)
-            except UserError as error:
-                raise UserError(f"{error}; try another --port, and see {log}") from error
+            if not answers(api):  # another command has not started it meanwhile
+                server = _start_server(port, log)
+                try:
+                    wait_for_server(server, api)
+                except UserError as error:
+                    raise UserError(f"{error}; try another --port, and see {log}") from error
         check_login(api)
         yield api
     finally:

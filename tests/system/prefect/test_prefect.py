@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ import yaml
 from playwright.sync_api import Browser, Page, expect
 
 from cluster.ledger import Ledger
+from flows.prefect_server import starting_server
 from support import ROOT
 from support.prefect_server import CANARY, ENDS, Inbox, Server, free_port, prefect_server, wait_until
 from support.runs import configuration, digests, job_ids
@@ -138,6 +139,29 @@ def test_second_up_finds_running_server(server: Server) -> None:
         check=True,
     )
     assert f"already running: {server.url}" in again.stdout
+
+
+@pytest.mark.slow
+def test_up_finds_server_that_another_started_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    (tmp_path / "prefect.yaml").write_text("deployments:\n- {name: small, config: quickstart}\n")
+    log, port = tmp_path / "up.log", free_port()
+    with ExitStack() as servers:
+        with starting_server(), log.open("w") as output:
+            up = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "up", "--file", "prefect.yaml", "--port", str(port)],
+                cwd=tmp_path,
+                stdout=output,
+                stderr=output,
+            )
+            servers.callback(up.kill)
+            opened = psutil.Process(up.pid).open_files
+            wait_until(lambda: any(file.path.endswith("server.lock") for file in opened()), 60, log.read_text)
+            servers.enter_context(prefect_server(tmp_path, port))
+        wait_until(lambda: f"Prefect: http://127.0.0.1:{port}" in log.read_text(), 60, log.read_text)
+        up.send_signal(signal.SIGINT)
+        up.wait(60)
+    assert not (tmp_path / "runs" / ".montessori" / "server.log").exists()
 
 
 @pytest.mark.guarantee("requests from other web pages")
