@@ -8,7 +8,7 @@ from rich.table import Table
 from flows.cli.console import console
 from flows.cli.influence import ScreenName, parse_options
 from flows.cli.tables import print_memory_plan, print_update_plans
-from montessori_core.config import Lora, Vllm
+from montessori_core.config import Lora, TeacherUpdate, Vllm, parse
 from montessori_core.errors import UserError
 from montessori_core.models.fetch import local_path
 from montessori_core.models.load import describe_load_error, with_lora
@@ -35,6 +35,9 @@ def plan(
         int | None,
         typer.Option(min=1, help="Plan for a LoRA adapter of this rank; by default all weights are trained."),
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="nf4: the weights of a teacher with an adapter are kept in 4 bits.")
+    ] = None,
 ) -> None:
     """Check whether measuring influence on a student fits a GPU, or the update of a teacher.
 
@@ -47,8 +50,10 @@ def plan(
         raise UserError("give a --student or a --teacher")
     lora = Lora(rank=lora_rank) if lora_rank else None
     if teacher is not None:
-        _plan_update(teacher, lora, max_length, gpu_memory)
+        _plan_update(teacher, _parse_update(lora, quantization), max_length, gpu_memory)
         return
+    if quantization is not None:
+        raise UserError("--quantization is of a --teacher; influence needs all weights of the student")
     assert student is not None
     options = {"estimator": estimator, "dtype": dtype, "reference_batch_tokens": reference_batch_tokens}
     influence = parse_options({**options, "screening": {"estimator": screen}})
@@ -66,17 +71,23 @@ def plan(
         raise typer.Exit(1)
 
 
-def _plan_update(teacher: str, lora: Lora | None, max_length: int, gpu_memory: float) -> None:
+def _parse_update(lora: Lora | None, quantization: str | None) -> TeacherUpdate:
+    section = {"lora": lora and lora.model_dump(), "quantization": quantization}
+    return parse(TeacherUpdate, section, "--lora-rank and --quantization")
+
+
+def _plan_update(teacher: str, recipe: TeacherUpdate, max_length: int, gpu_memory: float) -> None:
     from montessori_core.influence.memory import USABLE
     from montessori_core.training.memory import plan_update
 
-    model = _load_without_weights(teacher, lora)
+    model = _load_without_weights(teacher, recipe.lora)
     shape = Shape.of(model)
+    layouts = [(1, 2), (2, 2)] + [(2, 3)] * (recipe.quantization is None)  # weights in 4 bits are not partitioned
     plans = {
         f"{processes} GPU{'s' * (processes > 1)}, zero.stage {stage}": plan_update(
-            shape, stage, processes, 2 * max_length
+            shape, stage, processes, 2 * max_length, recipe.quantization
         )
-        for processes, stage in ((1, 2), (2, 2), (2, 3))
+        for processes, stage in layouts
     }
     fitting = [name for name, plan in plans.items() if plan.total <= USABLE * gpu_memory * GB]
     print_update_plans(plans, f"{teacher}: teacher update, GB on each GPU", gpu_memory, fitting)

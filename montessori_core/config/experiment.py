@@ -90,6 +90,15 @@ class Experiment(Section):
             )
 
     @model_validator(mode="after")
+    def _quantized_weights_are_whole(self) -> "Experiment":
+        if self.teacher_update.quantization is not None and self.zero.stage == 3:
+            raise ValueError(
+                "teacher_update.quantization with zero.stage: 3: DeepSpeed cannot partition weights in 4 bits; set "
+                "zero.stage: 2, which keeps them whole on each GPU, or quantization: null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sequential_needs_a_threshold(self) -> "Experiment":
         baseline = self.preferences.baseline
         if self.influence.sequential is not None and baseline in ("median", "prompt"):

@@ -121,6 +121,22 @@ class TeacherUpdate(Optimization):
         "train all weights. The learning rate should be 10 to 100 times higher than for all weights.",
     )
 
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="With lora: keep the frozen weights in 4 bits during the update (QLoRA), about a quarter of bf16; nf4 is "
+        "normalised float with double quantization. Generation applies the adapter to the whole weights. Needs "
+        "bitsandbytes where the jobs run (pip install 'montessori[qlora]'). If not set, bf16 on GPUs, fp32 on CPUs.",
+    )
+
+    @model_validator(mode="after")
+    def _adapters_are_trained_on_quantized_weights(self) -> "TeacherUpdate":
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"quantization: {self.quantization} without lora; weights in 4 bits cannot be trained, only an adapter on "
+                "them: set lora: {}, or quantization: null"
+            )
+        return self
+
     @model_validator(mode="after")
     def _smoothing_belongs_to_robust(self) -> "TeacherUpdate":
         if (self.loss == "robust") != (self.label_smoothing > 0):

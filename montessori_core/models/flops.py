@@ -64,6 +64,8 @@ def count(model: Any) -> Any:
 
 
 def _size(parameter: Any) -> int:
+    if (quantized := getattr(parameter, "quant_state", None)) is not None:
+        return math.prod(quantized.shape)  # a weight in 4 bits is stored two to a byte
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ds_numel: full size of a ZeRO-partitioned weight
 
 

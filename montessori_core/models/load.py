@@ -1,5 +1,6 @@
 """Load models and tokenizers, never running code from a model's repository."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +47,26 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     return without_environment(tokenizer)
 
 
-def load_model(model: str, dtype: Any) -> "PreTrainedModel":
+def load_model(model: str, dtype: Any, quantization: str | None = None) -> "PreTrainedModel":
     """Load a causal language model from safetensors.
 
     For the folder of a LoRA adapter, load the base model and apply the adapter; only the adapter requires gradients.
 
+    Args:
+        model: hub id or folder.
+        dtype: of the weights.
+        quantization: 'nf4' keeps the weights of linear layers, except the output layer, in 4 bits (QLoRA; Dettmers et al.,
+            2023); these cannot be trained.
+
     Raises:
-        UserError: the model cannot be loaded, weights are missing or not used, or an adapter does not fit its base model.
+        UserError: the model cannot be loaded, weights are missing or not used, an adapter does not fit its base model, or
+            bitsandbytes is not installed.
     """
     from transformers import AutoModelForCausalLM
 
     folder = fetch_model(model)
     if is_adapter(folder):
-        return _load_adapter(folder, dtype)
+        return _load_adapter(folder, dtype, quantization)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -67,13 +75,37 @@ def load_model(model: str, dtype: Any) -> "PreTrainedModel":
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below
+            quantization_config=None if quantization is None else _four_bits(dtype),
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
     check_loaded(model, len(loaded.state_dict()), info)
     _check_tied(model, loaded)
+    for layer in loaded.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a pass without gradients on a CPU would
+            layer.support_avx512bf16_for_cpu = (
+                False  # convert the weights for good, to a form that passes no gradients on
+            )
     counted: PreTrainedModel = flops.count(loaded)
     return counted
+
+
+def _four_bits(dtype: Any) -> Any:
+    """Return the settings of weights in 4 bits; products are computed in `dtype`, on GPUs in bf16."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "teacher_update.quantization needs bitsandbytes, which is not installed here: pip install 'montessori[qlora]', "
+            "or set quantization: null"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else dtype,
+    )
 
 
 def _check_tied(model: str, loaded: "PreTrainedModel") -> None:
@@ -110,10 +142,10 @@ def load_merged(model: str, dtype: Any) -> "PreTrainedModel":
     return merged
 
 
-def _load_adapter(folder: Path, dtype: Any) -> "PreTrainedModel":
+def _load_adapter(folder: Path, dtype: Any, quantization: str | None) -> "PreTrainedModel":
     from peft import PeftModel, get_peft_model_state_dict
 
-    base = load_model(adapted_model(folder), dtype)
+    base = load_model(adapted_model(folder), dtype, quantization)
     misfit = f"the adapter in {folder} was trained on another model than {adapted_model(folder)!r}"
     try:
         model: PreTrainedModel = PeftModel.from_pretrained(base, folder, is_trainable=True)

@@ -67,7 +67,7 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
             pairs + [{"prompt_ids": [end, end], "chosen_ids": [], "rejected_ids": []}] * TeacherTrainer.padding
         )
         progress = ProgressCallback(report, recipe, len(pairs_and_padding) if recipe.precomputes_reference else 0)
-        teacher, adapter = load_model(model_path, torch.float32), None
+        teacher, adapter = load_model(model_path, torch.float32, recipe.quantization), None
         if recipe.lora is not None and not is_adapter(Path(model_path)):
             adapter = lora_config(teacher, recipe.lora, "teacher_update.lora")
         with shared_dataset(pairs_and_padding, output.parent) as data:
@@ -79,6 +79,9 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
                 callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
                 peft_config=adapter,
             )
+            for parameter in trainer.model.parameters():  # TRL makes an adapter on quantized weights bf16
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
             if not recipe.precomputes_reference:
                 speed_up_scoring(trainer.model, pairs=True)
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from montessori_core.models.shape import Shape
 
+_NF4 = (
+    4 + 8 / 64 + 32 / (64 * 256)
+) / 8  # bytes of a weight: 4 bits, and a scale for 64 of them that is quantized itself
 _SCORED, _VOCABULARY = 4096, 32768  # largest tile of logits in TRL's fused head
 
 
@@ -26,7 +29,9 @@ class UpdateMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def plan_update(shape: Shape, stage: int, processes: int, pair_tokens: int) -> UpdateMemory:
+def plan_update(
+    shape: Shape, stage: int, processes: int, pair_tokens: int, quantization: str | None = None
+) -> UpdateMemory:
     """Plan the memory of one process.
 
     Args:
@@ -34,11 +39,14 @@ def plan_update(shape: Shape, stage: int, processes: int, pair_tokens: int) -> U
         stage: ZeRO stage, 1 to 3: partitions the optimizer, also gradients, also weights.
         processes: number of processes, each with a GPU.
         pair_tokens: tokens of a micro-batch of pairs; a prompt counts once.
+        quantization: see `TeacherUpdate.quantization`; embeddings and the output layer keep bf16.
     """
+    whole = 2 * shape.vocabulary * shape.hidden if quantization else shape.parameters
+    in_four_bits = max(0, shape.parameters - whole)
     inputs_of_layers = shape.layers * shape.hidden
     logits = 4 * min(pair_tokens, _SCORED) * min(shape.vocabulary, _VOCABULARY)
     return UpdateMemory(
-        weights=2 * shape.parameters // (processes if stage == 3 else 1),
+        weights=(2 * whole + int(_NF4 * in_four_bits)) // (processes if stage == 3 else 1),
         gradients=2 * shape.trained // (processes if stage >= 2 else 1) + 4 * shape.trained // processes,
         optimizer=12 * shape.trained // processes,
         activations=2 * pair_tokens * (inputs_of_layers + 2 * shape.kept_per_layer) + 2 * logits,

@@ -132,6 +132,14 @@ def test_8b_teacher_needs_an_adapter_on_80_gb() -> None:
     assert plan_update(LLAMA_3_8B, 3, 2, 4096).total > 80 * GB > 1.5 * plan_update(adapter, 2, 1, 4096).total
 
 
+def test_weights_in_four_bits_take_a_quarter() -> None:
+    """Embeddings and output layer of Llama 3 8B, 1.05e9 weights, keep 2 bytes; the other 6.98e9 take 0.52."""
+    adapter = replace(LLAMA_3_8B, trained=42_000_000)
+    plans = [plan_update(adapter, 2, 1, 4096, quantization) for quantization in (None, "nf4")]
+    assert [plan.weights / GB for plan in plans] == pytest.approx([16.06, 5.70], abs=0.02)
+    assert plans[0].total - plans[0].weights == plans[1].total - plans[1].weights
+
+
 def test_plan_command_prints_teacher_update(smollm2: Path) -> None:
     command = ("plan", "--teacher", str(smollm2), "--max-length", "512")
     code, output = invoke(*command, "--gpu-memory", "24", cwd=ROOT)

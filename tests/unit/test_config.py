@@ -153,6 +153,14 @@ def test_repetition_penalty_matters_only_where_instructions_have_tags() -> None:
             {"teacher_update": {"label_smoothing": 0.1}},
             "teacher_update: loss: sigmoid with label_smoothing: 0.1; loss: ro",
         ),
+        (
+            {"teacher_update": {"quantization": "nf4"}},
+            "teacher_update: quantization: nf4 without lora; weights in 4 bits",
+        ),
+        (
+            {"teacher_update": {"quantization": "nf4", "lora": {}}, "zero": {"stage": 3}},
+            "teacher_update.quantization with zero.stage: 3: DeepSpeed cannot partition",
+        ),
         ({"teacher_update": {"label_smoothing": 0.5}}, "teacher_update.label_smoothing: Input should be less than 0.5"),
         ({"teacher_update": {"loss": "simpo"}}, "teacher_update.loss: Input should be 'sigmoid', 'ipo', 'robust' or"),
         (
