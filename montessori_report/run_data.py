@@ -18,7 +18,7 @@ from montessori_core.evaluation.kinds import KindClassifier, KindShare, read_cla
 from montessori_core.files import read_json
 from montessori_core.influence.preferences import threshold_of
 from montessori_core.influence.screening import ScreeningReport, screening_report
-from montessori_core.influence.table import summarize_influence
+from montessori_core.influence.table import summarize_influence, take_out_length
 from montessori_core.synthesis.filtering import funnel
 
 Log = list[dict[str, Any]]
@@ -59,6 +59,12 @@ class InfluenceData:
         """Influence of the measured examples against the student, nats."""
         measured = self.table.filter(pc.equal(self.table["status"], "ok"))["influence_student"]
         return np.asarray(measured.to_numpy(), dtype=np.float64)
+
+    @cached_property
+    def values_without_length(self) -> npt.NDArray[np.float64]:
+        """The same without what the number of response tokens explains."""
+        measured = self.table.filter(pc.equal(self.table["status"], "ok"))["response_tokens"]
+        return take_out_length(self.values, measured.to_numpy().astype(np.float64))
 
     @cached_property
     def screening(self) -> ScreeningReport | None:

@@ -73,7 +73,7 @@ def plan(
 
 def _parse_update(lora: Lora | None, quantization: str | None) -> TeacherUpdate:
     section = {"lora": lora and lora.model_dump(), "quantization": quantization}
-    return parse(TeacherUpdate, section, "--lora-rank and --quantization")
+    return parse(TeacherUpdate, section, "the teacher update")
 
 
 def _plan_update(teacher: str, recipe: TeacherUpdate, max_length: int, gpu_memory: float) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -93,6 +94,18 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
         "median_dominated_share": float(np.median(dominated)) if len(student) else math.nan,
         **read_influence_metadata_of(table),
     }
+
+
+def take_out_length(values: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return influence without what a line over the number of response tokens explains; the mean stays.
+
+    Args:
+        values: [examples] influence.
+        tokens: [examples] response tokens.
+    """
+    deviations = tokens - tokens.mean()
+    spread = float(deviations @ deviations)
+    return values - deviations * (deviations @ values / spread) if spread else values
 
 
 def describe_influence(summary: Mapping[str, float | int], baseline: str) -> list[tuple[str, str]]:

@@ -255,6 +255,15 @@ def _agreement_figure(part: InfluenceData, unit: Unit) -> Figure | None:
     )
 
 
+def _helpful_without_length(part: InfluenceData) -> str:
+    return share_of(int((part.values_without_length > part.threshold).sum()), len(part.values))
+
+
+def _explained_by_length(part: InfluenceData) -> str:
+    total = float(np.var(part.values)) if len(part.values) else 0.0
+    return formatting.share(1.0 - float(np.var(part.values_without_length)) / total) if total else UNKNOWN
+
+
 def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
     def row(name: str, text_of: Callable[[InfluenceData], str]) -> list[str]:
         return [name, *map(text_of, sets)]
@@ -266,6 +275,8 @@ def _influence_table(sets: Sequence[InfluenceData], unit: Unit) -> Table:
         row("examples measured", lambda part: count(len(part.values))),
         row("examples excluded", lambda part: count(part.table.num_rows - len(part.values))),
         row("share that helps (better than the threshold)", lambda part: _interval(part, "share_positive")),
+        row("share that helps, with response length taken out", _helpful_without_length),
+        row("variance of influence that response length explains", _explained_by_length),
         row("share better than the student as it is", lambda part: _interval(part, "share_positive_student")),
         row("share better than the null step", lambda part: _interval(part, "share_positive_null_step")),
         row(f"median influence against the student ({unit})", lambda part: median(part, 0.0)),
@@ -318,11 +329,15 @@ def _agreement(part: InfluenceData, which: str) -> str:
 
 def _interval(part: InfluenceData, share: str) -> str:
     value = part.summary[share]
-    if not formatting.is_finite(value):
+    return share_of(round(value * len(part.values)), len(part.values)) if formatting.is_finite(value) else UNKNOWN
+
+
+def share_of(some: int, examples: int) -> str:
+    """Write a share of examples with its 95 % interval (Wilson)."""
+    if not examples:
         return UNKNOWN
-    number = len(part.values)
-    low, high = share_interval(round(value * number), number)
-    return f"{formatting.share(value)} ({formatting.share(low)} to {formatting.share(high)})"
+    low, high = share_interval(some, examples)
+    return f"{formatting.share(some / examples)} ({formatting.share(low)} to {formatting.share(high)})"
 
 
 def histogram_edges(values: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.float64]:

@@ -9,12 +9,11 @@ import numpy as np
 
 from montessori_core import formatting
 from montessori_core.data.tables import INFLUENCE, read_table
-from montessori_core.evaluation.statistics import share_interval
 from montessori_core.formatting import UNKNOWN, Unit, count
 from montessori_report.figures import GREY, Figure, Line, Sample, colour_of, dash_of, line_figure
 from montessori_report.html import Block, Section, Table
 from montessori_report.run_data import InfluenceData
-from montessori_report.sections.influence import INTRODUCTION, distribution_figure, positive_shares
+from montessori_report.sections.influence import INTRODUCTION, distribution_figure, positive_shares, share_of
 
 
 def learning_section(
@@ -95,12 +94,8 @@ def _influence_table(measured: Mapping[str, Sequence[InfluenceData]], unit: Unit
     for method, parts in measured.items():
         values = np.concatenate([part.values for part in parts])
         helpful = sum(int((part.values > part.threshold).sum()) for part in parts)
-        share = UNKNOWN
-        if len(values):
-            low, high = share_interval(helpful, len(values))
-            share = f"{formatting.share(helpful / len(values))} ({formatting.share(low)} to {formatting.share(high)})"
         mean = unit.text(float(values.mean())) if len(values) else UNKNOWN
-        rows.append([method, count(len(values)), share, mean])
+        rows.append([method, count(len(values)), share_of(helpful, len(values)), mean])
     columns = ["Method", "Examples measured", "Helpful (95 % interval)", f"Mean influence, {unit}"]
     return Table("Influence of training examples", columns, rows)
 

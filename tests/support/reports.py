@@ -183,7 +183,7 @@ def write_influence(path: Path, draw: str, examples: int, shift: float) -> None:
                 "prompt_id": f"{draw}-p{i // 4}",
                 "status": "ok" if measured else "no_response_tokens",
                 "tokens": 40 + i,
-                "response_tokens": 20 if measured else 0,
+                "response_tokens": 20 + i % 7 if measured else 0,
                 "truncated": i == 1,
                 "example_loss": 1.5 if measured else None,
                 "influence_student": value - 5e-4 if measured else None,

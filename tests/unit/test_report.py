@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from montessori_core import formatting
 from montessori_core.data.tables import INFLUENCE, INSTRUCTIONS, PREFERENCES, read_table, table_from_rows, write_table
 from montessori_core.errors import DataError
 from montessori_core.evaluation.scores import judged_benchmark
@@ -28,7 +29,7 @@ from montessori_report.run_data import InfluenceData
 from montessori_report.run_page import render_report
 from montessori_report.sections.benchmarks import score_name
 from montessori_report.sections.examples import EXAMPLES_SHOWN, PAIRS_SHOWN, REJECTIONS_SHOWN
-from montessori_report.sections.influence import histogram_edges, positive_shares
+from montessori_report.sections.influence import histogram_edges, positive_shares, share_of
 from montessori_report.study_page import study_page
 from support.reports import (
     HOSTILE,
@@ -249,6 +250,29 @@ def test_batches_count_helpful_examples_in_training_order(run: Path) -> None:
     sizes = (16, 16, 7)
     assert sum(share * size for share, size in zip(shares.values(), sizes, strict=True)) == pytest.approx(18)
     assert shares[1] == sum(value > part.threshold for value in values[:16]) / 16
+
+
+def test_report_takes_response_length_out_of_influence(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    path = folder / "iteration-1" / "influence.parquet"
+    table = read_table(path, INFLUENCE)
+    rows = table.to_pylist()
+    for row in rows:
+        if row["status"] == "ok":  # longer responses help more
+            row["influence_student"] += 1e-4 * (row["response_tokens"] - 23)
+    write_table(table_from_rows(rows, table.schema), path, INFLUENCE)
+    measured = [row for row in rows if row["status"] == "ok"]
+    values, tokens = (np.array([row[name] for row in measured]) for name in ("influence_student", "response_tokens"))
+    slope, intercept = np.polyfit(tokens, values, 1)
+    rest = values - (slope * tokens + intercept) + values.mean()
+    threshold = threshold_of(read_table(path, INFLUENCE), "median")
+    helpful, with_length = (share_of(int((part > threshold).sum()), len(part)) for part in (rest, values))
+    text = Page(render_report(folder).html).text
+    assert f"share that helps, with response length taken out{helpful}" in text
+    assert f"share that helps (better than the threshold){with_length}" in text
+    explained = 1 - rest.var() / values.var()
+    assert 0.2 < explained < 0.9
+    assert f"variance of influence that response length explains{formatting.share(explained)}" in text
 
 
 def test_report_warns_of_dominating_gradients(run: Path, tmp_path: Path) -> None:
