@@ -44,6 +44,8 @@ def start_processes() -> None:
     # later training on the machine. Gloo does not need the kernel. DeepSpeed reads this table nowhere else, and makes it with
     # the compiler, if it is not set.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    if torch.cuda.is_available():  # where weights in 4 bits are loaded
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
