@@ -35,10 +35,10 @@ def test_tutorial_runs_as_shown(smollm2: Path, tmp_path: Path) -> None:
     (shown, *_) = blocks("text")
     assert set(shown.split()) <= set(outputs[0].split())
     losses = {
-        name: read_json(tmp_path / "runs" / f"evaluation-{name}" / "evaluation.json")["held_out_loss"]["mean"]
-        for name in ("smollm2-135m", "student", "control")
+        name: read_json(tmp_path / "runs" / name / "evaluation.json")["held_out_loss"]["mean"]
+        for name in ("untrained-on-pool", "evaluation-student", "evaluation-control")
     }
-    assert losses["student"] < losses["smollm2-135m"], losses
+    assert losses["evaluation-student"] < losses["untrained-on-pool"], losses
     assert "8 of 24 scored rows" in outputs[2]
     assert (tmp_path / "runs" / "quickstart" / "exports" / "preferences-trl" / "README.md").exists()
 
