@@ -8,8 +8,10 @@ from tasks.resume import refusal_of_changes
 _FIRST_STAGES = {
     "preferences.": "preference pairs",
     "teacher_update.": "teacher update",
+    "comparison.teacher_checkpoints:": "teacher update",
     "training.examples:": "training set",
     "training.": "student training",
+    "comparison.": "comparison",
 }
 """The first stage that each changeable setting affects, in the order of the stages."""
 
@@ -23,7 +25,7 @@ def changed_settings(experiment: Experiment, config: Path) -> list[str]:
     changed = differences_of_method(read_experiment(config), experiment)
     fixed = [line for line in changed if not line.startswith(tuple(_FIRST_STAGES))]
     if fixed:
-        may_change = "Of the method's settings, only preferences, teacher_update and training may change."
+        may_change = "Of the method's settings, only preferences, teacher_update, training and comparison may change."
         raise refusal_of_changes(config.parent, fixed, may_change)
     return changed
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from montessori_core import layout
 from montessori_core.data.sources import Task
 from tasks.approval import approve_update
 from tasks.influence import collect_influence
@@ -90,6 +91,7 @@ def measure_training_set(step: Step, student: Model, examples: Path) -> Path | N
     """Measure the influence of the first `comparison.influence_examples` of a training set; None if that is 0."""
     count = step.experiment.comparison.influence_examples
     if not count:
+        (step.folder / layout.TRAINING_INFLUENCE).unlink(missing_ok=True)  # of an earlier configuration
         return None
     return collect_influence(
         step.at("training-influence", "influence of the training set"), student, examples, 0, count
