@@ -428,6 +428,26 @@ def test_changed_preferences_keep_upstream_stages(
 
 
 @pytest.mark.slow
+def test_changed_comparison_keeps_other_stages(
+    undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    run = tmp_path / "runs" / "tiny"
+    tables = [run / folder / "training-influence.parquet" for folder in ("iteration-1", "unmodified")]
+    assert all(table.exists() for table in tables)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.manifest.json")}
+    for examples in (0, 6):
+        setting = f"comparison.influence_examples={examples}"
+        code, output = call("run", str(undisturbed / "tiny.yaml"), "--set", setting, cwd=tmp_path, **shared_server)
+        assert code == 0, output
+        assert "the comparison and later stages are computed again" in output
+        assert [table.exists() for table in tables] == [examples > 0] * 2  # the report would show those of before
+        changed = {path.parent.name for path, then in before.items() if path.stat().st_mtime_ns != then}
+        assert changed == ({"training-influence", "training-influence-audit"} if examples else set())
+    assert [pq.read_table(table).num_rows for table in tables] == [6, 6]
+
+
+@pytest.mark.slow
 def test_run_pilot_warns_before_measuring_rest(
     undisturbed: Path, shared_server: dict[str, str], tmp_path: Path
 ) -> None:
