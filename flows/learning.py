@@ -1,7 +1,6 @@
 """What the teacher of `montessori` learned in a study (Figure 3), and what it took (Table 7)."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from prefect import flow
@@ -35,7 +34,6 @@ def follow_teacher(run: Run, ended: Mapping[str, Feedback], baseline: str) -> Ro
         path of its table in the study's folder; `checkpoints`, a row for each evaluated teacher of the last update;
         `seconds`, job seconds per example in iteration 1, by what they were for.
     """
-    run = replace(run, stages=[])  # these stages are no method's cost
     rows: Row = {"seed": run.experiment.seed, "influence": [], "checkpoints": [], "seconds": _seconds(run.iteration(1))}
     if run.experiment.comparison.influence_examples:
         rows["influence"] = _measure_training_sets(run, ended)
@@ -54,7 +52,7 @@ def _measure_training_sets(run: Run, ended: Mapping[str, Feedback]) -> list[Row]
     threshold = threshold_of(probing, run.experiment.preferences.baseline)
     rows = []
     for name, feedback in ended.items():
-        step = Step(run, run.folder / "methods" / name, name)
+        step = Step(run, run.method(name), name)
         table = measure_training_set(step, probed.student, feedback.proposal.examples)
         assert table is not None
         summary = summarize_influence(read_table(table, INFLUENCE), threshold)

@@ -194,7 +194,7 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                         transfer_run = replace(other, stages=[])
                         evaluated = transfer(transfer_run, method, last.proposal)
                         results[number][method.name].append((evaluated, Cost.of(method_run, transfer_run)))
-                _compare_with_baseline(study, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
+                _compare_with_baseline(baseline, seed.run, {name: pairs[-1][0] for name, pairs in results[0].items()})
                 if MONTESSORI.name in ended:
                     two = {name: ended[name] for name in (MONTESSORI.name, baseline)}
                     learned.append(follow_teacher(seed.run, two, baseline))
@@ -214,15 +214,14 @@ def _numbers(evaluated: StudentEvaluation, cost: Cost) -> dict[str, float]:
     return {"held_out_loss": summarize_loss(evaluated.losses)["mean"], "seconds": cost.seconds, **known}
 
 
-def _compare_with_baseline(study: Study, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:
+def _compare_with_baseline(baseline: str, run: Run, evaluated: dict[str, StudentEvaluation]) -> None:
     """Add the win rates of each method's answers to AlpacaEval's instructions against the baseline's (Table 1)."""
-    baseline = find_method(study.baseline).name
     baseline_answers = evaluated[baseline].benchmarks.answers
     title = judged_benchmark("alpaca_eval", run.experiment.benchmarks.judge_prompts)
     for name, evaluation in evaluated.items():
         benchmarks = evaluation.benchmarks
         if baseline_answers is not None and benchmarks.answers is not None and name != baseline:
-            folder = run.folder / "methods" / name / f"against-{baseline}"
+            folder = run.method(name) / f"against-{baseline}"
             step = Step(run, folder, f"{name}: against {baseline}")
             rates = compare_answers(step, benchmarks.answers, baseline_answers)
             benchmarks.scores.extend(win_rate_scores(f"{title} against {baseline}", rates))
@@ -261,7 +260,7 @@ def train_on_equal_tokens(run: Run, ended: dict[str, Feedback]) -> tuple[int, di
         if tokens[name] == limit:
             losses[name] = feedback.evaluated.losses
             continue
-        step = Step(run, run.folder / "methods" / name / "equal-tokens", f"{name}, {limit:,} response tokens")
+        step = Step(run, run.method(name) / "equal-tokens", f"{name}, {limit:,} response tokens")
         student = train_student(step.at("student"), feedback.proposal.examples, within, recipe.examples)
         losses[name] = measure_loss(step.at("evaluation"), student)
     return limit, losses
@@ -277,7 +276,7 @@ def run_method(run: Run, method: Method) -> Feedback:
     required, rounds = run.experiment.training.examples, method.rounds(run.experiment)
     feedback: Feedback | None = None
     for number in range(1, rounds + 1):
-        folder = run.folder / "methods" / method.name / f"round-{number}"
+        folder = run.method(method.name) / f"round-{number}"
         label = method.name if rounds == 1 else f"{method.name}, round {number}"
         step = Step(run, folder, label)
         proposal = method.propose(Round(step, number, rounds, feedback))

@@ -45,6 +45,7 @@ HELD = "held"
 REPORT = "report.html"
 SOURCES = "sources"
 MODELS = "models"
+METHODS = "methods"  # of a seed of a study: a folder for each method
 EXPORTS = "exports"
 TRACKING = "tracking"
 UNTRAINED = "untrained"

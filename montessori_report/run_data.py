@@ -57,14 +57,16 @@ class InfluenceData:
     @cached_property
     def values(self) -> npt.NDArray[np.float64]:
         """Influence of the measured examples against the student, nats."""
-        measured = self.table.filter(pc.equal(self.table["status"], "ok"))["influence_student"]
-        return np.asarray(measured.to_numpy(), dtype=np.float64)
+        return self._measured("influence_student")
 
     @cached_property
     def values_without_length(self) -> npt.NDArray[np.float64]:
         """The same without what the number of response tokens explains."""
-        measured = self.table.filter(pc.equal(self.table["status"], "ok"))["response_tokens"]
-        return take_out_length(self.values, measured.to_numpy().astype(np.float64))
+        return take_out_length(self.values, self._measured("response_tokens"))
+
+    def _measured(self, column: str) -> npt.NDArray[np.float64]:
+        measured = self.table.filter(pc.equal(self.table["status"], "ok"))[column]
+        return np.asarray(measured.to_numpy(), dtype=np.float64)
 
     @cached_property
     def screening(self) -> ScreeningReport | None:

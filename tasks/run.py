@@ -137,6 +137,10 @@ class Run:
         """Return the folder of an iteration, counted from 1."""
         return self.folder / layout.iteration(number)
 
+    def method(self, name: str) -> Path:
+        """Return the folder of a method, if the run is a seed of a study."""
+        return self.folder / layout.METHODS / name
+
     @property
     def finished(self) -> bool:
         """Whether all iterations have finished."""

@@ -81,11 +81,8 @@ def load_model(model: str, dtype: Any, quantization: str | None = None) -> "PreT
         raise UserError(f"model {model!r} cannot be loaded: {describe_load_error(error)}") from error
     check_loaded(model, len(loaded.state_dict()), info)
     _check_tied(model, loaded)
-    for layer in loaded.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a pass without gradients on a CPU would
-            layer.support_avx512bf16_for_cpu = (
-                False  # convert the weights for good, to a form that passes no gradients on
-            )
+    if quantization is not None:
+        _keep_gradients(loaded)
     counted: PreTrainedModel = flops.count(loaded)
     return counted
 
@@ -106,6 +103,16 @@ def _four_bits(dtype: Any) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else dtype,
     )
+
+
+def _keep_gradients(quantized: "PreTrainedModel") -> None:
+    """Prevent bitsandbytes, on a CPU, from converting weights in the first pass without gradients.
+
+    It would convert them for good, to a form that passes no gradients on.
+    """
+    for layer in quantized.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _check_tied(model: str, loaded: "PreTrainedModel") -> None:

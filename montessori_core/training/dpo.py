@@ -79,9 +79,10 @@ def open_dpo(settings: programs.Dpo, inputs: Mapping[str, Path]) -> Compute[Pair
                 callbacks=[progress, CheckpointCallback(), *tracking_callbacks(inputs, checkpoints)],
                 peft_config=adapter,
             )
-            for parameter in trainer.model.parameters():  # TRL makes an adapter on quantized weights bf16
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+            if recipe.quantization is not None:  # TRL makes an adapter on quantized weights bf16
+                for parameter in trainer.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data = parameter.data.float()
             if not recipe.precomputes_reference:
                 speed_up_scoring(trainer.model, pairs=True)
             trainer.add_callback(KeepCallback(trainer, tokenizer, settings.keep, checkpoints))

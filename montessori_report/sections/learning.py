@@ -127,9 +127,9 @@ def _checkpoint_table(teachers: Sequence[dict[str, Any]]) -> Table:
         [
             str(seed["seed"]),
             count(row["step"]),
-            formatting.significant(row["margin"]),
+            formatting.significant(row["margin"]) if formatting.is_finite(row["margin"]) else UNKNOWN,
             formatting.loss(row["held_out_loss"]),
-            formatting.signed(row["gain"]) if formatting.is_finite(row["gain"]) else UNKNOWN,
+            formatting.signed(row["gain"]),
         ]
         for seed in teachers
         for row in seed["checkpoints"]

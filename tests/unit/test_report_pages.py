@@ -121,6 +121,8 @@ def test_diverged_students_do_not_break_page(tmp_path: Path, diverged: tuple[str
     for row in result["methods"]:
         if row["method"] in diverged:
             row |= dict.fromkeys(("held_out_loss", "gain", "gain_low", "gain_high", "spread_over_seeds"), math.nan)
+    result["teachers"][0]["checkpoints"][0] |= dict.fromkeys(("margin", "held_out_loss", "gain"), math.nan)
+    result["teachers"][0]["checkpoints"][1] |= dict.fromkeys(("margin", "held_out_loss", "gain"))
     rendered = study_page(study, result, tmp_path / "study")
     page = Page(rendered.html)
     assert len(page.plots) == 11
