@@ -1,6 +1,5 @@
 """Losses of the teacher update equal their formulas, and updates those of TRL without our changes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from trl import DPOConfig, DPOTrainer
 
 from montessori_core import programs
 from montessori_core.config import Lora, Schedule, TeacherUpdate, Zero
-from montessori_core.layout import KEPT, LOG_FILE
+from montessori_core.layout import KEPT
 from montessori_core.models.adapters import is_adapter
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from montessori_core.training.padding import PaddedSampler
 from support.preference_pairs import PAIRS as MORE_PAIRS
-from support.row_programs import run_in_job
+from support.row_programs import logged, run_in_job
 
 PAIRS: list[Row] = [
     {"prompt": "Tasks: ", "chosen": "Name three rivers and a lake.", "rejected": "Stop."},
@@ -109,8 +108,7 @@ def test_loss_equals_formula_on_two_pairs(
     reference, updated = (score(load_model(str(teacher), torch.float32), pairs) for teacher in teachers)
     assert margins(updated, reference).abs().min() > 0.1
     expected = [float(formula(reference, reference)), float(formula(updated, reference))]
-    logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
-    assert logged == pytest.approx(expected, rel=1e-4)
+    assert logged(part, "loss") == pytest.approx(expected, rel=1e-4)
 
 
 def update_by_trl(recipe: TeacherUpdate, start: Path, folder: Path) -> list[float]:
@@ -194,9 +192,9 @@ def test_update_equals_plain_trl(tiny_llama: Path, tmp_path: Path, loss: str, ad
     dpo = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=0), seed=0)
     part = run_in_job(tmp_path / "ours", programs.DPO, dpo, {"teacher": start}, MORE_PAIRS)
     expected = update_by_trl(recipe, start, tmp_path / "theirs")
-    logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
-    assert len(logged) == 2
-    assert logged == pytest.approx(expected, rel=1e-4)
+    losses = logged(part, "loss")
+    assert len(losses) == 2
+    assert losses == pytest.approx(expected, rel=1e-4)
     weights = "adapter_model.safetensors" if adapted else "model.safetensors"
     before, trained, ours = (load_file(folder / weights) for folder in (start, tmp_path / "theirs", part))
     assert trained.keys() == ours.keys()

@@ -1,6 +1,5 @@
 """LoRA teachers: DPO of an adapter, in the first iteration and the next."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,30 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from montessori_core import programs
-from montessori_core.config import Lora, Sampling, Schedule, TeacherUpdate, Zero
-from montessori_core.layout import LOG_FILE
+from montessori_core.config import Sampling
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.load import load_tokenizer
 from montessori_core.synthesis.generation import Request, continuations
 from montessori_core.synthesis.transformers_engine import TransformersEngine
-from support.preference_pairs import PAIRS
-from support.row_programs import run_in_job
+from support.preference_pairs import LORA_RECIPE, PAIRS, update
+from support.row_programs import logged
 
-CONSTANT = Schedule(warmup=0.0, stable=1.0, decay=0.0)
-RECIPE = TeacherUpdate(
-    learning_rate=1e-2, batch_size=2, micro_batch_size=1, schedule=CONSTANT, lora=Lora(rank=4, alpha=8)
-)
 WEIGHTS = "adapter_model.safetensors"
-
-
-def update(folder: Path, teacher: Path, stage: int = 0, processes: int = 1, recipe: TeacherUpdate = RECIPE) -> Path:
-    settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=stage), seed=0)
-    return run_in_job(folder, programs.DPO, settings, {"teacher": teacher}, PAIRS, processes)
-
-
-def logged(part: Path, name: str) -> list[float]:
-    return [entry[name] for entry in json.loads((part / LOG_FILE).read_text())]
 
 
 def assert_same_adapter(part: Path, expected: Path, start: Path | None = None) -> None:
@@ -67,9 +51,9 @@ def test_update_trains_only_an_adapter(adapted: Path, tiny_llama: Path) -> None:
 
 def test_reference_before_training_or_in_each_step(adapted: Path, tiny_llama: Path, tmp_path: Path) -> None:
     """With several epochs the reference reads the pairs once, before training; the first epoch is the same."""
-    recipe = RECIPE.model_copy(update={"epochs": 2})
-    assert (recipe.precomputes_reference, RECIPE.precomputes_reference) == (True, False)
-    longer = update(tmp_path, tiny_llama, recipe=recipe)
+    recipe = LORA_RECIPE.model_copy(update={"epochs": 2})
+    assert (recipe.precomputes_reference, LORA_RECIPE.precomputes_reference) == (True, False)
+    longer = update(tmp_path, tiny_llama, recipe)
     assert logged(longer, "loss")[:4] == pytest.approx(logged(adapted, "loss"), abs=1e-5)
 
 
@@ -91,9 +75,10 @@ def test_next_update_starts_from_the_last(continued: Path, adapted: Path, tiny_l
 def test_every_zero_stage_trains_the_same_adapter(
     adapted: Path, continued: Path, tiny_llama: Path, tmp_path: Path, stage: int, processes: int
 ) -> None:
-    first = update(tmp_path / "first", tiny_llama, stage, processes)
+    first = update(tmp_path / "first", tiny_llama, stage=stage, processes=processes)
     assert_same_adapter(first, adapted)
-    assert_same_adapter(update(tmp_path / "second", adapted, stage, processes), continued, start=adapted)
+    second = update(tmp_path / "second", adapted, stage=stage, processes=processes)
+    assert_same_adapter(second, continued, start=adapted)
 
 
 def test_updated_teacher_generates_chosen_outputs(continued: Path, tiny_llama: Path) -> None:

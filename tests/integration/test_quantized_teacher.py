@@ -1,6 +1,5 @@
 """QLoRA: DPO of an adapter on weights in 4 bits."""
 
-import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,31 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from montessori_core import programs
-from montessori_core.config import Lora, Schedule, TeacherUpdate, Zero
 from montessori_core.errors import UserError
-from montessori_core.layout import LOG_FILE
 from montessori_core.models import flops
 from montessori_core.models.adapters import adapted_model
 from montessori_core.models.load import load_model, load_tokenizer
 from support import ROOT
-from support.preference_pairs import PAIRS
-from support.row_programs import run_in_job
+from support.preference_pairs import LORA_RECIPE, update
+from support.row_programs import logged
 
-CONSTANT = Schedule(warmup=0.0, stable=1.0, decay=0.0)
-RECIPE = TeacherUpdate(
-    learning_rate=1e-2, batch_size=2, micro_batch_size=1, schedule=CONSTANT, lora=Lora(rank=4, alpha=8)
-)
-QUANTIZED = RECIPE.model_copy(update={"quantization": "nf4"})
-
-
-def update(folder: Path, teacher: Path, recipe: TeacherUpdate, stage: int = 0) -> Path:
-    settings = programs.Dpo(prompt_style="completion", recipe=recipe, zero=Zero(stage=stage), seed=0)
-    return run_in_job(folder, programs.DPO, settings, {"teacher": teacher}, PAIRS)
+QUANTIZED = LORA_RECIPE.model_copy(update={"quantization": "nf4"})
 
 
 def margins(part: Path) -> list[float]:
-    return [entry["rewards/margins"] for entry in json.loads((part / LOG_FILE).read_text())]
+    return logged(part, "rewards/margins")
 
 
 @pytest.fixture
@@ -77,9 +64,7 @@ def test_update_equals_that_of_the_dequantized_weights(tiny_llama: Path, tmp_pat
     first = update(tmp_path / "first", tiny_llama, QUANTIZED)
     assert adapted_model(first) == str(tiny_llama)
     assert margins(first)[-1] > 0.2
-    assert margins(first) == pytest.approx(
-        margins(update(tmp_path / "whole", tmp_path / "dequantized", RECIPE)), rel=1e-3
-    )
+    assert margins(first) == pytest.approx(margins(update(tmp_path / "whole", tmp_path / "dequantized")), rel=1e-3)
     second = update(tmp_path / "second", first, QUANTIZED)
     assert margins(second)[0] == pytest.approx(0.0, abs=1e-4)
     assert margins(second)[-1] > 0.1

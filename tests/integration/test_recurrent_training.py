@@ -1,6 +1,5 @@
 """Students and teachers with recurrent layers: losses of SFT and DPO are those of single sequences without padding."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,14 @@ from torch.nn.functional import logsigmoid
 
 from montessori_core import programs
 from montessori_core.config import Lora, Schedule, TeacherUpdate, Warmup, Zero
-from montessori_core.layout import KEPT, LOG_FILE
+from montessori_core.layout import KEPT
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.program import Row
 from montessori_core.training.dpo import encode_pair
 from support.preference_pairs import PAIRS
 from support.recurrent import recurrent_model
-from support.row_programs import run_in_job
+from support.row_programs import logged, run_in_job
 
 ROWS: list[Row] = [
     {"instruction": f"Describe {number}.", "response": "It is round. " * (number + 1), "response_finished": True}
@@ -61,9 +60,9 @@ def test_sft_loss_equals_unpadded_loss(model: Path, lora: Lora | None, tmp_path:
     part = run_in_job(tmp_path / "stage", programs.SFT, settings, {"student": model}, ROWS)
     tokenizer = load_tokenizer(str(model))
     examples = [encode_example(tokenizer, row["instruction"], row["response"], 128) for row in ROWS]
-    logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
-    assert logged[0] == pytest.approx(mean_loss(model, examples), rel=1e-4)
-    assert mean_loss(part, examples) < 0.9 * logged[0]
+    losses = logged(part, "loss")
+    assert losses[0] == pytest.approx(mean_loss(model, examples), rel=1e-4)
+    assert mean_loss(part, examples) < 0.9 * losses[0]
 
 
 def test_dpo_loss_equals_unpadded_loss(model: Path, tmp_path: Path) -> None:
@@ -86,5 +85,5 @@ def test_dpo_loss_equals_unpadded_loss(model: Path, tmp_path: Path) -> None:
         for name, outer in (("chosen", 1.0), ("rejected", -1.0))
     ]
     margin = torch.tensor([sum(margins[:2]), sum(margins[2:])])
-    logged = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
-    assert logged == pytest.approx([0.6931472, float(-logsigmoid(0.5 * margin).mean())], rel=1e-3)
+    losses = logged(part, "loss")
+    assert losses == pytest.approx([0.6931472, float(-logsigmoid(0.5 * margin).mean())], rel=1e-3)

@@ -14,7 +14,7 @@ from montessori_core.tracking.runs import ITERATIONS, TrackedRun, new_problems, 
 from support import ROOT, killed_jobs
 from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
-from support.row_programs import run_in_job
+from support.row_programs import logged, run_in_job
 from support.runs import call, configuration
 from support.tracked import INSTALLED, READABLE, offline, points, trackio_folder, values_of
 
@@ -96,7 +96,7 @@ def test_unreachable_server_ends_no_training(tiny_llama: Path, offline: Path, mo
     file = prepare_tracking(run, "mine", READABLE)
     part = train(stage, programs.DPO, settings, tiny_llama, PAIRS, file)
     assert list(new_problems(file)) == ["mlflow"]
-    losses = [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())]
+    losses = logged(part, "loss")
     for tracker in READABLE:
         if tracker != "mlflow":
             assert values_of(points(tracker, tracked(file)), "loss") == pytest.approx(losses), tracker

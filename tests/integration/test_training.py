@@ -35,7 +35,7 @@ from montessori_core.training.schedule import rate_factor
 from support import ROOT, killed_jobs
 from support.killed_jobs import kill_jobs_once
 from support.preference_pairs import PAIRS
-from support.row_programs import run_in_job
+from support.row_programs import logged, run_in_job
 from tasks.run import Model
 from tasks.teachers import kept_teachers
 
@@ -262,7 +262,7 @@ def test_last_step_counts_each_example_once(tiny_llama: Path, tmp_path: Path, co
     weights, moments, losses = plain_torch(tiny_llama, rows=ROWS[:count])
     part = sft(tmp_path / "stage", tiny_llama, 2, processes, ROWS[:count])
     kept = load_moments(part)
-    assert [entry["loss"] for entry in json.loads((part / LOG_FILE).read_text())] == pytest.approx(losses, rel=1e-4)
+    assert logged(part, "loss") == pytest.approx(losses, rel=1e-4)
     for name in weights:
         torch.testing.assert_close(kept.first[name], moments.first[name], rtol=1e-3, atol=1e-7)
 
@@ -326,7 +326,7 @@ def test_bf16_dpo_updates_fp32_weights(tiny_llama: Path, tmp_path: Path) -> None
     trained, start = load_file(part / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
     moved = max(float((trained[name] - weight).abs().max()) for name, weight in start.items())
     rounded = max(float((weight - weight.bfloat16()).abs().max()) for weight in start.values())
-    steps = len(json.loads((part / LOG_FILE).read_text()))
+    steps = len(logged(part, "loss"))
     assert 0 < moved <= 3.2e-6 * steps < rounded / 2
 
 
@@ -431,7 +431,7 @@ def test_training_killed_before_commit_repeats_last_step(tiny_llama: Path, tmp_p
     assert "resuming from checkpoint-19" in logs
     for name in ("model.safetensors", "adamw.safetensors"):
         assert (part / name).read_bytes() == (undisturbed / name).read_bytes()
-    assert [entry["step"] for entry in read_json(part / LOG_FILE)] == list(range(1, 21))
+    assert logged(part, "step") == list(range(1, 21))
     assert not (tmp_path / "killed" / "checkpoints").exists()
 
 

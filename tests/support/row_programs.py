@@ -10,6 +10,8 @@ from cluster.shards import Shards
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources
 from montessori_core.data.rows import Rows
+from montessori_core.files import read_json
+from montessori_core.layout import LOG_FILE
 from montessori_core.program import Compute, Program, Report, Row, RowProgram, SettingsT
 
 
@@ -44,6 +46,11 @@ def run_in_job(
     resources = Resources(processes_per_node=processes, cpus_per_process=cpus)
     (part,) = fan_out(stage, as_shards(rows), resources, Cluster())
     return part
+
+
+def logged(part: Path, name: str) -> list[float]:
+    """Return what a training logged under a name, at each step."""
+    return [entry[name] for entry in read_json(part / LOG_FILE)]
 
 
 class Interrupted(Exception):
