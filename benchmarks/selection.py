@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, write_table
-from montessori_core.export.sets import schema_of_set
+from montessori_core.export.sets import SCHEMAS
 from montessori_core.influence.table import NOTES, schema_with_metadata
 
 INSTRUCTION, RESPONSE = 200, 500  # bytes
@@ -86,7 +86,7 @@ def write_pools(folder: Path, rows: int) -> None:
 
     with (
         (folder / "examples.jsonl").open("w") as examples,
-        pq.ParquetWriter(folder / "exported.parquet", schema_of_set("scored")) as exported,
+        pq.ParquetWriter(folder / "exported.parquet", SCHEMAS["scored"]) as exported,
     ):
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -124,7 +124,7 @@ def measurements(draw: np.random.Generator, start: int, count: int) -> dict[str,
 def export(measured: dict[str, list[object]], texts: list[tuple[str, str]]) -> pa.Table:
     """Return the rows of an exported set."""
     count = len(texts)
-    columns = {field.name: measured.get(field.name, [None] * count) for field in schema_of_set("scored")}
+    columns = {field.name: measured.get(field.name, [None] * count) for field in SCHEMAS["scored"]}
     columns |= {
         "id": measured["example_id"],
         "instruction": [instruction for instruction, _ in texts],
@@ -135,7 +135,7 @@ def export(measured: dict[str, list[object]], texts: list[tuple[str, str]]) -> p
         "teacher": ["teacher"] * count,
         "iteration": [1] * count,
     }
-    return pa.Table.from_pydict(columns, schema=schema_of_set("scored"))
+    return pa.Table.from_pydict(columns, schema=SCHEMAS["scored"])
 
 
 def draw_texts(text: str, place: int) -> tuple[str, str]:

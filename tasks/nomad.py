@@ -37,7 +37,7 @@ def check_steps(run: Run) -> None:
         UserError: a set has too few batches, or conversations of several rounds.
     """
     nomad = run.experiment.nomad
-    check_single_turns(run.sources().reference, "nomad", "reference")
+    check_single_turns(run.sources().reference, "nomad")
     recipes: dict[str, tuple[Optimization, int, str]] = {
         "nomad": (nomad, min(len(run.sources().reference), nomad.teacher_examples), "a larger reference set")
     }

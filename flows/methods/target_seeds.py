@@ -19,7 +19,7 @@ def _check(run: Run) -> None:
     Raises:
         UserError: it has not.
     """
-    check_single_turns(run.sources().reference, "target_seeds", "reference")
+    check_single_turns(run.sources().reference, "target_seeds")
     check_demonstrations("target_seeds: reference", run.sources().reference, run.experiment.synthesis)
 
 

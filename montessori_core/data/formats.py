@@ -81,7 +81,7 @@ def turns_of(
     """
     if format == "alpaca":
         return _alpaca_turns(row, source, where, with_response)
-    before = _optional_turn(row, "system", where)
+    before = _system_turn(row)
     if format == "prompt_completion":
         # As in TRL, only the completion carries loss.
         turns = [replace(turn, trained=False) for turn in _text_or_turns(row, "prompt", "user", where)]
@@ -107,7 +107,7 @@ def _alpaca_turns(row: Mapping[str, Any], source: DataSource, where: str, with_r
         turns.append(Turn("assistant", _text(_field(row, names[2], where, options), names[2], where), names[2]))
     if names != _DEFAULT_FIELDS:
         return turns  # columns of another name have another meaning
-    return _optional_turn(row, "system", where) + _history(row, where) + turns
+    return _system_turn(row) + _history(row, where) + turns
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
@@ -124,10 +124,10 @@ def _history(row: Mapping[str, Any], where: str) -> list[Turn]:
     return [Turn(role, _text(text, name, where), name) for (role, name), text in zip(names, texts, strict=True)]
 
 
-def _optional_turn(row: Mapping[str, Any], role: Role, where: str) -> list[Turn]:
-    """Return the turn in a column that a row may have."""
-    text = row.get(role)
-    return [Turn(role, text, role)] if isinstance(text, str) and text.strip() else []
+def _system_turn(row: Mapping[str, Any]) -> list[Turn]:
+    """Return the turn in the column `system`, which a row may have."""
+    text = row.get("system")
+    return [Turn("system", text, "system")] if isinstance(text, str) and text.strip() else []
 
 
 def _text_or_turns(row: Mapping[str, Any], name: str, role: Role, where: str) -> list[Turn]:

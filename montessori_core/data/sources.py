@@ -224,18 +224,18 @@ class TaskReader(Iterable[Task]):
         return Seed(task_id, *texts, *about) if any(about) else Task(task_id, *texts)
 
 
-def check_single_turns(tasks: Iterable[Task], use: str, field: str) -> None:
-    """Check that no task is a conversation, for a `use` of single instructions; `field` names the set.
+def check_single_turns(reference: Iterable[Task], use: str) -> None:
+    """Check that no task of the reference set is a conversation, for a `use` of single instructions.
 
     Raises:
         DataError: a task has earlier turns.
     """
-    conversation = next((task for task in tasks if task.before), None)
+    conversation = next((task for task in reference if task.before), None)
     if conversation is not None:
         raise DataError(
-            f"{field}: {use} takes single instructions, but example {conversation.example_id} is a conversation with "
-            f"{len(conversation.before)} earlier turns; set {field}.turns to first or last, and {field}.system_turn to "
-            "prepend or drop"
+            f"reference: {use} takes single instructions, but example {conversation.example_id} is a conversation with "
+            f"{len(conversation.before)} earlier turns; set reference.turns to first or last, and "
+            "reference.system_turn to prepend or drop"
         )
 
 

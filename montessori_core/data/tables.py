@@ -350,21 +350,12 @@ def read_table(path: Path | Sequence[Path], schema: pa.Schema, columns: Sequence
     """
     if not isinstance(path, Path):
         return pa.concat_tables([read_table(part, schema, columns) for part in path]).combine_chunks()
-    return check(read_parquet(path, "; delete it and resume the run", columns), schema, str(path), columns)
-
-
-def read_parquet(path: Path, remedy: str = "", columns: Sequence[str] | None = None) -> pa.Table:
-    """Read any table, or some columns of it.
-
-    Raises:
-        DataError: the file is missing or damaged; the message ends with `remedy`.
-    """
-    with open_parquet(path, remedy) as file:
+    with open_parquet(path, "; delete it and resume the run") as file:
         table, rows = file.read(columns), file.metadata.num_rows
         table.validate(full=True)  # UTF-8 and list offsets
         if table.num_rows != rows:  # no checksum covers the number of rows
             raise ValueError(f"{table.num_rows} rows where {rows} were written")
-    return table
+    return check(table, schema, str(path), columns)
 
 
 @contextmanager

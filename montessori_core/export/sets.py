@@ -58,7 +58,7 @@ _MEASURED = _kept(
     *("influence_null_step", "standard_error", "status", "tokens", "response_tokens", "truncated", "example_loss"),
     *("gradient_norm", "estimator"),
 )
-_SCHEMAS: dict[SetName, pa.Schema] = {
+SCHEMAS: dict[SetName, pa.Schema] = {
     "training": pa.schema([*_EXAMPLE, *_ORIGIN]),
     "scored": pa.schema([*_EXAMPLE, *_MEASURED, *_ORIGIN]),
     "preferences": pa.schema(
@@ -105,7 +105,7 @@ class RunSet:
     @property
     def schema(self) -> pa.Schema:
         """Its columns, with descriptions."""
-        return _SCHEMAS[self.name]
+        return SCHEMAS[self.name]
 
     @property
     def title(self) -> str:
@@ -145,11 +145,6 @@ class RunSet:
             for name, value in origin.items():
                 table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
             yield table.select(self.schema.names).cast(self.schema)
-
-
-def schema_of_set(name: SetName) -> pa.Schema:
-    """Return the columns of a data set, with descriptions."""
-    return _SCHEMAS[name]
 
 
 def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:

@@ -20,6 +20,7 @@ import numpy as np
 from montessori_core.data.formats import CONVERSATIONS
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.errors import DataError
+from montessori_core.export.sets import INSTRUCTION
 from montessori_core.program import Row
 from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import Pool
@@ -40,7 +41,6 @@ class Choice:
         per: column whose values take turns; None: no turns.
         max_rouge_l: limit of ROUGE-L F between the texts of chosen rows; None: any.
         token_column: tokens of a row, for a budget and for equal lengths.
-        text_column: text that is compared; of a conversation, the turns before its last answer are.
     """
 
     by: str
@@ -49,7 +49,6 @@ class Choice:
     per: str | None = None
     max_rouge_l: float | None = None
     token_column: str = "response_tokens"
-    text_column: str = "instruction"
 
     @property
     def limit(self) -> int:
@@ -159,16 +158,16 @@ def _accept(pool: Pool, choice: Choice, ranked: list[list[Scored]]) -> Callable[
     if choice.max_rouge_l is None:
         return lambda row: True
     candidates = {row.position for rows in ranked for row in rows}
-    column = _text_column(pool, choice)
+    column = _text_column(pool)
     texts = {position: _text(row[column]) for position, row in pool.take(candidates, [column])}
     index = RougeIndex([], max_rouge_l=choice.max_rouge_l)
     return lambda row: index.add_all([texts[row.position]])[0]
 
 
-def _text_column(pool: Pool, choice: Choice) -> str:
-    """Return the column of a choice's text; if the pool does not have it, that of conversations."""
+def _text_column(pool: Pool) -> str:
+    """Return the column whose texts are compared: instructions, or conversations."""
     names = pool.schema.names if pool.schema is not None else next(pool.rows(), {})
-    return next((name for name in (choice.text_column, *CONVERSATIONS) if name in names), choice.text_column)
+    return next((name for name in (INSTRUCTION, *CONVERSATIONS) if name in names), INSTRUCTION)
 
 
 def _text(value: object) -> str:

@@ -19,7 +19,7 @@ from montessori_core.data.sources import Task, TaskReader
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, check, name_of_table, open_parquet, take_rows
 from montessori_core.errors import DataError
 from montessori_core.export.formats import CONVERSATION_FORMATS
-from montessori_core.export.sets import INSTRUCTION, OUTPUT, RunSet, open_set, schema_of_set
+from montessori_core.export.sets import INSTRUCTION, OUTPUT, SCHEMAS, RunSet, open_set
 from montessori_core.program import Row
 
 _DATA_FILES = ("data/train.parquet", "data/train.jsonl")  # of an exported folder
@@ -129,7 +129,7 @@ class InfluencePool(Pool):
         self._form = CONVERSATION_FORMATS[form] if form else None
         self._texts = {self._form.field.name} if self._form else {INSTRUCTION, OUTPUT}
         left_out = {"source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
-        fields = [field for field in schema_of_set("scored") if field.name not in left_out]
+        fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
         self.schema = pa.schema([*fields[:1], self._form.field, *fields[1:]] if self._form else fields)
         with open_parquet(path) as file:
             check(file.schema_arrow.empty_table(), INFLUENCE, self.name)
@@ -188,30 +188,27 @@ _STORED = {"id": "example_id", "influence": "influence_student"}
 """Columns of an influence table that have another name in a pool."""
 
 
-def open_pool(
-    path: Path, examples: DataSource | None = None, iteration: int | None = None, form: str | None = None
-) -> Pool:
+def open_pool(path: Path, examples: DataSource | None = None, form: str | None = None) -> Pool:
     """Open a pool.
 
     Args:
-        path: a .parquet or .jsonl file, an exported folder, or the folder of a run.
+        path: a .parquet or .jsonl file, an exported folder, or the folder of a run: its last iteration with scored examples.
         examples: texts of an influence table's examples.
-        iteration: of a run; None: the last that has scored examples.
         form: how the texts of `examples` are written, a name of CONVERSATION_FORMATS; None: see `InfluencePool`.
 
     Raises:
         DataError: it is none of these, an influence table without its examples, or has no texts in another format.
     """
     path = Path(os.path.expanduser(path))
-    pool = _open_pool(path, examples, iteration, form)
+    pool = _open_pool(path, examples, form)
     if form is not None and not isinstance(pool, InfluencePool):
         raise DataError(f"{path}: only the texts of an influence table can be written as {form}; leave out --to")
     return pool
 
 
-def _open_pool(path: Path, examples: DataSource | None, iteration: int | None, form: str | None) -> Pool:
+def _open_pool(path: Path, examples: DataSource | None, form: str | None) -> Pool:
     if (path / layout.CONFIG).is_file():
-        return RunPool(open_set(path.resolve(), "scored", iteration))
+        return RunPool(open_set(path.resolve(), "scored"))
     path = data_file(path)
     if path.suffix == ".jsonl":
         return JsonlPool(path)

@@ -134,7 +134,7 @@ def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
             if row["rejection"] is not None:
                 text = row["instruction"] or row["raw_output"]
                 by_reason.setdefault(row["rejection"], []).append({"set": part.label, "text": text})
-    numbers = _rows_each([len(rows) for rows in by_reason.values()], REJECTIONS_SHOWN)
+    numbers = _rows_each([len(rows) for rows in by_reason.values()])
     return {
         "total": sum(map(len, by_reason.values())),
         "shown": sum(numbers),
@@ -145,12 +145,12 @@ def rejections_of(sets: Sequence[SynthesisData]) -> dict[str, Any]:
     }
 
 
-def _rows_each(available: Sequence[int], total: int) -> list[int]:
-    """Return the number of rows to show of each group, as even as possible, `total` together."""
+def _rows_each(available: Sequence[int]) -> list[int]:
+    """Return the number of rows to show of each group, as even as possible, `REJECTIONS_SHOWN` together."""
     taken = [0] * len(available)
     for turn in range(max(available, default=0)):
         for group, number in enumerate(available):
-            if number > turn and sum(taken) < total:
+            if number > turn and sum(taken) < REJECTIONS_SHOWN:
                 taken[group] += 1
     return taken
 

@@ -193,7 +193,7 @@ def test_seed_pool_takes_single_instructions(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"reference: nomad takes single instructions, but example c1 is a conversation"
     ):
-        check_single_turns([Task("s", "Hi"), Task("c1", *PAIRS[1], BOTH)], "nomad", "reference")
+        check_single_turns([Task("s", "Hi"), Task("c1", *PAIRS[1], BOTH)], "nomad")
 
 
 GOOD = {"messages": turns(PAIRS[0])}
