@@ -42,7 +42,7 @@ def unmodified_teacher(run: Run, probed: ProbingSet) -> StudentEvaluation:
     """
     step = Step(run, run.folder / layout.UNMODIFIED, "unmodified teacher")
     training = write_training_set(step, run.initial_teacher())
-    student = train_on_set(step.at("student", "student training"), training.examples)
+    student = train_on_set(step, training.examples)
     measure_training_set(step, probed.student, training.examples)
     return evaluate(step.at("evaluation"), student)
 
@@ -69,7 +69,7 @@ def iteration(run: Run, number: int, previous: Iteration | None, approve: bool, 
         approve,
     )
     examples = tailored.training.examples
-    trained = train_on_set(step.at("student", "student training"), examples, save_moments=continued)
+    trained = train_on_set(step, examples, save_moments=continued)
     training_influence = measure_training_set(step, tailored.probed.student, examples)
     evaluated = {"student": evaluate(step.at("evaluation"), trained)}
     if previous is not None:

@@ -26,7 +26,7 @@ from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
-from tasks.run import Model, Run, open_run, take_lock
+from tasks.run import Run, open_run, take_lock
 from tasks.stage import Step
 from tasks.students import train_on_set, train_student
 from tasks.tracking import start_tracking, track_method
@@ -230,12 +230,7 @@ def _compare_with_baseline(baseline: str, run: Run, evaluated: dict[str, Student
 def transfer(run: Run, method: Method, proposal: Proposal) -> StudentEvaluation:
     """Train another student on the data that a method proposed, and evaluate it (Section 5.4)."""
     step = Step(run, run.folder / method.name, f"{method.name}, to {run.folder.name}")
-    return evaluate(step.at("evaluation"), _train(step, proposal))
-
-
-def _train(step: Step, proposal: Proposal, save_moments: bool = False) -> Model:
-    """Train the run's student from its initial weights on the proposed examples, as many as in every method."""
-    return train_on_set(step.at("student", "student training"), proposal.examples, save_moments)
+    return evaluate(step.at("evaluation"), train_on_set(step, proposal.examples))
 
 
 def train_on_equal_tokens(run: Run, ended: dict[str, Feedback]) -> tuple[int, dict[str, Path]]:
@@ -284,7 +279,7 @@ def run_method(run: Run, method: Method) -> Feedback:
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
         if last and not method.trains_student and proposed < required:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {required}")
-        student = proposal.student or _train(step, proposal, save_moments=not last)
+        student = proposal.student or train_on_set(step, proposal.examples, save_moments=not last)
         feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student), feedback)
     assert feedback is not None
     return feedback

@@ -35,7 +35,7 @@ def evaluate_checkpoints(
         folder = run.iteration(number) / "checkpoints" / f"step-{update}"
         step = Step(run, folder, f"iteration {number}, step {update}")
         synthesized = write_training_set(step, teacher, number, synthetic_pool)
-        trained = train_on_set(step.at("student", "student training"), synthesized.examples)
+        trained = train_on_set(step, synthesized.examples)
         evaluations[update] = evaluate(step.at("evaluation"), trained)
     evaluations[max(margins)] = student
     return [

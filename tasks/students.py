@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def train_on_set(step: Step, examples: Path, save_moments: bool = False) -> Model:
-    """Train the experiment's student on a training set, by the recipe `training` and within its sizes."""
+    """Train the experiment's student in a part of a step, by the recipe `training` and within its sizes."""
     recipe = step.experiment.training
-    return train_student(step, examples, recipe, recipe.examples, save_moments)
+    return train_student(step.at("student", "student training"), examples, recipe, recipe.examples, save_moments)
 
 
 def train_student(step: Step, examples: Path, recipe: Optimization, count: int, save_moments: bool = False) -> Model:
