@@ -67,21 +67,11 @@ def prefect_api(port: int, log: Path, console: Console) -> Iterator[str]:
 
 
 def _start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-P", "-m", "flows.prefect_server", "server", "start"]
     with log.open("w") as output:
         # In a new session Ctrl-C does not reach the server: it must outlive the flow runs.
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "flows.prefect_server",
-                "server",
-                "start",
-                "--host",
-                _LOOPBACK,
-                "--port",
-                str(port),
-            ],
+            [*command, "--host", _LOOPBACK, "--port", str(port)],
             env=server_environment(port),
             stdin=subprocess.DEVNULL,
             stdout=output,

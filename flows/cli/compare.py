@@ -1,4 +1,4 @@
-"""The commands of studies: compare, methods."""
+"""The command compare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
-from flows.cli.filters import print_descriptions
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
@@ -40,10 +39,3 @@ def compare(
         return
     interruptible(lambda: compare_opened(settings, folder, seeded), command_to_resume(folder))
     print_comparison(folder)
-
-
-def methods() -> None:
-    """List the methods that a study can compare."""
-    from flows.methods import REGISTRY
-
-    print_descriptions({name: method.description for name, method in REGISTRY.items()})

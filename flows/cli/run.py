@@ -80,22 +80,19 @@ def retry(
 
 def drive_run(opened: Run, as_job: bool = False) -> None:
     """Run or resume an experiment, in this process or by a Slurm job; print its results, or how to find the job."""
+    name, folder = opened.experiment.name, opened.folder
+    if as_job and opened.finished:
+        console.print(f"{name} is finished; to check its results: montessori resume {folder}")
+        return
     if as_job:
-        _submit(opened)
+        submit_command(folder, ["resume", str(folder)], opened.experiment.cluster.slurm)
         return
     from flows.experiment import experiment
 
     if opened.finished:
-        console.print(f"{opened.experiment.name} is finished; checking its results.")
-    interruptible(lambda: experiment(opened), command_to_resume(opened.folder))
+        console.print(f"{name} is finished; checking its results.")
+    interruptible(lambda: experiment(opened), command_to_resume(folder))
     print_summary(opened)
-
-
-def _submit(opened: Run) -> None:
-    if opened.finished:
-        console.print(f"{opened.experiment.name} is finished; to check its results: montessori resume {opened.folder}")
-        return
-    submit_command(opened.folder, ["resume", str(opened.folder)], opened.experiment.cluster.slurm)
 
 
 def refuse_other_work(folder: Path) -> None:
