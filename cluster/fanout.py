@@ -16,7 +16,7 @@ from cluster.backends import open_backend
 from cluster.backends.base import SchedulerUnavailable, Task, log_file
 from cluster.driver_job import DriverStopped
 from cluster.file_systems import LateResults, patiently
-from cluster.ledger import Ledger, Submission, close_submission
+from cluster.ledger import Ledger, Submission, close_submission, close_submissions
 from cluster.lock import driven_folder
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
@@ -116,9 +116,7 @@ def fan_out(
     except (DriverStopped, Exception):
         raise
     except BaseException:  # an interruption, which ends the stage's jobs at any time
-        ledger = Ledger(stage.folder / "jobs")
-        for submission in ledger.open_submissions():
-            close_submission(submission, cluster, ledger)
+        close_submissions(Ledger(stage.folder / "jobs"), cluster)
         raise
     driver.run()
     return [stage.part(index) for index in range(len(shards))]
@@ -176,9 +174,9 @@ class _Driver:
         except DriverStopped:
             raise  # its jobs continue; the next driver waits for them
         except BaseException:
-            self._close_submissions()
+            close_submissions(self._ledger, self._cluster)
             raise
-        self._close_submissions()
+        close_submissions(self._ledger, self._cluster)
         if self._failed:
             raise ShardsFailed(self._stage, [self._failed[i] for i in sorted(self._failed)], len(self._shards))
         self._stage.remove_intermediate_files()
@@ -192,10 +190,6 @@ class _Driver:
         self._submit_missing(busy)
         self._duplicate_stragglers(busy)
         return False
-
-    def _close_submissions(self) -> None:
-        for submission in self._ledger.open_submissions():
-            close_submission(submission, self._cluster, self._ledger)
 
     def _report(self) -> None:
         stage, shards = self._stage, self._shards

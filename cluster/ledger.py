@@ -86,6 +86,14 @@ class Ledger:
         return [submission for submission in self.submissions if not submission.closed]
 
 
+def close_submissions(ledger: Ledger, cluster: Cluster) -> int:
+    """End the jobs of all open submissions; return the number of submissions."""
+    submissions = ledger.open_submissions()
+    for submission in submissions:
+        close_submission(submission, cluster, ledger)
+    return len(submissions)
+
+
 def close_submission(submission: Submission, cluster: Cluster, ledger: Ledger) -> None:
     """End the jobs of a submission, even if their ids were never recorded."""
     backend = backend_at(submission.host, submission.steps, cluster)

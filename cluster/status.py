@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cluster.backends import backend_at
 from cluster.backends.base import log_file
-from cluster.ledger import Ledger, close_submission
+from cluster.ledger import Ledger, close_submissions
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
 from cluster.stage import Stage, describe
@@ -148,11 +148,7 @@ def invalidate_shard(folder: Path, shard: int) -> None:
 
 def cancel_jobs(folder: Path, cluster: Cluster) -> int:
     """Cancel the jobs of a stage without a driver; return the number of submissions."""
-    ledger = Ledger(folder / "jobs")
-    submissions = ledger.open_submissions()
-    for submission in submissions:
-        close_submission(submission, cluster, ledger)
-    return len(submissions)
+    return close_submissions(Ledger(folder / "jobs"), cluster)
 
 
 def _check_shard(folder: Path, shard: int) -> None:
