@@ -123,18 +123,7 @@ def read_training_rows(source: DataSource, bad_rows: list[BadRow]) -> Rows:
                 return Rows.of_file(path, EXAMPLES, TrainingRow, last=source.limit)
     unfinished = unfinished_ids(path)
     tasks = read_tasks(source, "data", True, bad_rows)
-    return Rows.of(
-        [
-            TrainingRow(
-                instruction=task.instruction,
-                response=task.response,
-                response_finished=task.example_id not in unfinished,
-                before=list(task.before),
-            )
-            for task in tasks
-        ],
-        TrainingRow,
-    )
+    return Rows.of([task.to_training_row(task.example_id not in unfinished) for task in tasks], TrainingRow)
 
 
 def _check_output(output: Path, stage: Stage, shards: Shards) -> None:

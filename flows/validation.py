@@ -170,17 +170,9 @@ def _warm_up(validation: Validation, warmup: list[Task], inputs: Inputs, folder:
         seed=validation.seed,
         save_moments=True,
     )
-    rows: list[TrainingRow] = [
-        {
-            "instruction": task.instruction,
-            "response": task.response,
-            "response_finished": True,
-            "before": list(task.before),
-        }
-        for task in warmup
-    ]
-    training_rows, student = Rows.of(rows, TrainingRow), replace(inputs, files={})
-    (part,) = compute_parts(folder, programs.SFT, settings, training_rows, student, validation.measurement.cluster)
+    rows = Rows.of([task.to_training_row() for task in warmup], TrainingRow)
+    student, cluster = replace(inputs, files={}), validation.measurement.cluster
+    (part,) = compute_parts(folder, programs.SFT, settings, rows, student, cluster)
     return {"student": Model.of(part), "moments": Model(str(part), moments_fingerprint(part))}
 
 

@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from montessori_core import layout, programs
 from montessori_core.config import Optimization, RougeFilter
-from montessori_core.data.rows import GenerationRow, Rows, TaskRow, TrainingRow
+from montessori_core.data.rows import GenerationRow, Rows, TaskRow
 from montessori_core.data.sources import check_single_turns
 from montessori_core.data.tables import EXAMPLES, INSTRUCTIONS, SIMILARITY, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
@@ -58,10 +58,7 @@ def train_nomad_teacher(step: Step) -> Model:
     nomad = experiment.nomad
     real = list(step.run.sources().reference)
     random.Random(seed_of(experiment.seed, _DRAW, "teacher")).shuffle(real)
-    rows: list[TrainingRow] = [
-        {"instruction": task.instruction, "response": task.response, "response_finished": True}
-        for task in real[: nomad.teacher_examples]
-    ]
+    rows = [task.to_training_row() for task in real[: nomad.teacher_examples]]
     settings = programs.Sft(
         max_length=experiment.student.max_length,
         lora=None,

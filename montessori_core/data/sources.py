@@ -18,7 +18,7 @@ from montessori_core.data.hub import hub_rows
 from montessori_core.data.jsonl import jsonl_rows
 from montessori_core.data.readers import shard_rows
 from montessori_core.data.rouge import RougeIndex
-from montessori_core.data.rows import EarlierTurn
+from montessori_core.data.rows import EarlierTurn, TrainingRow
 from montessori_core.data.shards import expected, find_local, find_remote, is_url
 from montessori_core.data.turns import read_turns
 from montessori_core.errors import DataError
@@ -42,6 +42,15 @@ class Task:
     def of(row: Mapping[str, Any]) -> "Task":
         """Return the task of a row of a program or a file; other fields are ignored."""
         return Task(row["example_id"], row["instruction"], row["response"], tuple(row.get("before") or ()))
+
+    def to_training_row(self, finished: bool = True) -> TrainingRow:
+        """Return the task as a training example; `finished` is false if its response was cut."""
+        return {
+            "instruction": self.instruction,
+            "response": self.response,
+            "response_finished": finished,
+            "before": list(self.before),
+        }
 
     @property
     def request(self) -> str:
