@@ -20,9 +20,10 @@ from montessori_core.data.sources import read_tasks
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer
 from montessori_core.processor import generation_dtype
-from montessori_core.synthesis.generation import Request, continuations
+from montessori_core.synthesis.generation import Generated, Request
 from montessori_core.synthesis.prompts import CLOSE
-from montessori_core.synthesis.strategies.opened import build_prompts
+from montessori_core.synthesis.strategies.opened import OpenStrategy
+from montessori_core.synthesis.strategies.strategy import Material
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 
 SAMPLES, ROWS = 4, 32
@@ -63,7 +64,10 @@ def open_engine(model: str) -> Callable[[list[str]], list[str]]:
 
     def generate(prompts: list[str]) -> list[str]:
         requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts * SAMPLES)]
-        return [generated.text for generated in continuations(engine.generate(requests, SAMPLING, CLOSE))]
+        finished: dict[int, Generated] = {}
+        for step in engine.generate(requests, SAMPLING, CLOSE):
+            finished |= step.finished
+        return [finished[index].text for index in range(len(requests))]
 
     return generate
 
@@ -77,7 +81,8 @@ def main() -> None:
     model = str(fetch_embedded())
     tokenizer = load_tokenizer(model)
     pool = read_tasks(DataSource(path="builtin"), "seed_pool", with_response=False)
-    prompts = [prompt.text for prompt in build_prompts(arguments.prompts, "completion", SHOWN, pool, [], seed=0)]
+    strategy = OpenStrategy(Material("completion", SHOWN, pool, []))
+    prompts = [prompt.text for prompt in strategy.prompts(arguments.prompts, seed=0)]
     prompt_tokens = sum(map(len, tokenizer(prompts)["input_ids"]))
     print(f"{describe_machine()}\n{len(prompts)} prompts of {prompt_tokens} tokens, {SAMPLES} continuations each\n")  # noqa: T201
     print(  # noqa: T201

@@ -1,3 +1,1 @@
 """The Montessori-Instruct method in Python and torch, independent of Prefect and of any scheduler."""
-
-__version__ = "0.1.0"

@@ -105,14 +105,6 @@ class Progress:
         return self._done
 
 
-def continuations(steps: Iterable[Step]) -> list[Generated]:
-    """Run all steps of an engine; return [requests] continuations."""
-    finished: dict[int, Generated] = {}
-    for step in steps:
-        finished |= step.finished
-    return [finished[index] for index in range(len(finished))]
-
-
 def open_engine(
     engine: str, model: str, tokenizer: Any, gpus: Vllm = _DEFAULT, options: Mapping[str, Any] = _NO_OPTIONS
 ) -> Engine:

@@ -1,5 +1,6 @@
-"""Generation that the engine is compared with."""
+"""Build prompts, run a generation engine, and generation that it is compared with."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -7,10 +8,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from montessori_core.config import Sampling
-from montessori_core.synthesis.generation import Generated, Request
+from montessori_core.config import Sampling, Synthesis
+from montessori_core.data.sources import Task
+from montessori_core.synthesis.generation import Generated, Request, Step
+from montessori_core.synthesis.prompts import Prompt
 from montessori_core.synthesis.sampler import draw_from_nucleus
+from montessori_core.synthesis.strategies.opened import OpenStrategy
+from montessori_core.synthesis.strategies.strategy import Material
 from montessori_core.synthesis.transformers_engine import TransformersEngine
+
+
+def build_prompts(
+    count: int,
+    style: str,
+    settings: Synthesis,
+    seed_pool: Sequence[Task],
+    synthetic_pool: Sequence[Task],
+    seed: int,
+    first: int = 0,
+) -> list[Prompt]:
+    """Build prompts of a strategy that has read no documents; see `OpenStrategy.prompts`."""
+    return OpenStrategy(Material(style, settings, seed_pool, synthetic_pool)).prompts(count, seed, first)
+
+
+def continuations(steps: Iterable[Step]) -> list[Generated]:
+    """Run all steps of an engine; return [requests] continuations."""
+    finished: dict[int, Generated] = {}
+    for step in steps:
+        finished |= step.finished
+    return [finished[index] for index in range(len(finished))]
 
 
 def continue_without_cache(

@@ -21,7 +21,7 @@ from montessori_core.files import cache_root, commit
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.synthesis.nomad import ASSISTANT, USER
 from montessori_core.synthesis.prompts import CLOSE, OPEN, Prompt
-from montessori_core.synthesis.strategies.opened import build_prompts
+from support.generation import build_prompts
 
 if TYPE_CHECKING:
     from montessori_core.models.chat import Encoded

@@ -9,8 +9,9 @@ from montessori_core.influence.losses import TokenLosses, make_batch
 from montessori_core.models import flops
 from montessori_core.models.chat import encode_example
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
-from montessori_core.synthesis.generation import Request, continuations
+from montessori_core.synthesis.generation import Request
 from montessori_core.synthesis.transformers_engine import TransformersEngine
+from support.generation import continuations
 
 _ATTENTION, _MLP, _NORMS = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64  # a layer of the tiny Llama
 LAYERS = 2 * (_ATTENTION + _MLP + _NORMS) + 64

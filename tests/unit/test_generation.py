@@ -32,14 +32,13 @@ from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import ApiGeneration, Generation
 from montessori_core.synthesis import jobs, row_cache, transformers_engine
-from montessori_core.synthesis.generation import Generated, Request, continuations, open_engine
+from montessori_core.synthesis.generation import Generated, Request, open_engine
 from montessori_core.synthesis.jobs import open_api_generation, open_generation
 from montessori_core.synthesis.prompts import CLOSE
 from montessori_core.synthesis.sampler import SeededSampler, draw_from_nucleus
-from montessori_core.synthesis.strategies.opened import build_prompts
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from montessori_core.training.dpo import encode_pair
-from support.generation import continue_without_cache, run_interrupted
+from support.generation import build_prompts, continuations, continue_without_cache, run_interrupted
 from support.judges import JudgeServer, endpoint, served
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]

@@ -10,9 +10,9 @@ from montessori_core.data.sources import Task
 from montessori_core.models.load import load_tokenizer
 from montessori_core.synthesis.extraction import extract_instruction
 from montessori_core.synthesis.filtering import OpenFilters, filter_candidates
-from montessori_core.synthesis.generation import Engine, Request, continuations, open_engine
+from montessori_core.synthesis.generation import Engine, Request, open_engine
 from montessori_core.synthesis.prompts import CLOSE
-from montessori_core.synthesis.strategies.opened import build_prompts
+from support.generation import build_prompts, continuations
 
 SEEDS = [Task(f"seed-{i}", f"Task number {i} with {{braces}} and % signs") for i in range(20)]
 SYNTHETIC = [Task(f"synthetic-{i}", f"Synthetic task {i}") for i in range(5)]

@@ -14,10 +14,10 @@ from montessori_core.influence.losses import TokenLosses, make_batch
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.load import load_tokenizer, lora_config, with_lora
 from montessori_core.synthesis import row_cache, transformers_engine
-from montessori_core.synthesis.generation import Request, continuations
+from montessori_core.synthesis.generation import Request
 from montessori_core.synthesis.transformers_engine import TransformersEngine
 from montessori_core.training.moments import Moments
-from support.generation import continue_without_cache, run_interrupted
+from support.generation import continuations, continue_without_cache, run_interrupted
 from support.recurrent import CACHED, UNCACHED, recurrent_model
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from montessori_core.errors import UserError
 from montessori_core.influence.preferences import write_preferences
 from montessori_core.synthesis.filtering import SURPLUS, OpenFilters
 from montessori_core.synthesis.filters.filter import Candidate
-from montessori_core.synthesis.strategies.opened import OpenStrategy, build_prompts
+from montessori_core.synthesis.strategies.opened import OpenStrategy
 from montessori_core.synthesis.strategies.strategy import Material
+from support.generation import build_prompts
 from tasks import candidates as candidates_module
 from tasks import synthesis
 from tasks.candidates import Authors, write_instructions, write_responses

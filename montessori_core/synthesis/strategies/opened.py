@@ -100,19 +100,6 @@ class OpenStrategy:
         return self.strategy.extract(raw_output, finish_reason, self._material)
 
 
-def build_prompts(
-    count: int,
-    style: str,
-    settings: Synthesis,
-    seed_pool: Sequence[Task],
-    synthetic_pool: Sequence[Task],
-    seed: int,
-    first: int = 0,
-) -> list[Prompt]:
-    """Build prompts of a strategy that has read no documents; see `OpenStrategy.prompts`."""
-    return OpenStrategy(Material(style, settings, seed_pool, synthetic_pool)).prompts(count, seed, first)
-
-
 def find_strategy(settings: Synthesis) -> tuple[Strategy, Section]:
     """Return the strategy of `synthesis.strategy`, of the registry or by `module:NAME`, and its settings.
 

@@ -21,8 +21,8 @@ from montessori_core.judging.mt_bench import Dialogue, judgements, open_mt_bench
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Row
 from montessori_core.synthesis.prompts import CLOSE
-from montessori_core.synthesis.strategies.opened import build_prompts
 from support import ROOT, wait_until
+from support.generation import build_prompts
 from support.prefect_server import free_port
 from support.row_programs import as_compute, as_shards
 
