@@ -82,7 +82,7 @@ def compare_answers(step: Step, answers: Path, others: Path) -> alpaca_eval.WinR
     table = _join(f"{step.label}: table", step.folder.with_name(f"{step.folder.name}.parquet"), parts, PAIRWISE)
     difficulties = None
     if step.experiment.benchmarks.alpaca_eval_difficulty:
-        difficulties = list(alpaca_eval.read_difficulties(step.run.benchmark_file("alpaca_eval_difficulty")))
+        difficulties = alpaca_eval.read_difficulties(step.run.benchmark_file("alpaca_eval_difficulty"))
     return alpaca_eval.summarize(read_table(table, PAIRWISE), difficulties)
 
 

@@ -19,8 +19,8 @@ from montessori_core.config.filters import (
 from montessori_core.config.influence import Baseline, Influence, Preferences, Screening, Sequential, WeightPer
 from montessori_core.config.models import Endpoint, Lora, Student, Teacher
 from montessori_core.config.resources import Resources, StageResources
-from montessori_core.config.section import RUN_NAME, Count, FolderName, Section, differences, parse
-from montessori_core.config.slurm import Container, DriverJob, HeldJobs, JobOptions, Slurm
+from montessori_core.config.section import RUN_NAME, FolderName, Section, differences, parse
+from montessori_core.config.slurm import HeldJobs, Slurm
 from montessori_core.config.strategies import (
     EvolveStrategy,
     GroundedStrategy,
@@ -32,7 +32,7 @@ from montessori_core.config.study import Study, read_study
 from montessori_core.config.synthesis import Sampling, Synthesis
 from montessori_core.config.tailor import Tailored
 from montessori_core.config.training import Optimization, Schedule, TeacherUpdate, Training, Warmup, Zero
-from montessori_core.config.yaml import dump_yaml, parse_yaml, read_yaml, to_yaml, write_yaml
+from montessori_core.config.yaml import dump_yaml, parse_yaml, read_yaml, write_yaml
 
 __all__ = [
     "RUN_NAME",
@@ -41,11 +41,8 @@ __all__ = [
     "Cluster",
     "CodeRunsFilter",
     "Comparison",
-    "Container",
-    "Count",
     "DataFormat",
     "DataSource",
-    "DriverJob",
     "Endpoint",
     "EvolveStrategy",
     "Experiment",
@@ -54,7 +51,6 @@ __all__ = [
     "GroundedStrategy",
     "HeldJobs",
     "Influence",
-    "JobOptions",
     "JudgeFilter",
     "Lora",
     "MagpieStrategy",
@@ -93,6 +89,5 @@ __all__ = [
     "read_experiment",
     "read_study",
     "read_yaml",
-    "to_yaml",
     "write_yaml",
 ]

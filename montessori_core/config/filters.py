@@ -158,19 +158,7 @@ class OwnFilter(Section):
     settings: dict[str, Any] = Field({}, description="Its settings; the filter declares which.")
 
 
-_SHIPPED = (
-    LengthFilter,
-    TextOnlyFilter,
-    WordsFilter,
-    FirstCharacterFilter,
-    ScriptFilter,
-    RougeFilter,
-    SemanticFilter,
-    JudgeFilter,
-    CodeRunsFilter,
-)
-_NAMES = tuple(kind.model_fields["name"].default for kind in _SHIPPED)
-
+_NAMES = ("length", "text_only", "words", "first_character", "script", "rouge_l", "semantic", "judge", "code_runs")
 
 FilterSettings = Annotated[
     Annotated[LengthFilter, Tag("length")]

@@ -69,8 +69,7 @@ class OwnStrategy(Section):
     settings: dict[str, Any] = Field({}, description="Its settings; the strategy declares which.")
 
 
-_SHIPPED = (SelfInstructStrategy, EvolveStrategy, GroundedStrategy, MagpieStrategy)
-_NAMES = tuple(kind.model_fields["name"].default for kind in _SHIPPED)
+_NAMES = ("self_instruct", "evolve", "grounded", "magpie")
 
 StrategySettings = Annotated[
     Annotated[SelfInstructStrategy, Tag("self_instruct")]

@@ -120,7 +120,6 @@ class TeacherUpdate(Optimization):
         description="Train LoRA matrices; the updated teacher is an adapter, and later iterations continue it. If not set, "
         "train all weights. The learning rate should be 10 to 100 times higher than for all weights.",
     )
-
     quantization: Literal["nf4"] | None = Field(
         None,
         description="With lora: keep the frozen weights in 4 bits during the update (QLoRA), about a quarter of bf16; nf4 is "

@@ -98,12 +98,7 @@ class _Loader(yaml.SafeLoader):
 def write_yaml(section: Section, path: Path) -> None:
     """Write any part of a configuration, including all defaults."""
     with commit(path) as temporary:
-        temporary.write_text(to_yaml(section), encoding="utf-8")
-
-
-def to_yaml(section: Section) -> str:
-    """Return any part of a configuration as YAML, including all defaults."""
-    return dump_yaml(section.model_dump(mode="json"))
+        temporary.write_text(dump_yaml(section.model_dump(mode="json")), encoding="utf-8")
 
 
 def dump_yaml(content: Any) -> str:

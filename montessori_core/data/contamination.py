@@ -16,13 +16,11 @@ def overlapping(items: Sequence[str], data: Iterable[str], n: int) -> list[bool]
     Args:
         items: the evaluation set.
         data: texts, read once.
-        n: number of words in an n-gram.
+        n: number of words in an n-gram, at least one.
 
     Returns:
         [items] whether each overlaps.
     """
-    if n < 1:
-        raise ValueError(f"n = {n}: an n-gram has at least one word")
     item_ngrams: list[set[int]] = []
     by_length: defaultdict[int, set[int]] = defaultdict(set)
     for item in items:

@@ -18,7 +18,7 @@ from scipy.special import expit
 from montessori_core.data.entries import Entry, Text, read_entries
 from montessori_core.data.jsonl import open_text
 from montessori_core.data.rows import ComparisonRow
-from montessori_core.errors import DataError, UserError
+from montessori_core.errors import DataError
 from montessori_core.evaluation.statistics import mean_and_error
 from montessori_core.models.thinking import Answered
 
@@ -128,20 +128,6 @@ def read_difficulties(path: Path) -> list[float]:
     return [difficulties[index] for index in range(len(difficulties))]
 
 
-def win_rate(preferences: Sequence[float]) -> tuple[float, float]:
-    """Return the mean preference and its standard error (nan for one example), as shares of 1.
-
-    Args:
-        preferences: [examples] probability that the model's answer is preferred; 1 for a win, 0.5 for a tie.
-
-    Raises:
-        UserError: there are no preferences.
-    """
-    if not len(preferences):
-        raise UserError("no preferences: no judgement could be read; check the judge's answers, or use another judge")
-    return mean_and_error(np.asarray(preferences, dtype=float))
-
-
 def length_controlled_win_rate(
     preferences: Sequence[float],
     lengths: Sequence[int],
@@ -164,18 +150,11 @@ def length_controlled_win_rate(
     The penalty can set theta to exactly 0: a rate that does not differ from one half by more than chance may be 50 %.
 
     Args:
-        preferences: [examples] probability that the model's answer is preferred.
+        preferences: [examples] probability that the model's answer is preferred, of five or more.
         lengths: [examples] characters of the model's answers.
         other_lengths: [examples] characters of the other answers.
         difficulty: [examples] difficulty of each instruction, see `read_difficulties`.
-
-    Raises:
-        UserError: fewer than five examples.
     """
-    if len(preferences) < _FOLDS:
-        raise UserError(
-            f"{len(preferences)} preferences are too few to control for length; compare at least {_FOLDS} answers"
-        )
     targets = np.asarray(preferences, dtype=float)
     longer = np.asarray(lengths, dtype=float) - np.asarray(other_lengths, dtype=float)
     deviation = longer.std(ddof=1)
@@ -219,7 +198,7 @@ def summarize(table: pa.Table, difficulty: Sequence[float] | None = None) -> Win
     preferences = select_judged(table["preference"].to_pylist())
     lengths, other_lengths = (select_judged(table[name].to_pylist()) for name in ("characters", "other_characters"))
     difficulties = None if difficulty is None else select_judged(difficulty)
-    plain = win_rate(preferences) if len(judged) > 1 else (None, None)
+    plain = mean_and_error(np.array(preferences)) if len(judged) > 1 else (None, None)
     controlled = (
         length_controlled_win_rate(preferences, lengths, other_lengths, difficulties)
         if len(judged) >= _FOLDS

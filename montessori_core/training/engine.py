@@ -19,10 +19,7 @@ from montessori_core.models.chat import end_tokens
 from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
 from montessori_core.program import Report
-from montessori_core.training.checkpoints import (
-    last_complete_checkpoint,
-    remove_incomplete_checkpoints,
-)
+from montessori_core.training.checkpoints import last_complete_checkpoint, remove_incomplete_checkpoints
 from montessori_core.training.masters import MastersCallback, gather_masters
 from montessori_core.training.schedule import rate_factor
 

@@ -37,6 +37,7 @@ from support.row_programs import as_shards
 from support.squares import (
     CLUSTER,
     EXPECTED,
+    NUMBERS,
     PROGRAM,
     SHARDS,
     computed,
@@ -75,7 +76,7 @@ def test_finished_shards_are_not_recomputed(folder: Path) -> None:
 def test_killed_worker_costs_only_its_shard(folder: Path, python: str | None) -> None:
     (folder / "kill-31").touch()
     assert results(run(folder, python=python)) == EXPECTED
-    assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [30, 31])
+    assert sorted(computed(folder)) == sorted([*NUMBERS, 30, 31])
 
 
 def test_stage_usage_is_sum_of_jobs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_program_that_fails_to_open_fails_once(folder: Path) -> None:
 def test_memory_error_at_opening_is_retried(folder: Path) -> None:
     (folder / "no-memory").touch()
     assert results(run(folder)) == EXPECTED
-    assert sorted(computed(folder)) == sorted(row["n"] for shard in SHARDS for row in shard)
+    assert sorted(computed(folder)) == NUMBERS
 
 
 def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +375,7 @@ def test_driver_killed_at_any_point_loses_nothing(folder: Path) -> None:
 def test_hanging_shard_is_restarted_with_following_shards(folder: Path) -> None:
     (folder / "hang-21").touch()  # of two jobs, the first has shards 0, 2 and 4
     assert results(run(folder, seconds=0.1, duplicate_stragglers_after=5)) == EXPECTED
-    assert sorted(computed(folder)) == sorted([row["n"] for shard in SHARDS for row in shard] + [20, 21])
+    assert sorted(computed(folder)) == sorted([*NUMBERS, 20, 21])
     assert len(submissions(folder)) == 2
     assert jobs_alive(folder / "stage") == 0
 
@@ -406,7 +407,7 @@ def test_copy_of_slow_shard_waits_for_gpu(folder: Path, monkeypatch: pytest.Monk
     (folder / "squares_program.py").write_text(PROGRAM.replace("time.sleep(600)", "time.sleep(3)"))
     (folder / "hang-51").touch()
     assert results(run(folder, seconds=0.05, gpus_per_node=1, duplicate_stragglers_after=3)) == EXPECTED
-    assert computed(folder) == [row["n"] for shard in SHARDS for row in shard]
+    assert computed(folder) == NUMBERS
 
 
 def test_file_replaced_during_nfs_read_is_reread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

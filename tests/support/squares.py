@@ -21,6 +21,7 @@ from support.row_programs import as_shards
 
 CLUSTER = Cluster(poll_seconds=0.05)
 SHARDS: list[list[Row]] = [[{"n": 10 * shard + row} for row in range(3)] for shard in range(6)]
+NUMBERS = [row["n"] for shard in SHARDS for row in shard]
 PROGRAM = """
 import json, os, signal, time
 from pathlib import Path
@@ -113,7 +114,7 @@ def computed(folder: Path) -> list[int]:
     return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
-EXPECTED = [row["n"] ** 2 for shard in SHARDS for row in shard]
+EXPECTED = [number**2 for number in NUMBERS]
 
 
 DRIVER = """

@@ -1,7 +1,6 @@
 """Win rates, on simulated data and on published annotations."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from scipy.special import expit
 
 from montessori_core.data.tables import PAIRWISE, table_from_rows
-from montessori_core.errors import DataError, UserError
+from montessori_core.errors import DataError
 from montessori_core.evaluation.alpaca_eval import (
     WinRates,
     comparisons,
@@ -18,9 +17,9 @@ from montessori_core.evaluation.alpaca_eval import (
     read_difficulties,
     read_outputs,
     summarize,
-    win_rate,
 )
 from montessori_core.evaluation.scores import win_rate_scores
+from montessori_core.evaluation.statistics import mean_and_error
 
 SHARED = Path(os.environ.get("MONTESSORI_SHARED_DATA", "no folder named"))
 PUBLIC = SHARED / "alpaca_eval_annotations_FuseChat-Llama-3.2-1B-Instruct.jsonl"
@@ -31,7 +30,7 @@ def test_published_annotations_give_published_rates() -> None:
     annotations = [json.loads(line) for line in PUBLIC.read_text().splitlines()]
     preferences = [one["preference"] - 1 for one in annotations]
     lengths, others = ([one[name] for one in annotations] for name in ("len_2", "len_1"))
-    rate, error = win_rate(preferences)
+    rate, error = mean_and_error(np.array(preferences))
     assert (round(100 * rate, 2), round(100 * error, 2)) == (29.92, 1.39)
     controlled, _ = length_controlled_win_rate(preferences, lengths, others)
     assert 100 * controlled == pytest.approx(
@@ -54,7 +53,7 @@ def preferences_for(
 @pytest.mark.parametrize("phi", [2.0, -2.0])
 def test_length_preference_gives_rate_one_half(phi: float) -> None:
     preferences, lengths, others, _ = preferences_for(0, 1000, theta=0.0, phi=phi)
-    plain, _ = win_rate(preferences)
+    plain, _ = mean_and_error(preferences)
     controlled, _ = length_controlled_win_rate(preferences, lengths, others)
     assert abs(plain - 0.5) > 0.1
     assert abs(controlled - 0.5) < 0.002
@@ -64,7 +63,7 @@ def test_strength_beyond_length_is_recovered() -> None:
     preferences, lengths, others, difficulty = preferences_for(1, 1000, theta=-1.0, phi=1.5, psi=1.0)
     controlled, _ = length_controlled_win_rate(preferences, lengths, others, difficulty)
     assert abs(controlled - expit(-1.0 + difficulty).mean()) < 0.002
-    assert abs(controlled - win_rate(preferences)[0]) > 0.05
+    assert abs(controlled - preferences.mean()) > 0.05
 
 
 @pytest.mark.parametrize("with_difficulty", [False, True])
@@ -83,7 +82,7 @@ def test_equal_lengths_give_plain_win_rate(difference: int) -> None:
     np.random.default_rng(3).shuffle(preferences)
     lengths = np.full(700, 900)
     controlled = length_controlled_win_rate(preferences, lengths + difference, lengths)
-    assert controlled == pytest.approx(win_rate(preferences), abs=0.005)
+    assert controlled == pytest.approx(mean_and_error(preferences), abs=0.005)
 
 
 def test_standard_error_is_spread_over_resamples() -> None:
@@ -102,16 +101,6 @@ def test_rate_of_all_wins_or_losses_is_extreme(preference: float) -> None:
     controlled, error = length_controlled_win_rate([preference] * 100, lengths, others, difficulty)
     assert abs(controlled - preference) < 0.01
     assert 0 <= error < 0.01
-
-
-def test_too_few_preferences_give_no_rate() -> None:
-    with pytest.raises(UserError, match="no judgement could be read"):
-        win_rate([])
-    with pytest.raises(UserError, match="4 preferences are too few"):
-        length_controlled_win_rate([1, 0, 1, 0], [1, 2, 3, 4], [1, 1, 1, 1])
-    mean, error = win_rate([1.0])
-    assert mean == 1.0
-    assert math.isnan(error)
 
 
 def test_summary_rates_readable_preferences() -> None:
@@ -140,7 +129,7 @@ def test_summary_rates_readable_preferences() -> None:
         preferences, *([values[number] for number in judged] for values in (lengths, others, difficulty))
     )
     assert (summary.wins, summary.ties, summary.losses, summary.unparsed) == (30, 20, 50, 7)
-    assert (summary.win_rate, summary.win_rate_error) == win_rate(preferences)
+    assert (summary.win_rate, summary.win_rate_error) == mean_and_error(np.array(preferences))
     assert summary.win_rate == 0.4
     assert (summary.length_controlled, summary.length_controlled_error) == controlled
     assert [(one["examples"], one["unparsed"]) for one in win_rate_scores("alpaca_eval", summary)] == [(100, 7)] * 2

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.backends.slurm import gpu_options
-from montessori_core.config import Cluster, JobOptions, Resources, Slurm, parse, parse_yaml
+from montessori_core.config import Cluster, Resources, Slurm, parse, parse_yaml
+from montessori_core.config.slurm import JobOptions
 from montessori_core.errors import ConfigError
 
 

@@ -28,12 +28,12 @@ from montessori_core.config import (
     Teacher,
     Training,
     differences,
+    dump_yaml,
     parse,
     parse_experiment,
     read_cluster,
     read_experiment,
     read_study,
-    to_yaml,
     write_yaml,
 )
 from montessori_core.errors import ConfigError
@@ -66,7 +66,7 @@ def test_every_field_is_described() -> None:
 @pytest.mark.parametrize("path", sorted((CONFIGS).glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configuration_survives_a_round_trip(path: Path) -> None:
     experiment = read_experiment(path)
-    assert parse_experiment(yaml.safe_load(to_yaml(experiment)), "round trip") == experiment
+    assert parse_experiment(yaml.safe_load(dump_yaml(experiment.model_dump(mode="json"))), "round trip") == experiment
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS).glob("*.yaml")), ids=lambda path: path.stem)

@@ -16,7 +16,8 @@ from cluster.driver_job import script_of
 from cluster.lock import Driver, _interrupt, driver_of, only_driver
 from flows.driver_job import check_driver_job
 from flows.experiment import montessori
-from montessori_core.config import Cluster, DriverJob, Slurm, parse, read_experiment
+from montessori_core.config import Cluster, Slurm, parse, read_experiment
+from montessori_core.config.slurm import DriverJob
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.files import read_json, write_json
 from support.runs import call, configuration, invoke

@@ -23,7 +23,8 @@ from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.stage import Stage
 from flows.methods import REGISTRY
 from montessori_core import programs
-from montessori_core.config import Cluster, Container, JobOptions, Resources, Slurm, TeacherUpdate, Zero
+from montessori_core.config import Cluster, Resources, Slurm, TeacherUpdate, Zero
+from montessori_core.config.slurm import Container, JobOptions
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.program import Row
@@ -40,7 +41,6 @@ from support.squares import submissions
 pytestmark = pytest.mark.guarantee("no sacct")
 
 SHARDS, EXPECTED = local.SHARDS, local.EXPECTED
-ROWS = [row["n"] for shard in SHARDS for row in shard]
 PROCESSES_PROGRAM = """
 import json, os, platform, time
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_stage_is_split_into_allowed_arrays(folder: Path) -> None:
     assert local.results(parts) == EXPECTED[:9]
     first, second = submissions(folder)
     assert [len(first.tasks), len(second.tasks)] == [2, 1]
-    assert sorted(local.computed(folder)) == ROWS[:9]
+    assert sorted(local.computed(folder)) == local.NUMBERS[:9]
 
 
 @pytest.mark.guarantee("slow task at the end of an array")
@@ -289,7 +289,7 @@ def test_sbatch_refusal_is_reported(folder: Path) -> None:
 def test_killed_worker_costs_only_its_shard(folder: Path) -> None:
     (folder / "kill-31").touch()
     assert local.results(run(folder, parallel_jobs=3, shards_per_job=2)) == EXPECTED
-    assert sorted(local.computed(folder)) == sorted([*ROWS, 30, 31])
+    assert sorted(local.computed(folder)) == sorted([*local.NUMBERS, 30, 31])
 
 
 @pytest.mark.guarantee("error in the code")
@@ -304,7 +304,7 @@ def test_code_error_fails_only_its_shard(folder: Path) -> None:
     assert "row 21 is bad" in Path(failure.value.failures[0].log).read_text()
     (folder / "fail-21").unlink()
     assert local.results(run(folder)) == EXPECTED
-    assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
+    assert sorted(local.computed(folder)) == sorted([*local.NUMBERS, 20, 21])
 
 
 @pytest.mark.guarantee("disk full")
@@ -315,7 +315,7 @@ def test_shards_resume_after_disk_full(folder: Path) -> None:
         run(folder)
     (folder / "full-21").unlink()
     assert local.results(run(folder)) == EXPECTED
-    assert sorted(local.computed(folder)) == sorted([*ROWS, 20, 21])
+    assert sorted(local.computed(folder)) == sorted([*local.NUMBERS, 20, 21])
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     driver.wait()
     assert queued("--states=RUNNING")
     assert local.results(run(folder, seconds=0.3)) == EXPECTED
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
     assert len(submissions(folder)) == 1
 
 
@@ -401,7 +401,7 @@ def test_unresponsive_scheduler_is_awaited(folder: Path, monkeypatch: pytest.Mon
     more_failures = once(lambda: len(local.computed(folder)) >= 2, lambda: failures.write_text("\n" * 4))
     assert local.results(run(folder, SHARDS[:2], seconds=1, on_progress=more_failures)) == EXPECTED[:6]
     assert failures.read_text() == ""
-    assert sorted(local.computed(folder)) == ROWS[:6]
+    assert sorted(local.computed(folder)) == local.NUMBERS[:6]
     assert len(submissions(folder)) == 1
 
 
@@ -451,7 +451,7 @@ def test_hanging_task_is_resubmitted_after_time_limit(folder: Path, caplog: pyte
     (folder / "squares_program.py").write_text(local.PROGRAM.replace("time.sleep(600)", deaf))
     (folder / "hang-11").touch()
     assert local.results(run(folder, SHARDS[:3], time_limit_minutes=1)) == EXPECTED[:9]
-    assert sorted(local.computed(folder)) == sorted([*ROWS[:9], 10, 11])
+    assert sorted(local.computed(folder)) == sorted([*local.NUMBERS[:9], 10, 11])
     assert "TIMEOUT" in caplog.text
     assert len(submissions(folder)) == 2
 
@@ -574,7 +574,7 @@ def test_drained_node_finishes_its_tasks(folder: Path) -> None:
     finally:
         subprocess.run(["scontrol", "update", "nodename=node1", "state=resume"], check=True)
     assert local.results(parts) == EXPECTED
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
 
 
 @pytest.mark.guarantee("task requeued by hand")
@@ -603,7 +603,7 @@ def test_preempted_tasks_are_requeued_and_resume(folder: Path) -> None:
 def test_driver_survives_controller_restart(folder: Path) -> None:
     restarted = once(lambda: len(local.computed(folder)) >= 2, lambda: call_lab("restart-controller"))
     assert local.results(run(folder, seconds=0.5, parallel_jobs=2, on_progress=restarted)) == EXPECTED
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
     assert len(submissions(folder)) == 1
 
 
@@ -627,7 +627,7 @@ def test_jobs_not_launched_by_broken_node_run_elsewhere(folder: Path) -> None:
     finally:
         broken.unlink()
     assert local.results(parts) == EXPECTED[:9]
-    assert sorted(local.computed(folder)) == ROWS[:9]
+    assert sorted(local.computed(folder)) == local.NUMBERS[:9]
     assert len(submissions(folder)) > 1
     assert queued() == []
 
@@ -647,7 +647,7 @@ def test_damaged_truncated_and_stale_results_are_recomputed(folder: Path) -> Non
     stage.manifest(4).write_bytes(manifest)
     assert local.results(run(folder, stage=stage)) == EXPECTED
     again = [row["n"] for shard in SHARDS[:5] for row in shard]
-    assert sorted(local.computed(folder)) == sorted([*ROWS, *again, *ROWS[12:15]])
+    assert sorted(local.computed(folder)) == sorted([*local.NUMBERS, *again, *local.NUMBERS[12:15]])
 
 
 @pytest.mark.guarantee("profile changed between two drivers")
@@ -672,11 +672,11 @@ def test_node_clock_may_be_wrong(folder: Path) -> None:
     (folder / "kill-11").touch()
     parts = run(folder, seconds=0.2, slurm=ONE_A_NODE, duplicate_stragglers_after=20)
     assert local.results(parts) == EXPECTED
-    assert sorted(local.computed(folder)) == sorted([*ROWS, 10, 11])
+    assert sorted(local.computed(folder)) == sorted([*local.NUMBERS, 10, 11])
     committed = [local.stage(folder).manifest(shard).stat().st_mtime for shard in range(len(SHARDS))]
     assert max(committed) - min(committed) > 3000
     assert local.results(run(folder, seconds=0.2)) == EXPECTED
-    assert len(local.computed(folder)) == len(ROWS) + 2
+    assert len(local.computed(folder)) == len(local.NUMBERS) + 2
 
 
 @pytest.mark.guarantee("node hangs")

@@ -16,7 +16,6 @@ from support.row_programs import as_shards
 from support.slurm_lab import command_of, queued
 from support.squares import submissions
 
-ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 GPUS_PROGRAM = local.PROGRAM.replace(
     "    def compute(rows, output, report):\n",
     """    def compute(rows, output, report):
@@ -54,7 +53,7 @@ def test_shards_use_all_gpus_of_allocation(folder: Path) -> None:
     _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     assert results(folder) == local.EXPECTED
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
     places = [line.split() for line in (folder / "places.txt").read_text().splitlines()]
     # A step may use another GPU of its node later, but each of the four computes.
     assert {place for place, *_ in places} == {f"node{node}-{gpu}" for node in (1, 2) for gpu in (0, 1)}
@@ -106,7 +105,7 @@ def test_next_driver_in_allocation_awaits_steps(folder: Path) -> None:
     submitted = read_json(folder / "stage" / "jobs" / "ledger.json")
     subprocess.run(command, env=environment, check=True, timeout=300)
     assert results(folder) == local.EXPECTED
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
     assert [entry["ids"] for entry in read_json(folder / "stage" / "jobs" / "ledger.json")[: len(submitted)]] == [
         entry["ids"] for entry in submitted
     ]
@@ -120,7 +119,7 @@ def test_interrupted_driver_ends_steps(folder: Path) -> None:
     driver.wait(120)
     rows = len(local.computed(folder))
     assert local.jobs_alive(folder / "stage") == 0
-    assert rows < len(ROWS)
+    assert rows < len(local.NUMBERS)
     assert all(entry.closed for entry in submissions(folder))
 
 

@@ -20,7 +20,8 @@ import yaml
 from cluster.driver_job import log_of_driver, stopped_with_its_job
 from cluster.fanout import fan_out
 from cluster.lock import Driver, driver_of, end_driver, only_driver, submit_driver
-from montessori_core.config import Cluster, DriverJob, Resources, Slurm
+from montessori_core.config import Cluster, Resources, Slurm
+from montessori_core.config.slurm import DriverJob
 from montessori_core.errors import UserError
 from montessori_core.files import hash_path, read_json
 from support import ROOT, wait_until
@@ -31,7 +32,6 @@ from support.row_programs import as_shards
 from support.slurm_lab import call_lab, queued
 from support.squares import submissions
 
-ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 ENTRY = """
 import sys
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_requeued_driver_job_awaits_running_jobs(driven: Path) -> None:
             second()
     subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
     assert wait_for_results(driven) == local.EXPECTED
-    assert sorted(local.computed(driven)) == ROWS
+    assert sorted(local.computed(driven)) == local.NUMBERS
     assert len(submissions(driven)) == 1
     assert "waiting for jobs that an earlier driver started" in log_of_driver(driven).read_text()
 
@@ -108,7 +108,7 @@ def test_next_driver_job_awaits_jobs_of_killed_one(driven: Path) -> None:
     assert queued("--states=RUNNING")
     assert submit(driven).job != driver.job
     assert wait_for_results(driven) == local.EXPECTED
-    assert sorted(local.computed(driven)) == ROWS
+    assert sorted(local.computed(driven)) == local.NUMBERS
     assert len(submissions(driven)) == 1
 
 
@@ -134,7 +134,7 @@ def test_driver_job_requeues_itself_at_time_limit(driven: Path) -> None:
     (driven / "squares_program.py").write_text(program)
     driver = submit(driven, JOB.model_copy(update={"time_limit_minutes": 1}))
     assert wait_for_results(driven) == local.EXPECTED
-    assert sorted(local.computed(driven)) == ROWS
+    assert sorted(local.computed(driven)) == local.NUMBERS
     assert len(submissions(driven)) == 1
     assert f"time limit or preemption: Slurm job {driver.job} is requeued" in log_of_driver(driven).read_text()
 

@@ -18,7 +18,6 @@ from support.row_programs import as_shards
 from support.squares import submissions
 
 SOURCES = ROOT / "tests" / "support" / "file_faults"
-ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 DRIVER = """
 import logging, sys
 from pathlib import Path
@@ -75,7 +74,7 @@ def test_late_results_are_awaited(folder: Path, libraries: Path, seconds: str, s
     assert squares == local.EXPECTED
     assert "completed, but its results are not visible here yet" in log
     assert len(submissions(folder)) == 1
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
 
 
 def faults(folder: Path, libraries: Path, call: str, name: str, error: int, count: int) -> dict[str, str]:
@@ -125,4 +124,4 @@ def test_quota_reached_in_a_commit_keeps_finished_shards(
             run(folder)
     assert len(failure.value.failures) == 1
     assert local.results(run(folder)) == local.EXPECTED
-    assert len(local.computed(folder)) == len(ROWS) + len(local.SHARDS[0])
+    assert len(local.computed(folder)) == len(local.NUMBERS) + len(local.SHARDS[0])

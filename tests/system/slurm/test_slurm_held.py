@@ -23,7 +23,6 @@ from support import wait_until
 from support.row_programs import as_shards
 from support.slurm_lab import command_of, put_command, queued
 
-ROWS = [row["n"] for shard in local.SHARDS for row in shard]
 PLACES_PROGRAM = local.PROGRAM.replace(
     "    def compute(rows, output, report):\n",
     """    def compute(rows, output, report):
@@ -67,7 +66,7 @@ def test_held_jobs_serve_all_stages(folder: Path) -> None:
     (folder / "squares_program.py").write_text(PLACES_PROGRAM)
     drive(folder, 0.1)
     assert results(folder) == [local.EXPECTED] * 2
-    assert sorted(local.computed(folder)) == sorted(ROWS * 2)
+    assert sorted(local.computed(folder)) == sorted(local.NUMBERS * 2)
     places = [line.split() for line in (folder / "places.txt").read_text().splitlines()]
     assert len({job for job, _ in places}) == 2  # of 12 shards in two stages
     assert all(gpu.isdecimal() for _, gpu in places)
@@ -155,7 +154,7 @@ def test_next_driver_uses_held_jobs(folder: Path) -> None:
     driver.wait()
     drive(folder, 0.7)
     assert results(folder) == [local.EXPECTED] * 2
-    assert sorted(local.computed(folder)) == sorted(ROWS * 2)  # steps of the first driver were awaited
+    assert sorted(local.computed(folder)) == sorted(local.NUMBERS * 2)  # steps of the first driver were awaited
     assert {path.name for path in (folder / layout.HELD).glob("*.log")} == logs  # no other was submitted
 
 
