@@ -11,11 +11,18 @@ from typing import Any, TypeVar
 import pytest
 
 from montessori_core.config import Endpoint
+from montessori_core.judging.client import Question
+from montessori_core.judging.points import question_about
 from montessori_core.program import Compute, Program, SettingsT, load
 from support.row_programs import as_compute
 
 KEY = "sk-canary-that-nobody-should-write-down"
 Reply = Callable[[BaseHTTPRequestHandler, str], None]
+
+
+def questions(count: int) -> list[Question]:
+    """Return questions whose right answers are the scores 0 to 6, in turn."""
+    return [Question(question_about(f"Say the number {number}.", f"It is {number % 7}")) for number in range(count)]
 
 
 class JudgeServer:

@@ -15,10 +15,10 @@ from montessori_core.data.tables import GENERATION, MT_BENCH, PAIRWISE, UTILITY,
 from montessori_core.errors import UserError
 from montessori_core.judging.answer_cache import AnswerCache
 from montessori_core.judging.client import CachedClient, Question, warnings_file
-from montessori_core.judging.points import question_about, read_score
+from montessori_core.judging.points import read_score
 from montessori_core.program import Row
 from montessori_core.programs import API_GENERATION, JUDGE, MT_BENCH_JUDGE, PAIRWISE_JUDGE
-from support.judges import Judge, JudgeServer, completion, endpoint, open_with, send, served
+from support.judges import Judge, JudgeServer, completion, endpoint, open_with, questions, send, served
 
 Problem = Callable[[dict[str, Any]], tuple[int, Any] | None]
 PRICES = {"dollars_per_million_input_tokens": 1.0, "dollars_per_million_output_tokens": 0.0}
@@ -50,10 +50,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StrictSe
 
 def client(server: JudgeServer, folder: Path, warnings: list[str], **fields: Any) -> CachedClient:
     return CachedClient(endpoint(server, **fields), "test", AnswerCache(folder / "answers.sqlite"), warnings.append)
-
-
-def questions(count: int) -> list[Question]:
-    return [Question(question_about(f"Say the number {number}.", f"It is {number % 7}")) for number in range(count)]
 
 
 def openai_error(message: str, **fields: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from montessori_core.judging.client import CachedClient, Question
 from montessori_core.judging.points import open_judge, question_about, read_score
 from montessori_core.judging.responses import Answer
 from montessori_core.programs import Judging
-from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, refuse, send, served
+from support.judges import FAULTS, KEY, JudgeServer, Reply, completion, endpoint, questions, refuse, send, served
 from support.row_programs import as_compute
 
 
@@ -32,10 +32,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JudgeSer
 
 def api(server: JudgeServer, folder: Path, **fields: Any) -> CachedClient:
     return CachedClient(endpoint(server, **fields), "test", AnswerCache(folder / "answers.sqlite"))
-
-
-def questions(count: int) -> list[Question]:
-    return [Question(question_about(f"Say the number {number}.", f"It is {number % 7}")) for number in range(count)]
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
