@@ -33,7 +33,7 @@ from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, Resid
 from montessori_core.influence.adamw import GradientTally
 from montessori_core.influence.losses import Batch, example_loss, make_batch
 from montessori_core.influence.memory import plan_memory
-from montessori_core.influence.student import Direction
+from montessori_core.influence.projections import Direction
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.embedded import fetch_embedded
 from montessori_core.models.load import load_model, load_tokenizer

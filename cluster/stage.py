@@ -213,7 +213,7 @@ class Stage:
         """
         for name in ("progress", "failures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        if not self._holds(shards.rows):
+        if not self.holds(shards.rows):
             schema = shards.rows.schema
             batches = (batch for table in shards.rows.tables() for batch in table.to_batches())
             write_table(pa.RecordBatchReader.from_batches(schema, batches), self.rows_file, schema)
@@ -231,7 +231,7 @@ class Stage:
         for failure in (self.folder / "failures").iterdir():
             failure.unlink(missing_ok=True)
 
-    def _holds(self, rows: Rows) -> bool:
+    def holds(self, rows: Rows) -> bool:
         """Return whether the rows file holds these rows, undamaged."""
         try:
             written = Rows.of_file(self.rows_file, rows.schema)

@@ -1,10 +1,11 @@
 """Measure the influence of any data on any student, without a run."""
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,15 +14,18 @@ import pyarrow as pa
 
 from cluster.fanout import fan_out
 from cluster.lock import only_driver
+from cluster.records import Description, read_record
 from cluster.shards import Shards, cut_for_jobs
+from cluster.stage import Stage
 from montessori_core import programs
 from montessori_core.config import Cluster, DataSource, Influence, Student, Warmup
 from montessori_core.data.bad_rows import BadRow, write_bad_rows
-from montessori_core.data.rows import ExampleRow, Positions, Rows, optional_fields, schema_of
+from montessori_core.data.rows import ExampleRow, Positions, Rows, TaskRow, optional_fields, schema_of
 from montessori_core.data.sources import Task, TaskReader, read_tasks, write_tasks
 from montessori_core.data.tables import INFLUENCE, ROW_GROUP, write_table
 from montessori_core.errors import ConfigError, DataError
 from montessori_core.files import commit, hash_path
+from montessori_core.influence.stored_steps import estimate_from_steps
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
 from montessori_core.models.thinking import thinking_warning
@@ -34,7 +38,8 @@ from tasks.students import check_student, open_student
 
 log = logging.getLogger(__name__)
 
-_SHARD = 16  # examples
+_SHARD = 16  # examples; more if there would be too many shards
+_MOST_SHARDS = 8192
 _EXAMPLES, _REFERENCE = "examples.parquet", "reference.jsonl"
 _MAX_LENGTH = "max_length"  # the setting's name in errors
 
@@ -51,6 +56,8 @@ class Measurement:
         settings: settings of the estimator and its step.
         baseline: baseline of helping, see `config.Preferences`.
         cluster: where jobs run.
+        store: folder that keeps the projected steps of the examples for other reference sets; None: they are not kept.
+        numbers: about how many numbers of a step are kept.
     """
 
     student: Student
@@ -60,6 +67,8 @@ class Measurement:
     settings: Influence
     baseline: str
     cluster: Cluster
+    store: Path | None = None
+    numbers: int = 16384
 
 
 @dataclass(frozen=True)
@@ -101,11 +110,62 @@ def measure_influence(measurement: Measurement, out: Path, command: Sequence[str
         raise ConfigError(
             "--sequential decides signs one by one, but --baseline median has no threshold until all are measured"
         )
+    if measurement.store is not None:
+        _check_store_settings(measurement.settings)
     folder = out.with_name(out.name + ".parts").resolve()
-    with opened_inputs(measurement, folder) as inputs:
+    with opened_inputs(measurement, folder) as inputs, _opened_store(measurement.store):
         record_command(folder, command, measurement.student.model, out, measurement.cluster)
         stages = MeasurementStages(folder, measurement, inputs)
         write_table(estimate_influence(stages, measurement.settings, measurement.baseline), out, INFLUENCE)
+
+
+def _check_store_settings(settings: Influence) -> None:
+    """Raise a ConfigError if steps that are measured with these settings cannot be kept for another reference set."""
+    estimator = settings.screening.estimator if settings.estimator == "screened" else settings.estimator
+    if estimator != "first_order":
+        name = "screen" if settings.estimator == "screened" else "estimator"
+        raise ConfigError(
+            f"--store keeps AdamW's own steps, which --{name} {estimator} does not take; leave out --{name}"
+        )
+    if settings.weight_per == "token":
+        raise ConfigError(
+            "--store keeps steps for any reference set, but with --weight-per token they depend on the responses of the "
+            "reference set; use --weight-per example"
+        )
+
+
+@contextmanager
+def _opened_store(store: Path | None) -> Iterator[None]:
+    """Create the folder of a store if it does not exist, and hold its lock.
+
+    Raises:
+        UserError: another process fills it, or the folder holds something else.
+    """
+    if store is None:
+        yield
+        return
+    if store.exists() and not (store / "stage.json").exists() and any(store.iterdir()):
+        raise DataError(f"--store {store}: the folder holds something else; give another one")
+    store.mkdir(parents=True, exist_ok=True)
+    with only_driver(store):
+        yield
+
+
+def check_store(stage: Stage, rows: Rows) -> None:
+    """Raise a DataError if the folder of a stage holds steps of other examples, of another student or of other settings."""
+    kept = read_record(stage.folder / "stage.json", Description)
+    if kept is None:
+        return
+    now, before = ({**settings["step"], **settings, "step": None} for settings in (stage.settings, kept.settings))
+    differences = [f"{name} {before.get(name)}, not {now.get(name)}" for name in now if now[name] != before.get(name)]
+    differences += [f"another {name}" for name, key in stage.input_hashes.items() if kept.input_hashes.get(name) != key]
+    differences += ["no moments"] if kept.input_hashes.keys() - stage.input_hashes.keys() else []
+    differences += [] if stage.version == kept.version else ["another version of Montessori"]
+    differences += [] if stage.holds(rows) else ["other examples"]
+    if differences:
+        raise DataError(
+            f"--store {stage.folder}: it holds the steps of {'; '.join(differences)}; give another folder, or remove this one"
+        )
 
 
 @contextmanager
@@ -183,9 +243,12 @@ class MeasurementStages:
 
     def __init__(self, folder: Path, measurement: Measurement, inputs: Inputs) -> None:
         self._folder, self._measurement, self._inputs = folder, measurement, inputs
+        self._rows_per_shard = max(_SHARD, math.ceil(len(inputs.rows) / _MOST_SHARDS))
 
     def measure_all(self, estimator: str) -> pa.RecordBatchReader:
         screened = self._measurement.settings.estimator == "screened"
+        if self._measurement.store is not None:
+            return self._estimate_from_store(self._measurement.store)
         return self._execute("screen" if screened else estimator, estimator, self._inputs.rows)
 
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
@@ -198,9 +261,37 @@ class MeasurementStages:
         )
         return join_influence(
             compute_parts(
-                self._folder / name, programs.INFLUENCE, settings, rows, self._inputs, measurement.cluster, _SHARD
+                self._folder / name,
+                programs.INFLUENCE,
+                settings,
+                rows,
+                self._inputs,
+                measurement.cluster,
+                self._rows_per_shard,
             )
         )
+
+    def _estimate_from_store(self, store: Path) -> pa.RecordBatchReader:
+        measurement, inputs = self._measurement, replace(self._inputs, files={})
+        settings = programs.measurement_settings(
+            measurement.settings, Warmup(), measurement.student.max_length, "first_order", measurement.baseline
+        ).model_dump()
+        steps = programs.StepProjection.model_validate(
+            {name: settings[name] for name in ("max_length", "dtype", "step")} | {"numbers": measurement.numbers}
+        )
+        check_store(stage_of(programs.STEPS, steps, store, inputs.models, {}), inputs.rows)
+        kept = compute_parts(
+            store, programs.STEPS, steps, inputs.rows, inputs, measurement.cluster, self._rows_per_shard
+        )
+        reference = programs.ReferenceProjection(
+            **dict(steps), **{name: settings[name] for name in ("reference_reduction", "reference_batch_tokens")}
+        )
+        tasks = Rows.of([vars(task) for task in inputs.reference], TaskRow)
+        folder = self._folder / "reference"
+        [projected] = compute_parts(
+            folder, programs.REFERENCE_PROJECTION, reference, tasks, inputs, measurement.cluster
+        )
+        return estimate_from_steps(kept, projected)
 
 
 def compute_parts(

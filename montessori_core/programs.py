@@ -116,6 +116,22 @@ class InfluenceMeasurement(Section):
     )
 
 
+class StepProjection(Section):
+    """How the steps on examples are projected, to keep them."""
+
+    max_length: int
+    dtype: Literal["float32", "mixed", "bfloat16"]
+    step: AdamWStep
+    numbers: int = Field(description="About how many numbers a projection has.")
+
+
+class ReferenceProjection(StepProjection):
+    """How a reference set's gradient is projected, to compare it with such steps."""
+
+    reference_reduction: Literal["example", "token"]
+    reference_batch_tokens: int
+
+
 def measurement_settings(
     influence: Influence, warmup: Optimization, max_length: int, estimator: str, baseline: str
 ) -> InfluenceMeasurement:
@@ -208,6 +224,15 @@ SFT = Program("sft", 1, f"{_CORE}.training.sft:open_sft", Sft, rows.TrainingRow,
 DPO = Program("dpo", 1, f"{_CORE}.training.dpo:open_dpo", Dpo, rows.PairRow, "teacher_update", suffix="")
 INFLUENCE = Program(
     "influence", 3, f"{_CORE}.influence.jobs:open_influence", InfluenceMeasurement, rows.ExampleRow, "influence"
+)
+STEPS = Program("steps", 1, f"{_CORE}.influence.step_jobs:open_steps", StepProjection, rows.ExampleRow, "influence")
+REFERENCE_PROJECTION = Program(
+    "reference-projection",
+    1,
+    f"{_CORE}.influence.step_jobs:open_reference_projection",
+    ReferenceProjection,
+    rows.TaskRow,
+    "influence",
 )
 REFERENCE_LOSS = Program(
     "reference-loss", 1, f"{_CORE}.influence.jobs:open_reference_loss", ModelLoss, rows.TaskRow, "evaluation"

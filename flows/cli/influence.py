@@ -12,7 +12,7 @@ from cluster.backends.local import gpus_of_this_machine
 from flows.cli.console import console
 from flows.cli.options import ChatTemplate, ChatTemplateVariables, Device, data_source, student_with_template
 from flows.cli.tables import print_influence
-from montessori_core.config import Cluster, Influence, Preferences, Resources, StageResources
+from montessori_core.config import Cluster, Influence, Preferences, Resources, StageResources, read_cluster
 from montessori_core.data.files import COMPRESSIONS, KINDS
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import ConfigError, UserError
@@ -66,6 +66,17 @@ BaselineName = Annotated[
         "median example)."
     ),
 ]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps a projection of the step on each example. For another --reference, the same command reads "
+        "them instead of computing the steps again.",
+    ),
+]
+StoreNumbers = Annotated[
+    int,
+    typer.Option(min=256, help="Numbers that --store keeps of a step, two bytes each; more are more precise."),
+]
 ErrorRate = Annotated[
     float | None,
     typer.Option(
@@ -79,6 +90,9 @@ NumberType = Annotated[
         help="Precision: float32; mixed (bf16 activations in the example's gradient); bfloat16 (everything: less "
         "memory, but mostly rounding error for small students)."
     ),
+]
+ClusterInsteadOfDevice = Annotated[
+    Path | None, typer.Option("--cluster", help="Cluster file (YAML): where jobs run, in place of --device.")
 ]
 MaxLength = Annotated[
     int,
@@ -102,9 +116,12 @@ def influence(
     baseline: BaselineName = "student",
     reference_reduction: Annotated[str, typer.Option(help=REDUCTION)] = "example",
     audit_examples: Annotated[int, typer.Option(help="Examples that screened also measures exactly.")] = 100,
+    store: Store = None,
+    store_numbers: StoreNumbers = 16384,
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
     device: Device = "auto",
+    cluster: ClusterInsteadOfDevice = None,
     max_length: MaxLength = 1024,
     instruction_field: InstructionField = "instruction",
     response_field: ResponseField = "output",
@@ -138,7 +155,9 @@ def influence(
         reference=data_source(reference, "--reference"),
         settings=parse_options(options),
         baseline=check_baseline(baseline),
-        cluster=local_cluster(device),
+        cluster=cluster_or_device(cluster, device),
+        store=store,
+        numbers=store_numbers,
     )
     measure_influence(measurement, out, sys.argv[1:])
     print_influence(read_table(out, INFLUENCE), baseline)
@@ -178,6 +197,19 @@ def check_baseline(baseline: str) -> str:
         return Preferences.model_validate({"baseline": baseline}).baseline
     except ValidationError as error:
         raise ConfigError(f"--baseline: {error.errors()[0]['msg']}") from error
+
+
+def cluster_or_device(file: Path | None, device: str) -> Cluster:
+    """Return the cluster of a file; without one, this machine.
+
+    Raises:
+        UserError: the file is invalid, both are given, or there is no such device.
+    """
+    if file is None:
+        return local_cluster(device)
+    if device != "auto":
+        raise ConfigError("--cluster and --device: give one of them; a cluster file says how many GPUs a job has")
+    return read_cluster(file)
 
 
 def local_cluster(device: str) -> Cluster:

@@ -13,6 +13,7 @@ from flows.cli.console import console
 from flows.cli.influence import (
     REDUCTION,
     WEIGHT_PER,
+    ClusterInsteadOfDevice,
     Examples,
     InstructionField,
     MaxLength,
@@ -21,11 +22,11 @@ from flows.cli.influence import (
     ResponseField,
     StudentOption,
     WarmState,
-    local_cluster,
+    cluster_or_device,
     parse_options,
 )
 from flows.cli.options import ChatTemplate, ChatTemplateVariables, Device, data_source, student_with_template
-from montessori_core.config import Cluster, Influence, Optimization, Resources, Schedule, read_cluster
+from montessori_core.config import Influence, Optimization, Resources, Schedule
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.formatting import UNKNOWN
 
@@ -89,9 +90,7 @@ def validate(
     seed: Annotated[int, typer.Option(min=0, help="Random seed of subsets and groups.")] = 0,
     dtype: NumberType = "float32",
     device: Device = "auto",
-    cluster: Annotated[
-        Path | None, typer.Option(help="Cluster file (YAML): where jobs run, in place of --device.")
-    ] = None,
+    cluster: ClusterInsteadOfDevice = None,
     max_length: MaxLength = 1024,
     instruction_field: InstructionField = "instruction",
     response_field: ResponseField = "output",
@@ -125,7 +124,7 @@ def validate(
     settings = _steps(example_weight, weight_per, options)
     model = student_with_template(student, max_length, chat_template, chat_template_kwargs)
     data, good = data_source(examples, "--examples", **fields), data_source(reference, "--reference")
-    jobs = _cluster(cluster, device)
+    jobs = cluster_or_device(cluster, device)
     measurement = Measurement(model, warm_state, data, good, settings[0], "student", jobs)
     recipe = _recipe(learning_rate, batch_size, epochs, jobs.resources.training if warmup else Resources())
     source = data_source(warmup, "--warmup", **fields) if warmup else None
@@ -150,15 +149,6 @@ def _check_options(out: Path, leave_out: int) -> None:
         raise UserError(f"--out {out}: is a file; name a folder")
     if leave_out < 8 and leave_out != 0:
         raise ConfigError(f"--leave-out {leave_out}: a correlation needs at least 8 groups; 0 leaves nothing out")
-
-
-def _cluster(file: Path | None, device: str) -> Cluster:
-    """Return the cluster of a file, or this machine."""
-    if file is None:
-        return local_cluster(device)
-    if device != "auto":
-        raise ConfigError("--cluster and --device: give one of them; a cluster file says how many GPUs a job has")
-    return read_cluster(file)
 
 
 def _steps(weights: list[float] | None, weights_per: list[str] | None, options: dict[str, Any]) -> list[Influence]:

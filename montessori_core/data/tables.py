@@ -101,7 +101,9 @@ INFLUENCE = _schema(
         nullable=True,
     ),
     _field("reference_tokens", pa.int64(), "tokens of the reference set read for this row"),
-    _field("estimator", _TEXT, "how the row's influence was measured: 'exact', 'first_order' or 'linear'"),
+    _field(
+        "estimator", _TEXT, "how the row's influence was measured: 'exact', 'first_order', 'linear' or 'stored_steps'"
+    ),
     _field("audited", _TRUTH, "the row is of the audit sample of estimator: screened"),
     _field(
         "first_order_null_step",
@@ -118,6 +120,29 @@ INFLUENCE = _schema(
         "decides AdamW's denominator",
         nullable=True,
     ),
+)
+
+STEPS = _schema(
+    "steps",
+    1,
+    *(
+        INFLUENCE.field(name)
+        for name in ("example_id", "prompt_id", "status", "tokens", "response_tokens", "truncated")
+    ),
+    *(INFLUENCE.field(name) for name in ("example_loss", "gradient_norm", "dominated_share")),
+    _field("scale", _REAL, "factor of the numbers"),
+    _field(
+        "numbers", pa.binary(), "projection of the step against the null step, little-endian fp16; empty unless 'ok'"
+    ),
+)
+
+REFERENCE_PROJECTION = _schema(
+    "reference projection",
+    1,
+    _field("full", pa.list_(_REAL), "projection of the gradient of the reference loss"),
+    _field("half", pa.list_(_REAL), "that of half of the reference examples"),
+    _field("references", _WHOLE, "number of reference examples"),
+    _field("notes", pa.map_(_TEXT, _REAL), "numbers of the student, see `influence.table.NOTES`"),
 )
 
 PREFERENCES = _schema(

@@ -6,7 +6,7 @@ it bounds the copies from host memory. All operations are elementwise, so chunki
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,9 +97,13 @@ class AdamW:
             w.addcdiv_(numerator, denominator, value=-self._rate)
 
     def project(
-        self, gradients: Iterable[torch.Tensor], first: torch.Tensor, second: torch.Tensor, directions: torch.Tensor
+        self,
+        gradients: Iterable[torch.Tensor],
+        first: torch.Tensor,
+        second: torch.Tensor,
+        projected: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Project the steps on several examples onto directions, over a block of coordinates that fits in the cache.
+        """Project the steps on several examples, over a block of coordinates that fits in the cache.
 
         The step is without weight decay, which does not depend on the gradient. Its numerator and denominator are divided by
         the factors of the gradient, so that the moments are scaled once for all examples. An example's result does not depend
@@ -109,11 +113,11 @@ class AdamW:
             gradients: [examples][block], unweighted; each is used before the next is requested.
             first: exp_avg, [block].
             second: exp_avg_sq, [block].
-            directions: [directions, block].
+            projected: returns [numbers] the projection of a step, [block]; linear.
 
         Returns:
-            [examples, directions + 2] in fp64: <direction, step> of each direction, the squared norm of the gradient, and the
-            number of coordinates in which (1 - beta2) (w g)^2 exceeds beta2 v.
+            [examples, numbers + 2] in fp64: the projection, the squared norm of the gradient, and the number of coordinates
+            in which (1 - beta2) (w g)^2 exceeds beta2 v.
         """
         past, past_square, epsilon, length = self.scaled(first, second)
         own_square = torch.empty_like(past_square)
@@ -123,7 +127,7 @@ class AdamW:
             norm, denominator = own_square.sum(), own_square + past_square
             dominated = torch.gt(own_square, past_square, out=own_square).sum()
             step = (past + gradient).div_(denominator.sqrt_().add_(epsilon))
-            sums.append(torch.cat([directions @ step, torch.stack([norm, dominated])]))
+            sums.append(torch.cat([projected(step), torch.stack([norm, dominated])]))
         total = torch.stack(sums).double()
         total[:, :-2] *= -length
         return total

@@ -6,7 +6,8 @@ all of them, and a block of the product stays in the cache while it is used.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,29 @@ class GradientCapture(TorchFunctionMode):
             kept = inputs.detach()
             output.register_hook(lambda outputs: gradient.products.append(_product(kept, outputs)))
         return output
+
+
+@contextmanager
+def pass_gradients_to(
+    use: Callable[[str, torch.nn.Parameter, torch.Tensor], None], parameters: Mapping[str, torch.nn.Parameter]
+) -> Iterator[None]:
+    """Pass each gradient to `use` as soon as the backward pass has accumulated it, then free it."""
+
+    def hook_of(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            with torch.no_grad():
+                use(name, parameters[name], gradient)
+
+        return hook
+
+    hooks = [p.register_post_accumulate_grad_hook(hook_of(name)) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _product(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

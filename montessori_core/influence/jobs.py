@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,7 +54,8 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
         examples = [encode_measured(tokenizer, row, settings.max_length) for row in rows]
-        groups = meter.batches(examples) if isinstance(meter, LinearMeter) else _batches(examples, settings)
+        longest = settings.max_length if settings.estimator == "first_order" else 0
+        groups = meter.batches(examples) if isinstance(meter, LinearMeter) else consecutive(examples, longest)
         for positions in groups:
             batch = [examples[position] for position in positions]
             for position, measurement in zip(positions, measure(batch, done, recorder), strict=True):
@@ -70,17 +71,17 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     return RowProgram(schema_with_metadata(measured), compute)
 
 
-def _batches(examples: Sequence[Encoded], settings: programs.InfluenceMeasurement) -> list[list[int]]:
-    """Return the positions of examples that are measured together.
+def consecutive(examples: Sequence[Encoded], most_tokens: int) -> list[list[int]]:
+    """Return the positions of consecutive examples that are measured together.
 
-    First order measures consecutive examples whose tokens are at most those of the longest example, for the same memory. The
-    result of an example does not depend on its batch.
+    They have at most as many tokens as the longest example may have, for the same memory; a longer one is alone. The result
+    of an example does not depend on its batch.
     """
     batches: list[list[int]] = []
     tokens = 0
     for position, example in enumerate(examples):
         length = len(example.input_ids)
-        if batches and settings.estimator == "first_order" and tokens + length <= settings.max_length:
+        if batches and tokens + length <= most_tokens:
             batches[-1].append(position)
             tokens += length
         else:
@@ -111,14 +112,12 @@ def _open_meter(
     device: torch.device,
     inputs: Mapping[str, Path],
 ) -> InfluenceMeter | LinearMeter:
-    step, sequential, mixed = settings.step, settings.sequential, settings.dtype == "mixed"
-    typical_tokens = float(reference.tokens.mean()) if step.weight_per == "token" else None
+    sequential, mixed = settings.sequential, settings.dtype == "mixed"
+    typical_tokens = float(reference.tokens.mean()) if settings.step.weight_per == "token" else None
 
     def open_student() -> ResidentStudent:
-        moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
-        adamw = AdamW(step=moments.step + 1, **step.model_dump(exclude={"weight_per"}))
-        placement = _placement(model, settings, device)
-        return ResidentStudent(model, moments, adamw, device, mixed, placement, typical_tokens)
+        placement = place_student(model, settings, settings.estimator, settings.reference_batch_tokens, device)
+        return resident_student(model, settings, inputs, device, placement, typical_tokens)
 
     shared, reduction = inputs.get("shared"), settings.reference_reduction
     if settings.estimator == "linear":
@@ -135,15 +134,32 @@ def _open_meter(
     )
 
 
-def _placement(model: Any, settings: programs.InfluenceMeasurement, device: torch.device) -> Placement:
+def resident_student(
+    model: Any,
+    settings: programs.InfluenceMeasurement | programs.StepProjection,
+    inputs: Mapping[str, Path],
+    device: torch.device,
+    placement: Placement,
+    typical_tokens: float | None = None,
+) -> ResidentStudent:
+    """Return the student with its moments, those of the input `moments` or zeros; see `ResidentStudent`."""
+    moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
+    adamw = AdamW(step=moments.step + 1, **settings.step.model_dump(exclude={"weight_per"}))
+    return ResidentStudent(model, moments, adamw, device, settings.dtype == "mixed", placement, typical_tokens)
+
+
+def place_student(
+    model: Any,
+    settings: programs.InfluenceMeasurement | programs.StepProjection,
+    estimator: Literal["exact", "first_order", "linear"],
+    batch_tokens: int,
+    device: torch.device,
+) -> Placement:
     """Return where moments, snapshot and reference gradient go, given the device's memory."""
     if device.type == "cpu":
         return ON_DEVICE
     _, memory = torch.cuda.mem_get_info(device)
-    shape = Shape.of(model)
-    plan = plan_memory(
-        shape, settings.estimator, settings.dtype, settings.max_length, settings.reference_batch_tokens, memory
-    )
+    plan = plan_memory(Shape.of(model), estimator, settings.dtype, settings.max_length, batch_tokens, memory)
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
     return plan.placement
 

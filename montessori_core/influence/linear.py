@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from montessori_core.influence.derivatives import ExampleDerivatives, InseparableError
+from montessori_core.influence.gradients import pass_gradients_to
 from montessori_core.influence.losses import TokenLosses, group_by_length, make_batch
 from montessori_core.influence.meter import Measurement, measured_by_halves
+from montessori_core.influence.projections import as_matrix
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.influence.reference_state import ReferenceState, shared_state
-from montessori_core.influence.student import ResidentStudent, as_matrix, pass_gradients_to
+from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.models.chat import Encoded
 

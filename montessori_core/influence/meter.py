@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 
 from montessori_core.influence.losses import make_batch
-from montessori_core.influence.reference import Loss, ReferenceSet, error_by_halves, influence_by_example, influence_of
+from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of
 from montessori_core.influence.reference_state import ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ExampleGradient, ResidentStudent
+from montessori_core.influence.table import error_by_halves
 from montessori_core.models.chat import Encoded
 from montessori_core.program import Report
 

@@ -61,21 +61,6 @@ def influence_of(before: Loss, after: Loss, reduction: str) -> tuple[float, floa
     return float(differences.mean()), error
 
 
-def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> float:
-    """Return the standard error of first + second, the contributions of two random halves of the reference set.
-
-    It has one degree of freedom; its square is unbiased. NaN if a half is empty.
-
-    Args:
-        first, second: contributions of the halves.
-        sizes: numbers of examples in the halves.
-    """
-    if 0 in sizes:
-        return math.nan
-    weight = math.sqrt(sizes[1] / sizes[0])
-    return abs(first * weight - second / weight)
-
-
 def rounding_noise(student: Loss, perturbed: Loss, reduction: str) -> float:
     """Return two standard deviations of the rounding noise of an influence, nats.
 

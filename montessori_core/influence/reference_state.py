@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from montessori_core.errors import DataError
 from montessori_core.files import commit
+from montessori_core.influence.projections import Direction
 from montessori_core.influence.reference import Loss, ReferenceSet, rounding_noise
-from montessori_core.influence.student import Direction, ResidentStudent
+from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
 
 Estimator = Literal["exact", "first_order", "linear"]

@@ -79,7 +79,7 @@ class ScreeningReport:
             computed from the estimates themselves.
         screened: agreement after correction and confirmation, over the half of the audit that validates.
         fell_back: whether too few corrected signs of the audit agreed, so that every example was measured exactly.
-        estimator: of the estimates, 'first_order' or 'linear'.
+        estimator: of the estimates, see `INFLUENCE`.
     """
 
     audited: int
@@ -158,7 +158,7 @@ def calibrate(
         ),
         screened=Agreement.of(correct[~calibrating & above_noise]),
         fell_back=fell_back,
-        estimator=settings.estimator,
+        estimator=estimates["estimator"][0].as_py(),
     )
 
 

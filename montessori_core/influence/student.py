@@ -7,7 +7,6 @@ chunk by chunk (`montessori plan` shows which).
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,13 +15,13 @@ import torch
 from montessori_core.errors import DataError
 from montessori_core.formatting import first_names
 from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
-from montessori_core.influence.gradients import FactoredGradient, GradientCapture
+from montessori_core.influence.gradients import FactoredGradient, GradientCapture, pass_gradients_to
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
+from montessori_core.influence.projections import AlongDirections, Direction, Projection, RandomDirections, as_matrix
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.training.moments import Moments, number_type, weights_checksums
 
 Home = Literal["device", "host"]
-Direction = Mapping[str, torch.Tensor]
 Placement = Mapping[str, Home]
 """Home of 'first moment', 'second moment', 'snapshot', 'reference gradient' and 'half gradient'."""
 
@@ -140,19 +139,35 @@ class ResidentStudent:
     ) -> list[tuple[ExampleGradient, list[float]]]:
         """Return gradient statistics of each example, and <direction, step> of each direction, without taking the step.
 
-        Each example has its own forward and backward pass; moments and directions are read once for all examples. The result
-        of an example does not depend on the others.
-
         Args:
-            batches: of one example each. The factors of all gradients are in memory at once, see `FactoredGradient`.
+            batches: see `project_steps_onto`.
             directions: tensors by parameter name.
         """
-        totals = torch.zeros(len(batches), len(directions) + 2, dtype=torch.float64, device=self.device)
+        return [
+            (gradient, projection.tolist())
+            for gradient, projection in self.project_steps_onto(AlongDirections(directions), batches)
+        ]
+
+    def project_steps_onto(
+        self, projection: Projection, batches: Sequence[Batch]
+    ) -> list[tuple[ExampleGradient, torch.Tensor]]:
+        """Return gradient statistics of each example, and the projection of its step in fp64, without taking the step.
+
+        Each example has its own forward and backward pass; moments and directions are read once for all examples. The result
+        of an example does not depend on the others. Numbers that are not finite are NaN, as are all of an example without
+        a finite loss.
+
+        Args:
+            projection: what the steps are projected onto.
+            batches: of one example each. The factors of all gradients are in memory at once, see `FactoredGradient`.
+        """
+        totals = torch.zeros(len(batches), projection.size + 2, dtype=torch.float64, device=self.device)
         losses, pending = [], []
         for batch, total in zip(batches, totals, strict=True):
 
             def project(name: str, gradient: torch.Tensor, total: torch.Tensor = total) -> None:
-                total += self._project(name, directions, [FactoredGradient(dense=[as_matrix(gradient)])])[0]
+                gradients = [FactoredGradient(dense=[as_matrix(gradient)])]
+                self._add_projections(total[None], name, projection, gradients)
 
             loss, gradients = self._factored_backward(batch, project)
             losses.append(loss)
@@ -161,21 +176,41 @@ class ResidentStudent:
             for name in self.parameters:
                 rows = [row for row, gradients in enumerate(pending) if name in gradients]
                 if rows:
-                    totals[rows] += self._project(name, directions, [pending[row].pop(name) for row in rows])
-        return [
-            (
-                ExampleGradient(loss, math.sqrt(square) / self._relative_weight(batch), dominated / self._coordinates),
-                projections if all(map(math.isfinite, [loss, *projections])) else [math.nan] * len(directions),
-            )
-            for batch, loss, (*projections, square, dominated) in zip(batches, losses, totals.tolist(), strict=True)
-        ]
+                    self._add_projections(totals, name, projection, [pending[row].pop(name) for row in rows], rows)
+        results = []
+        for batch, loss, total in zip(batches, losses, totals.cpu(), strict=True):
+            square, dominated = total[-2:].tolist()
+            norm = math.sqrt(square) / self._relative_weight(batch)
+            finite = math.isfinite(loss) and bool(total[:-2].isfinite().all())
+            numbers = total[:-2] if finite else torch.full_like(total[:-2], math.nan)
+            results.append((ExampleGradient(loss, norm, dominated / self._coordinates), numbers))
+        return results
 
     @torch.no_grad()
     def project_null_step(self, directions: Sequence[Direction]) -> list[float]:
         """Return <direction, null step> of each direction."""
-        total = sum(self._project(name, directions, [FactoredGradient()])[0] for name in self.parameters)
-        assert isinstance(total, torch.Tensor)
-        return total.tolist()[:-2]
+        return self.project_null_step_onto(AlongDirections(directions)).tolist()
+
+    @torch.no_grad()
+    def project_null_step_onto(self, projection: Projection) -> torch.Tensor:
+        """Return the projection of the null step, in fp64."""
+        total = torch.zeros(1, projection.size + 2, dtype=torch.float64, device=self.device)
+        for name in self.parameters:
+            self._add_projections(total, name, projection, [FactoredGradient()])
+        return total[0, :-2].cpu()
+
+    def random_directions(self, size: int) -> RandomDirections:
+        """Return random directions for the steps of this student, see `RandomDirections`."""
+        return RandomDirections(self._second, size, self.device)
+
+    @torch.no_grad()
+    def project_gradient(self, directions: RandomDirections, gradient: Direction) -> torch.Tensor:
+        """Return the projection of a reference gradient, in fp64."""
+        total = torch.zeros(directions.size, dtype=torch.float64, device=self.device)
+        for name in self.parameters:
+            for rows, second, part in self._blocks(as_matrix(self._second[name]), as_matrix(gradient[name])):
+                total[directions.place(name)] += directions.gradient(name, rows, part, second)
+        return total.cpu()
 
     def zeros(self) -> dict[str, torch.Tensor]:
         """Return zeros in the shape of the trained parameters, to add gradients to."""
@@ -294,29 +329,31 @@ class ResidentStudent:
     ) -> None:
         self._adamw.step_(parameter, gradient, self._first[name], self._second[name], tally)
 
-    def _project(
-        self, name: str, directions: Sequence[Direction], gradients: Sequence[FactoredGradient]
-    ) -> torch.Tensor:
-        """Return [gradients, directions + 2], see `AdamW.project`, of one parameter."""
-        state = [as_matrix(part[name]) for part in (self._first, self._second, *directions)]
-        dtype = torch.promote_types(state[0].dtype, torch.float32)
-        rows, columns = state[0].shape
+    def _add_projections(
+        self,
+        totals: torch.Tensor,
+        name: str,
+        projection: Projection,
+        gradients: Sequence[FactoredGradient],
+        examples: Sequence[int] | slice = slice(None),
+    ) -> None:
+        """Add what one parameter contributes to `totals[examples]`, [examples, size + 2], see `AdamW.project`."""
+        place, added = projection.place(name), torch.zeros((), device=self.device)
+        for rows, first, second in self._blocks(as_matrix(self._first[name]), as_matrix(self._second[name])):
+            blocks = (gradient.rows(rows.start, rows.stop, first).reshape(-1) for gradient in gradients)
+            projected = projection.onto(name, rows, second)
+            added = added + self._adamw.project(blocks, first.view(-1), second.view(-1), projected)
+        totals[examples, place] += added[:, :-2]
+        totals[examples, -2:] += added[:, -2:]
+
+    def _blocks(self, *tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+        """Yield slices of rows, and these rows of all matrices, on the device and at least in fp32."""
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        rows, columns = tensors[0].shape
         height = max(1, BLOCK[self.device.type] // columns)
-        total = torch.zeros(len(gradients), len(directions) + 2, dtype=torch.float64, device=self.device)
         for start in range(0, rows, height):
-            stop = min(start + height, rows)
-            first, second, *parts = (
-                part[start:stop].to(self.device, dtype, non_blocking=True).view(-1) for part in state
-            )
-            shape = first.view(-1, columns)
-            blocks = (gradient.rows(start, stop, shape).reshape(-1) for gradient in gradients)
-            total += self._adamw.project(blocks, first, second, torch.stack(parts))
-        return total
-
-
-def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter, or a tensor of its shape, as a matrix, see `FactoredGradient`."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+            part = slice(start, min(start + height, rows))
+            yield part, *(tensor[part].to(self.device, dtype, non_blocking=True) for tensor in tensors)
 
 
 @torch.no_grad()
@@ -333,29 +370,6 @@ def perturb_weights(parameters: Mapping[str, torch.Tensor]) -> None:
                 torch.where(uniform > 23 / 24, torch.nextafter(parameter, -infinity), parameter),
             )
         )
-
-
-@contextmanager
-def pass_gradients_to(
-    use: Callable[[str, torch.nn.Parameter, torch.Tensor], None], parameters: Mapping[str, torch.nn.Parameter]
-) -> Iterator[None]:
-    """Pass each gradient to `use` as soon as the backward pass has accumulated it, then free it."""
-
-    def hook_of(name: str) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            with torch.no_grad():
-                use(name, parameters[name], gradient)
-
-        return hook
-
-    hooks = [p.register_post_accumulate_grad_hook(hook_of(name)) for name, p in parameters.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _check_moments(moments: Moments, parameters: Mapping[str, torch.nn.Parameter]) -> None:

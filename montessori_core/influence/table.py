@@ -96,6 +96,21 @@ def summarize_influence(table: pa.Table, threshold: float) -> dict[str, float | 
     }
 
 
+def error_by_halves(first: float, second: float, sizes: tuple[int, int]) -> float:
+    """Return the standard error of first + second, the contributions of two random halves of the reference set.
+
+    It has one degree of freedom; its square is unbiased. NaN if a half is empty.
+
+    Args:
+        first, second: contributions of the halves.
+        sizes: numbers of examples in the halves.
+    """
+    if 0 in sizes:
+        return math.nan
+    weight = math.sqrt(sizes[1] / sizes[0])
+    return abs(first * weight - second / weight)
+
+
 def take_out_length(values: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return influence without what a line over the number of response tokens explains; the mean stays.
 

@@ -233,6 +233,8 @@ def test_bad_options_are_refused_in_one_sentence(tiny_llama: Path, folder: Path)
         (["--baseline", "zero"], "--baseline: Input should be 'student', 'null_step', 'median' or 'prompt'"),
         (["--baseline", "prompt"], "these examples have no prompts in common"),
         (["--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda, cuda:N"),
+        (["--device", "cpu", "--cluster", "cluster.yaml"], "--cluster and --device: give one of them"),
+        (["--cluster", "absent.yaml"], "absent.yaml"),
         (["--device", "cuda:x"], "--device: 'cuda:x' is not one of auto, cpu, cuda, cuda:N"),
         (["--sequential", "0.1"], "sequential evaluation belongs to estimator: exact"),
         (["--example-weight", "2"], "--example-weight: Input should be less than or equal to 1"),

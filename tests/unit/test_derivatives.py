@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from montessori_core.influence.derivatives import ExampleDerivatives, InseparableError
+from montessori_core.influence.gradients import pass_gradients_to
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.influence.student import as_matrix, pass_gradients_to
+from montessori_core.influence.projections import as_matrix
 from montessori_core.models.chat import IGNORED, Encoded
 from support.sizes import SMALL
 

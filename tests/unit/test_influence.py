@@ -29,9 +29,9 @@ from montessori_core.influence import losses as losses_module
 from montessori_core.influence.gradients import GradientCapture
 from montessori_core.influence.linear import LinearMeter
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
-from montessori_core.influence.reference import error_by_halves
 from montessori_core.influence.sequential import is_decided
 from montessori_core.influence.student import ON_DEVICE
+from montessori_core.influence.table import error_by_halves
 from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.load import load_tokenizer
 from montessori_core.training.moments import Moments, load_moments, save_moments, weights_checksums

@@ -3,6 +3,7 @@
 `docker/slurm/lab.sh` runs a cluster of two nodes on this machine during these tests (see `conftest.py`).
 """
 
+import json
 import os
 import re
 import shutil
@@ -880,6 +881,23 @@ def test_doctor_cancels_its_jobs_at_hangup(tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
     assert queued() == []
+
+
+def test_pool_is_measured_on_slurm(tiny_llama: Path, tmp_path: Path) -> None:
+    """`montessori influence --cluster`: the table has the bytes of one that was made on this machine."""
+    rows = [{"instruction": f"Name {i}.", "output": "thing " * (1 + i % 5)} for i in range(40)]
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cluster = {"profile": "slurm", "poll_seconds": 0.5, "resources": {"influence": {"parallel_jobs": 2}}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+    command = ["influence", "--student", str(tiny_llama), "--examples", "pool.jsonl", "--reference", "pool.jsonl"]
+    tables = []
+    for name, options in (("slurm", ["--cluster", "cluster.yaml"]), ("local", [])):
+        out = ["--out", f"{name}.parquet", "--estimator", "first_order"]
+        code, output = whole.invoke(*command, *out, *options, cwd=tmp_path)
+        assert code == 0, output
+        tables.append((tmp_path / f"{name}.parquet").read_bytes())
+    assert tables[0] == tables[1]
+    assert [one.host for one in submissions(tmp_path / "slurm.parquet.parts", "first_order")] == [None]
 
 
 def doctor(folder: Path, cluster: dict[str, object], *options: str) -> tuple[int, str]:
