@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from montessori_core.config import DataSource
+from montessori_core.data.files import DataFile
 from montessori_core.errors import DataError
 
 
@@ -16,7 +17,8 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
         field: name of its section, for errors.
 
     Raises:
-        DataError: it cannot be loaded, or has several subsets and `source` names none of them; the message lists them.
+        DataError: it cannot be loaded, or has several subsets and `source` names none of them; the message lists them. Or
+            the files of a folder are outside of it, or exceed a bound.
     """
     import datasets
 
@@ -24,11 +26,17 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     # The library recognises files by path and time of change: another file with the same time would not be read.
     mode = datasets.DownloadMode.FORCE_REDOWNLOAD if os.path.isdir(path) else None
     try:
+        if os.path.isdir(path):
+            found = datasets.load_dataset_builder(path, source.subset, download_mode=mode).config.data_files
+            _check_files(path, [name for names in (found or {}).values() for name in names])
         rows = datasets.load_dataset(
             path, source.subset, split=source.split, revision=source.revision, download_mode=mode
         )
+    except DataError:
+        raise
     except Exception as error:  # the library raises many kinds
-        subsets = _subsets_of(path, source.revision)
+        # Without a network, asking for the subsets would only repeat the waits.
+        subsets = [] if isinstance(error, ConnectionError) else _subsets_of(path, source.revision)
         if len(subsets) > 1 and source.subset not in subsets:
             problem = "has several subsets" if source.subset is None else f"has no subset {source.subset!r}"
             raise DataError(
@@ -46,6 +54,24 @@ def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
             yield f"{source.path} ({place}), row {number}", row
     except Exception as error:  # of a column's decoder
         raise DataError(f"{source.path} ({place}), row {number + 1}: cannot be read ({error})") from error
+
+
+def _check_files(folder: str, names: list[str]) -> None:
+    """Check the files that the card of a folder names, before the library reads them without a bound.
+
+    Raises:
+        DataError: a file is outside of the folder, is damaged, or is a decompression bomb.
+    """
+    roots = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
+    for name in names:
+        path = name.rpartition("::")[2]  # of the archive, for a file in one
+        if "://" in path or not os.path.abspath(path).startswith(roots):
+            raise DataError(f"{folder}: its card names {path!r}, which is outside of the folder; remove that entry")
+        file = DataFile(path, path)
+        if file.kind and file.compression:
+            with file.open() as stream:
+                while stream.read(2**20):
+                    pass
 
 
 def _subsets_of(path: str, revision: str | None) -> list[str]:

@@ -25,6 +25,7 @@ from montessori_core.data.sources import Task, TaskReader, read_tasks
 from montessori_core.errors import DataError
 
 ROWS = [{"id": f"r{n}", "instruction": f"Näme river\n“{n}”, please.", "output": f"Rhine, {n}."} for n in range(700)]
+CARD = "---\nconfigs:\n- config_name: default\n  data_files: [{{split: train, path: '{}'}}]\n---\n"
 TASKS = [Task(row["id"], row["instruction"], row["output"]) for row in ROWS]
 
 
@@ -148,6 +149,32 @@ def test_saved_data_set_does_not_leave_its_folder(name: str, tmp_path: Path) -> 
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": [".."]}))
     with pytest.raises(DataError, match="outside of the folder"):
         read(folder, split="..")
+
+
+@pytest.mark.guarantee("paths out of a data set's folder")
+@pytest.mark.parametrize("name", ["../secret.jsonl", "a/../../*.jsonl", "ABSOLUTE", "file://ABSOLUTE"])
+def test_card_does_not_leave_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "secret.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    name = name.replace("ABSOLUTE", str(tmp_path / "secret.jsonl"))
+    (tmp_path / "set" / "README.md").write_text(CARD.format(name))
+    with pytest.raises(DataError, match="its card names .*outside of the folder"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "README.md").write_text(CARD.format("rows.jsonl"))
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert read(tmp_path / "set") == read(tmp_path / "link") == TASKS
+
+
+@pytest.mark.guarantee("decompression bombs")
+def test_bomb_in_folder_with_card_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(files, "FREE", 2**20)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl.gz").write_bytes(compressed(json.dumps(ROWS[0]).encode() + b" " * 2**22, ".gz"))
+    with pytest.raises(DataError, match=r"train.jsonl.gz.* bytes grow to more than"):
+        read(tmp_path / "set")
 
 
 @pytest.mark.guarantee("decompression bombs")
