@@ -48,6 +48,7 @@ class AllocationBackend(LocalBackend):
         self._job_ids, self._seen_running = set(), set()
         self._fit: int | None = None
         self._messages: dict[str, Path] = {}
+        self._steps: dict[str, subprocess.Popen[bytes]] = {}
 
     def check(self) -> None:
         """Check that a job fits into the allocation.
@@ -134,7 +135,14 @@ class AllocationBackend(LocalBackend):
         self._job_ids.add(job_id)
         self._seen_running.add(job_id)
         self._messages[job_id] = folder / f"{process.pid}_srun.err"
+        self._steps[job_id] = process
         return job_id
+
+    def running(self, name: str, ids: Sequence[str]) -> set[str]:
+        running = super().running(name, ids)
+        for job_id in self._steps.keys() & set(ids) - running:
+            self._steps[job_id].poll()  # keeps the exit status
+        return running
 
     def find(self, name: str, folder: Path) -> list[str]:
         return find_processes({"cluster.step"}, folder)
@@ -151,6 +159,9 @@ class AllocationBackend(LocalBackend):
             kill_tree(process)
 
     def reason(self, job_id: str) -> str:
+        step = self._steps.get(job_id)
+        if step is not None and step.returncode == 0:
+            return "COMPLETED"  # its results may be visible later, as those of a Slurm job
         message = self._messages.get(job_id)
         lines = message.read_text(errors="replace").strip().splitlines() if message and message.exists() else []
         return lines[-1] if lines else super().reason(job_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.fanout import ShardsFailed, fan_out
-from montessori_core.config import Cluster, Resources
+from montessori_core.config import Cluster, HeldJobs, Resources, Slurm
 from support import ROOT
 from support import squares as local
 from support.row_programs import as_shards
@@ -21,10 +21,14 @@ SOURCES = ROOT / "tests" / "support" / "file_faults"
 DRIVER = """
 import logging, sys
 from pathlib import Path
+from cluster.lock import only_driver
 from support.squares import results
 from test_slurm_file_faults import run
 logging.basicConfig(level=logging.INFO)
-print(results(run(Path(sys.argv[1]))))
+folder = Path(sys.argv[1])
+with only_driver(folder):
+    parts = run(folder, held=sys.argv[2] == "held")
+print(results(parts))
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -42,18 +46,29 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def run(folder: Path) -> list[Path]:
+def run(folder: Path, held: bool = False) -> list[Path]:
     """Compute the stage of squares, six shards in as many jobs, two at a time."""
-    resources = Resources(parallel_jobs=2, shards_per_job=1, cpus_per_process=1)
-    return fan_out(local.stage(folder, 0.2), as_shards(*local.SHARDS), resources, Cluster(profile="slurm"))
+    resources = Resources(parallel_jobs=2, shards_per_job=1, cpus_per_process=1, time_limit_minutes=30)
+    cluster = Cluster(profile="slurm", slurm=Slurm(hold=HeldJobs() if held else None))
+    return fan_out(local.stage(folder, 0.2), as_shards(*local.SHARDS), resources, cluster)
 
 
-def drive(folder: Path, **variables: str) -> tuple[list[int], str]:
+def drive(folder: Path, held: bool = False, **variables: str) -> tuple[list[int], str]:
     """Run a driver whose process has environment variables that its jobs have too; return the squares and its log."""
     paths = [os.environ["PYTHONPATH"], str(Path(__file__).parent)]
     driver = subprocess.run(
         # The shell becomes the driver: `$$` is its process.
-        ["sh", "-c", 'LATE_PROCESS=$$ exec "$@"', "sh", sys.executable, "-c", DRIVER, str(folder)],
+        [
+            "sh",
+            "-c",
+            'LATE_PROCESS=$$ exec "$@"',
+            "sh",
+            sys.executable,
+            "-c",
+            DRIVER,
+            str(folder),
+            "held" if held else "",
+        ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables,
         capture_output=True,
         text=True,
@@ -87,6 +102,18 @@ def faults(folder: Path, libraries: Path, call: str, name: str, error: int, coun
     return {"LD_PRELOAD": str(libraries / "failing_files.so")} | {
         f"FAULT_{key}": str(value) for key, value in names.items()
     }
+
+
+@pytest.mark.guarantee("results seen late")
+@pytest.mark.slow
+def test_late_results_of_steps_are_awaited(folder: Path, libraries: Path) -> None:
+    """Steps in held jobs end on another node than the driver's, as jobs of a stage do."""
+    late = {"LATE_ROOT": str(folder / "stage"), "LATE_SECONDS": "60"}
+    squares, log = drive(folder, held=True, LD_PRELOAD=str(libraries / "late_files.so"), **late)
+    assert squares == local.EXPECTED
+    assert "completed, but its results are not visible here yet" in log
+    assert all(not submission.lost for submission in submissions(folder))
+    assert sorted(local.computed(folder)) == ROWS
 
 
 @pytest.mark.guarantee("stale file handles")
