@@ -17,7 +17,7 @@ from flows.methods.method import Feedback, Method, Proposal, Round
 from flows.methods.montessori import MONTESSORI
 from flows.study_result import Cost, EqualTokens, MethodResults, StudyOutcome, write_comparison
 from montessori_core import layout
-from montessori_core.config import RUN_NAME, Study, write_yaml
+from montessori_core.config import RUN_NAME, Study, read_yaml, write_yaml
 from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
@@ -29,6 +29,7 @@ from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Run, open_run, take_lock
 from tasks.stage import Step
 from tasks.students import train_on_set, train_student
+from tasks.studies import RESULT
 from tasks.tracking import start_tracking, track_method
 
 
@@ -72,8 +73,18 @@ def open_study(study: Study, folder: Path) -> tuple[list[SeedRuns], list[str]]:
             # Its driver holds the lock of one run at a time, so that a run may seem to have no driver.
             take_lock(folder, lock)
         seeded, warnings = _open_seeds(study, folder)
+        if (folder / STUDY).exists() and _compares_otherwise(study, folder / STUDY):
+            (folder / RESULT).unlink(missing_ok=True)  # of other methods, seeds or settings: the study is not finished
         write_yaml(study, folder / STUDY)
     return seeded, sorted(warnings)
+
+
+def _compares_otherwise(study: Study, file: Path) -> bool:
+    """Return whether a study differs from that in a file in more than where its jobs run."""
+    before, now = read_yaml(file), study.model_dump(mode="json")
+    for content in (before, now):
+        content["experiment"].pop("cluster", None)
+    return before != now
 
 
 def _open_seeds(study: Study, folder: Path) -> tuple[list[SeedRuns], set[str]]:

@@ -192,9 +192,11 @@ def _check_and_write(
     config, copies = folder / layout.CONFIG, folder / layout.SOURCES
     changed: list[str] = []
     benchmarks, benchmarks_copied = experiment.benchmarks, dict[str, Path]()
+    benchmarks_before = benchmarks
     if opened_before:
         changed = changed_settings(experiment, config)
-        benchmarks_copied = current_copies(benchmarks, read_experiment(config).benchmarks, copies)
+        benchmarks_before = read_experiment(config).benchmarks
+        benchmarks_copied = current_copies(benchmarks, benchmarks_before, copies)
     run = Run(folder, experiment)
     copied = opened_before and all(run.source_file(name).exists() for name in Sources.__annotations__)
     bad_rows: list[BadRow] = []
@@ -229,7 +231,7 @@ def _check_and_write(
         copy_benchmarks(benchmarks, copies, benchmarks_copied)
         _copy_templates(templates, folder, opened_before)
         write_json(commits, folder / layout.MODEL_COMMITS)
-        if changed:
+        if changed or benchmarks != benchmarks_before:
             _mark_unfinished(folder)
         write_yaml(experiment, config)
         write_provenance(folder, {"teacher": run.initial_teacher().sha256, "student": run.initial_student().sha256})

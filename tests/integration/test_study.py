@@ -20,7 +20,7 @@ from cluster.usage import use_of
 from flows.methods import REGISTRY
 from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
-from flows.study import find_method
+from flows.study import find_method, open_study
 from montessori_core import programs
 from montessori_core.config import Preferences, read_study
 from montessori_core.data.sources import Task, write_tasks
@@ -55,6 +55,7 @@ from support.judges import JudgeServer
 from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean, invoke
 from support.studies import conversations, environment_of, write_study
+from tasks.studies import is_finished, reopen
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, on a machine that may be busy
 
@@ -247,6 +248,18 @@ def test_invalid_study_is_refused_before_any_run(talking_llama: Path, tmp_path: 
     for name in ("flows.cli:app", ":MINE", ".own:MINE"):
         with pytest.raises(ConfigError, match=f"methods: {name}"):
             find_method(name)
+
+
+def test_changed_study_is_not_finished(tiny_llama: Path, tmp_path: Path) -> None:
+    """A flow run whose driver is a job would not start one."""
+    path, folder = tmp_path / "study.yaml", tmp_path / "runs" / "study"
+    methods = ["self_instruct", "random"]
+    path.write_text(yaml.safe_dump({"experiment": configuration(tmp_path, tiny_llama).name, "methods": methods}))
+    open_study(read_study(path, ("seeds=[1]",)), folder)
+    (folder / "comparison.json").write_text("{}")  # as if it had run
+    for change, finished in [("experiment.cluster.poll_seconds=0.5", True), ("seeds=[1,2]", False)]:
+        open_study(read_study(path, ("seeds=[1]", change)), folder)
+        assert is_finished(reopen(folder)) == finished, change
 
 
 def test_shipped_study_is_valid() -> None:

@@ -12,7 +12,7 @@ from flows.study import open_study
 from montessori_core.config import Study, parse_experiment, read_cluster, read_experiment, write_yaml
 from montessori_core.errors import UserError
 from support import CONFIGS
-from tasks.run import open_run
+from tasks.run import open_run, reopen_run
 
 OTHER = {"instruction": "Count the rivers of the country that you know best.", "output": "Seven."}
 
@@ -207,6 +207,23 @@ def test_open_run_changes_no_file_of_a_driven_run(
     monkeypatch.setattr("tasks.run.check_environment", start_driver)
     with pytest.raises(UserError, match="already has a driver"):
         warnings_of(tmp_path, tiny_llama, preferences=preferences)
+
+
+@pytest.mark.parametrize(
+    ("sections", "finished"),
+    [
+        ({"cluster": {"poll_seconds": 0.5}}, True),
+        ({"benchmarks": {"tasks": [{"name": "mmlu"}]}}, False),  # a driver as a job would not be submitted
+    ],
+)
+def test_run_with_added_benchmark_is_not_finished(
+    sections: dict[str, Any], finished: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    warnings_of(tmp_path, tiny_llama, iterations=1)
+    (tmp_path / "run" / "iteration-1").mkdir()
+    (tmp_path / "run" / "iteration-1" / "metrics.json").write_text("{}")  # as if it had run
+    warnings_of(tmp_path, tiny_llama, iterations=1, **sections)
+    assert reopen_run(tmp_path / "run").finished == finished
 
 
 def test_open_study_changes_no_file_of_a_driven_study(tiny_llama: Path, tmp_path: Path) -> None:
