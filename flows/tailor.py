@@ -31,7 +31,7 @@ def tailor(tailored: Tailored, approve: bool = False, submit_driver: bool = Fals
     The first artifact says what will happen, where, and for how long. A run of the same name is resumed.
 
     Args:
-        tailored: models, data, size and machines. The [deployments](/deployments) of the presets have every setting.
+        tailored: models, data, size and machines. The deployments of the presets (menu: Deployments) have every setting.
         approve: pause before every teacher update until a person approves the preference pairs.
         submit_driver: run the driver as a Slurm job (slurm.driver in the file of the cluster) that this flow run waits for.
     """

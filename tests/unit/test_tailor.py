@@ -1,11 +1,17 @@
 """The short form: what it sets, what it refuses, and the plan that a run shows first."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import Flow
+from prefect.utilities.callables import parameter_schema
 
-from flows.tailor import describe_plan
+from flows.evaluation import evaluate
+from flows.experiment import montessori
+from flows.study import compare
+from flows.tailor import describe_plan, tailor
 from montessori_core.config import Tailored, parse, read_experiment
 from montessori_core.errors import ConfigError, UserError
 from tasks.run import Run, open_run, reopen_run
@@ -15,6 +21,12 @@ def test_short_form_is_short() -> None:
     fields = Tailored.model_json_schema()["properties"]
     assert len(fields) <= 10
     assert all(field["description"] for field in fields.values())
+
+
+@pytest.mark.parametrize("flow", [tailor, montessori, compare, evaluate], ids=lambda flow: flow.name)
+def test_form_has_no_markdown_link(flow: Flow[..., None]) -> None:
+    """Prefect's new interface shows the texts of a form as they are."""
+    assert re.findall(r"\[[^]]*\]\([^)]*\)", parameter_schema(flow.fn).model_dump_json()) == []
 
 
 @pytest.mark.parametrize("size", ["quickstart", "paper-1b", "paper-8b"])
