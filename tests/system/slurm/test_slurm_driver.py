@@ -308,11 +308,15 @@ def test_run_by_driver_jobs_has_tables_of_local_run(talking_llama: Path, tmp_pat
 @pytest.fixture
 def server(talking_llama: Path, tmp_path: Path) -> Iterator[Server]:
     """`montessori up` beside a Prefect server with an address that is not the loopback's name, as nodes need it."""
-    content = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
+    config = configuration(tmp_path, talking_llama)
+    deployments = [
+        {"name": "tiny", "parameters": {"experiment": yaml.safe_load(config.read_text())}},
+        {"name": "pair", "entrypoint": "flows/study.py:compare", "config": str(study(tmp_path, config))},
+    ]
     home = tmp_path / "server"
     home.mkdir()
     with prefect_server(home, host="127.0.0.2") as client:
-        running = Server(tmp_path, [{"name": "tiny", "parameters": {"experiment": content}}], client["PREFECT_API_URL"])
+        running = Server(tmp_path, deployments, client["PREFECT_API_URL"])
         yield running
         running.process.send_signal(signal.SIGINT)
         running.process.wait(120)
@@ -379,3 +383,34 @@ def test_cancelled_flow_run_ends_its_driver_job(server: Server, monkeypatch: pyt
     server.wait_for(flow_run, "Cancelled")
     wait_until(lambda: queued() == [], 60)
     assert driver_of(run) is None
+
+
+@pytest.mark.guarantee("flow run killed whose driver is a job")
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_flow_run_of_study_awaits_its_driver_job(server: Server) -> None:
+    """From the form; its process is killed, and the retry waits for the same job. Its next run has nothing to do."""
+    folder, pair = server.runs / "pair", server.deployment("pair", "compare")
+    content = {"parameters": {**pair["parameters"], "submit_driver": True}, "state": {"type": "SCHEDULED"}}
+    flow_run = str(server.ask(f"deployments/{pair['id']}/create_flow_run", content)["id"])
+    wait_until(lambda: any(map(is_submitted, folder.rglob("ledger.json"))), 1200)
+    driver = driver_of(folder)
+    assert driver is not None
+    kill_flow_run(server)
+    server.wait_for(flow_run, "Crashed")
+    server.set_state(flow_run, "SCHEDULED")
+    server.wait_for(flow_run, "Completed", seconds=2400)
+    logs = server.logs(flow_run)
+    assert f"an earlier flow run or command has submitted the driver: Slurm job {driver.job}" in logs
+    assert "seed-1/methods/random/round-1/student has begun" in logs
+    assert (folder / "comparison.html").exists()
+    assert {len(read_json(ledger)) for ledger in folder.rglob("ledger.json")} == {1}
+    [driven] = [
+        run["id"] for run in server.ask("flow_runs/filter", {}) if run["name"] == "pair" and run["id"] != flow_run
+    ]
+    assert server.state(driven) == "Completed"
+    assert "Comparison of methods: pair" in [artifact["description"] for artifact in server.artifacts(driven)]
+    again = str(server.ask(f"deployments/{pair['id']}/create_flow_run", content)["id"])
+    server.wait_for(again, "Completed")
+    assert "pair is finished" in server.logs(again)
+    wait_until(lambda: queued() == [], 60)
