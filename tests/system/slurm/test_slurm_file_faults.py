@@ -113,7 +113,7 @@ def test_late_results_of_steps_are_awaited(folder: Path, libraries: Path) -> Non
     assert squares == local.EXPECTED
     assert "completed, but its results are not visible here yet" in log
     assert all(not submission.lost for submission in submissions(folder))
-    assert sorted(local.computed(folder)) == ROWS
+    assert sorted(local.computed(folder)) == local.NUMBERS
 
 
 @pytest.mark.guarantee("stale file handles")
