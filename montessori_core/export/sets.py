@@ -22,6 +22,7 @@ from montessori_core.data.tables import (
     take_rows,
 )
 from montessori_core.errors import DataError
+from montessori_core.evaluation.kinds import KindClassifier, read_classifier
 
 SetName = Literal["training", "preferences", "scored"]
 SETS: tuple[SetName, ...] = get_args(SetName)
@@ -52,6 +53,12 @@ _EXAMPLE = (
         "influence",
         pa.float64(),
         "effect of one training step on the student's loss on the reference set, nats; positive helps; null if not measured",
+    ),
+    _column(
+        "kind",
+        pa.string(),
+        "'wanted' if a classifier of words calls the instruction a task of the reference set's kind, else 'other'; null if "
+        "it cannot tell",
     ),
 )
 _MEASURED = _kept(
@@ -141,7 +148,10 @@ class RunSet:
             "preferences": _preferences,
         }
         origin = {"source": self.source, "teacher": self.teacher, "iteration": self.iteration}
+        classifier = read_classifier(self.run) if self.name != "preferences" else None
         for table in read[self.name](self.folder):
+            if self.name != "preferences":
+                table = table.append_column("kind", _kinds(table[INSTRUCTION], classifier))
             for name, value in origin.items():
                 table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
             yield table.select(self.schema.names).cast(self.schema)
@@ -174,6 +184,14 @@ def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:
 def name_of(model: str) -> str:
     """Return a model's name for publication: of a local path only the last part."""
     return Path(model).name if model.startswith(("/", "~", ".")) or model.count("/") > 1 else model
+
+
+def _kinds(instructions: pa.ChunkedArray, classifier: KindClassifier | None) -> pa.Array:
+    """Return the column `kind` of an exported set."""
+    if classifier is None or not classifier.usable:
+        return pa.nulls(len(instructions), pa.string())
+    wanted = map(classifier.is_wanted, instructions.to_pylist())
+    return pa.array(["wanted" if one else "other" for one in wanted], pa.string())
 
 
 def _training(folder: Path) -> Iterator[pa.Table]:

@@ -128,7 +128,7 @@ class InfluencePool(Pool):
             form = "messages"
         self._form = CONVERSATION_FORMATS[form] if form else None
         self._texts = {self._form.field.name} if self._form else {INSTRUCTION, OUTPUT}
-        left_out = {"source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
+        left_out = {"kind", "source", "teacher", "iteration", *((INSTRUCTION, OUTPUT) if self._form else ())}
         fields = [field for field in SCHEMAS["scored"] if field.name not in left_out]
         self.schema = pa.schema([*fields[:1], self._form.field, *fields[1:]] if self._form else fields)
         with open_parquet(path) as file:

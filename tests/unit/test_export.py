@@ -11,7 +11,8 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from montessori_core.config import Cluster, parse_experiment, read_experiment
+from montessori_core.config import Cluster, DataSource, parse_experiment, read_experiment
+from montessori_core.data.sources import read_tasks, write_tasks
 from montessori_core.data.tables import EXAMPLES, INFLUENCE, PREFERENCES, read_table
 from montessori_core.export.formats import FORMATS
 from montessori_core.export.markdown import escape, fenced, table
@@ -23,7 +24,7 @@ from support.reports import HOSTILE, write_run
 from support.runs import invoke
 from support.templates import TEMPLATES
 
-MEASURED = {"influence", "influence_null_step", "standard_error", "status", "response_tokens", "estimator"}
+MEASURED = {"influence", "kind", "influence_null_step", "standard_error", "status", "response_tokens", "estimator"}
 PAIRS = {"chosen_influence", "rejected_influence", "chosen_id", "rejected_id"}
 ORIGIN = {"source", "teacher", "iteration"}
 
@@ -91,7 +92,7 @@ def test_load_dataset_reads_declared_columns(run: Path, what: str, form: str, tm
     data = loaded(tmp_path / "out", tmp_path / "cache")
     (name,) = [name for name in SETS if name == what]
     assert data.features.arrow_schema.equals(FORMATS[form].schema(open_set(run, name).schema))
-    assert {"scored": MEASURED, "preferences": PAIRS, "training": {"influence"}}[what] | ORIGIN <= set(
+    assert {"scored": MEASURED, "preferences": PAIRS, "training": {"influence", "kind"}}[what] | ORIGIN <= set(
         data.column_names
     )
     assert set(data["teacher"]) == {"smollm2-135m, updated " + ("2 times" if what == "training" else "1 time")}
@@ -124,6 +125,24 @@ def test_set_and_iteration_are_chosen(run: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "not a run" in output
     assert not (tmp_path / "b").exists()
+
+
+def test_instructions_of_the_wanted_kind_are_marked(tmp_path: Path) -> None:
+    """If the classifier can tell them; the exported column chooses."""
+    texts = ["Write a function that reverses a list.", "Describe your favourite holiday."]
+    run = write_run(tmp_path / "trial", texts=texts)
+    assert export(run, tmp_path / "unknown", "--to", "parquet")[0] == 0  # the reference set has all kinds
+    unknown = pq.read_table(tmp_path / "unknown" / "data" / "train.parquet")
+    assert unknown["kind"].null_count == len(unknown)
+    coding = read_tasks(DataSource(path="builtin/coding"), "reference", with_response=True)
+    write_tasks(coding, run / "sources" / "reference.jsonl")
+    assert export(run, tmp_path / "out", "--to", "parquet")[0] == 0
+    rows = pq.read_table(tmp_path / "out" / "data" / "train.parquet").to_pylist()
+    assert {(row["instruction"], row["kind"]) for row in rows} == set(zip(texts, ("wanted", "other"), strict=True))
+    code, output = invoke("select", str(run), "--per", "kind", "--k", "4", "--output", "chosen.jsonl", cwd=tmp_path)
+    assert code == 0, output
+    chosen = [json.loads(line)["kind"] for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    assert sorted(chosen) == ["other", "other", "wanted", "wanted"]
 
 
 def test_existing_folder_is_never_overwritten(run: Path, tmp_path: Path) -> None:
