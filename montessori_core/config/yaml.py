@@ -128,7 +128,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     keys = dotted.strip().split(".")
     if not separator or not all(keys):
         raise ConfigError(f"--set {override}: write it as section.key=value, e.g. --set warmup.learning_rate=1e-5")
-    value = parse_yaml(text, f"--set {override}")
+    try:
+        value = parse_yaml(text, f"--set {override}")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; if it is a text, put it in quotes: --set '{dotted}=\"...\"'") from error
     node = content
     for key in keys[:-1]:
         child = node.get(key)

@@ -230,6 +230,7 @@ def test_overrides_reach_nested_fields(tmp_path: Path) -> None:
         ("warmup.learning_rate", "write it as section.key=value"),
         ("teacher.model.x=1", "model is a value, not a section"),
         ("seed=!!int x", "--set seed=!!int x: not valid YAML: not a valid value"),
+        ("synthesis.request={persona} asks", "if it is a text, put it in quotes: --set 'synthesis.request=\"...\"'"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_experiment(path, (override,))
