@@ -1,7 +1,8 @@
 """The data sets of a run that can be exported, read one row group at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -136,25 +137,29 @@ class RunSet:
         """Name of the run, iteration and set."""
         return f"{self.experiment.name}/{layout.iteration(self.iteration)}/{self.name}"
 
-    def tables(self) -> Iterator[pa.Table]:
-        """Yield the rows in tables of its schema, in the order of the run's table.
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the rows, or some columns of them, in tables of its schema, in the order of the run's table.
 
         Raises:
             DataError: a table of the run is missing or damaged.
         """
+        schema = pa.schema([self.schema.field(name) for name in columns or self.schema.names])
         read: dict[SetName, Callable[[Path], Iterator[pa.Table]]] = {
             "training": _training,
             "scored": _scored,
             "preferences": _preferences,
         }
         origin = {"source": self.source, "teacher": self.teacher, "iteration": self.iteration}
-        classifier = read_classifier(self.run) if self.name != "preferences" else None
         for table in read[self.name](self.folder):
-            if self.name != "preferences":
-                table = table.append_column("kind", _kinds(table[INSTRUCTION], classifier))
+            if "kind" in schema.names:
+                table = table.append_column("kind", _kinds(table[INSTRUCTION], self._classifier))
             for name, value in origin.items():
                 table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
-            yield table.select(self.schema.names).cast(self.schema)
+            yield table.select(schema.names).cast(schema)
+
+    @cached_property
+    def _classifier(self) -> KindClassifier | None:
+        return read_classifier(self.run)
 
 
 def open_set(run: Path, name: SetName, iteration: int | None = None) -> RunSet:

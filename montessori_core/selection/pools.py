@@ -107,8 +107,8 @@ class RunPool(Pool):
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
         _check_columns(self.name, columns or (), self.schema.names)
-        for table in self._data.tables():
-            yield from table.select(list(columns or self.schema.names)).to_pylist()
+        for table in self._data.tables(columns):
+            yield from table.to_pylist()
 
 
 class InfluencePool(Pool):
