@@ -67,10 +67,8 @@ def main() -> None:
 
     def projected(projection: Any) -> tuple[np.ndarray, float]:
         """Return [examples, numbers] projections of the steps against the null step, and seconds an example."""
-        null = student.project_null_step_onto(projection)
-        steps, seconds = timed(
-            lambda: [s for batch in batches for _, s in student.project_steps_onto(projection, batch)]
-        )
+        null = student.project_null_step(projection)
+        steps, seconds = timed(lambda: [s for batch in batches for _, s in student.project_steps(batch, projection)])
         return (torch.stack(steps) - null).numpy(), seconds / len(examples)
 
     first_order, seconds = projected(AlongDirections(gradients))

@@ -45,6 +45,19 @@ _MAX_LENGTH = "max_length"  # the setting's name in errors
 
 
 @dataclass(frozen=True)
+class Store:
+    """Projected steps of examples, kept for other reference sets.
+
+    Attributes:
+        folder: where they are.
+        numbers: about how many numbers of a step are kept.
+    """
+
+    folder: Path
+    numbers: int
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A measurement of influence.
 
@@ -56,8 +69,7 @@ class Measurement:
         settings: settings of the estimator and its step.
         baseline: baseline of helping, see `config.Preferences`.
         cluster: where jobs run.
-        store: folder that keeps the projected steps of the examples for other reference sets; None: they are not kept.
-        numbers: about how many numbers of a step are kept.
+        store: where steps are kept; None: they are not.
     """
 
     student: Student
@@ -67,8 +79,7 @@ class Measurement:
     settings: Influence
     baseline: str
     cluster: Cluster
-    store: Path | None = None
-    numbers: int = 16384
+    store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def _check_store_settings(settings: Influence) -> None:
 
 
 @contextmanager
-def _opened_store(store: Path | None) -> Iterator[None]:
+def _opened_store(store: Store | None) -> Iterator[None]:
     """Create the folder of a store if it does not exist, and hold its lock.
 
     Raises:
@@ -144,14 +155,15 @@ def _opened_store(store: Path | None) -> Iterator[None]:
     if store is None:
         yield
         return
-    if store.exists() and not (store / "stage.json").exists() and any(store.iterdir()):
-        raise DataError(f"--store {store}: the folder holds something else; give another one")
-    store.mkdir(parents=True, exist_ok=True)
-    with only_driver(store):
+    folder = store.folder
+    if folder.exists() and not (folder / "stage.json").exists() and any(folder.iterdir()):
+        raise DataError(f"--store {folder}: the folder holds something else; give another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_driver(folder):
         yield
 
 
-def check_store(stage: Stage, rows: Rows) -> None:
+def _check_store(stage: Stage, rows: Rows) -> None:
     """Raise a DataError if the folder of a stage holds steps of other examples, of another student or of other settings."""
     kept = read_record(stage.folder / "stage.json", Description)
     if kept is None:
@@ -254,42 +266,40 @@ class MeasurementStages:
     def measure_exactly(self, name: str, positions: Positions) -> pa.RecordBatchReader:
         return self._execute(name, "exact", self._inputs.rows[positions])
 
-    def _execute(self, name: str, estimator: str, rows: Rows) -> pa.RecordBatchReader:
+    def _settings(self, estimator: str) -> programs.InfluenceMeasurement:
         measurement = self._measurement
-        settings = programs.measurement_settings(
+        return programs.measurement_settings(
             measurement.settings, Warmup(), measurement.student.max_length, estimator, measurement.baseline
         )
+
+    def _execute(self, name: str, estimator: str, rows: Rows) -> pa.RecordBatchReader:
         return join_influence(
             compute_parts(
                 self._folder / name,
                 programs.INFLUENCE,
-                settings,
+                self._settings(estimator),
                 rows,
                 self._inputs,
-                measurement.cluster,
+                self._measurement.cluster,
                 self._rows_per_shard,
             )
         )
 
-    def _estimate_from_store(self, store: Path) -> pa.RecordBatchReader:
-        measurement, inputs = self._measurement, replace(self._inputs, files={})
-        settings = programs.measurement_settings(
-            measurement.settings, Warmup(), measurement.student.max_length, "first_order", measurement.baseline
-        ).model_dump()
-        steps = programs.StepProjection.model_validate(
-            {name: settings[name] for name in ("max_length", "dtype", "step")} | {"numbers": measurement.numbers}
-        )
-        check_store(stage_of(programs.STEPS, steps, store, inputs.models, {}), inputs.rows)
-        kept = compute_parts(
-            store, programs.STEPS, steps, inputs.rows, inputs, measurement.cluster, self._rows_per_shard
+    def _estimate_from_store(self, store: Store) -> pa.RecordBatchReader:
+        settings, inputs = self._settings("first_order"), replace(self._inputs, files={})
+        cluster, tasks = self._measurement.cluster, Rows.of([vars(task) for task in inputs.reference], TaskRow)
+        steps = programs.StepProjection(
+            max_length=settings.max_length, dtype=settings.dtype, step=settings.step, numbers=store.numbers
         )
         reference = programs.ReferenceProjection(
-            **dict(steps), **{name: settings[name] for name in ("reference_reduction", "reference_batch_tokens")}
+            **dict(steps),
+            reference_reduction=settings.reference_reduction,
+            reference_batch_tokens=settings.reference_batch_tokens,
         )
-        tasks = Rows.of([vars(task) for task in inputs.reference], TaskRow)
-        folder = self._folder / "reference"
-        [projected] = compute_parts(
-            folder, programs.REFERENCE_PROJECTION, reference, tasks, inputs, measurement.cluster
+        _check_store(stage_of(programs.STEPS, steps, store.folder, inputs.models, {}), inputs.rows)
+        kept = compute_parts(store.folder, programs.STEPS, steps, inputs.rows, inputs, cluster, self._rows_per_shard)
+        (projected,) = compute_parts(
+            self._folder / "reference", programs.REFERENCE_PROJECTION, reference, tasks, inputs, cluster
         )
         return estimate_from_steps(kept, projected)
 

@@ -66,7 +66,7 @@ BaselineName = Annotated[
         "median example)."
     ),
 ]
-Store = Annotated[
+StoreFolder = Annotated[
     Path | None,
     typer.Option(
         help="Folder that keeps a projection of the step on each example. For another --reference, the same command reads "
@@ -116,7 +116,7 @@ def influence(
     baseline: BaselineName = "student",
     reference_reduction: Annotated[str, typer.Option(help=REDUCTION)] = "example",
     audit_examples: Annotated[int, typer.Option(help="Examples that screened also measures exactly.")] = 100,
-    store: Store = None,
+    store: StoreFolder = None,
     store_numbers: StoreNumbers = 16384,
     sequential: ErrorRate = None,
     dtype: NumberType = "float32",
@@ -136,7 +136,7 @@ def influence(
     """
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: the table is a Parquet file; its name must end in .parquet")
-    from flows.influence import Measurement, measure_influence
+    from flows.influence import Measurement, Store, measure_influence
 
     options = {
         "estimator": estimator,
@@ -156,8 +156,7 @@ def influence(
         settings=parse_options(options),
         baseline=check_baseline(baseline),
         cluster=cluster_or_device(cluster, device),
-        store=store,
-        numbers=store_numbers,
+        store=Store(store.resolve(), store_numbers) if store else None,
     )
     measure_influence(measurement, out, sys.argv[1:])
     print_influence(read_table(out, INFLUENCE), baseline)

@@ -125,11 +125,8 @@ INFLUENCE = _schema(
 STEPS = _schema(
     "steps",
     1,
-    *(
-        INFLUENCE.field(name)
-        for name in ("example_id", "prompt_id", "status", "tokens", "response_tokens", "truncated")
-    ),
-    *(INFLUENCE.field(name) for name in ("example_loss", "gradient_norm", "dominated_share")),
+    *map(INFLUENCE.field, ("example_id", "prompt_id", "status", "tokens", "response_tokens", "truncated")),
+    *map(INFLUENCE.field, ("example_loss", "gradient_norm", "dominated_share")),
     _field("scale", _REAL, "factor of the numbers"),
     _field(
         "numbers", pa.binary(), "projection of the step against the null step, little-endian fp16; empty unless 'ok'"

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,6 +17,7 @@ from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.memory import plan_memory
 from montessori_core.influence.meter import InfluenceMeter, Measurement
 from montessori_core.influence.reference import ReferenceSet, open_reference
+from montessori_core.influence.reference_state import Estimator
 from montessori_core.influence.sequential import SequentialReference
 from montessori_core.influence.student import ON_DEVICE, Placement, ResidentStudent
 from montessori_core.influence.table import schema_with_metadata
@@ -25,10 +26,12 @@ from montessori_core.models.device import compute_device
 from montessori_core.models.examples import encode_measured, encode_tasks
 from montessori_core.models.load import load_with_tokenizer
 from montessori_core.models.shape import GB, Shape
-from montessori_core.program import Recorder, RowProgram
+from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.training.moments import cold_moments, load_moments
 
 log = logging.getLogger(__name__)
+
+StepSettings = programs.InfluenceMeasurement | programs.StepProjection
 
 
 def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
@@ -37,13 +40,12 @@ def open_influence(settings: programs.InfluenceMeasurement, inputs: Mapping[str,
     Inputs: `student`; `moments`, a folder with AdamW's moments, without which the step is a first one; `reference` (tasks);
     `shared`, see `open_program`, without which nothing is shared.
     """
-    device = compute_device()
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    tokenizer, model = load_with_tokenizer(str(inputs["student"]), dtype)
+    tokenizer, model = load_student(settings, inputs)
+    device = model.device
     reference = open_reference(
         tokenizer, inputs["reference"], settings.max_length, settings.reference_batch_tokens, device
     )
-    meter = _open_meter(settings, model.to(device), reference, device, inputs)
+    meter = _open_meter(settings, model, reference, inputs)
     measured = {
         "noise_floor": meter.noise_floor,
         "null_step_influence": meter.null_step_influence,
@@ -92,16 +94,18 @@ def consecutive(examples: Sequence[Encoded], most_tokens: int) -> list[list[int]
 
 def _record(
     row: ExampleRow, example: Encoded, settings: programs.InfluenceMeasurement, measurement: Measurement
-) -> dict[str, Any]:
+) -> Row:
+    return describe_example(row, example) | {"estimator": settings.estimator, "audited": False} | vars(measurement)
+
+
+def describe_example(row: ExampleRow, example: Encoded) -> Row:
+    """Return the fields of a record that say which example it is of, and how it was tokenized."""
     return {
         "example_id": row["example_id"],
         "prompt_id": row["prompt_id"],
         "tokens": len(example.input_ids),
         "response_tokens": example.response_tokens,
         "truncated": example.truncated,
-        "estimator": settings.estimator,
-        "audited": False,
-        **vars(measurement),
     }
 
 
@@ -109,15 +113,14 @@ def _open_meter(
     settings: programs.InfluenceMeasurement,
     model: Any,
     reference: ReferenceSet,
-    device: torch.device,
     inputs: Mapping[str, Path],
 ) -> InfluenceMeter | LinearMeter:
     sequential, mixed = settings.sequential, settings.dtype == "mixed"
     typical_tokens = float(reference.tokens.mean()) if settings.step.weight_per == "token" else None
 
     def open_student() -> ResidentStudent:
-        placement = place_student(model, settings, settings.estimator, settings.reference_batch_tokens, device)
-        return resident_student(model, settings, inputs, device, placement, typical_tokens)
+        tokens = settings.reference_batch_tokens
+        return resident_student(model, settings, inputs, settings.estimator, tokens, typical_tokens)
 
     shared, reduction = inputs.get("shared"), settings.reference_reduction
     if settings.estimator == "linear":
@@ -134,31 +137,42 @@ def _open_meter(
     )
 
 
+def load_student(settings: StepSettings, inputs: Mapping[str, Path]) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of the input `student`, on the device that computes."""
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    tokenizer, model = load_with_tokenizer(str(inputs["student"]), dtype)
+    return tokenizer, model.to(compute_device())
+
+
 def resident_student(
     model: Any,
-    settings: programs.InfluenceMeasurement | programs.StepProjection,
+    settings: StepSettings,
     inputs: Mapping[str, Path],
-    device: torch.device,
-    placement: Placement,
+    estimator: Estimator,
+    batch_tokens: int,
     typical_tokens: float | None = None,
 ) -> ResidentStudent:
-    """Return the student with its moments, those of the input `moments` or zeros; see `ResidentStudent`."""
+    """Return the student with its moments, those of the input `moments` or zeros; see `ResidentStudent`.
+
+    Args:
+        model: the student, on its device.
+        settings: of the step.
+        inputs: of the program.
+        estimator: what is measured, which decides what is in memory.
+        batch_tokens: tokens of a batch of reference examples.
+        typical_tokens: see `ResidentStudent`.
+    """
     moments = load_moments(inputs["moments"]) if "moments" in inputs else cold_moments(model)
     adamw = AdamW(step=moments.step + 1, **settings.step.model_dump(exclude={"weight_per"}))
-    return ResidentStudent(model, moments, adamw, device, settings.dtype == "mixed", placement, typical_tokens)
+    placement = _placement(model, settings, estimator, batch_tokens)
+    return ResidentStudent(model, moments, adamw, model.device, settings.dtype == "mixed", placement, typical_tokens)
 
 
-def place_student(
-    model: Any,
-    settings: programs.InfluenceMeasurement | programs.StepProjection,
-    estimator: Literal["exact", "first_order", "linear"],
-    batch_tokens: int,
-    device: torch.device,
-) -> Placement:
+def _placement(model: Any, settings: StepSettings, estimator: Estimator, batch_tokens: int) -> Placement:
     """Return where moments, snapshot and reference gradient go, given the device's memory."""
-    if device.type == "cpu":
+    if model.device.type == "cpu":
         return ON_DEVICE
-    _, memory = torch.cuda.mem_get_info(device)
+    _, memory = torch.cuda.mem_get_info(model.device)
     plan = plan_memory(Shape.of(model), estimator, settings.dtype, settings.max_length, batch_tokens, memory)
     log.info("memory: %s", ", ".join(f"{n.name} {n.size / GB:.1f} GB on the {n.home}" for n in plan.needs))
     return plan.placement

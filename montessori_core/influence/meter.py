@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from montessori_core.influence.losses import make_batch
+from montessori_core.influence.projections import AlongDirections
 from montessori_core.influence.reference import Loss, ReferenceSet, influence_by_example, influence_of
 from montessori_core.influence.reference_state import ReferenceState, shared_state
 from montessori_core.influence.sequential import SequentialReference
@@ -138,10 +139,11 @@ class InfluenceMeter:
             raise ValueError("measure_batch needs a meter with estimator='first_order'")
         gradient = self.reference_gradient
         measured = [example for example in examples if example.response_tokens]
-        steps = self._student.project_steps(
-            [make_batch([(0, example)], self._student.device) for example in measured], [gradient.full, gradient.half]
+        batches = [make_batch([(0, example)], self._student.device) for example in measured]
+        steps = self._student.project_steps(batches, AlongDirections([gradient.full, gradient.half]))
+        results = iter(
+            [self._first_order(step, projected.tolist(), gradient.null_projections) for step, projected in steps]
         )
-        results = iter([self._first_order(*step, gradient.null_projections) for step in steps])
         return [next(results) if example.response_tokens else Measurement("no_response_tokens") for example in examples]
 
     def _first_order(

@@ -13,7 +13,7 @@ directions, which lowers the error and changes no inner product.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -66,6 +66,15 @@ class AlongDirections:
         return lambda step: parts @ step
 
 
+class _Signs(NamedTuple):
+    """Random signs of one parameter, [height, rows] and [columns, width]; where its numbers are; the floor of its scale."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    place: slice
+    floor: float
+
+
 class RandomDirections:
     """Random directions of each parameter.
 
@@ -86,37 +95,36 @@ class RandomDirections:
         untrained = sum(means.values()) / len(means) or 1.0
         means = {name: mean or untrained for name, mean in means.items()}
         total = sum(mean * second[name].numel() for name, mean in means.items())
-        self._left: dict[str, torch.Tensor] = {}
-        self._right: dict[str, torch.Tensor] = {}
-        self._places: dict[str, slice] = {}
-        self._floors = {name: _SHARE_OF_MEAN * mean for name, mean in means.items()}
+        self._signs: dict[str, _Signs] = {}
         self.size = 0
         for number, (name, mean) in enumerate(means.items()):
             rows, columns = as_matrix(second[name]).shape
             side = max(1, round(math.sqrt(size * mean * second[name].numel() / total)))
-            left, right = _signs(2 * number, side, rows), _signs(2 * number + 1, side, columns)
-            self._left[name], self._right[name] = left.to(device), right.t().contiguous().to(device)
-            self._places[name] = slice(self.size, self.size + len(left) * len(right))
-            self.size += len(left) * len(right)
+            left, right = _draw(2 * number, side, rows), _draw(2 * number + 1, side, columns)
+            place = slice(self.size, self.size + len(left) * len(right))
+            right = right.t().contiguous()
+            self._signs[name] = _Signs(left.to(device), right.to(device), place, _SHARE_OF_MEAN * mean)
+            self.size = place.stop
 
     def place(self, name: str) -> slice:
         """Every parameter has its own numbers."""
-        return self._places[name]
+        return self._signs[name].place
 
     def onto(self, name: str, rows: slice, second: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """See `Projection`."""
-        scale = self._scale(name, second)
-        left, right = self._left[name][:, rows].to(scale), self._right[name].to(scale)
+        scale, left, right = self._factors(name, rows, second)
         return lambda step: (left @ ((step.view(scale.shape) * scale) @ right)).flatten()
 
     def gradient(self, name: str, rows: slice, gradient: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """Return the projection of rows of a gradient; its inner product with that of a step has the right mean."""
-        scale = self._scale(name, second)
-        left, right = self._left[name][:, rows].to(scale), self._right[name].to(scale)
+        scale, left, right = self._factors(name, rows, second)
         return (left @ ((gradient / scale) @ right)).flatten()
 
-    def _scale(self, name: str, second: torch.Tensor) -> torch.Tensor:
-        return (second.sqrt() + self._floors[name]).sqrt_()
+    def _factors(self, name: str, rows: slice, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the scale of steps in some rows of a parameter, and the signs on both sides of them."""
+        left, right, _, floor = self._signs[name]
+        scale = (second.sqrt() + floor).sqrt_()
+        return scale, left[:, rows].to(scale), right.to(scale)
 
 
 def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,7 +132,7 @@ def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
-def _signs(seed: int, height: int, width: int) -> torch.Tensor:
+def _draw(seed: int, height: int, width: int) -> torch.Tensor:
     """Return [height, width] random signs over the root of the height; the identity if the height is not smaller.
 
     NumPy promises the bits of a generator for all versions.

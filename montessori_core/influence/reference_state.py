@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from montessori_core.errors import DataError
 from montessori_core.files import commit
-from montessori_core.influence.projections import Direction
+from montessori_core.influence.projections import AlongDirections, Direction
 from montessori_core.influence.reference import Loss, ReferenceSet, rounding_noise
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
@@ -174,4 +174,5 @@ def _measure_gradient(
         student.linearise_(full)
         student.linearise_(half)
         return loss, ReferenceGradient(full, half, [0.0, 0.0], rows)
-    return loss, ReferenceGradient(full, half, student.project_null_step([full, half]), {})
+    null_projections = student.project_null_step(AlongDirections([full, half])).tolist()
+    return loss, ReferenceGradient(full, half, null_projections, {})

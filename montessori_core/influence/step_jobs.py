@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,16 +10,15 @@ from montessori_core import programs
 from montessori_core.data.rows import ExampleRow, TaskRow
 from montessori_core.data.sources import Task
 from montessori_core.data.tables import REFERENCE_PROJECTION, STEPS, table_from_rows, write_table
-from montessori_core.influence.jobs import consecutive, place_student, resident_student
+from montessori_core.influence.jobs import consecutive, describe_example, load_student, resident_student
 from montessori_core.influence.losses import make_batch
 from montessori_core.influence.reference import ReferenceSet, influence_of
 from montessori_core.influence.reference_state import ReferenceState
 from montessori_core.influence.stored_steps import FP16
-from montessori_core.models.chat import Encoded
-from montessori_core.models.device import compute_device
 from montessori_core.models.examples import encode_measured, encode_tasks
-from montessori_core.models.load import load_with_tokenizer
 from montessori_core.program import Compute, Recorder, Report, Row, RowProgram
+
+_NO_STEP: Row = {"status": "no_response_tokens", "scale": 0.0, "numbers": b""}
 
 
 def open_steps(settings: programs.StepProjection, inputs: Mapping[str, Path]) -> RowProgram[ExampleRow]:
@@ -28,31 +26,30 @@ def open_steps(settings: programs.StepProjection, inputs: Mapping[str, Path]) ->
 
     Inputs: `student`; `moments`, without which the step is a first one.
     """
-    device = compute_device()
-    tokenizer, model = _load(settings, inputs)
-    placement = place_student(model, settings, "first_order", settings.max_length, device)
-    student = resident_student(model.to(device), settings, inputs, device, placement)
+    tokenizer, model = load_student(settings, inputs)
+    student = resident_student(model, settings, inputs, "first_order", settings.max_length)
     student.drop_snapshot()
     directions = student.random_directions(settings.numbers)
-    null_step = student.project_null_step_onto(directions)
+    null_step = student.project_null_step(directions)
 
     def compute(rows: list[ExampleRow], recorder: Recorder) -> None:
         recorder.progress(done := 0)
         examples = [encode_measured(tokenizer, row, settings.max_length) for row in rows]
         for positions in consecutive(examples, settings.max_length):
             measured = [position for position in positions if examples[position].response_tokens]
-            batches = [make_batch([(0, examples[position])], device) for position in measured]
-            steps = dict(zip(measured, student.project_steps_onto(directions, batches), strict=True))
+            batches = [make_batch([(0, examples[position])], student.device) for position in measured]
+            steps = dict(zip(measured, student.project_steps(batches, directions), strict=True))
             for position in positions:
-                row = _described(rows[position], examples[position])
+                row = describe_example(rows[position], examples[position])
+                kept = _NO_STEP
                 if position in steps:
                     gradient, numbers = steps[position]
-                    row |= _kept(numbers - null_step) | {
+                    kept = _kept(numbers - null_step) | {
                         "example_loss": gradient.loss if math.isfinite(gradient.loss) else None,
                         "gradient_norm": gradient.norm if math.isfinite(gradient.norm) else None,
                         "dominated_share": gradient.dominated_share,
                     }
-                recorder.finish(position, [row])
+                recorder.finish(position, [row | kept])
             done += len(positions)
             recorder.progress(done)
 
@@ -64,14 +61,12 @@ def open_reference_projection(settings: programs.ReferenceProjection, inputs: Ma
 
     Inputs: as `open_steps`.
     """
-    device = compute_device()
-    tokenizer, model = _load(settings, inputs)
-    placement = place_student(model, settings, "first_order", settings.reference_batch_tokens, device)
-    student = resident_student(model.to(device), settings, inputs, device, placement)
+    tokenizer, model = load_student(settings, inputs)
+    student = resident_student(model, settings, inputs, "first_order", settings.reference_batch_tokens)
 
     def compute(rows: list[TaskRow], path: Path, report: Report) -> None:
         encoded = encode_tasks(tokenizer, [Task.of(row) for row in rows], settings.max_length, "reference")
-        reference = ReferenceSet(encoded, settings.reference_batch_tokens, device)
+        reference = ReferenceSet(encoded, settings.reference_batch_tokens, student.device)
         state = ReferenceState.measure(student, reference, "first_order", settings.reference_reduction)
         assert state.gradient is not None
         directions = student.random_directions(settings.numbers)
@@ -92,28 +87,9 @@ def open_reference_projection(settings: programs.ReferenceProjection, inputs: Ma
     return compute
 
 
-def _load(settings: programs.StepProjection, inputs: Mapping[str, Path]) -> tuple[Any, Any]:
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    return load_with_tokenizer(str(inputs["student"]), dtype)
-
-
-def _described(row: ExampleRow, example: Encoded) -> Row:
-    """Return the record of an example without a step."""
-    return {
-        "example_id": row["example_id"],
-        "prompt_id": row["prompt_id"],
-        "status": "no_response_tokens",
-        "tokens": len(example.input_ids),
-        "response_tokens": example.response_tokens,
-        "truncated": example.truncated,
-        "scale": 0.0,
-        "numbers": b"",
-    }
-
-
 def _kept(numbers: torch.Tensor) -> Row:
     """Return the fields of a projection."""
     if not numbers.isfinite().all():
-        return {"status": "non_finite"}
+        return _NO_STEP | {"status": "non_finite"}
     scale = float(numbers.abs().max()) or 1.0
     return {"status": "ok", "scale": scale, "numbers": (numbers / scale).numpy().astype(FP16).tobytes()}

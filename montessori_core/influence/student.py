@@ -17,7 +17,7 @@ from montessori_core.formatting import first_names
 from montessori_core.influence.adamw import BLOCK, AdamW, GradientTally
 from montessori_core.influence.gradients import FactoredGradient, GradientCapture, pass_gradients_to
 from montessori_core.influence.losses import Batch, TokenLosses, example_loss
-from montessori_core.influence.projections import AlongDirections, Direction, Projection, RandomDirections, as_matrix
+from montessori_core.influence.projections import Direction, Projection, RandomDirections, as_matrix
 from montessori_core.influence.token_rows import TokenRows
 from montessori_core.training.moments import Moments, number_type, weights_checksums
 
@@ -135,21 +135,7 @@ class ResidentStudent:
             parameter.copy_(self._snapshot[name], non_blocking=True)
 
     def project_steps(
-        self, batches: Sequence[Batch], directions: Sequence[Direction]
-    ) -> list[tuple[ExampleGradient, list[float]]]:
-        """Return gradient statistics of each example, and <direction, step> of each direction, without taking the step.
-
-        Args:
-            batches: see `project_steps_onto`.
-            directions: tensors by parameter name.
-        """
-        return [
-            (gradient, projection.tolist())
-            for gradient, projection in self.project_steps_onto(AlongDirections(directions), batches)
-        ]
-
-    def project_steps_onto(
-        self, projection: Projection, batches: Sequence[Batch]
+        self, batches: Sequence[Batch], projection: Projection
     ) -> list[tuple[ExampleGradient, torch.Tensor]]:
         """Return gradient statistics of each example, and the projection of its step in fp64, without taking the step.
 
@@ -158,8 +144,8 @@ class ResidentStudent:
         a finite loss.
 
         Args:
-            projection: what the steps are projected onto.
             batches: of one example each. The factors of all gradients are in memory at once, see `FactoredGradient`.
+            projection: what the steps are projected onto.
         """
         totals = torch.zeros(len(batches), projection.size + 2, dtype=torch.float64, device=self.device)
         losses, pending = [], []
@@ -187,12 +173,7 @@ class ResidentStudent:
         return results
 
     @torch.no_grad()
-    def project_null_step(self, directions: Sequence[Direction]) -> list[float]:
-        """Return <direction, null step> of each direction."""
-        return self.project_null_step_onto(AlongDirections(directions)).tolist()
-
-    @torch.no_grad()
-    def project_null_step_onto(self, projection: Projection) -> torch.Tensor:
+    def project_null_step(self, projection: Projection) -> torch.Tensor:
         """Return the projection of the null step, in fp64."""
         total = torch.zeros(1, projection.size + 2, dtype=torch.float64, device=self.device)
         for name in self.parameters:

@@ -12,6 +12,7 @@ from montessori_core.config import Lora, Warmup, Zero
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import make_batch
+from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import encode_example
 from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
@@ -94,11 +95,13 @@ def test_lora_projection_equals_step(warm: Path) -> None:
     start = {name: parameter.detach().clone() for name, parameter in student.parameters.items()}
     direction = {name: torch.ones_like(parameter) for name, parameter in start.items()}
     batches = [make_batch([(0, example)], CPU) for example in encoded]
-    for batch, (gradient, projections) in zip(batches, student.project_steps(batches, [direction]), strict=True):
+    for batch, (gradient, projections) in zip(
+        batches, student.project_steps(batches, AlongDirections([direction])), strict=True
+    ):
         taken = student.take_step(batch)
         moved = sum(float((p.detach() - start[name]).double().sum()) for name, p in student.parameters.items())
         student.restore()
-        assert projections == pytest.approx([moved], rel=1e-3)
+        assert projections.tolist() == pytest.approx([moved], rel=1e-3)
         assert gradient.norm == pytest.approx(taken.norm, rel=1e-5)
         assert gradient.dominated_share == pytest.approx(taken.dominated_share, abs=1e-4)
 

@@ -9,6 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import TokenLosses, example_loss, make_batch
+from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.training.moments import Moments
 
@@ -109,5 +110,5 @@ def test_influence_moves_experts_without_tokens(separate: bool) -> None:
     still.take_step(make_batch([(0, probed)], CPU))
     moved = sum(float((p.detach() - start[name]).double().sum()) for name, p in still.parameters.items())
     still.restore()
-    ((_, projections),) = still.project_steps([make_batch([(0, probed)], CPU)], [direction])
-    assert projections == pytest.approx([moved], rel=1e-4)
+    ((_, projections),) = still.project_steps([make_batch([(0, probed)], CPU)], AlongDirections([direction]))
+    assert projections.tolist() == pytest.approx([moved], rel=1e-4)

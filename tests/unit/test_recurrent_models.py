@@ -11,6 +11,7 @@ from montessori_core.config import Lora, Sampling
 from montessori_core.errors import UserError
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
 from montessori_core.influence.losses import TokenLosses, make_batch
+from montessori_core.influence.projections import AlongDirections
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.load import load_tokenizer, lora_config, with_lora
 from montessori_core.synthesis import row_cache, transformers_engine
@@ -144,8 +145,8 @@ def test_influence_equals_step_of_torch(name: str) -> None:
     moved = {name: parameter.detach() - start[name] * (1 - 1e-4) for name, parameter in student.parameters.items()}
     student.restore()
     projected = sum(float((moved[name].double() * direction[name].double()).sum()) for name in moved)
-    ((_, projections),) = student.project_steps([batch], [direction])
-    assert projections == pytest.approx([projected], rel=1e-3)
+    ((_, projections),) = student.project_steps([batch], AlongDirections([direction]))
+    assert projections.tolist() == pytest.approx([projected], rel=1e-3)
 
 
 def test_output_projection_of_mamba_gets_no_adapter() -> None:
