@@ -15,8 +15,9 @@ from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import BadRow
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Task, TaskReader
-from montessori_core.models.chat import IGNORED, Encoded, takes_system_turn
+from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.examples import encode_task
+from montessori_core.models.rendering import takes_system_turn
 from montessori_core.synthesis.filters.script import script_of
 
 SAMPLE = 5_000

@@ -16,8 +16,9 @@ from montessori_core.data.rows import BenchmarkRow, ItemRow
 from montessori_core.data.tables import ITEM_SCORES, ITEMS
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import hash_json
-from montessori_core.models.chat import dated_template, encode_plain, end_tokens, split_generated, turn_content
+from montessori_core.models.control_tokens import encode_plain, split_generated
 from montessori_core.models.load import check_tokenizer, load_model, load_tokenizer
+from montessori_core.models.rendering import dated_template, end_tokens, turn_content
 from montessori_core.models.thinking import NAMES
 from montessori_core.program import Recorder, Row, RowProgram
 

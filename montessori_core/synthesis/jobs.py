@@ -12,16 +12,9 @@ from montessori_core.config import Vllm
 from montessori_core.data.rows import GenerationRow
 from montessori_core.data.tables import GENERATION
 from montessori_core.judging.client import Question, open_client
-from montessori_core.models.chat import (
-    hash_vocabulary,
-    mark_control_tokens,
-    render_conversation,
-    render_prompt,
-    render_user_beginning,
-    split_generated,
-    text_beginning,
-)
+from montessori_core.models.control_tokens import hash_vocabulary, mark_control_tokens, split_generated
 from montessori_core.models.load import load_tokenizer
+from montessori_core.models.rendering import render_conversation, render_prompt, render_user_beginning, text_beginning
 from montessori_core.program import Recorder, Row, RowProgram
 from montessori_core.programs import Form
 from montessori_core.synthesis.generation import Generated, Request, Step, open_engine

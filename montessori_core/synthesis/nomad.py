@@ -15,7 +15,9 @@ from montessori_core import programs
 from montessori_core.data.rows import TaskRow
 from montessori_core.data.sources import load_tasks
 from montessori_core.data.tables import SIMILARITY
-from montessori_core.models.chat import IGNORED, Encoded, encode_plain, encode_rendered, text_beginning
+from montessori_core.models.chat import IGNORED, Encoded
+from montessori_core.models.control_tokens import encode_plain, encode_rendered
+from montessori_core.models.rendering import text_beginning
 from montessori_core.models.thinking import split_answer
 from montessori_core.program import Recorder, RowProgram
 from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION

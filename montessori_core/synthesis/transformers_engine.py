@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from montessori_core.config import Sampling
-from montessori_core.models.chat import encode_rendered, end_tokens
+from montessori_core.models.control_tokens import encode_rendered
 from montessori_core.models.load import load_merged
 from montessori_core.models.positions import long_prompt_error
 from montessori_core.models.prefix import common_prefix
+from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Generated, Progress, Request, Step
 from montessori_core.synthesis.row_cache import SLACK, Reading, RowCache, cache_parameter, find_reading

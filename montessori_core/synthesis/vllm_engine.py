@@ -19,9 +19,10 @@ from montessori_core.config import Sampling, Vllm
 from montessori_core.errors import UserError
 from montessori_core.models import flops
 from montessori_core.models.adapters import adapter_rank, is_adapter
-from montessori_core.models.chat import encode_rendered, end_tokens
+from montessori_core.models.control_tokens import encode_rendered
 from montessori_core.models.fetch import fetch_model, full_model
 from montessori_core.models.positions import positions_of
+from montessori_core.models.rendering import end_tokens
 from montessori_core.processor import generation_dtype
 from montessori_core.synthesis.generation import Progress, Request, Step
 from montessori_core.synthesis.vllm_copies import ModelCopies, ModelCopy, Work

@@ -11,8 +11,9 @@ from montessori_core import programs
 from montessori_core.data.rows import PairRow
 from montessori_core.errors import DataError
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.chat import encode_plain, encode_rendered, end_of_turn, hash_vocabulary
+from montessori_core.models.control_tokens import encode_plain, encode_rendered, hash_vocabulary
 from montessori_core.models.load import load_model, load_tokenizer, lora_config
+from montessori_core.models.rendering import end_of_turn
 from montessori_core.program import Compute, Report
 from montessori_core.training.checkpoints import CheckpointCallback, checkpoint_folder
 from montessori_core.training.engine import (

@@ -15,9 +15,9 @@ from montessori_core.config import Optimization, Zero
 from montessori_core.errors import UserError
 from montessori_core.layout import COUNTS_FILE, KEPT, LOG_FILE
 from montessori_core.models.adapters import is_adapter
-from montessori_core.models.chat import end_tokens
 from montessori_core.models.fetch import fingerprint, full_model
 from montessori_core.models.fingerprints import write_fingerprint
+from montessori_core.models.rendering import end_tokens
 from montessori_core.program import Report
 from montessori_core.training.checkpoints import last_complete_checkpoint, remove_incomplete_checkpoints
 from montessori_core.training.masters import MastersCallback, gather_masters

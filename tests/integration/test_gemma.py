@@ -12,9 +12,10 @@ from cluster.fanout import fan_out
 from cluster.stage import Stage
 from montessori_core.config import Cluster, Resources, Warmup, Zero
 from montessori_core.influence import AdamW, InfluenceMeter, ReferenceSet, ResidentStudent
-from montessori_core.models.chat import encode_example, text_beginning
+from montessori_core.models.chat import encode_example
 from montessori_core.models.embedded import embedded_folder, terms_to_accept
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.rendering import text_beginning
 from montessori_core.programs import SFT, Sft
 from montessori_core.training.moments import load_moments
 from support.row_programs import as_shards

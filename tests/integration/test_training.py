@@ -24,7 +24,8 @@ from montessori_core.files import read_json
 from montessori_core.influence.adamw import AdamW
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.layout import COUNTS_FILE, LOG_FILE
-from montessori_core.models.chat import encode_example, hash_vocabulary
+from montessori_core.models.chat import encode_example
+from montessori_core.models.control_tokens import hash_vocabulary
 from montessori_core.models.fetch import fingerprint
 from montessori_core.models.load import load_model, load_tokenizer, with_lora
 from montessori_core.program import Program, Row, SettingsT

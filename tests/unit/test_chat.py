@@ -15,19 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from montessori_core.data.sources import Task
 from montessori_core.errors import UserError
-from montessori_core.models.chat import (
-    IGNORED,
-    Encoded,
-    encode_example,
-    encode_plain,
-    encode_rendered,
-    end_of_turn,
-    mark_control_tokens,
-    render_conversation,
-    render_prompt,
-)
+from montessori_core.models.chat import IGNORED, Encoded, encode_example
+from montessori_core.models.control_tokens import encode_plain, encode_rendered, mark_control_tokens
 from montessori_core.models.examples import encode_task
 from montessori_core.models.load import load_tokenizer
+from montessori_core.models.rendering import end_of_turn, render_conversation, render_prompt
 from montessori_core.models.templates import LLAMA3_STYLE_TEMPLATE
 from montessori_core.synthesis.jobs import render_row
 from montessori_core.training.dpo import encode_pair

@@ -22,9 +22,10 @@ from montessori_core.export.formats import CONVERSATION_FORMATS
 from montessori_core.files import hash_path
 from montessori_core.influence.losses import TokenLosses
 from montessori_core.influence.reference import ReferenceSet
-from montessori_core.models.chat import IGNORED, Encoded, encode_example, takes_system_turn
+from montessori_core.models.chat import IGNORED, Encoded, encode_example
 from montessori_core.models.examples import encode_row, encode_task
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.rendering import takes_system_turn
 from montessori_core.selection.choose import Choice, choose
 from montessori_core.selection.pools import open_pool
 from montessori_core.selection.write import write_chosen

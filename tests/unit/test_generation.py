@@ -27,7 +27,7 @@ from montessori_core.data.rows import GenerationRow
 from montessori_core.data.sources import Task, read_tasks
 from montessori_core.data.tables import GENERATION
 from montessori_core.errors import UserError
-from montessori_core.models.chat import hash_vocabulary
+from montessori_core.models.control_tokens import hash_vocabulary
 from montessori_core.models.load import load_tokenizer
 from montessori_core.program import Row
 from montessori_core.programs import ApiGeneration, Generation

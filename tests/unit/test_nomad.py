@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import SIMILARITY, read_table
-from montessori_core.models.chat import IGNORED, text_beginning
+from montessori_core.models.chat import IGNORED
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.rendering import text_beginning
 from montessori_core.programs import Similarity
 from montessori_core.synthesis.filtering import CODE, INCOMPLETE, REPETITION
 from montessori_core.synthesis.nomad import (

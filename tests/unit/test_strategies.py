@@ -14,8 +14,8 @@ from montessori_core.data.sources import Seed, Task, load_tasks, read_tasks, wri
 from montessori_core.data.tables import GENERATION, read_table
 from montessori_core.errors import ConfigError, DataError, UserError
 from montessori_core.export.card import _settings
-from montessori_core.models.chat import end_of_turn, render_user_beginning
 from montessori_core.models.load import load_tokenizer
+from montessori_core.models.rendering import end_of_turn, render_user_beginning
 from montessori_core.program import load
 from montessori_core.synthesis.prompts import CLOSE, OPEN
 from montessori_core.synthesis.strategies import REGISTRY

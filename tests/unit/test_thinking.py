@@ -17,8 +17,10 @@ from montessori_core.evaluation.alpaca_eval import read_outputs
 from montessori_core.judging.answer_cache import AnswerCache
 from montessori_core.judging.client import CachedClient, Question
 from montessori_core.judging.mt_bench import read_dialogues
-from montessori_core.models.chat import IGNORED, encode_example, render_prompt, split_generated
+from montessori_core.models.chat import IGNORED, encode_example
+from montessori_core.models.control_tokens import split_generated
 from montessori_core.models.load import load_model, load_tokenizer
+from montessori_core.models.rendering import render_prompt
 from montessori_core.models.thinking import is_cut_thinking, split_answer, split_thinking
 from montessori_core.synthesis.filtering import CUT_THINKING, funnel
 from montessori_core.synthesis.generation import Generated
