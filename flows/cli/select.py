@@ -1,15 +1,20 @@
 """The command select: choose training data from a pool of scored examples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+from tqdm import tqdm
 
 from flows.cli.console import console
 from flows.cli.options import data_source, warn
 from montessori_core.errors import UserError
 
 if TYPE_CHECKING:
+    from montessori_core.selection.embeddings import Vectors
     from montessori_core.selection.pools import Pool
 
 
@@ -31,6 +36,26 @@ MaxRougeL = Annotated[
         max=1,
         help="Skip a row whose instruction has a higher ROUGE-L than this with that of a chosen row, e.g. 0.7.",
     ),
+]
+EmbeddingModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR_OR_ID",
+        help="Model whose embeddings --max-similarity and --clusters compare: the mean of its last hidden states, e.g. "
+        "sentence-transformers/all-MiniLM-L6-v2.",
+    ),
+]
+MaxSimilarity = Annotated[
+    float | None,
+    typer.Option(
+        min=-1,
+        max=1,
+        help="Skip a row whose embedding has a higher cosine than this with that of a chosen row, e.g. 0.9.",
+    ),
+]
+Clusters = Annotated[
+    int | None,
+    typer.Option(min=2, help="Put the scored rows into this many clusters by their embeddings; clusters take turns."),
 ]
 ControlName = Annotated[
     str | None,
@@ -62,6 +87,9 @@ def select(
     by: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the score; higher is better.")] = "influence",
     per: TurnColumn = None,
     max_rouge_l: MaxRougeL = None,
+    embedding_model: EmbeddingModel = None,
+    max_similarity: MaxSimilarity = None,
+    clusters: Clusters = None,
     control: ControlName = None,
     seed: Annotated[int, typer.Option(help="Random seed of a control.")] = 0,
     token_column: TokenColumn = "response_tokens",
@@ -74,7 +102,8 @@ def select(
     `rank`; montessori train reads it.
     """
     from montessori_core.export.formats import CONVERSATION_FORMATS
-    from montessori_core.selection.choose import Choice, Control, choose, count_scored
+    from montessori_core.selection.choose import Choice, Control, choose, scored_positions
+    from montessori_core.selection.embeddings import CLUSTER, cluster_pool
     from montessori_core.selection.pools import open_pool
     from montessori_core.selection.write import check_output, write_chosen
 
@@ -83,23 +112,57 @@ def select(
     controls: dict[str, Control] = {name: name for name in get_args(Control)}
     if control not in (None, *controls):
         raise UserError(f"--control {control}: no such control; give one of {', '.join(controls)}")
+    if (embedding_model is None) != (clusters is max_similarity is None):
+        raise UserError(
+            "--max-similarity and --clusters compare embeddings: give --embedding-model with them, and only then"
+        )
+    if per is not None and clusters is not None:
+        raise UserError("give one of --per and --clusters: the groups that take turns")
     check_output(output)
     if to not in (None, *CONVERSATION_FORMATS):
         raise UserError(f"--to {to}: no such format; give one of {', '.join(CONVERSATION_FORMATS)}")
     pool = open_pool(scored, data_source(examples, "--examples") if examples else None, form=to)
-    available = count_scored(pool, by)
+    scored_rows = scored_positions(pool, by)
+    available = len(scored_rows)
     if not available:
         raise UserError(f"{pool.name}: no row has a score in {by!r}")
     rows = max(1, round(share * available)) if share is not None else k
-    choice = Choice(by, rows, tokens, per, max_rouge_l, token_column)
-    chosen = choose(pool, choice, controls[control] if control else None, seed)
+    with open_vectors(pool, embedding_model) as vectors:
+        if clusters is not None and vectors is not None:
+            pool, per = cluster_pool(pool, vectors, scored_rows, clusters), CLUSTER
+        choice = Choice(by, rows, tokens, per, max_rouge_l, max_similarity, token_column)
+        chosen = choose(pool, choice, controls[control] if control else None, seed, vectors)
     if not chosen:
         raise UserError(f"--tokens {tokens}: the best row alone has more; raise it")
     if rows is not None and len(chosen) < rows:
-        left_out = "" if max_rouge_l is None else ", and the others are similar to these"
+        left_out = "" if max_rouge_l is max_similarity is None else ", and the others are similar to these"
         warn([f"{len(chosen):,} rows instead of {rows:,}: {available:,} have a score{left_out}"])
     write_chosen(pool, chosen, output)
     console.print(f"{len(chosen):,} of {available:,} scored rows{_range(pool, chosen, by)}: {output}", soft_wrap=True)
+
+
+@contextmanager
+def open_vectors(pool: "Pool", model: str | None) -> Iterator["Vectors | None"]:
+    """Yield the embeddings of a pool's rows by a model, if one is given, with a progress bar.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if model is None:
+        yield None
+        return
+    from montessori_core.models.embeddings import Embedder
+    from montessori_core.models.fetch import fetch_model
+    from montessori_core.selection.embeddings import Vectors
+
+    try:
+        embedder = Embedder(fetch_model(model), 256, "--embedding-model")
+    except ImportError as error:
+        raise UserError(
+            f"--embedding-model needs the worker's libraries ({error}); pip install 'montessori[train]'"
+        ) from error
+    with TemporaryFile() as file, tqdm(desc="embeddings", unit=" rows", dynamic_ncols=True) as bar:
+        yield Vectors(pool, file, embedder.embed, embedder.BATCH, bar.update)
 
 
 def _range(pool: "Pool", chosen: list[int], by: str) -> str:

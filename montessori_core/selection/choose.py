@@ -2,7 +2,7 @@
 
 Rules. The higher score is better; of equal scores, the earlier row. Rows without a score are never chosen. A token budget
 ends at the first row that does not fit. With sources, each in turn, in the order of their names, gives its best row that is
-left. A row above the ROUGE-L limit with a chosen row is skipped, and its source gives the next one.
+left. A row that is too similar to a chosen one is skipped, and its source gives the next one.
 
 A pass over the pool keeps the best rows in a heap: (score, position, size, source), no texts. Near-duplicates are looked
 for among more candidates than are asked for; if too few remain, further passes take more.
@@ -13,17 +13,18 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from montessori_core.data.formats import CONVERSATIONS
+from montessori_core.data.cosine import CosineIndex
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.errors import DataError
-from montessori_core.export.sets import INSTRUCTION
 from montessori_core.program import Row
+from montessori_core.selection.embeddings import Vectors
 from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import Pool
+from montessori_core.selection.texts import texts_of
 
 Control = Literal["random", "length_matched"]
 _SIZED = np.dtype([("position", np.int64), ("size", np.int64)])
@@ -40,6 +41,7 @@ class Choice:
         tokens: token budget.
         per: column whose values take turns; None: no turns.
         max_rouge_l: limit of ROUGE-L F between the texts of chosen rows; None: any.
+        max_similarity: limit of the cosine between their embeddings; None: any.
         token_column: tokens of a row, for a budget and for equal lengths.
     """
 
@@ -48,6 +50,7 @@ class Choice:
     tokens: int | None = None
     per: str | None = None
     max_rouge_l: float | None = None
+    max_similarity: float | None = None
     token_column: str = "response_tokens"
 
     @property
@@ -73,12 +76,14 @@ class Scored(NamedTuple):
         return -self.order
 
 
-def count_scored(pool: Pool, by: str) -> int:
-    """Return the number of rows that have a score."""
-    return sum(_score(pool, position, row, by) is not None for position, row in enumerate(pool.rows([by])))
+def scored_positions(pool: Pool, by: str) -> list[int]:
+    """Return the positions of the rows that have a score."""
+    return [position for position, row in enumerate(pool.rows([by])) if _score(pool, position, row, by) is not None]
 
 
-def choose(pool: Pool, choice: Choice, control: Control | None = None, seed: int = 0) -> list[int]:
+def choose(
+    pool: Pool, choice: Choice, control: Control | None = None, seed: int = 0, vectors: Vectors | None = None
+) -> list[int]:
     """Return the positions of the chosen rows, best first.
 
     Args:
@@ -87,13 +92,14 @@ def choose(pool: Pool, choice: Choice, control: Control | None = None, seed: int
         control: 'random' chooses by a random score instead, with all other rules. 'length_matched' returns as many other
             rows, with tokens as near as possible to those of the chosen ones.
         seed: of a control.
+        vectors: the rows' embeddings, for `max_similarity`.
 
     Raises:
         DataError: the pool cannot be read, a column is missing, or a value is not a number.
     """
     if control == "random":
-        return _best(pool, choice, lambda: _randomised(_scored(pool, choice), seed))
-    chosen = _best(pool, choice, lambda: _scored(pool, choice))
+        return _best(pool, choice, vectors, lambda: _randomised(_scored(pool, choice), seed))
+    chosen = _best(pool, choice, vectors, lambda: _scored(pool, choice))
     if control is None:
         return chosen
     rows = np.fromiter(((row.position, row.size) for row in _scored(pool, choice, sized=True)), _SIZED)
@@ -101,14 +107,14 @@ def choose(pool: Pool, choice: Choice, control: Control | None = None, seed: int
     return [int(position) for position in rows["position"][matched]]
 
 
-def _best(pool: Pool, choice: Choice, read: Callable[[], Iterator[Scored]]) -> list[int]:
-    slack = 1 if choice.max_rouge_l is None else _SLACK
+def _best(pool: Pool, choice: Choice, vectors: Vectors | None, read: Callable[[], Iterator[Scored]]) -> list[int]:
+    slack = 1 if choice.max_rouge_l is None and vectors is None else _SLACK
     while True:
         sources: dict[str, _Heap] = {}
         for row in read():
             sources.setdefault(row.source, _Heap(slack * choice.limit)).add(row)
         ranked = [sources[name].ranked() for name in sorted(sources)]
-        chosen, full = _take(ranked, choice.limit, _accept(pool, choice, ranked))
+        chosen, full = _take(ranked, choice.limit, _accept(pool, choice, vectors, ranked))
         if full or not any(heap.dropped for heap in sources.values()):
             return [row.position for row in chosen]
         slack *= _SLACK
@@ -153,29 +159,27 @@ def _take(ranked: Iterable[list[Scored]], limit: int, accept: Callable[[Scored],
     return chosen, False
 
 
-def _accept(pool: Pool, choice: Choice, ranked: list[list[Scored]]) -> Callable[[Scored], bool]:
-    """Return whether a row's text is unlike those of the rows accepted before."""
-    if choice.max_rouge_l is None:
-        return lambda row: True
+def _accept(
+    pool: Pool, choice: Choice, vectors: Vectors | None, ranked: list[list[Scored]]
+) -> Callable[[Scored], bool]:
+    """Return whether a row is unlike those accepted before."""
     candidates = {row.position for rows in ranked for row in rows}
-    column = _text_column(pool)
-    texts = {position: _text(row[column]) for position, row in pool.take(candidates, [column])}
-    index = RougeIndex([], max_rouge_l=choice.max_rouge_l)
-    return lambda row: index.add_all([texts[row.position]])[0]
+    accepted: list[tuple[RougeIndex | CosineIndex, Callable[[int], Any]]] = []
+    if choice.max_similarity is not None and vectors is not None:
+        vectors.add(candidates)
+        accepted.append((CosineIndex(choice.max_similarity), vectors.of))
+    if choice.max_rouge_l is not None:
+        accepted.append((RougeIndex(max_rouge_l=choice.max_rouge_l), dict(texts_of(pool, candidates)).__getitem__))
 
+    def accept(row: Scored) -> bool:
+        values = [value_of(row.position) for _, value_of in accepted]
+        if any(index.nearest(value) is not None for (index, _), value in zip(accepted, values, strict=True)):
+            return False
+        for (index, _), value in zip(accepted, values, strict=True):
+            index.add(value)
+        return True
 
-def _text_column(pool: Pool) -> str:
-    """Return the column whose texts are compared: instructions, or conversations."""
-    names = pool.schema.names if pool.schema is not None else next(pool.rows(), {})
-    return next((name for name in (INSTRUCTION, *CONVERSATIONS) if name in names), INSTRUCTION)
-
-
-def _text(value: object) -> str:
-    """Return a text, or the texts of a conversation before its last answer."""
-    if not isinstance(value, list):
-        return str(value)
-    texts = [turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn for turn in value]
-    return "\n\n".join(map(str, texts[: max(1, len(texts) - 1)]))
+    return accept
 
 
 def _scored(pool: Pool, choice: Choice, sized: bool = False) -> Iterator[Scored]:

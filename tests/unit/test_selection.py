@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from montessori_core.config import DataSource
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import DataError
-from montessori_core.selection.choose import Choice, choose, count_scored
+from montessori_core.selection.choose import Choice, choose, scored_positions
+from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
 from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool, unfinished_ids
 from support.reports import write_run
@@ -47,7 +49,7 @@ SCORES = st.lists(st.one_of(st.none(), st.just(float("nan")), st.integers(-3, 3)
 def test_best_rows_are_those_of_a_stable_sort(scores: list[float | None], count: int) -> None:
     pool = ListPool([{"s": score} for score in scores])
     valid = [i for i, score in enumerate(scores) if score is not None and score == score]
-    assert count_scored(pool, "s") == len(valid)
+    assert scored_positions(pool, "s") == valid
     assert choose(pool, Choice("s", rows=count)) == sorted(valid, key=lambda i: -(scores[i] or 0))[:count]
 
 
@@ -89,6 +91,71 @@ def test_near_duplicates_are_skipped(per: str | None) -> None:
     greedy = RougeIndex([], max_rouge_l=0.6)
     everything = choose(pool, Choice("s", rows=50, max_rouge_l=0.6))
     assert everything == [i for i, row in enumerate(pool.rows()) if greedy.add_all([row["instruction"]])[0]]
+
+
+def embed_words(texts: list[str]) -> np.ndarray:
+    """Embed texts by the letters of their first word."""
+    counts = np.array([[text.split()[0].count(letter) for letter in "abcdefgh"] for text in texts], np.float32)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+WORDS = st.text("abcdefgh", min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=40), st.integers(1, 6), st.booleans())
+def test_rows_alike_in_meaning_or_words_are_skipped(texts: list[tuple[str, str]], count: int, both: bool) -> None:
+    """As if each row were compared with all rows before it. A row that one rule rejects counts for no other."""
+    pool = ListPool([{"s": -place, "instruction": " ".join(words)} for place, words in enumerate(texts)])
+    with TemporaryFile() as file:
+        vectors = Vectors(pool, file, embed_words, batch=3)
+        choice = Choice("s", rows=count, max_rouge_l=0.4 if both else None, max_similarity=0.8)
+        chosen = choose(pool, choice, vectors=vectors)
+    embeddings = embed_words([" ".join(words) for words in texts])
+    expected: list[int] = []
+    for place, words in enumerate(texts):
+        near = bool(expected) and (embeddings[expected] @ embeddings[place]).max() > 0.8
+        written = RougeIndex([" ".join(texts[other]) for other in expected], max_rouge_l=0.4)
+        if not near and not (both and written.nearest(" ".join(words)) is not None):
+            expected.append(place)
+    assert chosen == expected[:count]
+
+
+def test_clusters_are_those_of_meaning_and_take_turns() -> None:
+    draw = random.Random(0)
+    words = ["aab", "ccd", "eef"]
+    kinds = [draw.randrange(3) for _ in range(300)]
+    rows = [{"s": -place, "instruction": f"{words[kind]} {place}"} for place, kind in enumerate(kinds)]
+    pool = ListPool([*rows, {"s": None, "instruction": "hh"}])
+    with TemporaryFile() as file:
+        clustered = cluster_pool(pool, Vectors(pool, file, embed_words), scored_positions(pool, "s"), 3)
+    clusters = [row[CLUSTER] for row in clustered.rows()]
+    assert clusters[-1] is None
+    assert len(set(zip(kinds, clusters, strict=False))) == 3
+    chosen = choose(clustered, Choice("s", rows=9, per=CLUSTER))
+    assert Counter(kinds[place] for place in chosen) == {0: 3, 1: 3, 2: 3}
+    taken = {place: row[CLUSTER] for place, row in clustered.take(set(chosen))}
+    assert taken == {place: clusters[place] for place in chosen}
+
+
+def test_command_groups_and_compares_by_embeddings(tiny_llama: Path, tmp_path: Path) -> None:
+    texts = ["Add two numbers.", "Add two numbers.", "Name a river.", "Name a river in Peru.", "Sort a list of words."]
+    rows = [{"instruction": text, "influence": -place} for place, text in enumerate(texts)]
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = ("--embedding-model", str(tiny_llama))
+    select = ("select", "pool.jsonl", "--k", "4", "--output")
+    code, output = invoke(*select, "best.jsonl", *model, "--max-similarity", "0.9999", "--clusters", "2", cwd=tmp_path)
+    assert code == 0, output
+    best = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
+    assert sorted(row["influence"] for row in best) == [-4, -3, -2, 0]
+    assert {row["cluster"] for row in best} == {0, 1}
+    for options, message in (
+        (("--clusters", "2"), "give --embedding-model with them"),
+        (model, "give --embedding-model with them, and only then"),
+        ((*model, "--clusters", "2", "--per", "influence"), "give one of --per and --clusters"),
+    ):
+        code, output = invoke(*select, "other.jsonl", *options, cwd=tmp_path)
+        assert code == 1
+        assert message in " ".join(output.split())
 
 
 def test_controls_are_seeded_and_have_size_or_lengths() -> None:
@@ -217,5 +284,5 @@ def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     assert {position: row["output"] for position, row in taken.items()} == {n: f"Done {ids[n]}." for n in (2, 5, 7)}
     assert [row["influence"] for row in taken.values()] == [rows[n]["influence"] for n in (2, 5, 7)]
     (tmp_path / "data.jsonl").unlink()
-    assert count_scored(pool, "influence") > 0
+    assert scored_positions(pool, "influence")
     assert [row for _, row in pool.take({5}, ["influence"])] == [{"influence": rows[5]["influence"]}]

@@ -1,8 +1,7 @@
 """The filter `semantic`: the embedding of an instruction differs from those of seeds and accepted instructions."""
 
-import numpy as np
-
 from montessori_core.config import SemanticFilter
+from montessori_core.data.cosine import CosineIndex
 from montessori_core.synthesis.filters.filter import Candidate, Context, Filter, Reject
 
 LIKE_SEED = "means nearly the same as a seed"
@@ -10,27 +9,15 @@ LIKE_ACCEPTED = "means nearly the same as an accepted instruction"
 
 
 def _open(settings: SemanticFilter, context: Context) -> Reject:
-    vectors, count = np.zeros((0, 0), np.float32), 0  # [capacity, features]: seeds, then accepted instructions
-
-    def add(vector: np.ndarray) -> None:
-        nonlocal vectors, count
-        if count == len(vectors):
-            grown = np.zeros((max(64, 2 * count), len(vector)), np.float32)
-            grown[:count] = vectors if count else 0.0
-            vectors = grown
-        vectors[count] = vector
-        count += 1
+    index = CosineIndex(settings.maximum)  # seeds, then accepted instructions
 
     def reject(candidate: Candidate) -> str | None:
         seeds, accepted = context.seeds, context.accepted
-        while count < len(seeds) + len(accepted):
-            text = seeds[count] if count < len(seeds) else accepted[count - len(seeds)]
-            add(context.measured[text, ""])
-        if not count:
-            return None
-        similarities = vectors[:count] @ context.measured[candidate.instruction, ""]
-        nearest = int(similarities.argmax())
-        if similarities[nearest] <= settings.maximum:
+        while len(index) < len(seeds) + len(accepted):
+            text = seeds[len(index)] if len(index) < len(seeds) else accepted[len(index) - len(seeds)]
+            index.add(context.measured[text, ""])
+        nearest = index.nearest(context.measured[candidate.instruction, ""])
+        if nearest is None:
             return None
         return LIKE_SEED if nearest < len(seeds) else LIKE_ACCEPTED
 
