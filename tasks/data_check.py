@@ -1,4 +1,4 @@
-"""What a data source holds: rows, bad rows, lengths, duplicates, scripts, and the first rows as the student sees them."""
+"""What a data source holds: rows, bad rows, lengths, duplicates, languages, and the first rows as the student sees them."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ import numpy as np
 
 from montessori_core.config import DataSource
 from montessori_core.data.bad_rows import BadRow
+from montessori_core.data.languages import language_of
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.sources import Task, TaskReader
 from montessori_core.models.chat import IGNORED, Encoded
 from montessori_core.models.examples import encode_task
 from montessori_core.models.rendering import takes_system_turn
-from montessori_core.synthesis.filters.script import script_of
 
 SAMPLE = 5_000
-"""Rows whose tokens, near duplicates and scripts are examined: all of a small source, a random sample of a large one."""
+"""Rows whose tokens, near duplicates and languages are examined: all of a small source, a random sample of a large one."""
 NEAR = 0.9
 """ROUGE-L F of two instructions above which they are near duplicates, as between the sets of a run."""
 _SHOWN = 3
@@ -51,7 +51,7 @@ class DataCheck:
         without_response: rows whose response lies beyond it; None without a model.
         near_duplicates: instructions that are nearly those of another row, and such a pair of instructions; of a
             conversation, all turns before its last answer count.
-        scripts: number of rows by the script of most of their letters.
+        languages: number of rows by the language of their turns before the response; None where it cannot be told.
         first: the first rows, in parts.
     """
 
@@ -69,7 +69,7 @@ class DataCheck:
     truncated: int | None
     without_response: int | None
     near_duplicates: tuple[int, tuple[str, str] | None]
-    scripts: Counter[str]
+    languages: Counter[str | None]
     first: list[list[Part]]
 
 
@@ -109,7 +109,7 @@ def check_data(
         if tokenizer and with_response
         else None,
         near_duplicates=_near_duplicates([task.request for task in sample]),
-        scripts=Counter(_script(f"{task.request} {task.response}") for task in sample),
+        languages=Counter(language_of(task.request) for task in sample),
         first=[_parts(task, tokenizer, max_length, with_response) for task in read.first],
     )
 
@@ -172,12 +172,6 @@ def _near_duplicates(instructions: Sequence[str]) -> tuple[int, tuple[str, str] 
         else:
             count, pair = count + 1, pair or (kept[nearest], instruction)
     return count, pair
-
-
-def _script(text: str) -> str:
-    """Return the script of most letters, as the filter `script` names it."""
-    scripts = Counter(script_of(letter) for letter in text if letter.isalpha())
-    return scripts.most_common(1)[0][0] if scripts else "no letters"
 
 
 def _parts(task: Task, tokenizer: Any, max_length: int, with_response: bool) -> list[Part]:

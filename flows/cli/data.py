@@ -55,7 +55,7 @@ def check(
 
     [b]bad rows[/b] are counted by reason, each with its first row. A run refuses them, unless drop_bad_rows is set.
     [b]near duplicates[/b] are instructions with a ROUGE-L above 0.9.
-    [b]scripts[/b] are the writing systems of most letters of a row, which the filter script checks.
+    [b]languages[/b] are those of instructions, as the filter language tells them; of a few words or a formula it is unknown.
     With --model, the first rows are shown as the student reads them; the tokens with loss are green.
 
     The exit status is 1 if a run would refuse the data.
@@ -97,8 +97,8 @@ def print_check(result: DataCheck, max_length: int) -> None:
     console.print(f"near duplicates (ROUGE-L above {NEAR}): {near:,}")
     for text in pair or ():
         console.print(f"  {text[:100]!r}", soft_wrap=True)
-    shares = [f"{name} {count / result.sampled:.1%}" for name, count in result.scripts.most_common()]
-    console.print(f"scripts: {', '.join(shares)}", soft_wrap=True)
+    shares = [f"{name or 'unknown'} {count / result.sampled:.1%}" for name, count in result.languages.most_common()]
+    console.print(f"languages: {', '.join(shares)}", soft_wrap=True)
     for number, parts in enumerate(result.first, 1):
         console.print(f"\nrow {number}", style="bold")
         console.print(_colored(parts), soft_wrap=True)

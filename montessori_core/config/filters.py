@@ -89,6 +89,26 @@ class ScriptFilter(Section):
         return self
 
 
+class LanguageFilter(Section):
+    """Rejects instructions in other languages than those of a list. What is too short to tell is kept."""
+
+    name: Literal["language"] = Field("language", description=_NAME)
+    languages: tuple[str, ...] = Field(("en",), description="ISO 639 codes, such as en, de or zh; of 139 languages.")
+
+    @model_validator(mode="after")
+    def _known_languages(self) -> "LanguageFilter":
+        from montessori_core.data.languages import known_languages
+
+        if not self.languages:
+            raise ValueError("languages is empty: it would reject every instruction; name one, or leave the filter out")
+        for language in self.languages:
+            if language not in known_languages():
+                raise ValueError(
+                    f"languages: no language {language!r}; known are {', '.join(sorted(known_languages()))}"
+                )
+        return self
+
+
 class RougeFilter(Section):
     """Rejects instructions that are too similar to a demonstration of their prompt or to an accepted instruction."""
 
@@ -158,7 +178,18 @@ class OwnFilter(Section):
     settings: dict[str, Any] = Field({}, description="Its settings; the filter declares which.")
 
 
-_NAMES = ("length", "text_only", "words", "first_character", "script", "rouge_l", "semantic", "judge", "code_runs")
+_NAMES = (
+    "length",
+    "text_only",
+    "words",
+    "first_character",
+    "script",
+    "language",
+    "rouge_l",
+    "semantic",
+    "judge",
+    "code_runs",
+)
 
 FilterSettings = Annotated[
     Annotated[LengthFilter, Tag("length")]
@@ -166,6 +197,7 @@ FilterSettings = Annotated[
     | Annotated[WordsFilter, Tag("words")]
     | Annotated[FirstCharacterFilter, Tag("first_character")]
     | Annotated[ScriptFilter, Tag("script")]
+    | Annotated[LanguageFilter, Tag("language")]
     | Annotated[RougeFilter, Tag("rouge_l")]
     | Annotated[SemanticFilter, Tag("semantic")]
     | Annotated[JudgeFilter, Tag("judge")]

@@ -13,7 +13,10 @@ from montessori_core.models.load import load_tokenizer
 from tasks import data_check
 from tasks.data_check import check_data
 
-TEXTS = [("Name three long rivers of Europe, please.", "Rhine, Danube, Elbe."), ("Назови реку.", "Волга.")]
+TEXTS = [
+    ("Name three long rivers of Europe, please.", "Rhine, Danube, Elbe."),
+    ("Назови три длинные реки в Европе.", "Волга, Дунай, Рейн."),
+]
 
 
 def write(path: Path, pairs: list[tuple[str, str]], *more: object) -> str:
@@ -34,7 +37,7 @@ def test_check_shows_rows_as_the_student_sees_them(tiny_llama: Path, tmp_path: P
     assert (result.format, result.tasks, result.duplicates, result.unit) == ("messages", 5, 1, "tokens")
     assert result.near_duplicates == (1, (TEXTS[0][0], near[0]))
     assert (result.truncated, result.without_response, result.refusal) == (1, 0, True)
-    assert result.scripts == {"latin": 4, "cyrillic": 1}
+    assert result.languages == {"en": 3, "ru": 1, None: 1}
     assert result.lengths["example"][-1] == 200
     for parts, (instruction, response) in zip(result.first, TEXTS, strict=False):
         assert instruction in "".join(text for text, trained in parts if not trained)
@@ -45,7 +48,7 @@ def test_check_command_prints_and_refuses(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", TEXTS * 3)
     outcome = CliRunner().invoke(app, ["data", "check", path])
     assert outcome.exit_code == 0, outcome.output
-    for line in ("6 rows, format: messages", "bad rows: none", "exact duplicates: 4", "latin 50.0%", TEXTS[1][0]):
+    for line in ("6 rows, format: messages", "bad rows: none", "exact duplicates: 4", "languages: en 50.0%, ru 50.0%", TEXTS[1][0]):
         assert line in outcome.output
     write(tmp_path / "rows.jsonl", TEXTS, {"messages": None}, {"messages": None})
     outcome = CliRunner().invoke(app, ["data", "check", path])

@@ -110,6 +110,21 @@ def test_script_rejects_other_scripts(text: str, script: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Write a function that adds two numbers.", "en"),
+        ("Schreibe eine Funktion, die zwei Zahlen addiert.", "de"),
+        ("Escribe una función que sume dos números.", "es"),
+        ("写一个把两个数相加的函数。", "zh"),
+    ],
+)
+def test_language_rejects_other_languages(text: str, language: str) -> None:
+    assert judge_text(text, {"name": "language", "languages": [language, "fi"]}) is None
+    assert judge_text(text, {"name": "language", "languages": ["fi"]}) == "language: in another language"
+    assert judge_text("f(x) = x + 1", {"name": "language", "languages": ["fi"]}) is None
+
+
+@pytest.mark.parametrize(
     ("text", "limits", "rejection"),
     [
         ("写一首诗", {}, TOO_SHORT),
@@ -288,6 +303,8 @@ def test_filters_that_reject_seeds_are_warned_of() -> None:
         ({"filters": ["a b:C"]}, "filters.0.module:NAME.name: String should match"),
         ({"filters": [{"name": "words", "words": ["--"]}]}, "filters.0.words: words: '--' has neither letters"),
         ({"filters": [{"name": "script", "scripts": []}]}, "filters.0.script: scripts is empty"),
+        ({"filters": [{"name": "language", "languages": []}]}, "filters.0.language: languages is empty"),
+        ({"filters": [{"name": "language", "languages": ["xx"]}]}, "filters.0.language: languages: no language 'xx'; known"),
         ({"filters": [{"name": "script", "scripts": ["klingon"]}]}, "filters.0.script.scripts.0: Input should be 'arabic'"),
     ],
 )  # fmt: skip

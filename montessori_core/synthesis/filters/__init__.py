@@ -7,6 +7,7 @@ from montessori_core.synthesis.filters.code_runs import CODE_RUNS
 from montessori_core.synthesis.filters.filter import Filter
 from montessori_core.synthesis.filters.first_character import FIRST_CHARACTER
 from montessori_core.synthesis.filters.judge import JUDGE
+from montessori_core.synthesis.filters.language import LANGUAGE
 from montessori_core.synthesis.filters.length import LENGTH
 from montessori_core.synthesis.filters.rouge_l import ROUGE_L
 from montessori_core.synthesis.filters.script import SCRIPT
@@ -16,5 +17,5 @@ from montessori_core.synthesis.filters.words import WORDS
 
 REGISTRY: dict[str, Filter] = {
     filter.name: filter
-    for filter in (LENGTH, TEXT_ONLY, WORDS, FIRST_CHARACTER, SCRIPT, ROUGE_L, SEMANTIC, JUDGE, CODE_RUNS)
+    for filter in (LENGTH, TEXT_ONLY, WORDS, FIRST_CHARACTER, SCRIPT, LANGUAGE, ROUGE_L, SEMANTIC, JUDGE, CODE_RUNS)
 }

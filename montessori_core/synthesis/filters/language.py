@@ -1,0 +1,18 @@
+"""The filter `language`: an instruction is in a certain language, or too short to tell."""
+
+from montessori_core.config import LanguageFilter
+from montessori_core.data.languages import language_of
+from montessori_core.synthesis.filters.filter import Candidate, Context, Filter, Reject
+
+OTHER_LANGUAGE = "in another language"
+
+
+def _open(settings: LanguageFilter, context: Context) -> Reject:
+    def reject(candidate: Candidate) -> str | None:
+        language = language_of(candidate.instruction)
+        return OTHER_LANGUAGE if language not in (None, *settings.languages) else None
+
+    return reject
+
+
+LANGUAGE = Filter("language", "Instructions in certain languages, such as en or de.", _open, LanguageFilter)
