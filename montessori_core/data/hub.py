@@ -8,6 +8,8 @@ from montessori_core.config import DataSource
 from montessori_core.data.files import DataFile
 from montessori_core.errors import DataError
 
+_ARCHIVES = (".zip", ".tar", ".7z", ".rar")
+
 
 def hub_rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     """Yield (place in the data set, row) pairs.
@@ -60,13 +62,17 @@ def _check_files(folder: str, names: list[str]) -> None:
     """Check the files that the card of a folder names, before the library reads them without a bound.
 
     Raises:
-        DataError: a file is outside of the folder, is damaged, or is a decompression bomb.
+        DataError: a file is outside of the folder, is damaged, or is an archive or a decompression bomb.
     """
     roots = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
     for name in names:
-        path = name.rpartition("::")[2]  # of the archive, for a file in one
+        archive, path = name.rpartition("::")[::2]
         if "://" in path or not os.path.abspath(path).startswith(roots):
             raise DataError(f"{folder}: its card names {path!r}, which is outside of the folder; remove that entry")
+        if archive or path.endswith(_ARCHIVES):
+            raise DataError(
+                f"{folder}: its card names the archive {path!r}, whose size is unknown; unpack it, and name the files"
+            )
         file = DataFile(path, path)
         if file.kind and file.compression:
             with file.open() as stream:

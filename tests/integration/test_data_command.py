@@ -48,7 +48,13 @@ def test_check_command_prints_and_refuses(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", TEXTS * 3)
     outcome = CliRunner().invoke(app, ["data", "check", path])
     assert outcome.exit_code == 0, outcome.output
-    for line in ("6 rows, format: messages", "bad rows: none", "exact duplicates: 4", "languages: en 50.0%, ru 50.0%", TEXTS[1][0]):
+    for line in (
+        "6 rows, format: messages",
+        "bad rows: none",
+        "exact duplicates: 4",
+        "languages: en 50.0%, ru 50.0%",
+        TEXTS[1][0],
+    ):
         assert line in outcome.output
     write(tmp_path / "rows.jsonl", TEXTS, {"messages": None}, {"messages": None})
     outcome = CliRunner().invoke(app, ["data", "check", path])

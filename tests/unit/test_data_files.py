@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import fsspec
 import pyarrow as pa
@@ -174,6 +175,19 @@ def test_bomb_in_folder_with_card_is_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl.gz").write_bytes(compressed(json.dumps(ROWS[0]).encode() + b" " * 2**22, ".gz"))
     with pytest.raises(DataError, match=r"train.jsonl.gz.* bytes grow to more than"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.guarantee("decompression bombs")
+@pytest.mark.parametrize("name", ["rows.zip", "zip://rows.jsonl::FOLDER/rows.zip"])
+def test_archive_that_a_card_names_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    with ZipFile(tmp_path / "set" / "rows.zip", "w") as archive:
+        archive.writestr("rows.jsonl", "\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "set" / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "set" / "README.md").write_text(CARD.format(name.replace("FOLDER", str(tmp_path / "set"))))
+    with pytest.raises(DataError, match=r"its card names the archive .*rows.zip.*unpack it"):
         read(tmp_path / "set")
 
 
