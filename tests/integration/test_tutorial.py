@@ -26,7 +26,16 @@ def commands() -> list[list[str]]:
 
 def test_page_shows_the_whole_way() -> None:
     shown = [words[0] for words in commands()]
-    assert list(dict.fromkeys(shown)) == ["data", "influence", "select", "train", "evaluate", "export"]
+    assert list(dict.fromkeys(shown)) == [
+        "data",
+        "influence",
+        "select",
+        "train",
+        "evaluate",
+        "export",
+        "preview",
+        "run",
+    ]
 
 
 @pytest.mark.slow
@@ -41,17 +50,19 @@ def test_tutorial_runs_as_shown(smollm2: Path, tmp_path: Path) -> None:
     assert losses["evaluation-student"] < losses["untrained-on-pool"], losses
     assert "8 of 24 scored rows" in outputs[2]
     assert (tmp_path / "runs" / "quickstart" / "exports" / "preferences-trl" / "README.md").exists()
+    (notes,) = (tmp_path / "runs" / "notes" / "exports").glob("*/data/train.jsonl")
+    assert len(notes.read_text().splitlines()) == 24
 
 
 def run_page(folder: Path) -> list[str]:
-    """Run the page's script and commands; return what the commands print.
+    """Run the page's scripts and commands; return what the commands print.
 
     The exported run is another one: a quickstart takes minutes.
     """
-    (script,) = blocks("python")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(compile(script, "make_data.py", "exec"), {"__name__": "__main__"})
+        for script in blocks("python"):
+            exec(compile(script, "page", "exec"), {"__name__": "__main__"})
     write_run(folder / "runs" / "quickstart")
     outputs = []
     for words in commands():
