@@ -17,6 +17,8 @@ from montessori_core.errors import UserError
 
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
+CLIENT_DEFAULTS = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
+"""Variables of processes that drive flows: the server answers 500 while its database restarts."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
 

@@ -1,5 +1,6 @@
 """Prefect as a site runs it: behind TLS and a login, restarted in the middle of a stage, upgraded."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.ledger import Ledger
+from support.postgresql import postgresql
 from support.prefect_server import free_port, prefect_server
 from support.runs import await_job, call, configuration, digests, kill_everything, left_over, montessori
 from support.tls import TlsProxy
@@ -47,6 +49,29 @@ def test_run_on_a_server_behind_tls_and_a_login(finished_run: Path, talking_llam
     proxy.close()
     assert driver.returncode == 0, output
     assert len(Ledger(warmup / "jobs").submissions) == 1
+    assert digests(run) == digests(finished_run / "runs" / "tiny")
+    assert not left_over(tmp_path)
+
+
+@pytest.mark.guarantee("Prefect's database restarted in the middle of a stage")
+@pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is not installed")
+def test_run_survives_a_restart_of_the_database(finished_run: Path, talking_llama: Path, tmp_path: Path) -> None:
+    home = tmp_path / "server"
+    home.mkdir()
+    config = configuration(tmp_path, talking_llama)
+    run = tmp_path / "runs" / "tiny"
+    warmup = run / "iteration-1" / "warmup"
+    with postgresql() as database, prefect_server(home, PREFECT_API_DATABASE_CONNECTION_URL=database.url) as client:
+        driver = montessori("run", str(config), cwd=tmp_path, **client)
+        await_job(driver, warmup)
+        database.stop()
+        time.sleep(20)
+        database.start()
+        output, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, output
+    ledgers = list(run.rglob("jobs/ledger.json"))
+    assert ledgers
+    assert all(len(Ledger(path.parent).submissions) == 1 for path in ledgers)
     assert digests(run) == digests(finished_run / "runs" / "tiny")
     assert not left_over(tmp_path)
 
