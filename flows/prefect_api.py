@@ -5,6 +5,7 @@ import re
 import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from montessori_core.errors import UserError
 
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
-CLIENT_DEFAULTS = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
-"""Variables of processes that drive flows: the server answers 500 while its database restarts."""
+_WHILE_RESTARTING = "500"
+ASK_AGAIN = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": _WHILE_RESTARTING}
+"""Variables of a process that drives flows on a server whose database may restart: the server answers 500 meanwhile."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
 
@@ -36,6 +38,21 @@ def check_proxies() -> None:
                 f"{name} is {shown}, a SOCKS proxy, which needs a package: pip install socksio. Or unset {name} and "
                 f"{name.lower()}: Prefect is reached without a proxy on this machine"
             )
+
+
+@contextmanager
+def asking_again() -> Iterator[None]:
+    """Have Prefect's client ask again for about a minute while the database of a server restarts.
+
+    Not that of a driver's temporary server: its errors, such as that of a full disk, last.
+    """
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_RETRY_EXTRA_CODES, temporary_settings
+
+    if PREFECT_API_URL.value() is None:
+        yield
+        return
+    with temporary_settings(set_defaults={PREFECT_CLIENT_RETRY_EXTRA_CODES: _WHILE_RESTARTING}):
+        yield
 
 
 def answers(api: str) -> bool:

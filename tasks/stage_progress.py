@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
 from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES, temporary_settings
 
 from cluster.fanout import Progress, ShardFailure, ShardsFailed
 from cluster.stage import Stage
@@ -176,7 +177,9 @@ class ShardGroup:
 def _publish(create: Callable[[], Any]) -> Any:
     """Create or update an artifact; an unavailable server loses the artifact but does not fail the stage."""
     try:
-        return create()
+        # States are sent again for a minute while the server's database is away; a stage does not wait for its artifacts.
+        with temporary_settings({PREFECT_CLIENT_RETRY_EXTRA_CODES: ""}):
+            return create()
     except (httpx.HTTPError, PrefectException) as error:
         log.warning("Prefect's server did not accept an artifact: %s", error)
         return None

@@ -37,7 +37,6 @@ from flows.cli import (
 )
 from flows.cli.console import console
 from flows.cli.interrupt import STOPPED
-from flows.prefect_api import CLIENT_DEFAULTS
 from montessori_core.environment import set_process_defaults
 from montessori_core.errors import UserError
 from montessori_core.files import OUT_OF_SPACE, owner_of
@@ -48,8 +47,6 @@ for _name in ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFEC
     os.environ.setdefault(_name, "CRITICAL")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-for _name, _value in CLIENT_DEFAULTS.items():
-    os.environ.setdefault(_name, _value)
 
 app = typer.Typer(
     no_args_is_help=True,

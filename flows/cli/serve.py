@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import console
+from flows.prefect_api import ASK_AGAIN
 
 DeploymentsFile = Annotated[
     Path | None, typer.Option(help="Prefect's file of deployments; by default prefect.yaml here, or the shipped one.")
@@ -25,7 +26,7 @@ def up(
     Uses the server of PREFECT_API_URL, or one on this machine, or starts one that only this machine can reach.
     Jobs run where a run's cluster section says.
     """
-    _enable_prefect_logs()
+    _set_prefect_defaults()
     from flows.deployments import up as serve_deployments
 
     serve_deployments(file, run_root, port, console)
@@ -35,13 +36,16 @@ def deploy(
     pool: Annotated[str, typer.Option(help="Work pool whose workers run the drivers.")], file: DeploymentsFile = None
 ) -> None:
     """Register the deployments of montessori up on a running Prefect server, for the workers of a work pool."""
-    _enable_prefect_logs()
+    _set_prefect_defaults()
     from flows.deployments import deploy as register_deployments
 
     register_deployments(file, pool, console)
 
 
-def _enable_prefect_logs() -> None:
+def _set_prefect_defaults() -> None:
+    """Set variables for flow runs, before Prefect is imported: its logs, and how patient its client is."""
+    for name, value in ASK_AGAIN.items():
+        os.environ.setdefault(name, value)
     del os.environ["PREFECT_INTERNAL_LOGGING_LEVEL"]
     if os.environ["PREFECT_LOGGING_LEVEL"] == "CRITICAL":  # the default of other commands
         os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"

@@ -11,7 +11,7 @@ from montessori_core.config import read_experiment
 from montessori_core.data.tables import INSTRUCTIONS, read_table
 from montessori_core.errors import UserError
 from support import wait_until
-from support.runs import call, configuration, left_over, montessori
+from support.runs import call, configuration, hangups_end_children, left_over, montessori
 from tasks.preview import preview_run, write_preview
 
 
@@ -70,7 +70,8 @@ def test_interrupted_preview_is_cleaned_up(how: signal.Signals, talking_llama: P
     content = yaml.safe_load(config.read_text())
     content["synthesis"]["instruction"]["max_tokens"] = 1500  # no time to finish
     config.write_text(yaml.safe_dump(content))
-    process = montessori("preview", str(config), "--examples", "400", cwd=tmp_path)
+    with hangups_end_children():
+        process = montessori("preview", str(config), "--examples", "400", cwd=tmp_path)
     wait_until(lambda: list((tmp_path / "runs").glob(".preview-*/run/preview/*/jobs/node-of-*")), 300, process=process)
     process.send_signal(how)
     process.wait(120)

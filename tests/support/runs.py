@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,6 +98,16 @@ def _start(command: list[str], cwd: Path, environment: dict[str, str]) -> subpro
         text=True,
         start_new_session=True,
     )
+
+
+@contextmanager
+def hangups_end_children() -> Iterator[None]:
+    """Start children for which SIGHUP has its default action, although tests under nohup ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def call(*arguments: str, cwd: Path, seconds: float = 600, **environment: str) -> tuple[int, str]:

@@ -876,7 +876,8 @@ def test_doctor_gives_up_on_jobs_that_wait_too_long(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_doctor_cancels_its_jobs_at_hangup(tmp_path: Path) -> None:
     command, options = doctor_call(tmp_path, {"slurm": {"extra": {"begin": "now+1hour"}}}, "--patience", "150")
-    process = subprocess.Popen(command, **options)
+    with whole.hangups_end_children():
+        process = subprocess.Popen(command, **options)
     wait_until(lambda: queued("--format=%l") == ["5:00"], 60)  # ends by itself if the doctor is killed
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
