@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from cluster.simulation import ClusterSpec, FailureModel
+from flows.disk import warn_of_run
 from flows.driver_job import check_driver_job
 from flows.estimate import estimate_run
 from flows.experiment import drive_run, end_jobs_of, run_root, start_run
@@ -62,7 +63,7 @@ def describe_plan(run: Run, preset: str, pilot: Run | None) -> str:
         f"`{experiment.reference.path}`; the held-out loss is measured on `{experiment.evaluation.path}`.",
         "",
         table(header, rows),
-        *(f"* {sentence}" for sentence in estimate.left_out(experiment)),
+        *(f"* {sentence}" for sentence in [*estimate.left_out(experiment), *warn_of_run(run)]),
     ]
     if estimate.seconds is not None:
         total = duration(estimate.seconds)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.status import stages_of
 from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, submit_command
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
@@ -23,6 +24,7 @@ def compare(
     as_job: SubmitDriver = False,
 ) -> None:
     """Compare methods of making training data on equal terms. To resume after an interruption, run the same command again."""
+    from flows.disk import warn_of_study
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
 
@@ -33,6 +35,8 @@ def compare(
     folder = run_root / settings.name
     seeded, warnings = open_study(settings, folder)
     warn(warnings)
+    if not stages_of(folder):
+        warn(warn_of_study(settings, [seed.run for seed in seeded], folder))
     if as_job:
         folder = folder.resolve()
         submit_command(folder, command_to_compare(folder), settings.experiment.cluster.slurm)

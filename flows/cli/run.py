@@ -38,9 +38,11 @@ def run(
     opened, warnings = open_run(experiment, folder)
     warn(warnings)
     if not stages_of(opened.folder):
+        from flows.disk import warn_of_run
         from flows.estimate import estimate_run
 
         print_estimate(opened.experiment, estimate_run(opened))
+        warn(warn_of_run(opened))
     drive_run(opened, as_job)
 
 

@@ -3,15 +3,17 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flows import estimate
 from flows.cli.tables import print_estimate
+from flows.disk import Kept, warn_of_run, warn_of_study
 from flows.estimate import PlannedStage, Sizes, estimate_run, planned_stages
-from montessori_core.config import Experiment
+from montessori_core.config import Experiment, Study
 from montessori_core.speed import measure_gflops
-from tasks.run import open_run
+from tasks.run import open_run, reopen_run
 
 SIZES = Sizes(
     teacher=100,
@@ -138,3 +140,22 @@ def test_measure_gflops_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 < speed < 10_000
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert measure_gflops(1) is None
+
+
+def test_models_on_disk_are_as_planned(finished_run: Path) -> None:
+    run = reopen_run(finished_run / "runs" / "tiny")
+    written = sum(file.stat().st_size for file in run.folder.rglob("*.safetensors"))
+    assert Kept.of(run).of_run(run.experiment) == pytest.approx(written, rel=0.05)
+
+
+def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = reopen_run(finished_run / "runs" / "tiny")
+    study = Study(experiment=run.experiment, methods=("montessori", "self_instruct", "select"), seeds=(0, 1))
+    assert warn_of_run(run) == warn_of_study(study, [run, run], run.folder) == []
+    kept = Kept.of(run)
+    needed = kept.of_run(run.experiment) + kept.checkpoint
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed))
+    assert warn_of_run(run) == []
+    (warning,) = warn_of_study(study, [run, run], run.folder)
+    assert "free space, or choose another --run-root" in warning
+    assert 2 * kept.of_run(run.experiment) < kept.of_study(study)

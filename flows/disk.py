@@ -1,0 +1,82 @@
+"""Space on the disk for the models that a run or a study keeps; all are in fp32.
+
+Other files are small beside them, except checkpoints: a training keeps one with AdamW's moments until it ends.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from montessori_core.config import Experiment, Study
+from montessori_core.models.fetch import full_model
+from montessori_core.models.fingerprints import weight_shapes
+from tasks.run import Run
+
+_WEIGHT, _MOMENTS = 4, 8  # bytes for each weight
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of what trainings of an experiment's models keep; adapters count as nothing.
+
+    Attributes:
+        teacher, student: weights of an updated teacher, and of a trained student.
+        moments: AdamW's moments of a student.
+        checkpoint: of the larger model, while it is trained.
+    """
+
+    teacher: int
+    student: int
+    moments: int
+    checkpoint: int
+
+    @staticmethod
+    def of(run: Run) -> "Kept":
+        """Read the sizes of a run's initial models."""
+        experiment = run.experiment
+        teacher = 0 if experiment.teacher_update.lora else _count_weights(Path(run.initial_teacher().path))
+        student = 0 if experiment.student.lora else _count_weights(Path(run.initial_student().path))
+        checkpoint = (_WEIGHT + _MOMENTS) * max(teacher, student)
+        return Kept(_WEIGHT * teacher, _WEIGHT * student, _MOMENTS * student, checkpoint)
+
+    def of_run(self, experiment: Experiment) -> int:
+        """Return the bytes of a run: warm student, and teachers and students of its iterations."""
+        comparison, rounds = experiment.comparison, experiment.iterations
+        teachers = rounds * (1 + comparison.teacher_checkpoints)
+        students = 1 + teachers + comparison.unmodified_teacher
+        return teachers * self.teacher + students * self.student + rounds * self.moments
+
+    def of_study(self, study: Study) -> int:
+        """Return the most bytes that a study keeps: each method may update a teacher."""
+        students = (1 + len(study.transfer)) * (1 + study.equal_response_tokens)
+        of_method = self.teacher + students * self.student
+        return len(study.seeds) * (self.of_run(study.experiment) + (len(study.methods) - 1) * of_method)
+
+
+def _count_weights(model: Path) -> int:
+    return sum(math.prod(shape) for shape in weight_shapes(full_model(model)).values())
+
+
+def warn_of_space(folder: Path, needed: int) -> list[str]:
+    """Return a warning if a folder's disk has less free space than is needed, bytes."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return []
+    return [
+        f"{folder} may need {needed / 1e9:,.1f} GB for models, and {free / 1e9:,.1f} GB are free there: free space, or "
+        "choose another --run-root. If the disk gets full, finished work is kept, and the same command continues"
+    ]
+
+
+def warn_of_run(run: Run) -> list[str]:
+    """Return a warning if a new run may fill the disk."""
+    kept = Kept.of(run)
+    return warn_of_space(run.folder, kept.of_run(run.experiment) + kept.checkpoint)
+
+
+def warn_of_study(study: Study, runs: Sequence[Run], folder: Path) -> list[str]:
+    """Return a warning if a new study may fill the disk; `runs` are those of its seeds."""
+    kept = Kept.of(runs[0])
+    return warn_of_space(folder, kept.of_study(study) + kept.checkpoint)
