@@ -52,6 +52,7 @@ def _provenance(models: dict[str, str], gflops: float | None) -> dict[str, Any]:
             "generation_dtype": generation_dtype(),
             "cores": os.cpu_count(),
             "gflops": gflops,
+            "directory": os.getcwd(),
         },
         **{f"{role}_sha256": sha256 for role, sha256 in models.items()},
     }

@@ -12,7 +12,7 @@ from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
-from montessori_core.files import write_json
+from montessori_core.files import read_json, write_json
 
 STUDY = "study.yaml"
 _COMMAND = "command.json"
@@ -101,6 +101,13 @@ def resume_command(folder: Path, options: str = "") -> str:
     study = study_of(folder)
     words = ["resume", str(folder)] if study is None else command_to_compare(study)
     return f"{shlex.join(['montessori', *words])}{options}"
+
+
+def enter_directory(run: Path) -> None:
+    """Change to the directory from which a run was opened, if there still is one: paths of its models may be relative."""
+    directory = (read_json(run / layout.PROVENANCE) or {}).get("driver", {}).get("directory")
+    if directory is not None and os.path.isdir(directory):
+        os.chdir(directory)
 
 
 def refusal_of_changes(folder: Path, changed: Sequence[str], may_change: str = "") -> UserError:

@@ -66,6 +66,12 @@ class Step:
         """Return the same step with another label."""
         return replace(self, label=label)
 
+    def pairing_answers(self) -> "Step":
+        """Return the same step with preferences between answers to one instruction; to another they would be wrong."""
+        preferences = self.experiment.preferences.within_prompts()
+        experiment = self.experiment.model_copy(update={"preferences": preferences})
+        return replace(self, run=replace(self.run, experiment=experiment))
+
     def beside(self, suffix: str, label: str = "") -> "Step":
         """Return a part of the step, in a folder beside the step's whose name ends with `suffix`."""
         folder = self.folder.with_name(f"{self.folder.name}-{suffix}")

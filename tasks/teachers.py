@@ -111,7 +111,9 @@ def update_teacher(
         if known is not None:
             finished = known["response_finished"].take(pc.index_in(pairs[f"{output}_id"], known["example_id"]))
         pairs = pairs.append_column(f"{output}_finished", finished)
-    recipe = experiment.teacher_update if lora else experiment.teacher_update.model_copy(update={"lora": None})
+    recipe = experiment.teacher_update
+    if not lora:
+        recipe = recipe.model_copy(update={"lora": None, "quantization": None})  # only an adapter learns on 4 bits
     settings = programs.Dpo(prompt_style=style, recipe=recipe, zero=experiment.zero, seed=experiment.seed, keep=keep)
     return step.train(
         programs.DPO, settings, Rows.of_table(pairs, PairRow), {"teacher": teacher}, upstream=[preferences]

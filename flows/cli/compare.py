@@ -10,7 +10,7 @@ from flows.cli.driver import SubmitDriver, check_driver_job, command_to_resume, 
 from flows.cli.interrupt import interruptible
 from flows.cli.options import ClusterFile, on_cluster, warn
 from flows.cli.tables import print_comparison
-from tasks.resume import command_to_compare
+from tasks.resume import STUDY, command_to_compare, enter_directory
 
 
 def compare(
@@ -28,6 +28,10 @@ def compare(
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
 
+    if study.name == STUDY:  # of a study that has begun
+        study, run_root = study.resolve(), run_root.resolve()
+        cluster = cluster and cluster.resolve()
+        enter_directory(study.parent / f"seed-{read_study(study).seeds[0]}")
     settings = read_study(study, tuple(set_ or []))
     settings = settings.model_copy(update={"experiment": on_cluster(settings.experiment, cluster, study)})
     if as_job:

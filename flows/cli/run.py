@@ -15,7 +15,7 @@ from flows.cli.options import ClusterFile, Overrides, RunFolder, StageName, on_c
 from flows.cli.tables import print_estimate, print_summary
 from montessori_core.config import read_experiment
 from montessori_core.errors import UserError
-from tasks.resume import STUDY, refuse_command_folder, resume_command, study_of
+from tasks.resume import STUDY, enter_directory, refuse_command_folder, resume_command, study_of
 from tasks.run import Run, open_run, reopen_run
 
 
@@ -51,7 +51,9 @@ def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
 
     Work of other commands is resumed by the command that started it; resume names it.
     """
+    run_dir = run_dir.resolve()
     refuse_other_work(run_dir)
+    enter_directory(run_dir)
     experiment = reopen_run(run_dir).experiment
     if as_job:
         check_driver_job(experiment)
@@ -72,7 +74,9 @@ def retry(
     """Submit shards again, either one or all that are failed or missing, then resume the run."""
     if failed and shard is not None:
         raise UserError("--failed and --shard exclude each other: name one shard, or retry all that are missing")
+    run_dir = run_dir.resolve()
     refuse_other_work(run_dir)
+    enter_directory(run_dir)
     opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
     if shard is not None:
         with no_driver(opened.folder):

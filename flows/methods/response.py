@@ -13,7 +13,7 @@ from tasks.teachers import collect_preferences, update_teacher
 
 
 def _propose(now: Round) -> Proposal:
-    step, teacher = now.step, now.run.initial_teacher()
+    step, teacher = now.step.pairing_answers(), now.run.initial_teacher()
     probed = probe(Step.iteration(now.run, 1), 1, teacher)
     # As many measurements as the other methods: several responses per instruction, so fewer instructions.
     instructions = max(1, (probed.last - probed.first) // now.run.experiment.synthesis.samples_per_prompt)

@@ -171,3 +171,9 @@ class Preferences(Section):
                 "with each harmful one"
             )
         return self
+
+    def within_prompts(self) -> "Preferences":
+        """Return the same rules for pairs of one prompt; a threshold of all prompts may leave many without pairs."""
+        if self.pairs == "within_prompt":
+            return self
+        return self.model_copy(update={"pairs": "within_prompt", "max_uses": 1, "baseline": "prompt"})

@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 import sqlite3
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,7 +21,7 @@ from cluster.status import stages_of
 from flows.cli.console import console, open_console
 from flows.cli.tables import print_summary
 from flows.forecast import costs_may_differ, forecast, planned_stages
-from montessori_core.config import DataSource, Experiment, Preferences
+from montessori_core.config import DataSource, Experiment, Preferences, read_experiment
 from montessori_core.data import tables as schema
 from montessori_core.data.rows import Rows
 from montessori_core.data.sources import read_tasks, write_tasks
@@ -36,7 +36,7 @@ from support.reports import Page
 from support.runs import call, configuration, digests, finish_lean, invoke
 from support.squares import key_of
 from tasks.approval import approve_update
-from tasks.run import Run, reopen_run
+from tasks.run import Run, open_run, reopen_run
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +213,17 @@ def test_study_is_resumed_as_a_whole(tmp_path: Path, part: str) -> None:
         assert code == 1
         assert not (folder / "config.yaml").exists()
         assert f"study; resume with: montessori compare {tmp_path / 'study.yaml'}" in " ".join(output.split())
+
+
+def test_run_with_a_relative_model_is_found_from_another_directory(talking_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(talking_llama, tmp_path / "model")
+    config = configuration(tmp_path, Path("model"))
+    with chdir(tmp_path):
+        open_run(read_experiment(config), tmp_path / "runs" / "tiny")
+    (tmp_path / "other").mkdir()
+    code, output = invoke("retry", "../runs/tiny", "--shard", "0", cwd=tmp_path / "other")
+    assert code == 1
+    assert "no stage" in output, output
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flows.methods.bootstrap import most_influential
 from flows.methods.llm2llm import hardest_half
 from flows.study import find_method, open_study
 from montessori_core import programs
-from montessori_core.config import Preferences, read_study
+from montessori_core.config import Preferences, TeacherUpdate, read_study
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import (
     EXAMPLES,
@@ -55,7 +56,10 @@ from support.judges import JudgeServer
 from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean, invoke
 from support.studies import conversations, environment_of, write_study
+from tasks.run import reopen_run
+from tasks.stage import Step
 from tasks.studies import is_finished, reopen
+from tasks.teachers import collect_preferences, update_teacher
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, on a machine that may be busy
 
@@ -417,6 +421,44 @@ def test_response_pairs_answer_the_same_instruction(methods: Path) -> None:
         assert chosen["instruction"] in pair["prompt"]
         assert pair["chosen"] == chosen["raw_output"]
         assert pair["chosen_influence_student"] > pair["rejected_influence_student"]
+
+
+def test_pairs_of_answers_never_cross_instructions(
+    methods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.teachers.create_table_artifact", lambda *arguments, **options: None)
+    run = reopen_run(methods.parent)
+    across = Preferences(pairs="across_prompts", baseline="median", max_uses=2)
+    crossing = replace(run, experiment=run.experiment.model_copy(update={"preferences": across}))
+    round_1 = methods / "response" / "round-1"
+    tables = round_1 / "answers" / "examples.parquet", round_1 / "influence.parquet"
+
+    def instructions(step: Step) -> list[tuple[str, str]]:
+        step.folder.mkdir()
+        texts = {row["example_id"]: row["instruction"] for row in read_table(tables[0], EXAMPLES).to_pylist()}
+        pairs = read_table(collect_preferences.fn(step, *tables), PREFERENCES).to_pylist()
+        return [(texts[pair["chosen_id"]], texts[pair["rejected_id"]]) for pair in pairs]
+
+    assert any(chosen != rejected for chosen, rejected in instructions(Step(crossing, tmp_path / "crossing", "x")))
+    pairs = instructions(Step(crossing, tmp_path / "within", "x").pairing_answers())
+    assert pairs
+    assert all(chosen == rejected for chosen, rejected in pairs)
+
+
+def test_update_of_all_weights_keeps_none_in_four_bits(
+    methods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[TeacherUpdate] = []
+    monkeypatch.setattr(
+        Step, "train", lambda step, program, settings, *others, **named: recipes.append(settings.recipe)
+    )
+    run = reopen_run(methods.parent)
+    update = TeacherUpdate.model_validate({"lora": {}, "quantization": "nf4"})
+    run = replace(run, experiment=run.experiment.model_copy(update={"teacher_update": update}))
+    preferences = methods / "response" / "round-1" / "preferences.parquet"
+    for lora in (True, False):
+        update_teacher(Step(run, tmp_path, "x"), run.initial_teacher(), preferences, lora=lora)
+    assert [recipe.quantization for recipe in recipes] == ["nf4", None]
 
 
 def test_strong_teacher_trains_on_api_responses(methods: Path) -> None:
