@@ -347,6 +347,7 @@ class _Driver:
         at_once = self._resources.parallel_jobs - self._running
         gpus = self._resources.nodes * self._resources.gpus_per_node
         submission = Submission(name, self._work, tasks, self._backend.host, at_once, gpus, self._backend.steps)
+        submission.folder = str(self._ledger.folder.resolve())
         self._ledger.submissions.append(submission)
         self._ledger.save()
         folder = self._ledger.folder / name

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.backends import backend_at
 from montessori_core.config import Cluster
 from montessori_core.errors import UserError
-from montessori_core.files import make_folder_of_pickles, read_json, write_json
+from montessori_core.files import is_copy, make_folder_of_pickles, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Submission:
         missed: consecutive polls that did not find a job, by job id.
         lost: class of the loss, by id, of each lost job whose shards were submitted again.
         closed: whether all jobs have ended.
+        folder: resolved folder of the ledger at submission.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Submission:
     missed: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     closed: bool = False
+    folder: str | None = None
 
 
 def _read_submissions(file: Path) -> list[Submission]:
@@ -75,6 +77,9 @@ class Ledger:
         self.folder = folder
         self._file = folder / "ledger.json"
         self.submissions = _read_submissions(self._file) if self._file.exists() else []
+        for submission in self.submissions:
+            # Jobs of another run, of which this is a copy, write their results there: they are neither awaited nor ended.
+            submission.closed = submission.closed or is_copy(folder, submission.folder)
 
     def save(self) -> None:
         """Write the ledger, in a folder that only its owner may write: submitit keeps pickles there."""

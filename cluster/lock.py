@@ -25,7 +25,7 @@ from cluster.records import Record, read_record
 from montessori_core import layout
 from montessori_core.config import Slurm
 from montessori_core.errors import UserError
-from montessori_core.files import owner_of
+from montessori_core.files import is_copy, owner_of
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 _HANDOVER_TIMEOUT = 300.0  # seconds; a file server keeps the lock of a crashed node for a while
@@ -40,6 +40,7 @@ class Driver(Record):
         job: id of the Slurm job; None until sbatch has returned it.
         job_name: unique name of the Slurm job.
         state: state of the job in the queue, if no process holds the lock; not recorded.
+        folder: resolved folder of the run that it drives; a copy of the run has no driver.
     """
 
     process: int | None = None
@@ -47,6 +48,7 @@ class Driver(Record):
     job: str | None = None
     job_name: str | None = None
     state: str | None = None
+    folder: str | None = None
 
     def __str__(self) -> str:
         process = None if self.process is None else f"process {self.process} on {self.host}"
@@ -147,7 +149,8 @@ def _this_process() -> Driver:
 
 def _write(lock: IO[str], driver: Driver) -> None:
     lock.truncate(0)
-    lock.write(driver.model_dump_json(exclude_none=True))
+    driven = driver.model_copy(update={"folder": str(Path(lock.name).resolve().parent)})
+    lock.write(driven.model_dump_json(exclude_none=True))
     lock.flush()
 
 
@@ -225,7 +228,7 @@ def driver_of(folder: Path) -> Driver | None:
 def _queued_driver(path: Path) -> Driver | None:
     """Return the driver in a lock's file if it is a job in the queue."""
     driver = read_record(path, Driver)
-    if driver is None or driver.job_name is None or driver.is_this_job:
+    if driver is None or driver.job_name is None or driver.is_this_job or is_copy(path.parent, driver.folder):
         return None
     try:
         job = queued_job(driver.job_name)

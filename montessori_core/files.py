@@ -47,6 +47,21 @@ def commit(path: Path, durable: bool = True) -> Iterator[Path]:
         raise
 
 
+def is_copy(folder: Path, original: str | None) -> bool:
+    """Return whether a folder is a copy of another that still exists, from whose path what it says was written.
+
+    Args:
+        folder: the folder.
+        original: resolved path of the folder when it was written; None if it is not known.
+    """
+    if original is None:
+        return False
+    try:
+        return not os.path.samefile(original, folder)  # one folder may have several paths
+    except OSError:
+        return False  # it was moved
+
+
 def write_json(content: Any, path: Path, durable: bool = True) -> None:
     """Write `content` as JSON, atomically.
 

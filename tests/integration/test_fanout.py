@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from cluster.backends.local import LocalBackend
 from cluster.fanout import Progress, ShardsFailed, fan_out
-from cluster.ledger import Ledger, Submission, close_submission
+from cluster.ledger import Ledger, Submission, close_submission, close_submissions
 from cluster.processes import seconds_since, start_time
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
@@ -333,6 +334,25 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
     assert results(run(folder, seconds=0.15)) == EXPECTED
     assert len(computed(folder)) == len(set(computed(folder)))  # nothing was computed twice
     assert len((folder / "opened.txt").read_text().split()) == 2
+
+
+@pytest.mark.guarantee("run copied or moved to another path")
+def test_copied_run_leaves_the_jobs_of_the_original_alone(folder: Path) -> None:
+    kill_driver_with_jobs(folder)
+    copy = replace(stage(folder, 0.15), folder=Path(shutil.copytree(folder / "stage", folder / "copy")))
+    assert close_submissions(Ledger(copy.folder / "jobs"), CLUSTER) == 0
+    assert jobs_alive(folder / "stage") > 0
+    parts = fan_out(copy, as_shards(*SHARDS), Resources(parallel_jobs=2, cpus_per_process=1), CLUSTER)
+    assert results(parts) == results(run(folder, seconds=0.15)) == EXPECTED
+    assert len((folder / "opened.txt").read_text().split()) == 4  # two jobs of each
+
+
+def test_moved_run_waits_for_its_jobs_no_longer_than_they_live(folder: Path) -> None:
+    kill_driver_with_jobs(folder)
+    moved = replace(stage(folder, 0.15), folder=(folder / "stage").rename(folder / "moved"))
+    assert len(Ledger(moved.folder / "jobs").open_submissions()) == 1
+    assert close_submissions(Ledger(moved.folder / "jobs"), CLUSTER) == 1
+    wait_until(lambda: jobs_alive(folder / "stage") == 0, 10)
 
 
 def test_interrupted_driver_cancels_its_jobs(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from cluster.backends.sbatch import DRIVER_JOB, sbatch_command
 from cluster.driver_job import script_of
-from cluster.lock import Driver, _interrupt, driver_of, only_driver
+from cluster.lock import Driver, _interrupt, _write, driver_of, only_driver
 from flows.driver_job import check_driver_job
 from flows.experiment import montessori
 from montessori_core.config import Cluster, Slurm, parse, read_experiment
@@ -154,3 +155,21 @@ def test_unknown_state_of_driver_job_is_reported(tmp_path: Path, monkeypatch: py
         driver_of(tmp_path)
     with pytest.raises(UserError, match="Slurm job 17: squeue does not answer"), only_driver(tmp_path):
         pass
+
+
+def test_copy_of_a_run_has_not_the_driver_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_command(tmp_path / "bin" / "squeue", 'echo "17|PENDING|Priority"')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / "driver.lock").open("a+") as lock:
+        _write(lock, Driver(job="17", job_name="montessori-driver-1"))
+    (tmp_path / "link").symlink_to(run)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    assert driver_of(run) is not None
+    assert driver_of(tmp_path / "link") is not None
+    assert driver_of(copy) is None
+    with only_driver(copy):
+        pass
+    assert driver_of(run) is not None
+    assert driver_of(run.rename(tmp_path / "moved")) is not None
