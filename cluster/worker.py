@@ -10,6 +10,7 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from subprocess import CalledProcessError, TimeoutExpired
 from typing import Any
 
 import submitit
@@ -107,12 +108,23 @@ def classify_error(error: Exception) -> str:
         return "disk_full"
     if may_pass(error):
         return "file_system"
-    if type(error).__name__ == "UncompletedJobError":
+    if type(error).__name__ == "UncompletedJobError" or _is_of_requeueing(error):
         return "time_limit"  # submitit raises it when a job was requeued too often
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")
     if distributed or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
         return "lost"  # another process of the job died without an error of its own
     return "code_error"
+
+
+def _is_of_requeueing(error: Exception) -> bool:
+    """Return whether submitit could not requeue this job at its time limit, in the middle of its computation.
+
+    A container may have no scontrol, and a controller may be down.
+    """
+    if isinstance(error, OSError):
+        return str(error.filename) == "scontrol"
+    command = error.cmd if isinstance(error, CalledProcessError | TimeoutExpired) else None
+    return isinstance(command, list) and command[:2] == ["scontrol", "requeue"]
 
 
 def _compute_shard(

@@ -205,6 +205,20 @@ def test_task_at_time_limit_is_requeued_and_resumes(folder: Path) -> None:
     assert len(submissions(folder)) == 1
 
 
+@pytest.mark.guarantee("task reaches its time limit")
+@pytest.mark.slow
+def test_task_that_cannot_be_requeued_is_resubmitted(folder: Path) -> None:
+    """At its time limit there is no scontrol, as in a container without Slurm's commands."""
+    put_command(folder / "bin" / "scontrol", "exit 1")
+    signal_tasks = once(
+        lambda: len(local.computed(folder)) >= 2, lambda: subprocess.run(["scancel", "--me", "--signal=USR2"])
+    )
+    without = Slurm(setup=[f"export PATH={folder / 'bin'}:$PATH"])
+    parts = run(folder, SHARDS[:2], seconds=1, parallel_jobs=1, slurm=without, on_progress=signal_tasks)
+    assert local.results(parts) == EXPECTED[:6]
+    assert [set(s.lost.values()) for s in submissions(folder)] == [{"time_limit"}, set()]
+
+
 @pytest.mark.guarantee("job hangs beyond its time limit")
 @pytest.mark.slow
 def test_hanging_task_is_resubmitted_after_time_limit(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
