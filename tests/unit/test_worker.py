@@ -32,3 +32,20 @@ def test_classify_error_keeps_other_failed_commands_as_code_errors() -> None:
         subprocess.check_call(["false"])
     assert classify_error(failure.value) == "code_error"
     assert classify_error(FileNotFoundError(2, "No such file or directory", "rows.jsonl")) == "code_error"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered", "lost"),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable", "lost"),
+        ("CUDA unknown error - this may be due to an incorrectly set up environment", "lost"),
+        ("No CUDA GPUs are available", "lost"),
+        ("Found no NVIDIA driver on your system.", "lost"),
+        ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized", "lost"),
+        ("CUDA error: device-side assert triggered", "code_error"),
+        ("CUDA error: an illegal memory access was encountered", "code_error"),
+    ],
+)
+def test_classify_error_tells_broken_gpu_from_broken_code(message: str, kind: str) -> None:
+    assert classify_error(RuntimeError(message)) == kind

@@ -101,9 +101,12 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
 
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
-def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "death", ["os._exit(9)", 'raise RuntimeError("CUDA error: uncorrectable ECC error encountered")']
+)
+def test_node_that_loses_shards_is_excluded(folder: Path, death: str) -> None:
     """A node whose jobs die at once would otherwise take all tasks of the queue."""
-    broken = 'if os.environ["SLURMD_NODENAME"] == "node1": os._exit(9)'
+    broken = f'if os.environ["SLURMD_NODENAME"] == "node1": {death}'
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
     )
