@@ -33,6 +33,7 @@ _REFUSAL_PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch re
 _OWN_OPTIONS = "error|job-name|open-mode|output|requeue|signal|time"
 _PENDING_STATES = ("PENDING", "CONFIGURING")
 _IDLE_SCRIPT = """\
+unset "${{!SQUEUE_@}}" # options of the user, which may hide steps
 idle=0
 while [ $idle -lt {limit} ]; do
   sleep {pause}

@@ -197,9 +197,11 @@ def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
 
 @pytest.mark.guarantee("driver that holds jobs killed")
 @pytest.mark.slow
-def test_idle_held_jobs_end(folder: Path) -> None:
-    """Jobs that a killed driver held end by themselves, but not while a step runs."""
-    driver = start(folder, 4.0, idle_minutes=0.1)
+def test_idle_held_jobs_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that a killed driver held end by themselves, but not while a step runs; nor if the user's squeue hides it."""
+    with monkeypatch.context() as environment:
+        environment.setenv("SQUEUE_USERS", "nobody")
+        driver = start(folder, 4.0, idle_minutes=0.1)
     wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     driver.kill()
     driver.wait()
