@@ -49,7 +49,7 @@ done
 
 @dataclass(frozen=True)
 class _Held:
-    """A held job in the queue: its id, name and state, and the seconds until its time limit.
+    """A held job in the queue: its id, name and state, the reason why it waits, and the seconds until its time limit.
 
     The id of one job of an array is that of the array, by which scancel and squeue mean all of its jobs; `element`, such as
     17_3, means one.
@@ -59,6 +59,7 @@ class _Held:
     element: str
     name: str
     state: str
+    reason: str
     seconds_left: float
 
 
@@ -114,13 +115,29 @@ class HeldBackend(AllocationBackend):
             run_command("scancel", "--quiet", self._elements[held])
 
     def _queue(self) -> list[_Held] | None:
-        """Return the held jobs with time for a job of this stage, running ones first; None if squeue does not answer."""
+        """Return the held jobs with time for a job of this stage, running ones first; None if squeue does not answer.
+
+        Raises:
+            UserError: held jobs exceed the time limit of their partition.
+        """
         held = _queued("--me", f"--name={self._name}")
         if held is None:
             return None
         needed = 60 * self._resources.time_limit_minutes
         running = [job for job in held if job.state == "RUNNING" and job.seconds_left >= needed]
-        return running + [job for job in held if job.state in _PENDING_STATES]
+        pending = [job for job in held if job.state in _PENDING_STATES]
+        self._check_time_limit(pending)
+        return running + pending
+
+    def _check_time_limit(self, pending: Sequence[_Held]) -> None:
+        """Raise a UserError if Slurm accepted jobs that are longer than their partition allows: they would wait for ever."""
+        several = "," in (self._slurm.partition or "")  # one of them may allow it
+        if not several and any(job.reason == "PartitionTimeLimit" for job in pending):
+            raise UserError(
+                f"held jobs exceed their partition's time limit: they ask for cluster.slurm.hold.minutes "
+                f"({self._hold.minutes}) and time_limit_minutes of the stage ({self._resources.time_limit_minutes}); lower "
+                "one of them, or choose another partition"
+            )
 
     def _submit_held(self, count: int) -> None:
         """Submit held jobs, excluding the nodes that lost shards.
@@ -206,11 +223,14 @@ def _held_jobs(folder: Path) -> list[_Held]:
 
 
 def _queued(*options: str) -> list[_Held] | None:
-    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%L|%j")
+    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%r|%L|%j")
     if answer is None:
         return None
-    lines = [line.split("|", 4) for line in answer.splitlines()]
-    return [_Held(job_id, element, name, state, seconds_of(left)) for job_id, element, state, left, name in lines]
+    lines = [line.split("|", 5) for line in answer.splitlines()]
+    return [
+        _Held(job_id, element, name, state, reason, seconds_of(left))
+        for job_id, element, state, reason, left, name in lines
+    ]
 
 
 def _names_of(folder: Path) -> str:

@@ -98,6 +98,13 @@ def test_refused_held_jobs_are_an_error(folder: Path) -> None:
         drive(folder, 0.0, partition="absent")
 
 
+def test_held_jobs_longer_than_the_partition_allows_are_an_error(folder: Path) -> None:
+    """Slurm accepts them, and never starts them."""
+    with pytest.raises(UserError, match=r"partition's time limit.*hold\.minutes \(240\)"):
+        drive(folder, 0.0, partition="brief")
+    wait_until(lambda: queued() == [], 60)
+
+
 @pytest.mark.slow
 def test_stage_waits_while_other_jobs_use_up_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sbatch refuses the first jobs to hold, as a site does whose users may submit only so many jobs."""
