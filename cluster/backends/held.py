@@ -78,12 +78,16 @@ class HeldBackend(AllocationBackend):
         self._ready: list[str] = []
         self._elements: dict[str, str] = {}
         self._held_of: dict[str, str] = {}
-        self._avoid: frozenset[str] = frozenset()
+        self._needed: frozenset[str] = frozenset()  # nodes without which too few are left
         self._refused_until = 0.0
 
-    def group(self, shards: Sequence[int], free: int) -> list[Task]:
-        """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing."""
-        held = self._queue()
+    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+        """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing.
+
+        Held jobs on the nodes `avoid` do not count: they may have started before the driver excluded these nodes.
+        """
+        avoid -= self._needed
+        held = self._queue(avoid)
         if held is None or free <= 0:
             return []
         busy = _jobs_with_steps()
@@ -91,7 +95,7 @@ class HeldBackend(AllocationBackend):
         # A job whose step is ending counts as held: it is free in a moment.
         missing = min(min(free, len(shards)) - len(free_jobs), self._resources.parallel_jobs - len(held))
         if missing > 0 and time.monotonic() >= self._refused_until:
-            self._submit_held(missing)
+            self._submit_held(missing, avoid)
         self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]
         self._elements |= {job.id: job.element for job in held}
         return self.hand_out(shards, len(self._ready), self._resources.parallel_jobs)
@@ -99,7 +103,7 @@ class HeldBackend(AllocationBackend):
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
-        self._avoid = avoid
+        # `group` has chosen the held jobs by their nodes.
         folder.mkdir(exist_ok=True)
         ids = []
         for task in tasks:
@@ -114,8 +118,10 @@ class HeldBackend(AllocationBackend):
         if (held := self._held_of.pop(job_id, None)) is not None:
             run_command("scancel", "--quiet", self._elements[held])
 
-    def _queue(self) -> list[_Held] | None:
-        """Return the held jobs with time for a job of this stage, running ones first; None if squeue does not answer.
+    def _queue(self, avoid: frozenset[str]) -> list[_Held] | None:
+        """Return the held jobs with time for a job of this stage outside some nodes, running ones first.
+
+        None if squeue does not answer.
 
         Raises:
             UserError: held jobs exceed the time limit of their partition.
@@ -123,8 +129,12 @@ class HeldBackend(AllocationBackend):
         held = _queued("--me", f"--name={self._name}")
         if held is None:
             return None
+        there = _queued("--me", f"--name={self._name}", f"--nodelist={','.join(sorted(avoid))}") if avoid else None
+        excluded = {job.id for job in there or []}
         needed = 60 * self._resources.time_limit_minutes
-        running = [job for job in held if job.state == "RUNNING" and job.seconds_left >= needed]
+        running = [
+            job for job in held if job.state == "RUNNING" and job.seconds_left >= needed and job.id not in excluded
+        ]
         pending = [job for job in held if job.state in _PENDING_STATES]
         self._check_time_limit(pending)
         return running + pending
@@ -139,8 +149,8 @@ class HeldBackend(AllocationBackend):
                 "one of them, or choose another partition"
             )
 
-    def _submit_held(self, count: int) -> None:
-        """Submit held jobs, excluding the nodes that lost shards.
+    def _submit_held(self, count: int, avoid: frozenset[str]) -> None:
+        """Submit held jobs, excluding nodes.
 
         If Slurm does not answer or accepts no more of this user's jobs, it is asked again later.
 
@@ -160,8 +170,8 @@ class HeldBackend(AllocationBackend):
             f"--output={self._folder}/%A_%a.log",
             "--no-requeue",
         ]
-        if self._avoid:
-            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *self._avoid})))}")
+        if avoid:
+            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *avoid})))}")
         try:
             answer = call_sbatch(path, *options)
         except SchedulerUnavailable as error:
@@ -171,13 +181,14 @@ class HeldBackend(AllocationBackend):
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        passing = self._avoid or self._sbatch.accepts_later(refusal)
-        if not passing and _queued("--me", f"--name={self._name}") == []:
+        passing = self._sbatch.accepts_later(refusal)
+        if not passing and not avoid and _queued("--me", f"--name={self._name}") == []:
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
             )
         # Too few nodes are left, there is a limit on jobs (other stages and runs hold some), or the controller is down.
-        self._avoid = frozenset()
+        if not passing:
+            self._needed |= avoid
         self._pause(refusal)
 
     def _pause(self, reason: str) -> None:

@@ -92,7 +92,7 @@ class SlurmBackend:
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(self, shards: Sequence[int], free: int) -> list[Task]:
+    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
         """Cut shards into the tasks of one array; the scheduler limits how many run at a time."""
         # Submit nothing while the controller is down (restart, failover): sbatch would fail, and end the run.
         if free <= 0 or self._squeue("--me") is None:
