@@ -19,7 +19,7 @@ from cluster.driver_job import script_of
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.shards import Shards
 from cluster.stage import Stage
-from montessori_core.config import Cluster, Resources
+from montessori_core.config import Cluster, HeldJobs, Resources
 from montessori_core.data.rows import Rows
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
@@ -107,7 +107,7 @@ def _check_slurm(cluster: Cluster) -> Iterator[Finding]:
     stages = {stage: cluster.slurm.of_stage(stage).partition for stage, _ in cluster.resources}
     for partition in dict.fromkeys(stages.values()):
         jobs = [resources for stage, resources in cluster.resources if stages[stage] == partition]
-        yield from _check_partition(partition, partitions, jobs)
+        yield from _check_partition(partition, partitions, jobs, cluster.slurm.hold)
     yield from _check_scripts(cluster)
     limit, configured = largest_array(), cluster.slurm.max_array_size
     if limit is not None and configured is not None:
@@ -120,9 +120,9 @@ def _check_slurm(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _check_partition(
-    name: str | None, partitions: Sequence[Sequence[str]], jobs: Sequence[Resources]
+    name: str | None, partitions: Sequence[Sequence[str]], jobs: Sequence[Resources], hold: HeldJobs | None
 ) -> Iterator[Finding]:
-    """Check that a partition, or several separated by commas, can hold jobs; None is the cluster's default."""
+    """Check that a partition, or several separated by commas, can hold jobs; a `name` of None is the cluster's default."""
     wanted = name.split(",") if name else []
     rows = [row for row in partitions if (row[0].rstrip("*") in wanted if wanted else row[0].endswith("*"))]
     known = {row[0].rstrip("*") for row in partitions}
@@ -143,13 +143,14 @@ def _check_partition(
             f"{available} per node, {requested} requested",
             "lower cluster.resources.*.gpus_per_node, choose another partition, or have gres.conf corrected",
         )
-    longest = max(resources.time_limit_minutes for resources in jobs)
+    longest = max(resources.time_limit_minutes for resources in jobs) + (hold.minutes if hold else 0)
     allowed = max(seconds_of(row[3]) / 60 for row in rows)
     yield Finding(
         f"time limits of {title}",
         longest <= allowed,
         f"{allowed:g} minutes in the partition, {longest} requested",
-        "lower cluster.resources.*.time_limit_minutes, or choose another partition",
+        "lower cluster.resources.*.time_limit_minutes"
+        f"{' or cluster.slurm.hold.minutes (held jobs ask for both)' if hold else ''}, or choose another partition",
     )
 
 

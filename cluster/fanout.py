@@ -334,7 +334,7 @@ class _Driver:
         ]
         if not missing or time.monotonic() < self._next_submission:
             return
-        tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running)
+        tasks = self._backend.group(missing, self._resources.parallel_jobs - self._running, self._avoid)
         if not tasks:
             return
         for submission in self._ledger.open_submissions():
@@ -382,11 +382,12 @@ class _Driver:
             return  # a copy would take the slot of a shard that waits
         for index in sorted(self._stopwatch.slower_than(factor, now) & set(running) - self._duplicated):
             job_id, left = running[index]
-            if not self._backend.group(left, self._resources.parallel_jobs - self._running):
-                return  # no slot, GPU or held job is free
             node = self._stage.node_of(job_id.split(":")[0])
+            avoid = self._avoid | ({node} if node else set())
+            if not self._backend.group(left, self._resources.parallel_jobs - self._running, avoid):
+                return  # no slot, GPU or held job is free
             log.warning(
                 "%s: shard %d is slow on %s; starting it once more", self._stage.name, index, node or "its node"
             )
             self._duplicated.update(left)
-            self._submit([left], self._avoid | ({node} if node else set()))
+            self._submit([left], avoid)

@@ -1,11 +1,13 @@
 """Status and control of a stage from outside its driver: counts, logs, cancelling jobs, invalidating shards."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.backends import backend_at
-from cluster.backends.base import log_file
+from cluster.backends.base import SchedulerUnavailable, log_file
 from cluster.ledger import Ledger, close_submissions
+from cluster.lock import driver_of
 from cluster.progress import rows_per_second
 from cluster.records import Failure, ShardProgress, read_record
 from cluster.stage import Stage, describe
@@ -163,12 +165,16 @@ def _find_assigned(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[s
     queued: set[int] = set()
     for submission in Ledger(folder / "jobs").open_submissions():
         backend, ids = backend_at(submission.host, submission.steps, cluster), submission.ids
-        if backend is None:
+        if backend is None and not _has_driver(folder):
             continue
         if ids is None:  # sbatch has not answered
             queued.update(index for task in submission.tasks for index in task if index in missing)
             continue
-        alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
+        if backend is None:  # processes of the driver's host: it started them at once, and notes those that it misses
+            started = {job_id for job_id in ids if not submission.missed.get(job_id)}
+            alive: set[str] | None = started
+        else:
+            alive, started = backend.alive(submission.name, ids), backend.running(submission.name, ids)
         for job_id, task in zip(ids, submission.tasks, strict=True):
             if alive is not None and job_id not in alive:
                 continue
@@ -176,6 +182,13 @@ def _find_assigned(folder: Path, cluster: Cluster, missing: set[int]) -> tuple[s
             running.update(indices[:1] if job_id in started else [])
             queued.update(indices[1:] if job_id in started else indices)
     return running, queued - running
+
+
+def _has_driver(folder: Path) -> bool:
+    """Return whether a driver is known to compute a stage: it drives the stage's run, or the study of the run."""
+    with suppress(SchedulerUnavailable):
+        return any(driver_of(parent) is not None for parent in folder.parents)
+    return False
 
 
 def _read_failure(stage: Stage, index: int, failure: Failure) -> FailedShard:

@@ -10,6 +10,7 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from subprocess import CalledProcessError, TimeoutExpired
 from typing import Any
 
 import submitit
@@ -29,6 +30,16 @@ from montessori_core.program import Compute, Row, RowProgram, open_program
 log = logging.getLogger(__name__)
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+_BROKEN_GPU = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "CUDA-capable devices are busy or unavailable",
+    "CUDA unknown error",
+    "No CUDA GPUs are available",
+    "Found no NVIDIA driver",
+    "system not yet initialized",
+)
+"""Errors that tell of a node's GPU or driver. An error of a kernel, such as a device-side assert, tells of the code."""
 
 
 def run_task(folder: str, indices: list[int], threads: int) -> None:
@@ -107,12 +118,25 @@ def classify_error(error: Exception) -> str:
         return "disk_full"
     if may_pass(error):
         return "file_system"
-    if type(error).__name__ == "UncompletedJobError":
+    if type(error).__name__ == "UncompletedJobError" or _is_of_requeueing(error):
         return "time_limit"  # submitit raises it when a job was requeued too often
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    if distributed or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)):
-        return "lost"  # another process of the job died without an error of its own
+    if distributed or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER + _BROKEN_GPU)
+    ):
+        return "lost"  # another process of the job died without an error of its own, or the node cannot compute
     return "code_error"
+
+
+def _is_of_requeueing(error: Exception) -> bool:
+    """Return whether submitit could not requeue this job at its time limit, in the middle of its computation.
+
+    A container may have no scontrol, and a controller may be down.
+    """
+    if isinstance(error, OSError):
+        return str(error.filename) == "scontrol"
+    command = error.cmd if isinstance(error, CalledProcessError | TimeoutExpired) else None
+    return isinstance(command, list) and command[:2] == ["scontrol", "requeue"]
 
 
 def _compute_shard(

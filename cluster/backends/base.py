@@ -30,8 +30,8 @@ class Backend(Protocol):
         """Start slow preparations for the first job, without waiting for them."""
         ...
 
-    def group(self, shards: Sequence[int], free: int) -> list[Task]:
-        """Cut shards into the tasks to submit now, if `free` more jobs may run; the other shards wait."""
+    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+        """Cut shards into the tasks to submit now, if `free` more jobs may run outside the nodes `avoid`; the others wait."""
         ...
 
     def submit(

@@ -33,6 +33,7 @@ _REFUSAL_PAUSE = 60.0  # seconds until jobs are submitted again, after sbatch re
 _OWN_OPTIONS = "error|job-name|open-mode|output|requeue|signal|time"
 _PENDING_STATES = ("PENDING", "CONFIGURING")
 _IDLE_SCRIPT = """\
+unset "${{!SQUEUE_@}}" # options of the user, which may hide steps
 idle=0
 while [ $idle -lt {limit} ]; do
   sleep {pause}
@@ -48,7 +49,7 @@ done
 
 @dataclass(frozen=True)
 class _Held:
-    """A held job in the queue: its id, name and state, and the seconds until its time limit.
+    """A held job in the queue: its id, name and state, the reason why it waits, and the seconds until its time limit.
 
     The id of one job of an array is that of the array, by which scancel and squeue mean all of its jobs; `element`, such as
     17_3, means one.
@@ -58,6 +59,7 @@ class _Held:
     element: str
     name: str
     state: str
+    reason: str
     seconds_left: float
 
 
@@ -76,12 +78,16 @@ class HeldBackend(AllocationBackend):
         self._ready: list[str] = []
         self._elements: dict[str, str] = {}
         self._held_of: dict[str, str] = {}
-        self._avoid: frozenset[str] = frozenset()
+        self._needed: frozenset[str] = frozenset()  # nodes without which too few are left
         self._refused_until = 0.0
 
-    def group(self, shards: Sequence[int], free: int) -> list[Task]:
-        """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing."""
-        held = self._queue()
+    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
+        """Cut shards into a job for each held job that runs and has no step; submit held jobs that are missing.
+
+        Held jobs on the nodes `avoid` do not count: they may have started before the driver excluded these nodes.
+        """
+        avoid -= self._needed
+        held = self._queue(avoid)
         if held is None or free <= 0:
             return []
         busy = _jobs_with_steps()
@@ -89,7 +95,7 @@ class HeldBackend(AllocationBackend):
         # A job whose step is ending counts as held: it is free in a moment.
         missing = min(min(free, len(shards)) - len(free_jobs), self._resources.parallel_jobs - len(held))
         if missing > 0 and time.monotonic() >= self._refused_until:
-            self._submit_held(missing)
+            self._submit_held(missing, avoid)
         self._ready = [job.id for job in free_jobs if job.state == "RUNNING"][:free]
         self._elements |= {job.id: job.element for job in held}
         return self.hand_out(shards, len(self._ready), self._resources.parallel_jobs)
@@ -97,7 +103,7 @@ class HeldBackend(AllocationBackend):
     def submit(
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
-        self._avoid = avoid
+        # `group` has chosen the held jobs by their nodes.
         folder.mkdir(exist_ok=True)
         ids = []
         for task in tasks:
@@ -112,17 +118,39 @@ class HeldBackend(AllocationBackend):
         if (held := self._held_of.pop(job_id, None)) is not None:
             run_command("scancel", "--quiet", self._elements[held])
 
-    def _queue(self) -> list[_Held] | None:
-        """Return the held jobs with time for a job of this stage, running ones first; None if squeue does not answer."""
+    def _queue(self, avoid: frozenset[str]) -> list[_Held] | None:
+        """Return the held jobs with time for a job of this stage outside some nodes, running ones first.
+
+        None if squeue does not answer.
+
+        Raises:
+            UserError: held jobs exceed the time limit of their partition.
+        """
         held = _queued("--me", f"--name={self._name}")
         if held is None:
             return None
+        there = _queued("--me", f"--name={self._name}", f"--nodelist={','.join(sorted(avoid))}") if avoid else None
+        excluded = {job.id for job in there or []}
         needed = 60 * self._resources.time_limit_minutes
-        running = [job for job in held if job.state == "RUNNING" and job.seconds_left >= needed]
-        return running + [job for job in held if job.state in _PENDING_STATES]
+        running = [
+            job for job in held if job.state == "RUNNING" and job.seconds_left >= needed and job.id not in excluded
+        ]
+        pending = [job for job in held if job.state in _PENDING_STATES]
+        self._check_time_limit(pending)
+        return running + pending
 
-    def _submit_held(self, count: int) -> None:
-        """Submit held jobs, excluding the nodes that lost shards.
+    def _check_time_limit(self, pending: Sequence[_Held]) -> None:
+        """Raise a UserError if Slurm accepted jobs that are longer than their partition allows: they would wait for ever."""
+        several = "," in (self._slurm.partition or "")  # one of them may allow it
+        if not several and any(job.reason == "PartitionTimeLimit" for job in pending):
+            raise UserError(
+                f"held jobs exceed their partition's time limit: they ask for cluster.slurm.hold.minutes "
+                f"({self._hold.minutes}) and time_limit_minutes of the stage ({self._resources.time_limit_minutes}); lower "
+                "one of them, or choose another partition"
+            )
+
+    def _submit_held(self, count: int, avoid: frozenset[str]) -> None:
+        """Submit held jobs, excluding nodes.
 
         If Slurm does not answer or accepts no more of this user's jobs, it is asked again later.
 
@@ -142,8 +170,8 @@ class HeldBackend(AllocationBackend):
             f"--output={self._folder}/%A_%a.log",
             "--no-requeue",
         ]
-        if self._avoid:
-            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *self._avoid})))}")
+        if avoid:
+            options.append(f"--exclude={','.join(sorted(filter(None, {self._slurm.exclude, *avoid})))}")
         try:
             answer = call_sbatch(path, *options)
         except SchedulerUnavailable as error:
@@ -153,13 +181,14 @@ class HeldBackend(AllocationBackend):
             log.info("holding %d more jobs: Slurm job %s", count, answer.stdout.split()[-1])
             return
         refusal = answer.stderr.strip()
-        passing = self._avoid or self._sbatch.accepts_later(refusal)
-        if not passing and _queued("--me", f"--name={self._name}") == []:
+        passing = self._sbatch.accepts_later(refusal)
+        if not passing and not avoid and _queued("--me", f"--name={self._name}") == []:
             raise UserError(
                 f"sbatch rejected the jobs to hold: {refusal}\nSee cluster.slurm and cluster.resources in the configuration."
             )
         # Too few nodes are left, there is a limit on jobs (other stages and runs hold some), or the controller is down.
-        self._avoid = frozenset()
+        if not passing:
+            self._needed |= avoid
         self._pause(refusal)
 
     def _pause(self, reason: str) -> None:
@@ -205,11 +234,14 @@ def _held_jobs(folder: Path) -> list[_Held]:
 
 
 def _queued(*options: str) -> list[_Held] | None:
-    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%L|%j")
+    answer = run_command("squeue", "--noheader", "--array", *options, "--format=%A|%i|%T|%r|%L|%j")
     if answer is None:
         return None
-    lines = [line.split("|", 4) for line in answer.splitlines()]
-    return [_Held(job_id, element, name, state, seconds_of(left)) for job_id, element, state, left, name in lines]
+    lines = [line.split("|", 5) for line in answer.splitlines()]
+    return [
+        _Held(job_id, element, name, state, reason, seconds_of(left))
+        for job_id, element, state, reason, left, name in lines
+    ]
 
 
 def _names_of(folder: Path) -> str:

@@ -29,7 +29,8 @@ from montessori_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_NEVER_LAUNCHED = ("launch failed requeued held", "launch_failed_requeued_held")
+# Reasons of jobs that Slurm holds, in several versions of it. `job requeued in held state` is not one: its owner holds it.
+_NEVER_LAUNCHED = re.compile("JobHoldMaxRequeue|.*[ _]requeued[ _]held")
 _CONTROLLER_DOWN = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted")
 _TOO_MANY_JOBS = ("violates accounting/QOS policy", "MaxSubmitJob", "Resource temporarily unavailable")
 _DEFAULT_ARRAY_LIMIT = 1001  # Slurm's default of MaxArraySize
@@ -91,7 +92,7 @@ class SlurmBackend:
     def prepare(self) -> None:
         pass  # jobs import on their nodes
 
-    def group(self, shards: Sequence[int], free: int) -> list[Task]:
+    def group(self, shards: Sequence[int], free: int, avoid: frozenset[str]) -> list[Task]:
         """Cut shards into the tasks of one array; the scheduler limits how many run at a time."""
         # Submit nothing while the controller is down (restart, failover): sbatch would fail, and end the run.
         if free <= 0 or self._squeue("--me") is None:
@@ -234,12 +235,14 @@ class SlurmBackend:
 
     def _queued(self, name: str, *options: str) -> set[str] | None:
         # --array prints a line per task: otherwise Slurm truncates long lists of pending tasks. A job that failed to
-        # launch stays in the queue, held until a user releases it: it does not count.
+        # launch stays in the queue, held until an administrator releases it: it does not count.
         lines = self._squeue("--array", f"--name={name}", "--format=%i|%r", *options)
         if lines is None:
             return None
         return {
-            job_id for job_id, _, reason in (line.partition("|") for line in lines) if reason not in _NEVER_LAUNCHED
+            job_id
+            for job_id, _, reason in (line.partition("|") for line in lines)
+            if not _NEVER_LAUNCHED.fullmatch(reason)
         }
 
     def _squeue(self, *options: str) -> set[str] | None:

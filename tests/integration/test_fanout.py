@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from cluster.backends.local import LocalBackend
 from cluster.fanout import Progress, ShardsFailed, fan_out
 from cluster.ledger import Ledger, Submission, close_submission, close_submissions
+from cluster.lock import only_driver
 from cluster.processes import seconds_since, start_time
 from cluster.retry import allowed_retries, classify_loss
 from cluster.stage import RowClock, Stage
@@ -171,6 +172,20 @@ def test_shard_committed_during_takeover_is_not_recomputed(folder: Path, monkeyp
     monkeypatch.setattr("cluster.fanout.close_submission", commit_meanwhile)
     assert results(run(folder)) == EXPECTED
     assert not set(computed(folder)) & {row["n"] for row in SHARDS[0]}
+
+
+def test_status_counts_jobs_of_a_driver_on_another_host(folder: Path) -> None:
+    """Nobody here can ask whether its processes run."""
+    made = stage(folder)
+    made.write(as_shards(*SHARDS))
+    ledger = Ledger(made.folder / "jobs")
+    tasks, ids = [[0, 1], [2], [3]], ["17:1", "18:1", "19:1"]
+    ledger.submissions = [Submission("elsewhere", "w", tasks, "another-host", 3, ids=ids, missed={"19:1": 3})]
+    ledger.save()
+    assert read_stage_status(made.folder, CLUSTER).state == "incomplete"
+    with only_driver(folder):
+        status = read_stage_status(made.folder, CLUSTER)
+    assert (status.state, status.running, status.queued) == ("running", 2, 1)
 
 
 def test_lost_shard_fails_after_retry_budget(folder: Path) -> None:

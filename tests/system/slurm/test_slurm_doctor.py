@@ -59,6 +59,13 @@ def test_doctor_passes_on_working_cluster(tmp_path: Path) -> None:
             ["time limits of brief: 2 minutes in the partition, 240 requested", "time_limit_minutes"],
         ),
         (
+            {
+                "slurm": {"partition": "brief", "hold": {"minutes": 1}},
+                "resources": {"training": {"time_limit_minutes": 2}},
+            },
+            ["time limits of brief: 2 minutes in the partition, 241 requested", "cluster.slurm.hold.minutes"],
+        ),
+        (
             {"slurm": {"stages": {"judging": {"partition": "brief"}}}},
             ["time limits of brief: 2 minutes in the partition, 240 requested", "partition: main: 2 nodes"],
         ),

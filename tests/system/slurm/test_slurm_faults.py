@@ -101,9 +101,12 @@ def test_next_driver_waits_for_jobs_of_killed_driver(folder: Path) -> None:
 
 @pytest.mark.guarantee("jobs on one node die at start-up")
 @pytest.mark.slow
-def test_node_that_loses_shards_is_excluded(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "death", ["os._exit(9)", 'raise RuntimeError("CUDA error: uncorrectable ECC error encountered")']
+)
+def test_node_that_loses_shards_is_excluded(folder: Path, death: str) -> None:
     """A node whose jobs die at once would otherwise take all tasks of the queue."""
-    broken = 'if os.environ["SLURMD_NODENAME"] == "node1": os._exit(9)'
+    broken = f'if os.environ["SLURMD_NODENAME"] == "node1": {death}'
     (folder / "squares_program.py").write_text(
         local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
     )
@@ -203,6 +206,20 @@ def test_task_at_time_limit_is_requeued_and_resumes(folder: Path) -> None:
     assert local.computed(folder).count(0) == 1  # the finished shard was kept
     assert len(local.computed(folder)) > 9
     assert len(submissions(folder)) == 1
+
+
+@pytest.mark.guarantee("task reaches its time limit")
+@pytest.mark.slow
+def test_task_that_cannot_be_requeued_is_resubmitted(folder: Path) -> None:
+    """At its time limit there is no scontrol, as in a container without Slurm's commands."""
+    put_command(folder / "bin" / "scontrol", "exit 1")
+    signal_tasks = once(
+        lambda: len(local.computed(folder)) >= 2, lambda: subprocess.run(["scancel", "--me", "--signal=USR2"])
+    )
+    without = Slurm(setup=[f"export PATH={folder / 'bin'}:$PATH"])
+    parts = run(folder, SHARDS[:2], seconds=1, parallel_jobs=1, slurm=without, on_progress=signal_tasks)
+    assert local.results(parts) == EXPECTED[:6]
+    assert [set(s.lost.values()) for s in submissions(folder)] == [{"time_limit"}, set()]
 
 
 @pytest.mark.guarantee("job hangs beyond its time limit")

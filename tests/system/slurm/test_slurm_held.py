@@ -22,6 +22,7 @@ from support import squares as local
 from support import wait_until
 from support.row_programs import as_shards
 from support.slurm_lab import command_of, put_command, queued
+from support.slurm_stage import ONE_A_NODE
 
 PLACES_PROGRAM = local.PROGRAM.replace(
     "    def compute(rows, output, report):\n",
@@ -41,11 +42,11 @@ def stages(folder: Path, seconds: float) -> list[Stage]:
     return [Stage(name, 1, entry, settings, {}, {}, folder / name, ".json") for name in ("first", "second")]
 
 
-def drive(folder: Path, seconds: float, idle_minutes: float = 10, **slurm: str) -> None:
+def drive(folder: Path, seconds: float, idle_minutes: float = 10, slurm: Slurm = Slurm(), **options: float) -> None:  # noqa: B008
     """Compute two stages in held jobs, with two jobs at a time."""
-    slurm_settings = Slurm(hold=HeldJobs(idle_minutes=idle_minutes), **slurm)
-    cluster = Cluster(profile="slurm", poll_seconds=0.3, slurm=slurm_settings)
-    resources = Resources(parallel_jobs=2, cpus_per_process=2, gpus_per_node=1, time_limit_minutes=30)
+    held = slurm.model_copy(update={"hold": HeldJobs(idle_minutes=idle_minutes)})
+    cluster = Cluster(profile="slurm", poll_seconds=0.3, slurm=held)
+    resources = Resources(parallel_jobs=2, cpus_per_process=2, gpus_per_node=1, time_limit_minutes=30, **options)
     with only_driver(folder):
         for stage in stages(folder, seconds):
             fan_out(stage, as_shards(*local.SHARDS), resources, cluster)
@@ -55,6 +56,13 @@ def start(folder: Path, seconds: float, idle_minutes: float = 10) -> subprocess.
     """Start a driver."""
     command = command_of("test_slurm_held", f"t.drive(Path({str(folder)!r}), {seconds!r}, {idle_minutes!r})")
     return subprocess.Popen(command, start_new_session=True)
+
+
+def places(folder: Path) -> list[set[str | None]]:
+    """Return the nodes of the first stage's jobs, a set for each submission."""
+    stage = stages(folder, 0)[0]
+    submissions = local.submissions(folder, "first")
+    return [{stage.node_of(job_id.split(":")[0]) for job_id in s.ids or []} for s in submissions]
 
 
 def results(folder: Path) -> list[list[int]]:
@@ -95,7 +103,53 @@ def test_ending_steps_hold_no_other_jobs(folder: Path) -> None:
 
 def test_refused_held_jobs_are_an_error(folder: Path) -> None:
     with pytest.raises(UserError, match=r"sbatch rejected the jobs to hold: .*partition"):
-        drive(folder, 0.0, partition="absent")
+        drive(folder, 0.0, slurm=Slurm(partition="absent"))
+
+
+def test_held_jobs_longer_than_the_partition_allows_are_an_error(folder: Path) -> None:
+    """Slurm accepts them, and never starts them."""
+    with pytest.raises(UserError, match=r"partition's time limit.*hold\.minutes \(240\)"):
+        drive(folder, 0.0, slurm=Slurm(partition="brief"))
+    wait_until(lambda: queued() == [], 60)
+
+
+@pytest.mark.guarantee("jobs on one node die at start-up")
+@pytest.mark.slow
+def test_held_jobs_on_an_excluded_node_get_no_shards(folder: Path) -> None:
+    """A held job on it, which replaces a lost one, may start before the node is excluded."""
+    broken = 'if os.environ["SLURMD_NODENAME"] == "node1": raise RuntimeError("No CUDA GPUs are available")'
+    (folder / "squares_program.py").write_text(
+        local.PROGRAM.replace("    folder = Path", f"    {broken}\n    folder = Path")
+    )
+    drive(folder, 1.0, slurm=ONE_A_NODE, exclude_node_after=2, infrastructure_retries=10)
+    assert results(folder) == [local.EXPECTED] * 2
+    assert sum("node1" in nodes for nodes in places(folder)) == 2
+
+
+@pytest.mark.slow
+def test_excluded_nodes_are_used_again_if_no_other_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.backends.held._REFUSAL_PAUSE", 1.0)
+    broken = 'if taken(folder / os.environ["SLURMD_NODENAME"]): raise RuntimeError("No CUDA GPUs are available")'
+    (folder / "squares_program.py").write_text(
+        local.PROGRAM.replace("    with (folder", f"    {broken}\n    with (folder", 1)
+    )
+    for node in ("node1", "node2"):
+        (folder / node).touch()
+    drive(folder, 0.0, slurm=ONE_A_NODE, exclude_node_after=1)
+    assert results(folder) == [local.EXPECTED] * 2
+    assert not (folder / "node1").exists()
+    assert not (folder / "node2").exists()
+
+
+@pytest.mark.guarantee("node hangs")
+@pytest.mark.slow
+def test_copy_of_a_straggler_starts_on_another_node(folder: Path) -> None:
+    """Not in a free held job on the node that hangs."""
+    (folder / "hang-0").touch()
+    drive(folder, 0.2, duplicate_stragglers_after=4)
+    assert results(folder) == [local.EXPECTED] * 2
+    assert places(folder)[0] == {"node1"}
+    assert places(folder)[-1] == {"node2"}
 
 
 @pytest.mark.slow
@@ -197,9 +251,11 @@ def test_held_jobs_end_with_an_interrupted_driver(folder: Path) -> None:
 
 @pytest.mark.guarantee("driver that holds jobs killed")
 @pytest.mark.slow
-def test_idle_held_jobs_end(folder: Path) -> None:
-    """Jobs that a killed driver held end by themselves, but not while a step runs."""
-    driver = start(folder, 4.0, idle_minutes=0.1)
+def test_idle_held_jobs_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that a killed driver held end by themselves, but not while a step runs; nor if the user's squeue hides it."""
+    with monkeypatch.context() as environment:
+        environment.setenv("SQUEUE_USERS", "nobody")
+        driver = start(folder, 4.0, idle_minutes=0.1)
     wait_until(lambda: len(local.computed(folder)) >= 2, 120)
     driver.kill()
     driver.wait()

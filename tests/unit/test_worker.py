@@ -1,0 +1,51 @@
+"""Classes of the failures that a job catches itself."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from cluster.worker import classify_error
+from support.slurm_lab import put_command
+
+
+@pytest.mark.parametrize("fault", ["exit 1", "exec /bin/sleep 60", None])
+def test_classify_error_counts_failed_requeueing_as_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    """The controller is down, or does not answer; or there is no scontrol, as in a container."""
+    if fault is not None:
+        put_command(tmp_path / "bin" / "scontrol", fault)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    call = subprocess.check_call
+    monkeypatch.setattr("subprocess.check_call", lambda command, timeout: call(command, timeout=timeout / 120))
+    with pytest.raises((OSError, subprocess.SubprocessError)) as failure:
+        SlurmJobEnvironment()._requeue(1)
+    assert classify_error(failure.value) == "time_limit"
+
+
+def test_classify_error_keeps_other_failed_commands_as_code_errors() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        subprocess.check_call(["false"])
+    assert classify_error(failure.value) == "code_error"
+    assert classify_error(FileNotFoundError(2, "No such file or directory", "rows.jsonl")) == "code_error"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered", "lost"),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable", "lost"),
+        ("CUDA unknown error - this may be due to an incorrectly set up environment", "lost"),
+        ("No CUDA GPUs are available", "lost"),
+        ("Found no NVIDIA driver on your system.", "lost"),
+        ("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized", "lost"),
+        ("CUDA error: device-side assert triggered", "code_error"),
+        ("CUDA error: an illegal memory access was encountered", "code_error"),
+    ],
+)
+def test_classify_error_tells_broken_gpu_from_broken_code(message: str, kind: str) -> None:
+    assert classify_error(RuntimeError(message)) == kind
