@@ -1,6 +1,7 @@
 """A study: compare methods that propose data to the same student, over several seeds."""
 
 import re
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from flows.methods.method import Feedback, Method, Proposal, Round
 from flows.methods.montessori import MONTESSORI
 from flows.study_result import Cost, EqualTokens, MethodResults, StudyOutcome, write_comparison
 from montessori_core import layout
-from montessori_core.config import RUN_NAME, Study, read_yaml, write_yaml
+from montessori_core.config import RUN_NAME, Experiment, Study, read_yaml, write_yaml
+from montessori_core.data.sources import Sources
 from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
-from montessori_core.files import read_json
+from montessori_core.files import hash_path, read_json
 from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
@@ -88,24 +90,71 @@ def _compares_otherwise(study: Study, file: Path) -> bool:
 
 
 def _open_seeds(study: Study, folder: Path) -> tuple[list[SeedRuns], set[str]]:
-    """Open the runs of each seed, and check them; also return warnings."""
+    """Open the runs of each seed, and check them; also return warnings. If a check fails, new runs are removed again."""
     seeded: list[SeedRuns] = []
     warnings: set[str] = set()
-    for seed in study.seeds:
-        seed_folder = folder / f"seed-{seed}"
-        opened = [open_run(study.seeded(seed), seed_folder)]
-        opened += [
-            open_run(study.seeded(seed, student), seed_folder / f"student-{number}")
-            for number, student in enumerate(study.transfer, 1)
-        ]
-        seeded.append(SeedRuns(opened[0][0], [run for run, _ in opened[1:]]))
-        warnings.update(warning for _, run_warnings in opened for warning in run_warnings)
-    if len(seeded[0].run.sources().evaluation) < 2:
-        raise ConfigError("experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit")
-    for method in map(find_method, study.methods):
-        if method.check is not None:
-            method.check(seeded[0].run)
+    with ExitStack() as undo:
+        for seed in study.seeds:
+            seed_folder = folder / f"seed-{seed}"
+            opened = [_open_seed(study.seeded(seed), seed_folder, undo)]
+            opened += [
+                _open_seed(study.seeded(seed, student), seed_folder / f"student-{number}", undo)
+                for number, student in enumerate(study.transfer, 1)
+            ]
+            seeded.append(SeedRuns(opened[0][0], [run for run, _ in opened[1:]]))
+            warnings.update(warning for _, run_warnings in opened for warning in run_warnings)
+        _refuse_other_inputs(seeded)
+        if len(seeded[0].run.sources().evaluation) < 2:
+            raise ConfigError(
+                "experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit"
+            )
+        for method in map(find_method, study.methods):
+            if method.check is not None:
+                method.check(seeded[0].run)
+        undo.pop_all()
     return seeded, warnings
+
+
+def _open_seed(experiment: Experiment, folder: Path, undo: ExitStack) -> tuple[Run, list[str]]:
+    """Open a run of a study. If the run is new, `undo` gets its removal: a corrected study may have other settings."""
+    is_new, has_folder = not (folder / layout.CONFIG).exists(), folder.exists()
+    run, warnings = open_run(experiment, folder)
+    if not has_folder:
+        undo.callback(shutil.rmtree, run.folder)
+    elif is_new:
+        undo.callback((run.folder / layout.CONFIG).unlink)  # without it, a folder is no run
+    return run, warnings
+
+
+def _refuse_other_inputs(seeded: list[SeedRuns]) -> None:
+    """Refuse seeds that were opened with different data or models: a study's gains are means over its seeds.
+
+    Raises:
+        UserError: a run has other data or models than the runs of the first seed.
+    """
+    first = seeded[0]
+    for seed in seeded:
+        for run, same in zip((seed.run, *seed.others), (first.run, *first.others), strict=True):
+            differ = (_sets(run).items() ^ _sets(first.run).items()) | (_models(run).items() ^ _models(same).items())
+            if differ:
+                names = ", ".join(sorted({name for name, _ in differ}))
+                raise UserError(
+                    f"{run.folder}: other inputs than {first.run.folder}, which keeps those of its start: {names}. The seeds "
+                    f"of a study have the same. Restore the files of then, and delete {run.folder} if it is there, or give "
+                    "the study another name"
+                )
+
+
+def _sets(run: Run) -> dict[str, str]:
+    """Return the hashes of the copies of a run's data sets, and of its documents' passages, by name."""
+    files = {name: run.source_file(name) for name in (*Sources.__annotations__, "passages")}
+    return {name: hash_path(file) for name, file in files.items() if file.exists()}
+
+
+def _models(run: Run) -> dict[str, str]:
+    """Return the hashes of a run's initial models, by role, and the commits of its models of the hub, by name."""
+    provenance, commits = (read_json(run.folder / name) or {} for name in (layout.PROVENANCE, layout.MODEL_COMMITS))
+    return {role: provenance[f"{role}_sha256"] for role in ("teacher", "student")} | commits
 
 
 def _check_methods(study: Study) -> None:

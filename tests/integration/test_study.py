@@ -38,7 +38,7 @@ from montessori_core.data.tables import (
     table_from_rows,
     write_table,
 )
-from montessori_core.errors import ConfigError
+from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.statistics import Outcome, bootstrap_gain, compare_outcomes
 from montessori_core.files import read_json
 from montessori_core.influence.preferences import (
@@ -55,6 +55,7 @@ from support.judges import JudgeServer
 from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean, invoke
 from support.studies import conversations, environment_of, write_study
+from support.templates import TRIMMING
 from tasks.studies import is_finished, reopen
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes, on a machine that may be busy
@@ -260,6 +261,45 @@ def test_changed_study_is_not_finished(tiny_llama: Path, tmp_path: Path) -> None
     for change, finished in [("experiment.cluster.poll_seconds=0.5", True), ("seeds=[1,2]", False)]:
         open_study(read_study(path, ("seeds=[1]", change)), folder)
         assert is_finished(reopen(folder)) == finished, change
+
+
+def test_refused_study_leaves_no_new_seeds(tiny_llama: Path, tmp_path: Path) -> None:
+    """The error asks for another setting, which a run that exists would refuse."""
+    path, folder = tmp_path / "study.yaml", tmp_path / "runs" / "study"
+    content = {"experiment": configuration(tmp_path, tiny_llama).name, "methods": ["self_instruct", "select"]}
+    path.write_text(yaml.safe_dump(content | {"transfer": [{"model": str(tiny_llama), "max_length": 192}]}))
+    (folder / "seed-0").mkdir(parents=True)
+    (folder / "seed-0" / "notes.txt").touch()
+    with pytest.raises(UserError, match="raise it to 60"):
+        open_study(read_study(path, ("seeds=[0,1]", "experiment.influence.probing_examples=6")), folder)
+    assert [file.name for file in folder.rglob("*.txt")] == ["notes.txt"]
+    open_study(read_study(path, ("seeds=[0]", "experiment.influence.probing_examples=60")), folder)
+    changed = ("seeds=[0,1]", "experiment.influence.probing_examples=60", "experiment.training.examples=60")
+    with pytest.raises(UserError, match="raise it to 600"):
+        open_study(read_study(path, changed), folder)
+    assert not (folder / "seed-1").exists()
+    assert (folder / "seed-0" / "student-1" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("changed", ["evaluation", "student"])
+def test_added_seed_needs_data_and_models_of_the_first(tiny_llama: Path, tmp_path: Path, changed: str) -> None:
+    """Each seed has copies from when it was opened."""
+    path, folder = tmp_path / "study.yaml", tmp_path / "runs" / "study"
+    files = {"evaluation": tmp_path / "evaluation.jsonl", "student": tmp_path / "template.jinja"}
+    tasks = [{"instruction": task.instruction, "output": task.response} for task in conversations(4)]
+    files["evaluation"].write_text("\n".join(map(json.dumps, tasks)))
+    files["student"].write_text(TRIMMING)
+    content = yaml.safe_load(configuration(tmp_path, tiny_llama).read_text())
+    content["evaluation"] = {"path": str(files["evaluation"])}
+    content["student"]["chat_template"] = str(files["student"])
+    path.write_text(yaml.safe_dump({"experiment": content, "transfer": [content["student"]]}))
+    open_study(read_study(path, ("seeds=[0]",)), folder)
+    before = files[changed].read_text()
+    files[changed].write_text(before.replace("[assistant]", "[model]").replace("rivers", "oceans"))
+    with pytest.raises(UserError, match=f"seed-1: other inputs than .*seed-0, .*: {changed}\\. .*Restore the files"):
+        open_study(read_study(path, ("seeds=[0,1]",)), folder)
+    files[changed].write_text(before)
+    assert len(open_study(read_study(path, ("seeds=[0,1]",)), folder)[0]) == 2
 
 
 def test_shipped_study_is_valid() -> None:
