@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import flow
 
+from cluster.fanout import ShardsFailed
 from cluster.lock import only_driver
 from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import end_jobs_in, log_warnings, run_root
@@ -29,7 +30,7 @@ from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Run, open_run, take_lock
-from tasks.stage import Step
+from tasks.stage import Step, warn
 from tasks.students import train_on_set, train_student
 from tasks.studies import RESULT
 from tasks.tracking import start_tracking, track_method
@@ -259,7 +260,9 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     two = {name: ended[name] for name in (MONTESSORI.name, baseline)}
                     learned.append(follow_teacher(seed.run, two, baseline))
                 if study.equal_response_tokens:
-                    limit, losses = train_on_equal_tokens(seed.run, {name: ended[name] for name in equal.results})
+                    limit, losses = train_on_equal_tokens(
+                        seed.run, {name: ended[name] for name in equal.results}, baseline
+                    )
                     equal.limits.append(limit)
                     for name, table in losses.items():
                         equal.results[name].append((table, results[0][name][-1][1]))
@@ -293,32 +296,53 @@ def transfer(run: Run, method: Method, proposal: Proposal) -> StudentEvaluation:
     return evaluate(step.at("evaluation"), train_on_set(step, proposal.examples))
 
 
-def train_on_equal_tokens(run: Run, ended: dict[str, Feedback]) -> tuple[int, dict[str, Path]]:
+def train_on_equal_tokens(run: Run, ended: dict[str, Feedback], baseline: str) -> tuple[int, dict[str, Path]]:
     """Train the student on the first examples of each method within the response tokens of the method that has the fewest.
+
+    Methods that cannot be compared are left out with a warning: the main comparison does not depend on them.
 
     Args:
         run: the run of a seed.
         ended: the last round of each method.
+        baseline: name of the method without which there is no comparison.
 
     Returns:
         The number of response tokens, and the table of held-out losses of each method's student.
     """
-    recipe = run.experiment.training
-    tokens = {
-        name: read_json(Path(feedback.student.path) / layout.COUNTS_FILE)["response_tokens"]
-        for name, feedback in ended.items()
-    }
-    limit: int = min(tokens.values())
-    within = recipe.model_copy(update={"response_tokens": limit})
-    losses = {}
-    for name, feedback in ended.items():
+    tokens = _with_enough_tokens(ended)
+    losses: dict[str, Path] = {}
+    limit = min(tokens.values(), default=0)
+    for name in tokens if baseline in tokens else ():
+        feedback = ended[name]
         if tokens[name] == limit:
             losses[name] = feedback.evaluated.losses
             continue
         step = Step(run, run.method(name) / "equal-tokens", f"{name}, {limit:,} response tokens")
-        student = train_student(step.at("student"), feedback.proposal.examples, within, recipe.examples)
-        losses[name] = measure_loss(step.at("evaluation"), student)
+        recipe = feedback.proposal.recipe or run.experiment.training
+        within = recipe.model_copy(update={"response_tokens": limit})
+        try:
+            student = train_student(step.at("student"), feedback.proposal.examples, within, recipe.examples)
+            losses[name] = measure_loss(step.at("evaluation"), student)
+        except ShardsFailed as error:
+            warn(step.label, f"left out of the comparison at equal response tokens: {error}")
     return limit, losses
+
+
+def _with_enough_tokens(ended: dict[str, Feedback]) -> dict[str, int]:
+    """Return the response tokens of methods by name, without those that have fewer than the first batch of another one."""
+    paths = {name: Path(feedback.student.path) / layout.COUNTS_FILE for name, feedback in ended.items()}
+    counts = {name: read_json(path) or {} for name, path in paths.items()}
+    tokens = {name: count.get("response_tokens", 0) for name, count in counts.items()}
+    for name in sorted(tokens, key=lambda name: tokens[name]):
+        most = max(counts[other].get("response_tokens_of_first_batch", 1) for other in tokens)
+        if tokens[name] >= most:
+            break
+        del tokens[name]
+        problem = (
+            f"its training set has {counts[name].get('response_tokens', 0)} response tokens, a batch of another {most}"
+        )
+        warn(name, f"left out of the comparison at equal response tokens: {problem}")
+    return tokens
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
@@ -339,7 +363,8 @@ def run_method(run: Run, method: Method) -> Feedback:
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
         if last and not method.trains_student and proposed < required:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {required}")
-        student = proposal.student or train_on_set(step, proposal.examples, save_moments=not last)
+        recipe, part = proposal.recipe or run.experiment.training, step.at("student", "student training")
+        student = proposal.student or train_student(part, proposal.examples, recipe, required, save_moments=not last)
         feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student), feedback)
     assert feedback is not None
     return feedback

@@ -594,6 +594,43 @@ def test_finished_study_is_compared_at_equal_response_tokens(compared: Path, met
     assert f"at equal response tokens: {limit}" in output
 
 
+TERSE = """
+from flows.methods.method import Method, Proposal
+from montessori_core.data.tables import EXAMPLES, table_from_rows, write_table
+
+def method(name, words):
+    def propose(now):
+        row = {"prompt_id": "p", "prompt": "p", "raw_output": "r", "response_finished": True}
+        rows = [row | {"example_id": str(n), "instruction": f"Count {n}.", "response": words} for n in range(6)]
+        now.step.folder.mkdir(parents=True, exist_ok=True)
+        write_table(table_from_rows(rows, EXAMPLES), now.step.folder / "examples.parquet", EXAMPLES)
+        return Proposal(now.step.folder / "examples.parquet", now.run.initial_teacher())
+    return Method(name, "Writes the same words.", propose)
+
+TERSE, LONG, LONGER = method("terse", "1"), method("long", "one " * 20), method("longer", "one " * 30)
+"""
+"""Methods whose responses are short, or long: the first batch of a long one has more tokens than all short responses."""
+
+
+@pytest.mark.slow
+def test_method_of_few_tokens_is_not_compared_at_equal_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(TERSE)
+    content = {
+        "experiment": configuration(tmp_path, tiny_llama).name,
+        "methods": ["own:TERSE", "own:LONG", "own:LONGER"],
+        "baseline": "own:LONG",
+        "equal_response_tokens": True,
+        "seeds": [0],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    code, output = call("compare", "study.yaml", cwd=tmp_path, **environment_of(tmp_path))
+    assert code == 0, output
+    assert "terse: left out of the comparison at equal response tokens" in output
+    result = read_json(tmp_path / "runs" / "study" / "comparison.json")
+    assert [row["method"] for row in result["methods"]] == ["terse", "long", "longer"]
+    assert [row["method"] for row in result["equal_response_tokens"]["methods"]] == ["long", "longer"]
+
+
 @pytest.mark.slow
 def test_self_reward_student_learns_from_its_scores(talking_llama: Path, judging_llama: Path, tmp_path: Path) -> None:
     experiment = yaml.safe_load(configuration(tmp_path, talking_llama).read_text())
