@@ -48,11 +48,17 @@ class Kept:
         students = 1 + teachers + comparison.unmodified_teacher
         return teachers * self.teacher + students * self.student + rounds * self.moments
 
-    def of_study(self, study: Study) -> int:
-        """Return the most bytes that a study keeps: each method may update a teacher."""
-        students = (1 + len(study.transfer)) * (1 + study.equal_response_tokens)
-        of_method = self.teacher + students * self.student
-        return len(study.seeds) * (self.of_run(study.experiment) + (len(study.methods) - 1) * of_method)
+    def of_study(self, study: Study, transfer: Sequence["Kept"]) -> int:
+        """Return the most bytes that a study keeps: each method may update a teacher.
+
+        Args:
+            study: the study.
+            transfer: bytes of its transfer students, which each method trains.
+        """
+        others = study.equal_response_tokens * self.student + sum(kept.student for kept in transfer)
+        methods = len(study.methods)
+        of_methods = (methods - 1) * (self.teacher + self.student) + methods * others
+        return len(study.seeds) * (self.of_run(study.experiment) + of_methods)
 
 
 def _count_weights(model: Path) -> int:
@@ -77,6 +83,7 @@ def warn_of_run(run: Run) -> list[str]:
 
 
 def warn_of_study(study: Study, runs: Sequence[Run], folder: Path) -> list[str]:
-    """Return a warning if a new study may fill the disk; `runs` are those of its seeds."""
-    kept = Kept.of(runs[0])
-    return warn_of_space(folder, kept.of_study(study) + kept.checkpoint)
+    """Return a warning if a new study may fill the disk; `runs` are a seed's: of its student, and of transfer students."""
+    kept, *transfer = map(Kept.of, runs)
+    checkpoint = max(of.checkpoint for of in (kept, *transfer))
+    return warn_of_space(folder, kept.of_study(study, transfer) + checkpoint)

@@ -1,6 +1,7 @@
 """A study: compare methods that propose data to the same student, over several seeds."""
 
 import re
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from prefect import flow
 
+from cluster.fanout import ShardsFailed
 from cluster.lock import only_driver
 from flows.driver_job import check_driver_job, drive_by_job
 from flows.experiment import end_jobs_in, log_warnings, run_root
@@ -17,17 +19,18 @@ from flows.methods.method import Feedback, Method, Proposal, Round
 from flows.methods.montessori import MONTESSORI
 from flows.study_result import Cost, EqualTokens, MethodResults, StudyOutcome, write_comparison
 from montessori_core import layout
-from montessori_core.config import RUN_NAME, Study, read_yaml, write_yaml
+from montessori_core.config import RUN_NAME, Experiment, Study, read_yaml, write_yaml
+from montessori_core.data.sources import Sources
 from montessori_core.data.tables import EXAMPLES, read_table
 from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.scores import judged_benchmark, win_rate_scores
-from montessori_core.files import read_json
+from montessori_core.files import hash_path, read_json
 from montessori_core.program import Row, load
 from tasks.benchmarks import compare_answers, list_items
 from tasks.evaluation import StudentEvaluation, evaluate, measure_loss, summarize_loss
 from tasks.resume import STUDY, command_to_compare, refuse_command_folder
 from tasks.run import Run, open_run, take_lock
-from tasks.stage import Step
+from tasks.stage import Step, warn
 from tasks.students import train_on_set, train_student
 from tasks.studies import RESULT
 from tasks.tracking import start_tracking, track_method
@@ -88,24 +91,71 @@ def _compares_otherwise(study: Study, file: Path) -> bool:
 
 
 def _open_seeds(study: Study, folder: Path) -> tuple[list[SeedRuns], set[str]]:
-    """Open the runs of each seed, and check them; also return warnings."""
+    """Open the runs of each seed, and check them; also return warnings. If a check fails, new runs are removed again."""
     seeded: list[SeedRuns] = []
     warnings: set[str] = set()
-    for seed in study.seeds:
-        seed_folder = folder / f"seed-{seed}"
-        opened = [open_run(study.seeded(seed), seed_folder)]
-        opened += [
-            open_run(study.seeded(seed, student), seed_folder / f"student-{number}")
-            for number, student in enumerate(study.transfer, 1)
-        ]
-        seeded.append(SeedRuns(opened[0][0], [run for run, _ in opened[1:]]))
-        warnings.update(warning for _, run_warnings in opened for warning in run_warnings)
-    if len(seeded[0].run.sources().evaluation) < 2:
-        raise ConfigError("experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit")
-    for method in map(find_method, study.methods):
-        if method.check is not None:
-            method.check(seeded[0].run)
+    with ExitStack() as undo:
+        for seed in study.seeds:
+            seed_folder = folder / f"seed-{seed}"
+            opened = [_open_seed(study.seeded(seed), seed_folder, undo)]
+            opened += [
+                _open_seed(study.seeded(seed, student), seed_folder / f"student-{number}", undo)
+                for number, student in enumerate(study.transfer, 1)
+            ]
+            seeded.append(SeedRuns(opened[0][0], [run for run, _ in opened[1:]]))
+            warnings.update(warning for _, run_warnings in opened for warning in run_warnings)
+        _refuse_other_inputs(seeded)
+        if len(seeded[0].run.sources().evaluation) < 2:
+            raise ConfigError(
+                "experiment.evaluation: a comparison needs at least two evaluation examples; raise its limit"
+            )
+        for method in map(find_method, study.methods):
+            if method.check is not None:
+                method.check(seeded[0].run)
+        undo.pop_all()
     return seeded, warnings
+
+
+def _open_seed(experiment: Experiment, folder: Path, undo: ExitStack) -> tuple[Run, list[str]]:
+    """Open a run of a study. If the run is new, `undo` gets its removal: a corrected study may have other settings."""
+    is_new, has_folder = not (folder / layout.CONFIG).exists(), folder.exists()
+    run, warnings = open_run(experiment, folder)
+    if not has_folder:
+        undo.callback(shutil.rmtree, run.folder)
+    elif is_new:
+        undo.callback((run.folder / layout.CONFIG).unlink)  # without it, a folder is no run
+    return run, warnings
+
+
+def _refuse_other_inputs(seeded: list[SeedRuns]) -> None:
+    """Refuse seeds that were opened with different data or models: a study's gains are means over its seeds.
+
+    Raises:
+        UserError: a run has other data or models than the runs of the first seed.
+    """
+    first = seeded[0]
+    for seed in seeded:
+        for run, same in zip((seed.run, *seed.others), (first.run, *first.others), strict=True):
+            differ = (_sets(run).items() ^ _sets(first.run).items()) | (_models(run).items() ^ _models(same).items())
+            if differ:
+                names = ", ".join(sorted({name for name, _ in differ}))
+                raise UserError(
+                    f"{run.folder}: other inputs than {first.run.folder}, which keeps those of its start: {names}. The seeds "
+                    f"of a study have the same. Restore the files of then, and delete {run.folder} if it is there, or give "
+                    "the study another name"
+                )
+
+
+def _sets(run: Run) -> dict[str, str]:
+    """Return the hashes of the copies of a run's data sets, and of its documents' passages, by name."""
+    files = {name: run.source_file(name) for name in (*Sources.__annotations__, "passages")}
+    return {name: hash_path(file) for name, file in files.items() if file.exists()}
+
+
+def _models(run: Run) -> dict[str, str]:
+    """Return the hashes of a run's initial models, by role, and the commits of its models of the hub, by name."""
+    provenance, commits = (read_json(run.folder / name) or {} for name in (layout.PROVENANCE, layout.MODEL_COMMITS))
+    return {role: provenance[f"{role}_sha256"] for role in ("teacher", "student")} | commits
 
 
 def _check_methods(study: Study) -> None:
@@ -210,7 +260,9 @@ def _compare(study: Study, folder: Path, seeded: list[SeedRuns]) -> None:
                     two = {name: ended[name] for name in (MONTESSORI.name, baseline)}
                     learned.append(follow_teacher(seed.run, two, baseline))
                 if study.equal_response_tokens:
-                    limit, losses = train_on_equal_tokens(seed.run, {name: ended[name] for name in equal.results})
+                    limit, losses = train_on_equal_tokens(
+                        seed.run, {name: ended[name] for name in equal.results}, baseline
+                    )
                     equal.limits.append(limit)
                     for name, table in losses.items():
                         equal.results[name].append((table, results[0][name][-1][1]))
@@ -244,32 +296,53 @@ def transfer(run: Run, method: Method, proposal: Proposal) -> StudentEvaluation:
     return evaluate(step.at("evaluation"), train_on_set(step, proposal.examples))
 
 
-def train_on_equal_tokens(run: Run, ended: dict[str, Feedback]) -> tuple[int, dict[str, Path]]:
+def train_on_equal_tokens(run: Run, ended: dict[str, Feedback], baseline: str) -> tuple[int, dict[str, Path]]:
     """Train the student on the first examples of each method within the response tokens of the method that has the fewest.
+
+    Methods that cannot be compared are left out with a warning: the main comparison does not depend on them.
 
     Args:
         run: the run of a seed.
         ended: the last round of each method.
+        baseline: name of the method without which there is no comparison.
 
     Returns:
         The number of response tokens, and the table of held-out losses of each method's student.
     """
-    recipe = run.experiment.training
-    tokens = {
-        name: read_json(Path(feedback.student.path) / layout.COUNTS_FILE)["response_tokens"]
-        for name, feedback in ended.items()
-    }
-    limit: int = min(tokens.values())
-    within = recipe.model_copy(update={"response_tokens": limit})
-    losses = {}
-    for name, feedback in ended.items():
+    tokens = _with_enough_tokens(ended)
+    losses: dict[str, Path] = {}
+    limit = min(tokens.values(), default=0)
+    for name in tokens if baseline in tokens else ():
+        feedback = ended[name]
         if tokens[name] == limit:
             losses[name] = feedback.evaluated.losses
             continue
         step = Step(run, run.method(name) / "equal-tokens", f"{name}, {limit:,} response tokens")
-        student = train_student(step.at("student"), feedback.proposal.examples, within, recipe.examples)
-        losses[name] = measure_loss(step.at("evaluation"), student)
+        recipe = feedback.proposal.recipe or run.experiment.training
+        within = recipe.model_copy(update={"response_tokens": limit})
+        try:
+            student = train_student(step.at("student"), feedback.proposal.examples, within, recipe.examples)
+            losses[name] = measure_loss(step.at("evaluation"), student)
+        except ShardsFailed as error:
+            warn(step.label, f"left out of the comparison at equal response tokens: {error}")
     return limit, losses
+
+
+def _with_enough_tokens(ended: dict[str, Feedback]) -> dict[str, int]:
+    """Return the response tokens of methods by name, without those that have fewer than the first batch of another one."""
+    paths = {name: Path(feedback.student.path) / layout.COUNTS_FILE for name, feedback in ended.items()}
+    counts = {name: read_json(path) or {} for name, path in paths.items()}
+    tokens = {name: count.get("response_tokens", 0) for name, count in counts.items()}
+    for name in sorted(tokens, key=lambda name: tokens[name]):
+        most = max(counts[other].get("response_tokens_of_first_batch", 1) for other in tokens)
+        if tokens[name] >= most:
+            break
+        del tokens[name]
+        problem = (
+            f"its training set has {counts[name].get('response_tokens', 0)} response tokens, a batch of another {most}"
+        )
+        warn(name, f"left out of the comparison at equal response tokens: {problem}")
+    return tokens
 
 
 @flow(flow_run_name="{run.experiment.name}: {method.name}", validate_parameters=False)
@@ -290,7 +363,8 @@ def run_method(run: Run, method: Method) -> Feedback:
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
         if last and not method.trains_student and proposed < required:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {required}")
-        student = proposal.student or train_on_set(step, proposal.examples, save_moments=not last)
+        recipe, part = proposal.recipe or run.experiment.training, step.at("student", "student training")
+        student = proposal.student or train_student(part, proposal.examples, recipe, required, save_moments=not last)
         feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student), feedback)
     assert feedback is not None
     return feedback

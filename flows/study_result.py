@@ -53,7 +53,7 @@ class EqualTokens:
 
     Attributes:
         limits: response tokens, by seed.
-        results: results of the methods whose students are trained on examples.
+        results: results of the methods whose students are trained on examples; a method may be left out for some seeds.
     """
 
     limits: list[int]
@@ -90,6 +90,7 @@ def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOu
             [evaluation.benchmarks.scores for evaluation, _ in outcome.results[0][row["method"]]]
         )
     kind = _add_kind_shares(rows, study, folder, outcome.proposed)
+    equal = {name: seeds for name, seeds in outcome.equal.results.items() if len(seeds) == len(study.seeds)}
     result = {
         "study": study.name,
         "seeds": study.seeds,
@@ -98,7 +99,7 @@ def write_comparison(study: Study, folder: Path, baseline: str, outcome: StudyOu
         "methods": rows,
         "equal_response_tokens": {
             "limits": outcome.equal.limits,
-            "methods": compare_outcomes(_to_outcomes(outcome.equal.results), baseline) if outcome.equal.limits else [],
+            "methods": compare_outcomes(_to_outcomes(equal), baseline) if baseline in equal else [],
         },
         "transfer": [
             {"student": student.model, "methods": methods}

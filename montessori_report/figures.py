@@ -150,11 +150,11 @@ def dash_of(number: int) -> str:
 
 
 def finite_dots(entries: Iterable[tuple[str, Mapping[str, float], str]]) -> list[Dot]:
-    """Return a dot for each (label, statistic, colour) whose `mean` and `standard_error` are finite."""
+    """Return a dot for each (label, statistic, colour) whose `mean` is finite; one example has no `standard_error`."""
     return [
         Dot.of(label, stat["mean"], stat["standard_error"], colour)
         for label, stat, colour in entries
-        if is_finite(stat["mean"]) and is_finite(stat["standard_error"])
+        if is_finite(stat["mean"])
     ]
 
 

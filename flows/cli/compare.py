@@ -40,7 +40,7 @@ def compare(
     seeded, warnings = open_study(settings, folder)
     warn(warnings)
     if not stages_of(folder):
-        warn(warn_of_study(settings, [seed.run for seed in seeded], folder))
+        warn(warn_of_study(settings, [seeded[0].run, *seeded[0].others], folder))
     if as_job:
         folder = folder.resolve()
         submit_command(folder, command_to_compare(folder), settings.experiment.cluster.slurm)

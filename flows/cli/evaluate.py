@@ -43,7 +43,7 @@ def evaluate(
     """
     from flows.evaluation import RESULT, evaluate_opened, evaluated_experiment, open_evaluation
 
-    run_name = name or "evaluation-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name or model)
+    run_name = name or _derive_name(model)
     settings = template_settings(chat_template, chat_template_kwargs)
     overrides = [*(set_ or []), *(f"student.{name}={json.dumps(value)}" for name, value in settings.items())]
     content = read_yaml(find_configuration(config))
@@ -57,3 +57,8 @@ def evaluate(
     warn(warnings)
     interruptible(lambda: evaluate_opened(evaluation), resume_command(folder))
     print_evaluation(folder / RESULT)
+
+
+def _derive_name(model: str) -> str:
+    """Return a valid name for the evaluation of a model: with other characters or '..' replaced, and cut to 80."""
+    return f"evaluation-{re.sub(r'[^A-Za-z0-9._-]+|[.]{2,}', '-', Path(model).name or model)}"[:80]

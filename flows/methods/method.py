@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from montessori_core.config import Experiment
+from montessori_core.config import Experiment, Training
 from tasks.evaluation import StudentEvaluation
 from tasks.run import Model, Run
 from tasks.stage import Step
@@ -35,11 +35,13 @@ class Proposal:
         examples: example table.
         teacher: teacher that wrote the last examples.
         student: student that the method has trained itself; None: train a student on the examples.
+        recipe: recipe of that training; None: the experiment's.
     """
 
     examples: Path
     teacher: Model
     student: Model | None = None
+    recipe: Training | None = None
 
 
 @dataclass(frozen=True)

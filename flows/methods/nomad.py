@@ -2,7 +2,6 @@
 
 from flows.methods.method import Method, Proposal, Round
 from tasks.nomad import check_steps, measure_norm_sim, mix_with_real, train_nomad_teacher, write_conversations
-from tasks.students import train_student
 
 
 def _propose(now: Round) -> Proposal:
@@ -14,11 +13,9 @@ def _propose(now: Round) -> Proposal:
     written = write_conversations(step.at("training", "conversations"), teacher, count - real)
     measure_norm_sim(step.at("norm-sim", "nearness to real examples"), written.examples)
     mixed = mix_with_real(step, written.examples, real)
-    recipe, student = run.experiment.nomad.training, None
-    if recipe is not None:
-        recipe = run.experiment.training.model_copy(update=dict(recipe))
-        student = train_student(step.at("student", "student training"), mixed, recipe, count)
-    return Proposal(mixed, teacher, student)
+    own = run.experiment.nomad.training
+    recipe = None if own is None else run.experiment.training.model_copy(update=dict(own))
+    return Proposal(mixed, teacher, recipe=recipe)
 
 
 NOMAD = Method(

@@ -80,9 +80,11 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
                 output.mkdir(parents=True, exist_ok=True)
                 save_moments(moments, output)
             del moments  # twice the size of the weights, which are gathered next
+        tokens = [example.response_tokens for example in examples]
         counts = {
             "examples": len(examples),
-            "response_tokens": sum(example.response_tokens for example in examples),
+            "response_tokens": sum(tokens),
+            "response_tokens_of_first_batch": sum(tokens[: recipe.batch_size]),
             "truncated": sum(example.truncated for example in examples),
             "left_out": len(rows) - len(usable),
             "beyond_response_tokens": len(usable) - len(examples),

@@ -44,8 +44,12 @@ def judge(run: RunData) -> Verdict:
     last = comparisons[-1]
     difference = last.held_out_gain["student_over_unmodified"]
     mean, error = difference["mean"], difference["standard_error"]
-    if not (formatting.is_finite(mean) and formatting.is_finite(error)):
+    if not formatting.is_finite(mean):
         return Verdict("open", "No verdict", "A held-out loss is not finite; see the learning curves.")
+    if not formatting.is_finite(error):
+        known = f"The paired gain is {formatting.signed(mean)} nats per token"
+        remedy = "but one evaluation example has no standard error; another run needs more of them"
+        return Verdict("open", "No verdict", f"{known}, {remedy}.")
     losses = last.held_out_loss
     sentence = (
         f"{f'Iteration {last.number}: the' if run.planned > 1 else 'The'} updated teacher's student has a held-out loss of "

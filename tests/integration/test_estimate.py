@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from flows import estimate
 from flows.cli.tables import print_estimate
 from flows.disk import Kept, warn_of_run, warn_of_study
 from flows.estimate import PlannedStage, Sizes, estimate_run, planned_stages
-from montessori_core.config import Experiment, Study
+from montessori_core.config import Experiment, Student, Study
 from montessori_core.speed import measure_gflops
 from tasks.run import open_run, reopen_run
 
@@ -151,11 +152,21 @@ def test_models_on_disk_are_as_planned(finished_run: Path) -> None:
 def test_full_disk_is_announced(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = reopen_run(finished_run / "runs" / "tiny")
     study = Study(experiment=run.experiment, methods=("montessori", "self_instruct", "select"), seeds=(0, 1))
-    assert warn_of_run(run) == warn_of_study(study, [run, run], run.folder) == []
+    assert warn_of_run(run) == warn_of_study(study, [run], run.folder) == []
     kept = Kept.of(run)
     needed = kept.of_run(run.experiment) + kept.checkpoint
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed))
     assert warn_of_run(run) == []
-    (warning,) = warn_of_study(study, [run, run], run.folder)
+    (warning,) = warn_of_study(study, [run], run.folder)
     assert "free space, or choose another --run-root" in warning
-    assert 2 * kept.of_run(run.experiment) < kept.of_study(study)
+    assert 2 * kept.of_run(run.experiment) < kept.of_study(study, [])
+
+
+def test_space_of_transfer_students_is_that_of_their_models(finished_run: Path, smollm2: Path) -> None:
+    run = reopen_run(finished_run / "runs" / "tiny")
+    student = Student(model=str(smollm2))
+    other = Kept.of(replace(run, experiment=run.experiment.model_copy(update={"student": student})))
+    methods, kept = ("montessori", "self_instruct", "select"), Kept.of(run)
+    study = Study(experiment=run.experiment, methods=methods, seeds=(0, 1), transfer=(student,))
+    assert other.student > 4 * 100e6  # SmolLM2 in fp32
+    assert kept.of_study(study, [other]) - kept.of_study(study, []) == 2 * 3 * other.student

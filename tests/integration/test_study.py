@@ -39,7 +39,7 @@ from montessori_core.data.tables import (
     table_from_rows,
     write_table,
 )
-from montessori_core.errors import ConfigError
+from montessori_core.errors import ConfigError, UserError
 from montessori_core.evaluation.statistics import Outcome, bootstrap_gain, compare_outcomes
 from montessori_core.files import read_json
 from montessori_core.influence.preferences import (
@@ -56,6 +56,7 @@ from support.judges import JudgeServer
 from support.row_programs import as_compute
 from support.runs import call, configuration, finish_lean, invoke
 from support.studies import conversations, environment_of, write_study
+from support.templates import TRIMMING
 from tasks.run import reopen_run
 from tasks.stage import Step
 from tasks.studies import is_finished, reopen
@@ -264,6 +265,45 @@ def test_changed_study_is_not_finished(tiny_llama: Path, tmp_path: Path) -> None
     for change, finished in [("experiment.cluster.poll_seconds=0.5", True), ("seeds=[1,2]", False)]:
         open_study(read_study(path, ("seeds=[1]", change)), folder)
         assert is_finished(reopen(folder)) == finished, change
+
+
+def test_refused_study_leaves_no_new_seeds(tiny_llama: Path, tmp_path: Path) -> None:
+    """The error asks for another setting, which a run that exists would refuse."""
+    path, folder = tmp_path / "study.yaml", tmp_path / "runs" / "study"
+    content = {"experiment": configuration(tmp_path, tiny_llama).name, "methods": ["self_instruct", "select"]}
+    path.write_text(yaml.safe_dump(content | {"transfer": [{"model": str(tiny_llama), "max_length": 192}]}))
+    (folder / "seed-0").mkdir(parents=True)
+    (folder / "seed-0" / "notes.txt").touch()
+    with pytest.raises(UserError, match="raise it to 60"):
+        open_study(read_study(path, ("seeds=[0,1]", "experiment.influence.probing_examples=6")), folder)
+    assert [file.name for file in folder.rglob("*.txt")] == ["notes.txt"]
+    open_study(read_study(path, ("seeds=[0]", "experiment.influence.probing_examples=60")), folder)
+    changed = ("seeds=[0,1]", "experiment.influence.probing_examples=60", "experiment.training.examples=60")
+    with pytest.raises(UserError, match="raise it to 600"):
+        open_study(read_study(path, changed), folder)
+    assert not (folder / "seed-1").exists()
+    assert (folder / "seed-0" / "student-1" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("changed", ["evaluation", "student"])
+def test_added_seed_needs_data_and_models_of_the_first(tiny_llama: Path, tmp_path: Path, changed: str) -> None:
+    """Each seed has copies from when it was opened."""
+    path, folder = tmp_path / "study.yaml", tmp_path / "runs" / "study"
+    files = {"evaluation": tmp_path / "evaluation.jsonl", "student": tmp_path / "template.jinja"}
+    tasks = [{"instruction": task.instruction, "output": task.response} for task in conversations(4)]
+    files["evaluation"].write_text("\n".join(map(json.dumps, tasks)))
+    files["student"].write_text(TRIMMING)
+    content = yaml.safe_load(configuration(tmp_path, tiny_llama).read_text())
+    content["evaluation"] = {"path": str(files["evaluation"])}
+    content["student"]["chat_template"] = str(files["student"])
+    path.write_text(yaml.safe_dump({"experiment": content, "transfer": [content["student"]]}))
+    open_study(read_study(path, ("seeds=[0]",)), folder)
+    before = files[changed].read_text()
+    files[changed].write_text(before.replace("[assistant]", "[model]").replace("rivers", "oceans"))
+    with pytest.raises(UserError, match=f"seed-1: other inputs than .*seed-0, .*: {changed}\\. .*Restore the files"):
+        open_study(read_study(path, ("seeds=[0,1]",)), folder)
+    files[changed].write_text(before)
+    assert len(open_study(read_study(path, ("seeds=[0,1]",)), folder)[0]) == 2
 
 
 def test_shipped_study_is_valid() -> None:
@@ -594,6 +634,43 @@ def test_finished_study_is_compared_at_equal_response_tokens(compared: Path, met
         if row["method"] in proposing:
             assert (losses[row["method"]] == row["held_out_loss"]) == (whole[row["method"]] == limit)
     assert f"at equal response tokens: {limit}" in output
+
+
+TERSE = """
+from flows.methods.method import Method, Proposal
+from montessori_core.data.tables import EXAMPLES, table_from_rows, write_table
+
+def method(name, words):
+    def propose(now):
+        row = {"prompt_id": "p", "prompt": "p", "raw_output": "r", "response_finished": True}
+        rows = [row | {"example_id": str(n), "instruction": f"Count {n}.", "response": words} for n in range(6)]
+        now.step.folder.mkdir(parents=True, exist_ok=True)
+        write_table(table_from_rows(rows, EXAMPLES), now.step.folder / "examples.parquet", EXAMPLES)
+        return Proposal(now.step.folder / "examples.parquet", now.run.initial_teacher())
+    return Method(name, "Writes the same words.", propose)
+
+TERSE, LONG, LONGER = method("terse", "1"), method("long", "one " * 20), method("longer", "one " * 30)
+"""
+"""Methods whose responses are short, or long: the first batch of a long one has more tokens than all short responses."""
+
+
+@pytest.mark.slow
+def test_method_of_few_tokens_is_not_compared_at_equal_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(TERSE)
+    content = {
+        "experiment": configuration(tmp_path, tiny_llama).name,
+        "methods": ["own:TERSE", "own:LONG", "own:LONGER"],
+        "baseline": "own:LONG",
+        "equal_response_tokens": True,
+        "seeds": [0],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    code, output = call("compare", "study.yaml", cwd=tmp_path, **environment_of(tmp_path))
+    assert code == 0, output
+    assert "terse: left out of the comparison at equal response tokens" in output
+    result = read_json(tmp_path / "runs" / "study" / "comparison.json")
+    assert [row["method"] for row in result["methods"]] == ["terse", "long", "longer"]
+    assert [row["method"] for row in result["equal_response_tokens"]["methods"]] == ["long", "longer"]
 
 
 @pytest.mark.slow

@@ -161,8 +161,10 @@ def test_training_stops_at_its_response_tokens(tmp_path: Path, tiny_llama: Path)
     counts = read_json(within / COUNTS_FILE)
     assert (counts["examples"], counts["response_tokens"], counts["left_out"]) == (3, tokens, 0)
     assert counts["beyond_response_tokens"] == len(ROWS) - 3
+    below = read_json(trained("below", ROWS, tokens - 1) / COUNTS_FILE)
+    assert below["examples"] == 2
+    assert counts["response_tokens_of_first_batch"] == below["response_tokens"] < tokens
     assert (within / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
-    assert read_json(trained("below", ROWS, tokens - 1) / COUNTS_FILE)["examples"] == 2
     for count in (2, 1):  # examples in the first batch, which may be all there are
         with pytest.raises(ShardsFailed, match=f"response_tokens is 2, but the first batch of {count} examples has"):
             trained(f"few-{count}", ROWS[:count], 2)

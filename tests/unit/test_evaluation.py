@@ -101,3 +101,13 @@ def test_folders_of_evaluations_and_runs_are_not_mixed_up(tiny_llama: Path, tmp_
     code, output = invoke("status", "mine", cwd=tmp_path)
     assert code == 0, output
     assert "no stage has started" in output
+
+
+@pytest.mark.parametrize("folder", ["a..b", "m" * 100, "..."])
+def test_evaluation_derives_a_valid_name(folder: str, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / folder).symlink_to(tiny_llama)
+    options = "--set", "student.max_length=100000"  # more than the model's positions, which are checked later
+    code, output = invoke("evaluate", folder, *options, cwd=tmp_path)
+    assert code == 1
+    assert "student.max_length" in output
+    assert "is not valid" not in output

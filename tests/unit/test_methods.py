@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from flows import study
 from flows.methods import REGISTRY, llm2llm, seeds, self_reward, tailoring
 from flows.methods import nomad as nomad_method
 from flows.methods.method import Feedback, Proposal, Round
@@ -16,6 +17,8 @@ from montessori_core.config import Sampling, Study, Training, parse_experiment
 from montessori_core.data.sources import Task, write_tasks
 from montessori_core.data.tables import EXAMPLES, read_table, table_from_rows, write_table
 from montessori_core.errors import UserError
+from montessori_core.files import write_json
+from montessori_core.layout import COUNTS_FILE
 from montessori_core.program import Row
 from tasks import nomad
 from tasks.benchmarks import BenchmarkResult
@@ -115,7 +118,6 @@ def test_nomad_uses_its_sampling_and_recipe(
     write_reference(run, 9)
     (tmp_path / "training").mkdir()
     decoded: list[Sampling] = []
-    trained: list[Any] = []
 
     def generate(*arguments: Any) -> tuple[list[Row], list[Path]]:
         decoded.append(arguments[4])
@@ -134,14 +136,30 @@ def test_nomad_uses_its_sampling_and_recipe(
     monkeypatch.setattr(nomad_method, "train_nomad_teacher", lambda *_: model)
     monkeypatch.setattr(nomad_method, "measure_norm_sim", lambda *_: tmp_path)
     monkeypatch.setattr(nomad_method, "mix_with_real", nomad.mix_with_real.fn)
-    monkeypatch.setattr(nomad_method, "train_student", lambda *arguments: trained.append(arguments) or model)
     proposal = REGISTRY["nomad"].propose(Round(Step(run, tmp_path, "nomad"), 1, 1, None))
     assert set(decoded) == {Sampling(temperature=1.0, top_p=0.9, presence_penalty=0.0, max_tokens=2048)}
-    assert proposal.student == model
-    ((_, examples, used, count),) = trained
-    assert used == Training.model_validate({**recipe, "examples": 4, "response_tokens": 200})
-    assert count == read_table(examples, EXAMPLES).num_rows == 4
-    assert read_table(examples, EXAMPLES)["prompt_id"].to_pylist().count("real") == real
+    assert proposal.recipe == Training.model_validate({**recipe, "examples": 4, "response_tokens": 200})
+    mixed = read_table(proposal.examples, EXAMPLES)
+    assert mixed.num_rows == 4
+    assert mixed["prompt_id"].to_pylist().count("real") == real
+
+
+def test_equal_tokens_train_by_the_recipe_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, parse_experiment({"teacher": {"model": "t"}, "student": {"model": "s"}}, "test"))
+    evaluated, teacher = StudentEvaluation(tmp_path, BenchmarkResult([], None)), Model("t", "0")
+    own, ended = Training(learning_rate=2e-5, batch_size=128, epochs=4), {}
+    for name, tokens, recipe in [("fewest", 50, None), ("nomad", 60, own), ("plain", 70, None)]:
+        student = tmp_path / name
+        student.mkdir()
+        write_json({"response_tokens": tokens, "response_tokens_of_first_batch": 40}, student / COUNTS_FILE)
+        ended[name] = Feedback(Proposal(student, teacher, recipe=recipe), Model(str(student), "0"), evaluated)
+    used: dict[str, Training] = {}
+    monkeypatch.setattr(study, "train_student", lambda _, examples, recipe, count: used.update({examples.name: recipe}))
+    monkeypatch.setattr(study, "measure_loss", lambda *_: tmp_path)
+    limit, losses = study.train_on_equal_tokens(run, ended, "plain")
+    assert (limit, list(losses)) == (50, ["fewest", "nomad", "plain"])
+    expected = {"nomad": own, "plain": run.experiment.training}
+    assert used == {name: recipe.model_copy(update={"response_tokens": 50}) for name, recipe in expected.items()}
 
 
 def test_later_settings_do_not_retrain_nomad_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -398,6 +398,20 @@ def test_non_finite_values_do_not_break_page(run: Path, tmp_path: Path) -> None:
     assert not re.search(r"\b(nan|inf)\b", page.text, re.IGNORECASE)
 
 
+def test_one_evaluation_example_has_no_standard_error(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = metrics(1)
+    for statistic in (*content["held_out_loss"].values(), *content["held_out_gain"].values()):
+        statistic["standard_error"] = math.nan
+    write_json(content, folder / "iteration-1" / "metrics.json")
+    page = page_of(folder)
+    assert "one evaluation example has no standard error" in page.text
+    assert "is not finite" not in page.text
+    (plot,) = (plot for plot in page.plots if "mean loss" in plot["layout"]["xaxis"]["title"]["text"])
+    assert [trace["x"] for trace in plot["data"]] == [[2.8], [2.42], [2.4]]
+    assert all(trace["error_x"]["array"] == [0.0] for trace in plot["data"])
+
+
 @pytest.mark.parametrize("baseline", ["student", "null_step", "median", "prompt"])
 def test_figure_shows_threshold_of_each_baseline(tmp_path: Path, baseline: str) -> None:
     folder = write_run(tmp_path / "run", preferences={"baseline": baseline})

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,18 @@ def test_plan_says_what_where_and_how_long(tiny_llama: Path, tmp_path: Path) -> 
     assert "| influence | 1 | 1 | 0 | this machine |" in plan
     assert "judging" not in plan
     assert str(run.folder / "config.yaml") in plan
+
+
+def test_plan_of_resumed_run_warns_of_no_models(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models may be on the disk already."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    run, plan = plan_of(tmp_path, tiny_llama)
+    assert "for models" in plan
+    (run.folder / "warmup").mkdir()
+    (run.folder / "warmup" / "stage.json").write_text("{}")
+    assert "for models" not in plan_of(tmp_path, tiny_llama)[1]
 
 
 @pytest.mark.slow
