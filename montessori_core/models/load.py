@@ -31,7 +31,8 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
 
     folder = fetch_model(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # mistral_format: the tokenizer of mistral-common, which vLLM brings, renders no prompts of an unfinished turn.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # of a damaged file, and of a package that is not installed
         raise UserError(f"the tokenizer of {model!r} cannot be loaded: {describe_load_error(error)}") from error
     if tokenizer.chat_template is None:
