@@ -16,7 +16,7 @@ words before those, the *prefix*, are indexed and looked up; the number of match
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -88,15 +88,6 @@ class RougeIndex:
         scores = _f(cdist([code], choices, scorer=LCSseq.similarity, dtype=np.int32)[0], np.array([len(code)]), lengths)
         best = scores.argmax()  # the first if tied: texts are in order of acceptance
         return int(texts[best]) if scores[best] > self._max else None
-
-    def add_all(self, texts: Sequence[str]) -> list[bool]:
-        """Accept, in order, each text that is not too similar to an accepted one; return [texts] whether accepted."""
-        verdicts: list[bool] = []
-        for text in texts:
-            verdicts.append(self.nearest(text) is None)
-            if verdicts[-1]:
-                self.add(text)
-        return verdicts
 
     def _prefix(self, code: str) -> list[int]:
         """Return the sorted words of a text without the last c - 1; c is the minimum shared with a text above the limit.
