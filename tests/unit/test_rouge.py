@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from montessori_core.data import rouge
 from montessori_core.data.rouge import RougeIndex, f_measure
 from montessori_core.data.words import words
+from montessori_core.errors import DataError
 from support.rouge import accept_all
 
 SCORER = RougeScorer(["rougeL"])
@@ -119,6 +121,25 @@ def test_rouge_limit_is_exact() -> None:
         f = SCORER.score(*texts)["rougeL"].fmeasure
         assert RougeIndex(texts[:1], f).nearest(texts[1]) is None
         assert RougeIndex(texts[:1], math.nextafter(f, 0)).nearest(texts[1]) == 0, (first, second)
+
+
+def test_words_of_rejected_texts_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rouge, "_LAST", 9)
+    index = RougeIndex(["one two three four", "five six seven eight"])
+    for number in range(30):
+        assert index.nearest(f"one two three four new{number}") == 0
+        assert index.nearest(f"a{number} b{number} c{number} seven eight") is None
+    with pytest.raises(DataError, match="more than 8 different words"):
+        index.add("nine")
+
+
+@given(st.lists(st.sampled_from("abcdef"), max_size=6), st.lists(st.sampled_from("abcdefghijkl"), max_size=12), LIMITS)
+def test_unknown_words_match_nothing(known: list[str], text: list[str], limit: float) -> None:
+    """Also if none of the characters are left for them."""
+    score = f_measure(" ".join(known), " ".join(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rouge, "_LAST", len(set(known)) + 1)
+        assert RougeIndex([" ".join(known)], limit).nearest(" ".join(text)) == (0 if score > limit else None)
 
 
 def test_verdicts_do_not_depend_on_batching() -> None:
