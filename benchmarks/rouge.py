@@ -65,7 +65,11 @@ def measure(name: str, texts: Sequence[str]) -> str:
     before = process.memory_info().rss
     started = time.process_time()
     accepted = RougeIndex(max_rouge_l=LIMIT)
-    verdicts = accepted.add_all(texts)
+    verdicts: list[bool] = []
+    for text in texts:
+        verdicts.append(accepted.nearest(text) is None)
+        if verdicts[-1]:
+            accepted.add(text)
     indexed = time.process_time() - started
     memory = (process.memory_info().rss - before) / 2**20
 

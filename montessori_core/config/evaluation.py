@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from montessori_core.config.section import Count, Section
 from montessori_core.config.synthesis import Sampling
@@ -86,6 +86,13 @@ class Benchmarks(Section):
         ge=0,
         description="Count an item as seen if this many consecutive words of it occur in the training data; 0 is off.",
     )
+
+    @model_validator(mode="after")
+    def _task_names_differ(self) -> "Benchmarks":
+        names = [task.name for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tasks has {twice} twice; remove one")
+        return self
 
     @property
     def judged(self) -> bool:

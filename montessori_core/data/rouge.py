@@ -14,9 +14,10 @@ words before those, the *prefix*, are indexed and looked up; the number of match
 """
 
 import math
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +25,17 @@ from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
 from montessori_core.data.words import words
+from montessori_core.errors import DataError
 
 _SURROGATES = range(0xD800, 0xE000)  # code points that are not characters
+_LAST = sys.maxunicode  # the character of unknown words if no other is left, and of no word of an accepted text
 _SLACK = 1 - 1e-12  # tolerance of the bounds: F and the limit are rounded numbers
 
 
 def f_measure(first: str, second: str) -> float:
     """Return ROUGE-L F of two texts, in [0, 1]: `RougeScorer(['rougeL']).score(a, b)['rougeL'].fmeasure` in English."""
-    vocabulary: dict[str, str] = {}
-    a, b = _encode(first, vocabulary), _encode(second, vocabulary)
+    a, vocabulary = _encode(first, {})
+    b, _ = _encode(second, vocabulary)
     common = np.array([LCSseq.similarity(a, b)])
     return float(_f(common, np.array([len(a)]), np.array([len(b)]))[0])
 
@@ -55,8 +58,18 @@ class RougeIndex:
         return len(self._codes)
 
     def add(self, text: str) -> None:
-        """Add a text, unchecked."""
-        code = _encode(text, self._vocabulary)
+        """Add a text, unchecked.
+
+        Raises:
+            DataError: the texts have too many different words.
+        """
+        code, new = _encode(text, self._vocabulary)
+        if chr(_LAST) in code:
+            raise DataError(
+                f"the texts that are kept have more than {len(self._vocabulary):,} different words, too many for ROUGE-L; "
+                "leave out its limit, or give fewer texts"
+            )
+        self._vocabulary |= new
         prefix = self._prefix(code)
         for word in prefix:
             self._postings.setdefault(word, array("i")).append(len(self._codes))
@@ -67,7 +80,7 @@ class RougeIndex:
 
     def nearest(self, text: str) -> int | None:
         """Return the index of the most similar accepted text above the limit (the first, if tied), or None."""
-        code = _encode(text, self._vocabulary)
+        code, _ = _encode(text, self._vocabulary)
         prefix = self._prefix(code)
         postings = [self._postings[word] for word in prefix if word in self._postings]
         if not postings:
@@ -89,15 +102,6 @@ class RougeIndex:
         best = scores.argmax()  # the first if tied: texts are in order of acceptance
         return int(texts[best]) if scores[best] > self._max else None
 
-    def add_all(self, texts: Sequence[str]) -> list[bool]:
-        """Accept, in order, each text that is not too similar to an accepted one; return [texts] whether accepted."""
-        verdicts: list[bool] = []
-        for text in texts:
-            verdicts.append(self.nearest(text) is None)
-            if verdicts[-1]:
-                self.add(text)
-        return verdicts
-
     def _prefix(self, code: str) -> list[int]:
         """Return the sorted words of a text without the last c - 1; c is the minimum shared with a text above the limit.
 
@@ -111,17 +115,19 @@ class RougeIndex:
         return ordered[: len(code) - minimum + 1]
 
 
-def _encode(text: str, vocabulary: dict[str, str]) -> str:
+def _encode(text: str, vocabulary: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return a text with one character per word, and the characters of the words that the vocabulary lacks."""
     codes = []
+    new: dict[str, str] = {}
     for word in words(text):
-        code = vocabulary.get(word)
+        code = vocabulary.get(word) or new.get(word)
         if code is None:
-            number = len(vocabulary) + 1
+            number = len(vocabulary) + len(new) + 1
             if number >= _SURROGATES.start:
                 number += len(_SURROGATES)
-            code = vocabulary[word] = chr(number)
+            code = new[word] = chr(min(number, _LAST))
         codes.append(code)
-    return "".join(codes)
+    return "".join(codes), new
 
 
 def _f(

@@ -183,6 +183,7 @@ def _draw_by_item(task: Any) -> None:
 def _score(
     model: Any, tasks: dict[str, Any], items: list[tuple[str, int]], benchmark: str, chat_template: bool
 ) -> Iterator[Row]:
+    from lm_eval.api.metrics import mean, nanmean
     from lm_eval.evaluator import evaluate
 
     items_by_task: dict[str, list[int]] = {}
@@ -196,12 +197,15 @@ def _score(
         apply_chat_template=chat_template,
     )
     for name, samples in results["samples"].items():
-        higher = results["higher_is_better"][name]
+        higher, aggregations = results["higher_is_better"][name], tasks[name].aggregation()
         for sample in samples:
             for metric in sample["metrics"]:
                 value = sample[metric]
+                # A metric over all items, such as corpus BLEU or perplexity, has no score per item.
+                if aggregations.get(metric, mean) not in (mean, nanmean):
+                    continue
                 if not isinstance(value, int | float) or not math.isfinite(value):
-                    continue  # a metric over all items, such as corpus BLEU, has no score per item
+                    continue
                 yield {
                     "benchmark": benchmark,
                     "task": name,

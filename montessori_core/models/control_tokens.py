@@ -29,12 +29,14 @@ class ControlTokens:
         with_thinking: pattern of their names and of those of thinking.
         marked: pattern of all these names, marked.
         ids: their ids.
+        trimming: ids of the added tokens that take the blanks after them, such as Phi 3's.
     """
 
     named: re.Pattern[str]
     with_thinking: re.Pattern[str]
     marked: re.Pattern[str]
     ids: frozenset[int]
+    trimming: frozenset[int]
 
     def unmark(self, text: str) -> str:
         """Return a text without marks."""
@@ -44,10 +46,12 @@ class ControlTokens:
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> ControlTokens:
     """Return the tokenizer's control tokens."""
-    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder
+    special = {number: token.content for number, token in added.items() if token.special}
+    trimming = frozenset(number for number, token in added.items() if token.rstrip)
     names = set(special.values())
     patterns = (_any_of(names), _any_of(names | set(NAMES)), _any_of({_marked(name) for name in names | set(NAMES)}))
-    return ControlTokens(*patterns, frozenset(special) - {tokenizer.bos_token_id})
+    return ControlTokens(*patterns, frozenset(special) - {tokenizer.bos_token_id}, trimming)
 
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
@@ -74,12 +78,10 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
     """Tokenize a rendered text: control tokens of the template are tokens, marked names are characters.
 
     Returns:
-        [tokens] ids, and [tokens] (begin, end) offsets in the text without marks.
+        [tokens] ids, and [tokens] (begin, end) offsets in the text without marks. Blanks that an added token takes are in no
+        offsets: they may be the first of an answer.
     """
     control = control_tokens(tokenizer)
-    if not control.marked.search(text):
-        batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(batch["input_ids"]), list(batch["offset_mapping"])
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     start = 0
@@ -88,7 +90,9 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
         plain = control.unmark("".join(parts))
         batch = tokenizer(plain, add_special_tokens=False, split_special_tokens=marked, return_offsets_mapping=True)
         ids += batch["input_ids"]
-        offsets += [(start + first, start + last) for first, last in batch["offset_mapping"]]
+        for token, (first, last) in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+            kept = len(plain[first:last].rstrip()) if token in control.trimming else last - first
+            offsets.append((start + first, start + first + kept))
         start += len(plain)
     return ids, offsets
 

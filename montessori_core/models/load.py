@@ -25,15 +25,22 @@ def load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """Load a tokenizer. Without a chat template it gets the paper's (Figure 7), without a padding token its end token.
 
     Raises:
-        UserError: the tokenizer cannot be loaded.
+        UserError: the tokenizer cannot be loaded, has no end-of-text token, or loses the spaces between words.
     """
     from transformers import AutoTokenizer
 
     folder = fetch_model(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # mistral_format: the tokenizer of mistral-common, which vLLM brings, renders no prompts of an unfinished turn.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # of a damaged file, and of a package that is not installed
         raise UserError(f"the tokenizer of {model!r} cannot be loaded: {describe_load_error(error)}") from error
+    written = tokenizer.decode(tokenizer("Write a function", add_special_tokens=False)["input_ids"])
+    if " " not in written.strip():
+        raise UserError(
+            f"the tokenizer of {model!r} loses the spaces between words, since its class does not fit tokenizer.json; set "
+            "tokenizer_class: PreTrainedTokenizerFast in its tokenizer_config.json"
+        )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = LLAMA3_STYLE_TEMPLATE
     if tokenizer.eos_token is None:

@@ -108,7 +108,7 @@ def choose(
 
 
 def _best(pool: Pool, choice: Choice, vectors: Vectors | None, read: Callable[[], Iterator[Scored]]) -> list[int]:
-    slack = 1 if choice.max_rouge_l is None and vectors is None else _SLACK
+    slack = 1 if choice.max_rouge_l is choice.max_similarity is None else _SLACK
     while True:
         sources: dict[str, _Heap] = {}
         for row in read():

@@ -27,7 +27,7 @@ from montessori_core.program import Recorder, RowProgram
 RUNS, FAILS, LIMITS, NO_CODE = "runs", "fails", "limits", "no code"
 """Outcomes of a response's code."""
 _BLOCK = re.compile(
-    r"^[ \t]*(```+|~~~+)[ \t]*(?:python|python3|py)[ \t]*\r?\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE | re.I
+    r"^([ \t]*)(```+|~~~+)[ \t]*(?:python|python3|py)[ \t]*\n(.*?)^[ \t]*\2[ \t]*$", re.DOTALL | re.MULTILINE | re.I
 )
 _FILE_BYTES = 16 * 2**20
 _ISOLATED = (
@@ -65,8 +65,14 @@ os._exit(code if code >= 0 else 128 - code)  # as a shell: unshare 2.38 does not
 
 
 def python_code(response: str) -> str | None:
-    """Return the Python code blocks of a response, joined in their order; None if there is none."""
-    blocks = [block for _, block in _BLOCK.findall(response)]
+    """Return the Python code blocks of a response, joined in their order; None if there is none.
+
+    As in Markdown, the indentation of a fence, such as that of a list, is removed from the lines of its block.
+    """
+    blocks = [
+        re.sub(f"^[{indent}]{{,{len(indent)}}}", "", block, flags=re.MULTILINE) if indent else block
+        for indent, _, block in _BLOCK.findall(response.replace("\r\n", "\n"))
+    ]
     return "\n".join(blocks) if blocks else None
 
 

@@ -237,6 +237,27 @@ def test_documented_task_asks_gsm8k(smollm2: Path, tmp_path: Path) -> None:
     assert (found["metric"], found["target"][-2:]) == ("exact_match, last-number", "72")
 
 
+def test_metric_without_mean_over_items_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of perplexity, items have log-likelihoods, whose mean is another number, and better if higher."""
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "The capital of France is", "word": "Paris"}) + "\n")
+    metrics = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "mean"}]
+    written = {
+        "task": "own_words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": "words.jsonl"},
+        "test_split": "train",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": " {{word}}",
+        "metric_list": metrics,
+    }
+    (tmp_path / "own_words.yaml").write_text(yaml.safe_dump(written))
+    row = {"benchmark": "own_words", "task": "own_words", "item": 0, "shots": None}
+    program = open_harness(Harness(batch_size=1, chat_template=False), {"model": tiny_llama, "tasks": tmp_path})
+    as_compute(program)([row], tmp_path / "scores.parquet", print)
+    assert read_table(tmp_path / "scores.parquet", ITEM_SCORES)["metric"].to_pylist() == ["acc"]
+
+
 def test_unavailable_tasks_are_named(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no task 'arc_chalenge'.*benchmarks.task_folder"):
         items_of(tasks, tmp_path, "arc_chalenge")

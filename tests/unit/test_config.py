@@ -101,6 +101,10 @@ def test_repetition_penalty_matters_only_where_instructions_have_tags() -> None:
             "benchmarks.tasks.0.shot: unknown key; remove it or correct its spelling (did you mean 'shots'?)",
         ),
         (
+            {"benchmarks": {"tasks": [{"name": "arc_easy", "shots": 0}, {"name": "arc_easy", "shots": 5}]}},
+            "benchmarks: tasks has arc_easy twice; remove one",
+        ),
+        (
             {"synthesis": {"request": "papper"}},
             "synthesis.request: give the name of a text ('own', 'paper'), or a text with",
         ),

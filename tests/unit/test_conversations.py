@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from cluster.shards import Shards
 from cluster.stage import Stage
@@ -140,6 +141,15 @@ def test_masks_are_those_of_trl(tokenizer: Any, name: str) -> None:
         assert token == their_token
         if trained != their_mark:
             assert tokenizer.decode([token]).strip() in ("", "<|END_OF_TURN_TOKEN|>", "<|user|>")
+
+
+def test_prompt_tokens_that_take_blanks_have_no_loss(tokenizer: Any) -> None:
+    """Those of Phi 3 take the blanks that an answer begins with."""
+    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    real_template(tokenizer, "phi3_5")
+    tokenizer.add_tokens([AddedToken(name, rstrip=True, special=True) for name in names], special_tokens=True)
+    text = shown(tokenizer, encode(tokenizer, ("One?", "  \n One.", "Two?", "\n  Two.")))
+    assert text == "<|user|>One?<|end|><|assistant|>[[One.<|end|>]]<|user|>Two?<|end|><|assistant|>[[Two.<|end|>]]"
 
 
 ALLOWING = [name for name in TEMPLATES if name != "no end"]  # its earlier turns have no end token

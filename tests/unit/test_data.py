@@ -24,6 +24,7 @@ from montessori_core.data.tables import GENERATION, open_parquet, read_table, ta
 from montessori_core.errors import DataError
 from montessori_core.evaluation.alpaca_eval import read_difficulties, read_outputs
 from montessori_core.judging.mt_bench import read_dialogues
+from support.rouge import accept_all
 
 EXPERIMENT = Experiment(teacher=Teacher(model="t"), student=Student(model="s"))
 TARGETS = ("coding", "facts", "maths")
@@ -103,7 +104,7 @@ def test_builtin_sets_are_disjoint_by_rouge_l() -> None:
         tasks += read_tasks(DataSource(path=f"builtin/{kind}"), field, with_response=True)
     tasks += read_tasks(DataSource(path="builtin/short"), "seed_pool", with_response=False)
     assert len(tasks) == 240 + 96 + 64 + 3 * 128 + 96
-    accepted = RougeIndex(max_rouge_l=0.5 - 1e-9).add_all([task.instruction for task in tasks])
+    accepted = accept_all(RougeIndex(max_rouge_l=0.5 - 1e-9), [task.instruction for task in tasks])
     assert [task.example_id for task, new in zip(tasks, accepted, strict=True) if not new] == []
 
 

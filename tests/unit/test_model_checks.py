@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, LlamaConfig, MambaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+)
+from transformers.models.auto import tokenization_auto
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from flows.evaluation import evaluated_experiment, open_evaluation
 from flows.influence import Measurement, opened_inputs
@@ -131,6 +141,35 @@ def test_damaged_tokenizer_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     (broken / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(UserError, match=r"the tokenizer of .*broken' cannot be loaded: "):
         load_tokenizer(str(broken))
+
+
+def test_tokenizer_is_not_of_mistral_common(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM brings mistral-common, whose tokenizer renders no chat template and has no offsets."""
+    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.is_mistral_common_available", lambda: True)
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    MistralConfig().save_pretrained(model)
+    (model / "tekken.json").write_text("{}")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
+    tokenizer = load_tokenizer(str(model))
+    assert tokenizer.is_fast
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "mistral_format" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
+def test_tokenizer_of_wrong_class_is_refused(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.19 takes the class of the file, which splits words as Llama 2, for a vocabulary of Llama 3's kind."""
+    monkeypatch.setattr(TokenizersBackend, "_tokenizer_json_has_byte_level", lambda *_, **__: False)
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}))
+    with pytest.raises(
+        UserError, match=r"model' loses the spaces .*set tokenizer_class: PreTrainedTokenizerFast in its"
+    ):
+        load_tokenizer(str(model))
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    load_tokenizer(str(model))
 
 
 def test_tags_of_transformers_are_known(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from montessori_core.data import rouge
 from montessori_core.data.rouge import RougeIndex, f_measure
 from montessori_core.data.words import words
+from montessori_core.errors import DataError
+from support.rouge import accept_all
 
 SCORER = RougeScorer(["rougeL"])
 WORDS = st.sampled_from(
@@ -48,7 +51,7 @@ def test_acceptance_equals_brute_force(known: list[str], texts: list[str], limit
         expected.append(all(f_measure(other, text) <= limit for other in kept))
         if expected[-1]:
             kept.append(text)
-    assert RougeIndex(known, limit).add_all(texts) == expected
+    assert accept_all(RougeIndex(known, limit), texts) == expected
 
 
 @given(variants(), LIMITS)
@@ -58,7 +61,7 @@ def test_acceptance_of_variants_equals_brute_force(texts: list[str], limit: floa
         scores = [f_measure(other, text) for other in kept]
         above = [score for score in scores if score > limit]
         assert accepted.nearest(text) == (scores.index(max(above)) if above else None)
-        assert accepted.add_all([text]) == [not above]
+        assert accept_all(accepted, [text]) == [not above]
         kept += [] if above else [text]
     assert len(accepted) == len(kept)
 
@@ -87,7 +90,7 @@ def test_similarity_is_seen_in_any_script(language: str) -> None:
     assert f_measure(first, other) < 0.6
     start = first[: len(first) * 2 // 3]
     assert 0.4 < f_measure(first, start) < 1.0
-    assert RougeIndex().add_all([first, first, other, f"{first}!", first]) == [True, False, True, False, False]
+    assert accept_all(RougeIndex(), [first, first, other, f"{first}!", first]) == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +123,28 @@ def test_rouge_limit_is_exact() -> None:
         assert RougeIndex(texts[:1], math.nextafter(f, 0)).nearest(texts[1]) == 0, (first, second)
 
 
+def test_words_of_rejected_texts_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rouge, "_LAST", 9)
+    index = RougeIndex(["one two three four", "five six seven eight"])
+    for number in range(30):
+        assert index.nearest(f"one two three four new{number}") == 0
+        assert index.nearest(f"a{number} b{number} c{number} seven eight") is None
+    with pytest.raises(DataError, match="more than 8 different words"):
+        index.add("nine")
+
+
+@given(st.lists(st.sampled_from("abcdef"), max_size=6), st.lists(st.sampled_from("abcdefghijkl"), max_size=12), LIMITS)
+def test_unknown_words_match_nothing(known: list[str], text: list[str], limit: float) -> None:
+    """Also if none of the characters are left for them."""
+    score = f_measure(" ".join(known), " ".join(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rouge, "_LAST", len(set(known)) + 1)
+        assert RougeIndex([" ".join(known)], limit).nearest(" ".join(text)) == (0 if score > limit else None)
+
+
 def test_verdicts_do_not_depend_on_batching() -> None:
     texts = [f"explain topic {i % 97} with {i % 13} examples and {i % 5} remarks for class {i % 3}" for i in range(700)]
-    together = RougeIndex().add_all(texts)
+    together = accept_all(RougeIndex(), texts)
     one_by_one = RougeIndex()
-    assert [one_by_one.add_all([text])[0] for text in texts] == together
+    assert [accept_all(one_by_one, [text])[0] for text in texts] == together
     assert 0 < sum(together) < len(texts)

@@ -33,6 +33,9 @@ def block(code: str) -> str:
         ("```bash\nls\n```", None),
         ("```python\nnever closed", None),
         ("  ````Python\n```\n  ````", "```\n"),
+        ("1. Run:\n   ```python\n   if a:\n       b = 1\n\n   c = 2\n   ```", "if a:\n    b = 1\n\nc = 2\n"),
+        ("  ```python\nif a:\n\tb = 1\n  ```", "if a:\n\tb = 1\n"),
+        (block("if a:\n    b = 1").replace("\n", "\r\n"), "if a:\n    b = 1\n"),
         ("", None),
     ],
 )

@@ -18,11 +18,13 @@ from montessori_core.config import DataSource
 from montessori_core.data.rouge import RougeIndex
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.errors import DataError
+from montessori_core.selection import choose as choosing
 from montessori_core.selection.choose import Choice, choose, scored_positions
 from montessori_core.selection.embeddings import CLUSTER, Vectors, cluster_pool
 from montessori_core.selection.lengths import match_lengths
 from montessori_core.selection.pools import JsonlPool, ParquetPool, open_pool, unfinished_ids
 from support.reports import write_run
+from support.rouge import accept_all
 from support.runs import invoke
 
 
@@ -90,7 +92,7 @@ def test_near_duplicates_are_skipped(per: str | None) -> None:
     assert pool.passes > 2
     greedy = RougeIndex([], max_rouge_l=0.6)
     everything = choose(pool, Choice("s", rows=50, max_rouge_l=0.6))
-    assert everything == [i for i, row in enumerate(pool.rows()) if greedy.add_all([row["instruction"]])[0]]
+    assert everything == [i for i, row in enumerate(pool.rows()) if accept_all(greedy, [row["instruction"]])[0]]
 
 
 def embed_words(texts: list[str]) -> np.ndarray:
@@ -118,6 +120,24 @@ def test_rows_alike_in_meaning_or_words_are_skipped(texts: list[tuple[str, str]]
         if not near and not (both and written.nearest(" ".join(words)) is not None):
             expected.append(place)
     assert chosen == expected[:count]
+
+
+def test_slack_is_for_near_duplicates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    class Heap(choosing._Heap):
+        def __init__(self, limit: int) -> None:
+            limits.append(limit)
+            super().__init__(limit)
+
+    monkeypatch.setattr(choosing, "_Heap", Heap)
+    pool = ListPool([{"s": place, "instruction": "abc"[place]} for place in range(3)])
+    with TemporaryFile() as file:
+        vectors = Vectors(pool, file, embed_words)
+        for similarity in (None, 0.8):
+            choose(pool, Choice("s", rows=2, max_similarity=similarity), vectors=vectors)
+    assert set(limits[:3]) == {2}
+    assert set(limits[3:]) == {8}
 
 
 def test_clusters_are_those_of_meaning_and_take_turns() -> None:
