@@ -28,6 +28,7 @@ from montessori_core.files import commit, hash_path
 from montessori_core.influence.stored_steps import estimate_from_steps
 from montessori_core.influence.table import join_influence
 from montessori_core.layout import MOMENTS_FILE
+from montessori_core.models.fingerprints import moments_recipe
 from montessori_core.models.thinking import thinking_warning
 from montessori_core.program import Program, SettingsT
 from tasks.progress import ProgressBar
@@ -102,6 +103,12 @@ class Inputs:
     def examples(self) -> list[Task]:
         """The examples as tasks, in memory."""
         return list(_tasks_of(self.rows))
+
+    @property
+    def adamw(self) -> dict[str, float]:
+        """AdamW's settings of the steps that left the moments; empty if there are none, or they do not say."""
+        moments = self.models.get("moments")
+        return moments_recipe(Path(moments.path)) if moments else {}
 
 
 def measure_influence(measurement: Measurement, out: Path, command: Sequence[str]) -> None:
@@ -267,9 +274,9 @@ class MeasurementStages:
         return self._execute(name, "exact", self._inputs.rows[positions])
 
     def _settings(self, estimator: str) -> programs.InfluenceMeasurement:
-        measurement = self._measurement
+        measurement, warmup = self._measurement, Warmup.model_validate(self._inputs.adamw)
         return programs.measurement_settings(
-            measurement.settings, Warmup(), measurement.student.max_length, estimator, measurement.baseline
+            measurement.settings, warmup, measurement.student.max_length, estimator, measurement.baseline
         )
 
     def _execute(self, name: str, estimator: str, rows: Rows) -> pa.RecordBatchReader:

@@ -248,7 +248,7 @@ class _Trainings:
             max_length=measurement.student.max_length,
             batch_tokens=measurement.settings.reference_batch_tokens,
             reference_reduction=measurement.settings.reference_reduction,
-            recipe=self._validation.recipe,
+            recipe=self._validation.recipe.model_copy(update=self._inputs.adamw),
             mixed=measurement.settings.dtype != "float32",
         )
         rows: list[SubsetRow] = [{"training_id": name, "batches": steps} for name, steps in batches.items()]

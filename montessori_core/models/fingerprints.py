@@ -64,7 +64,7 @@ def hash_tensors(file: Path) -> list[tuple[str, str, list[int], str]]:
     Raises:
         DataError: the file is damaged.
     """
-    header, start = _read_header(file)
+    header, _, start = _read_header(file)
     try:
         ranges = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         with file.open("rb") as stream:
@@ -84,18 +84,18 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for header in headers for name, entry in header.items()}
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header entry of each tensor in a safetensors file, and the offset of the data."""
+def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Return the header entry of each tensor in a safetensors file, the metadata, and the offset of the data."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         try:
             if not 2 <= size <= file.stat().st_size:
                 raise ValueError(f"a header of {size} bytes")
             header = json.loads(stream.read(size))
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", {})
         except (ValueError, AttributeError) as error:
             raise _damaged(file, error) from error
-    return header, 8 + size
+    return header, metadata, 8 + size
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
@@ -175,6 +175,16 @@ def write_fingerprint(folder: Path, base: str | None = None) -> None:
 def moments_fingerprint(folder: Path) -> str:
     """Return the hash of the AdamW moments in the folder of a model that this project trained."""
     return str(json.loads((folder / FINGERPRINT).read_text())["moments"])
+
+
+def moments_recipe(folder: Path) -> dict[str, float]:
+    """Return AdamW's betas, epsilon and weight decay of the steps that left the moments in a folder.
+
+    Empty if the file does not say.
+    """
+    _, metadata, _ = _read_header(folder / MOMENTS_FILE)
+    recipe: dict[str, float] = json.loads(metadata.get("adamw", "{}")).get("recipe") or {}
+    return recipe
 
 
 def without_environment(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from montessori_core.config import Optimization
 from montessori_core.errors import DataError
 from montessori_core.files import hash_json
 from montessori_core.layout import MOMENTS_FILE
@@ -84,12 +85,13 @@ def cold_moments(model: Any) -> Moments:
     return Moments(zeros, zeros, 0)
 
 
-def save_moments(moments: Moments, folder: Path) -> None:
-    """Write the moments next to a model's weights."""
+def save_moments(moments: Moments, folder: Path, recipe: Optimization | None = None) -> None:
+    """Write the moments next to a model's weights; `moments_recipe` reads AdamW's settings of the recipe."""
     tensors = {f"{name}.first": tensor.contiguous() for name, tensor in moments.first.items()}
     tensors |= {f"{name}.second": tensor.contiguous() for name, tensor in moments.second.items()}
     # One entry: safetensors writes several in a random order.
-    state = json.dumps({"step": moments.step, "weights": moments.weights}, sort_keys=True)
+    adamw = recipe and recipe.model_dump(include={"beta1", "beta2", "epsilon", "weight_decay"})
+    state = json.dumps({"step": moments.step, "weights": moments.weights, "recipe": adamw}, sort_keys=True)
     save_file(tensors, folder / MOMENTS_FILE, metadata={"adamw": state})
 
 

@@ -78,7 +78,7 @@ def open_sft(settings: programs.Sft, inputs: Mapping[str, Path]) -> Compute[Trai
             moments = gather_moments(trainer.model_wrapped, trainer.state.global_step)
             if moments is not None:
                 output.mkdir(parents=True, exist_ok=True)
-                save_moments(moments, output)
+                save_moments(moments, output, recipe)
             del moments  # twice the size of the weights, which are gathered next
         tokens = [example.response_tokens for example in examples]
         counts = {

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from cluster.lock import only_driver
+from cluster.records import Description, read_record
 from flows.cli.influence import local_cluster
+from montessori_core.config import Optimization
 from montessori_core.data.tables import INFLUENCE, read_table
 from montessori_core.models.load import load_model
 from montessori_core.training.moments import Moments, cold_moments, save_moments
@@ -198,6 +200,22 @@ def test_foreign_tokenizer_and_moments_are_refused(tiny_llama: Path, folder: Pat
     code, output = influence(folder, tiny_llama, "--warm-state", str(folder))
     assert code == 1
     assert "the AdamW moments belong to another model" in " ".join(output.split())
+
+
+def test_step_is_of_the_adamw_that_left_the_moments(tiny_llama: Path, folder: Path) -> None:
+    weights = dict(load_model(str(tiny_llama), torch.float32).named_parameters())
+    first, second = ({name: torch.full_like(weight, 1e-3) for name, weight in weights.items()} for _ in range(2))
+    recipe = Optimization(beta1=0.5, beta2=0.9, epsilon=1e-3, weight_decay=0.1)
+    save_moments(Moments(first, second, 3), folder, recipe)
+    options = ("--warm-state", str(folder), "--estimator", "exact")
+    code, output = influence(folder, tiny_llama, *options)
+    assert code == 0, output
+    description = read_record(folder / "influence.parquet.parts" / "exact" / "stage.json", Description)
+    assert description is not None
+    step = description.settings["step"]
+    assert {name: step[name] for name in ("beta1", "beta2", "epsilon", "weight_decay")} == recipe.model_dump(
+        include={"beta1", "beta2", "epsilon", "weight_decay"}
+    )
 
 
 @pytest.mark.parametrize(("device", "visible", "gpus"), [("auto", "3", 1), ("auto", "", 0), ("cpu", "3", 0)])
