@@ -74,6 +74,8 @@ def retry(
     """Submit shards again, either one or all that are failed or missing, then resume the run."""
     if failed and shard is not None:
         raise UserError("--failed and --shard exclude each other: name one shard, or retry all that are missing")
+    if stage is not None and shard is None:
+        raise UserError("--stage needs --shard: without it, retry submits what is missing in all stages")
     run_dir = run_dir.resolve()
     refuse_other_work(run_dir)
     enter_directory(run_dir)

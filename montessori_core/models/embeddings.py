@@ -33,7 +33,7 @@ class Embedder:
 
         self._device = compute_device()
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
             model, info = AutoModel.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )

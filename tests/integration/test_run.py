@@ -224,6 +224,9 @@ def test_run_with_a_relative_model_is_found_from_another_directory(talking_llama
     code, output = invoke("retry", "../runs/tiny", "--shard", "0", cwd=tmp_path / "other")
     assert code == 1
     assert "no stage" in output, output
+    code, output = invoke("retry", "../runs/tiny", "--stage", "iteration-1/influence", cwd=tmp_path / "other")
+    assert code == 1
+    assert "--stage needs --shard" in output
 
 
 @pytest.mark.slow
