@@ -1,13 +1,19 @@
 """The filter `language`: an instruction is in a certain language, or too short to tell."""
 
 from montessori_core.config import LanguageFilter
-from montessori_core.data.languages import language_of
+from montessori_core.data.languages import known_languages, language_of
+from montessori_core.errors import ConfigError
 from montessori_core.synthesis.filters.filter import Candidate, Context, Filter, Reject
 
 OTHER_LANGUAGE = "in another language"
 
 
 def _open(settings: LanguageFilter, context: Context) -> Reject:
+    for language in settings.languages:
+        if language not in known_languages():
+            known = ", ".join(sorted(known_languages()))
+            raise ConfigError(f"synthesis.filters: language: languages: no language {language!r}; known are {known}")
+
     def reject(candidate: Candidate) -> str | None:
         language = language_of(candidate.instruction)
         return OTHER_LANGUAGE if language not in (None, *settings.languages) else None
