@@ -28,10 +28,9 @@ def compare(
     from flows.study import compare_opened, open_study
     from montessori_core.config import read_study
 
-    if study.name == STUDY:  # of a study that has begun
-        study, run_root = study.resolve(), run_root.resolve()
-        cluster = cluster and cluster.resolve()
-        enter_directory(study.parent / f"seed-{read_study(study).seeds[0]}")
+    if study.name == STUDY and (seeds := sorted(study.resolve().parent.glob("seed-*"))):  # a study that has begun
+        study, run_root, cluster = study.resolve(), run_root.resolve(), cluster and cluster.resolve()
+        enter_directory(seeds[0])
     settings = read_study(study, tuple(set_ or []))
     settings = settings.model_copy(update={"experiment": on_cluster(settings.experiment, cluster, study)})
     if as_job:
