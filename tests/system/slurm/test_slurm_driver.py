@@ -345,9 +345,10 @@ def test_retried_flow_run_awaits_its_driver_job(server: Server, finished_run: Pa
     subprocess.run(["scontrol", "requeue", str(driver.job)], check=True)
     server.set_state(flow_run, "SCHEDULED")
     server.wait_for(flow_run, "Completed", seconds=2400)
+    wait_until(lambda: "the driver has ended" in server.logs(flow_run), 60)  # logs reach the server in batches
     logs = server.logs(flow_run)
     assert f"an earlier flow run or command has submitted the driver: Slurm job {driver.job}" in logs
-    assert "iteration-1/influence has begun" in logs
+    assert "iteration-1/evaluation has begun" in logs
     assert whole.digests(run) == whole.digests(finished_run / "runs" / "tiny")
     assert {len(read_json(ledger)) for ledger in run.rglob("ledger.json")} == {1}
     wait_until(lambda: queued() == [], 60)
@@ -400,6 +401,7 @@ def test_flow_run_of_study_awaits_its_driver_job(server: Server) -> None:
     server.wait_for(flow_run, "Crashed")
     server.set_state(flow_run, "SCHEDULED")
     server.wait_for(flow_run, "Completed", seconds=2400)
+    wait_until(lambda: "the driver has ended" in server.logs(flow_run), 60)  # logs reach the server in batches
     logs = server.logs(flow_run)
     assert f"an earlier flow run or command has submitted the driver: Slurm job {driver.job}" in logs
     assert "seed-1/methods/random/round-1/student has begun" in logs
@@ -412,5 +414,5 @@ def test_flow_run_of_study_awaits_its_driver_job(server: Server) -> None:
     assert "Comparison of methods: pair" in [artifact["description"] for artifact in server.artifacts(driven)]
     again = str(server.ask(f"deployments/{pair['id']}/create_flow_run", content)["id"])
     server.wait_for(again, "Completed")
-    assert "pair is finished" in server.logs(again)
+    wait_until(lambda: "pair is finished" in server.logs(again), 60)
     wait_until(lambda: queued() == [], 60)
