@@ -3,7 +3,6 @@
 Other files are small beside them, except checkpoints: a training keeps one with AdamW's moments until it ends.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from montessori_core.config import Experiment, Study
 from montessori_core.models.fetch import full_model
-from montessori_core.models.fingerprints import weight_shapes
+from montessori_core.models.fingerprints import count_weights
 from tasks.run import Run
 
 _WEIGHT, _MOMENTS = 4, 8  # bytes for each weight
@@ -36,8 +35,8 @@ class Kept:
     def of(run: Run) -> "Kept":
         """Read the sizes of a run's initial models."""
         experiment = run.experiment
-        teacher = 0 if experiment.teacher_update.lora else _count_weights(Path(run.initial_teacher().path))
-        student = 0 if experiment.student.lora else _count_weights(Path(run.initial_student().path))
+        teacher = 0 if experiment.teacher_update.lora else count_weights(full_model(Path(run.initial_teacher().path)))
+        student = 0 if experiment.student.lora else count_weights(full_model(Path(run.initial_student().path)))
         checkpoint = (_WEIGHT + _MOMENTS) * max(teacher, student)
         return Kept(_WEIGHT * teacher, _WEIGHT * student, _MOMENTS * student, checkpoint)
 
@@ -59,10 +58,6 @@ class Kept:
         methods = len(study.methods)
         of_methods = (methods - 1) * (self.teacher + self.student) + methods * others
         return len(study.seeds) * (self.of_run(study.experiment) + of_methods)
-
-
-def _count_weights(model: Path) -> int:
-    return sum(math.prod(shape) for shape in weight_shapes(full_model(model)).values())
 
 
 def warn_of_space(folder: Path, needed: int) -> list[str]:

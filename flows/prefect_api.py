@@ -18,8 +18,7 @@ from montessori_core.errors import UserError
 
 _VARIABLE = "PREFECT_API_URL"
 _TIMEOUT = 10.0  # seconds
-_WHILE_RESTARTING = "500"
-ASK_AGAIN = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": _WHILE_RESTARTING}
+ASK_AGAIN = {"PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
 """Variables of a process that drives flows on a server whose database may restart: the server answers 500 meanwhile."""
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 
@@ -46,12 +45,13 @@ def asking_again() -> Iterator[None]:
 
     Not that of a driver's temporary server: its errors, such as that of a full disk, last.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_RETRY_EXTRA_CODES, temporary_settings
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_CLIENT_RETRY_EXTRA_CODES as setting
 
     if PREFECT_API_URL.value() is None:
         yield
         return
-    with temporary_settings(set_defaults={PREFECT_CLIENT_RETRY_EXTRA_CODES: _WHILE_RESTARTING}):
+    with temporary_settings(set_defaults={setting: ASK_AGAIN[setting.name]}):
         yield
 
 

@@ -134,9 +134,10 @@ def _refuse_other_inputs(seeded: list[SeedRuns]) -> None:
         UserError: a run has other data or models than the runs of the first seed.
     """
     first = seeded[0]
+    sets = _sets(first.run)
     for seed in seeded:
         for run, same in zip((seed.run, *seed.others), (first.run, *first.others), strict=True):
-            differ = (_sets(run).items() ^ _sets(first.run).items()) | (_models(run).items() ^ _models(same).items())
+            differ = (_sets(run).items() ^ sets.items()) | (_models(run).items() ^ _models(same).items())
             if differ:
                 names = ", ".join(sorted({name for name, _ in differ}))
                 raise UserError(
@@ -337,10 +338,7 @@ def _with_enough_tokens(ended: dict[str, Feedback]) -> dict[str, int]:
         most = max(counts[other].get("response_tokens_of_first_batch", 1) for other in tokens)
         if tokens[name] >= most:
             break
-        del tokens[name]
-        problem = (
-            f"its training set has {counts[name].get('response_tokens', 0)} response tokens, a batch of another {most}"
-        )
+        problem = f"its training set has {tokens.pop(name)} response tokens, a batch of another {most}"
         warn(name, f"left out of the comparison at equal response tokens: {problem}")
     return tokens
 
@@ -363,8 +361,7 @@ def run_method(run: Run, method: Method) -> Feedback:
         proposed = read_table(proposal.examples, EXAMPLES).num_rows
         if last and not method.trains_student and proposed < required:
             raise UserError(f"{label}: {proposed} examples proposed, but all methods train on {required}")
-        recipe, part = proposal.recipe or run.experiment.training, step.at("student", "student training")
-        student = proposal.student or train_student(part, proposal.examples, recipe, required, save_moments=not last)
+        student = proposal.student or train_on_set(step, proposal.examples, not last, proposal.recipe)
         feedback = Feedback(proposal, student, evaluate(step.at("evaluation"), student), feedback)
     assert feedback is not None
     return feedback

@@ -19,9 +19,9 @@ from tasks.stage import Step
 log = logging.getLogger(__name__)
 
 
-def train_on_set(step: Step, examples: Path, save_moments: bool = False) -> Model:
-    """Train the experiment's student in a part of a step, by the recipe `training` and within its sizes."""
-    recipe = step.experiment.training
+def train_on_set(step: Step, examples: Path, save_moments: bool = False, recipe: Training | None = None) -> Model:
+    """Train the experiment's student in a part of a step, by a recipe and within its sizes; by default `training`."""
+    recipe = recipe or step.experiment.training
     return train_student(step.at("student", "student training"), examples, recipe, recipe.examples, save_moments)
 
 

@@ -51,13 +51,10 @@ def resume(run_dir: RunFolder, as_job: SubmitDriver = False) -> None:
 
     Work of other commands is resumed by the command that started it; resume names it.
     """
-    run_dir = run_dir.resolve()
-    refuse_other_work(run_dir)
-    enter_directory(run_dir)
-    experiment = reopen_run(run_dir).experiment
+    reopened = _reopen(run_dir)
     if as_job:
-        check_driver_job(experiment)
-    opened, _ = open_run(experiment, run_dir)
+        check_driver_job(reopened.experiment)
+    opened, _ = open_run(reopened.experiment, reopened.folder)
     drive_run(opened, as_job)
 
 
@@ -76,10 +73,8 @@ def retry(
         raise UserError("--failed and --shard exclude each other: name one shard, or retry all that are missing")
     if stage is not None and shard is None:
         raise UserError("--stage needs --shard: without it, retry submits what is missing in all stages")
-    run_dir = run_dir.resolve()
-    refuse_other_work(run_dir)
-    enter_directory(run_dir)
-    opened, _ = open_run(reopen_run(run_dir).experiment, run_dir)
+    reopened = _reopen(run_dir)
+    opened, _ = open_run(reopened.experiment, reopened.folder)
     if shard is not None:
         with no_driver(opened.folder):
             invalidate_shard(stage_folder(opened, stage), shard)
@@ -101,6 +96,18 @@ def drive_run(opened: Run, as_job: bool = False) -> None:
         console.print(f"{name} is finished; checking its results.")
     interruptible(lambda: experiment(opened), command_to_resume(folder))
     print_summary(opened)
+
+
+def _reopen(folder: Path) -> Run:
+    """Reopen a run, and go to the directory from which it was started.
+
+    Raises:
+        UserError: the folder is not a run, or part of a study.
+    """
+    folder = folder.resolve()
+    refuse_other_work(folder)
+    enter_directory(folder)
+    return reopen_run(folder)
 
 
 def refuse_other_work(folder: Path) -> None:

@@ -7,6 +7,7 @@ computation, a missing one gives a wrong result. Works without torch and safeten
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -82,6 +83,15 @@ def weight_shapes(folder: Path) -> dict[str, list[int]]:
     """
     headers = [_read_header(file)[0] for file in weight_files(folder)]
     return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
+def count_weights(folder: Path) -> int:
+    """Return the number of weights of the model in a folder.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    return sum(math.prod(shape) for shape in weight_shapes(folder).values())
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:

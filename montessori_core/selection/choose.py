@@ -76,9 +76,10 @@ class Scored(NamedTuple):
         return -self.order
 
 
-def scored_positions(pool: Pool, by: str) -> list[int]:
-    """Return the positions of the rows that have a score."""
-    return [position for position, row in enumerate(pool.rows([by])) if _score(pool, position, row, by) is not None]
+def scored_positions(pool: Pool, by: str) -> np.ndarray:
+    """Return the [rows] positions of the rows that have a score, in ascending order."""
+    rows = enumerate(pool.rows([by]))
+    return np.fromiter((position for position, row in rows if _score(pool, position, row, by) is not None), np.int64)
 
 
 def choose(
@@ -172,10 +173,10 @@ def _accept(
         accepted.append((RougeIndex(max_rouge_l=choice.max_rouge_l), dict(texts_of(pool, candidates)).__getitem__))
 
     def accept(row: Scored) -> bool:
-        values = [value_of(row.position) for _, value_of in accepted]
-        if any(index.nearest(value) is not None for (index, _), value in zip(accepted, values, strict=True)):
+        compared = [(index, value_of(row.position)) for index, value_of in accepted]
+        if any(index.nearest(value) is not None for index, value in compared):
             return False
-        for (index, _), value in zip(accepted, values, strict=True):
+        for index, value in compared:
             index.add(value)
         return True
 

@@ -95,13 +95,13 @@ def _without_cluster(columns: Sequence[str] | None) -> list[str] | None:
     return None if columns is None else [name for name in columns if name != CLUSTER]
 
 
-def cluster_pool(pool: Pool, vectors: Vectors, positions: Sequence[int], count: int) -> ClusteredPool:
+def cluster_pool(pool: Pool, vectors: Vectors, positions: np.ndarray, count: int) -> ClusteredPool:
     """Put rows into clusters: k-means of their embeddings, with centres of at most 50,000 rows, drawn at random.
 
     Args:
         pool: the rows.
         vectors: their embeddings.
-        positions: of the rows in clusters, in ascending order.
+        positions: [rows] of the rows in clusters, in ascending order.
         count: number of clusters.
 
     Raises:
@@ -109,12 +109,12 @@ def cluster_pool(pool: Pool, vectors: Vectors, positions: Sequence[int], count: 
     """
     from sklearn.cluster import KMeans
 
-    vectors.add(set(positions))
+    vectors.add(set(positions.tolist()))
     drawn = np.sort(np.random.default_rng(0).permutation(positions)[:_FITTED])
     fitted = np.stack([vectors.of(position) for position in drawn.tolist()])
     means = KMeans(min(count, len(fitted)), n_init=1, random_state=0).fit(fitted)
     clusters = np.full(positions[-1] + 1, -1, np.int32)
     for start in range(0, len(positions), _CHUNK):
         chunk = positions[start : start + _CHUNK]
-        clusters[chunk] = means.predict(np.stack([vectors.of(position) for position in chunk]))
+        clusters[chunk] = means.predict(np.stack([vectors.of(position) for position in chunk.tolist()]))
     return ClusteredPool(pool, clusters)

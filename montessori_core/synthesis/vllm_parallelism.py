@@ -3,7 +3,6 @@
 A copy on fewer GPUs wastes no time on communication, so a copy takes as few GPUs as hold it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from montessori_core.config import Vllm
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
 from montessori_core.models.fetch import full_model
-from montessori_core.models.fingerprints import weight_shapes
+from montessori_core.models.fingerprints import count_weights
 from montessori_core.models.positions import long_prompt_error
 
 DEFAULT_SHARE = 0.9  # of a GPU's memory; vLLM's default is 0.9 or a little more
@@ -40,8 +39,7 @@ class ModelSize:
     def of(folder: Path) -> "ModelSize":
         """Read the sizes of a model on disk, or of an adapter's base model."""
         folder = full_model(folder)
-        weights = sum(math.prod(shape) for shape in weight_shapes(folder).values())
-        return ModelSize.from_config(read_json(folder / "config.json") or {}, weights)
+        return ModelSize.from_config(read_json(folder / "config.json") or {}, count_weights(folder))
 
     @staticmethod
     def from_config(config: Mapping[str, Any], parameters: int) -> "ModelSize":

@@ -51,7 +51,7 @@ SCORES = st.lists(st.one_of(st.none(), st.just(float("nan")), st.integers(-3, 3)
 def test_best_rows_are_those_of_a_stable_sort(scores: list[float | None], count: int) -> None:
     pool = ListPool([{"s": score} for score in scores])
     valid = [i for i, score in enumerate(scores) if score is not None and score == score]
-    assert scored_positions(pool, "s") == valid
+    assert scored_positions(pool, "s").tolist() == valid
     assert choose(pool, Choice("s", rows=count)) == sorted(valid, key=lambda i: -(scores[i] or 0))[:count]
 
 
@@ -304,5 +304,5 @@ def test_influence_table_texts_keep_its_order(tmp_path: Path) -> None:
     assert {position: row["output"] for position, row in taken.items()} == {n: f"Done {ids[n]}." for n in (2, 5, 7)}
     assert [row["influence"] for row in taken.values()] == [rows[n]["influence"] for n in (2, 5, 7)]
     (tmp_path / "data.jsonl").unlink()
-    assert scored_positions(pool, "influence")
+    assert len(scored_positions(pool, "influence")) > 0
     assert [row for _, row in pool.take({5}, ["influence"])] == [{"influence": rows[5]["influence"]}]
