@@ -43,6 +43,21 @@ def test_links_between_documents_resolve() -> None:
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
+def test_tables_have_headers() -> None:
+    # A blank line in the middle of a table ends it, and the rows below are shown as text.
+    for page in PAGES:
+        fenced = False
+        for number, (before, line, after) in enumerate(triples(page.read_text().splitlines()), start=1):
+            fenced ^= line.startswith("```")
+            if not fenced and line.startswith("|") and not before.startswith("|"):
+                assert re.match(r"\|[-:| ]+\|$", after), f"{page.name}:{number}: {line}"
+
+
+def triples(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yields each line between its neighbours."""
+    return zip(["", *lines], lines, [*lines[1:], ""], strict=False)
+
+
 def test_configuration_page_is_up_to_date() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == CONFIGURATION["page"](), "docs/configuration.md is out of date; run: python docs/configuration.py"
