@@ -61,6 +61,7 @@ class Job:
         stage_folder: folder of the stage.
         task: shards to compute.
         threads: threads of each rank.
+        gpus: number of GPUs of the job, which `environment` names.
         ranks: number of processes of the job.
         seconds: time limit.
         environment: environment variables.
@@ -70,6 +71,7 @@ class Job:
     stage_folder: str
     task: list[int]
     threads: int
+    gpus: int
     ranks: int
     seconds: float
     environment: dict[str, str]
@@ -229,7 +231,7 @@ def _become_job(driver: socket.socket) -> None:
         SUBMITIT_LOCAL_JOB_NUM_NODES="1",
         SUBMITIT_LOCAL_NODEID="0",
     )
-    submission = DelayedSubmission(run_task, job.stage_folder, job.task, job.threads)
+    submission = DelayedSubmission(run_task, job.stage_folder, job.task, job.threads, job.gpus)
     submission.set_timeout(job.seconds / 60, 0)
     submission.dump(JobPaths(job.folder, str(os.getpid())).submitted_pickle)
     waiting, gate = os.pipe()

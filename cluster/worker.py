@@ -42,10 +42,16 @@ _BROKEN_GPU = (
 """Errors that tell of a node's GPU or driver. An error of a kernel, such as a device-side assert, tells of the code."""
 
 
-def run_task(folder: str, indices: list[int], threads: int) -> None:
+def run_task(folder: str, indices: list[int], threads: int, gpus: int) -> None:
     """Compute those of the shards `indices` of the stage in `folder` that are not done.
 
     An error is recorded with its traceback and ends the task; the driver submits the remaining shards again.
+
+    Args:
+        folder: folder of the stage.
+        indices: shards of the task.
+        threads: threads of this process.
+        gpus: GPUs for which the job asked on each of its nodes.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before torch is imported, so that its thread pools get the same size.
@@ -58,7 +64,7 @@ def run_task(folder: str, indices: list[int], threads: int) -> None:
     stage.record_start(environment.job_id, os.environ.get("SLURMD_NODENAME") or platform.node(), int(_attempt()))
     with private_folders(f"{environment.job_id}-{environment.global_rank}"):
         join_processes(environment)
-        _compute_shards(stage, indices, environment)
+        _compute_shards(stage, indices, gpus, environment)
 
 
 def set_library_defaults() -> None:
@@ -68,7 +74,7 @@ def set_library_defaults() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobEnvironment) -> None:
+def _compute_shards(stage: Stage, indices: list[int], gpus: int, environment: submitit.JobEnvironment) -> None:
     opened: Compute[Any] | RowProgram[Any] | None = None
     begun = time.monotonic() - _seconds_alive()
     for index in indices:
@@ -80,6 +86,10 @@ def _compute_shards(stage: Stage, indices: list[int], environment: submitit.JobE
                 continue
             log.info("%s: shard %d, %d rows, on %s", stage.name, index, len(rows), platform.node())
             if opened is None:
+                if gpus:
+                    from montessori_core.models.device import check_gpus  # torch, which drivers never import
+
+                    check_gpus(gpus)
                 inputs = {**stage.inputs, "shared": stage.shared_folder}
                 opened = open_program(stage.entry, stage.settings_type, stage.settings, inputs)
                 opening = time.monotonic() - begun

@@ -129,7 +129,9 @@ class AllocationBackend(LocalBackend):
             start_new_session=True,
         )
         job_id = f"{process.pid}:{start_time(process.pid)}"
-        submission = DelayedSubmission(run_step, str(stage_folder), task, resources.cpus_per_process)
+        submission = DelayedSubmission(
+            run_step, str(stage_folder), task, resources.cpus_per_process, resources.gpus_per_node
+        )
         submission.set_timeout(resources.time_limit_minutes, 0)
         submission.dump(JobPaths(folder, str(process.pid)).submitted_pickle)
         self._job_ids.add(job_id)

@@ -87,6 +87,7 @@ class LocalBackend:
             stage_folder=str(stage_folder),
             task=task,
             threads=self._resources.cpus_per_process,
+            gpus=len(gpus),
             ranks=self._resources.processes_per_node,
             seconds=60.0 * self._resources.time_limit_minutes,
             environment=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))},
@@ -107,7 +108,7 @@ class LocalBackend:
             gpus_per_node=resources.gpus_per_node,
             visible_gpus=gpus,
         )
-        job = executor.submit(run_task, str(stage_folder), task, resources.cpus_per_process)
+        job = executor.submit(run_task, str(stage_folder), task, resources.cpus_per_process, resources.gpus_per_node)
         try:
             started = start_time(int(job.job_id))
         except psutil.NoSuchProcess:

@@ -67,8 +67,8 @@ class _Restartable(submitit.helpers.Checkpointable):
     finished shards, so there is no state to save.
     """
 
-    def __call__(self, stage_folder: str, task: Task, threads: int) -> None:
-        run_task(stage_folder, task, threads)
+    def __call__(self, stage_folder: str, task: Task, threads: int, gpus: int) -> None:
+        run_task(stage_folder, task, threads, gpus)
 
 
 class SlurmBackend:
@@ -109,8 +109,8 @@ class SlurmBackend:
         self, name: str, folder: Path, tasks: Sequence[Task], stage_folder: Path, at_once: int, avoid: frozenset[str]
     ) -> list[str]:
         executor = self._executor(name, folder, at_once, avoid)
-        cpus = self._resources.cpus_per_process
-        arguments = [str(stage_folder)] * len(tasks), list(tasks), [cpus] * len(tasks)
+        cpus, gpus, count = self._resources.cpus_per_process, self._resources.gpus_per_node, len(tasks)
+        arguments = [str(stage_folder)] * count, list(tasks), [cpus] * count, [gpus] * count
         try:
             with _limit_sbatch(folder):
                 jobs = executor.map_array(_Restartable(), *arguments)

@@ -227,8 +227,30 @@ def test_last_error_of_a_shard_is_reported(folder: Path, monkeypatch: pytest.Mon
         (folder / fault).touch()
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
         with pytest.raises((RuntimeError, ValueError, OSError)):
-            _compute_shards(own, [0], environment)
+            _compute_shards(own, [0], 0, environment)
         assert read_json(own.failure_file(0))["class"] == kind  # the first error of an attempt
+
+
+def test_job_that_sees_no_gpu_is_lost_before_it_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node has a broken driver. With torch's build for CPUs, which has no GPU to lose, jobs compute."""
+    import torch
+
+    for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "1", "LOCAL_GLOBALRANK": "0"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    own = stage(folder)
+    own.write(as_shards([{"n": 5}]))
+    (own.folder / "jobs").mkdir()
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with pytest.raises(RuntimeError, match="asked for 2"):
+        _compute_shards(own, [0], 2, submitit.JobEnvironment())
+    failure = read_json(own.failure_file(0))
+    assert (failure["class"], failure["opening"]) == ("lost", True)
+    _compute_shards(own, [0], 0, submitit.JobEnvironment())
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    own.write(as_shards([{"n": 6}]))
+    _compute_shards(own, [0], 2, submitit.JobEnvironment())
+    assert computed(folder) == [5, 6]
 
 
 def test_full_disk_of_torch_is_recognised() -> None:

@@ -97,7 +97,7 @@ def job_of(stage: Stage, *values: str, seconds: float = 600.0) -> Job:
     stage.write(shards)
     folder = stage.folder / "jobs" / "by-hand"
     folder.mkdir(parents=True)
-    return Job(str(folder), str(stage.folder), list(range(len(shards))), 1, 1, seconds, dict(os.environ))
+    return Job(str(folder), str(stage.folder), list(range(len(shards))), 1, 0, 1, seconds, dict(os.environ))
 
 
 def lives(pid: int) -> bool:
