@@ -107,9 +107,9 @@ def test_unreachable_server_ends_no_training(tiny_llama: Path, offline: Path, mo
 
 
 @pytest.mark.slow
-def test_run_is_tracked_and_resumes_its_runs(tiny_llama: Path, tmp_path: Path) -> None:
+def test_run_is_tracked_and_resumes_its_runs(talking_llama: Path, tmp_path: Path) -> None:
     tracking = ("--set", "tracking=[tensorboard]")
-    config = str(configuration(tmp_path, tiny_llama))
+    config = str(configuration(tmp_path, talking_llama))
     code, output = call("run", config, *tracking, cwd=tmp_path)
     assert code == 0, output
     run = tmp_path / "runs" / "tiny"

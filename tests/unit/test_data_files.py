@@ -120,7 +120,7 @@ def test_fsspec_paths_are_read(tmp_path: Path) -> None:
         ("file:///dev/zero", "file:///dev/zero: no data files there"),
         (f"file://{tmp_path}/pipe.jsonl", "pipe.jsonl: not a file"),
         ("nowhere://rows.jsonl", "nowhere://rows.jsonl: cannot be read .*Protocol not known"),
-        ("s3://bucket/rows.jsonl", "install"),
+        ("gs://bucket/rows.jsonl", "install"),
     ):
         with pytest.raises(DataError, match=message):
             read(path)

@@ -1,0 +1,89 @@
+"""Data and results on S3: a local server that speaks its protocol."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+from montessori_core.config import DataSource
+from montessori_core.data.sources import read_tasks
+from montessori_core.errors import DataError
+from support.reports import write_run
+from support.runs import invoke
+
+ROWS = [{"instruction": f"Name river {number}.", "output": f"River {number}."} for number in range(20)]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    system = s3fs.S3FileSystem()
+    system.makedirs("bucket", exist_ok=True)  # the server keeps its buckets for the process
+    yield system
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def lines(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def read(path: str) -> list[dict[str, str]]:
+    tasks = read_tasks(DataSource(path=path), "references", with_response=True)
+    return [{"instruction": task.instruction, "output": task.response} for task in tasks]
+
+
+def test_rows_on_s3_are_read(store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    store.pipe("bucket/set/part-0.jsonl", lines(ROWS[:12]))
+    store.pipe("bucket/set/part-1.jsonl", lines(ROWS[12:]))
+    for path in ("s3://bucket/set", "s3://bucket/set/part-*.jsonl"):
+        assert read(path) == ROWS, path
+    code, output = invoke("data", "check", "s3://bucket/set", cwd=tmp_path)
+    assert code == 0, output
+    assert "20 rows" in output
+    for path, message in (
+        ("s3://bucket/none.jsonl", "s3://bucket/none.jsonl: cannot be read"),
+        ("s3://absent/set", "s3://absent/set: cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(path)
+
+
+def test_rows_on_s3_without_credentials_are_refused(store: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.pipe("bucket/rows.jsonl", lines(ROWS))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=r"s3://bucket/rows.jsonl: cannot be read .*credentials"):
+        read("s3://bucket/rows.jsonl")
+
+
+def test_run_is_pushed_to_s3_and_read_back(store: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "trial")
+    (run / "report.html").write_text("<p>report</p>" * 1_000_000)  # sent in several parts
+    to = ("--to", "s3://bucket/results/trial")
+    code, output = invoke("push", str(run), *to, cwd=tmp_path)
+    assert code == 0, output
+    assert store.cat_file("bucket/results/trial/report.html") == (run / "report.html").read_bytes()
+    assert read("s3://bucket/results/trial/data/training/*.parquet")
+    code, output = invoke("push", str(run), *to, cwd=tmp_path)
+    assert code == 0, output
+    assert "nothing copied" in " ".join(output.split())
+    code, output = invoke("push", str(run), "--to", "s3://absent/trial", cwd=tmp_path)
+    assert code == 1
+    assert "s3://absent/trial" in output
+    assert "Traceback" not in output
