@@ -5,6 +5,7 @@ its submission to its end; while it waits in the queue, no process holds the loc
 """
 
 import fcntl
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from cluster.backends.base import SchedulerUnavailable
 from cluster.backends.command import run_command
 from cluster.backends.held import end_held_jobs, end_orphaned_steps
@@ -26,9 +29,14 @@ from montessori_core import layout
 from montessori_core.config import Slurm
 from montessori_core.errors import UserError
 from montessori_core.files import is_copy, owner_of
+from montessori_core.locks import take_lock
+
+log = logging.getLogger(__name__)
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 _HANDOVER_TIMEOUT = 300.0  # seconds; a file server keeps the lock of a crashed node for a while
+_SIMULTANEOUS = 2.0  # seconds
+_CLOCK_SKEW = 60.0  # seconds; between this host and the file server
 _driven: list[Path] = []  # folders whose lock this process holds, the outermost first
 
 
@@ -68,8 +76,7 @@ def only_driver(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another driver holds it.
     """
-    with _lock(folder) as lock:
-        _write(lock, _this_process())
+    with _lock(folder, _this_process()) as (lock, _):
         try:
             with _driving(folder):
                 yield
@@ -88,15 +95,12 @@ def no_driver(folder: Path) -> Iterator[None]:
     Raises:
         UserError: a driver or another command holds it.
     """
-    with _lock(folder) as lock:
-        lock.seek(0)
-        before = lock.read()  # in a driver's job, that the job drives the run
-        _write(lock, _this_process())
+    with _lock(folder, _this_process()) as (lock, before):
         try:
             yield
         finally:
             lock.truncate(0)
-            lock.write(before)
+            lock.write(before)  # in a driver's job, that the job drives the run
             lock.flush()
 
 
@@ -134,8 +138,7 @@ def submit_driver(folder: Path, command: Sequence[str], variables: Mapping[str, 
         SchedulerUnavailable: sbatch does not answer. If it has accepted the job, the job is the run's driver.
     """
     name = f"montessori-driver-{uuid.uuid4().hex[:12]}"
-    with _lock(folder) as lock:
-        _write(lock, Driver(job_name=name))  # before sbatch: whoever comes later finds the job by its name
+    with _lock(folder, Driver(job_name=name)) as (lock, _):  # before sbatch: who comes later finds the job by its name
         driver = Driver(job=submit_job(folder, name, command, variables, slurm), job_name=name)
         _write(lock, driver)
         return driver
@@ -155,15 +158,22 @@ def _write(lock: IO[str], driver: Driver) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[IO[str]]:
-    """Hold the lock of a run that has no other driver."""
+def _lock(folder: Path, holder: Driver) -> Iterator[tuple[IO[str], str]]:
+    """Hold the lock of a run that has no other driver; yield its file, which names the holder now, and its former content."""
     path = folder / layout.DRIVER_LOCK
     deadline = time.monotonic() + _HANDOVER_TIMEOUT
     refuse_other_owner(folder)
     with path.open("a+") as lock:
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if locks := take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    break
+                log.warning(
+                    "%s: this file system has no locks, so that a driver is known by this file alone. Remove the file if a "
+                    "driver on another host died",
+                    path,
+                )
+                _refuse_second_driver(folder)
                 break
             except BlockingIOError:
                 _refuse_second_driver(folder)
@@ -174,7 +184,20 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
         driver = _queued_driver(path)
         if driver is not None and not driver.is_this_job:
             raise UserError(_refusal(folder, driver))
-        yield lock
+        lock.seek(0)
+        before = lock.read()
+        _write(lock, holder)
+        if not locks:
+            _refuse_simultaneous_driver(path)
+        yield lock, before
+
+
+def _refuse_simultaneous_driver(path: Path) -> None:
+    """Raise a UserError if another process has started at the same time, without a lock: the last one to write continues."""
+    written = path.read_text()
+    time.sleep(_SIMULTANEOUS)
+    if path.read_text() != written:
+        raise UserError(_refusal(path.parent, read_record(path, Driver) or Driver()))
 
 
 def _refuse_second_driver(folder: Path) -> None:
@@ -219,10 +242,23 @@ def driver_of(folder: Path) -> Driver | None:
         return None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            locks = take_lock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return read_record(path, Driver) or Driver()
-    return _queued_driver(path)
+    return _queued_driver(path) or (None if locks else _recorded_process(path))
+
+
+def _recorded_process(path: Path) -> Driver | None:
+    """Return the process that a lock's file names, unless it has ended; nobody knows that of one on another host."""
+    driver = read_record(path, Driver)
+    if driver is None or driver.process is None or driver.job_name is not None or is_copy(path.parent, driver.folder):
+        return None
+    if driver.host != socket.gethostname():
+        return driver
+    with suppress(psutil.Error):
+        if psutil.Process(driver.process).create_time() < path.stat().st_mtime + _CLOCK_SKEW:  # else its id was reused
+            return driver
+    return None
 
 
 def _queued_driver(path: Path) -> Driver | None:

