@@ -33,7 +33,9 @@ class DataSource(Section):
         "not set, its only or default one.",
     )
     split: str = Field(
-        "train", description="Split of a Hugging Face data set or of a folder that `datasets` saved; ignored for files."
+        "train",
+        description="Split of a Hugging Face data set, or of a folder: its files and subfolders are named after splits, or "
+        "`datasets` saved it. Ignored for files, globs and folders without such names.",
     )
     revision: str | None = Field(
         None, min_length=1, description="Branch, tag or commit of a Hugging Face data set id. If not set, main."

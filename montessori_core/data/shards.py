@@ -4,17 +4,18 @@ import glob
 import json
 import os
 import re
+from collections.abc import Set
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from montessori_core.data.files import COMPRESSIONS, KINDS, DataFile, kind_of
-from montessori_core.data.jsonl import open_text
+from montessori_core.data.splits import split_named, splits_of
 from montessori_core.errors import DataError
 
 _KINDS = f"{', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}"
-_SPLIT = re.compile(r"(^|[-_. ])(train|test|validation|valid|val|dev|eval|evaluation)[-_. ]", re.IGNORECASE)
 _MOST_ENTRIES = 100_000  # in a folder and its subfolders
+_LONGEST_CARD = 2**20  # characters
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
 
@@ -23,8 +24,13 @@ def is_url(path: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
-def find_remote(url: str) -> list[DataFile]:
+def find_remote(url: str, split: str, field: str) -> list[DataFile]:
     """Return the files of an fsspec URL: of a file, a folder or a glob.
+
+    Args:
+        url: of the files.
+        split: of a folder with several.
+        field: the setting, for errors.
 
     Raises:
         DataError: its file system is not installed or does not answer, or there is no such file.
@@ -33,7 +39,8 @@ def find_remote(url: str) -> list[DataFile]:
 
     try:
         system, path = fsspec.core.url_to_fs(url)
-        if glob.has_magic(path):
+        is_glob = glob.has_magic(path)
+        if is_glob:
             paths = [str(name) for name in system.glob(path)]
         elif not kind_of(path) or system.isdir(path):
             paths = [str(name) for name in system.ls(path, detail=False)]
@@ -50,7 +57,14 @@ def find_remote(url: str) -> list[DataFile]:
         system = None  # so that pipes and devices are refused
     if paths == [path] and kind_of(path):
         return [DataFile(path, url, system)]
-    return _of_one_kind([DataFile(name, names[name], system) for name in paths], url)
+    files = [DataFile(name, names[name], system) for name in paths]
+    if is_glob:
+        return _of_one_kind(files, url)
+    folder, described = DataFile(path.rstrip("/"), url.rstrip("/"), system), {_name(file) for file in files}
+    if (saved := _saved_files(folder, described, split, field)) is not None:
+        return saved
+    files = _data_files(files)
+    return _of_one_kind(_of_split(files, [PurePosixPath(_name(file)) for file in files], split, url, field), url)
 
 
 def find_local(path: Path, split: str, field: str) -> list[DataFile] | None:
@@ -58,7 +72,7 @@ def find_local(path: Path, split: str, field: str) -> list[DataFile] | None:
 
     Args:
         path: a file, a glob or a folder.
-        split: of a folder that `datasets` saved.
+        split: of a folder with several.
         field: the setting, for errors.
 
     Raises:
@@ -92,10 +106,9 @@ def expected() -> str:
 
 def _files_in(folder: Path, split: str, field: str) -> list[DataFile] | None:
     """Return the files of a folder; None if the library `datasets` must decide which of them are read."""
-    if (folder / "dataset_dict.json").exists():
-        folder = _saved_split(folder, split, field)
-    if (folder / "state.json").exists():
-        return _saved_files(folder)
+    described = {name for name in _DESCRIPTIONS if (folder / name).exists()}
+    if (saved := _saved_files(DataFile(str(folder), str(folder)), described, split, field)) is not None:
+        return saved
     try:
         entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
     except OSError as error:
@@ -104,15 +117,54 @@ def _files_in(folder: Path, split: str, field: str) -> list[DataFile] | None:
         raise DataError(
             f"{field}.path: {folder}: more than {_MOST_ENTRIES:,} files; name a folder with data files only"
         )
-    files = [path for path in sorted(entries) if kind_of(path.name) and path.name not in _DESCRIPTIONS]
-    files = [path for path in files if not path.name.startswith((".", "_")) and path.is_file()]
-    if not files:
+    paths = [path.relative_to(folder) for path in entries if kind_of(path.name)]
+    hidden = {path for path in paths if any(part.startswith((".", "_")) for part in path.parts)}
+    paths = [path for path in paths if path not in hidden and path.name not in _DESCRIPTIONS]
+    paths = sorted(path for path in paths if (folder / path).is_file())
+    if not paths:
         raise DataError(f"{field}.path: {folder}: no data files in this folder; expected {expected()}")
-    # Folders and names of splits, and the list of files in a data card, are for the library `datasets`.
-    named = any(path.parent != folder or _SPLIT.search(path.name) for path in files)
-    if named or (folder / "README.md").exists():
+    if not re.fullmatch(r"[\w.-]+", split) or _lists_files(folder):  # train[:100] is for the library, too
         return None
-    return _of_one_kind([DataFile(str(path), str(path)) for path in files], str(folder))
+    files = [DataFile(str(folder / path), str(folder / path)) for path in paths]
+    names = [PurePosixPath(path) for path in paths]
+    return _of_one_kind(_of_split(files, names, split, str(folder), field), str(folder))
+
+
+def _lists_files(folder: Path) -> bool:
+    """Return whether the data card of a folder lists the files of its subsets and splits."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        header = re.match(r"---\s*\n(.*?)\n---", stream.read(_LONGEST_CARD), re.DOTALL)
+    return header is not None and re.search(r"^[\"']?configs\b", header[1], re.MULTILINE) is not None
+
+
+def _of_split(files: list[DataFile], names: list[PurePosixPath], split: str, where: str, field: str) -> list[DataFile]:
+    """Return the files of a split; all files if none is named after a split.
+
+    Args:
+        files: of a folder.
+        names: their paths in it.
+        split: the split.
+        where, field: the folder and the setting, for errors.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    splits = splits_of(names)
+    if not any(splits):
+        return files
+    found = [file for file, name in zip(files, splits, strict=True) if name == split_named(split)]
+    if not found:
+        raise _no_split(where, split, sorted(set(filter(None, splits))), field)
+    return found
+
+
+def _no_split(where: str, split: str, splits: list[str], field: str) -> DataError:
+    return DataError(
+        f"{field}.path: {where} has no split {split!r}; set {field}.split to one of {', '.join(splits) or '(none)'}"
+    )
 
 
 def _of_one_kind(files: list[DataFile], where: str) -> list[DataFile]:
@@ -121,7 +173,7 @@ def _of_one_kind(files: list[DataFile], where: str) -> list[DataFile]:
     Raises:
         DataError: there are none, or they have several kinds.
     """
-    shards = [file for file in files if file.kind and not PurePosixPath(file.path).name.startswith((".", "_"))]
+    shards = _data_files(files)
     if not shards:
         raise DataError(f"{where}: no data files there; expected names that end in {_KINDS}")
     shards.sort(key=lambda file: file.name)
@@ -134,43 +186,65 @@ def _of_one_kind(files: list[DataFile], where: str) -> list[DataFile]:
     return shards
 
 
-def _saved_split(folder: Path, split: str, field: str) -> Path:
-    splits = _description(folder / "dataset_dict.json").get("splits")
-    names = [str(name) for name in splits] if isinstance(splits, list) else []
-    if split not in names:
-        raise DataError(
-            f"{field}.path: {folder} has no split {split!r}; set {field}.split to one of {', '.join(names) or '(none)'}"
-        )
-    return _inside(folder, split)
+def _data_files(files: list[DataFile]) -> list[DataFile]:
+    """Return the files that have rows."""
+    shards = [file for file in files if file.kind and not _name(file).startswith((".", "_"))]
+    return [file for file in shards if _name(file) not in _DESCRIPTIONS]
 
 
-def _saved_files(folder: Path) -> list[DataFile]:
-    listed = _description(folder / "state.json").get("_data_files")
-    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    if not names or not all(isinstance(name, str) and kind_of(name) == ".arrow" for name in names):
-        raise DataError(f"{folder / 'state.json'}: names no Arrow files; save the data set again with save_to_disk")
-    return [DataFile(str(path), str(path)) for path in (_inside(folder, str(name)) for name in names)]
+def _saved_files(folder: DataFile, names: Set[str], split: str, field: str) -> list[DataFile] | None:
+    """Return the files of a folder that `datasets` saved, in their order; None if it is no such folder.
+
+    Args:
+        folder: path, name and file system of the folder.
+        names: of its files.
+        split: which of several splits.
+        field: the setting, for errors.
+
+    Raises:
+        DataError: there is no such split, or a description of the folder cannot be used.
+    """
+    if "dataset_dict.json" in names:
+        listed = _description(_inside(folder, "dataset_dict.json")).get("splits")
+        splits = [str(name) for name in listed] if isinstance(listed, list) else []
+        if split not in splits:
+            raise _no_split(folder.name, split, splits, field)
+        folder = _inside(folder, split)
+    elif "state.json" not in names:
+        return None
+    state = _inside(folder, "state.json")
+    listed = _description(state).get("_data_files")
+    files = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    if not files or not all(isinstance(name, str) and kind_of(name) == ".arrow" for name in files):
+        raise DataError(f"{state.name}: names no Arrow files; save the data set again with save_to_disk")
+    return [_inside(folder, str(name)) for name in files]
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """Return a path in a folder.
+def _inside(folder: DataFile, name: str) -> DataFile:
+    """Return a file in a folder.
 
     Raises:
         DataError: the name leads out of it.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or ".." in parts or parts[0].endswith((":", "/")):
-        raise DataError(f"{folder}: it names {name!r}, which is outside of the folder; remove that entry")
-    return folder / name
+        raise DataError(f"{folder.name}: it names {name!r}, which is outside of the folder; remove that entry")
+    return DataFile(f"{folder.path}/{name}", f"{folder.name}/{name}", folder.system)
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _name(file: DataFile) -> str:
+    return PurePosixPath(file.path).name
+
+
+def _description(file: DataFile) -> dict[str, Any]:
     """Return the content of a small JSON file of `datasets`."""
-    with open_text(path) as stream:
+    with file.open() as stream:
         try:
             content = json.loads(stream.read(2**24))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not valid JSON ({error}); save the data set again with save_to_disk") from error
+            raise DataError(
+                f"{file.name}: not valid JSON ({error}); save the data set again with save_to_disk"
+            ) from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object; save the data set again with save_to_disk")
+        raise DataError(f"{file.name}: expected an object; save the data set again with save_to_disk")
     return content

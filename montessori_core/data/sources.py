@@ -285,7 +285,7 @@ def _rows(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
     if not source.path.strip():
         raise DataError(f"{field}.path is empty; expected {expected()}")
     if is_url(source.path):
-        yield from shard_rows(find_remote(source.path))
+        yield from shard_rows(find_remote(source.path, source.split, field))
     elif path.parts[:1] == ("builtin",) and not kind_of(source.path):
         with as_file(builtin_file(source.path, field)) as builtin:
             yield from jsonl_rows(builtin)

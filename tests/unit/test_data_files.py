@@ -137,6 +137,16 @@ def test_saved_data_set_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no split 'more'; set reference.split to one of train, test"):
         read(tmp_path / "splits", split="more")
 
+    for part in ("one", "splits"):
+        assert read(f"file://{tmp_path}/{part}") == TASKS
+    assert read(f"file://{tmp_path}/splits", split="test") == TASKS[:5]
+    with pytest.raises(DataError, match="has no split 'more'; set reference.split to one of train, test"):
+        read(f"file://{tmp_path}/splits", split="more")
+    state = tmp_path / "one" / "state.json"
+    names = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    state.write_text(json.dumps({"_data_files": [{"filename": name} for name in names[::-1]]}))
+    assert read(f"file://{tmp_path}/one") == read(tmp_path / "one") != TASKS
+
 
 @pytest.mark.guarantee("paths out of a data set's folder")
 @pytest.mark.parametrize("name", ["../secret.arrow", "/tmp/secret.arrow", "a/../../secret.arrow", "..\\secret.arrow"])
